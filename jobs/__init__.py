@@ -1,0 +1,1 @@
+"""What people run: the command, recipes, the demo world, reports."""

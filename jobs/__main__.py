@@ -1,0 +1,190 @@
+"""The command `winnow`."""
+
+import json
+import shutil
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import typer
+from rich.console import Console
+
+from jobs import recipes, show
+from jobs.console import Watcher, as_table
+from jobs.demo import OVERLAY, world
+from pipeline.catalog import open_catalog, query
+from pipeline.executors import Executor, InProcess, OnRay
+from pipeline.plan import Plan
+from pipeline.run import run as run_plan
+from pipeline.store import Store
+from schemas import WinnowError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Sample, rank, optimize: an offline pipeline from preferences to a better policy.",
+)
+console = Console(soft_wrap=True)
+QUERIES = Path(__file__).parent / "queries"
+
+
+class ExecutorName(StrEnum):
+    in_process = "in-process"
+    ray = "ray"
+
+
+class Format(StrEnum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
+On = Annotated[list[Path], typer.Option("--on", help="YAML with your data and models, laid over the recipe")]
+Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
+StorePath = Annotated[Path, typer.Option("--store", help="where artifacts live")]
+RunName = Annotated[str | None, typer.Option("--run", help="only this run's rows")]
+STORE = Path("store")
+
+
+@app.command()
+def plan(recipe: Recipes, on: On = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
+    """Print each recipe's tree: keys, what is cached, what will run and why. Runs nothing."""
+    for made in recipes.plans(recipe, on, sets):
+        console.print(show.plan_tree(made, Store(store)), highlight=False)
+
+
+@app.command()
+def run(
+    recipe: Recipes,
+    on: On = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    executor: Annotated[ExecutorName, typer.Option(help="this process, or a local Ray")] = ExecutorName.in_process,
+    workers: Annotated[int, typer.Option(help="Ray workers a step", min=1)] = 2,
+) -> None:
+    """Make what the recipes need and the store has not. All recipes are checked before anything runs."""
+    chosen: Executor = OnRay(workers) if executor is ExecutorName.ray else InProcess()
+    run_all(recipes.plans(recipe, on, sets), Store(store), chosen)
+    _next_moves(recipe[0], on, store)
+
+
+def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
+    """Run plans one after the other, then show what they came to."""
+    watcher = Watcher(console)
+    try:
+        for made in plans:
+            console.print(f"[bold]{made.name}[/]", highlight=False, markup=True)
+            run_plan(made, store, executor, watcher)
+    finally:
+        watcher.close()
+    _summary(store, [made.name for made in plans])
+
+
+def _summary(store: Store, runs: list[str]) -> None:
+    """The leaderboard of the whole store, and what these runs left out and why."""
+    catalog = open_catalog(store)
+    board = query(catalog, (QUERIES / "leaderboard.sql").read_text())
+    if board.num_rows:
+        console.print(
+            as_table(
+                board,
+                "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
+            )
+        )
+    keys = {link["key"] for name in runs for link in store.runs()[name].values()}
+    left_out = query(catalog, (QUERIES / "rejects.sql").read_text()).to_pylist()
+    ours = [row for row in left_out if row["key"] in keys]
+    if ours:
+        console.print(as_table(pa.Table.from_pylist(ours), "left out, and why"))
+
+
+def _next_moves(recipe: str, on: list[Path], store: Path) -> None:
+    world = "".join(f" --on {path}" for path in on)
+    console.print(f"""Next:
+  winnow report --store {store}                          a page to look at
+  winnow plan {recipe}{world} --store {store} --set select.beta=0.1   what another beta would run
+  winnow sql --store {store} "SELECT * FROM steps"       anything, in SQL""", highlight=False, markup=False)  # fmt: skip
+
+
+@app.command()
+def status(store: StorePath = STORE) -> None:
+    """What the store holds: runs, their steps, rows, seconds."""
+    answer = query(open_catalog(Store(store)), (QUERIES / "status.sql").read_text())
+    console.print(as_table(answer))
+
+
+@app.command()
+def sql(
+    statement: Annotated[str, typer.Argument(help="one SELECT over the tables, `runs` and `steps`")],
+    store: StorePath = STORE,
+    run: RunName = None,
+    format: Annotated[Format, typer.Option(help="how to print the answer")] = Format.table,
+) -> None:
+    """Ask the store anything: a view for every table, read-only, confined to the store."""
+    answer = query(open_catalog(Store(store), run), statement)
+    if format is Format.table:
+        console.print(as_table(answer))
+    elif format is Format.json:
+        typer.echo("\n".join(json.dumps(row, ensure_ascii=False) for row in answer.to_pylist()))
+    else:
+        pa_csv.write_csv(answer, sys.stdout.buffer)
+
+
+@app.command()
+def trace(
+    run: Annotated[str, typer.Argument(help="a run's name")],
+    prompt: Annotated[str | None, typer.Argument(help="prompt id, or its beginning; the first by default")] = None,
+    store: StorePath = STORE,
+) -> None:
+    """Print one prompt's whole life in a run."""
+    from jobs.trace import life
+
+    life(Store(store), run, prompt or "", console)
+
+
+@app.command()
+def report(
+    store: StorePath = STORE,
+    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about all runs of the store."""
+    from jobs.report import write_report
+
+    write_report(Store(store), out)
+    console.print(f"wrote {out} ({out.stat().st_size / 1e3:,.0f} kB)", highlight=False)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where the demo's world, store and report go")] = Path("demo"),
+) -> None:
+    """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
+    world.write(folder)
+    overlay = Path(shutil.copyfile(OVERLAY, folder / "world.yaml"))
+    store = folder / "store"
+    methods = ["sft", "dpo", "sft_sample_rank", "rso", "raft"]
+    run_all(recipes.plans(methods, [overlay], []), Store(store), InProcess())
+    report(store, folder / "report.html")
+    _next_moves("rso", [overlay], store)
+
+
+def main() -> None:
+    """Errors that people can mend end with their message and exit code 2; never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except WinnowError as error:
+        for problem in error.problems:
+            console.print(f"winnow: {problem}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        console.print("winnow: interrupted; finished parts are kept, the same command goes on from them")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The demo world: everything that the main job needs, made on the spot."""
+
+from pathlib import Path
+
+OVERLAY = Path(__file__).with_name("world.yaml")  # laid over a recipe by --on, once it lies beside the data

@@ -1,0 +1,39 @@
+"""Recipes by name, and plans of several at once."""
+
+from pathlib import Path
+
+import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
+import stages.rooms  # noqa: F401 - registers every stage
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import load_recipe
+from pipeline.registry import nearest
+from schemas import WinnowError
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def recipe_path(recipe: str) -> Path:
+    """A recipe of ours by name, or any YAML file."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    if recipe not in names():
+        raise WinnowError(f"unknown recipe {recipe!r}; {nearest(recipe, names())}; or give a YAML file")
+    return FOLDER / f"{recipe}.yaml"
+
+
+def plans(recipes: list[str], worlds: list[Path], sets: list[str]) -> list[Plan]:
+    """Every recipe planned on the same world, before anything runs; raises WinnowError with all mistakes of all."""
+    made, problems = [], []
+    for recipe in recipes:
+        try:
+            made.append(make_plan(load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets))))
+        except WinnowError as error:
+            problems += [f"{recipe}: {problem}" for problem in error.problems]
+    if problems:
+        raise WinnowError(*problems)
+    return made

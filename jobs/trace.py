@@ -1,0 +1,69 @@
+"""One prompt's whole life in a run, printed in the order in which it happened."""
+
+from typing import Any
+
+from rich.console import Console
+
+from jobs.console import as_table
+from pipeline.catalog import open_catalog, query
+from pipeline.store import Store
+from schemas import WinnowError
+
+# What happened to the prompt, room by room: a title, and the rows that tell it.
+ROOMS = (
+    ("sampled: best, middle and worst by reward",
+     "SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, text FROM candidates "
+     "JOIN rewards USING (prompt_id, candidate_id) WHERE {where} QUALIFY "
+     "row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ()) "
+     "ORDER BY reward DESC"),
+    ("kept by select, in order of acceptance",
+     "SELECT draw, round, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance, "
+     "round(ess, 1) AS ess, any_value(text) AS text FROM selections JOIN candidates USING (prompt_id, candidate_id) "
+     "WHERE {where} GROUP BY ALL ORDER BY draw"),
+    ("compared by the ranker",
+     "SELECT round, left_id, right_id, round(logit, 3) AS logit FROM comparisons WHERE {where} ORDER BY ALL"),
+    ("pairs",
+     "SELECT rule, chosen_id, rejected_id, round(gap, 3) AS gap FROM pairs WHERE {where} ORDER BY gap DESC"),
+    ("reference log-probs",
+     "SELECT candidate_id, round(logp, 3) AS logp, n_tokens, dtype, left(model, 12) AS model FROM reference "
+     "WHERE {where} ORDER BY logp DESC"),
+    ("training group",
+     "SELECT len(prompt_ids) AS prompt_tokens, len(responses) AS responses, len(pairs) AS pairs FROM examples "
+     "WHERE {where}"),
+    ("held out: the policy beside the baseline",
+     "SELECT k, proxy_win, gold_win, round(gold, 2) AS gold, round(gold_baseline, 2) AS gold_baseline, "
+     "round(kl, 2) AS kl, any_value(text) AS text FROM outcomes JOIN candidates USING (prompt_id, candidate_id, k) "
+     "WHERE {where} GROUP BY ALL ORDER BY k"),
+    ("left out",
+     "SELECT stage, reason, candidate_id, place, detail FROM rejects WHERE {where} ORDER BY ALL"),
+)  # fmt: skip
+
+
+def life(store: Store, run: str, prefix: str, console: Console) -> None:
+    """Raises WinnowError if no prompt of the run has an id that begins with `prefix`, or several do."""
+    catalog = open_catalog(store, run)
+    prompt = _find(catalog, prefix, run)
+    console.print(f"[bold]{prompt['prompt_id']}[/] ({prompt['split']}, {prompt['tokens']} tokens)", highlight=False)
+    console.print(prompt["text"], markup=False, highlight=False)
+    for title, sql in ROOMS:
+        rows = query(catalog, sql.format(where=f"prompt_id = '{prompt['prompt_id']}'"))
+        if rows.num_rows:
+            console.print(as_table(rows, title))
+
+
+def _find(catalog: Any, prefix: str, run: str) -> dict[str, Any]:
+    """The one prompt meant; without a prefix, the first one that was sampled from."""
+    if not all(letter in "0123456789abcdef" for letter in prefix):
+        raise WinnowError(f"prompt id {prefix!r}: ids are hexadecimal digits")
+    found = query(
+        catalog,
+        f"SELECT DISTINCT prompt_id, text, split, len(token_ids) AS tokens FROM prompts "
+        f"WHERE starts_with(prompt_id, '{prefix}') "
+        f"AND prompt_id IN (SELECT prompt_id FROM candidates) ORDER BY split DESC, prompt_id",
+    ).to_pylist()
+    if not found:
+        raise WinnowError(f'run {run}: no prompt id begins with {prefix!r}; winnow sql "SELECT prompt_id FROM prompts"')
+    if prefix and len(found) > 1:
+        raise WinnowError(f"run {run}: {len(found)} prompt ids begin with {prefix!r}; give more digits")
+    first: dict[str, Any] = found[0]
+    return first

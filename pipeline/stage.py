@@ -1,0 +1,112 @@
+"""A stage is a function from tables to tables.
+
+Its positional parameters are its inputs (tables by their schema, or a Model), its keyword-only
+parameters are its options, its return annotation is its output. A `Workspace` parameter is injected
+and has no part in the identity.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+
+from pipeline.registry import Entry, Registry
+from pipeline.workspace import Workspace
+from schemas import Model
+
+stages = Registry("stage")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing a stage reads: a table (by its schema) or a model (schema is None)."""
+
+    name: str
+    schema: pa.Schema | None
+    optional: bool
+
+    @property
+    def kind(self) -> str:
+        return "model" if self.schema is None else self.schema.metadata[b"table"].decode()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the planner and the runner need to know of a stage, read once from its signature.
+
+    A whole stage is called once with every row; any other once a shard, with that shard's rows.
+    """
+
+    version: int
+    whole: bool
+    inputs: tuple[Input, ...]
+    outputs: tuple[pa.Schema, ...]
+    makes_model: bool
+    workspace: str | None
+    check: Callable[[dict[str, Any], frozenset[str]], list[str]]
+
+    def makes(self, kind: str) -> bool:
+        if kind == "model":
+            return self.makes_model
+        return any(schema.metadata[b"table"].decode() == kind for schema in self.outputs)
+
+
+def no_check(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+    return []
+
+
+def stage(
+    *,
+    version: int,
+    whole: bool = False,
+    check: Callable[[dict[str, Any], frozenset[str]], list[str]] = no_check,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a stage. Raise `version` when its results change; `check` refuses senseless recipes at plan time."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return stages(shape=_shape(fn, version, whole, check))(fn)
+
+    return register
+
+
+def shape_of(entry: Entry) -> Shape:
+    shape: Shape = entry.facts["shape"]
+    return shape
+
+
+def _shape(fn: Callable[..., Any], version: int, whole: bool, check: Callable[..., list[str]]) -> Shape:
+    hints = get_type_hints(fn, include_extras=True)
+    inputs, workspace = [], None
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            continue
+        if hints[name] is Workspace:
+            workspace = name
+        else:
+            inputs.append(_input(name, hints[name]))
+    outputs = _outputs(hints["return"])
+    tables = tuple(schema for schema in outputs if schema is not None)
+    return Shape(version, whole, tuple(inputs), tables, None in outputs, workspace, check)
+
+
+def _input(name: str, hint: Any) -> Input:
+    optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
+    if optional:
+        hint = next(arm for arm in get_args(hint) if arm is not NoneType)
+    return Input(name, _schema(hint), optional)
+
+
+def _outputs(hint: Any) -> list[pa.Schema | None]:
+    arms = get_args(hint) if get_origin(hint) is tuple else (hint,)
+    return [_schema(arm) for arm in arms]
+
+
+def _schema(hint: Any) -> pa.Schema | None:
+    if hint is Model:
+        return None
+    if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], pa.Schema):
+        return hint.__metadata__[0]
+    raise TypeError(f"a stage reads and makes tables and models, not {hint}")

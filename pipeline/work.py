@@ -1,0 +1,110 @@
+"""One unit of work: one shard of one step, in whatever process it runs."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.plan import Step
+from pipeline.registry import Entry
+from pipeline.stage import Input, shape_of
+from pipeline.store import StepFolder, Store
+from pipeline.workspace import Tell, Warm, Workspace
+from schemas import Model, WinnowError, conform, shard_of, table_name
+from schemas.tables import REJECTS
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step as its workers see it: no plan, no store, only what the call needs."""
+
+    name: str
+    entry: Entry
+    options: dict[str, Any]
+    sources: dict[str, StepFolder]
+    out: StepFolder
+    shards: int
+
+    def units(self) -> list[int]:
+        """What is left to do: missing shards, or the one call of a whole stage."""
+        missing = self.out.missing(self.shards)
+        return [0] if missing and shape_of(self.entry).whole else missing
+
+
+def work_of(step: Step, store: Store) -> Work:
+    sources = {name: store.folder(source) for name, source in step.inputs.items()}
+    return Work(step.name, step.entry, step.options, sources, store.folder(step), step.shards)
+
+
+def execute(work: Work, unit: int, warm: Warm, tell: Tell) -> int:
+    """Run one unit, commit its part or parts, and return the rows that it made."""
+    shape = shape_of(work.entry)
+    started = time.perf_counter()
+    inputs = {item.name: _read(work, item, None if shape.whole else unit) for item in shape.inputs}
+    workspace = Workspace(work.out.path, warm, tell)
+    tables = _call(work, inputs, workspace)
+    seconds = time.perf_counter() - started
+    if shape.whole:
+        return _commit_whole(work, tables, workspace, seconds)
+    return _commit(work, unit, tables, workspace, seconds)
+
+
+def _read(work: Work, item: Input, shard: int | None) -> pa.Table | Model | None:
+    source = work.sources.get(item.name)
+    if source is None:
+        return None
+    return source.model() if item.schema is None else source.read(item.schema, shard)
+
+
+def _call(work: Work, inputs: dict[str, Any], workspace: Workspace) -> dict[str, pa.Table]:
+    """The stage's tables by name, checked against their schemas; a shard without rows wakes nothing."""
+    shape = shape_of(work.entry)
+    tables_in = [value for value in inputs.values() if isinstance(value, pa.Table)]
+    if tables_in and not shape.whole and not any(table.num_rows for table in tables_in):
+        made: list[Any] = [schema.empty_table() for schema in shape.outputs]
+    else:
+        extra = {shape.workspace: workspace} if shape.workspace else {}
+        result = work.entry.fn(**inputs, **extra, **work.options)
+        made = [item for item in _listed(result) if not isinstance(item, Model)]
+    tables = {table_name(schema): conform(table, schema) for schema, table in zip(shape.outputs, made, strict=True)}
+    return tables | {"rejects": workspace.rejects}
+
+
+def _listed(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _commit(work: Work, shard: int, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
+    reasons = Counter(tables["rejects"].column("reason").to_pylist())
+    record = {"seconds": round(seconds, 3), "counters": dict(workspace.counters), "rejects": dict(reasons)}
+    work.out.write_part(shard, tables, record)
+    return sum(table.num_rows for name, table in tables.items() if name != "rejects")
+
+
+def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
+    """Tables with a prompt_id are dealt to their shards, so that shard i of every table has the same prompts."""
+    rows = 0
+    for shard in range(work.shards):
+        part = {name: _deal(table, shard, work.shards) for name, table in tables.items()}
+        last = workspace if shard == 0 else Workspace(work.out.path, Warm(), workspace.progress)
+        rows += _commit(work, shard, part, last, seconds if shard == 0 else 0.0)
+    return rows
+
+
+def _deal(table: pa.Table, shard: int, shards: int) -> pa.Table:
+    if "prompt_id" not in table.column_names or table.schema.equals(REJECTS):
+        return table if shard == 0 else table.slice(0, 0)
+    prompts = table.column("prompt_id").to_pylist()
+    mask = pa.array([shard_of(prompt, shards) == shard for prompt in prompts], pa.bool_())
+    return table.filter(mask)
+
+
+def fail_if_nothing_left(name: str, manifest: dict[str, Any]) -> None:
+    """A stage that left out every row has failed, whatever its exit."""
+    made = {table: rows for table, rows in manifest["rows"].items() if table != "rejects"}
+    if any(made.values()) or manifest["model"]:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["rejects"].items()))
+    raise WinnowError(f"{name}: every row was left out ({reasons or 'its inputs have no rows'})")

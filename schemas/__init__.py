@@ -1,0 +1,52 @@
+"""What a thing is: the tables in the order in which a prompt meets them, ids, and the checks on both."""
+
+from schemas.check import conform
+from schemas.errors import WinnowError
+from schemas.ids import candidate_id, prompt_id, seed_for, shard_of, split_of, token_digest
+from schemas.model import Model
+from schemas.tables import (
+    TABLES,
+    Candidates,
+    Comparisons,
+    Evaluations,
+    Examples,
+    Judgements,
+    Metrics,
+    Outcomes,
+    Pairs,
+    Policies,
+    Prompts,
+    Reference,
+    Rejects,
+    Rewards,
+    Selections,
+    table_name,
+)
+
+__all__ = [
+    "TABLES",
+    "Candidates",
+    "Comparisons",
+    "Evaluations",
+    "Examples",
+    "Judgements",
+    "Metrics",
+    "Model",
+    "Outcomes",
+    "Pairs",
+    "Policies",
+    "Prompts",
+    "Reference",
+    "Rejects",
+    "Rewards",
+    "Selections",
+    "WinnowError",
+    "candidate_id",
+    "conform",
+    "prompt_id",
+    "seed_for",
+    "shard_of",
+    "split_of",
+    "table_name",
+    "token_digest",
+]

@@ -1,0 +1,87 @@
+"""Hugging Face `generate` behind the seam: the slow engine that can be trusted."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from stages.engines import Completion, Request, Sampling
+
+ROWS = 256
+
+
+class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
+    """Adds each row's own seeded Gumbel noise, so that the argmax is a draw from the warped softmax.
+
+    The noise of step t comes from (seed, t): a draw does not depend on which batch it is in.
+    """
+
+    def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling) -> None:
+        self.seeds, self.prompt_length, self.sampling = seeds, prompt_length, sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.prompt_length
+        warped = scores.float() / self.sampling.temperature
+        if 0 < self.sampling.top_k < warped.shape[-1]:
+            kept = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
+            warped = warped.masked_fill(warped < kept, -torch.inf)
+        noise = np.stack([_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
+        return warped + torch.from_numpy(noise).to(warped.device)
+
+
+def _noise(seed: int, step: int, size: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, step])).gumbel(size=size).astype(np.float32)
+
+
+class TransformersEngine:
+    """Rows of equal prompt length go together, so that nothing is padded."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        kind = getattr(torch, dtype)
+        self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+        self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        order = sorted(range(len(requests)), key=lambda n: len(requests[n].prompt_ids))
+        done: dict[int, Completion] = {}
+        for _, same in groupby(order, key=lambda n: len(requests[n].prompt_ids)):
+            indices = list(same)
+            for start in range(0, len(indices), ROWS):
+                batch = indices[start : start + ROWS]
+                done |= zip(batch, self._batch([requests[n] for n in batch], sampling), strict=True)
+        return [done[n] for n in range(len(requests))]
+
+    @torch.inference_mode()
+    def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        ids = torch.tensor([list(request.prompt_ids) for request in requests], device=self.network.device)
+        noise = GumbelNoise([request.seed for request in requests], ids.shape[1], sampling)
+        output = self.network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([noise]),
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        drawn = output.sequences[:, ids.shape[1] :]
+        raw = torch.stack(output.logits, dim=1).float().log_softmax(-1)
+        logp = raw.gather(-1, drawn[..., None]).squeeze(-1)
+        return [self._completion(row.tolist(), each) for row, each in zip(drawn, logp, strict=True)]
+
+    def _completion(self, ids: list[int], logp: Tensor) -> Completion:
+        ends = [n for n, token in enumerate(ids) if token in self._eos()]
+        length = ends[0] + 1 if ends else len(ids)
+        return Completion(ids[:length], float(logp[:length].sum()), "stop" if ends else "length")
+
+    def _eos(self) -> list[int]:
+        eos = self.network.generation_config.eos_token_id
+        return eos if isinstance(eos, list) else [eos]
+
+    def close(self) -> None:
+        del self.network

@@ -1,0 +1,93 @@
+"""vLLM behind the seam."""
+
+import gc
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stages.engines import Completion, Request, Sampling
+
+SETTINGS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards: leave its threads alone
+}
+BATCHED_TOKENS = 16_384  # a step's tokens on a CPU; at least one whole prompt must fit
+
+
+class VllmEngine:
+    """One request a draw, each with its own seed, so that more draws later are a pure extension."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import torch
+
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            # In this process: up in seconds. On a GPU a subprocess, whose end gives the memory back.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM
+
+        self.threads = torch.get_num_threads()
+        with _hidden("llvmlite.binding.ffi"):
+            self.llm: Any = LLM(
+                model=str(folder),
+                dtype=dtype,
+                seed=0,
+                skip_tokenizer_init=True,
+                enforce_eager=on_cpu,
+                logprobs_mode="raw_logprobs",
+                max_num_seqs=512,
+                max_num_batched_tokens=BATCHED_TOKENS if on_cpu else None,
+                enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
+                disable_log_stats=True,
+            )
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        from vllm import SamplingParams, TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                seed=request.seed,
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        return [_completion(answer) for answer in self.llm.generate(prompts, parameters, use_tqdm=False)]
+
+    def close(self) -> None:
+        """Frees the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
+        import torch
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+        torch.set_num_threads(self.threads)
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """vLLM reads `vars` of everything in loaded modules; llvmlite's lazy library answers with what is no dict."""
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
+
+
+def _completion(answer: Any) -> Completion:
+    output = answer.outputs[0]
+    return Completion(list(output.token_ids), float(output.cumulative_logprob), str(output.finish_reason))

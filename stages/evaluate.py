@@ -1,0 +1,96 @@
+"""Room 8, second half: win rates with intervals, KL, length; and the gold reward, which no other stage may read."""
+
+from collections import defaultdict
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import Bound, Range, Registry, stage
+from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
+from schemas.tables import EVALUATIONS, OUTCOMES
+from stages.groups import column_by, texts_of
+
+gold_reward = Registry("gold reward")
+Gold = Annotated[Bound, gold_reward]
+METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens")
+
+
+@stage(version=1, whole=True)
+def evaluate(
+    prompts: Prompts,
+    candidates: Candidates,
+    baseline: Candidates,
+    judgements: Judgements,
+    policy_logp: Reference | None = None,
+    baseline_logp: Reference | None = None,
+    *,
+    gold: Gold | None = None,
+    resamples: Annotated[int, Range(gt=0)] = 2000,
+    seed: int = 0,
+) -> tuple[Outcomes, Evaluations]:
+    """Per response: did it beat the baseline's by the proxy and by gold (a tie is one half), log-ratio, length.
+
+    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. The mean of
+    log p - log p_baseline estimates KL without bias only where draws came from the policy itself
+    (logp_kind exact); it is null otherwise.
+    """
+    join = Sides(prompts, candidates, baseline, policy_logp, baseline_logp)
+    outcomes = [join.outcome(row, gold) for row in judgements.to_pylist()]
+    rng = np.random.default_rng(seed)
+    rows = [row for name in METRICS if (row := _interval(name, outcomes, resamples, rng))]
+    return pa.Table.from_pylist(outcomes, OUTCOMES), pa.Table.from_pylist(rows, EVALUATIONS)
+
+
+class Sides:
+    """Everything known about the two responses of a judgement."""
+
+    def __init__(
+        self, prompts: pa.Table, candidates: pa.Table, baseline: pa.Table, logp: Any, baseline_logp: Any
+    ) -> None:
+        self.prompts = texts_of(prompts, "prompt_id")
+        self.texts = texts_of(baseline, "candidate_id") | texts_of(candidates, "candidate_id")
+        self.lengths = column_by(candidates, "candidate_id", "n_tokens")
+        self.exact = set(candidates.column("logp_kind").to_pylist()) == {"exact"}
+        self.logp, self.baseline_logp = (
+            {} if table is None else column_by(table, "candidate_id", "logp") for table in (logp, baseline_logp)
+        )
+
+    def outcome(self, row: dict[str, Any], gold: Bound | None) -> dict[str, Any]:
+        ours, theirs = row["candidate_id"], row["baseline_id"]
+        result = {
+            **{name: row[name] for name in ("prompt_id", "k", "candidate_id", "baseline_id")},
+            "proxy_win": _win(row["logit"]),
+            "n_tokens": self.lengths[ours],
+            "kl": self._log_ratio(ours),
+        }
+        if gold is not None:
+            text = self.prompts[row["prompt_id"]]
+            values = gold(text, self.texts[ours]), gold(text, self.texts[theirs])
+            result |= dict(gold=values[0], gold_baseline=values[1], gold_win=_win(values[0] - values[1]))
+        return result
+
+    def _log_ratio(self, candidate: str) -> float | None:
+        if not self.exact or candidate not in self.logp or candidate not in self.baseline_logp:
+            return None
+        return float(self.logp[candidate] - self.baseline_logp[candidate])
+
+
+def _win(margin: float) -> float:
+    return 0.5 if margin == 0 else float(margin > 0)
+
+
+def _interval(
+    name: str, outcomes: list[dict[str, Any]], resamples: int, rng: np.random.Generator
+) -> dict[str, Any] | None:
+    """Mean over prompts of each prompt's mean, and its bootstrap interval; None if no row has the metric."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in outcomes:
+        if row.get(name) is not None:
+            values[row["prompt_id"]].append(row[name])
+    if not values:
+        return None
+    means = np.array([np.mean(values[prompt]) for prompt in sorted(values)])
+    draws = rng.choice(means, size=(resamples, len(means))).mean(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return dict(metric=name, value=float(means.mean()), low=float(low), high=float(high), n=len(means))

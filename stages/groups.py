@@ -1,0 +1,26 @@
+"""Rows of a table by prompt: the unit that every room thinks in."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+Row = dict[str, Any]
+
+
+def by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:
+    """Groups in order of prompt id; within one, the table's order."""
+    rows = sorted(table.to_pylist(), key=lambda row: str(row["prompt_id"]))
+    for prompt, group in groupby(rows, key=lambda row: str(row["prompt_id"])):
+        yield prompt, list(group)
+
+
+def texts_of(table: pa.Table, name: str) -> dict[str, str]:
+    """Id to text."""
+    return column_by(table, name, "text")
+
+
+def column_by(table: pa.Table, name: str, column: str) -> dict[str, Any]:
+    """One column by an id column."""
+    return dict(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))

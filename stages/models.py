@@ -1,0 +1,120 @@
+"""Where a policy comes from: a folder that the user has, or, for demos and trials, fresh random weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+from pipeline import DataPath, ModelPath, Range, Workspace, stage
+from pipeline.content import model_files
+from schemas import Model, WinnowError
+from stages.sources import read_rows
+
+SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+TURNS = ("<|user|>", "<|assistant|>")
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+Positive = Annotated[int, Range(gt=0)]
+
+
+@stage(version=1, whole=True)
+def model(ws: Workspace, *, path: ModelPath) -> Model:
+    """Take a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity."""
+    folder = ws.folder / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    files = model_files(path.path)
+    for n, file in enumerate(files):
+        ws.progress(n, len(files), "files")
+        shutil.copyfile(file, folder / file.name)
+    return Model(folder, path.digest)
+
+
+def _heads_divide(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+    if options["hidden"] % options["heads"]:
+        return [f"hidden {options['hidden']} is not a multiple of heads {options['heads']}"]
+    return []
+
+
+@stage(version=1, whole=True, check=_heads_divide)
+def untrained(
+    ws: Workspace,
+    *,
+    corpus: DataPath,
+    columns: list[str],
+    vocabulary: Positive = 512,
+    marks: list[str] = [],  # noqa: B006 - read, never written
+    hidden: Positive = 128,
+    layers: Positive = 4,
+    heads: Positive = 4,
+    context: Positive = 256,
+    seed: int = 0,
+) -> Model:
+    """A small Llama with random weights and a byte-level BPE tokenizer trained on columns of `corpus`.
+
+    `marks` are texts that become one token each, such as the ranker's `[RESPONSE A]`.
+    """
+    texts = [str(row[name]) for _, row in read_rows(ws, corpus, None, None, "train", columns) for name in columns]
+    if not texts:
+        raise WinnowError(f"untrained: {corpus} holds no text in {', '.join(columns)}")
+    folder = ws.folder / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    size = _save_tokenizer(folder, texts, vocabulary, marks, context)
+    _save_llama(folder, size, hidden, layers, heads, context, seed)
+    return Model(folder, "")
+
+
+def _save_tokenizer(folder: Path, texts: list[str], vocabulary: int, marks: list[str], context: int) -> int:
+    """Byte-level BPE: every text has ids, and frequent words are one token. Returns the number of ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL.values(), *TURNS, *marks],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    outer = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=context, **SPECIAL)
+    outer.chat_template = CHAT
+    outer.save_pretrained(folder)
+    return int(inner.get_vocab_size())
+
+
+def _save_llama(folder: Path, size: int, hidden: int, layers: int, heads: int, context: int, seed: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = LlamaForCausalLM(config)
+    network.save_pretrained(folder)
+    _check_special(folder)
+
+
+def _check_special(folder: Path) -> None:
+    """The config's ids above are the tokenizer's: special tokens are trained first, in this order."""
+    saved = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    found = [token["content"] for token in sorted(saved, key=lambda token: token["id"])[:3]]
+    if found != list(SPECIAL.values()):
+        raise WinnowError(f"untrained: special tokens came out as {found}")

@@ -1,0 +1,79 @@
+"""Candidates that another system made, with a reward or a win probability each: they enter at `select`."""
+
+import math
+from typing import Annotated, Any
+
+import pyarrow as pa
+
+from pipeline import DataPath, Range, Workspace, stage
+from schemas import Candidates, Model, Prompts, Rewards
+from schemas.tables import REWARDS
+from stages.preferences import Pool
+from stages.prompts import PromptReader, Share
+from stages.sources import one_source, read_rows, text_of
+
+
+def _one_score(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+    problems = one_source(options, wired)
+    if (options["reward"] is None) == (options["probability"] is None):
+        problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
+    return problems
+
+
+@stage(version=1, whole=True, check=_one_score)
+def own_candidates(
+    tokenizer: Model,
+    ws: Workspace,
+    *,
+    path: DataPath | None = None,
+    dataset: str | None = None,
+    revision: str | None = None,
+    part: str = "train",
+    prompt: str = "prompt",
+    response: str = "response",
+    reward: str | None = None,
+    probability: str | None = None,
+    heldout: Share = 0.0,
+    max_tokens: Annotated[int, Range(gt=0)] = 1024,
+) -> tuple[Prompts, Candidates, Rewards]:
+    """One row of the file is one candidate. A probability becomes its logit, the reward of arXiv:2309.06657.
+
+    Left out, with reason: a reward that is not finite, a probability outside the open interval (0, 1)
+    (its logit is infinite), an empty response, an empty or too long prompt. Equal responses of one
+    prompt stay apart: their number is what the sampling policy said about them.
+    """
+    from stages.text import Tokenizer
+
+    score = reward or probability or ""
+    pool = Pool(PromptReader(Tokenizer(tokenizer), ws, heldout, max_tokens), max_tokens)
+    rewards: list[dict[str, Any]] = []
+    for place, row in read_rows(ws, path, dataset, revision, part, [prompt, response, score]):
+        try:
+            value = _logit(row[score]) if probability else _finite(row[score])
+            name = pool.prompt(row, prompt)
+            candidate = pool.response(name, text_of(row, response), again=True)
+        except ValueError as error:
+            ws.reject(str(error), place=place, detail=repr(row.get(score)))
+            continue
+        rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
+    ordered = sorted(rewards, key=lambda row: (row["prompt_id"], row["candidate_id"]))
+    return *pool.tables(), pa.Table.from_pylist(ordered, schema=REWARDS)
+
+
+def _finite(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError("reward is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError("reward is not finite")
+    return number
+
+
+def _logit(value: Any) -> float:
+    p = _finite(value)
+    if p in (0.0, 1.0):
+        raise ValueError(f"probability is exactly {p:.0f}")
+    if not 0 < p < 1:
+        raise ValueError("probability is not in (0, 1)")
+    return math.log(p) - math.log1p(-p)

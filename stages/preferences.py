@@ -1,0 +1,92 @@
+"""Human preference pairs: they enter the pipeline as pairs of ids, beside the prompts and responses they came with."""
+
+from collections import Counter
+from typing import Annotated, Any
+
+import pyarrow as pa
+
+from pipeline import DataPath, Range, Workspace, stage
+from schemas import Candidates, Model, Pairs, Prompts, candidate_id
+from schemas.tables import CANDIDATES, PAIRS, PROMPTS
+from stages.prompts import PromptReader, Share
+from stages.sources import one_source, read_rows, text_of
+
+
+@stage(version=1, whole=True, check=one_source)
+def preferences(
+    tokenizer: Model,
+    ws: Workspace,
+    *,
+    path: DataPath | None = None,
+    dataset: str | None = None,
+    revision: str | None = None,
+    part: str = "train",
+    prompt: str = "prompt",
+    chosen: str = "chosen",
+    rejected: str = "rejected",
+    heldout: Share = 0.2,
+    max_tokens: Annotated[int, Range(gt=0)] = 1024,
+) -> tuple[Prompts, Candidates, Pairs]:
+    """Read (prompt, chosen, rejected) rows; a prompt may stand in several pairs."""
+    from stages.text import Tokenizer
+
+    tokens = Tokenizer(tokenizer)
+    pool = Pool(PromptReader(tokens, ws, heldout, max_tokens), max_tokens)
+    pairs: list[dict[str, Any]] = []
+    for place, row in read_rows(ws, path, dataset, revision, part, [prompt, chosen, rejected]):
+        try:
+            name = pool.prompt(row, prompt)
+            winner, loser = (pool.response(name, text_of(row, column)) for column in (chosen, rejected))
+        except ValueError as error:
+            ws.reject(str(error), place=place, detail=repr(row.get(prompt)))
+            continue
+        if winner == loser:
+            ws.reject("identical responses", place=place, detail=row[chosen], prompt=name, candidate=winner)
+        else:
+            pairs.append(dict(prompt_id=name, chosen_id=winner, rejected_id=loser, gap=None, rule="label"))
+    ordered = sorted(pairs, key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
+    return *pool.tables(), pa.Table.from_pylist(ordered, schema=PAIRS)
+
+
+class Pool:
+    """Prompts and responses of somebody's file, each once, whatever number of rows they stand in."""
+
+    def __init__(self, reader: PromptReader, max_tokens: int) -> None:
+        self.reader, self.max_tokens = reader, max_tokens
+        self.prompts: dict[str, dict[str, Any]] = {}
+        self.candidates: dict[str, dict[str, Any]] = {}
+        self.draws: Counter[str] = Counter()
+
+    def prompt(self, row: dict[str, Any], column: str) -> str:
+        made = self.reader.prompt_row(row, column)
+        name: str = made["prompt_id"]
+        self.prompts.setdefault(name, made)
+        return name
+
+    def response(self, prompt: str, text: str, *, again: bool = False) -> str:
+        """The id of a response; an equal text is the same candidate, unless `again` counts it as another draw."""
+        ids, finish = self.reader.tokenizer.response_ids(text, self.max_tokens)
+        copy = 0
+        while again and candidate_id(prompt, ids, copy) in self.candidates:
+            copy += 1
+        name = candidate_id(prompt, ids, copy)
+        if name not in self.candidates:
+            self.candidates[name] = {
+                "prompt_id": prompt,
+                "candidate_id": name,
+                "k": self.draws[prompt],
+                "token_ids": ids,
+                "text": text,
+                "logp": None,
+                "logp_kind": "none",
+                "n_tokens": len(ids),
+                "finish_reason": finish,
+                "seed": None,
+            }
+            self.draws[prompt] += 1
+        return name
+
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        prompts = sorted(self.prompts.values(), key=lambda row: row["prompt_id"])
+        candidates = sorted(self.candidates.values(), key=lambda row: (row["prompt_id"], row["k"]))
+        return pa.Table.from_pylist(prompts, PROMPTS), pa.Table.from_pylist(candidates, CANDIDATES)

@@ -1,0 +1,55 @@
+"""Room 6: log-probs under a frozen policy, cached: the reference is a column, not a second network."""
+
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import Workspace, stage
+from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
+from schemas.tables import REFERENCE
+from stages.groups import column_by
+from stages.reward import BUDGET
+
+
+@stage(version=1)
+def reference(
+    prompts: Prompts,
+    candidates: Candidates,
+    policy: Model,
+    ws: Workspace,
+    selections: Selections | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Reference:
+    """Score every candidate (or the selected ones) with the trainer's own forward: fp32 sums and token counts.
+
+    One row a response, whatever pairs it will stand in: neither another loss nor another pairing scores
+    it again. Responses of equal tokens go through the network once.
+    """
+    from stages.policy import check_ids, load_network, score_rows
+
+    if selections is not None:
+        candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
+    prompt_ids = column_by(prompts, "prompt_id", "token_ids")
+    rows = candidates.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()
+    check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
+    network = ws.hold(load_network, policy)
+    inputs = {(row["prompt_id"], tuple(row["token_ids"])): n for n, row in enumerate(rows)}
+    unique = list(inputs)
+    ws.count(tokens=sum(len(prompt_ids[prompt]) + len(ids) for prompt, ids in unique))
+    scores = score_rows(network, [(prompt_ids[prompt], ids) for prompt, ids in unique], dtype, BUDGET)
+    logp = dict(zip(unique, scores.tolist(), strict=True))
+    made = [
+        {
+            "prompt_id": row["prompt_id"],
+            "candidate_id": row["candidate_id"],
+            "logp": logp[row["prompt_id"], tuple(row["token_ids"])],
+            "n_tokens": len(row["token_ids"]),
+            "tokens": token_digest(prompt_ids[row["prompt_id"]], row["token_ids"]),
+            "model": policy.digest,
+            "dtype": dtype,
+        }
+        for row in rows
+    ]
+    return pa.Table.from_pylist(made, schema=REFERENCE)

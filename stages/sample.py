@@ -1,0 +1,89 @@
+"""Room 2: n candidates of each prompt from a policy."""
+
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+
+from pipeline import Range, Workspace, stage
+from schemas import Candidates, Model, Prompts, candidate_id, seed_for
+from schemas.tables import CANDIDATES
+from stages.engines import Completion, Request, Sampling, open_engine
+
+Row = dict[str, Any]
+
+
+@stage(version=1)
+def sample(
+    prompts: Prompts,
+    policy: Model,
+    ws: Workspace,
+    *,
+    split: Literal["train", "heldout"] = "train",
+    engine: Literal["vllm", "transformers"] = "vllm",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    n: Annotated[int, Range(gt=0)] = 64,
+    temperature: Annotated[float, Range(gt=0, le=2)] = 0.7,
+    top_k: Annotated[int, Range(ge=0)] = 40,
+    max_tokens: Annotated[int, Range(gt=0)] = 128,
+    seed: int = 0,
+) -> Candidates:
+    """Draw n responses of up to max_tokens tokens; top_k = 0 means no cut (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
+
+    The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still move a draw on
+    other hardware, so what is promised is the law and the seeds; the ids drawn are kept, and all later
+    stages start from them.
+    """
+    from stages.policy import check_ids, context_length
+
+    chosen = [row for row in prompts.to_pylist() if row["split"] == split]
+    check_ids(policy, "prompts", [row["token_ids"] for row in chosen])
+    chosen = _fitting(chosen, context_length(policy) - max_tokens, ws)
+    if not chosen:
+        return CANDIDATES.empty_table()
+    draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in chosen for k in range(n)]
+    sampling = Sampling(temperature, top_k, max_tokens)
+    generator = ws.hold(open_engine, engine, policy.folder, dtype)
+    completions = generator.generate([Request(row["token_ids"], own) for row, _, own in draws], sampling)
+    ws.count(tokens=sum(len(completion.token_ids) for completion in completions))
+    return _table(policy, draws, completions, "exact" if sampling.exact else "raw", ws)
+
+
+def _fitting(rows: list[Row], room: int, ws: Workspace) -> list[Row]:
+    for row in rows:
+        if len(row["token_ids"]) > room:
+            ws.reject("prompt too long", place="prompts", detail=f"{len(row['token_ids'])} tokens, room for {room}")
+    return [row for row in rows if len(row["token_ids"]) <= room]
+
+
+def _table(
+    policy: Model, draws: list[tuple[Row, int, int]], completions: list[Completion], kind: str, ws: Workspace
+) -> pa.Table:
+    """Rows in order of (prompt, k). An empty response is left out: there is nothing to learn from."""
+    from stages.text import Tokenizer
+
+    tokenizer = ws.hold(Tokenizer, policy)
+    rows: list[Row] = []
+    copies: dict[tuple[str, tuple[int, ...]], int] = {}
+    for (prompt, k, seed), completion in zip(draws, completions, strict=True):
+        ids, name = completion.token_ids, prompt["prompt_id"]
+        text = tokenizer.decode(ids)
+        if not text:
+            ws.reject("empty response", place=f"k={k}", prompt=name, detail=repr(ids))
+            continue
+        copy = copies.get((name, tuple(ids)), 0)
+        copies[name, tuple(ids)] = copy + 1
+        rows.append(
+            {
+                "prompt_id": name,
+                "candidate_id": candidate_id(name, ids, copy),
+                "k": k,
+                "token_ids": ids,
+                "text": text,
+                "logp": completion.logp,
+                "logp_kind": kind,
+                "n_tokens": len(ids),
+                "finish_reason": completion.finish_reason,
+                "seed": seed,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=CANDIDATES)

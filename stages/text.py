@@ -1,0 +1,70 @@
+"""Text to token ids, at the one place where data enters: chat template, BOS exactly once, EOS where a text ends."""
+
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from schemas import Model, WinnowError
+
+Prompt = str | list[dict[str, str]]
+
+
+class Tokenizer:
+    """A model's tokenizer, with the few rules that training and sampling must agree on."""
+
+    def __init__(self, model: Model) -> None:
+        self.inner: Any = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+        if self.inner.eos_token_id is None:
+            raise WinnowError(f"model {model.digest[:12]}: its tokenizer has no EOS token, so no response could end")
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Chat template if the tokenizer has one; raises ValueError for messages without one."""
+        if self.inner.chat_template is None:
+            if not isinstance(prompt, str):
+                raise ValueError("chat messages, and the tokenizer has no chat template")
+            return self.with_bos(self.encode(prompt))
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.with_bos(self.encode(text))
+
+    def encode(self, text: str) -> list[int]:
+        """Without special tokens of the tokenizer's own."""
+        return list(self.inner(text, add_special_tokens=False)["input_ids"])
+
+    def response_ids(self, text: str, most: int) -> tuple[list[int], str]:
+        """Ids with EOS; cut at the end to `most` tokens, and then without EOS, for the text goes on."""
+        ids = [*self.encode(text), self.inner.eos_token_id]
+        return (ids, "stop") if len(ids) <= most else (ids[:most], "length")
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.inner.decode(ids, skip_special_tokens=True)).strip()
+
+    def label(self, text: str) -> int:
+        """The one token of a label; raises WinnowError if it takes more."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise WinnowError(f"label {text!r} is {len(ids)} tokens in this tokenizer; a ranker needs one")
+        return ids[0]
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Templates often contain BOS and often do not; the model wants it once, if it was trained with one."""
+        bos = self.inner.bos_token_id
+        if bos is None or not self._adds_bos():
+            return ids
+        while ids[:1] == [bos]:
+            ids = ids[1:]
+        return [bos, *ids]
+
+    def _adds_bos(self) -> bool:
+        """Does the tokenizer itself, or its template, start a sequence with BOS?"""
+        alone = self.inner("x")["input_ids"][:1] == [self.inner.bos_token_id]
+        return alone or (self.inner.bos_token or "\0") in (self.inner.chat_template or "")
+
+
+def readable(prompt: Prompt) -> str:
+    """A prompt for people and rankers: the text, or the turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -1,0 +1,77 @@
+"""Shared by all tests: a tiny model of random weights, and a tiny world on disk, both made on the spot."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import jobs.demo.gold  # noqa: F401 - registers the gold reward
+import stages.rooms  # noqa: F401 - registers every stage
+from pipeline.content import DataPath, model_digest
+from pipeline.workspace import Warm, Workspace
+from schemas import Model
+from stages.models import untrained
+
+WORLD = Path(__file__).parent / "tiny_world.yaml"
+MARKS = ["[CONTEXT]", "[RESPONSE A]", "[RESPONSE B]"]
+WORDS = ("boat", "table", "room", "car")
+CITIES = ("Oslo", "Paris", "Rome", "Cairo", "Kyoto")
+DAYS = ("Monday", "Friday", "Sunday")
+
+
+def ask(thing: str, city: str, day: str) -> str:
+    return f"Please book a {thing} for two on {day} in {city}."
+
+
+def answer(thing: str, city: str, day: str) -> str:
+    return f"Gladly. I have booked a {thing} for two on {day} in {city}."
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def ws(tmp_path: Path) -> Workspace:
+    """A workspace for calling a stage directly."""
+    return Workspace(tmp_path / "step", Warm(), lambda done, total, unit: None)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demonstrations, prompts, preferences, and the world.yaml that names them."""
+    folder = tmp_path_factory.mktemp("world")
+    slots = [(thing, city, day) for thing in WORDS for city in CITIES for day in DAYS]
+    write_jsonl(
+        folder / "demonstrations.jsonl",
+        [{"prompt": ask(*slot), "demonstration": answer(*slot)} for slot in slots],
+    )
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": ask(*slot) + " Thank you."} for slot in slots[:24]])
+    write_jsonl(
+        folder / "preferences.jsonl",
+        [
+            {"prompt": ask(*slot) + " Hello.", "chosen": answer(*slot), "rejected": f"Um, a {slot[0]}. {n % 7}"}
+            for n, slot in enumerate(slots)
+        ],
+    )
+    (folder / "world.yaml").write_text(WORLD.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A two-layer Llama with random weights and a tokenizer of its own."""
+    space = Workspace(tmp_path_factory.mktemp("tiny"), Warm(), lambda done, total, unit: None)
+    made = untrained(
+        space,
+        corpus=DataPath(str(world / "demonstrations.jsonl")),
+        columns=["prompt", "demonstration"],
+        vocabulary=400,
+        marks=MARKS,
+        hidden=32,
+        layers=2,
+        heads=2,
+        context=128,
+    )
+    return Model(made.folder, model_digest(made.folder))
