@@ -1,6 +1,6 @@
 """The command `winnow`."""
 
-import json
+import csv
 import shutil
 import sys
 from enum import StrEnum
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import typer
 from rich.console import Console
 
 from jobs import recipes, show
-from jobs.console import Watcher, as_table
+from jobs.console import Watcher, as_json, as_table
 from jobs.demo import OVERLAY, world
 from pipeline.catalog import open_catalog, query
 from pipeline.executors import Executor, InProcess, OnRay
@@ -28,8 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sample, rank, optimize: an offline pipeline from preferences to a better policy.",
 )
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+complaints = Console(soft_wrap=True, stderr=True)
 QUERIES = Path(__file__).parent / "queries"
+INTERRUPTED = 130  # typer's exit code for ctrl-c
 
 
 class ExecutorName(StrEnum):
@@ -108,7 +109,7 @@ def _next_moves(recipe: str, on: list[Path], store: Path) -> None:
     console.print(f"""Next:
   winnow report --store {store}                          a page to look at
   winnow plan {recipe}{world} --store {store} --set select.beta=0.1   what another beta would run
-  winnow sql --store {store} "SELECT * FROM steps"       anything, in SQL""", highlight=False, markup=False)  # fmt: skip
+  winnow sql --store {store} "SELECT * FROM steps"       anything in SQL""", highlight=False, markup=False)  # fmt: skip
 
 
 @app.command()
@@ -130,9 +131,13 @@ def sql(
     if format is Format.table:
         console.print(as_table(answer))
     elif format is Format.json:
-        typer.echo("\n".join(json.dumps(row, ensure_ascii=False) for row in answer.to_pylist()))
+        typer.echo("\n".join(as_json(row) for row in answer.to_pylist()))
     else:
-        pa_csv.write_csv(answer, sys.stdout.buffer)
+        lines = csv.writer(sys.stdout, lineterminator="\n")
+        lines.writerow(answer.column_names)
+        lines.writerows(
+            [as_json(v) if isinstance(v, list | dict) else v for v in row.values()] for row in answer.to_pylist()
+        )
 
 
 @app.command()
@@ -176,14 +181,15 @@ def demo(
 def main() -> None:
     """Errors that people can mend end with their message and exit code 2; never a traceback."""
     try:
-        app(standalone_mode=False)
+        app()
     except WinnowError as error:
         for problem in error.problems:
-            console.print(f"winnow: {problem}", style="red", highlight=False, markup=False)
+            complaints.print(f"winnow: {problem}", style="red", highlight=False, markup=False)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        console.print("winnow: interrupted; finished parts are kept, the same command goes on from them")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            complaints.print("winnow: interrupted; finished parts are kept, the same command goes on from them")
+        raise
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What people see while a run works and when it ends."""
 
+import json
 import time
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -94,6 +96,18 @@ def as_table(answer: pa.Table, title: str | None = None) -> Table:
     for row in answer.to_pylist():
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     return table
+
+
+def as_json(value: Any) -> str:
+    """JSON of anything that SQL answers with; a date or an id is its text."""
+    return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """DuckDB's sums of integers are decimals."""
+    if not isinstance(value, Decimal):
+        return str(value)
+    return float(value) if value.as_tuple().exponent else int(value)
 
 
 def _cell(value: Any) -> str:

@@ -57,9 +57,9 @@ def _find(catalog: Any, prefix: str, run: str) -> dict[str, Any]:
         raise WinnowError(f"prompt id {prefix!r}: ids are hexadecimal digits")
     found = query(
         catalog,
-        f"SELECT DISTINCT prompt_id, text, split, len(token_ids) AS tokens FROM prompts "
-        f"WHERE starts_with(prompt_id, '{prefix}') "
-        f"AND prompt_id IN (SELECT prompt_id FROM candidates) ORDER BY split DESC, prompt_id",
+        f"SELECT DISTINCT prompt_id, text, split, len(token_ids) AS tokens, prompt_id IN (SELECT prompt_id "
+        f"FROM rewards) AS sampled FROM prompts WHERE starts_with(prompt_id, '{prefix}') "
+        f"AND prompt_id IN (SELECT prompt_id FROM candidates) ORDER BY sampled DESC, prompt_id",
     ).to_pylist()
     if not found:
         raise WinnowError(f'run {run}: no prompt id begins with {prefix!r}; winnow sql "SELECT prompt_id FROM prompts"')

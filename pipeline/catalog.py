@@ -57,9 +57,19 @@ def query(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         statements = connection.extract_statements(sql)
         if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
             raise WinnowError("sql: exactly one SELECT is taken; the store is read-only")
-        return connection.sql(statements[0].query).to_arrow_table()
+        answer: pa.Table = connection.sql(statements[0].query).to_arrow_table()
     except duckdb.Error as error:
         raise WinnowError(f"sql: {error}") from None
+    return answer.rename_columns(_distinct(answer.column_names))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names of which none stands twice: a join answers with the joined column of both sides."""
+    made: list[str] = []
+    for name in names:
+        fresh = (name, *(f"{name}_{n}" for n in range(2, len(names) + 2)))
+        made.append(next(each for each in fresh if each not in made and (each == name or each not in names)))
+    return made
 
 
 def _view(name: str, schema: pa.Schema, manifests: list[dict[str, Any]]) -> str:

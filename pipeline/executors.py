@@ -145,4 +145,5 @@ def _connect(ray: Any, address: str | None) -> None:
     """To a cluster, or to a local one that is started once a process and ends with it."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        local = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)

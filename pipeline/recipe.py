@@ -1,4 +1,4 @@
-"""YAML to steps: one `extends`, overlays for a world's data and models, and --set overrides.
+"""YAML to steps: one `extends`, a world's data and models between base and recipe, and --set overrides.
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs)
 and `with` (options). `shards`, `target`, `about` and `extends` are settings of the whole.
@@ -6,6 +6,7 @@ and `with` (options). `shards`, `target`, `about` and `extends` are settings of 
 
 import re
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [name.value for name, _ in node.value]
         if double := {name for name in names if names.count(name) > 1}:
-            raise WinnowError(f"{self.name}: line {node.start_mark.line + 1}: {sorted(double)[0]!r} stands twice")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {sorted(double)[0]!r} stands twice")
         return super().construct_mapping(node, deep)
 
 
@@ -49,17 +50,25 @@ class Recipe:
 def load_recipe(
     path: Path, overlays: tuple[Path, ...] = (), sets: tuple[str, ...] = (), name: str | None = None
 ) -> Recipe:
-    """Base, recipe, overlays and overrides merged in this order; raises WinnowError with all mistakes."""
-    layers = [_read(path), *(_read(overlay) for overlay in overlays)]
-    base = layers[0].get("extends")
-    if base is not None:
-        layers.insert(0, _read(path.parent / f"{base}.yaml"))
+    """Base, world, recipe, --set, each over the one before; raises WinnowError with all mistakes.
+
+    What a method says of itself outranks what a world says of all methods.
+    """
+    recipe = _read(path)
+    base = [_read(path.parent / f"{recipe['extends']}.yaml")] if recipe.get("extends") else []
+    layers = [*base, *(_read(overlay) for overlay in overlays), recipe]
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer)
     for assignment in sets:
         _assign(merged, assignment)
-    return _recipe(merged, name or path.stem + "".join(f"[{item}]" for item in sets), str(path))
+    return _recipe(merged, name or _run_name(path.stem + "".join(f"[{item}]" for item in sets)), str(path))
+
+
+def _run_name(name: str) -> str:
+    """The name, if a file can have it; else a part of it, told apart from others by a hash."""
+    plain = name.replace("/", "_").encode()[:150].decode(errors="ignore")
+    return name if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -67,13 +76,17 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WinnowError(f"recipe {path}: cannot be read ({error})") from None
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise WinnowError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    content = _parse(text, f"recipe {path}")
     if not isinstance(content, dict):
         raise WinnowError(f"recipe {path}: must be a mapping of step names, got {type(content).__name__}")
     return _rooted(content, path.parent)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
+        raise WinnowError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _rooted(content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -98,9 +111,9 @@ def _assign(merged: dict[str, Any], assignment: str) -> None:
     """`step.option=value` or `step.option.inner=value`; the value is YAML."""
     path, equals, value = assignment.partition("=")
     names = path.strip().split(".")
-    if not equals or (len(names) < 2 and names[0] not in SETTINGS):
+    if not equals or not all(names) or (len(names) < 2 and names[0] not in SETTINGS):
         raise WinnowError(f"--set {assignment}: must read step.option=value")
-    parsed = yaml.load(value, Loader=_Loader)
+    parsed = _parse(value, f"--set {assignment}")
     if len(names) == 1:
         merged[names[0]] = parsed
         return
@@ -115,6 +128,8 @@ def _assign(merged: dict[str, Any], assignment: str) -> None:
 def _mapping(parent: dict[str, Any], name: str) -> dict[str, Any]:
     """The mapping at `name`; a plain function name opens up into a mapping with `name`."""
     value = parent.get(name)
+    if not isinstance(value, str | dict | None):
+        raise WinnowError(f"--set: {name} is {value!r}, which has no options of its own")
     parent[name] = {"name": value} if isinstance(value, str) else dict(value or {})
     inner: dict[str, Any] = parent[name]
     return inner
@@ -129,7 +144,7 @@ def _recipe(merged: dict[str, Any], name: str, place: str) -> Recipe:
         if type(value) is not SETTINGS[key]
     ]
     problems += [problem for step, body in steps.items() for problem in _malformed(step, body)]
-    if isinstance(settings.get("shards"), int) and not 1 <= settings["shards"] <= 99_999:
+    if type(settings.get("shards")) is int and not 1 <= settings["shards"] <= 99_999:
         problems.append(f"{place}: shards must be from 1 to 99999, got {settings['shards']}")
     if problems:
         raise WinnowError(*problems)
@@ -144,6 +159,12 @@ def _malformed(step: str, body: Any) -> list[str]:
     for part in ("from", "with"):
         if not isinstance(body.get(part) or {}, dict):
             problems.append(f"{step}.{part}: must be a mapping, got {body[part]!r}")
+    wires = body.get("from")
+    problems += [
+        f"{step}.from.{wire}: must be the name of a step, got {source!r}"
+        for wire, source in (wires.items() if isinstance(wires, dict) else ())
+        if not isinstance(source, str | None)
+    ]
     if not isinstance(body.get("use", ""), str):
         problems.append(f"{step}.use: must be the name of a stage, got {body['use']!r}")
     return problems

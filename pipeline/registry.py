@@ -128,7 +128,7 @@ class Registry:
             return value
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
-            raise WinnowError(f"must be the name of a {self.kind}, or a mapping with `name`; got {value!r}")
+            raise WinnowError(f"must name one {self.kind}, or be a mapping with `name`; got {value!r}")
         entry = self.find(given["name"])
         return Bound(entry, entry.validate({k: v for k, v in given.items() if k != "name"}, ""))
 
@@ -156,7 +156,7 @@ def options_of(fn: Callable[..., Any]) -> type[BaseModel]:
 
 def _explain(item: Any, place: str, names: list[str]) -> list[str]:
     """One pydantic error as lines that name place, value, cause and cure."""
-    where = ".".join([place, *(str(part) for part in item["loc"] if part != "function-plain")]).strip(".")
+    where = ".".join([place, *(str(part) for part in item["loc"] if not _branch(part))]).strip(".")
     cause = item.get("ctx", {}).get("error")
     if isinstance(cause, WinnowError):
         return [_nested(where, problem) for problem in cause.problems]

@@ -126,7 +126,7 @@ class Store:
 
     def link_run(self, name: str, steps: list[Step]) -> None:
         content = {step.name: {"stage": step.entry.name, "key": step.key} for step in steps}
-        write_json(self.root / "runs" / f"{name.replace('/', '_')}.json", content)
+        write_json(self.root / "runs" / f"{name}.json", content)
 
     def manifest_at(self, stage: str, key: str) -> Json | None:
         return StepFolder(self.root / stage / key).manifest

@@ -19,20 +19,23 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def _misfit(table: pa.Table, field: pa.Field) -> str | None:
     if field.name not in table.column_names:
         return f"column {field.name!r} is missing"
+    if table.column_names.count(field.name) > 1:
+        return f"column {field.name!r} stands twice"
     column = table.column(field.name)
-    if not _castable(column.type, field.type):
+    if not _castable(column, field.type):
         return f"column {field.name!r} is {column.type}, must be {field.type}"
     if column.null_count and not field.nullable:
         return f"column {field.name!r} has {column.null_count} nulls, must have none"
     return None
 
 
-def _castable(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Empty and all-null columns fit anything; otherwise the type itself, or one that pyarrow widens safely."""
+def _castable(column: pa.ChunkedArray, wanted: pa.DataType) -> bool:
+    """All-null columns fit anything; otherwise the type itself, or one whose values pyarrow takes over unchanged."""
+    found = column.type
     if found == wanted or pa.types.is_null(found):
         return True
     try:
-        pa.nulls(0, found).cast(wanted)
+        column.cast(wanted)
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
         return False
     return bool(pa.types.is_string(found) == pa.types.is_string(wanted))

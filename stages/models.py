@@ -104,6 +104,7 @@ def _save_llama(folder: Path, size: int, hidden: int, layers: int, heads: int, c
         eos_token_id=1,
         pad_token_id=2,
         tie_word_embeddings=True,
+        initializer_range=hidden**-0.5,  # Llama's 0.02 is for thousands of dimensions: a small net would not learn
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -34,16 +34,17 @@ def optimize(
     checkpoint_every: Positive = 100,
     seed: int = 0,
 ) -> tuple[Model, Policies, Metrics]:
-    """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`, batch_size prompts a step.
+    """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
-    Sums are divided by the pairs (or weighted tokens) of the whole step, so accumulation changes nothing.
-    If the objective reads a reference, step 0 must have the loss that policy = reference gives, or
-    training refuses to start (traps: arXiv:2305.18290 implementations, dtype, template, truncation).
-    A rerun goes on from the last checkpoint, bit for bit on the same machine.
+    A step takes whole groups until they hold batch_size pairs (or weighted responses, for nll). Sums are
+    divided by the pairs (or weighted tokens) of the whole step, so accumulation changes nothing. If the
+    objective reads a reference, step 0 must have the loss that policy = reference gives, or training
+    refuses to start: a stale cache would train another objective. A rerun goes on from the last
+    checkpoint, bit for bit on the same machine.
     """
     from stages.training import Trainer, groups_of
 
-    groups = groups_of(examples, objective, nll_weight, init)
+    groups = groups_of(examples, objective, nll_weight, init, dtype)
     trainer = Trainer(
         init=init,
         objective=objective,
@@ -59,7 +60,7 @@ def optimize(
         micro_tokens=micro_tokens,
         seed=seed,
     )
-    held = groups_of(heldout, objective, nll_weight, init) if heldout is not None else []
+    held = groups_of(heldout, objective, nll_weight, init, dtype) if heldout is not None else []
     trained = trainer.fit(groups, held, ws, checkpoint_every)
     return trained, _policy_row(trainer, objective, nll_weight, ws), _metric_rows(trainer.history)
 

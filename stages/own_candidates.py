@@ -63,7 +63,7 @@ def own_candidates(
 def _finite(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("reward is not a number") from None
     if not math.isfinite(number):
         raise ValueError("reward is not finite")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from schemas import Model, WinnowError
 
+disable_progress_bar()  # of loading weights: a step has its own
 Row = tuple[Sequence[int], Sequence[int]]
 THREADS = torch.get_num_threads()
 WEIGHTS = (".safetensors", ".safetensors.index.json")

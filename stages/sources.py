@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ def text_of(row: Row, name: str) -> str:
         raise ValueError(f"{name} is not text")
     if not value.strip():
         raise ValueError(f"empty {name}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can write and no tokenizer reads
+        raise ValueError(f"{name} is not valid Unicode") from None
     return value
 
 
@@ -103,10 +108,10 @@ def _from_jsonl(ws: Workspace, file: Path, columns: Sequence[str]) -> Iterator[t
 
 def _decode(ws: Workspace, place: str, line: bytes) -> Row | None:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         ws.reject("bad UTF-8", place=place, detail=str(error))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         ws.reject("not JSON", place=place, detail=str(error))
     else:
         if isinstance(row, dict):
@@ -116,7 +121,8 @@ def _decode(ws: Workspace, place: str, line: bytes) -> Row | None:
 
 
 def _from_csv(ws: Workspace, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines)
         _require(reader.fieldnames or [], columns, file.name)
         for row in reader:

@@ -1,5 +1,6 @@
 """Text to token ids, at the one place where data enters: chat template, BOS exactly once, EOS where a text ends."""
 
+from functools import cached_property
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -23,17 +24,22 @@ class Tokenizer:
             if not isinstance(prompt, str):
                 raise ValueError("chat messages, and the tokenizer has no chat template")
             return self.with_bos(self.encode(prompt))
+        return self.with_bos(self.encode(self._templated(prompt)))
+
+    def _templated(self, prompt: Prompt) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.with_bos(self.encode(text))
+        return str(self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens of the tokenizer's own."""
         return list(self.inner(text, add_special_tokens=False)["input_ids"])
 
     def response_ids(self, text: str, most: int) -> tuple[list[int], str]:
-        """Ids with EOS; cut at the end to `most` tokens, and then without EOS, for the text goes on."""
-        ids = [*self.encode(text), self.inner.eos_token_id]
+        """Ids with EOS once; cut at the end to `most` tokens, and then without EOS, for the text goes on."""
+        ids, eos = self.encode(text), self.inner.eos_token_id
+        while ids[-1:] == [eos]:  # some data sets write it out
+            ids = ids[:-1]
+        ids = [*ids, eos]
         return (ids, "stop") if len(ids) <= most else (ids[:most], "length")
 
     def decode(self, ids: list[int]) -> str:
@@ -49,16 +55,18 @@ class Tokenizer:
     def with_bos(self, ids: list[int]) -> list[int]:
         """Templates often contain BOS and often do not; the model wants it once, if it was trained with one."""
         bos = self.inner.bos_token_id
-        if bos is None or not self._adds_bos():
+        if bos is None or not self._adds_bos:
             return ids
         while ids[:1] == [bos]:
             ids = ids[1:]
         return [bos, *ids]
 
+    @cached_property
     def _adds_bos(self) -> bool:
         """Does the tokenizer itself, or its template, start a sequence with BOS?"""
-        alone = self.inner("x")["input_ids"][:1] == [self.inner.bos_token_id]
-        return alone or (self.inner.bos_token or "\0") in (self.inner.chat_template or "")
+        if self.inner("x")["input_ids"][:1] == [self.inner.bos_token_id]:
+            return True
+        return self.inner.chat_template is not None and self._templated("x").startswith(self.inner.bos_token)
 
 
 def readable(prompt: Prompt) -> str:

@@ -43,7 +43,7 @@ class Group:
         return sum(weight * len(ids) for weight, ids in zip(self.weight, self.responses, strict=True))
 
 
-def groups_of(examples: pa.Table, objective: Bound, nll_weight: float, init: Model) -> list[Group]:
+def groups_of(examples: pa.Table, objective: Bound, nll_weight: float, init: Model, dtype: str) -> list[Group]:
     """Training groups in order of prompt id; refuses what cannot be trained on, before any weight is loaded."""
     rows = sorted(examples.to_pylist(), key=lambda row: (row["prompt_id"], row["prompt_ids"]))
     groups = [_group(row, objective.facts["reference"]) for row in rows]
@@ -52,7 +52,7 @@ def groups_of(examples: pa.Table, objective: Bound, nll_weight: float, init: Mod
     if longest > context_length(init):
         raise WinnowError(f"examples have rows of {longest} tokens, and the model takes {context_length(init)}")
     if objective.facts["reference"]:
-        _check_reference(rows, init)
+        _check_reference(rows, init, dtype)
     if objective.facts["per"] == "pairs" and not any(group.pairs for group in groups):
         raise WinnowError(f"objective {objective.name} reads pairs, and the examples have none; wire `pairs`")
     if (nll_weight or objective.name == "nll") and not any(group.weighted_tokens for group in groups):
@@ -75,13 +75,18 @@ def _group(row: dict[str, Any], needs_reference: bool) -> Group:
     )
 
 
-def _check_reference(rows: list[dict[str, Any]], init: Model) -> None:
-    models = {row["ref_model"] for row in rows}
-    if models != {init.digest}:
-        other = sorted(str(model)[:12] for model in models - {init.digest})
+def _check_reference(rows: list[dict[str, Any]], init: Model, dtype: str) -> None:
+    other = sorted(str(model)[:12] for model in {row["ref_model"] for row in rows} - {init.digest})
+    if other:
         raise WinnowError(
             f"the cached reference was scored by weights {', '.join(other)}, and training starts from "
             f"{init.digest[:12]}: wire `reference.policy` and `optimize.init` to the same step"
+        )
+    other = sorted(map(str, {row["ref_dtype"] for row in rows} - {dtype}))
+    if other:
+        raise WinnowError(
+            f"the cached reference was scored in {', '.join(other)}, and training runs in {dtype}: "
+            "set `dtype` of `reference` and `optimize` to the same"
         )
 
 
@@ -112,15 +117,14 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True
         )
-        steps = self._steps(len(groups))
+        batches = list(self._batches(groups))
+        steps = len(batches)
         checkpoints.restore(self)
         if self.done == 0 and self.objective.facts["reference"]:
-            self._gate(self._batch_at(groups, 0))
-        ws.count(tokens=sum(_tokens(self._batch_at(groups, step)) for step in range(self.done)))
-        for step in range(self.done, steps):
-            batch = self._batch_at(groups, step)
+            self._gate(batches[0])
+        ws.count(tokens=sum(map(_tokens, batches)))
+        for step, batch in enumerate(batches[self.done :], self.done):
             self._step(batch, step, steps)
-            ws.count(tokens=_tokens(batch))
             ws.progress(self.done, steps, "steps")
             if self.done % checkpoint_every == 0 and self.done < steps:
                 checkpoints.save(self)
@@ -128,15 +132,24 @@ class Trainer:
             self.history.append({"step": float(self.done)} | self._evaluate(heldout))
         return save_network(self.network, self.init, ws.folder / "model")
 
-    def _steps(self, groups: int) -> int:
-        return self.epochs * math.ceil(groups / self.batch_size)
+    def _batches(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """The batches of all epochs, from the seed alone: a resumed run draws the same."""
+        for epoch in range(self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
+            yield from self._filled([groups[n] for n in order])
 
-    def _batch_at(self, groups: list[Group], step: int) -> list[Group]:
-        """The groups of a step: a shuffle for each epoch, from the seed alone, so a resumed run draws the same."""
-        each = math.ceil(len(groups) / self.batch_size)
-        order = np.random.default_rng([self.seed, step // each]).permutation(len(groups))
-        start = step % each * self.batch_size
-        return [groups[n] for n in order[start : start + self.batch_size]]
+    def _filled(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """Whole groups until they hold batch_size of what the objective counts: pairs, or weighted responses."""
+        batch: list[Group] = []
+        size = 0
+        for group in groups:
+            batch.append(group)
+            size += len(group.pairs) if self.objective.facts["per"] == "pairs" else sum(w > 0 for w in group.weight)
+            if size >= self.batch_size:
+                yield batch
+                batch, size = [], 0
+        if size:
+            yield batch
 
     def _step(self, batch: list[Group], step: int, steps: int) -> None:
         for setting in self.optimizer.param_groups:

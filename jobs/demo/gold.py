@@ -2,6 +2,8 @@
 
 import re
 
+from stages.evaluate import gold_reward
+
 SLOTS: dict[str, tuple[str, ...]] = {
     "thing": ("boat", "table", "room", "car", "tour", "guide", "taxi", "sauna", "picnic", "concert"),
     "people": ("two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -20,6 +22,7 @@ FILLER, EXCESS = -0.5, -0.1  # per word
 BRIEF = 18  # words that a full and polite confirmation needs
 
 
+@gold_reward()
 def concierge(prompt: str, response: str) -> float:
     """How well `response` serves the guest who wrote `prompt`.
 

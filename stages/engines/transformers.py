@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from stages.engines import Completion, Request, Sampling
 
@@ -41,6 +42,8 @@ class TransformersEngine:
     """Rows of equal prompt length go together, so that nothing is padded."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
+        disable_progress_bar()
+        torch.set_num_threads(1)  # as all scoring: the same numbers whatever the machine shares
         kind = getattr(torch, dtype)
         self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +26,18 @@ class VllmEngine:
     def __init__(self, folder: Path, dtype: str) -> None:
         import torch
 
+        from stages.policy import THREADS
+
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             # In this process: up in seconds. On a GPU a subprocess, whose end gives the memory back.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from vllm import LLM
+        torch.set_num_threads(THREADS)
+        with _hidden("llvmlite.binding.ffi"), _quiet():
+            from vllm import LLM
 
-        self.threads = torch.get_num_threads()
-        with _hidden("llvmlite.binding.ffi"):
             self.llm: Any = LLM(
                 model=str(folder),
                 dtype=dtype,
@@ -67,14 +70,30 @@ class VllmEngine:
 
     def close(self) -> None:
         """Frees the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
-        import torch
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
-        torch.set_num_threads(self.threads)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the chatter of start-up, from C++ too, and print it only if start-up fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as chatter:
+        os.dup2(chatter.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            chatter.seek(0)
+            os.write(kept, chatter.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextmanager

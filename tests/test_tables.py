@@ -1,0 +1,234 @@
+"""The data dictionary is enforced: a table fits its schema or is refused by column; ids come from content alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas import TABLES, WinnowError, candidate_id, conform, prompt_id, seed_for, shard_of, split_of, token_digest
+from schemas.tables import CANDIDATES, EVALUATIONS, EXAMPLES, REWARDS
+
+ROW: dict[str, list] = dict(metric=["kl"], value=[1.0], low=[0.5], high=[1.5], n=[3])
+TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=6)
+TEXT = st.text(max_size=8)
+calm = settings(deadline=None, derandomize=True, database=None)
+
+
+def problems(columns: dict, schema: pa.Schema = EVALUATIONS) -> tuple[str, ...]:
+    with pytest.raises(WinnowError) as caught:
+        conform(pa.table(columns), schema)
+    return caught.value.problems
+
+
+def fields(schema: Sequence[pa.Field]) -> list[pa.Field]:
+    """The schema's fields, and those inside lists and structs."""
+    found = []
+    for field in schema:
+        kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+        found += [field, *(fields(list(kind)) if pa.types.is_struct(kind) else [])]
+    return found
+
+
+def test_a_table_that_fits_comes_back_with_exactly_the_schema():
+    """Whatever order its columns were in; metadata and nullability are the schema's."""
+    table = pa.table({name: ROW[name] for name in reversed(ROW)})
+    made = conform(table, EVALUATIONS)
+    assert made.schema.equals(EVALUATIONS, check_metadata=True)
+    assert made.to_pylist() == [{name: values[0] for name, values in ROW.items()}]
+
+
+def test_chunks_do_not_matter():
+    """The same rows in one piece or in three are the same bytes in the store."""
+    table = pa.table(ROW)
+    made = conform(pa.concat_tables([table, table, table]), EVALUATIONS)
+    assert made.num_rows == 3
+    assert made.column("n").num_chunks == 1
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_takes_its_own_empty_table(name: str):
+    """A shard without rows is a table like any other."""
+    assert conform(TABLES[name].empty_table(), TABLES[name]).num_rows == 0
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_and_column_has_a_meaning(name: str):
+    """The schema is the documentation: a column that nobody can explain has no place."""
+    schema = TABLES[name]
+    assert schema.metadata[b"table"].decode() == name
+    assert schema.metadata[b"about"].strip()
+    assert [field.name for field in fields(schema) if not (field.metadata or {}).get(b"meaning", b"").strip()] == []
+    assert len(set(schema.names)) == len(schema.names)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"value": ["high"]}, ["'value' is string, must be double"]),
+        ({"metric": [3]}, ["'metric' is int64, must be string"]),
+        ({"n": ["3"]}, ["'n' is string, must be int64"]),
+        ({"n": [1.5]}, ["'n' is double, must be int64"]),
+        ({"n": [[3]]}, ["'n' is list<item: int64>, must be int64"]),
+        ({"value": [None]}, ["'value' has 1 nulls, must have none"]),
+        ({"unheard_of": [1]}, ["unknown column 'unheard_of'"]),
+    ],
+    ids=str,
+)
+def test_a_misfit_names_table_column_and_both_types(change: dict, words: list[str]):
+    found = problems(ROW | change)
+    assert len(found) == 1
+    assert [word for word in ["table evaluations: ", *words] if word not in found[0]] == []
+
+
+def test_a_missing_column_is_named():
+    assert problems({name: ROW[name] for name in ROW if name != "low"}) == (
+        "table evaluations: column 'low' is missing",
+    )
+
+
+def test_a_column_that_stands_twice_is_named():
+    table = pa.Table.from_arrays([pa.array([1.0])] * 2, names=["reward", "reward"])
+    with pytest.raises(WinnowError, match="column 'reward' stands twice"):
+        conform(table, REWARDS)
+
+
+def test_all_misfits_come_at_once():
+    found = problems({"metric": [3], "value": [None], "low": [0.5], "n": [1], "more": [1]})
+    assert [line.split("'")[1] for line in found] == ["metric", "value", "high", "more"]
+
+
+def test_numbers_widen_but_never_lose_anything():
+    """int64 to double and to int32 where the value fits; a value that does not fit is refused, not wrapped."""
+    assert conform(pa.table(ROW | {"value": [1]}), EVALUATIONS).column("value").to_pylist() == [1.0]
+    row = dict(prompt_id=["p"], candidate_id=["c"], k=[0], token_ids=[[1, 2]], text=["x"], logp=[None])
+    row |= dict(logp_kind=["none"], n_tokens=[2], finish_reason=["stop"], seed=[None])
+    assert conform(pa.table(row), CANDIDATES).column("token_ids").to_pylist() == [[1, 2]]
+    assert "'k' is int64, must be int32" in problems(row | {"k": [2**40]}, CANDIDATES)[0]
+    assert "'token_ids'" in problems(row | {"token_ids": [[2**40]]}, CANDIDATES)[0]
+
+
+def test_nested_columns_are_checked_inside():
+    """A response without its id is refused, even two levels down."""
+    row = dict(prompt_id=["p"], prompt_ids=[[1]], pairs=[[]], ref_model=[None], ref_dtype=[None])
+    response = dict(candidate_id="c", token_ids=[1], weight=1.0, ref_logp=None)
+    assert conform(pa.table(row | {"responses": [[response]]}), EXAMPLES).num_rows == 1
+    assert "'responses'" in problems(row | {"responses": [[response | {"candidate_id": None}]]}, EXAMPLES)[0]
+
+
+Draw = st.tuples(TEXT, TOKENS, st.integers(0, 3))
+
+
+@calm
+@given(Draw, Draw)
+def test_two_draws_share_an_id_only_if_they_are_the_same(one, other):
+    """Prompt, tokens, copy: nothing runs over into its neighbour."""
+    assert (candidate_id(*one) == candidate_id(*other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("a", [1], 0), ("a1", [], 0)), (("p", [1, 2], 0), ("p", [258], 0)), (("p", [1], 10), ("p", [1, 10], 0))],
+)
+def test_ids_do_not_confuse_neighbours(one, other):
+    assert candidate_id(*one) != candidate_id(*other)
+
+
+@calm
+@given(TEXT, TOKENS)
+def test_a_candidate_id_takes_any_sequence_of_the_same_tokens(prompt: str, tokens: list[int]):
+    """A list, a tuple or an array of any integer type: what counts is the tokens."""
+    kinds: list[Callable[[list[int]], Any]] = [list, tuple, np.array, lambda ids: np.array(ids, np.int32)]
+    ids = {candidate_id(prompt, kind(tokens)) for kind in kinds}
+    assert len(ids) == 1
+    assert len(ids.pop()) == 20
+
+
+@calm
+@given(TOKENS, TOKENS, TOKENS, TOKENS)
+def test_a_token_digest_knows_where_the_prompt_ends(prompt, response, other_prompt, other_response):
+    """The same ids cut at another place are another reading."""
+    same = (prompt, response) == (other_prompt, other_response)
+    assert (token_digest(prompt, response) == token_digest(other_prompt, other_response)) == same
+    if response:
+        assert token_digest(prompt, response) != token_digest([*prompt, response[0]], response[1:])
+
+
+MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), min_size=1, max_size=3)
+
+
+@calm
+@given(st.one_of(TEXT, MESSAGES), st.one_of(TEXT, MESSAGES))
+def test_two_prompts_share_an_id_only_if_they_are_the_same(one, other):
+    assert (prompt_id(one) == prompt_id(other)) == (one == other)
+
+
+@calm
+@given(MESSAGES)
+def test_a_prompt_id_does_not_depend_on_the_order_of_keys(messages):
+    assert prompt_id(messages) == prompt_id([dict(reversed(message.items())) for message in messages])
+
+
+@calm
+@given(TEXT, st.integers(1, 99_999))
+def test_a_shard_is_in_range_and_always_the_same(prompt: str, shards: int):
+    assert 0 <= shard_of(prompt, shards) < shards
+    assert shard_of(prompt, shards) == shard_of(prompt, shards)
+    assert shard_of(prompt, 1) == 0
+
+
+def test_ids_are_the_same_in_every_release():
+    """A store outlives the code: if these move, every cached result is lost and every join with old files breaks."""
+    name = prompt_id("Hello")
+    assert name == "67cff6c3d37cf80b1183"
+    assert candidate_id(name, [1, 2, 3]) == "67206caa7df5d48fce6d"
+    assert (shard_of(name, 8), seed_for(0, name, 1), split_of(name, 0.5)) == (5, 430135706050755198, "train")
+
+
+def test_shards_are_about_equal():
+    """8,000 prompts in 8 shards: 1,000 each with a deviation of 30; five of those would be a broken hash."""
+    counts = np.bincount([shard_of(prompt_id(f"prompt {n}"), 8) for n in range(8000)])
+    assert np.all(np.abs(counts - 1000) < 150)
+
+
+@calm
+@given(st.integers(), st.lists(st.one_of(TEXT, st.integers()), max_size=3))
+def test_a_seed_fits_63_bits(seed: int, names: list):
+    """NumPy, torch and vLLM all take it, and a signed column holds it."""
+    made = seed_for(seed, *names)
+    assert 0 <= made < 2**63
+    assert made == seed_for(seed, *names)
+    assert np.int64(made) == made
+
+
+def test_every_draw_has_its_own_seed():
+    """Seeds, prompts and draws: 2 * 50 * 20 of them, all different; and ("1", "2") is not ("12",)."""
+    seeds = {seed_for(seed, f"p{p}", k) for seed in range(2) for p in range(50) for k in range(20)}
+    assert len(seeds) == 2000
+    assert seed_for(0, "1", "2") != seed_for(0, "12")
+
+
+@pytest.mark.parametrize("heldout", [0.0, 0.05, 0.2, 0.5, 0.9])
+def test_the_held_out_share_is_about_what_was_asked(heldout: float):
+    """Of 4,000 prompts, within five standard deviations; none at all at 0."""
+    share = np.mean([split_of(prompt_id(f"prompt {n}"), heldout) == "heldout" for n in range(4000)])
+    assert abs(share - heldout) <= 5 * np.sqrt(heldout * (1 - heldout) / 4000)
+
+
+@calm
+@given(TEXT, st.floats(0, 1), st.floats(0, 1))
+def test_a_prompt_once_held_out_stays_so_when_more_is_held_out(prompt: str, one: float, other: float):
+    """So that a larger test set contains the smaller one, and no old test prompt becomes training data."""
+    less, more = sorted([one, other])
+    assert split_of(prompt, less) == "train" or split_of(prompt, more) == "heldout"
+
+
+def test_split_and_shard_are_independent():
+    """Else a shard would hold only held-out prompts: of 4,000 prompts in 4 shards, each has about half held out."""
+    names = [prompt_id(f"prompt {n}") for n in range(4000)]
+    for shard in range(4):
+        inside = [split_of(name, 0.5) == "heldout" for name in names if shard_of(name, 4) == shard]
+        assert abs(np.mean(inside) - 0.5) < 0.08
