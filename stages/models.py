@@ -91,7 +91,9 @@ def _save_tokenizer(folder: Path, texts: list[str], vocabulary: int, marks: list
 def _save_llama(folder: Path, size: int, hidden: int, layers: int, heads: int, context: int, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     config = LlamaConfig(
         vocab_size=size,
         hidden_size=hidden,

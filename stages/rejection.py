@@ -5,7 +5,10 @@ loop stops at the k-th acceptance and would otherwise favour those that stand ea
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import config, njit, prange
+
+# Numba's OpenMP layer turns on nested parallelism for the whole process, which slows torch tenfold afterwards.
+config.THREADING_LAYER = "workqueue"
 
 
 @njit(cache=True)
@@ -49,7 +52,8 @@ def _one_prompt(
             top = max(top, values[pool[i]])
         kept = 0
         for i in range(left):
-            if accepted < wanted and _next(state) < np.exp((values[pool[i]] - top) / beta):
+            chance = 1.0 if np.isinf(beta) else np.exp((values[pool[i]] - top) / beta)
+            if accepted < wanted and _next(state) < chance:
                 chosen[accepted], rounds[accepted] = pool[i], turn
                 accepted += 1
             else:

@@ -1,7 +1,11 @@
 """Shared by all tests: a tiny model of random weights, and a tiny world on disk, both made on the spot."""
 
 import json
+import os
 from pathlib import Path
+
+# One thread a process, set before torch is loaded: tests run several processes on two cores.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
 
 import pytest
 

@@ -93,7 +93,7 @@ def test_a_bound_function_is_called_with_its_options_and_knows_its_facts():
         ({"width": 11}, ["draw.width", "less than or equal to 10", "got 11"]),
         ({"shape": "cirkle"}, ["draw.shape", "unknown shape 'cirkle'", "did you mean 'circle'?"]),
         ({"shape": "xyz"}, ["draw.shape", "unknown shape 'xyz'", "known: circle, square"]),
-        ({"shape": 3}, ["draw.shape", "name of a shape", "got 3"]),
+        ({"shape": 3}, ["draw.shape", "must name one shape", "got 3"]),
         ({"shape": {"radius": 3.0}}, ["draw.shape", "`name`", "'radius': 3.0"]),
         ({"shape": {"name": "circle", "radius": 0.0}}, ["draw.shape.radius", "greater than 0", "got 0.0"]),
         ({"shape": {"name": "circle", "radiant": 1.0}}, ["draw.shape.radiant", "unknown option", "'radius'?"]),

@@ -230,7 +230,7 @@ def test_accumulation_changes_nothing(tiny, cached, imitated, tmp_path, name, op
         rows = edited(cached, lambda row, n, response: response.update(weight=0.5 + n))
     runs = {}
     for micro_tokens in (1, 150, 100_000):
-        given = dict(objective=bound(name), batch_size=10, epochs=2, micro_tokens=micro_tokens) | options
+        given = dict(objective=bound(name), batch_size=100, epochs=2, micro_tokens=micro_tokens) | options
         made, metrics, _ = train(tiny, rows, tmp_path / str(micro_tokens), **given)
         runs[micro_tokens] = weights(made), metrics
     whole, first = runs[100_000]
@@ -251,7 +251,7 @@ def test_nll_is_a_mean_over_the_weighted_tokens_of_the_whole_step(tiny, imitated
                 logp, _ = completion_logp(network, [(row["prompt_ids"], response["token_ids"])], "float32")
             total -= response["weight"] * logp.item()
             tokens += response["weight"] * len(response["token_ids"])
-    _, metrics, _ = train(tiny, imitated, tmp_path, objective=bound("nll"), batch_size=10, micro_tokens=60)
+    _, metrics, _ = train(tiny, imitated, tmp_path, objective=bound("nll"), batch_size=100, micro_tokens=60)
     assert metrics[1, "loss"] == pytest.approx(total / tokens, rel=1e-6)
     assert metrics[1, "nll"] == pytest.approx(total / tokens, rel=1e-6)
 
@@ -295,12 +295,15 @@ def test_the_schedule_has_its_shape(tiny, imitated, tmp_path):
 
 
 def test_every_group_is_seen_once_an_epoch(tiny, cached, tmp_path):
-    """10 groups in batches of 4 are 3 steps an epoch, the last of 2; an epoch has all pairs, none twice."""
+    """A step is whole groups until they hold batch_size pairs, the last of an epoch what is left: none twice."""
     pairs = sum(len(row["pairs"]) for row in cached.to_pylist())
+    most = max(len(row["pairs"]) for row in cached.to_pylist())
     _, metrics, policy = train(tiny, cached, tmp_path, epochs=2)
-    seen = [metrics[step, "pairs"] for step in range(1, 7)]
-    assert sum(seen[:3]) == sum(seen[3:]) == pairs
-    assert policy["steps"] == 6
+    seen = [metrics[step, "pairs"] for step in range(1, policy["steps"] + 1)]
+    assert sum(seen) == 2 * pairs
+    assert pairs in np.cumsum(seen)
+    assert all(size < 4 + most for size in seen)
+    assert sum(size < 4 for size in seen) <= 2
 
 
 def test_the_seed_orders_the_groups_and_nothing_else_moves(tiny, cached, tmp_path):
@@ -327,7 +330,7 @@ def killer(at):
 
 @pytest.mark.parametrize(("died", "torn"), [(2, False), (5, False), (5, True), (7, True)])
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tiny, cached, tmp_path, died, torn):
-    """9 steps, a checkpoint every 2: the second start ends with the same weights, metrics and counts, bit for bit.
+    """A checkpoint every 2 steps: the second start ends with the same weights, metrics and counts, bit for bit.
 
     Dying at step 2 leaves no checkpoint, so all is done again. `torn`: a checkpoint that was being written
     (.writing, half a file) when the machine died is not read.
@@ -364,17 +367,17 @@ def test_heldout_metrics_appear_and_do_not_train(tiny, cached, tmp_path):
     """heldout/ names at the last step, of the final weights; the weights are those of a run without."""
     train_rows, held = cached.slice(0, 6), cached.slice(6)
     bare, plain, _ = train(tiny, train_rows, tmp_path / "a", epochs=2)
-    with_held, metrics, _ = train(tiny, train_rows, tmp_path / "b", heldout=held, epochs=2)
-    names = {name for step, name in metrics if step == 4 and name.startswith("heldout/")}
+    with_held, metrics, policy = train(tiny, train_rows, tmp_path / "b", heldout=held, epochs=2)
+    names = {name for step, name in metrics if step == policy["steps"] and name.startswith("heldout/")}
     assert {"heldout/loss", "heldout/margin", "heldout/accuracy", "heldout/pairs"} <= names
     assert furthest(weights(bare), weights(with_held)) == 0
     assert {key: metrics[key] for key in plain} == plain
-    assert metrics[4, "heldout/pairs"] == sum(len(row["pairs"]) for row in held.to_pylist())
+    assert metrics[policy["steps"], "heldout/pairs"] == sum(len(row["pairs"]) for row in held.to_pylist())
 
 
 def test_the_margin_of_the_metrics_is_h(tiny, cached, tmp_path):
     """After training, mean h = mean [lp(w) - lp(l)] - [rp(w) - rp(l)], from the saved weights and the cache."""
-    made, metrics, _ = train(tiny, cached, tmp_path, heldout=cached, epochs=2)
+    made, metrics, policy = train(tiny, cached, tmp_path, heldout=cached, epochs=2)
     network = load_network(made)
     gaps = []
     for row in cached.to_pylist():
@@ -383,5 +386,5 @@ def test_the_margin_of_the_metrics_is_h(tiny, cached, tmp_path):
             logp = completion_logp(network, ids, "float32")[0].tolist()
         shift = [a - response["ref_logp"] for a, response in zip(logp, row["responses"], strict=True)]
         gaps += [shift[pair["chosen"]] - shift[pair["rejected"]] for pair in row["pairs"]]
-    assert metrics[6, "heldout/margin"] == pytest.approx(np.mean(gaps), abs=1e-4)
-    assert metrics[6, "heldout/accuracy"] == pytest.approx(np.mean(np.array(gaps) > 0))
+    assert metrics[policy["steps"], "heldout/margin"] == pytest.approx(np.mean(gaps), abs=1e-4)
+    assert metrics[policy["steps"], "heldout/accuracy"] == pytest.approx(np.mean(np.array(gaps) > 0))

@@ -11,8 +11,8 @@ from jobs.demo.gold import SLOTS, concierge
 
 SEED = 2309  # one seed for the whole world: the same bytes on every run
 DEMONSTRATIONS = 12_000  # enough to learn to copy a slot in one pass
-PROMPTS = 400  # split into train and held-out by a hash of the prompt
-PREFERENCES = 8_000  # the ranker must compare, which is harder to learn than to answer
+PROMPTS = 340  # split into train and held-out by a hash of the prompt
+PREFERENCES = 6_000  # the ranker must compare, which is harder to learn than to answer
 TIMED = 0.4  # share of guests who name a time; for the others a time is an invention
 JUDGE_TEMPERATURE = 0.7  # gold points at which the judge still errs about one time in four
 
