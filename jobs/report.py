@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -84,9 +85,10 @@ def _histogram(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     figure, axes = _figure(6, 2.6)
+    bins = np.histogram_bin_edges([row["reward"] for row in rows], bins=50)
     for name, color in COLORS.items():
         values = [row["reward"] for row in rows if row["what"] == name]
-        axes.hist(values, bins=40, density=True, alpha=0.6, color=color, label=f"{name} ({len(values):,})")
+        axes.hist(values, bins=list(bins), density=True, alpha=0.6, color=color, label=f"{name} ({len(values):,})")
     axes.set_xlabel("reward: logit P(beats the prompt's baseline), nats")
     axes.legend(frameon=False)
     return _svg(figure)

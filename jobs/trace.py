@@ -52,14 +52,15 @@ def life(store: Store, run: str, prefix: str, console: Console) -> None:
 
 
 def _find(catalog: Any, prefix: str, run: str) -> dict[str, Any]:
-    """The one prompt meant; without a prefix, the first one that was sampled from."""
+    """The one prompt meant; without a prefix, the first one that went all the way."""
     if not all(letter in "0123456789abcdef" for letter in prefix):
         raise WinnowError(f"prompt id {prefix!r}: ids are hexadecimal digits")
     found = query(
         catalog,
-        f"SELECT DISTINCT prompt_id, text, split, len(token_ids) AS tokens, prompt_id IN (SELECT prompt_id "
-        f"FROM rewards) AS sampled FROM prompts WHERE starts_with(prompt_id, '{prefix}') "
-        f"AND prompt_id IN (SELECT prompt_id FROM candidates) ORDER BY sampled DESC, prompt_id",
+        f"SELECT DISTINCT prompt_id, text, split, len(token_ids) AS tokens, "
+        f"prompt_id IN (SELECT prompt_id FROM rewards) AS scored, prompt_id IN (SELECT prompt_id FROM pairs) AS paired "
+        f"FROM prompts WHERE starts_with(prompt_id, '{prefix}') AND prompt_id IN (SELECT prompt_id FROM candidates) "
+        f"ORDER BY scored DESC, paired DESC, prompt_id",
     ).to_pylist()
     if not found:
         raise WinnowError(f'run {run}: no prompt id begins with {prefix!r}; winnow sql "SELECT prompt_id FROM prompts"')

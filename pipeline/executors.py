@@ -50,6 +50,8 @@ class OnRay:
         self.address = address
 
     def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None:
+        if self.address is None:
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
         ray: Any = import_module("ray")  # untyped, and not needed to run in process
         _connect(ray, self.address)
         count = min(self.workers, len(units))
@@ -145,5 +147,5 @@ def _connect(ray: Any, address: str | None) -> None:
     """To a cluster, or to a local one that is started once a process and ends with it."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        local = {} if address else {"include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)

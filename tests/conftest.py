@@ -6,15 +6,20 @@ from pathlib import Path
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray on the loopback address, as pipeline.executors has it
 
 import pytest
 
 import jobs.demo.gold  # noqa: F401 - registers the gold reward
 import stages.rooms  # noqa: F401 - registers every stage
 from pipeline.content import DataPath, model_digest
+from pipeline.executors import InProcess
+from pipeline.run import run
+from pipeline.store import Store
 from pipeline.workspace import Warm, Workspace
 from schemas import Model
 from stages.models import untrained
+from tests.runs import Silent, plan_of
 
 WORLD = Path(__file__).parent / "tiny_world.yaml"
 MARKS = ["[CONTEXT]", "[RESPONSE A]", "[RESPONSE B]"]
@@ -73,9 +78,17 @@ def tiny(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
         columns=["prompt", "demonstration"],
         vocabulary=400,
         marks=MARKS,
-        hidden=32,
+        hidden=64,
         layers=2,
         heads=2,
         context=128,
     )
     return Model(made.folder, model_digest(made.folder))
+
+
+@pytest.fixture(scope="session")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of an undisturbed run of RSO on the tiny world, in process."""
+    root = tmp_path_factory.mktemp("finished")
+    run(plan_of(world), Store(root), InProcess(), Silent())
+    return root

@@ -28,17 +28,21 @@ def ours(name):
     return top not in ALLOWED and top not in OURS and top not in sys.stdlib_module_names
 
 
+def is_ours(path):
+    return path.startswith(ROOT) and "site-packages" not in path
+
+
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         frame = sys._getframe(1)
         while frame and "importlib" in frame.f_code.co_filename:
             frame = frame.f_back
-        if frame and frame.f_code.co_filename.startswith(ROOT) and ours(name):
+        if frame and is_ours(frame.f_code.co_filename) and ours(name):
             raise ImportError("not on a bare machine: " + name)
 
 
 def guarded(name, globals=None, locals=None, fromlist=(), level=0):
-    if level == 0 and str((globals or {{}}).get("__file__", "")).startswith(ROOT) and ours(name):
+    if level == 0 and is_ours(str((globals or {{}}).get("__file__", ""))) and ours(name):
         raise ImportError("not on a bare machine: " + name)
     return plain(name, globals, locals, fromlist, level)
 

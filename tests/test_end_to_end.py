@@ -15,7 +15,7 @@ from pipeline.executors import InProcess
 from pipeline.run import run
 from pipeline.store import Store
 from schemas.tables import CANDIDATES, EVALUATIONS, PAIRS
-from tests.test_run import Silent, plan_of
+from tests.runs import Silent, plan_of
 
 DATA = Path(__file__).parent / "data"
 
@@ -101,8 +101,6 @@ def test_pairs_of_people_are_trained_on_as_they_came(world, sampled):
     plan = plan_of(world, recipe="dpo")
     step = {step.name: step for step in plan.steps}["preferences"]
     pairs = Store(sampled).folder(step).read(PAIRS)
-    texts = {
-        row["candidate_id"]: row["text"] for row in Store(sampled).folder(step).read(CANDIDATES).to_pylist()
-    }
+    texts = {row["candidate_id"]: row["text"] for row in Store(sampled).folder(step).read(CANDIDATES).to_pylist()}
     given = {json.loads(line)["chosen"] for line in (world / "preferences.jsonl").read_text().splitlines()}
     assert {texts[name] for name in pairs.column("chosen_id").to_pylist()} == given

@@ -1,0 +1,28 @@
+"""Running the tiny world: plans, and a reporter that remembers."""
+
+from pathlib import Path
+
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import load_recipe
+
+RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+SETS = ("optimize.checkpoint_every=1", "optimize.epochs=8", "select.k=4")
+
+
+class Silent:
+    """A reporter that remembers which steps ran."""
+
+    def __init__(self):
+        self.ran = []
+
+    def cached(self, step, manifest): ...
+    def begin(self, step, done, total): ...
+    def unit(self, rows): ...
+    def tell(self, done, total, unit): ...
+
+    def sealed(self, step, manifest):
+        self.ran.append(step.name)
+
+
+def plan_of(world: Path, *sets: str, recipe: str = "rso") -> Plan:
+    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "world.yaml",), (*SETS, *sets), name="run"))
