@@ -10,6 +10,7 @@ from typing import Annotated
 import pyarrow as pa
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from jobs import recipes, show
 from jobs.console import Watcher, as_json, as_table
@@ -70,8 +71,9 @@ def run(
 ) -> None:
     """Make what the recipes need and the store has not. All recipes are checked before anything runs."""
     chosen: Executor = OnRay(workers) if executor is ExecutorName.ray else InProcess()
-    run_all(recipes.plans(recipe, on, sets), Store(store), chosen)
-    _next_moves(recipe[0], on, store)
+    made = recipes.plans(recipe, on, sets)
+    run_all(made, Store(store), chosen)
+    _next_moves(made[0].name, recipe[0], on, sets, store)
 
 
 def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
@@ -79,7 +81,7 @@ def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
     watcher = Watcher(console)
     try:
         for made in plans:
-            console.print(f"[bold]{made.name}[/]", highlight=False, markup=True)
+            console.print(f"[bold]{escape(made.name)}[/]", highlight=False)
             run_plan(made, store, executor, watcher)
     finally:
         watcher.close()
@@ -104,12 +106,18 @@ def _summary(store: Store, runs: list[str]) -> None:
         console.print(as_table(pa.Table.from_pylist(ours), "left out, and why"))
 
 
-def _next_moves(recipe: str, on: list[Path], store: Path) -> None:
-    world = "".join(f" --on {path}" for path in on)
-    console.print(f"""Next:
-  winnow report --store {store}                          a page to look at
-  winnow plan {recipe}{world} --store {store} --set select.beta=0.1   what another beta would run
-  winnow sql --store {store} "SELECT * FROM steps"       anything in SQL""", highlight=False, markup=False)  # fmt: skip
+def _next_moves(run: str, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
+    """Commands that can be pasted as they stand."""
+    me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
+    world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in sets)
+    console.print(
+        f"Next, for example:\n"
+        f"  {me} trace {shlex.quote(run)} --store {store}  # one prompt's life\n"
+        f"  {me} report --store {store}  # a page to look at\n"
+        f"  {me} plan {recipe}{world} --store {store} --set select.beta=0.1  # what another beta would run",
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command()
@@ -175,7 +183,7 @@ def demo(
     methods = ["sft", "dpo", "sft_sample_rank", "rso", "raft"]
     run_all(recipes.plans(methods, [overlay], []), Store(store), InProcess())
     report(store, folder / "report.html")
-    _next_moves("rso", [overlay], store)
+    _next_moves("rso", "rso", [overlay], [], store)
 
 
 def main() -> None:

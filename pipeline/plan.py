@@ -58,7 +58,8 @@ def make_plan(recipe: Recipe) -> Plan:
     problems: list[str] = []
     entries = {name: _entry(name, body, problems) for name, body in recipe.steps.items()}
     wires = {name: _wires(name, body, recipe, problems) for name, body in recipe.steps.items()}
-    order = _order(recipe.target, wires, problems)
+    needed = _order([recipe.target], wires, problems)
+    order = _order([*(name for name in needed if _reads_files(entries[name])), recipe.target], wires, problems)
     options = {name: _options(name, recipe.steps[name], entries[name], name in order, problems) for name in entries}
     for name in order:
         _check_step(name, entries, wires[name], options[name], problems)
@@ -90,10 +91,16 @@ def _wires(name: str, body: dict[str, Any], recipe: Recipe, problems: list[str])
     return {wire: source for wire, source in wires.items() if source in recipe.steps}
 
 
-def _order(target: str, wires: dict[str, dict[str, str]], problems: list[str]) -> list[str]:
-    """Depth first from the target; a circle is a mistake that names its members."""
-    if target not in wires:
-        problems.append(f"target: no step {target!r} in this recipe; {nearest(target, list(wires))}")
+def _reads_files(entry: Entry | None) -> bool:
+    """Such steps run as early as they can: what is wrong with the data is said before a model is trained."""
+    shape = shape_of(entry) if entry else None
+    return bool(shape and shape.outputs and all(item.schema is None for item in shape.inputs))
+
+
+def _order(targets: list[str], wires: dict[str, dict[str, str]], problems: list[str]) -> list[str]:
+    """Depth first from each target; a circle is a mistake that names its members."""
+    if targets[-1] not in wires:
+        problems.append(f"target: no step {targets[-1]!r} in this recipe; {nearest(targets[-1], list(wires))}")
         return []
     order: list[str] = []
 
@@ -105,7 +112,8 @@ def _order(target: str, wires: dict[str, dict[str, str]], problems: list[str]) -
                 visit(source, (*trail, name))
             order.append(name)
 
-    visit(target, ())
+    for target in targets:
+        visit(target, ())
     return order
 
 

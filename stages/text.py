@@ -32,7 +32,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens of the tokenizer's own."""
-        return list(self.inner(text, add_special_tokens=False)["input_ids"])
+        return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def response_ids(self, text: str, most: int) -> tuple[list[int], str]:
         """Ids with EOS once; cut at the end to `most` tokens, and then without EOS, for the text goes on."""

@@ -20,7 +20,7 @@ from schemas.tables import CANDIDATES, SELECTIONS
 from tests.runs import RECIPES, SETS, Silent, plan_of
 
 
-def digests(plan: Plan, store: Store, steps=None) -> dict[str, list[str]]:
+def digests(plan: Plan, store: Store, steps=None) -> dict[str, list[tuple[str, str]]]:
     """Content of every row table of the steps, by its manifest."""
     return {
         step.name: [(file["file"], file["sha256"]) for file in store.folder(step).manifest["files"]]
