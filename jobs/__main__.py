@@ -1,6 +1,7 @@
 """The command `winnow`."""
 
 import csv
+import shlex
 import shutil
 import sys
 from enum import StrEnum
