@@ -54,9 +54,10 @@ class OnRay:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
         ray: Any = import_module("ray")  # untyped, and not needed to run in process
         _connect(ray, self.address)
-        count = min(self.workers, len(units))
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
-        worker = ray.remote(num_cpus=cpus, max_restarts=0)(_Worker)
+        has = ray.cluster_resources()
+        cpus, gpus = int(has.get("CPU", 1)), int(has.get("GPU", 0))
+        count = min(self.workers, len(units), gpus or self.workers)
+        worker = ray.remote(num_cpus=max(1, cpus // count), num_gpus=gpus // count, max_restarts=0)(_Worker)
         Dispatch(ray, lambda: worker.remote(work), work, done, tell).run(units, count)
 
 

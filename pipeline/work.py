@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.plan import Step
@@ -13,7 +14,6 @@ from pipeline.stage import Input, shape_of
 from pipeline.store import StepFolder, Store
 from pipeline.workspace import Tell, Warm, Workspace
 from schemas import Model, WinnowError, conform, shard_of, table_name
-from schemas.tables import REJECTS
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,22 @@ def _commit(work: Work, shard: int, tables: dict[str, pa.Table], workspace: Work
 
 def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
     """Tables with a prompt_id are dealt to their shards, so that shard i of every table has the same prompts."""
+    homes = {name: _homes(name, table, work.shards) for name, table in tables.items()}
     rows = 0
     for shard in range(work.shards):
-        part = {name: _deal(table, shard, work.shards) for name, table in tables.items()}
+        part = {name: table.filter(pa.array(homes[name] == shard)) for name, table in tables.items()}
         last = workspace if shard == 0 else Workspace(work.out.path, Warm(), workspace.progress)
         rows += _commit(work, shard, part, last, seconds if shard == 0 else 0.0)
     return rows
 
 
-def _deal(table: pa.Table, shard: int, shards: int) -> pa.Table:
-    if "prompt_id" not in table.column_names or table.schema.equals(REJECTS):
-        return table if shard == 0 else table.slice(0, 0)
+def _homes(name: str, table: pa.Table, shards: int) -> np.ndarray:
+    """The shard of each row; part 0 for what belongs to no prompt, and for rejects."""
+    if name == "rejects" or "prompt_id" not in table.column_names:
+        return np.zeros(table.num_rows, dtype=np.int64)
     prompts = table.column("prompt_id").to_pylist()
-    mask = pa.array([shard_of(prompt, shards) == shard for prompt in prompts], pa.bool_())
-    return table.filter(mask)
+    shard_by_prompt = {prompt: shard_of(prompt, shards) for prompt in set(prompts)}
+    return np.array([shard_by_prompt[prompt] for prompt in prompts], dtype=np.int64)
 
 
 def fail_if_nothing_left(name: str, manifest: dict[str, Any]) -> None:

@@ -1,21 +1,19 @@
 """The machinery of `optimize`: batches of groups, losses over a whole step, the step-0 gate, checkpoints."""
 
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline import Bound, Workspace
 from schemas import Model, WinnowError
+from stages.checkpoints import Checkpoints
 from stages.objectives import Batch, nll
 from stages.policy import check_ids, completion_logp, context_length, load_network, save_network
 
@@ -110,6 +108,8 @@ class Trainer:
     dtype: str
     micro_tokens: int
     seed: int
+    network: PreTrainedModel = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     done: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -287,54 +287,6 @@ class Panel:
             entry["nll"] = self.sums["nll"] / self.counts["tokens"]
             entry["token_accuracy"] = self.sums["hits"] / self.counts["tokens"]
         return entry
-
-
-class Checkpoints:
-    """The last whole state of a run: weights and Adam's moments as safetensors, the rest as JSON, written last."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, trainer: Trainer) -> None:
-        scratch = self.folder / ".writing"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        weights = {name: value.contiguous() for name, value in trainer.network.named_parameters()}
-        save_file(weights, scratch / "weights.safetensors")
-        save_file(_moments(trainer.optimizer), scratch / "moments.safetensors")
-        state = {"done": trainer.done, "history": trainer.history}
-        (scratch / "state.json").write_text(json.dumps(state))
-        scratch.rename(self.folder / f"step-{trainer.done:08d}")
-        for old in self._whole()[:-1]:
-            shutil.rmtree(old)
-
-    def restore(self, trainer: Trainer) -> None:
-        if not self._whole():
-            return
-        folder = self._whole()[-1]
-        state = json.loads((folder / "state.json").read_text())
-        weights = load_file(folder / "weights.safetensors")
-        with torch.no_grad():
-            for name, value in trainer.network.named_parameters():
-                value.copy_(weights[name])
-        _set_moments(trainer.optimizer, load_file(folder / "moments.safetensors"))
-        trainer.done, trainer.history = state["done"], state["history"]
-
-    def _whole(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()}
-
-
-def _set_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in saved.items():
-        index, _, moment = name.partition(".")
-        state.setdefault(int(index), {})[moment] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _tokens(batch: list[Group]) -> int:
