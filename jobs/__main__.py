@@ -100,6 +100,9 @@ def _summary(store: Store, runs: list[str]) -> None:
                 "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
             )
         )
+    heldout = query(catalog, (QUERIES / "heldout.sql").read_text())
+    if heldout.num_rows:
+        console.print(as_table(heldout, "trained models on held-out examples (token_accuracy: the ranker's A or B)"))
     keys = {link["key"] for name in runs for link in store.runs()[name].values()}
     left_out = query(catalog, (QUERIES / "rejects.sql").read_text()).to_pylist()
     ours = [row for row in left_out if row["key"] in keys]
@@ -194,6 +197,9 @@ def main() -> None:
     except WinnowError as error:
         for problem in error.problems:
             complaints.print(f"winnow: {problem}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None
+    except OSError as error:
+        complaints.print(f"winnow: {error}; finished parts are kept, the same command goes on from them", style="red")
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:

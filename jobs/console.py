@@ -39,35 +39,44 @@ class Watcher:
         )
         self.made: dict[str, dict[str, Any]] = {}
         self.name = ""
-        self.done, self.total, self.unit_name = 0.0, 0.0, "parts"
+        self.parts, self.finished = 1, 0
+        self.begun, self.done, self.total, self.unit_name = 0.0, 0.0, 0.0, "parts"
         self.told = self.started = time.monotonic()
 
-    def cached(self, step: Step, manifest: dict[str, Any]) -> None:
+    def cached(self, step: Step) -> None:
         self.console.print(f"  [dim]{step.name:<16} cached {step.key}[/]", highlight=False)
 
     def begin(self, step: Step, done: int, total: int) -> None:
         self.name, self.started, self.told = step.name, time.monotonic(), time.monotonic()
-        self.done, self.total, self.unit_name = float(done), float(total), "parts"
+        self.parts, self.finished, self.begun = total, done, float(done)
         self.bar.start()
         self.task = self.bar.add_task(step.name, total=total, completed=done, unit="parts")
         again = f" ({done} of {total} parts are there)" if done else ""
         self.console.print(f"  {step.name:<16} [cyan]running[/] {step.key}{again}", highlight=False)
 
     def unit(self, rows: int) -> None:
-        if self.unit_name == "parts":
-            self.tell(self.done + 1, self.total, "parts")
+        self.finished += 1
+        if self.parts > 1:
+            self._show(self.finished, self.parts, "parts")
 
     def tell(self, done: float, total: float, unit: str) -> None:
+        """A step of one part shows its own units; of many, how far the part at work is."""
+        if self.parts > 1:
+            self._show(self.finished + done / total, self.parts, "parts")
+        else:
+            self._show(done, total, unit)
+
+    def _show(self, done: float, total: float, unit: str) -> None:
         self.done, self.total, self.unit_name = done, total, unit
         self.bar.update(self.task, completed=done, total=total, unit=unit)
-        if not self.console.is_terminal and time.monotonic() - self.told > QUIET_SECONDS:
+        if not self.console.is_terminal and done < total and time.monotonic() - self.told > QUIET_SECONDS:
             self.told = time.monotonic()
             self.console.print(f"    {self.name}: {self._pace()}", highlight=False)
 
     def _pace(self) -> str:
-        rate = self.done / max(1e-9, time.monotonic() - self.started)
+        rate = (self.done - self.begun) / max(1e-9, time.monotonic() - self.started)
         left = (self.total - self.done) / rate if rate else 0.0
-        return f"{self.done:,.0f}/{self.total:,.0f} {self.unit_name}, {rate:,.1f}/s, {left:,.0f} s left"
+        return f"{self.done:,.1f}/{self.total:,.0f} {self.unit_name}, {rate:,.2f}/s, {left:,.0f} s left"
 
     def sealed(self, step: Step, manifest: dict[str, Any]) -> None:
         self.bar.remove_task(self.task)

@@ -31,7 +31,7 @@ def plans(recipes: list[str], worlds: list[Path], sets: list[str]) -> list[Plan]
     made, problems = [], []
     for recipe in recipes:
         try:
-            made.append(make_plan(load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets))))
+            made.append(make_plan(load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets), library=(FOLDER,))))
         except WinnowError as error:
             problems += [f"{recipe}: {problem}" for problem in error.problems]
     if problems:

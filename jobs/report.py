@@ -33,6 +33,7 @@ def write_report(store: Store, out: Path) -> None:
         runs=[_section(store, run) for run in runs],
         steps=_named(everything, "status"),
         rejects=_named(everything, "rejects"),
+        heldout=_named(everything, "heldout"),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")

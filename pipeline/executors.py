@@ -1,6 +1,6 @@
 """Two ways to run the units of a step: in this process, or in Ray actors. The stage code is the same.
 
-Nothing else but jobs/submit knows Ray. Parts are idempotent, so the only state is which are missing.
+Nothing else knows Ray. Parts are idempotent, so the only state is which are missing.
 """
 
 import os
@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.stage import shape_of
 from pipeline.store import read_json, write_json
 from pipeline.work import Work, execute
 from pipeline.workspace import Tell, Warm
@@ -45,18 +46,16 @@ class OnRay:
     (WinnowError) is not tried again. Actors end with the step, and their memory with them.
     """
 
-    def __init__(self, workers: int, address: str | None = None) -> None:
+    def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.address = address
 
     def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None:
-        if self.address is None:
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
         ray: Any = import_module("ray")  # untyped, and not needed to run in process
-        _connect(ray, self.address)
+        _start(ray)
         has = ray.cluster_resources()
         cpus, gpus = int(has.get("CPU", 1)), int(has.get("GPU", 0))
-        count = min(self.workers, len(units), gpus or self.workers)
+        count = min(self.workers, len(units), gpus or cpus)
         worker = ray.remote(num_cpus=max(1, cpus // count), num_gpus=gpus // count, max_restarts=0)(_Worker)
         Dispatch(ray, lambda: worker.remote(work), work, done, tell).run(units, count)
 
@@ -80,7 +79,8 @@ class Dispatch:
                 ready, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
                 for reference in ready:
                     self._finish(reference)
-                _relay(self.work.out.path, self.tell)
+                if shape_of(self.work.entry).whole:  # parts tell for themselves
+                    _relay(self.work.out.path, self.tell)
         finally:
             for _, actor in self.running.values():
                 self.ray.kill(actor)
@@ -144,9 +144,8 @@ def _relay(folder: Path, tell: Tell) -> None:
         tell(told["done"], told["total"], told["unit"])
 
 
-def _connect(ray: Any, address: str | None) -> None:
-    """To a cluster, or to a local one that is started once a process and ends with it."""
+def _start(ray: Any) -> None:
+    """A local cluster, started once a process, which ends with it."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local = {} if address else {"include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -15,7 +15,8 @@ def canonical(value: Any) -> Any:
     if isinstance(value, ContentPath):
         return {"content": value.digest}
     if isinstance(value, Bound):
-        return {"name": value.name, **{name: canonical(option) for name, option in value.options.items()}}
+        options = {name: canonical(option) for name, option in value.options.items()}
+        return {"name": value.name, "version": value.facts.get("version", 1), **options}
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):

@@ -32,7 +32,7 @@ class Step:
             "stage": self.entry.name,
             "version": self.shape.version,
             "shards": self.shards,
-            "options": canonical(self.options),
+            "options": canonical({k: v for k, v in self.options.items() if k not in self.entry.execution}),
             "inputs": {name: step.key for name, step in self.inputs.items()},
         }
 
@@ -93,8 +93,7 @@ def _wires(name: str, body: dict[str, Any], recipe: Recipe, problems: list[str])
 
 def _reads_files(entry: Entry | None) -> bool:
     """Such steps run as early as they can: what is wrong with the data is said before a model is trained."""
-    shape = shape_of(entry) if entry else None
-    return bool(shape and shape.outputs and all(item.schema is None for item in shape.inputs))
+    return entry is not None and all(item.schema is None for item in shape_of(entry).inputs)
 
 
 def _order(targets: list[str], wires: dict[str, dict[str, str]], problems: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ and `with` (options). `shards`, `target`, `about` and `extends` are settings of 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -48,21 +49,50 @@ class Recipe:
 
 
 def load_recipe(
-    path: Path, overlays: tuple[Path, ...] = (), sets: tuple[str, ...] = (), name: str | None = None
+    path: Path,
+    overlays: tuple[Path, ...] = (),
+    sets: tuple[str, ...] = (),
+    name: str | None = None,
+    library: tuple[Path, ...] = (),
 ) -> Recipe:
     """Base, world, recipe, --set, each over the one before; raises WinnowError with all mistakes.
 
-    What a method says of itself outranks what a world says of all methods.
+    What a method says of itself outranks what a world says of all methods. A base is looked for beside
+    the recipe, then in the folders of `library`.
     """
     recipe = _read(path)
-    base = [_read(path.parent / f"{recipe['extends']}.yaml")] if recipe.get("extends") else []
+    base = _base(recipe, (path.parent, *library))
     layers = [*base, *(_read(overlay) for overlay in overlays), recipe]
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer)
-    for assignment in sets:
-        _assign(merged, assignment)
+    problems = [problem for assignment in sets for problem in _attempt(_assign, merged, assignment)]
+    if problems:
+        raise WinnowError(*problems)
     return _recipe(merged, name or _run_name(path.stem + "".join(f"[{item}]" for item in sets)), str(path))
+
+
+def _attempt(do: Callable[..., None], *args: Any) -> tuple[str, ...]:
+    """What went wrong, so that all mistakes can be told at once."""
+    try:
+        do(*args)
+    except WinnowError as error:
+        return error.problems
+    return ()
+
+
+def _base(recipe: dict[str, Any], folders: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """What the recipe extends: beside it, or one of ours. One level, so that a recipe is read in one look."""
+    name = recipe.get("extends")
+    if name is None:
+        return []
+    found = [path for folder in folders if (path := folder / f"{name}.yaml").exists()]
+    if not found:
+        raise WinnowError(f"extends: no recipe {name!r} in {' or '.join(map(str, folders))}")
+    base = _read(found[0])
+    if "extends" in base:
+        raise WinnowError(f"extends: {name} itself extends {base['extends']}; extend {base['extends']} instead")
+    return [base]
 
 
 def _run_name(name: str) -> str:
@@ -93,7 +123,7 @@ def _rooted(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`./data.jsonl` in a recipe file means beside that file, wherever the command runs."""
     if isinstance(content, dict):
         return {name: _rooted(value, folder) for name, value in content.items()}
-    if isinstance(content, str) and content.startswith("./"):
+    if isinstance(content, str) and content.startswith(("./", "../")):
         return str(folder / content)
     return content
 
@@ -154,7 +184,8 @@ def _recipe(merged: dict[str, Any], name: str, place: str) -> Recipe:
 
 def _malformed(step: str, body: Any) -> list[str]:
     if not isinstance(body, dict):
-        return [f"{step}: must be a mapping with use, from, with; got {body!r}"]
+        hint = f" ({nearest(step, list(SETTINGS))})" if isinstance(body, str | int) else ""
+        return [f"{step}: must be a mapping with use, from, with; got {body!r}{hint}"]
     problems = [f"{step}.{part}: unknown; {nearest(str(part), list(PARTS))}" for part in body if part not in PARTS]
     for part in ("from", "with"):
         if not isinstance(body.get(part) or {}, dict):

@@ -43,6 +43,9 @@ class Range:
         return schema
 
 
+EXECUTION = "how it runs, not what it makes: no part of the identity"  # in Annotated[...], beside the type
+
+
 @dataclass(frozen=True)
 class Entry:
     """One registered function and the facts declared beside it."""
@@ -54,6 +57,12 @@ class Entry:
     @cached_property
     def options(self) -> type[BaseModel]:
         return options_of(self.fn)
+
+    @cached_property
+    def execution(self) -> frozenset[str]:
+        """Options marked EXECUTION."""
+        hints = _option_hints(self.fn)
+        return frozenset(name for name, hint in hints.items() if EXECUTION in getattr(hint, "__metadata__", ()))
 
     def validate(self, given: dict[str, Any], place: str) -> dict[str, Any]:
         """Every option with its value, defaults included; raises WinnowError with all mistakes."""
@@ -138,15 +147,23 @@ class Registry:
         return core_schema.no_info_plain_validator_function(self.bind)
 
 
+def _option_parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(fn).parameters
+    return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+
+
+def _option_hints(fn: Callable[..., Any]) -> dict[str, Any]:
+    """Only the options' hints: the others may name types of libraries that planning does not import."""
+    options = _option_parameters(fn)
+    own = SimpleNamespace(__annotations__={name: each.annotation for name, each in options.items()})
+    return get_type_hints(own, fn.__globals__, include_extras=True)
+
+
 def options_of(fn: Callable[..., Any]) -> type[BaseModel]:
     """A strict pydantic model of the keyword-only parameters."""
     from pydantic import ConfigDict, create_model
 
-    parameters = inspect.signature(fn).parameters
-    options = {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-    # Only the options' hints: the others may name types of libraries that planning does not import.
-    own = SimpleNamespace(__annotations__={name: each.annotation for name, each in options.items()})
-    hints = get_type_hints(own, fn.__globals__, include_extras=True)
+    options, hints = _option_parameters(fn), _option_hints(fn)
     fields: dict[str, Any] = {
         name: (hints[name], ... if each.default is each.empty else each.default) for name, each in options.items()
     }

@@ -32,7 +32,7 @@ LIBRARIES = (
 class Reporter(Protocol):
     """What a run tells the people who watch it."""
 
-    def cached(self, step: Step, manifest: dict[str, Any]) -> None: ...
+    def cached(self, step: Step) -> None: ...
     def begin(self, step: Step, done: int, total: int) -> None: ...
     def unit(self, rows: int) -> None: ...
     def tell(self, done: float, total: float, unit: str) -> None: ...
@@ -43,11 +43,19 @@ def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> Non
     """Make every step of the plan that is not in the store yet; raises WinnowError at the first that fails."""
     store.link_run(plan.name, plan.steps)
     for step in plan.steps:
-        manifest = store.folder(step).manifest
-        if manifest:
-            reporter.cached(step, manifest)
+        if store.folder(step).manifest is None:
+            with store.folder(step).alone():
+                _make(step, store, executor, reporter)
         else:
-            reporter.sealed(step, run_step(step, store, executor, reporter))
+            reporter.cached(step)
+
+
+def _make(step: Step, store: Store, executor: Executor, reporter: Reporter) -> None:
+    """Run the step, unless another run made it while this one waited."""
+    if store.folder(step).manifest is None:
+        reporter.sealed(step, run_step(step, store, executor, reporter))
+    else:
+        reporter.cached(step)
 
 
 def run_step(step: Step, store: Store, executor: Executor, reporter: Reporter) -> dict[str, Any]:

@@ -4,11 +4,13 @@ A part is its tables and then its sidecar (part-00003.json), each renamed into p
 its manifest. Whatever lacks its last file never happened, so a crash loses only parts in flight.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -51,14 +53,18 @@ class StepFolder:
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
         """One part of a table, or all parts in order."""
         name = table_name(schema)
-        pattern = f"{name}-*.parquet" if shard is None else f"{name}-{shard:05d}.parquet"
-        files = sorted(self.path.glob(pattern))
-        if not files:
-            raise WinnowError(f"{self.path}: table {name} is gone; delete this folder and run again")
+        made = [file["file"] for file in (self.manifest or {"files": []})["files"]]
+        end = "" if shard is None else f"{shard:05d}.parquet"
+        wanted = [file for file in made if file.startswith(f"{name}-") and file.endswith(end)]
+        if not wanted:
+            raise WinnowError(f"{self.path}: no sealed table {name} here; run the recipe again")
         try:
-            tables = [pq.read_table(file, schema=schema, partitioning=None) for file in files]
+            tables = [pq.read_table(self.path / file, schema=schema, partitioning=None) for file in wanted]
         except (OSError, pa.ArrowInvalid) as error:
-            raise WinnowError(f"{self.path}: table {name} cannot be read ({error}); delete this folder") from None
+            raise WinnowError(
+                f"{self.path}: table {name} is damaged ({error}); put the file back, or delete this folder and "
+                "those of all steps made from it (winnow status lists them), for they would not fit a new one"
+            ) from None
         return pa.concat_tables(tables).combine_chunks()
 
     def model(self) -> Model:
@@ -99,10 +105,19 @@ class StepFolder:
             "files": [file for part in done for file in part["files"]],
         }
         check(manifest)
-        write_json(self.manifest_path, manifest)
         for leftover in (self.path / "progress.json", self.path / "checkpoint"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        write_json(self.manifest_path, manifest)
         return manifest
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One run at a time makes a step; a second one waits here, and then finds it made."""
+        locks = self.path.parent.parent / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / self.path.name).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 class Store:

@@ -104,9 +104,10 @@ def _homes(name: str, table: pa.Table, shards: int) -> np.ndarray:
 
 
 def fail_if_nothing_left(name: str, manifest: dict[str, Any]) -> None:
-    """A stage that left out every row has failed, whatever its exit."""
+    """A stage that left out every row of a table has failed, whatever its exit."""
     made = {table: rows for table, rows in manifest["rows"].items() if table != "rejects"}
-    if any(made.values()) or manifest["model"]:
+    if manifest["model"] or (all(made.values()) if manifest["rejects"] else any(made.values())):
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["rejects"].items()))
-    raise WinnowError(f"{name}: every row was left out ({reasons or 'its inputs have no rows'})")
+    empty = " and ".join(table for table, rows in made.items() if not rows)
+    raise WinnowError(f"{name}: every row of {empty} was left out ({reasons or 'its inputs have no rows'})")

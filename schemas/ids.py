@@ -54,6 +54,6 @@ def shard_of(prompt: str, shards: int) -> int:
 
 
 def split_of(prompt: str, heldout: float) -> str:
-    """`train` or `heldout`, by prompt id: a prompt never stands on both sides, whatever file it is in."""
+    """`train` or `heldout`, by prompt id: with one share, a prompt is on the same side in every file."""
     point = int.from_bytes(_hash("split", prompt, size=8), "little") / 2**64
     return "heldout" if point < heldout else "train"

@@ -46,9 +46,24 @@ def compare(
             return list(np.where(np.isnan(backward), forward, (forward + backward) / 2))
 
         players = [row["candidate_id"] for row in sorted(group, key=lambda row: row["draw"])]
+        players = _readable(judge, contexts[prompt], players, texts, prompt, ws)
         rounds = knock_out(players, prefer, most=1 if rule == "first_round" else None)
         rows += [dict(prompt_id=prompt) | match for match in rounds]
     return pa.Table.from_pylist(rows, schema=COMPARISONS)
+
+
+def _readable(
+    judge: Any, context: str, players: list[str], texts: dict[str, str], prompt: str, ws: Workspace
+) -> list[str]:
+    """Those that the ranker can read beside the longest of them; the others are left out."""
+    fitting = list(players)
+    while len(fitting) > 1:
+        longest, next_one = sorted(fitting, key=lambda name: (-len(texts[name]), name))[:2]
+        if judge.fits(context, texts[longest], texts[next_one]):
+            break
+        fitting.remove(longest)
+        ws.reject("comparison too long", place="selections", prompt=prompt, candidate=longest)
+    return fitting
 
 
 def knock_out(players: list[str], prefer: Prefer, most: int | None = None) -> Iterator[dict[str, Any]]:

@@ -49,7 +49,7 @@ class Sides:
         self, prompts: pa.Table, candidates: pa.Table, baseline: pa.Table, logp: Any, baseline_logp: Any
     ) -> None:
         self.prompts = texts_of(prompts, "prompt_id")
-        self.texts = texts_of(baseline, "candidate_id") | texts_of(candidates, "candidate_id")
+        self.texts = texts_of(pa.concat_tables([baseline, candidates]), "candidate_id")
         self.lengths = column_by(candidates, "candidate_id", "n_tokens")
         self.exact = set(candidates.column("logp_kind").to_pylist()) == {"exact"}
         self.logp, self.baseline_logp = (
@@ -91,6 +91,6 @@ def _interval(
     if not values:
         return None
     means = np.array([np.mean(values[prompt]) for prompt in sorted(values)])
-    draws = rng.choice(means, size=(resamples, len(means))).mean(axis=1)
+    draws = [rng.choice(means, len(means)).mean() for _ in range(resamples)]
     low, high = np.percentile(draws, [2.5, 97.5])
     return dict(metric=name, value=float(means.mean()), low=float(low), high=float(high), n=len(means))

@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from schemas import WinnowError
+
 Row = dict[str, Any]
 
 
@@ -21,6 +23,13 @@ def texts_of(table: pa.Table, name: str) -> dict[str, str]:
     return column_by(table, name, "text")
 
 
-def column_by(table: pa.Table, name: str, column: str) -> dict[str, Any]:
+class ById(dict[str, Any]):
+    """Values by id; an id that is not there means that a recipe wired tables of different origin."""
+
+    def __missing__(self, name: str) -> Any:
+        raise WinnowError(f"no row has the id {name}: wire the inputs of this step to tables of one origin")
+
+
+def column_by(table: pa.Table, name: str, column: str) -> ById:
     """One column by an id column."""
-    return dict(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))
+    return ById(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))

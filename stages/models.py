@@ -30,7 +30,25 @@ def model(ws: Workspace, *, path: ModelPath) -> Model:
     for n, file in enumerate(files):
         ws.progress(n, len(files), "files")
         shutil.copyfile(file, folder / file.name)
-    return Model(folder, path.digest)
+    return _usable(Model(folder, path.digest))
+
+
+def _usable(model: Model) -> Model:
+    """Refuse now what would fail after hours: a tokenizer or config that does not load, ids without embedding."""
+    from transformers import AutoConfig
+
+    from stages.text import Tokenizer
+
+    try:
+        vocabulary = AutoConfig.from_pretrained(model.folder, local_files_only=True).vocab_size
+        known = len(Tokenizer(model).inner)
+    except WinnowError:
+        raise
+    except Exception as error:  # the libraries raise anything from KeyError to OSError here
+        raise WinnowError(f"model: its folder cannot be used ({type(error).__name__}: {error})") from None
+    if known > vocabulary:
+        raise WinnowError(f"model: its tokenizer has {known} ids, and its network only {vocabulary}")
+    return model
 
 
 def _heads_divide(options: dict[str, Any], wired: frozenset[str]) -> list[str]:

@@ -8,14 +8,15 @@ whether log-probs are summed or averaged. What is imitated (`nll`) is data: the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pipeline import Registry
+from pipeline import Range, Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 objective = Registry("objective")
+Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,19 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 
 @objective(reference=True, per="pairs")
-def sigmoid_norm(b: Batch, *, beta: float = 0.1) -> Tensor:
+def sigmoid_norm(b: Batch, *, beta: Positive = 0.1) -> Tensor:
     """DPO: -log s(beta h), h the gap of shifts. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start."""
     return -log_sigmoid(beta * b.gap(b.shift))
 
 
 @objective(reference=True, per="pairs")
-def hinge_norm(b: Batch, *, gamma: float = 0.05) -> Tensor:
+def hinge_norm(b: Batch, *, gamma: Positive = 0.05) -> Tensor:
     """RSO's hinge on normalised likelihood: max(0, 1 - gamma h). Reference, summed. arXiv:2309.06657."""
     return (1 - gamma * b.gap(b.shift)).clamp(min=0)
 
 
 @objective(reference=False, per="pairs")
-def hinge(b: Batch, *, delta: float = 1.0) -> Tensor:
+def hinge(b: Batch, *, delta: Positive = 1.0) -> Tensor:
     """SLiC-HF: max(0, delta - log p(chosen) + log p(rejected)). No reference, summed. arXiv:2305.10425."""
     return (delta - b.gap(b.logp)).clamp(min=0)
 

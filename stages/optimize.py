@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 
-from pipeline import Bound, Range, Workspace, stage
+from pipeline import EXECUTION, Bound, Range, Workspace, stage
 from schemas import Examples, Metrics, Model, Policies
 from schemas.tables import METRICS, POLICIES
 from stages.objectives import objective as objectives
@@ -30,8 +30,8 @@ def optimize(
     clip: Annotated[float, Range(gt=0)] = 1.0,
     weight_decay: Annotated[float, Range(ge=0)] = 0.0,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    micro_tokens: Positive = 8192,
-    checkpoint_every: Positive = 100,
+    micro_tokens: Annotated[int, Range(gt=0), EXECUTION] = 8192,
+    checkpoint_every: Annotated[int, Range(gt=0), EXECUTION] = 100,
     seed: int = 0,
 ) -> tuple[Model, Policies, Metrics]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.

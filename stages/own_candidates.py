@@ -45,7 +45,7 @@ def own_candidates(
     from stages.text import Tokenizer
 
     score = reward or probability or ""
-    pool = Pool(PromptReader(Tokenizer(tokenizer), ws, heldout, max_tokens), max_tokens)
+    pool = Pool(PromptReader(Tokenizer(tokenizer), ws, heldout, max_tokens))
     rewards: list[dict[str, Any]] = []
     for place, row in read_rows(ws, path, dataset, revision, part, [prompt, response, score]):
         try:

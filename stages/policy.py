@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from schemas import Model, WinnowError
+from schemas import Model
 
 disable_progress_bar()  # of loading weights: a step has its own
 Row = tuple[Sequence[int], Sequence[int]]
@@ -34,24 +34,6 @@ def load_network(model: Model, *, train: bool = False) -> PreTrainedModel:
     network = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     return network.eval()
-
-
-def context_length(model: Model) -> int:
-    """Longest sequence the model takes, in tokens."""
-    config = json.loads((model.folder / "config.json").read_text())
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
-
-
-def check_ids(model: Model, what: str, ids: Sequence[Sequence[int]]) -> None:
-    """Refuse ids that the model has no embedding for, before any weight is loaded."""
-    config = json.loads((model.folder / "config.json").read_text())
-    vocabulary = config.get("vocab_size", 1 << 30)
-    highest = max((max(row) for row in ids if len(row)), default=0)
-    if highest >= vocabulary:
-        raise WinnowError(
-            f"{what} hold token id {highest}, and model {model.digest[:12]} knows ids below {vocabulary}: "
-            "they were made with another tokenizer; wire `tokenizer` and the policy to the same model"
-        )
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
@@ -116,7 +98,9 @@ def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
     shutil.rmtree(scratch, ignore_errors=True)
     stored = json.loads((init.folder / "config.json").read_text())
     dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    network.generation_config = GenerationConfig()  # init's own is copied below; saving would judge its sampling
     network.to(dtype).save_pretrained(scratch)
+    (scratch / "generation_config.json").unlink(missing_ok=True)
     for file in init.folder.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and not (scratch / file.name).exists():
             shutil.copyfile(file, scratch / file.name)

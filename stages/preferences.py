@@ -31,7 +31,7 @@ def preferences(
     from stages.text import Tokenizer
 
     tokens = Tokenizer(tokenizer)
-    pool = Pool(PromptReader(tokens, ws, heldout, max_tokens), max_tokens)
+    pool = Pool(PromptReader(tokens, ws, heldout, max_tokens))
     pairs: list[dict[str, Any]] = []
     for place, row in read_rows(ws, path, dataset, revision, part, [prompt, chosen, rejected]):
         try:
@@ -51,8 +51,8 @@ def preferences(
 class Pool:
     """Prompts and responses of somebody's file, each once, whatever number of rows they stand in."""
 
-    def __init__(self, reader: PromptReader, max_tokens: int) -> None:
-        self.reader, self.max_tokens = reader, max_tokens
+    def __init__(self, reader: PromptReader) -> None:
+        self.reader = reader
         self.prompts: dict[str, dict[str, Any]] = {}
         self.candidates: dict[str, dict[str, Any]] = {}
         self.draws: Counter[str] = Counter()
@@ -65,7 +65,7 @@ class Pool:
 
     def response(self, prompt: str, text: str, *, again: bool = False) -> str:
         """The id of a response; an equal text is the same candidate, unless `again` counts it as another draw."""
-        ids, finish = self.reader.tokenizer.response_ids(text, self.max_tokens)
+        ids, finish = self.reader.response_ids(self.prompts[prompt]["token_ids"], text)
         copy = 0
         while again and candidate_id(prompt, ids, copy) in self.candidates:
             copy += 1

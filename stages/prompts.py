@@ -7,6 +7,7 @@ import pyarrow as pa
 from pipeline import DataPath, Range, Workspace, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import PROMPTS
+from stages.limits import context_length
 from stages.sources import one_source, prompt_of, read_rows, text_of
 
 Share = Annotated[float, Range(ge=0, lt=1)]
@@ -28,8 +29,8 @@ def prompts(
 ) -> Prompts:
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
-    A prompt is held out by hash of its id, so that it is on the same side in every file. Prompts or
-    demonstrations of more than `max_tokens` tokens are left out and cut, respectively.
+    A prompt is held out by hash of its id: with one `heldout` share it is on the same side in every file.
+    Prompts longer than `max_tokens` or the model's context are left out; demonstrations are cut to fit.
     """
     from stages.text import Tokenizer
 
@@ -48,6 +49,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any, ws: Workspace, heldout: float, max_tokens: int) -> None:
         self.tokenizer, self.ws, self.heldout, self.max_tokens = tokenizer, ws, heldout, max_tokens
+        self.context = context_length(tokenizer.folder)
         self.seen: set[str] = set()
 
     def read(self, place: str, row: dict[str, Any], column: str, demonstration: str | None) -> dict[str, Any] | None:
@@ -55,7 +57,7 @@ class PromptReader:
             made = self.prompt_row(row, column)
             if demonstration:
                 text = text_of(row, demonstration)
-                ids, _ = self.tokenizer.response_ids(text, self.max_tokens)
+                ids, _ = self.response_ids(made["token_ids"], text)
                 made |= {"demonstration": text, "demonstration_ids": ids}
         except ValueError as error:
             self.ws.reject(str(error), place=place, detail=repr(row.get(column)))
@@ -66,13 +68,20 @@ class PromptReader:
         self.seen.add(made["prompt_id"])
         return made
 
+    def response_ids(self, prompt: list[int], text: str) -> tuple[list[int], str]:
+        """Cut to max_tokens, and to what the model has room for after the prompt."""
+        made: tuple[list[int], str] = self.tokenizer.response_ids(
+            text, min(self.max_tokens, self.context - len(prompt))
+        )
+        return made
+
     def prompt_row(self, row: dict[str, Any], column: str) -> dict[str, Any]:
         """Raises ValueError with the reason to leave the row out."""
         from stages.text import readable
 
         content = prompt_of(row, column)
         ids = self.tokenizer.prompt_ids(content)
-        if len(ids) > self.max_tokens:
+        if len(ids) > min(self.max_tokens, self.context - 1):
             raise ValueError("prompt too long")
         name = prompt_id(content)
         return {

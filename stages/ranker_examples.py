@@ -7,6 +7,7 @@ import pyarrow as pa
 from pipeline import Workspace, stage
 from schemas import Candidates, Examples, Model, Pairs, Prompts, seed_for
 from schemas.tables import EXAMPLES
+from stages.limits import context_length
 
 
 @stage(version=1)
@@ -21,11 +22,10 @@ def ranker_examples(
     seed: int = 0,
 ) -> Examples:
     """One group a pair: the two texts in an order flipped at random by hash of the pair, and the label token."""
-    from stages.policy import context_length
     from stages.rankers import RankerPrompt
 
     prompt = ws.hold(RankerPrompt, tokenizer)
-    room = context_length(tokenizer) - 1
+    room = context_length(tokenizer.folder) - 1
     contexts = {row["prompt_id"]: row["text"] for row in prompts.to_pylist() if row["split"] == split}
     texts = dict(zip(*(candidates.column(name).to_pylist() for name in ("candidate_id", "text")), strict=True))
     rows = []

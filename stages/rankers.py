@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from schemas import Model
+from stages.limits import context_length
 from stages.text import Tokenizer
 
 LABELS = ("A", "B")
@@ -34,11 +35,11 @@ class PairwiseRanker:
     """A trained ranker in memory. `logits` is its only question."""
 
     def __init__(self, model: Model, dtype: str, budget: int) -> None:
-        from stages.policy import context_length, load_network
+        from stages.policy import load_network
 
         self.prompt = RankerPrompt(model)
         self.network = load_network(model)
-        self.context = context_length(model)
+        self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 
     def fits(self, context: str, first: str, second: str) -> bool:
@@ -55,7 +56,7 @@ class PairwiseRanker:
 
         rows = [self.prompt.ids(context, first, second) for first, second in pairs]
         shared = _common_prefix(rows)
-        lengths = [len(row) - shared for row in rows]
+        lengths = [len(row) for row in rows]  # the prefix is copied for every row of a batch
         result = np.zeros(len(rows))
         prefix = self._prefix(rows[0][:shared]) if rows else None
         for batch in by_tokens(lengths, self.budget):
@@ -66,10 +67,13 @@ class PairwiseRanker:
         import torch
         from transformers import DynamicCache
 
+        from stages.policy import autocast
+
         cache = DynamicCache(config=self.network.config)
-        with torch.inference_mode():
+        device = self.network.device
+        with torch.inference_mode(), autocast(self.dtype, device):
             self.network(
-                input_ids=torch.tensor([ids], device=self.network.device),
+                input_ids=torch.tensor([ids], device=device),
                 past_key_values=cache,
                 logits_to_keep=1,
             )

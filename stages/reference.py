@@ -9,6 +9,7 @@ from pipeline import Workspace, stage
 from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
 from schemas.tables import REFERENCE
 from stages.groups import column_by
+from stages.limits import check_ids
 from stages.reward import BUDGET
 
 
@@ -27,7 +28,7 @@ def reference(
     One row a response, whatever pairs it will stand in: neither another loss nor another pairing scores
     it again. Responses of equal tokens go through the network once.
     """
-    from stages.policy import check_ids, load_network, score_rows
+    from stages.policy import load_network, score_rows
 
     if selections is not None:
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))

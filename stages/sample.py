@@ -8,8 +8,10 @@ from pipeline import Range, Workspace, stage
 from schemas import Candidates, Model, Prompts, candidate_id, seed_for
 from schemas.tables import CANDIDATES
 from stages.engines import Completion, Request, Sampling, open_engine
+from stages.limits import check_ids, context_length
 
 Row = dict[str, Any]
+BLOCK = 4096  # requests an engine gets at once
 
 
 @stage(version=1)
@@ -25,49 +27,59 @@ def sample(
     temperature: Annotated[float, Range(gt=0, le=2)] = 0.7,
     top_k: Annotated[int, Range(ge=0)] = 40,
     max_tokens: Annotated[int, Range(gt=0)] = 128,
+    keep_empty: bool = False,
     seed: int = 0,
 ) -> Candidates:
     """Draw n responses of up to max_tokens tokens; top_k = 0 means no cut (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
 
     The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still move a draw on
     other hardware, so what is promised is the law and the seeds; the ids drawn are kept, and all later
-    stages start from them.
+    stages start from them. An empty response teaches nothing and is left out, unless `keep_empty`: an
+    evaluation must count it.
     """
-    from stages.policy import check_ids, context_length
+    from stages.text import Tokenizer
 
+    tokenizer = ws.hold(Tokenizer, policy)
     chosen = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in chosen])
-    chosen = _fitting(chosen, context_length(policy) - max_tokens, ws)
+    chosen = _fitting(chosen, context_length(policy.folder) - max_tokens, ws)
     if not chosen:
         return CANDIDATES.empty_table()
     draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in chosen for k in range(n)]
-    sampling = Sampling(temperature, top_k, max_tokens)
+    sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop)
     generator = ws.hold(open_engine, engine, policy.folder, dtype)
-    completions = generator.generate([Request(row["token_ids"], own) for row, _, own in draws], sampling)
+    completions: list[Completion] = []
+    for start in range(0, len(draws), BLOCK):
+        block = draws[start : start + BLOCK]
+        completions += generator.generate([Request(row["token_ids"], own) for row, _, own in block], sampling)
+        ws.progress(len(completions), len(draws), "draws")
     ws.count(tokens=sum(len(completion.token_ids) for completion in completions))
-    return _table(policy, draws, completions, "exact" if sampling.exact else "raw", ws)
+    return _table(tokenizer, draws, completions, "exact" if sampling.exact else "raw", keep_empty, ws)
 
 
 def _fitting(rows: list[Row], room: int, ws: Workspace) -> list[Row]:
     for row in rows:
         if len(row["token_ids"]) > room:
-            ws.reject("prompt too long", place="prompts", detail=f"{len(row['token_ids'])} tokens, room for {room}")
+            detail = f"{len(row['token_ids'])} tokens, room for {room}"
+            ws.reject("prompt too long", place="prompts", prompt=row["prompt_id"], detail=detail)
     return [row for row in rows if len(row["token_ids"]) <= room]
 
 
 def _table(
-    policy: Model, draws: list[tuple[Row, int, int]], completions: list[Completion], kind: str, ws: Workspace
+    tokenizer: Any,
+    draws: list[tuple[Row, int, int]],
+    completions: list[Completion],
+    kind: str,
+    keep_empty: bool,
+    ws: Workspace,
 ) -> pa.Table:
-    """Rows in order of (prompt, k). An empty response is left out: there is nothing to learn from."""
-    from stages.text import Tokenizer
-
-    tokenizer = ws.hold(Tokenizer, policy)
+    """Rows in order of (prompt, k)."""
     rows: list[Row] = []
     copies: dict[tuple[str, tuple[int, ...]], int] = {}
     for (prompt, k, seed), completion in zip(draws, completions, strict=True):
         ids, name = completion.token_ids, prompt["prompt_id"]
         text = tokenizer.decode(ids)
-        if not text:
+        if not text and not keep_empty:
             ws.reject("empty response", place=f"k={k}", prompt=name, detail=repr(ids))
             continue
         copy = copies.get((name, tuple(ids)), 0)

@@ -45,7 +45,7 @@ def read_rows(
     if file is None or file.is_dir():
         yield from _from_datasets(str(file or dataset), revision, part, columns)
     elif file.suffix == ".parquet":
-        yield from _from_parquet(file, columns)
+        yield from _from_parquet(ws, file, columns)
     elif file.suffix == ".csv":
         yield from _from_csv(ws, file, columns)
     else:
@@ -133,7 +133,7 @@ def _from_csv(ws: Workspace, file: Path, columns: Sequence[str]) -> Iterator[tup
                 yield place, row
 
 
-def _from_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _from_parquet(ws: Workspace, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
     try:
         source = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
@@ -141,9 +141,13 @@ def _from_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row
     _require(source.schema_arrow.names, columns, file.name)
     number = 0
     for batch in source.iter_batches(batch_size=4096, columns=list(columns)):
-        for row in batch.to_pylist():
-            yield f"{file.name}:{number}", row
-            number += 1
+        for n in range(batch.num_rows):
+            place = f"{file.name}:{number + n}"
+            try:
+                yield place, {name: batch.column(name)[n].as_py() for name in columns}
+            except UnicodeDecodeError as error:
+                ws.reject("bad UTF-8", place=place, detail=str(error))
+        number += batch.num_rows
 
 
 def _from_datasets(name: str, revision: str | None, part: str, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:

@@ -1,8 +1,10 @@
 """Text to token ids, at the one place where data enters: chat template, BOS exactly once, EOS where a text ends."""
 
+import json
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas import Model, WinnowError
@@ -14,12 +16,17 @@ class Tokenizer:
     """A model's tokenizer, with the few rules that training and sampling must agree on."""
 
     def __init__(self, model: Model) -> None:
+        self.folder = model.folder
         self.inner: Any = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
         if self.inner.eos_token_id is None:
             raise WinnowError(f"model {model.digest[:12]}: its tokenizer has no EOS token, so no response could end")
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Chat template if the tokenizer has one; raises ValueError for messages without one."""
+        if isinstance(prompt, str) and self.inner.bos_token:
+            prompt = prompt.removeprefix(self.inner.bos_token)  # some data sets write it out
+        for content in [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]:
+            self._refuse_special(content)
         if self.inner.chat_template is None:
             if not isinstance(prompt, str):
                 raise ValueError("chat messages, and the tokenizer has no chat template")
@@ -28,7 +35,10 @@ class Tokenizer:
 
     def _templated(self, prompt: Prompt) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return str(self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(f"chat template refuses the messages: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens of the tokenizer's own."""
@@ -36,11 +46,25 @@ class Tokenizer:
 
     def response_ids(self, text: str, most: int) -> tuple[list[int], str]:
         """Ids with EOS once; cut at the end to `most` tokens, and then without EOS, for the text goes on."""
-        ids, eos = self.encode(text), self.inner.eos_token_id
-        while ids[-1:] == [eos]:  # some data sets write it out
-            ids = ids[:-1]
-        ids = [*ids, eos]
+        while text.endswith(self.inner.eos_token):  # some data sets write it out
+            text = text.removesuffix(self.inner.eos_token).rstrip()
+        self._refuse_special(text)
+        ids = [*self.encode(text), self.inner.eos_token_id]
         return (ids, "stop") if len(ids) <= most else (ids[:most], "length")
+
+    def _refuse_special(self, text: str) -> None:
+        """A special token written out in data would become a control token: raises ValueError."""
+        found = [token for token in self.inner.all_special_tokens if token in text]
+        if found:
+            raise ValueError(f"special token {found[0]} in the text")
+
+    @cached_property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end a response: the EOS that training appends, and those the model folder names."""
+        own = self.folder / "generation_config.json"
+        named = json.loads(own.read_text()).get("eos_token_id") if own.exists() else None
+        others = named if isinstance(named, list) else [] if named is None else [named]
+        return tuple(dict.fromkeys([int(self.inner.eos_token_id), *others]))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.inner.decode(ids, skip_special_tokens=True)).strip()

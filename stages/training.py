@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from pipeline import Bound, Workspace
 from schemas import Model, WinnowError
 from stages.checkpoints import Checkpoints
+from stages.limits import check_ids, context_length
 from stages.objectives import Batch, nll
-from stages.policy import check_ids, completion_logp, context_length, load_network, save_network
+from stages.policy import completion_logp, load_network, save_network
 
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
 EVEN = 1e-4  # nats: below this, rounding decides which of a pair is ahead
@@ -48,8 +49,8 @@ def groups_of(examples: pa.Table, objective: Bound, nll_weight: float, init: Mod
     groups = [_group(row, objective.facts["reference"]) for row in rows]
     check_ids(init, "examples", [ids for group in groups for ids in (group.prompt, *group.responses)])
     longest = max((group.width for group in groups), default=0)
-    if longest > context_length(init):
-        raise WinnowError(f"examples have rows of {longest} tokens, and the model takes {context_length(init)}")
+    if longest > context_length(init.folder):
+        raise WinnowError(f"examples have rows of {longest} tokens, and the model takes {context_length(init.folder)}")
     if objective.facts["reference"]:
         _check_reference(rows, init, dtype)
     if objective.facts["per"] == "pairs" and not any(group.pairs for group in groups):
@@ -144,15 +145,17 @@ class Trainer:
     def _filled(self, groups: list[Group]) -> Iterator[list[Group]]:
         """Whole groups until they hold batch_size of what the objective counts: pairs, or weighted responses."""
         batch: list[Group] = []
-        size = 0
+        size, left = 0, sum(map(self._size, groups))
         for group in groups:
             batch.append(group)
-            size += len(group.pairs) if self.objective.facts["per"] == "pairs" else sum(w > 0 for w in group.weight)
-            if size >= self.batch_size:
+            size, left = size + self._size(group), left - self._size(group)
+            if size >= self.batch_size and left:
                 yield batch
                 batch, size = [], 0
-        if size:
-            yield batch
+        yield batch  # with the groups at the end that do not count, such as those that are only imitated
+
+    def _size(self, group: Group) -> int:
+        return len(group.pairs) if self.objective.facts["per"] == "pairs" else sum(w > 0 for w in group.weight)
 
     def _step(self, batch: list[Group], step: int, steps: int) -> None:
         for setting in self.optimizer.param_groups:

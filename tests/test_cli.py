@@ -14,7 +14,7 @@ import pytest
 
 from jobs import recipes
 from jobs.__main__ import main
-from tests.test_plan import fake_model
+from schemas import Model
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,9 +46,9 @@ def outside(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(tmp_path: Path, tiny: Model) -> Path:
     """A recipe of two steps: a model taken in, which takes no time, and prompts that are never made here."""
-    fake_model(tmp_path / "model")
+    shutil.copytree(tiny.folder, tmp_path / "model")
     (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n')
     file = tmp_path / "small.yaml"
     file.write_text("""
@@ -178,7 +178,7 @@ def test_plan_says_what_is_cached_and_what_will_run_and_why(winnow, small: Path)
     assert f"{sft} cached" in text
     assert text.count("will run: never made") == 1
 
-    (small.parent / "model" / "model.safetensors").write_text("[]")
+    (small.parent / "model" / "generation_config.json").write_text("{}")
     _, text = winnow("plan", small)
     assert sft not in text
     assert "will run: options.path.content: " in text
@@ -197,7 +197,7 @@ def test_a_second_run_makes_nothing(winnow, small: Path):
 
 def test_a_run_with_an_override_of_any_kind_ends_well(winnow, small: Path):
     """A path in --set has slashes, and a long one is longer than a file's name may be."""
-    deep = fake_model(small.parent / ("d" * 120) / ("e" * 120))
+    deep = shutil.copytree(small.parent / "model", small.parent / ("d" * 120) / ("e" * 120))
     code, _ = winnow("run", small, "--set", "target=sft", "--set", f"sft.path={deep}")
     assert code == 0
     code, text = winnow("sql", "SELECT step FROM runs", "--format", "csv")

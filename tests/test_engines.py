@@ -23,7 +23,7 @@ def engine(request, tiny):
 
 def test_completions_come_in_the_order_of_requests_and_end_as_they_say(engine, tiny):
     requests = [Request(ids, seed) for seed, ids in enumerate(PROMPTS * 3)]
-    completions = engine.generate(requests, Sampling(1.0, 0, 12))
+    completions = engine.generate(requests, Sampling(1.0, 0, 12, (1,)))
     assert len(completions) == len(requests)
     for completion in completions:
         assert 1 <= len(completion.token_ids) <= 12
@@ -35,7 +35,7 @@ def test_completions_come_in_the_order_of_requests_and_end_as_they_say(engine, t
 def test_logp_is_raw_whatever_the_temperature(engine, tiny):
     """The summed log-prob under the policy itself: what our own forward gives for the same ids, to 1e-3."""
     requests = [Request(ids, 11 + seed) for seed, ids in enumerate(PROMPTS)]
-    completions = engine.generate(requests, Sampling(0.5, 5, 8))
+    completions = engine.generate(requests, Sampling(0.5, 5, 8, (1,)))
     rows = [(request.prompt_ids, made.token_ids) for request, made in zip(requests, completions, strict=True)]
     with torch.inference_mode():
         ours, _ = completion_logp(load_network(tiny), rows, "float32")
@@ -44,18 +44,26 @@ def test_logp_is_raw_whatever_the_temperature(engine, tiny):
 
 def test_equal_seeds_give_equal_draws_and_other_seeds_other_draws(engine):
     ask = [Request(PROMPTS[0], seed) for seed in (1, 1, 2, 3)]
-    drawn = [tuple(made.token_ids) for made in engine.generate(ask, Sampling(1.0, 0, 12))]
+    drawn = [tuple(made.token_ids) for made in engine.generate(ask, Sampling(1.0, 0, 12, (1,)))]
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 3
 
 
 def test_first_tokens_follow_the_warped_softmax(engine, tiny):
     """p(token) is proportional to exp(logit / T) among the top k: chi-square over 4,000 draws."""
-    sampling = Sampling(0.7, 6, 1)
+    sampling = Sampling(0.7, 6, 1, (1,))
     drawn = engine.generate([Request(PROMPTS[1], 10_000 + n) for n in range(DRAWS)], sampling)
     counts = collections.Counter(made.token_ids[0] for made in drawn)
     with torch.inference_mode():
         logits = load_network(tiny)(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1].double().numpy()
     top = np.argsort(-logits)[:6]
     law = np.exp(logits[top] / 0.7) / np.exp(logits[top] / 0.7).sum()
-    follows(counts, dict(zip(top.tolist(), law, strict=True)))
+    assert follows(counts, dict(zip(top.tolist(), law, strict=True))) > 1e-4
+
+
+def test_a_stop_id_that_the_folder_does_not_name_ends_a_response(engine):
+    """Training appends the tokenizer's EOS, whatever the folder's generation_config says: both must end a draw."""
+    ask = [Request(PROMPTS[0], seed) for seed in range(40)]
+    for made in engine.generate(ask, Sampling(1.0, 0, 20, tuple(range(1, 60)))):
+        assert not set(made.token_ids[:-1]) & set(range(1, 60))
+        assert (made.finish_reason == "stop") == (made.token_ids[-1] in range(1, 60))

@@ -13,7 +13,7 @@ LAYERS = ["schemas", "pipeline", "stages", "jobs"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 RAY = {"pipeline/executors.py", "jobs/submit.py"}
 VLLM = {"stages/engines/vllm.py"}
-TORCH = {f"stages/{name}.py" for name in ("policy", "training", "objectives", "rankers", "models")} | {
+TORCH = {f"stages/{name}.py" for name in ("policy", "training", "checkpoints", "objectives", "rankers", "models")} | {
     f"stages/engines/{name}.py" for name in ("__init__", "transformers", "vllm")
 }
 HEAVY = ["torch", "transformers", "vllm", "ray", "numba"]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from pipeline.content import ModelPath, model_digest
 from schemas import Model, WinnowError
-from stages.policy import by_tokens, check_ids, completion_logp, context_length, load_network, save_network, score_rows
+from stages.limits import check_ids, context_length
+from stages.policy import by_tokens, completion_logp, load_network, save_network, score_rows
 from stages.text import Tokenizer
 
 LIMIT = 1e-5  # relative, and in nats near zero: fp32 numbers at 40 nats are 4e-6 apart
@@ -199,4 +200,4 @@ def test_check_ids_refuses_foreign_ids_with_both_numbers(tiny):
 
 def test_context_length_is_the_configs(tiny):
     """max_position_embeddings, which the fixture sets to 128."""
-    assert context_length(tiny) == 128
+    assert context_length(tiny.folder) == 128

@@ -185,7 +185,7 @@ def test_a_senseless_override_is_refused(tmp_path: Path, assignment: str, words:
         (b"a: {with: {n: 1, n: 2}}", ["line 1", "'n' stands twice"]),
         (b"a: 1\n---\nb: 2", ["not YAML"]),
         (b"a: !!python/object/apply:os.getcwd []", ["not YAML"]),
-        (b"extends: nowhere", ["nowhere.yaml", "cannot be read"]),
+        (b"extends: nowhere", ["extends: no recipe", "nowhere"]),
         (b"shards: many", ["shards must be int, got 'many'"]),
         (b"shards: true", ["shards must be int, got True"]),
         (b"shards: 0", ["shards must be from 1"]),

@@ -92,7 +92,7 @@ class Log:
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
 
-    def cached(self, step: Step, manifest: dict) -> None:
+    def cached(self, step: Step) -> None:
         self.events.append(("cached", step.name))
 
     def begin(self, step: Step, done: int, total: int) -> None:
@@ -348,14 +348,16 @@ def test_a_sealed_table_that_is_spoiled_later_is_named_when_read(tmp_path: Path,
 
 def test_a_step_that_leaves_out_every_row_has_failed_and_says_why(tmp_path: Path, trouble: Trouble):
     store = Store(tmp_path)
-    with pytest.raises(WinnowError, match=r"grade: every row was left out \(20 divisible\)"):
+    with pytest.raises(WinnowError, match=r"grade: every row of rewards was left out \(20 divisible\)"):
         make(store, plan({"leave_out": 1}))
     assert not folder(store, made=plan({"leave_out": 1})).manifest
     assert folder(store, "source").manifest
 
 
 def test_a_step_without_any_input_row_has_failed_too(tmp_path: Path, trouble: Trouble):
-    with pytest.raises(WinnowError, match=r"source: every row was left out \(its inputs have no rows\)"):
+    with pytest.raises(
+        WinnowError, match=r"source: every row of prompts and candidates was left out \(its inputs have no rows\)"
+    ):
         make(Store(tmp_path), plan(source={"rows": 0}))
 
 

@@ -21,6 +21,7 @@ class Sampling:
     temperature: float
     top_k: int
     max_tokens: int
+    stop: tuple[int, ...]  # any of these ids ends a response, and belongs to it
 
     @property
     def exact(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from stages.engines import Completion, Request, Sampling
@@ -18,11 +18,13 @@ ROWS = 256
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Adds each row's own seeded Gumbel noise, so that the argmax is a draw from the warped softmax.
 
-    The noise of step t comes from (seed, t): a draw does not depend on which batch it is in.
+    The noise of step t comes from (seed, t): a draw does not depend on which batch it is in. `raw` has,
+    for each step, the log-prob of the token drawn before temperature and top-k.
     """
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling) -> None:
         self.seeds, self.prompt_length, self.sampling = seeds, prompt_length, sampling
+        self.raw: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.prompt_length
@@ -31,7 +33,10 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
             kept = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
             warped = warped.masked_fill(warped < kept, -torch.inf)
         noise = np.stack([_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
-        return warped + torch.from_numpy(noise).to(warped.device)
+        noisy: Tensor = warped + torch.from_numpy(noise).to(warped.device)
+        drawn = noisy.argmax(-1, keepdim=True)
+        self.raw.append(scores.float().log_softmax(-1).gather(-1, drawn).squeeze(-1))
+        return noisy
 
 
 def _noise(seed: int, step: int, size: int) -> np.ndarray:
@@ -62,29 +67,24 @@ class TransformersEngine:
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         ids = torch.tensor([list(request.prompt_ids) for request in requests], device=self.network.device)
         noise = GumbelNoise([request.seed for request in requests], ids.shape[1], sampling)
+        plain = GenerationConfig(  # not the folder's own: its penalties and minima would change the law
+            max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=list(sampling.stop), pad_token_id=0
+        )
         output = self.network.generate(
             ids,
+            generation_config=plain,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=sampling.max_tokens,
-            do_sample=False,
             logits_processor=LogitsProcessorList([noise]),
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
         )
-        drawn = output.sequences[:, ids.shape[1] :]
-        raw = torch.stack(output.logits, dim=1).float().log_softmax(-1)
-        logp = raw.gather(-1, drawn[..., None]).squeeze(-1)
-        return [self._completion(row.tolist(), each) for row, each in zip(drawn, logp, strict=True)]
-
-    def _completion(self, ids: list[int], logp: Tensor) -> Completion:
-        ends = [n for n, token in enumerate(ids) if token in self._eos()]
-        length = ends[0] + 1 if ends else len(ids)
-        return Completion(ids[:length], float(logp[:length].sum()), "stop" if ends else "length")
-
-    def _eos(self) -> list[int]:
-        eos = self.network.generation_config.eos_token_id
-        return eos if isinstance(eos, list) else [eos]
+        drawn = output[:, ids.shape[1] :].tolist()
+        raw = torch.stack(noise.raw, dim=1)
+        return [_completion(row, each, sampling.stop) for row, each in zip(drawn, raw, strict=True)]
 
     def close(self) -> None:
         del self.network
+
+
+def _completion(ids: list[int], logp: Tensor, stop: Sequence[int]) -> Completion:
+    ends = [n for n, token in enumerate(ids) if token in stop]
+    length = ends[0] + 1 if ends else len(ids)
+    return Completion(ids[:length], float(logp[:length].sum()), "stop" if ends else "length")

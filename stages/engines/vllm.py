@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.engines import Completion, Request, Sampling
+from stages.limits import context_length
 
 SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -17,7 +18,7 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards: leave its threads alone
 }
-BATCHED_TOKENS = 16_384  # a step's tokens on a CPU; at least one whole prompt must fit
+BATCHED_TOKENS = 16_384  # a step's tokens on a CPU; at least one whole prompt must fit, whatever the context
 
 
 class VllmEngine:
@@ -46,9 +47,10 @@ class VllmEngine:
                 enforce_eager=on_cpu,
                 logprobs_mode="raw_logprobs",
                 max_num_seqs=512,
-                max_num_batched_tokens=BATCHED_TOKENS if on_cpu else None,
+                max_num_batched_tokens=max(BATCHED_TOKENS, context_length(folder)) if on_cpu else None,
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
+                generation_config="vllm",  # the folder's own sampling defaults would change the law
             )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -60,6 +62,7 @@ class VllmEngine:
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop),
                 seed=request.seed,
                 logprobs=0,
                 detokenize=False,
