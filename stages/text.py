@@ -54,9 +54,13 @@ class Tokenizer:
 
     def _refuse_special(self, text: str) -> None:
         """A special token written out in data would become a control token: raises ValueError."""
-        found = [token for token in self.inner.all_special_tokens if token in text]
+        found = [token for token in self._special if token in text]
         if found:
             raise ValueError(f"special token {found[0]} in the text")
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return [token.content for token in self.inner.added_tokens_decoder.values() if token.special]
 
     @cached_property
     def stop(self) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ class TransformersEngine:
         torch.set_num_threads(1)  # as all scoring: the same numbers whatever the machine shares
         kind = getattr(torch, dtype)
         self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+        self.network.generation_config = GenerationConfig()  # its penalties and minima would change the law
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -67,7 +68,7 @@ class TransformersEngine:
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         ids = torch.tensor([list(request.prompt_ids) for request in requests], device=self.network.device)
         noise = GumbelNoise([request.seed for request in requests], ids.shape[1], sampling)
-        plain = GenerationConfig(  # not the folder's own: its penalties and minima would change the law
+        plain = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=list(sampling.stop), pad_token_id=0
         )
         output = self.network.generate(
