@@ -113,7 +113,8 @@ def _summary(store: Store, runs: list[str]) -> None:
 def _next_moves(run: str, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
     """Commands that can be pasted as they stand."""
     me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
-    world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in sets)
+    kept = [item for item in sets if not item.startswith("select.beta")]
+    world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in kept)
     console.print(
         f"Next, for example:\n"
         f"  {me} trace {shlex.quote(run)} --store {store}  # one prompt's life\n"

@@ -80,7 +80,7 @@ def _seal(step: Step, work: Work, seconds: float) -> dict[str, Any]:
         "libraries": _versions(),
         "commit": _commit(),
     }
-    manifest = work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, found))
+    manifest = work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, step.options, found))
     return manifest
 
 

@@ -103,11 +103,12 @@ def _homes(name: str, table: pa.Table, shards: int) -> np.ndarray:
     return np.array([shard_by_prompt[prompt] for prompt in prompts], dtype=np.int64)
 
 
-def fail_if_nothing_left(name: str, manifest: dict[str, Any]) -> None:
+def fail_if_nothing_left(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:
     """A stage that left out every row of a table has failed, whatever its exit."""
     made = {table: rows for table, rows in manifest["rows"].items() if table != "rejects"}
     if manifest["model"] or (all(made.values()) if manifest["rejects"] else any(made.values())):
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["rejects"].items()))
     empty = " and ".join(table for table, rows in made.items() if not rows)
-    raise WinnowError(f"{name}: every row of {empty} was left out ({reasons or 'its inputs have no rows'})")
+    split = f" of split {options['split']}: see `heldout` of the data" if "split" in options else ""
+    raise WinnowError(f"{name}: every row of {empty} was left out ({reasons or f'its inputs have no rows{split}'})")
