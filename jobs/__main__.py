@@ -3,6 +3,7 @@
 import csv
 import shlex
 import shutil
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -58,7 +59,7 @@ STORE = Path("store")
 def plan(recipe: Recipes, on: On = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
     """Print each recipe's tree: keys, what is cached, what will run and why. Runs nothing."""
     for made in recipes.plans(recipe, on, sets):
-        console.print(show.plan_tree(made, Store(store)), highlight=False)
+        console.print(show.plan_tree(made, Store(store)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -80,6 +81,7 @@ def run(
 def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
     """Run plans one after the other, then show what they came to."""
     watcher = Watcher(console)
+    signal.signal(signal.SIGINT, watcher.interrupt)
     try:
         for made in plans:
             console.print(f"[bold]{escape(made.name)}[/]", highlight=False)
@@ -168,13 +170,14 @@ def trace(
 @app.command()
 def report(
     store: StorePath = STORE,
-    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+    out: Annotated[Path | None, typer.Option(help="the page; report.html in the store by default")] = None,
 ) -> None:
     """Write one self-contained HTML page about all runs of the store."""
     from jobs.report import write_report
 
-    write_report(Store(store), out)
-    console.print(f"wrote {out} ({out.stat().st_size / 1e3:,.0f} kB)", highlight=False)
+    page = out or store / "report.html"
+    write_report(Store(store), page)
+    console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)
 
 
 @app.command()

@@ -38,15 +38,26 @@ class Watcher:
             disable=not console.is_terminal,
         )
         self.made: dict[str, dict[str, Any]] = {}
-        self.name = ""
+        self.name, self.interrupted = "", False
         self.parts, self.finished = 1, 0
         self.begun, self.done, self.total, self.unit_name = 0.0, 0.0, 0.0, "parts"
         self.told = self.started = time.monotonic()
 
+    def interrupt(self, *signal: Any) -> None:
+        """On Ctrl-C. Raised again at the next report: an exception in a finalizer is swallowed by Python."""
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def _go_on(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
     def cached(self, step: Step) -> None:
+        self._go_on()
         self.console.print(f"  [dim]{step.name:<16} cached {step.key}[/]", highlight=False)
 
     def begin(self, step: Step, done: int, total: int) -> None:
+        self._go_on()
         self.name, self.started, self.told = step.name, time.monotonic(), time.monotonic()
         self.parts, self.finished, self.begun = total, done, float(done)
         self.bar.start()
@@ -55,12 +66,14 @@ class Watcher:
         self.console.print(f"  {step.name:<16} [cyan]running[/] {step.key}{again}", highlight=False)
 
     def unit(self, rows: int) -> None:
+        self._go_on()
         self.finished += 1
         if self.parts > 1:
             self._show(self.finished, self.parts, "parts")
 
     def tell(self, done: float, total: float, unit: str) -> None:
         """A step of one part shows its own units; of many, how far the part at work is."""
+        self._go_on()
         if self.parts > 1:
             self._show(self.finished + done / total, self.parts, "parts")
         else:

@@ -40,7 +40,7 @@ def why(step: Step, run: str, store: Store) -> str:
     missing = len(store.folder(step).missing(step.shards))
     if missing < step.shards and not shape_of(step.entry).whole:
         return f"{missing} of {step.shards} parts are missing"
-    link = store.runs().get(run, {}).get(step.name) or _latest(step, store)
+    link = _before(step, run, store)
     old = store.manifest_at(link["stage"], link["key"]) if link else None
     if not old:
         return "never made"
@@ -48,7 +48,8 @@ def why(step: Step, run: str, store: Store) -> str:
     return escape("; ".join(change for change in changes if change) or "its result was deleted")
 
 
-def _latest(step: Step, store: Store) -> dict[str, str] | None:
-    """The same step in any other run of this store."""
-    found = [links[step.name] for links in store.runs().values() if step.name in links]
-    return found[-1] if found else None
+def _before(step: Step, run: str, store: Store) -> dict[str, str] | None:
+    """What the step was in this run, or in the run of the same recipe without overrides, or in any."""
+    runs = store.runs()
+    known = [runs.get(run, {}), runs.get(run.partition("[")[0], {}), *runs.values()]
+    return next((links[step.name] for links in known if step.name in links), None)

@@ -63,7 +63,7 @@ def _find(catalog: Any, prefix: str, run: str) -> dict[str, Any]:
         f"ORDER BY scored DESC, paired DESC, prompt_id",
     ).to_pylist()
     if not found:
-        raise WinnowError(f'run {run}: no prompt id begins with {prefix!r}; winnow sql "SELECT prompt_id FROM prompts"')
+        raise WinnowError(f"run {run}: no prompt id begins with {prefix!r}; leave it out to see the first prompt")
     if prefix and len(found) > 1:
         raise WinnowError(f"run {run}: {len(found)} prompt ids begin with {prefix!r}; give more digits")
     first: dict[str, Any] = found[0]

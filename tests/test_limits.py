@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 import jobs.__main__ as command
@@ -85,22 +86,20 @@ def test_messages_that_the_chat_template_refuses_are_left_out(tiny, ws, tmp_path
     folder = Path(shutil.copytree(tiny.folder, tmp_path / "strict"))
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     (folder / "chat_template.jinja").write_text(strict)
-    rows = [{"prompt": [{"role": "system", "content": "Be kind."}]}, {"prompt": "Book a boat."}]
+    rows: list[dict] = [{"prompt": [{"role": "system", "content": "Be kind."}]}, {"prompt": "Book a boat."}]
     path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows)))
     assert prompts(Model(folder, "x"), ws, path=path).num_rows == 1
     assert "no system role" in reasons(ws)[0][1]
 
 
-def one_prompt(tiny: Model, heldout: str = "train") -> object:
-    row = {"prompt_id": "aa", "text": "x", "token_ids": [0, 5, 9], "split": heldout}
-    return PROMPTS.empty_table().from_pylist([row], schema=PROMPTS)
+def one_prompt() -> pa.Table:
+    row = {"prompt_id": "aa", "text": "x", "token_ids": [0, 5, 9], "split": "train"}
+    return pa.Table.from_pylist([row], schema=PROMPTS)
 
 
-def test_an_evaluation_keeps_empty_responses_and_training_data_does_not(tiny, ws, monkeypatch):
+def test_an_evaluation_keeps_empty_responses_and_training_data_does_not(tiny, ws):
     """A model that ends at once: 40 draws of which those with no text are left out, or counted, as asked."""
-    import pyarrow as pa
-
-    table = pa.Table.from_pylist(one_prompt(tiny).to_pylist(), schema=PROMPTS)
+    table = one_prompt()
     options = dict(engine="transformers", n=400, temperature=2.0, top_k=0, max_tokens=2)
     kept = sample(table, tiny, ws, **options, keep_empty=True)
     assert kept.num_rows == 400
@@ -111,14 +110,12 @@ def test_an_evaluation_keeps_empty_responses_and_training_data_does_not(tiny, ws
 
 
 def test_responses_without_an_opponent_are_counted(tiny, ws):
-    import pyarrow as pa
-
     def candidates(draws: int, name: str) -> pa.Table:
         common = {"prompt_id": "aa", "token_ids": [5, 1], "logp_kind": "none", "n_tokens": 2, "finish_reason": "stop"}
         rows = [common | {"candidate_id": f"{name}{k}", "k": k, "text": "a boat"} for k in range(draws)]
         return pa.Table.from_pylist(rows, schema=CANDIDATES)
 
-    table = pa.Table.from_pylist(one_prompt(tiny).to_pylist(), schema=PROMPTS)
+    table = one_prompt()
     made = judge(table, candidates(5, "a"), candidates(2, "b"), tiny, ws)
     assert made.num_rows == 2
     assert [reason for _, reason in reasons(ws)] == ["no baseline response with this k"] * 3

@@ -104,13 +104,16 @@ def kill_when_begun(folder: Path, world: Path, store: Store) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_replaced_and_a_part_has_three_attempts(tmp_path):
+def test_a_worker_that_dies_is_replaced_and_a_part_has_three_attempts(tmp_path, capfd):
     """A stage that kills its process twice on one part ends well; one that always does ends with a message."""
+    import ray
+
     from tests.dying import plan_dying
 
     run(plan_dying(tmp_path, deaths=2), Store(tmp_path / "store"), OnRay(2), Silent())
     with pytest.raises(WinnowError, match="part 0 failed 3 times"):
         run(plan_dying(tmp_path, deaths=9), Store(tmp_path / "store"), OnRay(2), Silent())
+    ray.shutdown()  # here, where what it says about the deaths is not printed over the suite's result
 
 
 def test_the_manifest_says_how_the_step_was_made(world, finished):
