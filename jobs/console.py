@@ -37,7 +37,6 @@ class Watcher:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.made: dict[str, dict[str, Any]] = {}
         self.name, self.interrupted = "", False
         self.parts, self.finished = 1, 0
         self.begun, self.done, self.total, self.unit_name = 0.0, 0.0, 0.0, "parts"
@@ -93,7 +92,6 @@ class Watcher:
 
     def sealed(self, step: Step, manifest: dict[str, Any]) -> None:
         self.bar.remove_task(self.task)
-        self.made[step.name] = manifest
         self.console.print(f"  {step.name:<16} [green]made[/] {_made(manifest)}", highlight=False)
 
     def close(self) -> None:

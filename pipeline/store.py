@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import pyarrow as pa
@@ -80,7 +81,7 @@ class StepFolder:
         write_json(self.path / f"part-{shard:05d}.json", {"shard": shard, "files": files, **record})
 
     def _write_table(self, name: str, table: pa.Table) -> Json:
-        scratch = self.path / f".{name}.{os.getpid()}"
+        scratch = _scratch(self.path / name)
         pq.write_table(table, scratch, compression="zstd", row_group_size=8192)
         digest = sha256(scratch.read_bytes()).hexdigest()
         size = scratch.stat().st_size
@@ -147,10 +148,15 @@ class Store:
         return StepFolder(self.root / stage / key).manifest
 
 
+def _scratch(path: Path) -> Path:
+    """Where a file is written before it is renamed into place: one for each writer, thread by thread."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Atomic: the file is either the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = _scratch(path)
     scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     scratch.replace(path)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
@@ -84,6 +85,24 @@ def tiny(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
         context=128,
     )
     return Model(made.folder, model_digest(made.folder))
+
+
+@pytest.fixture(scope="session")
+def sharp(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny model with larger weights: its logits differ by nats, so that a wrong position or mask shows."""
+    import torch
+
+    from stages.policy import load_network
+
+    folder = tmp_path_factory.mktemp("sharp") / "model"
+    shutil.copytree(tiny.folder, folder)
+    network = load_network(tiny)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.dim() == 2:
+                weight.mul_(5)
+    network.save_pretrained(folder)
+    return Model(folder, model_digest(folder))
 
 
 @pytest.fixture(scope="session")

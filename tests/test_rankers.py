@@ -1,7 +1,5 @@
 """The pairwise ranker: one shared prefix gives the numbers of plain forwards; orders, labels, training examples."""
 
-import shutil
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.content import DataPath, model_digest
+from pipeline.content import DataPath
 from pipeline.workspace import Warm, Workspace
-from schemas import Model, WinnowError, conform
+from schemas import WinnowError, conform
 from schemas.tables import EXAMPLES
-from stages.policy import load_network
 from stages.preferences import preferences
 from stages.ranker_examples import ranker_examples
 from stages.rankers import LABELS, PairwiseRanker, RankerPrompt, _common_prefix, both_orders
@@ -23,20 +20,6 @@ CONTEXT = "Please book a boat for two on Monday in Oslo."
 GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
 words = st.lists(st.sampled_from(["boat", "Oslo", "a", "Gladly.", "é", "two"]), min_size=1, max_size=6).map(" ".join)
 pairs_of = st.lists(st.tuples(words, words), min_size=1, max_size=6)
-
-
-@pytest.fixture(scope="module")
-def sharp(tiny, tmp_path_factory):
-    """The tiny model with larger weights: its logits differ by nats, so that a wrong position or mask shows."""
-    folder = tmp_path_factory.mktemp("sharp") / "model"
-    shutil.copytree(tiny.folder, folder)
-    network = load_network(tiny)
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.dim() == 2:
-                weight.mul_(5)
-    network.save_pretrained(folder)
-    return Model(folder, model_digest(folder))
 
 
 @pytest.fixture(scope="module")

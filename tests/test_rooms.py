@@ -1,20 +1,17 @@
 """The rooms between sampling and training, and the last one: rewards, matches, pairs, examples, evaluation."""
 
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.content import model_digest
 from pipeline.registry import Bound, Entry, entry_of
 from pipeline.workspace import Warm, Workspace
-from schemas import Model, WinnowError, conform, token_digest
+from schemas import WinnowError, conform, token_digest
 from schemas.tables import (
     CANDIDATES,
     COMPARISONS,
@@ -33,7 +30,6 @@ from stages.evaluate import evaluate
 from stages.examples import examples
 from stages.judge import judge
 from stages.pair import pair, pair_rule
-from stages.policy import load_network
 from stages.reward import reward
 
 few = settings(deadline=None, max_examples=20)
@@ -44,17 +40,9 @@ def space():
 
 
 @pytest.fixture(scope="module")
-def ranker(tiny, tmp_path_factory):
-    """The tiny model with larger weights, an opinionated ranker."""
-    folder = tmp_path_factory.mktemp("sharp") / "model"
-    shutil.copytree(tiny.folder, folder)
-    network = load_network(tiny)
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.dim() == 2:
-                weight.mul_(5)
-    network.save_pretrained(folder)
-    return Model(folder, model_digest(folder))
+def ranker(sharp):
+    """An opinionated ranker."""
+    return sharp
 
 
 def prompts_of(names, split="train", **columns):
