@@ -33,6 +33,7 @@ app = typer.Typer(
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 complaints = Console(soft_wrap=True, stderr=True)
 QUERIES = Path(__file__).parent / "queries"
+MAIN = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
 INTERRUPTED = 130  # typer's exit code for ctrl-c
 
 
@@ -80,6 +81,11 @@ def run(
 
 def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
     """Run plans one after the other, then show what they came to."""
+    run_plans(plans, store, executor)
+    _summary(store, [made.name for made in plans])
+
+
+def run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
     watcher = Watcher(console)
     signal.signal(signal.SIGINT, watcher.interrupt)
     try:
@@ -88,7 +94,6 @@ def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
             run_plan(made, store, executor, watcher)
     finally:
         watcher.close()
-    _summary(store, [made.name for made in plans])
 
 
 def _summary(store: Store, runs: list[str]) -> None:
@@ -115,13 +120,13 @@ def _summary(store: Store, runs: list[str]) -> None:
 def _next_moves(run: str, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
     """Commands that can be pasted as they stand."""
     me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
-    kept = [item for item in sets if not item.startswith("select.beta")]
+    kept = [item for item in sets if not item.startswith("select.rule")]
     world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in kept)
     console.print(
         f"Next, for example:\n"
         f"  {me} trace {shlex.quote(run)} --store {store}  # one prompt's life\n"
         f"  {me} report --store {store}  # a page to look at\n"
-        f"  {me} plan {recipe}{world} --store {store} --set select.beta=0.1  # what another beta would run",
+        f"  {me} plan {recipe}{world} --store {store} --set select.rule.beta=0.1  # what another beta would run",
         highlight=False,
         markup=False,
     )
@@ -160,11 +165,12 @@ def trace(
     run: Annotated[str, typer.Argument(help="a run's name")],
     prompt: Annotated[str | None, typer.Argument(help="prompt id, or its beginning; the first by default")] = None,
     store: StorePath = STORE,
+    round: Annotated[int | None, typer.Option(help="of a run with rounds; the last by default")] = None,
 ) -> None:
     """Print one prompt's whole life in a run."""
     from jobs.trace import life
 
-    life(Store(store), run, prompt or "", console)
+    life(Store(store), run, prompt or "", console, round)
 
 
 @app.command()
@@ -181,15 +187,48 @@ def report(
 
 
 @app.command()
+def paper(on: On = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
+    """Tables 1 and 2 of the RSO paper on your world: every cell trained and judged, beside the paper's figures."""
+    from jobs.paper import paper_plans, tables
+
+    run_plans(paper_plans(on, sets), Store(store), InProcess())
+    for title, table in tables(Store(store)):
+        console.print(as_table(table, title))
+
+
+bench = typer.Typer(help="Slow proofs, measured on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def mixes(
+    on: On = [],  # noqa: B006
+    store: StorePath = STORE,
+    groups: Annotated[int, typer.Option(help="groups of each side", min=64)] = 2048,
+    repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = 3,
+) -> None:
+    """Seconds a step of ALRIGHT, MAXRIGHT, the mixture and the sequence, against one objective alone."""
+    from jobs.bench.mixes import measure
+
+    watcher = Watcher(console)
+    try:
+        table = measure(Store(store), on, watcher, groups, repeats)
+    finally:
+        watcher.close()
+    console.print(as_table(table, "a step of each mix: median over repeats [least, most]"))
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="where the demo's world, store and report go")] = Path("demo"),
+    methods: Annotated[bool, typer.Option("--methods", help="every method, not only the main ones")] = False,
 ) -> None:
-    """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
+    """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, best-of-n, and a report."""
     world.write(folder)
     overlay = Path(shutil.copyfile(OVERLAY, folder / "world.yaml"))
     store = folder / "store"
-    methods = ["sft", "dpo", "sft_sample_rank", "rso", "raft"]
-    run_all(recipes.plans(methods, [overlay], []), Store(store), InProcess())
+    chosen = [name for name in recipes.names() if name != "own_candidates"] if methods else list(MAIN)
+    run_all(recipes.plans(chosen, [overlay], []), Store(store), InProcess())
     report(store, folder / "report.html")
     _next_moves("rso", "rso", [overlay], [], store)
 

@@ -26,12 +26,17 @@ def recipe_path(recipe: str) -> Path:
     return FOLDER / f"{recipe}.yaml"
 
 
+def plan_named(recipe: str, worlds: list[Path], sets: list[str], name: str | None = None) -> Plan:
+    """The plan of one recipe on a world, under a run name of its own if given."""
+    return make_plan(load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets), name, (FOLDER,)))
+
+
 def plans(recipes: list[str], worlds: list[Path], sets: list[str]) -> list[Plan]:
     """Every recipe planned on the same world, before anything runs; raises WinnowError with all mistakes of all."""
     made, problems = [], []
     for recipe in recipes:
         try:
-            made.append(make_plan(load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets), library=(FOLDER,))))
+            made.append(plan_named(recipe, worlds, sets))
         except WinnowError as error:
             problems += [f"{recipe}: {problem}" for problem in error.problems]
     if problems:

@@ -30,19 +30,28 @@ def write_report(store: Store, out: Path) -> None:
         store=store.root.name,
         board=_named(everything, "leaderboard"),
         board_plot=_leaderboard(_rows(everything, "evaluations_by_run")),
-        runs=[_section(store, run) for run in runs],
+        runs=[_section(store, run, round) for run in runs for round in _rounds(everything, run)],
         steps=_named(everything, "status"),
         rejects=_named(everything, "rejects"),
         heldout=_named(everything, "heldout"),
+        two_losses=_named(everything, "two_losses"),
+        two_losses_plot=_two_losses(_rows(everything, "two_losses")),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
 
 
-def _section(store: Store, run: str) -> dict[str, Any]:
-    catalog = open_catalog(store, run)
+def _rounds(catalog: duckdb.DuckDBPyConnection, run: str) -> list[int | None]:
+    """The run's rounds; one section without a number where it has none."""
+    name = run.replace("'", "''")
+    asked = f"SELECT DISTINCT round FROM runs WHERE run = '{name}' AND round IS NOT NULL ORDER BY round"
+    return [row["round"] for row in query(catalog, asked).to_pylist()] or [None]
+
+
+def _section(store: Store, run: str, round: int | None) -> dict[str, Any]:
+    catalog = open_catalog(store, run, round)
     return {
-        "name": run,
+        "name": run if round is None else f"{run}@{round}",
         "histogram": _histogram(_rows(catalog, "reward_histogram")),
         "selection": _named(catalog, "selection"),
         "curves": _curves(_rows(catalog, "curves")),
@@ -92,6 +101,25 @@ def _histogram(rows: list[dict[str, Any]]) -> str:
         axes.hist(values, bins=list(bins), density=True, alpha=0.6, color=color, label=f"{name} ({len(values):,})")
     axes.set_xlabel("reward: logit P(beats the prompt's baseline), nats")
     axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _two_losses(rows: list[dict[str, Any]]) -> str:
+    """Both held-out losses of each policy, and the ideal: the best that any of them reached in each."""
+    if len(rows) < 2:
+        return ""
+    points = np.array([[row["imitation_loss"], row["preference_loss"]] for row in rows])
+    ideal = points.min(axis=0)
+    figure, axes = _figure(6, 4)
+    axes.plot(*ideal, "k*", markersize=11, label="ideal: the least of each")
+    axes.legend(frameon=False)
+    for row, point in zip(rows, points, strict=True):
+        axes.plot(*zip(ideal, point, strict=True), color="#d6dce2", linewidth=0.8, zorder=0)
+        axes.plot(*point, "o", color="#2f6f4f")
+        label = f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})"
+        axes.annotate(label, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("held-out imitation loss, nats a token")
+    axes.set_ylabel("held-out preference loss")
     return _svg(figure)
 
 

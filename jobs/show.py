@@ -5,23 +5,29 @@ from rich.tree import Tree
 
 from pipeline.keys import differences
 from pipeline.plan import Plan, Step
+from pipeline.rounds import split
 from pipeline.stage import shape_of
 from pipeline.store import Store
 
 
 def plan_tree(plan: Plan, store: Store) -> Tree:
-    """Steps under their consumers, each once, with key, what is cached, what will run and why."""
-    tree = Tree(f"[bold]{escape(plan.name)}[/]  ({len(plan.steps)} steps)")
-    _branch(tree, plan.target, plan, store, set())
+    """Steps under their consumers, round after round, each once, with key, what is cached, what will run and why."""
+    rounds = f", {len(plan.targets)} rounds" if len(plan.targets) > 1 else ""
+    tree = Tree(f"[bold]{escape(plan.name)}[/]  ({len(plan.steps)} steps{rounds})")
+    shown: dict[str, str] = {}
+    for target in plan.targets:
+        _branch(tree, target, plan, store, shown)
     return tree
 
 
-def _branch(tree: Tree, step: Step, plan: Plan, store: Store, shown: set[str]) -> None:
-    if step.name in shown:
-        tree.add(f"[dim]{step.name} (above)[/]")
+def _branch(tree: Tree, step: Step, plan: Plan, store: Store, shown: dict[str, str]) -> None:
+    """`shown` is key to name: two rounds may make one thing, and it is made once."""
+    if step.key in shown:
+        same = shown[step.key]
+        tree.add(f"[dim]{step.name}{'' if step.name == same else f' = {same}'} (above)[/]")
         return
-    shown.add(step.name)
-    stage = "" if step.name == step.entry.name else f" [dim]{step.entry.name}[/]"
+    shown[step.key] = step.name
+    stage = "" if split(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
     branch = tree.add(f"{step.name}{stage} [dim]{step.key}[/] {status(step, plan.name, store)}")
     for source in step.inputs.values():
         _branch(branch, source, plan, store, shown)

@@ -17,7 +17,7 @@ ROOMS = (
      "row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ()) "
      "ORDER BY reward DESC"),
     ("kept by select, in order of acceptance",
-     "SELECT draw, round, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance, "
+     "SELECT draw, round AS pass, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance, "
      "round(ess, 1) AS ess, any_value(text) AS text FROM selections JOIN candidates USING (prompt_id, candidate_id) "
      "WHERE {where} GROUP BY ALL ORDER BY draw"),
     ("compared by the ranker",
@@ -39,16 +39,28 @@ ROOMS = (
 )  # fmt: skip
 
 
-def life(store: Store, run: str, prefix: str, console: Console) -> None:
-    """Raises WinnowError if no prompt of the run has an id that begins with `prefix`, or several do."""
-    catalog = open_catalog(store, run)
+def life(store: Store, run: str, prefix: str, console: Console, round: int | None = None) -> None:
+    """In one round, the last one by default, where the run has rounds.
+
+    Raises WinnowError if no prompt of the run has an id that begins with `prefix`, or several do.
+    """
+    round = round or _last(store, run)
+    catalog = open_catalog(store, run, round)
     prompt = _find(catalog, prefix, run)
-    console.print(f"[bold]{prompt['prompt_id']}[/] ({prompt['split']}, {prompt['tokens']} tokens)", highlight=False)
+    about = f"{prompt['split']}, {prompt['tokens']} tokens" + (f", round {round}" if round else "")
+    console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
     console.print(prompt["text"], markup=False, highlight=False)
     for title, sql in ROOMS:
         rows = query(catalog, sql.format(where=f"prompt_id = '{prompt['prompt_id']}'"))
         if rows.num_rows:
             console.print(as_table(rows, title))
+
+
+def _last(store: Store, run: str) -> int | None:
+    """The last round of which anything is made."""
+    sql = "SELECT max(round) AS last FROM runs JOIN steps USING (stage, key)"
+    last: int | None = query(open_catalog(store, run), sql).to_pylist()[0]["last"]
+    return last
 
 
 def _find(catalog: Any, prefix: str, run: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ may be bare. Planning and running (plan, recipe, run, catalog) are imported by t
 
 from pipeline.content import DataPath, ModelPath
 from pipeline.registry import EXECUTION, Bound, Range, Registry
-from pipeline.stage import stage, stages
+from pipeline.stage import Wired, stage, stages
 from pipeline.workspace import Workspace
 
-__all__ = ["EXECUTION", "Bound", "DataPath", "ModelPath", "Range", "Registry", "Workspace", "stage", "stages"]
+__all__ = ["EXECUTION", "Bound", "DataPath", "ModelPath", "Range", "Registry", "Wired", "Workspace", "stage", "stages"]

@@ -11,10 +11,27 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipeline.rounds import split
 from pipeline.store import Store
 from schemas import TABLES, WinnowError
 
-RUNS = pa.schema([("run", pa.string()), ("step", pa.string()), ("stage", pa.string()), ("key", pa.string())])
+RUNS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("step", pa.string()),
+        ("round", pa.int32()),
+        ("stage", pa.string()),
+        ("key", pa.string()),
+    ]
+)
+SQL_TYPES = {
+    "string": "VARCHAR",
+    "int8": "TINYINT",
+    "int32": "INTEGER",
+    "int64": "BIGINT",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+}
 STEPS = pa.schema(
     [
         ("stage", pa.string()),
@@ -33,22 +50,40 @@ STEPS = pa.schema(
 )
 
 
-def open_catalog(store: Store, run: str | None = None) -> duckdb.DuckDBPyConnection:
-    """Views over all sealed steps, or those of one run; each view has `stage` and `key` beside its table's columns."""
-    runs = store.runs()
-    if run is not None and run not in runs:
-        raise WinnowError(f"no run {run!r} in {store.root}; known: {', '.join(runs) or 'none'}")
+def open_catalog(store: Store, run: str | None = None, round: int | None = None) -> duckdb.DuckDBPyConnection:
+    """Views over all sealed steps, those of one run, or of it those of one round and those that all rounds share.
+
+    Each view has `stage` and `key` beside its table's columns; `runs` says which step of which round has that key.
+    """
+    links = _links(store, run, round)
     manifests = store.sealed()
     if run is not None:
-        keys = {link["key"] for link in runs[run].values()}
+        keys = {link["key"] for link in links}
         manifests = [manifest for manifest in manifests if manifest["key"] in keys]
     connection = duckdb.connect(":memory:")
     for name, schema in TABLES.items():
         connection.execute(_view(name, schema, manifests))
-    _materialise(connection, "runs", _run_rows(runs, run), RUNS)
+    _materialise(connection, "runs", links, RUNS)
     _materialise(connection, "steps", [_step_row(manifest) for manifest in manifests], STEPS)
     _confine(connection, store.root)
     return connection
+
+
+def _links(store: Store, run: str | None, round: int | None = None) -> list[dict[str, Any]]:
+    """The rows of `runs`."""
+    runs = store.runs()
+    if run is not None and run not in runs:
+        raise WinnowError(f"no run {run!r} in {store.root}; known: {', '.join(runs) or 'none'}")
+    rows = [
+        {"run": name, **dict(zip(("step", "round"), split(step), strict=True)), **link}
+        for name, links in runs.items()
+        if run in (None, name)
+        for step, link in links.items()
+    ]
+    rounds = sorted({row["round"] for row in rows} - {None})
+    if round is not None and round not in rounds:
+        raise WinnowError(f"run {run}: no round {round}; it has {', '.join(map(str, rounds)) or 'no rounds'}")
+    return [row for row in rows if round is None or row["round"] in (None, round)]
 
 
 def query(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
@@ -102,8 +137,9 @@ def _sql_type(kind: pa.DataType) -> str:
         return f"{_sql_type(kind.value_type)}[]"
     if pa.types.is_struct(kind):
         return f"STRUCT({', '.join(f'{_name(field.name)} {_sql_type(field.type)}' for field in kind)})"
-    names = {"string": "VARCHAR", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT", "double": "DOUBLE"}
-    return names[str(kind)]
+    if pa.types.is_map(kind):
+        return f"MAP({_sql_type(kind.key_type)}, {_sql_type(kind.item_type)})"
+    return SQL_TYPES[str(kind)]
 
 
 def _name(name: str) -> str:
@@ -120,15 +156,6 @@ def _materialise(
     connection.register("incoming", pa.Table.from_pylist(rows, schema=schema))
     connection.execute(f"CREATE TABLE {_name(name)} AS SELECT * FROM incoming")
     connection.unregister("incoming")
-
-
-def _run_rows(runs: dict[str, dict[str, Any]], only: str | None) -> list[dict[str, Any]]:
-    return [
-        {"run": run, "step": step, **link}
-        for run, links in runs.items()
-        if only in (None, run)
-        for step, link in links.items()
-    ]
 
 
 def _step_row(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Recipe to steps with keys, inputs before consumers. All mistakes of a recipe are found here, at once."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from pipeline.keys import canonical, key_of
 from pipeline.recipe import Recipe
 from pipeline.registry import Entry, nearest
-from pipeline.stage import Input, Shape, shape_of, stages
+from pipeline.rounds import why_not
+from pipeline.stage import Input, Shape, Wired, shape_of, stages
 from schemas import WinnowError
 
 
@@ -43,14 +45,16 @@ class Step:
 
 @dataclass
 class Plan:
-    """The steps that a recipe's target needs, in the order in which they can run."""
+    """The steps that a recipe's targets need, in the order in which they can run; a target a round."""
 
     name: str
     steps: list[Step] = field(default_factory=list)
+    targets: list[Step] = field(default_factory=list)
 
     @property
     def target(self) -> Step:
-        return self.steps[-1]
+        """The last round's."""
+        return self.targets[-1]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -58,19 +62,25 @@ def make_plan(recipe: Recipe) -> Plan:
     problems: list[str] = []
     entries = {name: _entry(name, body, problems) for name, body in recipe.steps.items()}
     wires = {name: _wires(name, body, recipe, problems) for name, body in recipe.steps.items()}
-    needed = _order([recipe.target], wires, problems)
-    order = _order([*(name for name in needed if _reads_files(entries[name])), recipe.target], wires, problems)
+    targets = _targets(recipe, problems)
+    needed = _order(targets, wires, problems)
+    order = _order([*(name for name in needed if _reads_files(entries[name])), *targets], wires, problems)
     options = {name: _options(name, recipe.steps[name], entries[name], name in order, problems) for name in entries}
+    wired: dict[str, Wired] = {}
     for name in order:
-        _check_step(name, entries, wires[name], options[name], problems)
+        behind = {wire: wired[source] for wire, source in wires[name].items() if source in wired}
+        wired[name] = Wired(entries[name].name if entries[name] else "", options[name] or {}, behind)  # type: ignore[union-attr]
+        _check_step(name, entries, wires[name], options[name], behind, problems)
+    problems += _idle_rounds(recipe, order)
     if problems:
-        raise WinnowError(*dict.fromkeys(problems))
+        raise WinnowError(*_once(problems))
     plan = Plan(recipe.name)
     made: dict[str, Step] = {}
     for name in order:
         inputs = {wire: made[source] for wire, source in wires[name].items()}
         made[name] = Step(name, entries[name], options[name], inputs, recipe.shards)  # type: ignore[arg-type]
         plan.steps.append(made[name])
+    plan.targets = [made[name] for name in targets]
     return plan
 
 
@@ -86,7 +96,7 @@ def _wires(name: str, body: dict[str, Any], recipe: Recipe, problems: list[str])
     wires = {wire: source for wire, source in (body.get("from") or {}).items() if source is not None}
     for wire, source in wires.items():
         if source not in recipe.steps:
-            hint = nearest(source, list(recipe.steps))
+            hint = why_not(source, recipe.written, recipe.rounds)
             problems.append(f"{name}.from.{wire}: no step {source!r} in this recipe; {hint}")
     return {wire: source for wire, source in wires.items() if source in recipe.steps}
 
@@ -96,11 +106,26 @@ def _reads_files(entry: Entry | None) -> bool:
     return entry is not None and all(item.schema is None for item in shape_of(entry).inputs)
 
 
+def _targets(recipe: Recipe, problems: list[str]) -> list[str]:
+    if recipe.targets[-1] in recipe.steps:
+        return recipe.targets
+    hint = why_not(recipe.target, recipe.written, recipe.rounds)
+    problems.append(f"target: no step {recipe.target!r} in this recipe; {hint}")
+    return []
+
+
+def _idle_rounds(recipe: Recipe, order: list[str]) -> list[str]:
+    """Several rounds in which the target is one and the same."""
+    if recipe.rounds < 2 or not order or any("@" in name for name in order):
+        return []
+    return [
+        f"rounds: {recipe.rounds} of the same, for nothing that {recipe.target!r} needs changes between them; wire "
+        "a step as `from: {policy: {first: sft, then: optimize}}`, or write an overlay for each round"
+    ]
+
+
 def _order(targets: list[str], wires: dict[str, dict[str, str]], problems: list[str]) -> list[str]:
     """Depth first from each target; a circle is a mistake that names its members."""
-    if targets[-1] not in wires:
-        problems.append(f"target: no step {targets[-1]!r} in this recipe; {nearest(targets[-1], list(wires))}")
-        return []
     order: list[str] = []
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -134,6 +159,7 @@ def _check_step(
     entries: dict[str, Entry | None],
     wires: dict[str, str],
     options: dict[str, Any] | None,
+    wired: dict[str, Wired],
     problems: list[str],
 ) -> None:
     entry = entries[name]
@@ -152,7 +178,7 @@ def _check_step(
         if not item.optional and item.name not in wires
     ]
     if options is not None:
-        problems += [f"{name}: {problem}" for problem in shape.check(options, frozenset(wires))]
+        problems += [f"{name}: {problem}" for problem in shape.check(options, wired)]
 
 
 def _mismatch(name: str, wire: Input, source: str, entry: Entry | None) -> list[str]:
@@ -163,3 +189,11 @@ def _mismatch(name: str, wire: Input, source: str, entry: Entry | None) -> list[
 
 def _phrase(kind: str) -> str:
     return "a model" if kind == "model" else f"a table of {kind}"
+
+
+def _once(problems: list[str]) -> list[str]:
+    """A mistake that several rounds share is told once, of the step as the recipe names it."""
+    alike: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        alike.setdefault(re.sub(r"(?<=\w)@\d+\b", "", problem), []).append(problem)
+    return [re.sub(r"^(\w+)@\d+", r"\1", each[0]) if len(each) > 1 else each[0] for each in alike.values()]

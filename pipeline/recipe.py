@@ -1,12 +1,15 @@
 """YAML to steps: one `extends`, a world's data and models between base and recipe, and --set overrides.
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs)
-and `with` (options). `shards`, `target`, `about` and `extends` are settings of the whole.
+and `with` (options); `like` takes all three from another step, and says only what differs. `shards`,
+`target`, `rounds`, `about` and `extends` are settings of the whole. `rounds` is a number of equal rounds,
+or a list of overlays, one a round (pipeline/rounds.py).
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ from typing import Any
 import yaml
 
 from pipeline.registry import nearest
+from pipeline.rounds import Steps, entries, first_only, malformed, malformed_wire, split, unroll, why_not
 from schemas import WinnowError
 
 SETTINGS = {"about": str, "extends": str, "shards": int, "target": str}
-PARTS = ("use", "from", "with")
+ROUNDS = "rounds"  # a setting as well, of two types
+PARTS = ("use", "like", "from", "with")
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,13 +44,43 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Recipe:
-    """Steps as written: not yet checked against any stage."""
+    """Steps, not yet checked against any stage; those that change from round to round are `step@1`, `step@2`, ..."""
 
     name: str
     shards: int = 8
     target: str = "evaluate"
     about: str = ""
-    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: Steps = field(default_factory=dict)
+    rounds: int = 0
+
+    @property
+    def targets(self) -> list[str]:
+        """The target of every round, the last one last."""
+        each = [f"{self.target}@{number}" for number in range(1, self.rounds + 1)]
+        return [step for step in each if step in self.steps] or [self.target]
+
+    @property
+    def written(self) -> list[str]:
+        """The names of the steps as the recipe writes them."""
+        return list(dict.fromkeys(split(step)[0] for step in self.steps))
+
+
+@dataclass(frozen=True)
+class _Override:
+    """One --set: of a setting (no path), of a step in every round, or of a step in one round."""
+
+    text: str
+    name: str
+    path: tuple[str, ...]
+    value: Any
+
+    @property
+    def step(self) -> str:
+        return split(self.name)[0]
+
+    @property
+    def round(self) -> int | None:
+        return split(self.name)[1]
 
 
 def load_recipe(
@@ -61,15 +96,9 @@ def load_recipe(
     the recipe, then in the folders of `library`.
     """
     recipe = _read(path)
-    base = _base(recipe, (path.parent, *library))
-    layers = [*base, *(_read(overlay) for overlay in overlays), recipe]
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merge(merged, layer)
-    problems = [problem for assignment in sets for problem in _attempt(_assign, merged, assignment)]
-    if problems:
-        raise WinnowError(*problems)
-    return _recipe(merged, name or _run_name(path.stem + "".join(f"[{item}]" for item in sets)), str(path))
+    layers = [*_base(recipe, (path.parent, *library)), *(_read(overlay) for overlay in overlays), recipe]
+    run = name or _run_name(path.stem + "".join(f"[{item}]" for item in sets))
+    return _recipe(reduce(_merge, layers, {}), sets, run, str(path))
 
 
 def _attempt(do: Callable[..., None], *args: Any) -> tuple[str, ...]:
@@ -109,7 +138,8 @@ def _read(path: Path) -> dict[str, Any]:
     content = _parse(text, f"recipe {path}")
     if not isinstance(content, dict):
         raise WinnowError(f"recipe {path}: must be a mapping of step names, got {type(content).__name__}")
-    return _rooted(content, path.parent)
+    rooted: dict[str, Any] = _rooted(content, path.parent)
+    return rooted
 
 
 def _parse(text: str, place: str) -> Any:
@@ -119,10 +149,12 @@ def _parse(text: str, place: str) -> Any:
         raise WinnowError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _rooted(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _rooted(content: Any, folder: Path) -> Any:
     """`./data.jsonl` in a recipe file means beside that file, wherever the command runs."""
     if isinstance(content, dict):
         return {name: _rooted(value, folder) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_rooted(value, folder) for value in content]
     if isinstance(content, str) and content.startswith(("./", "../")):
         return str(folder / content)
     return content
@@ -137,22 +169,40 @@ def _merge(below: Any, above: Any) -> Any:
     return below | {name: _merge(below.get(name), value) for name, value in above.items()}
 
 
-def _assign(merged: dict[str, Any], assignment: str) -> None:
-    """`step.option=value` or `step.option.inner=value`; the value is YAML."""
-    path, equals, value = assignment.partition("=")
+def _overrides(sets: tuple[str, ...], problems: list[str]) -> list[_Override]:
+    made = []
+    for text in sets:
+        try:
+            made.append(_override(text))
+        except WinnowError as error:
+            problems += error.problems
+    return made
+
+
+def _override(text: str) -> _Override:
+    """`step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value`; the value is YAML."""
+    path, equals, value = text.partition("=")
     names = path.strip().split(".")
-    if not equals or not all(names) or (len(names) < 2 and names[0] not in SETTINGS):
-        raise WinnowError(f"--set {assignment}: must read step.option=value")
-    parsed = _parse(value, f"--set {assignment}")
-    if len(names) == 1:
-        merged[names[0]] = parsed
-        return
-    if names[0] not in merged:
-        raise WinnowError(f"--set {assignment}: unknown step {names[0]!r}; {nearest(names[0], list(merged))}")
-    place = _mapping(_mapping(merged, names[0]), "with")
-    for name in names[1:-1]:
+    if not equals or not all(names) or (len(names) < 2 and names[0] not in (*SETTINGS, ROUNDS)):
+        raise WinnowError(f"--set {text}: must read step.option=value")
+    return _Override(text, names[0], tuple(names[1:]), _parse(value, f"--set {text}"))
+
+
+def _apply(override: _Override, rounds: list[Steps], count: int) -> None:
+    """To the step in every round, or in the one that is named; `count` is 0 where the recipe has no rounds."""
+    known, only = list(rounds[0]), override.round
+    if override.step not in known or (only is not None and not 1 <= only <= count):
+        hint = why_not(override.name, known, count)
+        raise WinnowError(f"--set {override.text}: unknown step {override.name!r}; {hint}")
+    for number, steps in enumerate(rounds, 1):
+        if only in (None, number):
+            _assign(_mapping(_mapping(steps, override.step), "with"), override)
+
+
+def _assign(place: dict[str, Any], override: _Override) -> None:
+    for name in override.path[:-1]:
         place = _mapping(place, name)
-    place[names[-1]] = parsed
+    place[override.path[-1]] = override.value
 
 
 def _mapping(parent: dict[str, Any], name: str) -> dict[str, Any]:
@@ -165,37 +215,111 @@ def _mapping(parent: dict[str, Any], name: str) -> dict[str, Any]:
     return inner
 
 
-def _recipe(merged: dict[str, Any], name: str, place: str) -> Recipe:
-    settings = {key: value for key, value in merged.items() if key in SETTINGS and value is not None}
-    steps = {str(key): value or {} for key, value in merged.items() if key not in SETTINGS}
+def _recipe(merged: dict[str, Any], sets: tuple[str, ...], name: str, place: str) -> Recipe:
+    """What the files say, checked; then each round's overlay over it, then --set."""
+    told: list[str] = []
+    overrides = _overrides(sets, told)
+    whole = {each.name: each.value for each in overrides if not each.path}
+    settings = {key: value for key, value in (merged | whole).items() if key in SETTINGS and value is not None}
+    steps = {str(key): body or {} for key, body in merged.items() if key not in (*SETTINGS, ROUNDS)}
+    problems = [*_misset(settings, place), *_malformed(steps)]
+    overlays = _overlays(merged.get(ROUNDS), whole.get(ROUNDS), steps, problems)
+    if problems:
+        raise WinnowError(*told, *problems)
+    made = _unrolled(steps, overlays, [each for each in overrides if each.path], told)
+    settings.pop("extends", None)
+    return Recipe(name=name, steps=made, rounds=len(overlays), **settings)
+
+
+def _overlays(written: Any, asked: Any, steps: Steps, problems: list[str]) -> list[Steps]:
+    """One a round; none where the recipe has no rounds."""
+    if miscounted := malformed(written, asked):
+        problems += miscounted
+        return []
+    overlays = entries(written, asked)
+    problems += [problem for number, overlay in enumerate(overlays, 1) for problem in _mislaid(number, overlay, steps)]
+    return overlays
+
+
+def _unrolled(steps: Steps, overlays: list[Steps], overrides: list[_Override], told: list[str]) -> Steps:
+    """--set, then `like`, then rounds; raises WinnowError with what was told before and what is wrong here."""
+    rounds: list[Steps] = [_merge(steps, overlay) for overlay in overlays or [{}]]
+    problems = [problem for each in overrides for problem in _attempt(_apply, each, rounds, len(overlays))]
+    if told or problems:
+        raise WinnowError(*told, *problems)
+    alike = [{step: _alike(step, each) for step in each} for each in rounds]
+    if not overlays:
+        return first_only(alike[0])
+    named = {step for overlay in overlays for step in overlay} | {each.step for each in overrides if each.round}
+    differ = {step for each in alike for step in each if each[step] != alike[0][step]}  # through what they are like
+    return unroll(alike, named | differ)
+
+
+def _alike(step: str, steps: Steps) -> dict[str, Any]:
+    """The step's body over that of the step which it is like, --set included."""
+    body = {part: value for part, value in steps[step].items() if part != "like"}
+    model = steps[step].get("like")
+    if model is None:
+        return body
+    whole: dict[str, Any] = _merge({"use": model} | _alike(model, steps), body)
+    return whole
+
+
+def _models(step: str, steps: Steps) -> list[str]:
+    """The steps that it is like, the nearest first; a circle ends where it closes."""
+    found: list[str] = []
+    while isinstance(model := (steps.get(step) or {}).get("like"), str) and model not in found:
+        found.append(model)
+        step = model
+    return found
+
+
+def _misset(settings: dict[str, Any], place: str) -> list[str]:
     problems = [
         f"{place}: {key} must be {SETTINGS[key].__name__}, got {value!r}"
         for key, value in settings.items()
         if type(value) is not SETTINGS[key]
     ]
-    problems += [problem for step, body in steps.items() for problem in _malformed(step, body)]
     if type(settings.get("shards")) is int and not 1 <= settings["shards"] <= 99_999:
         problems.append(f"{place}: shards must be from 1 to 99999, got {settings['shards']}")
-    if problems:
-        raise WinnowError(*problems)
-    settings.pop("extends", None)
-    return Recipe(name=name, steps=steps, **settings)
+    return problems
 
 
-def _malformed(step: str, body: Any) -> list[str]:
+def _mislaid(number: int, overlay: Any, steps: Steps) -> list[str]:
+    """What is wrong with a round's overlay, and was not before it was laid over the steps."""
+    place = f"rounds, entry {number}"
+    if not isinstance(overlay, dict):
+        return [f"{place}: must be a mapping of step names ({{}} for none), got {overlay!r}"]
+    unknown = [step for step in overlay if step not in steps]
+    known, before = {step: body for step, body in overlay.items() if step in steps}, _malformed(steps)
+    new = [problem for problem in _malformed(_merge(steps, known)) if problem not in before]
+    return [f"{place}: unknown step {step!r}; {nearest(str(step), list(steps))}" for step in unknown] + [
+        f"{place}: {problem}" for problem in new
+    ]
+
+
+def _malformed(steps: Steps) -> list[str]:
+    """What cannot be read as steps, all of it."""
+    names = list(steps)
+    problems = [problem for step, body in steps.items() for problem in _malformed_step(step, body, names)]
+    return problems or [f"{step}.like: a circle" for step in steps if step in _models(step, steps)]
+
+
+def _malformed_step(step: str, body: Any, steps: list[str]) -> list[str]:
+    if "@" in step:
+        return [f"{step}: a step's name may not hold '@', which stands for a round; change a round in `rounds`"]
     if not isinstance(body, dict):
-        hint = f" ({nearest(step, list(SETTINGS))})" if isinstance(body, str | int) else ""
-        return [f"{step}: must be a mapping with use, from, with; got {body!r}{hint}"]
+        hint = f" ({nearest(step, [*SETTINGS, ROUNDS])})" if isinstance(body, str | int) else ""
+        return [f"{step}: must be a mapping with use, like, from, with; got {body!r}{hint}"]
     problems = [f"{step}.{part}: unknown; {nearest(str(part), list(PARTS))}" for part in body if part not in PARTS]
     for part in ("from", "with"):
         if not isinstance(body.get(part) or {}, dict):
             problems.append(f"{step}.{part}: must be a mapping, got {body[part]!r}")
     wires = body.get("from")
-    problems += [
-        f"{step}.from.{wire}: must be the name of a step, got {source!r}"
-        for wire, source in (wires.items() if isinstance(wires, dict) else ())
-        if not isinstance(source, str | None)
-    ]
+    for wire, source in wires.items() if isinstance(wires, dict) else ():
+        problems += malformed_wire(f"{step}.from.{wire}", source, steps)
+    if (model := body.get("like")) is not None and model not in steps:
+        problems.append(f"{step}.like: no step {model!r} in this recipe; {nearest(str(model), steps)}")
     if not isinstance(body.get("use", ""), str):
         problems.append(f"{step}.use: must be the name of a stage, got {body['use']!r}")
     return problems

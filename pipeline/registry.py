@@ -105,6 +105,9 @@ class Bound:
     def __call__(self, *args: Any) -> Any:
         return self.entry.fn(*args, **self.options)
 
+    def __hash__(self) -> int:
+        return hash(str(self))  # its options are a dict; bound functions of equal name and options are one value
+
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.name}({options})"

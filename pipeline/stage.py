@@ -6,8 +6,8 @@ and has no part in the identity.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -34,6 +34,18 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Wired:
+    """The step behind an input, as a plan-time check sees it; no options where they did not validate."""
+
+    stage: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, "Wired"] = field(default_factory=dict)
+
+
+Check = Callable[[dict[str, Any], Mapping[str, Wired]], list[str]]
+
+
+@dataclass(frozen=True)
 class Shape:
     """What the planner and the runner need to know of a stage, read once from its signature.
 
@@ -46,7 +58,7 @@ class Shape:
     outputs: tuple[pa.Schema, ...]
     makes_model: bool
     workspace: str | None
-    check: Callable[[dict[str, Any], frozenset[str]], list[str]]
+    check: Check
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -54,7 +66,7 @@ class Shape:
         return any(schema.metadata[b"table"].decode() == kind for schema in self.outputs)
 
 
-def no_check(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+def no_check(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
     return []
 
 
@@ -62,7 +74,7 @@ def stage(
     *,
     version: int,
     whole: bool = False,
-    check: Callable[[dict[str, Any], frozenset[str]], list[str]] = no_check,
+    check: Check = no_check,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a stage. Raise `version` when its results change; `check` refuses senseless recipes at plan time."""
 
@@ -77,7 +89,7 @@ def shape_of(entry: Entry) -> Shape:
     return shape
 
 
-def _shape(fn: Callable[..., Any], version: int, whole: bool, check: Callable[..., list[str]]) -> Shape:
+def _shape(fn: Callable[..., Any], version: int, whole: bool, check: Check) -> Shape:
     hints = get_type_hints(fn, include_extras=True)
     inputs, workspace = [], None
     for name, parameter in inspect.signature(fn).parameters.items():

@@ -55,13 +55,20 @@ def _read(work: Work, item: Input, shard: int | None) -> pa.Table | Model | None
     source = work.sources.get(item.name)
     if source is None:
         return None
-    return source.model() if item.schema is None else source.read(item.schema, shard)
+    if item.schema is None:
+        return source.model()
+    return source.read(item.schema, shard if _by_prompt(item.schema) else None)
+
+
+def _by_prompt(schema: pa.Schema) -> bool:
+    """Are its rows dealt to shards by prompt? Tables of anything else stand in part 0, and every call reads them."""
+    return "prompt_id" in schema.names
 
 
 def _call(work: Work, inputs: dict[str, Any], workspace: Workspace) -> dict[str, pa.Table]:
     """The stage's tables by name, checked against their schemas; a shard without rows wakes nothing."""
     shape = shape_of(work.entry)
-    tables_in = [value for value in inputs.values() if isinstance(value, pa.Table)]
+    tables_in = [value for value in inputs.values() if isinstance(value, pa.Table) and _by_prompt(value.schema)]
     if tables_in and not shape.whole and not any(table.num_rows for table in tables_in):
         made: list[Any] = [schema.empty_table() for schema in shape.outputs]
     else:
@@ -96,7 +103,7 @@ def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace,
 
 def _homes(name: str, table: pa.Table, shards: int) -> np.ndarray:
     """The shard of each row; part 0 for what belongs to no prompt, and for rejects."""
-    if name == "rejects" or "prompt_id" not in table.column_names:
+    if name == "rejects" or not _by_prompt(table.schema):
         return np.zeros(table.num_rows, dtype=np.int64)
     prompts = table.column("prompt_id").to_pylist()
     shard_by_prompt = {prompt: shard_of(prompt, shards) for prompt in set(prompts)}

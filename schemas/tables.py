@@ -55,7 +55,7 @@ CANDIDATES = table(
         "exact: drawn from the policy itself; raw: before temperature or top-k; none",
     ),
     column("n_tokens", pa.int32(), "number of token ids"),
-    column("finish_reason", pa.string(), "stop: the model ended it; length: it was cut"),
+    column("finish_reason", pa.string(), "stop: the model ended it; length: it was cut; given: nobody drew it"),
     column("seed", pa.int64(), "the seed of this draw", null=True),
 )
 REWARDS = table(
@@ -66,11 +66,12 @@ REWARDS = table(
     column(
         "reward",
         pa.float64(),
-        "logit P(candidate beats the prompt's baseline), nats; the baseline itself has 0",
+        "logit P(candidate beats the prompt's baseline), nats; or what another ranker or a sum of several gave",
     ),
     column("baseline_id", pa.string(), "the candidate that all others were compared with", null=True),
     column("logit_ab", pa.float64(), "the same logit with the baseline read first", null=True),
     column("logit_ba", pa.float64(), "the same logit with the baseline read second", null=True),
+    column("components", pa.map_(pa.string(), pa.float64()), "the rewards that it is a weighted sum of", null=True),
 )
 SELECTIONS = table(
     "selections",
@@ -79,13 +80,11 @@ SELECTIONS = table(
     CANDIDATE_ID,
     column("draw", pa.int32(), "order of acceptance, from 0"),
     column("round", pa.int32(), "pass of Algorithm 1 in which it was accepted, from 0"),
-    column("reward", pa.float64(), "its reward, nats"),
-    column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted in the first pass"),
-    column(
-        "ess",
-        pa.float64(),
-        "effective sample size of the weights exp(reward/beta) of the prompt's candidates",
-    ),
+    column("reward", pa.float64(), "its reward as it came, whatever scale the selection used"),
+    column("weight", pa.float64(), "likelihood weight if it is imitated; a pair weighs the product of its two"),
+    column("beta", pa.float64(), "temperature of the prompt's selection, in units of its scale", null=True),
+    column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted at once", null=True),
+    column("ess", pa.float64(), "effective sample size of the prompt's weights, before any clip", null=True),
 )
 COMPARISONS = table(
     "comparisons",
@@ -103,6 +102,7 @@ PAIRS = table(
     column("chosen_id", pa.string(), "the candidate preferred"),
     column("rejected_id", pa.string(), "the other"),
     column("gap", pa.float64(), "logit or reward difference behind it, nats; null for human labels", null=True),
+    column("weight", pa.float64(), "how much the pair counts in its objective"),
     column("rule", pa.string(), "what made the pair"),
 )
 REFERENCE = table(
@@ -130,6 +130,12 @@ EXAMPLES = table(
                     column("token_ids", IDS, "its tokens"),
                     column("weight", pa.float32(), "weight of its likelihood term; 0 keeps it out of that term"),
                     column("ref_logp", pa.float32(), "cached reference log-prob, nats", null=True),
+                    column(
+                        "desirable",
+                        pa.int8(),
+                        "1 or -1: an unpaired label; 0: another prompt's response, read for KL alone; null: none",
+                        null=True,
+                    ),
                 ]
             )
         ),
@@ -142,6 +148,8 @@ EXAMPLES = table(
                 [
                     column("chosen", pa.int32(), "index into responses"),
                     column("rejected", pa.int32(), "index into responses"),
+                    column("weight", pa.float32(), "how much the pair counts"),
+                    column("label", pa.float32(), "P(chosen is the better one): 1, or the ranker's own"),
                 ]
             )
         ),
@@ -165,6 +173,21 @@ METRICS = table(
     column("step", pa.int32(), "optimizer steps done"),
     column("metric", pa.string(), "name; heldout/ before those on held-out examples"),
     column("value", pa.float64(), "value; nats where it is a loss or a log-prob"),
+)
+FEATURES = table(
+    "features",
+    "one row a response as a frozen policy sees it",
+    PROMPT_ID,
+    CANDIDATE_ID,
+    column("features", pa.list_(pa.float32()), "mean of its tokens' last hidden states"),
+)
+HEADS = table(
+    "heads",
+    "one row a neuron of a preference head: score = sum of outer * max(0, inner . features + bias)",
+    column("neuron", pa.int32(), "number, from 0"),
+    column("inner", pa.list_(pa.float64()), "weights of the features"),
+    column("bias", pa.float64(), "added before the ramp"),
+    column("outer", pa.float64(), "weight of the ramp"),
 )
 JUDGEMENTS = table(
     "judgements",
@@ -218,6 +241,8 @@ Reference = Annotated[pa.Table, REFERENCE]
 Examples = Annotated[pa.Table, EXAMPLES]
 Policies = Annotated[pa.Table, POLICIES]
 Metrics = Annotated[pa.Table, METRICS]
+Features = Annotated[pa.Table, FEATURES]
+Heads = Annotated[pa.Table, HEADS]
 Judgements = Annotated[pa.Table, JUDGEMENTS]
 Outcomes = Annotated[pa.Table, OUTCOMES]
 Evaluations = Annotated[pa.Table, EVALUATIONS]

@@ -11,12 +11,18 @@ from torch import Tensor
 
 
 class Run(Protocol):
-    """What of a trainer makes up its state; the data order follows from its seed and `done`."""
+    """What of a trainer makes up its state; the data order follows from its seed and what was drawn."""
 
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
     done: int
+    drawn: list[int]
+    gaps: list[float]
+    tokens: int
     history: list[dict[str, float]]
+
+
+STATE = ("done", "drawn", "gaps", "tokens", "history")
 
 
 class Checkpoints:
@@ -32,8 +38,7 @@ class Checkpoints:
         weights = {name: value.contiguous() for name, value in trainer.network.named_parameters()}
         save_file(weights, scratch / "weights.safetensors")
         save_file(_moments(trainer.optimizer), scratch / "moments.safetensors")
-        state = {"done": trainer.done, "history": trainer.history}
-        (scratch / "state.json").write_text(json.dumps(state))
+        (scratch / "state.json").write_text(json.dumps({name: getattr(trainer, name) for name in STATE}))
         scratch.rename(self.folder / f"step-{trainer.done:08d}")
         for old in self._whole()[:-1]:
             shutil.rmtree(old)
@@ -48,7 +53,8 @@ class Checkpoints:
             for name, value in trainer.network.named_parameters():
                 value.copy_(weights[name])
         _set_moments(trainer.optimizer, load_file(folder / "moments.safetensors"))
-        trainer.done, trainer.history = state["done"], state["history"]
+        for name in STATE:
+            setattr(trainer, name, state[name])
 
     def _whole(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))

@@ -1,59 +1,60 @@
 """Room 3 again, for the few that were kept: the ranker on pairs of them."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from functools import partial
+from itertools import combinations
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Workspace, stage
+from pipeline import Bound, Workspace, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
-from stages.groups import by_prompt, texts_of
-from stages.reward import BUDGET
+from stages.groups import Row, by_prompt, texts_of
+from stages.rankers import Ranker, averaged, both_orders, open_ranker, reads_its_model
+from stages.rankers import ranker as rankers
 
 Pair = tuple[str, str]
 Prefer = Callable[[list[Pair]], list[float]]
 
 
-@stage(version=1)
+@stage(version=1, check=reads_its_model)
 def compare(
     prompts: Prompts,
     candidates: Candidates,
-    selections: Selections,
-    ranker: Model,
     ws: Workspace,
+    selections: Selections | None = None,
+    ranker: Model | None = None,
     *,
-    rule: Literal["first_round", "tournament"] = "first_round",
+    rule: Literal["first_round", "tournament", "all_pairs"] = "first_round",
+    by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
     orders: Literal["one", "both"] = "both",
-    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Comparisons:
     """first_round: k/2 comparisons of neighbours in the (random) order of acceptance. tournament: knock-out, k - 1.
 
-    Both from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425.
+    Both from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425. all_pairs: k (k - 1) / 2, as
+    `score` likes them. Without selections, all candidates in the order in which they were drawn.
     """
-    from stages.rankers import PairwiseRanker, both_orders
-
-    judge = ws.hold(PairwiseRanker, ranker, dtype, BUDGET)
+    judge = ws.hold(open_ranker, by, ranker)
     contexts, texts = texts_of(prompts, "prompt_id"), texts_of(candidates, "candidate_id")
-    rows: list[dict[str, Any]] = []
-    for prompt, group in by_prompt(selections):
+    table, order = (candidates, "k") if selections is None else (selections, "draw")
+    rows: list[Row] = []
+    for prompt, group in by_prompt(table):
 
         def prefer(pairs: list[Pair], prompt: str = prompt) -> list[float]:
             read = [(texts[left], texts[right]) for left, right in pairs]
-            forward, backward = both_orders(judge, contexts[prompt], read, orders)
             ws.count(ranker_calls=len(pairs))
-            return list(np.where(np.isnan(backward), forward, (forward + backward) / 2))
+            return list(averaged(*both_orders(judge, contexts[prompt], read, orders)))
 
-        players = [row["candidate_id"] for row in sorted(group, key=lambda row: row["draw"])]
+        players = [row["candidate_id"] for row in sorted(group, key=lambda row: row[order])]
         players = _readable(judge, contexts[prompt], players, texts, prompt, ws)
-        rounds = knock_out(players, prefer, most=1 if rule == "first_round" else None)
-        rows += [dict(prompt_id=prompt) | match for match in rounds]
+        rows += _finite(prompt, RULES[rule](players, prefer), ws)
     return pa.Table.from_pylist(rows, schema=COMPARISONS)
 
 
 def _readable(
-    judge: Any, context: str, players: list[str], texts: dict[str, str], prompt: str, ws: Workspace
+    judge: Ranker, context: str, players: list[str], texts: dict[str, str], prompt: str, ws: Workspace
 ) -> list[str]:
     """Those that the ranker can read beside the longest of them; the others are left out."""
     fitting = list(players)
@@ -62,8 +63,17 @@ def _readable(
         if judge.fits(context, texts[longest], texts[next_one]):
             break
         fitting.remove(longest)
-        ws.reject("comparison too long", place="selections", prompt=prompt, candidate=longest)
+        ws.reject("does not fit the ranker", place="selections", prompt=prompt, candidate=longest)
     return fitting
+
+
+def _finite(prompt: str, matches: Iterator[dict[str, Any]], ws: Workspace) -> Iterator[Row]:
+    for match in matches:
+        if np.isfinite(match["logit"]):
+            yield dict(prompt_id=prompt) | match
+        else:
+            ids = dict(prompt=prompt, candidate=match["left_id"], detail=match["right_id"])
+            ws.reject("logit is not finite", place=f"round={match['round']}", **ids)
 
 
 def knock_out(players: list[str], prefer: Prefer, most: int | None = None) -> Iterator[dict[str, Any]]:
@@ -77,3 +87,17 @@ def knock_out(players: list[str], prefer: Prefer, most: int | None = None) -> It
         winners = [left if score >= 0 else right for (left, right), score in zip(pairs, scores, strict=True)]
         players = winners + players[2 * len(pairs) :]
         turn += 1
+
+
+def round_robin(players: list[str], prefer: Prefer) -> Iterator[dict[str, Any]]:
+    """Everyone against everyone, once."""
+    pairs = list(combinations(players, 2))
+    for (left, right), score in zip(pairs, prefer(pairs), strict=True):
+        yield dict(left_id=left, right_id=right, logit=float(score), round=0)
+
+
+RULES: dict[str, Callable[[list[str], Prefer], Iterator[dict[str, Any]]]] = {
+    "first_round": partial(knock_out, most=1),
+    "tournament": knock_out,
+    "all_pairs": round_robin,
+}

@@ -3,32 +3,44 @@
 What the optimizer will see is all in this one table: a method's data recipe ends here.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
-from pipeline import Workspace, stage
+from pipeline import Wired, Workspace, stage
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import EXAMPLES
 from stages.groups import Row, by_prompt
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
-NEEDS = {"selected": "selections", "best": "selections", "chosen": "pairs"}
+Desirable = Literal["nothing", "pairs", "rewards"]
+NEEDS = {
+    ("imitate", "selected"): "selections",
+    ("imitate", "best"): "selections",
+    ("imitate", "chosen"): "pairs",
+    ("desirable", "pairs"): "pairs",
+    ("desirable", "rewards"): "selections",
+    ("labels", "soft"): "pairs",
+}
 
 
-def _has_what_it_reads(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
-    imitate = options["imitate"]
-    problems = [f"{name} needs candidates; wire them in `from`" for name in ("pairs", "selections", "reference")
+def _has_what_it_reads(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    optional = ("pairs", "selections", "reference", "mismatched")
+    problems = [f"{name} needs candidates; wire them in `from`" for name in optional
                 if name in wired and "candidates" not in wired]  # fmt: skip
-    need = NEEDS.get(imitate)
-    if need and need not in wired:
-        problems.append(f"imitate: {imitate} reads {need}; wire `{need}` in `from`")
-    if imitate == "nothing" and "pairs" not in wired:
+    for (option, value), need in NEEDS.items():
+        if options[option] == value and need not in wired:
+            problems.append(f"{option}: {value} reads {need}; wire `{need}` in `from`")
+    if options["imitate"] == "demonstration" and wired["prompts"].options.get("demonstration", "") is None:
+        problems.append(f"imitate: demonstration, and {wired['prompts'].stage} reads none; name its column there")
+    if options["imitate"] == options["desirable"] == "nothing" and "pairs" not in wired:
         problems.append("neither pairs nor anything to imitate: there is nothing to learn from")
     return problems
 
 
-@stage(version=1, check=_has_what_it_reads)
+@stage(version=2, check=_has_what_it_reads)
 def examples(
     prompts: Prompts,
     ws: Workspace,
@@ -36,20 +48,27 @@ def examples(
     pairs: Pairs | None = None,
     selections: Selections | None = None,
     reference: Reference | None = None,
+    mismatched: Candidates | None = None,
     *,
     split: Literal["train", "heldout"] = "train",
     imitate: Imitate = "nothing",
+    desirable: Desirable = "nothing",
+    labels: Literal["hard", "soft"] = "hard",
 ) -> Examples:
-    """Join to training groups. Likelihood weight 1 goes to what `imitate` names; rows that nothing reads are dropped.
+    """Join to training groups; rows that nothing reads are dropped.
 
-    Raises WinnowError if a reference log-prob was taken on other tokens than those to train on.
+    imitate: whose likelihood counts: a `demonstration` and the `best` or `chosen` with weight 1, the
+    `selected` with the weights of their selection. desirable: unpaired labels, from `pairs` (chosen 1,
+    rejected -1) or from the sign of the selected `rewards`. labels: what a pair says, 1 or the ranker's own
+    probability (the sigmoid of its gap). Raises WinnowError if a reference log-prob was taken on other tokens
+    than those to train on.
     """
-    join = Join(candidates, pairs, selections, reference)
+    join = Join(candidates, pairs, selections, reference, mismatched)
     rows = []
     for prompt in prompts.sort_by("prompt_id").to_pylist():
         if prompt["split"] != split:
             continue
-        group = join.group(prompt, imitate)
+        group = join.group(prompt, imitate, desirable, labels)
         if group["responses"]:
             rows.append(group)
         elif prompt["prompt_id"] in join.candidates or candidates is None:
@@ -60,47 +79,43 @@ def examples(
 class Join:
     """The shard's tables by prompt."""
 
-    def __init__(self, candidates: Any, pairs: Any, selections: Any, reference: Any) -> None:
-        self.candidates, self.pairs, self.selections, self.reference = (
-            {} if table is None else dict(by_prompt(table)) for table in (candidates, pairs, selections, reference)
+    def __init__(self, candidates: Any, pairs: Any, selections: Any, reference: Any, mismatched: Any) -> None:
+        tables = (candidates, pairs, selections, reference, mismatched)
+        self.candidates, self.pairs, self.selections, self.reference, self.mismatched = (
+            {} if table is None else dict(by_prompt(table)) for table in tables
         )
         self.cached = reference is not None
 
-    def group(self, prompt: Row, imitate: Imitate) -> Row:
+    def group(self, prompt: Row, imitate: Imitate, desirable: Desirable, labels: str) -> Row:
         name = prompt["prompt_id"]
-        pairs = self.pairs.get(name, [])
-        weights = self._imitated(name, imitate, pairs)
-        used = weights | {pair[side]: weights.get(pair[side], 0.0) for pair in pairs for side in SIDES}
+        pairs, selected = self.pairs.get(name, []), self.selections.get(name, [])
+        weights, signs = _imitated(imitate, pairs, selected), _labelled(desirable, pairs, selected)
+        used = {*weights, *signs, *(pair[side] for pair in pairs for side in SIDES)}
         kept = [row for row in self.candidates.get(name, []) if row["candidate_id"] in used]
         scores = {row["candidate_id"]: row for row in self.reference.get(name, [])}
-        responses = [self._response(prompt, row, used[row["candidate_id"]], scores) for row in kept]
+        responses = [
+            self._response(prompt, row, scores, weights.get(row["candidate_id"], 0.0), signs.get(row["candidate_id"]))
+            for row in kept
+        ]
         if imitate == "demonstration" and prompt["demonstration_ids"]:
-            responses.append(_response("demonstration", prompt["demonstration_ids"], 1.0, None))
+            responses.append(_response("demonstration", prompt["demonstration_ids"], 1.0, None, None))
         place = {response["candidate_id"]: n for n, response in enumerate(responses)}
+        if responses:
+            responses += [self._response(prompt, row, scores, 0.0, 0) for row in self.mismatched.get(name, [])]
         score = scores[kept[0]["candidate_id"]] if self.cached and kept else {}
         return {
             "prompt_id": name,
             "prompt_ids": prompt["token_ids"],
             "responses": responses,
-            "pairs": [{"chosen": place[p["chosen_id"]], "rejected": place[p["rejected_id"]]} for p in pairs],
+            "pairs": [_pair(pair, place, labels) for pair in pairs],
             "ref_model": score.get("model"),
             "ref_dtype": score.get("dtype"),
         }
 
-    def _imitated(self, prompt: str, imitate: Imitate, pairs: list[Row]) -> dict[str, float]:
-        """Candidate ids with likelihood weight. `best`: the highest reward, the earliest draw on ties."""
-        kept = sorted(self.selections.get(prompt, []), key=lambda row: (-row["reward"], row["draw"]))
-        named = {
-            "selected": [row["candidate_id"] for row in kept],
-            "best": [row["candidate_id"] for row in kept[:1]],
-            "chosen": [pair["chosen_id"] for pair in pairs],
-        }
-        return dict.fromkeys(named.get(imitate, []), 1.0)
-
-    def _response(self, prompt: Row, row: Row, weight: float, scores: dict[str, Row]) -> Row:
+    def _response(self, prompt: Row, row: Row, scores: dict[str, Row], weight: float, sign: int | None) -> Row:
         name, ids = row["candidate_id"], row["token_ids"]
         if not self.cached:
-            return _response(name, ids, weight, None)
+            return _response(name, ids, weight, None, sign)
         if name not in scores:
             raise WinnowError(f"examples: candidate {name} has no reference log-prob; wire `reference` to its scores")
         if scores[name]["tokens"] != token_digest(prompt["token_ids"], ids):
@@ -108,11 +123,44 @@ class Join:
                 f"examples: the reference of candidate {name} (prompt {prompt['prompt_id']}) was scored on other "
                 "tokens than those to train on: another chat template, tokenizer or truncation; score it again"
             )
-        return _response(name, ids, weight, scores[name]["logp"])
+        return _response(name, ids, weight, scores[name]["logp"], sign)
 
 
 SIDES = ("chosen_id", "rejected_id")
 
 
-def _response(name: str, ids: list[int], weight: float, ref: float | None) -> Row:
-    return {"candidate_id": name, "token_ids": ids, "weight": weight, "ref_logp": ref}
+def _imitated(imitate: Imitate, pairs: list[Row], selected: list[Row]) -> dict[str, float]:
+    """Likelihood weights by candidate id. `best`: the highest reward, the earliest draw on ties."""
+    kept = sorted(selected, key=lambda row: (-row["reward"], row["draw"]))
+    named: dict[str, dict[str, float]] = {
+        "selected": {row["candidate_id"]: row["weight"] for row in kept},
+        "best": {row["candidate_id"]: 1.0 for row in kept[:1]},
+        "chosen": {pair["chosen_id"]: 1.0 for pair in pairs},
+    }
+    return named.get(imitate, {})
+
+
+def _labelled(desirable: Desirable, pairs: list[Row], selected: list[Row]) -> dict[str, int]:
+    """Signs by candidate id. A response chosen here and rejected there, or of reward 0, says nothing."""
+    if desirable == "nothing":
+        return {}
+    votes: dict[str, int] = {}
+    sides = [(pair[side], sign) for pair in pairs for side, sign in zip(SIDES, (1, -1), strict=True)]
+    rewards = [(row["candidate_id"], int(np.sign(row["reward"]))) for row in selected]
+    for name, sign in sides if desirable == "pairs" else rewards:
+        votes[name] = votes.get(name, 0) + sign
+    return {name: 1 if sum_ > 0 else -1 for name, sum_ in votes.items() if sum_}
+
+
+def _pair(pair: Row, place: dict[str, int], labels: str) -> Row:
+    certainty = 1 / (1 + np.exp(-pair["gap"])) if labels == "soft" and pair["gap"] is not None else 1.0
+    return {
+        "chosen": place[pair["chosen_id"]],
+        "rejected": place[pair["rejected_id"]],
+        "weight": pair["weight"],
+        "label": certainty,
+    }
+
+
+def _response(name: str, ids: list[int], weight: float, ref: float | None, sign: int | None) -> Row:
+    return {"candidate_id": name, "token_ids": ids, "weight": weight, "ref_logp": ref, "desirable": sign}

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from schemas import Model, WinnowError
 
+BUDGET = 16_384  # padded tokens a forward pass of scoring
+
 
 def context_length(folder: Path) -> int:
     """Longest sequence that the model in this folder takes, in tokens."""

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline import DataPath, ModelPath, Range, Workspace, stage
+from pipeline import DataPath, ModelPath, Range, Wired, Workspace, stage
 from pipeline.content import model_files
 from schemas import Model, WinnowError
 from stages.sources import read_rows
@@ -51,7 +52,34 @@ def _usable(model: Model) -> Model:
     return model
 
 
-def _heads_divide(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+@stage(version=1, whole=True)
+def reward_head(policy: Model, ws: Workspace) -> Model:
+    """The policy as a reward model to train: its own weights, and in the vocabulary's place one score, 0 at first.
+
+    An `AutoModelForSequenceClassification` folder with one label, its score read at a response's last token.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from stages.policy import check_head, is_reward_model, load_network, save_network
+
+    if is_reward_model(policy):
+        raise WinnowError("reward_head: this model ends in a score already; leave the step out")
+    config = AutoConfig.from_pretrained(policy.folder, num_labels=1, local_files_only=True)
+    try:
+        with torch.device("meta"):  # the policy's own layers take its place: one network in memory
+            network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except ValueError:
+        raise WinnowError(f"reward_head: transformers has no sequence classifier of type {config.model_type}") from None
+    check_head(network)
+    network.score.to_empty(device="cpu").requires_grad_(True)
+    for weight in network.score.parameters():
+        torch.nn.init.zeros_(weight)
+    setattr(network, network.base_model_prefix, load_network(policy).base_model.cpu())
+    return save_network(network, policy, ws.folder / "model")
+
+
+def _heads_divide(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
     if options["hidden"] % options["heads"]:
         return [f"hidden {options['hidden']} is not a multiple of heads {options['heads']}"]
     return []

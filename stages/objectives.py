@@ -1,14 +1,16 @@
-"""Every loss, side by side: pure functions of a batch of completions.
+"""Every loss, side by side: pure functions of a batch of completions. To add one, add a function here.
 
-An objective returns one number a pair (or a row); dividing by the whole step's count is the loop's, so
-accumulation does not change the loss. Names and docstrings say whether there is a reference, and
-whether log-probs are summed or averaged. What is imitated (`nll`) is data: the rows with weight > 0.
+An objective returns one number a pair (per="pairs") or a row (per="rows", per="likelihood"); weighting and
+dividing by the whole step's count is the loop's, so accumulation does not change the loss. Docstrings
+say whether there is a reference, and whether log-probs are summed or averaged. `reads` names the fields
+of the batch, beyond log-probs and pairs, that the loss is a function of. What is imitated
+(`nll`) is data: the rows with weight > 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pipeline import Range, Registry
 
@@ -17,29 +19,42 @@ if TYPE_CHECKING:
 
 objective = Registry("objective")
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
+NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 
 
 @dataclass(frozen=True)
 class Batch:
     """A flat batch of completions, and pairs of indices into it."""
 
-    logp: Tensor  # [N] summed log-prob under the policy, with gradient
+    logp: Tensor  # [N] summed log-prob under the policy, with gradient; the score of a reward model
     length: Tensor  # [N] completion tokens
     weight: Tensor  # [N] likelihood weight; 0 keeps the row out of that term
     chosen: Tensor  # [P] row indices
     rejected: Tensor  # [P]
     ref: Tensor | None = None  # [N] the same log-prob under the reference
+    label: Tensor | None = None  # [P] P(chosen is better), if that is not always 1
+    desirable: Tensor | None = None  # [N] 1 or -1, 0 where the row has no label
+    kl: Tensor | None = None  # [] mean shift of the whole step's mismatched rows, without gradient
 
     @property
     def shift(self) -> Tensor:
         """log policy - log reference, [N]."""
-        if self.ref is None:
-            raise ValueError("this objective reads a reference, and the batch has none")
-        return self.logp - self.ref
+        return self.logp - _given(self.ref, "a reference")
+
+    @property
+    def mean(self) -> Tensor:
+        """Log-prob a token, [N]."""
+        return self.logp / self.length
 
     def gap(self, scores: Tensor) -> Tensor:
         """chosen - rejected, [P]."""
         return scores[self.chosen] - scores[self.rejected]
+
+
+def _given(field: Tensor | None, what: str) -> Tensor:
+    if field is None:
+        raise ValueError(f"this objective reads {what}, and the batch has none")
+    return field
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -47,25 +62,101 @@ def log_sigmoid(x: Tensor) -> Tensor:
     return -(-x).logaddexp(x.new_zeros(()))
 
 
-@objective(reference=True, per="pairs")
-def sigmoid_norm(b: Batch, *, beta: Positive = 0.1) -> Tensor:
-    """DPO: -log s(beta h), h the gap of shifts. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start."""
-    return -log_sigmoid(beta * b.gap(b.shift))
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0, exact near 0 and far from it; x is kept at least 1e-6 from 0."""
+    near = x.clamp(max=-1e-6)
+    return (-near.expm1()).log().where(near > -0.7, (-near.exp()).log1p())
 
 
-@objective(reference=True, per="pairs")
+@objective(reads=("ref", "label"), per="pairs")
+def sigmoid_norm(b: Batch, *, beta: Positive = 0.1, smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0) -> Tensor:
+    """DPO: -log s(beta h), h the gap of shifts. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start.
+
+    With q = P(chosen is better), from labels and `smoothing` (cDPO): -q log s(beta h) - (1 - q) log s(-beta h),
+    least at h = log(q / (1 - q)) / beta.
+    """
+    x = beta * b.gap(b.shift)
+    label = 1.0 if b.label is None else b.label
+    q = label * (1 - smoothing) + (1 - label) * smoothing
+    return -q * log_sigmoid(x) - (1 - q) * log_sigmoid(-x)
+
+
+@objective(reads=("ref",), per="pairs")
 def hinge_norm(b: Batch, *, gamma: Positive = 0.05) -> Tensor:
     """RSO's hinge on normalised likelihood: max(0, 1 - gamma h). Reference, summed. arXiv:2309.06657."""
     return (1 - gamma * b.gap(b.shift)).clamp(min=0)
 
 
-@objective(reference=False, per="pairs")
+@objective(reads=(), per="pairs")
 def hinge(b: Batch, *, delta: Positive = 1.0) -> Tensor:
-    """SLiC-HF: max(0, delta - log p(chosen) + log p(rejected)). No reference, summed. arXiv:2305.10425."""
+    """SLiC-HF: max(0, delta - log p(chosen) + log p(rejected)). No reference, summed. arXiv:2305.10425.
+
+    CLICK (arXiv:2306.03350) is the same loss with a margin of 15 to 20 nats.
+    """
     return (delta - b.gap(b.logp)).clamp(min=0)
 
 
-@objective(reference=False, per="tokens")
+@objective(reads=("ref", "length"), per="pairs")
+def squared(b: Batch, *, tau: Positive = 0.1, average: Literal["sequence", "token"] = "sequence") -> Tensor:
+    """IPO: (h - 1 / (2 tau))^2. Reference; arXiv:2310.12036, eq. 17.
+
+    sequence: h is the gap of summed shifts, as the paper writes it. token: of each side's shift by its own
+    length, as TRL does and says that the authors did; the target is then nats a token, and tau about |y|
+    times as large for the same pull.
+    """
+    shift = b.shift if average == "sequence" else b.shift / b.length
+    return (b.gap(shift) - 1 / (2 * tau)) ** 2
+
+
+@objective(reads=("length",), per="pairs")
+def rank(b: Batch) -> Tensor:
+    """RRHF: max(0, mean log p(rejected) - mean log p(chosen)). No reference, averaged. arXiv:2304.05302, eq. 3."""
+    return (-b.gap(b.mean)).clamp(min=0)
+
+
+@objective(reads=("label",), per="pairs")
+def sigmoid(b: Batch, *, beta: Positive = 1.0) -> Tensor:
+    """-log s(beta (score(chosen) - score(rejected))). No reference, summed.
+
+    On a reward model, whose score stands for the log-prob: Bradley-Terry maximum likelihood.
+    """
+    x = beta * b.gap(b.logp)
+    label = 1.0 if b.label is None else b.label
+    return -label * log_sigmoid(x) - (1 - label) * log_sigmoid(-x)
+
+
+@objective(reads=("length",), per="pairs")
+def sigmoid_mean(b: Batch, *, beta: Positive = 2.0, gamma: NotNegative = 1.0) -> Tensor:
+    """SimPO: -log s(beta (mean log p(chosen) - mean log p(rejected)) - gamma). No reference, averaged.
+
+    arXiv:2405.14734, eq. 6; the paper tunes gamma / beta, 0.5 here.
+    """
+    return -log_sigmoid(beta * b.gap(b.mean) - gamma)
+
+
+@objective(reads=("length",), per="pairs")
+def odds_ratio(b: Batch, *, weight: Positive = 0.1) -> Tensor:
+    """ORPO: -weight log s(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), p = exp(mean log p).
+
+    No reference, averaged. arXiv:2403.07691, eq. 7; its likelihood term is nll_weight 1 on the chosen.
+    """
+    return -weight * log_sigmoid(b.gap(b.mean - log1mexp(b.mean)))
+
+
+@objective(reads=("ref", "desirable", "kl"), per="rows")
+def kto(b: Batch, *, beta: Positive = 0.1, desirable: Positive = 1.0, undesirable: Positive = 1.0) -> Tensor:
+    """KTO: lambda (1 - s(beta (shift - z))) if desirable, lambda (1 - s(beta (z - shift))) if not.
+
+    z = max(0, mean shift of responses under other prompts), over the whole step, without gradient.
+    Reference, summed. arXiv:2402.01306, eq. 8. One number a row; rows without a label have 0.
+    """
+    sign = _given(b.desirable, "unpaired labels").to(b.logp.dtype)
+    z = _given(b.kl, "mismatched rows").clamp(min=0)
+    weight = desirable * sign.clamp(min=0) - undesirable * sign.clamp(max=0)
+    return weight * (sign * beta * (z - b.shift)).sigmoid()
+
+
+@objective(reads=("weight",), per="likelihood")
 def nll(b: Batch) -> Tensor:
-    """Weighted negative log-likelihood, a mean over the step's weighted tokens. No reference."""
+    """Weighted negative log-likelihood; `nll_per` of `optimize` says a mean over what. No reference."""
     return -b.weight * b.logp

@@ -1,27 +1,78 @@
 """Room 7: the loop, once, with one network in memory. It knows no method's name."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline import EXECUTION, Bound, Range, Workspace, stage
-from schemas import Examples, Metrics, Model, Policies
+from pipeline import EXECUTION, Bound, Range, Wired, Workspace, stage
+from schemas import Examples, Metrics, Model, Policies, WinnowError
 from schemas.tables import METRICS, POLICIES
+from stages.mixing import mix as mixes
 from stages.objectives import objective as objectives
 
 Positive = Annotated[int, Range(gt=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
+LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=1, whole=True)
+def _has_what_it_reads(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    """Everything that a loss is a function of must be made by the examples that it is wired to."""
+    objective, mix = options["objective"], options["mix"]
+    problems = [
+        f"{name}: {problem}"
+        for name in ("examples", "heldout")
+        if name in wired and wired[name].stage == "examples"
+        for problem in _lacks(wired[name], objective, options["nll_weight"])
+    ]
+    if (mix is None) != ("demonstrations" not in wired):
+        problems.append("`mix` and the input `demonstrations` go together: set both or neither")
+    for name in ("heldout_demonstrations", "preference_optimum", "imitation_optimum"):
+        if name in wired and (mix is None or (name.endswith("optimum") and not mix.facts["watches"])):
+            problems.append(f"{name} is wired, and mix {mix and mix.name} does not read it; unwire it")
+    return problems
+
+
+def _lacks(examples: Wired, objective: Bound, nll_weight: float) -> list[str]:
+    reads, per, name = objective.facts["reads"], objective.facts["per"], objective.name
+    made = examples.options
+    imitates = made.get("imitate", "nothing") != "nothing"
+    checks = {
+        f"objective {name} reads a reference; wire `reference` in it": "ref" in reads
+        and "reference" not in examples.inputs,
+        f"objective {name} reads pairs; wire `pairs` in it": per == "pairs" and "pairs" not in examples.inputs,
+        "nll reads responses with a weight; set its `imitate`": (bool(nll_weight) or per == "likelihood")
+        and not imitates,
+        f"objective {name} is the likelihood itself; set nll_weight to 0": bool(nll_weight) and per == "likelihood",
+        f"objective {name} and nll_weight 0 read no weights; unset its `imitate`": imitates
+        and not nll_weight
+        and per != "likelihood",
+        f"objective {name} reads unpaired labels; set its `desirable`": "desirable" in reads
+        and made.get("desirable", "nothing") == "nothing",
+        f"objective {name} reads mismatched rows; wire `mismatched` in it": "kl" in reads
+        and "mismatched" not in examples.inputs,
+        f"objective {name} takes every label as certain; set its `labels: hard`": "label" not in reads
+        and made.get("labels", "hard") == "soft",
+    }
+    return [problem for problem, holds in checks.items() if holds]
+
+
+@stage(version=2, whole=True, check=_has_what_it_reads)
 def optimize(
     init: Model,
     examples: Examples,
     ws: Workspace,
     heldout: Examples | None = None,
+    demonstrations: Examples | None = None,
+    heldout_demonstrations: Examples | None = None,
+    preference_optimum: Metrics | None = None,
+    imitation_optimum: Metrics | None = None,
     *,
     objective: Annotated[Bound, objectives],
     nll_weight: Annotated[float, Range(ge=0)] = 0.0,
+    nll_per: Literal["token", "response"] = "token",
+    mix: Annotated[Bound, mixes] | None = None,
     lr: Annotated[float, Range(gt=0)],
     schedule: Literal["constant", "linear", "cosine"] = "linear",
     warmup: Share = 0.1,
@@ -36,42 +87,77 @@ def optimize(
 ) -> tuple[Model, Policies, Metrics]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
-    A step takes whole groups until they hold batch_size pairs (or weighted responses, for nll). Sums are
-    divided by the pairs (or weighted tokens) of the whole step, so accumulation changes nothing. If the
-    objective reads a reference, step 0 must have the loss that policy = reference gives, or training
-    refuses to start: a stale cache would train another objective. A rerun goes on from the last
-    checkpoint, bit for bit on the same machine.
-    """
-    from stages.training import Trainer, groups_of
+    A step takes whole groups until they hold batch_size pairs (labels for unpaired losses, weighted
+    responses for nll). Sums are divided by the pairs (labels; weighted tokens, or weights, as nll_per says)
+    of the whole step, so accumulation changes nothing. If the objective reads a reference, step 0 must have
+    the loss that policy = reference gives, or training refuses to start: a stale cache would train another
+    objective. A rerun goes on from the last checkpoint, bit for bit on the same machine.
 
-    groups = groups_of(examples, objective, nll_weight, init, dtype)
+    With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of
+    what the demonstrations imitate. There are as many steps as `epochs` over `examples` take; each side goes
+    through its own batches as often as its turn comes. `preference_optimum` and `imitation_optimum` are the
+    metrics of runs of one side alone, for a mix that watches how far each still is from its own best; the mean
+    loss of their last tenth counts, and 0 without them.
+    """
+    from stages.legs import Leg
+    from stages.objectives import nll
+    from stages.policy import save_network
+    from stages.training import LEGS, Trainer
+    from stages.training_data import groups_of
+
+    likelihood = Bound(nll.entry, {})  # type: ignore[attr-defined]
+    sides = [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, likelihood, 0.0)]
+    shared = dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, micro_tokens=micro_tokens)
+    legs, held = [], {}
+    for n, (rows, held_rows, loss, weight) in enumerate(sides):
+        if rows is not None:
+            groups = groups_of(rows, loss, weight, init, dtype)
+            legs.append(Leg(groups, loss, weight, seed=seed, number=n, **shared))  # type: ignore[arg-type]
+        if held_rows is not None:
+            held[n] = groups_of(held_rows, loss, weight, init, dtype)
     trainer = Trainer(
         init=init,
-        objective=objective,
-        nll_weight=nll_weight,
+        legs=legs,
+        mix=mix,
+        optima=[_reached(preference_optimum, "loss"), _reached(imitation_optimum, "imitation/loss")],
         lr=lr,
         schedule=schedule,
         warmup=warmup,
-        batch_size=batch_size,
         epochs=epochs,
         clip=clip,
         weight_decay=weight_decay,
-        dtype=dtype,
-        micro_tokens=micro_tokens,
         seed=seed,
     )
-    held = groups_of(heldout, objective, nll_weight, init, dtype) if heldout is not None else []
-    trained = trainer.fit(groups, held, ws, checkpoint_every)
-    return trained, _policy_row(trainer, objective, nll_weight, ws), _metric_rows(trainer.history)
+    trainer.fit(ws, checkpoint_every)
+    for n, groups in held.items():
+        entry = legs[n].evaluate(trainer.network, groups)
+        prefix = f"heldout/{LEGS[n]}"
+        trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
+    trained = save_network(trainer.network, init, ws.folder / "model")
+    return trained, _policy_row(trainer, objective, nll_weight, mix), _metric_rows(trainer.history)
 
 
-def _policy_row(trainer: Any, objective: Bound, nll_weight: float, ws: Workspace) -> pa.Table:
+def _reached(metrics: pa.Table | None, name: str) -> float:
+    """The mean of a loss over the last tenth of its steps; 0 where no run is wired."""
+    if metrics is None:
+        return 0.0
+    rows = metrics.filter(pc.equal(metrics["metric"], name)).sort_by("step").column("value").to_pylist()
+    if not rows:
+        raise WinnowError(
+            f"the run wired as an optimum has no metric {name!r}; give it `mix: {{name: joint, weight: ...}}`"
+        )
+    last = rows[-max(1, round(LAST * len(rows))) :]
+    return float(sum(last) / len(last))
+
+
+def _policy_row(trainer: Any, objective: Bound, nll_weight: float, mix: Bound | None) -> pa.Table:
+    loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
     row = {
         "init": trainer.init.digest,
-        "objective": f"{objective} + {nll_weight} nll" if nll_weight else str(objective),
+        "objective": f"{loss}, {mix}" if mix else loss,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "steps": trainer.done,
-        "tokens": ws.counters["tokens"],
+        "tokens": trainer.tokens,
     }
     return pa.Table.from_pylist([row], schema=POLICIES)
 

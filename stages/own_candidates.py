@@ -1,11 +1,12 @@
 """Candidates that another system made, with a reward or a win probability each: they enter at `select`."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pyarrow as pa
 
-from pipeline import DataPath, Range, Workspace, stage
+from pipeline import DataPath, Range, Wired, Workspace, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.preferences import Pool
@@ -13,7 +14,7 @@ from stages.prompts import PromptReader, Share
 from stages.sources import one_source, read_rows, text_of
 
 
-def _one_score(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+def _one_score(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
     problems = one_source(options, wired)
     if (options["reward"] is None) == (options["probability"] is None):
         problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from schemas import Model
+from schemas import Model, WinnowError
 
 disable_progress_bar()  # of loading weights: a step has its own
 Row = tuple[Sequence[int], Sequence[int]]
 THREADS = torch.get_num_threads()
+CLASSIFIER = "ForSequenceClassification"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -28,12 +29,33 @@ def load_network(model: Model, *, train: bool = False) -> PreTrainedModel:
     """fp32 weights, dropout off either way (a policy that drops out does not equal its own reference).
 
     Scoring runs on one thread of a CPU, so that a number does not depend on how many workers share the
-    machine: parallelism is workers. Training takes all threads.
+    machine: parallelism is workers. Training takes all threads. Raises WinnowError for a classifier that
+    is no reward model.
     """
     torch.set_num_threads(THREADS if train else 1)
-    network = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True)
+    auto = AutoModelForSequenceClassification if is_reward_model(model) else AutoModelForCausalLM
+    network = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True)
+    if is_reward_model(network):
+        check_head(network)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     return network.eval()
+
+
+def is_reward_model(model: Model | PreTrainedModel) -> bool:
+    """Does it end in a score and not in a vocabulary? Of a folder, by its config alone."""
+    if isinstance(model, Model):
+        names = json.loads((model.folder / "config.json").read_text()).get("architectures") or [""]
+        return str(names[0]).endswith(CLASSIFIER)
+    return type(model).__name__.endswith(CLASSIFIER)
+
+
+def check_head(network: PreTrainedModel) -> None:
+    """`completion_scores` reads one score off the last token: refuse encoders and classifiers of several classes."""
+    if not hasattr(network, "score") or network.config.num_labels != 1:
+        raise WinnowError(
+            f"{type(network).__name__} with {network.config.num_labels} labels is no reward model: "
+            "one label, given by a layer named `score` at the last token, is what can be read"
+        )
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
@@ -55,6 +77,21 @@ def completion_logp(network: PreTrainedModel, rows: Sequence[Row], dtype: str) -
     flat = cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="none")
     hits = (logits.detach().argmax(-1) == target).sum(-1).float()
     return -flat.view(target.shape).sum(-1), hits
+
+
+def completion_scores(network: PreTrainedModel, rows: Sequence[Row], dtype: str) -> Tensor:
+    """The reward model's score of each response to its prompt, fp32 [N], with gradient.
+
+    Read at each row's own last token, which transformers would guess from the pad token's id. The head is
+    in fp32 whatever the network runs in: bfloat16 would round a score of 10 to 1/16.
+    """
+    device = next(network.parameters()).device
+    ids, _, _ = _pad(rows)
+    last = torch.tensor([len(prompt) + len(response) - 1 for prompt, response in rows], device=device)
+    with autocast(dtype, device):
+        hidden = network.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    scores: Tensor = network.score(hidden[torch.arange(len(rows), device=device), last].float())
+    return scores.squeeze(-1)
 
 
 def _pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ def preferences(
         if winner == loser:
             ws.reject("identical responses", place=place, detail=row[chosen], prompt=name, candidate=winner)
         else:
-            pairs.append(dict(prompt_id=name, chosen_id=winner, rejected_id=loser, gap=None, rule="label"))
+            pairs.append(dict(prompt_id=name, chosen_id=winner, rejected_id=loser, gap=None, weight=1.0, rule="label"))
     ordered = sorted(pairs, key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
     return *pool.tables(), pa.Table.from_pylist(ordered, schema=PAIRS)
 

@@ -22,7 +22,7 @@ def ranker_examples(
     seed: int = 0,
 ) -> Examples:
     """One group a pair: the two texts in an order flipped at random by hash of the pair, and the label token."""
-    from stages.rankers import RankerPrompt
+    from stages.pairwise import RankerPrompt
 
     prompt = ws.hold(RankerPrompt, tokenizer)
     room = context_length(tokenizer.folder) - 1

@@ -1,132 +1,206 @@
-"""The pairwise text-to-text ranker: which of two responses is better, as the next token, A or B.
+"""Which of two responses is better, and by how much. To add a ranker, add a function here.
 
-`[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`, answer `A` or `B` (sec. 3.1 of arXiv:2309.06657). The text
-is tokenised in pieces, here and nowhere else, so that training and scoring read the same ids and equal
-beginnings are equal ids.
+A ranker is a function from the model that the step is wired to (None, where it reads none) to a `Ranker`;
+or, with `@verifiable`, a program from prompt and response to a score. Options are its keyword-only parameters.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 
-from schemas import Model
-from stages.limits import context_length
-from stages.text import Tokenizer
+from pipeline import Bound, Range, Registry, Wired
+from schemas import Model, WinnowError
+from stages.limits import BUDGET
 
-LABELS = ("A", "B")
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
+
 Texts = tuple[str, str]
+Precision = Literal["float32", "bfloat16"]
+ranker = Registry("ranker")
+verifiable = ranker(reads_model=False, program=True)
 
 
-class RankerPrompt:
-    """Texts to the ranker's ids."""
+class Ranker(Protocol):
+    """What a stage asks of a ranker. symmetric: the other order says nothing new, so it is not read."""
 
-    def __init__(self, model: Model) -> None:
-        self.tokenizer = Tokenizer(model)
-        self.labels = tuple(self.tokenizer.label(label) for label in LABELS)
+    symmetric: bool
 
-    def ids(self, context: str, first: str, second: str) -> list[int]:
-        encode = self.tokenizer.encode
-        pieces = (f"[CONTEXT] {context}", f" [RESPONSE A] {first}", f" [RESPONSE B] {second}")
-        return self.tokenizer.with_bos([token for piece in pieces for token in encode(piece)])
-
-
-class PairwiseRanker:
-    """A trained ranker in memory. `logits` is its only question."""
-
-    def __init__(self, model: Model, dtype: str, budget: int) -> None:
-        from stages.policy import load_network
-
-        self.prompt = RankerPrompt(model)
-        self.network = load_network(model)
-        self.context = context_length(model.folder)
-        self.dtype, self.budget = dtype, budget
-
-    def fits(self, context: str, first: str, second: str) -> bool:
-        return len(self.prompt.ids(context, first, second)) <= self.context
+    def fits(self, context: str, first: str, second: str) -> bool: ...
 
     def logits(self, context: str, pairs: Sequence[Texts]) -> np.ndarray:
-        """logit P(first beats second) of each pair, nats, float64 [N].
+        """logit P(first beats second) of each pair, nats, float64 [N]."""
+        ...
 
-        What the pairs begin with in common (the context; and the baseline, where it is read first) goes
-        through the network once. A batch holds pairs of one prompt only, so that a number does not
-        depend on what else was scored.
-        """
-        from stages.policy import by_tokens
-
-        rows = [self.prompt.ids(context, first, second) for first, second in pairs]
-        shared = _common_prefix(rows)
-        lengths = [len(row) for row in rows]  # the prefix is copied for every row of a batch
-        result = np.zeros(len(rows))
-        prefix = self._prefix(rows[0][:shared]) if rows else None
-        for batch in by_tokens(lengths, self.budget):
-            result[batch] = self._suffixes(prefix, shared, [rows[n][shared:] for n in batch])
-        return result
-
-    def _prefix(self, ids: list[int]) -> Any:
-        import torch
-        from transformers import DynamicCache
-
-        from stages.policy import autocast
-
-        cache = DynamicCache(config=self.network.config)
-        device = self.network.device
-        with torch.inference_mode(), autocast(self.dtype, device):
-            self.network(
-                input_ids=torch.tensor([ids], device=device),
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-        return cache
-
-    def _suffixes(self, prefix: Any, shared: int, rows: list[list[int]]) -> np.ndarray:
-        """Padded on the left, so that the label is predicted at the last position of every row."""
-        import copy
-
-        import torch
-
-        from stages.policy import autocast
-
-        device = self.network.device
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        mask = torch.cat([real.new_ones(len(rows), shared), real], dim=1)
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(rows))
-        with torch.inference_mode(), autocast(self.dtype, device):
-            logits = self.network(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=shared + (real.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits
-        a, b = self.prompt.labels
-        scores = logits[:, -1].double()
-        result: np.ndarray = (scores[:, a] - scores[:, b]).cpu().numpy()
-        return result
-
-    def close(self) -> None:
-        del self.network
+    def close(self) -> None: ...
 
 
-def _common_prefix(rows: Sequence[list[int]]) -> int:
-    """Length of the longest common beginning that leaves every row at least one token."""
-    if not rows:
-        return 0
-    low, high = min(rows), max(rows)
-    most = min(len(row) for row in rows) - 1
-    return next((n for n in range(most) if low[n] != high[n]), most)
+@dataclass(frozen=True)
+class Valid:
+    """A test of an option's value, which raises ValueError with the cause: `Annotated[str, Valid(regex)]`."""
+
+    test: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> "CoreSchema":
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._tested, handler(source))
+
+    def _tested(self, value: Any) -> Any:
+        self.test(value)
+        return value
 
 
-def both_orders(ranker: PairwiseRanker, context: str, pairs: Sequence[Texts], orders: str) -> tuple[Any, Any]:
-    """logit P(first beats second) as read (first, second) and (second, first); NaN where not read.
+def _even(votes: int) -> None:
+    if votes % 2:
+        raise ValueError("must be even, so that half of the votes have the order flipped")
 
-    Averaging the two logits cancels any constant preference for a position exactly; averaging
-    probabilities would not.
+
+def _regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+
+
+def _template(text: str) -> None:
+    named = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    if sorted(named) != ["a", "b", "prompt"]:
+        raise ValueError("must name {prompt}, {a} and {b} once each, and write other braces twice")
+
+
+@ranker(reads_model=True)
+def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
+    """Text to text: reads both responses and answers with the token A or B. Sec. 3.1 of arXiv:2309.06657."""
+    from stages.pairwise import PairwiseRanker
+
+    return PairwiseRanker(_ends_in(model, "vocabulary", "pairwise"), dtype, BUDGET)
+
+
+@ranker(reads_model=True)
+def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
+    """A reward model (`reward_head`, trained with the objective `sigmoid`): the logit is the difference of two scores.
+
+    It reads the text of the prompt as one turn of a user, whatever turns it came in.
     """
-    forward = ranker.logits(context, pairs)
-    if orders == "one":
-        return forward, np.full(len(pairs), np.nan)
-    return forward, -ranker.logits(context, [(second, first) for first, second in pairs])
+    from stages.pointwise import PointwiseRanker
+
+    return PointwiseRanker(_ends_in(model, "score", "pointwise"), dtype, BUDGET)
+
+
+QUESTION = """\
+Which of two responses to a prompt is better?
+
+[PROMPT]
+{prompt}
+
+[RESPONSE A]
+{a}
+
+[RESPONSE B]
+{b}
+
+Answer with one letter, A or B."""
+
+
+@ranker(reads_model=True)
+def llm_judge(
+    model: Model,
+    *,
+    template: Annotated[str, Valid(_template)] = QUESTION,
+    votes: Annotated[int, Range(gt=0), Valid(_even)] = 8,
+    threshold: Annotated[float, Range(ge=0, lt=0.5)] = 0.0,
+    temperature: Annotated[float, Range(gt=0, le=2)] = 0.7,
+    max_tokens: Annotated[int, Range(gt=0)] = 8,
+    engine: Literal["vllm", "transformers"] = "vllm",
+    dtype: Precision = "float32",
+    seed: int = 0,
+) -> Ranker:
+    """An instruction-tuned model votes 8 times, 4 with the order flipped (AutoSxS, as in arXiv:2309.06657).
+
+    A vote is the one letter A or B on the last line of an answer; anything else is half a vote for each.
+    Within `threshold` of one half the share of votes is a tie, logit 0. Its prompt is not public: `template`
+    is ours. Let it reason before the letter by asking so, with more `max_tokens`.
+    """
+    from stages.engines import open_engine
+    from stages.llm_judge import Election, LlmJudge
+
+    folder = _ends_in(model, "vocabulary", "llm_judge").folder
+    election = Election(template, votes, threshold, seed)
+    return LlmJudge(model, open_engine(engine, folder, dtype), election, temperature, max_tokens)
+
+
+@verifiable
+def pattern(prompt: str, response: str, *, regex: Annotated[str, Valid(_regex)]) -> float:
+    """1 if the regular expression is found in the response, else 0."""
+    return float(re.search(regex, response) is not None)
+
+
+@verifiable
+def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0)]) -> float:
+    """Minus the distance from a length, in words."""
+    return -float(abs(len(response.split()) - words))
+
+
+class Program:
+    """A program's scores behind the seam: the logit is their difference."""
+
+    symmetric = True
+
+    def __init__(self, score: Bound) -> None:
+        self.score = score
+
+    def fits(self, context: str, first: str, second: str) -> bool:
+        return True
+
+    def logits(self, context: str, pairs: Sequence[Texts]) -> np.ndarray:
+        scores = {text: self.score(context, text) for pair in pairs for text in pair}
+        return np.array([scores[first] - scores[second] for first, second in pairs], dtype=np.float64)
+
+    def close(self) -> None: ...
+
+
+def open_ranker(by: Bound, model: Model | None) -> Ranker:
+    """What `by` names, in memory; a stage holds it for all of its shards."""
+    opened: Ranker = Program(by) if by.facts.get("program") else by(model)
+    return opened
+
+
+def reads_its_model(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    """The check of every stage that ranks `by` something."""
+    by: Bound = options["by"]
+    if by.facts["reads_model"] and "ranker" not in wired:
+        return [f"by {by.name} reads a model; wire `ranker` in `from`"]
+    if not by.facts["reads_model"] and "ranker" in wired:
+        return [f"by {by.name} reads no model; set `ranker: null` in `from`"]
+    return []
+
+
+def _ends_in(model: Model, end: Literal["vocabulary", "score"], by: str) -> Model:
+    """Refuse a model of the other kind, before any weight is loaded."""
+    from stages.policy import is_reward_model
+
+    found = "score" if is_reward_model(model) else "vocabulary"
+    if found != end:
+        other = "pointwise" if found == "score" else "pairwise or llm_judge"
+        raise WinnowError(f"ranker {model.digest[:12]} ends in a {found}, and {by} reads a {end}: set `by` to {other}")
+    return model
+
+
+def both_orders(
+    opened: Ranker, context: str, pairs: Sequence[Texts], orders: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """logit P(first beats second) as read (first, second) and (second, first); None where the latter is not read."""
+    forward = opened.logits(context, pairs)
+    if orders == "one" or opened.symmetric:
+        return forward, None
+    return forward, -opened.logits(context, [(second, first) for first, second in pairs])
+
+
+def averaged(forward: np.ndarray, backward: np.ndarray | None) -> np.ndarray:
+    """Averaging two logits cancels any constant preference for a position exactly; probabilities would not."""
+    return forward if backward is None else (forward + backward) / 2

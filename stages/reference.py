@@ -9,8 +9,7 @@ from pipeline import Workspace, stage
 from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
 from schemas.tables import REFERENCE
 from stages.groups import column_by
-from stages.limits import check_ids
-from stages.reward import BUDGET
+from stages.limits import BUDGET, check_ids
 
 
 @stage(version=1)
@@ -20,20 +19,23 @@ def reference(
     policy: Model,
     ws: Workspace,
     selections: Selections | None = None,
+    mismatched: Candidates | None = None,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Reference:
     """Score every candidate (or the selected ones) with the trainer's own forward: fp32 sums and token counts.
 
-    One row a response, whatever pairs it will stand in: neither another loss nor another pairing scores
-    it again. Responses of equal tokens go through the network once.
+    `mismatched` candidates are scored besides, whatever was selected. One row a response, whatever pairs it
+    will stand in: neither another loss nor another pairing scores it again. Responses of equal tokens go
+    through the network once.
     """
     from stages.policy import load_network, score_rows
 
     if selections is not None:
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
     prompt_ids = column_by(prompts, "prompt_id", "token_ids")
-    rows = candidates.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()
+    tables = [candidates] if mismatched is None else [candidates, mismatched]
+    rows = [row for table in tables for row in table.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()]
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
     network = ws.hold(load_network, policy)
     inputs = {(row["prompt_id"], tuple(row["token_ids"])): n for n, row in enumerate(rows)}

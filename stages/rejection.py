@@ -1,7 +1,7 @@
-"""The sampling law: Algorithm 1 of arXiv:2309.06657, compiled.
+"""The sampling laws, compiled: Algorithm 1 of arXiv:2309.06657, and the Gumbel-top-k trick.
 
-Keyed by index, so equal texts keep their multiplicity; the candidates are shuffled first, because the
-loop stops at the k-th acceptance and would otherwise favour those that stand early.
+Keyed by index, so equal texts keep their multiplicity; the candidates are shuffled first, because
+Algorithm 1 stops at the k-th acceptance and would otherwise favour those that stand early.
 """
 
 import numpy as np
@@ -64,11 +64,12 @@ def _one_prompt(
 
 @njit(cache=True, parallel=True)
 def rejection_sample(
-    values: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, beta: float
+    values: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, betas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover - compiled
     """Algorithm 1 for every group: row indices in order of acceptance, and their rounds, both [groups, k].
 
-    values: float64 [rows]; group g is rows starts[g] to starts[g + 1]; -1 where a group has fewer than k.
+    values: float64 [rows]; betas: float64 [groups], a temperature each. Group g is rows starts[g] to starts[g + 1];
+    -1 where a group has fewer than k.
     Each group draws from its own seed, so neither threads nor other groups touch its result.
     """
     groups = len(starts) - 1
@@ -78,17 +79,31 @@ def rejection_sample(
         pool = np.arange(starts[g], starts[g + 1])
         state = np.array([seeds[g]], dtype=np.uint64)
         _shuffle(pool, state)
-        _one_prompt(values, pool, state, beta, chosen[g], rounds[g])
+        _one_prompt(values, pool, state, betas[g], chosen[g], rounds[g])
     return chosen, rounds
 
 
-def tilt(values: np.ndarray, starts: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of each group: mean acceptance of the first pass, and effective sample size of exp(r / beta)."""
-    if len(starts) < 2:
-        return np.zeros(0), np.zeros(0)
-    sizes = np.diff(starts)
-    top = np.repeat(np.maximum.reduceat(values, starts[:-1]), sizes)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weight = (values == top).astype(float) if beta == 0 else np.exp((values - top) / beta)
-    total = np.add.reduceat(weight, starts[:-1])
-    return total / sizes, total**2 / np.add.reduceat(weight**2, starts[:-1])
+@njit(cache=True, parallel=True, error_model="numpy")  # gap / 0 is -infinity
+def gumbel_top_k(
+    values: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, betas: np.ndarray
+) -> np.ndarray:  # pragma: no cover - compiled
+    """The k largest value / beta + Gumbel noise of every group, best first: row indices [groups, k], -1 beyond.
+
+    Where value / beta is no number to compare (beta = 0), the value decides, and chance among equals.
+    """
+    groups = len(starts) - 1
+    chosen = np.full((groups, k), -1, dtype=np.int64)
+    for g in prange(groups):
+        pool = np.arange(starts[g], starts[g + 1])
+        state = np.array([seeds[g]], dtype=np.uint64)
+        _shuffle(pool, state)
+        pool = pool[np.argsort(-values[pool], kind="mergesort")]
+        gap = values[pool] - values[pool[0]]
+        keys = np.empty(len(pool))
+        for i in range(len(pool)):
+            noise = -np.log(-np.log(max(_next(state), 2.0**-54)))
+            keys[i] = noise if gap[i] == 0.0 else gap[i] / betas[g] + noise
+        order = np.argsort(-keys, kind="mergesort")
+        for i in range(min(k, len(pool))):
+            chosen[g, i] = pool[order[i]]
+    return chosen

@@ -1,24 +1,42 @@
 """Room 2: n candidates of each prompt from a policy."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 
-from pipeline import Range, Workspace, stage
-from schemas import Candidates, Model, Prompts, candidate_id, seed_for
+from pipeline import Range, Wired, Workspace, stage
+from schemas import Candidates, Heads, Model, Prompts, candidate_id, seed_for
 from schemas.tables import CANDIDATES
-from stages.engines import Completion, Request, Sampling, open_engine
+from stages.engines import Completion, Request, Sampling, Steering, open_engine
 from stages.limits import check_ids, context_length
+from stages.neurons import neurons_of
 
 Row = dict[str, Any]
 BLOCK = 4096  # requests an engine gets at once
 
 
-@stage(version=1)
+def _can_steer(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    usual = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
+    if "head" not in wired:
+        set_anyway = [name for name in usual if name.startswith("steer") and options[name] != usual[name]]
+        return [f"{name}: there is no head to steer by; wire `head` in `from`" for name in set_anyway]
+    problems = []
+    if options["engine"] != "transformers":
+        problems.append(f"engine: {options['engine']} cannot steer; set `engine: transformers`, or unwire `head`")
+    read = wired["head"].inputs.get("features")
+    if read and read.stage == "features" and read.inputs.get("policy") != wired.get("policy"):
+        problems.append("head was trained on features of another policy than the one that draws; wire both to one")
+    return problems
+
+
+@stage(version=2, check=_can_steer)
 def sample(
     prompts: Prompts,
     policy: Model,
     ws: Workspace,
+    head: Heads | None = None,
     *,
     split: Literal["train", "heldout"] = "train",
     engine: Literal["vllm", "transformers"] = "vllm",
@@ -29,6 +47,9 @@ def sample(
     max_tokens: Annotated[int, Range(gt=0)] = 128,
     keep_empty: bool = False,
     seed: int = 0,
+    steer: Annotated[float, Range(ge=0)] = 2.0,
+    steer_top: Annotated[int, Range(gt=0)] = 15,
+    steer_every: Annotated[int, Range(gt=0)] = 5,
 ) -> Candidates:
     """Draw n responses of up to max_tokens tokens; top_k = 0 means no cut (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
 
@@ -36,6 +57,9 @@ def sample(
     other hardware, so what is promised is the law and the seeds; the ids drawn are kept, and all later
     stages start from them. An empty response teaches nothing and is left out, unless `keep_empty`: an
     evaluation must count it.
+
+    With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
+    step, 0 to 1, and `steer` times that is added to their logits.
     """
     from stages.text import Tokenizer
 
@@ -46,7 +70,8 @@ def sample(
     if not chosen:
         return CANDIDATES.empty_table()
     draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in chosen for k in range(n)]
-    sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop)
+    steering = Steering(neurons_of(head), steer, steer_top, steer_every) if head is not None else None
+    sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop, steering)
     generator = ws.hold(open_engine, engine, policy.folder, dtype)
     completions: list[Completion] = []
     for start in range(0, len(draws), BLOCK):

@@ -1,62 +1,103 @@
 """Room 4: which candidates follow the estimated optimal policy."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipeline import Range, Workspace, stage
+from pipeline import Bound, Wired, Workspace, stage
 from schemas import Rewards, Selections, seed_for
 from schemas.tables import SELECTIONS
+from stages.scales import reward_scale
+from stages.selection import Kept, selection_rule
+from stages.tilt import Flags, Floats, Groups, Ints
+
+LARGEST = 1e100  # squares and sums of rewards stay finite below it
+Prompts = NDArray[np.object_]
 
 
-@stage(version=1)
+def _rule_agrees(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    rule: Bound = options["rule"]
+    problems: list[str] = rule.facts.get("check", lambda options: [])(rule.options)
+    return problems
+
+
+@stage(version=2, check=_rule_agrees)
 def select(
     rewards: Rewards,
     ws: Workspace,
     *,
-    k: Annotated[int, Range(gt=0)] = 8,
-    beta: Annotated[float, Range(ge=0)] = 0.5,
+    rule: Annotated[Bound, selection_rule],
+    scale: Annotated[Bound, reward_scale] = "raw",  # type: ignore[assignment]
     seed: int = 0,
 ) -> Selections:
-    """Keep k candidates a prompt (all, where there are fewer) by statistical rejection sampling.
+    """Keep some of each prompt's candidates, or all, with weights, by a rule that reads the rewards on a scale.
 
-    beta = 0 keeps the k best (ties at random), beta = infinity any k: the exact limits. A reward that is
-    not finite is left out.
+    Left out, with reason: a reward that is not finite, and a prompt that the scale or the rule can do nothing with.
     """
-    from stages.rejection import rejection_sample, tilt
-
-    rows = _finite(rewards, ws).sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
-    prompts, starts = _groups(rows)
-    seeds = np.array([seed_for(seed, "select", prompt) for prompt in prompts], dtype=np.uint64)
-    values = rows.column("reward").to_numpy()
-    chosen, rounds = rejection_sample(values, starts, seeds, k, beta)
-    acceptance, ess = tilt(values, starts, beta)
-    group, draw = np.nonzero(chosen >= 0)
-    index = chosen[group, draw]
-    taken = rows.select(["prompt_id", "candidate_id", "reward"]).take(pa.array(index))
-    columns = {
-        "draw": draw.astype(np.int32),
-        "round": rounds[group, draw],
-        "acceptance": acceptance[group],
-        "ess": ess[group],
-    }
-    for name, column in columns.items():
-        taken = taken.append_column(name, pa.array(column))
-    return taken.select(SELECTIONS.names)
+    rows = _usable(rewards, ws).sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
+    prompts, groups = _groups(rows, seed)
+    for part in (scale, rule):
+        good = _good(part, groups)
+        for prompt in prompts[~good]:
+            ws.reject(part.facts["needs"].reason, place=part.name, prompt=prompt)
+        rows, prompts, groups = rows.filter(pa.array(groups.each(good))), prompts[good], groups.only(good)
+    if not len(prompts):
+        return SELECTIONS.empty_table()
+    kept: Kept = rule(replace(groups, values=scale(groups)))
+    for prompt in np.delete(prompts, _prompt_of(kept, groups)):
+        ws.reject(kept.empty, place=rule.name, prompt=prompt)
+    return _table(rows, groups, kept)
 
 
-def _finite(rewards: pa.Table, ws: Workspace) -> pa.Table:
-    good = pc.is_finite(rewards.column("reward"))
+def _usable(rewards: pa.Table, ws: Workspace) -> pa.Table:
+    column = rewards.column("reward")
+    finite = pc.is_finite(column)
+    good = pc.and_(finite, pc.less(pc.abs(column), LARGEST))
     for row in rewards.filter(pc.invert(good)).to_pylist():
         ids = {"prompt": row["prompt_id"], "candidate": row["candidate_id"]}
-        ws.reject("reward is not finite", place="rewards", detail=str(row["reward"]), **ids)
+        reason = "reward is too large" if np.isfinite(row["reward"]) else "reward is not finite"
+        ws.reject(reason, place="rewards", detail=str(row["reward"]), **ids)
     return rewards.filter(good).combine_chunks()
 
 
-def _groups(rows: pa.Table) -> tuple[list[str], np.ndarray]:
-    """Prompt ids in order, and where each one's rows start (one more entry marks the end)."""
+def _groups(rows: pa.Table, seed: int) -> tuple[Prompts, Groups]:
+    """Prompt ids in order, and their rewards."""
     runs = pc.run_end_encode(rows.column("prompt_id").combine_chunks())
-    ends = np.asarray(runs.run_ends, dtype=np.int64)
-    return runs.values.to_pylist(), np.concatenate([np.zeros(1, dtype=np.int64), ends])
+    prompts = runs.values.to_pylist()
+    starts = np.concatenate([np.zeros(1, np.int64), np.asarray(runs.run_ends, dtype=np.int64)])
+    seeds = np.array([seed_for(seed, "select", prompt) for prompt in prompts], dtype=np.uint64)
+    return np.array(prompts, dtype=object), Groups(rows.column("reward").to_numpy(), starts, seeds)
+
+
+def _good(part: Bound, groups: Groups) -> Flags:
+    """Which prompts have what a scale or a rule needs."""
+    good: Flags = part.facts["needs"].met(groups) if "needs" in part.facts else groups.sizes > 0
+    return good
+
+
+def _prompt_of(kept: Kept, groups: Groups) -> Ints:
+    """The prompt's number of each kept row."""
+    return groups.each(np.arange(len(groups.sizes)))[kept.index]
+
+
+def _table(rows: pa.Table, groups: Groups, kept: Kept) -> pa.Table:
+    prompt, size = _prompt_of(kept, groups), len(kept.index)
+
+    def stated(facts: Floats | None) -> pa.Array:
+        return pa.nulls(size, pa.float64()) if facts is None else pa.array(facts[prompt])
+
+    columns = {name: rows.column(name).take(pa.array(kept.index)) for name in ("prompt_id", "candidate_id", "reward")}
+    columns |= {
+        "draw": pa.array(kept.draw.astype(np.int32)),
+        "round": pa.array(np.broadcast_to(kept.round, size).astype(np.int32)),
+        "weight": pa.array(np.broadcast_to(kept.weight, size).astype(np.float64)),
+        "beta": stated(kept.beta),
+        "acceptance": stated(kept.acceptance),
+        "ess": stated(kept.ess),
+    }
+    return pa.table([columns[name] for name in SELECTIONS.names], names=SELECTIONS.names)

@@ -3,21 +3,21 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import DataPath, Workspace
+from pipeline import DataPath, Wired, Workspace
 from schemas import WinnowError
 
 Row = dict[str, Any]
 READERS = (".jsonl", ".ndjson", ".parquet", ".csv")
 
 
-def one_source(options: dict[str, Any], wired: frozenset[str]) -> list[str]:
+def one_source(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
     """Plan-time check: a path or a data set's name, not both; a hub name needs a revision to be an identity."""
     path, dataset = options["path"], options["dataset"]
     if (path is None) == (dataset is None):

@@ -10,6 +10,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABL
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray on the loopback address, as pipeline.executors has it
 
 import pytest
+from hypothesis import settings
 
 import jobs.demo.gold  # noqa: F401 - registers the gold reward
 import stages.rooms  # noqa: F401 - registers every stage
@@ -42,6 +43,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+settings.register_profile("shared machine", deadline=None)  # how long a case takes is no claim
+settings.load_profile("shared machine")
+
+
 @pytest.fixture
 def ws(tmp_path: Path) -> Workspace:
     """A workspace for calling a stage directly."""
@@ -57,7 +62,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "demonstrations.jsonl",
         [{"prompt": ask(*slot), "demonstration": answer(*slot)} for slot in slots],
     )
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": ask(*slot) + " Thank you."} for slot in slots[:24]])
+    write_jsonl(
+        folder / "prompts.jsonl",
+        [{"prompt": ask(*slot) + " Thank you.", "demonstration": answer(*slot)} for slot in slots[:24]],
+    )
     write_jsonl(
         folder / "preferences.jsonl",
         [

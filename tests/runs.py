@@ -6,7 +6,6 @@ from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
-SETS = ("optimize.checkpoint_every=1", "optimize.epochs=8", "select.k=4")
 
 
 class Silent:
@@ -25,4 +24,4 @@ class Silent:
 
 
 def plan_of(world: Path, *sets: str, recipe: str = "rso") -> Plan:
-    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "world.yaml",), (*SETS, *sets), name="run"))
+    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "world.yaml",), sets, name="run"))

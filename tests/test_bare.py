@@ -69,11 +69,11 @@ prompts, candidates, pairs = (pq.read_table(folder / (name + ".parquet")) for na
 ws = Workspace(folder / "step", Warm(), lambda done, total, unit: None)
 scores = reference(prompts, candidates, init, ws)
 rows = examples(prompts, ws, candidates, pairs, reference=scores)
-bound = Bound(objective.entries["sigmoid_norm"], {"beta": 0.1})
+bound = Bound(objective.entries["sigmoid_norm"], {"beta": 0.1, "smoothing": 0.0})
 made, policy, metrics = optimize(init, rows, ws, objective=bound, lr=1e-3, batch_size=4)
 first = next(row["value"] for row in metrics.to_pylist() if row["metric"] == "loss")
 print("first loss", round(first, 5), "steps", policy.to_pylist()[0]["steps"])
-print("heavy", sorted({"datasets", "duckdb", "numba", "pydantic", "ray", "rich", "typer", "vllm"} & set(sys.modules)))
+print("heavy", sorted({"datasets", "duckdb", "numba", "pydantic", "ray", "typer", "vllm"} & set(sys.modules)))
 """
 
 

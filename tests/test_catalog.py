@@ -19,11 +19,21 @@ NASTY = ["it's", 'a "quoted" name', "'; DROP TABLE runs; --", "semi;colon", "ém
 COLUMNS = {
     "curves": {"step", "metric", "value"},
     "evaluations_by_run": {"run", "metric", "value", "low", "high"},
-    "leaderboard": {"run", "gold_win", "proxy_win", "gold_reward", "kl_nats", "tokens", "prompts"},
+    "leaderboard": {
+        "run",
+        "gold_win",
+        "proxy_win",
+        "gold_reward",
+        "kl_nats",
+        "tokens",
+        "prompts",
+        "seconds",
+        "own_seconds",
+    },
     "rejects": {"step", "stage", "key", "reason", "n", "first_place"},
     "responses": {"prompt", "baseline", "response", "gold_baseline", "gold"},
     "reward_histogram": {"what", "reward"},
-    "selection": {"prompts", "kept", "rounds", "effective_sample_size"},
+    "selection": {"prompts", "kept", "passes", "effective_sample_size"},
     "status": {"run", "step", "stage", "key", "state", "rows", "seconds"},
 }
 
@@ -297,7 +307,7 @@ def test_what_is_not_refused_leaves_the_store_as_it_is(prey: Store, monkeypatch:
         ("WITH a AS (SELECT 1) SELECT * FROM a UNION ALL SELECT 2", 2),
         ("SELECT ';' AS a", 1),
         ("SELECT [1, 2] AS a, {'b': 1} AS c, NULL AS d, 1::DECIMAL(4, 2) AS e, DATE '2026-01-01' AS f", 1),
-        ("DESCRIBE runs", 4),
+        ("DESCRIBE runs", 5),
     ],
 )
 def test_any_single_question_is_answered(store: Store, statement: str, count: int):

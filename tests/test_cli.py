@@ -62,10 +62,10 @@ prompts: {from: {tokenizer: sft}, with: {path: ./p.jsonl}}
 
 def test_an_unknown_recipe_in_a_process_of_its_own(tmp_path: Path):
     """Exit code 2, the nearest name, no traceback: what a shell script sees."""
-    done = outside("plan", "slick", cwd=tmp_path)
+    done = outside("plan", "rrfh", cwd=tmp_path)
     said = done.stdout + done.stderr
     assert done.returncode == 2
-    assert "unknown recipe 'slick'; did you mean 'slic'?" in said
+    assert "unknown recipe 'rrfh'; did you mean 'rrhf'?" in said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
@@ -74,17 +74,20 @@ def test_an_unknown_recipe_in_a_process_of_its_own(tmp_path: Path):
     ("words", "said"),
     [
         (["plan", "rso", "--set", "selct.k=4"], ["rso: --set selct.k=4", "unknown step 'selct'", "'select'"]),
-        (["plan", "rso", "--set", "select.zzzz=4"], ["rso: select.zzzz: unknown option", "known: beta, k, seed"]),
-        (["plan", "rso", "--set", "select.beat=4"], ["rso: select.beat: unknown option", "did you mean 'beta'?"]),
-        (["plan", "rso", "--set", "select.k=four"], ["rso: select.k", "integer", "'four'"]),
-        (["plan", "rso", "--set", "select.k=0"], ["rso: select.k", "greater than 0", "got 0"]),
+        (["plan", "rso", "--set", "select.zzzz=4"], ["rso: select.zzzz: unknown option", "known: rule, scale, seed"]),
+        (
+            ["plan", "rso", "--set", "select.rule.beat=4"],
+            ["rso: select.rule.beat: unknown option", "did you mean 'beta'?"],
+        ),
+        (["plan", "rso", "--set", "select.rule.k=four"], ["rso: select.rule.k", "integer", "'four'"]),
+        (["plan", "rso", "--set", "select.rule.k=0"], ["rso: select.rule.k", "greater than 0", "got 0"]),
         (["plan", "rso", "--set", "select"], ["--set select", "step.option=value"]),
-        (["plan", "rso", "--set", "select.k=[1"], ["--set select.k=[1", "not YAML"]),
+        (["plan", "rso", "--set", "select.rule.k=[1"], ["--set select.rule.k=[1", "not YAML"]),
         (["plan", "rso", "--set", "optimize.objective=hing"], ["optimize.objective", "'hing'", "'hinge'"]),
         (["plan", "rso", "--set", "sample.engine=vlm"], ["sample.engine", "'vllm' or 'transformers'", "'vlm'"]),
         (["plan", "rso", "--set", "target=evaluat"], ["target: no step 'evaluat'", "did you mean 'evaluate'?"]),
         (["plan", "rso", "--set", "prompts.path=gone.jsonl"], ["prompts.path: no such file", "gone.jsonl"]),
-        (["run", "rso", "slic", "--set", "select.k=0"], ["rso: select.k", "slic: select.k"]),
+        (["run", "rso", "ipo", "--set", "select.rule.k=0"], ["rso: select.rule.k", "ipo: select.rule.k"]),
         (["run", "rso", "nope"], ["unknown recipe 'nope'"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] in ("plan", "run") else "",

@@ -13,8 +13,9 @@ LAYERS = ["schemas", "pipeline", "stages", "jobs"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 RAY = {"pipeline/executors.py", "jobs/submit.py"}
 VLLM = {"stages/engines/vllm.py"}
-TORCH = {f"stages/{name}.py" for name in ("policy", "training", "checkpoints", "objectives", "rankers", "models")} | {
-    f"stages/engines/{name}.py" for name in ("__init__", "transformers", "vllm")
+ROOMS = ("policy", "training", "legs", "checkpoints", "objectives", "pairwise", "pointwise", "features", "models")
+TORCH = {f"stages/{name}.py" for name in ROOMS} | {
+    f"stages/engines/{name}.py" for name in ("__init__", "transformers", "steering", "vllm")
 }
 HEAVY = ["torch", "transformers", "vllm", "ray", "numba"]
 
@@ -86,7 +87,7 @@ def test_planning_imports_nothing_heavy(world: Path):
 import sys
 import stages.rooms, jobs.recipes
 from pathlib import Path
-made = jobs.recipes.plans(["rso", "slic"], [Path({str(world / "world.yaml")!r})], [])
+made = jobs.recipes.plans(["rso", "ipo"], [Path({str(world / "world.yaml")!r})], [])
 assert all(step.key for plan in made for step in plan.steps)
 print(sorted(name for name in {HEAVY!r} if name in sys.modules))
 """

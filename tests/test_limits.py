@@ -24,6 +24,7 @@ from stages.models import model
 from stages.policy import load_network, save_network
 from stages.preferences import preferences
 from stages.prompts import prompts
+from stages.rankers import ranker
 from stages.sample import sample
 from tests.conftest import write_jsonl
 from tests.runs import RECIPES, Silent, plan_of
@@ -116,7 +117,7 @@ def test_responses_without_an_opponent_are_counted(tiny, ws):
         return pa.Table.from_pylist(rows, schema=CANDIDATES)
 
     table = one_prompt()
-    made = judge(table, candidates(5, "a"), candidates(2, "b"), tiny, ws)
+    made = judge(table, candidates(5, "a"), candidates(2, "b"), ws, tiny, by=ranker.bind("pairwise"))
     assert made.num_rows == 2
     assert [reason for _, reason in reasons(ws)] == ["no baseline response with this k"] * 3
 
@@ -158,9 +159,9 @@ def test_all_mistakes_of_set_are_told_at_once(world):
 
 def test_a_recipe_of_ones_own_can_extend_ours_and_nothing_deeper(world, tmp_path):
     own = tmp_path / "mine.yaml"
-    own.write_text("extends: _base\nselect: {with: {k: 2}}\n")
+    own.write_text("extends: _base\nselect: {with: {rule: {k: 2}}}\n")
     plan = make_plan(load_recipe(own, (world / "world.yaml",), library=(RECIPES,)))
-    assert next(step for step in plan.steps if step.name == "select").options["k"] == 2
+    assert next(step for step in plan.steps if step.name == "select").options["rule"].options["k"] == 2
     own.write_text("extends: rso\n")
     with pytest.raises(WinnowError, match="extend _base instead"):
         load_recipe(own, (world / "world.yaml",), library=(RECIPES,))

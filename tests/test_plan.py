@@ -27,7 +27,7 @@ def steps(tmp_path: Path) -> dict[str, dict]:
         "prompts": {"from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "p.jsonl")}},
         "sample": {"from": {"prompts": "prompts", "policy": "sft"}},
         "reward": {"from": {"prompts": "prompts", "candidates": "sample", "ranker": "sft"}},
-        "select": {"from": {"rewards": "reward"}},
+        "select": {"from": {"rewards": "reward"}, "with": {"rule": {"name": "plain"}}},
         "pair": {"from": {"candidates": "sample", "selections": "select"}, "with": {"rule": "neighbours"}},
         "reference": {"from": {"prompts": "prompts", "candidates": "sample", "policy": "sft"}},
         "examples": {
@@ -36,7 +36,7 @@ def steps(tmp_path: Path) -> dict[str, dict]:
         },
         "optimize": {
             "from": {"init": "sft", "examples": "examples"},
-            "with": {"objective": "sigmoid_norm", "lr": 1e-5},
+            "with": {"objective": "sigmoid_norm", "nll_weight": 0.1, "lr": 1e-5},
         },
     }
 
@@ -75,8 +75,8 @@ def test_an_unknown_stage_gets_the_nearest_name(steps: dict):
 
 
 def test_an_unknown_option_gets_the_nearest_name(steps: dict):
-    steps["select"]["with"] = {"bta": 0.5}
-    only(problems(steps), "select.bta: unknown option", "did you mean 'beta'?")
+    steps["select"]["with"]["sed"] = 1
+    only(problems(steps), "select.sed: unknown option", "did you mean 'seed'?")
 
 
 def test_an_option_of_the_wrong_type_shows_its_value(steps: dict):
@@ -117,7 +117,8 @@ def test_a_step_that_makes_several_tables_serves_each_of_them(steps: dict, tmp_p
     """`preferences` is prompts, candidates and pairs at once; `optimize` is a model beside its tables."""
     here = {"from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "p.jsonl")}}
     steps["preferences"] = here
-    steps["examples"]["from"] = dict.fromkeys(["prompts", "candidates", "pairs"], "preferences")
+    steps["examples"]["from"] |= dict.fromkeys(["prompts", "candidates", "pairs"], "preferences")
+    steps["reference"]["from"] |= dict.fromkeys(["prompts", "candidates"], "preferences")
     steps["again"] = {"use": "sample", "from": {"prompts": "prompts", "policy": "optimize"}}
     assert plan(steps, "again").steps[-1].inputs["policy"].name == "optimize"
 
@@ -172,12 +173,12 @@ def test_all_mistakes_of_a_recipe_come_at_once(steps: dict):
     steps["prompts"]["with"]["heldout"] = 2.0
     steps["sample"]["from"]["polcy"] = "sft"
     steps["reward"]["from"]["ranker"] = "rankr"
-    steps["select"]["with"] = {"k": 0}
+    steps["select"]["with"] = {"rule": {"name": "plain", "k": 0}}
     steps["pair"]["with"]["rule"] = "neighbors"
     steps["examples"]["with"]["imitate"] = "best"
     del steps["optimize"]["with"]["objective"]
     found = problems(steps)
-    places = ["prompts.heldout", "sample.from.polcy", "reward.from.ranker", "select.k", "pair.rule"]
+    places = ["prompts.heldout", "sample.from.polcy", "reward.from.ranker", "select.rule.k", "pair.rule"]
     places += ["examples: imitate", "optimize.objective"]
     assert [place for place in places if not any(line.startswith(place) for line in found)] == []
     assert len(set(found)) == len(found)
@@ -191,7 +192,7 @@ def test_all_mistakes_of_a_recipe_come_at_once(steps: dict):
         ("examples", {"pairs": None}, {"imitate": "chosen"}, ["examples: imitate: chosen reads pairs"]),
         ("examples", {"pairs": None}, {"imitate": "nothing"}, ["nothing to learn from"]),
         ("examples", {"candidates": None, "reference": None}, {}, ["examples: pairs needs candidates"]),
-        ("pair", {}, {"rule": "matches"}, ["pair: rule matches reads comparisons", "wire `comparisons`"]),
+        ("pair", {"selections": None}, {"rule": "matches"}, ["pair: rule matches reads comparisons"]),
         ("pair", {"selections": None}, {"rule": "best_vs_worst"}, ["rule best_vs_worst reads selections"]),
         ("prompts", {}, {"dataset": "some/data", "revision": "1"}, ["prompts: give either `path`", "`dataset`"]),
         ("prompts", {}, {"path": None}, ["prompts: give either `path`", "`dataset`"]),
@@ -202,9 +203,10 @@ def test_all_mistakes_of_a_recipe_come_at_once(steps: dict):
     ],
 )
 def test_what_makes_no_sense_together_is_refused_at_plan_time(steps: dict, step, wires, given, words):
+    """Each at the step that says it; what reads that step is not asked for here."""
     steps[step]["from"] = steps[step].get("from", {}) | wires
     steps[step]["with"] = steps[step].get("with", {}) | given
-    only(problems(steps), *words)
+    only(problems(steps, step), *words)
 
 
 @pytest.mark.parametrize(

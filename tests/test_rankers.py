@@ -1,4 +1,8 @@
-"""The pairwise ranker: one shared prefix gives the numbers of plain forwards; orders, labels, training examples."""
+"""Rankers: the pairwise one's shared prefix gives the numbers of plain forwards; orders, votes, programs, examples."""
+
+import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -7,13 +11,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import Wired
 from pipeline.content import DataPath
+from pipeline.registry import entry_of
 from pipeline.workspace import Warm, Workspace
-from schemas import WinnowError, conform
-from schemas.tables import EXAMPLES
+from schemas import Model, WinnowError, conform, seed_for
+from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS, REWARDS
+from stages.compare import compare
+from stages.engines import Completion, Request
+from stages.judge import judge
+from stages.llm_judge import Election, LlmJudge, share, verdict
+from stages.pairwise import LABELS, PairwiseRanker, RankerPrompt, _common_prefix
+from stages.policy import load_network
 from stages.preferences import preferences
 from stages.ranker_examples import ranker_examples
-from stages.rankers import LABELS, PairwiseRanker, RankerPrompt, _common_prefix, both_orders
+from stages.rankers import averaged, both_orders, brevity, open_ranker, pattern, verifiable
+from stages.rankers import ranker as rankers
+from stages.reward import reward
 from stages.text import Tokenizer
 
 CONTEXT = "Please book a boat for two on Monday in Oslo."
@@ -76,17 +90,23 @@ def test_a_logit_depends_on_its_pair_alone(sharp, ranker, context, pairs, budget
 def test_no_pairs_have_no_logits(ranker):
     """An empty group is no error."""
     assert ranker.logits(CONTEXT, []).shape == (0,)
-    assert [len(side) for side in both_orders(ranker, CONTEXT, [], "both")] == [0, 0]
+    assert averaged(*both_orders(ranker, CONTEXT, [], "both")).shape == (0,)
 
 
-class Biased(PairwiseRanker):
+class Biased:
     """A ranker with a preference for the first position: logits = truth + bias. Eighths, so that sums are exact."""
 
-    def __init__(self, strength, bias):
-        self.strength, self.bias = strength, bias
+    def __init__(self, strength, bias, symmetric=False):
+        self.strength, self.bias, self.symmetric, self.calls = strength, bias, symmetric, 0
+
+    def fits(self, context, first, second):
+        return True
 
     def logits(self, context, pairs):
+        self.calls += 1
         return np.array([self.strength[a] - self.strength[b] + self.bias for a, b in pairs])
+
+    def close(self): ...
 
 
 @given(
@@ -98,17 +118,23 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
     strength = {str(n): value for n, value in enumerate(strengths)}
     pairs = [(a, b) for a in strength for b in strength]
     truth = [strength[a] - strength[b] for a, b in pairs]
-    forward, backward = both_orders(Biased(strength, bias), "", pairs, "both")
-    assert ((forward + backward) / 2).tolist() == truth
+    assert averaged(*both_orders(Biased(strength, bias), "", pairs, "both")).tolist() == truth
     alone, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
     assert alone.tolist() == [gap + bias for gap in truth]
-    assert np.isnan(nothing).all()
+    assert nothing is None
+
+
+def test_a_symmetric_ranker_is_read_once():
+    """Its other order says nothing new: one call, and no second logit to average with."""
+    opened = Biased({"a": 1.0, "b": 0.5}, 0.0, symmetric=True)
+    forward, backward = both_orders(opened, "", [("a", "b")], "both")
+    assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
 
 
 def test_both_orders_of_the_real_ranker_are_antisymmetric(ranker):
     """With both orders read, g(a, b) = -g(b, a): the two texts only change places."""
-    there = np.mean(both_orders(ranker, CONTEXT, [(GOOD, LONG), (BAD, LONG)], "both"), axis=0)
-    back = np.mean(both_orders(ranker, CONTEXT, [(LONG, GOOD), (LONG, BAD)], "both"), axis=0)
+    there = averaged(*both_orders(ranker, CONTEXT, [(GOOD, LONG), (BAD, LONG)], "both"))
+    back = averaged(*both_orders(ranker, CONTEXT, [(LONG, GOOD), (LONG, BAD)], "both"))
     assert there.tolist() == pytest.approx((-back).tolist(), rel=0, abs=1e-4)
 
 
@@ -220,3 +246,298 @@ def test_a_comparison_that_the_model_cannot_read_is_left_out_with_reason(tiny, t
     tables = preferences(tiny, ws, path=DataPath(str(path)), heldout=0.0)
     assert len(made(tables, tiny, ws)) == 1
     assert [row["reason"] for row in ws.rejects.to_pylist()] == ["comparison too long"]
+
+
+# Programs: verifiable rewards
+
+
+def bound(name, **options):
+    return rankers.bind({"name": name} | options)
+
+
+@given(words, words, st.integers(0, 12))
+def test_a_programs_logit_is_the_difference_of_its_scores(first, second, target):
+    """brevity = -|words - target|, so g(a, b) = -g(b, a) exactly, and equal texts have 0."""
+    opened = open_ranker(bound("brevity", words=target), None)
+    there, back, same = opened.logits("x", [(first, second), (second, first), (first, first)])
+    assert there == abs(len(second.split()) - target) - abs(len(first.split()) - target) == -back
+    assert same == 0
+    assert opened.symmetric
+
+
+def test_a_pattern_is_found_or_not():
+    """A decorated program stays the plain function that it is."""
+    assert [pattern("x", text, regex=r"\bboat\b") for text in ("a boat.", "boats")] == [1.0, 0.0]
+
+
+@pytest.fixture
+def added():
+    """A reward of one's own, as the README says: one function. Taken out again afterwards."""
+
+    @verifiable
+    def politeness(prompt, response, *, worth: float = 1.0) -> float:
+        return worth * ("please" in prompt.lower()) * ("Gladly" in response)
+
+    yield bound("politeness", worth=2.5)
+    del rankers.entries["politeness"]
+
+
+def test_a_reward_of_ones_own_is_one_function(added, ws):
+    """reward = score(y) - score(y_b): 2.5 apart where one is polite and the other is not; no logits of two orders."""
+    table = candidates_with([GOOD, BAD, "Gladly."])
+    made = conform(reward(one_prompt(), table, ws, by=added), REWARDS).to_pylist()
+    value = {row["candidate_id"]: row["reward"] for row in made}
+    assert (value["c0"] - value["c1"], value["c0"] - value["c2"]) == (2.5, 0.0)
+    assert {(row["logit_ab"], row["logit_ba"]) for row in made} == {(None, None)}
+    assert ws.counters["ranker_calls"] == 2
+
+
+@pytest.fixture
+def broken():
+    @verifiable
+    def broken(prompt, response) -> float:
+        return float("nan") if response == BAD else float(len(response))
+
+    yield bound("broken")
+    del rankers.entries["broken"]
+
+
+def test_a_number_that_is_not_finite_is_left_out_with_reason(broken, ws):
+    """No NaN leaves a room: reward, compare and judge reject the row; the others go on."""
+    table = candidates_with([GOOD, BAD, LONG, "x"])
+    for seed in range(6):
+        base = reward(one_prompt(), table, ws, by=broken, seed=seed).to_pylist()
+        assert all(np.isfinite(row["reward"]) for row in base)
+    made = compare(one_prompt(), table, ws, by=broken, rule="all_pairs").to_pylist()
+    assert len(made) == 3
+    assert not any("c1" in (row["left_id"], row["right_id"]) for row in made)
+    (one,) = judge(one_prompt(), table.slice(0, 2), table.slice(0, 2), ws, by=broken).to_pylist()
+    assert one["logit"] == 0
+    assert {row["reason"] for row in ws.rejects.to_pylist()} == {"reward is not finite", "logit is not finite"}
+
+
+def one_prompt():
+    row = dict(prompt_id="p", text="Please book a boat.", token_ids=[0, 5], split="train")
+    return pa.Table.from_pylist([row], schema=PROMPTS)
+
+
+def candidates_with(texts):
+    rows = [
+        dict(prompt_id="p", candidate_id=f"c{k}", k=k, token_ids=[5 + k, 1], text=text, logp_kind="none")
+        | dict(n_tokens=2, finish_reason="stop")
+        for k, text in enumerate(texts)
+    ]
+    return pa.Table.from_pylist(rows, schema=CANDIDATES)
+
+
+@given(st.lists(words, min_size=1, max_size=6, unique=True), st.randoms())
+def test_all_pairs_reads_everyone_against_everyone_once(texts, rng):
+    """n (n - 1) / 2 calls; without selections the players stand in order of k, whatever the table's order."""
+    space = Workspace(Path("unused"), Warm(), lambda done, total, unit: None)
+    by = bound("brevity", words=2)
+    table = candidates_with(texts)
+    order = list(range(len(texts)))
+    rng.shuffle(order)
+    made = compare(one_prompt(), table.take(pa.array(order)), space, by=by, rule="all_pairs").to_pylist()
+    n = len(texts)
+    assert [(row["left_id"], row["right_id"]) for row in made] == [
+        (f"c{i}", f"c{j}") for i in range(n) for j in range(i + 1, n)
+    ]
+    assert space.counters["ranker_calls"] == n * (n - 1) // 2
+    for row in made:
+        left, right = (texts[int(row[side][1:])] for side in ("left_id", "right_id"))
+        assert row["logit"] == brevity("", left, words=2) - brevity("", right, words=2)
+
+
+# An LLM as judge
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A", "A"),
+        ("B.", "B"),
+        ("[[B]]", "B"),
+        ("**A**", "A"),
+        ("Response B is better", "B"),
+        ("A names no city.\nB does.\n\nB\n", "B"),
+        ("A is better than B", None),
+        ("B\nNo, wait", None),
+        ("AB", None),
+        ("a", None),
+        ("Both are fine", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_the_one_letter_on_the_last_line(answer, letter):
+    assert verdict(answer) == letter
+
+
+def test_a_vote_goes_to_the_text_and_not_to_the_letter():
+    """Flipped, B is the text that stood first; without a verdict it is half a vote for each."""
+    assert [share("A", False), share("B", False), share("A", True), share("B", True)] == [1, 0, 0, 1]
+    assert share("neither", False) == share("", True) == 0.5
+
+
+@given(st.integers(1, 20).map(lambda n: 2 * n), st.data(), st.floats(0, 0.49))
+def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
+    """log (w + 1/2) / (v - w + 1/2), w = wins, odd in w - v / 2, rising with w; 0 where |w / v - 1/2| <= threshold."""
+    election = Election("{prompt}{a}{b}", votes, threshold, 0)
+    wins = data.draw(st.integers(0, 2 * votes)) / 2
+    logit = election.logit(wins)
+    assert logit == -election.logit(votes - wins)
+    if abs(wins / votes - 0.5) <= threshold:
+        assert logit == 0
+    else:
+        assert logit == pytest.approx(np.log((wins + 0.5) / (votes - wins + 0.5)))
+        assert (logit > 0) == (wins > votes / 2)
+        assert abs(logit) <= np.log(2 * votes + 1) + 1e-12
+
+
+def test_half_of_the_ballots_have_the_order_flipped_and_all_have_their_own_seed():
+    """Eight votes: four read (low, high), four (high, low)."""
+    ballots = list(Election("{prompt}|{a}|{b}", 8, 0.0, 3).ballots("x", "lo", "hi"))
+    assert [text for text, _, _ in ballots] == ["x|lo|hi", "x|hi|lo"] * 4
+    assert [flipped for _, _, flipped in ballots] == [False, True] * 4
+    assert len({seed for _, seed, _ in ballots}) == 8
+
+
+class Says:
+    """An engine behind the seam whose answer is a function of the question's text."""
+
+    def __init__(self, tokenizer, answer):
+        self.tokenizer, self.answer, self.asked = tokenizer, answer, 0
+
+    def generate(self, requests, sampling):
+        self.asked += len(requests)
+        texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
+        return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]
+
+    def close(self): ...
+
+
+def judging(model, answer, votes=8, threshold=0.0):
+    engine = Says(Tokenizer(model), answer)
+    return LlmJudge(model, engine, Election("{prompt} 1: {a} 2: {b}", votes, threshold, 0), 1.0, 4), engine
+
+
+def test_a_judge_that_always_says_a_prefers_nobody(tiny):
+    """Four votes each way: P = 1/2, logit 0, whatever the texts. One order alone would have given log 17."""
+    opened, engine = judging(tiny, lambda question: "A")
+    assert opened.logits(CONTEXT, [(GOOD, BAD), (LONG, GOOD)]).tolist() == [0.0, 0.0]
+    assert engine.asked == 16
+
+
+def test_a_judge_that_is_sure_gives_all_votes_to_one_text(tiny):
+    """It looks for GOOD: 8 of 8 votes, logit log(8.5 / 0.5); swapped, its negative; a twin is asked about once."""
+
+    def looks(question):
+        return "A" if question.index(GOOD) < question.index("No.") else "B"
+
+    opened, engine = judging(tiny, looks)
+    there, back, twin, same = opened.logits("x", [(GOOD, BAD), (BAD, GOOD), (GOOD, BAD), (BAD, BAD)])
+    assert there == twin == -back == pytest.approx(np.log(17))
+    assert same == 0
+    assert engine.asked == 8
+
+
+def test_a_judge_that_gives_no_verdict_is_a_tie(tiny):
+    opened, _ = judging(tiny, lambda question: "I cannot say.")
+    assert opened.logits("x", [(GOOD, BAD)]).tolist() == [0.0]
+
+
+@pytest.fixture(scope="module")
+def voter(tiny, tmp_path_factory):
+    """The tiny model with a head that answers most questions with A or B, about as often the one as the other."""
+    folder = tmp_path_factory.mktemp("voter") / "model"
+    shutil.copytree(tiny.folder, folder)
+    network, tokenizer = load_network(tiny), Tokenizer(tiny)
+    with torch.no_grad():
+        hidden = network.model(torch.tensor([tokenizer.prompt_ids("Which?")])).last_hidden_state[0, -1]
+        head = network.lm_head.weight.clone()
+        head[[tokenizer.label(label) for label in LABELS]] = 4 * hidden / hidden.norm()
+    network.config.tie_word_embeddings = False
+    network.lm_head.weight = torch.nn.Parameter(head)
+    network.save_pretrained(folder)
+    return Model(folder, "voter")
+
+
+def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
+    """A random model of coin flips, read eight times a pair: each vote is drawn again alone, and counted by hand.
+
+    The logit is log (w + 1/2) / (8 - w + 1/2), odd under a swap bit for bit, and the same in any order of pairs.
+    """
+    template, texts = "{prompt} {a} or {b}?", [GOOD, BAD, "boat", "x"]
+    options = dict(engine="transformers", max_tokens=1, temperature=1.0, template=template, seed=5)
+    pairs = [(a, b) for n, a in enumerate(texts) for b in texts[:n]]
+    opened: Any = open_ranker(bound("llm_judge", **options), voter)
+    found = opened.logits("Hi", pairs)
+    for (first, second), logit in zip(pairs, found, strict=True):
+        low, high = sorted((first, second))
+        wins = 0.0
+        for n in range(8):
+            a, b = (low, high) if n % 2 == 0 else (high, low)
+            ids = opened.tokenizer.prompt_ids(template.format(prompt="Hi", a=a, b=b))
+            request = Request(ids, seed_for(5, "vote", "Hi", low, high, n))
+            (answer,) = opened.engine.generate([request], opened.sampling)
+            letter = verdict(opened.tokenizer.decode(answer.token_ids))
+            wins += 0.5 if letter is None else {"A": a, "B": b}[letter] == first
+        assert logit == pytest.approx(np.log((wins + 0.5) / (8 - wins + 0.5)), abs=1e-12)
+    assert len(set(found.tolist())) > 3, "hardly any vote had a verdict: this test has seen nothing"
+    assert opened.logits("Hi", [(b, a) for a, b in pairs]).tolist() == (-found).tolist()
+    assert opened.logits("Hi", pairs[::-1]).tolist() == found[::-1].tolist()
+    opened.close()
+
+
+def test_a_judge_has_no_room_for_a_long_question_and_none_for_a_control_token(tiny):
+    opened, _ = judging(tiny, lambda question: "A")
+    assert opened.fits(CONTEXT, GOOD, BAD)
+    assert not opened.fits(CONTEXT, GOOD, "q " * 120)
+    assert not opened.fits(CONTEXT, GOOD, "Well <|eos|>")
+
+
+# The seam: what a plan says
+
+
+@pytest.mark.parametrize("room", [reward, compare, judge])
+def test_a_ranker_is_refused_without_its_model_and_with_one_that_it_does_not_read(room):
+    """At plan time, by name, in every stage that ranks."""
+    check = entry_of(room).facts["shape"].check
+    wired = {"ranker": Wired("model")}
+    for name in ("pairwise", "pointwise", "llm_judge"):
+        by = {"by": bound(name)}
+        assert check(by, wired) == []
+        assert check(by, {}) == [f"by {name} reads a model; wire `ranker` in `from`"]
+    by = {"by": bound("brevity", words=3)}
+    assert check(by, {}) == []
+    assert check(by, wired) == ["by brevity reads no model; set `ranker: null` in `from`"]
+
+
+@pytest.mark.parametrize(
+    ("by", "problem"),
+    [
+        ({"name": "pattern", "regex": "("}, r"by\.regex: is no regular expression: missing \)"),
+        ({"name": "llm_judge", "votes": 7}, r"by\.votes: must be even.*got 7"),
+        ({"name": "llm_judge", "template": "{a} or {b}?"}, r"by\.template: must name \{prompt\}, \{a\} and \{b\}"),
+        ({"name": "pairwse"}, r"by: unknown ranker 'pairwse'; did you mean 'pairwise'"),
+        ({"name": "pairwise", "dtype": "float16"}, r"by\.dtype"),
+    ],
+)
+def test_options_of_a_ranker_are_checked_at_plan_time(by, problem):
+    """A bad regular expression is refused with its error, before anything runs."""
+    with pytest.raises(WinnowError, match=problem):
+        entry_of(reward).validate({"by": by}, "reward")
+
+
+def test_a_ranker_is_opened_once_for_equal_options():
+    """A bound ranker is a value: equal name and options are one warm thing, other options another."""
+    warm = Warm()
+    one, same, other = (warm.hold(open_ranker, bound("brevity", words=n), None) for n in (3, 3, 4))
+    assert one is same
+    assert one is not other
+
+
+def test_a_language_model_is_no_reward_model(tiny):
+    """Refused before its weights are loaded, with the ranker that would read it."""
+    with pytest.raises(WinnowError, match="ends in a vocabulary, and pointwise reads a score: set `by` to pairwise"):
+        open_ranker(bound("pointwise"), tiny)

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from pipeline.workspace import Warm, Workspace
 from schemas import conform
 from schemas.tables import REWARDS, SELECTIONS
-from stages.rejection import rejection_sample, tilt
+from stages import rejection
+from stages.scales import reward_scale
 from stages.select import select
+from stages.selection import selection_rule
+from stages.tilt import Groups
 
 DRAWS = 12_000
 LEAST = 1e-3  # p-value; the seeds are fixed, so a test that passes always passes
@@ -42,6 +45,11 @@ def algorithm_1(rewards, k, beta, rng):
         accepted += taken
         pool = [i for i in pool if i not in taken]
     return tuple(accepted)
+
+
+def rejection_sample(values, starts, seeds, k, beta):
+    """The compiled sampler at one temperature for all groups."""
+    return rejection.rejection_sample(values, starts, seeds, k, np.full(len(starts) - 1, float(beta)))
 
 
 def ours(rewards, k, beta, draws=DRAWS, seed=0):
@@ -206,6 +214,14 @@ def test_a_draw_depends_on_nothing_but_its_own_group_and_seed():
         numba.set_num_threads(before)
 
 
+def tilt(values, starts, beta):
+    """Acceptance and ess of each group, as the rule reports them."""
+    seeds = np.zeros(len(starts) - 1, np.uint64)
+    kept = selection_rule.bind({"name": "rejection_sample", "beta": beta})(Groups(values, starts, seeds))
+    return kept.acceptance, kept.ess
+
+
+@unhurried
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=20), st.floats(0.05, 20))
 def test_acceptance_and_ess_are_their_formulas(rewards, beta):
     """w = exp((r - M) / beta): acceptance = mean w, ess = (sum w)^2 / sum w^2 in [1, n]; r + c changes neither."""
@@ -243,10 +259,16 @@ def space():
     return Workspace(Path("unused"), Warm(), lambda done, total, unit: None)
 
 
+def sampled(rows, ws, seed=0, **options):
+    """Room 4 by Algorithm 1 on the rewards as they are."""
+    rule = selection_rule.bind({"name": "rejection_sample", "beta": 0.5} | options)
+    return select(rows, ws, rule=rule, scale=reward_scale.bind("raw"), seed=seed)
+
+
 def test_select_leaves_out_rewards_that_are_not_finite():
     """Each with its reason and ids; the prompt goes on with the others; a prompt without any other has no row."""
     ws = space()
-    made = select(table({"a": [0.0, math.nan, 1.0, math.inf], "b": [-math.inf]}), ws, k=4, beta=0.5)
+    made = sampled(table({"a": [0.0, math.nan, 1.0, math.inf], "b": [-math.inf]}), ws, k=4, beta=0.5)
     assert sorted(made.column("candidate_id").to_pylist()) == ["a000", "a002"]
     rejects = ws.rejects.to_pylist()
     assert {row["candidate_id"]: row["detail"] for row in rejects} == {"a001": "nan", "a003": "inf", "b000": "-inf"}
@@ -255,13 +277,13 @@ def test_select_leaves_out_rewards_that_are_not_finite():
 
 def test_select_keeps_the_multiplicity_of_equal_responses():
     """Seven copies of one response (equal reward) beside a worse one: with k = 8 all eight are kept, each once."""
-    made = select(table({"a": [1.0] * 7 + [-3.0]}), space(), k=8, beta=0.5)
+    made = sampled(table({"a": [1.0] * 7 + [-3.0]}), space(), k=8, beta=0.5)
     assert len(set(made.column("candidate_id").to_pylist())) == 8
 
 
 def test_select_draws_copies_by_their_number():
     """1 of 9 equal candidates stands out only by id: over 2,000 prompts each of the 9 is drawn with 1/9."""
-    made = select(table({f"p{n:04}": [0.5] * 9 for n in range(2000)}), space(), k=1, beta=0.3)
+    made = sampled(table({f"p{n:04}": [0.5] * 9 for n in range(2000)}), space(), k=1, beta=0.3)
     counts = Counter(name[-3:] for name in made.column("candidate_id").to_pylist())
     assert follows(counts, {f"{n:03}": 1 / 9 for n in range(9)}) > LEAST
 
@@ -271,13 +293,13 @@ def test_select_draws_copies_by_their_number():
 def test_select_is_one_law_a_prompt_whatever_rows_stand_around_it(rewards, rng):
     """The schema holds; draws are 0..k-1; neither the rows' order nor the other prompts of the shard matter."""
     rows = table(rewards)
-    made = conform(select(rows, space(), k=3, beta=0.5), SELECTIONS)
+    made = conform(sampled(rows, space(), k=3, beta=0.5), SELECTIONS)
     order = list(range(len(rows)))
     rng.shuffle(order)
-    again = select(rows.take(pa.array(order, pa.int64())), space(), k=3, beta=0.5)
+    again = sampled(rows.take(pa.array(order, pa.int64())), space(), k=3, beta=0.5)
     assert conform(again, SELECTIONS).equals(made)
     for prompt, values in rewards.items():
-        alone = select(table({prompt: values}), space(), k=3, beta=0.5).to_pylist()
+        alone = sampled(table({prompt: values}), space(), k=3, beta=0.5).to_pylist()
         assert alone == [row for row in made.to_pylist() if row["prompt_id"] == prompt]
         assert [row["draw"] for row in alone] == list(range(min(3, len(values))))
 
@@ -285,4 +307,4 @@ def test_select_is_one_law_a_prompt_whatever_rows_stand_around_it(rewards, rng):
 def test_the_seed_moves_the_draw():
     """40 prompts of 20 equal candidates: two seeds agree on all first draws with probability 20^-40."""
     rows = table({f"p{n:02}": [0.0] * 20 for n in range(40)})
-    assert not select(rows, space(), k=1, seed=0).equals(select(rows, space(), k=1, seed=1))
+    assert not sampled(rows, space(), k=1, seed=0).equals(sampled(rows, space(), k=1, seed=1))

@@ -17,7 +17,7 @@ from pipeline.run import run
 from pipeline.store import Store
 from schemas import WinnowError
 from schemas.tables import CANDIDATES, SELECTIONS
-from tests.runs import RECIPES, SETS, Silent, plan_of
+from tests.runs import RECIPES, Silent, plan_of
 
 
 def digests(plan: Plan, store: Store, steps=None) -> dict[str, list[tuple[str, str]]]:
@@ -49,7 +49,7 @@ def test_a_second_run_makes_nothing(world, finished):
 def test_another_beta_runs_select_and_what_follows_but_neither_sample_nor_reward(world, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "store")
     watcher = Silent()
-    run(plan_of(world, "select.beta=0.05"), Store(tmp_path / "store"), InProcess(), watcher)
+    run(plan_of(world, "select.rule.beta=0.05"), Store(tmp_path / "store"), InProcess(), watcher)
     assert watcher.ran[0] == "select"
     assert {"compare", "pair", "reference", "examples", "optimize", "evaluate"} <= set(watcher.ran)
     assert not {"sample", "reward", "sft", "ranker", "eval_baseline"} & set(watcher.ran)
@@ -94,7 +94,7 @@ def test_kill_9_loses_only_parts_in_flight(world, finished, tmp_path, victim):
 def kill_when_begun(folder: Path, world: Path, store: Store) -> None:
     """Start the command in a process of its own and kill it as soon as the step has something to lose."""
     command = [sys.executable, "-m", "jobs", "run", str(RECIPES / "rso.yaml"), "--on", str(world / "world.yaml")]
-    command += ["--store", str(store.root), *(word for item in SETS for word in ("--set", item))]
+    command += ["--store", str(store.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 120
         while not any(folder.glob("part-*.json")) and not any(folder.glob("checkpoint/step-*")):

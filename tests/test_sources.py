@@ -195,9 +195,9 @@ def test_one_source_at_plan_time(tmp_path):
         (None, "a/b", None, "needs `revision`"),
         (excel, None, None, "reads .jsonl"),
     ]:
-        assert word in one_source(dict(path=path, dataset=dataset, revision=revision), frozenset())[0]
-    assert one_source(dict(path=folder, dataset=None, revision=None), frozenset()) == []
-    assert one_source(dict(path=None, dataset="a/b", revision="abc"), frozenset()) == []
+        assert word in one_source(dict(path=path, dataset=dataset, revision=revision), {})[0]
+    assert one_source(dict(path=folder, dataset=None, revision=None), {}) == []
+    assert one_source(dict(path=None, dataset="a/b", revision="abc"), {}) == []
 
 
 # Tokens
@@ -390,9 +390,9 @@ def test_a_reward_or_a_probability_is_named_and_not_both():
     """At plan time."""
     check = entry_of(own_candidates).facts["shape"].check
     given_path = dict(path=None, dataset="a/b", revision="abc")
-    assert check(given_path | dict(reward="r", probability=None), frozenset()) == []
+    assert check(given_path | dict(reward="r", probability=None), {}) == []
     for reward, probability in (("r", "p"), (None, None)):
-        assert "either the `reward`" in check(given_path | dict(reward=reward, probability=probability), frozenset())[0]
+        assert "either the `reward`" in check(given_path | dict(reward=reward, probability=probability), {})[0]
 
 
 def test_places_are_lines_that_json_agrees_with(tmp_path, tiny, ws):

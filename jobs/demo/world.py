@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -77,7 +78,11 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     demonstrations = (_demonstration(rng, next(requests)) for _ in range(DEMONSTRATIONS))
     _write_rows(folder / "demonstrations.jsonl", demonstrations)
-    _write_rows(folder / "prompts.jsonl", ({"prompt": _ask(rng, next(requests))} for _ in range(PROMPTS)))
+    staff = Random(SEED + 1)  # of its own, so that answers to prompts move nothing else
+    prompts = (
+        (_ask(rng, request), _answer(staff, _pick(staff, STAFF), request)) for request in islice(requests, PROMPTS)
+    )
+    _write_rows(folder / "prompts.jsonl", ({"prompt": prompt, "demonstration": answer} for prompt, answer in prompts))
     _write_rows(folder / "preferences.jsonl", (_preference(rng, next(requests)) for _ in range(PREFERENCES)))
 
 

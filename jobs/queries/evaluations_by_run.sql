@@ -1,4 +1,5 @@
--- Win rates of every run, best gold first.
-SELECT run, metric, value, low, high FROM runs JOIN evaluations USING (stage, key)
+-- Win rates of every run and round, best gold first.
+SELECT runs.run || coalesce('@' || round, '') AS run, metric, value, low, high
+FROM runs JOIN evaluations USING (stage, key)
 WHERE metric IN ('gold_win', 'proxy_win')
-ORDER BY max(value) FILTER (metric = 'gold_win') OVER (PARTITION BY run) DESC, run, metric
+ORDER BY max(value) FILTER (metric = 'gold_win') OVER (PARTITION BY runs.run, round) DESC, runs.run, round, metric

@@ -1,5 +1,5 @@
 -- How hard the selection tilts: per prompt, averaged.
 SELECT count(DISTINCT prompt_id) AS prompts, count(*) AS kept, avg(reward) AS mean_reward_kept,
     (SELECT avg(reward) FROM rewards) AS mean_reward_all,
-    avg(acceptance) AS first_pass_acceptance, avg(ess) AS effective_sample_size, max(round) + 1 AS rounds
+    avg(acceptance) AS first_pass_acceptance, avg(ess) AS effective_sample_size, max(round) + 1 AS passes
 FROM selections HAVING count(*) > 0

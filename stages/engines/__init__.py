@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from stages.neurons import Neurons
+
 
 @dataclass(frozen=True)
 class Request:
@@ -15,23 +17,37 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Steering:
+    """At every `every`-th token, the `top` likeliest are scored by a head, 0 to 1, and `strength` times that is added.
+
+    The head reads the features that `stages.features` makes, of the response so far with the token at its end.
+    """
+
+    head: Neurons
+    strength: float
+    top: int
+    every: int
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How all draws of a call are made; top_k = 0 means no cut. temperature > 0."""
+    """How all draws of a call are made; top_k = 0 means no cut. temperature > 0. vLLM cannot steer."""
 
     temperature: float
     top_k: int
     max_tokens: int
     stop: tuple[int, ...]  # any of these ids ends a response, and belongs to it
+    steering: Steering | None = None
 
     @property
     def exact(self) -> bool:
         """Are draws from the policy itself, so that raw log-probs are those of the draw?"""
-        return self.temperature == 1.0 and self.top_k == 0
+        return self.temperature == 1.0 and self.top_k == 0 and self.steering is None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids end with EOS if finish_reason is stop. logp is raw: before temperature and top-k."""
+    """token_ids end with EOS if finish_reason is stop. logp is raw: before steering, temperature and top-k."""
 
     token_ids: list[int]
     logp: float

@@ -1,4 +1,4 @@
-"""Hugging Face `generate` behind the seam: the slow engine that can be trusted."""
+"""Hugging Face `generate` behind the seam: the slow engine that can be trusted, and that can be steered."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from stages.engines import Completion, Request, Sampling
+from stages.engines.steering import steered_ids
 
 ROWS = 256
 
@@ -27,15 +28,18 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
         self.raw: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_length
-        warped = scores.float() / self.sampling.temperature
+        return self.noisy(input_ids.shape[1] - self.prompt_length, scores.float(), scores.float())
+
+    def noisy(self, step: int, scores: Tensor, steered: Tensor) -> Tensor:
+        """Both fp32 [N, V]; the draw is made from `steered`, its log-prob is that under `scores`."""
+        warped = steered / self.sampling.temperature
         if 0 < self.sampling.top_k < warped.shape[-1]:
             kept = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
             warped = warped.masked_fill(warped < kept, -torch.inf)
         noise = np.stack([_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
         noisy: Tensor = warped + torch.from_numpy(noise).to(warped.device)
         drawn = noisy.argmax(-1, keepdim=True)
-        self.raw.append(scores.float().log_softmax(-1).gather(-1, drawn).squeeze(-1))
+        self.raw.append(scores.log_softmax(-1).gather(-1, drawn).squeeze(-1))
         return noisy
 
 
@@ -68,18 +72,24 @@ class TransformersEngine:
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         ids = torch.tensor([list(request.prompt_ids) for request in requests], device=self.network.device)
         noise = GumbelNoise([request.seed for request in requests], ids.shape[1], sampling)
+        if sampling.steering is None:
+            drawn = self._generated(ids, noise, sampling)
+        else:
+            drawn = steered_ids(self.network, ids, noise.noisy, sampling, sampling.steering)
+        raw = torch.stack(noise.raw, dim=1)
+        return [_completion(row, each, sampling.stop) for row, each in zip(drawn.tolist(), raw, strict=True)]
+
+    def _generated(self, ids: Tensor, noise: GumbelNoise, sampling: Sampling) -> Tensor:
         plain = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=list(sampling.stop), pad_token_id=0
         )
-        output = self.network.generate(
+        output: Tensor = self.network.generate(
             ids,
             generation_config=plain,
             attention_mask=torch.ones_like(ids),
             logits_processor=LogitsProcessorList([noise]),
         )
-        drawn = output[:, ids.shape[1] :].tolist()
-        raw = torch.stack(noise.raw, dim=1)
-        return [_completion(row, each, sampling.stop) for row, each in zip(drawn, raw, strict=True)]
+        return output[:, ids.shape[1] :]
 
     def close(self) -> None:
         del self.network

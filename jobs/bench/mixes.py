@@ -1,0 +1,97 @@
+"""What a step of each mix costs, against the same steps of one objective alone, in one alternating run."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.recipes import plan_named
+from pipeline.executors import InProcess
+from pipeline.plan import Plan, Step
+from pipeline.registry import Bound
+from pipeline.run import Reporter, run
+from pipeline.store import Store
+from pipeline.workspace import Warm, Workspace
+from schemas.tables import EXAMPLES
+from stages.mixing import mix
+from stages.optimize import optimize
+
+ALONE = ("joint 1", "joint 0")
+MIXES = (*ALONE, "joint 0.5", "sequence 0.5", "alright 0.5", "maxright 0.5")
+LEGS = {"examples": "preference_examples", "demonstrations": "demonstration_examples"}
+
+
+def measure(store: Store, worlds: list[Path], reporter: Reporter, groups: int, repeats: int) -> pa.Table:
+    """Seconds a step of every mix over the first `groups` groups of each side: medians over repeats, and spreads."""
+    step = _optimize_step(store, worlds, reporter)
+    tables = {name: _rows(store, step.inputs[name], groups) for name in LEGS}
+    init = store.folder(step.inputs["init"]).model()
+    times: dict[str, list[list[float]]] = {name: [] for name in MIXES}
+    turns: dict[str, tuple[int, int]] = {}
+    for repeat in range(repeats):
+        for n, name in enumerate(MIXES[:: 1 if repeat % 2 == 0 else -1]):
+            reporter.tell(repeat * len(MIXES) + n, repeats * len(MIXES), "runs")
+            seconds, turns[name] = _train(init, tables, step.options, name)
+            times[name].append(seconds)
+    return pa.Table.from_pylist([_row(name, times, turns[name]) for name in MIXES])
+
+
+def _optimize_step(store: Store, worlds: list[Path], reporter: Reporter) -> Step:
+    """Makes what maxright's training reads, and nothing more; its `optimize` step, not run."""
+    whole = plan_named("maxright", worlds, [])
+    step = next(each for each in whole.steps if each.name == "optimize")
+    needed = {step.inputs[name] for name in (*LEGS, "init")}
+    upstream = [each for each in whole.steps if each in needed or any(_reads(wanted, each) for wanted in needed)]
+    run(Plan("bench mixes", upstream), store, InProcess(), reporter)
+    return step
+
+
+def _reads(step: Step, source: Step) -> bool:
+    return any(each is source or _reads(each, source) for each in step.inputs.values())
+
+
+def _rows(store: Store, step: Step, groups: int) -> pa.Table:
+    return store.folder(step).read(EXAMPLES).sort_by("prompt_id").slice(0, groups)
+
+
+def _train(init: Any, tables: dict[str, pa.Table], options: dict[str, Any], name: str) -> tuple[list[float], Any]:
+    """Seconds of each step, and how many steps took preferences and demonstrations."""
+    ticks: list[float] = []
+    kind, _, weight = name.partition(" ")
+    entry = mix.find(kind)
+    bound = Bound(entry, entry.validate({"weight": float(weight)}, name))
+    with tempfile.TemporaryDirectory() as folder:
+        space = Workspace(Path(folder), Warm(), lambda done, total, unit: ticks.append(time.perf_counter()))
+        given = options | {"mix": bound, "epochs": 1}
+        _, _, metrics = optimize(init, tables["examples"], space, demonstrations=tables["demonstrations"], **given)
+    shares = [row["value"] for row in metrics.to_pylist() if row["metric"] == "preference_weight"]
+    return list(np.diff(ticks)), (sum(share > 0 for share in shares[1:]), sum(share < 1 for share in shares[1:]))
+
+
+def _row(name: str, times: dict[str, list[list[float]]], turns: tuple[int, int]) -> dict[str, Any]:
+    """`against alone`: this run's seconds over those of the same number of steps of each objective alone."""
+    ratios = [sum(own) / alone for own, alone in zip(times[name], _alone(times, turns), strict=True)]
+    steps = [np.mean(own) for own in times[name]]
+    return {
+        "mix": name,
+        "preference_steps": turns[0],
+        "imitation_steps": turns[1],
+        "seconds_a_step": _spread(steps),
+        "against_alone": _spread(ratios),
+    }
+
+
+def _alone(times: dict[str, list[list[float]]], turns: tuple[int, int]) -> Iterator[float]:
+    """Seconds of the first steps of both objectives alone, repeat by repeat."""
+    for preference, imitation in zip(*(times[name] for name in ALONE), strict=True):
+        sums = [[0.0, *accumulate(each)] for each in (preference, imitation)]
+        yield sums[0][turns[0]] + sums[1][turns[1]]
+
+
+def _spread(values: list[Any]) -> str:
+    return f"{np.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"

@@ -1,0 +1,246 @@
+"""One objective on one table of examples: its batches, its share of a step's loss, its metrics."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline import Bound
+from schemas import WinnowError
+from stages.objectives import Batch, nll
+from stages.policy import completion_logp, completion_scores, is_reward_model
+from stages.training_data import Group
+
+TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
+EVEN = 1e-4  # nats: below this, rounding decides which of a pair is ahead
+
+
+@dataclass
+class Leg:
+    """`loss` is what the optimizer sees; everything else says on which rows, and what became of them."""
+
+    groups: list[Group]
+    objective: Bound
+    nll_weight: float
+    nll_per: Literal["token", "response"]
+    batch_size: int
+    dtype: str
+    micro_tokens: int
+    seed: int
+    number: int  # which leg of the run: legs draw their batches apart
+    _drawn: list[list[Group]] = field(default_factory=list)
+    _epochs: int = 0
+
+    def steps(self, epochs: int) -> int:
+        """Batches in so many passes over the groups."""
+        while self._epochs < epochs:
+            self._draw_epoch()
+        return len(self._drawn)
+
+    def batch(self, n: int) -> list[Group]:
+        """The n-th batch, from the seed alone: a resumed run draws the same. There is always another epoch."""
+        while len(self._drawn) <= n:
+            self._draw_epoch()
+        return self._drawn[n]
+
+    def _draw_epoch(self) -> None:
+        order = np.random.default_rng([self.seed, self._epochs, self.number]).permutation(len(self.groups))
+        self._drawn += self._filled([self.groups[n] for n in order])
+        self._epochs += 1
+
+    def _filled(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """Whole groups until they hold batch_size of what the objective counts: pairs, labels or weighted responses."""
+        batch: list[Group] = []
+        size, left = 0, sum(map(self._size, groups))
+        for group in groups:
+            batch.append(group)
+            size, left = size + self._size(group), left - self._size(group)
+            if size >= self.batch_size and left:
+                yield batch
+                batch, size = [], 0
+        yield batch  # with the groups at the end that do not count, such as those that are only imitated
+
+    def _size(self, group: Group) -> int:
+        sizes = {
+            "pairs": len(group.pairs),
+            "rows": group.labelled,
+            "likelihood": sum(weight > 0 for weight in group.weight),
+        }
+        return sizes[self.objective.facts["per"]]
+
+    def losses(self, network: PreTrainedModel, batch: list[Group], panel: "Panel") -> Iterator[Tensor]:
+        """The step's loss in the shares of its micro-batches, one forward pass each; `panel` collects the metrics."""
+        kl = self._kl(network, batch) if "kl" in self.objective.facts["reads"] else None
+        for micro in self.micro(batch):
+            own, hits, weight = self._forward(network, micro, kl)
+            values = self.objective(own) * (weight if self.objective.facts["per"] == "pairs" else 1.0)
+            total: Tensor = values.sum() / panel.counts[self.objective.facts["per"]]
+            if self.nll_weight:
+                total = total + self.nll_weight * nll(own).sum() / panel.counts["likelihood"]
+            panel.add(own, hits, total)
+            yield total
+
+    def panel(self, batch: list[Group]) -> "Panel":
+        return Panel(batch, self.nll_per)
+
+    @torch.no_grad()
+    def evaluate(self, network: PreTrainedModel, batch: list[Group]) -> dict[str, float]:
+        panel = self.panel(batch)
+        for _ in self.losses(network, batch, panel):
+            pass
+        return panel.entry()
+
+    def micro(self, batch: list[Group]) -> Iterator[list[Group]]:
+        """Whole groups of similar length, up to micro_tokens padded tokens a forward pass."""
+        micro: list[Group] = []
+        rows = 0
+        for group in sorted(batch, key=lambda group: (group.width, group.prompt_id)):
+            if micro and (rows + group.rows) * group.width > self.micro_tokens:
+                yield micro
+                micro, rows = [], 0
+            micro.append(group)
+            rows += group.rows
+        if micro:
+            yield micro
+
+    def _forward(
+        self, network: PreTrainedModel, groups: list[Group], kl: Tensor | None
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """The batch, how many tokens of each row are the argmax, and the weights of its pairs."""
+        rows = [(group.prompt, ids) for group in groups for ids in group.responses]
+        if is_reward_model(network):
+            logp = completion_scores(network, rows, self.dtype)
+            hits = torch.zeros_like(logp)
+        else:
+            logp, hits = completion_logp(network, rows, self.dtype)
+        vector = logp.new_tensor
+        chosen, rejected = _indices(groups, logp.device)
+        reads = self.objective.facts["reads"]
+        return (
+            Batch(
+                logp=logp,
+                length=vector([len(ids) for _, ids in rows]),
+                weight=vector([weight for group in groups for weight in group.weight]),
+                chosen=chosen,
+                rejected=rejected,
+                ref=vector([ref for group in groups for ref in group.ref or []]) if "ref" in reads else None,
+                label=vector([label for group in groups for label in group.label]) if "label" in reads else None,
+                desirable=vector(_signs(groups)) if "desirable" in reads else None,
+                kl=kl,
+            ),
+            hits,
+            vector([weight for group in groups for weight in group.pair_weight]),
+        )
+
+    @torch.no_grad()
+    def _kl(self, network: PreTrainedModel, batch: list[Group]) -> Tensor:
+        """Mean shift of the step's mismatched rows, before any gradient: micro-batches do not change it."""
+        total, count = torch.zeros((), device=network.device), 0
+        for micro in self.micro([group for group in batch if group.mismatched]):
+            rows = [(group.prompt, ids) for group in micro for ids, _ in group.mismatched]
+            logp, _ = completion_logp(network, rows, self.dtype)
+            total += (logp - logp.new_tensor([ref for group in micro for _, ref in group.mismatched])).sum()
+            count += len(rows)
+        return total / max(1, count)
+
+    @torch.no_grad()
+    def gate(self, network: PreTrainedModel) -> None:
+        """Refuse to start unless the cached reference gives, row by row, the loss of policy = reference."""
+        found, expected = torch.zeros(0), torch.zeros(0)
+        first = self.batch(0)
+        kl = self._kl(network, first)
+        for micro in self.micro(first):
+            own, _, _ = self._forward(network, micro, kl)
+            found = torch.cat([found, self.objective(own).cpu()])
+            same = replace(own, ref=own.logp, kl=torch.zeros_like(kl))
+            expected = torch.cat([expected, self.objective(same).cpu()])
+        drift, scale = found - expected, max(1.0, float(expected.abs().mean()))
+        mean, each = (bound * scale for bound in TOLERANCE[self.dtype])
+        if not (abs(float(drift.mean())) <= mean and float(drift.abs().mean()) <= each):
+            raise WinnowError(
+                f"step 0: the loss with the cached reference is {found.mean():.6f} ({drift.abs().mean():.6f} off a "
+                f"pair), and policy = reference must give {expected.mean():.6f}: the cache is stale (other weights, "
+                "chat template, truncation or dtype); run `reference` again with the weights that training starts from"
+            )
+
+    @torch.no_grad()
+    def culprits(self, network: PreTrainedModel, batch: list[Group]) -> list[str]:
+        """The rows (prompt id/candidate id) whose log-prob is not finite; if none is, those of the whole step."""
+        bad = [
+            f"{group.prompt_id}/{name}"
+            for group in batch
+            for name, value in zip(group.names, self._forward(network, [group], None)[0].logp.tolist(), strict=True)
+            if not np.isfinite(value)
+        ]
+        return bad or [f"{group.prompt_id}/{name}" for group in batch for name in group.names]
+
+
+def _indices(groups: list[Group], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pairs as indices into the flat batch."""
+    starts = np.cumsum([0, *(len(group.responses) for group in groups)])
+    pairs = [(start + w, start + r) for start, group in zip(starts, groups, strict=False) for w, r in group.pairs]
+    index = torch.tensor(np.array(pairs, dtype=np.int64).reshape(-1, 2), device=device)
+    return index[:, 0], index[:, 1]
+
+
+def _signs(groups: list[Group]) -> list[int]:
+    return [sign for group in groups for sign in group.desirable or [0] * len(group.responses)]
+
+
+class Panel:
+    """The same metrics for every method, summed over a step's micro-batches; `counts` are what losses divide by."""
+
+    def __init__(self, batch: list[Group], nll_per: str) -> None:
+        weights = {
+            "token": sum(group.weighted_tokens for group in batch),
+            "response": sum(sum(group.weight) for group in batch),
+        }
+        self.counts = {
+            "pairs": sum(sum(group.pair_weight) for group in batch) or 1.0,
+            "rows": sum(group.labelled for group in batch) or 1.0,
+            "likelihood": weights[nll_per] or 1.0,
+        }
+        self.pairs = sum(len(group.pairs) for group in batch)
+        self.tokens = weights["token"]
+        self.sums = dict.fromkeys(("loss", "hits", "nll", "chosen", "rejected", "right", "gap", "good", "bad"), 0.0)
+        self.good = sum(sign > 0 for group in batch for sign in group.desirable or [])
+        self.bad = sum(sign < 0 for group in batch for sign in group.desirable or [])
+        self.kl: float | None = None
+
+    @torch.no_grad()
+    def add(self, batch: Batch, hits: Tensor, total: Tensor) -> None:
+        gap = batch.gap(batch.logp if batch.ref is None else batch.shift)
+        for name, value in (
+            ("loss", total),
+            ("hits", (hits * (batch.weight > 0)).sum()),
+            ("nll", nll(batch).sum()),
+            ("chosen", batch.logp[batch.chosen].sum()),
+            ("rejected", batch.logp[batch.rejected].sum()),
+            ("right", torch.where(gap.abs() < EVEN, 0.5, (gap > 0).float()).sum()),
+            ("gap", gap.sum()),
+        ):
+            self.sums[name] += float(value)
+        if batch.desirable is not None:
+            self.sums["good"] += float(batch.shift[batch.desirable > 0].sum())
+            self.sums["bad"] += float(batch.shift[batch.desirable < 0].sum())
+        self.kl = None if batch.kl is None else float(batch.kl)
+
+    def entry(self) -> dict[str, float]:
+        """Means; those that the batch has no rows for are left out."""
+        entry = {"loss": self.sums["loss"]}
+        if self.pairs:
+            entry["pairs"] = self.pairs
+            for name, of in (("logp/chosen", "chosen"), ("logp/rejected", "rejected"), ("margin", "gap")):
+                entry[name] = self.sums[of] / self.pairs
+            entry["accuracy"] = self.sums["right"] / self.pairs
+        if self.tokens:
+            entry["nll"] = self.sums["nll"] / self.tokens
+            entry["token_accuracy"] = self.sums["hits"] / self.tokens
+        if self.kl is not None:
+            entry |= {"shift/desirable": self.sums["good"] / max(1, self.good), "kl": self.kl}
+            entry["shift/undesirable"] = self.sums["bad"] / max(1, self.bad)
+        return entry

@@ -1,0 +1,193 @@
+"""Which candidates of a prompt are kept, and with what weight. To add a rule, add a function here.
+
+A rule reads every prompt of the shard at once (`Groups`) and says which rows it keeps (`Kept`). `needs`
+names what a prompt must have; `check` reads the rule's options at plan time and returns what is wrong.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+
+from pipeline import Bound, Range, Registry
+from stages.partition import normaliser
+from stages.tilt import SEVERAL, Flags, Floats, Groups, Ints, temperature
+
+selection_rule = Registry("selection rule")
+Count = Annotated[int, Range(gt=0)]
+Positive = Annotated[float, Range(gt=0)]
+NotNegative = Annotated[float, Range(ge=0)]
+Beta = NotNegative | None  # exactly one of the three is given: `one_temperature`
+Ess = Annotated[float, Range(gt=1, lt=float("inf"))] | None
+Kl = Annotated[float, Range(gt=0, lt=float("inf"))] | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """M rows, prompt by prompt in the order of their draw, and what is to be said of each prompt."""
+
+    index: Ints  # [M] rows of the groups
+    draw: Ints  # [M] order within the prompt, from 0
+    weight: Floats | float = 1.0  # [M] of its likelihood
+    round: Ints | int = 0  # [M] pass of Algorithm 1
+    beta: Floats | None = None  # [G] temperature
+    acceptance: Floats | None = None  # [G] expected share accepted in the first pass
+    ess: Floats | None = None  # [G] effective sample size of the weights, before any clip
+    empty: str = "no weight left"  # why a prompt has no row
+
+
+def one_temperature(options: dict[str, Any]) -> list[str]:
+    """What is wrong if not exactly one of beta, ess and kl is given."""
+    given = [name for name in ("beta", "ess", "kl") if options[name] is not None]
+    if len(given) == 1:
+        return []
+    if not given:
+        return ["rule.beta: no temperature; give one of rule.beta, rule.ess, rule.kl"]
+    return [f"rule.{given[-1]}: rule.{given[0]} is given too; give one of them and set the other to null"]
+
+
+@selection_rule(check=one_temperature)
+def rejection_sample(groups: Groups, *, k: Count = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None) -> Kept:
+    """Statistical rejection sampling: k of the candidates by Algorithm 1 of arXiv:2309.06657 (all, if fewer).
+
+    Each pass accepts with probability exp((r - max) / beta), max over what is left. Exact limits: beta = 0 keeps
+    the k best, ties at random; beta = infinity any k.
+    """
+    betas = temperature(groups, beta, ess, kl)
+    weight = np.exp(groups.exponent(betas))
+    index, draw, turn = _accepted(groups, k, betas)
+    acceptance, effective = groups.mean(weight), groups.effective(weight)
+    return Kept(index, draw, round=turn, beta=betas, acceptance=acceptance, ess=effective)
+
+
+@selection_rule(check=one_temperature)
+def gumbel_top_k(groups: Groups, *, k: Count = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None) -> Kept:
+    """The k largest r / beta + Gumbel noise: draws without replacement, each in proportion to exp(r / beta).
+
+    Without the estimated maximum that Algorithm 1 favours (methods 15.1a). beta = 0 and infinity are exact limits.
+    """
+    from stages import rejection
+
+    betas = temperature(groups, beta, ess, kl)
+    chosen = rejection.gumbel_top_k(groups.values, groups.starts, groups.seeds, k, betas)
+    prompt, draw = np.nonzero(chosen >= 0)
+    return Kept(chosen[prompt, draw], draw, beta=betas, ess=groups.effective(np.exp(groups.exponent(betas))))
+
+
+@selection_rule()
+def best_of(groups: Groups, *, k: Count = 1) -> Kept:
+    """The k best, best first; ties at random."""
+    index, draw, _ = _accepted(groups, k, np.zeros(len(groups.sizes)))
+    return Kept(index, draw)
+
+
+@selection_rule()
+def plain(groups: Groups, *, k: Count = 8) -> Kept:
+    """Any k, in random order: samples of the policy that drew the candidates."""
+    index, draw, _ = _accepted(groups, k, np.full(len(groups.sizes), np.inf))
+    return Kept(index, draw)
+
+
+@selection_rule()
+def everything(groups: Groups) -> Kept:
+    """All candidates."""
+    return Kept(np.arange(len(groups.values)), groups.place)
+
+
+@selection_rule()
+def above(groups: Groups, *, threshold: float) -> Kept:
+    """Those with a reward strictly above the threshold: the filter of ReST's Improve step (arXiv:2308.08998)."""
+    return _those(groups, groups.values > threshold, empty="nothing above the threshold")
+
+
+def _normaliser_agrees(options: dict[str, Any]) -> list[str]:
+    estimate: Bound = options["normaliser"]
+    problems = one_temperature(options)
+    if estimate.facts["pooled"] and options["beta"] is None:
+        problems.append(f"rule.normaliser: {estimate.name} reads all prompts at one temperature; give rule.beta")
+    if options["beta"] == 0 and not estimate.facts["zero"]:
+        problems.append(f"rule.beta: {estimate.name} has no limit at 0; give a number above 0")
+    return problems
+
+
+@selection_rule(needs=SEVERAL, check=_normaliser_agrees)
+def softmax_weights(
+    groups: Groups,
+    *,
+    beta: Beta = None,
+    ess: Ess = None,
+    kl: Kl = None,
+    normaliser: Annotated[Bound, normaliser] = "empirical",  # type: ignore[assignment]
+    clip: Positive = float("inf"),
+) -> Kept:
+    """All candidates, with the weight exp(r / beta) / Z, at most `clip`; those whose weight is 0 to a double are not.
+
+    Z = E exp(r / beta) by `normaliser` (stages/partition.py): `empirical` weights have mean 1 in each prompt,
+    `jackknife` corrects Z for the number of candidates; `gumbel` fits log Z over all prompts of the shard, so there
+    a prompt's weights depend on the shard's others, and have mean 1 over the shard.
+
+    This is the weight of SPR (successive policy re-weighting, OpenReview LglOy15bqe), whose text is not public: a
+    reconstruction from its abstract and the identity pi_{t+1} = pi_t exp(r / beta) / Z, no claim about its formulas.
+    """
+    betas = temperature(groups, beta, ess, kl)
+    exponent = groups.exponent(betas)
+    weight = np.exp(exponent - groups.each(normaliser(groups, betas)))
+    return _weighted(groups, np.minimum(weight, clip), betas, groups.effective(np.exp(exponent)))
+
+
+@selection_rule()
+def advantage_weights(groups: Groups, *, beta: Positive, clip: Positive = 20.0) -> Kept:
+    """All candidates, with the weight min(clip, exp((r - mean) / beta)): AWR, arXiv:1910.00177."""
+    betas = np.full(len(groups.sizes), beta)
+    with np.errstate(over="ignore"):
+        advantage = (groups.values - groups.each(groups.mean(groups.values))) / beta
+        weight = np.minimum(np.exp(advantage), clip)
+    return _weighted(groups, weight, betas, groups.effective(np.exp(groups.exponent(betas))))
+
+
+@selection_rule()
+def chi_square(groups: Groups, *, beta: NotNegative) -> Kept:
+    """Those with a positive weight max(r - lambda, 0) / beta, lambda such that its mean is 1 in each prompt.
+
+    The chi-square-regularised optimum, which trusts high rewards less than exp does (arXiv:2503.21878). beta = 0:
+    only the best.
+    """
+    betas = np.full(len(groups.sizes), beta)
+    weight = _truncated(groups, groups.exponent(betas))
+    return _weighted(groups, weight, betas, groups.effective(weight))
+
+
+def _truncated(groups: Groups, x: Floats) -> Floats:
+    """max(x - lambda, 0) with mean 1 in each prompt, [N]; the largest x of a prompt is 0.
+
+    Over the rows above lambda, sum(x - lambda) = n. From lambda = -n, which no solution is below, the set of these
+    rows only shrinks; each pass solves for lambda exactly and drops what falls to it.
+    """
+    above = x > -groups.each(groups.sizes)
+    while True:
+        total, count = groups.sum(np.where(above, x, 0.0)), groups.sum(above.astype(float))
+        level = groups.each((total - groups.sizes) / count)
+        fewer = above & (x > level)
+        if (fewer == above).all():
+            return np.where(above, x - level, 0.0)
+        above = fewer
+
+
+def _accepted(groups: Groups, k: int, betas: Floats) -> tuple[Ints, Ints, Ints]:
+    """Index, draw and round of what Algorithm 1 accepts."""
+    from stages import rejection
+
+    chosen, rounds = rejection.rejection_sample(groups.values, groups.starts, groups.seeds, k, betas)
+    prompt, draw = np.nonzero(chosen >= 0)
+    return chosen[prompt, draw], draw, rounds[prompt, draw]
+
+
+def _those(groups: Groups, which: Flags, **facts: Any) -> Kept:
+    """The rows of `which`, [N], in the order of the candidates' ids."""
+    before: Ints = np.cumsum(which) - which
+    return Kept(np.flatnonzero(which), (before - groups.each(before[groups.starts[:-1]]))[which], **facts)
+
+
+def _weighted(groups: Groups, weight: Floats, betas: Floats, ess: Floats) -> Kept:
+    """The rows with a positive weight."""
+    return _those(groups, weight > 0, weight=weight[weight > 0], beta=betas, ess=ess)
