@@ -6,40 +6,21 @@ and `with` (options); `like` takes all three from another step, and says only wh
 or a list of overlays, one a round (pipeline/rounds.py).
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.overrides import Override, apply, overrides_of
 from pipeline.registry import nearest
-from pipeline.rounds import Steps, entries, first_only, malformed, malformed_wire, split, unroll, why_not
+from pipeline.rounds import Steps, entries, first_only, malformed, malformed_wire, split, unroll
+from pipeline.syntax import parse
 from schemas import WinnowError
 
 SETTINGS = {"about": str, "extends": str, "shards": int, "target": str}
 ROUNDS = "rounds"  # a setting as well, of two types
 PARTS = ("use", "like", "from", "with")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: plain PyYAML reads 5e-7 as a string. A name given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        if double := {name for name in names if names.count(name) > 1}:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {sorted(double)[0]!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?[0-9]+\.[0-9]*$|^[-+]?\.(inf|Inf)$"),
-    list("-+0123456789."),
-)
 
 
 @dataclass
@@ -65,24 +46,6 @@ class Recipe:
         return list(dict.fromkeys(split(step)[0] for step in self.steps))
 
 
-@dataclass(frozen=True)
-class _Override:
-    """One --set: of a setting (no path), of a step in every round, or of a step in one round."""
-
-    text: str
-    name: str
-    path: tuple[str, ...]
-    value: Any
-
-    @property
-    def step(self) -> str:
-        return split(self.name)[0]
-
-    @property
-    def round(self) -> int | None:
-        return split(self.name)[1]
-
-
 def load_recipe(
     path: Path,
     overlays: tuple[Path, ...] = (),
@@ -99,15 +62,6 @@ def load_recipe(
     layers = [*_base(recipe, (path.parent, *library)), *(_read(overlay) for overlay in overlays), recipe]
     run = name or _run_name(path.stem + "".join(f"[{item}]" for item in sets))
     return _recipe(reduce(_merge, layers, {}), sets, run, str(path))
-
-
-def _attempt(do: Callable[..., None], *args: Any) -> tuple[str, ...]:
-    """What went wrong, so that all mistakes can be told at once."""
-    try:
-        do(*args)
-    except WinnowError as error:
-        return error.problems
-    return ()
 
 
 def _base(recipe: dict[str, Any], folders: tuple[Path, ...]) -> list[dict[str, Any]]:
@@ -135,18 +89,11 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WinnowError(f"recipe {path}: cannot be read ({error})") from None
-    content = _parse(text, f"recipe {path}")
+    content = parse(text, f"recipe {path}")
     if not isinstance(content, dict):
         raise WinnowError(f"recipe {path}: must be a mapping of step names, got {type(content).__name__}")
     rooted: dict[str, Any] = _rooted(content, path.parent)
     return rooted
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
-        raise WinnowError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _rooted(content: Any, folder: Path) -> Any:
@@ -169,56 +116,10 @@ def _merge(below: Any, above: Any) -> Any:
     return below | {name: _merge(below.get(name), value) for name, value in above.items()}
 
 
-def _overrides(sets: tuple[str, ...], problems: list[str]) -> list[_Override]:
-    made = []
-    for text in sets:
-        try:
-            made.append(_override(text))
-        except WinnowError as error:
-            problems += error.problems
-    return made
-
-
-def _override(text: str) -> _Override:
-    """`step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value`; the value is YAML."""
-    path, equals, value = text.partition("=")
-    names = path.strip().split(".")
-    if not equals or not all(names) or (len(names) < 2 and names[0] not in (*SETTINGS, ROUNDS)):
-        raise WinnowError(f"--set {text}: must read step.option=value")
-    return _Override(text, names[0], tuple(names[1:]), _parse(value, f"--set {text}"))
-
-
-def _apply(override: _Override, rounds: list[Steps], count: int) -> None:
-    """To the step in every round, or in the one that is named; `count` is 0 where the recipe has no rounds."""
-    known, only = list(rounds[0]), override.round
-    if override.step not in known or (only is not None and not 1 <= only <= count):
-        hint = why_not(override.name, known, count)
-        raise WinnowError(f"--set {override.text}: unknown step {override.name!r}; {hint}")
-    for number, steps in enumerate(rounds, 1):
-        if only in (None, number):
-            _assign(_mapping(_mapping(steps, override.step), "with"), override)
-
-
-def _assign(place: dict[str, Any], override: _Override) -> None:
-    for name in override.path[:-1]:
-        place = _mapping(place, name)
-    place[override.path[-1]] = override.value
-
-
-def _mapping(parent: dict[str, Any], name: str) -> dict[str, Any]:
-    """The mapping at `name`; a plain function name opens up into a mapping with `name`."""
-    value = parent.get(name)
-    if not isinstance(value, str | dict | None):
-        raise WinnowError(f"--set: {name} is {value!r}, which has no options of its own")
-    parent[name] = {"name": value} if isinstance(value, str) else dict(value or {})
-    inner: dict[str, Any] = parent[name]
-    return inner
-
-
 def _recipe(merged: dict[str, Any], sets: tuple[str, ...], name: str, place: str) -> Recipe:
     """What the files say, checked; then each round's overlay over it, then --set."""
     told: list[str] = []
-    overrides = _overrides(sets, told)
+    overrides = overrides_of(sets, (*SETTINGS, ROUNDS), told)
     whole = {each.name: each.value for each in overrides if not each.path}
     settings = {key: value for key, value in (merged | whole).items() if key in SETTINGS and value is not None}
     steps = {str(key): body or {} for key, body in merged.items() if key not in (*SETTINGS, ROUNDS)}
@@ -241,10 +142,10 @@ def _overlays(written: Any, asked: Any, steps: Steps, problems: list[str]) -> li
     return overlays
 
 
-def _unrolled(steps: Steps, overlays: list[Steps], overrides: list[_Override], told: list[str]) -> Steps:
+def _unrolled(steps: Steps, overlays: list[Steps], overrides: list[Override], told: list[str]) -> Steps:
     """--set, then `like`, then rounds; raises WinnowError with what was told before and what is wrong here."""
     rounds: list[Steps] = [_merge(steps, overlay) for overlay in overlays or [{}]]
-    problems = [problem for each in overrides for problem in _attempt(_apply, each, rounds, len(overlays))]
+    problems = apply(overrides, rounds, len(overlays))
     if told or problems:
         raise WinnowError(*told, *problems)
     alike = [{step: _alike(step, each) for step in each} for each in rounds]
