@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from jobs import recipes, show
 from jobs.console import Watcher, as_json, as_table
-from jobs.demo import OVERLAY, world
+from jobs.demo import OVERLAY, SMALL, world
 from pipeline.catalog import open_catalog, query
 from pipeline.executors import Executor, InProcess, OnRay
 from pipeline.plan import Plan
@@ -76,7 +76,7 @@ def run(
     chosen: Executor = OnRay(workers) if executor is ExecutorName.ray else InProcess()
     made = recipes.plans(recipe, on, sets)
     run_all(made, Store(store), chosen)
-    _next_moves(made[0].name, recipe[0], on, sets, store)
+    _next_moves(made[0], recipe[0], on, sets, store)
 
 
 def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
@@ -117,19 +117,20 @@ def _summary(store: Store, runs: list[str]) -> None:
         console.print(as_table(pa.Table.from_pylist(ours), "left out, and why"))
 
 
-def _next_moves(run: str, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
+def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
     """Commands that can be pasted as they stand."""
     me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
     kept = [item for item in sets if not item.startswith("select.rule")]
     world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in kept)
-    console.print(
-        f"Next, for example:\n"
-        f"  {me} trace {shlex.quote(run)} --store {store}  # one prompt's life\n"
-        f"  {me} report --store {store}  # a page to look at\n"
-        f"  {me} plan {recipe}{world} --store {store} --set select.rule.beta=0.1  # what another beta would run",
-        highlight=False,
-        markup=False,
-    )
+    moves = [
+        f"{me} trace {shlex.quote(made.name)} --store {store}  # one prompt's life",
+        f"{me} report --store {store}  # a page to look at",
+    ]
+    rules = [step.options["rule"] for step in made.steps if step.entry.name == "select"]
+    if any(rule.options.get("beta") for rule in rules):
+        plan = f"{me} plan {recipe}{world} --store {store} --set select.rule.beta=0.1"
+        moves.append(f"{plan}  # what another beta would run")
+    console.print("\n  ".join(["Next, for example:", *moves]), highlight=False, markup=False)
 
 
 @app.command()
@@ -187,11 +188,16 @@ def report(
 
 
 @app.command()
-def paper(on: On = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
+def paper(
+    on: On = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    gamma: Annotated[float, typer.Option(help="factor of the log-ratio in both normalised losses; paper: 0.05")] = 1.0,
+) -> None:
     """Tables 1 and 2 of the RSO paper on your world: every cell trained and judged, beside the paper's figures."""
     from jobs.paper import paper_plans, tables
 
-    run_plans(paper_plans(on, sets), Store(store), InProcess())
+    run_plans(paper_plans(on, sets, gamma), Store(store), InProcess())
     for title, table in tables(Store(store)):
         console.print(as_table(table, title))
 
@@ -212,7 +218,7 @@ def mixes(
 
     watcher = Watcher(console)
     try:
-        table = measure(Store(store), on, watcher, groups, repeats)
+        table = measure(Store(store), on, watcher, groups, repeats, console.print)
     finally:
         watcher.close()
     console.print(as_table(table, "a step of each mix: median over repeats [least, most]"))
@@ -221,16 +227,17 @@ def mixes(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="where the demo's world, store and report go")] = Path("demo"),
-    methods: Annotated[bool, typer.Option("--methods", help="every method, not only the main ones")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="every method, small, in a store apart")] = False,
 ) -> None:
-    """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, best-of-n, and a report."""
+    """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
     world.write(folder)
-    overlay = Path(shutil.copyfile(OVERLAY, folder / "world.yaml"))
-    store = folder / "store"
+    overlays = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
+    store = folder / ("methods" if methods else "store")
     chosen = [name for name in recipes.names() if name != "own_candidates"] if methods else list(MAIN)
-    run_all(recipes.plans(chosen, [overlay], []), Store(store), InProcess())
-    report(store, folder / "report.html")
-    _next_moves("rso", "rso", [overlay], [], store)
+    plans = recipes.plans(chosen, overlays, [])
+    run_all(plans, Store(store), InProcess())
+    report(store, folder / ("methods.html" if methods else "report.html"))
+    _next_moves(next(plan for plan in plans if plan.name == "rso"), "rso", overlays, [], store)
 
 
 def main() -> None:

@@ -52,7 +52,8 @@ CANDIDATES = table(
     column(
         "logp_kind",
         pa.string(),
-        "exact: drawn from the policy itself; raw: before temperature or top-k; none",
+        "of which law logp is. exact: the policy's, drawn from as it is; steered: the policy's with a head's bonus, "
+        "drawn from as it is; raw: the policy's, before the temperature, top-k or bonus of the draw; none",
     ),
     column("n_tokens", pa.int32(), "number of token ids"),
     column("finish_reason", pa.string(), "stop: the model ended it; length: it was cut; given: nobody drew it"),
@@ -66,9 +67,9 @@ REWARDS = table(
     column(
         "reward",
         pa.float64(),
-        "logit P(candidate beats the prompt's baseline), nats; or what another ranker or a sum of several gave",
+        "logit P(candidate beats the prompt's baseline), nats; without a baseline its own score, or a sum of several",
     ),
-    column("baseline_id", pa.string(), "the candidate that all others were compared with", null=True),
+    column("baseline_id", pa.string(), "the candidate that all others were compared with, if any were", null=True),
     column("logit_ab", pa.float64(), "the same logit with the baseline read first", null=True),
     column("logit_ba", pa.float64(), "the same logit with the baseline read second", null=True),
     column("components", pa.map_(pa.string(), pa.float64()), "the rewards that it is a weighted sum of", null=True),
@@ -209,7 +210,7 @@ OUTCOMES = table(
     column("gold_win", pa.float64(), "1, 0, or one half for a tie, by the gold reward", null=True),
     column("gold", pa.float64(), "gold reward of the response", null=True),
     column("gold_baseline", pa.float64(), "gold reward of the baseline's response", null=True),
-    column("kl", pa.float64(), "log-prob under the policy minus under the baseline, nats; mean = KL", null=True),
+    column("kl", pa.float64(), "log-prob under what drew it minus under the baseline, nats; mean = KL", null=True),
     column("n_tokens", pa.int32(), "length of the response"),
 )
 EVALUATIONS = table(

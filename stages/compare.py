@@ -1,6 +1,6 @@
 """Room 3 again, for the few that were kept: the ranker on pairs of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import combinations
 from typing import Annotated, Any, Literal
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Bound, Workspace, stage
+from pipeline import Bound, Wired, Workspace, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.groups import Row, by_prompt, texts_of
@@ -19,7 +19,15 @@ Pair = tuple[str, str]
 Prefer = Callable[[list[Pair]], list[float]]
 
 
-@stage(version=1, check=reads_its_model)
+def _has_two_to_compare(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    problems = reads_its_model(options, wired)
+    rule = wired["selections"].options.get("rule") if "selections" in wired else None
+    if isinstance(rule, Bound) and rule.options.get("k") == 1:
+        problems.append(f"selections by {rule.name} keep one candidate a prompt, and it takes two; raise its `rule.k`")
+    return problems
+
+
+@stage(version=2, check=_has_two_to_compare)
 def compare(
     prompts: Prompts,
     candidates: Candidates,
@@ -34,7 +42,8 @@ def compare(
     """first_round: k/2 comparisons of neighbours in the (random) order of acceptance. tournament: knock-out, k - 1.
 
     Both from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425. all_pairs: k (k - 1) / 2, as
-    `score` likes them. Without selections, all candidates in the order in which they were drawn.
+    `score` likes them. Without selections, all candidates in the order in which they were drawn. Left out, with
+    reason: a prompt that has one candidate, or one alone that the ranker can read.
     """
     judge = ws.hold(open_ranker, by, ranker)
     contexts, texts = texts_of(prompts, "prompt_id"), texts_of(candidates, "candidate_id")
@@ -49,6 +58,8 @@ def compare(
 
         players = [row["candidate_id"] for row in sorted(group, key=lambda row: row[order])]
         players = _readable(judge, contexts[prompt], players, texts, prompt, ws)
+        if len(players) < 2:
+            ws.reject("one candidate", place=rule, prompt=prompt, detail=f"of {len(group)}")
         rows += _finite(prompt, RULES[rule](players, prefer), ws)
     return pa.Table.from_pylist(rows, schema=COMPARISONS)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline import Bound, Range, Registry, stage
 from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
@@ -32,13 +33,14 @@ def evaluate(
     """Per response: did it beat the baseline's by the proxy and by gold (a tie is one half), log-ratio, length.
 
     Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. The mean of
-    log p - log p_baseline estimates KL without bias only where draws came from the policy itself
-    (logp_kind exact); it is null otherwise.
+    log p - log p_baseline estimates KL without bias only where p is the law of the draws: that of the policy,
+    as `policy_logp` scored it (logp_kind exact), or of the policy with a head, from the draw itself (steered,
+    for which `policy_logp` is not read). It is null otherwise.
     """
     join = Sides(prompts, candidates, baseline, policy_logp, baseline_logp)
     outcomes = [join.outcome(row, gold) for row in judgements.to_pylist()]
     rng = np.random.default_rng(seed)
-    rows = [row for name in METRICS if (row := _interval(name, outcomes, resamples, rng))]
+    rows = [row for name in METRICS if (row := _summary(name, outcomes, resamples, rng))]
     return pa.Table.from_pylist(outcomes, OUTCOMES), pa.Table.from_pylist(rows, EVALUATIONS)
 
 
@@ -51,9 +53,11 @@ class Sides:
         self.prompts = texts_of(prompts, "prompt_id")
         self.texts = texts_of(pa.concat_tables([baseline, candidates]), "candidate_id")
         self.lengths = column_by(candidates, "candidate_id", "n_tokens")
-        self.exact = set(candidates.column("logp_kind").to_pylist()) == {"exact"}
+        laws = {"exact": logp, "steered": candidates}  # by logp_kind: where the law of the draws is to be read
+        kinds = set(candidates.column("logp_kind").to_pylist())
+        law = laws.get(kinds.pop()) if len(kinds) == 1 else None
         self.logp, self.baseline_logp = (
-            {} if table is None else column_by(table, "candidate_id", "logp") for table in (logp, baseline_logp)
+            {} if table is None else column_by(table, "candidate_id", "logp") for table in (law, baseline_logp)
         )
 
     def outcome(self, row: dict[str, Any], gold: Bound | None) -> dict[str, Any]:
@@ -71,7 +75,7 @@ class Sides:
         return result
 
     def _log_ratio(self, candidate: str) -> float | None:
-        if not self.exact or candidate not in self.logp or candidate not in self.baseline_logp:
+        if candidate not in self.logp or candidate not in self.baseline_logp:
             return None
         return float(self.logp[candidate] - self.baseline_logp[candidate])
 
@@ -80,7 +84,7 @@ def _win(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
 
 
-def _interval(
+def _summary(
     name: str, outcomes: list[dict[str, Any]], resamples: int, rng: np.random.Generator
 ) -> dict[str, Any] | None:
     """Mean over prompts of each prompt's mean, and its bootstrap interval; None if no row has the metric."""
@@ -91,6 +95,12 @@ def _interval(
     if not values:
         return None
     means = np.array([np.mean(values[prompt]) for prompt in sorted(values)])
-    draws = [rng.choice(means, len(means)).mean() for _ in range(resamples)]
+    low, high = bootstrap_interval(means, resamples, rng)
+    return dict(metric=name, value=float(means.mean()), low=low, high=high, n=len(means))
+
+
+def bootstrap_interval(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of values [N], N > 0."""
+    draws = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
     low, high = np.percentile(draws, [2.5, 97.5])
-    return dict(metric=name, value=float(means.mean()), low=float(low), high=float(high), n=len(means))
+    return float(low), float(high)

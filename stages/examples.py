@@ -3,6 +3,7 @@
 What the optimizer will see is all in this one table: a method's data recipe ends here.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import pyarrow as pa
 from pipeline import Wired, Workspace, stage
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import EXAMPLES
-from stages.groups import Row, by_prompt
+from stages.groups import ById, Row, by_prompt, cutoff
+from stages.sources import gives_demonstrations
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
 Desirable = Literal["nothing", "pairs", "rewards"]
@@ -33,8 +35,12 @@ def _has_what_it_reads(options: dict[str, Any], wired: Mapping[str, Wired]) -> l
     for (option, value), need in NEEDS.items():
         if options[option] == value and need not in wired:
             problems.append(f"{option}: {value} reads {need}; wire `{need}` in `from`")
-    if options["imitate"] == "demonstration" and wired["prompts"].options.get("demonstration", "") is None:
-        problems.append(f"imitate: demonstration, and {wired['prompts'].stage} reads none; name its column there")
+    if options["imitate"] == "demonstration":
+        problems += gives_demonstrations(options, wired)
+    if options["threshold"] is not None and options["desirable"] != "rewards":
+        problems.append("threshold parts rewards; set `desirable: rewards`, or unset it")
+    if options["labels"] == "soft" and "pairs" in wired and wired["pairs"].stage == "preferences":
+        problems.append("labels: soft reads the gap behind a pair, and people's preferences have none; set it to hard")
     if options["imitate"] == options["desirable"] == "nothing" and "pairs" not in wired:
         problems.append("neither pairs nor anything to imitate: there is nothing to learn from")
     return problems
@@ -53,22 +59,24 @@ def examples(
     split: Literal["train", "heldout"] = "train",
     imitate: Imitate = "nothing",
     desirable: Desirable = "nothing",
+    threshold: float | None = None,
     labels: Literal["hard", "soft"] = "hard",
 ) -> Examples:
     """Join to training groups; rows that nothing reads are dropped.
 
     imitate: whose likelihood counts: a `demonstration` and the `best` or `chosen` with weight 1, the
     `selected` with the weights of their selection. desirable: unpaired labels, from `pairs` (chosen 1,
-    rejected -1) or from the sign of the selected `rewards`. labels: what a pair says, 1 or the ranker's own
-    probability (the sigmoid of its gap). Raises WinnowError if a reference log-prob was taken on other tokens
-    than those to train on.
+    rejected -1) or from the selected `rewards`, 1 above the `threshold` and -1 below it; by default it is their
+    mean in the prompt, for the sign of a reward says only whether it beats one random draw. labels: what a pair
+    says, 1 or the ranker's own probability (the sigmoid of its gap). Raises WinnowError if a reference log-prob
+    was taken on other tokens than those to train on.
     """
-    join = Join(candidates, pairs, selections, reference, mismatched)
+    join = Join(candidates, pairs, selections, reference, mismatched, ws)
     rows = []
     for prompt in prompts.sort_by("prompt_id").to_pylist():
         if prompt["split"] != split:
             continue
-        group = join.group(prompt, imitate, desirable, labels)
+        group = join.group(prompt, imitate, desirable, threshold, labels)
         if group["responses"]:
             rows.append(group)
         elif prompt["prompt_id"] in join.candidates or candidates is None:
@@ -79,17 +87,22 @@ def examples(
 class Join:
     """The shard's tables by prompt."""
 
-    def __init__(self, candidates: Any, pairs: Any, selections: Any, reference: Any, mismatched: Any) -> None:
+    def __init__(
+        self, candidates: Any, pairs: Any, selections: Any, reference: Any, mismatched: Any, ws: Workspace
+    ) -> None:
         tables = (candidates, pairs, selections, reference, mismatched)
         self.candidates, self.pairs, self.selections, self.reference, self.mismatched = (
             {} if table is None else dict(by_prompt(table)) for table in tables
         )
-        self.cached = reference is not None
+        self.cached, self.ws = reference is not None, ws
 
-    def group(self, prompt: Row, imitate: Imitate, desirable: Desirable, labels: str) -> Row:
+    def group(self, prompt: Row, imitate: Imitate, desirable: Desirable, threshold: float | None, labels: str) -> Row:
         name = prompt["prompt_id"]
         pairs, selected = self.pairs.get(name, []), self.selections.get(name, [])
-        weights, signs = _imitated(imitate, pairs, selected), _labelled(desirable, pairs, selected)
+        weights = _imitated(imitate, pairs, selected)
+        signs = _voted(pairs) if desirable == "pairs" else {}
+        if desirable == "rewards" and selected:
+            signs = self._parted(name, selected, cutoff(selected, threshold))
         used = {*weights, *signs, *(pair[side] for pair in pairs for side in SIDES)}
         kept = [row for row in self.candidates.get(name, []) if row["candidate_id"] in used]
         scores = {row["candidate_id"]: row for row in self.reference.get(name, [])}
@@ -99,7 +112,7 @@ class Join:
         ]
         if imitate == "demonstration" and prompt["demonstration_ids"]:
             responses.append(_response("demonstration", prompt["demonstration_ids"], 1.0, None, None))
-        place = {response["candidate_id"]: n for n, response in enumerate(responses)}
+        place = ById((response["candidate_id"], n) for n, response in enumerate(responses))
         if responses:
             responses += [self._response(prompt, row, scores, 0.0, 0) for row in self.mismatched.get(name, [])]
         score = scores[kept[0]["candidate_id"]] if self.cached and kept else {}
@@ -111,6 +124,14 @@ class Join:
             "ref_model": score.get("model"),
             "ref_dtype": score.get("dtype"),
         }
+
+    def _parted(self, prompt: str, selected: list[Row], level: float) -> dict[str, int]:
+        """Labels of rewards; one that is the level itself has none."""
+        for row in selected:
+            if row["reward"] == level:
+                ids = dict(prompt=prompt, candidate=row["candidate_id"], detail=str(level))
+                self.ws.reject("neither above nor below", place="selections", **ids)
+        return {row["candidate_id"]: 1 if row["reward"] > level else -1 for row in selected if row["reward"] != level}
 
     def _response(self, prompt: Row, row: Row, scores: dict[str, Row], weight: float, sign: int | None) -> Row:
         name, ids = row["candidate_id"], row["token_ids"]
@@ -140,19 +161,15 @@ def _imitated(imitate: Imitate, pairs: list[Row], selected: list[Row]) -> dict[s
     return named.get(imitate, {})
 
 
-def _labelled(desirable: Desirable, pairs: list[Row], selected: list[Row]) -> dict[str, int]:
-    """Signs by candidate id. A response chosen here and rejected there, or of reward 0, says nothing."""
-    if desirable == "nothing":
-        return {}
-    votes: dict[str, int] = {}
-    sides = [(pair[side], sign) for pair in pairs for side, sign in zip(SIDES, (1, -1), strict=True)]
-    rewards = [(row["candidate_id"], int(np.sign(row["reward"]))) for row in selected]
-    for name, sign in sides if desirable == "pairs" else rewards:
-        votes[name] = votes.get(name, 0) + sign
+def _voted(pairs: list[Row]) -> dict[str, int]:
+    """Labels of pairs; a response chosen as often as rejected has none."""
+    votes: Counter[str] = Counter()
+    for pair in pairs:
+        votes.update({pair["chosen_id"]: 1, pair["rejected_id"]: -1})
     return {name: 1 if sum_ > 0 else -1 for name, sum_ in votes.items() if sum_}
 
 
-def _pair(pair: Row, place: dict[str, int], labels: str) -> Row:
+def _pair(pair: Row, place: ById, labels: str) -> Row:
     certainty = 1 / (1 + np.exp(-pair["gap"])) if labels == "soft" and pair["gap"] is not None else 1.0
     return {
         "chosen": place[pair["chosen_id"]],

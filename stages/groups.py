@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
@@ -33,3 +34,8 @@ class ById(dict[str, Any]):
 def column_by(table: pa.Table, name: str, column: str) -> ById:
     """One column by an id column."""
     return ById(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))
+
+
+def cutoff(group: list[Row], threshold: float | None) -> float:
+    """The reward that parts good from bad: the threshold, or the group's mean (exact: equal rewards do meet it)."""
+    return mean(row["reward"] for row in group) if threshold is None else threshold

@@ -68,7 +68,7 @@ class Leg:
         sizes = {
             "pairs": len(group.pairs),
             "rows": group.labelled,
-            "likelihood": sum(weight > 0 for weight in group.weight),
+            "likelihood": len(group.imitated),
         }
         return sizes[self.objective.facts["per"]]
 
@@ -89,10 +89,14 @@ class Leg:
 
     @torch.no_grad()
     def evaluate(self, network: PreTrainedModel, batch: list[Group]) -> dict[str, float]:
+        """Metrics without a gradient; raises WinnowError where the loss is not finite."""
         panel = self.panel(batch)
         for _ in self.losses(network, batch, panel):
             pass
-        return panel.entry()
+        entry = panel.entry()
+        if not np.isfinite(entry["loss"]):
+            raise WinnowError(f"a loss that is looked at is not finite; rows: {self.culprits(network, batch)}")
+        return entry
 
     def micro(self, batch: list[Group]) -> Iterator[list[Group]]:
         """Whole groups of similar length, up to micro_tokens padded tokens a forward pass."""
@@ -168,15 +172,16 @@ class Leg:
             )
 
     @torch.no_grad()
-    def culprits(self, network: PreTrainedModel, batch: list[Group]) -> list[str]:
-        """The rows (prompt id/candidate id) whose log-prob is not finite; if none is, those of the whole step."""
+    def culprits(self, network: PreTrainedModel, batch: list[Group]) -> str:
+        """The rows (prompt/candidate) whose log-prob is not finite; if none is, those of the whole step. 8 at most."""
         bad = [
             f"{group.prompt_id}/{name}"
             for group in batch
             for name, value in zip(group.names, self._forward(network, [group], None)[0].logp.tolist(), strict=True)
             if not np.isfinite(value)
         ]
-        return bad or [f"{group.prompt_id}/{name}" for group in batch for name in group.names]
+        names = bad or [f"{group.prompt_id}/{name}" for group in batch for name in group.names]
+        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _indices(groups: list[Group], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -192,20 +197,21 @@ def _signs(groups: list[Group]) -> list[int]:
 
 
 class Panel:
-    """The same metrics for every method, summed over a step's micro-batches; `counts` are what losses divide by."""
+    """The same metrics for every method, summed over a step's micro-batches.
+
+    `counts` are what losses divide by: numbers of pairs, labels, tokens or responses, whatever their weights. A
+    sum of weights would take out again what a prompt's weights say beside another's.
+    """
 
     def __init__(self, batch: list[Group], nll_per: str) -> None:
-        weights = {
-            "token": sum(group.weighted_tokens for group in batch),
-            "response": sum(sum(group.weight) for group in batch),
-        }
-        self.counts = {
-            "pairs": sum(sum(group.pair_weight) for group in batch) or 1.0,
-            "rows": sum(group.labelled for group in batch) or 1.0,
-            "likelihood": weights[nll_per] or 1.0,
-        }
+        imitated = [length for group in batch for length in group.imitated]
         self.pairs = sum(len(group.pairs) for group in batch)
-        self.tokens = weights["token"]
+        self.tokens = sum(imitated)
+        self.counts = {
+            "pairs": max(1, self.pairs),
+            "rows": max(1, sum(group.labelled for group in batch)),
+            "likelihood": max(1, self.tokens if nll_per == "token" else len(imitated)),
+        }
         self.sums = dict.fromkeys(("loss", "hits", "nll", "chosen", "rejected", "right", "gap", "good", "bad"), 0.0)
         self.good = sum(sign > 0 for group in batch for sign in group.desirable or [])
         self.bad = sum(sign < 0 for group in batch for sign in group.desirable or [])

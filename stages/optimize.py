@@ -1,15 +1,15 @@
 """Room 7: the loop, once, with one network in memory. It knows no method's name."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import EXECUTION, Bound, Range, Wired, Workspace, stage
+from pipeline import EXECUTION, Bound, Range, Workspace, stage
 from schemas import Examples, Metrics, Model, Policies, WinnowError
 from schemas.tables import METRICS, POLICIES
 from stages.mixing import mix as mixes
+from stages.needs import LIKELIHOOD, optimize_needs
 from stages.objectives import objective as objectives
 
 Positive = Annotated[int, Range(gt=0)]
@@ -17,48 +17,7 @@ Share = Annotated[float, Range(ge=0, le=1)]
 LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-def _has_what_it_reads(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
-    """Everything that a loss is a function of must be made by the examples that it is wired to."""
-    objective, mix = options["objective"], options["mix"]
-    problems = [
-        f"{name}: {problem}"
-        for name in ("examples", "heldout")
-        if name in wired and wired[name].stage == "examples"
-        for problem in _lacks(wired[name], objective, options["nll_weight"])
-    ]
-    if (mix is None) != ("demonstrations" not in wired):
-        problems.append("`mix` and the input `demonstrations` go together: set both or neither")
-    for name in ("heldout_demonstrations", "preference_optimum", "imitation_optimum"):
-        if name in wired and (mix is None or (name.endswith("optimum") and not mix.facts["watches"])):
-            problems.append(f"{name} is wired, and mix {mix and mix.name} does not read it; unwire it")
-    return problems
-
-
-def _lacks(examples: Wired, objective: Bound, nll_weight: float) -> list[str]:
-    reads, per, name = objective.facts["reads"], objective.facts["per"], objective.name
-    made = examples.options
-    imitates = made.get("imitate", "nothing") != "nothing"
-    checks = {
-        f"objective {name} reads a reference; wire `reference` in it": "ref" in reads
-        and "reference" not in examples.inputs,
-        f"objective {name} reads pairs; wire `pairs` in it": per == "pairs" and "pairs" not in examples.inputs,
-        "nll reads responses with a weight; set its `imitate`": (bool(nll_weight) or per == "likelihood")
-        and not imitates,
-        f"objective {name} is the likelihood itself; set nll_weight to 0": bool(nll_weight) and per == "likelihood",
-        f"objective {name} and nll_weight 0 read no weights; unset its `imitate`": imitates
-        and not nll_weight
-        and per != "likelihood",
-        f"objective {name} reads unpaired labels; set its `desirable`": "desirable" in reads
-        and made.get("desirable", "nothing") == "nothing",
-        f"objective {name} reads mismatched rows; wire `mismatched` in it": "kl" in reads
-        and "mismatched" not in examples.inputs,
-        f"objective {name} takes every label as certain; set its `labels: hard`": "label" not in reads
-        and made.get("labels", "hard") == "soft",
-    }
-    return [problem for problem, holds in checks.items() if holds]
-
-
-@stage(version=2, whole=True, check=_has_what_it_reads)
+@stage(version=2, whole=True, check=optimize_needs)
 def optimize(
     init: Model,
     examples: Examples,
@@ -73,6 +32,7 @@ def optimize(
     nll_weight: Annotated[float, Range(ge=0)] = 0.0,
     nll_per: Literal["token", "response"] = "token",
     mix: Annotated[Bound, mixes] | None = None,
+    reference: Literal["init", "other"] = "init",
     lr: Annotated[float, Range(gt=0)],
     schedule: Literal["constant", "linear", "cosine"] = "linear",
     warmup: Share = 0.1,
@@ -88,10 +48,12 @@ def optimize(
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
     A step takes whole groups until they hold batch_size pairs (labels for unpaired losses, weighted
-    responses for nll). Sums are divided by the pairs (labels; weighted tokens, or weights, as nll_per says)
-    of the whole step, so accumulation changes nothing. If the objective reads a reference, step 0 must have
-    the loss that policy = reference gives, or training refuses to start: a stale cache would train another
-    objective. A rerun goes on from the last checkpoint, bit for bit on the same machine.
+    responses for nll). Sums are divided by the number of pairs (labels; tokens or responses that are imitated,
+    as nll_per says) of the whole step, so accumulation changes nothing and weights keep their scale. If the
+    objective reads a reference, step 0 must have the loss that policy = reference gives, or training refuses
+    to start: a stale cache would train another objective. `reference: other` says that the cached policy is
+    not `init`, as when rounds go on from each other and the reference stays the SFT policy. A rerun goes on
+    from the last checkpoint, bit for bit on the same machine.
 
     With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of
     what the demonstrations imitate. There are as many steps as `epochs` over `examples` take; each side goes
@@ -100,26 +62,25 @@ def optimize(
     loss of their last tenth counts, and 0 without them.
     """
     from stages.legs import Leg
-    from stages.objectives import nll
     from stages.policy import save_network
     from stages.training import LEGS, Trainer
     from stages.training_data import groups_of
 
-    likelihood = Bound(nll.entry, {})  # type: ignore[attr-defined]
-    sides = [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, likelihood, 0.0)]
-    shared = dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, micro_tokens=micro_tokens)
+    sides = [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, LIKELIHOOD, 0.0)]
+    shared = dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, micro_tokens=micro_tokens, seed=seed)
     legs, held = [], {}
     for n, (rows, held_rows, loss, weight) in enumerate(sides):
         if rows is not None:
-            groups = groups_of(rows, loss, weight, init, dtype)
-            legs.append(Leg(groups, loss, weight, seed=seed, number=n, **shared))  # type: ignore[arg-type]
+            groups = groups_of(rows, loss, weight, init, dtype, reference)
+            legs.append(Leg(groups, loss, weight, number=n, **shared))  # type: ignore[arg-type]
         if held_rows is not None:
-            held[n] = groups_of(held_rows, loss, weight, init, dtype)
+            held[n] = groups_of(held_rows, loss, weight, init, dtype, reference)
     trainer = Trainer(
         init=init,
         legs=legs,
         mix=mix,
         optima=[_reached(preference_optimum, "loss"), _reached(imitation_optimum, "imitation/loss")],
+        gated="ref" in objective.facts["reads"] and reference == "init",
         lr=lr,
         schedule=schedule,
         warmup=warmup,

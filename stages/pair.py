@@ -1,10 +1,11 @@
 """Room 5: which candidate beats which. To add a rule, add a function here.
 
 A rule reads one prompt's rows, of the table that its fact `reads` names, and yields preferences. Rows of
-selections come with `logp`, `n_tokens` and `finish_reason` of their candidates.
+selections come with `logp`, `n_tokens` and `finish_reason` of their candidates. A fact `source` says which
+candidates it can read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, product
 from typing import Annotated, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 from pipeline import Bound, Range, Registry, Wired, Workspace, stage
 from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
-from stages.groups import ById, Row, by_prompt
+from stages.groups import ById, Row, by_prompt, cutoff
 
 pair_rule = Registry("pair rule")
 
@@ -26,6 +27,23 @@ class Preference(NamedTuple):
     rejected: str
     gap: float | None
     weight: float = 1.0
+
+
+class Source(NamedTuple):
+    """Which steps make candidates that a rule can read, as a plan sees it, and what to wire if this one does not."""
+
+    met: Callable[[Wired], bool]
+    cure: str
+
+
+def _drawn(step: Wired) -> bool:
+    """By an engine, which tells their log-probs; also through a `pool`."""
+    own = step.inputs.get("candidates") if step.stage == "pool" else None
+    return _drawn(own) if own else step.stage not in ("own_candidates", "preferences", "mismatch")
+
+
+DRAWN = Source(_drawn, "`sample` them, for it reads their log-probs")
+POOLED = Source(lambda step: step.stage == "pool" and "prompts" in step.inputs, "wire a `pool` that has `prompts`")
 
 
 def _ordered(a: Row, b: Row, weight: float = 1.0) -> Preference:
@@ -81,23 +99,28 @@ def all_pairs(group: list[Row]) -> Iterator[Preference]:
             yield _ordered(a, b, a["weight"] * b["weight"])
 
 
-@pair_rule(reads="selections")
-def next_likelier_loser(group: list[Row], *, threshold: float = 0.0) -> Iterator[Preference]:
+@pair_rule(reads="selections", source=DRAWN)
+def next_likelier_loser(group: list[Row], *, threshold: float | None = None) -> Iterator[Preference]:
     """CLICK (arXiv:2306.03350): each bad response against the likeliest good one that is less likely than itself.
 
-    Good and bad: reward above and below `threshold`. Such pairs are those that the policy has the wrong way
-    round by least; the rule is rebuilt from the paper's words, for its code for it is not public.
+    Good and bad: reward above and below `threshold`, or the prompt's mean (the sign of a reward says only whether
+    it beats one random draw). Such pairs are those that the policy has the wrong way round by least; the rule is
+    rebuilt from the paper's words, for its code for it is not public.
     """
-    if any(row["logp"] is None for row in group):
-        raise WinnowError("next_likelier_loser reads candidates.logp, and these have none; sample them with an engine")
-    good = [row for row in group if row["reward"] > threshold]
+    if any(row["logp"] is None or row["logp_kind"] == "steered" for row in group):
+        raise WinnowError(
+            "next_likelier_loser reads the policy's own candidates.logp, and these have none; sample them with an "
+            "engine, and without a head"
+        )
+    level = cutoff(group, threshold)
+    good = [row for row in group if row["reward"] > level]
     for bad in group:
         below = [row for row in good if row["logp"] < bad["logp"]]
-        if bad["reward"] < threshold and below:
+        if bad["reward"] < level and below:
             yield _ordered(max(below, key=lambda row: row["logp"]), bad)
 
 
-@pair_rule(reads="candidates")
+@pair_rule(reads="candidates", source=POOLED)
 def demonstration_vs_sample(group: list[Row]) -> Iterator[Preference]:
     """SPIN (arXiv:2401.01335): the demonstration, pooled with the candidates, against each of the policy's own."""
     shown = [row for row in group if row["finish_reason"] == "given"]
@@ -105,15 +128,19 @@ def demonstration_vs_sample(group: list[Row]) -> Iterator[Preference]:
         yield Preference(demonstration["candidate_id"], own["candidate_id"], None)
 
 
-def _rule_has_its_table(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+def _rule_has_what_it_reads(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
     rule: Bound = options["rule"]
     table = rule.facts["reads"]
     problems = [] if table in wired else [f"rule {rule.name} reads {table}; wire `{table}` in `from`"]
     unread = [name for name in ("selections", "comparisons") if name in wired and name != table]
-    return problems + [f"rule {rule.name} does not read {name}; unwire it (`{name}: null`)" for name in unread]
+    problems += [f"rule {rule.name} does not read {name}; unwire it (`{name}: null`)" for name in unread]
+    source, step = rule.facts.get("source"), wired.get("candidates")
+    if source and step and step.stage and not source.met(step):
+        problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {source.cure}")
+    return problems
 
 
-@stage(version=2, check=_rule_has_its_table)
+@stage(version=2, check=_rule_has_what_it_reads)
 def pair(
     candidates: Candidates,
     ws: Workspace,

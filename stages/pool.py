@@ -1,24 +1,19 @@
 """Candidates of several origins as one table: the policy's own, an earlier round's, and demonstrations."""
 
-from collections.abc import Mapping
-from typing import Any
+from itertools import count
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline import Wired, Workspace, stage
+from pipeline import Workspace, stage
 from schemas import Candidates, Model, Prompts, Selections, candidate_id
 from schemas.tables import CANDIDATES
 from stages.groups import Row, by_prompt, column_by
 from stages.limits import context_length
+from stages.sources import gives_demonstrations
 
 
-def _has_demonstrations(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
-    if "prompts" in wired and wired["prompts"].options.get("demonstration", "") is None:
-        return [f"prompts give their demonstrations here, and {wired['prompts'].stage} reads none; name its column"]
-    return []
-
-
-@stage(version=1, check=_has_demonstrations)
+@stage(version=1, check=gives_demonstrations)
 def pool(
     candidates: Candidates, ws: Workspace, prompts: Prompts | None = None, earlier: Candidates | None = None
 ) -> Candidates:
@@ -35,7 +30,7 @@ def pool(
         if not prompt["demonstration_ids"]:
             ws.reject("no demonstration", place="prompts", prompt=prompt["prompt_id"], detail=prompt["text"])
             continue
-        row = _given(prompt["prompt_id"], prompt["demonstration_ids"], prompt["demonstration"])
+        row = _given(prompt["prompt_id"], prompt["demonstration_ids"], prompt["demonstration"], set())
         if row["candidate_id"] in drawn:
             ws.reject("demonstration drawn by the policy", place="prompts", prompt=row["prompt_id"])
         else:
@@ -45,37 +40,42 @@ def pool(
     return pa.Table.from_pylist(ordered, schema=CANDIDATES)
 
 
-@stage(version=1)
+@stage(version=2)
 def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ws: Workspace,
              selections: Selections | None = None) -> Candidates:  # fmt: skip
-    """For each prompt a response of the next prompt of its shard, in order of ids: what KTO estimates its KL from.
+    """For each kept response of a prompt one of the next prompt of its shard, in order of ids, while that has any.
 
-    A prompt alone in its shard has no other to borrow from, and a response that the context has no room
-    for is not borrowed: both are left out, with reason.
+    KTO estimates its KL from them, one a row of the batch (arXiv:2402.01306). A prompt alone in its shard has no
+    other to borrow from, and a response that the context has no room for is not borrowed: both are left out, with
+    reason.
     """
     prompt_ids = column_by(prompts, "prompt_id", "token_ids")
-    kept = None if selections is None else set(selections["candidate_id"].to_pylist())
-    firsts = [
-        (prompt, rows[0])
-        for prompt, group in by_prompt(candidates)
-        if (rows := [row for row in group if kept is None or row["candidate_id"] in kept])
-    ]
+    taken = set(candidates["candidate_id"].to_pylist())
+    if selections is not None:
+        candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
+    groups = list(by_prompt(candidates))
     room = context_length(policy.folder)
     made: list[Row] = []
-    for (prompt, _), (other, row) in zip(firsts, firsts[1:] + firsts[:1], strict=True):
+    for (prompt, own), (other, lent) in zip(groups, groups[1:] + groups[:1], strict=True):
         if prompt == other:
             ws.reject("no other prompt in its shard", place="candidates", prompt=prompt)
-        elif len(prompt_ids[prompt]) + len(row["token_ids"]) > room:
-            ws.reject("mismatched response too long", place="candidates", prompt=prompt, candidate=row["candidate_id"])
-        else:
-            made.append(_given(prompt, row["token_ids"], row["text"]))
+            continue
+        for _, row in zip(own, lent, strict=False):
+            if len(prompt_ids[prompt]) + len(row["token_ids"]) > room:
+                ids = dict(prompt=prompt, candidate=row["candidate_id"])
+                ws.reject("mismatched response too long", place="candidates", **ids)
+                continue
+            made.append(_given(prompt, row["token_ids"], row["text"], taken))
+            taken.add(made[-1]["candidate_id"])
     return pa.Table.from_pylist(made, schema=CANDIDATES)
 
 
-def _given(prompt: str, ids: list[int], text: str) -> Row:
+def _given(prompt: str, ids: list[int], text: str, taken: set[str]) -> Row:
+    """A response that nobody drew; of equal tokens, the first copy whose id is not taken."""
+    names = (candidate_id(prompt, ids, copy) for copy in count())
     return {
         "prompt_id": prompt,
-        "candidate_id": candidate_id(prompt, ids, 0),
+        "candidate_id": next(name for name in names if name not in taken),
         "k": 0,
         "token_ids": ids,
         "text": text,

@@ -13,7 +13,7 @@ from stages.sources import one_source, prompt_of, read_rows, text_of
 Share = Annotated[float, Range(ge=0, lt=1)]
 
 
-@stage(version=1, whole=True, check=one_source)
+@stage(version=2, whole=True, check=one_source)
 def prompts(
     tokenizer: Model,
     ws: Workspace,
@@ -30,7 +30,8 @@ def prompts(
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
     A prompt is held out by hash of its id: with one `heldout` share it is on the same side in every file.
-    Prompts longer than `max_tokens` or the model's context are left out; demonstrations are cut to fit.
+    Prompts longer than `max_tokens` or the model's context are left out. So is a demonstration that does not fit, for
+    cut it would have no EOS; its prompt stays.
     """
     from stages.text import Tokenizer
 
@@ -55,10 +56,8 @@ class PromptReader:
     def read(self, place: str, row: dict[str, Any], column: str, demonstration: str | None) -> dict[str, Any] | None:
         try:
             made = self.prompt_row(row, column)
-            if demonstration:
-                text = text_of(row, demonstration)
-                ids, _ = self.response_ids(made["token_ids"], text)
-                made |= {"demonstration": text, "demonstration_ids": ids}
+            text = text_of(row, demonstration) if demonstration else ""
+            ids, finish = self.response_ids(made["token_ids"], text)
         except ValueError as error:
             self.ws.reject(str(error), place=place, detail=repr(row.get(column)))
             return None
@@ -66,6 +65,10 @@ class PromptReader:
             self.ws.reject("duplicate prompt", place=place, detail=made["text"], prompt=made["prompt_id"])
             return None
         self.seen.add(made["prompt_id"])
+        if finish == "length":
+            self.ws.reject("demonstration too long", place=place, detail=text, prompt=made["prompt_id"])
+        elif text:
+            made |= {"demonstration": text, "demonstration_ids": ids}
         return made
 
     def response_ids(self, prompt: list[int], text: str) -> tuple[list[int], str]:

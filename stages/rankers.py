@@ -1,10 +1,12 @@
 """Which of two responses is better, and by how much. To add a ranker, add a function here.
 
 A ranker is a function from the model that the step is wired to (None, where it reads none) to a `Ranker`;
-or, with `@verifiable`, a program from prompt and response to a score. Options are its keyword-only parameters.
+or, with `@verifiable`, a program from prompt and response to a score. What has a score for each response
+alone is a `Scorer`; others compare. Options are its keyword-only parameters.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 Texts = tuple[str, str]
 Precision = Literal["float32", "bfloat16"]
 ranker = Registry("ranker")
-verifiable = ranker(reads_model=False, program=True)
+verifiable = ranker(reads_model=False, program=True, version=2)
 
 
 class Ranker(Protocol):
@@ -37,6 +39,34 @@ class Ranker(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Scorer(ABC):
+    """A ranker with a score for each response alone: the logit of two is the difference of theirs."""
+
+    symmetric = True
+
+    @abstractmethod
+    def reads(self, context: str, text: str) -> bool:
+        """Can it be scored?"""
+
+    @abstractmethod
+    def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
+        """One score a text, float64 [N]."""
+
+    def fits(self, context: str, first: str, second: str) -> bool:
+        return self.reads(context, first) and self.reads(context, second)
+
+    def scores(self, context: str, texts: Sequence[str]) -> dict[str, float]:
+        """By text; equal texts are scored once, and in an order of their own, so that no order changes a bit."""
+        each = sorted(set(texts))
+        return dict(zip(each, self.score(context, each).tolist(), strict=True))
+
+    def logits(self, context: str, pairs: Sequence[Texts]) -> np.ndarray:
+        of = self.scores(context, [text for pair in pairs for text in pair])
+        return np.array([of[first] - of[second] for first, second in pairs], dtype=np.float64)
+
+    def close(self) -> None: ...  # noqa: B027 - a program holds nothing
 
 
 @dataclass(frozen=True)
@@ -81,9 +111,10 @@ def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     return PairwiseRanker(_ends_in(model, "vocabulary", "pairwise"), dtype, BUDGET)
 
 
-@ranker(reads_model=True)
+@ranker(reads_model=True, version=2)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
-    """A reward model (`reward_head`, trained with the objective `sigmoid`): the logit is the difference of two scores.
+    """A reward model (`reward_head`, trained with the objective `sigmoid`): its score is the reward, the difference
+    of two the logit.
 
     It reads the text of the prompt as one turn of a user, whatever turns it came in.
     """
@@ -146,22 +177,17 @@ def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0)]) -
     return -float(abs(len(response.split()) - words))
 
 
-class Program:
-    """A program's scores behind the seam: the logit is their difference."""
+class Program(Scorer):
+    """A program behind the seam."""
 
-    symmetric = True
+    def __init__(self, program: Bound) -> None:
+        self.program = program
 
-    def __init__(self, score: Bound) -> None:
-        self.score = score
-
-    def fits(self, context: str, first: str, second: str) -> bool:
+    def reads(self, context: str, text: str) -> bool:
         return True
 
-    def logits(self, context: str, pairs: Sequence[Texts]) -> np.ndarray:
-        scores = {text: self.score(context, text) for pair in pairs for text in pair}
-        return np.array([scores[first] - scores[second] for first, second in pairs], dtype=np.float64)
-
-    def close(self) -> None: ...
+    def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
+        return np.array([self.program(context, text) for text in texts], dtype=np.float64)
 
 
 def open_ranker(by: Bound, model: Model | None) -> Ranker:

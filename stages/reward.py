@@ -1,5 +1,6 @@
-"""Room 3: a reward for every candidate, from n - 1 comparisons a prompt."""
+"""Room 3: a reward for every candidate, from n - 1 comparisons a prompt, or from a score of its own."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ from pipeline import Bound, Workspace, stage
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.groups import Row, by_prompt, texts_of
-from stages.rankers import Ranker, averaged, both_orders, open_ranker, reads_its_model
+from stages.rankers import Ranker, Scorer, averaged, both_orders, open_ranker, reads_its_model
 from stages.rankers import ranker as rankers
 
 
@@ -28,50 +29,67 @@ def reward(
 
     The baseline is read first, so that prompt and baseline go through the network once for all
     comparisons. `both` also reads each pair the other way round and averages the logits, where the ranker
-    has an opinion on positions. A reward that is not finite is left out.
+    has an opinion on positions. A reward model or a program scores each candidate alone: that score is the
+    reward, and there is no baseline. A reward that is not finite is left out.
     """
     judge = ws.hold(open_ranker, by, ranker)
     contexts = texts_of(prompts, "prompt_id")
     rows: list[Row] = []
     for prompt, group in by_prompt(candidates):
-        base = group[seed_for(seed, "baseline", prompt) % len(group)]
-        others = _readable(judge, contexts[prompt], base, group, ws)
-        forward, backward = both_orders(judge, contexts[prompt], [(base["text"], y["text"]) for y in others], orders)
-        ws.count(ranker_calls=len(others))
-        columns = {
-            "reward": -averaged(forward, backward),
-            "logit_ab": None if judge.symmetric else -forward,
-            "logit_ba": None if backward is None else -backward,
-        }
-        rows += _rows(base, others, columns, ws)
+        if isinstance(judge, Scorer):
+            made = _scored(judge, contexts[prompt], group, ws)
+        else:
+            base = group[seed_for(seed, "baseline", prompt) % len(group)]
+            made = _compared(judge, contexts[prompt], base, group, orders, ws)
+        rows += _finite(made, ws)
     return pa.Table.from_pylist(rows, schema=REWARDS)
 
 
-def _readable(judge: Ranker, context: str, base: Row, group: list[Row], ws: Workspace) -> list[Row]:
-    """All but the baseline, less those that make a comparison that the ranker cannot read."""
+def _scored(judge: Scorer, context: str, group: list[Row], ws: Workspace) -> list[Row]:
+    """Each candidate alone; equal texts once."""
+    fitting = _fitting(group, lambda text: judge.reads(context, text), ws)
+    scores = judge.scores(context, [row["text"] for row in fitting])
+    ws.count(ranker_calls=len(scores))
+    return [_row(row, reward=scores[row["text"]]) for row in fitting]
+
+
+def _compared(judge: Ranker, context: str, base: Row, group: list[Row], orders: str, ws: Workspace) -> list[Row]:
+    """Each candidate against the baseline, which has reward 0: it beats itself half of the time."""
+    others = [row for row in group if row is not base]
+    others = _fitting(others, lambda text: judge.fits(context, base["text"], text), ws)
+    forward, backward = both_orders(judge, context, [(base["text"], row["text"]) for row in others], orders)
+    ws.count(ranker_calls=len(others))
+    columns = {
+        "reward": -averaged(forward, backward),
+        "logit_ab": None if judge.symmetric else -forward,
+        "logit_ba": None if backward is None else -backward,
+    }
+    told = {name: column.tolist() for name, column in columns.items() if column is not None}
+    rows = [_row(row, **{name: column[n] for name, column in told.items()}) for n, row in enumerate(others)]
+    return [row | {"baseline_id": base["candidate_id"]} for row in [_row(base, reward=0.0), *rows]]
+
+
+def _fitting(group: list[Row], fits: Callable[[str], bool], ws: Workspace) -> list[Row]:
+    """Those with a text that the ranker can read."""
     fitting = []
-    for candidate in group:
-        if candidate is base:
-            continue
-        if judge.fits(context, base["text"], candidate["text"]):
-            fitting.append(candidate)
+    for row in group:
+        if fits(row["text"]):
+            fitting.append(row)
         else:
-            name = candidate["candidate_id"]
-            ws.reject("does not fit the ranker", place="candidates", prompt=base["prompt_id"], candidate=name)
+            ids = dict(prompt=row["prompt_id"], candidate=row["candidate_id"])
+            ws.reject("does not fit the ranker", place="candidates", **ids)
     return fitting
 
 
-def _rows(base: Row, others: list[Row], columns: dict[str, np.ndarray | None], ws: Workspace) -> list[Row]:
-    """The baseline has reward 0: it beats itself half of the time."""
-    names = {"prompt_id": base["prompt_id"], "baseline_id": base["candidate_id"]}
-    rows: list[Row] = [names | {"candidate_id": base["candidate_id"], "reward": 0.0}]
-    for n, candidate in enumerate(others):
-        # + 0.0: no -0.0 in a table
-        scores = {name: None if column is None else float(column[n]) + 0.0 for name, column in columns.items()}
-        row = names | {"candidate_id": candidate["candidate_id"]} | scores
-        if np.isfinite(row["reward"]):
-            rows.append(row)
-        else:
-            ids = dict(prompt=base["prompt_id"], candidate=candidate["candidate_id"])
+def _row(candidate: Row, **numbers: float) -> Row:
+    ids = {name: candidate[name] for name in ("prompt_id", "candidate_id")}
+    return ids | {name: number + 0.0 for name, number in numbers.items()}  # + 0.0: no -0.0 in a table
+
+
+def _finite(rows: list[Row], ws: Workspace) -> list[Row]:
+    """In order of candidate ids."""
+    for row in rows:
+        if not np.isfinite(row["reward"]):
+            ids = dict(prompt=row["prompt_id"], candidate=row["candidate_id"])
             ws.reject("reward is not finite", place="candidates", detail=str(row["reward"]), **ids)
-    return sorted(rows, key=lambda row: str(row["candidate_id"]))
+    return sorted((row for row in rows if np.isfinite(row["reward"])), key=lambda row: str(row["candidate_id"]))

@@ -31,7 +31,7 @@ def _can_steer(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]
     return problems
 
 
-@stage(version=2, check=_can_steer)
+@stage(version=3, check=_can_steer)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -59,7 +59,8 @@ def sample(
     evaluation must count it.
 
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
-    step, 0 to 1, and `steer` times that is added to their logits.
+    step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 without a cut, `logp` is then
+    the log-prob under the steered law, which is what KL to another policy needs.
     """
     from stages.text import Tokenizer
 
@@ -79,7 +80,7 @@ def sample(
         completions += generator.generate([Request(row["token_ids"], own) for row, _, own in block], sampling)
         ws.progress(len(completions), len(draws), "draws")
     ws.count(tokens=sum(len(completion.token_ids) for completion in completions))
-    return _table(tokenizer, draws, completions, "exact" if sampling.exact else "raw", keep_empty, ws)
+    return _table(tokenizer, draws, completions, sampling.logp_kind, keep_empty, ws)
 
 
 def _fitting(rows: list[Row], room: int, ws: Workspace) -> list[Row]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import Bound, Range, Registry
 from stages.partition import normaliser
-from stages.tilt import SEVERAL, Flags, Floats, Groups, Ints, temperature
+from stages.tilt import DIFFERENT, Flags, Floats, Groups, Ints, temperature
 
 selection_rule = Registry("selection rule")
 Count = Annotated[int, Range(gt=0)]
@@ -110,7 +110,7 @@ def _normaliser_agrees(options: dict[str, Any]) -> list[str]:
     return problems
 
 
-@selection_rule(needs=SEVERAL, check=_normaliser_agrees)
+@selection_rule(version=2, needs=DIFFERENT, check=_normaliser_agrees)
 def softmax_weights(
     groups: Groups,
     *,
@@ -135,7 +135,7 @@ def softmax_weights(
     return _weighted(groups, np.minimum(weight, clip), betas, groups.effective(np.exp(exponent)))
 
 
-@selection_rule()
+@selection_rule(version=2, needs=DIFFERENT)
 def advantage_weights(groups: Groups, *, beta: Positive, clip: Positive = 20.0) -> Kept:
     """All candidates, with the weight min(clip, exp((r - mean) / beta)): AWR, arXiv:1910.00177."""
     betas = np.full(len(groups.sizes), beta)
@@ -145,7 +145,7 @@ def advantage_weights(groups: Groups, *, beta: Positive, clip: Positive = 20.0) 
     return _weighted(groups, weight, betas, groups.effective(np.exp(groups.exponent(betas))))
 
 
-@selection_rule()
+@selection_rule(version=2, needs=DIFFERENT)
 def chi_square(groups: Groups, *, beta: NotNegative) -> Kept:
     """Those with a positive weight max(r - lambda, 0) / beta, lambda such that its mean is 1 in each prompt.
 

@@ -29,6 +29,15 @@ def one_source(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]
     return []
 
 
+def gives_demonstrations(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    """Plan-time check of a stage that reads demonstrations: the step behind `prompts` names a column of them."""
+    step = wired.get("prompts")
+    if step is None or not step.options or step.options.get("demonstration"):
+        return []
+    cure = "wire it to a step of stage prompts that names their column in `demonstration`"
+    return [f"demonstrations are read from `prompts`, and {step.stage} gives none; {cure}"]
+
+
 def read_rows(
     ws: Workspace,
     path: DataPath | None,

@@ -97,8 +97,7 @@ class Need:
     met: Callable[[Groups], Flags]
 
 
-DIFFERENT = Need("all rewards equal", lambda groups: groups.range > 0)
-SEVERAL = Need("one candidate", lambda groups: groups.sizes > 1)
+DIFFERENT = Need("one candidate, or all rewards equal", lambda groups: groups.range > 0)
 
 
 def temperature(groups: Groups, beta: float | None, ess: float | None, kl: float | None) -> Floats:

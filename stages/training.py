@@ -28,6 +28,7 @@ class Trainer:
     legs: list[Leg]
     mix: Bound | None
     optima: list[float]
+    gated: bool  # does the first objective's cached reference belong to `init`, which step 0 must show?
     lr: float
     schedule: str
     warmup: float
@@ -62,7 +63,7 @@ class Trainer:
         ws.count(tokens=self.tokens)
 
     def _begin(self) -> None:
-        if "ref" in self.legs[0].objective.facts["reads"]:
+        if self.gated:
             self.legs[0].gate(self.network)
         if self.watches:
             for n in range(len(self.legs)):
@@ -124,16 +125,11 @@ class Trainer:
         losses = [entry[prefix + "loss"] for prefix, weight in zip(LEGS, weights, strict=False) if weight]
         if all(map(math.isfinite, [*losses, entry["grad_norm"]])):
             return
-        names = [
-            name
-            for n, weight in enumerate(weights)
-            if weight
-            for name in self.legs[n].culprits(self.network, self.legs[n].batch(self.drawn[n]))
-        ]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        drawn = [(leg, leg.batch(n)) for leg, n, weight in zip(self.legs, self.drawn, weights, strict=False) if weight]
+        rows = "; ".join(leg.culprits(self.network, batch) for leg, batch in drawn)
         raise WinnowError(
-            f"step {self.done}: the loss or its gradient is not finite; rows (prompt/candidate): "
-            f"{', '.join(names[:8])}{more}; try a lower lr, or look at these rows in the store"
+            f"step {self.done}: the loss or its gradient is not finite; rows (prompt/candidate): {rows}; "
+            "try a lower lr, or look at these rows in the store"
         )
 
     def _scale(self, step: int, steps: int) -> float:

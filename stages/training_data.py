@@ -42,16 +42,22 @@ class Group:
         return sum(len(self.prompt) + len(ids) for ids in [*self.responses, *(ids for ids, _ in self.mismatched)])
 
     @property
-    def weighted_tokens(self) -> float:
-        return sum(weight * len(ids) for weight, ids in zip(self.weight, self.responses, strict=True))
+    def imitated(self) -> list[int]:
+        """Lengths of the responses whose likelihood counts."""
+        return [len(ids) for weight, ids in zip(self.weight, self.responses, strict=True) if weight > 0]
 
     @property
     def labelled(self) -> int:
         return sum(sign != 0 for sign in self.desirable or [])
 
 
-def groups_of(examples: pa.Table, objective: Bound, nll_weight: float, init: Model, dtype: str) -> list[Group]:
-    """Training groups in order of prompt id; refuses what cannot be trained on, before any weight is loaded."""
+def groups_of(
+    examples: pa.Table, objective: Bound, nll_weight: float, init: Model, dtype: str, reference: str = "init"
+) -> list[Group]:
+    """Training groups in order of prompt id; refuses what cannot be trained on, before any weight is loaded.
+
+    reference: `init` if the cached log-probs must be those of `init`, `other` if they may be any policy's.
+    """
     from stages.policy import is_reward_model
 
     rows = sorted(examples.to_pylist(), key=lambda row: (row["prompt_id"], row["prompt_ids"]))
@@ -64,7 +70,7 @@ def groups_of(examples: pa.Table, objective: Bound, nll_weight: float, init: Mod
     if longest > context_length(init.folder):
         raise WinnowError(f"examples have rows of {longest} tokens, and the model takes {context_length(init.folder)}")
     if "ref" in reads:
-        _check_reference(rows, init, dtype)
+        _check_reference(rows, init if reference == "init" else None, dtype)
     _check_fields(groups, objective, nll_weight)
     return groups
 
@@ -101,7 +107,7 @@ def _check_fields(groups: list[Group], objective: Bound, nll_weight: float) -> N
     name, reads, per = objective.name, objective.facts["reads"], objective.facts["per"]
     if per == "pairs" and not any(group.pairs for group in groups):
         raise WinnowError(f"objective {name} reads pairs, and the examples have none; wire `pairs`")
-    if (nll_weight or per == "likelihood") and not any(group.weighted_tokens for group in groups):
+    if (nll_weight or per == "likelihood") and not any(group.imitated for group in groups):
         raise WinnowError("nll reads responses with a weight, and the examples have none; set `imitate` in `examples`")
     if per == "rows" and not any(group.labelled for group in groups):
         raise WinnowError(f"objective {name} reads unpaired labels, and the examples have none; set `desirable`")
@@ -111,13 +117,15 @@ def _check_fields(groups: list[Group], objective: Bound, nll_weight: float) -> N
         raise WinnowError(f"objective {name} takes every label as certain; set `labels: hard` in `examples`")
 
 
-def _check_reference(rows: list[dict[str, Any]], init: Model, dtype: str) -> None:
+def _check_reference(rows: list[dict[str, Any]], init: Model | None, dtype: str) -> None:
     cached = [row for row in rows if any(each["ref_logp"] is not None for each in row["responses"])]
-    other = sorted(str(model)[:12] for model in {row["ref_model"] for row in cached} - {init.digest})
-    if other:
+    models = {row["ref_model"] for row in cached}
+    other = sorted(str(model)[:12] for model in models - {init.digest}) if init else []
+    if init and other:
         raise WinnowError(
             f"the cached reference was scored by weights {', '.join(other)}, and training starts from "
-            f"{init.digest[:12]}: wire `reference.policy` and `optimize.init` to the same step"
+            f"{init.digest[:12]}: wire `reference.policy` and `optimize.init` to the same step, or set "
+            "`optimize.reference: other`"
         )
     other = sorted(map(str, {row["ref_dtype"] for row in cached} - {dtype}))
     if other:

@@ -2,14 +2,17 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.demo import world
+from jobs.demo import OVERLAY, world
 from jobs.demo.gold import concierge
+from jobs.paper import paper_plans
+from jobs.recipes import plan_named
 
 ROOT = Path(__file__).parent.parent
 ASKED = "Please book a boat for four on Friday in Oslo."
@@ -75,3 +78,11 @@ def test_only_the_evaluation_and_the_judge_of_the_world_read_gold():
         if names & {"concierge", "gold_reward"}:
             readers.add(path.relative_to(ROOT).as_posix())
     assert readers == {"stages/evaluate.py", "jobs/demo/gold.py", "jobs/demo/world.py"}
+
+
+def test_the_papers_cells_are_the_demos_own_runs_where_they_are_the_same(folders, tmp_path):
+    """gamma = 1 is the demo world's beta: `winnow paper` trains no policy again that `winnow demo` has trained."""
+    overlay = Path(shutil.copyfile(OVERLAY, shutil.copytree(folders[0], tmp_path / "demo") / "world.yaml"))
+    cells = {plan.name: plan.target.key for plan in paper_plans([overlay], [])}
+    for recipe, pairs in (("dpo", "direct"), ("sft_sample_rank", "sft-sample-rank"), ("rso", "rso-sample-rank")):
+        assert cells[f"paper sigmoid-norm {pairs}"] == plan_named(recipe, [overlay], []).target.key

@@ -105,30 +105,35 @@ def test_spin(sharp, network, logp):
 
 
 def test_weights_and_labels_of_pairs(sharp, network, logp):
-    """sum v [-q ln s(beta h) - (1 - q) ln s(-beta h)] / sum v: v how much a pair counts, q its label."""
+    """sum v [-q ln s(beta h) - (1 - q) ln s(-beta h)] / pairs: v how much a pair counts, q its label."""
     rows = cache(sharp, random_rows(), spread=8.0)
-    total = weight = 0.0
+    total = count = 0.0
     for n, row in enumerate(rows):
         for m, (won, lost, pair) in enumerate(sides(row)):
             pair |= {"weight": 0.25 * (1 + n + m), "label": 0.5 + 0.0625 * (n + m)}
             h = logp(row, won) - won["ref_logp"] - logp(row, lost) + lost["ref_logp"]
             q = pair["label"]
             value = q * math.log1p(math.exp(-0.1 * h)) + (1 - q) * math.log1p(math.exp(0.1 * h))
-            total, weight = total + pair["weight"] * value, weight + pair["weight"]
+            total, count = total + pair["weight"] * value, count + 1
     for micro_tokens in (1, 60, 10_000):
         leg = leg_of(sharp, rows, "sigmoid_norm", beta=0.1, micro_tokens=micro_tokens)
-        assert loss_of(leg, network)[0].item() == pytest.approx(total / weight, rel=1e-5)
+        assert loss_of(leg, network)[0].item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_pair_of_weight_two_is_a_pair_twice(sharp, network):
-    """Weights are multiplicities."""
-    heavy, twice = (cache(sharp, random_rows(), spread=8.0) for _ in range(2))
+def test_weights_keep_their_scale(sharp, network):
+    """Twice all weights is twice the loss, so what one prompt's weights say beside another's stays."""
+    plain, heavy = (cache(sharp, random_rows(), spread=8.0) for _ in range(2))
     for row in heavy:
-        row["pairs"][0]["weight"] = 2.0
-    for row in twice:
-        row["pairs"].append(row["pairs"][0])
-    one, two = (loss_of(leg_of(sharp, rows, "sigmoid_norm"), network)[0].item() for rows in (heavy, twice))
-    assert one == pytest.approx(two, rel=1e-6)
+        for pair in row["pairs"]:
+            pair["weight"] = 2.0
+    one, two = (loss_of(leg_of(sharp, rows, "sigmoid_norm"), network)[0].item() for rows in (plain, heavy))
+    assert two == pytest.approx(2 * one, rel=1e-6)
+    shown, loud = imitate(random_rows(), 0), imitate(random_rows(), 0)
+    for row in loud:
+        row["responses"][0]["weight"] = 2.0
+    for nll_per in ("token", "response"):
+        one, two = (loss_of(leg_of(sharp, rows, "nll", nll_per=nll_per), network)[0].item() for rows in (shown, loud))
+        assert two == pytest.approx(2 * one, rel=1e-6)
 
 
 @pytest.mark.parametrize("apart", [-4.0, 4.0])
@@ -200,15 +205,15 @@ def test_soft_labels_are_refused_where_they_would_be_ignored(sharp, name):
 
 
 def test_nll_a_token_or_a_response(sharp, network, logp):
-    """-sum w lp / sum w |y|, or -sum w lp / sum w."""
+    """-sum w lp / sum |y|, or -sum w lp / n, over the n responses with w > 0."""
     rows = imitate(random_rows(), 0, 1)
     for n, row in enumerate(rows):
         row["responses"][1]["weight"] = 0.5 * n
     chosen = [(row, each) for row in rows for each in row["responses"]]
     total = -sum(each["weight"] * logp(row, each) for row, each in chosen)
     counts = {
-        "token": sum(each["weight"] * len(each["token_ids"]) for _, each in chosen),
-        "response": sum(each["weight"] for _, each in chosen),
+        "token": sum(len(each["token_ids"]) for _, each in chosen if each["weight"]),
+        "response": sum(each["weight"] > 0 for _, each in chosen),
     }
     for nll_per, count in counts.items():
         loss, _ = loss_of(leg_of(sharp, rows, "nll", nll_per=nll_per), network)

@@ -1,6 +1,7 @@
 """Data recipes of methods: pair rules beyond the paper's, pools, mismatched rows, labels and weights of examples."""
 
 import math
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.registry import Bound
+from pipeline import Wired
+from pipeline.registry import Bound, entry_of
 from pipeline.workspace import Warm, Workspace
-from schemas import WinnowError, conform
+from schemas import WinnowError, candidate_id, conform
 from schemas.tables import CANDIDATES, EXAMPLES, PAIRS
 from stages.examples import examples
+from stages.groups import cutoff
 from stages.pair import pair, pair_rule
 from stages.pool import mismatch, pool
 from stages.reference import reference
@@ -82,17 +85,33 @@ def test_mu_minus_2_sigma_is_not_the_very_worst():
 @given(
     st.lists(
         st.tuples(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0]), st.integers(-9, 0).map(float)), min_size=1, max_size=9
-    )
+    ),
+    st.sampled_from([None, 0.0, 0.5]),
 )
-def test_next_likelier_loser(rows):
-    """For each r < 0: the r > 0 of greatest log p among those with log p below its own; none, then no pair."""
+def test_next_likelier_loser(rows, threshold):
+    """For each r < t: the r > t of greatest log p among those with log p below its own; none, then no pair.
+
+    t is the threshold, or the prompt's mean. A shift of all rewards (another baseline) moves no pair then.
+    """
     rewards, logps = (list(side) for side in zip(*rows, strict=True))
-    found = {(i, j) for i, j, _, _ in pairs_by("next_likelier_loser", rewards, logps=logps)}
+    made = pairs_by("next_likelier_loser", rewards, logps=logps, threshold=threshold)
+    found = {(i, j) for i, j, _, _ in made}
     losers = {j for _, j in found}
+    t = Fraction(sum(map(int, rewards)), len(rewards)) if threshold is None else threshold
     for j, (r, own) in enumerate(rows):
-        below = [lp for reward, lp in rows if reward > 0 and lp < own]
-        assert (j in losers) == (r < 0 and bool(below))
-        assert all(logps[i] == max(below) and rewards[i] > 0 for i, k in found if k == j)
+        below = [lp for reward, lp in rows if reward > t and lp < own]
+        assert (j in losers) == (r < t and bool(below))
+        assert all(logps[i] == max(below) and rewards[i] > t for i, k in found if k == j)
+    if threshold is None:
+        assert pairs_by("next_likelier_loser", [r - 64 for r in rewards], logps=logps) == made
+
+
+@given(st.floats(-1e3, 1e3), st.integers(1, 64))
+def test_equal_rewards_are_neither_good_nor_bad(reward, n):
+    """mean(r, ..., r) = r to the last bit: a running sum of 0.1 gives 0.30000000000000004 / 3 > 0.1."""
+    group = [{"reward": reward}] * n
+    assert cutoff(group, None) == reward
+    assert cutoff(group, 0.25) == 0.25
 
 
 def test_next_likelier_loser_needs_log_probs():
@@ -126,30 +145,118 @@ def test_a_pool_has_every_candidate_once_and_says_which_prompt_has_no_demonstrat
     assert {row["reason"] for row in ws.rejects.to_pylist()} == {"no demonstration"}
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_mismatched_rows_are_other_prompts_responses(tiny, count):
-    """One a prompt, the next prompt's first; a prompt alone has none, and says so."""
-    names = "abcde"[:count]
-    rows = table([candidate(name, k, ids=[20 + ord(name), 1]) for name in names for k in range(2)])
+def test_candidates_that_a_rule_cannot_read_are_refused_at_plan_time():
+    """Log-probs are an engine's, also through a pool; demonstrations stand in a pool that has prompts."""
+    check = entry_of(pair).facts["shape"].check
+    people, own, drawn = Wired("preferences"), Wired("own_candidates"), Wired("sample")
+    with_prompts, without = Wired("pool", {}, {"candidates": drawn, "prompts": Wired("prompts")}), Wired("pool")
+    for name, good, bad in [
+        ("next_likelier_loser", [drawn, with_prompts], [people, own, Wired("pool", {}, {"candidates": own})]),
+        ("demonstration_vs_sample", [with_prompts], [drawn, without, people]),
+        ("best_vs_worst", [drawn, people, own, without], []),
+    ]:
+        reads = {"selections": Wired("select")} if name != "demonstration_vs_sample" else {}
+        for step in [*good, Wired("")]:  # a stage that is unknown is said to be so already
+            assert check({"rule": rule(name)}, reads | {"candidates": step}) == []
+        for step in bad:
+            (problem,) = check({"rule": rule(name)}, reads | {"candidates": step})
+            assert problem.startswith(f"rule {name} cannot read candidates of {step.stage}; ")
+    assert check({"rule": rule("next_likelier_loser")}, {"selections": Wired("select")}) == []
+
+
+def test_a_pool_needs_prompts_with_demonstrations():
+    """At plan time: the column is named, or the stage behind has none; no word where its options are wrong already."""
+    check = entry_of(pool).facts["shape"].check
+    assert check({}, {"prompts": Wired("prompts", {"demonstration": "answer"})}) == []
+    assert check({}, {"prompts": Wired("prompts")}) == check({}, {}) == []
+    for step in (Wired("prompts", {"demonstration": None}), Wired("preferences", {"chosen": "chosen"})):
+        (problem,) = check({}, {"prompts": step})
+        assert f"{step.stage} gives none; wire it to a step of stage prompts" in problem
+
+
+def borrowed(model, counts, kept=None, ids=None, ws=None):
+    """`mismatch` on {prompt: number of candidates}: {prompt: [token ids]}."""
+    rows = [candidate(name, k, ids=ids or [ord(name), k, 1]) for name, n in counts.items() for k in range(n)]
+    made = conform(mismatch(table(rows), prompts_of(counts), model, ws or space(), kept), CANDIDATES).to_pylist()
+    names = [row["candidate_id"] for row in [*made, *rows]]
+    assert len(set(names)) == len(names)
+    assert all(row["prompt_id"] in counts for row in made)
+    return {name: [row["token_ids"] for row in made if row["prompt_id"] == name] for name in counts}
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=6))
+def test_each_response_has_a_mismatched_row(tiny, counts):
+    """The n-th of a prompt with the next prompt's n-th, as many as both have; the last borrows from the first."""
+    names = "abcdef"[: len(counts)]
+    number = dict(zip(names, counts, strict=True))
+    expected = {
+        name: [[ord(other), k, 1] for k in range(min(number[name], number[other]))]
+        for name, other in zip(names, names[1:] + names[0], strict=True)
+    }
+    assert borrowed(tiny, number) == expected
+
+
+def test_only_kept_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
+    """a keeps its 1 and 2, b its 0, c none: a and b borrow one each. Alone, and too long: left out, with reason."""
+    rows = selections_of({"a": [0.0] * 3, "b": [0.0]})
+    kept = rows.filter(pa.array([False, True, True, True]))
+    found = borrowed(tiny, {"a": 3, "b": 1, "c": 2}, kept)
+    assert found == {"a": [[ord("b"), 0, 1]], "b": [[ord("a"), 1, 1]], "c": []}
     ws = space()
-    made = conform(mismatch(rows, prompts_of(names), tiny, ws), CANDIDATES).to_pylist()
-    if count == 1:
-        assert not made
-        assert [row["reason"] for row in ws.rejects.to_pylist()] == ["no other prompt in its shard"]
-        return
-    own = {name: [20 + ord(name), 1] for name in names}
-    assert [row["prompt_id"] for row in made] == list(names)
-    assert [row["token_ids"] for row in made] == [own[name] for name in names[1:] + names[0]]
+    assert borrowed(tiny, {"a": 2}, ws=ws) == {"a": []}
+    assert borrowed(tiny, {"a": 1, "b": 1}, ids=[7] * 126, ws=ws) == {"a": [], "b": []}
+    reasons = [(row["prompt_id"], row["reason"]) for row in ws.rejects.to_pylist()]
+    assert reasons == [
+        ("a", "no other prompt in its shard"),
+        *((name, "mismatched response too long") for name in "ab"),
+    ]
 
 
-def test_labels_of_pairs_and_of_rewards():
-    """pairs: +1 for the chosen, -1 for the rejected, none for one that is both. rewards: the sign; 0 says nothing."""
+def test_equal_responses_are_borrowed_under_an_id_each(tiny):
+    """Copies of what the prompt drew itself and of each other: the first copy number that is free."""
+    rows = [candidate(name, k, ids=[9, 1]) | {"candidate_id": candidate_id(name, [9, 1], k)}
+            for name in "ab" for k in range(2)]  # fmt: skip
+    made = mismatch(table(rows), prompts_of("ab"), tiny, space()).to_pylist()
+    expected = [candidate_id(name, [9, 1], copy) for name in "ab" for copy in (2, 3)]
+    assert [row["candidate_id"] for row in made] == expected
+
+
+def labels_of(rewards, ws=None, **options):
+    """Labels by candidate of prompt a, whose candidate k has rewards[k]; None where it has no group."""
+    kept, pooled = selections_of({"a": rewards}), candidates_of({"a": len(rewards)})
+    made = examples(prompts_of("a"), ws or space(), pooled, selections=kept, desirable="rewards", **options)
+    groups = conform(made, EXAMPLES).to_pylist()
+    return {row["candidate_id"]: row["desirable"] for row in groups[0]["responses"]} if groups else None
+
+
+@given(rewards_lists, st.sampled_from([None, 0.0, -1.0]))
+def test_labels_of_rewards_say_above_or_below(rewards, threshold):
+    """sign(r - t), t the threshold or the mean; r = t has no label and is a reject. 1-4 of (0, 0, 0, 3): mean 3/4."""
+    ws = space()
+    t = Fraction(sum(map(int, rewards)), len(rewards)) if threshold is None else threshold
+    expected = {f"a-{k}": 1 if r > t else -1 for k, r in enumerate(rewards) if r != t}
+    assert (labels_of(rewards, ws, threshold=threshold) or {}) == expected
+    found = [(row["candidate_id"], row["reason"]) for row in ws.rejects.to_pylist() if row["candidate_id"]]
+    assert found == [(f"a-{k}", "neither above nor below") for k, r in enumerate(rewards) if r == t]
+
+
+def test_all_rewards_may_beat_the_baseline_and_half_are_undesirable_all_the_same():
+    """r = (1, 2, 3, 4): the baseline was the worst draw, and every sign is +; the mean 2.5 parts them."""
+    assert labels_of([1.0, 2.0, 3.0, 4.0]) == {"a-0": -1, "a-1": -1, "a-2": 1, "a-3": 1}
+    assert set(labels_of([1.0, 2.0, 3.0, 4.0], threshold=0.0).values()) == {1}
+
+
+def test_labels_of_pairs():
+    """+1 for the chosen, -1 for the rejected, none for one that is both."""
     prompts, pooled = prompts_of("a"), candidates_of({"a": 4})
     both = examples(prompts, space(), pooled, pairs_of([(0, 1), (1, 2)]), desirable="pairs").to_pylist()[0]
     assert {row["candidate_id"]: row["desirable"] for row in both["responses"]} == {"a-0": 1, "a-1": None, "a-2": -1}
-    kept = selections_of({"a": [1.5, 0.0, -0.1, 2.0]})
-    signs = conform(examples(prompts, space(), pooled, selections=kept, desirable="rewards"), EXAMPLES).to_pylist()[0]
-    assert {row["candidate_id"]: row["desirable"] for row in signs["responses"]} == {"a-0": 1, "a-2": -1, "a-3": 1}
+
+
+def test_pairs_of_another_origin_are_refused_by_name():
+    """Not a KeyError: which id, and what to wire."""
+    with pytest.raises(WinnowError, match="no row has the id a-7: wire the inputs of this step to tables of one orig"):
+        examples(prompts_of("a"), space(), candidates_of({"a": 2}), pairs_of([(0, 7)]))
 
 
 def test_mismatched_rows_stand_last_with_their_own_reference(tiny):
@@ -158,7 +265,8 @@ def test_mismatched_rows_stand_last_with_their_own_reference(tiny):
     other = mismatch(pooled, prompts, tiny, space())
     scores = reference(prompts, pooled, tiny, space(), mismatched=other)
     kept = selections_of({"a": [1.0], "b": [-1.0]})
-    made = examples(prompts, space(), pooled, None, kept, scores, other, desirable="rewards").to_pylist()
+    given = dict(desirable="rewards", threshold=0.0)
+    made = examples(prompts, space(), pooled, None, kept, scores, other, **given).to_pylist()
     assert [[row["desirable"] for row in group["responses"]] for group in made] == [[1, 0], [-1, 0]]
     values = {(row["prompt_id"], row["candidate_id"]): row["logp"] for row in scores.to_pylist()}
     for group in made:
@@ -168,7 +276,7 @@ def test_mismatched_rows_stand_last_with_their_own_reference(tiny):
 
 @given(st.floats(0, 30))
 def test_soft_labels_are_the_rankers_own_probability(gap):
-    """s(gap) >= 1/2; a label that people gave has no gap and stays 1."""
+    """s(gap) >= 1/2; a pair without a gap (demonstration_vs_sample) stays 1."""
     rows = [row | {"gap": gap} for row in pairs_of([(0, 1)]).to_pylist()]
     made = examples(
         prompts_of("a"), space(), candidates_of({"a": 2}), pa.Table.from_pylist(rows, schema=PAIRS), labels="soft"

@@ -283,13 +283,23 @@ def added():
 
 
 def test_a_reward_of_ones_own_is_one_function(added, ws):
-    """reward = score(y) - score(y_b): 2.5 apart where one is polite and the other is not; no logits of two orders."""
-    table = candidates_with([GOOD, BAD, "Gladly."])
+    """reward = score(y): 2.5 where it is polite and 0 where not. No baseline, no logits; equal texts asked once."""
+    table = candidates_with([GOOD, BAD, "Gladly.", GOOD])
     made = conform(reward(one_prompt(), table, ws, by=added), REWARDS).to_pylist()
     value = {row["candidate_id"]: row["reward"] for row in made}
-    assert (value["c0"] - value["c1"], value["c0"] - value["c2"]) == (2.5, 0.0)
-    assert {(row["logit_ab"], row["logit_ba"]) for row in made} == {(None, None)}
-    assert ws.counters["ranker_calls"] == 2
+    assert value == {"c0": 2.5, "c1": 0.0, "c2": 2.5, "c3": 2.5}
+    assert {(row["baseline_id"], row["logit_ab"], row["logit_ba"]) for row in made} == {(None, None, None)}
+    assert ws.counters["ranker_calls"] == 3
+
+
+@given(st.lists(words, min_size=1, max_size=8), st.integers(0, 9))
+def test_a_verifiable_reward_is_what_the_program_says(texts, seed):
+    """0 or 1, whatever else was drawn and whatever the seed: never -1, which beats one draw out of {-1, 0, 1}."""
+    space = Workspace(Path("unused"), Warm(), lambda done, total, unit: None)
+    made = reward(one_prompt(), candidates_with(texts), space, by=bound("pattern", regex="Oslo"), seed=seed)
+    found = {row["candidate_id"]: row["reward"] for row in made.to_pylist()}
+    assert found == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
+    assert space.counters["ranker_calls"] == len(set(texts))
 
 
 @pytest.fixture

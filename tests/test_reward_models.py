@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +19,15 @@ from stages.models import reward_head
 from stages.policy import completion_scores, is_reward_model, load_network, save_network
 from stages.rankers import open_ranker
 from stages.rankers import ranker as rankers
+from stages.reward import reward
 from stages.text import Tokenizer
-from tests.test_rankers import BAD, CONTEXT, GOOD, LONG, words
+from tests.test_rankers import BAD, CONTEXT, GOOD, LONG, candidates_with, one_prompt, words
 
 LIMIT = 1e-4
 few = settings(deadline=None, max_examples=25)
 ids = st.lists(st.integers(0, 300), min_size=1, max_size=12)
-rows_of = st.lists(st.tuples(ids, ids), min_size=1, max_size=6)
+PAD = 2  # of the tiny model; transformers' own forward would step back over one at the end of a row
+rows_of = st.lists(st.tuples(ids, ids.filter(lambda each: each[-1] != PAD)), min_size=1, max_size=6)
 
 
 def headed(policy, folder):
@@ -104,8 +107,8 @@ def test_a_score_is_that_of_the_row_alone(network, rows):
 
 def test_a_last_token_that_is_the_pad_token_is_read_all_the_same(network):
     """transformers would step back over it: a response that ends in EOS would lose it where EOS is the pad token."""
-    pad = network.config.pad_token_id
-    own = scores(network, [([5, 6], [7, pad])])[0]
+    assert network.config.pad_token_id == PAD
+    own = scores(network, [([5, 6], [7, PAD])])[0]
     assert abs(own - scores(network, [([5, 6], [7])])[0]) > 1e-2
 
 
@@ -258,6 +261,25 @@ def test_a_reward_model_reads_what_fits_and_no_control_tokens(ranker):
     assert not ranker.fits(CONTEXT, "Well <|pad|>", GOOD)
     assert ranker.symmetric
     assert ranker.logits(CONTEXT, []).shape == (0,)
+
+
+def test_the_reward_is_the_models_own_score(opinionated, ranker):
+    """s(y), each alone, equal texts once and none against a baseline; what does not fit is left out with reason."""
+    table = candidates_with([GOOD, BAD, GOOD, "q " * 120])
+    ws = Workspace(Path("unused"), Warm(), lambda done, total, unit: None)
+    made = reward(one_prompt(), table, ws, opinionated, by=rankers.bind("pointwise")).to_pylist()
+    tokenizer, context = ranker.tokenizer, one_prompt().column("text")[0].as_py()
+    prompt = tokenizer.prompt_ids(context)
+    good, bad = (naive(ranker.network, prompt, tokenizer.response_ids(text, 99)[0]) for text in (GOOD, BAD))
+    assert abs(good - bad) > 1e-2
+    assert [row["candidate_id"] for row in made] == ["c0", "c1", "c2"]
+    assert [row["reward"] for row in made] == pytest.approx([good, bad, good], rel=0, abs=LIMIT)
+    assert made[0]["reward"] == made[2]["reward"]
+    assert {row["baseline_id"] for row in made} == {None}
+    assert ws.counters["ranker_calls"] == 2
+    assert [(row["candidate_id"], row["reason"]) for row in ws.rejects.to_pylist()] == [
+        ("c3", "does not fit the ranker")
+    ]
 
 
 @pytest.mark.parametrize("name", ["pairwise", "llm_judge"])

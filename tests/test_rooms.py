@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -33,6 +34,7 @@ from stages.judge import judge
 from stages.pair import pair, pair_rule
 from stages.rankers import ranker as rankers
 from stages.reward import reward
+from stages.selection import selection_rule
 
 few = settings(deadline=None, max_examples=20)
 PAIRWISE = rankers.bind("pairwise")
@@ -215,6 +217,36 @@ def test_compare_costs_k_halves_or_k_minus_1_calls(ranker, k):
     assert [row for row in made["tournament"] if row["round"] == 0] == first
 
 
+def test_one_candidate_is_no_comparison(ranker):
+    """A prompt with one, or with one that the ranker can read beside the others, is a reject; the others go on."""
+    rows = [candidate("a", 0), candidate("b", 0), candidate("b", 1), candidate("c", 0),
+            candidate("c", 1, text="q " * 130)]  # fmt: skip
+    ws = space()
+    made = compare(prompts_of("abc"), pa.Table.from_pylist(rows, schema=CANDIDATES), ws, None, ranker, by=PAIRWISE)
+    assert made.column("prompt_id").to_pylist() == ["b"]
+    found = [(row["prompt_id"], row["reason"], row["detail"]) for row in ws.rejects.to_pylist()]
+    assert found == [
+        ("a", "one candidate", "of 1"),
+        ("c", "does not fit the ranker", ""),
+        ("c", "one candidate", "of 2"),
+    ]
+
+
+def test_a_selection_of_one_is_never_compared():
+    """Refused at plan time, for k = 1 of any rule; a rule without k, or options that are wrong, say nothing."""
+    check = entry_of(compare).facts["shape"].check
+
+    def said(options):
+        return check({"by": PAIRWISE}, {"ranker": Wired("model"), "selections": Wired("select", options)})
+
+    for kept in ({"name": "best_of"}, {"name": "plain", "k": 1}):
+        (problem,) = said({"rule": selection_rule.bind(kept)})
+        assert f"selections by {kept['name']} keep one candidate a prompt" in problem
+    for kept in ({"name": "plain", "k": 2}, {"name": "everything"}):
+        assert said({"rule": selection_rule.bind(kept)}) == []
+    assert said({}) == []
+
+
 def test_a_comparison_is_the_judges_logit(ranker):
     """logit P(left beats right), both orders averaged: antisymmetric, and equal to what `judge` says."""
     prompts = prompts_of("a")
@@ -387,21 +419,47 @@ def test_a_reference_on_other_tokens_or_without_a_candidate_is_refused():
 def test_examples_that_nothing_feeds_are_refused_at_plan_time():
     """What `imitate` reads must be wired; pairs need their candidates; no pairs and nothing to imitate is nothing."""
     check = entry_of(examples).facts["shape"].check
-    plain = {"imitate": "nothing", "desirable": "nothing", "labels": "hard"}
+    plain: dict[str, Any] = {"imitate": "nothing", "desirable": "nothing", "threshold": None, "labels": "hard"}
     given = {"prompts": Wired("prompts", {"demonstration": "answer"})}
     assert check(plain, given | dict.fromkeys(("pairs", "candidates"), Wired("x"))) == []
     assert check(plain | {"imitate": "demonstration"}, given) == []
-    for options, wired, word in [
+    cases: list[tuple[dict[str, Any], set[str], str]] = [
         ({}, {"candidates"}, "nothing to learn from"),
         ({"imitate": "best"}, {"pairs", "candidates"}, "wire `selections`"),
         ({"imitate": "chosen"}, {"candidates"}, "wire `pairs`"),
         ({"desirable": "rewards"}, {"candidates"}, "wire `selections`"),
         ({"desirable": "pairs"}, {"candidates"}, "wire `pairs`"),
         ({}, {"pairs"}, "pairs needs candidates"),
-    ]:
+        ({"threshold": 0.0}, {"pairs", "candidates"}, "set `desirable: rewards`, or unset it"),
+        ({"threshold": 0.0, "desirable": "pairs"}, {"pairs", "candidates"}, "set `desirable: rewards`"),
+    ]
+    for options, wired, word in cases:
         assert word in "\n".join(check(plain | options, given | dict.fromkeys(wired, Wired("x"))))
-    bare = {"prompts": Wired("prompts", {"demonstration": None})}
-    assert "reads none" in check(plain | {"imitate": "demonstration"}, bare)[0]
+    kept = given | dict.fromkeys(("selections", "candidates"), Wired("x"))
+    assert check(plain | {"desirable": "rewards", "threshold": 0.0}, kept) == []
+    people = given | dict.fromkeys(("pairs", "candidates"), Wired("preferences"))
+    assert "people's preferences have none" in check(plain | {"labels": "soft"}, people)[0]
+    assert check(plain | {"labels": "soft"}, people | {"pairs": Wired("pair")}) == []
+
+
+@pytest.mark.parametrize(
+    ("behind", "fine"),
+    [
+        (Wired("prompts", {"demonstration": "answer"}), True),
+        (Wired("prompts", {"demonstration": None}), False),
+        (Wired("preferences", {"chosen": "chosen"}), False),
+        (Wired("own_candidates", {"reward": "score"}), False),
+        (Wired("prompts"), True),
+        (None, True),
+    ],
+    ids=["named", "not named", "preferences", "own candidates", "options that did not validate", "not wired"],
+)
+def test_a_demonstration_that_the_data_set_has_not_is_refused_at_plan_time(behind, fine):
+    """Whatever stage the prompts come from; what is wrong already (options, wires) is not said twice."""
+    check = entry_of(examples).facts["shape"].check
+    options = {"imitate": "demonstration", "desirable": "nothing", "threshold": None, "labels": "hard"}
+    problems = check(options, {"prompts": behind} if behind else {})
+    assert problems == [] if fine else f"{behind.stage} gives none; wire it" in problems[0]
 
 
 # Room 8: judge and evaluate

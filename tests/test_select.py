@@ -444,17 +444,15 @@ def test_every_prompt_is_kept_or_rejected_and_nothing_is_nan(name, rewards, rng)
 def test_prompts_that_a_scale_or_a_rule_can_do_nothing_with():
     """Each with the reason and the place, by prompt; the others go on."""
     rewards = {"a": [1.0, 1.0, 1.0], "b": [2.0], "c": [0.0, 1.0]}
-    for rule, scale, reasons in [
-        ("everything", "unit", {"a": "all rewards equal", "b": "all rewards equal"}),
-        ("everything", "standardized", {"a": "all rewards equal", "b": "all rewards equal"}),
-        ("softmax", "raw", {"b": "one candidate"}),
-        ("softmax", "quantile", {"b": "one candidate"}),
-        ("pooled", "unit", {"a": "all rewards equal", "b": "all rewards equal"}),
-    ]:
+    weighting = [("softmax", "raw"), ("softmax", "quantile"), ("jackknife", "raw"), ("pooled", "raw")]
+    weighting += [("advantage", "raw"), ("chi_square", "raw"), ("chi_square", "quantile")]
+    for rule, scale in [("everything", "unit"), ("everything", "standardized"), ("pooled", "unit"), *weighting]:
         ws = space()
         made = selected(rewards, RULES[rule], scale, ws)
-        assert {row["prompt_id"]: row["reason"] for row in ws.rejects.to_pylist()} == reasons
-        assert set(made.column("prompt_id").to_pylist()) == rewards.keys() - reasons.keys()
+        place = RULES[rule]["name"] if (rule, scale) in weighting else scale
+        found = [(row["prompt_id"], row["place"], row["reason"]) for row in ws.rejects.to_pylist()]
+        assert found == [(prompt, place, "one candidate, or all rewards equal") for prompt in "ab"]
+        assert set(made.column("prompt_id").to_pylist()) == {"c"}
 
 
 def test_prompts_that_the_jackknife_leaves_no_weight():

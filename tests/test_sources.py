@@ -289,16 +289,32 @@ def test_a_response_ends_with_eos_once_and_a_cut_one_without(tokenizers, text):
 
 
 def test_demonstrations_have_their_ids_and_a_row_without_one_is_left_out(tiny, ws, tmp_path):
-    """EOS last; a cut one has none."""
-    rows = [{"prompt": "a", "d": "Yes."}, {"prompt": "b", "d": ""}, {"prompt": "c", "d": "Yes " * 60}]
+    """EOS last. One that does not fit is left out, not cut, for its missing end would be learnt; its prompt stays."""
+    long = {"prompt": "c", "d": "Yes " * 60}
+    rows = [{"prompt": "a", "d": "Yes."}, {"prompt": "b", "d": ""}, long, long]
     path = write_jsonl(tmp_path / "in.jsonl", rows)
     made = prompts(tiny, ws, path=DataPath(str(path)), demonstration="d", max_tokens=30).to_pylist()
     eos = Tokenizer(tiny).inner.eos_token_id
     found = {row["text"]: row["demonstration_ids"] for row in made}
     assert found["a"].count(eos) == 1
     assert found["a"][-1] == eos
-    assert (len(found["c"]), eos in found["c"]) == (30, False)
-    assert reasons(ws) == [("in.jsonl:2", "empty d")]
+    assert found["c"] is None
+    assert {row["text"]: row["demonstration"] for row in made} == {"a": "Yes.", "c": None}
+    places = [("in.jsonl:2", "empty d"), ("in.jsonl:3", "demonstration too long"), ("in.jsonl:4", "duplicate prompt")]
+    assert reasons(ws) == places
+
+
+@given(st.integers(9, 40))
+def test_a_demonstration_is_whole_or_not_there(tiny, tmp_path_factory, words):
+    """n tokens, EOS among them: there with max_tokens = n, and not with n - 1."""
+    folder = tmp_path_factory.mktemp("shown")
+    space = Workspace(folder, Warm(), lambda done, total, unit: None)
+    text = "Yes" + " boat" * words
+    whole = Tokenizer(tiny).response_ids(text, 999)[0]
+    path = write_jsonl(folder / "in.jsonl", [{"prompt": "a", "d": text}])
+    for most, expected in [(len(whole), whole), (len(whole) - 1, None)]:
+        (row,) = prompts(tiny, space, path=DataPath(str(path)), demonstration="d", max_tokens=most).to_pylist()
+        assert row["demonstration_ids"] == expected
 
 
 # Preferences and own candidates

@@ -1,5 +1,6 @@
 """Preference heads: features of the frozen policy, heads trained on pairs, scores as rewards, steered decoding."""
 
+import math
 import re
 from pathlib import Path
 
@@ -14,15 +15,18 @@ from pipeline import Wired
 from pipeline.registry import entry_of
 from pipeline.workspace import Warm, Workspace
 from schemas import WinnowError, conform
-from schemas.tables import CANDIDATES, FEATURES, HEADS, METRICS, PAIRS, REWARDS
+from schemas.tables import CANDIDATES, FEATURES, HEADS, JUDGEMENTS, METRICS, PAIRS, REWARDS
 from stages.engines import Request, Sampling, Steering, open_engine
 from stages.engines.transformers import _noise
+from stages.evaluate import evaluate
 from stages.features import features, response_means
 from stages.head import Sides, head, head_reward, last_layer, preference_head
 from stages.neurons import Neurons, matrix, neurons_of
+from stages.pair import pair, pair_rule
 from stages.policy import completion_logp, load_network
+from stages.reference import reference
 from stages.sample import sample
-from tests.test_rooms import candidate, prompts_of
+from tests.test_rooms import candidate, prompts_of, selections_of
 
 few = settings(deadline=None, max_examples=20)
 PROMPTS = ([0, 5, 9, 14, 30, 8], [0, 7, 7, 21], [0, 60, 61, 62, 63, 64, 65, 66, 67])
@@ -301,25 +305,95 @@ def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, o
     assert steered > 5, "the head agreed with the policy throughout: this test shows nothing"
 
 
-def test_a_steered_draw_keeps_the_policys_own_log_prob(engine, opinion, sharp):
-    made = engine.generate(ask(6), Sampling(1.0, 0, 8, (1,), Steering(opinion, 3.0, 15, 1)))
+def law(network, steering, prompt, said):
+    """Log-probs [V] of the next token, from features that `stages.features` makes of each whole continuation."""
+    with torch.inference_mode():
+        logits = network(input_ids=torch.tensor([[*prompt, *said]])).logits[0, -1].double().numpy()
+    if len(said) % steering.every == 0:
+        top = np.argsort(-logits)[: steering.top]
+        tried = [(prompt, [*said, int(token)]) for token in top]
+        scores = steering.head.score(response_means(network, tried, "float32", 4096).astype(float))
+        logits[top] += steering.strength * (scores - scores.min()) / np.ptp(scores)
+    return logits - np.logaddexp.reduce(logits)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_log_prob_of_an_uncut_steered_draw_is_that_of_the_steered_law(engine, opinion, sharp, every):
+    """log q(y) = sum_t log softmax(logits + strength * share)[y_t], each step again and without a cache."""
+    network, steering = load_network(sharp), Steering(opinion, 3.0, 15, every)
+    made = engine.generate(ask(6), Sampling(1.0, 0, 8, (1,), steering))
+    for request, each in zip(ask(6), made, strict=True):
+        steps = [(each.token_ids[:step], token) for step, token in enumerate(each.token_ids)]
+        again = sum(law(network, steering, request.prompt_ids, said)[token] for said, token in steps)
+        assert each.logp == pytest.approx(again, abs=1e-3)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.7, 0), (1.0, 20)])
+def test_a_steered_draw_that_is_cut_keeps_the_policys_own_log_prob(engine, opinion, sharp, temperature, top_k):
+    made = engine.generate(ask(6), Sampling(temperature, top_k, 8, (1,), Steering(opinion, 3.0, 15, 1)))
     rows = [(request.prompt_ids, each.token_ids) for request, each in zip(ask(6), made, strict=True)]
     with torch.inference_mode():
         ours, _ = completion_logp(load_network(sharp), rows, "float32")
     assert [each.logp for each in made] == pytest.approx(ours.tolist(), abs=1e-3)
 
 
-def test_steered_draws_are_not_the_policys_own(sharp, opinion, ws):
-    """logp_kind is raw, although the temperature is 1 and nothing is cut; and stronger steering scores higher."""
-    options = dict(engine="transformers", n=16, temperature=1.0, top_k=0, max_tokens=8, keep_empty=True)
+UNCUT = dict(engine="transformers", temperature=1.0, top_k=0, keep_empty=True, steer_every=1)
+
+
+def test_stronger_steering_scores_higher(sharp, opinion, ws):
+    asked = prompts_of(["p", "q"])
     means = []
     for strength in (0.0, 2.0, 20.0):
-        made = sample(prompts_of(["p", "q"]), sharp, ws, opinion.table(), steer=strength, steer_every=1, **options)
-        assert set(made["logp_kind"].to_pylist()) == {"raw"}
-        means.append(opinion.score(matrix(features(prompts_of(["p", "q"]), made, sharp, ws))).mean())
+        made = sample(asked, sharp, ws, opinion.table(), n=16, max_tokens=8, steer=strength, **UNCUT)
+        means.append(opinion.score(matrix(features(asked, made, sharp, ws))).mean())
     assert means[0] < means[1] < means[2]
-    plain = sample(prompts_of(["p", "q"]), sharp, ws, **options)
-    assert set(plain["logp_kind"].to_pylist()) == {"exact"}
+
+
+def test_a_draw_says_of_which_law_its_log_prob_is(sharp, opinion, ws):
+    warm, heads = UNCUT | {"temperature": 0.7}, opinion.table()
+    for wired, options, kind in ((None, UNCUT, "exact"), (heads, UNCUT, "steered"), (heads, warm, "raw")):
+        made = sample(prompts_of(["p"]), sharp, ws, wired, n=2, max_tokens=4, **options)
+        assert set(made["logp_kind"].to_pylist()) == {kind}
+
+
+def steered_kl(sharp, opinion, ws, **options):
+    """log q - log p of each draw, as `evaluate` has it: q the steered law, p the policy it started from."""
+    asked = prompts_of(["p"])
+    drawn = sample(asked, sharp, ws, opinion.table(), **UNCUT, **options)
+    ids = [drawn.column(name).to_pylist() for name in ("k", "candidate_id")]
+    rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0)
+            for k, name in zip(*ids, strict=True)]  # fmt: skip
+    judgements = pa.Table.from_pylist(rows, schema=JUDGEMENTS)
+    baseline = reference(asked, drawn, sharp, ws)
+    outcomes, metrics = evaluate(asked, drawn, drawn, judgements, None, baseline, resamples=1)
+    kl = {row["metric"]: row["value"] for row in metrics.to_pylist()}["kl"]
+    return np.array(outcomes["kl"].to_pylist()), kl
+
+
+def test_steering_of_no_strength_has_no_kl(sharp, opinion, ws):
+    """q = p, so log q - log p = 0 of every single draw."""
+    ratios, kl = steered_kl(sharp, opinion, ws, n=16, max_tokens=8, steer=0.0)
+    assert len(ratios) == 16
+    assert np.abs(ratios).max() < 1e-4
+    assert kl == pytest.approx(0, abs=1e-4)
+
+
+def test_kl_of_a_steered_policy_is_that_of_the_two_laws(sharp, opinion, ws):
+    """One token, by enumeration: KL = sum_v q_v (log q_v - log p_v), in 2,000 draws to four standard errors."""
+    ratios, kl = steered_kl(sharp, opinion, ws, n=2000, max_tokens=1, steer=2.0)
+    network, prompt = load_network(sharp), prompts_of(["p"])["token_ids"][0].as_py()
+    q, p = (law(network, Steering(opinion, strength, 15, 1), prompt, []) for strength in (2.0, 0.0))
+    exact = (np.exp(q) * (q - p)).sum()
+    assert exact > 0.1
+    assert kl == pytest.approx(ratios.mean())
+    assert abs(kl - exact) < 4 * ratios.std() / math.sqrt(len(ratios))
+
+
+def test_a_steered_log_prob_is_not_taken_for_the_policys_own():
+    rows = [candidate("a", k) | {"logp": -1.0, "logp_kind": "steered"} for k in range(2)]
+    rule = pair_rule.bind("next_likelier_loser")
+    with pytest.raises(WinnowError, match="without a head"):
+        pair(pa.Table.from_pylist(rows, schema=CANDIDATES), space(), selections_of({"a": [1.0, -1.0]}), rule=rule)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])

@@ -241,8 +241,8 @@ def test_accumulation_changes_nothing(tiny, cached, imitated, tmp_path, name, op
         assert furthest(found, whole) < 1e-5
 
 
-def test_nll_is_a_mean_over_the_weighted_tokens_of_the_whole_step(tiny, imitated, tmp_path):
-    """L = -sum_i w_i lp_i / sum_i w_i |y_i| over every response of the step: not a mean of groups' means."""
+def test_nll_is_a_mean_over_the_imitated_tokens_of_the_whole_step(tiny, imitated, tmp_path):
+    """L = -sum_i w_i lp_i / sum_i |y_i| over the responses with w_i > 0 of the step: not a mean of groups' means."""
     network = load_network(tiny)
     total = tokens = 0.0
     for row in imitated.to_pylist():
@@ -250,7 +250,7 @@ def test_nll_is_a_mean_over_the_weighted_tokens_of_the_whole_step(tiny, imitated
             with torch.inference_mode():
                 logp, _ = completion_logp(network, [(row["prompt_ids"], response["token_ids"])], "float32")
             total -= response["weight"] * logp.item()
-            tokens += response["weight"] * len(response["token_ids"])
+            tokens += len(response["token_ids"]) * (response["weight"] > 0)
     _, metrics, _ = train(tiny, imitated, tmp_path, objective=bound("nll"), batch_size=100, micro_tokens=60)
     assert metrics[1, "loss"] == pytest.approx(total / tokens, rel=1e-6)
     assert metrics[1, "nll"] == pytest.approx(total / tokens, rel=1e-6)
@@ -388,3 +388,13 @@ def test_the_margin_of_the_metrics_is_h(tiny, cached, tmp_path):
         gaps += [shift[pair["chosen"]] - shift[pair["rejected"]] for pair in row["pairs"]]
     assert metrics[policy["steps"], "heldout/margin"] == pytest.approx(np.mean(gaps), abs=1e-4)
     assert metrics[policy["steps"], "heldout/accuracy"] == pytest.approx(np.mean(np.array(gaps) > 0))
+
+
+def test_a_reference_of_another_policy_is_taken_when_it_is_said(tiny, other, labelled, tmp_path):
+    """`reference: other`: h at step 0 is the gap of shifts between the two policies, not 0, and training runs."""
+    prompts, candidates, pairs = labelled
+    rows = examples(prompts, space(), candidates, pairs, reference=reference(prompts, candidates, other, space()))
+    with pytest.raises(WinnowError, match="reference: other"):
+        train(tiny, rows, tmp_path / "init")
+    _, metrics, _ = train(tiny, rows, tmp_path / "other", reference="other", batch_size=100)
+    assert abs(metrics[1, "margin"]) > 0.01

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,27 @@ from schemas.tables import EXAMPLES
 from stages.mixing import mix
 from stages.optimize import optimize
 
+Say = Callable[[str], None]
 ALONE = ("joint 1", "joint 0")
 MIXES = (*ALONE, "joint 0.5", "sequence 0.5", "alright 0.5", "maxright 0.5")
+OPTIMA = ("preference_optimum", "imitation_optimum")
 LEGS = {"examples": "preference_examples", "demonstrations": "demonstration_examples"}
 
 
-def measure(store: Store, worlds: list[Path], reporter: Reporter, groups: int, repeats: int) -> pa.Table:
+def measure(store: Store, worlds: list[Path], reporter: Reporter, groups: int, repeats: int, say: Say) -> pa.Table:
     """Seconds a step of every mix over the first `groups` groups of each side: medians over repeats, and spreads."""
     step = _optimize_step(store, worlds, reporter)
     tables = {name: _rows(store, step.inputs[name], groups) for name in LEGS}
     init = store.folder(step.inputs["init"]).model()
     times: dict[str, list[list[float]]] = {name: [] for name in MIXES}
     turns: dict[str, tuple[int, int]] = {}
+    optima: dict[str, pa.Table] = {}  # the first repeat measures each objective alone first
     for repeat in range(repeats):
         for n, name in enumerate(MIXES[:: 1 if repeat % 2 == 0 else -1]):
-            reporter.tell(repeat * len(MIXES) + n, repeats * len(MIXES), "runs")
-            seconds, turns[name] = _train(init, tables, step.options, name)
+            known = dict(zip(OPTIMA, map(optima.get, ALONE), strict=True)) if name.startswith("maxright") else {}
+            seconds, turns[name], metrics = _train(init, tables | known, step.options, name)
+            optima.setdefault(name, metrics)
+            say(f"  {repeat * len(MIXES) + n + 1} of {repeats * len(MIXES)}: {name}, {sum(seconds):.1f} s")
             times[name].append(seconds)
     return pa.Table.from_pylist([_row(name, times, turns[name]) for name in MIXES])
 
@@ -59,8 +64,8 @@ def _rows(store: Store, step: Step, groups: int) -> pa.Table:
     return store.folder(step).read(EXAMPLES).sort_by("prompt_id").slice(0, groups)
 
 
-def _train(init: Any, tables: dict[str, pa.Table], options: dict[str, Any], name: str) -> tuple[list[float], Any]:
-    """Seconds of each step, and how many steps took preferences and demonstrations."""
+def _train(init: Any, tables: dict[str, Any], options: dict[str, Any], name: str) -> tuple[list[float], Any, pa.Table]:
+    """Seconds of each step, how many steps took preferences and demonstrations, and the metrics."""
     ticks: list[float] = []
     kind, _, weight = name.partition(" ")
     entry = mix.find(kind)
@@ -68,9 +73,9 @@ def _train(init: Any, tables: dict[str, pa.Table], options: dict[str, Any], name
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder), Warm(), lambda done, total, unit: ticks.append(time.perf_counter()))
         given = options | {"mix": bound, "epochs": 1}
-        _, _, metrics = optimize(init, tables["examples"], space, demonstrations=tables["demonstrations"], **given)
-    shares = [row["value"] for row in metrics.to_pylist() if row["metric"] == "preference_weight"]
-    return list(np.diff(ticks)), (sum(share > 0 for share in shares[1:]), sum(share < 1 for share in shares[1:]))
+        _, _, metrics = optimize(init, ws=space, **tables, **given)
+    shares = [row["value"] for row in metrics.to_pylist() if row["metric"] == "preference_weight"][1:]
+    return list(np.diff(ticks)), (sum(share > 0 for share in shares), sum(share < 1 for share in shares)), metrics
 
 
 def _row(name: str, times: dict[str, list[list[float]]], turns: tuple[int, int]) -> dict[str, Any]:

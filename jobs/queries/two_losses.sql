@@ -1,10 +1,18 @@
--- One row a trained policy that was measured on held-out preferences and on held-out demonstrations.
+-- One row a trained policy that was measured on held-out preferences and on held-out demonstrations. A step that
+-- only measures an optimum goes by its own name, and by its run's too where several policies have that name.
+WITH policies AS (
+    SELECT
+        min(CASE runs.step WHEN 'optimize' THEN run || coalesce('@' || round, '') ELSE runs.step END) AS name,
+        min(run || coalesce('@' || round, '')) AS run,
+        any_value(value) FILTER (metric = 'heldout/loss') AS preference_loss,
+        any_value(value) FILTER (metric = 'heldout/imitation/loss') AS imitation_loss,
+        any_value(value) FILTER (metric = 'heldout/accuracy') AS preference_accuracy
+    FROM runs JOIN metrics USING (stage, key)
+    GROUP BY stage, key
+    HAVING preference_loss IS NOT NULL AND imitation_loss IS NOT NULL
+)
 SELECT
-    CASE runs.step WHEN 'optimize' THEN run || coalesce('@' || round, '') ELSE runs.step END AS policy,
-    any_value(value) FILTER (metric = 'heldout/loss') AS preference_loss,
-    any_value(value) FILTER (metric = 'heldout/imitation/loss') AS imitation_loss,
-    any_value(value) FILTER (metric = 'heldout/accuracy') AS preference_accuracy
-FROM runs JOIN metrics USING (stage, key)
-GROUP BY ALL
-HAVING preference_loss IS NOT NULL AND imitation_loss IS NOT NULL
+    name || CASE WHEN count(*) OVER (PARTITION BY name) > 1 THEN ' (' || run || ')' ELSE '' END AS policy,
+    preference_loss, imitation_loss, preference_accuracy
+FROM policies
 ORDER BY policy

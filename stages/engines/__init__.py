@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from stages.neurons import Neurons
+
+LogpKind = Literal["exact", "steered", "raw"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,24 @@ class Sampling:
     steering: Steering | None = None
 
     @property
-    def exact(self) -> bool:
-        """Are draws from the policy itself, so that raw log-probs are those of the draw?"""
-        return self.temperature == 1.0 and self.top_k == 0 and self.steering is None
+    def uncut(self) -> bool:
+        """Is the softmax drawn from as it is, so that a draw's log-prob can be that of its own law?"""
+        return self.temperature == 1.0 and self.top_k == 0
+
+    @property
+    def logp_kind(self) -> LogpKind:
+        """Of which law a completion's log-prob is: exact and steered are what was drawn from, raw is the policy's."""
+        if not self.uncut:
+            return "raw"
+        return "exact" if self.steering is None else "steered"
 
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids end with EOS if finish_reason is stop. logp is raw: before steering, temperature and top-k."""
+    """token_ids end with EOS if finish_reason is stop.
+
+    logp is the policy's own, before temperature, top-k and steering; but of an uncut steered draw, the steered law's.
+    """
 
     token_ids: list[int]
     logp: float

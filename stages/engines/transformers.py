@@ -19,19 +19,19 @@ ROWS = 256
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Adds each row's own seeded Gumbel noise, so that the argmax is a draw from the warped softmax.
 
-    The noise of step t comes from (seed, t): a draw does not depend on which batch it is in. `raw` has,
-    for each step, the log-prob of the token drawn before temperature and top-k.
+    The noise of step t comes from (seed, t): a draw does not depend on which batch it is in. `logp` has,
+    for each step, the log-prob of the token drawn: under the law drawn from where that is uncut, else the policy's.
     """
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling) -> None:
         self.seeds, self.prompt_length, self.sampling = seeds, prompt_length, sampling
-        self.raw: list[Tensor] = []
+        self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.noisy(input_ids.shape[1] - self.prompt_length, scores.float(), scores.float())
 
     def noisy(self, step: int, scores: Tensor, steered: Tensor) -> Tensor:
-        """Both fp32 [N, V]; the draw is made from `steered`, its log-prob is that under `scores`."""
+        """Both fp32 [N, V]; the draw is made from `steered`, cut and warped; without steering the two are one."""
         warped = steered / self.sampling.temperature
         if 0 < self.sampling.top_k < warped.shape[-1]:
             kept = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
@@ -39,7 +39,8 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
         noise = np.stack([_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
         noisy: Tensor = warped + torch.from_numpy(noise).to(warped.device)
         drawn = noisy.argmax(-1, keepdim=True)
-        self.raw.append(scores.log_softmax(-1).gather(-1, drawn).squeeze(-1))
+        law = steered if self.sampling.uncut else scores
+        self.logp.append(law.log_softmax(-1).gather(-1, drawn).squeeze(-1))
         return noisy
 
 
@@ -76,8 +77,8 @@ class TransformersEngine:
             drawn = self._generated(ids, noise, sampling)
         else:
             drawn = steered_ids(self.network, ids, noise.noisy, sampling, sampling.steering)
-        raw = torch.stack(noise.raw, dim=1)
-        return [_completion(row, each, sampling.stop) for row, each in zip(drawn.tolist(), raw, strict=True)]
+        logp = torch.stack(noise.logp, dim=1)
+        return [_completion(row, each, sampling.stop) for row, each in zip(drawn.tolist(), logp, strict=True)]
 
     def _generated(self, ids: Tensor, noise: GumbelNoise, sampling: Sampling) -> Tensor:
         plain = GenerationConfig(

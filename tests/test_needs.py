@@ -1,0 +1,79 @@
+"""What a loss reads and a recipe's data never make is refused when it is planned, with the reason."""
+
+import pytest
+import yaml
+
+from jobs import recipes
+from schemas import WinnowError
+
+NO_PAIRS = {"pairs": None, "reference": None, "selections": "select"}
+
+
+def planned(world, tmp_path, steps):
+    """The plan of a recipe that extends ours by `steps`."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"extends": "_base", **steps}))
+    return recipes.plan_named(str(path), [world / "world.yaml"], [])
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ({"examples": {"from": {"reference": None}}}, "examples: objective sigmoid_norm reads a reference"),
+        ({"examples": {"from": NO_PAIRS, "with": {"imitate": "selected"}}}, "sigmoid_norm reads pairs"),
+        ({"optimize": {"with": {"objective": "nll"}}}, "nll reads responses with a weight; set its `imitate`"),
+        ({"optimize": {"with": {"objective": "nll"}}}, "objective nll reads no pairs; unwire `pairs`"),
+        ({"optimize": {"with": {"nll_weight": 0.5}}}, "set its `imitate`"),
+        ({"examples": {"with": {"imitate": "chosen"}}}, "reads no weights; unset its `imitate`"),
+        ({"optimize": {"with": {"objective": "kto"}}}, "kto reads unpaired labels; set its `desirable`"),
+        ({"optimize": {"with": {"objective": "kto"}}}, "kto reads mismatched rows; wire `mismatched`"),
+        ({"examples": {"with": {"desirable": "pairs"}}}, "reads no unpaired labels; unset its `desirable`"),
+        (
+            {"optimize": {"with": {"objective": "hinge_norm"}}, "examples": {"with": {"labels": "soft"}}},
+            "hinge_norm takes every label as certain",
+        ),
+        ({"optimize": {"with": {"mix": "alright"}}}, "`mix` and the input `demonstrations` go together"),
+        ({"optimize": {"from": {"demonstrations": "demonstration_examples"}}}, "go together"),
+        (
+            {"optimize": {"from": {"demonstrations": "examples"}, "with": {"mix": "alright"}}},
+            "demonstrations: nll reads responses with a weight",
+        ),
+        (
+            {"optimize": {"from": {"demonstrations": "demonstration_examples", "preference_optimum": "sft"},
+                          "with": {"mix": "alright"}}},
+            "mix alright does not read it",
+        ),
+        ({"reference": {"from": {"policy": "ranker"}}}, "training starts from another step"),
+        ({"reference": {"from": {"policy": "sft"}}, "rounds": 2}, "optimize@2: init: training starts from another"),
+        ({"reference": {"with": {"dtype": "bfloat16"}}}, "dtype: float32, and the reference is scored in bfloat16"),
+        (
+            {"optimize": {"with": {"objective": "hinge", "reference": "other"}}},
+            "reference: other, and objective hinge reads none",
+        ),
+    ],
+)  # fmt: skip
+def test_a_recipe_whose_data_lack_what_its_loss_reads(world, tmp_path, steps, said):
+    with pytest.raises(WinnowError) as caught:
+        planned(world, tmp_path, steps)
+    assert said in str(caught.value)
+
+
+def test_the_reference_of_rounds_may_stay_the_sft_policy(world, tmp_path):
+    """`reference: other` keeps one reference for all rounds; its key is one, whatever the policy that is trained."""
+    steps = {
+        "rounds": 2,
+        "reference": {"from": {"policy": "sft"}},
+        "optimize": {"with": {"reference": "other"}},
+    }
+    plan = planned(world, tmp_path, steps)
+    made = {step.name: step for step in plan.steps}
+    assert made["reference@1"].inputs["policy"] is made["reference@2"].inputs["policy"]
+    assert made["optimize@2"].inputs["init"] is made["optimize@1"]
+
+
+@pytest.mark.parametrize("recipe", ["spin", "click", "alright"])
+def test_a_demonstration_that_the_data_set_has_not(recipe, world, tmp_path):
+    overlay = tmp_path / "bare.yaml"
+    overlay.write_text("prompts: {with: {demonstration: null}}\ndemonstrations: {with: {demonstration: null}}\n")
+    with pytest.raises(WinnowError, match="demonstration"):
+        recipes.plan_named(recipe, [world / "world.yaml", overlay], [])
