@@ -46,7 +46,7 @@ def alright(now: Moment, *, weight: Share = 0.5) -> float:
 
 
 @mix(watches=True)
-def maxright(now: Moment, *, weight: Share = 0.5, refresh: Annotated[int, Range(gt=0)] = 10) -> float:
+def maxright(now: Moment, *, weight: Share = 0.5, refresh: Annotated[int, Range(gt=0)] = 20) -> float:
     """The objective with the larger weighted gap; imitation on a tie.
 
     A loss is known from the last step that took it; every `refresh` steps the one not taken is measured
