@@ -27,7 +27,7 @@ def _has_two_to_compare(options: dict[str, Any], wired: Mapping[str, Wired]) -> 
     return problems
 
 
-@stage(version=2, check=_has_two_to_compare)
+@stage(version=3, check=_has_two_to_compare)
 def compare(
     prompts: Prompts,
     candidates: Candidates,

@@ -13,7 +13,7 @@ from stages.rankers import Ranker, averaged, both_orders, open_ranker, reads_its
 from stages.rankers import ranker as rankers
 
 
-@stage(version=1, check=reads_its_model)
+@stage(version=2, check=reads_its_model)
 def judge(
     prompts: Prompts,
     candidates: Candidates,

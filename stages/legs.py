@@ -1,6 +1,6 @@
 """One objective on one table of examples: its batches, its share of a step's loss, its metrics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from pipeline import Bound
 from schemas import WinnowError
 from stages.objectives import Batch, nll
-from stages.policy import completion_logp, completion_scores, is_reward_model
+from stages.packing import Asked, Prompted, fill, split
+from stages.policy import is_reward_model
+from stages.scoring import completion_logp, completion_scores, logp_of, read_rows, shares
 from stages.training_data import Group
 
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
@@ -73,16 +75,40 @@ class Leg:
         return sizes[self.objective.facts["per"]]
 
     def losses(self, network: PreTrainedModel, batch: list[Group], panel: "Panel") -> Iterator[Tensor]:
-        """The step's loss in the shares of its micro-batches, one forward pass each; `panel` collects the metrics."""
+        """The step's loss in shares, one forward pass each; `panel` collects the metrics."""
         kl = self._kl(network, batch) if "kl" in self.objective.facts["reads"] else None
-        for micro in self.micro(batch):
-            own, hits, weight = self._forward(network, micro, kl)
-            values = self.objective(own) * (weight if self.objective.facts["per"] == "pairs" else 1.0)
-            total: Tensor = values.sum() / panel.counts[self.objective.facts["per"]]
-            if self.nll_weight:
-                total = total + self.nll_weight * nll(own).sum() / panel.counts["likelihood"]
-            panel.add(own, hits, total)
-            yield total
+        for micro in self.micro(network, batch):
+            parts = split(micro[0], self.micro_tokens, shares(network, micro)) if len(micro) == 1 else []
+            if len(parts) > 1:
+                yield from self._parts(network, micro[0], parts, kl, panel)
+            else:
+                logp, hits = self._read(network, micro)
+                yield self._loss(micro, logp, hits, kl, panel)
+
+    def _loss(self, groups: list[Group], logp: Tensor, hits: Tensor, kl: Tensor | None, panel: "Panel") -> Tensor:
+        own = self._batch(groups, logp, kl)
+        weight = own.logp.new_tensor([weight for group in groups for weight in group.pair_weight])
+        values = self.objective(own) * (weight if self.objective.facts["per"] == "pairs" else 1.0)
+        total: Tensor = values.sum() / panel.counts[self.objective.facts["per"]]
+        if self.nll_weight:
+            total = total + self.nll_weight * nll(own).sum() / panel.counts["likelihood"]
+        panel.add(own, hits, total)
+        return total
+
+    def _parts(
+        self, network: PreTrainedModel, group: Group, parts: list[list[int]], kl: Tensor | None, panel: "Panel"
+    ) -> Iterator[Tensor]:
+        """A group in several passes: all log-probs first, then each part's with d loss / d log-prob as its weight."""
+        pieces = [Asked(group.prompt, [group.responses[n] for n in part]) for part in parts]
+        with torch.no_grad():
+            found = [self._read(network, [piece]) for piece in pieces]
+        logp, hits = (torch.cat(each) for each in zip(*found, strict=True))
+        with torch.enable_grad():
+            loss = self._loss([group], logp.requires_grad_(), hits, kl, panel)
+            (slope,) = torch.autograd.grad(loss, logp)
+        for piece, weight in zip(pieces, slope.split([len(part) for part in parts]), strict=True):
+            share = (self._read(network, [piece])[0] * weight).sum() if torch.is_grad_enabled() else loss
+            yield share - share.detach() + loss.detach() / len(pieces)
 
     def panel(self, batch: list[Group]) -> "Panel":
         return Panel(batch, self.nll_per)
@@ -98,70 +124,57 @@ class Leg:
             raise WinnowError(f"a loss that is looked at is not finite; rows: {self.culprits(network, batch)}")
         return entry
 
-    def micro(self, batch: list[Group]) -> Iterator[list[Group]]:
-        """Whole groups of similar length, up to micro_tokens padded tokens a forward pass."""
-        micro: list[Group] = []
-        rows = 0
-        for group in sorted(batch, key=lambda group: (group.width, group.prompt_id)):
-            if micro and (rows + group.rows) * group.width > self.micro_tokens:
-                yield micro
-                micro, rows = [], 0
-            micro.append(group)
-            rows += group.rows
-        if micro:
-            yield micro
+    def micro(self, network: PreTrainedModel, batch: list[Group]) -> Iterator[list[Group]]:
+        """Whole groups of similar length, up to micro_tokens a forward pass."""
+        ordered = sorted(batch, key=lambda group: group.prompt_id)
+        for chosen in fill(ordered, self.micro_tokens, shares(network, batch)):
+            yield [ordered[n] for n in chosen]
 
-    def _forward(
-        self, network: PreTrainedModel, groups: list[Group], kl: Tensor | None
-    ) -> tuple[Batch, Tensor, Tensor]:
-        """The batch, how many tokens of each row are the argmax, and the weights of its pairs."""
-        rows = [(group.prompt, ids) for group in groups for ids in group.responses]
+    def _read(self, network: PreTrainedModel, groups: Sequence[Prompted]) -> tuple[Tensor, Tensor]:
+        """Log-prob (or score) of every response, and how many of its tokens are the likeliest."""
         if is_reward_model(network):
-            logp = completion_scores(network, rows, self.dtype)
-            hits = torch.zeros_like(logp)
-        else:
-            logp, hits = completion_logp(network, rows, self.dtype)
+            scores = completion_scores(network, groups, self.dtype)
+            return scores, torch.zeros_like(scores)
+        return completion_logp(network, groups, self.dtype)
+
+    def _batch(self, groups: list[Group], logp: Tensor, kl: Tensor | None) -> Batch:
+        """What the objective is a function of."""
         vector = logp.new_tensor
         chosen, rejected = _indices(groups, logp.device)
         reads = self.objective.facts["reads"]
-        return (
-            Batch(
-                logp=logp,
-                length=vector([len(ids) for _, ids in rows]),
-                weight=vector([weight for group in groups for weight in group.weight]),
-                chosen=chosen,
-                rejected=rejected,
-                ref=vector([ref for group in groups for ref in group.ref or []]) if "ref" in reads else None,
-                label=vector([label for group in groups for label in group.label]) if "label" in reads else None,
-                desirable=vector(_signs(groups)) if "desirable" in reads else None,
-                kl=kl,
-            ),
-            hits,
-            vector([weight for group in groups for weight in group.pair_weight]),
+        return Batch(
+            logp=logp,
+            length=vector([len(ids) for group in groups for ids in group.responses]),
+            weight=vector([weight for group in groups for weight in group.weight]),
+            chosen=chosen,
+            rejected=rejected,
+            ref=vector([ref for group in groups for ref in group.ref or []]) if "ref" in reads else None,
+            label=vector([label for group in groups for label in group.label]) if "label" in reads else None,
+            desirable=vector(_signs(groups)) if "desirable" in reads else None,
+            kl=kl,
         )
 
     @torch.no_grad()
     def _kl(self, network: PreTrainedModel, batch: list[Group]) -> Tensor:
         """Mean shift of the step's mismatched rows, before any gradient: micro-batches do not change it."""
-        total, count = torch.zeros((), device=network.device), 0
-        for micro in self.micro([group for group in batch if group.mismatched]):
-            rows = [(group.prompt, ids) for group in micro for ids, _ in group.mismatched]
-            logp, _ = completion_logp(network, rows, self.dtype)
-            total += (logp - logp.new_tensor([ref for group in micro for _, ref in group.mismatched])).sum()
-            count += len(rows)
-        return total / max(1, count)
+        groups = [group for group in batch if group.mismatched]
+        rows = [(group.prompt, ids) for group in groups for ids, _ in group.mismatched]
+        if not rows:
+            return torch.zeros((), device=network.device)
+        logp = read_rows(logp_of, network, rows, self.dtype, self.micro_tokens)
+        ref = [ref for group in groups for _, ref in group.mismatched]
+        return torch.tensor(float((logp - np.array(ref, dtype=np.float32)).mean()), device=network.device)
 
     @torch.no_grad()
     def gate(self, network: PreTrainedModel) -> None:
         """Refuse to start unless the cached reference gives, row by row, the loss of policy = reference."""
-        found, expected = torch.zeros(0), torch.zeros(0)
         first = self.batch(0)
         kl = self._kl(network, first)
-        for micro in self.micro(first):
-            own, _, _ = self._forward(network, micro, kl)
-            found = torch.cat([found, self.objective(own).cpu()])
-            same = replace(own, ref=own.logp, kl=torch.zeros_like(kl))
-            expected = torch.cat([expected, self.objective(same).cpu()])
+        rows = [(group.prompt, ids) for group in first for ids in group.responses]
+        logp = torch.from_numpy(read_rows(logp_of, network, rows, self.dtype, self.micro_tokens))
+        own = self._batch(first, logp, kl.cpu())
+        found = self.objective(own)
+        expected = self.objective(replace(own, ref=own.logp, kl=torch.zeros_like(kl.cpu())))
         drift, scale = found - expected, max(1.0, float(expected.abs().mean()))
         mean, each = (bound * scale for bound in TOLERANCE[self.dtype])
         if not (abs(float(drift.mean())) <= mean and float(drift.abs().mean()) <= each):
@@ -177,7 +190,7 @@ class Leg:
         bad = [
             f"{group.prompt_id}/{name}"
             for group in batch
-            for name, value in zip(group.names, self._forward(network, [group], None)[0].logp.tolist(), strict=True)
+            for name, value in zip(group.names, self._read(network, [group])[0].tolist(), strict=True)
             if not np.isfinite(value)
         ]
         names = bad or [f"{group.prompt_id}/{name}" for group in batch for name in group.names]

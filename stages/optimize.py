@@ -17,7 +17,7 @@ Share = Annotated[float, Range(ge=0, le=1)]
 LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=2, whole=True, check=optimize_needs)
+@stage(version=3, whole=True, check=optimize_needs)
 def optimize(
     init: Model,
     examples: Examples,

@@ -5,17 +5,17 @@ is tokenised in pieces, here and nowhere else, so that training and scoring read
 beginnings are equal ids.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from schemas import Model
 from stages.limits import context_length
-from stages.policy import autocast, by_tokens, load_network
+from stages.packing import Prompted
+from stages.policy import load_network
+from stages.scoring import next_logits, read_rows
 from stages.text import Tokenizer
 
 LABELS = ("A", "B")
@@ -57,45 +57,13 @@ class PairwiseRanker:
         """
         rows = [self.prompt.ids(context, first, second) for first, second in pairs]
         shared = _common_prefix(rows)
-        lengths = [len(row) for row in rows]  # the prefix is copied for every row of a batch
-        result = np.zeros(len(rows))
-        prefix = self._prefix(rows[0][:shared]) if rows else None
-        for batch in by_tokens(lengths, self.budget):
-            result[batch] = self._suffixes(prefix, shared, [rows[n][shared:] for n in batch])
-        return result
+        split = [(row[:shared], row[shared:]) for row in rows]
+        return read_rows(self._label_logits, self.network, split, self.dtype, self.budget).astype(np.float64)
 
-    def _prefix(self, ids: list[int]) -> Any:
-        cache = DynamicCache(config=self.network.config)
-        device = self.network.device
-        with torch.inference_mode(), autocast(self.dtype, device):
-            self.network(
-                input_ids=torch.tensor([ids], device=device),
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-        return cache
-
-    def _suffixes(self, prefix: Any, shared: int, rows: list[list[int]]) -> np.ndarray:
-        """Padded on the left, so that the label is predicted at the last position of every row."""
-        device = self.network.device
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        mask = torch.cat([real.new_ones(len(rows), shared), real], dim=1)
-        cache = copy.deepcopy(prefix)
-        cache.batch_repeat_interleave(len(rows))
-        with torch.inference_mode(), autocast(self.dtype, device):
-            logits = self.network(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=shared + (real.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits
+    def _label_logits(self, network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
         a, b = self.prompt.labels
-        scores = logits[:, -1].double()
-        result: np.ndarray = (scores[:, a] - scores[:, b]).cpu().numpy()
-        return result
+        logits = next_logits(network, groups, dtype)
+        return logits[:, a] - logits[:, b]
 
     def close(self) -> None:
         del self.network

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from schemas import Model
 from stages.limits import context_length
-from stages.policy import Row, by_tokens, completion_scores, load_network
+from stages.policy import load_network
 from stages.rankers import Scorer
+from stages.scoring import Row, completion_scores, read_rows
 from stages.text import Tokenizer
 
 
@@ -32,13 +32,9 @@ class PointwiseRanker(Scorer):
     def _row(self, context: str, text: str) -> Row:
         return self.tokenizer.prompt_ids(context), self.tokenizer.response_ids(text, self.context)[0]
 
-    @torch.inference_mode()
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
         rows = [self._row(context, text) for text in texts]
-        scores = np.zeros(len(rows))
-        for batch in by_tokens([len(prompt) + len(response) for prompt, response in rows], self.budget):
-            scores[batch] = completion_scores(self.network, [rows[n] for n in batch], self.dtype).cpu().numpy()
-        return scores
+        return read_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
 
     def close(self) -> None:
         del self.network

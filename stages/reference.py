@@ -12,7 +12,7 @@ from stages.groups import column_by
 from stages.limits import BUDGET, check_ids
 
 
-@stage(version=1)
+@stage(version=2)
 def reference(
     prompts: Prompts,
     candidates: Candidates,
@@ -29,7 +29,8 @@ def reference(
     will stand in: neither another loss nor another pairing scores it again. Responses of equal tokens go
     through the network once.
     """
-    from stages.policy import load_network, score_rows
+    from stages.policy import load_network
+    from stages.scoring import logp_of, read_rows
 
     if selections is not None:
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
@@ -41,7 +42,7 @@ def reference(
     inputs = {(row["prompt_id"], tuple(row["token_ids"])): n for n, row in enumerate(rows)}
     unique = list(inputs)
     ws.count(tokens=sum(len(prompt_ids[prompt]) + len(ids) for prompt, ids in unique))
-    scores = score_rows(network, [(prompt_ids[prompt], ids) for prompt, ids in unique], dtype, BUDGET)
+    scores = read_rows(logp_of, network, [(prompt_ids[prompt], ids) for prompt, ids in unique], dtype, BUDGET)
     logp = dict(zip(unique, scores.tolist(), strict=True))
     made = [
         {

@@ -14,7 +14,7 @@ from stages.rankers import Ranker, Scorer, averaged, both_orders, open_ranker, r
 from stages.rankers import ranker as rankers
 
 
-@stage(version=1, check=reads_its_model)
+@stage(version=2, check=reads_its_model)
 def reward(
     prompts: Prompts,
     candidates: Candidates,

@@ -9,10 +9,17 @@ from schemas.tables import EXAMPLES
 from stages.legs import Leg
 from stages.objectives import objective
 from stages.optimize import optimize
-from stages.policy import load_network, score_rows
+from stages.packing import Asked
+from stages.policy import load_network
+from stages.scoring import logp_of, read_rows
 from stages.training_data import groups_of
 
 VOCABULARY = range(5, 250)  # ids that the tiny model has, special ones left out
+
+
+def alone(rows):
+    """Each (prompt ids, response ids) as a group of its own."""
+    return [Asked(prompt, [response]) for prompt, response in rows]
 
 
 def bound(registry, name, **options):
@@ -69,7 +76,8 @@ def cache(init, rows, spread=0.0, seed=0):
     rng = np.random.default_rng(seed)
     network = load_network(init)
     for row in rows:
-        found = score_rows(network, [(row["prompt_ids"], each["token_ids"]) for each in row["responses"]], "float32", 1)
+        asked = [(row["prompt_ids"], each["token_ids"]) for each in row["responses"]]
+        found = read_rows(logp_of, network, asked, "float32", 1)
         for each, logp in zip(row["responses"], found.tolist(), strict=True):
             each["ref_logp"] = float(np.float32(logp + rng.uniform(-spread, spread)))
         row |= {"ref_model": init.digest, "ref_dtype": "float32"}

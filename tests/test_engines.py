@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from stages.engines import Request, Sampling, open_engine
-from stages.policy import completion_logp, load_network
+from stages.policy import load_network
+from stages.scoring import completion_logp
+from tests.material import alone
 from tests.test_rejection import follows
 
 PROMPTS = ([0, 5, 9, 14, 30, 8], [0, 7, 7, 21], [0, 60, 61, 62, 63, 64, 65, 66, 67])
@@ -38,7 +40,7 @@ def test_logp_is_raw_whatever_the_temperature(engine, tiny):
     completions = engine.generate(requests, Sampling(0.5, 5, 8, (1,)))
     rows = [(request.prompt_ids, made.token_ids) for request, made in zip(requests, completions, strict=True)]
     with torch.inference_mode():
-        ours, _ = completion_logp(load_network(tiny), rows, "float32")
+        ours, _ = completion_logp(load_network(tiny), alone(rows), "float32")
     assert [made.logp for made in completions] == pytest.approx(ours.tolist(), abs=1e-3)
 
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from pipeline.content import ModelPath, model_digest
 from schemas import Model, WinnowError
 from stages.limits import check_ids, context_length
-from stages.policy import by_tokens, completion_logp, load_network, save_network, score_rows
+from stages.policy import load_network, save_network
+from stages.scoring import completion_logp, logp_of, read_rows
 from stages.text import Tokenizer
+from tests.material import alone
 
 LIMIT = 1e-5  # relative, and in nats near zero: fp32 numbers at 40 nats are 4e-6 apart
 few = settings(deadline=None, max_examples=30)
@@ -44,7 +46,7 @@ def naive(network, prompt, response):
 
 @torch.inference_mode()
 def scored(network, rows):
-    return completion_logp(network, rows, "float32")[0].tolist()
+    return completion_logp(network, alone(rows), "float32")[0].tolist()
 
 
 @few
@@ -102,24 +104,15 @@ def test_hits_count_the_tokens_that_greedy_decoding_would_write(network):
         for _ in range(6):
             greedy.append(int(network(input_ids=torch.tensor([prompt + greedy])).logits[0, -1].argmax()))
     broken = [*greedy[:-1], (greedy[-1] + 1) % network.config.vocab_size]
-    _, hits = completion_logp(network, [(prompt, greedy), (prompt, broken)], "float32")
+    _, hits = completion_logp(network, alone([(prompt, greedy), (prompt, broken)]), "float32")
     assert hits.tolist() == [6, 5]
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
-def test_by_tokens_covers_every_index_once_within_budget(lengths, budget):
-    """A partition of the indices; a batch of more than one row pads to at most `budget` tokens."""
-    batches = list(by_tokens(lengths, budget))
-    assert sorted(n for batch in batches for n in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[n] for n in batch) <= budget
 
 
 @few
 @given(rows=rows_of, budget=st.integers(1, 120))
-def test_score_rows_is_completion_logp_in_the_order_given(network, rows, budget):
+def test_read_rows_is_completion_logp_in_the_order_given(network, rows, budget):
     """Whatever the budget cuts into batches."""
-    scores = score_rows(network, rows, "float32", budget)
+    scores = read_rows(logp_of, network, rows, "float32", budget)
     assert scores.dtype == np.float32
     assert scores.tolist() == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in scored(network, rows)]
 
@@ -128,7 +121,7 @@ def test_bfloat16_reads_with_an_fp32_softmax(network):
     """autocast moves the logits by a few parts in 2^8, and the sum stays fp32: near the fp32 number, and not equal."""
     row = ([7, 40, 91], [13, 60, 4, 88])
     with torch.inference_mode():
-        low, _ = completion_logp(network, [row], "bfloat16")
+        low, _ = completion_logp(network, alone([row]), "bfloat16")
     full = naive(network, *row)
     assert low.dtype == torch.float32
     assert low.item() != full
@@ -145,8 +138,8 @@ def test_dropout_is_off_even_if_the_config_has_it(tiny, tmp_path, train):
     loaded = load_network(Model(folder, "dropping"), train=train)
     rows = [([7, 40, 91], [13, 60, 4, 88])]
     assert scored(loaded, rows) == scored(loaded, rows) == scored(load_network(tiny), rows)
-    loaded.train()
-    assert scored(loaded, rows) != scored(loaded, rows)
+    ids = torch.tensor([[7, 40, 91, 13]])
+    assert not torch.equal(loaded.train()(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
 def test_save_network_round_trips(tiny, network, tmp_path):

@@ -16,11 +16,13 @@ from pipeline.content import ModelPath, model_digest
 from pipeline.workspace import Warm, Workspace
 from schemas import Model, WinnowError
 from stages.models import reward_head
-from stages.policy import completion_scores, is_reward_model, load_network, save_network
+from stages.policy import is_reward_model, load_network, save_network
 from stages.rankers import open_ranker
 from stages.rankers import ranker as rankers
 from stages.reward import reward
+from stages.scoring import completion_scores
 from stages.text import Tokenizer
+from tests.material import alone
 from tests.test_rankers import BAD, CONTEXT, GOOD, LONG, candidates_with, one_prompt, words
 
 LIMIT = 1e-4
@@ -62,7 +64,7 @@ def network(opinionated):
 
 @torch.inference_mode()
 def scores(network, rows):
-    return completion_scores(network, rows, "float32").tolist()
+    return completion_scores(network, alone(rows), "float32").tolist()
 
 
 @torch.inference_mode()
@@ -127,7 +129,7 @@ def test_bfloat16_keeps_the_head_in_fp32(network):
     """autocast moves the hidden state by parts in 2^8; the score itself is not rounded to bfloat16."""
     row = ([7, 40, 91], [13, 60, 4, 88])
     with torch.inference_mode():
-        low = completion_scores(network, [row], "bfloat16")
+        low = completion_scores(network, alone([row]), "bfloat16")
     assert low.dtype == torch.float32
     assert low.item() != naive(network, *row)
     assert low.item() == pytest.approx(naive(network, *row), rel=0.1, abs=0.3)
@@ -142,7 +144,7 @@ def test_a_few_steps_of_bradley_terry_learn_a_preference(fresh):
     rows = [([n, n + 1], answer) for n in range(100, 116) for answer in (good, bad)]
     losses = []
     for _ in range(12):
-        found = completion_scores(network, rows, "float32")
+        found = completion_scores(network, alone(rows), "float32")
         loss = -logsigmoid(found[0::2] - found[1::2]).mean()
         loss.backward()
         optimizer.step()

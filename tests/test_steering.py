@@ -19,13 +19,15 @@ from schemas.tables import CANDIDATES, FEATURES, HEADS, JUDGEMENTS, METRICS, PAI
 from stages.engines import Request, Sampling, Steering, open_engine
 from stages.engines.transformers import _noise
 from stages.evaluate import evaluate
-from stages.features import features, response_means
+from stages.features import features
 from stages.head import Sides, head, head_reward, last_layer, preference_head
 from stages.neurons import Neurons, matrix, neurons_of
 from stages.pair import pair, pair_rule
-from stages.policy import completion_logp, load_network
+from stages.policy import load_network
 from stages.reference import reference
 from stages.sample import sample
+from stages.scoring import completion_logp, read_rows, response_means
+from tests.material import alone
 from tests.test_rooms import candidate, prompts_of, selections_of
 
 few = settings(deadline=None, max_examples=20)
@@ -299,7 +301,7 @@ def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, o
                 assert token == int((logits / 0.8 + torch.from_numpy(_noise(request.seed, step, len(logits)))).argmax())
                 continue
             tried = [(request.prompt_ids, [*said, other]) for other in logits.topk(top).indices.tolist()]
-            best = opinion.score(response_means(network, tried, "float32", 4096).astype(float)).argmax()
+            best = opinion.score(read_rows(response_means, network, tried, "float32", 4096).astype(float)).argmax()
             assert token == tried[best][1][-1]
             steered += token != int(logits.argmax())
     assert steered > 5, "the head agreed with the policy throughout: this test shows nothing"
@@ -312,7 +314,7 @@ def law(network, steering, prompt, said):
     if len(said) % steering.every == 0:
         top = np.argsort(-logits)[: steering.top]
         tried = [(prompt, [*said, int(token)]) for token in top]
-        scores = steering.head.score(response_means(network, tried, "float32", 4096).astype(float))
+        scores = steering.head.score(read_rows(response_means, network, tried, "float32", 4096).astype(float))
         logits[top] += steering.strength * (scores - scores.min()) / np.ptp(scores)
     return logits - np.logaddexp.reduce(logits)
 
@@ -333,7 +335,7 @@ def test_a_steered_draw_that_is_cut_keeps_the_policys_own_log_prob(engine, opini
     made = engine.generate(ask(6), Sampling(temperature, top_k, 8, (1,), Steering(opinion, 3.0, 15, 1)))
     rows = [(request.prompt_ids, each.token_ids) for request, each in zip(ask(6), made, strict=True)]
     with torch.inference_mode():
-        ours, _ = completion_logp(load_network(sharp), rows, "float32")
+        ours, _ = completion_logp(load_network(sharp), alone(rows), "float32")
     assert [each.logp for each in made] == pytest.approx(ours.tolist(), abs=1e-3)
 
 

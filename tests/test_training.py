@@ -18,10 +18,12 @@ from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages.examples import examples
 from stages.objectives import objective
 from stages.optimize import optimize
-from stages.policy import completion_logp, load_network
+from stages.policy import load_network
 from stages.preferences import preferences
 from stages.reference import reference
+from stages.scoring import completion_logp
 from tests.conftest import write_jsonl
+from tests.material import alone
 
 LN2 = math.log(2)
 REPLIES = ["Gladly, a boat.", "No.", "Um, well, perhaps a car on Monday.", "Booked."]
@@ -248,7 +250,7 @@ def test_nll_is_a_mean_over_the_imitated_tokens_of_the_whole_step(tiny, imitated
     for row in imitated.to_pylist():
         for response in row["responses"]:
             with torch.inference_mode():
-                logp, _ = completion_logp(network, [(row["prompt_ids"], response["token_ids"])], "float32")
+                logp, _ = completion_logp(network, alone([(row["prompt_ids"], response["token_ids"])]), "float32")
             total -= response["weight"] * logp.item()
             tokens += len(response["token_ids"]) * (response["weight"] > 0)
     _, metrics, _ = train(tiny, imitated, tmp_path, objective=bound("nll"), batch_size=100, micro_tokens=60)
@@ -383,7 +385,7 @@ def test_the_margin_of_the_metrics_is_h(tiny, cached, tmp_path):
     for row in cached.to_pylist():
         with torch.inference_mode():
             ids = [(row["prompt_ids"], response["token_ids"]) for response in row["responses"]]
-            logp = completion_logp(network, ids, "float32")[0].tolist()
+            logp = completion_logp(network, alone(ids), "float32")[0].tolist()
         shift = [a - response["ref_logp"] for a, response in zip(logp, row["responses"], strict=True)]
         gaps += [shift[pair["chosen"]] - shift[pair["rejected"]] for pair in row["pairs"]]
     assert metrics[policy["steps"], "heldout/margin"] == pytest.approx(np.mean(gaps), abs=1e-4)

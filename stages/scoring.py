@@ -1,0 +1,188 @@
+"""What a network says of responses to prompts: log-probs, scores, hidden states.
+
+A prompt is read once for all of its responses (`packing`, `shared_prefix`) by every network for which that is
+exact; any other reads a padded row for each. `reference`, `reward`, `features` and `optimize` share this file, so
+that a cached number is the trainer's own.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from stages.packing import Asked, Ids, Prompted, Tokens, fill, pack, pad, split
+from stages.shared_prefix import NAME
+from stages.vocabulary import head_of, token_logp
+
+Row = tuple[Ids, Ids]
+Measure = Callable[[PreTrainedModel, Sequence[Prompted], str], Tensor]
+TRIAL = (Asked([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), Asked([1, 6], [[1, 8, 0], [3]]))
+CLOSE = 1e-4  # of the largest number: fp32 added up in another order
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def completion_logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tensor]:
+    """Summed log-prob of each response given its prompt, and how many of its tokens are the likeliest.
+
+    Returns two fp32 vectors [N], over the responses of one group after the other. The head runs on response
+    positions only; the softmax is in fp32 whatever the network runs in.
+    """
+    logp, hits, tokens = (_logp if shares(network) else _own_logp)(network, groups, dtype)
+    return _sums(logp, tokens)[tokens.rows], _sums(hits.float(), tokens)[tokens.rows]
+
+
+def _logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tensor, Tokens]:
+    """Of every token [M], and is it the likeliest."""
+    states, tokens = read(network, groups, dtype)
+    asked = states[tokens.predictors].to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    return *token_logp(asked, head_of(network), tokens.targets), tokens
+
+
+def _own_logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tensor, Tokens]:
+    """The same by the network's own way from states to logits, whatever it is; at all positions, padding too."""
+    tokens = pad(groups, network.device)
+    with autocast(dtype, network.device):
+        logits = network(input_ids=tokens.ids, use_cache=False).logits
+    logits = logits.flatten(0, 1)[tokens.predictors].float()
+    return -cross_entropy(logits, tokens.targets, reduction="none"), logits.argmax(-1) == tokens.targets, tokens
+
+
+def completion_scores(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
+    """The reward model's score of each response to its prompt, fp32 [N], with gradient.
+
+    Read at each response's own last token, which transformers would guess from the pad token's id. The head is
+    in fp32 whatever the network runs in: bfloat16 would round a score of 10 to 1/16.
+    """
+    states, tokens = read(network, groups, dtype, last=True)
+    scores: Tensor = network.score(states[_last(tokens)].float())
+    return scores.squeeze(-1)[tokens.rows]
+
+
+def next_logits(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
+    """Logits of what would follow each response, fp32 [N, V]."""
+    states, tokens = read(network, groups, dtype, last=True)
+    with autocast(dtype, states.device):
+        logits: Tensor = network.get_output_embeddings()(states[_last(tokens)])
+    return logits.float()[tokens.rows]
+
+
+def response_means(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
+    """Mean of the last hidden states over each response's tokens, fp32 [N, hidden]."""
+    states, tokens = read(network, groups, dtype, last=True)
+    return (_sums(states[tokens.places].float(), tokens) / tokens.lengths[:, None])[tokens.rows]
+
+
+def read(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str, last: bool = False) -> tuple[Tensor, Tokens]:
+    """Last hidden states [places, hidden], and what stands where."""
+    tokens = (pack if shares(network, groups) else pad)(groups, network.device, last=last)
+    given = {} if tokens.layout is None else {"layout": tokens.layout, "attention_mask": _no_mask(network.device)}
+    with autocast(dtype, network.device):
+        states = network.base_model(
+            input_ids=tokens.ids, position_ids=tokens.positions, use_cache=False, **given
+        ).last_hidden_state
+    return states.flatten(0, 1), tokens
+
+
+def _no_mask(device: torch.device) -> Tensor:
+    """Of four dimensions, so that transformers builds none of its own."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _sums(values: Tensor, tokens: Tokens) -> Tensor:
+    """Of each response's tokens, [S, ...]."""
+    return torch.segment_reduce(values, "sum", lengths=tokens.lengths)
+
+
+def _last(tokens: Tokens) -> Tensor:
+    return tokens.places[tokens.lengths.cumsum(0) - 1]
+
+
+def shares(network: PreTrainedModel, groups: Sequence[Prompted] = ()) -> bool:
+    """Is a prompt read once for all of its responses? Not by a network whose window is shorter than what it reads."""
+    if network.config._attn_implementation != NAME:
+        return False
+    reach = max((len(group.prompt) + max(map(len, group.responses)) for group in groups), default=0)
+    if reach > (window := _window(network)):
+        warnings.warn(
+            f"{type(network).__name__} reads a prompt again for each of its responses where they reach beyond its "
+            f"window of {window} tokens",
+            stacklevel=2,
+        )
+    return reach <= window
+
+
+def _window(network: PreTrainedModel) -> int:
+    """How far back every layer sees."""
+    config = network.config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min([size for size in sizes if size], default=1 << 60)
+
+
+@torch.no_grad()
+def share_prefixes(network: PreTrainedModel) -> None:
+    """From now on `network` reads a prompt once for all of its responses, if a trial shows the same numbers.
+
+    A network whose attention has a state, a bias or a cap of its own fails it, and so does one whose head is more
+    than a linear layer; it goes on with padded rows, and a warning says so.
+    """
+    before = network.config._attn_implementation
+    expected = _trial(network)
+    try:
+        network.set_attn_implementation(NAME)
+        if network.config._attn_implementation != NAME:
+            raise ValueError("its attention is not transformers' interface")
+        found = _trial(network)
+        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+        why = "" if off <= CLOSE else f"a trial is off by {off:.1e} of the largest number"
+    except Exception as error:  # whatever a model's code makes of what it does not know
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        network.set_attn_implementation(before)
+        warnings.warn(f"{type(network).__name__} reads a prompt again for each of its responses ({why})", stacklevel=2)
+
+
+def _trial(network: PreTrainedModel) -> list[Tensor]:
+    """Hidden states of all response tokens and, where there is a vocabulary, log-probs."""
+    states, tokens = read(network, TRIAL, "float32", last=True)
+    logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, "float32")[0]]
+    return [states[tokens.places], *logp]
+
+
+@torch.inference_mode()
+def read_rows(measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int) -> np.ndarray:
+    """`measure` without gradients over any number of (prompt ids, response ids): fp32 [N, ...], in the order given."""
+    found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    asked = list(_by_prompt(rows).items())
+    groups = [Asked(prompt, [rows[n][1] for n in which]) for prompt, which in asked]
+    shared = shares(network, groups)
+    parts = [
+        (Asked(group.prompt, [group.responses[n] for n in part]), [which[n] for n in part])
+        for group, (_, which) in zip(groups, asked, strict=True)
+        for part in split(group, budget, shared)
+    ]
+    for batch in fill([group for group, _ in parts], budget, shared):
+        values = measure(network, [parts[n][0] for n in batch], dtype).cpu().numpy()
+        for place, value in zip([place for n in batch for place in parts[n][1]], values, strict=True):
+            found[place] = value
+    return np.array(found, dtype=np.float32)
+
+
+def _by_prompt(rows: Sequence[Row]) -> dict[tuple[int, ...], list[int]]:
+    """Where the responses to each prompt stand."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for n, (prompt, _) in enumerate(rows):
+        places.setdefault(tuple(prompt), []).append(n)
+    return places
+
+
+def logp_of(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
+    """`completion_logp` without the hits, for `read_rows`."""
+    return completion_logp(network, groups, dtype)[0]

@@ -1,0 +1,165 @@
+"""Exact attention over groups: each prompt once, its responses after it, every response blind to the others.
+
+A packed sequence holds prompt, response, response, ..., prompt, ... one after the other. A token sees its own
+segment up to itself and, if it stands in a response, all of its prompt. The two parts of a response's attention
+are computed apart and merged by their log-sum-exps, as ring attention does (arXiv:2310.01889): no mask, no copy
+of a prompt's keys, no padding outside this file. The backward pass of each part, given the merged output and
+log-sum-exp, is its share of the whole gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "shared_prefix"
+BEYOND_ANY = 1e30  # a log-sum-exp that no score comes near: what a row is filled up with weighs nothing
+BEYOND = ("softcap", "s_aux", "position_bias")  # what transformers' attentions pass that is not computed here
+_flash: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Where [N, W] tokens stand in the packed sequence; `real` is False where a row is filled up, None if none is."""
+
+    index: Tensor
+    real: Tensor | None
+
+    def take(self, packed: Tensor) -> Tensor:
+        """[T, H, D] to [N, H, W, D]; [T, H] to [N, H, W]."""
+        return packed[self.index].transpose(1, 2)
+
+    def take_real(self, packed: Tensor, other: float) -> Tensor:
+        """The same with `other` where a row is filled up."""
+        taken = packed[self.index]
+        if self.real is not None:
+            taken[~self.real] = other
+        return taken.transpose(1, 2)
+
+    def put(self, packed: Tensor, tiles: Tensor) -> None:
+        where, values = self._flat(tiles)
+        packed[where] = values
+
+    def add(self, packed: Tensor, tiles: Tensor) -> None:
+        """No token stands in two tiles, so the order of the sum is fixed."""
+        where, values = self._flat(tiles)
+        packed[where] += values
+
+    def _flat(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        values = tiles.transpose(1, 2)
+        if self.real is None:
+            return self.index.flatten(), values.flatten(0, 1)
+        return self.index[self.real], values[self.real]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a packed sequence [T] see which."""
+
+    prompts: list[Tiles]  # prompts of one length a tile, [G, P]
+    readers: list[Tiles | None]  # all response tokens of those prompts, [G, W]
+    responses: Tiles | None  # one response a row, [S, R]
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; without a layout, its scaled dot product attention.
+
+    query: [1, H, T, D], key and value: [1, H or fewer, T, D]. Returns [1, T, H, D].
+    """
+    if layout is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return plain
+    if any(kwargs.get(name) is not None for name in BEYOND):
+        raise ValueError(f"its attention has more than keys and queries: one of {', '.join(BEYOND)}")
+    where = query.device.type  # under autocast, rotary embeddings leave queries and keys in fp32, and values not
+    dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else query.dtype
+    packed = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Merged.apply(*packed, layout, scale)[None], None  # type: ignore[no-untyped-call]
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class Merged(torch.autograd.Function):
+    """q [T, H, D], k and v [T, H or fewer, D] -> [T, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        for queries, keys, causal in _parts(layout):
+            part, part_lse = _flash(*_tiles(q, k, v, queries, keys), 0.0, causal, scale=scale)
+            if causal:
+                queries.put(out, part)
+                queries.put(lse, part_lse)
+            else:
+                _merge(out, lse, queries, part, part_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
+        for queries, keys, causal in _parts(ctx.layout):
+            tiles = _tiles(q, k, v, queries, keys)
+            above, seen = queries.take_real(grads[0], 0.0), (queries.take(out), queries.take_real(lse, BEYOND_ANY))
+            by = _flash_backward(above, *tiles, *seen, 0.0, causal, scale=ctx.scale)
+            queries.add(dq, by[0])
+            keys.add(dk, _fold(by[1], k.shape[1]))
+            keys.add(dv, _fold(by[2], v.shape[1]))
+        return dq, dk, dv, None, None
+
+
+def _parts(layout: Layout) -> list[tuple[Tiles, Tiles, bool]]:
+    """(queries, keys, causal): every segment sees itself; then every response its prompt."""
+    own = [*layout.prompts, *([layout.responses] if layout.responses is not None else [])]
+    cross = [
+        (readers, prompts, False) for readers, prompts in zip(layout.readers, layout.prompts, strict=True) if readers
+    ]
+    return [*((tiles, tiles, True) for tiles in own), *cross]
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, queries: Tiles, keys: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+    """With grouped queries, each key stands for several heads; the copies live for this part only."""
+    times = q.shape[1] // k.shape[1]
+    key, value = (keys.take(each) for each in (k, v))
+    if times > 1:
+        key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+    return queries.take(q), key, value
+
+
+def _fold(grad: Tensor, heads: int) -> Tensor:
+    """Sum over the query heads that share a key."""
+    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
+
+
+def _merge(out: Tensor, lse: Tensor, queries: Tiles, part: Tensor, part_lse: Tensor) -> None:
+    """Softmax over both sets of keys, from the softmax over each: weights are exp(own log-sum-exp - joint one)."""
+    before = queries.take(lse)
+    joint = torch.logaddexp(before, part_lse)
+    shares = [(each - joint).exp()[..., None] for each in (before, part_lse)]
+    merged = queries.take(out) * shares[0] + part * shares[1]
+    queries.put(out, merged.to(out.dtype))
+    queries.put(lse, joint)
