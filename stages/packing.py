@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -47,33 +48,30 @@ class Tokens:
 
 
 def pack(groups: Sequence[Prompted], device: torch.device | str = "cpu", *, last: bool = False) -> Tokens:
-    """Prompt, response, response, ..., prompt, ...: nothing twice, nothing filled up.
+    """All prompts, short ones first, then all responses in the same order: nothing twice, nothing filled up.
 
     last: with each response's last token, from which no log-prob is read, but a reward model's score is.
     """
-    unique = [list(dict.fromkeys(map(tuple, group.responses))) for group in groups]
-    prompt, said = _lengths([group.prompt for group in groups]), _lengths([each for of in unique for each in of])
+    order = sorted(range(len(groups)), key=lambda n: len(groups[n].prompt))
+    unique = [list(dict.fromkeys(map(tuple, groups[n].responses))) for n in order]
+    prompt, said = _lengths([groups[n].prompt for n in order]), _lengths([each for of in unique for each in of])
     kept = said if last else said - 1
-    count = _lengths(unique)
-    owner = np.repeat(np.arange(len(groups)), count)
-    first = np.cumsum(count) - count  # each group's first response
-    sizes = np.insert(kept, first, prompt)  # of all segments
-    starts = np.cumsum(sizes) - sizes
-    heads = first + np.arange(len(groups))
-    at, own = starts[heads], np.delete(starts, heads)
+    owner = np.repeat(np.arange(len(groups)), _lengths(unique))
+    at, own = _starts(prompt), prompt.sum() + _starts(kept)
     predictors = _ranges(own - 1, said)
-    predictors[np.cumsum(said) - said] = (at + prompt - 1)[owner]
-    ids = [token for group, of in zip(groups, unique, strict=True) for token in _tokens(group, of, last)]
+    predictors[_starts(said)] = (at + prompt - 1)[owner]
+    ids = [token for n in order for token in groups[n].prompt]
+    ids += [token for of in unique for each in of for token in (each if last else each[:-1])]
     put = _Put(device)
     return Tokens(
         ids=put(ids)[None],
-        positions=put(_ranges(np.insert(prompt[owner], first, 0), sizes))[None],
-        layout=_layout(at, prompt, np.bincount(owner, kept, len(groups)).astype(np.int64), own, kept, put),
+        positions=put(np.r_[_ranges(0 * at, prompt), _ranges(prompt[owner], kept)])[None],
+        layout=_layout(prompt, owner, kept, put),
         predictors=put(predictors),
         targets=put([token for of in unique for each in of for token in each]),
         lengths=put(said),
         places=put(_ranges(own, kept)),
-        rows=put(_rows(groups, unique)),
+        rows=put(_rows(groups, order, unique)),
     )
 
 
@@ -110,43 +108,44 @@ def _lengths(parts: Sequence[Sequence[Any]]) -> Index:
     return np.array([len(part) for part in parts], dtype=np.int64)
 
 
+def _starts(lengths: Index) -> Index:
+    return np.cumsum(lengths) - lengths
+
+
 def _ranges(starts: Index, lengths: Index) -> Index:
     """start, start + 1, ... of each length, one after the other."""
-    return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    return np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())
 
 
-def _tokens(group: Prompted, responses: list[tuple[int, ...]], last: bool) -> list[int]:
-    return [*group.prompt, *(token for each in responses for token in (each if last else each[:-1]))]
+def _rows(groups: Sequence[Prompted], order: list[int], unique: list[list[tuple[int, ...]]]) -> list[int]:
+    """The place of each response as given among the different ones as packed."""
+    before = dict(zip(order, accumulate(map(len, unique), initial=0), strict=False))
+    known = {n: {each: before[n] + m for m, each in enumerate(of)} for n, of in zip(order, unique, strict=True)}
+    return [known[n][tuple(response)] for n, group in enumerate(groups) for response in group.responses]
 
 
-def _rows(groups: Sequence[Prompted], unique: list[list[tuple[int, ...]]]) -> list[int]:
-    """The place of each response as given among the different ones of all groups."""
-    rows, before = [], 0
-    for group, responses in zip(groups, unique, strict=True):
-        known = {response: before + n for n, response in enumerate(responses)}
-        rows += [known[tuple(response)] for response in group.responses]
-        before += len(responses)
-    return rows
-
-
-def _layout(at: Index, prompt: Index, read: Index, own: Index, kept: Index, put: _Put) -> Layout:
+def _layout(prompt: Index, owner: Index, kept: Index, put: _Put) -> Layout:
     """Prompts of one length go together, so that none is filled up: a filled key would need a mask."""
-    alike = [np.flatnonzero(prompt == length) for length in np.unique(prompt)]
-    return Layout(
-        prompts=[_tiles(at[which], prompt[which], put) for which in alike],  # type: ignore[misc]
-        readers=[_tiles((at + prompt)[which], read[which], put) for which in alike],
-        responses=_tiles(own[kept > 0], kept[kept > 0], put),
-    )
+    read = np.bincount(owner, kept, len(prompt)).astype(np.int64)
+    tiles: dict[str, list[Any]] = {"prompts": [], "readers": []}
+    for length in np.unique(prompt):
+        alike = prompt == length
+        tiles["prompts"].append(_tiles(_starts(prompt)[alike], prompt[alike], put))
+        tiles["readers"].append(_tiles(prompt.sum() + _starts(read)[alike], read[alike], put))
+    full = kept > 0
+    return Layout(**tiles, responses=_tiles(prompt.sum() + _starts(kept)[full], kept[full], put))
 
 
 def _tiles(starts: Index, lengths: Index, put: _Put) -> Tiles | None:
-    """A segment a row, filled up at its end; None if there is no token."""
+    """Segments one after the other, a row each; None if there is no token."""
     if not lengths.sum():
         return None
-    steps = np.arange(lengths.max())
+    shape = len(lengths), int(lengths.max())
+    if shape[0] * shape[1] == lengths.sum():
+        return Tiles(shape, slice(int(starts[0]), int(starts[0] + lengths.sum())))
+    steps = np.arange(shape[1])
     real = steps < lengths[:, None]
-    index = put(np.where(real, starts[:, None] + steps, 0))
-    return Tiles(index, None if real.all() else put(real).bool())
+    return Tiles(shape, put(np.where(real, starts[:, None] + steps, 0).flatten()), put(real.flatten()).bool())
 
 
 @dataclass

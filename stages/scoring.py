@@ -150,10 +150,9 @@ def share_prefixes(network: PreTrainedModel) -> None:
 
 
 def _trial(network: PreTrainedModel) -> list[Tensor]:
-    """Hidden states of all response tokens and, where there is a vocabulary, log-probs."""
-    states, tokens = read(network, TRIAL, "float32", last=True)
+    """Of each response, mean hidden states and, where there is a vocabulary, log-probs."""
     logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, "float32")[0]]
-    return [states[tokens.places], *logp]
+    return [response_means(network, TRIAL, "float32"), *logp]
 
 
 @torch.inference_mode()

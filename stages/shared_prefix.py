@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
-BEYOND_ANY = 1e30  # a log-sum-exp that no score comes near: what a row is filled up with weighs nothing
+UNREACHED = 1e30  # a log-sum-exp that no score comes near: what a row is filled up with weighs nothing
 BEYOND = ("softcap", "s_aux", "position_bias")  # what transformers' attentions pass that is not computed here
 _flash: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,36 +26,35 @@ _flash_backward: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_a
 
 @dataclass(frozen=True)
 class Tiles:
-    """Where [N, W] tokens stand in the packed sequence; `real` is False where a row is filled up, None if none is."""
+    """N segments of up to W tokens of a packed sequence, as rows; a short one is filled up at its end.
 
-    index: Tensor
-    real: Tensor | None
+    Segments of one length that stand one after the other are a slice, which is read without a copy.
+    """
 
-    def take(self, packed: Tensor) -> Tensor:
-        """[T, H, D] to [N, H, W, D]; [T, H] to [N, H, W]."""
-        return packed[self.index].transpose(1, 2)
+    shape: tuple[int, int]  # N, W
+    where: slice | Tensor  # the tokens; [N W] places, filled up by the first
+    real: Tensor | None = None  # [N W] False where a row is filled up; None if none is
 
-    def take_real(self, packed: Tensor, other: float) -> Tensor:
-        """The same with `other` where a row is filled up."""
-        taken = packed[self.index]
-        if self.real is not None:
+    def take(self, packed: Tensor, other: float | None = None) -> Tensor:
+        """[T, ...] to [N, ..., W] in the order of attention: [T, H, D] gives [N, H, W, D]. Fills up with `other`."""
+        taken = packed[self.where] if isinstance(self.where, slice) else packed.index_select(0, self.where)
+        if self.real is not None and other is not None:
             taken[~self.real] = other
-        return taken.transpose(1, 2)
+        rows: Tensor = taken.unflatten(0, self.shape)
+        return rows.transpose(1, 2)
 
     def put(self, packed: Tensor, tiles: Tensor) -> None:
-        where, values = self._flat(tiles)
-        packed[where] = values
+        values = tiles.transpose(1, 2).flatten(0, 1)
+        if isinstance(self.where, slice):
+            packed[self.where] = values
+        elif self.real is None:
+            packed.index_copy_(0, self.where, values)
+        else:
+            packed.index_copy_(0, self.where[self.real], values[self.real])
 
     def add(self, packed: Tensor, tiles: Tensor) -> None:
-        """No token stands in two tiles, so the order of the sum is fixed."""
-        where, values = self._flat(tiles)
-        packed[where] += values
-
-    def _flat(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        values = tiles.transpose(1, 2)
-        if self.real is None:
-            return self.index.flatten(), values.flatten(0, 1)
-        return self.index[self.real], values[self.real]
+        """No token stands in two tiles, so no sum depends on an order."""
+        self.put(packed, self.take(packed) + tiles)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Layout:
     """Which tokens of a packed sequence [T] see which."""
 
     prompts: list[Tiles]  # prompts of one length a tile, [G, P]
-    readers: list[Tiles | None]  # all response tokens of those prompts, [G, W]
+    readers: list[Tiles | None]  # all response tokens of each of those prompts, [G, W]
     responses: Tiles | None  # one response a row, [S, R]
 
 
@@ -121,14 +120,14 @@ class Merged(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
+        dq, dk, dv = (torch.empty_like(each) for each in (q, k, v))
         for queries, keys, causal in _parts(ctx.layout):
             tiles = _tiles(q, k, v, queries, keys)
-            above, seen = queries.take_real(grads[0], 0.0), (queries.take(out), queries.take_real(lse, BEYOND_ANY))
+            above, seen = queries.take(grads[0], 0.0), (queries.take(out), queries.take(lse, UNREACHED))
             by = _flash_backward(above, *tiles, *seen, 0.0, causal, scale=ctx.scale)
-            queries.add(dq, by[0])
-            keys.add(dk, _fold(by[1], k.shape[1]))
-            keys.add(dv, _fold(by[2], v.shape[1]))
+            for into, where, part in ((dq, queries, by[0]), (dk, keys, by[1]), (dv, keys, by[2])):
+                write = where.put if causal else where.add  # the causal parts come first, and have every token once
+                write(into, _fold(part, into.shape[1]))
         return dq, dk, dv, None, None
 
 
