@@ -22,6 +22,7 @@ from schemas.tables import (
     Rejects,
     Rewards,
     Selections,
+    Speeds,
     table_name,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "Rejects",
     "Rewards",
     "Selections",
+    "Speeds",
     "WinnowError",
     "candidate_id",
     "conform",

@@ -175,6 +175,13 @@ METRICS = table(
     column("metric", pa.string(), "name; heldout/ before those on held-out examples"),
     column("value", pa.float64(), "value; nats where it is a loss or a log-prob"),
 )
+SPEEDS = table(
+    "speeds",
+    "one row a measure a training step: what the machine did, which is not the same twice",
+    column("step", pa.int32(), "optimizer steps done"),
+    column("measure", pa.string(), "pairs_per_second, tokens_per_second, peak_memory_gb, micro_tokens, ..."),
+    column("value", pa.float64(), "value; peak memory of the process, or of the GPU; flops of the GPU's bf16 peak"),
+)
 FEATURES = table(
     "features",
     "one row a response as a frozen policy sees it",
@@ -242,6 +249,7 @@ Reference = Annotated[pa.Table, REFERENCE]
 Examples = Annotated[pa.Table, EXAMPLES]
 Policies = Annotated[pa.Table, POLICIES]
 Metrics = Annotated[pa.Table, METRICS]
+Speeds = Annotated[pa.Table, SPEEDS]
 Features = Annotated[pa.Table, FEATURES]
 Heads = Annotated[pa.Table, HEADS]
 Judgements = Annotated[pa.Table, JUDGEMENTS]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pipeline import Bound
 from schemas import WinnowError
 from stages.objectives import Batch, nll
-from stages.packing import Asked, Prompted, fill, split
+from stages.packing import Asked, Load, Prompted, fill, split
 from stages.policy import is_reward_model
 from stages.scoring import completion_logp, completion_scores, logp_of, read_rows, shares
 from stages.training_data import Group
@@ -34,6 +34,7 @@ class Leg:
     micro_tokens: int
     seed: int
     number: int  # which leg of the run: legs draw their batches apart
+    largest: int = 0  # tokens of the largest pass that has gone through, backward too
     _drawn: list[list[Group]] = field(default_factory=list)
     _epochs: int = 0
 
@@ -78,12 +79,14 @@ class Leg:
         """The step's loss in shares, one forward pass each; `panel` collects the metrics."""
         kl = self._kl(network, batch) if "kl" in self.objective.facts["reads"] else None
         for micro in self.micro(network, batch):
-            parts = split(micro[0], self.micro_tokens, shares(network, micro)) if len(micro) == 1 else []
+            shared = shares(network, micro)
+            parts = split(micro[0], self.micro_tokens, shared) if len(micro) == 1 else []
             if len(parts) > 1:
                 yield from self._parts(network, micro[0], parts, kl, panel)
             else:
                 logp, hits = self._read(network, micro)
                 yield self._loss(micro, logp, hits, kl, panel)
+                self.largest = max(self.largest, Load.of(micro, shared).size)
 
     def _loss(self, groups: list[Group], logp: Tensor, hits: Tensor, kl: Tensor | None, panel: "Panel") -> Tensor:
         own = self._batch(groups, logp, kl)

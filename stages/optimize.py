@@ -6,14 +6,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import EXECUTION, Bound, Range, Workspace, stage
-from schemas import Examples, Metrics, Model, Policies, WinnowError
-from schemas.tables import METRICS, POLICIES
+from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
+from schemas.tables import METRICS, POLICIES, SPEEDS
 from stages.mixing import mix as mixes
 from stages.needs import LIKELIHOOD, optimize_needs
 from stages.objectives import objective as objectives
 
 Positive = Annotated[int, Range(gt=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
+SPEED = "speed/"  # begins the names of what the machine did
 LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
@@ -44,7 +45,7 @@ def optimize(
     micro_tokens: Annotated[int, Range(gt=0), EXECUTION] = 8192,
     checkpoint_every: Annotated[int, Range(gt=0), EXECUTION] = 100,
     seed: int = 0,
-) -> tuple[Model, Policies, Metrics]:
+) -> tuple[Model, Policies, Metrics, Speeds]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
     A step takes whole groups until they hold batch_size pairs (labels for unpaired losses, weighted
@@ -95,7 +96,7 @@ def optimize(
         prefix = f"heldout/{LEGS[n]}"
         trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
     trained = save_network(trainer.network, init, ws.folder / "model")
-    return trained, _policy_row(trainer, objective, nll_weight, mix), _metric_rows(trainer.history)
+    return trained, _policy_row(trainer, objective, nll_weight, mix), *_history(trainer.history)
 
 
 def _reached(metrics: pa.Table | None, name: str) -> float:
@@ -123,11 +124,14 @@ def _policy_row(trainer: Any, objective: Bound, nll_weight: float, mix: Bound | 
     return pa.Table.from_pylist([row], schema=POLICIES)
 
 
-def _metric_rows(history: list[dict[str, float]]) -> pa.Table:
-    rows = [
-        {"step": int(entry["step"]), "metric": name, "value": float(value)}
-        for entry in history
-        for name, value in entry.items()
-        if name != "step"
-    ]
-    return pa.Table.from_pylist(rows, schema=METRICS)
+def _history(entries: list[dict[str, float]]) -> tuple[pa.Table, pa.Table]:
+    """Metrics, which the same inputs make again, and speeds, which they do not."""
+    metrics, speeds = [], []
+    for entry in entries:
+        step = int(entry["step"])
+        for name, value in entry.items():
+            if name.startswith(SPEED):
+                speeds.append({"step": step, "measure": name.removeprefix(SPEED), "value": float(value)})
+            elif name != "step":
+                metrics.append({"step": step, "metric": name, "value": float(value)})
+    return pa.Table.from_pylist(metrics, schema=METRICS), pa.Table.from_pylist(speeds, schema=SPEEDS)

@@ -157,6 +157,13 @@ class Load:
     rows: int = 0
     width: int = 0
 
+    @classmethod
+    def of(cls, groups: Sequence[Prompted], shared: bool) -> "Load":
+        load = cls(shared)
+        for group in groups:
+            load = load.add(group)
+        return load
+
     def add(self, group: Prompted) -> "Load":
         lengths = [len(response) for response in group.responses]
         return Load(
@@ -173,7 +180,7 @@ class Load:
 
 def fill(groups: Sequence[Prompted], budget: int, shared: bool) -> Iterator[list[int]]:
     """Indices of groups of similar length in batches of `budget` tokens, or of one group."""
-    alone = [Load(shared).add(group) for group in groups]
+    alone = [Load.of([group], shared) for group in groups]
     batch: list[int] = []
     load = Load(shared)
     for n in sorted(range(len(groups)), key=lambda n: (alone[n].width, n)):

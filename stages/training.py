@@ -1,6 +1,7 @@
 """The loop of `optimize`: one network, one or two objectives, steps, checkpoints. It knows no method's name."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,10 @@ from pipeline import Bound, Workspace
 from schemas import Model, WinnowError
 from stages.checkpoints import Checkpoints
 from stages.legs import Leg
+from stages.meter import Meter
 from stages.mixing import Moment
 from stages.policy import load_network
+from stages.training_data import Group
 
 LEGS = ("", "imitation/")  # what their metrics' names begin with
 
@@ -37,11 +40,13 @@ class Trainer:
     weight_decay: float
     seed: int
     network: PreTrainedModel = field(init=False)
+    meter: Meter = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     done: int = 0
     drawn: list[int] = field(default_factory=lambda: [0, 0])
     gaps: list[float] = field(default_factory=lambda: [0.0, 0.0])
     tokens: int = 0
+    halved: bool = False  # has `micro_tokens` been halved, for want of memory?
     history: list[dict[str, float]] = field(default_factory=list)
 
     def fit(self, ws: Workspace, checkpoint_every: int) -> None:
@@ -53,6 +58,7 @@ class Trainer:
         )
         steps = self.legs[0].steps(self.epochs)
         checkpoints.restore(self)
+        self.meter = Meter(self.network, self.tokens)
         if self.done == 0:
             self._begin()
         while self.done < steps:
@@ -60,7 +66,7 @@ class Trainer:
             ws.progress(self.done, steps, "steps")
             if self.done % checkpoint_every == 0 and self.done < steps:
                 checkpoints.save(self)
-        ws.count(tokens=self.tokens)
+        ws.count(tokens=self.meter.tokens)
 
     def _begin(self) -> None:
         if self.gated:
@@ -77,15 +83,14 @@ class Trainer:
         for setting in self.optimizer.param_groups:
             setting["lr"] = self.lr * self._scale(self.done, steps)
         weights = self._weights(steps)
-        entry: dict[str, float] = {}
-        for n, weight in enumerate(weights):
-            if weight:
-                entry |= {LEGS[n] + name: value for name, value in self._backward(n, weight).items()}
+        self.meter.start()
+        entry = self._in_memory(weights)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         entry |= {"grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
         if len(weights) > 1:
             entry["preference_weight"] = weights[0]
         self._check_finite(entry, weights)
+        entry |= self.meter.entry(self._batches(weights), self.legs[0].micro_tokens)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
@@ -95,12 +100,40 @@ class Trainer:
             for n, weight in enumerate(weights):
                 if not weight:
                     self._look(n)
+        self.tokens = self.meter.tokens
 
     def _weights(self, steps: int) -> list[float]:
         if self.mix is None:
             return [1.0]
         preference = self.mix(Moment(self.done, steps, self.seed, *self.gaps))
         return [preference, 1.0 - preference]
+
+    def _in_memory(self, weights: list[float]) -> dict[str, float]:
+        """All gradients of a step. Out of memory once, it goes on with half of the tokens a pass; twice, it stops."""
+        try:
+            return self._gradients(weights)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        if self.halved:
+            fits = max((leg.largest for leg in self.legs), default=0) or self.legs[0].micro_tokens // 2
+            raise WinnowError(
+                f"step {self.done}: out of memory again, with micro_tokens halved to {self.legs[0].micro_tokens}; "
+                f"set `micro_tokens` to {fits}, which has fitted, or `recompute: true`"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        for leg in self.legs:
+            leg.micro_tokens = max(1, leg.micro_tokens // 2)
+        self.halved = True
+        warnings.warn(f"out of memory: micro_tokens is {self.legs[0].micro_tokens} from now on", stacklevel=2)
+        return self._in_memory(weights)
+
+    def _gradients(self, weights: list[float]) -> dict[str, float]:
+        entry: dict[str, float] = {}
+        for n, weight in enumerate(weights):
+            if weight:
+                entry |= {LEGS[n] + name: value for name, value in self._backward(n, weight).items()}
+        return entry
 
     def _backward(self, n: int, weight: float) -> dict[str, float]:
         """Gradients of one leg's loss on its next batch; its metrics."""
@@ -109,7 +142,6 @@ class Trainer:
         panel = leg.panel(batch)
         for loss in leg.losses(self.network, batch, panel):
             (weight * loss).backward()
-        self.tokens += sum(group.tokens for group in batch)
         entry = panel.entry()
         self.gaps[n] = entry["loss"] - self.optima[n]
         return entry
@@ -118,19 +150,22 @@ class Trainer:
         """What the leg's loss is by now, on the batch that it would take next."""
         leg = self.legs[n]
         batch = leg.batch(self.drawn[n])
-        self.tokens += sum(group.tokens for group in batch)
         self.gaps[n] = leg.evaluate(self.network, batch)["loss"] - self.optima[n]
 
     def _check_finite(self, entry: dict[str, float], weights: list[float]) -> None:
         losses = [entry[prefix + "loss"] for prefix, weight in zip(LEGS, weights, strict=False) if weight]
         if all(map(math.isfinite, [*losses, entry["grad_norm"]])):
             return
-        drawn = [(leg, leg.batch(n)) for leg, n, weight in zip(self.legs, self.drawn, weights, strict=False) if weight]
-        rows = "; ".join(leg.culprits(self.network, batch) for leg, batch in drawn)
+        rows = "; ".join(leg.culprits(self.network, batch) for leg, batch in self._batches(weights))
         raise WinnowError(
             f"step {self.done}: the loss or its gradient is not finite; rows (prompt/candidate): {rows}; "
             "try a lower lr, or look at these rows in the store"
         )
+
+    def _batches(self, weights: list[float]) -> list[tuple[Leg, list[Group]]]:
+        """The legs that this step takes, and what of."""
+        each = zip(self.legs, self.drawn, weights, strict=False)
+        return [(leg, leg.batch(n)) for leg, n, weight in each if weight]
 
     def _scale(self, step: int, steps: int) -> float:
         """Linear warm-up, then constant, linear or cosine decay to zero."""
@@ -139,3 +174,8 @@ class Trainer:
             return (step + 1) / warm
         left = (steps - step) / max(1, steps - warm)
         return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.schedule]
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU there is a class for it; a CPU's allocator has only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

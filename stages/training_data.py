@@ -32,14 +32,10 @@ class Group:
         return len(self.prompt) + max(map(len, [*self.responses, *(ids for ids, _ in self.mismatched)]))
 
     @property
-    def rows(self) -> int:
-        """Rows of its largest forward pass."""
-        return max(len(self.responses), len(self.mismatched))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that its forward passes read, padding not counted."""
-        return sum(len(self.prompt) + len(ids) for ids in [*self.responses, *(ids for ids, _ in self.mismatched)])
+    def tokens_alone(self) -> int:
+        """Tokens that it takes to read prompt and response again for each side of each pair, padding not counted."""
+        sides = [self.responses[n] for pair in self.pairs for n in pair] or self.responses
+        return sum(len(self.prompt) + len(ids) for ids in [*sides, *(ids for ids, _ in self.mismatched)])
 
     @property
     def imitated(self) -> list[int]:

@@ -108,6 +108,6 @@ def train(init, rows, folder, *, tell=lambda done, total, unit: None, inputs=Non
     if not isinstance(given["objective"], Bound):
         given["objective"] = bound(objective, given["objective"])
     ws = Workspace(folder, Warm(), tell)
-    made, policy, metrics = optimize(init, table(rows), ws, **(inputs or {}), **given)
+    made, policy, metrics, _ = optimize(init, table(rows), ws, **(inputs or {}), **given)
     values = {(row["step"], row["metric"]): row["value"] for row in metrics.to_pylist()}
     return made, values, policy.to_pylist()[0]

@@ -14,7 +14,7 @@ FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / l
 RAY = {"pipeline/executors.py", "jobs/submit.py"}
 VLLM = {"stages/engines/vllm.py"}
 ROOMS = ["policy", "training", "legs", "checkpoints", "objectives", "pairwise", "features", "models"]
-ROOMS += ["packing", "scoring", "shared_prefix", "vocabulary"]
+ROOMS += ["meter", "packing", "scoring", "shared_prefix", "vocabulary"]
 TORCH = {f"stages/{name}.py" for name in ROOMS} | {
     f"stages/engines/{name}.py" for name in ("__init__", "transformers", "steering", "vllm")
 }

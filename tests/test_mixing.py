@@ -163,7 +163,8 @@ def test_joint_is_the_weighted_sum_of_both_gradients(sharp, tmp_path):
 def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(tiny, preferred, demonstrated, tmp_path, name):
     """A step has the metrics of the side it took, and its tokens; each side's batches come in their own order.
 
-    So the tokens of the run are those of the first n batches of each side, n times that it was taken.
+    So the tokens of the run are those of the first n batches of each side, n times that it was taken, and of the
+    first preference batch once more, for the gate.
     """
     _, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, name, seed=3)
     sides = taken(found, policy["steps"])
@@ -174,7 +175,8 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(tiny, preferred, de
     preference, imitation = both_sides(tiny, preferred, demonstrated, 3)
     batches = [preference.batch(n) for n in range(int(sum(sides)))]
     batches += [imitation.batch(n) for n in range(len(sides) - int(sum(sides)))]
-    assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
+    read = [group for batch in [preference.batch(0), *batches] for group in batch]
+    assert policy["tokens"] == sum(len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in read)
 
 
 def test_sequence_goes_over_once(tiny, preferred, demonstrated, tmp_path):

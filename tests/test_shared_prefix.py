@@ -239,20 +239,13 @@ def test_fill_and_split_keep_the_budget_and_lose_nothing(asked, budget, is_share
     batches = list(fill(asked, budget, is_shared))
     assert sorted(n for batch in batches for n in batch) == list(range(len(asked)))
     for batch in batches:
-        assert len(batch) == 1 or load([asked[n] for n in batch], is_shared) <= budget
+        assert len(batch) == 1 or Load.of([asked[n] for n in batch], is_shared).size <= budget
     for group in asked:
         parts = split(group, budget, is_shared)
         assert [n for part in parts for n in part] == list(range(len(group.responses)))
         for part in parts:
             whole = Asked(group.prompt, [group.responses[n] for n in part])
-            assert len(part) == 1 or load([whole], is_shared) <= budget
-
-
-def load(asked, is_shared):
-    total = Load(is_shared)
-    for group in asked:
-        total = total.add(group)
-    return total.size
+            assert len(part) == 1 or Load.of([whole], is_shared).size <= budget
 
 
 def test_the_trial_leaves_the_attention_in_place():

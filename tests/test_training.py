@@ -15,6 +15,7 @@ from pipeline.registry import Bound
 from pipeline.workspace import Warm, Workspace
 from schemas import Model, WinnowError
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
+from stages import training
 from stages.examples import examples
 from stages.objectives import objective
 from stages.optimize import optimize
@@ -23,7 +24,7 @@ from stages.preferences import preferences
 from stages.reference import reference
 from stages.scoring import completion_logp
 from tests.conftest import write_jsonl
-from tests.material import alone
+from tests.material import alone, cache, random_rows, table
 
 LN2 = math.log(2)
 REPLIES = ["Gladly, a boat.", "No.", "Um, well, perhaps a car on Monday.", "Booked."]
@@ -41,7 +42,7 @@ def train(init, rows, folder, *, heldout=None, tell=lambda done, total, unit: No
     """`optimize` with short defaults: (model, metrics as {(step, name): value}, counters)."""
     given = dict(objective=bound("sigmoid_norm"), lr=1e-3, batch_size=4, warmup=0.0, schedule="constant")
     ws = space(folder, tell)
-    made, policy, metrics = optimize(init, rows, ws, heldout, **(given | options))
+    made, policy, metrics, _ = optimize(init, rows, ws, heldout, **(given | options))
     values = {(row["step"], row["metric"]): row["value"] for row in metrics.to_pylist()}
     return made, values, policy.to_pylist()[0]
 
@@ -400,3 +401,71 @@ def test_a_reference_of_another_policy_is_taken_when_it_is_said(tiny, other, lab
         train(tiny, rows, tmp_path / "init")
     _, metrics, _ = train(tiny, rows, tmp_path / "other", reference="other", batch_size=100)
     assert abs(metrics[1, "margin"]) > 0.01
+
+
+# What it costs
+
+
+class Crowded:
+    """A device on which a pass of more than `room` tokens does not fit."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.largest = room, 0
+        load = training.load_network
+
+        def loaded(*args, **options):
+            network = load(*args, **options)
+            network.base_model.register_forward_pre_hook(self.look, with_kwargs=True)
+            return network
+
+        monkeypatch.setattr(training, "load_network", loaded)
+
+    def look(self, module, args, kwargs):
+        if not torch.is_grad_enabled():
+            return
+        if kwargs["input_ids"].numel() > self.room:
+            raise torch.OutOfMemoryError("no room")
+        self.largest = max(self.largest, kwargs["input_ids"].numel())
+
+
+def test_out_of_memory_once_halves_the_tokens_of_a_pass(tiny, cached, tmp_path, monkeypatch):
+    """It says so, remembers it in `speeds`, and ends with the weights of small passes from the start, to rounding."""
+    plain, _, _ = train(tiny, cached, tmp_path / "plain", epochs=2, micro_tokens=60)
+    crowded = Crowded(monkeypatch, room=80)
+    with pytest.warns(UserWarning, match="out of memory: micro_tokens is 75 from now on"):
+        made, speeds = train_speeds(tiny, cached, tmp_path / "crowded", epochs=2, micro_tokens=150)
+    assert 0 < crowded.largest <= 80
+    assert set(speeds["micro_tokens"]) == {75}
+    for name, weight in weights(made).items():
+        assert torch.allclose(weight, weights(plain)[name], atol=1e-5), name
+
+
+def test_out_of_memory_twice_stops_with_what_would_fit(tiny, cached, tmp_path, monkeypatch):
+    """One row of a group is already too large: the message has the option, its value, and a value to set."""
+    Crowded(monkeypatch, room=3)
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(WinnowError, match=r"halved to 75; set `micro_tokens` to \d+"),
+    ):
+        train(tiny, cached, tmp_path, micro_tokens=150)
+
+
+def test_tokens_read_and_saved(tiny, tmp_path):
+    """P + sum over responses of (R - 1) tokens a group, against 2 (P + R) a pair: here 3 pairs of 4 responses."""
+    row = random_rows(prompts=3)[2]
+    prompt, lengths = len(row["prompt_ids"]), [len(each["token_ids"]) for each in row["responses"]]
+    assert len(row["pairs"]) == 3
+    _, metrics, _ = train(tiny, table(cache(tiny, [row])), tmp_path, epochs=2)
+    alone = sum(2 * prompt + lengths[0] + other for other in lengths[1:])
+    read = prompt + sum(lengths) - len(lengths)
+    assert metrics[2, "tokens/read"] == read
+    assert metrics[2, "tokens/saved"] == pytest.approx(1 - read / alone)
+
+
+def train_speeds(init, rows, folder, **options):
+    given = dict(objective=bound("sigmoid_norm"), lr=1e-3, batch_size=4, warmup=0.0, schedule="constant") | options
+    made, _, _, speeds = optimize(init, rows, Workspace(folder, Warm(), lambda *_: None), **given)
+    values: dict = {}
+    for row in speeds.to_pylist():
+        values.setdefault(row["measure"], []).append(row["value"])
+    return made, values

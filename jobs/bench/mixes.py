@@ -72,7 +72,7 @@ def _train(init: Any, tables: dict[str, Any], options: dict[str, Any], name: str
     with tempfile.TemporaryDirectory() as folder:
         space = Workspace(Path(folder), Warm(), lambda done, total, unit: ticks.append(time.perf_counter()))
         given = options | {"mix": bound, "epochs": 1}
-        _, _, metrics = optimize(init, ws=space, **tables, **given)
+        _, _, metrics, _ = optimize(init, ws=space, **tables, **given)
     shares = [row["value"] for row in metrics.to_pylist() if row["metric"] == "preference_weight"][1:]
     return list(np.diff(ticks)), (sum(share > 0 for share in shares), sum(share < 1 for share in shares)), metrics
 
