@@ -1,20 +1,22 @@
 """The command `winnow`."""
 
 import csv
+import os
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import pyarrow as pa
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from jobs import recipes, show
+from jobs.bench.optimize import SHAPES
 from jobs.console import Watcher, as_json, as_table
 from jobs.demo import OVERLAY, SMALL, world
 from pipeline.catalog import open_catalog, query
@@ -97,24 +99,17 @@ def run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
 
 
 def _summary(store: Store, runs: list[str]) -> None:
-    """The leaderboard of the whole store, and what these runs left out and why."""
-    catalog = open_catalog(store)
-    board = query(catalog, (QUERIES / "leaderboard.sql").read_text())
-    if board.num_rows:
-        console.print(
-            as_table(
-                board,
-                "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
-            )
-        )
-    heldout = query(catalog, (QUERIES / "heldout.sql").read_text())
-    if heldout.num_rows:
-        console.print(as_table(heldout, "trained models on held-out examples (token_accuracy: the ranker's A or B)"))
-    keys = {link["key"] for name in runs for link in store.runs()[name].values()}
-    left_out = query(catalog, (QUERIES / "rejects.sql").read_text()).to_pylist()
-    ours = [row for row in left_out if row["key"] in keys]
-    if ours:
-        console.print(as_table(pa.Table.from_pylist(ours), "left out, and why"))
+    """What these runs came to: beside all others of the store, for that is what a leaderboard is for."""
+    ours = open_catalog(store, runs)
+    titles = {
+        "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
+        "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B)",
+        "rejects": "left out, and why",
+    }
+    for name, title in titles.items():
+        sql = (QUERIES / f"{name}.sql").read_text()
+        if (answer := query(ours, sql)).num_rows:
+            console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else answer, title))
 
 
 def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
@@ -133,10 +128,20 @@ def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store:
     console.print("\n  ".join(["Next, for example:", *moves]), highlight=False, markup=False)
 
 
+def _used(folder: Path) -> Store:
+    """A store to look at; raises WinnowError where nothing was ever made."""
+    store = Store(folder)
+    if not store.root.is_dir():
+        raise WinnowError(f"--store {folder}: there is no such folder in {store.root.parent}; winnow run makes one")
+    if not store.runs():
+        raise WinnowError(f"--store {folder}: no runs in this folder; winnow run makes one")
+    return store
+
+
 @app.command()
 def status(store: StorePath = STORE) -> None:
     """What the store holds: runs, their steps, rows, seconds."""
-    answer = query(open_catalog(Store(store)), (QUERIES / "status.sql").read_text())
+    answer = query(open_catalog(_used(store)), (QUERIES / "status.sql").read_text())
     console.print(as_table(answer))
 
 
@@ -148,7 +153,7 @@ def sql(
     format: Annotated[Format, typer.Option(help="how to print the answer")] = Format.table,
 ) -> None:
     """Ask the store anything: a view for every table, read-only, confined to the store."""
-    answer = query(open_catalog(Store(store), run), statement)
+    answer = query(open_catalog(_used(store), run), statement)
     if format is Format.table:
         console.print(as_table(answer))
     elif format is Format.json:
@@ -171,7 +176,7 @@ def trace(
     """Print one prompt's whole life in a run."""
     from jobs.trace import life
 
-    life(Store(store), run, prompt or "", console, round)
+    life(_used(store), run, prompt or "", console, round)
 
 
 @app.command()
@@ -183,7 +188,7 @@ def report(
     from jobs.report import write_report
 
     page = out or store / "report.html"
-    write_report(Store(store), page)
+    write_report(_used(store), page)
     console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)
 
 
@@ -222,6 +227,31 @@ def mixes(
     finally:
         watcher.close()
     console.print(as_table(table, "a step of each mix: median over repeats [least, most]"))
+
+
+@bench.command()
+def optimize(
+    shapes: Annotated[str, typer.Option(help="prompt/response/responses/pairs, by commas")] = SHAPES,
+    dtypes: Annotated[str, typer.Option(help="by commas")] = "float32,bfloat16",
+    steps: Annotated[int, typer.Option(help="timed steps of a run, after one of warm-up", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="alternating runs of each side", min=1)] = 3,
+    vocabulary: Annotated[int, typer.Option(help="of the random Llama", min=16)] = 8192,
+    threads: Annotated[int, typer.Option(help="of either side", min=1)] = os.cpu_count() or 1,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """Pairs a second and memory of `optimize` and `reference` beside TRL's DPOTrainer, and what each idea is worth."""
+    from jobs.bench.optimize.measure import Bench, apart
+    from jobs.bench.optimize.tables import page, tables
+    from jobs.bench.optimize.world import World, parse
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), vocabulary)
+        made = Bench(world, [parse(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
+        made.run(apart(threads), console.print)
+        for title, table in tables(made).items():
+            console.print(as_table(table, title))
+        if out:
+            out.write_text(page(made, threads))
 
 
 @app.command()

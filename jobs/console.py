@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -110,9 +111,9 @@ def _made(manifest: dict[str, Any]) -> str:
 
 def as_table(answer: pa.Table, title: str | None = None) -> Table:
     """An Arrow table for the terminal; floats with four digits."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title and escape(title), title_justify="left")
     for name in answer.column_names:
-        table.add_column(name)
+        table.add_column(escape(name))
     for row in answer.to_pylist():
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     return table

@@ -10,6 +10,7 @@ from pipeline.registry import nearest
 from schemas import WinnowError
 
 FOLDER = Path(__file__).parent / "recipes"
+WORLD = "--on: not given; `--on world.yaml` says where your data and models are, and README shows one"
 
 
 def names() -> list[str]:
@@ -28,7 +29,12 @@ def recipe_path(recipe: str) -> Path:
 
 def plan_named(recipe: str, worlds: list[Path], sets: list[str], name: str | None = None) -> Plan:
     """The plan of one recipe on a world, under a run name of its own if given."""
-    return make_plan(load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets), name, (FOLDER,)))
+    loaded = load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets), name, (FOLDER,))
+    try:
+        return make_plan(loaded)
+    except WinnowError as error:
+        lacks = not worlds and any(": required" in problem for problem in error.problems)
+        raise WinnowError(*error.problems, *([WORLD] if lacks else [])) from None
 
 
 def plans(recipes: list[str], worlds: list[Path], sets: list[str]) -> list[Plan]:

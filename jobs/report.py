@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from pipeline.catalog import open_catalog, query
 from pipeline.store import Store
-from schemas import WinnowError
 
 HERE = Path(__file__).parent
 CURVES = ("loss", "margin", "accuracy", "logp/chosen", "logp/rejected", "token_accuracy", "grad_norm")
@@ -20,17 +19,13 @@ COLORS = {"all candidates": "#9aa5b1", "kept": "#2f6f4f"}
 
 
 def write_report(store: Store, out: Path) -> None:
-    """Raises WinnowError if the store has no run to show."""
-    runs = list(store.runs())
-    if not runs:
-        raise WinnowError(f"{store.root}: no runs here yet; winnow run makes one")
     everything = open_catalog(store)
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True).get_template("report.html")
     html = page.render(
         store=store.root.name,
         board=_named(everything, "leaderboard"),
         board_plot=_leaderboard(_rows(everything, "evaluations_by_run")),
-        runs=[_section(store, run, round) for run in runs for round in _rounds(everything, run)],
+        runs=[_section(store, run, round) for run in store.runs() for round in _rounds(everything, run)],
         steps=_named(everything, "status"),
         rejects=_named(everything, "rejects"),
         heldout=_named(everything, "heldout"),
@@ -97,8 +92,8 @@ def _histogram(rows: list[dict[str, Any]]) -> str:
     figure, axes = _figure(6, 2.6)
     bins = np.histogram_bin_edges([row["reward"] for row in rows], bins=50)
     for name, color in COLORS.items():
-        values = [row["reward"] for row in rows if row["what"] == name]
-        axes.hist(values, bins=list(bins), density=True, alpha=0.6, color=color, label=f"{name} ({len(values):,})")
+        if values := [row["reward"] for row in rows if row["what"] == name]:  # an empty side has no density
+            axes.hist(values, bins=list(bins), density=True, alpha=0.6, color=color, label=f"{name} ({len(values):,})")
     axes.set_xlabel("reward: logit P(beats the prompt's baseline), nats")
     axes.legend(frameon=False)
     return _svg(figure)

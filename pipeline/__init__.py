@@ -4,9 +4,22 @@ These names are what a stage is written with; they need nothing but pyarrow, so 
 may be bare. Planning and running (plan, recipe, run, catalog) are imported by their own names.
 """
 
-from pipeline.content import DataPath, ModelPath
-from pipeline.registry import EXECUTION, Bound, Range, Registry
+from pipeline.content import AdapterPath, DataPath, ModelPath
+from pipeline.registry import EXECUTION, Bound, Finite, Range, Registry
 from pipeline.stage import Wired, stage, stages
 from pipeline.workspace import Workspace
 
-__all__ = ["EXECUTION", "Bound", "DataPath", "ModelPath", "Range", "Registry", "Wired", "Workspace", "stage", "stages"]
+__all__ = [
+    "EXECUTION",
+    "AdapterPath",
+    "Bound",
+    "DataPath",
+    "Finite",
+    "ModelPath",
+    "Range",
+    "Registry",
+    "Wired",
+    "Workspace",
+    "stage",
+    "stages",
+]

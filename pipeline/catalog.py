@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipeline.registry import nearest
 from pipeline.rounds import split
 from pipeline.store import Store
 from schemas import TABLES, WinnowError
@@ -24,6 +25,7 @@ RUNS = pa.schema(
         ("key", pa.string()),
     ]
 )
+LOOK = "`SHOW TABLES` and `DESCRIBE candidates` say what is there, schemas/tables.py what it means"
 SQL_TYPES = {
     "string": "VARCHAR",
     "int8": "TINYINT",
@@ -50,8 +52,10 @@ STEPS = pa.schema(
 )
 
 
-def open_catalog(store: Store, run: str | None = None, round: int | None = None) -> duckdb.DuckDBPyConnection:
-    """Views over all sealed steps, those of one run, or of it those of one round and those that all rounds share.
+def open_catalog(
+    store: Store, run: str | list[str] | None = None, round: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """Views over all sealed steps, those of one run or several, or of one round and those that all rounds share.
 
     Each view has `stage` and `key` beside its table's columns; `runs` says which step of which round has that key.
     """
@@ -69,16 +73,17 @@ def open_catalog(store: Store, run: str | None = None, round: int | None = None)
     return connection
 
 
-def _links(store: Store, run: str | None, round: int | None = None) -> list[dict[str, Any]]:
+def _links(store: Store, run: str | list[str] | None, round: int | None) -> list[dict[str, Any]]:
     """The rows of `runs`."""
     runs = store.runs()
-    if run is not None and run not in runs:
-        raise WinnowError(f"no run {run!r} in {store.root}; known: {', '.join(runs) or 'none'}")
+    wanted = list(runs) if run is None else [run] if isinstance(run, str) else run
+    for name in wanted:
+        if name not in runs:
+            raise WinnowError(f"no run {name!r} in {store.root}; {nearest(name, list(runs))}")
     rows = [
         {"run": name, **dict(zip(("step", "round"), split(step), strict=True)), **link}
-        for name, links in runs.items()
-        if run in (None, name)
-        for step, link in links.items()
+        for name in wanted
+        for step, link in runs[name].items()
     ]
     rounds = sorted({row["round"] for row in rows} - {None})
     if round is not None and round not in rounds:
@@ -94,7 +99,7 @@ def query(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             raise WinnowError("sql: exactly one SELECT is taken; the store is read-only")
         answer: pa.Table = connection.sql(statements[0].query).to_arrow_table()
     except duckdb.Error as error:
-        raise WinnowError(f"sql: {error}") from None
+        raise WinnowError(f"sql: {error}\n{LOOK}") from None
     return answer.rename_columns(_distinct(answer.column_names))
 
 

@@ -1,5 +1,6 @@
 """Files and folders as options: what they hold is their identity, where they lie is not."""
 
+import json
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
+ADAPTER = "adapter_config.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -46,9 +48,7 @@ class ModelPath(ContentPath):
 
     def check(self) -> None:
         super().check()
-        missing = [what for what, there in self._parts() if not there]
-        if missing:
-            raise ValueError(f"model folder {self.path} has no {', no '.join(missing)}")
+        check_parts(f"model folder {self.path}", self._parts())
 
     def _parts(self) -> list[tuple[str, bool]]:
         return [
@@ -60,6 +60,27 @@ class ModelPath(ContentPath):
     @property
     def digest(self) -> str:
         return model_digest(self.path)
+
+
+class AdapterPath(ContentPath):
+    """A folder of peft's with one LoRA: its config, its weights as safetensors, and perhaps a tokenizer of its own."""
+
+    def check(self) -> None:
+        super().check()
+        parts = {ADAPTER: self.path / ADAPTER, "adapter_model.safetensors": self.path / "adapter_model.safetensors"}
+        check_parts(f"adapter folder {self.path}", [(name, file.is_file()) for name, file in parts.items()])
+        if (kind := json.loads(parts[ADAPTER].read_text()).get("peft_type")) != "LORA":
+            raise ValueError(f"adapter folder {self.path} holds a {kind}, and what is merged is a LORA")
+
+    @property
+    def digest(self) -> str:
+        return model_digest(self.path)
+
+
+def check_parts(place: str, parts: list[tuple[str, bool]]) -> None:
+    """Raises ValueError with all that is not there."""
+    if missing := [what for what, there in parts if not there]:
+        raise ValueError(f"{place} has no {', no '.join(missing)}")
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -52,7 +52,7 @@ class OnRay:
     def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
         ray: Any = import_module("ray")  # untyped, and not needed to run in process
-        _start(ray)
+        start(ray)
         has = ray.cluster_resources()
         cpus, gpus = int(has.get("CPU", 1)), int(has.get("GPU", 0))
         count = min(self.workers, len(units), gpus or cpus)
@@ -80,7 +80,7 @@ class Dispatch:
                 for reference in ready:
                     self._finish(reference)
                 if shape_of(self.work.entry).whole:  # parts tell for themselves
-                    _relay(self.work.out.path, self.tell)
+                    relay(self.work.out.path, self.tell)
         finally:
             for _, actor in self.running.values():
                 self.ray.kill(actor)
@@ -123,10 +123,10 @@ class _Worker:
         self.warm = Warm()
 
     def unit(self, unit: int) -> int:
-        return execute(self.work, unit, self.warm, _teller(self.work.out.path))
+        return execute(self.work, unit, self.warm, teller(self.work.out.path))
 
 
-def _teller(folder: Path) -> Tell:
+def teller(folder: Path) -> Tell:
     """Progress from a worker: a small file in the step's folder, at most two a second."""
     last = 0.0
 
@@ -139,12 +139,12 @@ def _teller(folder: Path) -> Tell:
     return tell
 
 
-def _relay(folder: Path, tell: Tell) -> None:
+def relay(folder: Path, tell: Tell) -> None:
     if told := read_json(folder / "progress.json"):
         tell(told["done"], told["total"], told["unit"])
 
 
-def _start(ray: Any) -> None:
+def start(ray: Any) -> None:
     """A local cluster, started once a process, which ends with it."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.registry import nearest
 from pipeline.rounds import Steps, split, why_not
 from pipeline.syntax import parse
 from schemas import WinnowError
@@ -42,8 +43,11 @@ def _override(text: str, settings: Collection[str]) -> Override:
     """`step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value`; the value is YAML."""
     path, equals, value = text.partition("=")
     names = path.strip().split(".")
-    if not equals or not all(names) or (len(names) < 2 and names[0] not in settings):
+    if not equals or not all(names):
         raise WinnowError(f"--set {text}: must read step.option=value")
+    if len(names) < 2 and names[0] not in settings:
+        hint = nearest(names[0], list(settings))
+        raise WinnowError(f"--set {text}: must read step.option=value, or name a setting of the whole; {hint}")
     return Override(text, names[0], tuple(names[1:]), parse(value, f"--set {text}"))
 
 

@@ -1,4 +1,4 @@
-"""YAML to steps: one `extends`, a world's data and models between base and recipe, and --set overrides.
+"""YAML to steps: what a recipe `extends`, a world's data and models between base and recipe, and --set overrides.
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs)
 and `with` (options); `like` takes all three from another step, and says only what differs. `shards`,
@@ -21,6 +21,7 @@ from schemas import WinnowError
 SETTINGS = {"about": str, "extends": str, "shards": int, "target": str}
 ROUNDS = "rounds"  # a setting as well, of two types
 PARTS = ("use", "like", "from", "with")
+DEEPEST = 3  # a base, a method, and one's own: a recipe is read in one look
 
 
 @dataclass
@@ -53,29 +54,37 @@ def load_recipe(
     name: str | None = None,
     library: tuple[Path, ...] = (),
 ) -> Recipe:
-    """Base, world, recipe, --set, each over the one before; raises WinnowError with all mistakes.
+    """Base, world, method, the recipe that extends it, --set: each over the one before; raises WinnowError.
 
-    What a method says of itself outranks what a world says of all methods. A base is looked for beside
-    the recipe, then in the folders of `library`.
+    What a method says of itself outranks what a world says of all methods. What a recipe extends is looked
+    for beside it, then in the folders of `library`.
     """
-    recipe = _read(path)
-    layers = [*_base(recipe, (path.parent, *library)), *(_read(overlay) for overlay in overlays), recipe]
+    base, *methods = _lineage(path, library)
+    layers = [base, *(_read(overlay, "--on") for overlay in overlays), *methods]
     run = name or _run_name(path.stem + "".join(f"[{item}]" for item in sets))
     return _recipe(reduce(_merge, layers, {}), sets, run, str(path))
 
 
-def _base(recipe: dict[str, Any], folders: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """What the recipe extends: beside it, or one of ours. One level, so that a recipe is read in one look."""
-    name = recipe.get("extends")
-    if name is None:
-        return []
+def _lineage(path: Path, library: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The base, an empty one if there is none, what extends it, and the recipe last."""
+    files, recipes = [path], [_read(path, "recipe")]
+    while (name := recipes[0].get("extends")) is not None:
+        file = _extended(name, (files[0].parent, *library))
+        trail = " -> ".join(each.stem for each in (*reversed(files), file))
+        if file in files:
+            raise WinnowError(f"extends: a circle: {trail}; a name is looked for beside the file first")
+        if len(files) == DEEPEST:
+            raise WinnowError(f"extends: {trail} is more than {DEEPEST} files; extend {files[0].stem} instead")
+        files, recipes = [file, *files], [_read(file, "recipe"), *recipes]
+    return recipes if len(recipes) > 1 else [{}, *recipes]
+
+
+def _extended(name: Any, folders: tuple[Path, ...]) -> Path:
     found = [path for folder in folders if (path := folder / f"{name}.yaml").exists()]
     if not found:
-        raise WinnowError(f"extends: no recipe {name!r} in {' or '.join(map(str, folders))}")
-    base = _read(found[0])
-    if "extends" in base:
-        raise WinnowError(f"extends: {name} itself extends {base['extends']}; extend {base['extends']} instead")
-    return [base]
+        known = nearest(str(name), sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
+        raise WinnowError(f"extends: no recipe {name!r} in {' or '.join(map(str, folders))}; {known}")
+    return found[0]
 
 
 def _run_name(name: str) -> str:
@@ -84,14 +93,18 @@ def _run_name(name: str) -> str:
     return name if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise WinnowError(f"{what} {path}: there is no such file in {path.resolve().parent}") from None
+    except IsADirectoryError:
+        raise WinnowError(f"{what} {path}: is a folder; name a YAML file in it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise WinnowError(f"recipe {path}: cannot be read ({error})") from None
-    content = parse(text, f"recipe {path}")
+        raise WinnowError(f"{what} {path}: cannot be read ({error})") from None
+    content = parse(text, f"{what} {path}")
     if not isinstance(content, dict):
-        raise WinnowError(f"recipe {path}: must be a mapping of step names, got {type(content).__name__}")
+        raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
     rooted: dict[str, Any] = _rooted(content, path.parent)
     return rooted
 
@@ -119,7 +132,7 @@ def _merge(below: Any, above: Any) -> Any:
 def _recipe(merged: dict[str, Any], sets: tuple[str, ...], name: str, place: str) -> Recipe:
     """What the files say, checked; then each round's overlay over it, then --set."""
     told: list[str] = []
-    overrides = overrides_of(sets, (*SETTINGS, ROUNDS), told)
+    overrides = overrides_of(sets, [*(key for key in SETTINGS if key != "extends"), ROUNDS], told)
     whole = {each.name: each.value for each in overrides if not each.path}
     settings = {key: value for key, value in (merged | whole).items() if key in SETTINGS and value is not None}
     steps = {str(key): body or {} for key, body in merged.items() if key not in (*SETTINGS, ROUNDS)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from schemas import WinnowError
 
@@ -43,6 +43,7 @@ class Range:
         return schema
 
 
+Finite = Annotated[float, Range(gt=-float("inf"), lt=float("inf"))]
 EXECUTION = "how it runs, not what it makes: no part of the identity"  # in Annotated[...], beside the type
 
 
@@ -114,14 +115,21 @@ class Bound:
 
 
 class Registry:
-    """Functions of one kind by name. As an annotation, `Annotated[Bound, registry]` is an option type."""
+    """Functions of one kind by name. As an annotation, `Annotated[Bound, registry]` is an option type.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    facts: those that every entry must declare.
+    """
+
+    def __init__(self, kind: str, *facts: str) -> None:
+        self.kind, self.facts = kind, facts
         self.entries: dict[str, Entry] = {}
 
     def __call__(self, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Raises TypeError if a fact is missing."""
+
         def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+            if missing := [fact for fact in self.facts if fact not in facts]:
+                raise TypeError(f"{self.kind} {fn.__name__}: its decorator must say {', '.join(missing)}")
             entry = Entry(fn.__name__, fn, facts)
             self.entries[fn.__name__] = entry
             setattr(fn, "entry", entry)  # noqa: B010 - functions have no such attribute for mypy

@@ -17,7 +17,7 @@ from pipeline.registry import Entry, Registry
 from pipeline.workspace import Workspace
 from schemas import Model
 
-stages = Registry("stage")
+stages = Registry("stage", "shape")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,24 @@
-"""Checkpoints of a training run: written whole or not at all, restored bit for bit."""
+"""Checkpoints of a training run: written whole or not at all, restored bit for bit, by any number of ranks."""
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from stages.ranks import Ranks
+
+STATE = ("done", "drawn", "gaps", "tokens", "history")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside its count of steps
+KEPT = 2  # so that there is one left where the last is torn
 
 
 class Run(Protocol):
@@ -15,6 +26,7 @@ class Run(Protocol):
 
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    ranks: Ranks
     done: int
     drawn: list[int]
     gaps: list[float]
@@ -22,52 +34,89 @@ class Run(Protocol):
     history: list[dict[str, float]]
 
 
-STATE = ("done", "drawn", "gaps", "tokens", "history")
+def trained(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The weights that a run moves, by name: with a LoRA, those of the adapter alone."""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
 class Checkpoints:
-    """The last whole state of a run: weights and Adam's moments as safetensors, the rest as JSON, written last."""
+    """The last whole states of a run.
+
+    The weights that it moves and Adam's moments are safetensors, each rank's what it holds; the rest is JSON, which
+    lists those files and is written last.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, trainer: Run) -> None:
         scratch = self.folder / ".writing"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        weights = {name: value.contiguous() for name, value in trainer.network.named_parameters()}
-        save_file(weights, scratch / "weights.safetensors")
-        save_file(_moments(trainer.optimizer), scratch / "moments.safetensors")
-        (scratch / "state.json").write_text(json.dumps({name: getattr(trainer, name) for name in STATE}))
-        scratch.rename(self.folder / f"step-{trainer.done:08d}")
-        for old in self._whole()[:-1]:
+        if trainer.ranks.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        trainer.ranks.wait()
+        with _alone_or_not():
+            writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+            save(_tensors(trainer), storage_writer=writer, no_dist=trainer.ranks.of == 1)
+        if trainer.ranks.first:
+            self._seal(scratch, trainer)
+        trainer.ranks.wait()
+
+    def _seal(self, scratch: Path, trainer: Run) -> None:
+        files = {file.name: file.stat().st_size for file in scratch.iterdir()}
+        state = {name: getattr(trainer, name) for name in STATE}
+        (scratch / "state.json").write_text(json.dumps(state | {"files": files}))
+        target = self.folder / f"step-{trainer.done:08d}"
+        shutil.rmtree(target, ignore_errors=True)  # a torn one
+        scratch.rename(target)
+        for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old)
 
     def restore(self, trainer: Run) -> None:
-        if not self._whole():
+        """Go on from the newest whole state, if there is one; a torn one is passed over with a warning."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            if _is_whole(folder):
+                break
+            warnings.warn(f"{folder.name}: this checkpoint is torn, and the one before it is taken", stacklevel=2)
+        else:
             return
-        folder = self._whole()[-1]
+        _start_moments(trainer)
+        with torch.no_grad(), _alone_or_not():
+            reader = HuggingFaceStorageReader(str(folder))
+            load(_tensors(trainer), storage_reader=reader, no_dist=trainer.ranks.of == 1)
         state = json.loads((folder / "state.json").read_text())
-        weights = load_file(folder / "weights.safetensors")
-        with torch.no_grad():
-            for name, value in trainer.network.named_parameters():
-                value.copy_(weights[name])
-        _set_moments(trainer.optimizer, load_file(folder / "moments.safetensors"))
         for name in STATE:
             setattr(trainer, name, state[name])
 
-    def _whole(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+
+@contextmanager
+def _alone_or_not() -> Iterator[None]:
+    """torch warns of a run without other processes, which is what most runs are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value.contiguous() for index, state in states.items() for name, value in state.items()}
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / "state.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
-def _set_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in saved.items():
-        index, _, moment = name.partition(".")
-        state.setdefault(int(index), {})[moment] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def _tensors(trainer: Run) -> dict[str, Tensor]:
+    """Weights and moments by name: the very tensors, so that loading fills them."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in trained(trainer.network).items():
+        tensors[f"weights.{name}"] = weight.detach()
+        for kind, value in trainer.optimizer.state[weight].items():
+            tensors[f"moments.{name}.{kind}"] = value
+    return tensors
+
+
+def _start_moments(trainer: Run) -> None:
+    """What Adam makes at its first step, to be filled."""
+    for weight in trained(trainer.network).values():
+        count = torch.zeros((), dtype=torch.float32, device=weight.device)
+        trainer.optimizer.state[weight] = {"step": count} | {kind: torch.zeros_like(weight) for kind in MOMENTS}

@@ -1,4 +1,4 @@
-"""A two-layer ReLU network trained to its global optimum as a convex program.
+"""A two-layer ReLU network as a convex program: the global optimum for the gates drawn, to a tolerance.
 
     min 1/2 ||sum_i D_i X (v_i - w_i) - y||^2 + beta sum_i (||v_i|| + ||w_i||)
     subject to (2 D_i - I) X v_i >= 0 and (2 D_i - I) X w_i >= 0
@@ -73,6 +73,7 @@ class Solution:
     iterations: int
     primal: float
     dual: float
+    converged: bool  # or stopped at the cap
 
 
 def solve(
@@ -81,8 +82,8 @@ def solve(
     gates: Array,
     beta: float,
     *,
-    tolerance: float = 1e-4,
-    iterations: int = 100,
+    tolerance: float = 1e-3,
+    iterations: int = 3000,
     rank: int = 20,
     seed: int = 0,
     tell: Tell = lambda done, total, unit: None,
@@ -102,7 +103,8 @@ def solve(
             admm.balance()
             wait *= 1.5
             next_balance += wait  # ever rarer, so that in the end the penalty is fixed and ADMM converges
-    return Solution(admm.v / norm, np.maximum(-admm.rho * admm.of_s, 0), done, admm.primal, admm.dual)
+    converged = max(admm.primal, admm.dual) <= tolerance
+    return Solution(admm.v / norm, np.maximum(-admm.rho * admm.of_s, 0), done, admm.primal, admm.dual, converged)
 
 
 class Admm:
@@ -210,3 +212,9 @@ def recover(v: Array) -> tuple[Array, Array]:
     kept = sizes > 0
     outer = np.stack([sizes[0], -sizes[1]])[kept]
     return v[kept] / sizes[kept][:, None], outer
+
+
+def loss(X: Array, y: Array, beta: float, inner: Array, outer: Array) -> float:
+    """Of a network itself, which is what the program minimises: 1/2 ||f(X) - y||^2 + beta sum |outer| ||inner||."""
+    error = np.maximum(X @ inner.T, 0) @ outer - y
+    return float(error @ error / 2 + beta * np.abs(outer) @ np.linalg.norm(inner, axis=1))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Wired, Workspace, stage
+from pipeline import Bound, Finite, Wired, Workspace, stage
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import EXAMPLES
 from stages.groups import ById, Row, by_prompt, cutoff
@@ -43,7 +43,21 @@ def _has_what_it_reads(options: dict[str, Any], wired: Mapping[str, Wired]) -> l
         problems.append("labels: soft reads the gap behind a pair, and people's preferences have none; set it to hard")
     if options["imitate"] == options["desirable"] == "nothing" and "pairs" not in wired:
         problems.append("neither pairs nor anything to imitate: there is nothing to learn from")
-    return problems
+    elif "selections" in wired and options["imitate"] not in ("selected", "best") and options["desirable"] != "rewards":
+        problems.append("selections are wired, and nothing reads them; set `imitate` or `desirable`, or unwire them")
+    return problems + _lost_weights(options, wired)
+
+
+def _lost_weights(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    """What a selection weighs, and neither the pairs nor the imitation would carry on."""
+    pairs = wired.get("pairs", Wired(""))
+    behind = (wired, pairs.inputs, pairs.inputs.get("comparisons", Wired("")).inputs)
+    rules = [tables["selections"].options.get("rule") for tables in behind if "selections" in tables]
+    weighing = sorted({rule.name for rule in rules if isinstance(rule, Bound) and rule.facts.get("weighs")})
+    by = pairs.options.get("rule")
+    if options["imitate"] == "selected" or (isinstance(by, Bound) and by.facts.get("weighs")):
+        return []
+    return [f"nothing reads the weights of {rule}; set `imitate: selected`, or pair by all_pairs" for rule in weighing]
 
 
 @stage(version=2, check=_has_what_it_reads)
@@ -59,7 +73,7 @@ def examples(
     split: Literal["train", "heldout"] = "train",
     imitate: Imitate = "nothing",
     desirable: Desirable = "nothing",
-    threshold: float | None = None,
+    threshold: Finite | None = None,
     labels: Literal["hard", "soft"] = "hard",
 ) -> Examples:
     """Join to training groups; rows that nothing reads are dropped.

@@ -10,6 +10,7 @@ import pyarrow as pa
 from schemas import WinnowError
 
 Row = dict[str, Any]
+LEAST = 2.0**-150  # a weight that is not above it is 0 as float32, which `examples` keeps
 
 
 def by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:

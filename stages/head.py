@@ -4,16 +4,17 @@ To add a kind of head, add a function here: from standardised sides of same-prom
 figures of its own for the metrics.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Bound, Range, Registry, Workspace, stage
+from pipeline import Bound, Finite, Range, Registry, Workspace, stage
 from schemas import Features, Heads, Metrics, Pairs, Prompts, Rewards, WinnowError
 from schemas.tables import METRICS, REWARDS
-from stages.convex import Program, Tell, draw_gates, recover, solve
+from stages.convex import Solution, Tell, draw_gates, loss, recover, solve
 from stages.groups import column_by
 from stages.neurons import Neurons, matrix, neurons_of
 
@@ -21,6 +22,7 @@ head = Registry("head")
 Count = Annotated[int, Range(gt=0)]
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 Made = tuple[Neurons, dict[str, float]]
+NEAR = 1e-6  # nats that the last layer's loss may be above the least
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Sides:
 NOBODY = Sides(np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0))
 
 
-@head()
+@head(version=2)
 def convex_relu(
     sides: Sides,
     tell: Tell,
     *,
     gates: Count = 20,
     beta: Positive = 1e-2,
-    tolerance: Positive = 1e-4,
-    iterations: Count = 100,
+    tolerance: Positive = 1e-3,
+    iterations: Count = 3000,
     rank: Count = 20,
     scale: Positive = 2.5,
-    margin: float = 1.5,
+    margin: Finite = 1.5,
     ridge: Positive = 1e-3,
     seed: int = 0,
 ) -> Made:
@@ -63,7 +65,12 @@ def convex_relu(
 
     `gates` random sign patterns give at most twice as many neurons; `beta` is the weight decay a row. The last
     layer minimises mean softplus(margin - scale * (s_chosen - s_rejected)) + ridge/2 ||outer||^2 over the pairs
-    themselves; the authors' code draws random chosen and rejected rows of any prompt. iterations: at most.
+    themselves; the authors' code draws random chosen and rejected rows of any prompt.
+
+    ADMM stops once both residuals are at most `tolerance`, relative to ||y|| and ||F^T y||, or after `iterations`,
+    with a warning. On the demo's 11,278 rows of 128 features 1e-3 takes 1,400 iterations, some two minutes on one
+    thread, and the loss is within a hundredth of the optimum. Metrics: `converged` 1 or 0, the residuals, and
+    `objective`, the loss a row of the network as it was recovered, before its last layer is trained on.
     """
     x, labels, weight = sides.rows
     root = np.sqrt(weight)  # weighted least squares: no positive weight changes a gate or a cone
@@ -71,6 +78,8 @@ def convex_relu(
     total = beta * float(weight.sum())
     patterns = draw_gates(X, gates, np.random.default_rng(seed))
     solution = solve(X, y, patterns, total, tolerance=tolerance, iterations=iterations, rank=rank, seed=seed, tell=tell)
+    if not solution.converged:
+        _warn_of_the_cap(solution, tolerance)
     inner, outer = recover(solution.v)
     if not len(outer):
         raise WinnowError(f"preference_head: beta {beta} leaves no neuron; set head.beta lower")
@@ -78,11 +87,20 @@ def convex_relu(
     figures = {
         "neurons": float(len(outer)),
         "iterations": float(solution.iterations),
+        "converged": float(solution.converged),
         "primal_residual": solution.primal,
         "dual_residual": solution.dual,
-        "objective": Program(X, y, patterns, total).objective(solution.v) / float(weight.sum()),
+        "objective": loss(X, y, total, inner, outer) / float(weight.sum()),
     }
     return last_layer(first, sides, scale, margin, ridge), figures
+
+
+def _warn_of_the_cap(solution: Solution, tolerance: float) -> None:
+    warnings.warn(
+        f"preference_head: ADMM stopped after {solution.iterations} iterations at residuals {solution.primal:.1e} and "
+        f"{solution.dual:.1e}, above head.tolerance {tolerance}; set head.iterations higher",
+        stacklevel=3,
+    )
 
 
 def last_layer(neurons: Neurons, sides: Sides, scale: float, margin: float, ridge: float) -> Neurons:
@@ -93,14 +111,20 @@ def last_layer(neurons: Neurons, sides: Sides, scale: float, margin: float, ridg
     gaps = neurons.ramps(sides.chosen) - neurons.ramps(sides.rejected)
     share = sides.weight / sides.weight.sum()
 
-    def loss(outer: np.ndarray) -> tuple[float, np.ndarray]:
+    def preference(outer: np.ndarray) -> tuple[float, np.ndarray]:
         short = margin - scale * (gaps @ outer)
         value = share @ np.logaddexp(0, short) + ridge / 2 * outer @ outer
         return float(value), ridge * outer - scale * (share * expit(short)) @ gaps
 
     found = minimize(
-        loss, neurons.outer, jac=True, method="L-BFGS-B", options={"maxiter": 10_000, "ftol": 0, "gtol": 1e-8}
+        preference,
+        neurons.outer,
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 10_000, "ftol": 0, "gtol": 1e-8},
     )
+    if not (found.success or found.jac @ found.jac / (2 * ridge) < NEAR):  # strongly convex: no further than that
+        raise WinnowError(f"preference_head: no minimum of the last layer ({found.message}); set head.ridge higher")
     return replace(neurons, outer=found.x)
 
 

@@ -14,7 +14,8 @@ from schemas import WinnowError
 from stages.objectives import Batch, nll
 from stages.packing import Asked, Load, Prompted, fill, split
 from stages.policy import is_reward_model
-from stages.scoring import completion_logp, completion_scores, logp_of, read_rows, shares
+from stages.ranks import Ranks
+from stages.scoring import completion_logp, completion_scores, read_rows, shares
 from stages.training_data import Group
 
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
@@ -34,6 +35,7 @@ class Leg:
     micro_tokens: int
     seed: int
     number: int  # which leg of the run: legs draw their batches apart
+    ranks: Ranks = field(default_factory=Ranks)
     largest: int = 0  # tokens of the largest pass that has gone through, backward too
     _drawn: list[list[Group]] = field(default_factory=list)
     _epochs: int = 0
@@ -78,24 +80,29 @@ class Leg:
     def losses(self, network: PreTrainedModel, batch: list[Group], panel: "Panel") -> Iterator[Tensor]:
         """The step's loss in shares, one forward pass each; `panel` collects the metrics."""
         kl = self._kl(network, batch) if "kl" in self.objective.facts["reads"] else None
-        for micro in self.micro(network, batch):
-            shared = shares(network, micro)
-            parts = split(micro[0], self.micro_tokens, shared) if len(micro) == 1 else []
-            if len(parts) > 1:
-                yield from self._parts(network, micro[0], parts, kl, panel)
-            else:
-                logp, hits = self._read(network, micro)
-                yield self._loss(micro, logp, hits, kl, panel)
-                self.largest = max(self.largest, Load.of(micro, shared).size)
+        shared = shares(network, batch)
+        passes = list(self.micro(network, batch))
+        parts = {n: split(each[0], self.micro_tokens, shared) for n, each in enumerate(passes) if len(each) == 1}
+        large = [n for n, each in parts.items() if len(each) > 1]
+        for micro, share in self.ranks.deal([each for n, each in enumerate(passes) if n not in large]):
+            logp, hits = self._read(network, micro)
+            yield share * self._loss(micro, logp, hits, kl, panel, share)
+            self.largest = max(self.largest, Load.of(micro, shared).size)
+        for n in large:  # all ranks go through its parts, since they must read the network as often as each other
+            for loss in self._parts(network, passes[n][0], parts[n], kl, panel):
+                yield loss / self.ranks.of
+        panel.sums = self.ranks.total(panel.sums)
 
-    def _loss(self, groups: list[Group], logp: Tensor, hits: Tensor, kl: Tensor | None, panel: "Panel") -> Tensor:
+    def _loss(
+        self, groups: list[Group], logp: Tensor, hits: Tensor, kl: Tensor | None, panel: "Panel", share: float
+    ) -> Tensor:
         own = self._batch(groups, logp, kl)
         weight = own.logp.new_tensor([weight for group in groups for weight in group.pair_weight])
         values = self.objective(own) * (weight if self.objective.facts["per"] == "pairs" else 1.0)
         total: Tensor = values.sum() / panel.counts[self.objective.facts["per"]]
         if self.nll_weight:
             total = total + self.nll_weight * nll(own).sum() / panel.counts["likelihood"]
-        panel.add(own, hits, total)
+        panel.add(own, hits, total, share)
         return total
 
     def _parts(
@@ -107,7 +114,7 @@ class Leg:
             found = [self._read(network, [piece]) for piece in pieces]
         logp, hits = (torch.cat(each) for each in zip(*found, strict=True))
         with torch.enable_grad():
-            loss = self._loss([group], logp.requires_grad_(), hits, kl, panel)
+            loss = self._loss([group], logp.requires_grad_(), hits, kl, panel, 1 / self.ranks.of)
             (slope,) = torch.autograd.grad(loss, logp)
         for piece, weight in zip(pieces, slope.split([len(part) for part in parts]), strict=True):
             share = (self._read(network, [piece])[0] * weight).sum() if torch.is_grad_enabled() else loss
@@ -136,9 +143,12 @@ class Leg:
     def _read(self, network: PreTrainedModel, groups: Sequence[Prompted]) -> tuple[Tensor, Tensor]:
         """Log-prob (or score) of every response, and how many of its tokens are the likeliest."""
         if is_reward_model(network):
-            scores = completion_scores(network, groups, self.dtype)
+            scores = self.ranks.run(network, lambda: completion_scores(network, groups, self.dtype))
             return scores, torch.zeros_like(scores)
-        return completion_logp(network, groups, self.dtype)
+        return self.ranks.run(network, lambda: completion_logp(network, groups, self.dtype))
+
+    def _logp(self, network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
+        return self._read(network, groups)[0]
 
     def _batch(self, groups: list[Group], logp: Tensor, kl: Tensor | None) -> Batch:
         """What the objective is a function of."""
@@ -164,7 +174,7 @@ class Leg:
         rows = [(group.prompt, ids) for group in groups for ids, _ in group.mismatched]
         if not rows:
             return torch.zeros((), device=network.device)
-        logp = read_rows(logp_of, network, rows, self.dtype, self.micro_tokens)
+        logp = read_rows(self._logp, network, rows, self.dtype, self.micro_tokens)
         ref = [ref for group in groups for _, ref in group.mismatched]
         return torch.tensor(float((logp - np.array(ref, dtype=np.float32)).mean()), device=network.device)
 
@@ -174,7 +184,7 @@ class Leg:
         first = self.batch(0)
         kl = self._kl(network, first)
         rows = [(group.prompt, ids) for group in first for ids in group.responses]
-        logp = torch.from_numpy(read_rows(logp_of, network, rows, self.dtype, self.micro_tokens))
+        logp = torch.from_numpy(read_rows(self._logp, network, rows, self.dtype, self.micro_tokens))
         own = self._batch(first, logp, kl.cpu())
         found = self.objective(own)
         expected = self.objective(replace(own, ref=own.logp, kl=torch.zeros_like(kl.cpu())))
@@ -234,7 +244,8 @@ class Panel:
         self.kl: float | None = None
 
     @torch.no_grad()
-    def add(self, batch: Batch, hits: Tensor, total: Tensor) -> None:
+    def add(self, batch: Batch, hits: Tensor, total: Tensor, share: float) -> None:
+        """share: 0 for rows that another rank counts."""
         gap = batch.gap(batch.logp if batch.ref is None else batch.shift)
         for name, value in (
             ("loss", total),
@@ -245,10 +256,10 @@ class Panel:
             ("right", torch.where(gap.abs() < EVEN, 0.5, (gap > 0).float()).sum()),
             ("gap", gap.sum()),
         ):
-            self.sums[name] += float(value)
+            self.sums[name] += share * float(value)
         if batch.desirable is not None:
-            self.sums["good"] += float(batch.shift[batch.desirable > 0].sum())
-            self.sums["bad"] += float(batch.shift[batch.desirable < 0].sum())
+            self.sums["good"] += share * float(batch.shift[batch.desirable > 0].sum())
+            self.sums["bad"] += share * float(batch.shift[batch.desirable < 0].sum())
         self.kl = None if batch.kl is None else float(batch.kl)
 
     def entry(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas import Model, seed_for
+from schemas import Model, WinnowError, seed_for
 from stages.engines import Engine, Request, Sampling
 from stages.limits import context_length
 from stages.text import Tokenizer
@@ -23,6 +23,15 @@ class Election:
     votes: int
     threshold: float
     seed: int
+
+    def readable_by(self, tokenizer: Tokenizer) -> None:
+        """Raises WinnowError if the template itself, whatever it asks about, would be refused."""
+        try:
+            tokenizer.prompt_ids(self.template)
+        except ValueError as error:
+            raise WinnowError(
+                f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
+            ) from None
 
     def ballots(self, context: str, low: str, high: str) -> Iterator[tuple[str, int, bool]]:
         """What each vote reads, its seed, and whether `high` stands first."""

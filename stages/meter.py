@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from stages.legs import Leg
 from stages.optimize import SPEED
+from stages.ranks import Ranks
 from stages.training_data import Group
 
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 flop/s, dense
@@ -17,9 +18,9 @@ PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S":
 class Meter:
     """Counts every token that goes through a network, padding too, from the moment that it is made."""
 
-    def __init__(self, network: PreTrainedModel, tokens: int = 0) -> None:
-        """tokens: what an interrupted run had read before."""
-        self.network, self.tokens = network, tokens
+    def __init__(self, network: PreTrainedModel, ranks: Ranks) -> None:
+        self.network, self.ranks = network, ranks
+        self.tokens = 0
         self._weights = sum(weight.numel() for weight in network.parameters())
         network.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -30,12 +31,16 @@ class Meter:
         """A step begins."""
         self._since, self._before = time.perf_counter(), self.tokens
 
+    def total(self, since: int = 0) -> int:
+        """Tokens of all ranks, after the first `since` of each."""
+        return round(self.ranks.total({"tokens": float(self.tokens - since)})["tokens"])
+
     def entry(self, batches: list[tuple[Leg, list[Group]]], micro_tokens: int) -> dict[str, float]:
         """What became of a step's batches since `start`.
 
         `tokens/saved` is against reading prompt and response again for each side of each pair, without padding.
         """
-        seconds, read = time.perf_counter() - self._since, self.tokens - self._before
+        seconds, read = time.perf_counter() - self._since, self.total(self._before)
         groups = [group for _, batch in batches for group in batch]
         entry = {
             "tokens/read": float(read),
@@ -47,11 +52,11 @@ class Meter:
         if pairs := sum(len(group.pairs) for group in groups):
             entry[f"{SPEED}pairs_per_second"] = pairs / seconds
         if peak := self._peak_flops():
-            entry[f"{SPEED}flop_utilisation"] = 6 * self._weights * read / seconds / peak
+            entry[f"{SPEED}flop_utilisation"] = 6 * self._weights * read / seconds / peak / self.ranks.of
         return entry
 
     def _peak_memory(self) -> int:
-        """Bytes: of the device's memory since the run began, or of this process since it began."""
+        """Bytes that this rank has held at most: of its device since the run began, or of its process."""
         if self.network.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.network.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import Range, Registry
 
-mix = Registry("mix")
+mix = Registry("mix", "watches")
 COIN = 2  # beside the legs' 0 and 1, so that coins and batches are drawn apart
 Share = Annotated[float, Range(ge=0, le=1)]
 
@@ -50,6 +50,7 @@ def maxright(now: Moment, *, weight: Share = 0.5, refresh: Annotated[int, Range(
     """The objective with the larger weighted gap; imitation on a tie.
 
     A loss is known from the last step that took it; every `refresh` steps the one not taken is measured
-    again, without gradient, on the batch that it would take next.
+    again, without gradient, on the batch that it would take next. The authors' code has refresh 10, which here made
+    a step 10 % dearer; at 20 it costs less than 5 %.
     """
     return float(weight * now.preference_gap > (1 - weight) * now.imitation_gap)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline import DataPath, ModelPath, Range, Wired, Workspace, stage
-from pipeline.content import model_files
+from pipeline import AdapterPath, DataPath, ModelPath, Range, Wired, Workspace, stage
+from pipeline.content import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
 from stages.sources import read_rows
 
+CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 TURNS = ("<|user|>", "<|assistant|>")
 CHAT = (
@@ -22,8 +23,12 @@ Positive = Annotated[int, Range(gt=0)]
 
 
 @stage(version=1, whole=True)
-def model(ws: Workspace, *, path: ModelPath) -> Model:
-    """Take a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity."""
+def model(ws: Workspace, *, path: ModelPath, adapter: AdapterPath | None = None) -> Model:
+    """Take a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
+
+    adapter: a LoRA trained on it, by peft. It is merged in fp32 and kept in the folder's dtype: from here on the
+    policy is both together, for sampling, as reference and to train. Its tokenizer, if it has one, is the policy's.
+    """
     folder = ws.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -31,7 +36,39 @@ def model(ws: Workspace, *, path: ModelPath) -> Model:
     for n, file in enumerate(files):
         ws.progress(n, len(files), "files")
         shutil.copyfile(file, folder / file.name)
-    return _usable(Model(folder, path.digest))
+    base = Model(folder, path.digest)
+    return _usable(base if adapter is None else _merged(base, adapter.path))
+
+
+def _merged(base: Model, adapter: Path) -> Model:
+    """In the base's own folder."""
+    from stages.lora import merge_adapter
+    from stages.policy import load_network, save_network
+
+    network = load_network(base)
+    try:
+        merge_adapter(network, adapter)
+    except WinnowError:
+        raise
+    except Exception as error:  # peft and torch raise anything from TypeError to RuntimeError here
+        raise WinnowError(f"adapter: it does not fit its base ({type(error).__name__}: {error})") from None
+    made = save_network(network, base, base.folder)
+    if any((adapter / name).is_file() for name in TOKENIZER_FILES):
+        _take_tokenizer(adapter, made.folder)
+    return made
+
+
+def _take_tokenizer(source: Path, folder: Path) -> None:
+    """All of it: a chat template of the one beside the vocabulary of the other would be neither's."""
+    for file in _tokenizer_files(folder):
+        file.unlink()
+    for file in _tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """What is neither weights nor a config."""
+    return [file for file in model_files(folder) if ".safetensors" not in file.name and file.name not in CONFIGS]
 
 
 def _usable(model: Model) -> Model:

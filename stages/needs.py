@@ -10,7 +10,10 @@ LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
 
 
 def optimize_needs(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
-    """Plan-time check: everything that a loss is a function of is made, and nothing that it would ignore."""
+    """Plan-time check: everything that a loss is a function of is made, and nothing that it would ignore.
+
+    But for a cached reference, which losses without one leave unread: one table of examples may serve both kinds.
+    """
     objective, weight = options["objective"], options["nll_weight"]
     tables = dict.fromkeys(("examples", "heldout"), (objective, weight))
     tables |= dict.fromkeys(("demonstrations", "heldout_demonstrations"), (LIKELIHOOD, 0.0))
@@ -20,6 +23,11 @@ def optimize_needs(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[
         if name in wired and wired[name].stage == "examples"
         for problem in _lacks(wired[name], loss, nll_weight)
     ]
+    if options["nll_per"] == "response" and not (weight or objective.facts["per"] == "likelihood" or options["mix"]):
+        problems.append("nll_per: response, and there is no likelihood to average; set nll_weight, or unset it")
+    if not options["lora"]:
+        given = [name for name in ("lora_alpha", "lora_targets") if options[name]]
+        problems += [f"{name}: {options[name]}, and all weights are trained; set lora, or unset it" for name in given]
     return problems + _mix(options["mix"], wired) + _reference(options, wired)
 
 

@@ -17,7 +17,7 @@ from pipeline import Range, Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-objective = Registry("objective")
+objective = Registry("objective", "reads", "per")
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 

@@ -1,6 +1,7 @@
 """Room 7: the loop, once, with one network in memory. It knows no method's name."""
 
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,7 +43,12 @@ def optimize(
     clip: Annotated[float, Range(gt=0)] = 1.0,
     weight_decay: Annotated[float, Range(ge=0)] = 0.0,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    lora: Annotated[int, Range(ge=0)] = 0,
+    lora_alpha: Annotated[float, Range(gt=0)] | None = None,
+    lora_targets: list[str] = [],  # noqa: B006 - read, never written
     micro_tokens: Annotated[int, Range(gt=0), EXECUTION] = 8192,
+    recompute: Annotated[bool, EXECUTION] = False,
+    ranks: Annotated[int, Range(gt=0), EXECUTION] = 1,
     checkpoint_every: Annotated[int, Range(gt=0), EXECUTION] = 100,
     seed: int = 0,
 ) -> tuple[Model, Policies, Metrics, Speeds]:
@@ -56,47 +62,64 @@ def optimize(
     not `init`, as when rounds go on from each other and the reference stays the SFT policy. A rerun goes on
     from the last checkpoint, bit for bit on the same machine.
 
+    `lora` is the rank of what is trained beside each frozen layer that `lora_targets` names (none: every linear
+    layer but the head), times `lora_alpha` / rank (none: 2); 0 trains all weights. `recompute` runs each layer again
+    in the backward pass instead of keeping its activations: less memory, about a third more time.
+
+    `ranks` processes hold one network together, a piece each (FSDP2 under Ray Train; a GPU each where there are any):
+    the same losses, and a death costs what was done since the last checkpoint.
+
     With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of
     what the demonstrations imitate. There are as many steps as `epochs` over `examples` take; each side goes
     through its own batches as often as its turn comes. `preference_optimum` and `imitation_optimum` are the
     metrics of runs of one side alone, for a mix that watches how far each still is from its own best; the mean
     loss of their last tenth counts, and 0 without them.
     """
-    from stages.legs import Leg
-    from stages.policy import save_network
-    from stages.training import LEGS, Trainer
-    from stages.training_data import groups_of
+    from stages.training import train
 
-    sides = [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, LIKELIHOOD, 0.0)]
-    shared = dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, micro_tokens=micro_tokens, seed=seed)
-    legs, held = [], {}
-    for n, (rows, held_rows, loss, weight) in enumerate(sides):
-        if rows is not None:
-            groups = groups_of(rows, loss, weight, init, dtype, reference)
-            legs.append(Leg(groups, loss, weight, number=n, **shared))  # type: ignore[arg-type]
-        if held_rows is not None:
-            held[n] = groups_of(held_rows, loss, weight, init, dtype, reference)
-    trainer = Trainer(
-        init=init,
-        legs=legs,
-        mix=mix,
-        optima=[_reached(preference_optimum, "loss"), _reached(imitation_optimum, "imitation/loss")],
-        gated="ref" in objective.facts["reads"] and reference == "init",
-        lr=lr,
-        schedule=schedule,
-        warmup=warmup,
-        epochs=epochs,
-        clip=clip,
-        weight_decay=weight_decay,
+    adapt = None
+    if lora:
+        from stages.lora import add_adapter
+
+        adapt = partial(add_adapter, rank=lora, alpha=lora_alpha, targets=lora_targets, seed=seed)
+    job = partial(
+        train,
+        init,
+        [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, LIKELIHOOD, 0.0)],
+        ws.folder,
+        reference=reference,
+        of_leg=dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, micro_tokens=micro_tokens),
+        of_run=dict(
+            adapt=adapt,
+            recompute=recompute,
+            mix=mix,
+            optima=[_reached(preference_optimum, "loss"), _reached(imitation_optimum, "imitation/loss")],
+            gated="ref" in objective.facts["reads"] and reference == "init",
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            epochs=epochs,
+            clip=clip,
+            weight_decay=weight_decay,
+        ),
         seed=seed,
+        checkpoint_every=checkpoint_every,
     )
-    trainer.fit(ws, checkpoint_every)
-    for n, groups in held.items():
-        entry = legs[n].evaluate(trainer.network, groups)
-        prefix = f"heldout/{LEGS[n]}"
-        trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
-    trained = save_network(trainer.network, init, ws.folder / "model")
-    return trained, _policy_row(trainer, objective, nll_weight, mix), *_history(trainer.history)
+    if ranks == 1:
+        outcome = job(ws.progress)
+    else:
+        from pipeline.ranks import on_ranks
+
+        outcome = on_ranks(job, ranks, ws.folder, ws.progress)
+    ws.count(tokens=outcome["tokens"])
+    loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
+    row = {
+        "init": init.digest,
+        "objective": f"{loss}, {mix}" if mix else loss,
+        **{name: outcome[name] for name in ("parameters", "steps", "tokens")},
+    }
+    policy = pa.Table.from_pylist([row], schema=POLICIES)
+    return Model(ws.folder / "model", ""), policy, *_history(outcome["history"])
 
 
 def _reached(metrics: pa.Table | None, name: str) -> float:
@@ -110,18 +133,6 @@ def _reached(metrics: pa.Table | None, name: str) -> float:
         )
     last = rows[-max(1, round(LAST * len(rows))) :]
     return float(sum(last) / len(last))
-
-
-def _policy_row(trainer: Any, objective: Bound, nll_weight: float, mix: Bound | None) -> pa.Table:
-    loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
-    row = {
-        "init": trainer.init.digest,
-        "objective": f"{loss}, {mix}" if mix else loss,
-        "parameters": sum(p.numel() for p in trainer.network.parameters()),
-        "steps": trainer.done,
-        "tokens": trainer.tokens,
-    }
-    return pa.Table.from_pylist([row], schema=POLICIES)
 
 
 def _history(entries: list[dict[str, float]]) -> tuple[pa.Table, pa.Table]:

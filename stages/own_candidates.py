@@ -15,8 +15,11 @@ from stages.sources import one_source, read_rows, text_of
 
 
 def _one_score(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
-    problems = one_source(options, wired)
-    if (options["reward"] is None) == (options["probability"] is None):
+    problems, named = one_source(options, wired), {name: options[name] for name in ("reward", "probability")}
+    if None not in named.values():
+        both = " and ".join(f"`{name}` is {column!r}" for name, column in named.items())
+        problems.append(f"{both}, and one of them is read; unset the other: `--set own_candidates.probability=null`")
+    elif not any(named.values()):
         problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
     return problems
 
@@ -50,7 +53,7 @@ def own_candidates(
     rewards: list[dict[str, Any]] = []
     for place, row in read_rows(ws, path, dataset, revision, part, [prompt, response, score]):
         try:
-            value = _logit(row[score]) if probability else _finite(row[score])
+            value = _logit(row.get(score)) if probability else _finite(row.get(score))
             name = pool.prompt(row, prompt)
             candidate = pool.response(name, text_of(row, response), again=True)
         except ValueError as error:

@@ -2,7 +2,7 @@
 
 A rule reads one prompt's rows, of the table that its fact `reads` names, and yields preferences. Rows of
 selections come with `logp`, `n_tokens` and `finish_reason` of their candidates. A fact `source` says which
-candidates it can read.
+candidates it can read; `weighs`, that it passes the selection's weights on.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +12,12 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Bound, Range, Registry, Wired, Workspace, stage
+from pipeline import Bound, Finite, Range, Registry, Wired, Workspace, stage
 from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
-from stages.groups import ById, Row, by_prompt, cutoff
+from stages.groups import LEAST, ById, Row, by_prompt, cutoff
 
-pair_rule = Registry("pair rule")
+pair_rule = Registry("pair rule", "reads")
 
 
 class Preference(NamedTuple):
@@ -87,7 +87,7 @@ def mu_minus_2_sigma(group: list[Row], *, sigmas: Annotated[float, Range(ge=0)] 
         yield _ordered(group[int(rewards.argmax())], group[int(np.abs(rewards - target).argmin())])
 
 
-@pair_rule(reads="selections")
+@pair_rule(reads="selections", weighs=True, version=2)
 def all_pairs(group: list[Row]) -> Iterator[Preference]:
     """Every preference that the rewards imply, with weight w_i w_j from the selection's weights.
 
@@ -100,7 +100,7 @@ def all_pairs(group: list[Row]) -> Iterator[Preference]:
 
 
 @pair_rule(reads="selections", source=DRAWN)
-def next_likelier_loser(group: list[Row], *, threshold: float | None = None) -> Iterator[Preference]:
+def next_likelier_loser(group: list[Row], *, threshold: Finite | None = None) -> Iterator[Preference]:
     """CLICK (arXiv:2306.03350): each bad response against the likeliest good one that is less likely than itself.
 
     Good and bad: reward above and below `threshold`, or the prompt's mean (the sign of a reward says only whether
@@ -184,7 +184,7 @@ def _useless(found: Preference, by_id: ById, finished: bool) -> str | None:
         return "empty response"
     if finished and any(side["finish_reason"] == "length" for side in sides):
         return "cut at max_tokens"
-    return None if found.weight > 0 else "weight 0"
+    return None if found.weight > LEAST else "weight 0"
 
 
 def _row(prompt: str, found: Preference, rule: str) -> Row:

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import Registry
 from stages.tilt import Floats, Groups, ratio
 
-normaliser = Registry("normaliser")
+normaliser = Registry("normaliser", "zero", "pooled")
 FAR = 1e4
 RIDGE = 1e-6  # only decides directions that the data leave open
 STEPS, ENOUGH, SMALLEST = 100, 1e-18, 1e-9  # of Newton's method: at most, the gain that ends it, the step that does

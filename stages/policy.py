@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from schemas import Model, WinnowError
@@ -17,8 +21,12 @@ CLASSIFIER = "ForSequenceClassification"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
-def load_network(model: Model, *, train: bool = False) -> PreTrainedModel:
+def load_network(
+    model: Model, *, train: bool = False, adapt: Callable[[PreTrainedModel], None] | None = None
+) -> PreTrainedModel:
     """fp32 weights, dropout off either way (a policy that drops out does not equal its own reference).
+
+    adapt: what is done to the network before it is tried whether it can share prompts, such as `add_adapter`.
 
     Scoring runs on one thread of a CPU, so that a number does not depend on how many workers share the
     machine: parallelism is workers. Training takes all threads. Raises WinnowError for a classifier that
@@ -29,6 +37,8 @@ def load_network(model: Model, *, train: bool = False) -> PreTrainedModel:
     network = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True, **_attention(model))
     if is_reward_model(network):
         check_head(network)
+    if adapt:
+        adapt(network)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     share_prefixes(network.eval())
     return network
@@ -58,10 +68,29 @@ def check_head(network: PreTrainedModel) -> None:
         )
 
 
+def recompute_layers(network: PreTrainedModel) -> None:
+    """From now on each layer keeps its inputs alone, and runs again in the backward pass: the same gradients.
+
+    transformers' own switch asks for training mode, which would turn dropout on.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise WinnowError(f"recompute: {type(network).__name__} has no layers that can be run again; unset it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
-    """A plain Hugging Face folder: safetensors in the initial weights' dtype, and init's tokenizer."""
+    """A plain Hugging Face folder: safetensors in the initial weights' dtype, and init's tokenizer.
+
+    A LoRA is merged into its weights, and stands in the folder's `adapter/` besides, as peft reads it.
+    """
     scratch = folder.with_name(".model")
     shutil.rmtree(scratch, ignore_errors=True)
+    if hasattr(network, "peft_config"):
+        from stages.lora import unload_adapter
+
+        unload_adapter(network, scratch / "adapter")
     stored = json.loads((init.folder / "config.json").read_text())
     dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
     network.generation_config = GenerationConfig()  # init's own is copied below; saving would judge its sampling

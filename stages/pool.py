@@ -13,13 +13,13 @@ from stages.limits import context_length
 from stages.sources import gives_demonstrations
 
 
-@stage(version=1, check=gives_demonstrations)
+@stage(version=2, check=gives_demonstrations)
 def pool(
     candidates: Candidates, ws: Workspace, prompts: Prompts | None = None, earlier: Candidates | None = None
 ) -> Candidates:
     """Each candidate once: those given, those of an `earlier` round, and the demonstrations of `prompts`.
 
-    A demonstration has finish_reason `given`; where the policy drew the very same tokens, it is the draw.
+    A demonstration has finish_reason `given`; where the policy drew the very same tokens, it is one more candidate.
     """
     rows = candidates.to_pylist() + ([] if earlier is None else earlier.to_pylist())
     drawn = {row["candidate_id"] for row in rows}
@@ -30,11 +30,7 @@ def pool(
         if not prompt["demonstration_ids"]:
             ws.reject("no demonstration", place="prompts", prompt=prompt["prompt_id"], detail=prompt["text"])
             continue
-        row = _given(prompt["prompt_id"], prompt["demonstration_ids"], prompt["demonstration"], set())
-        if row["candidate_id"] in drawn:
-            ws.reject("demonstration drawn by the policy", place="prompts", prompt=row["prompt_id"])
-        else:
-            rows.append(row)
+        rows.append(_given(prompt["prompt_id"], prompt["demonstration_ids"], prompt["demonstration"], drawn))
     unique = {row["candidate_id"]: row for row in rows}
     ordered = sorted(unique.values(), key=lambda row: row["prompt_id"])
     return pa.Table.from_pylist(ordered, schema=CANDIDATES)
@@ -45,9 +41,9 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ws: Worksp
              selections: Selections | None = None) -> Candidates:  # fmt: skip
     """For each kept response of a prompt one of the next prompt of its shard, in order of ids, while that has any.
 
-    KTO estimates its KL from them, one a row of the batch (arXiv:2402.01306). A prompt alone in its shard has no
-    other to borrow from, and a response that the context has no room for is not borrowed: both are left out, with
-    reason.
+    KTO estimates its KL from them, one a row of the batch (arXiv:2402.01306), and takes 0 where a batch has none. A
+    prompt alone in its shard has no other to borrow from, and a response that the context has no room for is not
+    borrowed: both are left out, with reason.
     """
     prompt_ids = column_by(prompts, "prompt_id", "token_ids")
     taken = set(candidates["candidate_id"].to_pylist())

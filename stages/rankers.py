@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Texts = tuple[str, str]
 Precision = Literal["float32", "bfloat16"]
-ranker = Registry("ranker")
+ranker = Registry("ranker", "reads_model")
 verifiable = ranker(reads_model=False, program=True, version=2)
 
 
@@ -159,9 +159,11 @@ def llm_judge(
     """
     from stages.engines import open_engine
     from stages.llm_judge import Election, LlmJudge
+    from stages.text import Tokenizer
 
     folder = _ends_in(model, "vocabulary", "llm_judge").folder
     election = Election(template, votes, threshold, seed)
+    election.readable_by(Tokenizer(model))
     return LlmJudge(model, open_engine(engine, folder, dtype), election, temperature, max_tokens)
 
 

@@ -155,7 +155,7 @@ def _trial(network: PreTrainedModel) -> list[Tensor]:
     return [response_means(network, TRIAL, "float32"), *logp]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_rows(measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int) -> np.ndarray:
     """`measure` without gradients over any number of (prompt ids, response ids): fp32 [N, ...], in the order given."""
     found: list[np.ndarray] = [np.empty(0)] * len(rows)

@@ -1,7 +1,8 @@
 """Which candidates of a prompt are kept, and with what weight. To add a rule, add a function here.
 
 A rule reads every prompt of the shard at once (`Groups`) and says which rows it keeps (`Kept`). `needs`
-names what a prompt must have; `check` reads the rule's options at plan time and returns what is wrong.
+names what a prompt must have; `check` reads the rule's options at plan time and returns what is wrong;
+`weighs` says that the weights are the point of it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from pipeline import Bound, Range, Registry
+from pipeline import Bound, Finite, Range, Registry
+from stages.groups import LEAST
 from stages.partition import normaliser
 from stages.tilt import DIFFERENT, Flags, Floats, Groups, Ints, temperature
 
@@ -95,7 +97,7 @@ def everything(groups: Groups) -> Kept:
 
 
 @selection_rule()
-def above(groups: Groups, *, threshold: float) -> Kept:
+def above(groups: Groups, *, threshold: Finite) -> Kept:
     """Those with a reward strictly above the threshold: the filter of ReST's Improve step (arXiv:2308.08998)."""
     return _those(groups, groups.values > threshold, empty="nothing above the threshold")
 
@@ -110,7 +112,7 @@ def _normaliser_agrees(options: dict[str, Any]) -> list[str]:
     return problems
 
 
-@selection_rule(version=2, needs=DIFFERENT, check=_normaliser_agrees)
+@selection_rule(version=3, weighs=True, needs=DIFFERENT, check=_normaliser_agrees)
 def softmax_weights(
     groups: Groups,
     *,
@@ -120,7 +122,7 @@ def softmax_weights(
     normaliser: Annotated[Bound, normaliser] = "empirical",  # type: ignore[assignment]
     clip: Positive = float("inf"),
 ) -> Kept:
-    """All candidates, with the weight exp(r / beta) / Z, at most `clip`; those whose weight is 0 to a double are not.
+    """All candidates, with the weight exp(r / beta) / Z, at most `clip`; those whose weight is 0 to a float32 are not.
 
     Z = E exp(r / beta) by `normaliser` (stages/partition.py): `empirical` weights have mean 1 in each prompt,
     `jackknife` corrects Z for the number of candidates; `gumbel` fits log Z over all prompts of the shard, so there
@@ -135,7 +137,7 @@ def softmax_weights(
     return _weighted(groups, np.minimum(weight, clip), betas, groups.effective(np.exp(exponent)))
 
 
-@selection_rule(version=2, needs=DIFFERENT)
+@selection_rule(version=3, weighs=True, needs=DIFFERENT)
 def advantage_weights(groups: Groups, *, beta: Positive, clip: Positive = 20.0) -> Kept:
     """All candidates, with the weight min(clip, exp((r - mean) / beta)): AWR, arXiv:1910.00177."""
     betas = np.full(len(groups.sizes), beta)
@@ -145,7 +147,7 @@ def advantage_weights(groups: Groups, *, beta: Positive, clip: Positive = 20.0) 
     return _weighted(groups, weight, betas, groups.effective(np.exp(groups.exponent(betas))))
 
 
-@selection_rule(version=2, needs=DIFFERENT)
+@selection_rule(version=3, weighs=True, needs=DIFFERENT)
 def chi_square(groups: Groups, *, beta: NotNegative) -> Kept:
     """Those with a positive weight max(r - lambda, 0) / beta, lambda such that its mean is 1 in each prompt.
 
@@ -189,5 +191,6 @@ def _those(groups: Groups, which: Flags, **facts: Any) -> Kept:
 
 
 def _weighted(groups: Groups, weight: Floats, betas: Floats, ess: Floats) -> Kept:
-    """The rows with a positive weight."""
-    return _those(groups, weight > 0, weight=weight[weight > 0], beta=betas, ess=ess)
+    """The rows whose weight training can tell from 0."""
+    counts = weight > LEAST
+    return _those(groups, counts, weight=weight[counts], beta=betas, ess=ess)

@@ -2,21 +2,60 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import Bound, Workspace
+from pipeline import Bound
+from pipeline.workspace import Tell
 from schemas import Model, WinnowError
-from stages.checkpoints import Checkpoints
+from stages.checkpoints import Checkpoints, trained
 from stages.legs import Leg
 from stages.meter import Meter
 from stages.mixing import Moment
-from stages.policy import load_network
-from stages.training_data import Group
+from stages.policy import load_network, recompute_layers, save_network
+from stages.ranks import Ranks, whole
+from stages.training_data import Group, groups_of
 
 LEGS = ("", "imitation/")  # what their metrics' names begin with
+Side = tuple[pa.Table | None, pa.Table | None, Bound, float]  # rows, held-out rows, objective, nll_weight
+
+
+def train(
+    init: Model,
+    sides: list[Side],
+    folder: Path,
+    tell: Tell,
+    *,
+    reference: str,
+    of_leg: dict[str, Any],
+    of_run: dict[str, Any],
+    seed: int,
+    checkpoint_every: int,
+) -> dict[str, Any]:
+    """A whole run, by this process or by each of its ranks: `model` in `folder`, and what became of it."""
+    ranks = Ranks()
+    legs, held = [], {}
+    for n, (rows, held_rows, loss, weight) in enumerate(sides):
+        if rows is not None:
+            groups = groups_of(rows, loss, weight, init, of_leg["dtype"], reference)
+            legs.append(Leg(groups, loss, weight, seed=seed, number=n, ranks=ranks, **of_leg))
+        if held_rows is not None:
+            held[n] = groups_of(held_rows, loss, weight, init, of_leg["dtype"], reference)
+    trainer = Trainer(init=init, legs=legs, seed=seed, ranks=ranks, **of_run)
+    trainer.fit(folder / "checkpoint", tell, checkpoint_every)
+    for n, groups in held.items():
+        entry = legs[n].evaluate(trainer.network, groups)
+        prefix = f"heldout/{LEGS[n]}"
+        trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
+    weights = sum(weight.numel() for weight in trainer.network.parameters())
+    trainer.save(folder / "model")
+    return {"parameters": weights, "steps": trainer.done, "tokens": trainer.tokens, "history": trainer.history}
 
 
 @dataclass
@@ -28,6 +67,8 @@ class Trainer:
     """
 
     init: Model
+    adapt: Callable[[PreTrainedModel], None] | None  # what is put into the network: a LoRA, which is trained alone
+    recompute: bool
     legs: list[Leg]
     mix: Bound | None
     optima: list[float]
@@ -39,8 +80,10 @@ class Trainer:
     clip: float
     weight_decay: float
     seed: int
+    ranks: Ranks
     network: PreTrainedModel = field(init=False)
     meter: Meter = field(init=False)
+    parameters: list[torch.nn.Parameter] = field(init=False)  # those that are trained
     optimizer: torch.optim.Optimizer = field(init=False)
     done: int = 0
     drawn: list[int] = field(default_factory=lambda: [0, 0])
@@ -49,24 +92,40 @@ class Trainer:
     halved: bool = False  # has `micro_tokens` been halved, for want of memory?
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def fit(self, ws: Workspace, checkpoint_every: int) -> None:
-        """Train `network`. Interrupted work goes on from its last checkpoint in the workspace's folder."""
-        checkpoints = Checkpoints(ws.folder / "checkpoint")
-        self.network = load_network(self.init, train=True)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True
-        )
+    def fit(self, folder: Path, tell: Tell, checkpoint_every: int) -> None:
+        """Train `network`. Interrupted work goes on from the last checkpoint in `folder`."""
+        checkpoints = Checkpoints(folder)
+        self.network = load_network(self.init, train=True, adapt=self.adapt)
+        if self.recompute:
+            recompute_layers(self.network)
+        self.ranks.shard(self.network)
+        self.parameters = list(trained(self.network).values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         steps = self.legs[0].steps(self.epochs)
         checkpoints.restore(self)
-        self.meter = Meter(self.network, self.tokens)
+        self.meter, before = Meter(self.network, self.ranks), self.tokens
         if self.done == 0:
             self._begin()
         while self.done < steps:
             self._step(steps)
-            ws.progress(self.done, steps, "steps")
+            self.tokens = before + self.meter.total()
+            tell(self.done, steps, "steps")
             if self.done % checkpoint_every == 0 and self.done < steps:
                 checkpoints.save(self)
-        ws.count(tokens=self.meter.tokens)
+
+    def save(self, folder: Path) -> None:
+        """The trained policy, by the first rank, which then holds all of it."""
+        if self.ranks.of == 1:
+            save_network(self.network, self.init, folder)
+            return
+        pieces = {name: whole(value.detach()).cpu() for name, value in self.network.named_parameters()}
+        if self.ranks.first:
+            network = load_network(self.init, train=True, adapt=self.adapt)
+            with torch.no_grad():
+                for name, value in network.named_parameters():
+                    value.copy_(pieces[name])
+            save_network(network, self.init, folder)
+        self.ranks.wait()
 
     def _begin(self) -> None:
         if self.gated:
@@ -85,8 +144,8 @@ class Trainer:
         weights = self._weights(steps)
         self.meter.start()
         entry = self._in_memory(weights)
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
-        entry |= {"grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        entry |= {"grad_norm": float(whole(norm)), "lr": self.optimizer.param_groups[0]["lr"]}
         if len(weights) > 1:
             entry["preference_weight"] = weights[0]
         self._check_finite(entry, weights)
@@ -100,7 +159,6 @@ class Trainer:
             for n, weight in enumerate(weights):
                 if not weight:
                     self._look(n)
-        self.tokens = self.meter.tokens
 
     def _weights(self, steps: int) -> list[float]:
         if self.mix is None:
@@ -141,7 +199,7 @@ class Trainer:
         batch = leg.batch(self.drawn[n])
         panel = leg.panel(batch)
         for loss in leg.losses(self.network, batch, panel):
-            (weight * loss).backward()
+            (weight * loss * self.ranks.of).backward()  # gradients of ranks are averaged
         entry = panel.entry()
         self.gaps[n] = entry["loss"] - self.optima[n]
         return entry

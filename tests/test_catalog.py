@@ -75,7 +75,7 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def rows(store: Store, sql: str, run: str | None = None) -> list[dict]:
+def rows(store: Store, sql: str, run: str | list[str] | None = None) -> list[dict]:
     return query(open_catalog(store, run), sql).to_pylist()
 
 
@@ -122,11 +122,14 @@ def test_a_run_filters_every_view(store: Store):
     assert rows(store, count, "one") == [dict(p=len(NASTY), r=2, s=2)]
     assert rows(store, count, "two") == [dict(p=len(NASTY), r=0, s=1)]
     assert rows(store, "SELECT DISTINCT run FROM runs", "two") == [dict(run="two")]
+    assert rows(store, count, ["one", "two"]) == [dict(p=len(NASTY), r=2, s=2)]
 
 
 def test_an_unknown_run_names_those_there_are(store: Store):
     with pytest.raises(WinnowError, match=r"no run 'three' in .*; known: one, two"):
         open_catalog(store, "three")
+    with pytest.raises(WinnowError, match=r"no run 'tow' in .*; did you mean 'two'"):
+        open_catalog(store, ["one", "tow"])
 
 
 def test_an_unsealed_step_is_not_seen(store: Store):

@@ -10,10 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from jobs import recipes
 from jobs.__main__ import main
+from jobs.console import as_table
+from pipeline.store import Store
 from schemas import Model
 
 ROOT = Path(__file__).parent.parent
@@ -105,12 +109,13 @@ def test_a_recipe_without_a_world_says_what_it_lacks(winnow):
     assert code == 2
     assert "sft.path: required" in text
     assert "prompts: give either `path`" in text
+    assert "`--on world.yaml` says where your data and models are" in text
 
 
 def test_a_missing_world_is_named(winnow):
     code, text = winnow("plan", "rso", "--on", "nowhere.yaml")
     assert code == 2
-    assert "nowhere.yaml: cannot be read" in text
+    assert "--on nowhere.yaml: there is no such file" in text
 
 
 def test_a_missing_data_file_is_named(winnow, world: Path, tmp_path: Path):
@@ -152,10 +157,15 @@ def test_a_mistake_in_the_command_line_itself_is_no_traceback(winnow, words: lis
 
 
 @pytest.mark.parametrize("words", [["status"], ["sql", "SELECT 1"], ["report"], ["trace", "nothing"]], ids=" ".join)
-def test_an_empty_store_is_no_traceback(winnow, words: list[str]):
+def test_a_store_without_runs_is_said_to_be_one(winnow, words: list[str]):
+    """A folder misspelt, and a folder that is none, such as the one above the store: no empty table, nothing made."""
+    code, text = winnow(*words, "--store", "nowhere")
+    assert (code, Path("nowhere").exists()) == (2, False)
+    assert "--store nowhere: there is no such folder" in text
+    Path("store").mkdir()
     code, text = winnow(*words)
-    assert code == (2 if words[0] in ("report", "trace") else 0)
-    assert text.strip()
+    assert (code, list(Path("store").iterdir())) == (2, [])
+    assert "--store store: no runs in this folder; winnow run makes one" in text
 
 
 def test_plan_prints_every_step_with_its_key(winnow, world: Path):
@@ -198,6 +208,16 @@ def test_a_second_run_makes_nothing(winnow, small: Path):
     assert "running" not in text
 
 
+def test_a_run_that_evaluates_nothing_prints_no_leaderboard(winnow, finished: Path, world: Path, tmp_path: Path):
+    """What older runs of the store came to is no answer to it; a run that evaluates is shown beside them."""
+    shutil.copytree(finished, tmp_path / "store")
+    on = ("--on", world / "world.yaml")
+    assert "leaderboard" not in winnow("run", "rso", *on, "--set", "target=prompts")[1]
+    said = winnow("run", "rso", *on)[1]
+    assert "leaderboard" in said
+    assert "│ run " in said
+
+
 def test_a_run_with_an_override_of_any_kind_ends_well(winnow, small: Path):
     """A path in --set has slashes, and a long one is longer than a file's name may be."""
     deep = shutil.copytree(small.parent / "model", small.parent / ("d" * 120) / ("e" * 120))
@@ -207,7 +227,15 @@ def test_a_run_with_an_override_of_any_kind_ends_well(winnow, small: Path):
     assert (code, text.count("sft")) == (0, 1)
 
 
-def test_sql_answers_as_table_csv_or_json(winnow):
+@pytest.fixture
+def store(winnow) -> Store:
+    """Where the command looks by default, with a run of no step."""
+    store = Store(Path("store"))
+    store.link_run("nothing", [])
+    return store
+
+
+def test_sql_answers_as_table_csv_or_json(winnow, store: Store):
     """The same two rows three times; a comma, a quote and a null survive."""
     statement = "SELECT * FROM (VALUES (1, 'a, \"b\"', 0.5), (2, NULL, 123456.789::DOUBLE)) AS t(n, text, x) ORDER BY n"
     code, text = winnow("sql", statement)
@@ -238,7 +266,7 @@ def test_sql_answers_as_table_csv_or_json(winnow):
         "DESCRIBE prompts",
     ],
 )
-def test_sql_prints_values_of_every_kind(winnow, statement: str, form: str):
+def test_sql_prints_values_of_every_kind(winnow, store: Store, statement: str, form: str):
     """Dates, decimals, bytes, lists: whatever DuckDB answers with is printed."""
     code, text = winnow("sql", statement, "--format", form)
     assert code == 0
@@ -250,18 +278,27 @@ def test_sql_prints_values_of_every_kind(winnow, statement: str, form: str):
 
 
 @pytest.mark.parametrize("statement", ["SELEC 1", "DROP TABLE runs", "SELECT * FROM read_text('/etc/passwd')", ""])
-def test_sql_that_is_wrong_or_not_allowed_is_refused(winnow, statement: str):
+def test_sql_that_is_wrong_or_not_allowed_is_refused(winnow, store: Store, statement: str):
     code, text = winnow("sql", statement)
     assert code == 2
     assert "winnow: sql: " in text
 
 
+def test_sql_that_names_no_table_says_where_they_are_described(winnow, store: Store):
+    """And the statements that it names are answered."""
+    for wrong in ("SELECT * FROM nowhere", "SELECT nothing FROM candidates"):
+        assert "`SHOW TABLES` and `DESCRIBE candidates`" in winnow("sql", wrong)[1]
+    assert "selections" in winnow("sql", "SHOW TABLES")[1]
+    assert "finish_reason" in winnow("sql", "DESCRIBE candidates")[1]
+
+
 def test_an_unknown_run_names_those_there_are(winnow, small: Path):
     winnow("run", small, "--set", "target=sft")
-    code, text = winnow("sql", "SELECT 1", "--run", "smal")
-    assert code == 2
-    assert "no run 'smal'" in text
-    assert "small[target=sft]" in text
+    for words in (["sql", "SELECT 1", "--run"], ["trace"]):
+        code, text = winnow(*words, "smal")
+        assert code == 2
+        assert "no run 'smal'" in text
+        assert "small[target=sft]" in text
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -281,3 +318,12 @@ def test_an_interrupted_run_says_so_and_keeps_what_is_finished(tmp_path: Path, w
     assert made.returncode == 130, rest
     assert "interrupted; finished parts are kept" in rest
     assert "Traceback" not in rest
+
+
+def test_brackets_of_a_table_are_printed():
+    """They are no markup of rich's: neither in a title nor in a column's name."""
+    said = io.StringIO()
+    console = Console(file=said, width=80)
+    console.print(as_table(pa.table({"low [high]": ["[x]"]}), "median [least, most]"))
+    words = " ".join(said.getvalue().split())
+    assert [word for word in ("median [least, most]", "low [high]", "[x]") if word not in words] == []

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.convex import Admm, Program, conjugate_gradients, draw_gates, nystrom, recover, shrink, solve
+from stages.convex import Admm, Program, conjugate_gradients, draw_gates, loss, nystrom, recover, shrink, solve
+from stages.head import Sides, head
 
 few = settings(deadline=None, max_examples=10)
 SIZES = [(30, 3, 6, 0.5), (60, 5, 10, 0.1), (40, 4, 8, 2.0), (20, 2, 5, 0.01)]  # rows, features, gates, beta
@@ -65,7 +66,7 @@ def test_admm_agrees_with_a_general_convex_solver(size):
 def test_the_solution_meets_the_optimality_conditions(seed, n, d, count, beta):
     """Stationarity, feasibility, complementarity; and so weak duality is tight: the dual value is y.r - ||r||^2 / 2."""
     X, y, gates = instance(n, d, count, seed)
-    program, found = Program(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=8000)
+    program, found = Program(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=20_000)
     v, m = found.v, found.multipliers
     assert max(found.primal, found.dual) <= 1e-6
     r, inside = y - program.predict(v), program.cones(v)
@@ -177,3 +178,38 @@ def test_progress_is_told_and_the_cap_is_kept():
     assert told == [(n, 7) for n in range(1, 8)]
     assert found.iterations == 7
     assert found.primal > 1e-4 or found.dual > 1e-4
+
+
+def test_the_defaults_converge_and_say_so():
+    """At the default tolerance the network's own loss is within a hundredth of the program's optimum.
+
+    The network draws its own gates, and so may even be a little below the optimum of those it was solved for.
+    """
+    X, y, gates = instance(100, 6, 8)
+    found, beta = solve(X, y, gates, 1.0), 1.0
+    assert found.converged
+    best, _ = general_solver(X, y, gates, beta)
+    assert loss(X, y, beta, *recover(found.v)) == pytest.approx(best, rel=0.01)
+    assert not solve(X, y, gates, beta, iterations=5).converged
+
+
+@few
+@given(st.integers(0, 10**6), st.integers(1, 300))
+def test_the_loss_of_a_network_is_that_of_a_feasible_point(seed, iterations):
+    """1/2 ||f - y||^2 + beta sum ||v||, each block under the gate that its neuron draws."""
+    X, y, gates = instance(24, 3, 5, seed)
+    v = solve(X, y, gates, 0.3, iterations=iterations).v
+    decay = 0.3 * np.linalg.norm(v, axis=-1).sum()
+    error = network(X, v) - y
+    assert loss(X, y, 0.3, *recover(v)) == pytest.approx(error @ error / 2 + decay)
+
+
+def test_a_head_that_stops_at_the_cap_warns_and_its_metrics_say_so():
+    rng = np.random.default_rng(0)
+    sides = Sides(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), np.ones(30))
+    with pytest.warns(UserWarning, match=r"ADMM stopped after 5 iterations.*head\.iterations"):
+        _, figures = head.bind({"name": "convex_relu", "iterations": 5})(sides, lambda *told: None)
+    assert (figures["converged"], figures["iterations"]) == (0.0, 5.0)
+    _, figures = head.bind("convex_relu")(sides, lambda *told: None)
+    assert figures["converged"] == 1.0
+    assert max(figures["primal_residual"], figures["dual_residual"]) <= 1e-3

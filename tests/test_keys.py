@@ -20,7 +20,7 @@ from tests.test_recipe import own_world, plan_of
 
 # Steps that are `like` another, and do not say this option themselves.
 CACHES = ("reference", "preference_reference")  # their dtype must be the trainer's, or the plan is refused
-ALIKE = {"optimize": ("only_preferences", "only_demonstrations")}
+ALIKE = {"optimize": ("only_preferences", "only_demonstrations"), "compare": ("compare_all",)}
 # Another value for an option of each stage that has one; pair's are checked against its wires.
 CHANGES = {
     "untrained": "seed=7",

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ["schemas", "pipeline", "stages", "jobs"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
-RAY = {"pipeline/executors.py", "jobs/submit.py"}
+RAY = {"pipeline/executors.py", "pipeline/ranks.py", "jobs/submit.py"}
 VLLM = {"stages/engines/vllm.py"}
-ROOMS = ["policy", "training", "legs", "checkpoints", "objectives", "pairwise", "features", "models"]
-ROOMS += ["meter", "packing", "scoring", "shared_prefix", "vocabulary"]
+ROOMS = ["policy", "training", "legs", "checkpoints", "lora", "objectives", "pairwise", "features", "models"]
+ROOMS += ["lora", "meter", "packing", "ranks", "scoring", "shared_prefix", "vocabulary"]
 TORCH = {f"stages/{name}.py" for name in ROOMS} | {
     f"stages/engines/{name}.py" for name in ("__init__", "transformers", "steering", "vllm")
 }

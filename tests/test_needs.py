@@ -8,6 +8,9 @@ from schemas import WinnowError
 
 NO_PAIRS = {"pairs": None, "reference": None, "selections": "select"}
 
+SELECTED = {"selections": "select", "comparisons": None}
+WEIGHED = {"rule": {"name": "softmax_weights", "beta": 1.0}}
+
 
 def planned(world, tmp_path, steps):
     """The plan of a recipe that extends ours by `steps`."""
@@ -43,6 +46,13 @@ def planned(world, tmp_path, steps):
                           "with": {"mix": "alright"}}},
             "mix alright does not read it",
         ),
+        ({"examples": {"from": {"selections": "select"}}}, "selections are wired, and nothing reads them"),
+        ({"select": {"with": WEIGHED}}, "nothing reads the weights of softmax_weights"),
+        (
+            {"select": {"with": WEIGHED}, "pair": {"from": SELECTED, "with": {"rule": "neighbours"}}},
+            "nothing reads the weights of softmax_weights",
+        ),
+        ({"optimize": {"with": {"nll_per": "response"}}}, "there is no likelihood to average"),
         ({"reference": {"from": {"policy": "ranker"}}}, "training starts from another step"),
         ({"reference": {"from": {"policy": "sft"}}, "rounds": 2}, "optimize@2: init: training starts from another"),
         ({"reference": {"with": {"dtype": "bfloat16"}}}, "dtype: float32, and the reference is scored in bfloat16"),
@@ -77,3 +87,22 @@ def test_a_demonstration_that_the_data_set_has_not(recipe, world, tmp_path):
     overlay.write_text("prompts: {with: {demonstration: null}}\ndemonstrations: {with: {demonstration: null}}\n")
     with pytest.raises(WinnowError, match="demonstration"):
         recipes.plan_named(recipe, [world / "world.yaml", overlay], [])
+
+
+def test_weights_that_pairs_or_the_imitation_carry_on_are_no_mistake(world, tmp_path):
+    for steps in (
+        {"pair": {"from": SELECTED, "with": {"rule": "all_pairs"}}},
+        {
+            "examples": {"from": {"selections": "select"}, "with": {"imitate": "selected"}},
+            "optimize": {"with": {"nll_weight": 0.1, "nll_per": "response"}},
+        },
+    ):
+        assert planned(world, tmp_path, {"select": {"with": WEIGHED}} | steps).target
+
+
+@pytest.mark.parametrize("recipe", sorted({*recipes.names()} - {"own_candidates"}))
+def test_an_option_of_a_step_of_the_base_fits_every_recipe(recipe, world, tmp_path):
+    """A step that a recipe makes by another stage has a name of its own, so that a world may say `reward: ...`."""
+    overlay = tmp_path / "both.yaml"
+    overlay.write_text("reward: {with: {orders: one}}\ncompare: {with: {orders: one}}\n")
+    assert recipes.plan_named(recipe, [world / "world.yaml", overlay], []).steps

@@ -135,6 +135,18 @@ def test_spin_pairs_the_demonstration_with_every_own_sample():
     assert len(pair(pooled, space(), rule=rule("demonstration_vs_sample"))) == 2
 
 
+def test_a_demonstration_that_the_policy_drew_too_costs_that_pair_alone():
+    """It stays in the pool beside the draw of its tokens, and goes against the policy's other draws."""
+    ids = [8, 1]
+    drawn = [candidate("a", 0, ids=ids) | {"candidate_id": candidate_id("a", ids, 0)}, candidate("a", 1)]
+    pooled = pool(table(drawn), space(), prompts_of("a", demonstration="Yes.", demonstration_ids=ids))
+    assert len(set(pooled.column("candidate_id").to_pylist())) == 3
+    ws = space()
+    made = pair(pooled, ws, rule=rule("demonstration_vs_sample")).to_pylist()
+    assert [(row["chosen_id"], row["rejected_id"]) for row in made] == [(candidate_id("a", ids, 1), "a-1")]
+    assert [row["reason"] for row in ws.rejects.to_pylist()] == ["identical responses"]
+
+
 def test_a_pool_has_every_candidate_once_and_says_which_prompt_has_no_demonstration():
     """This round's and the last's; an equal id is one row; order by prompt."""
     now, before = candidates_of({"a": 2, "b": 1}), candidates_of({"a": 3})

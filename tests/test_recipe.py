@@ -78,6 +78,37 @@ def test_a_world_stands_between_base_and_recipe(tmp_path: Path):
     assert options(made, "only_here") == {"n": 1}
 
 
+def test_a_recipe_may_extend_a_method_which_extends_a_base(tmp_path: Path):
+    """Base, world, method, one's own: each outranks those before it; what a name means is asked beside who says it."""
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "base.yaml").write_text("a: {with: {base: 1, world: 1, method: 1, own: 1}}\nb: {use: x, from: {i: a}}")
+    (ours / "method.yaml").write_text("about: m\nextends: base\na: {with: {method: 3, own: 3}}")
+    (tmp_path / "base.yaml").write_text("a: {with: {not_read: 1}}")
+    (tmp_path / "world.yaml").write_text("a: {with: {world: 2, method: 2, own: 2}}")
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: method\na: {with: {own: 4}}\nb: {from: {i: null}}")
+    made = load_recipe(own, (tmp_path / "world.yaml",), library=(ours,))
+    assert options(made, "a") == {"base": 1, "world": 2, "method": 3, "own": 4}
+    assert made.steps["b"] == {"use": "x", "from": {"i": None}}
+    assert (made.name, made.about) == ("own", "m")
+
+
+@pytest.mark.parametrize(
+    ("links", "words"),
+    [
+        ({"own": "a", "a": "b", "b": "c", "c": ""}, "own -> a -> b -> c is more than 3 files; extend b instead"),
+        ({"own": "a", "a": "own"}, "a circle: own -> a -> own"),
+        ({"own": "methd", "method": ""}, "no recipe 'methd' in .*; did you mean 'method'?"),
+    ],
+)
+def test_what_is_extended_is_there_and_near_and_no_circle(tmp_path: Path, links: dict[str, str], words: str):
+    for name, extended in links.items():
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {extended}\na: {{}}" if extended else "a: {}")
+    with pytest.raises(WinnowError, match=f"extends: {words}"):
+        load_recipe(tmp_path / "own.yaml")
+
+
 def test_null_removes_a_wire(world: Path):
     """dpo.yaml says `selections: null`: its reference has no such input, while rso's has."""
     inputs = {
@@ -161,6 +192,8 @@ def test_a_run_is_named_for_its_recipe_and_overrides(tmp_path: Path):
         ("k", ["--set k", "step.option=value"]),
         ("a.k", ["--set a.k", "step.option=value"]),
         ("a=1", ["--set a=1", "step.option=value"]),
+        ("sharsd=4", ["--set sharsd=4", "did you mean 'shards'?"]),
+        ("extends=x", ["--set extends=x", "known: about, rounds, shards, target"]),
         ("a.=1", ["--set a.=1", "step.option=value"]),
         (".k=1", ["--set .k=1", "step.option=value"]),
         ("selct.k=1", ["--set selct.k=1", "unknown step 'selct'", "did you mean 'select'?"]),
@@ -188,6 +221,7 @@ def test_a_senseless_override_is_refused(tmp_path: Path, assignment: str, words:
         (b"a: 1\n---\nb: 2", ["not YAML"]),
         (b"a: !!python/object/apply:os.getcwd []", ["not YAML"]),
         (b"extends: nowhere", ["extends: no recipe", "nowhere"]),
+        (b"extends: recipe", ["extends: a circle: recipe -> recipe"]),
         (b"shards: many", ["shards must be int, got 'many'"]),
         (b"shards: true", ["shards must be int, got True"]),
         (b"shards: 0", ["shards must be from 1"]),
@@ -209,11 +243,14 @@ def test_a_file_that_is_no_recipe_is_refused_in_words(tmp_path: Path, content: b
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("name", ["missing.yaml", "folder.yaml"])
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str):
+@pytest.mark.parametrize(("name", "words"), [("gone.yaml", "there is no such file in"), ("folder.yaml", "is a folder")])
+def test_a_file_that_is_not_there_is_named_as_what_it_was_given_as(tmp_path: Path, name: str, words: str):
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(WinnowError, match=f"{name}: cannot be read"):
+    (tmp_path / "recipe.yaml").write_text("a: {}")
+    with pytest.raises(WinnowError, match=f"^recipe .*{name}: {words}"):
         load_recipe(tmp_path / name)
+    with pytest.raises(WinnowError, match=f"^--on .*{name}: {words}"):
+        load_recipe(tmp_path / "recipe.yaml", (tmp_path / name,))
 
 
 def test_all_malformed_steps_are_reported_at_once(tmp_path: Path):

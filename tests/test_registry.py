@@ -6,9 +6,22 @@ from typing import Annotated, Any, Literal
 import pytest
 from ray import cloudpickle
 
-from pipeline import Bound, Range, Registry
+from pipeline import Bound, Range, Registry, stages
 from pipeline.keys import canonical, key_of
 from schemas import WinnowError
+from stages.evaluate import gold_reward
+from stages.head import head
+from stages.mixing import mix
+from stages.objectives import objective
+from stages.pair import pair_rule
+from stages.partition import normaliser
+from stages.rankers import ranker
+from stages.scales import reward_scale
+from stages.score import score_method
+from stages.selection import selection_rule
+
+OURS = [stages, gold_reward, head, mix, objective, pair_rule, normaliser, ranker, reward_scale, score_method]
+OURS += [selection_rule]
 
 shapes = Registry("shape")
 tools = Registry("tool")
@@ -130,6 +143,25 @@ def test_all_mistakes_of_one_call_come_at_once():
 def test_not_a_number_is_out_of_every_range():
     """nan compares false with every bound, so it must not slip through."""
     assert problems(shape={"name": "circle", "radius": float("nan")})
+
+
+@pytest.mark.parametrize("registry", OURS, ids=lambda registry: registry.kind)
+def test_not_a_number_is_no_value_of_any_option(registry: Registry):
+    for entry in registry.entries.values():
+        for option in entry.options.model_fields:
+            with pytest.raises(WinnowError) as caught:
+                entry.validate({option: float("nan")}, entry.name)
+            assert any(line.startswith(f"{entry.name}.{option}: ") for line in caught.value.problems), option
+
+
+def test_a_function_without_a_needed_fact_is_refused_where_it_is_registered():
+    registry = Registry("knife", "edge", "length")
+    with pytest.raises(TypeError, match="knife bread: its decorator must say length"):
+
+        @registry(edge="serrated")
+        def bread() -> None: ...
+
+    assert not registry.entries
 
 
 def test_an_integer_given_for_a_float_is_that_float():

@@ -8,7 +8,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from jobs.report import write_report
+from jobs.report import _histogram, write_report
 from pipeline.catalog import RUNS, open_catalog, query
 from pipeline.executors import InProcess
 from pipeline.run import run
@@ -108,3 +108,9 @@ def test_two_policies_of_one_name_are_two_rows():
         ("only_preferences (a)", 2.0, 12.0),
         ("only_preferences (b@2)", 4.0, 14.0),
     ]
+
+
+def test_rewards_of_which_none_was_kept_are_plotted_alone():
+    plot = _histogram([{"what": "all candidates", "reward": reward} for reward in (0.0, 1.0)])
+    assert "all candidates (2)" in plot
+    assert "kept" not in plot

@@ -29,7 +29,7 @@ from pipeline.stage import stages
 from pipeline.store import Store
 from schemas import Candidates, Evaluations, Model, Prompts, WinnowError, candidate_id, prompt_id
 from schemas.tables import CANDIDATES, EVALUATIONS, PROMPTS
-from tests.runs import Silent
+from tests.runs import Silent, plan_of
 
 QUERIES = Path(__file__).parent.parent / "jobs" / "queries"
 LOOP = """
@@ -469,3 +469,9 @@ def test_trace_shows_the_last_round(done: tuple[Store, list[str]]):
         out = Console(file=io.StringIO(), width=200)
         life(done[0], name, "", out)
         assert expected in out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_spin_mixes_in_the_samples_of_the_round_before(world: Path):
+    found = wires(plan_of(world, recipe="spin"))
+    assert found["pool@1"] == {"candidates": "sample@1", "prompts": "prompts"}
+    assert found["pool@2"] == {"candidates": "sample@2", "prompts": "prompts", "earlier": "sample@1"}

@@ -463,6 +463,13 @@ def test_prompts_that_the_jackknife_leaves_no_weight():
     assert [row["reason"] for row in ws.rejects.to_pylist()] == ["no weight left"]
 
 
+def test_no_kept_weight_is_zero_to_training():
+    """`examples` keeps weights as float32, whose least number is 1.4e-45: 3 exp(-104) is one, 3 exp(-106) is not."""
+    made = kept([[0.0, -104.0, -106.0]], "softmax_weights", beta=1.0)
+    assert made.index.tolist() == [0, 1]
+    assert (made.weight.astype(np.float32) > 0).all()
+
+
 def test_columns_that_a_rule_does_not_have_are_null():
     """acceptance is Algorithm 1's; beta and ess go with a temperature."""
     for name, rule in RULES.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -407,8 +408,26 @@ def test_a_reward_or_a_probability_is_named_and_not_both():
     check = entry_of(own_candidates).facts["shape"].check
     given_path = dict(path=None, dataset="a/b", revision="abc")
     assert check(given_path | dict(reward="r", probability=None), {}) == []
-    for reward, probability in (("r", "p"), (None, None)):
-        assert "either the `reward`" in check(given_path | dict(reward=reward, probability=probability), {})[0]
+    assert "either the `reward`" in check(given_path | dict(reward=None, probability=None), {})[0]
+    (both,) = check(given_path | dict(reward="r", probability="p"), {})
+    assert [word for word in ("'r'", "'p'", "--set own_candidates.probability=null") if word not in both] == []
+
+
+@pytest.mark.parametrize("kind", ["reward", "probability"])
+def test_a_row_without_its_score_is_left_out_and_a_column_that_no_row_has_is_named(tiny, ws, tmp_path, kind):
+    """In JSONL a column is where a row has it; in Parquet and CSV a header says so."""
+    whole = [{"prompt": "a", "response": f"Answer {n}.", "score": 0.25 + n / 8} for n in range(3)]
+    path = write_jsonl(tmp_path / "in.jsonl", [*whole, {"prompt": "a", "response": "No score."}])
+    _, answers, rewards = own_candidates(tiny, ws, path=DataPath(str(path)), **{kind: "score"})
+    assert (answers.num_rows, rewards.num_rows) == (3, 3)
+    assert reasons(ws) == [("in.jsonl:4", "reward is not a number")]
+    table = pa.Table.from_pylist([*whole, {"prompt": "a", "response": "No score.", "score": None}])
+    pq.write_table(table, tmp_path / "in.parquet")
+    pa.csv.write_csv(table, tmp_path / "in.csv")
+    for file in (path, tmp_path / "in.parquet", tmp_path / "in.csv"):
+        assert own_candidates(tiny, ws, path=DataPath(str(file)), **{kind: "score"})[2].num_rows == 3
+        with pytest.raises(WinnowError, match=rf"{file.name}: no column 'p'; it has .*'score'"):
+            own_candidates(tiny, ws, path=DataPath(str(file)), **{kind: "p"})
 
 
 def test_places_are_lines_that_json_agrees_with(tmp_path, tiny, ws):

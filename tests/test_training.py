@@ -344,7 +344,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tiny, cached, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train(tiny, cached, folder, tell=killer(died), **options)
     whole = sorted(path.name for path in folder.glob("checkpoint/step-*"))
-    assert whole == ([f"step-{(died - 1) // 2 * 2:08d}"] if died > 2 else [])
+    last = (died - 1) // 2 * 2
+    assert whole == [f"step-{step:08d}" for step in (last - 2, last) if step > 0]
     if torn:
         (folder / "checkpoint" / ".writing").mkdir()
         (folder / "checkpoint" / ".writing" / "weights.safetensors").write_bytes(b"half")
@@ -352,10 +353,30 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tiny, cached, tmp_pat
     again, metrics_again, policy_again = train(
         tiny, cached, folder, tell=lambda done, total, unit: told.append(done), **options
     )
-    assert min(told) == (died - 1) // 2 * 2 + 1
+    assert min(told) == last + 1
     assert furthest(weights(again), weights(straight)) == 0
     assert metrics_again == metrics
     assert policy_again == policy
+
+
+@pytest.mark.parametrize("harm", ["short", "gone", "no state"])
+def test_a_torn_checkpoint_is_passed_over_with_a_message(tiny, cached, tmp_path, harm):
+    """A disk that lost the end of a file: the checkpoint before it is taken, and the run ends as undisturbed."""
+    options = dict(epochs=3, checkpoint_every=2)
+    straight, metrics, _ = train(tiny, cached, tmp_path / "straight", **options)
+    folder = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, cached, folder, tell=killer(5), **options)
+    newest = folder / "checkpoint" / "step-00000004"
+    if harm == "no state":
+        (newest / "state.json").unlink()
+    else:
+        (file,) = newest.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1]) if harm == "short" else file.unlink()
+    with pytest.warns(UserWarning, match="step-00000004: this checkpoint is torn"):
+        again, metrics_again, _ = train(tiny, cached, folder, **options)
+    assert furthest(weights(again), weights(straight)) == 0
+    assert metrics_again == metrics
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_prompts(tiny, imitated, tmp_path):
@@ -411,7 +432,7 @@ class Crowded:
 
     def __init__(self, monkeypatch, room):
         self.room, self.largest = room, 0
-        load = training.load_network
+        load = load_network
 
         def loaded(*args, **options):
             network = load(*args, **options)
@@ -443,10 +464,8 @@ def test_out_of_memory_once_halves_the_tokens_of_a_pass(tiny, cached, tmp_path, 
 def test_out_of_memory_twice_stops_with_what_would_fit(tiny, cached, tmp_path, monkeypatch):
     """One row of a group is already too large: the message has the option, its value, and a value to set."""
     Crowded(monkeypatch, room=3)
-    with (
-        pytest.warns(UserWarning, match="out of memory"),
-        pytest.raises(WinnowError, match=r"halved to 75; set `micro_tokens` to \d+"),
-    ):
+    message = r"halved to 75; set `micro_tokens` to \d+"
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(WinnowError, match=message):
         train(tiny, cached, tmp_path, micro_tokens=150)
 
 
