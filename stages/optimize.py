@@ -64,7 +64,7 @@ def optimize(
 
     `lora` is the rank of what is trained beside each frozen layer that `lora_targets` names (none: every linear
     layer but the head), times `lora_alpha` / rank (none: 2); 0 trains all weights. `recompute` runs each layer again
-    in the backward pass instead of keeping its activations: less memory, about a third more time.
+    in the backward pass instead of keeping its activations: less memory for the time of one more forward pass.
 
     `ranks` processes hold one network together, a piece each (FSDP2 under Ray Train; a GPU each where there are any):
     the same losses, and a death costs what was done since the last checkpoint.

@@ -5,10 +5,17 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,7 +40,7 @@ def load_network(
     is no reward model.
     """
     torch.set_num_threads(THREADS if train else 1)
-    auto = AutoModelForSequenceClassification if is_reward_model(model) else AutoModelForCausalLM
+    auto = _kind(model)
     network = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True, **_attention(model))
     if is_reward_model(network):
         check_head(network)
@@ -42,6 +49,13 @@ def load_network(
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     share_prefixes(network.eval())
     return network
+
+
+def _kind(model: Model) -> Any:
+    if is_reward_model(model):
+        return AutoModelForSequenceClassification
+    config = json.loads((model.folder / "config.json").read_text())
+    return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
 
 
 def _attention(model: Model) -> dict[str, str]:

@@ -49,10 +49,32 @@ def _logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> t
 def _own_logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tensor, Tokens]:
     """The same by the network's own way from states to logits, whatever it is; at all positions, padding too."""
     tokens = pad(groups, network.device)
+    if network.config.is_encoder_decoder:
+        given, predictors = _encoded(network, groups)
+    else:
+        given, predictors = {"input_ids": tokens.ids}, tokens.predictors
     with autocast(dtype, network.device):
-        logits = network(input_ids=tokens.ids, use_cache=False).logits
-    logits = logits.flatten(0, 1)[tokens.predictors].float()
+        logits = network(**given, use_cache=False).logits
+    logits = logits.flatten(0, 1)[predictors].float()
     return -cross_entropy(logits, tokens.targets, reduction="none"), logits.argmax(-1) == tokens.targets, tokens
+
+
+def _encoded(network: PreTrainedModel, groups: Sequence[Prompted]) -> tuple[dict[str, Tensor], Tensor]:
+    """For an encoder-decoder: each response's prompt encoded, and the response, moved on by one, to decode."""
+    start = network.config.decoder_start_token_id
+    sides = (
+        [group.prompt for group in groups for _ in group.responses],
+        [[start, *response[:-1]] for group in groups for response in group.responses],
+    )
+    (prompts, mask), (inputs, real) = (_filled(side, network.device) for side in sides)
+    return {"input_ids": prompts, "attention_mask": mask, "decoder_input_ids": inputs}, real.flatten().nonzero()[:, 0]
+
+
+def _filled(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows filled up on the right, [N, W], and 1 where a token is."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
 
 
 def completion_scores(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
@@ -134,8 +156,10 @@ def share_prefixes(network: PreTrainedModel) -> None:
     than a linear layer; it goes on with padded rows, and a warning says so.
     """
     before = network.config._attn_implementation
-    expected = _trial(network)
     try:
+        if network.config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder")
+        expected = _trial(network)
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
             raise ValueError("its attention is not transformers' interface")

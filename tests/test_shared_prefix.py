@@ -34,6 +34,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from stages.packing import Asked, Load, fill, pack, pad, split
@@ -194,6 +196,21 @@ def test_networks_that_cannot_share_say_so_and_read_plain_rows(name):
     assert not shares(network)
     asked = [Asked([5, 6], [[7, 8], [9]])]
     assert torch.equal(completion_logp(network, asked, "float32")[0], plain(network, asked))
+
+
+def test_an_encoder_decoder_says_so_and_gives_its_own_log_probs():
+    """T5: log p(y | x) is that of its cross-entropy on labels, one unpadded row at a time."""
+    sizes = dict(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    network = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes)).eval()
+    with pytest.warns(UserWarning, match="T5.*again for each.*encoder-decoder"):
+        share_prefixes(network)
+    asked = [Asked([5, 6, 9], [[7, 8], [9], [4, 4, 4, 1]]), Asked([8], [[3, 1]])]
+    rows = [(group.prompt, response) for group in asked for response in group.responses]
+    found, hits = completion_logp(network, asked, "float32")
+    for value, right, (prompt, response) in zip(found, hits, rows, strict=True):
+        own = network(input_ids=torch.tensor([prompt]), labels=torch.tensor([response]))
+        assert value.item() == pytest.approx(-own.loss.item() * len(response), rel=1e-5)
+        assert right == (own.logits[0].argmax(-1) == torch.tensor(response)).sum()
 
 
 def test_a_window_shorter_than_the_reach_is_read_plainly_and_right():
