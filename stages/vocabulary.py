@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ELEMENTS = 1 << 23  # logits in memory at once
+ELEMENTS = 1 << 21  # logits in memory at once: 8 MiB, which a processor's cache can hold some of
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,24 @@ class _TokenLogp(torch.autograd.Function):
         states, weight, bias, targets, lse = ctx.saved_tensors
         head: Head = ctx.head
         d_states = torch.empty_like(states)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        d_weight, d_bias = (  # none for a head that is frozen
+            torch.zeros_like(each, dtype=torch.float32) if needed else None
+            for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
         low = weight.to(states.dtype)
         parts = [_slices(each, head) for each in (states, targets, lse, grads[0], d_states)]
         for part, wanted, total, grad, into in zip(*parts, strict=True):
             logits = head.logits(part)
             slope = head.slope(logits)
-            d_logits = (logits - total[:, None]).exp_().mul_(-grad[:, None])
+            d_logits = logits.sub_(total[:, None]).exp_().mul_(-grad[:, None])
             d_logits[torch.arange(len(part), device=part.device), wanted] += grad
             d_logits *= slope
             torch.mm(d_logits.to(low.dtype), low, out=into)
-            d_weight.addmm_(d_logits.T, part.float())
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, part.float())
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-        return d_states, d_weight.to(weight.dtype), None if d_bias is None else d_bias.to(bias.dtype), None, None
+        return d_states, d_weight, d_bias, None, None
 
 
 def _slices(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
