@@ -133,7 +133,15 @@ def _layout(prompt: Index, owner: Index, kept: Index, put: _Put) -> Layout:
         tiles["prompts"].append(_tiles(_starts(prompt)[alike], prompt[alike], put))
         tiles["readers"].append(_tiles(prompt.sum() + _starts(read)[alike], read[alike], put))
     full = kept > 0
-    return Layout(**tiles, responses=_tiles(prompt.sum() + _starts(kept)[full], kept[full], put))
+    count = np.arange(len(prompt))
+    segments = np.r_[np.repeat(count, prompt), np.repeat(len(prompt) + np.arange(len(kept)), kept)]
+    asked = np.r_[np.repeat(count, prompt), np.repeat(owner, kept)]
+    return Layout(
+        **tiles,
+        segments=put(segments),
+        asked=put(asked),
+        responses=_tiles(prompt.sum() + _starts(kept)[full], kept[full], put),
+    )
 
 
 def _tiles(starts: Index, lengths: Index, put: _Put) -> Tiles | None:

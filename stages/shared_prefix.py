@@ -9,10 +9,12 @@ log-sum-exp, is its share of the whole gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -64,6 +66,14 @@ class Layout:
     prompts: list[Tiles]  # prompts of one length a tile, [G, P]
     readers: list[Tiles | None]  # all response tokens of each of those prompts, [G, W]
     responses: Tiles | None  # one response a row, [S, R]
+    segments: Tensor  # [T] a number for each prompt and each response
+    asked: Tensor  # [T] the number of the token's prompt
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[T, T] may the query see the key? Prompts stand before all responses, so what is later is never seen."""
+        own = self.segments[:, None] == self.segments
+        return (own | (self.asked[:, None] == self.segments)).tril()
 
 
 def shared_prefix_attention(
@@ -90,9 +100,19 @@ def shared_prefix_attention(
         raise ValueError(f"its attention has more than keys and queries: one of {', '.join(BEYOND)}")
     where = query.device.type  # under autocast, rotary embeddings leave queries and keys in fp32, and values not
     dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else query.dtype
-    packed = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
+    q, k, v = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Merged.apply(*packed, layout, scale)[None], None  # type: ignore[no-untyped-call]
+    if where == "cpu":
+        return Merged.apply(q, k, v, layout, scale)[None], None  # type: ignore[no-untyped-call]
+    return masked_attention(q, k, v, layout, scale)[None], None
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """The same by a mask, for devices on which torch's fused kernels take one."""
+    q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+    shared = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, scale=scale, enable_gqa=shared)
+    return out[0].transpose(0, 1)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -40,7 +40,7 @@ from transformers import (
 
 from stages.packing import Asked, Load, fill, pack, pad, split
 from stages.scoring import _own_logp, _sums, completion_logp, next_logits, response_means, share_prefixes, shares
-from stages.shared_prefix import NAME
+from stages.shared_prefix import NAME, Merged, masked_attention
 
 VOCABULARY = 61
 SIZES = dict(
@@ -183,6 +183,23 @@ def test_other_readings_are_those_of_plain_rows(network, asked):
         expected = torch.cat([reading(network, [row], "float32") for row in rows])
         network.set_attn_implementation(before)
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(asked=groups(), heads=st.sampled_from([(4, 4), (4, 2)]))
+def test_the_mask_and_the_merge_are_one_attention(asked, heads):
+    """On a GPU a mask says who sees whom; on a CPU two parts are merged. Outputs and gradients agree."""
+    layout, count = pack(asked).layout, pack(asked).ids.shape[1]
+    torch.manual_seed(0)
+    ends = []
+    for attend in (Merged.apply, masked_attention):
+        torch.manual_seed(0)
+        parts = [torch.randn(count, n, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1])]
+        out = attend(*parts, layout, 0.5)
+        (out * torch.randn_like(out)).sum().backward()
+        ends.append([out, *(part.grad for part in parts)])
+    for one, other in zip(*ends, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -22,7 +22,10 @@ SCORED = (1, 2, 4)  # pairs that TRL scores at a time
 
 @dataclass(frozen=True)
 class Setting:
-    """steps: timed ones, after one of warm-up. size: groups a forward pass of ours, pairs of TRL's."""
+    """steps: timed ones, after one of warm-up. size: groups a forward pass of ours, pairs of TRL's.
+
+    recompute: of ours, whether activations are made again in the backward pass.
+    """
 
     world: World
     shape: Shape
@@ -30,6 +33,7 @@ class Setting:
     groups: int  # a step
     size: int
     steps: int
+    recompute: bool = False
     keep: Path | None = None  # where the final weights go
 
     @property
@@ -97,6 +101,7 @@ def ours(setting: Setting, ablation: str = "none") -> Run:
             batch_size=setting.pairs,
             dtype=setting.dtype,
             micro_tokens=setting.size * setting.shape.group_tokens,
+            recompute=setting.recompute,
             checkpoint_every=NEVER,
         )
         run = watch.run([row["value"] for row in metrics.to_pylist() if row["metric"] == "loss"])
@@ -130,14 +135,19 @@ def trl(setting: Setting) -> Run:
     return train(setting, list(ordered(setting)), Watch(), BETA, LR)
 
 
-def sweep(side: Callable[[Setting], Run], setting: Setting, sizes: list[int]) -> dict[int, float]:
-    """Pairs a second at each size, from one step after one of warm-up; upwards until two are slower than the best."""
-    speeds: dict[int, float] = {}
+def sweep(side: Callable[[Setting], Run], setting: Setting, sizes: list[int]) -> dict[int, tuple[float, float]]:
+    """Pairs a second and megabytes at each size, from one step after one of warm-up.
+
+    Upwards until two are slower than the best.
+    """
+    found: dict[int, tuple[float, float]] = {}
     for size in sizes:
-        speeds[size] = setting.pairs / side(replace(setting, size=size, steps=1)).seconds
-        if len(speeds) > 2 and max(list(speeds.values())[-2:]) < max(speeds.values()):
+        run = side(replace(setting, size=size, steps=1))
+        found[size] = setting.pairs / run.seconds, run.megabytes
+        speeds = [speed for speed, _ in found.values()]
+        if len(speeds) > 2 and max(speeds[-2:]) < max(speeds):
             break
-    return speeds
+    return found
 
 
 def our_reference(setting: Setting) -> float:
