@@ -50,7 +50,8 @@ class OnRay:
         self.workers = workers
 
     def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
+        if work.options.get("ranks", 1) > 1:  # it spreads over Ray by itself, and an actor would hold what it needs
+            return InProcess().run(work, units, done, tell)
         ray: Any = import_module("ray")  # untyped, and not needed to run in process
         start(ray)
         has = ray.cluster_resources()
@@ -147,5 +148,6 @@ def relay(folder: Path, tell: Tell) -> None:
 def start(ray: Any) -> None:
     """A local cluster, started once a process, which ends with it."""
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -3,6 +3,7 @@
 A death ends all of them, and all start again: what they had done is in the checkpoints that they read.
 """
 
+import shutil
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -28,15 +29,19 @@ def on_ranks(job: Job, ranks: int, folder: Path, tell: Tell) -> dict[str, Any]:
     start(ray)
     torch: Any = import_module("ray.train.torch")
     train: Any = import_module("ray.train")
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < ranks:
-        raise WinnowError(f"ranks: {ranks}, and the cluster has {gpus} GPUs; set `ranks` to {gpus} or fewer")
+    has = ray.cluster_resources()
+    cpus, gpus = int(has.get("CPU", 1)), int(has.get("GPU", 0))
+    if ranks > (most := min(cpus, gpus or cpus)):
+        kind = "GPUs" if gpus else "CPUs"
+        raise WinnowError(f"ranks: {ranks}, and the cluster has {most} {kind}; set `ranks` to {most} or fewer")
     (folder / OUTCOME).unlink(missing_ok=True)
     trainer = torch.TorchTrainer(
         _rank(job, folder),
         torch_config=torch.TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=ranks, use_gpu=gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpus else {})
+            num_workers=ranks,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus // ranks, "GPU": min(1, gpus)},
         ),
         run_config=train.RunConfig(
             storage_path=str((folder / "ranks").resolve()),
@@ -47,24 +52,33 @@ def on_ranks(job: Job, ranks: int, folder: Path, tell: Tell) -> dict[str, Any]:
         try:
             trainer.fit()
         except train.v2.api.exceptions.TrainingFailedError as error:
+            _raise_if_refused(folder)
             lines = str(error).strip().splitlines()
             raise WinnowError(
                 f"training on {ranks} ranks failed {ATTEMPTS} times; the last time: {lines[-1]}"
             ) from error
-    outcome = read_json(folder / OUTCOME) or {}
-    if "refused" in outcome:
-        raise WinnowError(outcome["refused"])
+    _raise_if_refused(folder)
+    shutil.rmtree(folder / "ranks", ignore_errors=True)  # Ray Train's own records
+    outcome: dict[str, Any] = read_json(folder / OUTCOME) or {}
     return outcome
+
+
+def _raise_if_refused(folder: Path) -> None:
+    if refused := (read_json(folder / OUTCOME) or {}).get("refused"):
+        raise WinnowError(refused)
 
 
 def _rank(job: Job, folder: Path) -> Callable[[], None]:
     def run() -> None:
+        if "refused" in (read_json(folder / OUTCOME) or {}):
+            return  # one of us did, before all were started again
         train: Any = import_module("ray.train")
         first = train.get_context().get_world_rank() == 0
         try:
             outcome = job(teller(folder) if first else lambda *_: None)
-        except WinnowError as error:  # not a death: what one rank refuses, all refuse
-            outcome = {"refused": str(error)}
+        except WinnowError as error:
+            write_json(folder / OUTCOME, {"refused": str(error)})
+            raise  # the others may be waiting for this one
         if first:
             write_json(folder / OUTCOME, outcome)
 

@@ -106,7 +106,7 @@ class StepFolder:
             "files": [file for part in done for file in part["files"]],
         }
         check(manifest)
-        for leftover in (self.path / "progress.json", self.path / "checkpoint"):
+        for leftover in [self.path / name for name in ("progress.json", "checkpoint", "outcome.json")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         write_json(self.manifest_path, manifest)
         return manifest

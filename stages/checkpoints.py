@@ -49,6 +49,15 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def too_large(self, micro_tokens: int) -> bool:
+        """Has a run here been out of memory with as many tokens a pass?"""
+        note = self.folder / "out_of_memory"
+        return note.exists() and micro_tokens >= int(note.read_text())
+
+    def remember(self, micro_tokens: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "out_of_memory").write_text(str(micro_tokens))
+
     def save(self, trainer: Run) -> None:
         scratch = self.folder / ".writing"
         if trainer.ranks.first:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from schemas import Model, WinnowError
 
-BUDGET = 16_384  # padded tokens a forward pass of scoring
+BUDGET = 16_384  # tokens a forward pass of scoring
 
 
 def context_length(folder: Path) -> int:

@@ -25,7 +25,7 @@ class Meter:
         network.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.tokens += kwargs["input_ids"].numel()
+        self.tokens += (args[0] if args else kwargs["input_ids"]).numel()
 
     def start(self) -> None:
         """A step begins."""

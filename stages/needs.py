@@ -28,6 +28,9 @@ def optimize_needs(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[
     if not options["lora"]:
         given = [name for name in ("lora_alpha", "lora_targets") if options[name]]
         problems += [f"{name}: {options[name]}, and all weights are trained; set lora, or unset it" for name in given]
+    ranks, size = options["ranks"], options["batch_size"]
+    if ranks > size:
+        problems.append(f"ranks: {ranks}, and a step has {size} of what is shared; set ranks to {size} at most")
     return problems + _mix(options["mix"], wired) + _reference(options, wired)
 
 

@@ -75,7 +75,7 @@ def pack(groups: Sequence[Prompted], device: torch.device | str = "cpu", *, last
     )
 
 
-def pad(groups: Sequence[Prompted], device: torch.device | str = "cpu", *, last: bool = True) -> Tokens:
+def pad(groups: Sequence[Prompted], device: torch.device | str = "cpu") -> Tokens:
     """A row for every response, filled up on the right, where causal attention never sees it."""
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
     said = _lengths([response for group in groups for response in group.responses])

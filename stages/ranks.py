@@ -37,7 +37,7 @@ class Ranks:
         mesh = init_device_mesh(network.device.type, (self.of,))
         for layer in [each for each in network.modules() if isinstance(each, GradientCheckpointingLayer)]:
             fully_shard(layer, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)  # a root would not, and checkpoints read it
         network.run = MethodType(lambda _, work: work(), network)
         register_fsdp_forward_method(network, "run")
 

@@ -8,6 +8,7 @@ that a cached number is the trainer's own.
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from schemas import WinnowError
 from stages.packing import Asked, Ids, Prompted, Tokens, fill, pack, pad, split
 from stages.shared_prefix import NAME
 from stages.vocabulary import head_of, token_logp
@@ -22,6 +24,7 @@ from stages.vocabulary import head_of, token_logp
 Row = tuple[Ids, Ids]
 Measure = Callable[[PreTrainedModel, Sequence[Prompted], str], Tensor]
 TRIAL = (Asked([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), Asked([1, 6], [[1, 8, 0], [3]]))
+KNOWN_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are `vocabulary.Head`'s
 CLOSE = 1e-4  # of the largest number: fp32 added up in another order
 
 
@@ -33,30 +36,39 @@ def completion_logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype:
     """Summed log-prob of each response given its prompt, and how many of its tokens are the likeliest.
 
     Returns two fp32 vectors [N], over the responses of one group after the other. The head runs on response
-    positions only; the softmax is in fp32 whatever the network runs in.
+    positions only, if it is a linear layer; the softmax is in fp32 whatever the network runs in.
     """
-    logp, hits, tokens = (_logp if shares(network) else _own_logp)(network, groups, dtype)
+    logp, hits, tokens = (_logp if network in KNOWN_HEADS else _own_logp)(network, groups, dtype)
     return _sums(logp, tokens)[tokens.rows], _sums(hits.float(), tokens)[tokens.rows]
 
 
 def _logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tensor, Tokens]:
     """Of every token [M], and is it the likeliest."""
     states, tokens = read(network, groups, dtype)
-    asked = states[tokens.predictors].to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    return *token_logp(asked, head_of(network), tokens.targets), tokens
+    asked = states.index_select(0, tokens.predictors)  # whose gradients add up in a fixed order
+    return *token_logp(asked.to(_precision(dtype)), head_of(network), tokens.targets), tokens
 
 
 def _own_logp(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tensor, Tokens]:
     """The same by the network's own way from states to logits, whatever it is; at all positions, padding too."""
+    logits, tokens, predictors = _own_logits(network, groups, dtype)
+    asked = logits[predictors].float()
+    return -cross_entropy(asked, tokens.targets, reduction="none"), asked.argmax(-1) == tokens.targets, tokens
+
+
+def _own_logits(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> tuple[Tensor, Tokens, Tensor]:
+    """Logits [places, V], what stands where, and the places that predict each response token."""
     tokens = pad(groups, network.device)
+    given, predictors = {"input_ids": tokens.ids}, tokens.predictors
     if network.config.is_encoder_decoder:
         given, predictors = _encoded(network, groups)
-    else:
-        given, predictors = {"input_ids": tokens.ids}, tokens.predictors
     with autocast(dtype, network.device):
         logits = network(**given, use_cache=False).logits
-    logits = logits.flatten(0, 1)[predictors].float()
-    return -cross_entropy(logits, tokens.targets, reduction="none"), logits.argmax(-1) == tokens.targets, tokens
+    return logits.flatten(0, 1), tokens, predictors
+
+
+def _precision(dtype: str) -> torch.dtype:
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def _encoded(network: PreTrainedModel, groups: Sequence[Prompted]) -> tuple[dict[str, Tensor], Tensor]:
@@ -90,10 +102,14 @@ def completion_scores(network: PreTrainedModel, groups: Sequence[Prompted], dtyp
 
 def next_logits(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
     """Logits of what would follow each response, fp32 [N, V]."""
-    states, tokens = read(network, groups, dtype, last=True)
-    with autocast(dtype, states.device):
-        logits: Tensor = network.get_output_embeddings()(states[_last(tokens)])
-    return logits.float()[tokens.rows]
+    if network in KNOWN_HEADS:
+        states, tokens = read(network, groups, dtype, last=True)
+        logits = head_of(network).logits(states[_last(tokens)].to(_precision(dtype)))
+    else:
+        _refuse_encoder(network)
+        own, tokens, _ = _own_logits(network, groups, dtype)
+        logits = own[_last(tokens)].float()
+    return logits[tokens.rows]
 
 
 def response_means(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
@@ -104,13 +120,22 @@ def response_means(network: PreTrainedModel, groups: Sequence[Prompted], dtype: 
 
 def read(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str, last: bool = False) -> tuple[Tensor, Tokens]:
     """Last hidden states [places, hidden], and what stands where."""
-    tokens = (pack if shares(network, groups) else pad)(groups, network.device, last=last)
+    if network.config.is_encoder_decoder:
+        raise WinnowError(
+            f"{type(network).__name__} is an encoder-decoder: it gives log-probs, and nothing else is read"
+        )
+    tokens = pack(groups, network.device, last=last) if shares(network, groups) else pad(groups, network.device)
     given = {} if tokens.layout is None else {"layout": tokens.layout, "attention_mask": _no_mask(network.device)}
     with autocast(dtype, network.device):
         states = network.base_model(
             input_ids=tokens.ids, position_ids=tokens.positions, use_cache=False, **given
         ).last_hidden_state
     return states.flatten(0, 1), tokens
+
+
+def _refuse_encoder(network: PreTrainedModel) -> None:
+    if network.config.is_encoder_decoder:
+        raise WinnowError(f"{type(network).__name__} is an encoder-decoder: it gives log-probs, and nothing else")
 
 
 def _no_mask(device: torch.device) -> Tensor:
@@ -152,31 +177,44 @@ def _window(network: PreTrainedModel) -> int:
 def share_prefixes(network: PreTrainedModel) -> None:
     """From now on `network` reads a prompt once for all of its responses, if a trial shows the same numbers.
 
-    A network whose attention has a state, a bias or a cap of its own fails it, and so does one whose head is more
-    than a linear layer; it goes on with padded rows, and a warning says so.
+    A network whose attention has a state, a bias or a cap of its own fails it; it goes on with padded rows, and a
+    warning says so. If its head is more than a linear layer, it makes its own logits, too.
     """
     before = network.config._attn_implementation
     try:
         if network.config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder")
         expected = _trial(network)
+        if network.get_output_embeddings() is not None:
+            KNOWN_HEADS.add(network)
+            _agree(_trial(network), expected)
+    except Exception as error:  # whatever a model's code makes of what it does not know
+        KNOWN_HEADS.discard(network)
+        return _say(network, f"{type(error).__name__}: {error}")
+    try:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
             raise ValueError("its attention is not transformers' interface")
-        found = _trial(network)
-        off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-        why = "" if off <= CLOSE else f"a trial is off by {off:.1e} of the largest number"
-    except Exception as error:  # whatever a model's code makes of what it does not know
-        why = f"{type(error).__name__}: {error}"
-    if why:
+        _agree(_trial(network), expected)
+    except Exception as error:
         network.set_attn_implementation(before)
-        warnings.warn(f"{type(network).__name__} reads a prompt again for each of its responses ({why})", stacklevel=2)
+        _say(network, f"{type(error).__name__}: {error}")
 
 
 def _trial(network: PreTrainedModel) -> list[Tensor]:
     """Of each response, mean hidden states and, where there is a vocabulary, log-probs."""
     logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, "float32")[0]]
     return [response_means(network, TRIAL, "float32"), *logp]
+
+
+def _agree(found: list[Tensor], expected: list[Tensor]) -> None:
+    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    if not off <= CLOSE:
+        raise ValueError(f"a trial is off by {off:.1e} of the largest number")
+
+
+def _say(network: PreTrainedModel, why: str) -> None:
+    warnings.warn(f"{type(network).__name__} reads a prompt again for each of its responses ({why})", stacklevel=3)
 
 
 @torch.no_grad()

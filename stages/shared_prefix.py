@@ -35,7 +35,7 @@ class Tiles:
 
     shape: tuple[int, int]  # N, W
     where: slice | Tensor  # the tokens; [N W] places, filled up by the first
-    real: Tensor | None = None  # [N W] False where a row is filled up; None if none is
+    real: Tensor | None = None  # [N W] False where a row is filled up; None for a slice
 
     def take(self, packed: Tensor, other: float | None = None) -> Tensor:
         """[T, ...] to [N, ..., W] in the order of attention: [T, H, D] gives [N, H, W, D]. Fills up with `other`."""
@@ -49,8 +49,6 @@ class Tiles:
         values = tiles.transpose(1, 2).flatten(0, 1)
         if isinstance(self.where, slice):
             packed[self.where] = values
-        elif self.real is None:
-            packed.index_copy_(0, self.where, values)
         else:
             packed.index_copy_(0, self.where[self.real], values[self.real])
 

@@ -83,6 +83,7 @@ class Trainer:
     ranks: Ranks
     network: PreTrainedModel = field(init=False)
     meter: Meter = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
     parameters: list[torch.nn.Parameter] = field(init=False)  # those that are trained
     optimizer: torch.optim.Optimizer = field(init=False)
     done: int = 0
@@ -94,7 +95,9 @@ class Trainer:
 
     def fit(self, folder: Path, tell: Tell, checkpoint_every: int) -> None:
         """Train `network`. Interrupted work goes on from the last checkpoint in `folder`."""
-        checkpoints = Checkpoints(folder)
+        self.checkpoints = Checkpoints(folder)
+        if self.checkpoints.too_large(self.legs[0].micro_tokens):
+            self._halve()
         self.network = load_network(self.init, train=True, adapt=self.adapt)
         if self.recompute:
             recompute_layers(self.network)
@@ -102,7 +105,7 @@ class Trainer:
         self.parameters = list(trained(self.network).values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         steps = self.legs[0].steps(self.epochs)
-        checkpoints.restore(self)
+        self.checkpoints.restore(self)
         self.meter, before = Meter(self.network, self.ranks), self.tokens
         if self.done == 0:
             self._begin()
@@ -111,14 +114,18 @@ class Trainer:
             self.tokens = before + self.meter.total()
             tell(self.done, steps, "steps")
             if self.done % checkpoint_every == 0 and self.done < steps:
-                checkpoints.save(self)
+                self.checkpoints.save(self)
 
     def save(self, folder: Path) -> None:
         """The trained policy, by the first rank, which then holds all of it."""
         if self.ranks.of == 1:
             save_network(self.network, self.init, folder)
             return
-        pieces = {name: whole(value.detach()).cpu() for name, value in self.network.named_parameters()}
+        pieces = {}
+        for name, value in self.network.named_parameters():
+            piece = whole(value.detach())
+            if self.ranks.first:
+                pieces[name] = piece.cpu()
         if self.ranks.first:
             network = load_network(self.init, train=True, adapt=self.adapt)
             with torch.no_grad():
@@ -174,17 +181,24 @@ class Trainer:
             if not _out_of_memory(error):
                 raise
         if self.halved:
-            fits = max((leg.largest for leg in self.legs), default=0) or self.legs[0].micro_tokens // 2
+            halved = self.legs[0].micro_tokens
+            fits = min(max(leg.largest for leg in self.legs) or halved, halved // 2)
             raise WinnowError(
-                f"step {self.done}: out of memory again, with micro_tokens halved to {self.legs[0].micro_tokens}; "
-                f"set `micro_tokens` to {fits}, which has fitted, or `recompute: true`"
+                f"step {self.done}: out of memory again, with micro_tokens halved to {halved}; "
+                f"set `micro_tokens` to {fits}, or `recompute: true` if one row alone is too long"
             )
         self.optimizer.zero_grad(set_to_none=True)
+        self.checkpoints.remember(self.legs[0].micro_tokens)
+        self._halve()
+        if self.ranks.of > 1:
+            raise RuntimeError("out of memory")  # the others wait for this rank: all start again, with half
+        return self._in_memory(weights)
+
+    def _halve(self) -> None:
         for leg in self.legs:
             leg.micro_tokens = max(1, leg.micro_tokens // 2)
         self.halved = True
-        warnings.warn(f"out of memory: micro_tokens is {self.legs[0].micro_tokens} from now on", stacklevel=2)
-        return self._in_memory(weights)
+        warnings.warn(f"out of memory: micro_tokens is {self.legs[0].micro_tokens} from now on", stacklevel=3)
 
     def _gradients(self, weights: list[float]) -> dict[str, float]:
         entry: dict[str, float] = {}

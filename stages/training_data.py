@@ -81,6 +81,10 @@ def _group(row: dict[str, Any], needs_reference: bool) -> Group:
     shifted = [own[n] for pair in pairs for n in pair] + [
         each for each in row["responses"] if each["desirable"] is not None
     ]
+    if not row["prompt_ids"] or not all(each["token_ids"] for each in row["responses"]):
+        raise WinnowError(
+            f"examples: prompt {row['prompt_id']}: an empty prompt or response has no log-prob; leave it out"
+        )
     if needs_reference and None in [each["ref_logp"] for each in shifted]:
         raise WinnowError("the objective reads a reference, and the examples have none; wire `reference` in `examples`")
     return Group(

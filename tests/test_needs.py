@@ -35,6 +35,7 @@ def planned(world, tmp_path, steps):
             {"optimize": {"with": {"objective": "hinge_norm"}}, "examples": {"with": {"labels": "soft"}}},
             "hinge_norm takes every label as certain",
         ),
+        ({"optimize": {"with": {"ranks": 9, "batch_size": 8}}}, "ranks: 9, and a step has 8"),
         ({"optimize": {"with": {"mix": "alright"}}}, "`mix` and the input `demonstrations` go together"),
         ({"optimize": {"from": {"demonstrations": "demonstration_examples"}}}, "go together"),
         (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from schemas import WinnowError
 from stages.ranks import Ranks
 from tests.material import cache, imitate, labelled, random_rows, train
 
@@ -72,3 +73,13 @@ def test_two_ranks_have_the_losses_of_one_and_survive_a_death(sharp, tmp_path):
     assert other["parameters"] == row["parameters"]
     for name, weight in weights(together).items():
         assert torch.allclose(weight, weights(alone)[name], atol=1e-4), name
+
+
+def test_what_a_rank_refuses_ends_the_run_with_its_message(sharp, tmp_path):
+    """A stale reference is seen by the gate of both ranks; it is no death that is worth another attempt."""
+    rows = cache(sharp, random_rows())
+    for row in rows:
+        for each in row["responses"]:
+            each["ref_logp"] += 3.0 * (each["candidate_id"] == "c00")
+    with pytest.raises(WinnowError, match=r"step 0: .*the cache is stale"):
+        train(sharp, rows, tmp_path, ranks=2)

@@ -38,7 +38,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from stages.meter import Meter
 from stages.packing import Asked, Load, fill, pack, pad, split
+from stages.ranks import Ranks
 from stages.scoring import _own_logp, _sums, completion_logp, next_logits, response_means, share_prefixes, shares
 from stages.shared_prefix import NAME, Merged, masked_attention
 
@@ -174,15 +176,13 @@ def test_log_probs_and_all_gradients_are_those_of_plain_rows(network, asked):
 @settings(deadline=None, max_examples=10)
 @given(asked=groups())
 def test_other_readings_are_those_of_plain_rows(network, asked):
-    """Mean hidden states over a response, and logits of the token after it."""
-    rows = [Asked(group.prompt, [response]) for group in asked for response in group.responses]
-    before = network.config._attn_implementation
-    for reading in (response_means, next_logits):
-        found = reading(network, asked, "float32")
-        network.set_attn_implementation("sdpa")
-        expected = torch.cat([reading(network, [row], "float32") for row in rows])
-        network.set_attn_implementation(before)
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    """Mean hidden states over a response, and the network's own logits of the token after it."""
+    means, logits = response_means(network, asked, "float32"), next_logits(network, asked, "float32")
+    rows = [(group.prompt, response) for group in asked for response in group.responses]
+    for mean, after, (prompt, response) in zip(means, logits, rows, strict=True):
+        seen = network(input_ids=torch.tensor([[*prompt, *response]]), output_hidden_states=True)
+        assert torch.allclose(after, seen.logits[0, -1], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(mean, seen.hidden_states[-1][0, len(prompt) :].mean(0), rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=20)
@@ -212,7 +212,9 @@ def test_networks_that_cannot_share_say_so_and_read_plain_rows(name):
     assert any(why in str(each.message) for each in seen)
     assert not shares(network)
     asked = [Asked([5, 6], [[7, 8], [9]])]
-    assert torch.equal(completion_logp(network, asked, "float32")[0], plain(network, asked))
+    assert torch.allclose(completion_logp(network, asked, "float32")[0], plain(network, asked), rtol=1e-6)
+    Meter(network, Ranks())  # counts whatever way the network passes its tokens on
+    completion_logp(network, asked, "float32")[0].sum().backward()
 
 
 def test_an_encoder_decoder_says_so_and_gives_its_own_log_probs():

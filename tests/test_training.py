@@ -1,7 +1,11 @@
 """The loop of room 7 on the tiny model: its first loss, its refusals, its sums, and its return from the dead."""
 
 import math
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,7 @@ from tests.conftest import write_jsonl
 from tests.material import alone, cache, random_rows, table
 
 LN2 = math.log(2)
+ROOT = Path(__file__).parent.parent
 REPLIES = ["Gladly, a boat.", "No.", "Um, well, perhaps a car on Monday.", "Booked."]
 
 
@@ -357,6 +362,43 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tiny, cached, tmp_pat
     assert furthest(weights(again), weights(straight)) == 0
     assert metrics_again == metrics
     assert policy_again == policy
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+from stages import checkpoints
+from tests.test_training import train
+
+write, written = checkpoints.save, []
+
+def killed(tensors, **options):
+    write(tensors, **options)
+    written.append(1)
+    if len(written) == 2:
+        (file,) = Path(options["storage_writer"].path).glob("*.safetensors")
+        os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints.save = killed
+init, rows, folder, options = pickle.loads(Path(sys.argv[1]).read_bytes())
+train(init, rows, folder, **options)
+"""
+
+
+def test_kill_9_during_a_checkpoint_write(tiny, cached, tmp_path):
+    """Half of the second checkpoint is on the disk; the same call goes on from the first, to the same bits."""
+    options = dict(epochs=3, checkpoint_every=2, schedule="cosine")
+    straight, metrics, _ = train(tiny, cached, tmp_path / "straight", **options)
+    folder = tmp_path / "killed"
+    (tmp_path / "call").write_bytes(pickle.dumps((tiny, cached, folder, options)))
+    died = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "call")], cwd=ROOT, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert [path.name for path in folder.glob("checkpoint/step-*")] == ["step-00000002"]
+    assert (folder / "checkpoint" / ".writing").exists()
+    again, metrics_again, _ = train(tiny, cached, folder, **options)
+    assert furthest(weights(again), weights(straight)) == 0
+    assert metrics_again == metrics
 
 
 @pytest.mark.parametrize("harm", ["short", "gone", "no state"])
