@@ -14,8 +14,20 @@ from pipeline.catalog import open_catalog, query
 from pipeline.store import Store
 
 HERE = Path(__file__).parent
-CURVES = ("loss", "margin", "accuracy", "logp/chosen", "logp/rejected", "token_accuracy", "grad_norm", "tokens/saved")
-CURVES += ("pairs_per_second", "tokens_per_second", "peak_memory_gb", "flop_utilisation")
+CURVES = [
+    "loss",
+    "margin",
+    "accuracy",
+    "logp/chosen",
+    "logp/rejected",
+    "token_accuracy",
+    "grad_norm",
+    "tokens/saved",
+    "pairs_per_second",
+    "tokens_per_second",
+    "peak_memory_gb",
+    "flop_utilisation",
+]
 COLORS = {"all candidates": "#9aa5b1", "kept": "#2f6f4f"}
 
 

@@ -120,10 +120,7 @@ def response_means(network: PreTrainedModel, groups: Sequence[Prompted], dtype: 
 
 def read(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str, last: bool = False) -> tuple[Tensor, Tokens]:
     """Last hidden states [places, hidden], and what stands where."""
-    if network.config.is_encoder_decoder:
-        raise WinnowError(
-            f"{type(network).__name__} is an encoder-decoder: it gives log-probs, and nothing else is read"
-        )
+    _refuse_encoder(network)
     tokens = pack(groups, network.device, last=last) if shares(network, groups) else pad(groups, network.device)
     given = {} if tokens.layout is None else {"layout": tokens.layout, "attention_mask": _no_mask(network.device)}
     with autocast(dtype, network.device):

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -174,20 +173,13 @@ def _facts(bench: Bench, threads: int) -> dict[str, Any]:
     world = bench.world
     return {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "commit": _commit(),
+        "commit": bench.commit,
         "command": f"`{shlex.join(['winnow', *sys.argv[1:]])}`",
         "machine": f"{os.cpu_count()} cores, threads of either side: {threads}, {cpu.split(':')[1].strip()}",
         "libraries": libraries,
         "model": f"Llama, hidden {world.hidden}, {world.layers} layers, vocabulary {world.vocabulary}, random weights",
         "measured": f"timed steps a run: {bench.steps}, after one of warm-up; repeats: {bench.repeats}",
     }
-
-
-def _commit() -> str:
-    """With a mark if the checkout is not what was committed."""
-    here = Path(__file__).parent
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
 
 
 def _markdown(table: pa.Table) -> str:
