@@ -163,7 +163,7 @@ def test_a_run_with_rounds_counts_by_its_last(world, finished, tmp_path):
     root = tmp_path / "store"
     shutil.copytree(finished, root)
     store = Store(root)
-    plan = plan_of(world, "optimize.epochs=1", recipe="raft")
+    plan = plan_of(world, "optimize.epochs=1", "optimize@2.epochs=4", recipe="raft")
     plan.name = "paper rso 8 first-round"
     run(plan, store, InProcess(), Silent())
     asked = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes GROUP BY stage, key"
