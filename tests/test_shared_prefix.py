@@ -194,8 +194,8 @@ def test_the_mask_and_the_merge_are_one_attention(asked, heads):
     ends = []
     for attend in (Merged.apply, masked_attention):
         torch.manual_seed(0)
-        parts = [torch.randn(count, n, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1])]
-        out = attend(*parts, layout, 0.5)
+        q, k, v = parts = [torch.randn(count, n, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1])]
+        out = attend(q, k, v, layout, 0.5)
         (out * torch.randn_like(out)).sum().backward()
         ends.append([out, *(part.grad for part in parts)])
     for one, other in zip(*ends, strict=True):
