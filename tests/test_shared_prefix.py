@@ -189,7 +189,9 @@ def test_other_readings_are_those_of_plain_rows(network, asked):
 @given(asked=groups(), heads=st.sampled_from([(4, 4), (4, 2)]))
 def test_the_mask_and_the_merge_are_one_attention(asked, heads):
     """On a GPU a mask says who sees whom; on a CPU two parts are merged. Outputs and gradients agree."""
-    layout, count = pack(asked).layout, pack(asked).ids.shape[1]
+    packed = pack(asked)
+    layout, count = packed.layout, packed.ids.shape[1]
+    assert layout is not None
     torch.manual_seed(0)
     ends = []
     for attend in (Merged.apply, masked_attention):
