@@ -20,7 +20,7 @@ def held():
 
 
 def _held():
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     names = [type(each).__name__ for each in gc.get_objects() if isinstance(each, PreTrainedModel)]

@@ -23,7 +23,11 @@ from tests.runs import RECIPES, Silent, plan_of
 def digests(plan: Plan, store: Store, steps=None) -> dict[str, list[tuple[str, str]]]:
     """Content of every row table of the steps, by its manifest."""
     return {
-        step.name: [(file["file"], file["sha256"]) for file in store.folder(step).manifest["files"]]
+        step.name: [
+            (file["file"], file["sha256"])
+            for file in store.folder(step).manifest["files"]
+            if not file["file"].startswith("speeds-")  # the one table that is not the same twice
+        ]
         for step in plan.steps
         if steps is None or step.name in steps
     }
