@@ -141,8 +141,8 @@ class Merged(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(each) for each in (q, k, v))
         for queries, keys, causal in _parts(ctx.layout):
             tiles = _tiles(q, k, v, queries, keys)
-            above, seen = queries.take(grads[0], 0.0), (queries.take(out), queries.take(lse, UNREACHED))
-            by = _flash_backward(above, *tiles, *seen, 0.0, causal, scale=ctx.scale)
+            seen = (queries.take(out), queries.take(lse, UNREACHED))
+            by = _flash_backward(queries.take(grads[0]), *tiles, *seen, 0.0, causal, scale=ctx.scale)
             for into, where, part in ((dq, queries, by[0]), (dk, keys, by[1]), (dv, keys, by[2])):
                 write = where.put if causal else where.add  # the causal parts come first, and have every token once
                 write(into, _fold(part, into.shape[1]))
