@@ -13,7 +13,8 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from jobs.__main__ import app
+import jobs.__main__  # noqa: F401 - registers every command
+from jobs.commands.app import app
 from jobs.recipes import names, plans
 from pipeline.stage import stages
 from schemas import TABLES

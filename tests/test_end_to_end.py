@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 
-import jobs.__main__ as command
+from jobs.__main__ import main
+from jobs.commands.app import QUERIES
 from jobs.recipes import names
 from jobs.report import write_report
 from pipeline.catalog import open_catalog, query
@@ -60,7 +61,7 @@ def test_the_pipeline_runs_on_real_vllm(world, finished, tmp_path):
 
 
 def test_recipes_share_candidates_and_land_on_one_leaderboard(sampled):
-    board = query(open_catalog(Store(sampled)), (command.QUERIES / "leaderboard.sql").read_text())
+    board = query(open_catalog(Store(sampled)), (QUERIES / "leaderboard.sql").read_text())
     assert set(board.column("run").to_pylist()) == {"run", *SAMPLED}
     assert None not in board.column("gold_win").to_pylist()
 
@@ -72,7 +73,7 @@ def test_every_method_runs_from_its_recipe_to_the_leaderboard(world, methods, re
     plan.name = recipe
     run(plan, Store(methods), InProcess(), watcher)
     assert not {"sft", "ranker", "preferences", "prompts"} & set(watcher.ran)
-    board = query(open_catalog(Store(methods), recipe), (command.QUERIES / "leaderboard.sql").read_text()).to_pylist()
+    board = query(open_catalog(Store(methods), recipe), (QUERIES / "leaderboard.sql").read_text()).to_pylist()
     rounds = [f"{recipe}@{n}" for n in range(1, len(plan.targets) + 1)] if "@" in plan.target.name else [recipe]
     assert sorted(row["run"] for row in board) == rounds
     assert all(row["gold_win"] and row["proxy_win"] and row["seconds"] for row in board)
@@ -99,7 +100,7 @@ def test_the_report_is_one_self_contained_page(sampled, tmp_path):
 def test_trace_tells_the_life_of_a_prompt(sampled, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["winnow", "trace", "run", "--store", str(sampled)])
     with pytest.raises(SystemExit, match="0"):
-        command.main()
+        main()
     told = capsys.readouterr().out
     for room in ("sampled", "kept by select", "compared", "pairs", "reference log-probs", "training group"):
         assert room in told
@@ -110,7 +111,7 @@ def test_candidates_of_another_system_enter_at_select(tmp_path, monkeypatch, cap
     words = ["winnow", "run", "own_candidates", "--store", str(tmp_path), "--on", str(DATA / "untrained.yaml")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="0"):
-        command.main()
+        main()
     told = capsys.readouterr().out
     for reason in ("empty response", "probability is exactly 0", "probability is exactly 1", "not a number"):
         assert reason in told

@@ -1,0 +1,1 @@
+"""What `winnow` can be told to do, a module a kind."""

@@ -1,0 +1,59 @@
+"""Slow proofs, measured on this machine."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.bench.optimize import SHAPES
+from jobs.commands.app import STORE, On, StorePath, app, console
+from jobs.console import Watcher, as_table
+from pipeline.store import Store
+
+bench = typer.Typer(help="Slow proofs, measured on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def mixes(
+    on: On = [],  # noqa: B006
+    store: StorePath = STORE,
+    groups: Annotated[int, typer.Option(help="groups of each side", min=64)] = 2048,
+    repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = 3,
+) -> None:
+    """Seconds a step of ALRIGHT, MAXRIGHT, the mixture and the sequence, against one objective alone."""
+    from jobs.bench.mixes import measure
+
+    watcher = Watcher(console)
+    try:
+        table = measure(Store(store), on, watcher, groups, repeats, console.print)
+    finally:
+        watcher.close()
+    console.print(as_table(table, "a step of each mix: median over repeats [least, most]"))
+
+
+@bench.command()
+def optimize(
+    shapes: Annotated[str, typer.Option(help="prompt/response/responses/pairs, by commas")] = SHAPES,
+    dtypes: Annotated[str, typer.Option(help="by commas")] = "float32,bfloat16",
+    steps: Annotated[int, typer.Option(help="timed steps of a run, after one of warm-up", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="alternating runs of each side", min=1)] = 3,
+    vocabulary: Annotated[int, typer.Option(help="of the random Llama", min=16)] = 8192,
+    threads: Annotated[int, typer.Option(help="of either side", min=1)] = os.cpu_count() or 1,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """Pairs a second and memory of `optimize` and `reference` beside TRL's DPOTrainer, and what each idea is worth."""
+    from jobs.bench.optimize.measure import Bench, apart
+    from jobs.bench.optimize.tables import page, tables
+    from jobs.bench.optimize.world import World, parse
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), vocabulary)
+        made = Bench(world, [parse(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
+        made.run(apart(threads), console.print)
+        for title, table in tables(made).items():
+            console.print(as_table(table, title))
+        if out:
+            out.write_text(page(made, threads))

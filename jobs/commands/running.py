@@ -1,0 +1,131 @@
+"""Commands that make things: plan, run, paper, demo."""
+
+import shlex
+import shutil
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from jobs import recipes, show
+from jobs.commands.app import QUERIES, STORE, On, Recipes, Sets, StorePath, app, console
+from jobs.commands.asking import report
+from jobs.console import Watcher, as_table
+from jobs.demo import OVERLAY, SMALL, world
+from pipeline.catalog import open_catalog, query
+from pipeline.executors import Executor, InProcess, OnRay
+from pipeline.plan import Plan
+from pipeline.run import run as run_plan
+from pipeline.store import Store
+
+MAIN = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
+
+
+class ExecutorName(StrEnum):
+    in_process = "in-process"
+    ray = "ray"
+
+
+@app.command()
+def plan(recipe: Recipes, on: On = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
+    """Print each recipe's tree: keys, what is cached, what will run and why. Runs nothing."""
+    for made in recipes.plans(recipe, on, sets):
+        console.print(show.plan_tree(made, Store(store)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def run(
+    recipe: Recipes,
+    on: On = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    executor: Annotated[ExecutorName, typer.Option(help="this process, or a local Ray")] = ExecutorName.in_process,
+    workers: Annotated[int, typer.Option(help="Ray workers a step", min=1)] = 2,
+) -> None:
+    """Make what the recipes need and the store has not. All recipes are checked before anything runs."""
+    chosen: Executor = OnRay(workers) if executor is ExecutorName.ray else InProcess()
+    made = recipes.plans(recipe, on, sets)
+    run_all(made, Store(store), chosen)
+    _next_moves(made[0], recipe[0], on, sets, store)
+
+
+def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
+    """Run plans one after the other, then show what they came to."""
+    run_plans(plans, store, executor)
+    _summary(store, [made.name for made in plans])
+
+
+def run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
+    watcher = Watcher(console)
+    signal.signal(signal.SIGINT, watcher.interrupt)
+    try:
+        for made in plans:
+            console.print(f"[bold]{escape(made.name)}[/]", highlight=False)
+            run_plan(made, store, executor, watcher)
+    finally:
+        watcher.close()
+
+
+def _summary(store: Store, runs: list[str]) -> None:
+    """What these runs came to: beside all others of the store, for that is what a leaderboard is for."""
+    ours = open_catalog(store, runs)
+    titles = {
+        "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
+        "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B)",
+        "rejects": "left out, and why",
+    }
+    for name, title in titles.items():
+        sql = (QUERIES / f"{name}.sql").read_text()
+        if (answer := query(ours, sql)).num_rows:
+            console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else answer, title))
+
+
+def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
+    """Commands that can be pasted as they stand."""
+    me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
+    kept = [item for item in sets if not item.startswith("select.rule")]
+    world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in kept)
+    moves = [
+        f"{me} trace {shlex.quote(made.name)} --store {store}  # one prompt's life",
+        f"{me} report --store {store}  # a page to look at",
+    ]
+    rules = [step.options["rule"] for step in made.steps if step.entry.name == "select"]
+    if any(rule.options.get("beta") for rule in rules):
+        plan = f"{me} plan {recipe}{world} --store {store} --set select.rule.beta=0.1"
+        moves.append(f"{plan}  # what another beta would run")
+    console.print("\n  ".join(["Next, for example:", *moves]), highlight=False, markup=False)
+
+
+@app.command()
+def paper(
+    on: On = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    gamma: Annotated[float, typer.Option(help="factor of the log-ratio in both normalised losses; paper: 0.05")] = 1.0,
+) -> None:
+    """Tables 1 and 2 of the RSO paper on your world: every cell trained and judged, beside the paper's figures."""
+    from jobs.paper import paper_plans, tables
+
+    run_plans(paper_plans(on, sets, gamma), Store(store), InProcess())
+    for title, table in tables(Store(store)):
+        console.print(as_table(table, title))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where the demo's world, store and report go")] = Path("demo"),
+    methods: Annotated[bool, typer.Option("--methods", help="every method, small, in a store apart")] = False,
+) -> None:
+    """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
+    world.write(folder)
+    overlays = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
+    store = folder / ("methods" if methods else "store")
+    chosen = [name for name in recipes.names() if name != "own_candidates"] if methods else list(MAIN)
+    plans = recipes.plans(chosen, overlays, [])
+    run_all(plans, Store(store), InProcess())
+    report(store, folder / ("methods.html" if methods else "report.html"))
+    _next_moves(next(plan for plan in plans if plan.name == "rso"), "rso", overlays, [], store)
