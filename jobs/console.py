@@ -2,13 +2,14 @@
 
 import json
 import time
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,8 +24,29 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "")
 
 
+@dataclass
+class _Step:
+    """A step at work as people see it."""
+
+    task: TaskID
+    parts: int
+    finished: int
+    begun: float
+    started: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = "parts"
+
+    @property
+    def pace(self) -> str:
+        rate = (self.done - self.begun) / max(1e-9, time.monotonic() - self.started)
+        left = (self.total - self.done) / rate if rate else 0.0
+        return f"{self.done:,.1f}/{self.total:,.0f} {self.unit}, {rate:,.2f}/s, {left:,.0f} s left"
+
+
 class Watcher:
-    """A bar for the step at work, a line for each finished one; plain lines now and then where there is no terminal."""
+    """A bar for each step at work, a line for each finished one; lines now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -38,10 +60,8 @@ class Watcher:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.name, self.interrupted = "", False
-        self.parts, self.finished = 1, 0
-        self.begun, self.done, self.total, self.unit_name = 0.0, 0.0, 0.0, "parts"
-        self.told = self.started = time.monotonic()
+        self.interrupted = False
+        self.steps: dict[str, _Step] = {}
 
     def interrupt(self, *signal: Any) -> None:
         """On Ctrl-C. Raised again at the next report: an exception in a finalizer is swallowed by Python."""
@@ -52,48 +72,53 @@ class Watcher:
         if self.interrupted:
             raise KeyboardInterrupt
 
-    def cached(self, step: Step) -> None:
+    def _line(self, step: Step, text: str) -> None:
         self._go_on()
-        self.console.print(f"  [dim]{step.name:<16} cached {step.key}[/]", highlight=False)
+        self.console.print(f"  {step.name:<16} {text}", highlight=False)
+
+    def cached(self, step: Step) -> None:
+        self._line(step, f"[dim]cached {step.key}[/]")
+
+    def elsewhere(self, step: Step) -> None:
+        self._line(step, f"[yellow]waiting[/] {step.key}: another run is making it")
 
     def begin(self, step: Step, done: int, total: int) -> None:
-        self._go_on()
-        self.name, self.started, self.told = step.name, time.monotonic(), time.monotonic()
-        self.parts, self.finished, self.begun = total, done, float(done)
-        self.bar.start()
-        self.task = self.bar.add_task(step.name, total=total, completed=done, unit="parts")
         again = f" ({done} of {total} parts are there)" if done else ""
-        self.console.print(f"  {step.name:<16} [cyan]running[/] {step.key}{again}", highlight=False)
+        self._line(step, f"[cyan]running[/] {step.key}{again}")
+        self.bar.start()
+        task = self.bar.add_task(step.name, total=total, completed=done, unit="parts")
+        self.steps[step.name] = _Step(task, total, done, float(done))
 
-    def unit(self, rows: int) -> None:
+    def part(self, step: Step) -> None:
         self._go_on()
-        self.finished += 1
-        if self.parts > 1:
-            self._show(self.finished, self.parts, "parts")
+        seen = self.steps[step.name]
+        seen.finished += 1
+        if seen.parts > 1:
+            self._show(step.name, seen.finished, seen.parts, "parts")
 
-    def tell(self, done: float, total: float, unit: str) -> None:
-        """A step of one part shows its own units; of many, how far the part at work is."""
+    def tell(self, step: Step, done: float, total: float, unit: str) -> None:
+        """A step of one part shows its own units; of many, how far the parts at work are."""
         self._go_on()
-        if self.parts > 1:
-            self._show(self.finished + done / total, self.parts, "parts")
+        seen = self.steps[step.name]
+        if seen.parts > 1:
+            self._show(step.name, min(seen.finished + done / total, seen.parts), seen.parts, "parts")
         else:
-            self._show(done, total, unit)
+            self._show(step.name, done, total, unit)
 
-    def _show(self, done: float, total: float, unit: str) -> None:
-        self.done, self.total, self.unit_name = done, total, unit
-        self.bar.update(self.task, completed=done, total=total, unit=unit)
-        if not self.console.is_terminal and done < total and time.monotonic() - self.told > QUIET_SECONDS:
-            self.told = time.monotonic()
-            self.console.print(f"    {self.name}: {self._pace()}", highlight=False)
+    def _show(self, name: str, done: float, total: float, unit: str) -> None:
+        seen = self.steps[name]
+        seen.done, seen.total, seen.unit = done, total, unit
+        self.bar.update(seen.task, completed=done, total=total, unit=unit)
+        if not self.console.is_terminal and done < total and time.monotonic() - seen.told > QUIET_SECONDS:
+            seen.told = time.monotonic()
+            self.console.print(f"    {name}: {seen.pace}", highlight=False)
 
-    def _pace(self) -> str:
-        rate = (self.done - self.begun) / max(1e-9, time.monotonic() - self.started)
-        left = (self.total - self.done) / rate if rate else 0.0
-        return f"{self.done:,.1f}/{self.total:,.0f} {self.unit_name}, {rate:,.2f}/s, {left:,.0f} s left"
+    def left_out(self, step: Step, prompt: str, words: str) -> None:
+        self._line(step, f"[red]left out[/] prompt {prompt}: it killed its worker each time ({escape(words)})")
 
     def sealed(self, step: Step, manifest: dict[str, Any]) -> None:
-        self.bar.remove_task(self.task)
-        self.console.print(f"  {step.name:<16} [green]made[/] {_made(manifest)}", highlight=False)
+        self.bar.remove_task(self.steps.pop(step.name).task)
+        self._line(step, f"[green]made[/] {_made(manifest)}")
 
     def close(self) -> None:
         self.bar.stop()

@@ -1,6 +1,7 @@
-"""Two ways to run the units of a step: in this process, or in Ray actors. The stage code is the same.
+"""Two ways to run units: in this process, or in Ray actors. The stage code is the same.
 
-Nothing else knows Ray. Parts are idempotent, so the only state is which are missing.
+Ray places, restarts and scales; pipeline/schedule.py says what can run now. Besides pipeline/ranks.py and
+jobs/submit.py, nothing else knows Ray. Parts are idempotent, so an executor has no state to lose.
 """
 
 import os
@@ -10,125 +11,234 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.stage import shape_of
+from pipeline.crew import Crew, Outcome, Told
+from pipeline.plan import Plan
+from pipeline.resources import Profile, Resources
 from pipeline.store import read_json, write_json
-from pipeline.work import Work, execute
+from pipeline.work import Unit, Work, execute
 from pipeline.workspace import Tell, Warm
 from schemas import WinnowError
 
-OnUnit = Callable[[int], None]
-ATTEMPTS = 3
+Say = Callable[[Work, Told], None]
 POLL_SECONDS = 0.5
 
 
 class Executor(Protocol):
-    """Runs units of one step, calling `done(rows)` after each and `tell` in between."""
+    """Runs units; `overlaps` where several steps can be at work at once. `say` is told how far those at work are."""
 
-    def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None: ...
+    overlaps: bool
+    say: Say
+
+    def want(self, work: Work, units: int) -> None:
+        """So many units of this step could run now."""
+
+    def takes(self, work: Work, alone: bool) -> bool:
+        """Is there a worker for one of them, with nothing else on it if it must be alone?"""
+
+    def start(self, work: Work, unit: Unit, alone: bool) -> None: ...
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """What ended, as soon as anything did."""
+
+    def end(self, work: Work) -> None:
+        """The step is over, and what its workers hold is free."""
+
+    def close(self) -> None: ...
 
 
 class InProcess:
-    """A for loop with one warm worker: this process."""
+    """A for loop with one warm worker: this process. A part that raises ends the run with that exception."""
 
-    def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None:
-        warm = Warm()
-        try:
-            for unit in units:
-                done(execute(work, unit, warm, tell))
-        finally:
-            warm.close()
+    overlaps = False
+
+    def __init__(self, profile: Profile = Profile()) -> None:  # noqa: B008 - frozen
+        self.profile = profile
+        self.say: Say = lambda work, told: None
+        self.next: list[tuple[Work, Unit]] = []
+        self.warm = Warm()
+
+    def want(self, work: Work, units: int) -> None: ...
+
+    def takes(self, work: Work, alone: bool) -> bool:
+        return not self.next
+
+    def start(self, work: Work, unit: Unit, alone: bool) -> None:
+        self.next.append((work, unit))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if not self.next:
+            time.sleep(seconds)
+            return []
+        work, unit = self.next.pop()
+        execute(work, unit, self.warm, lambda *told: self.say(work, told), self.profile.of(work.entry.name))
+        return [Outcome(work, unit)]
+
+    def end(self, work: Work) -> None:
+        self.warm.close()
+
+    def close(self) -> None:
+        self.next.clear()
+        self.warm.close()
 
 
 class OnRay:
-    """Actors that each keep their engine warm and take the next missing part.
+    """A crew of actors for each step at work; they end with it, and their memory with them.
 
-    A part has three attempts, each after a death on a fresh actor. What a stage itself refuses
-    (WinnowError) is not tried again. Actors end with the step, and their memory with them.
+    `address` is a cluster's, "auto" for the one that this process belongs to, or None for a local one that ends with
+    this process. `workers` is how many a step gets where its profile does not say.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    overlaps = True
 
-    def run(self, work: Work, units: list[int], done: OnUnit, tell: Tell) -> None:
-        if work.options.get("ranks", 1) > 1:  # it spreads over Ray by itself, and an actor would hold what it needs
-            return InProcess().run(work, units, done, tell)
-        ray: Any = import_module("ray")  # untyped, and not needed to run in process
-        start(ray)
-        has = ray.cluster_resources()
-        cpus, gpus = int(has.get("CPU", 1)), int(has.get("GPU", 0))
-        count = min(self.workers, len(units), gpus or cpus)
-        worker = ray.remote(num_cpus=max(1, cpus // count), num_gpus=gpus // count, max_restarts=0)(_Worker)
-        Dispatch(ray, lambda: worker.remote(work), work, done, tell).run(units, count)
+    def __init__(self, workers: int, address: str | None = None, profile: Profile = Profile()) -> None:  # noqa: B008
+        self.workers, self.address, self.profile = workers, address, profile
+        self.say: Say = lambda work, told: None
+        self.here = InProcess(profile)
+        self.crews: dict[int, Crew] = {}
 
+    def check(self, plan: Plan) -> None:
+        """Raises WinnowError for every stage that needs more than the cluster has."""
+        nodes = _nodes(start(self.address))
+        problems = [
+            problem
+            for name in dict.fromkeys(step.entry.name for step in plan.steps)
+            for problem in _too_much(name, self.profile.of(name), nodes)
+        ]
+        if problems and not self.profile.autoscaling:
+            raise WinnowError(*problems)
 
-class Dispatch:
-    """Which unit is with which actor, and how often it was tried: all the state there is."""
-
-    def __init__(self, ray: Any, hire: Callable[[], Any], work: Work, done: OnUnit, tell: Tell) -> None:
-        self.ray, self.hire, self.work, self.done, self.tell = ray, hire, work, done, tell
-        self.tries: dict[int, int] = {}
-        self.running: dict[Any, tuple[int, Any]] = {}
-        self.waiting: list[int] = []
-
-    def run(self, units: list[int], workers: int) -> None:
-        self.waiting = list(reversed(units))
-        actors = [self.hire() for _ in range(workers)]
-        for actor in actors:
-            self._give(actor)
-        try:
-            while self.running:
-                ready, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
-                for reference in ready:
-                    self._finish(reference)
-                if shape_of(self.work.entry).whole:  # parts tell for themselves
-                    relay(self.work.out.path, self.tell)
-        finally:
-            for _, actor in self.running.values():
-                self.ray.kill(actor)
-
-    def _give(self, actor: Any) -> None:
-        if not self.waiting:
-            self.ray.kill(actor)
+    def want(self, work: Work, units: int) -> None:
+        if _spreads_itself(work) or (not units and id(work) not in self.crews):
             return
-        unit = self.waiting.pop()
-        self.tries[unit] = self.tries.get(unit, 0) + 1
-        self.running[actor.unit.remote(unit)] = (unit, actor)
+        self._crew(work, units).want(units)
+        if not units and any(crew.waits for crew in self.crews.values()):
+            busy = any(crew.running for crew in self.crews.values())
+            self.crews[id(work)].let_go(self.profile.of(work.entry.name).min_workers if busy else 0)
 
-    def _finish(self, reference: Any) -> None:
-        unit, actor = self.running.pop(reference)
+    def _crew(self, work: Work, units: int) -> Crew:
+        if id(work) not in self.crews:
+            ray = start(self.address)
+            resources = self.profile.of(work.entry.name)
+            given, most = _given(resources, _nodes(ray), min(self.workers, units))
+            self.crews[id(work)] = Crew(ray, work, resources, given, most)
+        return self.crews[id(work)]
+
+    def takes(self, work: Work, alone: bool) -> bool:
+        if _spreads_itself(work):
+            return self.here.takes(work, alone)
+        return self.crews[id(work)].takes(alone) is not None
+
+    def start(self, work: Work, unit: Unit, alone: bool) -> None:
+        if _spreads_itself(work):
+            self.here.start(work, unit, alone)
+        else:
+            self.crews[id(work)].start(unit, alone)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if self.here.next:
+            self.here.say = self.say
+            return self.here.wait(0)
+        watched = [reference for crew in self.crews.values() for reference in crew.watched()]
+        if not watched:
+            time.sleep(seconds)
+            return []
+        ray = start(self.address)
+        ready = set(ray.wait(watched, num_returns=1, timeout=seconds)[0])
+        ready |= set(ray.wait(watched, num_returns=len(watched), timeout=0)[0])
+        for crew in self.crews.values():
+            if told := crew.told():
+                self.say(crew.work, told)
+        return [outcome for crew in self.crews.values() for outcome in crew.take_in(ready)]
+
+    def end(self, work: Work) -> None:
+        if crew := self.crews.pop(id(work), None):
+            crew.close()
+        self.here.end(work)
+
+    def close(self) -> None:
+        for crew in self.crews.values():
+            crew.close()
+        self.crews.clear()
+        self.here.close()
+
+
+def _spreads_itself(work: Work) -> bool:
+    """It goes to Ray by itself (pipeline/ranks.py), and an actor would hold what its ranks need."""
+    return bool(work.options.get("ranks", 1) > 1)
+
+
+Nodes = list[dict[str, float]]
+
+
+def _nodes(ray: Any) -> Nodes:
+    """What each living node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _given(resources: Resources, nodes: Nodes, units: int) -> tuple[dict[str, Any], int]:
+    """Ray's options for an actor, and how many there may be: as said, or a share of all that there is."""
+    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    most = resources.max_workers or max(1, min(units, gpus or cpus))
+    shares = {kind: min(total // most, int(max(node.get(kind, 0) for node in nodes)))
+              for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
+    given = {
+        "num_cpus": max(1, shares["CPU"]) if resources.cpus is None else resources.cpus,
+        "num_gpus": shares["GPU"] if resources.gpus is None else resources.gpus,
+        "memory": None if resources.memory is None else int(resources.memory * 2**30),
+        "accelerator_type": resources.accelerator_type,
+        "scheduling_strategy": "SPREAD",
+    }
+    return {name: value for name, value in given.items() if value is not None}, most
+
+
+def _too_much(stage: str, resources: Resources, nodes: Nodes) -> list[str]:
+    """What no node has, or not all together as often as the profile asks for at least."""
+    wanted = {"CPU": resources.cpus or 0, "GPU": resources.gpus or 0, "memory": (resources.memory or 0) * 2**30}
+    if resources.accelerator_type:
+        wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    wanted = {kind: amount for kind, amount in wanted.items() if amount}
+    fits = [
+        min((int(node.get(kind, 0) / amount) for kind, amount in wanted.items()), default=1_000_000) for node in nodes
+    ]
+    least = max(1, resources.min_workers)
+    if sum(fits) >= least:
+        return []
+    asked = ", ".join(f"{_amount(kind, amount)}" for kind, amount in wanted.items())
+    has = "; ".join(", ".join(_amount(kind, node.get(kind, 0)) for kind in wanted) for node in nodes)
+    return [
+        f"profile, {stage}: {least} worker{'s' * (least > 1)} with {asked} each, and the cluster has room for "
+        f"{sum(fits)} (its nodes: {has}); ask for less, add nodes, or set `autoscaling: true` if it grows by itself"
+    ]
+
+
+def _amount(kind: str, amount: float) -> str:
+    if kind == "memory":
+        return f"{amount / 2**30:,.1f} GiB"
+    if kind.startswith("accelerator_type:"):
+        return f"{kind.partition(':')[2]}: {'yes' if amount else 'no'}"
+    return f"{amount:g} {kind}"
+
+
+def start(address: str | None = None) -> Any:
+    """Ray, joined once a process: the cluster at `address`, or a local one, which ends with the process."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray: Any = import_module("ray")  # untyped, and not needed to run in process
+    if not ray.is_initialized():
+        own = dict(include_dashboard=False) if address is None else {}
+        own = dict(include_dashboard=False) if address is None else {}
         try:
-            self.done(self.ray.get(reference))
-        except self.ray.exceptions.RayError as error:
-            self._failed(unit, error)
-            self.ray.kill(actor)
-            actor = self.hire()
-        self._give(actor)
-
-    def _failed(self, unit: int, error: Exception) -> None:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, WinnowError):
-            raise cause
-        if self.tries[unit] >= ATTEMPTS:
+            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
             lines = str(error).strip().splitlines()
             raise WinnowError(
-                f"{self.work.name}: part {unit} failed {ATTEMPTS} times; the last time: {lines[-1] if lines else error}"
-            ) from error
-        self.waiting.append(unit)
-
-
-class _Worker:
-    """One Ray actor: a process with its own warm engine."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.warm = Warm()
-
-    def unit(self, unit: int) -> int:
-        return execute(self.work, unit, self.warm, teller(self.work.out.path))
+                f"--address {address}: {' '.join(lines[:3])} (is it a cluster of this Ray and Python, and up?)"
+            ) from None
+    return ray
 
 
 def teller(folder: Path) -> Tell:
-    """Progress from a worker: a small file in the step's folder, at most two a second."""
+    """Progress from another process: a small file, at most two a second."""
     last = 0.0
 
     def tell(done: float, total: float, unit: str) -> None:
@@ -143,11 +253,3 @@ def teller(folder: Path) -> Tell:
 def relay(folder: Path, tell: Tell) -> None:
     if told := read_json(folder / "progress.json"):
         tell(told["done"], told["total"], told["unit"])
-
-
-def start(ray: Any) -> None:
-    """A local cluster, started once a process, which ends with it."""
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")

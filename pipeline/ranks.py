@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline.executors import ATTEMPTS, POLL_SECONDS, relay, start, teller
+from pipeline.attempts import ATTEMPTS
+from pipeline.executors import POLL_SECONDS, relay, start, teller
 from pipeline.store import read_json, write_json
 from pipeline.workspace import Tell
 from schemas import WinnowError
@@ -25,8 +26,7 @@ def on_ranks(job: Job, ranks: int, folder: Path, tell: Tell) -> dict[str, Any]:
     Each rank has one GPU if the cluster has any, and torch.distributed is joined before `job` begins. Raises
     WinnowError where a rank does, or where ranks died as often as a part may.
     """
-    ray: Any = import_module("ray")
-    start(ray)
+    ray = start()
     torch: Any = import_module("ray.train.torch")
     train: Any = import_module("ray.train")
     has = ray.cluster_resources()

@@ -1,19 +1,17 @@
-"""Walk the plan: skip what is sealed, run what is missing, seal, go on."""
+"""Make a plan: skip what is sealed, run what is missing, seal with what is known of how it was made."""
 
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
 
 from pipeline.executors import Executor
 from pipeline.plan import Plan, Step
-from pipeline.stage import shape_of
-from pipeline.store import Store
-from pipeline.work import Work, fail_if_nothing_left, work_of
+from pipeline.schedule import Reporter, Schedule
+from pipeline.store import Json, Store
+from pipeline.work import Work, fail_if_nothing_left
 
 LIBRARIES = (
     "torch",
@@ -29,47 +27,14 @@ LIBRARIES = (
 )
 
 
-class Reporter(Protocol):
-    """What a run tells the people who watch it."""
-
-    def cached(self, step: Step) -> None: ...
-    def begin(self, step: Step, done: int, total: int) -> None: ...
-    def unit(self, rows: int) -> None: ...
-    def tell(self, done: float, total: float, unit: str) -> None: ...
-    def sealed(self, step: Step, manifest: dict[str, Any]) -> None: ...
-
-
 def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> None:
     """Make every step of the plan that is not in the store yet; raises WinnowError at the first that fails."""
+    store.check()
     store.link_run(plan.name, plan.steps)
-    for step in plan.steps:
-        if store.folder(step).manifest is None:
-            with store.folder(step).alone():
-                _make(step, store, executor, reporter)
-        else:
-            reporter.cached(step)
+    Schedule(plan, store, executor, reporter, _seal).run()
 
 
-def _make(step: Step, store: Store, executor: Executor, reporter: Reporter) -> None:
-    """Run the step, unless another run made it while this one waited."""
-    if store.folder(step).manifest is None:
-        reporter.sealed(step, run_step(step, store, executor, reporter))
-    else:
-        reporter.cached(step)
-
-
-def run_step(step: Step, store: Store, executor: Executor, reporter: Reporter) -> dict[str, Any]:
-    """Run the missing units of one step, then write its manifest."""
-    work = work_of(step, store)
-    units = work.units()
-    total = 1 if shape_of(work.entry).whole else work.shards
-    started = time.perf_counter()
-    reporter.begin(step, total - len(units), total)
-    executor.run(work, units, reporter.unit, reporter.tell)
-    return _seal(step, work, time.perf_counter() - started)
-
-
-def _seal(step: Step, work: Work, seconds: float) -> dict[str, Any]:
+def _seal(step: Step, work: Work, seconds: float) -> Json:
     record = {
         "stage": step.entry.name,
         "key": step.key,
@@ -80,8 +45,7 @@ def _seal(step: Step, work: Work, seconds: float) -> dict[str, Any]:
         "libraries": _versions(),
         "commit": _commit(),
     }
-    manifest = work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, step.options, found))
-    return manifest
+    return work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, step.options, found))
 
 
 @lru_cache

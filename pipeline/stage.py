@@ -49,11 +49,13 @@ Check = Callable[[dict[str, Any], Mapping[str, Wired]], list[str]]
 class Shape:
     """What the planner and the runner need to know of a stage, read once from its signature.
 
-    A whole stage is called once with every row; any other once a shard, with that shard's rows.
+    A whole stage is called once with every row; any other once a shard, with that shard's rows. One whose engine is
+    shared works on several shards at once in threads of one process.
     """
 
     version: int
     whole: bool
+    shared: bool
     inputs: tuple[Input, ...]
     outputs: tuple[pa.Schema, ...]
     makes_model: bool
@@ -74,12 +76,13 @@ def stage(
     *,
     version: int,
     whole: bool = False,
+    shared: bool = False,
     check: Check = no_check,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a stage. Raise `version` when its results change; `check` refuses senseless recipes at plan time."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return stages(shape=_shape(fn, version, whole, check))(fn)
+        return stages(shape=_shape(fn, version, whole, shared, check))(fn)
 
     return register
 
@@ -89,7 +92,7 @@ def shape_of(entry: Entry) -> Shape:
     return shape
 
 
-def _shape(fn: Callable[..., Any], version: int, whole: bool, check: Check) -> Shape:
+def _shape(fn: Callable[..., Any], version: int, whole: bool, shared: bool, check: Check) -> Shape:
     hints = get_type_hints(fn, include_extras=True)
     inputs, workspace = [], None
     for name, parameter in inspect.signature(fn).parameters.items():
@@ -101,7 +104,7 @@ def _shape(fn: Callable[..., Any], version: int, whole: bool, check: Check) -> S
             inputs.append(_input(name, hints[name]))
     outputs = _outputs(hints["return"])
     tables = tuple(schema for schema in outputs if schema is not None)
-    return Shape(version, whole, tuple(inputs), tables, None in outputs, workspace, check)
+    return Shape(version, whole, shared, tuple(inputs), tables, None in outputs, workspace, check)
 
 
 def _input(name: str, hint: Any) -> Input:

@@ -1,178 +1,251 @@
-"""The artifact store: <root>/<stage>/<key>/, parts first, manifest last.
+"""The artifact store: <root>/<stage>/<key>/, parts first, manifest last; in a folder or in an object store.
 
-A part is its tables and then its sidecar (part-00003.json), each renamed into place; a step is sealed by
-its manifest. Whatever lacks its last file never happened, so a crash loses only parts in flight.
+A part is its tables, each under a name that its content gives it, and then its sidecar (part-00003.json); a step is
+sealed by its manifest. Whatever lacks its last file never happened, so a crash loses only parts in flight. Sidecars
+and manifests are made once: of two runs that make one part, the first one's counts, and both go on from it.
 """
 
 import fcntl
+import io
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from threading import get_ident
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.content import model_digest
+from pipeline.places import Place, cache, copy_here, create, delete, place_of, read, replace, sizes
 from pipeline.plan import Step
 from schemas import TABLES, Model, WinnowError, table_name
 
 Json = dict[str, Any]
+FORMAT = 1  # of manifests; one that says more was made by a later version of this code
+LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")
 
 
 @dataclass(frozen=True)
 class StepFolder:
     """The folder of one step: a small value that travels to workers."""
 
-    path: Path
+    path: Place
 
     @property
-    def manifest_path(self) -> Path:
+    def manifest_path(self) -> Place:
         return self.path / "manifest.json"
 
     @property
     def manifest(self) -> Json | None:
-        return read_json(self.manifest_path)
+        manifest = read_json(self.manifest_path)
+        if manifest and manifest.get("format", FORMAT) > FORMAT:
+            raise WinnowError(
+                f"{self.manifest_path}: of format {manifest['format']}, and this winnow reads up to {FORMAT}; "
+                "bring this winnow up to the version that made it"
+            )
+        return manifest
+
+    @property
+    def here(self) -> Path:
+        """A folder of this machine for what a stage writes by itself: the step's own, or one of the cache."""
+        return self.path if isinstance(self.path, Path) else cache() / "steps" / "-".join(self.path.parts[-2:])
 
     def sidecar(self, shard: int) -> Json | None:
         """What a finished part recorded, or None while it is not finished."""
-        found = read_json(self.path / f"part-{shard:05d}.json")
-        if found and all(_size(self.path / file["file"]) == file["bytes"] for file in found["files"]):
-            return found
+        return self._whole(shard, sizes(self.path))
+
+    def _whole(self, shard: int, found: dict[str, int]) -> Json | None:
+        if _sidecar_name(shard) not in found:
+            return None
+        record = read_json(self.path / _sidecar_name(shard))
+        if record and all(found.get(file["file"]) == file["bytes"] for file in record["files"]):
+            return record
         return None
 
     def missing(self, shards: int) -> list[int]:
-        return [shard for shard in range(shards) if self.sidecar(shard) is None]
+        found = sizes(self.path)
+        return [shard for shard in range(shards) if self._whole(shard, found) is None]
 
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
-        """One part of a table, or all parts in order."""
+        """One finished part of a table, or, of a sealed step, all parts in order."""
         name = table_name(schema)
-        made = [file["file"] for file in (self.manifest or {"files": []})["files"]]
-        end = "" if shard is None else f"{shard:05d}.parquet"
-        wanted = [file for file in made if file.startswith(f"{name}-") and file.endswith(end)]
+        record = (self.manifest if shard is None else read_json(self.path / _sidecar_name(shard))) or {"files": []}
+        wanted = [file["file"] for file in record["files"] if file["file"].startswith(f"{name}-")]
         if not wanted:
             raise WinnowError(f"{self.path}: no sealed table {name} here; run the recipe again")
         try:
-            tables = [pq.read_table(self.path / file, schema=schema, partitioning=None) for file in wanted]
+            tables = [_read_table(self.path / file, schema) for file in wanted]
         except (OSError, pa.ArrowInvalid) as error:
             raise WinnowError(
                 f"{self.path}: table {name} is damaged ({error}); put the file back, or delete this folder and "
-                "those of all steps made from it (winnow status lists them), for they would not fit a new one"
+                "those of all steps made from it (winnow ls lists them), for they would not fit a new one"
             ) from None
         return pa.concat_tables(tables).combine_chunks()
 
     def model(self) -> Model:
+        """In its folder, or a copy of it on this machine."""
         manifest = self.manifest
         if manifest is None or not manifest["model"]:
             raise WinnowError(f"{self.path}: no sealed model here")
-        return Model(self.path / "model", manifest["model"])
+        digest: str = manifest["model"]
+        if isinstance(self.path, Path):
+            return Model(self.path / "model", digest)
+        copy = cache() / "models" / digest
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy_here(self.path / model_name(digest), copy)
+        return Model(copy, digest)
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
-        """All tables of one shard, then the sidecar that makes them count."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        files = [self._write_table(f"{name}-{shard:05d}.parquet", table) for name, table in tables.items()]
-        write_json(self.path / f"part-{shard:05d}.json", {"shard": shard, "files": files, **record})
+        """All tables of one shard, then the sidecar that makes them count, unless another's stands already."""
+        files = [self._write_table(f"{name}-{shard:05d}", table) for name, table in tables.items()]
+        place, content = self.path / _sidecar_name(shard), _encoded({"shard": shard, "files": files, **record})
+        if not create(place, content) and self.sidecar(shard) is None:  # a damaged one
+            replace(place, content)
 
-    def _write_table(self, name: str, table: pa.Table) -> Json:
-        scratch = _scratch(self.path / name)
-        pq.write_table(table, scratch, compression="zstd", row_group_size=8192)
-        digest = sha256(scratch.read_bytes()).hexdigest()
-        size = scratch.stat().st_size
-        scratch.replace(self.path / name)
-        return {"file": name, "rows": table.num_rows, "bytes": size, "sha256": digest}
+    def _write_table(self, stem: str, table: pa.Table) -> Json:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", row_group_size=8192)
+        content = buffer.getvalue()
+        digest = sha256(content).hexdigest()
+        name = f"{stem}.{digest[:12]}.parquet"
+        replace(self.path / name, content)
+        return {"file": name, "rows": table.num_rows, "bytes": len(content), "sha256": digest}
 
     def seal(self, record: Json, shards: int, check: Callable[[Json], None]) -> Json:
-        """Gather the sidecars into the manifest, written last, if `check` lets it."""
-        parts = [self.sidecar(shard) for shard in range(shards)]
+        """Gather the sidecars into the manifest, made last and once, if `check` lets it."""
+        found = sizes(self.path)
+        parts = [self._whole(shard, found) for shard in range(shards)]
         if None in parts:
             raise WinnowError(f"{self.path}: part {parts.index(None)} is not finished; run again")
         done: list[Json] = [part for part in parts if part]
         counters: Counter[str] = sum((Counter(part["counters"]) for part in done), Counter())
-        folder = self.path / "model"
         manifest = record | {
+            "format": FORMAT,
             "rows": _tally(done, "rows"),
             "bytes": _tally(done, "bytes"),
             "seconds": round(sum(part["seconds"] for part in done), 3),
             "counters": dict(sorted(counters.items())),
             "rejects": dict(sum((Counter(part["rejects"]) for part in done), Counter())),
-            "model": model_digest(folder) if folder.is_dir() else None,
+            "model": done[0].get("model"),
             "files": [file for part in done for file in part["files"]],
         }
         check(manifest)
-        for leftover in [self.path / name for name in ("progress.json", "checkpoint", "outcome.json")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        write_json(self.manifest_path, manifest)
+        if not create(self.manifest_path, _encoded(manifest)):
+            manifest = self.manifest or manifest
+        for leftover in LEFTOVERS:
+            delete(self.path / leftover)
         return manifest
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One run at a time makes a step; a second one waits here, and then finds it made."""
+    def claim(self) -> "Claim | None":
+        """The right to make this step, while it is held; None where another run on this disk has it.
+
+        It saves work and nothing depends on it: in an object store, which has no such thing, every run has it.
+        """
+        if not isinstance(self.path, Path):
+            return Claim(None)
         locks = self.path.parent.parent / "locks"
         locks.mkdir(parents=True, exist_ok=True)
-        with (locks / self.path.name).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        lock = (locks / self.path.name).open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError:  # a shared disk without locks
+            pass
+        return Claim(lock)
+
+
+class Claim:
+    """Ends with the process at the latest."""
+
+    def __init__(self, lock: IO[str] | None) -> None:
+        self.lock = lock
+
+    def release(self) -> None:
+        if self.lock:
+            self.lock.close()
 
 
 class Store:
-    """A folder of sealed steps, and links from run names to them."""
+    """A place of sealed steps, and links from run names to them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().resolve()
+    def __init__(self, root: str | Place) -> None:
+        self.root = place_of(root)
 
     def folder(self, step: Step) -> StepFolder:
-        return StepFolder(self.root / step.entry.name / step.key)
+        return self.at(step.entry.name, step.key)
+
+    def at(self, stage: str, key: str) -> StepFolder:
+        return StepFolder(self.root / stage / key)
 
     def sealed(self) -> list[Json]:
         """Every manifest in the store, with its folder, oldest stage names first."""
-        found = ((path, read_json(path)) for path in sorted(self.root.glob("*/*/manifest.json")))
+        found = ((path, read_json(path)) for path in self._sorted("*/*/manifest.json"))
         return [manifest | {"folder": str(path.parent)} for path, manifest in found if manifest]
 
     def runs(self) -> dict[str, Json]:
         """Run name -> step name -> stage and key."""
-        found = ((path.stem, read_json(path)) for path in sorted((self.root / "runs").glob("*.json")))
+        found = ((path.stem, read_json(path)) for path in self._sorted("runs/*.json"))
         return {name: content for name, content in found if content is not None}
+
+    def _sorted(self, pattern: str) -> list[Place]:
+        return sorted(self.root.glob(pattern), key=str)
 
     def link_run(self, name: str, steps: list[Step]) -> None:
         content = {step.name: {"stage": step.entry.name, "key": step.key} for step in steps}
         write_json(self.root / "runs" / f"{name}.json", content)
 
     def manifest_at(self, stage: str, key: str) -> Json | None:
-        return StepFolder(self.root / stage / key).manifest
+        return self.at(stage, key).manifest
+
+    def check(self) -> None:
+        """Raises WinnowError where nothing can be written: said before any work is done."""
+        trial = self.root / "locks" / f".trial-{id(self):x}"
+        try:
+            replace(trial, b"")
+            delete(trial)
+        except OSError as error:
+            raise WinnowError(
+                f"--store {self.root}: cannot be written ({error}); give a place where you may write, or check that "
+                "its disk has room and that the credentials in the environment are there and have not expired"
+            ) from None
 
 
-def _scratch(path: Path) -> Path:
-    """Where a file is written before it is renamed into place: one for each writer, thread by thread."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
+def model_name(digest: str) -> str:
+    """Of a model's folder in an object store, where two runs may bring theirs at once."""
+    return f"model-{digest[:16]}"
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(place: Place, content: Any) -> None:
     """Atomic: the file is either the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(path)
-    scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    replace(place, _encoded(content))
 
 
-def read_json(path: Path) -> Json | None:
+def read_json(place: Place) -> Json | None:
     try:
-        content: Json = json.loads(path.read_text(encoding="utf-8"))
+        content: Json = json.loads(read(place))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise WinnowError(f"{path}: cannot be read ({error}); delete it and run again") from None
+        raise WinnowError(f"{place}: cannot be read ({error}); delete it and run again") from None
     return content
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+def _encoded(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_table(place: Place, schema: pa.Schema) -> pa.Table:
+    source = place if isinstance(place, Path) else io.BytesIO(read(place))
+    return pq.read_table(source, schema=schema, partitioning=None)
+
+
+def _sidecar_name(shard: int) -> str:
+    return f"part-{shard:05d}.json"
 
 
 def _tally(parts: list[Json], what: str) -> dict[str, int]:

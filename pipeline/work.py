@@ -1,19 +1,37 @@
-"""One unit of work: one shard of one step, in whatever process it runs."""
+"""One unit of work: a part of one step, or a piece of a part, in whatever process it runs."""
 
+import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipeline.content import model_digest
+from pipeline.places import copy_here, send
 from pipeline.plan import Step
 from pipeline.registry import Entry
+from pipeline.resources import Resources
 from pipeline.stage import Input, shape_of
-from pipeline.store import StepFolder, Store
+from pipeline.store import StepFolder, Store, model_name
 from pipeline.workspace import Tell, Warm, Workspace
 from schemas import Model, WinnowError, conform, shard_of, table_name
+from schemas.tables import REJECTS
+
+POISON = "killed its worker"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part; shard 0 for all of a whole stage's; or, of a part, the prompts from `span[0]` to before `span[1]`."""
+
+    shard: int
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -27,10 +45,29 @@ class Work:
     out: StepFolder
     shards: int
 
-    def units(self) -> list[int]:
-        """What is left to do: missing shards, or the one call of a whole stage."""
+    @property
+    def whole(self) -> bool:
+        return shape_of(self.entry).whole
+
+    def units(self) -> list[Unit]:
+        """What is left to do: missing parts, or the one call of a whole stage."""
         missing = self.out.missing(self.shards)
-        return [0] if missing and shape_of(self.entry).whole else missing
+        return [Unit(0)] if missing and self.whole else [Unit(shard) for shard in missing]
+
+    def inputs(self, unit: Unit) -> dict[str, pa.Table | Model | None]:
+        """What the stage's function is called with."""
+        shard = None if self.whole else unit.shard
+        made = {item.name: _read(self, item, shard) for item in shape_of(self.entry).inputs}
+        return made if unit.span is None else _cut(made, *unit.span)
+
+    def prompts(self, shard: int) -> list[str]:
+        """The ids of a part's prompts, in order: what a span counts."""
+        return _prompts(self.inputs(Unit(shard)))
+
+    def piece(self, unit: Unit) -> StepFolder:
+        """Where the piece of a part lies until all of them are there."""
+        first, last = unit.span or (0, 0)
+        return StepFolder(self.out.path / "pieces" / f"{unit.shard:05d}.{first}-{last}")
 
 
 def work_of(step: Step, store: Store) -> Work:
@@ -38,17 +75,28 @@ def work_of(step: Step, store: Store) -> Work:
     return Work(step.name, step.entry, step.options, sources, store.folder(step), step.shards)
 
 
-def execute(work: Work, unit: int, warm: Warm, tell: Tell) -> int:
-    """Run one unit, commit its part or parts, and return the rows that it made."""
-    shape = shape_of(work.entry)
+def execute(work: Work, unit: Unit, warm: Warm, tell: Tell, resources: Resources = Resources()) -> int:  # noqa: B008
+    """Run one unit, commit what it made, and return its rows."""
     started = time.perf_counter()
-    inputs = {item.name: _read(work, item, None if shape.whole else unit) for item in shape.inputs}
-    workspace = Workspace(work.out.path, warm, tell)
+    inputs = work.inputs(unit)
+    workspace = _workspace(work, warm, tell, resources)
     tables = _call(work, inputs, workspace)
     seconds = time.perf_counter() - started
-    if shape.whole:
+    if work.whole:
         return _commit_whole(work, tables, workspace, seconds)
-    return _commit(work, unit, tables, workspace, seconds)
+    out = work.out if unit.span is None else work.piece(unit)
+    return _commit(out, unit.shard, tables, _record(tables, workspace, seconds))
+
+
+def _workspace(work: Work, warm: Warm, tell: Tell, resources: Resources) -> Workspace:
+    """In a folder here; what an earlier attempt kept elsewhere is brought back to it."""
+    here, there = work.out.here, work.out.path
+    if work.whole and not isinstance(there, Path):
+        shutil.rmtree(here, ignore_errors=True)
+        here.mkdir(parents=True)
+        if (there / "checkpoint").exists():
+            copy_here(there / "checkpoint", here / "checkpoint")
+    return Workspace(here, warm, tell, resources, there)
 
 
 def _read(work: Work, item: Input, shard: int | None) -> pa.Table | Model | None:
@@ -57,18 +105,35 @@ def _read(work: Work, item: Input, shard: int | None) -> pa.Table | Model | None
         return None
     if item.schema is None:
         return source.model()
-    return source.read(item.schema, shard if _by_prompt(item.schema) else None)
+    return source.read(item.schema, shard if by_prompt(item) else None)
 
 
-def _by_prompt(schema: pa.Schema) -> bool:
+def by_prompt(item: Input) -> bool:
     """Are its rows dealt to shards by prompt? Tables of anything else stand in part 0, and every call reads them."""
-    return "prompt_id" in schema.names
+    return item.schema is not None and "prompt_id" in item.schema.names
+
+
+def _dealt(inputs: Mapping[str, Any]) -> list[pa.Table]:
+    return [each for each in inputs.values() if isinstance(each, pa.Table) and "prompt_id" in each.schema.names]
+
+
+def _prompts(inputs: Mapping[str, Any]) -> list[str]:
+    return sorted({prompt for table in _dealt(inputs) for prompt in pc.unique(table["prompt_id"]).to_pylist()})
+
+
+def _cut(inputs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+    """The inputs of some prompts of the part alone."""
+    wanted = pa.array(_prompts(inputs)[first:last], pa.string())
+    own = {id(table) for table in _dealt(inputs)}
+    return {
+        name: each.filter(pc.is_in(each["prompt_id"], wanted)) if id(each) in own else each
+        for name, each in inputs.items()
+    }
 
 
 def _call(work: Work, inputs: dict[str, Any], workspace: Workspace) -> dict[str, pa.Table]:
     """The stage's tables by name, checked against their schemas; a shard without rows wakes nothing."""
-    shape = shape_of(work.entry)
-    tables_in = [value for value in inputs.values() if isinstance(value, pa.Table) and _by_prompt(value.schema)]
+    shape, tables_in = shape_of(work.entry), _dealt(inputs)
     if tables_in and not shape.whole and not any(table.num_rows for table in tables_in):
         made: list[Any] = [schema.empty_table() for schema in shape.outputs]
     else:
@@ -83,31 +148,72 @@ def _listed(result: Any) -> list[Any]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def _commit(work: Work, shard: int, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
+def _record(tables: dict[str, pa.Table], workspace: Workspace | None, seconds: float) -> dict[str, Any]:
+    """What a part's sidecar says beside its files."""
     reasons = Counter(tables["rejects"].column("reason").to_pylist())
-    record = {"seconds": round(seconds, 3), "counters": dict(workspace.counters), "rejects": dict(reasons)}
-    work.out.write_part(shard, tables, record)
+    counters = dict(workspace.counters) if workspace else {}
+    return {"seconds": round(seconds, 3), "counters": counters, "rejects": dict(reasons)}
+
+
+def _commit(out: StepFolder, shard: int, tables: dict[str, pa.Table], record: dict[str, Any]) -> int:
+    out.write_part(shard, tables, record)
     return sum(table.num_rows for name, table in tables.items() if name != "rejects")
 
 
 def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
-    """Tables with a prompt_id are dealt to their shards, so that shard i of every table has the same prompts."""
-    homes = {name: _homes(name, table, work.shards) for name, table in tables.items()}
+    """The model, and the tables, dealt to their shards by prompt: shard i of every table has the same prompts."""
     rows = 0
-    for shard in range(work.shards):
-        part = {name: table.filter(pa.array(homes[name] == shard)) for name, table in tables.items()}
-        last = workspace if shard == 0 else Workspace(work.out.path, Warm(), workspace.progress)
-        rows += _commit(work, shard, part, last, seconds if shard == 0 else 0.0)
+    digest = keep_model(work.out, workspace.folder / "model") if shape_of(work.entry).makes_model else None
+    for shard, part in enumerate(deal(tables, work.shards)):
+        own = (workspace, seconds) if shard == 0 else (None, 0.0)
+        rows += _commit(work.out, shard, part, _record(part, *own) | ({"model": digest} if shard == 0 else {}))
+    if workspace.folder != work.out.path:
+        shutil.rmtree(workspace.folder, ignore_errors=True)
     return rows
 
 
+def keep_model(out: StepFolder, folder: Path) -> str:
+    """The digest of a model that lies where the step does from now on."""
+    digest = model_digest(folder)
+    if not isinstance(out.path, Path):
+        send(folder, out.path / model_name(digest))
+    return digest
+
+
+def deal(tables: dict[str, pa.Table], shards: int) -> list[dict[str, pa.Table]]:
+    """Each shard's rows of each table; part 0 has what belongs to no prompt, and the rejects."""
+    homes = {name: _homes(name, table, shards) for name, table in tables.items()}
+    return [
+        {name: table.filter(pa.array(homes[name] == shard)) for name, table in tables.items()}
+        for shard in range(shards)
+    ]
+
+
 def _homes(name: str, table: pa.Table, shards: int) -> np.ndarray:
-    """The shard of each row; part 0 for what belongs to no prompt, and for rejects."""
-    if name == "rejects" or not _by_prompt(table.schema):
+    if name == "rejects" or "prompt_id" not in table.schema.names:
         return np.zeros(table.num_rows, dtype=np.int64)
     prompts = table.column("prompt_id").to_pylist()
     shard_by_prompt = {prompt: shard_of(prompt, shards) for prompt in set(prompts)}
     return np.array([shard_by_prompt[prompt] for prompt in prompts], dtype=np.int64)
+
+
+def join(work: Work, shard: int, pieces: list[Unit], poison: dict[str, str]) -> int:
+    """Make the part of its pieces, in order, and of the prompts that killed their workers, each with the last words."""
+    found = [(work.piece(unit), work.piece(unit).sidecar(shard) or {}) for unit in pieces]
+    tables = {
+        table_name(schema): pa.concat_tables(
+            [schema.empty_table(), *(folder.read(schema, shard) for folder, _ in found)]
+        ).combine_chunks()
+        for schema in (*shape_of(work.entry).outputs, REJECTS)
+    }
+    rows = [
+        dict(prompt_id=prompt, candidate_id=None, place=f"part {shard}", reason=POISON, detail=words[:500])
+        for prompt, words in sorted(poison.items())
+    ]
+    tables["rejects"] = pa.concat_tables([tables["rejects"], pa.Table.from_pylist(rows, schema=REJECTS)])
+    counters: Counter[str] = sum((Counter(record["counters"]) for _, record in found), Counter())
+    seconds = sum(record["seconds"] for _, record in found)
+    return _commit(work.out, shard, tables, _record(tables, None, seconds) | {"counters": dict(counters)})
 
 
 def fail_if_nothing_left(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:

@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from pipeline.places import Place, delete, send
+from pipeline.resources import Resources
 from schemas.tables import REJECTS
 
 T = TypeVar("T")
@@ -18,12 +22,14 @@ class Warm:
 
     def __init__(self) -> None:
         self._held: dict[Any, Any] = {}
+        self._opening = RLock()  # two parts at once want one engine
 
     def hold(self, open_it: Callable[..., T], *args: Any) -> T:
         """Open once for these arguments; later calls get the same thing."""
         name = (open_it.__module__, open_it.__qualname__, args)
-        if name not in self._held:
-            self._held[name] = open_it(*args)
+        with self._opening:
+            if name not in self._held:
+                self._held[name] = open_it(*args)
         held: T = self._held[name]
         return held
 
@@ -34,13 +40,42 @@ class Warm:
         self._held.clear()
 
 
-class Workspace:
-    """Handed to a stage beside its inputs: a folder, warm things, rejects, counters, progress."""
+@dataclass(frozen=True)
+class Keep:
+    """Copies files and folders of a stage's own to where its step lies, if that is not this machine."""
 
-    def __init__(self, folder: Path, warm: Warm, tell: Tell) -> None:
+    here: Path
+    there: Place
+
+    def __call__(self, name: str) -> None:
+        if not isinstance(self.there, Path):
+            send(self.here / name, self.there / name)
+
+    def drop(self, name: str) -> None:
+        """Delete it, here and there."""
+        for place in {self.here, self.there}:
+            delete(place / name)
+
+
+class Workspace:
+    """Handed to a stage beside its inputs: a folder, warm things, rejects, counters, progress, what its worker has.
+
+    What must outlive this machine (a checkpoint) lies in `folder` and is told to `keep` by its name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        warm: Warm,
+        tell: Tell,
+        resources: Resources = Resources(),  # noqa: B008 - frozen
+        there: Place | None = None,
+    ) -> None:
         self.folder = folder
         self.hold = warm.hold
         self.progress = tell
+        self.resources = resources
+        self.keep = Keep(folder, there or folder)
         self.counters: Counter[str] = Counter()
         self._rejects: list[dict[str, str | None]] = []
 

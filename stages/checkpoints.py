@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from pipeline.workspace import Keep
 from stages.ranks import Ranks
 
 STATE = ("done", "drawn", "gaps", "tokens", "history")
@@ -46,8 +47,8 @@ class Checkpoints:
     lists those files and is written last.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, keep: Keep) -> None:
+        self.keep, self.folder = keep, keep.here / "checkpoint"
 
     def too_large(self, micro_tokens: int) -> bool:
         """Has a run here been out of memory with as many tokens a pass?"""
@@ -57,6 +58,7 @@ class Checkpoints:
     def remember(self, micro_tokens: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "out_of_memory").write_text(str(micro_tokens))
+        self.keep("checkpoint/out_of_memory")
 
     def save(self, trainer: Run) -> None:
         scratch = self.folder / ".writing"
@@ -78,8 +80,9 @@ class Checkpoints:
         target = self.folder / f"step-{trainer.done:08d}"
         shutil.rmtree(target, ignore_errors=True)  # a torn one
         scratch.rename(target)
+        self.keep(f"checkpoint/{target.name}")
         for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
-            shutil.rmtree(old)
+            self.keep.drop(f"checkpoint/{old.name}")
 
     def restore(self, trainer: Run) -> None:
         """Go on from the newest whole state, if there is one; a torn one is passed over with a warning."""

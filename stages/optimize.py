@@ -86,7 +86,7 @@ def optimize(
         train,
         init,
         [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, LIKELIHOOD, 0.0)],
-        ws.folder,
+        ws.keep,
         reference=reference,
         of_leg=dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, micro_tokens=micro_tokens),
         of_run=dict(

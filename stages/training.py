@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline import Bound
-from pipeline.workspace import Tell
+from pipeline.workspace import Keep, Tell
 from schemas import Model, WinnowError
 from stages.checkpoints import Checkpoints, trained
 from stages.legs import Leg
@@ -29,7 +29,7 @@ Side = tuple[pa.Table | None, pa.Table | None, Bound, float]  # rows, held-out r
 def train(
     init: Model,
     sides: list[Side],
-    folder: Path,
+    keep: Keep,
     tell: Tell,
     *,
     reference: str,
@@ -38,7 +38,7 @@ def train(
     seed: int,
     checkpoint_every: int,
 ) -> dict[str, Any]:
-    """A whole run, by this process or by each of its ranks: `model` in `folder`, and what became of it."""
+    """A whole run, by this process or by each of its ranks: `model` in `keep.here`, and what became of it."""
     ranks = Ranks()
     legs, held = [], {}
     for n, (rows, held_rows, loss, weight) in enumerate(sides):
@@ -48,13 +48,13 @@ def train(
         if held_rows is not None:
             held[n] = groups_of(held_rows, loss, weight, init, of_leg["dtype"], reference)
     trainer = Trainer(init=init, legs=legs, seed=seed, ranks=ranks, **of_run)
-    trainer.fit(folder / "checkpoint", tell, checkpoint_every)
+    trainer.fit(Checkpoints(keep), tell, checkpoint_every)
     for n, groups in held.items():
         entry = legs[n].evaluate(trainer.network, groups)
         prefix = f"heldout/{LEGS[n]}"
         trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
     weights = sum(weight.numel() for weight in trainer.network.parameters())
-    trainer.save(folder / "model")
+    trainer.save(keep.here / "model")
     return {"parameters": weights, "steps": trainer.done, "tokens": trainer.tokens, "history": trainer.history}
 
 
@@ -93,9 +93,9 @@ class Trainer:
     halved: bool = False  # has `micro_tokens` been halved, for want of memory?
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def fit(self, folder: Path, tell: Tell, checkpoint_every: int) -> None:
-        """Train `network`. Interrupted work goes on from the last checkpoint in `folder`."""
-        self.checkpoints = Checkpoints(folder)
+    def fit(self, checkpoints: Checkpoints, tell: Tell, checkpoint_every: int) -> None:
+        """Train `network`. Interrupted work goes on from the last of the checkpoints."""
+        self.checkpoints = checkpoints
         if self.checkpoints.too_large(self.legs[0].micro_tokens):
             self._halve()
         self.network = load_network(self.init, train=True, adapt=self.adapt)

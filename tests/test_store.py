@@ -98,10 +98,15 @@ class Log:
     def begin(self, step: Step, done: int, total: int) -> None:
         self.events.append(("begin", (step.name, done, total)))
 
-    def unit(self, rows: int) -> None:
-        self.events.append(("unit", rows))
+    def elsewhere(self, step: Step) -> None: ...
 
-    def tell(self, done: float, total: float, unit: str) -> None: ...
+    def part(self, step: Step) -> None:
+        self.events.append(("part", step.name))
+
+    def tell(self, step: Step, done: float, total: float, unit: str) -> None: ...
+
+    def left_out(self, step: Step, prompt: str, words: str) -> None:
+        self.events.append(("left out", prompt))
 
     def sealed(self, step: Step, manifest: dict) -> None:
         self.events.append(("sealed", step.name))
@@ -147,7 +152,7 @@ def times(store: Store) -> dict[Path, int]:
 def test_a_run_seals_every_step_and_a_second_makes_nothing(tmp_path: Path, trouble: Trouble):
     store = Store(tmp_path)
     events = [event for event, _ in make(store).events]
-    assert " ".join(events) == "begin unit sealed begin unit unit unit sealed"
+    assert " ".join(events) == "begin part sealed begin part part part sealed"
     before = times(store)
     assert make(store).events == [("cached", "source"), ("cached", "grade")]
     assert trouble.calls == SHARDS
@@ -228,11 +233,9 @@ def test_a_stage_that_fails_leaves_its_finished_parts_and_nothing_else(tmp_path:
         make(store)
     step = folder(store)
     assert step.manifest is None
-    assert sorted(file.name for file in step.path.iterdir()) == [
-        "part-00000.json",
-        "rejects-00000.parquet",
-        "rewards-00000.parquet",
-    ]
+    own = [file["file"] for file in step.sidecar(0)["files"]]
+    assert sorted(file.name for file in step.path.iterdir()) == sorted(["part-00000.json", *own])
+    assert sorted(name.split(".")[0] for name in own) == ["rejects-00000", "rewards-00000"]
 
 
 def test_a_rerun_does_only_what_is_missing(tmp_path: Path, trouble: Trouble):
@@ -268,21 +271,21 @@ with toy_stages() as trouble:
 
 
 def test_a_crash_at_any_rename_is_mended_by_a_rerun(tmp_path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch):
-    """Every file appears by a rename. Whichever of them never happens: no step looks finished that is not,
-    and the rerun ends with the same bytes as a run without a crash."""
+    """Every file appears by a rename, or, where the first one wins, by a link. Whichever of them never happens: no
+    step looks finished that is not, and the rerun ends with the same bytes as a run without a crash."""
     whole = Store(tmp_path / "whole")
     make(whole)
-    rename, count = Path.replace, 0
+    rename, link, count = Path.replace, os.link, 0
 
-    def crashing(path: Path, target: Path) -> Path:
+    def crash() -> None:
         nonlocal count
         count += 1
         if count == crash_at:
             raise KeyboardInterrupt
-        return rename(path, target)
 
-    monkeypatch.setattr(Path, "replace", crashing)
-    total = 1 + (SHARDS * 4 + 1) + (SHARDS * 3 + 1)  # the run's link; parts with sidecars, and manifest, of both steps
+    monkeypatch.setattr(Path, "replace", lambda path, target: (crash(), rename(path, target)))
+    monkeypatch.setattr(os, "link", lambda path, target: (crash(), link(path, target)))
+    total = 2 + (SHARDS * 4 + 1) + (SHARDS * 3 + 1)  # a trial and the run's link; parts with sidecars, and manifests
     for crash_at in range(1, total + 1):
         store, count = Store(tmp_path / str(crash_at)), 0
         with pytest.raises(KeyboardInterrupt):
@@ -318,7 +321,7 @@ def test_a_spoiled_part_counts_as_missing(tmp_path: Path, trouble: Trouble, spoi
     before = content(store)
     step = folder(store)
     step.manifest_path.unlink()
-    file = step.path / "rewards-00001.parquet"
+    file = next(step.path.glob("rewards-00001.*.parquet"))
     if spoil == "truncate":
         os.truncate(file, file.stat().st_size // 2)
     elif spoil == "delete":

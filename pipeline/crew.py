@@ -1,0 +1,166 @@
+"""The Ray actors that work on one step: hired as units come, each with a warm engine, let go when others wait."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.resources import Resources
+from pipeline.stage import shape_of
+from pipeline.work import Unit, Work, execute
+from pipeline.workspace import Tell, Warm
+
+Told = tuple[float, float, str]
+TELL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a unit ended."""
+
+    work: Work
+    unit: Unit
+    error: Exception | None = None
+
+
+class Worker:
+    """In an actor: a process with its own warm engine. Units run in a thread, or, of a shared stage, in several."""
+
+    def __init__(self, work: Work, resources: Resources) -> None:
+        self.work, self.resources, self.warm = work, resources, Warm()
+        self.at_work: dict[Unit, Told] = {}
+
+    def up(self) -> None:
+        """Answered once the actor has its place."""
+
+    def unit(self, unit: Unit) -> None:
+        try:
+            execute(self.work, unit, self.warm, self._teller(unit), self.resources)
+        finally:
+            self.at_work.pop(unit, None)
+
+    def _teller(self, unit: Unit) -> Tell:
+        def tell(done: float, total: float, label: str) -> None:
+            self.at_work[unit] = (done, total, label)
+
+        return tell
+
+    def told(self) -> list[Told]:
+        return list(self.at_work.values())
+
+
+@dataclass(eq=False)
+class Member:
+    """One actor, the units that are with it, and what we asked it."""
+
+    actor: Any
+    up: Any
+    placed: bool = False
+    alone: bool = False
+    units: dict[Any, Unit] = field(default_factory=dict)
+    asked: Any = None
+    told: list[Told] = field(default_factory=list)
+
+
+class Crew:
+    """Of one step. `given` are Ray's options for an actor, `most` how many there may be."""
+
+    def __init__(self, ray: Any, work: Work, resources: Resources, given: dict[str, Any], most: int) -> None:
+        self.ray, self.work, self.resources, self.most = ray, work, resources, most
+        shared = shape_of(work.entry).shared
+        groups = {"units": resources.in_flight if shared else 1}
+        self.kind = ray.remote(max_restarts=0, concurrency_groups=groups, **given)(Worker)
+        self.members: list[Member] = []
+        self.asked = time.monotonic()
+
+    @property
+    def running(self) -> int:
+        return sum(len(member.units) for member in self.members)
+
+    @property
+    def waits(self) -> bool:
+        """Has an actor no place yet?"""
+        return not all(member.placed for member in self.members)
+
+    def want(self, units: int) -> None:
+        while len(self.members) < min(self.most, units + self.running):
+            actor = self.kind.remote(self.work, self.resources)
+            self.members.append(Member(actor, actor.up.remote()))
+
+    def let_go(self, keep: int) -> None:
+        """Of those with nothing to do, and of those without a place."""
+        for member in [each for each in self.members if not each.units][: max(0, len(self.members) - keep)]:
+            self._dismiss(member)
+
+    def takes(self, alone: bool) -> Member | None:
+        """The member with the least to do that has room for one more."""
+        room = 1 if alone else self.resources.in_flight
+        free = [each for each in self.members if each.placed and not each.alone and len(each.units) < room]
+        return min(free, key=lambda each: len(each.units), default=None)
+
+    def start(self, unit: Unit, alone: bool) -> None:
+        member = self.takes(alone)
+        assert member, "asked before"
+        member.alone = alone
+        member.units[member.actor.unit.options(concurrency_group="units").remote(unit)] = unit
+
+    def watched(self) -> list[Any]:
+        """What Ray is to be waited for."""
+        places = [member.up for member in self.members if not member.placed]
+        return places + [reference for member in self.members for reference in member.units]
+
+    def take_in(self, ready: set[Any]) -> list[Outcome]:
+        made: list[Outcome] = []
+        for member in list(self.members):
+            if not member.placed and member.up in ready:
+                member.placed = self._get(member.up) is None
+            for reference in [each for each in member.units if each in ready]:
+                made.append(Outcome(self.work, member.units.pop(reference), self._get(reference)))
+            if any(each.error for each in made[-1:]) or (member.up in ready and not member.placed):
+                made += self._lost(member)
+            member.alone = member.alone and bool(member.units)
+        return made
+
+    def _lost(self, member: Member) -> list[Outcome]:
+        """Nothing is tried again on a worker where something failed: its engine may be dead."""
+        died = RuntimeError("its worker died of another part")
+        with_it = [Outcome(self.work, unit, died) for unit in member.units.values()]
+        self._dismiss(member)
+        return with_it
+
+    def _dismiss(self, member: Member) -> None:
+        self.ray.kill(member.actor)
+        self.members.remove(member)
+
+    def _get(self, reference: Any) -> Exception | None:
+        try:
+            self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            return cause if isinstance(cause, Exception) else error
+        return None
+
+    def told(self) -> Told | None:
+        """The sum over the units at work, each as its share, or as it was told if there is one."""
+        self._ask()
+        told = [each for member in self.members for each in member.told]
+        if len(told) < 2:
+            return told[0] if told else None
+        return sum(done / total for done, total, _ in told if total), 1.0, "parts"
+
+    def _ask(self) -> None:
+        if time.monotonic() - self.asked < TELL_SECONDS:
+            return
+        self.asked = time.monotonic()
+        for member in self.members:
+            if member.asked is not None and self.ray.wait([member.asked], timeout=0)[0]:
+                try:
+                    member.told = self.ray.get(member.asked)
+                except self.ray.exceptions.RayError:
+                    member.told = []
+                member.asked = None
+            if member.asked is None and member.units:
+                member.asked = member.actor.told.remote()
+
+    def close(self) -> None:
+        for member in list(self.members):
+            self._dismiss(member)
