@@ -16,7 +16,7 @@ from pipeline.plan import Plan
 from pipeline.run import run
 from pipeline.store import Store
 from schemas.tables import CANDIDATES, PROMPTS, REJECTS, SELECTIONS
-from tests.runs import RECIPES, Silent, plan_of
+from tests.runs import RECIPES, Silent, local, plan_of
 
 
 def digests(plan: Plan, store: Store, steps=None) -> dict[str, list[tuple[str, str]]]:
@@ -39,7 +39,7 @@ def without(finished: Path, plan: Plan, first: str, root: Path) -> Store:
     for step in plan.steps:
         if step.name in gone or gone & {source.name for source in step.inputs.values()}:
             gone.add(step.name)
-            shutil.rmtree(store.folder(step).path)
+            shutil.rmtree(local(store.folder(step).path))
     return store
 
 
@@ -84,7 +84,7 @@ def test_kill_9_loses_only_parts_in_flight(world, finished, tmp_path, victim):
     """Killed after its first part (or checkpoint), run again: finished parts untouched, the same bytes."""
     plan = plan_of(world)
     store = without(finished, plan, victim, tmp_path / "store")
-    folder = store.folder(next(step for step in plan.steps if step.name == victim)).path
+    folder = local(store.folder(next(step for step in plan.steps if step.name == victim)).path)
     kill_when_begun(folder, world, store)
     assert not (folder / "manifest.json").exists()
     done = [json.loads(part.read_text())["files"] for part in folder.glob("part-*.json")]

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipeline.stage import stages
 from pipeline.store import Store
 from schemas import Candidates, Model, Prompts, Rewards, WinnowError, prompt_id, shard_of
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS
+from tests.runs import local
 
 SHARDS = 3
 
@@ -138,7 +139,8 @@ def folder(store: Store, name: str = "grade", made: Plan | None = None):
 
 def content(store: Store) -> dict[str, str]:
     """Every Parquet file with the digest of its bytes."""
-    return {str(file.relative_to(store.root)): digest(file) for file in store.root.rglob("*.parquet")}
+    root = local(store.root)
+    return {str(file.relative_to(root)): digest(file) for file in root.rglob("*.parquet")}
 
 
 def digest(file: Path) -> str:
@@ -146,7 +148,7 @@ def digest(file: Path) -> str:
 
 
 def times(store: Store) -> dict[Path, int]:
-    return {file: file.stat().st_mtime_ns for file in store.root.rglob("*") if file.is_file()}
+    return {file: file.stat().st_mtime_ns for file in local(store.root).rglob("*") if file.is_file()}
 
 
 def test_a_run_seals_every_step_and_a_second_makes_nothing(tmp_path: Path, trouble: Trouble):
@@ -277,14 +279,18 @@ def test_a_crash_at_any_rename_is_mended_by_a_rerun(tmp_path: Path, trouble: Tro
     make(whole)
     rename, link, count = Path.replace, os.link, 0
 
-    def crash() -> None:
-        nonlocal count
-        count += 1
-        if count == crash_at:
-            raise KeyboardInterrupt
+    def crashing(make_it: Callable[..., Any]) -> Callable[..., Any]:
+        def or_crash(*paths: Path) -> Any:
+            nonlocal count
+            count += 1
+            if count == crash_at:
+                raise KeyboardInterrupt
+            return make_it(*paths)
 
-    monkeypatch.setattr(Path, "replace", lambda path, target: (crash(), rename(path, target)))
-    monkeypatch.setattr(os, "link", lambda path, target: (crash(), link(path, target)))
+        return or_crash
+
+    monkeypatch.setattr(Path, "replace", crashing(rename))
+    monkeypatch.setattr(os, "link", crashing(link))
     total = 2 + (SHARDS * 4 + 1) + (SHARDS * 3 + 1)  # a trial and the run's link; parts with sidecars, and manifests
     for crash_at in range(1, total + 1):
         store, count = Store(tmp_path / str(crash_at)), 0

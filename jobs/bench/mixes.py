@@ -13,7 +13,8 @@ from jobs.recipes import plan_named
 from pipeline.executors import InProcess
 from pipeline.plan import Plan, Step
 from pipeline.registry import Bound
-from pipeline.run import Reporter, run
+from pipeline.run import run
+from pipeline.schedule import Reporter
 from pipeline.store import Store
 from pipeline.workspace import Warm, Workspace
 from schemas.tables import EXAMPLES
