@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pipeline import AdapterPath, DataPath, ModelPath, Range, Wired, Workspace, stage
 from pipeline.content import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
-from stages.sources import read_rows
+from stages.sources import Source
 
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
@@ -140,7 +140,7 @@ def untrained(
 
     `marks` are texts that become one token each, such as the ranker's `[RESPONSE A]`.
     """
-    texts = [str(row[name]) for _, row in read_rows(ws, corpus, None, None, "train", columns) for name in columns]
+    texts = [str(row[name]) for _, row in Source(corpus).rows(ws, columns) for name in columns]
     if not texts:
         raise WinnowError(f"untrained: {corpus} holds no text in {', '.join(columns)}")
     folder = ws.folder / "model"

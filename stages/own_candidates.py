@@ -11,20 +11,23 @@ from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.preferences import Pool
 from stages.prompts import PromptReader, Share
-from stages.sources import one_source, read_rows, text_of
+from stages.readers import check_source, read_columns
+from stages.sources import Source, prompt_of, reply_of
 
 
 def _one_score(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
-    problems, named = one_source(options, wired), {name: options[name] for name in ("reward", "probability")}
+    named = {name: options[name] for name in ("reward", "probability")}
     if None not in named.values():
         both = " and ".join(f"`{name}` is {column!r}" for name, column in named.items())
-        problems.append(f"{both}, and one of them is read; unset the other: `--set own_candidates.probability=null`")
+        problems = [f"{both}, and one of them is read; unset the other: `--set own_candidates.probability=null`"]
     elif not any(named.values()):
-        problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
-    return problems
+        problems = ["name either the `reward` column or the `probability` column (of beating a fixed baseline)"]
+    else:
+        problems = []
+    return problems + check_source(options, [options["prompt"], options["response"], *filter(None, named.values())])
 
 
-@stage(version=1, whole=True, check=_one_score)
+@stage(version=2, whole=True, check=_one_score)
 def own_candidates(
     tokenizer: Model,
     ws: Workspace,
@@ -32,6 +35,7 @@ def own_candidates(
     path: DataPath | None = None,
     dataset: str | None = None,
     revision: str | None = None,
+    subset: str | None = None,
     part: str = "train",
     prompt: str = "prompt",
     response: str = "response",
@@ -51,11 +55,13 @@ def own_candidates(
     score = reward or probability or ""
     pool = Pool(PromptReader(Tokenizer(tokenizer), ws, heldout, max_tokens))
     rewards: list[dict[str, Any]] = []
-    for place, row in read_rows(ws, path, dataset, revision, part, [prompt, response, score]):
+    source = Source(path, dataset, revision, subset, part)
+    for place, row in read_columns(ws, source, [prompt, response, score]):
         try:
             value = _logit(row.get(score)) if probability else _finite(row.get(score))
-            name = pool.prompt(row, prompt)
-            candidate = pool.response(name, text_of(row, response), again=True)
+            asked = prompt_of(row, prompt)
+            name = pool.prompt(asked)
+            candidate = pool.response(name, reply_of(row, response, asked), again=True)
         except ValueError as error:
             ws.reject(str(error), place=place, detail=repr(row.get(score)))
             continue

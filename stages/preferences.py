@@ -1,18 +1,24 @@
 """Human preference pairs: they enter the pipeline as pairs of ids, beside the prompts and responses they came with."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import pyarrow as pa
 
-from pipeline import DataPath, Range, Workspace, stage
+from pipeline import Bound, DataPath, Range, Wired, Workspace, stage
 from schemas import Candidates, Model, Pairs, Prompts, candidate_id
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS
 from stages.prompts import PromptReader, Share
-from stages.sources import one_source, read_rows, text_of
+from stages.readers import check_source, columns_of, preference_reader, read
+from stages.sources import Prompt, Source
 
 
-@stage(version=1, whole=True, check=one_source)
+def _check(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    return check_source(options, columns_of(options["reader"]))
+
+
+@stage(version=2, whole=True, check=_check)
 def preferences(
     tokenizer: Model,
     ws: Workspace,
@@ -20,28 +26,33 @@ def preferences(
     path: DataPath | None = None,
     dataset: str | None = None,
     revision: str | None = None,
+    subset: str | None = None,
     part: str = "train",
-    prompt: str = "prompt",
-    chosen: str = "chosen",
-    rejected: str = "rejected",
+    reader: Annotated[Bound, preference_reader] = "columns",  # type: ignore[assignment]
     heldout: Share = 0.2,
     max_tokens: Annotated[int, Range(gt=0)] = 1024,
 ) -> tuple[Prompts, Candidates, Pairs]:
-    """Read (prompt, chosen, rejected) rows; a prompt may stand in several pairs."""
+    """Read pairs in the format that `reader` names (stages/readers.py); a prompt may stand in several.
+
+    subset: a configuration of the data set, or a folder in it. What is no pair is left out with its reason.
+    """
     from stages.text import Tokenizer
 
-    tokens = Tokenizer(tokenizer)
-    pool = Pool(PromptReader(tokens, ws, heldout, max_tokens))
+    form = preference_reader.bind(reader)
+    pool = Pool(PromptReader(Tokenizer(tokenizer), ws, heldout, max_tokens))
     pairs: list[dict[str, Any]] = []
-    for place, row in read_rows(ws, path, dataset, revision, part, [prompt, chosen, rejected]):
+    for place, rows in read(ws, Source(path, dataset, revision, subset, part), form):
         try:
-            name = pool.prompt(row, prompt)
-            winner, loser = (pool.response(name, text_of(row, column)) for column in (chosen, rejected))
+            made = form(*rows)
+            name = pool.prompt(made.prompt, made.plain)
+            winner, loser = (
+                pool.response(name, text, plain=made.plain is not None) for text in (made.chosen, made.rejected)
+            )
         except ValueError as error:
-            ws.reject(str(error), place=place, detail=repr(row.get(prompt)))
+            ws.reject(str(error), place=place, detail=repr(rows[0]))
             continue
         if winner == loser:
-            ws.reject("identical responses", place=place, detail=row[chosen], prompt=name, candidate=winner)
+            ws.reject("identical responses", place=place, detail=made.chosen, prompt=name, candidate=winner)
         else:
             pairs.append(dict(prompt_id=name, chosen_id=winner, rejected_id=loser, gap=None, weight=1.0, rule="label"))
     ordered = sorted(pairs, key=lambda pair: (pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]))
@@ -57,15 +68,15 @@ class Pool:
         self.candidates: dict[str, dict[str, Any]] = {}
         self.draws: Counter[str] = Counter()
 
-    def prompt(self, row: dict[str, Any], column: str) -> str:
-        made = self.reader.prompt_row(row, column)
+    def prompt(self, content: Prompt, plain: str | None = None) -> str:
+        made = self.reader.prompt_row(content, plain)
         name: str = made["prompt_id"]
         self.prompts.setdefault(name, made)
         return name
 
-    def response(self, prompt: str, text: str, *, again: bool = False) -> str:
+    def response(self, prompt: str, text: str, *, again: bool = False, plain: bool = False) -> str:
         """The id of a response; an equal text is the same candidate, unless `again` counts it as another draw."""
-        ids, finish = self.reader.response_ids(self.prompts[prompt]["token_ids"], text)
+        ids, finish = self.reader.response_ids(self.prompts[prompt]["token_ids"], text, plain=plain)
         copy = 0
         while again and candidate_id(prompt, ids, copy) in self.candidates:
             copy += 1

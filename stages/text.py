@@ -8,8 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas import Model, WinnowError
-
-Prompt = str | list[dict[str, str]]
+from stages.sources import Prompt
 
 
 class Tokenizer:
@@ -21,8 +20,10 @@ class Tokenizer:
         if self.inner.eos_token_id is None:
             raise WinnowError(f"model {model.digest[:12]}: its tokenizer has no EOS token, so no response could end")
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Chat template if the tokenizer has one; raises ValueError for messages without one."""
+    def prompt_ids(self, prompt: Prompt, plain: str | None = None) -> list[int]:
+        """Chat template if the tokenizer has one, else `plain` where given; raises ValueError for messages without."""
+        if plain is not None and self.inner.chat_template is None:
+            prompt = plain
         if isinstance(prompt, str) and self.inner.bos_token:
             prompt = prompt.removeprefix(self.inner.bos_token)  # some data sets write it out
         for content in [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]:
@@ -44,12 +45,16 @@ class Tokenizer:
         """Without special tokens of the tokenizer's own."""
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def response_ids(self, text: str, most: int) -> tuple[list[int], str]:
-        """Ids with EOS once; cut at the end to `most` tokens, and then without EOS, for the text goes on."""
+    def response_ids(self, text: str, most: int, *, plain: bool = False) -> tuple[list[int], str]:
+        """Ids with EOS once; cut at the end to `most` tokens, and then without EOS, for the text goes on.
+
+        plain: the prompt was given in a plain form, too, which ends in a mark: without a template, a space follows.
+        """
         while text.endswith(self.inner.eos_token):  # some data sets write it out
             text = text.removesuffix(self.inner.eos_token).rstrip()
         self._refuse_special(text)
-        ids = [*self.encode(text), self.inner.eos_token_id]
+        lead = " " if plain and self.inner.chat_template is None else ""
+        ids = [*self.encode(lead + text), self.inner.eos_token_id]
         return (ids, "stop") if len(ids) <= most else (ids[:most], "length")
 
     def _refuse_special(self, text: str) -> None:

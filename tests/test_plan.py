@@ -115,8 +115,8 @@ def test_a_wire_of_the_wrong_kind_says_what_is_needed_and_what_it_got(steps: dic
 
 def test_a_step_that_makes_several_tables_serves_each_of_them(steps: dict, tmp_path: Path):
     """`preferences` is prompts, candidates and pairs at once; `optimize` is a model beside its tables."""
-    here = {"from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "p.jsonl")}}
-    steps["preferences"] = here
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "hello", "chosen": "Hi.", "rejected": "No."}\n')
+    steps["preferences"] = {"from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "pairs.jsonl")}}
     steps["examples"]["from"] |= dict.fromkeys(["prompts", "candidates", "pairs"], "preferences")
     steps["reference"]["from"] |= dict.fromkeys(["prompts", "candidates"], "preferences")
     steps["again"] = {"use": "sample", "from": {"prompts": "prompts", "policy": "optimize"}}
@@ -224,7 +224,8 @@ def test_a_model_folder_that_lacks_a_part_is_refused_at_plan_time(steps: dict, t
 
 
 def test_own_candidates_name_one_score(steps: dict, tmp_path: Path):
-    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "p.jsonl")}}
+    (tmp_path / "own.jsonl").write_text('{"prompt": "hello", "response": "Hi."}\n')
+    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "own.jsonl")}}
     only(problems({**steps, "own": own}, "own"), "own: name either the `reward` column or the `probability` column")
 
 

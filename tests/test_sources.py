@@ -103,7 +103,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tiny, ws, tmp_path):
     """A torn Parquet file has no rows to save: an error with its name; a missing split names the split."""
     torn = tmp_path / "torn.parquet"
     torn.write_bytes(b"PAR1 and no more")
-    with pytest.raises(WinnowError, match=r"torn\.parquet: not a Parquet file"):
+    with pytest.raises(WinnowError, match=r"torn\.parquet: not a whole Parquet file .*fetch or write it again"):
         prompts(tiny, ws, path=DataPath(str(torn)))
     folder = sources_of(tmp_path / "data", ROWS)["folder"]
     with pytest.raises(WinnowError, match="split 'nowhere'"):
@@ -189,16 +189,23 @@ def test_one_source_at_plan_time(tmp_path):
     """A path or a hub name with its revision; not both, not neither, not a file of another kind."""
     (tmp_path / "in.xlsx").write_text("")
     excel = DataPath(str(tmp_path / "in.xlsx"))
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    (tmp_path / "empty" / "README.md").write_text("Nothing yet.")
     folder = DataPath(str(tmp_path))
     for path, dataset, revision, word in [
         (None, None, None, "either"),
         (folder, "a/b", "main", "either"),
         (None, "a/b", None, "needs `revision`"),
         (excel, None, None, "reads .jsonl"),
+        (DataPath(str(tmp_path / "empty")), None, None, "empty: a folder without data files (.arrow, "),
     ]:
-        assert word in one_source(dict(path=path, dataset=dataset, revision=revision), {})[0]
-    assert one_source(dict(path=folder, dataset=None, revision=None), {}) == []
-    assert one_source(dict(path=None, dataset="a/b", revision="abc"), {}) == []
+        assert word in one_source(dict(path=path, dataset=dataset, revision=revision, subset=None), {})[0]
+    write_jsonl(tmp_path / "empty" / "deep" / "in.jsonl", ROWS)
+    file = DataPath(str(tmp_path / "empty" / "deep" / "in.jsonl"))
+    for subset, fine in ((None, True), ("deep", False)):
+        assert (one_source(dict(path=file, dataset=None, revision=None, subset=subset), {}) == []) == fine
+        assert one_source(dict(path=folder, dataset=None, revision=None, subset=subset), {}) == []
+        assert one_source(dict(path=None, dataset="a/b", revision="abc", subset=subset), {}) == []
 
 
 # Tokens
@@ -406,7 +413,8 @@ def test_prompt_ids_are_the_contents_under_every_tokenizer(tokenizers, ws, tmp_p
 def test_a_reward_or_a_probability_is_named_and_not_both():
     """At plan time."""
     check = entry_of(own_candidates).facts["shape"].check
-    given_path = dict(path=None, dataset="a/b", revision="abc")
+    given_path = dict.fromkeys(("path", "subset")) | dict(dataset="a/b", revision="abc", part="train")
+    given_path |= dict(prompt="prompt", response="response")
     assert check(given_path | dict(reward="r", probability=None), {}) == []
     assert "either the `reward`" in check(given_path | dict(reward=None, probability=None), {})[0]
     (both,) = check(given_path | dict(reward="r", probability="p"), {})
