@@ -2,6 +2,7 @@
 
 import jobs.commands.asking
 import jobs.commands.bench
+import jobs.commands.exporting
 import jobs.commands.running  # noqa: F401
 from jobs.commands.app import app, complaints
 from schemas import WinnowError
