@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,30 @@ def _copy(here: Path, there) -> None:
     for file in sorted(file for file in here.rglob("*") if file.is_file()):
         name = str(file.relative_to(here)).replace("model/", f"model-{digest}/", 1)
         replace(there / name, file.read_bytes())
+
+
+class _Expired(BaseHTTPRequestHandler):
+    """Answers as S3 does to a token whose time is over."""
+
+    def do_PUT(self) -> None:
+        body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None: ...
+
+
+def test_an_expired_credential_is_said_with_its_cure(trouble: Trouble, monkeypatch: pytest.MonkeyPatch):
+    server = HTTPServer(("127.0.0.1", 0), _Expired)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}).items():
+        monkeypatch.setenv(name, value)
+    place_of("s3://expired/x").fs.clear_instance_cache()
+    with pytest.raises(WinnowError, match=r"cannot be written .*expired.* check that .*credentials in the environment"):
+        make(Store("s3://expired/x"))
+    place_of("s3://expired/x").fs.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
+    assert trouble.calls == 0

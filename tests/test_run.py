@@ -15,7 +15,7 @@ from pipeline.executors import InProcess, OnRay
 from pipeline.plan import Plan
 from pipeline.run import run
 from pipeline.store import Store
-from schemas.tables import CANDIDATES, PROMPTS, REJECTS, SELECTIONS
+from schemas.tables import CANDIDATES, SELECTIONS
 from tests.runs import RECIPES, Silent, local, plan_of
 
 
@@ -105,25 +105,6 @@ def kill_when_begun(folder: Path, world: Path, store: Store) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_a_worker_that_dies_is_replaced_and_a_prompt_that_kills_them_all_is_left_out(tmp_path, capfd):
-    """A part that dies twice ends well. One that always does is halved, and of 40 prompts one is left out, by name:
-    3 deaths of the part, one for each of at most 4 halvings of its 16 prompts at most, 3 of the prompt alone."""
-    import ray
-
-    from tests.dying import plan_dying
-
-    run(plan_dying(tmp_path, deaths=2), Store(tmp_path / "store"), OnRay(2), Silent())
-    plan, watcher, store = plan_dying(tmp_path, deaths=99), Silent(), Store(tmp_path / "store")
-    run(plan, store, OnRay(2), watcher)
-    ray.shutdown()  # here, where what it says about the deaths is not printed over the suite's result
-    folder = store.folder(plan.target)
-    assert watcher.lost == [f"{0:020x}"] == folder.read(REJECTS).column("prompt_id").to_pylist()
-    assert folder.manifest["rejects"] == {"killed its worker": 1}
-    assert sorted(folder.read(PROMPTS).column("prompt_id").to_pylist()) == [f"{n:020x}" for n in range(1, 40)]
-    assert len(list(tmp_path.glob("99-*"))) <= 3 + 4 + 3
-    assert not (folder.path / "pieces").exists()
 
 
 def test_the_manifest_says_how_the_step_was_made(world, finished):

@@ -445,3 +445,43 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path, trouble: Trouble):
     folder(store).manifest_path.write_text(json.dumps({"rows": 1})[:-2])
     with pytest.raises(WinnowError, match=r"manifest\.json: cannot be read"):
         make(store)
+
+
+def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path, trouble: Trouble):
+    store = Store(tmp_path)
+    make(store)
+    step = folder(store, "source")
+    manifest = step.manifest | {"format": 99}
+    step.manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(WinnowError, match=r"manifest.json: of format 99, and this winnow reads up to 1; bring"):
+        make(store)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from tests.test_store import Store, make, plan, toy_stages
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+with toy_stages():
+    make(Store(Path(sys.argv[1])), plan(source={"rows": 400}))
+"""
+
+
+@pytest.mark.parametrize("room", [0, 900, 6000])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, trouble: Trouble, room: int):
+    """A limit on the size of files stands in for a disk without room (in bytes): none at all, for sidecars and not for
+    all tables, for tables and not for a manifest. What is there afterwards is whole, and a rerun completes it."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "full"), str(room)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    store, whole, large = Store(tmp_path / "full"), Store(tmp_path / "whole"), plan(source={"rows": 400})
+    assert not list((tmp_path / "full").rglob(".*")), "no scratch file"
+    make(store, large)
+    make(whole, large)
+    assert content(store) == content(whole)
