@@ -8,9 +8,11 @@ from pipeline.resources import Resources
 from pipeline.stage import shape_of
 from pipeline.work import Unit, Work, execute
 from pipeline.workspace import Tell, Warm
+from schemas import WinnowError
 
 Told = tuple[float, float, str]
 TELL_SECONDS = 0.5
+STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Crew:
         self.kind = ray.remote(max_restarts=0, concurrency_groups=groups, **given)(Worker)
         self.members: list[Member] = []
         self.asked = time.monotonic()
+        self.failed_starts = 0
 
     @property
     def running(self) -> int:
@@ -109,16 +112,27 @@ class Crew:
         return places + [reference for member in self.members for reference in member.units]
 
     def take_in(self, ready: set[Any]) -> list[Outcome]:
-        made: list[Outcome] = []
-        for member in list(self.members):
-            if not member.placed and member.up in ready:
-                member.placed = self._get(member.up) is None
-            for reference in [each for each in member.units if each in ready]:
-                made.append(Outcome(self.work, member.units.pop(reference), self._get(reference)))
-            if any(each.error for each in made[-1:]) or (member.up in ready and not member.placed):
-                made += self._lost(member)
-            member.alone = member.alone and bool(member.units)
-        return made
+        return [outcome for member in list(self.members) for outcome in self._from(member, ready)]
+
+    def _from(self, member: Member, ready: set[Any]) -> list[Outcome]:
+        if not member.placed and member.up in ready:
+            self._placed(member)
+        ended = [reference for reference in member.units if reference in ready]
+        made = [Outcome(self.work, member.units.pop(reference), self._get(reference)) for reference in ended]
+        member.alone = member.alone and bool(member.units)
+        return made + self._lost(member) if any(outcome.error for outcome in made) else made
+
+    def _placed(self, member: Member) -> None:
+        """Raises WinnowError where no worker ever starts: it is not for want of room."""
+        error = self._get(member.up)
+        member.placed = error is None
+        if error is None:
+            self.failed_starts = 0
+            return
+        self._dismiss(member)
+        self.failed_starts += 1
+        if self.failed_starts == STARTS:
+            raise WinnowError(f"{self.work.name}: {STARTS} workers one after the other did not start: {error}")
 
     def _lost(self, member: Member) -> list[Outcome]:
         """Nothing is tried again on a worker where something failed: its engine may be dead."""
