@@ -14,7 +14,6 @@ from stages.limits import check_ids, context_length
 from stages.neurons import neurons_of
 
 Row = dict[str, Any]
-BLOCK = 4096  # requests an engine gets at once
 
 
 def _can_steer(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
@@ -31,7 +30,7 @@ def _can_steer(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]
     return problems
 
 
-@stage(version=3, check=_can_steer)
+@stage(version=3, shared=True, check=_can_steer)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -39,7 +38,7 @@ def sample(
     head: Heads | None = None,
     *,
     split: Literal["train", "heldout"] = "train",
-    engine: Literal["vllm", "transformers"] = "vllm",
+    engine: Literal["vllm", "transformers", "fake"] = "vllm",
     dtype: Literal["float32", "bfloat16"] = "float32",
     n: Annotated[int, Range(gt=0)] = 64,
     temperature: Annotated[float, Range(gt=0, le=2)] = 0.7,
@@ -73,12 +72,12 @@ def sample(
     draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in chosen for k in range(n)]
     steering = Steering(neurons_of(head), steer, steer_top, steer_every) if head is not None else None
     sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop, steering)
-    generator = ws.hold(open_engine, engine, policy.folder, dtype)
-    completions: list[Completion] = []
-    for start in range(0, len(draws), BLOCK):
-        block = draws[start : start + BLOCK]
-        completions += generator.generate([Request(row["token_ids"], own) for row, _, own in block], sampling)
-        ws.progress(len(completions), len(draws), "draws")
+    generator = ws.hold(open_engine, engine, policy.folder, dtype, ws.resources.tensor_parallel)
+    completions = generator.generate(
+        [Request(row["token_ids"], own) for row, _, own in draws],
+        sampling,
+        lambda done: ws.progress(done, len(draws), "draws"),
+    )
     ws.count(tokens=sum(len(completion.token_ids) for completion in completions))
     return _table(tokenizer, draws, completions, sampling.logp_kind, keep_empty, ws)
 

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.executors import InProcess, OnRay
 from pipeline.plan import Plan
+from pipeline.resources import Profile, Resources
 from pipeline.run import run
 from pipeline.store import Store
 from schemas.tables import CANDIDATES, SELECTIONS
@@ -76,6 +77,16 @@ def test_ray_writes_the_bytes_of_the_run_in_process(world, finished, tmp_path, w
     watcher = Silent()
     run(plan, store, OnRay(workers), watcher)
     assert watcher.ran[0] == "reward"
+    assert digests(plan, store) == digests(plan, Store(finished))
+
+
+def test_two_parts_in_one_vllm_at_once_draw_what_each_would_alone(world, finished, tmp_path):
+    """Real vLLM in a Ray actor with two parts in flight: their requests share batches, and on one machine every draw
+    is that of the run in process, part after part."""
+    plan = plan_of(world, "target=sample")
+    store = without(finished, plan, "sample", tmp_path / "store")
+    together = Profile(stages={"sample": Resources(cpus=1, max_workers=1, in_flight=2)})
+    run(plan, store, OnRay(1, profile=together), Silent())
     assert digests(plan, store) == digests(plan, Store(finished))
 
 

@@ -1,13 +1,23 @@
 """The seam to what generates text: token ids in, token ids out, one seed a request."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from schemas import WinnowError
 from stages.neurons import Neurons
 
 LogpKind = Literal["exact", "steered", "raw"]
+Progress = Callable[[int], None]
+
+
+class DeadEngineError(RuntimeError):
+    """A step failed, so nothing more comes out of this engine; a fresh one in another process may succeed."""
+
+
+def unheard(done: int) -> None:
+    """Progress that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +77,35 @@ class Completion:
 
 
 class Engine(Protocol):
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]: ...
+    """Threads may call `generate` at once."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = unheard
+    ) -> list[Completion]:
+        """One completion a request, in their order; `progress` hears now and then how many there are."""
+        ...
 
     def close(self) -> None: ...
 
 
-def open_engine(name: str, folder: Path, dtype: str) -> Engine:
-    """vLLM and torch are only imported here: a recipe can be planned without them."""
+def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1) -> Engine:
+    """vLLM and torch are only imported here: a recipe can be planned without them. `fake` needs neither.
+
+    tensor_parallel: the GPUs that share one vLLM; transformers has the whole model on one.
+    """
     if name == "vllm":
         from stages.engines.vllm import VllmEngine
 
-        return VllmEngine(folder, dtype)
+        return VllmEngine(folder, dtype, tensor_parallel)
+    if name == "fake":
+        from stages.engines.fake import FakeEngine
+
+        return FakeEngine(folder)
+    if tensor_parallel > 1:
+        raise WinnowError(
+            f"tensor_parallel: {tensor_parallel}, and the engine is transformers, which runs on one GPU; "
+            "set `engine: vllm`, or tensor_parallel to 1 in the profile"
+        )
     from stages.engines.transformers import TransformersEngine
 
     return TransformersEngine(folder, dtype)

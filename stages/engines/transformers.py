@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from stages.engines import Completion, Request, Sampling
+from stages.engines import Completion, Progress, Request, Sampling, unheard
 from stages.engines.steering import steered_ids
 
 ROWS = 256
@@ -49,7 +50,7 @@ def _noise(seed: int, step: int, size: int) -> np.ndarray:
 
 
 class TransformersEngine:
-    """Rows of equal prompt length go together, so that nothing is padded."""
+    """Rows of equal prompt length go together, so that nothing is padded; one caller after the other."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         disable_progress_bar()
@@ -58,8 +59,15 @@ class TransformersEngine:
         self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
         self.network.generation_config = GenerationConfig()  # its penalties and minima would change the law
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.turn = Lock()
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = unheard
+    ) -> list[Completion]:
+        with self.turn:
+            return self._generate(requests, sampling, progress)
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[Completion]:
         order = sorted(range(len(requests)), key=lambda n: len(requests[n].prompt_ids))
         done: dict[int, Completion] = {}
         for _, same in groupby(order, key=lambda n: len(requests[n].prompt_ids)):
@@ -67,6 +75,7 @@ class TransformersEngine:
             for start in range(0, len(indices), ROWS):
                 batch = indices[start : start + ROWS]
                 done |= zip(batch, self._batch([requests[n] for n in batch], sampling), strict=True)
+                progress(len(done))
         return [done[n] for n in range(len(requests))]
 
     @torch.inference_mode()

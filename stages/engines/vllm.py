@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from stages.engines import Completion, Request, Sampling
+from stages.engines import Completion, Progress, Request, Sampling, unheard
+from stages.engines.batch import Batch
 from stages.limits import context_length
 
 SETTINGS = {
@@ -18,13 +20,14 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards: leave its threads alone
 }
+SEQUENCES = 512  # that run at once; as many again stand by, so that none who ends leaves a gap
 BATCHED_TOKENS = 16_384  # a step's tokens on a CPU; at least one whole prompt must fit, whatever the context
 
 
 class VllmEngine:
     """One request a draw, each with its own seed, so that more draws later are a pure extension."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, tensor_parallel: int = 1) -> None:
         import torch
 
         from stages.policy import THREADS
@@ -43,42 +46,82 @@ class VllmEngine:
                 model=str(folder),
                 dtype=dtype,
                 seed=0,
+                tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
                 skip_tokenizer_init=True,
                 enforce_eager=on_cpu,
                 logprobs_mode="raw_logprobs",
-                max_num_seqs=512,
+                max_num_seqs=SEQUENCES,
                 max_num_batched_tokens=max(BATCHED_TOKENS, context_length(folder)) if on_cpu else None,
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
                 generation_config="vllm",  # the folder's own sampling defaults would change the law
             )
+        _end_waits(self.llm.llm_engine.engine_core)
+        self.batch = Batch(_Core(self.llm.llm_engine), window=2 * SEQUENCES)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        from vllm import SamplingParams, TokensPrompt
-
-        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop),
-                seed=request.seed,
-                logprobs=0,
-                detokenize=False,
-            )
-            for request in requests
-        ]
-        return [_completion(answer) for answer in self.llm.generate(prompts, parameters, use_tqdm=False)]
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = unheard
+    ) -> list[Completion]:
+        return self.batch.generate(requests, sampling, progress)
 
     def close(self) -> None:
         """Frees the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        del self.llm, self.batch
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+class _Core:
+    """What `LLM.generate` does between its arguments and its list, in pieces; of an `LLMEngine`, untyped as vLLM is."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def add(self, name: str, request: Request, sampling: Sampling) -> None:
+        from vllm.inputs import tokens_input
+
+        self.engine.add_request(name, tokens_input(list(request.prompt_ids)), _parameters(sampling, request.seed))
+
+    def step(self) -> dict[str, Completion]:
+        return {answer.request_id: _completion(answer) for answer in self.engine.step() if answer.finished}
+
+    def abort(self, names: list[str]) -> None:
+        self.engine.abort_request(names)
+
+
+def _end_waits(client: Any) -> None:
+    """Where the engine is a process of its own and is killed, vLLM 0.32 would wait for its next answer for ever."""
+    from vllm.v1.engine.core_client import SyncMPClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def last_word(reader: Thread, answers: Any) -> None:
+        reader.join()
+        answers.put(EngineDeadError())
+
+    if isinstance(client, SyncMPClient):
+        Thread(target=last_word, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
+
+
+def _parameters(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop),
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # made for this one request
+    )
 
 
 @contextmanager
