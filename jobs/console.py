@@ -145,8 +145,12 @@ def as_table(answer: pa.Table, title: str | None = None) -> Table:
 
 
 def as_json(value: Any) -> str:
-    """JSON of anything that SQL answers with; a date or an id is its text."""
-    return json.dumps(value, ensure_ascii=False, default=_plain)
+    """JSON of anything that SQL answers with; a date or an id is its text, and what JSON has no number for is null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:
+        plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
+        return json.dumps(plain, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

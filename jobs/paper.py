@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import yaml
 
 from jobs.recipes import plan_named
-from pipeline.catalog import open_catalog, query
+from pipeline.catalog import Catalog, open_catalog, query
 from pipeline.plan import Plan
 from pipeline.store import Store
 from stages.evaluate import bootstrap_interval
@@ -86,7 +85,7 @@ def tables(store: Store) -> list[tuple[str, pa.Table]]:
     return [(title, pa.Table.from_pylist(rows)) for title, rows in titled]
 
 
-def _wins(catalog: duckdb.DuckDBPyConnection, run: str) -> dict[str, dict[str, float]]:
+def _wins(catalog: Catalog, run: str) -> dict[str, dict[str, float]]:
     """Per metric, each held-out prompt's share of wins by the policy that the run ends with: its last round's."""
     name = run.replace("'", "''")
     rows = query(

@@ -4,13 +4,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.catalog import open_catalog, query
+from jobs import queries
+from pipeline.catalog import Catalog, open_catalog, query
+from pipeline.rounds import split
 from pipeline.store import Store
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def write_report(store: Store, out: Path) -> None:
         store=store.root.name,
         board=_named(everything, "leaderboard"),
         board_plot=_leaderboard(_rows(everything, "evaluations_by_run")),
-        runs=[_section(store, run, round) for run in store.runs() for round in _rounds(everything, run)],
+        runs=[_section(everything, run, round) for run in everything.runs for round in _rounds(everything, run)],
         steps=_named(everything, "status"),
         rejects=_named(everything, "rejects"),
         heldout=_named(everything, "heldout"),
@@ -49,15 +50,14 @@ def write_report(store: Store, out: Path) -> None:
     out.write_text(html, encoding="utf-8")
 
 
-def _rounds(catalog: duckdb.DuckDBPyConnection, run: str) -> list[int | None]:
+def _rounds(catalog: Catalog, run: str) -> list[int | None]:
     """The run's rounds; one section without a number where it has none."""
-    name = run.replace("'", "''")
-    asked = f"SELECT DISTINCT round FROM runs WHERE run = '{name}' AND round IS NOT NULL ORDER BY round"
-    return [row["round"] for row in query(catalog, asked).to_pylist()] or [None]
+    rounds: list[int | None] = [*sorted({number for step in catalog.runs[run] if (number := split(step)[1])})]
+    return rounds or [None]
 
 
-def _section(store: Store, run: str, round: int | None) -> dict[str, Any]:
-    catalog = open_catalog(store, run, round)
+def _section(everything: Catalog, run: str, round: int | None) -> dict[str, Any]:
+    catalog = everything.of(run, round)
     return {
         "name": run if round is None else f"{run}@{round}",
         "histogram": _histogram(_rows(catalog, "reward_histogram")),
@@ -67,12 +67,12 @@ def _section(store: Store, run: str, round: int | None) -> dict[str, Any]:
     }
 
 
-def _rows(catalog: duckdb.DuckDBPyConnection, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = query(catalog, (HERE / "queries" / f"{name}.sql").read_text()).to_pylist()
+def _rows(catalog: Catalog, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = query(catalog, queries.text(name)).to_pylist()
     return rows
 
 
-def _named(catalog: duckdb.DuckDBPyConnection, name: str) -> dict[str, Any]:
+def _named(catalog: Catalog, name: str) -> dict[str, Any]:
     """Columns and rows, for a table of the page."""
     rows = _rows(catalog, name)
     return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
@@ -103,10 +103,13 @@ def _histogram(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     figure, axes = _figure(6, 2.6)
-    bins = np.histogram_bin_edges([row["reward"] for row in rows], bins=50)
     for name, color in COLORS.items():
-        if values := [row["reward"] for row in rows if row["what"] == name]:  # an empty side has no density
-            axes.hist(values, bins=list(bins), density=True, alpha=0.6, color=color, label=f"{name} ({len(values):,})")
+        bins = [row for row in rows if row["what"] == name]
+        if total := sum(row["n"] for row in bins):  # an empty side has no density
+            widths = [row["high"] - row["low"] for row in bins]
+            heights = [row["n"] / total / width for row, width in zip(bins, widths, strict=True)]
+            label = f"{name} ({total:,})"
+            axes.bar([row["low"] for row in bins], heights, widths, align="edge", alpha=0.6, color=color, label=label)
     axes.set_xlabel("reward: logit P(beats the prompt's baseline), nats")
     axes.legend(frameon=False)
     return _svg(figure)
@@ -136,8 +139,11 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     names = [name for name in CURVES if any(row["metric"] == name for row in rows)]
     if not names:
         return ""
-    figure = Figure(figsize=(3.0 * min(4, len(names)), 2.2 * -(-len(names) // 4)), layout="constrained")
-    panels = figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False).flatten()
+    down, across = -(-len(names) // 4), min(4, len(names))
+    width, height = 3.0 * across, 2.2 * down
+    figure = Figure(figsize=(width, height))  # margins in inches: to find them by drawing twice takes most of a report
+    figure.subplots_adjust(0.5 / width, 0.3 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.3, hspace=0.45)
+    panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes, name in zip(panels, names, strict=False):
         points = [(row["step"], row["value"]) for row in rows if row["metric"] == name]
         axes.plot(*zip(*points, strict=True), color="#2f6f4f", linewidth=1.2)

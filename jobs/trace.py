@@ -5,8 +5,9 @@ from typing import Any
 from rich.console import Console
 
 from jobs.console import as_table
-from pipeline.catalog import open_catalog, query
+from pipeline.catalog import Catalog, open_catalog, query
 from pipeline.store import Store
+from pipeline.views import text
 from schemas import WinnowError
 
 # What happened to the prompt, room by room: a title, and the rows that tell it.
@@ -44,26 +45,27 @@ def life(store: Store, run: str, prefix: str, console: Console, round: int | Non
 
     Raises WinnowError if no prompt of the run has an id that begins with `prefix`, or several do.
     """
-    round = round or _last(store, run)
-    catalog = open_catalog(store, run, round)
+    every = open_catalog(store, run)
+    round = round or _last(every)
+    catalog = every.of(run, round)
     prompt = _find(catalog, prefix, run)
     about = f"{prompt['split']}, {prompt['tokens']} tokens" + (f", round {round}" if round else "")
     console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
     console.print(prompt["text"], markup=False, highlight=False)
     for title, sql in ROOMS:
-        rows = query(catalog, sql.format(where=f"prompt_id = '{prompt['prompt_id']}'"))
+        rows = query(catalog, sql.format(where=f"prompt_id = {text(prompt['prompt_id'])}"))
         if rows.num_rows:
             console.print(as_table(rows, title))
 
 
-def _last(store: Store, run: str) -> int | None:
+def _last(catalog: Catalog) -> int | None:
     """The last round of which anything is made."""
     sql = "SELECT max(round) AS last FROM runs JOIN steps USING (stage, key)"
-    last: int | None = query(open_catalog(store, run), sql).to_pylist()[0]["last"]
+    last: int | None = query(catalog, sql).to_pylist()[0]["last"]
     return last
 
 
-def _find(catalog: Any, prefix: str, run: str) -> dict[str, Any]:
+def _find(catalog: Catalog, prefix: str, run: str) -> dict[str, Any]:
     """The one prompt meant; without a prefix, the first one that went all the way."""
     if not all(letter in "0123456789abcdef" for letter in prefix):
         raise WinnowError(f"prompt id {prefix!r}: ids are hexadecimal digits")

@@ -1,189 +1,219 @@
-"""SQL over everything a store holds: an in-memory DuckDB with one view a table, built from the manifests.
+"""SQL over everything a store holds: an in-memory DuckDB with a view of each table, built from the manifests.
 
-The files are the truth, the catalog is disposable. It is read-only and confined to the store: only a
-single SELECT is taken, DuckDB may open nothing outside the store, and its configuration is locked.
+The files are the truth, the catalog is disposable. It is read-only and confined to the store: only a single SELECT
+is taken, DuckDB may open nothing outside the store, and its configuration is locked.
 """
 
-import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
+from pipeline.places import Place
 from pipeline.registry import nearest
 from pipeline.rounds import split
 from pipeline.store import Store
+from pipeline.views import address, checked_manifest, checked_run, columns, files_of, quoted, run_rows, step_rows, text
+from pipeline.views import view as view_of
 from schemas import TABLES, WinnowError
 
-RUNS = pa.schema(
-    [
-        ("run", pa.string()),
-        ("step", pa.string()),
-        ("round", pa.int32()),
-        ("stage", pa.string()),
-        ("key", pa.string()),
-    ]
-)
+Json = dict[str, Any]
 LOOK = "`SHOW TABLES` and `DESCRIBE candidates` say what is there, schemas/tables.py what it means"
-SQL_TYPES = {
-    "string": "VARCHAR",
-    "int8": "TINYINT",
-    "int32": "INTEGER",
-    "int64": "BIGINT",
-    "float": "FLOAT",
-    "double": "DOUBLE",
-}
-STEPS = pa.schema(
-    [
-        ("stage", pa.string()),
-        ("key", pa.string()),
-        ("options", pa.string()),
-        ("inputs", pa.string()),
-        ("rows", pa.int64()),
-        ("rejects", pa.int64()),
-        ("bytes", pa.int64()),
-        ("seconds", pa.float64()),
-        ("tokens", pa.int64()),
-        ("ranker_calls", pa.int64()),
-        ("made", pa.string()),
-        ("commit", pa.string()),
-    ]
-)
+BATCH = 65536
 
 
-def open_catalog(
-    store: Store, run: str | list[str] | None = None, round: int | None = None
-) -> duckdb.DuckDBPyConnection:
-    """Views over all sealed steps, those of one run or several, or of one round and those that all rounds share.
+@dataclass(frozen=True)
+class Answer:
+    """Of one SELECT, computed when asked for, each time anew. No other question is taken while batches are read."""
+
+    relation: duckdb.DuckDBPyRelation
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of which none stands twice: a join answers with the joined column of both sides."""
+        return _distinct(self.relation.columns)
+
+    def arrow(self) -> pa.Table:
+        with _told():
+            return self.relation.to_arrow_table().rename_columns(self.columns)
+
+    def pandas(self) -> Any:
+        """A pandas.DataFrame."""
+        with _told(), _needs("pandas"):
+            import_module("pandas")
+            return self.relation.df().set_axis(self.columns, axis=1)
+
+    def polars(self) -> Any:
+        """A polars.DataFrame."""
+        with _needs("polars"):
+            return import_module("polars").from_arrow(self.arrow())
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """In turn, so that an answer need not fit into memory; at least one, for the columns' types."""
+        with _told():
+            reader = self.relation.to_arrow_reader(BATCH)
+            yield pa.RecordBatch.from_pylist([], reader.schema).rename_columns(self.columns)
+            for batch in reader:
+                yield batch.rename_columns(self.columns)
+
+    def head(self, rows: int) -> pa.Table:
+        with _told():
+            return self.relation.limit(rows).to_arrow_table().rename_columns(self.columns)
+
+    def count(self) -> int:
+        """How many rows; DuckDB need not make them."""
+        with _told():
+            total: int = self.relation.count("*").to_arrow_table()[0][0].as_py()
+        return total
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Views over sealed steps: those that a statement names are opened when it is asked, and not before.
 
     Each view has `stage` and `key` beside its table's columns; `runs` says which step of which round has that key.
     """
-    links = _links(store, run, round)
-    manifests = store.sealed()
-    if run is not None:
-        keys = {link["key"] for link in links}
-        manifests = [manifest for manifest in manifests if manifest["key"] in keys]
-    connection = duckdb.connect(":memory:")
-    for name, schema in TABLES.items():
-        connection.execute(_view(name, schema, manifests))
-    _materialise(connection, "runs", links, RUNS)
-    _materialise(connection, "steps", [_step_row(manifest) for manifest in manifests], STEPS)
-    _confine(connection, store.root)
-    return connection
+
+    root: Place
+    runs: dict[str, dict[str, Json]]
+    manifests: list[Json]
+
+    def of(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
+        """Of one run or several alone, or of one round and the steps that all rounds share.
+
+        Raises WinnowError with the names there are.
+        """
+        if run is None and round is None:
+            return self
+        chosen = self._chosen(list(self.runs) if run is None else [run] if isinstance(run, str) else run)
+        rounds = sorted({number for steps in chosen.values() for step in steps if (number := split(step)[1])})
+        if round is not None and round not in rounds:
+            raise WinnowError(f"run {run}: no round {round}; it has {', '.join(map(str, rounds)) or 'no rounds'}")
+        if round is not None:
+            chosen = {name: _in_round(steps, round) for name, steps in chosen.items()}
+        keys = {link["key"] for steps in chosen.values() for link in steps.values()}
+        return Catalog(self.root, chosen, [manifest for manifest in self.manifests if manifest["key"] in keys])
+
+    def _chosen(self, names: list[str]) -> dict[str, dict[str, Json]]:
+        for name in names:
+            if name not in self.runs:
+                raise WinnowError(f"no run {name!r} in {self.root}; {nearest(name, list(self.runs))}")
+        return {name: self.runs[name] for name in names}
+
+    def sql(self, statement: str) -> Answer:
+        """The answer to one SELECT; anything else is refused. Raises WinnowError."""
+        with _told():
+            statements = self._connection.extract_statements(statement)
+            if [each.type for each in statements] != [duckdb.StatementType.SELECT]:
+                raise WinnowError("sql: exactly one SELECT is taken; the store is read-only")
+            for name in self._closed & set(re.findall(r"\w+", statement.lower())):
+                _open_view(self._connection, "main", name, self.manifests, self.root)
+                self._closed.remove(name)
+            return Answer(self._connection.sql(statements[0].query))
+
+    def interrupt(self) -> None:
+        """Ends what another thread asks of this catalog at the moment."""
+        self._connection.interrupt()
+
+    @cached_property
+    def _closed(self) -> set[str]:
+        """Tables whose views are not opened yet."""
+        return set(TABLES)
+
+    @cached_property
+    def _connection(self) -> duckdb.DuckDBPyConnection:
+        """With a view of each table that has its columns, and whose rows cannot be asked for before it is opened."""
+        connection = _confined(self.root, ":memory:")
+        for name, schema in TABLES.items():
+            words = text(f"write the name {name} out in the statement, so that its files are opened")
+            connection.execute(f"CREATE VIEW {quoted(name)} AS SELECT {columns(schema)} WHERE error({words})::BOOLEAN")
+        self._put_runs_and_steps(connection)
+        return connection
+
+    def _put_runs_and_steps(self, connection: duckdb.DuckDBPyConnection) -> None:
+        for name, rows in (("runs", run_rows(self.runs)), ("steps", step_rows(self.manifests))):
+            connection.register("incoming", rows)
+            connection.execute(f"CREATE TABLE {name} AS FROM incoming")
+            connection.unregister("incoming")
+
+    def export(self, file: Path) -> None:
+        """A DuckDB file with all rows, `runs` and `steps`, and each column's meaning: it needs no store.
+
+        Raises WinnowError where a file stands already, or its folder does not.
+        """
+        if file.exists():
+            raise WinnowError(f"--db {file}: is there already; delete it, or give another name")
+        if not file.parent.is_dir():
+            raise WinnowError(f"--db {file}: there is no folder {file.parent}; make it first")
+        scratch = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            with _told(), _confined(self.root, str(scratch)) as connection:
+                self._fill(connection)
+            os.link(scratch, file)
+        finally:
+            scratch.unlink(missing_ok=True)
+            scratch.with_name(f"{scratch.name}.wal").unlink(missing_ok=True)
+
+    def _fill(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self._put_runs_and_steps(connection)
+        connection.execute("CREATE SCHEMA files")
+        for name, schema in TABLES.items():
+            _open_view(connection, "files", name, self.manifests, self.root)
+            connection.execute(f"CREATE TABLE {quoted(name)} AS FROM files.{quoted(name)}")
+            connection.execute(f"COMMENT ON TABLE {quoted(name)} IS {text(schema.metadata[b'about'].decode())}")
+            for field in schema:
+                meaning = text(field.metadata[b"meaning"].decode())
+                connection.execute(f"COMMENT ON COLUMN {quoted(name)}.{quoted(field.name)} IS {meaning}")
+        connection.execute("DROP SCHEMA files CASCADE")
 
 
-def _links(store: Store, run: str | list[str] | None, round: int | None) -> list[dict[str, Any]]:
-    """The rows of `runs`."""
-    runs = store.runs()
-    wanted = list(runs) if run is None else [run] if isinstance(run, str) else run
-    for name in wanted:
-        if name not in runs:
-            raise WinnowError(f"no run {name!r} in {store.root}; {nearest(name, list(runs))}")
-    rows = [
-        {"run": name, **dict(zip(("step", "round"), split(step), strict=True)), **link}
-        for name in wanted
-        for step, link in runs[name].items()
-    ]
-    rounds = sorted({row["round"] for row in rows} - {None})
-    if round is not None and round not in rounds:
-        raise WinnowError(f"run {run}: no round {round}; it has {', '.join(map(str, rounds)) or 'no rounds'}")
-    return [row for row in rows if round is None or row["round"] in (None, round)]
+def open_catalog(store: Store, run: str | list[str] | None = None, round: int | None = None) -> Catalog:
+    """Of all sealed steps, those of one run or several, or of one round and those that all rounds share."""
+    runs = {name: checked_run(name, steps) for name, steps in store.runs().items()}
+    return Catalog(store.root, runs, [checked_manifest(manifest) for manifest in store.sealed()]).of(run, round)
 
 
-def query(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+def query(catalog: Catalog, sql: str) -> pa.Table:
     """The answer to one SELECT; anything else is refused."""
-    try:
-        statements = connection.extract_statements(sql)
-        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-            raise WinnowError("sql: exactly one SELECT is taken; the store is read-only")
-        answer: pa.Table = connection.sql(statements[0].query).to_arrow_table()
-    except duckdb.Error as error:
-        raise WinnowError(f"sql: {error}\n{LOOK}") from None
-    return answer.rename_columns(_distinct(answer.column_names))
+    return catalog.sql(sql).arrow()
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Names of which none stands twice: a join answers with the joined column of both sides."""
-    made: list[str] = []
-    for name in names:
-        fresh = (name, *(f"{name}_{n}" for n in range(2, len(names) + 2)))
-        made.append(next(each for each in fresh if each not in made and (each == name or each not in names)))
-    return made
+def _in_round(steps: dict[str, Json], round: int) -> dict[str, Json]:
+    return {step: link for step, link in steps.items() if split(step)[1] in (None, round)}
 
 
-def _view(name: str, schema: pa.Schema, manifests: list[dict[str, Any]]) -> str:
-    """A union of the table's files, one arm a step, or an empty table with the right columns."""
-    arms = [arm for manifest in manifests if (arm := _arm(name, manifest))]
-    if not arms:
-        columns = ", ".join(f"NULL::{_sql_type(field.type)} AS {_name(field.name)}" for field in schema)
-        arms = [f"SELECT {columns}, NULL::VARCHAR AS stage, NULL::VARCHAR AS key WHERE false"]
-    return f"CREATE VIEW {_name(name)} AS {' UNION ALL '.join(arms)}"
-
-
-def _arm(name: str, manifest: dict[str, Any]) -> str | None:
-    files = [
-        f"{manifest['folder']}/{file['file']}"
-        for file in manifest["files"]
-        if file["file"].rsplit("-", 1)[0] == name and file["rows"]
-    ]
-    if not files:
-        return None
-    listed = ", ".join(_text(file) for file in files)
-    return (
-        f"SELECT *, {_text(manifest['stage'])} AS stage, {_text(manifest['key'])} AS key "
-        f"FROM read_parquet([{listed}], hive_partitioning=false)"
-    )
-
-
-def _sql_type(kind: pa.DataType) -> str:
-    """DuckDB's name of an Arrow type of ours."""
-    if pa.types.is_list(kind):
-        return f"{_sql_type(kind.value_type)}[]"
-    if pa.types.is_struct(kind):
-        return f"STRUCT({', '.join(f'{_name(field.name)} {_sql_type(field.type)}' for field in kind)})"
-    if pa.types.is_map(kind):
-        return f"MAP({_sql_type(kind.key_type)}, {_sql_type(kind.item_type)})"
-    return SQL_TYPES[str(kind)]
-
-
-def _name(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _materialise(
-    connection: duckdb.DuckDBPyConnection, name: str, rows: list[dict[str, Any]], schema: pa.Schema
+def _open_view(
+    connection: duckdb.DuckDBPyConnection, schema: str, name: str, manifests: list[Json], root: Place
 ) -> None:
-    connection.register("incoming", pa.Table.from_pylist(rows, schema=schema))
-    connection.execute(f"CREATE TABLE {_name(name)} AS SELECT * FROM incoming")
-    connection.unregister("incoming")
+    """The table's files as a view, or no row with the right columns."""
+    files = files_of(name, manifests, address(root))
+    body = view_of(name, manifests) if files else f"SELECT {columns(TABLES[name])} WHERE false"
+    if files:
+        connection.register("incoming", pa.table({"file": files}))
+        connection.execute(f"SET VARIABLE {quoted(name)} = (SELECT list(file) FROM incoming)")
+        connection.unregister("incoming")
+    connection.execute(f"CREATE OR REPLACE VIEW {schema}.{quoted(name)} AS {body}")
 
 
-def _step_row(manifest: dict[str, Any]) -> dict[str, Any]:
-    rows, identity = manifest["rows"], manifest["identity"]
-    return {
-        "stage": manifest["stage"],
-        "key": manifest["key"],
-        "options": json.dumps(identity["options"], sort_keys=True),
-        "inputs": json.dumps(identity["inputs"], sort_keys=True),
-        "rows": sum(count for name, count in rows.items() if name != "rejects"),
-        "rejects": rows.get("rejects", 0),
-        "bytes": sum(manifest["bytes"].values()),
-        "seconds": manifest["seconds"],
-        "tokens": manifest["counters"].get("tokens", 0),
-        "ranker_calls": manifest["counters"].get("ranker_calls", 0),
-        "made": manifest["made"],
-        "commit": manifest["commit"],
-    }
-
-
-def _confine(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
-    connection.execute(f"SET allowed_directories=[{_text(str(root) + '/')}]")
+def _confined(root: Place, database: str) -> duckdb.DuckDBPyConnection:
+    """A connection that reads nothing but the store, and spills what memory cannot hold to a folder of its own."""
+    connection = duckdb.connect(database)
+    if not isinstance(root, Path):
+        connection.register_filesystem(root.fs)
+    spill = Path(tempfile.gettempdir()) / f"winnow-{secrets.token_hex(8)}"
     for setting in (
+        f"allowed_directories=[{text(address(root) + '/')}]",
+        f"temp_directory={text(str(spill))}",
         "enable_external_access=false",
         "python_enable_replacements=false",
         "autoinstall_known_extensions=false",
@@ -191,3 +221,42 @@ def _confine(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         "lock_configuration=true",
     ):
         connection.execute(f"SET {setting}")
+    return connection
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What DuckDB raises, for people; Ctrl-C, which it tells as an error of its own, is Ctrl-C again."""
+    try:
+        yield
+    except duckdb.PermissionException as error:
+        raise WinnowError(
+            f"sql: {error}\nOnly what lies in the store is read, and no link that leads out of it"
+        ) from None
+    except duckdb.IOException as error:
+        raise WinnowError(
+            f"sql: {error}\nA file that a manifest lists is gone or damaged: put it back, or delete its step's folder "
+            "and run again"
+        ) from None
+    except duckdb.Error as error:
+        raise WinnowError(f"sql: {error}\n{LOOK}") from None
+    except RuntimeError as error:
+        if "interrupted" not in str(error):
+            raise
+        raise KeyboardInterrupt from None
+
+
+def _distinct(names: list[str]) -> list[str]:
+    made: list[str] = []
+    for name in names:
+        fresh = (name, *(f"{name}_{n}" for n in range(2, len(names) + 2)))
+        made.append(next(each for each in fresh if each not in made and (each == name or each not in names)))
+    return made
+
+
+@contextmanager
+def _needs(library: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise WinnowError(f"sql: {library} is not installed here; pip install {library}, or take .arrow()") from None

@@ -8,7 +8,8 @@ environment's (AWS_*, GOOGLE_APPLICATION_CREDENTIALS), and none is written anywh
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Union
@@ -61,6 +62,22 @@ def read(place: Place) -> bytes:
         return place.read_bytes()
 
 
+def read_all(folder: Place, pattern: str) -> dict[Place, bytes]:
+    """The files below a folder that fit a pattern, sorted by path; an object store is asked for all of them at once."""
+    with _told(folder):
+        found: list[Place] = list(folder.glob(pattern))
+        found.sort(key=str)
+        if isinstance(folder, Path) or not found:
+            return {place: place.read_bytes() for place in found}
+        # cat() takes the brackets in a run's name for a pattern; only what is gone since the listing may be left out
+        contents = folder.fs.cat_ranges([place.path for place in found], None, None, on_error="return")
+        for content in contents:
+            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                raise content
+        pairs = zip(found, contents, strict=True)
+        return {place: content for place, content in pairs if isinstance(content, bytes)}
+
+
 def sizes(folder: Place) -> dict[str, int]:
     """Bytes of each file that lies in a folder; nothing where there is none."""
     with _told(folder):
@@ -71,6 +88,42 @@ def sizes(folder: Place) -> dict[str, int]:
         except FileNotFoundError:
             return {}
         return {each["name"].rsplit("/", 1)[-1]: each["size"] or 0 for each in found}
+
+
+@dataclass(frozen=True)
+class File:
+    """Its bytes, and when it was last written, in seconds since 1970."""
+
+    bytes: int
+    modified: float
+
+
+def walk(folder: Place) -> dict[str, File]:
+    """All files below a folder, by their paths from it, in order; what goes while we look is not among them."""
+    with _told(folder):
+        found = _walk_here(folder) if isinstance(folder, Path) else _walk_there(folder)
+        return dict(sorted(found.items()))
+
+
+def _walk_here(folder: Path) -> dict[str, File]:
+    found = {}
+    for home, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(home, name)
+            with suppress(FileNotFoundError):
+                about = os.lstat(path)
+                found[os.path.relpath(path, folder)] = File(about.st_size, about.st_mtime)
+    return found
+
+
+def _walk_there(folder: "UPath") -> dict[str, File]:
+    """Kinds of object stores name the moment differently."""
+    found = {}
+    for path, about in folder.fs.find(folder.path, detail=True).items():
+        moment = next((about[name] for name in ("LastModified", "mtime", "updated", "created") if name in about), 0.0)
+        seconds = moment.timestamp() if hasattr(moment, "timestamp") else float(moment)
+        found[path[len(folder.path) :].lstrip("/")] = File(about["size"] or 0, seconds)
+    return found
 
 
 def create(place: Place, content: bytes) -> bool:
@@ -117,6 +170,8 @@ def delete(place: Place) -> None:
     with _told(place):
         if isinstance(place, Path):
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        elif place.is_file():
+            place.fs.rm_file(place.path)  # rm() takes the brackets in a run's name for a pattern
         elif place.exists():
             place.fs.rm(place.path, recursive=True)
 

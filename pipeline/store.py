@@ -18,7 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.places import Place, cache, copy_here, create, delete, place_of, read, replace, sizes
+from pipeline.places import Place, cache, copy_here, create, delete, place_of, read, read_all, replace, sizes
 from pipeline.plan import Step
 from schemas import TABLES, Model, WinnowError, table_name
 
@@ -40,12 +40,7 @@ class StepFolder:
     @property
     def manifest(self) -> Json | None:
         manifest = read_json(self.manifest_path)
-        if manifest and manifest.get("format", FORMAT) > FORMAT:
-            raise WinnowError(
-                f"{self.manifest_path}: of format {manifest['format']}, and this winnow reads up to {FORMAT}; "
-                "bring this winnow up to the version that made it"
-            )
-        return manifest
+        return manifest and _readable(self.manifest_path, manifest)
 
     @property
     def here(self) -> Path:
@@ -175,6 +170,8 @@ class Store:
 
     def __init__(self, root: str | Place) -> None:
         self.root = place_of(root)
+        if isinstance(self.root, Path) and self.root.is_file():
+            raise WinnowError(f"--store {self.root}: is a file; give a folder, or a place in an object store")
 
     def folder(self, step: Step) -> StepFolder:
         return self.at(step.entry.name, step.key)
@@ -184,16 +181,12 @@ class Store:
 
     def sealed(self) -> list[Json]:
         """Every manifest in the store, with its folder, oldest stage names first."""
-        found = ((path, read_json(path)) for path in self._sorted("*/*/manifest.json"))
-        return [manifest | {"folder": str(path.parent)} for path, manifest in found if manifest]
+        found = read_all(self.root, "*/*/manifest.json").items()
+        return [_readable(place, _decoded(place, content)) | {"folder": str(place.parent)} for place, content in found]
 
     def runs(self) -> dict[str, Json]:
         """Run name -> step name -> stage and key."""
-        found = ((path.stem, read_json(path)) for path in self._sorted("runs/*.json"))
-        return {name: content for name, content in found if content is not None}
-
-    def _sorted(self, pattern: str) -> list[Place]:
-        return sorted(self.root.glob(pattern), key=str)
+        return {place.stem: _decoded(place, content) for place, content in read_all(self.root, "runs/*.json").items()}
 
     def link_run(self, name: str, steps: list[Step]) -> None:
         content = {step.name: {"stage": step.entry.name, "key": step.key} for step in steps}
@@ -227,12 +220,28 @@ def write_json(place: Place, content: Any) -> None:
 
 def read_json(place: Place) -> Json | None:
     try:
-        content: Json = json.loads(read(place))
+        return _decoded(place, read(place))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise WinnowError(f"{place}: cannot be read ({error})") from None
+
+
+def _decoded(place: Place, content: bytes) -> Json:
+    try:
+        decoded: Json = json.loads(content)
+    except ValueError as error:
         raise WinnowError(f"{place}: cannot be read ({error}); delete it and run again") from None
-    return content
+    return decoded
+
+
+def _readable(place: Place, manifest: Json) -> Json:
+    if manifest.get("format", FORMAT) > FORMAT:
+        raise WinnowError(
+            f"{place}: of format {manifest['format']}, and this winnow reads up to {FORMAT}; "
+            "bring this winnow up to the version that made it"
+        )
+    return manifest
 
 
 def _encoded(content: Any) -> bytes:

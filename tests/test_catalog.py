@@ -1,65 +1,27 @@
 """SQL over the store: a view for every table, whatever is in it; and nothing that a statement says can do harm."""
 
-import contextlib
-from collections.abc import Sequence
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from upath import UPath
 
-from pipeline.catalog import RUNS, STEPS, open_catalog, query
-from pipeline.store import StepFolder, Store, write_json
+import pipeline
+from jobs import queries
+from pipeline.catalog import Catalog, open_catalog, query
+from pipeline.store import Store
+from pipeline.views import RUNS, STEPS
 from schemas import TABLES, WinnowError
-from schemas.tables import PROMPTS, REJECTS, REWARDS
+from schemas.tables import PROMPTS, REWARDS
+from tests.catalogs import link, put, rejects, rewards
+from tests.runs import local
 
-QUERIES = Path(__file__).parent.parent / "jobs" / "queries"
 NASTY = ["it's", 'a "quoted" name', "'; DROP TABLE runs; --", "semi;colon", "émoji 🙂", "%s {x} $1 ?", "back\\slash"]
-
-# What the page and the terminal read of each query's answer.
-COLUMNS = {
-    "curves": {"step", "metric", "value"},
-    "evaluations_by_run": {"run", "metric", "value", "low", "high"},
-    "leaderboard": {
-        "run",
-        "gold_win",
-        "proxy_win",
-        "gold_reward",
-        "kl_nats",
-        "tokens",
-        "prompts",
-        "seconds",
-        "own_seconds",
-    },
-    "rejects": {"step", "stage", "key", "reason", "n", "first_place"},
-    "responses": {"prompt", "baseline", "response", "gold_baseline", "gold"},
-    "reward_histogram": {"what", "reward"},
-    "selection": {"prompts", "kept", "passes", "effective_sample_size"},
-    "status": {"run", "step", "stage", "key", "state", "rows", "seconds"},
-}
-
-
-def put(store: Store, stage: str, key: str, tables: Sequence[pa.Table], **extra) -> None:
-    """A sealed step of one shard, as a run leaves it."""
-    folder = StepFolder(store.root / stage / key)
-    record = {"seconds": 1.5, "counters": {"tokens": 7}, "rejects": {}}
-    folder.write_part(0, {table.schema.metadata[b"table"].decode(): table for table in tables}, record)
-    identity = {"options": {"k": 8}, "inputs": {"prompts": "abc"}}
-    made = {"stage": stage, "key": key, "identity": identity, "made": "2026-01-01T00:00:00+00:00", "commit": "c0ffee"}
-    folder.seal(made | extra, 1, lambda manifest: None)
-
-
-def link(store: Store, run: str, **steps: tuple[str, str]) -> None:
-    links = {name: {"stage": stage, "key": key} for name, (stage, key) in steps.items()}
-    write_json(store.root / "runs" / f"{run}.json", links)
-
-
-def rewards(*values: float, prompt: str = "p") -> pa.Table:
-    rows = [dict(prompt_id=prompt, candidate_id=f"c{n}", reward=value) for n, value in enumerate(values)]
-    return pa.Table.from_pylist(rows, REWARDS)
-
-
-def rejects(*reasons: str) -> pa.Table:
-    return pa.Table.from_pylist([dict(place="here", reason=reason, detail="") for reason in reasons], REJECTS)
 
 
 @pytest.fixture
@@ -154,151 +116,6 @@ def test_a_store_in_a_folder_with_a_quote_in_its_name_works(tmp_path: Path):
         assert rows(store, "SELECT reward FROM rewards") == [dict(reward=1.0)]
 
 
-HOSTILE = """
-SELECT * FROM read_csv('{secret}')
-SELECT * FROM read_csv_auto('{secret}')
-SELECT * FROM read_text('{secret}')
-SELECT * FROM read_blob('{secret}')
-SELECT * FROM read_json('{secret}')
-SELECT * FROM read_parquet('{secret}')
-SELECT * FROM parquet_metadata('{secret}')
-SELECT * FROM sniff_csv('{secret}')
-SELECT * FROM '{secret}'
-SELECT * FROM "{secret}"
-SELECT * FROM query('SELECT * FROM read_text(''{secret}'')')
-SELECT * FROM query_table('{secret}')
-SELECT * FROM read_text('{store}/../secret.csv')
-SELECT * FROM read_text('{store}/prompts/../../secret.csv')
-SELECT * FROM read_text('{store}2/secret.csv')
-SELECT * FROM read_text('file://{secret}')
-SELECT * FROM read_text(['{secret}'])
-SELECT * FROM glob('{folder}/*')
-SELECT * FROM glob('{store}/../*')
-SELECT * FROM read_csv('/etc/passwd', delim=':')
-SELECT * FROM read_text('/proc/self/environ')
-SELECT * FROM read_text('http://localhost/secret')
-SELECT * FROM sqlite_scan('{secret}', 'x')
-SELECT * FROM python_frame
-SELECT * FROM secret_frame
-SELECT getenv('WINNOW_SECRET')
-SELECT * FROM duckdb_secrets()
-SELECT * FROM (SELECT * FROM read_text('{secret}'))
-SELECT (SELECT content FROM read_text('{secret}'))
-WITH x AS (SELECT * FROM read_text('{secret}')) SELECT * FROM x
-COPY runs TO '{folder}/out.csv'
-COPY runs TO '{store}/out.csv'
-COPY runs FROM '{secret}'
-COPY (SELECT 1) TO '{store}/runs/evil.json'
-EXPORT DATABASE '{folder}/out'
-IMPORT DATABASE '{folder}'
-ATTACH '{folder}/new.db' AS new
-ATTACH '{store}/new.db' AS new
-DETACH memory
-USE memory
-INSTALL httpfs
-INSTALL '{folder}/x.duckdb_extension'
-LOAD httpfs
-LOAD '{folder}/x.duckdb_extension'
-PRAGMA database_list
-PRAGMA enable_profiling
-PRAGMA profiling_output='{folder}/profile.json'
-SET enable_external_access=true
-SET lock_configuration=false
-SET allowed_directories=['/']
-SET temp_directory='{folder}'
-RESET allowed_directories
-CREATE TABLE x AS SELECT 1
-CREATE OR REPLACE VIEW prompts AS SELECT 1
-CREATE MACRO f() AS 1
-CREATE SECRET s (TYPE s3)
-INSERT INTO runs VALUES ('a', 'b', 'c', 'd')
-UPDATE runs SET run = 'x'
-DELETE FROM runs
-TRUNCATE runs
-DROP TABLE runs
-DROP VIEW prompts
-ALTER TABLE runs ADD COLUMN x INT
-MERGE INTO runs USING steps ON false WHEN NOT MATCHED THEN INSERT VALUES ('a', 'b', 'c', 'd')
-CALL pragma_version()
-CALL enable_logging(storage='file', storage_path='{folder}/logs')
-SELECT * FROM enable_logging(storage='file', storage_path='{folder}/logs')
-SELECT * FROM enable_profiling(save_location='{folder}/profile.json')
-CHECKPOINT
-VACUUM
-BEGIN
-EXPLAIN ANALYZE SELECT 1
-PREPARE p AS SELECT 1
-EXECUTE p
-SELECT $1
-SELECT ?
-SELECT 1; SELECT 2
-SELECT 1; DROP TABLE runs
-SELECT 1; COPY runs TO '{folder}/out.csv'
-SELECT 1 /* ; */; ATTACH '{folder}/new.db'
-SELECT * INTO x FROM runs
-SELECT * FROM runs WHERE
-SELECT nothing FROM runs
-SELECT error('stop')
-SELECT 'x'::INTEGER
-;
---
-""".strip().split("\n")  # fmt: skip
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-@pytest.fixture(scope="module")
-def prey(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A small store with a secret beside it, and another folder whose name begins like the store's."""
-    folder = tmp_path_factory.mktemp("prey")
-    (folder / "secret.csv").write_text("a,b\nTOP,SECRET\n")
-    (folder / "store2").mkdir()
-    (folder / "store2" / "secret.csv").write_text("a,b\nTOP,SECRET\n")
-    store = Store(folder / "store")
-    put(store, "reward", "2222", [rewards(0.5)])
-    link(store, "one", reward=("reward", "2222"))
-    return store
-
-
-@pytest.mark.parametrize("statement", ["", *HOSTILE])
-def test_a_hostile_statement_is_refused(prey: Store, monkeypatch: pytest.MonkeyPatch, statement: str):
-    """With words for people, without a file read outside the store or written anywhere; the catalog works on."""
-    secret_frame = pa.table({"a": ["SECRET"]})  # a Python variable that DuckDB must not find
-    folder = prey.root.parent
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("WINNOW_SECRET", "SECRET")
-    before = everything(folder)
-    catalog = open_catalog(prey)
-    with pytest.raises(WinnowError, match=r"^sql: ") as caught:
-        query(catalog, statement.format(store=prey.root, folder=folder, secret=folder / "secret.csv"))
-    assert "TOP" not in str(caught.value)
-    assert everything(folder) == before
-    assert query(catalog, "SELECT run FROM runs").to_pylist() == [{"run": "one"}]
-    assert secret_frame.num_rows == 1
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "WITH x AS (INSERT INTO runs VALUES ('a', 'b', 'c', 'd') RETURNING *) SELECT * FROM x",
-        "WITH x AS (DELETE FROM runs RETURNING *) SELECT * FROM x",
-        "SELECT write_log('TOP')",
-        "SELECT * FROM checkpoint()",
-        "SELECT current_setting('home_directory')",
-    ],
-)
-def test_what_is_not_refused_leaves_the_store_as_it_is(prey: Store, monkeypatch: pytest.MonkeyPatch, statement: str):
-    """At worst it changes its own catalog in memory, which is thrown away: the files are the truth."""
-    monkeypatch.chdir(prey.root.parent)
-    before = everything(prey.root.parent)
-    with contextlib.suppress(WinnowError):
-        query(open_catalog(prey), statement)
-    assert everything(prey.root.parent) == before
-    assert query(open_catalog(prey), "SELECT run FROM runs").to_pylist() == [{"run": "one"}]
-
-
 @pytest.mark.parametrize(
     ("statement", "count"),
     [
@@ -317,28 +134,142 @@ def test_any_single_question_is_answered(store: Store, statement: str, count: in
     assert query(open_catalog(store), statement).num_rows == count
 
 
-@pytest.mark.parametrize("file", sorted(QUERIES.glob("*.sql")), ids=lambda file: file.stem)
-@pytest.mark.parametrize("full", [False, True], ids=["empty", "full"])
-def test_our_own_queries_run_on_any_store(tmp_path: Path, store: Store, file: Path, full: bool):
-    """On an empty one too, with the columns that the report and the terminal read."""
-    answer = query(open_catalog(store if full else Store(tmp_path / "nothing")), file.read_text())
-    assert COLUMNS.get(file.stem, set()) <= set(answer.column_names)
-    assert full or answer.num_rows == 0
-
-
 def test_columns_of_one_name_are_told_apart(store: Store):
     """SELECT * over a join has the joined column twice; no value of either may be lost."""
     answer = query(open_catalog(store), "SELECT 1 AS a, 2 AS a_2, 3 AS a, 4 AS b, 5 AS a")
     assert answer.to_pylist() == [{"a": 1, "a_2": 2, "a_3": 3, "b": 4, "a_4": 5}]
 
 
-def test_status_shows_steps_that_are_not_made_yet(store: Store):
-    found = {(row["run"], row["step"]): row["state"] for row in rows(store, (QUERIES / "status.sql").read_text())}
-    assert found["two", "later"] == "not finished"
-    assert found["two", "prompts"] == found["one", "prompts"] == "made"
+def part(store: Store, key: str) -> Path:
+    return next((local(store.root) / "reward" / key).glob("rewards-*.parquet"))
 
 
-def test_rejects_are_counted_by_step_and_reason(store: Store):
-    """A step that two runs share counts once: 2 too long, 1 empty."""
-    found = [(row["step"], row["reason"], row["n"]) for row in rows(store, (QUERIES / "rejects.sql").read_text())]
-    assert found == [("prompts", "too long", 2), ("prompts", "empty", 1)]
+def test_only_what_a_statement_names_is_opened(store: Store):
+    """A damaged table does not stand in the way of a question about others; one about it says what to do."""
+    part(store, "2222").write_bytes(b"no parquet")
+    catalog = open_catalog(store)
+    assert query(catalog, "SELECT count(*) AS n FROM prompts").to_pylist() == [dict(n=len(NASTY))]
+    assert query(catalog, "DESCRIBE rejects").num_rows == 7
+    with pytest.raises(WinnowError, match="sql: "):
+        query(catalog, "SELECT * FROM rewards")
+    part(store, "2222").unlink()
+    with pytest.raises(WinnowError, match="put it back, or delete its step's folder"):
+        query(catalog, "SELECT * FROM rewards")
+
+
+def test_a_key_opens_no_other_steps_files(store: Store):
+    """A file's key is known by its name, before it is opened."""
+    part(store, "3333").write_bytes(b"no parquet")
+    assert rows(store, "SELECT max(reward) AS best FROM rewards WHERE key = '2222'") == [dict(best=1.5)]
+    assert rows(store, "SELECT max(reward) AS best FROM rewards WHERE stage = 'nothing'") == [dict(best=None)]
+    with pytest.raises(WinnowError):
+        rows(store, "SELECT max(reward) AS best FROM rewards")
+
+
+def test_a_column_that_an_older_version_of_a_stage_did_not_have_is_null(store: Store):
+    older = pq.read_table(part(store, "2222")).drop_columns(["components"])
+    put(store, "reward", "4444", [rewards(7.0)], version=2)
+    pq.write_table(older, part(store, "2222"))
+    found = rows(store, "SELECT key, components FROM rewards ORDER BY key, reward")
+    assert [row["key"] for row in found] == ["2222", "2222", "3333", "4444"]
+    assert {row["components"] for row in found} == {None}
+
+
+def test_a_run_of_an_open_catalog_is_that_run(store: Store):
+    """Opened once, asked for every run."""
+    catalog = open_catalog(store)
+    for name in (None, "one", "two", ["one", "two"]):
+        ask = "SELECT (SELECT count(*) FROM rewards) AS r, (SELECT count(*) FROM runs) AS n, count(*) AS s FROM steps"
+        assert query(catalog.of(name), ask).equals(query(open_catalog(store, name), ask))
+
+
+def test_the_store_in_python(store: Store):
+    """The same rows as Arrow and as pandas; a catalog need not be kept for its answer."""
+    answer = pipeline.open(str(store.root)).sql("SELECT key, reward AS r, reward AS r FROM rewards ORDER BY reward")
+    assert answer.columns == ["key", "r", "r_2"]
+    expected = dict(key=["2222", "2222", "3333"], r=[0.5, 1.5, 9.0], r_2=[0.5, 1.5, 9.0])
+    assert answer.arrow().to_pydict() == expected
+    assert answer.pandas().to_dict("list") == expected
+    assert (answer.count(), answer.head(1).num_rows) == (3, 1)
+    assert pa.Table.from_batches(answer.batches()).to_pydict() == expected
+    assert pipeline.open(store.root, run="two").sql("SELECT * FROM rewards").count() == 0
+
+
+def test_polars_is_used_where_it_is(store: Store):
+    answer = pipeline.open(store.root).sql("SELECT 1 AS a")
+    try:
+        polars = import_module("polars")
+    except ImportError:
+        with pytest.raises(WinnowError, match=r"polars is not installed here; pip install polars, or take \.arrow"):
+            answer.polars()
+    else:
+        assert answer.polars().equals(polars.DataFrame({"a": [1]}))
+
+
+def test_a_store_where_nothing_was_made_is_refused(tmp_path: Path):
+    with pytest.raises(WinnowError, match="no runs in this store"):
+        pipeline.open(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_the_package_needs_no_duckdb():
+    """A bare machine has none: it is imported when a store is opened."""
+    code = "import sys, pipeline; print('duckdb' in sys.modules, callable(pipeline.open))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_a_store_at_a_url_is_asked_and_confined_as_a_folder_is(store: Store):
+    """Through its own filesystem, of which DuckDB sees the store alone."""
+    there = UPath("memory://bucket/store")
+    for file in (file for file in local(store.root).rglob("*.parquet") if file.is_file()):
+        there.fs.pipe_file(f"{there.path}/{file.relative_to(local(store.root)).as_posix()}", file.read_bytes())
+    there.fs.pipe_file("/bucket/secret.parquet", part(store, "2222").read_bytes())
+    here = open_catalog(store)
+    remote = Catalog(there, here.runs, here.manifests)
+    for ask in (
+        "SELECT * FROM rewards ORDER BY reward",
+        queries.text("rejects"),
+        "SELECT * FROM prompts WHERE key = '1111'",
+    ):
+        assert query(remote, ask).equals(query(here, ask))
+    for outside in ("memory:///bucket/secret.parquet", "memory:///bucket/store/../secret.parquet"):
+        with pytest.raises(WinnowError, match="Only what lies in the store is read"):
+            query(remote, f"SELECT * FROM read_parquet('{outside}')")
+    with pytest.raises(WinnowError, match="Only what lies in the store is read"):
+        query(remote, f"SELECT * FROM read_parquet('{part(store, '2222')}')")
+    there.fs.rm("/bucket", recursive=True)
+
+
+def test_an_exported_file_needs_no_store(store: Store, tmp_path: Path):
+    """Its tables have the rows of the views, the shipped queries run on it, and its columns say what they mean."""
+    file = tmp_path / "out.duckdb"
+    catalog = open_catalog(store)
+    catalog.export(file)
+    asks = [f"SELECT * FROM {name} ORDER BY ALL" for name in (*TABLES, "runs", "steps")]
+    asks += [queries.text(name) for name in queries.names()]
+    expected = [query(catalog, ask) for ask in asks]
+    local(store.root).rename(tmp_path / "gone")
+    with duckdb.connect(str(file), read_only=True) as copy:
+        for ask, answer in zip(asks, expected, strict=True):
+            assert copy.sql(ask).to_arrow_table().to_pylist() == answer.to_pylist()
+        told = "SELECT comment FROM duckdb_columns() WHERE table_name = 'rewards' AND column_name = 'logit_ab'"
+        assert copy.sql(told).fetchall() == [(REWARDS.field("logit_ab").metadata[b"meaning"].decode(),)]
+        assert copy.sql("SELECT count(*) FROM duckdb_views() WHERE NOT internal").fetchall() == [(0,)]
+    assert [each.name for each in tmp_path.iterdir() if "out" in each.name] == ["out.duckdb"]
+
+
+def test_an_export_has_one_run_where_one_is_asked_for(store: Store, tmp_path: Path):
+    open_catalog(store, "two").export(tmp_path / "two.duckdb")
+    with duckdb.connect(str(tmp_path / "two.duckdb")) as copy:
+        assert copy.sql("SELECT count(*) FROM rewards").fetchall() == [(0,)]
+        assert copy.sql("SELECT DISTINCT run FROM runs").fetchall() == [("two",)]
+
+
+def test_an_export_writes_over_nothing(store: Store, tmp_path: Path):
+    (tmp_path / "there.duckdb").write_text("mine")
+    with pytest.raises(WinnowError, match="is there already; delete it, or give another name"):
+        open_catalog(store).export(tmp_path / "there.duckdb")
+    assert (tmp_path / "there.duckdb").read_text() == "mine"
+    with pytest.raises(WinnowError, match="there is no folder"):
+        open_catalog(store).export(tmp_path / "no" / "out.duckdb")

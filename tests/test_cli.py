@@ -140,7 +140,6 @@ def test_a_model_folder_without_tokenizer_is_named(winnow, small: Path):
         ([], ["plan", "run", "sql"]),
         (["--help"], ["plan", "run", "sql"]),
         (["plan"], ["recipe"]),
-        (["sql"], ["statement"]),
         (["frobnicate"], ["frobnicate"]),
         (["plan", "rso", "--sets", "a.b=1"], ["--sets"]),
         (["run", "rso", "--executor", "cloud"], ["cloud", "in-process", "ray"]),

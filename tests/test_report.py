@@ -2,21 +2,21 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pytest
 
+from jobs import queries
 from jobs.report import _histogram, write_report
-from pipeline.catalog import RUNS, open_catalog, query
+from pipeline.catalog import open_catalog, query
 from pipeline.executors import InProcess
 from pipeline.run import run
 from pipeline.store import Store
+from pipeline.views import RUNS
 from schemas.tables import METRICS
 from tests.runs import Silent, plan_of
 
-QUERIES = Path(__file__).parent.parent / "jobs" / "queries"
 BOTH = "Preferences and demonstrations in one run"
 
 
@@ -37,8 +37,8 @@ def mixed(world, finished, tmp_path_factory):
     return Store(root)
 
 
-def answer(connection, name):
-    return query(connection, (QUERIES / f"{name}.sql").read_text()).to_pylist()
+def answer(catalog, name):
+    return query(catalog, queries.text(name)).to_pylist()
 
 
 def test_the_leaderboard_has_kl_of_steered_policies_too(mixed):
@@ -100,7 +100,7 @@ def test_two_policies_of_one_name_are_two_rows():
         ("c", "optimize", None, "k6"),
     ]
     losses = {f"k{n}": (float(n), 10.0 + n) for n in range(1, 6)} | {"k6": (6.0, None)}
-    rows = answer(catalog_of(links, losses), "two_losses")
+    rows = catalog_of(links, losses).sql(queries.text("two_losses")).to_arrow_table().to_pylist()
     assert [(row["policy"], row["preference_loss"], row["imitation_loss"]) for row in rows] == [
         ("a", 1.0, 11.0),
         ("b@2", 3.0, 13.0),
@@ -111,6 +111,7 @@ def test_two_policies_of_one_name_are_two_rows():
 
 
 def test_rewards_of_which_none_was_kept_are_plotted_alone():
-    plot = _histogram([{"what": "all candidates", "reward": reward} for reward in (0.0, 1.0)])
+    bins = [{"what": "all candidates", "low": low, "high": low + 0.5, "n": 1} for low in (0.0, 0.5)]
+    plot = _histogram(bins)
     assert "all candidates (2)" in plot
     assert "kept" not in plot

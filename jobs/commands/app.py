@@ -19,18 +19,20 @@ app = typer.Typer(
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 complaints = Console(soft_wrap=True, stderr=True)
 QUERIES = Path(__file__).parent.parent / "queries"
-STORE = Path("store")
+STORE = "store"
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
 On = Annotated[list[Path], typer.Option("--on", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
-StorePath = Annotated[Path, typer.Option("--store", help="where artifacts live")]
+StorePath = Annotated[str, typer.Option("--store", help="where artifacts live: a folder, or s3://bucket/folder")]
+Workers = Annotated[int, typer.Option(help="Ray workers a step, where the profile does not say", min=1)]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="resources a stage: a profile's name, or a file")]
 RunName = Annotated[str | None, typer.Option("--run", help="only this run's rows")]
 
 
-def used(folder: Path) -> Store:
+def used(folder: str) -> Store:
     """A store to look at; raises WinnowError where nothing was ever made."""
     store = Store(folder)
-    if not store.root.is_dir():
+    if isinstance(store.root, Path) and not store.root.is_dir():
         raise WinnowError(f"--store {folder}: there is no such folder in {store.root.parent}; winnow run makes one")
     if not store.runs():
         raise WinnowError(f"--store {folder}: no runs in this folder; winnow run makes one")

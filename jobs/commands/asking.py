@@ -1,50 +1,59 @@
 """Commands that look: status, sql, trace, report."""
 
-import csv
-import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.commands.app import QUERIES, STORE, RunName, StorePath, app, console, used
-from jobs.console import as_json, as_table
+from jobs import queries
+from jobs.answers import Format, interruptible, write
+from jobs.commands.app import STORE, RunName, StorePath, app, complaints, console, used
+from jobs.console import as_table
 from pipeline.catalog import open_catalog, query
-
-
-class Format(StrEnum):
-    table = "table"
-    csv = "csv"
-    json = "json"
+from schemas import WinnowError
 
 
 @app.command()
 def status(store: StorePath = STORE) -> None:
     """What the store holds: runs, their steps, rows, seconds."""
-    answer = query(open_catalog(used(store)), (QUERIES / "status.sql").read_text())
+    answer = query(open_catalog(used(store)), queries.text("status"))
     console.print(as_table(answer))
 
 
 @app.command()
 def sql(
-    statement: Annotated[str, typer.Argument(help="one SELECT over the tables, `runs` and `steps`")],
+    statement: Annotated[
+        str | None, typer.Argument(help="one SELECT over the tables, `runs` and `steps`; or a shipped query's name")
+    ] = None,
     store: StorePath = STORE,
     run: RunName = None,
-    format: Annotated[Format, typer.Option(help="how to print the answer")] = Format.table,
+    format: Annotated[Format, typer.Option(help="how to write the answer")] = Format.table,
+    out: Annotated[Path | None, typer.Option(help="a file for the answer")] = None,
+    db: Annotated[Path | None, typer.Option(help="a new DuckDB file with all rows, to use elsewhere")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="name the shipped queries")] = False,
 ) -> None:
-    """Ask the store anything: a view for every table, read-only, confined to the store."""
-    answer = query(open_catalog(used(store), run), statement)
-    if format is Format.table:
-        console.print(as_table(answer))
-    elif format is Format.json:
-        typer.echo("\n".join(as_json(row) for row in answer.to_pylist()))
+    """Ask the store anything: a view for every table, read-only, confined to the store. A shell without a statement."""
+    if listed:
+        from jobs.shell import shipped
+
+        console.print(as_table(shipped()))
+        return
+    if (statement is None and out) or (statement is not None and db):
+        raise WinnowError("sql: --out is for the answer to a statement, --db for a whole store without one")
+    catalog = open_catalog(used(store), run)
+    if db:
+        catalog.export(db)
+        console.print(f"wrote {db} ({db.stat().st_size / 1e6:,.1f} MB)", highlight=False)
+    elif statement is None:
+        from jobs.shell import Shell
+
+        shell = Shell(catalog, lambda answer: write(answer, format, None, console), console, complaints)
+        shell.run()
+        if shell.failed and not shell.interactive:
+            raise typer.Exit(2)
     else:
-        lines = csv.writer(sys.stdout, lineterminator="\n")
-        lines.writerow(answer.column_names)
-        lines.writerows(
-            [as_json(v) if isinstance(v, list | dict) else v for v in row.values()] for row in answer.to_pylist()
-        )
+        text = queries.statement(statement)
+        interruptible(catalog, lambda: write(catalog.sql(text), format, out, console))
 
 
 @app.command()
@@ -63,11 +72,12 @@ def trace(
 @app.command()
 def report(
     store: StorePath = STORE,
-    out: Annotated[Path | None, typer.Option(help="the page; report.html in the store by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="the page; report.html in the store, or here for a bucket")] = None,
 ) -> None:
     """Write one self-contained HTML page about all runs of the store."""
     from jobs.report import write_report
 
-    page = out or store / "report.html"
-    write_report(used(store), page)
+    found = used(store)
+    page = out or (found.root / "report.html" if isinstance(found.root, Path) else Path("report.html"))
+    write_report(found, page)
     console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)

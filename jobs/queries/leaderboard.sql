@@ -1,5 +1,5 @@
--- One row a run, or a round of it (rest@2): wins, gold reward, KL and length against the SFT policy on held-out
--- prompts; and what the whole run took: seconds of work in all of its steps, and in those that no other run shares.
+-- Every run beside the SFT policy: wins, gold reward, KL and length on held-out prompts, and the seconds it took.
+-- A round is a row of its own (rest@2). seconds: of work in all steps of the run; own_seconds: in those that no other run shares.
 WITH costs AS (
     SELECT run, sum(seconds) AS seconds, coalesce(sum(seconds) FILTER (owners = 1), 0) AS own_seconds
     FROM (SELECT *, count(*) OVER (PARTITION BY stage, key) AS owners FROM (SELECT DISTINCT run, stage, key FROM runs))

@@ -1,4 +1,11 @@
--- Rewards before and after selection.
-SELECT 'all candidates' AS what, reward FROM rewards
-UNION ALL
-SELECT 'kept', reward FROM selections
+-- Rewards before and after selection in fifty bins of equal width, for one run by --run.
+WITH told AS (
+    SELECT 'all candidates' AS what, reward FROM rewards UNION ALL SELECT 'kept', reward FROM selections
+), ends AS (SELECT min(reward) AS low, max(reward) AS high FROM told),
+binned AS (
+    SELECT what, CASE WHEN high > low THEN least(49, floor(50 * (reward - low) / (high - low)))::INTEGER ELSE 0 END AS bin
+    FROM told, ends
+), counted AS (SELECT what, bin, count(*) AS n FROM binned GROUP BY what, bin)
+SELECT what, low + bin * width AS low, low + (bin + 1) * width AS high, n
+FROM counted, (SELECT low, CASE WHEN high > low THEN (high - low) / 50 ELSE 1 END AS width FROM ends)
+ORDER BY what, bin

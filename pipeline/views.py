@@ -1,0 +1,174 @@
+"""What the catalog shows of a store: a view of each table over the files that manifests list, and `runs` and `steps`.
+
+All names that come from a store's files are checked here before any of them stands in SQL: a part's name is plain and
+lies in the folder of its manifest, whatever the manifest says.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.places import Place
+from pipeline.rounds import split
+from schemas import WinnowError
+
+Json = dict[str, Any]
+RUNS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("step", pa.string()),
+        ("round", pa.int32()),
+        ("stage", pa.string()),
+        ("key", pa.string()),
+    ]
+)
+STEPS = pa.schema(
+    [
+        ("stage", pa.string()),
+        ("key", pa.string()),
+        ("options", pa.string()),
+        ("inputs", pa.string()),
+        ("rows", pa.int64()),
+        ("rejects", pa.int64()),
+        ("bytes", pa.int64()),
+        ("seconds", pa.float64()),
+        ("wall_seconds", pa.float64()),
+        ("tokens", pa.int64()),
+        ("ranker_calls", pa.int64()),
+        ("cost", pa.float64()),
+        ("made", pa.string()),
+        ("commit", pa.string()),
+        ("model", pa.string()),
+    ]
+)
+SQL_TYPES = {
+    "string": "VARCHAR",
+    "int8": "TINYINT",
+    "int32": "INTEGER",
+    "int64": "BIGINT",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+}
+PLAIN = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+def files_of(name: str, manifests: list[Json], root: str) -> list[str]:
+    """Where the table's parts lie; those without rows have nothing to say."""
+    return [
+        f"{root}/{manifest['stage']}/{manifest['key']}/{file['file']}"
+        for manifest in manifests
+        for file in manifest["files"]
+        if file["file"].rsplit("-", 1)[0] == name and file["rows"]
+    ]
+
+
+def address(root: Place) -> str:
+    """The store's place as DuckDB is to read it: a folder, or a URL as its filesystem writes it."""
+    if isinstance(root, Path):
+        return str(root)
+    return str(root.fs.unstrip_protocol(root.path)).rstrip("/")
+
+
+def view(name: str, manifests: list[Json]) -> str:
+    """SQL of one scan of all files in the variable `name`; stage and key are folders of each file's name.
+
+    One scan, for a union of a scan a step opens all files at once; and as a file's own name is known before it is
+    opened, `WHERE key = '…'` opens no other step's. Stages of several versions may differ in their columns: those
+    that a file lacks are null, for which all files must be looked at first.
+    """
+    made = {(manifest["stage"], manifest["identity"].get("version")) for manifest in manifests}
+    by_name = len(made) > len({stage for stage, _ in made})
+    folder = "parse_dirpath(filename)"  # these functions are called once a file, and split_part once a row
+    return (
+        f"SELECT *, parse_filename(parse_dirpath({folder})) AS stage, parse_filename({folder}) AS key FROM "
+        f"read_parquet(getvariable({text(name)}), hive_partitioning=false, union_by_name={str(by_name).lower()})"
+    )
+
+
+def columns(schema: pa.Schema) -> str:
+    """The columns of a view that has no rows."""
+    own = [f"NULL::{sql_type(field.type)} AS {quoted(field.name)}" for field in schema]
+    return ", ".join([*own, "NULL::VARCHAR AS stage", "NULL::VARCHAR AS key"])
+
+
+def sql_type(kind: pa.DataType) -> str:
+    """DuckDB's name of an Arrow type of ours."""
+    if pa.types.is_list(kind):
+        return f"{sql_type(kind.value_type)}[]"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{quoted(field.name)} {sql_type(field.type)}' for field in kind)})"
+    if pa.types.is_map(kind):
+        return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
+    return SQL_TYPES[str(kind)]
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def run_rows(runs: dict[str, Json]) -> pa.Table:
+    """`runs`: a row a step of each run."""
+    rows = [
+        {"run": name, **dict(zip(("step", "round"), split(step), strict=True)), **link}
+        for name, steps in runs.items()
+        for step, link in steps.items()
+    ]
+    return pa.Table.from_pylist(rows, RUNS)
+
+
+def step_rows(manifests: list[Json]) -> pa.Table:
+    """`steps`: a row a sealed step."""
+    return pa.Table.from_pylist([_step_row(manifest) for manifest in manifests], STEPS)
+
+
+def _step_row(manifest: Json) -> Json:
+    rows, counters = manifest["rows"], manifest["counters"]
+    return {
+        "stage": manifest["stage"],
+        "key": manifest["key"],
+        "options": json.dumps(manifest["identity"]["options"], sort_keys=True),
+        "inputs": json.dumps(manifest["identity"]["inputs"], sort_keys=True),
+        "rows": sum(count for name, count in rows.items() if name != "rejects"),
+        "rejects": rows.get("rejects", 0),
+        "bytes": sum(manifest["bytes"].values()),
+        "seconds": float(manifest["seconds"]),
+        "wall_seconds": float(manifest["wall_seconds"]),
+        "tokens": counters.get("tokens", 0),
+        "ranker_calls": counters.get("ranker_calls", 0),
+        "cost": counters.get("gpu_seconds") or counters.get("cpu_seconds") or float(manifest["seconds"]),
+        "made": str(manifest["made"]),
+        "commit": str(manifest["commit"]),
+        "model": manifest.get("model"),
+    }
+
+
+def checked_manifest(manifest: Json) -> Json:
+    """Raises WinnowError where it lists a file outside its own folder, lies in another's, or is none of ours."""
+    place = f"{manifest['folder']}/manifest.json"
+    try:
+        _step_row(manifest)
+        home = [manifest["stage"], manifest["key"]]
+        strange = [file["file"] for file in manifest["files"] if not PLAIN.fullmatch(file["file"])]
+        [file["rows"] for file in manifest["files"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WinnowError(f"{place}: no manifest of ours ({error!r}); delete its folder and run again") from None
+    if strange:
+        raise WinnowError(f"{place}: {strange[0]!r} is no name of a part; delete its folder and run again")
+    if home != manifest["folder"].rstrip("/").split("/")[-2:] or not all(PLAIN.fullmatch(each) for each in home):
+        raise WinnowError(f"{place}: it says that it is {'/'.join(home)}; move its folder there, or delete it")
+    return manifest
+
+
+def checked_run(name: str, steps: Any) -> dict[str, Json]:
+    """Step name -> stage and key, and nothing else; raises WinnowError where a run's file says something else."""
+    try:
+        return {step: {"stage": str(link["stage"]), "key": str(link["key"])} for step, link in steps.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WinnowError(f"run {name!r}: its file in runs/ is none of ours ({error!r}); delete it") from None
