@@ -42,7 +42,8 @@ class _Step:
     def pace(self) -> str:
         rate = (self.done - self.begun) / max(1e-9, time.monotonic() - self.started)
         left = (self.total - self.done) / rate if rate else 0.0
-        return f"{self.done:,.1f}/{self.total:,.0f} {self.unit}, {rate:,.2f}/s, {left:,.0f} s left"
+        done = f"{self.done:,.1f}".removesuffix(".0")
+        return f"{done}/{self.total:,.0f} {self.unit}, {rate:,.2f}/s, {left:,.0f} s left"
 
 
 class Watcher:

@@ -1,23 +1,27 @@
 """Files and folders as options: what they hold is their identity, where they lie is not."""
 
 import json
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.digests import digest_of_file
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE = "winnow:"  # begins the name of an adapter's base where it is the digest of a policy
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class ContentPath:
-    """A path that stands for its content. Checked when the recipe is read, hashed once a process."""
+    """A path that stands for its content. Checked when the recipe is read, hashed once."""
 
     def __init__(self, path: str) -> None:
+        self.written = path
         self.path = Path(path).expanduser().resolve()
         self.check()
 
@@ -67,10 +71,24 @@ class AdapterPath(ContentPath):
 
     def check(self) -> None:
         super().check()
-        parts = {ADAPTER: self.path / ADAPTER, "adapter_model.safetensors": self.path / "adapter_model.safetensors"}
-        check_parts(f"adapter folder {self.path}", [(name, file.is_file()) for name, file in parts.items()])
-        if (kind := json.loads(parts[ADAPTER].read_text()).get("peft_type")) != "LORA":
+        parts = [(name, (self.path / name).is_file()) for name in (ADAPTER, ADAPTER_WEIGHTS)]
+        check_parts(f"adapter folder {self.path}", parts)
+        if (kind := self._config().get("peft_type")) != "LORA":
             raise ValueError(f"adapter folder {self.path} holds a {kind}, and what is merged is a LORA")
+        if not is_whole(self.path / ADAPTER_WEIGHTS):
+            raise ValueError(f"{self.path / ADAPTER_WEIGHTS} is torn: it is no whole safetensors file; copy it again")
+
+    def _config(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / ADAPTER).read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path / ADAPTER} is no JSON object ({error}); copy it again") from None
+
+    @property
+    def base(self) -> str | None:
+        """Digest of the policy that it was trained from, if that was one of ours."""
+        name = str(self._config().get("base_model_name_or_path"))
+        return name.removeprefix(BASE) if name.startswith(BASE) else None
 
     @property
     def digest(self) -> str:
@@ -81,6 +99,18 @@ def check_parts(place: str, parts: list[tuple[str, bool]]) -> None:
     """Raises ValueError with all that is not there."""
     if missing := [what for what, there in parts if not there]:
         raise ValueError(f"{place} has no {', no '.join(missing)}")
+
+
+def is_whole(file: Path) -> bool:
+    """Is this safetensors file as long as its header says? The length of the header stands in its first 8 bytes."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            tensors = json.loads(stream.read(min(length, file.stat().st_size)))
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+            return bool(8 + length + max(ends, default=0) == file.stat().st_size)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -96,20 +126,10 @@ def model_digest(folder: Path) -> str:
 def digest_of(path: Path) -> str:
     """Digest of a file's bytes, or of all files in a folder with their relative names."""
     if path.is_file():
-        return _digest_file(path, path.stat().st_size, path.stat().st_mtime_ns)
+        return digest_of_file(path)
     return _digest_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
 
 
 def _digest_files(folder: Path, files: list[Path]) -> str:
     lines = (f"{file.relative_to(folder).as_posix()} {digest_of(file)}\n" for file in files)
     return sha256("".join(lines).encode()).hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _digest_file(path: Path, size: int, modified: int) -> str:
-    """Size and time are only here so that a changed file is read again."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

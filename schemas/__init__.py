@@ -1,7 +1,7 @@
 """What a thing is: the tables in the order in which a prompt meets them, ids, and the checks on both."""
 
 from schemas.check import conform
-from schemas.errors import WinnowError
+from schemas.errors import WinnowError, WinnowWarning
 from schemas.ids import candidate_id, prompt_id, seed_for, shard_of, split_of, token_digest
 from schemas.model import Model
 from schemas.tables import (
@@ -47,6 +47,7 @@ __all__ = [
     "Selections",
     "Speeds",
     "WinnowError",
+    "WinnowWarning",
     "candidate_id",
     "conform",
     "prompt_id",

@@ -10,3 +10,7 @@ class WinnowError(ValueError):
 
     def __reduce__(self) -> tuple[type["WinnowError"], tuple[str, ...]]:
         return type(self), self.problems  # survives the trip from a worker
+
+
+class WinnowWarning(UserWarning):
+    """Something that people should know, and need not mend."""

@@ -164,9 +164,9 @@ POLICIES = table(
     "one row a trained model",
     column("init", pa.string(), "digest of the weights that it started from"),
     column("objective", pa.string(), "name and options of the loss"),
-    column("parameters", pa.int64(), "number of weights"),
+    column("parameters", pa.int64(), "number of the policy's weights; a LoRA is merged and adds none"),
     column("steps", pa.int64(), "optimizer steps"),
-    column("tokens", pa.int64(), "tokens through the network in training"),
+    column("tokens", pa.int64(), "tokens of its data: of each step, each prompt once and each of its responses"),
 )
 METRICS = table(
     "metrics",
@@ -179,8 +179,18 @@ SPEEDS = table(
     "speeds",
     "one row a measure a training step: what the machine did, which is not the same twice",
     column("step", pa.int32(), "optimizer steps done"),
-    column("measure", pa.string(), "pairs_per_second, tokens_per_second, peak_memory_gb, micro_tokens, ..."),
-    column("value", pa.float64(), "value; peak memory of the process, or of the GPU; flops of the GPU's bf16 peak"),
+    column(
+        "measure",
+        pa.string(),
+        "pairs_per_second, tokens_per_second, tokens/read, tokens/saved (a share), peak_memory_gb, flop_utilisation, "
+        "and what it was made with: micro_tokens, recompute, ranks",
+    ),
+    column(
+        "value",
+        pa.float64(),
+        "value; memory: the most that the GPU held since the run began, or on a CPU the process since it began (its "
+        "resident set); of several ranks the largest; flops: a share of the GPUs' bf16 peak",
+    ),
 )
 FEATURES = table(
     "features",

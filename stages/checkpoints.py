@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.workspace import Keep
+from schemas import WinnowWarning
 from stages.ranks import Ranks
 
 STATE = ("done", "drawn", "gaps", "tokens", "history")
@@ -89,7 +90,8 @@ class Checkpoints:
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             if _is_whole(folder):
                 break
-            warnings.warn(f"{folder.name}: this checkpoint is torn, and the one before it is taken", stacklevel=2)
+            said = f"{folder.name}: this checkpoint is torn, and the one before it is taken"
+            warnings.warn(said, WinnowWarning, stacklevel=2)
         else:
             return
         _start_moments(trainer)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -15,11 +16,12 @@ from stages.objectives import Batch, nll
 from stages.packing import Asked, Load, Prompted, fill, split
 from stages.policy import is_reward_model
 from stages.ranks import Ranks
-from stages.scoring import completion_logp, completion_scores, read_rows, shares
+from stages.scoring import Row, completion_logp, completion_scores, read_rows, shares
 from stages.training_data import Group
 
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
 EVEN = 1e-4  # nats: below this, rounding decides which of a pair is ahead
+IDLE = Asked([0], [[0]])  # what a rank reads while others have one pass more
 
 
 @dataclass
@@ -78,23 +80,25 @@ class Leg:
         return sizes[self.objective.facts["per"]]
 
     def losses(self, network: PreTrainedModel, batch: list[Group], panel: "Panel") -> Iterator[Tensor]:
-        """The step's loss in shares, one forward pass each; `panel` collects the metrics."""
+        """The step's loss in shares, one forward pass each, of this rank; `panel` collects the metrics of all."""
         kl = self._kl(network, batch) if "kl" in self.objective.facts["reads"] else None
         shared = shares(network, batch)
-        passes = list(self.micro(network, batch))
+        passes = self.micro(network, batch)
         parts = {n: split(each[0], self.micro_tokens, shared) for n, each in enumerate(passes) if len(each) == 1}
         large = [n for n, each in parts.items() if len(each) > 1]
-        for micro, share in self.ranks.deal([each for n, each in enumerate(passes) if n not in large]):
+        for micro in self.ranks.deal([each for n, each in enumerate(passes) if n not in large]):
+            if micro is None:
+                yield self._idle(network)
+                continue
             logp, hits = self._read(network, micro)
-            yield share * self._loss(micro, logp, hits, kl, panel, share)
+            yield self._loss(micro, logp, hits, kl, panel)
             self.largest = max(self.largest, Load.of(micro, shared).size)
-        for n in large:  # all ranks go through its parts, since they must read the network as often as each other
-            for loss in self._parts(network, passes[n][0], parts[n], kl, panel):
-                yield loss / self.ranks.of
+        for n in large:  # apart, since ranks must read the network as often as each other: they share its parts
+            yield from self._parts(network, passes[n][0], parts[n], kl, panel)
         panel.sums = self.ranks.total(panel.sums)
 
     def _loss(
-        self, groups: list[Group], logp: Tensor, hits: Tensor, kl: Tensor | None, panel: "Panel", share: float
+        self, groups: list[Group], logp: Tensor, hits: Tensor, kl: Tensor | None, panel: "Panel", share: float = 1.0
     ) -> Tensor:
         own = self._batch(groups, logp, kl)
         weight = own.logp.new_tensor([weight for group in groups for weight in group.pair_weight])
@@ -110,15 +114,39 @@ class Leg:
     ) -> Iterator[Tensor]:
         """A group in several passes: all log-probs first, then each part's with d loss / d log-prob as its weight."""
         pieces = [Asked(group.prompt, [group.responses[n] for n in part]) for part in parts]
-        with torch.no_grad():
-            found = [self._read(network, [piece]) for piece in pieces]
-        logp, hits = (torch.cat(each) for each in zip(*found, strict=True))
+        logp, hits = self._read_parts(network, pieces)
         with torch.enable_grad():
             loss = self._loss([group], logp.requires_grad_(), hits, kl, panel, 1 / self.ranks.of)
             (slope,) = torch.autograd.grad(loss, logp)
-        for piece, weight in zip(pieces, slope.split([len(part) for part in parts]), strict=True):
-            share = (self._read(network, [piece])[0] * weight).sum() if torch.is_grad_enabled() else loss
+        if not torch.is_grad_enabled():
+            yield loss.detach()
+            return
+        slopes = slope.split([len(part) for part in parts])
+        for each in self.ranks.deal(list(zip(pieces, slopes, strict=True))):
+            if each is None:
+                yield self._idle(network)
+                continue
+            piece, weight = each
+            share = (self._read(network, [piece])[0] * weight).sum()
             yield share - share.detach() + loss.detach() / len(pieces)
+
+    @torch.no_grad()
+    def _read_parts(self, network: PreTrainedModel, pieces: list[Asked]) -> tuple[Tensor, Tensor]:
+        """Log-probs and hits of all responses, each piece read by one of the ranks."""
+        sizes = [len(piece.responses) for piece in pieces]
+        found = torch.zeros(2, sum(sizes), device=network.device)
+        for each in self.ranks.deal(list(zip(pieces, found.split(sizes, dim=1), strict=True))):
+            if each is None:
+                self._idle(network)
+                continue
+            piece, place = each
+            place[:] = torch.stack(self._read(network, [piece]))
+        logp, hits = self.ranks.sum(found)
+        return logp, hits
+
+    def _idle(self, network: PreTrainedModel) -> Tensor:
+        """0, and a token read: all ranks must read the network as often as each other."""
+        return 0.0 * self._read(network, [IDLE])[0].sum()
 
     def panel(self, batch: list[Group]) -> "Panel":
         return Panel(batch, self.nll_per)
@@ -134,11 +162,16 @@ class Leg:
             raise WinnowError(f"a loss that is looked at is not finite; rows: {self.culprits(network, batch)}")
         return entry
 
-    def micro(self, network: PreTrainedModel, batch: list[Group]) -> Iterator[list[Group]]:
-        """Whole groups of similar length, up to micro_tokens a forward pass."""
-        ordered = sorted(batch, key=lambda group: group.prompt_id)
-        for chosen in fill(ordered, self.micro_tokens, shares(network, batch)):
-            yield [ordered[n] for n in chosen]
+    def micro(self, network: PreTrainedModel, batch: list[Group]) -> list[list[Group]]:
+        """Whole groups of similar length, up to micro_tokens a forward pass, and a pass for every rank if they suffice.
+
+        Passes of similar size stand together, for ranks wait for each other.
+        """
+        shared = shares(network, batch)
+        ordered = sorted(batch, key=lambda group: (Load.of([group], shared).width, group.prompt_id))
+        dealt = [ordered[n :: self.ranks.of] for n in range(self.ranks.of)]
+        passes = [[own[n] for n in chosen] for own in dealt for chosen in fill(own, self.micro_tokens, shared)]
+        return sorted(passes, key=lambda groups: Load.of(groups, shared).size)
 
     def _read(self, network: PreTrainedModel, groups: Sequence[Prompted]) -> tuple[Tensor, Tensor]:
         """Log-prob (or score) of every response, and how many of its tokens are the likeliest."""
@@ -147,8 +180,20 @@ class Leg:
             return scores, torch.zeros_like(scores)
         return self.ranks.run(network, lambda: completion_logp(network, groups, self.dtype))
 
-    def _logp(self, network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
-        return self._read(network, groups)[0]
+    @torch.no_grad()
+    def _logp(self, network: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
+        """Log-prob (or score) of each response to its prompt, in passes that each one of the ranks reads."""
+        turn = count()
+
+        def in_turn(network: PreTrainedModel, groups: Sequence[Prompted], dtype: str) -> Tensor:
+            if next(turn) % self.ranks.of == self.ranks.number:
+                return self._read(network, groups)[0]
+            return torch.zeros(sum(len(group.responses) for group in groups))
+
+        found = read_rows(in_turn, network, rows, self.dtype, self.micro_tokens)
+        if 0 < next(turn) % self.ranks.of <= self.ranks.number:
+            self._idle(network)
+        return self.ranks.sum(torch.from_numpy(found).to(network.device))
 
     def _batch(self, groups: list[Group], logp: Tensor, kl: Tensor | None) -> Batch:
         """What the objective is a function of."""
@@ -174,9 +219,8 @@ class Leg:
         rows = [(group.prompt, ids) for group in groups for ids, _ in group.mismatched]
         if not rows:
             return torch.zeros((), device=network.device)
-        logp = read_rows(self._logp, network, rows, self.dtype, self.micro_tokens)
-        ref = [ref for group in groups for _, ref in group.mismatched]
-        return torch.tensor(float((logp - np.array(ref, dtype=np.float32)).mean()), device=network.device)
+        logp = self._logp(network, rows)
+        return (logp - logp.new_tensor([ref for group in groups for _, ref in group.mismatched])).mean()
 
     @torch.no_grad()
     def gate(self, network: PreTrainedModel) -> None:
@@ -184,10 +228,9 @@ class Leg:
         first = self.batch(0)
         kl = self._kl(network, first)
         rows = [(group.prompt, ids) for group in first for ids in group.responses]
-        logp = torch.from_numpy(read_rows(self._logp, network, rows, self.dtype, self.micro_tokens))
-        own = self._batch(first, logp, kl.cpu())
+        own = self._batch(first, self._logp(network, rows), kl)
         found = self.objective(own)
-        expected = self.objective(replace(own, ref=own.logp, kl=torch.zeros_like(kl.cpu())))
+        expected = self.objective(replace(own, ref=own.logp, kl=torch.zeros_like(kl)))
         drift, scale = found - expected, max(1.0, float(expected.abs().mean()))
         mean, each = (bound * scale for bound in TOLERANCE[self.dtype])
         if not (abs(float(drift.mean())) <= mean and float(drift.abs().mean()) <= each):
@@ -245,7 +288,7 @@ class Panel:
 
     @torch.no_grad()
     def add(self, batch: Batch, hits: Tensor, total: Tensor, share: float) -> None:
-        """share: 0 for rows that another rank counts."""
+        """share: of rows that several ranks count."""
         gap = batch.gap(batch.logp if batch.ref is None else batch.shift)
         for name, value in (
             ("loss", total),

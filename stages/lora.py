@@ -6,11 +6,13 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.content import ADAPTER_WEIGHTS, BASE
 from pipeline.registry import nearest
 from schemas import WinnowError
 from stages.policy import is_reward_model
@@ -47,20 +49,26 @@ def _check_targets(network: PreTrainedModel, targets: list[str]) -> None:
         found = [layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")]
         if not found:
             ends = sorted({name.rpartition(".")[2] for name in layers})
-            raise WinnowError(f"lora_targets: no linear layer is named {target!r}; {nearest(target, ends)}")
+            raise WinnowError(f"optimize.lora_targets: no linear layer is named {target!r}; {nearest(target, ends)}")
         if any(layer.weight is network.get_input_embeddings().weight for layer in found):
-            raise WinnowError(f"lora_targets: {target} has its weights in common with the embedding; leave it out")
+            raise WinnowError(
+                f"optimize.lora_targets: {target} has its weights in common with the embedding; leave it out"
+            )
 
 
-def unload_adapter(network: PreTrainedModel, folder: Path) -> None:
-    """Save the adapter as peft reads it (`PeftModel.from_pretrained(base, folder)`), and merge it into its layers."""
+def unload_adapter(network: PreTrainedModel, folder: Path, base: str) -> None:
+    """Save the adapter as peft reads it (`PeftModel.from_pretrained(base, folder)`), and merge it into its layers.
+
+    base: digest of the policy that it was trained from, on which alone it belongs.
+    """
     config = network.peft_config[NAME]
     config.target_modules = sorted(config.target_modules)
     config.inference_mode = True
+    config.base_model_name_or_path = BASE + base
     config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(network, adapter_name=NAME, save_embedding_layers=False)
     named = {PREFIX + name: value.contiguous() for name, value in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(named, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     _merge(network)
 
 
@@ -84,6 +92,7 @@ def merge_adapter(network: PreTrainedModel, folder: Path) -> None:
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     beside = PeftModel(network, config, NAME)
+    _check_shapes(beside, folder)
     found = beside.load_adapter(str(folder), NAME, torch_device=str(network.device))
     for names, what in ((found.missing_keys, "lacks"), (found.unexpected_keys, "has, and the base has no place for,")):
         if names:
@@ -94,3 +103,15 @@ def merge_adapter(network: PreTrainedModel, folder: Path) -> None:
     off = float((network(input_ids=ids).logits - expected).abs().max() / expected.abs().max())
     if not off <= CLOSE:
         raise WinnowError(f"adapter: merged, its logits are off by {off:.1e} of the largest; it cannot be merged")
+
+
+def _check_shapes(beside: PeftModel, folder: Path) -> None:
+    places = get_peft_model_state_dict(beside, adapter_name=NAME, save_embedding_layers=False)
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    off = [name for name, place in places.items() if shapes.get(name, list(place.shape)) != list(place.shape)]
+    if off:
+        raise WinnowError(
+            f"adapter: {off[0]} is {shapes[off[0]]}, and its base takes {list(places[off[0]].shape)} "
+            f"({len(off)} such weights): is it of another base?"
+        )

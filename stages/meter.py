@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stages.legs import Leg
 from stages.optimize import SPEED
 from stages.ranks import Ranks
 from stages.training_data import Group
@@ -15,45 +14,66 @@ from stages.training_data import Group
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 flop/s, dense
 
 
-class Meter:
+class Reads:
     """Counts every token that goes through a network, padding too, from the moment that it is made."""
 
-    def __init__(self, network: PreTrainedModel, ranks: Ranks) -> None:
-        self.network, self.ranks = network, ranks
+    def __init__(self, network: PreTrainedModel) -> None:
         self.tokens = 0
-        self._weights = sum(weight.numel() for weight in network.parameters())
-        network.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.learnt = 0  # of them, those with gradients
+        self._hook = network.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.tokens += (args[0] if args else kwargs["input_ids"]).numel()
+        ids = [*args[:1], kwargs.get("input_ids"), kwargs.get("decoder_input_ids")]
+        tokens = sum(each.numel() for each in ids if each is not None)
+        self.tokens += tokens
+        self.learnt += tokens * torch.is_grad_enabled()
+
+    def close(self) -> None:
+        self._hook.remove()
+
+
+class Meter:
+    """What each step of a network's training takes, on all ranks together."""
+
+    def __init__(self, network: PreTrainedModel, ranks: Ranks, recompute: bool = False) -> None:
+        self.network, self.ranks, self.recompute = network, ranks, recompute
+        self.reads = Reads(network)
 
     def start(self) -> None:
         """A step begins."""
-        self._since, self._before = time.perf_counter(), self.tokens
+        self._since, self._before = time.perf_counter(), (self.reads.tokens, self.reads.learnt)
 
-    def total(self, since: int = 0) -> int:
-        """Tokens of all ranks, after the first `since` of each."""
-        return round(self.ranks.total({"tokens": float(self.tokens - since)})["tokens"])
-
-    def entry(self, batches: list[tuple[Leg, list[Group]]], micro_tokens: int) -> dict[str, float]:
-        """What became of a step's batches since `start`.
+    def entry(self, groups: list[Group], micro_tokens: int) -> dict[str, float]:
+        """What became of a step's groups since `start`.
 
         `tokens/saved` is against reading prompt and response again for each side of each pair, without padding.
         """
-        seconds, read = time.perf_counter() - self._since, self.total(self._before)
-        groups = [group for _, batch in batches for group in batch]
-        entry = {
-            "tokens/read": float(read),
+        seconds = time.perf_counter() - self._since
+        own = {"read": float(self.reads.tokens - self._before[0]), "learnt": float(self.reads.learnt - self._before[1])}
+        read, learnt = self.ranks.total(own).values()
+        entry: dict[str, float] = {
+            "tokens/read": read,
             "tokens/saved": 1 - read / sum(group.tokens_alone for group in groups),
-            f"{SPEED}tokens_per_second": read / seconds,
-            f"{SPEED}peak_memory_gb": self._peak_memory() / 1e9,
-            f"{SPEED}micro_tokens": float(micro_tokens),
+            "tokens_per_second": read / seconds,
+            "peak_memory_gb": self.ranks.most(self._peak_memory() / 1e9),
+            "micro_tokens": micro_tokens,
+            "recompute": self.recompute,
+            "ranks": self.ranks.of,
         }
         if pairs := sum(len(group.pairs) for group in groups):
-            entry[f"{SPEED}pairs_per_second"] = pairs / seconds
+            entry["pairs_per_second"] = pairs / seconds
         if peak := self._peak_flops():
-            entry[f"{SPEED}flop_utilisation"] = 6 * self._weights * read / seconds / peak / self.ranks.of
-        return entry
+            entry["flop_utilisation"] = self.flops(read, learnt) / seconds / peak / self.ranks.of
+        return {SPEED + name: float(value) for name, value in entry.items()}
+
+    def flops(self, read: float, learnt: float) -> float:
+        """What so many tokens take, `learnt` of them with gradients.
+
+        2 a weight forward, 2 for the gradient of what goes into it, and 2 for its own if it is trained (6 N in
+        arXiv:2001.08361, section 2.1); layers that run again go forward twice. Attention is not counted.
+        """
+        every, trained = (int(self.network.num_parameters(only)) for only in (False, True))
+        return 2.0 * every * read + 2.0 * (every + trained + every * self.recompute) * learnt
 
     def _peak_memory(self) -> int:
         """Bytes that this rank has held at most: of its device since the run began, or of its process."""

@@ -22,11 +22,23 @@ CHAT = (
 Positive = Annotated[int, Range(gt=0)]
 
 
-@stage(version=1, whole=True)
+def its_own_base(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+    """Plan-time check: an adapter that was trained here belongs to one policy alone, and its config says to which."""
+    path, adapter = options["path"], options["adapter"]
+    if adapter is None or adapter.base in (None, path.digest):
+        return []
+    return [
+        f"adapter: it was trained from the policy {adapter.base[:12]}, and path holds {path.digest[:12]}; set path to "
+        "the model folder of the step that was its run's `init` (the column `init` of `policies` has the digest)"
+    ]
+
+
+@stage(version=1, whole=True, check=its_own_base)
 def model(ws: Workspace, *, path: ModelPath, adapter: AdapterPath | None = None) -> Model:
     """Take a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
 
-    adapter: a LoRA trained on it, by peft. It is merged in fp32 and kept in the folder's dtype: from here on the
+    adapter: a LoRA trained on it, by peft; one from another base of the same shapes is only known if its config has the
+    digest of its own, as ours have. It is merged in fp32 and kept in the folder's dtype: from here on the
     policy is both together, for sampling, as reference and to train. Its tokenizer, if it has one, is the policy's.
     """
     folder = ws.folder / "model"
@@ -51,7 +63,8 @@ def _merged(base: Model, adapter: Path) -> Model:
     except WinnowError:
         raise
     except Exception as error:  # peft and torch raise anything from TypeError to RuntimeError here
-        raise WinnowError(f"adapter: it does not fit its base ({type(error).__name__}: {error})") from None
+        lines = str(error).splitlines() or [""]  # of which torch has one for every weight
+        raise WinnowError(f"adapter: it does not fit its base ({type(error).__name__}: {lines[0]})") from None
     made = save_network(network, base, base.folder)
     if any((adapter / name).is_file() for name in TOKENIZER_FILES):
         _take_tokenizer(adapter, made.folder)

@@ -19,7 +19,7 @@ SPEED = "speed/"  # begins the names of what the machine did
 LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=3, whole=True, check=optimize_needs)
+@stage(version=4, whole=True, check=optimize_needs)
 def optimize(
     init: Model,
     examples: Examples,
@@ -66,8 +66,9 @@ def optimize(
     layer but the head), times `lora_alpha` / rank (none: 2); 0 trains all weights. `recompute` runs each layer again
     in the backward pass instead of keeping its activations: less memory for the time of one more forward pass.
 
-    `ranks` processes hold one network together, a piece each (FSDP2 under Ray Train; a GPU each where there are any):
-    the same losses, and a death costs what was done since the last checkpoint.
+    `ranks` processes hold one network together, a piece each (FSDP2 under Ray Train; a GPU each where there are any),
+    and share the groups of each step: the same losses to rounding, and a death costs what was done since the last
+    checkpoint.
 
     With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of
     what the demonstrations imitate. There are as many steps as `epochs` over `examples` take; each side goes
@@ -110,7 +111,7 @@ def optimize(
     else:
         from pipeline.ranks import on_ranks
 
-        outcome = on_ranks(job, ranks, ws.folder, ws.progress)
+        outcome = on_ranks(job, ranks, ws.folder, ws.progress, ws.resources)
     ws.count(tokens=outcome["tokens"])
     loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
     row = {

@@ -104,7 +104,7 @@ def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
     if hasattr(network, "peft_config"):
         from stages.lora import unload_adapter
 
-        unload_adapter(network, scratch / "adapter")
+        unload_adapter(network, scratch / "adapter", init.digest)
     stored = json.loads((init.folder / "config.json").read_text())
     dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
     network.generation_config = GenerationConfig()  # init's own is copied below; saving would judge its sampling

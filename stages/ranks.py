@@ -45,19 +45,32 @@ class Ranks:
         """`work` reads the network: all ranks must, as often as each other."""
         return work() if self.of == 1 else network.run(work)
 
-    def deal(self, passes: list[T]) -> Iterator[tuple[T, float]]:
-        """This rank's passes, and 1; where others have one more, one of theirs and 0, so that all do as many."""
+    def deal(self, passes: list[T]) -> Iterator[T | None]:
+        """This rank's passes; None where others have one more, so that all do as many."""
         for n in range(self.number, -(-len(passes) // self.of) * self.of, self.of):
-            yield (passes[n], 1.0) if n < len(passes) else (passes[0], 0.0)
+            yield passes[n] if n < len(passes) else None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        if self.of > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def total(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over all ranks."""
-        if self.of == 1:
-            return values
-        sums = torch.tensor(list(values.values()), dtype=torch.float64)
-        sums = sums.to("cuda") if dist.get_backend() == "nccl" else sums
-        dist.all_reduce(sums)
-        return dict(zip(values, sums.tolist(), strict=True))
+        return dict(zip(values, self.sum(self._tensor(list(values.values()))).tolist(), strict=True))
+
+    def most(self, value: float) -> float:
+        """The largest of all ranks."""
+        values = self._tensor([value])
+        if self.of > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return float(values)
+
+    def _tensor(self, values: list[float]) -> Tensor:
+        """Where the ranks can exchange it."""
+        on_gpus = self.of > 1 and dist.get_backend() == "nccl"
+        return torch.tensor(values, dtype=torch.float64, device="cuda" if on_gpus else "cpu")
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -1,5 +1,6 @@
 """Room 6: log-probs under a frozen policy, cached: the reference is a column, not a second network."""
 
+from contextlib import closing
 from typing import Literal
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ def reference(
     will stand in: neither another loss nor another pairing scores it again. Responses of equal tokens go
     through the network once.
     """
+    from stages.meter import Reads
     from stages.policy import load_network
     from stages.scoring import logp_of, read_rows
 
@@ -41,8 +43,10 @@ def reference(
     network = ws.hold(load_network, policy)
     inputs = {(row["prompt_id"], tuple(row["token_ids"])): n for n, row in enumerate(rows)}
     unique = list(inputs)
-    ws.count(tokens=sum(len(prompt_ids[prompt]) + len(ids) for prompt, ids in unique))
-    scores = read_rows(logp_of, network, [(prompt_ids[prompt], ids) for prompt, ids in unique], dtype, BUDGET)
+    asked = [(prompt_ids[prompt], ids) for prompt, ids in unique]
+    with closing(Reads(network)) as reads:
+        scores = read_rows(logp_of, network, asked, dtype, BUDGET)
+    ws.count(tokens=reads.tokens)
     logp = dict(zip(unique, scores.tolist(), strict=True))
     made = [
         {

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from schemas import WinnowError
+from schemas import WinnowError, WinnowWarning
 from stages.packing import Asked, Ids, Prompted, Tokens, fill, pack, pad, split
 from stages.shared_prefix import NAME
 from stages.vocabulary import head_of, token_logp
@@ -24,6 +24,7 @@ from stages.vocabulary import head_of, token_logp
 Row = tuple[Ids, Ids]
 Measure = Callable[[PreTrainedModel, Sequence[Prompted], str], Tensor]
 TRIAL = (Asked([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), Asked([1, 6], [[1, 8, 0], [3]]))
+TOLD: WeakSet[PreTrainedModel] = WeakSet()  # networks whose window was said to be too short
 KNOWN_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are `vocabulary.Head`'s
 CLOSE = 1e-4  # of the largest number: fp32 added up in another order
 
@@ -154,12 +155,9 @@ def shares(network: PreTrainedModel, groups: Sequence[Prompted] = ()) -> bool:
     if network.config._attn_implementation != NAME:
         return False
     reach = max((len(group.prompt) + max(map(len, group.responses)) for group in groups), default=0)
-    if reach > (window := _window(network)):
-        warnings.warn(
-            f"{type(network).__name__} reads a prompt again for each of its responses where they reach beyond its "
-            f"window of {window} tokens",
-            stacklevel=2,
-        )
+    if reach > (window := _window(network)) and network not in TOLD:
+        TOLD.add(network)
+        _say(network, f"where they reach beyond its window of {window} tokens")
     return reach <= window
 
 
@@ -187,7 +185,7 @@ def share_prefixes(network: PreTrainedModel) -> None:
             _agree(_trial(network), expected)
     except Exception as error:  # whatever a model's code makes of what it does not know
         KNOWN_HEADS.discard(network)
-        return _say(network, f"{type(error).__name__}: {error}")
+        return _say(network, f"({type(error).__name__}: {error})")
     try:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
@@ -195,7 +193,7 @@ def share_prefixes(network: PreTrainedModel) -> None:
         _agree(_trial(network), expected)
     except Exception as error:
         network.set_attn_implementation(before)
-        _say(network, f"{type(error).__name__}: {error}")
+        _say(network, f"({type(error).__name__}: {error})")
 
 
 def _trial(network: PreTrainedModel) -> list[Tensor]:
@@ -211,7 +209,8 @@ def _agree(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def _say(network: PreTrainedModel, why: str) -> None:
-    warnings.warn(f"{type(network).__name__} reads a prompt again for each of its responses ({why})", stacklevel=3)
+    said = f"{type(network).__name__} reads a prompt again for each of its responses {why}"
+    warnings.warn(said, WinnowWarning, stacklevel=3)
 
 
 @torch.no_grad()

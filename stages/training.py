@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pipeline import Bound
 from pipeline.workspace import Keep, Tell
-from schemas import Model, WinnowError
+from schemas import Model, WinnowError, WinnowWarning
 from stages.checkpoints import Checkpoints, trained
 from stages.legs import Leg
 from stages.meter import Meter
@@ -47,15 +48,26 @@ def train(
             legs.append(Leg(groups, loss, weight, seed=seed, number=n, ranks=ranks, **of_leg))
         if held_rows is not None:
             held[n] = groups_of(held_rows, loss, weight, init, of_leg["dtype"], reference)
+    check_ranks(ranks.of, legs)
     trainer = Trainer(init=init, legs=legs, seed=seed, ranks=ranks, **of_run)
     trainer.fit(Checkpoints(keep), tell, checkpoint_every)
     for n, groups in held.items():
         entry = legs[n].evaluate(trainer.network, groups)
         prefix = f"heldout/{LEGS[n]}"
         trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
-    weights = sum(weight.numel() for weight in trainer.network.parameters())
-    trainer.save(keep.here / "model")
+    weights = trainer.save(keep.here / "model")
     return {"parameters": weights, "steps": trainer.done, "tokens": trainer.tokens, "history": trainer.history}
+
+
+def check_ranks(ranks: int, legs: list[Leg]) -> None:
+    """They share a step's groups: where there are fewer, some would only wait."""
+    for leg in legs:
+        groups = int(median(len(leg.batch(n)) for n in range(leg.steps(1))))
+        if groups < ranks:
+            raise WinnowError(
+                f"optimize.ranks: {ranks}, and half of the steps have {groups} prompts or fewer, which are what ranks "
+                f"share; set ranks to {groups}, or raise batch_size"
+            )
 
 
 @dataclass
@@ -106,33 +118,35 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
         steps = self.legs[0].steps(self.epochs)
         self.checkpoints.restore(self)
-        self.meter, before = Meter(self.network, self.ranks), self.tokens
+        self.meter = Meter(self.network, self.ranks, self.recompute)
         if self.done == 0:
             self._begin()
         while self.done < steps:
             self._step(steps)
-            self.tokens = before + self.meter.total()
             tell(self.done, steps, "steps")
             if self.done % checkpoint_every == 0 and self.done < steps:
                 self.checkpoints.save(self)
 
-    def save(self, folder: Path) -> None:
-        """The trained policy, by the first rank, which then holds all of it."""
+    def save(self, folder: Path) -> int:
+        """The trained policy, by the first rank, which then holds all of it; the number of its weights."""
         if self.ranks.of == 1:
             save_network(self.network, self.init, folder)
-            return
+            return int(self.network.num_parameters())
         pieces = {}
         for name, value in self.network.named_parameters():
             piece = whole(value.detach())
             if self.ranks.first:
                 pieces[name] = piece.cpu()
+        size = 0
         if self.ranks.first:
             network = load_network(self.init, train=True, adapt=self.adapt)
             with torch.no_grad():
                 for name, value in network.named_parameters():
                     value.copy_(pieces[name])
             save_network(network, self.init, folder)
+            size = int(network.num_parameters())
         self.ranks.wait()
+        return size
 
     def _begin(self) -> None:
         if self.gated:
@@ -156,10 +170,12 @@ class Trainer:
         if len(weights) > 1:
             entry["preference_weight"] = weights[0]
         self._check_finite(entry, weights)
-        entry |= self.meter.entry(self._batches(weights), self.legs[0].micro_tokens)
+        groups = [group for _, batch in self._batches(weights) for group in batch]
+        entry |= self.meter.entry(groups, self.legs[0].micro_tokens)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
+        self.tokens += sum(group.tokens for group in groups)
         self.drawn = [drawn + (weight > 0) for drawn, weight in zip(self.drawn, [*weights, 0.0], strict=False)]
         self.history.append({"step": float(self.done)} | entry)
         if self.watches and self.done % self.mix.options["refresh"] == 0:  # type: ignore[union-attr]
@@ -198,7 +214,8 @@ class Trainer:
         for leg in self.legs:
             leg.micro_tokens = max(1, leg.micro_tokens // 2)
         self.halved = True
-        warnings.warn(f"out of memory: micro_tokens is {self.legs[0].micro_tokens} from now on", stacklevel=3)
+        said = f"out of memory: micro_tokens is {self.legs[0].micro_tokens} from now on"
+        warnings.warn(said, WinnowWarning, stacklevel=3)
 
     def _gradients(self, weights: list[float]) -> dict[str, float]:
         entry: dict[str, float] = {}

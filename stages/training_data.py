@@ -38,6 +38,11 @@ class Group:
         return sum(len(self.prompt) + len(ids) for ids in [*sides, *(ids for ids, _ in self.mismatched)])
 
     @property
+    def tokens(self) -> int:
+        """Its prompt once, and each of its responses."""
+        return len(self.prompt) + sum(map(len, [*self.responses, *(ids for ids, _ in self.mismatched)]))
+
+    @property
     def imitated(self) -> list[int]:
         """Lengths of the responses whose likelihood counts."""
         return [len(ids) for weight, ids in zip(self.weight, self.responses, strict=True) if weight > 0]

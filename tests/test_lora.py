@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline import AdapterPath, ModelPath
 from pipeline.content import model_digest
@@ -102,6 +103,7 @@ def test_what_is_saved_is_base_plus_ba_and_peft_reads_it_alike(sharp, rows, tmp_
     assert metrics[policy["steps"], "loss"] < 0.6
     saved = load_file(made.folder / "adapter" / "adapter_model.safetensors")
     before, after = weights(sharp), weights(made)
+    assert policy["parameters"] == sum(value.numel() for value in before.values())
     changed = set()
     for name in after:
         place = "base_model.model." + name.removesuffix("weight")
@@ -203,7 +205,7 @@ def test_adapters_that_cannot_be_merged_are_refused(sharp, ws, peft_folder):
     first = next(name for name in held if "q_proj.lora_A" in name)
     wide = held | {first: torch.zeros(4, 96)}
     for tensors, options, message in [
-        (wide, {}, r"does not fit its base.*size mismatch"),
+        (wide, {}, r"q_proj.lora_A.weight is \[4, 96\], and its base takes \[4, \d+\] \(1 such"),
         ({name: value for name, value in held.items() if name != first}, {}, "it lacks .*q_proj.lora_A"),
         (held | {first.replace("q_proj", "k_proj"): held[first].clone()}, {}, "no place for, .*k_proj"),
         (held, {"target_modules": ["c_attn"]}, "does not fit its base.*c_attn"),
@@ -223,6 +225,36 @@ def test_an_adapter_of_a_shared_head_is_refused(sharp, ws, tmp_path):
         model(ws, path=ModelPath(str(sharp.folder)), adapter=AdapterPath(str(tmp_path / "tied")))
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_adapter_of_another_depth_is_refused_as_far_as_it_can_be_known(sharp, ws, tmp_path, peft_folder, layers):
+    """Two layers' weights on a base of one have no place; on one of three, a target by name lacks the third's."""
+    config = json.loads((sharp.folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    other = tmp_path / "other"
+    shutil.copytree(sharp.folder, other)
+    AutoModelForCausalLM.from_config(LlamaConfig(**config)).save_pretrained(other)
+    said = {1: r"no place for, .*layers\.1\..*", 3: r"it lacks .*layers\.2\..*"}
+    with pytest.raises(WinnowError, match=rf"adapter: .*{said[layers]}"):
+        model(ws, path=ModelPath(str(other)), adapter=AdapterPath(str(peft_folder)))
+
+
+def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sharp, rows, ws, world, tmp_path):
+    """Its config has that policy's digest: any other is refused when planned; on its own, it makes what its run made.
+
+    peft reads and saves it again.
+    """
+    init = Model(sharp.folder, model_digest(sharp.folder))
+    made, _, _ = train(init, rows, tmp_path / "run", lora=RANK, lr=1e-2, reference="other")
+    adapter = made.folder / "adapter"
+    with pytest.raises(WinnowError, match=f"sft: adapter: .*from the policy {init.digest[:12]}, and path holds"):
+        planned(world, tmp_path, {"sft": {"with": {"path": str(made.folder), "adapter": str(adapter)}, "use": "model"}})
+    planned(world, tmp_path, {"sft": {"with": {"path": str(sharp.folder), "adapter": str(adapter)}, "use": "model"}})
+    merged = model(ws, path=ModelPath(str(sharp.folder)), adapter=AdapterPath(str(adapter)))
+    assert furthest(weights(merged), weights(made)) == 0
+    again = PeftModel.from_pretrained(load_network(sharp), str(adapter))
+    again.save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert AdapterPath(str(tmp_path / "again")).base == init.digest
+
+
 def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(world, tmp_path, peft_folder):
     """A pickle, another kind of adapter, a folder of something else: with its path, before anything runs."""
     config = peft_folder / "adapter_config.json"
@@ -236,7 +268,16 @@ def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(world, tm
 
     config.write_text(said.replace('"LORA"', '"IA3"'))
     refused("holds a IA3, and what is merged is a LORA")
+    for text in (said[:-9], "[1]", ""):
+        config.write_text(text)
+        refused(f"{config} is no JSON object")
     config.write_text(said)
+    weight = peft_folder / "adapter_model.safetensors"
+    whole = weight.read_bytes()
+    for torn in (whole[:-1], whole[:40], b""):
+        weight.write_bytes(torn)
+        refused(f"{weight} is torn")
+    weight.write_bytes(whole)
     (peft_folder / "adapter_model.safetensors").rename(peft_folder / "adapter_model.bin")
     refused("has no adapter_model.safetensors")
 
@@ -246,7 +287,7 @@ def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(world, tm
     [("q_porj", "no linear layer is named 'q_porj'; did you mean 'q_proj'"), ("lm_head", "in common with the embed")],
 )
 def test_layers_that_cannot_be_adapted_are_refused(sharp, rows, tmp_path, target, said):
-    with pytest.raises(WinnowError, match=f"lora_targets: .*{said}"):
+    with pytest.raises(WinnowError, match=rf"optimize\.lora_targets: .*{said}"):
         train(sharp, rows, tmp_path, lora=RANK, lora_targets=["v_proj", target])
 
 

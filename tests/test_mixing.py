@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from pipeline.workspace import Warm, Workspace
 from schemas import Model, WinnowError
 from schemas.tables import METRICS
+from stages import training
+from stages.meter import Reads
 from stages.mixing import Moment, mix
 from stages.models import reward_head
 from stages.policy import load_network
@@ -160,12 +162,22 @@ def test_joint_is_the_weighted_sum_of_both_gradients(sharp, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sequence", "alright"])
-def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(tiny, preferred, demonstrated, tmp_path, name):
+def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(
+    tiny, preferred, demonstrated, tmp_path, monkeypatch, name
+):
     """A step has the metrics of the side it took, and its tokens; each side's batches come in their own order.
 
-    So the tokens of the run are those of the first n batches of each side, n times that it was taken, and of the
-    first preference batch once more, for the gate.
+    So the tokens of the run are those of the first n batches of each side, n times that it was taken; and of the
+    first preference batch once more, for the gate, those that the network reads, where no last one is.
     """
+    reads = []
+
+    def loaded(*args, **options):
+        network = load_network(*args, **options)
+        reads.append(Reads(network))
+        return network
+
+    monkeypatch.setattr(training, "load_network", loaded)
     _, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, name, seed=3)
     sides = taken(found, policy["steps"])
     assert 0 < sum(sides) < len(sides)
@@ -175,8 +187,9 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(tiny, preferred, de
     preference, imitation = both_sides(tiny, preferred, demonstrated, 3)
     batches = [preference.batch(n) for n in range(int(sum(sides)))]
     batches += [imitation.batch(n) for n in range(len(sides) - int(sum(sides)))]
+    assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
     read = [group for batch in [preference.batch(0), *batches] for group in batch]
-    assert policy["tokens"] == sum(len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in read)
+    assert reads[0].tokens == sum(len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in read)
 
 
 def test_sequence_goes_over_once(tiny, preferred, demonstrated, tmp_path):

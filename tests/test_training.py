@@ -21,10 +21,13 @@ from schemas import Model, WinnowError
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages import training
 from stages.examples import examples
+from stages.limits import BUDGET
+from stages.meter import Meter
 from stages.objectives import objective
 from stages.optimize import optimize
 from stages.policy import load_network
 from stages.preferences import preferences
+from stages.ranks import Ranks
 from stages.reference import reference
 from stages.scoring import completion_logp
 from tests.conftest import write_jsonl
@@ -239,10 +242,12 @@ def test_accumulation_changes_nothing(tiny, cached, imitated, tmp_path, name, op
     runs = {}
     for micro_tokens in (1, 150, 100_000):
         given = dict(objective=bound(name), batch_size=100, epochs=2, micro_tokens=micro_tokens) | options
-        made, metrics, _ = train(tiny, rows, tmp_path / str(micro_tokens), **given)
-        runs[micro_tokens] = weights(made), metrics
-    whole, first = runs[100_000]
-    for found, metrics in (runs[1], runs[150]):
+        made, metrics, policy = train(tiny, rows, tmp_path / str(micro_tokens), **given)
+        runs[micro_tokens] = weights(made), metrics, policy
+    whole, first, row = runs[100_000]
+    for found, metrics, policy in (runs[1], runs[150]):
+        assert policy == row
+        assert metrics.keys() == first.keys()
         for step in (1, 2):
             for metric in ("loss", "grad_norm"):
                 assert metrics[step, metric] == pytest.approx(first[step, metric], rel=1e-5, abs=1e-5)
@@ -516,11 +521,49 @@ def test_tokens_read_and_saved(tiny, tmp_path):
     row = random_rows(prompts=3)[2]
     prompt, lengths = len(row["prompt_ids"]), [len(each["token_ids"]) for each in row["responses"]]
     assert len(row["pairs"]) == 3
-    _, metrics, _ = train(tiny, table(cache(tiny, [row])), tmp_path, epochs=2)
+    _, speeds = train_speeds(tiny, table(cache(tiny, [row])), tmp_path, epochs=2)
     alone = sum(2 * prompt + lengths[0] + other for other in lengths[1:])
     read = prompt + sum(lengths) - len(lengths)
-    assert metrics[2, "tokens/read"] == read
-    assert metrics[2, "tokens/saved"] == pytest.approx(1 - read / alone)
+    assert speeds["tokens/read"] == [read, read]
+    assert speeds["tokens/saved"] == [pytest.approx(1 - read / alone)] * 2
+
+
+def test_the_tokens_of_a_policy_are_those_of_its_data(tiny, tmp_path):
+    """Prompt once and each response, as often as a step takes the group, whatever it takes to read them."""
+    rows = cache(tiny, random_rows())
+    _, _, policy = train(tiny, table(rows), tmp_path, epochs=3, micro_tokens=1)
+    once = sum(len(row["prompt_ids"]) + sum(len(each["token_ids"]) for each in row["responses"]) for row in rows)
+    assert policy["tokens"] == 3 * once
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_the_reference_counts_the_tokens_that_it_reads(tiny, labelled, monkeypatch, sharing):
+    """P + sum over responses of (R - 1) a prompt; in plain rows, one a response, all as wide as the longest."""
+    if not sharing:
+        monkeypatch.setattr("stages.policy.share_prefixes", lambda network: None)
+    prompts, candidates, _ = labelled
+    ws = space()
+    for _ in range(2):  # on one warm network
+        reference(prompts, candidates, tiny, ws)
+    responses: dict = {row["prompt_id"]: (len(row["token_ids"]), []) for row in prompts.to_pylist()}
+    for row in candidates.to_pylist():
+        responses[row["prompt_id"]][1].append(len(row["token_ids"]))
+    packed = sum(prompt + sum(said) - len(said) for prompt, said in responses.values())
+    wide = max(prompt + max(said) for prompt, said in responses.values()) * candidates.num_rows
+    assert wide < BUDGET
+    assert ws.counters["tokens"] == 2 * (packed if sharing else wide)
+
+
+def test_flops_of_what_is_trained_and_of_what_is_frozen(tiny):
+    """A token without gradients takes 2 N, one with them 6 a trained weight and 4 a frozen one, 2 N more if again."""
+    network = load_network(tiny)
+    network.lm_head.weight.requires_grad_(False)
+    sizes = [weight.numel() for weight in network.parameters() if weight.requires_grad]
+    trained, frozen = sum(sizes), network.lm_head.weight.numel()
+    once, again = (Meter(network, Ranks(), recompute) for recompute in (False, True))
+    assert once.flops(10, 0) == 10 * 2 * (trained + frozen)
+    assert once.flops(10, 10) == 10 * (6 * trained + 4 * frozen)
+    assert again.flops(10, 10) == 10 * (8 * trained + 6 * frozen)
 
 
 def train_speeds(init, rows, folder, **options):
