@@ -80,8 +80,8 @@ class Watcher:
     def cached(self, step: Step) -> None:
         self._line(step, f"[dim]cached {step.key}[/]")
 
-    def elsewhere(self, step: Step) -> None:
-        self._line(step, f"[yellow]waiting[/] {step.key}: another run is making it")
+    def waits(self, step: Step, why: str) -> None:
+        self._line(step, f"[yellow]waiting[/] {step.key}: {why}")
 
     def begin(self, step: Step, done: int, total: int) -> None:
         again = f" ({done} of {total} parts are there)" if done else ""

@@ -1,13 +1,28 @@
-"""Plans and stores as trees for the terminal."""
+"""Plans and stores for the terminal: trees of steps, and lists of runs."""
 
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
 from rich.markup import escape
 from rich.tree import Tree
 
+from pipeline.contents import Contents, Made, followers_first
 from pipeline.keys import differences
 from pipeline.plan import Plan, Step
+from pipeline.registry import nearest
 from pipeline.rounds import split
 from pipeline.stage import shape_of
 from pipeline.store import Store
+from schemas import WinnowError
+
+AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+RUN_LIST = pa.schema([(name, pa.string()) for name in ("run", "age", "sealed", "size", "shared with other runs")])
+STEP_LIST = pa.schema(
+    [(name, pa.string()) for name in ("step", "stage", "key", "state", "rows", "size", "age", "adopted from")]
+)
 
 
 def plan_tree(plan: Plan, store: Store) -> Tree:
@@ -36,9 +51,13 @@ def _branch(tree: Tree, step: Step, plan: Plan, store: Store, shown: dict[str, s
 def status(step: Step, run: str, store: Store) -> str:
     manifest = store.folder(step).manifest
     if manifest:
-        rows = sum(n for name, n in manifest["rows"].items() if name != "rejects")
-        return f"[green]cached[/] {rows:,} rows"
+        adopted = f", adopted from {escape(manifest['adopted']['from'])}" if "adopted" in manifest else ""
+        return f"[green]cached[/] {rows(manifest):,} rows{adopted}"
     return f"[yellow]will run[/]: {why(step, run, store)}"
+
+
+def rows(manifest: dict[str, Any]) -> int:
+    return sum(n for name, n in manifest["rows"].items() if name != "rejects")
 
 
 def why(step: Step, run: str, store: Store) -> str:
@@ -59,3 +78,67 @@ def _before(step: Step, run: str, store: Store) -> dict[str, str] | None:
     runs = store.runs()
     known = [runs.get(run, {}), runs.get(run.partition("[")[0], {}), *runs.values()]
     return next((links[step.name] for links in known if step.name in links), None)
+
+
+def runs_of(store: Store) -> pa.Table:
+    """A row a run: the age of its newest step, how many of its steps are sealed, its bytes, those that others reach."""
+    contents = Contents(store)
+    keys = {run: {link["key"] for link in steps.values()} for run, steps in contents.runs.items()}
+    return pa.Table.from_pylist([_run_row(contents, run, keys) for run in contents.runs], RUN_LIST)
+
+
+def _run_row(contents: Contents, run: str, keys: dict[str, set[str]]) -> dict[str, str]:
+    own = [contents.made[key] for key in keys[run] if key in contents.made]
+    others = {key for other, theirs in keys.items() if other != run for key in theirs}
+    sealed = [made.manifest for made in own if made.manifest]
+    return {
+        "run": run,
+        "age": age(max((manifest["made"] for manifest in sealed), default=None)),
+        "sealed": f"{len(sealed)} of {len(keys[run])} steps",
+        "size": size(sum(made.bytes for made in own)),
+        "shared with other runs": size(sum(made.bytes for made in own if made.key in others)),
+    }
+
+
+def steps_of(store: Store, run: str) -> pa.Table:
+    """A row a step of a run, inputs before what reads them. Raises WinnowError with the runs that there are."""
+    contents = Contents(store)
+    if run not in contents.runs:
+        raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, list(contents.runs))}")
+    steps = contents.runs[run]
+    made = {link["key"]: contents.made.get(link["key"]) for link in steps.values()}
+    order = followers_first({key: each.inputs if each else None for key, each in made.items()})[::-1]
+    shards = next((m.manifest["identity"]["shards"] for m in made.values() if m and m.manifest), None)
+    listed = sorted(steps.items(), key=lambda item: order.index(item[1]["key"]))
+    return pa.Table.from_pylist([_step_row(name, link, made[link["key"]], shards) for name, link in listed], STEP_LIST)
+
+
+def _step_row(name: str, link: dict[str, str], made: Made | None, shards: int | None) -> dict[str, str]:
+    manifest = made.manifest if made else None
+    known = {"step": name, "stage": link["stage"], "key": link["key"], "state": _state(made, shards)}
+    if made:
+        known["size"] = size(made.bytes)
+    if manifest:
+        known |= {"rows": f"{rows(manifest):,}", "age": age(manifest["made"])}
+        known["adopted from"] = manifest.get("adopted", {}).get("from", "")
+    return known
+
+
+def _state(made: Made | None, shards: int | None) -> str:
+    if made is None:
+        return "not made"
+    if made.manifest:
+        return "sealed"
+    return f"{len(made.parts)}{f' of {shards}' if shards else ''} parts"
+
+
+def age(made: str | None) -> str:
+    """How long ago, in the largest unit that it is one of: `3 h`."""
+    if made is None:
+        return ""
+    seconds = max(0, int((datetime.now(UTC) - datetime.fromisoformat(made)).total_seconds()))
+    return next((f"{seconds // many} {unit}" for many, unit in AGES if seconds >= many), "now")
+
+
+def size(bytes: int) -> str:
+    return next((f"{bytes / many:,.1f} {unit}" for many, unit in SIZES if bytes >= many), f"{bytes} B")

@@ -13,6 +13,7 @@ from schemas import WinnowError
 Told = tuple[float, float, str]
 TELL_SECONDS = 0.5
 STARTS = 3
+PATIENCE = 30.0  # seconds that a worker waits for room before people hear of it
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ class Member:
     units: dict[Any, Unit] = field(default_factory=dict)
     asked: Any = None
     told: list[Told] = field(default_factory=list)
+    hired: float = field(default_factory=time.monotonic)
 
 
 class Crew:
     """Of one step. `given` are Ray's options for an actor, `most` how many there may be."""
 
     def __init__(self, ray: Any, work: Work, resources: Resources, given: dict[str, Any], most: int) -> None:
-        self.ray, self.work, self.resources, self.most = ray, work, resources, most
+        self.ray, self.work, self.resources, self.given, self.most = ray, work, resources, given, most
         shared = shape_of(work.entry).shared
         groups = {"units": resources.in_flight if shared else 1}
         self.kind = ray.remote(max_restarts=0, concurrency_groups=groups, **given)(Worker)
@@ -83,6 +85,15 @@ class Crew:
     def waits(self) -> bool:
         """Has an actor no place yet?"""
         return not all(member.placed for member in self.members)
+
+    @property
+    def stuck(self) -> str | None:
+        """What all its actors wait for in vain, if they do."""
+        late = [member for member in self.members if time.monotonic() - member.hired > PATIENCE]
+        if not late or any(member.placed for member in self.members):
+            return None
+        asked = ", ".join(f"{name} {value:g}" for name, value in self.given.items() if isinstance(value, int | float))
+        return f"none of its workers is up yet; the cluster may have no room for one ({asked})"
 
     def want(self, units: int) -> None:
         while len(self.members) < min(self.most, units + self.running):

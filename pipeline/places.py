@@ -69,12 +69,13 @@ def read_all(folder: Place, pattern: str) -> dict[Place, bytes]:
         found.sort(key=str)
         if isinstance(folder, Path) or not found:
             return {place: place.read_bytes() for place in found}
+        there = {place.path: place for place in found if not isinstance(place, Path)}
         # cat() takes the brackets in a run's name for a pattern; only what is gone since the listing may be left out
-        contents = folder.fs.cat_ranges([place.path for place in found], None, None, on_error="return")
+        contents = folder.fs.cat_ranges(list(there), None, None, on_error="return")
         for content in contents:
             if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                 raise content
-        pairs = zip(found, contents, strict=True)
+        pairs = zip(there.values(), contents, strict=True)
         return {place: content for place, content in pairs if isinstance(content, bytes)}
 
 
@@ -170,10 +171,12 @@ def delete(place: Place) -> None:
     with _told(place):
         if isinstance(place, Path):
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-        elif place.is_file():
-            place.fs.rm_file(place.path)  # rm() takes the brackets in a run's name for a pattern
-        elif place.exists():
-            place.fs.rm(place.path, recursive=True)
+            return
+        with suppress(FileNotFoundError):
+            if place.fs.info(place.path)["type"] == "file":
+                place.fs.rm_file(place.path)  # rm() takes the brackets in a run's name for a pattern
+            else:
+                place.fs.rm(place.path, recursive=True)
 
 
 def send(here: Path, there: Place) -> None:

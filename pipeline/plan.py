@@ -50,6 +50,11 @@ class Plan:
     name: str
     steps: list[Step] = field(default_factory=list)
     targets: list[Step] = field(default_factory=list)
+    part: list[Step] | None = None  # those to make, where not all are; what they read besides is sealed
+
+    @property
+    def wanted(self) -> list[Step]:
+        return self.steps if self.part is None else self.part
 
     @property
     def target(self) -> Step:

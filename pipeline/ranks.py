@@ -15,7 +15,7 @@ from pipeline.attempts import ATTEMPTS
 from pipeline.executors import POLL_SECONDS, relay, start, teller
 from pipeline.resources import Resources
 from pipeline.store import read_json, write_json
-from pipeline.workspace import Tell
+from pipeline.workspace import Tell, Workspace
 from schemas import WinnowError, WinnowWarning
 
 Job = Callable[[Tell], dict[str, Any]]
@@ -24,20 +24,15 @@ SAID = "said.txt"  # what the first rank warns of, a line each
 AGAIN = "a rank died or was out of memory; all go on from the last checkpoint"
 
 
-def on_ranks(
-    job: Job,
-    ranks: int,
-    folder: Path,
-    tell: Tell,
-    resources: Resources = Resources(),  # noqa: B008 - frozen
-) -> dict[str, Any]:
-    """What the first rank's `job` returns, plain enough for JSON. `folder` must be one that all ranks see.
+def on_ranks(job: Job, ranks: int, ws: Workspace) -> dict[str, Any]:
+    """What the first rank's `job` returns, plain enough for JSON. All ranks must see the workspace's folder.
 
-    `resources` are those of one rank; where they do not say, it has one GPU if the cluster has any, and its share of
+    Its resources are those of one rank; where they do not say, it has one GPU if the cluster has any, and its share of
     the cores. torch.distributed is joined before `job` begins. Raises WinnowError where a rank does, or where ranks
     died as often as a part may.
     """
-    ray = start()
+    ray, folder, resources = start(), ws.folder, ws.resources
+    _refuse_apart(ray, ws)
     torch: Any = import_module("ray.train.torch")
     train: Any = import_module("ray.train")
     each = _each(resources, ranks, ray.cluster_resources())
@@ -57,7 +52,7 @@ def on_ranks(
             failure_config=train.FailureConfig(max_failures=ATTEMPTS - 1),
         ),
     )
-    with _Relayed(folder, tell):
+    with _Relayed(folder, ws.progress):
         try:
             trainer.fit()
         except train.v2.api.exceptions.TrainingFailedError as error:
@@ -71,6 +66,15 @@ def on_ranks(
     (folder / SAID).unlink(missing_ok=True)
     outcome: dict[str, Any] = read_json(folder / OUTCOME) or {}
     return outcome
+
+
+def _refuse_apart(ray: Any, ws: Workspace) -> None:
+    """Raises WinnowError where ranks would not see each other's files."""
+    if ws.folder != ws.keep.there and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise WinnowError(
+            f"ranks: those of several nodes write one checkpoint, and the store, {ws.keep.there}, is no disk that all "
+            "see; use a store on a shared disk, or one rank"
+        )
 
 
 def _each(resources: Resources, ranks: int, has: dict[str, float]) -> dict[str, float]:

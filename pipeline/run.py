@@ -13,6 +13,7 @@ from pipeline.schedule import Reporter, Schedule
 from pipeline.store import Json, Store
 from pipeline.work import Work, fail_if_nothing_left
 
+SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
 LIBRARIES = (
     "torch",
     "transformers",
@@ -28,14 +29,20 @@ LIBRARIES = (
 
 
 def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> None:
-    """Make every step of the plan that is not in the store yet; raises WinnowError at the first that fails."""
+    """Make every step wanted of the plan that is not in the store yet; raises WinnowError at the first that fails."""
     store.check()
     store.link_run(plan.name, plan.steps)
     Schedule(plan, store, executor, reporter, _seal).run()
 
 
 def _seal(step: Step, work: Work, seconds: float) -> Json:
-    record = {
+    record = record_of(step, seconds)
+    return work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, step.options, found))
+
+
+def record_of(step: Step, seconds: float) -> Json:
+    """What a manifest says of a step beside its files."""
+    return {
         "stage": step.entry.name,
         "key": step.key,
         "identity": step.identity,
@@ -43,9 +50,8 @@ def _seal(step: Step, work: Work, seconds: float) -> Json:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "libraries": _versions(),
-        "commit": _commit(),
+        "commit": commit(),
     }
-    return work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, step.options, found))
 
 
 @lru_cache
@@ -61,9 +67,11 @@ def _versions() -> dict[str, str]:
 
 
 @lru_cache
-def _commit() -> str | None:
-    """This code's git commit, with + when the tree has changes; None outside a checkout."""
+def commit() -> str | None:
+    """This code's git commit, with + when the tree has changes; what came with it if it was shipped, None otherwise."""
     here = Path(__file__).parent
+    if (shipped := here.parent / SHIPPED).exists():
+        return shipped.read_text() or None
     try:
         head = _git(here, "rev-parse", "HEAD")
         return head + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")

@@ -27,7 +27,7 @@ class Reporter(Protocol):
     """What a run tells the people who watch it."""
 
     def cached(self, step: Step) -> None: ...
-    def elsewhere(self, step: Step) -> None: ...
+    def waits(self, step: Step, why: str) -> None: ...
     def begin(self, step: Step, done: int, total: int) -> None: ...
     def part(self, step: Step) -> None: ...
     def tell(self, step: Step, done: float, total: float, unit: str) -> None: ...
@@ -63,10 +63,11 @@ class Schedule:
 
     def __init__(self, plan: Plan, store: Store, executor: Executor, reporter: Reporter, seal: Seal) -> None:
         self.store, self.executor, self.reporter, self.seal = store, executor, reporter, seal
-        self.waiting = list(plan.steps)
+        self.waiting = list(plan.wanted)
         self.making: dict[str, Making] = {}
-        self.sealed: set[str] = set()
-        self.told_elsewhere: set[str] = set()
+        own = {step.key for step in plan.wanted}
+        self.sealed = {source.key for step in plan.wanted for source in step.inputs.values()} - own
+        self.told_of: set[str] = set()
 
     def run(self) -> None:
         self.executor.say = self._say
@@ -101,9 +102,7 @@ class Schedule:
             return True
         claim = self.store.folder(step).claim()
         if claim is None:
-            if step.key not in self.told_elsewhere:
-                self.told_elsewhere.add(step.key)
-                self.reporter.elsewhere(step)
+            self._waits(step, "another run is making it")
             return False
         if self._is_sealed(step):  # while we were getting here
             claim.release()
@@ -148,6 +147,8 @@ class Schedule:
     def _take_in(self) -> None:
         for outcome in self.executor.wait(POLL_SECONDS):
             self._settle(outcome)
+        for work, why in self.executor.stuck():
+            self._waits(self._of(work).step, why)
         for making in list(self.making.values()):
             if making.finished and all(source.key in self.sealed for source in making.step.inputs.values()):
                 self._seal(making)
@@ -157,6 +158,12 @@ class Schedule:
 
     def _of(self, work: Work) -> Making:
         return next(making for making in self.making.values() if making.work is work)
+
+    def _waits(self, step: Step, why: str) -> None:
+        """Said once."""
+        if step.key not in self.told_of:
+            self.told_of.add(step.key)
+            self.reporter.waits(step, why)
 
     def _settle(self, outcome: Outcome) -> None:
         making = self._of(outcome.work)

@@ -171,7 +171,9 @@ class Store:
     def __init__(self, root: str | Place) -> None:
         self.root = place_of(root)
         if isinstance(self.root, Path) and self.root.is_file():
-            raise WinnowError(f"--store {self.root}: is a file; give a folder, or a place in an object store")
+            raise WinnowError(
+                f"--store {self.root}: is a file, and a store cannot be written to one; give a folder, or s3://"
+            )
 
     def folder(self, step: Step) -> StepFolder:
         return self.at(step.entry.name, step.key)

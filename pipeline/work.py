@@ -49,6 +49,11 @@ class Work:
     def whole(self) -> bool:
         return shape_of(self.entry).whole
 
+    @property
+    def made_of(self) -> dict[str, str]:
+        """The keys of what it reads: a part says so too, before there is a manifest to say it."""
+        return {name: source.path.name for name, source in self.sources.items()}
+
     def units(self) -> list[Unit]:
         """What is left to do: missing parts, or the one call of a whole stage."""
         missing = self.out.missing(self.shards)
@@ -85,7 +90,7 @@ def execute(work: Work, unit: Unit, warm: Warm, tell: Tell, resources: Resources
     if work.whole:
         return _commit_whole(work, tables, workspace, seconds)
     out = work.out if unit.span is None else work.piece(unit)
-    return _commit(out, unit.shard, tables, _record(tables, workspace, seconds))
+    return _commit(work, out, unit.shard, tables, _record(tables, workspace, seconds))
 
 
 def _workspace(work: Work, warm: Warm, tell: Tell, resources: Resources) -> Workspace:
@@ -155,8 +160,8 @@ def _record(tables: dict[str, pa.Table], workspace: Workspace | None, seconds: f
     return {"seconds": round(seconds, 3), "counters": counters, "rejects": dict(reasons)}
 
 
-def _commit(out: StepFolder, shard: int, tables: dict[str, pa.Table], record: dict[str, Any]) -> int:
-    out.write_part(shard, tables, record)
+def _commit(work: Work, out: StepFolder, shard: int, tables: dict[str, pa.Table], record: dict[str, Any]) -> int:
+    out.write_part(shard, tables, record | {"inputs": work.made_of})
     return sum(table.num_rows for name, table in tables.items() if name != "rejects")
 
 
@@ -166,7 +171,7 @@ def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace,
     digest = keep_model(work.out, workspace.folder / "model") if shape_of(work.entry).makes_model else None
     for shard, part in enumerate(deal(tables, work.shards)):
         own = (workspace, seconds) if shard == 0 else (None, 0.0)
-        rows += _commit(work.out, shard, part, _record(part, *own) | ({"model": digest} if shard == 0 else {}))
+        rows += _commit(work, work.out, shard, part, _record(part, *own) | ({"model": digest} if shard == 0 else {}))
     if workspace.folder != work.out.path:
         shutil.rmtree(workspace.folder, ignore_errors=True)
     return rows
@@ -213,7 +218,7 @@ def join(work: Work, shard: int, pieces: list[Unit], poison: dict[str, str]) -> 
     tables["rejects"] = pa.concat_tables([tables["rejects"], pa.Table.from_pylist(rows, schema=REJECTS)])
     counters: Counter[str] = sum((Counter(record["counters"]) for _, record in found), Counter())
     seconds = sum(record["seconds"] for _, record in found)
-    return _commit(work.out, shard, tables, _record(tables, None, seconds) | {"counters": dict(counters)})
+    return _commit(work, work.out, shard, tables, _record(tables, None, seconds) | {"counters": dict(counters)})
 
 
 def fail_if_nothing_left(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:

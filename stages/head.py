@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, Finite, Range, Registry, Workspace, stage
-from schemas import Features, Heads, Metrics, Pairs, Prompts, Rewards, WinnowError
+from schemas import Features, Heads, Metrics, Pairs, Prompts, Rewards, WinnowError, WinnowWarning
 from schemas.tables import METRICS, REWARDS
 from stages.convex import Solution, Tell, draw_gates, loss, recover, solve
 from stages.groups import column_by
@@ -99,6 +99,7 @@ def _warn_of_the_cap(solution: Solution, tolerance: float) -> None:
     warnings.warn(
         f"preference_head: ADMM stopped after {solution.iterations} iterations at residuals {solution.primal:.1e} and "
         f"{solution.dual:.1e}, above head.tolerance {tolerance}; set head.iterations higher",
+        WinnowWarning,
         stacklevel=3,
     )
 

@@ -111,7 +111,7 @@ def optimize(
     else:
         from pipeline.ranks import on_ranks
 
-        outcome = on_ranks(job, ranks, ws.folder, ws.progress, ws.resources)
+        outcome = on_ranks(job, ranks, ws)
     ws.count(tokens=outcome["tokens"])
     loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
     row = {

@@ -56,6 +56,21 @@ def test_parts_of_a_shared_stage_are_at_work_together_in_one_worker(tmp_path: Pa
     assert len({pid for _, pid in notes(tmp_path)}) == 1
 
 
+def test_a_step_for_which_the_cluster_has_no_room_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once, after a while, instead of a silent wait: here for GPUs that this machine has not; then it is stopped."""
+
+    class Impatient(Silent):
+        def waits(self, step, why):
+            if step.name == "slow":
+                raise KeyboardInterrupt(why)
+
+    monkeypatch.setattr("pipeline.crew.PATIENCE", 0.5)
+    plan = plan_of_toys(1, slow=dict(folder=str(tmp_path), name="slow", seconds=0.0))
+    greedy = Profile(stages={"slow": Resources(cpus=1, gpus=8)}, autoscaling=True)
+    with pytest.raises(KeyboardInterrupt, match=r"may have no room .*num_cpus 1, num_gpus 8"):
+        run(plan, Store(tmp_path / "store"), OnRay(1, profile=greedy), Impatient())
+
+
 def test_nothing_is_tried_again_on_a_worker_that_failed(tmp_path: Path):
     plan = plan_of_toys(1, broken_once=dict(folder=str(tmp_path)))
     run(plan, Store(tmp_path / "store"), OnRay(1), Silent())

@@ -99,7 +99,7 @@ class Log:
     def begin(self, step: Step, done: int, total: int) -> None:
         self.events.append(("begin", (step.name, done, total)))
 
-    def elsewhere(self, step: Step) -> None: ...
+    def waits(self, step: Step, why: str) -> None: ...
 
     def part(self, step: Step) -> None:
         self.events.append(("part", step.name))

@@ -1,0 +1,45 @@
+"""The command line that goes on where a run failed: the same one, without what has happened already."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+RESUME = "resume with: "
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Whatever ends the run early says how to go on, in a note that main() prints, or Python below its traceback."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(RESUME + command(sys.argv))
+        raise
+
+
+def command(words: list[str]) -> str:
+    """Quoted for a shell. What --force dropped is gone once the run began, so to force again would undo its work."""
+    me, *rest = words
+    kept = [
+        word
+        for before, word in zip([me, *rest], rest, strict=False)
+        if before != "--force" and word != "--force" and not word.startswith("--force=")
+    ]
+    return shlex.join([*_called(me), *kept])
+
+
+def _called(me: str) -> list[str]:
+    """`winnow` as it was called, or `python -m jobs`."""
+    if not me.endswith("__main__.py"):
+        return [me]
+    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+
+
+def advice(error: BaseException | None) -> list[str]:
+    """How to go on, of an error or of what it came from: Ctrl-C reaches main() as an exit that followed from it."""
+    while error is not None:
+        if notes := [note for note in getattr(error, "__notes__", []) if note.startswith(RESUME)]:
+            return notes
+        error = error.__context__
+    return []

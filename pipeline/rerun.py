@@ -1,0 +1,142 @@
+"""One step alone, a step and what follows it, a step made again: parts of plans, checked before anything is touched."""
+
+import shlex
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from pipeline.contents import Contents, Made, followers_first
+from pipeline.garbage import remove
+from pipeline.plan import Plan, Step
+from pipeline.registry import nearest
+from pipeline.rounds import split
+from pipeline.store import Store
+from schemas import WinnowError
+
+Choose = Callable[[Plan, str], list[Step]]
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Plans with the steps to make, and the sealed or begun steps that go first because they are made again."""
+
+    plans: list[Plan]
+    gone: list[Made]
+
+    def drop(self) -> None:
+        """Delete them, those that follow first: whenever this ends, no step stands on what is not there.
+
+        Raises WinnowError, with nothing deleted, where another run is making one of them.
+        """
+        with ExitStack() as claims:
+            for made in self.gone:
+                claim = made.folder.claim()
+                if claim is None:
+                    raise WinnowError(
+                        f"--force: another run is making {made.stage} {made.key}, which would be made again; "
+                        "wait for it, or stop it"
+                    )
+                claims.callback(claim.release)
+            for made in self.gone:
+                remove(made.folder)
+
+
+def rerun(
+    plans: list[Plan], store: Store, only: str | None = None, onward: str | None = None, force: str | None = None
+) -> Rerun:
+    """What `--only`, `--from` (onward) and `--force` a step come to, several recipes at once; nothing is changed yet.
+
+    Raises WinnowError for unknown steps, for what they read and is not sealed, and where a run that is not among the
+    plans would lose what it stands on.
+    """
+    if only and onward:
+        raise WinnowError(f"--only {only} --from {onward}: give one of them; --from makes what follows too")
+    gone = _to_drop(plans, force, store) if force else []
+    keys = {made.key for made in gone}
+    if only:
+        plans = _parts(plans, f"--only {only}", only, chosen, store, keys)
+    if onward:
+        plans = _parts(plans, f"--from {onward}", onward, followers, store, keys)
+    return Rerun(plans, gone)
+
+
+def chosen(plan: Plan, name: str) -> list[Step]:
+    """A step, or, by its name without a round, that of every round."""
+    return [step for step in plan.steps if name in (step.name, split(step.name)[0])]
+
+
+def followers(plan: Plan, name: str) -> list[Step]:
+    """A step, and all that is made of it."""
+    found = {step.name for step in chosen(plan, name)}
+    for step in plan.steps:  # inputs come before what reads them
+        if any(source.name in found for source in step.inputs.values()):
+            found.add(step.name)
+    return [step for step in plan.steps if step.name in found]
+
+
+def _known(plans: list[Plan], place: str, name: str) -> None:
+    if not any(chosen(plan, name) for plan in plans):
+        names = {word for plan in plans for step in plan.steps for word in (step.name, split(step.name)[0])}
+        which = " and ".join(plan.name for plan in plans)
+        raise WinnowError(f"{place}: no step {name!r} in {which}; {nearest(name, sorted(names))}")
+
+
+def _parts(plans: list[Plan], place: str, name: str, choose: Choose, store: Store, gone: set[str]) -> list[Plan]:
+    """Of every plan that has such a step; an earlier one may make what a later one reads."""
+    _known(plans, place, name)
+    parts = [replace(plan, part=steps) for plan in plans if (steps := choose(plan, name))]
+    making: set[str] = set()
+    problems = []
+    for plan in parts:
+        making |= {step.key for step in plan.wanted}
+        read = {source.name: source for step in plan.wanted for source in step.inputs.values()}
+        lacking = [
+            name
+            for name, source in read.items()
+            if source.key not in making and (source.key in gone or store.folder(source).manifest is None)
+        ]
+        problems += [f"{plan.name}: {place}: {_lacks(place, lacking)}"] if lacking else []
+    if problems:
+        raise WinnowError(*problems)
+    return parts
+
+
+def _lacks(place: str, lacking: list[str]) -> str:
+    """What to do about what is not there."""
+    these = " and ".join(lacking)
+    many = len(lacking) > 1
+    return (
+        f"it reads {these}, which {'are' if many else 'is'} not sealed; make {'them' if many else 'it'} first, with "
+        f"--only {lacking[0]}, or leave {place.split()[0]} out"
+    )
+
+
+def _to_drop(plans: list[Plan], name: str, store: Store) -> list[Made]:
+    """What lies in the store of this step and of all that follows from it, of whichever recipe; followers first."""
+    _known(plans, f"--force {name}", name)
+    contents = Contents(store)
+    inputs = {key: made.inputs for key, made in contents.made.items()}
+    inputs |= {step.key: frozenset(s.key for s in step.inputs.values()) for plan in plans for step in plan.steps}
+    outside = contents.reached(tuple(plan.name for plan in plans))
+    keys = {step.key for plan in plans for step in chosen(plan, name)}
+    keys |= {key for key, sources in inputs.items() if sources is None and key not in outside}  # it may follow too
+    while more := {key for key, sources in inputs.items() if sources and sources & keys} - keys:
+        keys |= more
+    gone = [contents.made[key] for key in followers_first(inputs) if key in keys and key in contents.made]
+    _refuse_if_reached(contents, plans, {made.key for made in gone}, name)
+    return gone
+
+
+def _refuse_if_reached(contents: Contents, plans: list[Plan], gone: set[str], name: str) -> None:
+    ours = {plan.name for plan in plans}
+    others = [
+        run
+        for run, steps in contents.runs.items()
+        if run not in ours and any(link["key"] in gone for link in steps.values())
+    ]
+    if others:
+        many = len(others) > 1
+        raise WinnowError(
+            f"--force {name}: {', '.join(others)} would lose what {'they stand' if many else 'it stands'} on; name "
+            f"{'them' if many else 'it'} in the command too, or `winnow gc --forget {shlex.quote(others[0])} --yes`"
+        )
