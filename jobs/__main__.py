@@ -1,30 +1,58 @@
 """The command `winnow`."""
 
+import warnings
+from typing import TextIO
+
 import jobs.commands.asking
 import jobs.commands.bench
+import jobs.commands.cluster
 import jobs.commands.exporting
+import jobs.commands.keeping
 import jobs.commands.running  # noqa: F401
 from jobs.commands.app import app, complaints
-from schemas import WinnowError
+from jobs.resume import advice
+from schemas import WinnowError, WinnowWarning
 
 INTERRUPTED = 130  # typer's exit code for ctrl-c
+AGAIN = "the same command goes on from them"
+_python = warnings.showwarning
 
 
 def main() -> None:
     """Errors that people can mend end with their message and exit code 2; never a traceback."""
+    warnings.showwarning = _warn
     try:
         app()
     except WinnowError as error:
-        for problem in error.problems:
-            complaints.print(f"winnow: {problem}", style="red", highlight=False, markup=False)
+        _complain(*error.problems, *advice(error))
         raise SystemExit(2) from None
     except OSError as error:
-        complaints.print(f"winnow: {error}; finished parts are kept, the same command goes on from them", style="red")
+        _complain(f"{error}; finished parts are kept", *(advice(error) or [AGAIN]))
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            complaints.print("winnow: interrupted; finished parts are kept, the same command goes on from them")
+            _complain("interrupted; finished parts are kept", *(advice(end) or [AGAIN]), style="")
         raise
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours without a file and a line of Python, which are nothing to those who read it."""
+    if issubclass(category, WinnowWarning):
+        _complain(str(message), style="yellow")
+    else:
+        _python(message, category, filename, lineno, file, line)
+
+
+def _complain(*problems: str, style: str = "red") -> None:
+    for problem in problems:
+        complaints.print(f"winnow: {problem}", style=style, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

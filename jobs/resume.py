@@ -1,11 +1,13 @@
 """The command line that goes on where a run failed: the same one, without what has happened already."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 RESUME = "resume with: "
+SUBMITTED = "WINNOW_SUBMITTED"  # in a job: the command that submitted it
 
 
 @contextmanager
@@ -20,6 +22,8 @@ def resumable() -> Iterator[None]:
 
 def command(words: list[str]) -> str:
     """Quoted for a shell. What --force dropped is gone once the run began, so to force again would undo its work."""
+    if told := os.environ.get(SUBMITTED):
+        return told  # a job's own command line is of copies that are gone with it
     me, *rest = words
     kept = [
         word

@@ -43,11 +43,11 @@ class Attempts:
         """What is to be tried next instead, and whether its part is finished; raises WinnowError where no hope is."""
         words = _last_words(error)
         self._tries[unit] += 1
-        of_disk = isinstance(error, OSError)  # nothing that a prompt could be guilty of
+        of_place = isinstance(error, OSError | ImportError)  # nothing that a prompt could be guilty of
         prompts = self._prompts_of(unit)
-        if self._tries[unit] < (1 if unit.span and len(prompts) > 1 and not of_disk else ATTEMPTS):
+        if self._tries[unit] < (1 if unit.span and len(prompts) > 1 and not of_place else ATTEMPTS):
             return [unit], False
-        if of_disk or self.work.whole or not prompts:
+        if of_place or self.work.whole or not prompts:
             raise WinnowError(f"{self.work.name}: part {unit.shard} failed {ATTEMPTS} times; the last time: {words}")
         if len(prompts) > 1:
             return self._halves(unit, len(prompts)), False

@@ -5,6 +5,7 @@ jobs/submit.py, nothing else knows Ray. Parts are idempotent, so an executor has
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -40,6 +41,9 @@ class Executor(Protocol):
     def wait(self, seconds: float) -> list[Outcome]:
         """What ended, as soon as anything did."""
 
+    def stuck(self) -> list[tuple[Work, str]]:
+        """Steps for which nothing is done though it could be, and why."""
+
     def end(self, work: Work) -> None:
         """The step is over, and what its workers hold is free."""
 
@@ -73,6 +77,9 @@ class InProcess:
         execute(work, unit, self.warm, lambda *told: self.say(work, told), self.profile.of(work.entry.name))
         return [Outcome(work, unit)]
 
+    def stuck(self) -> list[tuple[Work, str]]:
+        return []
+
     def end(self, work: Work) -> None:
         self.warm.close()
 
@@ -96,30 +103,24 @@ class OnRay:
         self.here = InProcess(profile)
         self.crews: dict[int, Crew] = {}
 
-    def check(self, plan: Plan) -> None:
-        """Raises WinnowError for every stage that needs more than the cluster has."""
-        nodes = _nodes(start(self.address))
-        problems = [
-            problem
-            for name in dict.fromkeys(step.entry.name for step in plan.steps)
-            for problem in _too_much(name, self.profile.of(name), nodes)
-        ]
-        if problems and not self.profile.autoscaling:
-            raise WinnowError(*problems)
+    def check(self, plans: list[Plan]) -> None:
+        """Raises WinnowError for a cluster that cannot be joined, and for every stage that needs more than it has."""
+        if self.address or self.profile != Profile():
+            check_fits(self.profile, plans, _nodes(start(self.address)))
 
     def want(self, work: Work, units: int) -> None:
         if _spreads_itself(work) or (not units and id(work) not in self.crews):
             return
-        self._crew(work, units).want(units)
+        self._crew(work).want(units)
         if not units and any(crew.waits for crew in self.crews.values()):
             busy = any(crew.running for crew in self.crews.values())
             self.crews[id(work)].let_go(self.profile.of(work.entry.name).min_workers if busy else 0)
 
-    def _crew(self, work: Work, units: int) -> Crew:
+    def _crew(self, work: Work) -> Crew:
         if id(work) not in self.crews:
             ray = start(self.address)
             resources = self.profile.of(work.entry.name)
-            given, most = _given(resources, _nodes(ray), min(self.workers, units))
+            given, most = _given(resources, _nodes(ray), min(self.workers, 1 if work.whole else work.shards))
             self.crews[id(work)] = Crew(ray, work, resources, given, most)
         return self.crews[id(work)]
 
@@ -150,6 +151,9 @@ class OnRay:
                 self.say(crew.work, told)
         return [outcome for crew in self.crews.values() for outcome in crew.take_in(ready)]
 
+    def stuck(self) -> list[tuple[Work, str]]:
+        return [(crew.work, why) for crew in self.crews.values() if (why := crew.stuck)]
+
     def end(self, work: Work) -> None:
         if crew := self.crews.pop(id(work), None):
             crew.close()
@@ -175,10 +179,10 @@ def _nodes(ray: Any) -> Nodes:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _given(resources: Resources, nodes: Nodes, units: int) -> tuple[dict[str, Any], int]:
+def _given(resources: Resources, nodes: Nodes, workers: int) -> tuple[dict[str, Any], int]:
     """Ray's options for an actor, and how many there may be: as said, or a share of all that there is."""
     cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
-    most = resources.max_workers or max(1, min(units, gpus or cpus))
+    most = resources.max_workers or max(1, min(workers, gpus or cpus))
     shares = {kind: min(total // most, int(max(node.get(kind, 0) for node in nodes)))
               for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
     given = {
@@ -191,8 +195,19 @@ def _given(resources: Resources, nodes: Nodes, units: int) -> tuple[dict[str, An
     return {name: value for name, value in given.items() if value is not None}, most
 
 
-def _too_much(stage: str, resources: Resources, nodes: Nodes) -> list[str]:
-    """What no node has, or not all together as often as the profile asks for at least."""
+def check_fits(profile: Profile, plans: list[Plan], nodes: Nodes) -> None:
+    """Raises WinnowError for every stage that needs more than these nodes have, unless there may be more of them."""
+    least: dict[str, int] = {}
+    for step in (step for plan in plans for step in plan.wanted):
+        name, ranks = step.entry.name, step.options.get("ranks", 1)
+        least[name] = max(least.get(name, 1), ranks, profile.of(name).min_workers)
+    problems = [problem for name, count in least.items() for problem in _too_much(name, profile.of(name), count, nodes)]
+    if problems and not profile.autoscaling:
+        raise WinnowError(*problems)
+
+
+def _too_much(stage: str, resources: Resources, least: int, nodes: Nodes) -> list[str]:
+    """What no node has, or not all together for as many workers as there must be at least."""
     wanted = {"CPU": resources.cpus or 0, "GPU": resources.gpus or 0, "memory": (resources.memory or 0) * 2**30}
     if resources.accelerator_type:
         wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
@@ -200,7 +215,6 @@ def _too_much(stage: str, resources: Resources, nodes: Nodes) -> list[str]:
     fits = [
         min((int(node.get(kind, 0) / amount) for kind, amount in wanted.items()), default=1_000_000) for node in nodes
     ]
-    least = max(1, resources.min_workers)
     if sum(fits) >= least:
         return []
     asked = ", ".join(f"{_amount(kind, amount)}" for kind, amount in wanted.items())
@@ -226,15 +240,28 @@ def start(address: str | None = None) -> Any:
     ray: Any = import_module("ray")  # untyped, and not needed to run in process
     if not ray.is_initialized():
         own = dict(include_dashboard=False) if address is None else {}
-        own = dict(include_dashboard=False) if address is None else {}
+        if address not in (None, "auto"):
+            _reach(str(address))
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             lines = str(error).strip().splitlines()
             raise WinnowError(
                 f"--address {address}: {' '.join(lines[:3])} (is it a cluster of this Ray and Python, and up?)"
             ) from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """Raises WinnowError where nothing answers: Ray itself goes on asking for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise WinnowError(
+            f"--address {address}: does not answer ({error}); give what `ray start` printed on the head, like "
+            "head:6379, or auto on a machine of the cluster; `winnow submit` is what takes the dashboard's URL"
+        ) from None
 
 
 def teller(folder: Path) -> Tell:

@@ -1,5 +1,7 @@
 """Profiles: a YAML file of `default` and names of stages, each with the resources that differ from the default."""
 
+import math
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +12,43 @@ from schemas import WinnowError
 
 LEAST = {"cpus": 0, "gpus": 0, "memory": 0, "min_workers": 0, "max_workers": 1, "in_flight": 1, "tensor_parallel": 1}
 WHOLE = ("min_workers", "max_workers", "in_flight", "tensor_parallel")
+DEFAULTS = {each.name: None if each.default is MISSING else each.default for each in fields(Resources)}
 
 
 def load_profile(path: Path, stages: list[str]) -> Profile:
     """Raises WinnowError with all that is wrong in the file; `stages` are the names that it may use."""
     try:
-        content = parse(path.read_text(encoding="utf-8"), f"profile {path}")
-    except OSError as error:
-        raise WinnowError(f"profile {path}: cannot be read ({error.strerror})") from None
+        content = parse(path.read_text(encoding="utf-8"), f"profile {path}") or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinnowError(f"profile {path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise WinnowError(f"profile {path}: must be a mapping of stages, got {type(content).__name__}")
+        raise WinnowError(f"profile {path}: must be a mapping of stages, got {content!r}")
     autoscaling = content.pop("autoscaling", False)
     problems = [] if isinstance(autoscaling, bool) else [f"autoscaling: must be true or false, got {autoscaling!r}"]
     for name, body in content.items():
         if name not in ("default", *stages):
             problems.append(f"{name}: unknown stage; {nearest(str(name), ['default', 'autoscaling', *stages])}")
         problems += _problems(str(name), body)
+    default = content.get("default") or {}
+    whole = {name: default | (body or {}) for name, body in content.items()} if not problems else {}
+    problems += [problem for name, body in whole.items() for problem in _contradictions(name, body)]
     if problems:
         raise WinnowError(*(f"profile {path}: {problem}" for problem in problems))
-    default = content.pop("default", None) or {}
-    made = {name: Resources(**(default | (body or {}))) for name, body in content.items()}
-    return Profile(Resources(**default), made, autoscaling)
+    return Profile(
+        Resources(**whole.pop("default", {})), {n: Resources(**body) for n, body in whole.items()}, autoscaling
+    )
 
 
 def _problems(stage: str, body: Any) -> list[str]:
+    """What is wrong with each of a stage's resources by itself."""
     if not isinstance(body, dict | None):
         return [f"{stage}: must be a mapping of resources, got {body!r}"]
-    known = list(Resources.__dataclass_fields__)
     problems = []
     for name, value in (body or {}).items():
-        if name not in known:
-            problems.append(f"{stage}.{name}: unknown; {nearest(str(name), known)}")
-        elif value is not None and (wrong := _misfit(name, value)):
+        if name not in DEFAULTS:
+            problems.append(f"{stage}.{name}: unknown; {nearest(str(name), list(DEFAULTS))}")
+        elif value != DEFAULTS[name] and (wrong := _misfit(name, value)):
             problems.append(f"{stage}.{name}: must be {wrong}, got {value!r}")
-    least, most = (body or {}).get("min_workers"), (body or {}).get("max_workers")
-    if isinstance(least, int) and isinstance(most, int) and least > most:
-        problems.append(f"{stage}.min_workers: {least} is more than max_workers, {most}")
     return problems
 
 
@@ -54,6 +57,19 @@ def _misfit(name: str, value: Any) -> str | None:
     if name == "accelerator_type":
         return None if isinstance(value, str) else "Ray's name of an accelerator, such as H100"
     kinds = int if name in WHOLE else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value >= LEAST[name]:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not LEAST[name] <= value < math.inf:
         return f"{'a whole number' if name in WHOLE else 'a number'} from {LEAST[name]}"
+    if name == "gpus" and value > 1 and value != int(value):
+        return "a whole number, or a share below 1"
     return None
+
+
+def _contradictions(stage: str, body: dict[str, Any]) -> list[str]:
+    """What does not go together in a stage's resources, the default's among them."""
+    each = DEFAULTS | body
+    problems = []
+    if each["max_workers"] is not None and each["min_workers"] > each["max_workers"]:
+        problems.append(f"{stage}.min_workers: {each['min_workers']} is more than max_workers, {each['max_workers']}")
+    if each["gpus"] is not None and each["tensor_parallel"] > max(1, each["gpus"]):
+        problems.append(f"{stage}.gpus: {each['gpus']}, and tensor_parallel: {each['tensor_parallel']} needs as many")
+    return problems

@@ -54,15 +54,21 @@ def load_recipe(
     name: str | None = None,
     library: tuple[Path, ...] = (),
 ) -> Recipe:
-    """Base, world, method, the recipe that extends it, --set: each over the one before; raises WinnowError.
+    """What the files say together, then --set over it; raises WinnowError."""
+    run = name or _run_name(path.stem + "".join(f"[{item}]" for item in sets))
+    return _recipe(merged(path, overlays, library), sets, run, str(path))
+
+
+def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Base, world, method, the recipe that extends it, each over the one before: what one file would have to say.
 
     What a method says of itself outranks what a world says of all methods. What a recipe extends is looked
     for beside it, then in the folders of `library`.
     """
     base, *methods = _lineage(path, library)
     layers = [base, *(_read(overlay, "--on") for overlay in overlays), *methods]
-    run = name or _run_name(path.stem + "".join(f"[{item}]" for item in sets))
-    return _recipe(reduce(_merge, layers, {}), sets, run, str(path))
+    whole: dict[str, Any] = reduce(_merge, layers, {})
+    return {name: value for name, value in whole.items() if name != "extends"}
 
 
 def _lineage(path: Path, library: tuple[Path, ...]) -> list[dict[str, Any]]:
@@ -105,7 +111,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     content = parse(text, f"{what} {path}")
     if not isinstance(content, dict):
         raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
-    rooted: dict[str, Any] = _rooted(content, path.parent)
+    rooted: dict[str, Any] = _rooted(content, path.absolute().parent)
     return rooted
 
 
@@ -141,7 +147,6 @@ def _recipe(merged: dict[str, Any], sets: tuple[str, ...], name: str, place: str
     if problems:
         raise WinnowError(*told, *problems)
     made = _unrolled(steps, overlays, [each for each in overrides if each.path], told)
-    settings.pop("extends", None)
     return Recipe(name=name, steps=made, rounds=len(overlays), **settings)
 
 

@@ -1,4 +1,4 @@
-"""YAML as recipes and --set read it."""
+"""YAML as recipes and --set read it, and as it is written for them."""
 
 import re
 from typing import Any
@@ -18,11 +18,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?[0-9]+\.[0-9]*$|^[-+]?\.(inf|Inf)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number; spells out what is said twice, for names may not stand twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for each in (_Loader, _Dumper):
+    each.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?[0-9]+\.[0-9]*$|^[-+]?\.(inf|Inf)$"),
+        list("-+0123456789."),
+    )
 
 
 def parse(text: str, place: str) -> Any:
@@ -31,3 +39,8 @@ def parse(text: str, place: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         raise WinnowError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def written(content: Any) -> str:
+    """Text that `parse` reads as the same content."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)

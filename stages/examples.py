@@ -91,7 +91,9 @@ def examples(
         if prompt["split"] != split:
             continue
         group = join.group(prompt, imitate, desirable, threshold, labels)
-        if group["responses"]:
+        if group is None:
+            ws.reject("no reference log-prob", place="reference", prompt=prompt["prompt_id"], detail=prompt["text"])
+        elif group["responses"]:
             rows.append(group)
         elif prompt["prompt_id"] in join.candidates or candidates is None:
             ws.reject("nothing to learn from", place="prompts", prompt=prompt["prompt_id"], detail=prompt["text"])
@@ -110,7 +112,10 @@ class Join:
         )
         self.cached, self.ws = reference is not None, ws
 
-    def group(self, prompt: Row, imitate: Imitate, desirable: Desirable, threshold: float | None, labels: str) -> Row:
+    def group(
+        self, prompt: Row, imitate: Imitate, desirable: Desirable, threshold: float | None, labels: str
+    ) -> Row | None:
+        """None if `reference` left out the whole prompt; where it lacks some of its responses, a wire is wrong."""
         name = prompt["prompt_id"]
         pairs, selected = self.pairs.get(name, []), self.selections.get(name, [])
         weights = _imitated(imitate, pairs, selected)
@@ -120,6 +125,8 @@ class Join:
         used = {*weights, *signs, *(pair[side] for pair in pairs for side in SIDES)}
         kept = [row for row in self.candidates.get(name, []) if row["candidate_id"] in used]
         scores = {row["candidate_id"]: row for row in self.reference.get(name, [])}
+        if self.cached and kept and not scores:
+            return None
         responses = [
             self._response(prompt, row, scores, weights.get(row["candidate_id"], 0.0), signs.get(row["candidate_id"]))
             for row in kept

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import jobs.__main__  # noqa: F401 - registers every command
 from jobs.commands.app import app
 from jobs.recipes import names, plans
+from jobs.shipment import plan_key
 from pipeline.stage import stages
 from schemas import TABLES
 from stages import objectives, pair
@@ -23,9 +24,9 @@ from stages import objectives, pair
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    shlex.split(line.replace(".venv/bin/winnow ", "", 1))
+    shlex.split(line.replace(".venv/bin/winnow ", "", 1), comments=True)
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.startswith(".venv/bin/winnow ")
 ]
 YAML = re.findall(r"```yaml\n(.*?)```", README, re.S)
@@ -69,6 +70,11 @@ def test_every_command_of_the_readme_parses():
         assert answer.exit_code == 0, words
         for option in (word for word in words if word.startswith("--")):
             assert option in answer.output, f"{option} is no option of {command}"
+
+
+def test_the_job_in_the_cluster_section_has_the_name_that_it_will_have():
+    made = plans(["own_candidates"], [ROOT / "tests" / "data" / "untrained.yaml"], [])
+    assert set(re.findall(r"own_candidates-([0-9a-f]{8})-\d", section("On a cluster"))) == {plan_key(made)}
 
 
 @pytest.fixture

@@ -416,6 +416,16 @@ def test_a_reference_on_other_tokens_or_without_a_candidate_is_refused():
         examples(prompts, space(), candidates, pairs_of([(0, 1)]), reference=scores.slice(0, 1))
 
 
+def test_a_prompt_that_the_reference_left_out_is_left_out_with_its_reason():
+    """As one that killed its worker there; the others go on."""
+    prompts, candidates, ws = prompts_of("ab"), candidates_of({"a": 2, "b": 2}), space()
+    known = scores_of(prompts, candidates_of({"a": 2}))
+    both = pa.concat_tables([pairs_of([(0, 1)]), pa.Table.from_pylist([dict(prompt_id="b", chosen_id="b-0",
+        rejected_id="b-1", gap=1.0, weight=1.0, rule="matches")], schema=PAIRS)])  # fmt: skip
+    assert examples(prompts, ws, candidates, both, reference=known).column("prompt_id").to_pylist() == ["a"]
+    assert [(row["prompt_id"], row["reason"]) for row in ws.rejects.to_pylist()] == [("b", "no reference log-prob")]
+
+
 def test_examples_that_nothing_feeds_are_refused_at_plan_time():
     """What `imitate` reads must be wired; pairs need their candidates; no pairs and nothing to imitate is nothing."""
     check = entry_of(examples).facts["shape"].check

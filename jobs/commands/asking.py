@@ -14,8 +14,18 @@ from schemas import WinnowError
 
 
 @app.command()
-def status(store: StorePath = STORE) -> None:
-    """What the store holds: runs, their steps, rows, seconds."""
+def status(
+    store: StorePath = STORE,
+    address: Annotated[
+        str | None, typer.Option(help="the jobs of this cluster instead, by its dashboard's URL")
+    ] = None,
+) -> None:
+    """What the store holds: runs, their steps, rows, seconds. Or a cluster's jobs."""
+    if address:
+        from jobs.submit import listing
+
+        console.print(as_table(listing(address)))
+        return
     answer = query(open_catalog(used(store)), queries.text("status"))
     console.print(as_table(answer))
 

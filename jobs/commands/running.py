@@ -4,6 +4,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +12,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jobs import recipes, show
-from jobs.commands.app import QUERIES, STORE, On, Recipes, Sets, StorePath, app, console
+from jobs import profiles, recipes, show
+from jobs.commands.app import QUERIES, STORE, On, ProfileName, Recipes, Sets, StorePath, Workers, app, console
 from jobs.commands.asking import report
 from jobs.console import Watcher, as_table
 from jobs.demo import OVERLAY, SMALL, world
+from jobs.resume import resumable
 from pipeline.catalog import open_catalog, query
 from pipeline.executors import Executor, InProcess, OnRay
 from pipeline.plan import Plan
+from pipeline.rerun import Rerun, rerun
 from pipeline.run import run as run_plan
 from pipeline.store import Store
 
@@ -43,14 +46,35 @@ def run(
     on: On = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
-    executor: Annotated[ExecutorName, typer.Option(help="this process, or a local Ray")] = ExecutorName.in_process,
-    workers: Annotated[int, typer.Option(help="Ray workers a step", min=1)] = 2,
+    executor: Annotated[ExecutorName, typer.Option(help="this process, or Ray")] = ExecutorName.in_process,
+    workers: Workers = 2,
+    address: Annotated[
+        str | None, typer.Option(help="with Ray: a cluster that this machine belongs to, or auto; a local one without")
+    ] = None,
+    profile: ProfileName = None,
+    only: Annotated[str | None, typer.Option(help="this step alone; what it reads must be sealed")] = None,
+    onward: Annotated[str | None, typer.Option("--from", help="this step, and what is made of it")] = None,
+    force: Annotated[str | None, typer.Option(help="make this step again, and what was made of it")] = None,
 ) -> None:
     """Make what the recipes need and the store has not. All recipes are checked before anything runs."""
-    chosen: Executor = OnRay(workers) if executor is ExecutorName.ray else InProcess()
-    made = recipes.plans(recipe, on, sets)
+    again = rerun(recipes.plans(recipe, on, sets), Store(store), only, onward, force)
+    made = again.plans
+    given = profiles.load(profile)
+    chosen: Executor = InProcess(given)
+    if executor is ExecutorName.ray or address:
+        chosen = OnRay(workers, address, given)
+        chosen.check(made)
+    drop(again)
     run_all(made, Store(store), chosen)
-    _next_moves(made[0], recipe[0], on, sets, store)
+    if address is None:  # else who reads this may be elsewhere, and the recipe here a copy (jobs/shipment.py)
+        _next_moves(made[0], recipe[0], on, sets, store)
+
+
+def drop(again: Rerun) -> None:
+    """What is to be made again goes once all checks are over."""
+    for made in again.gone:
+        console.print(f"[yellow]made again[/]: {made.stage} [dim]{made.key}[/]", highlight=False)
+    again.drop()
 
 
 def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
@@ -62,12 +86,10 @@ def run_all(plans: list[Plan], store: Store, executor: Executor) -> None:
 def run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
     watcher = Watcher(console)
     signal.signal(signal.SIGINT, watcher.interrupt)
-    try:
+    with resumable(), closing(watcher):
         for made in plans:
             console.print(f"[bold]{escape(made.name)}[/]", highlight=False)
             run_plan(made, store, executor, watcher)
-    finally:
-        watcher.close()
 
 
 def _summary(store: Store, runs: list[str]) -> None:
@@ -84,7 +106,7 @@ def _summary(store: Store, runs: list[str]) -> None:
             console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else answer, title))
 
 
-def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store: Path) -> None:
+def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store: str) -> None:
     """Commands that can be pasted as they stand."""
     me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
     kept = [item for item in sets if not item.startswith("select.rule")]
@@ -123,7 +145,7 @@ def demo(
     """The main job on a world made on the spot: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
     world.write(folder)
     overlays = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
-    store = folder / ("methods" if methods else "store")
+    store = str(folder / ("methods" if methods else "store"))
     chosen = [name for name in recipes.names() if name != "own_candidates"] if methods else list(MAIN)
     plans = recipes.plans(chosen, overlays, [])
     run_all(plans, Store(store), InProcess())
