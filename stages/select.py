@@ -39,10 +39,12 @@ def select(
 
     Left out, with reason: a reward that is not finite, and a prompt that the scale or the rule can do nothing with.
     """
-    rows = _usable(rewards, ws).sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
+    rows = _in_order(_usable(rewards, ws))
     prompts, groups = _groups(rows, seed)
     for part in (scale, rule):
         good = _good(part, groups)
+        if good.all():
+            continue
         for prompt in prompts[~good]:
             ws.reject(part.facts["needs"].reason, place=part.name, prompt=prompt)
         rows, prompts, groups = rows.filter(pa.array(groups.each(good))), prompts[good], groups.only(good)
@@ -55,14 +57,33 @@ def select(
 
 
 def _usable(rewards: pa.Table, ws: Workspace) -> pa.Table:
+    """The columns that are read, without rewards that cannot be reckoned with."""
+    rewards = rewards.select(["prompt_id", "candidate_id", "reward"]).combine_chunks()
     column = rewards.column("reward")
-    finite = pc.is_finite(column)
-    good = pc.and_(finite, pc.less(pc.abs(column), LARGEST))
+    good = pc.and_(pc.is_finite(column), pc.less(pc.abs(column), LARGEST))
+    if pc.all(good).as_py():
+        return rewards
     for row in rewards.filter(pc.invert(good)).to_pylist():
         ids = {"prompt": row["prompt_id"], "candidate": row["candidate_id"]}
         reason = "reward is too large" if np.isfinite(row["reward"]) else "reward is not finite"
         ws.reject(reason, place="rewards", detail=str(row["reward"]), **ids)
     return rewards.filter(good).combine_chunks()
+
+
+def _in_order(rows: pa.Table) -> pa.Table:
+    """By prompt and candidate: as `reward` leaves them, so that to look is nearly always enough."""
+    if rows.num_rows < 2:
+        return rows
+    prompt, candidate = (_pairs(rows.column(name).chunk(0)) for name in ("prompt_id", "candidate_id"))
+    same, rising = pc.equal(*prompt), pc.less(*prompt)
+    if pc.all(pc.or_(rising, pc.and_(same, pc.less_equal(*candidate)))).as_py():
+        return rows
+    return rows.sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
+
+
+def _pairs(column: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Each value but the last, and the one after it."""
+    return column.slice(0, len(column) - 1), column.slice(1)
 
 
 def _groups(rows: pa.Table, seed: int) -> tuple[Prompts, Groups]:

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from jobs.bench.optimize import SHAPES
+from jobs.bench.store import PARTS, Sizes
 from jobs.commands.app import STORE, On, StorePath, app, console
 from jobs.console import Watcher, as_table
 from pipeline.store import Store
 
+SIZES = Sizes()
 bench = typer.Typer(help="Slow proofs, measured on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -57,3 +59,26 @@ def optimize(
             console.print(as_table(table, title))
         if out:
             out.write_text(page(made, threads))
+
+
+@bench.command()
+def store(
+    only: Annotated[str, typer.Option(help="parts, by commas")] = PARTS,
+    prompts: Annotated[int, typer.Option(help="of the large tables, each with 64 candidates", min=100)] = SIZES.prompts,
+    parts: Annotated[int, typer.Option(help="of each step of the large tables", min=1)] = SIZES.parts,
+    steps: Annotated[int, typer.Option(help="in the store of the rerun", min=1)] = SIZES.steps,
+    sampled: Annotated[int, typer.Option(help="prompts, each with 64 draws of 32 tokens", min=2)] = SIZES.sampled,
+    hidden: Annotated[int, typer.Option(help="size of the random Llama that draws", min=64)] = SIZES.hidden,
+    kills: Annotated[int, typer.Option(help="runs that are killed and run again", min=1)] = SIZES.kills,
+    repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = SIZES.repeats,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """What `select`, `sample`, a rerun, a changed beta and SQL take at the size of real runs; runs that are killed."""
+    from jobs.bench.store.measure import Bench
+
+    made = Bench(Sizes(prompts, steps, parts, sampled, hidden, kills, repeats), only.split(","))
+    made.run(console.print)
+    for title, table in made.tables().items():
+        console.print(as_table(table, title))
+    if out:
+        out.write_text(made.page())

@@ -1,20 +1,19 @@
 """What runs in `winnow bench optimize`, in which order, and what it comes to."""
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from jobs.bench.optimize import sides
 from jobs.bench.optimize.ablations import ABLATIONS
 from jobs.bench.optimize.sides import Setting
 from jobs.bench.optimize.world import Shape, World
+from jobs.bench.page import commit
 from schemas import WinnowError
 
 Say = Callable[[str], None]
@@ -56,7 +55,7 @@ class Bench:
     steps: int
     repeats: int
     found: dict[Key, Any] = field(default_factory=dict)
-    commit: str = field(default_factory=lambda: _commit())
+    commit: str = field(default_factory=commit)
 
     def __post_init__(self) -> None:
         if find_spec("trl") is None:
@@ -179,13 +178,6 @@ class Bench:
 
     def weights(self, side: str) -> Any:
         return self.world.folder / f"{side}.safetensors"
-
-
-def _commit() -> str:
-    """With a mark if the checkout is not what was committed."""
-    here = Path(__file__).parent
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
 
 
 def _alternating(names: Any, repeat: int) -> list[str]:

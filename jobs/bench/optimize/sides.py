@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.bench.optimize.ablations import ABLATIONS
 from jobs.bench.optimize.world import Shape, World
+from jobs.bench.page import resident
 from pipeline.workspace import Warm, Workspace
 from stages.objectives import objective
 
@@ -68,18 +69,12 @@ class Watch:
         if not self.ticks:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-            self.start = _resident("VmRSS")
+            self.start = resident("VmRSS")
         self.ticks.append(time.perf_counter())
 
     def run(self, losses: list[float]) -> Run:
         seconds = (self.ticks[-1] - self.ticks[0]) / max(1, len(self.ticks) - 1)
-        return Run(seconds, _resident("VmHWM") - self.start, losses)
-
-
-def _resident(name: str) -> float:
-    """Megabytes; VmHWM is the most there ever was since it was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
+        return Run(seconds, resident("VmHWM") - self.start, losses)
 
 
 def ours(setting: Setting, ablation: str = "none") -> Run:

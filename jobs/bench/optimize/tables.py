@@ -1,12 +1,6 @@
 """The tables of `winnow bench optimize`, for the terminal and for a page of the repository."""
 
-import os
-import shlex
-import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +10,10 @@ from jobs.bench.optimize.ablations import ABLATIONS
 from jobs.bench.optimize.measure import PARITY, SCORE, TARGETS, TRAIN, Bench
 from jobs.bench.optimize.sides import Run
 from jobs.bench.optimize.world import Shape
+from jobs.bench.page import MEASURED, facts, spread, written
 
 SCORED = 3.0  # responses a second of `reference` against TRL's, at least
 CLOSE = 1e-4  # losses and weights, relative
-MEASURED = "median over repeats [least, most]"
 
 
 def tables(bench: Bench) -> dict[str, pa.Table]:
@@ -62,8 +56,8 @@ def _steps(bench: Bench) -> Iterator[dict[str, Any]]:
                 "side": f"{side}, recompute" if setting.recompute else side,
                 "dtype": setting.dtype,
                 "a pass": f"{setting.size} {unit}",
-                "pairs/s": _spread(_speeds(shape, runs)),
-                "MB": _spread([run.megabytes for run in runs], 0),
+                "pairs/s": spread(_speeds(shape, runs)),
+                "MB": spread([run.megabytes for run in runs], 0),
             }
 
 
@@ -80,7 +74,7 @@ def _scores(bench: Bench) -> dict[str, Any]:
     name = next(key[2] for key in bench.found if key[0] == "score")
     speeds = {side: _runs(bench, "score", side, name) for side in SCORE}
     ours, theirs = map(np.median, speeds.values())
-    row = {"shape": name} | {side: _spread(values) for side, values in speeds.items()}
+    row = {"shape": name} | {side: spread(values) for side, values in speeds.items()}
     return row | {"speed": f"{ours / theirs:.2f}x", "at least": f"{SCORED:.1f}x"}
 
 
@@ -92,8 +86,8 @@ def _ablations(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {
             "shape": str(shape),
             "taken out": name,
-            "pairs/s": _spread(_speeds(shape, each)),
-            "MB": _spread([run.megabytes for run in each], 0),
+            "pairs/s": spread(_speeds(shape, each)),
+            "MB": spread([run.megabytes for run in each], 0),
             "speed": f"{np.median(_speeds(shape, each)) / whole:.2f}x",
         }
 
@@ -144,15 +138,9 @@ def _speeds(shape: Shape, runs: list[Run]) -> list[float]:
     return [shape.groups * shape.pairs / run.seconds for run in runs]
 
 
-def _spread(values: list[float], digits: int = 2) -> str:
-    return f"{np.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-
-
 def page(bench: Bench, threads: int) -> str:
     """The tables in Markdown, with when, where and how they came about."""
-    body = "\n\n".join(f"## {title}\n\n{_markdown(table)}" for title, table in tables(bench).items())
-    facts = "\n".join(f"* {name}: {value}" for name, value in _facts(bench, threads).items())
-    return f"# winnow bench optimize\n\n{facts}\n\n{HOW}\n\n{body}\n"
+    return written("winnow bench optimize", _facts(bench, threads), HOW, tables(bench))
 
 
 HOW = f"""A shape is prompt tokens / response tokens / responses / pairs of a group. Both sides train the same random
@@ -166,23 +154,9 @@ The reference pass is one process with all threads on either side; the stage `re
 
 
 def _facts(bench: Bench, threads: int) -> dict[str, Any]:
-    cpu = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?"
-    )
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
     world = bench.world
-    return {
-        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "commit": bench.commit,
-        "command": f"`{shlex.join(['winnow', *sys.argv[1:]])}`",
-        "machine": f"{os.cpu_count()} cores, threads of either side: {threads}, {cpu.split(':')[1].strip()}",
-        "libraries": libraries,
+    return facts(bench.commit, ("torch", "transformers", "trl")) | {
+        "threads": f"{threads} of either side",
         "model": f"Llama, hidden {world.hidden}, {world.layers} layers, vocabulary {world.vocabulary}, random weights",
         "measured": f"timed steps a run: {bench.steps}, after one of warm-up; repeats: {bench.repeats}",
     }
-
-
-def _markdown(table: pa.Table) -> str:
-    rows = [table.column_names, ["---"] * table.num_columns]
-    rows += [["" if value is None else str(value) for value in row.values()] for row in table.to_pylist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
