@@ -22,7 +22,7 @@ from pipeline.registry import nearest
 from pipeline.rerun import chosen
 from pipeline.run import record_of
 from pipeline.store import Json, StepFolder, Store
-from pipeline.work import deal, fail_if_nothing_left, keep_model
+from pipeline.work import deal, fail_if_nothing_left, folder_here, keep_model
 from schemas import WinnowError, conform, table_name
 from schemas.tables import REJECTS
 
@@ -54,6 +54,8 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
     place = f"adopt {step.name}: {path}"
     folder = store.folder(step)
     _refuse_if_made(step, folder)
+    if folder.path in (place_of(path), *place_of(path).parents):
+        raise WinnowError(f"{place}: lies where the step itself will be made; move it elsewhere first")
     artifact = _artifact(step, path, place)
     problems = list(_problems(step, artifact, store))
     if problems:
@@ -268,12 +270,8 @@ def _seal(step: Step, folder: StepFolder, artifact: Artifact) -> Json:
 
 def _bring(source: Path, folder: StepFolder) -> str:
     """The digest of the model, which lies in the step's folder now."""
-    here = folder.here / "model"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir(parents=True)
-    for file in model_files(source):
-        shutil.copyfile(file, here / file.name)
-    digest = keep_model(folder, here)
-    if folder.here != folder.path:
-        shutil.rmtree(folder.here)
-    return digest
+    with folder_here(folder) as here:
+        (here / "model").mkdir(parents=True)  # not there: the step's folder has just been cleared
+        for file in model_files(source):
+            shutil.copyfile(file, here / "model" / file.name)
+        return keep_model(folder, here / "model")

@@ -44,9 +44,9 @@ class Attempts:
         words = _last_words(error)
         self._tries[unit] += 1
         of_place = isinstance(error, OSError | ImportError)  # nothing that a prompt could be guilty of
-        prompts = self._prompts_of(unit)
-        if self._tries[unit] < (1 if unit.span and len(prompts) > 1 and not of_place else ATTEMPTS):
+        if self._tries[unit] < (1 if _of_several(unit) and not of_place else ATTEMPTS):
             return [unit], False
+        prompts = self._prompts_of(unit)
         if of_place or self.work.whole or not prompts:
             raise WinnowError(f"{self.work.name}: part {unit.shard} failed {ATTEMPTS} times; the last time: {words}")
         if len(prompts) > 1:
@@ -84,12 +84,18 @@ class Attempts:
         """Once all pieces are there, they are made into the part."""
         if self._open[shard]:
             return False
+        if self.work.out.sidecar(shard):  # another run was first, and its pieces may be gone
+            return True
         if not self.worked:
             words = next(iter(self.poison.values()))
             raise WinnowError(f"{self.work.name}: nothing of this step ever worked; the last time: {words}")
         of_part = {prompt: self.poison[prompt] for prompt in self._prompts[shard] if prompt in self.poison}
         join(self.work, shard, sorted(self._pieces[shard], key=lambda unit: unit.span or (0, 0)), of_part)
         return True
+
+
+def _of_several(unit: Unit) -> bool:
+    return unit.span is not None and unit.span[1] - unit.span[0] > 1
 
 
 def _last_words(error: Exception) -> str:

@@ -5,13 +5,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 from pipeline.places import File, walk
 from pipeline.store import Json, StepFolder, Store, model_name, read_json
 from pipeline.views import checked_manifest, checked_run
 
 KEY = re.compile(r"[0-9a-f]{16}")
-SIDECAR = re.compile(r"part-\d{5}\.json")
+SIDECAR = re.compile(r"part-(\d{5}|whole)\.json")
 LOCKS, RUNS = "locks", "runs"
 
 
@@ -43,7 +44,8 @@ class Made:
         """Keys of the steps that it was made of; None where nothing in it says so."""
         if self.manifest:
             return frozenset(self.manifest["identity"]["inputs"].values())
-        part = read_json(self.folder.path / self.parts[0]) if self.parts else None
+        found = read_json(self.folder.path / self.parts[0]) if self.parts else None
+        part = found["parts"][0] if found and "parts" in found else found
         return frozenset(part["inputs"].values()) if part and "inputs" in part else None
 
     def unlisted(self) -> dict[str, int]:
@@ -52,7 +54,7 @@ class Made:
             return {}
         own = {"manifest.json", *(file["file"] for file in self.manifest["files"]), *self.parts}
         if self.manifest["model"]:
-            own |= {"model"} if self.folder.here == self.folder.path else {model_name(self.manifest["model"])}
+            own |= {"model"} if isinstance(self.folder.path, Path) else {model_name(self.manifest["model"])}
         found: dict[str, int] = {}
         for name, file in self.files.items():
             if (entry := name.split("/")[0]) not in own:

@@ -101,8 +101,9 @@ class Crew:
             self.members.append(Member(actor, actor.up.remote()))
 
     def let_go(self, keep: int) -> None:
-        """Of those with nothing to do, and of those without a place."""
-        for member in [each for each in self.members if not each.units][: max(0, len(self.members) - keep)]:
+        """Of those with nothing to do, the ones without a place first."""
+        idle = sorted((each for each in self.members if not each.units), key=lambda each: each.placed)
+        for member in idle[: max(0, len(self.members) - keep)]:
             self._dismiss(member)
 
     def takes(self, alone: bool) -> Member | None:

@@ -109,12 +109,13 @@ class OnRay:
             check_fits(self.profile, plans, _nodes(start(self.address)))
 
     def want(self, work: Work, units: int) -> None:
-        if _spreads_itself(work) or (not units and id(work) not in self.crews):
+        if self.here.next or _spreads_itself(work) or (not units and id(work) not in self.crews):
             return
-        self._crew(work).want(units)
-        if not units and any(crew.waits for crew in self.crews.values()):
+        own = self._crew(work)
+        own.want(units)
+        if not units and any(crew.waits for crew in self.crews.values() if crew is not own):
             busy = any(crew.running for crew in self.crews.values())
-            self.crews[id(work)].let_go(self.profile.of(work.entry.name).min_workers if busy else 0)
+            own.let_go(self.profile.of(work.entry.name).min_workers if busy else 0)
 
     def _crew(self, work: Work) -> Crew:
         if id(work) not in self.crews:
@@ -125,8 +126,8 @@ class OnRay:
         return self.crews[id(work)]
 
     def takes(self, work: Work, alone: bool) -> bool:
-        if _spreads_itself(work):
-            return self.here.takes(work, alone)
+        if self.here.next or _spreads_itself(work):
+            return not self.here.next
         return self.crews[id(work)].takes(alone) is not None
 
     def start(self, work: Work, unit: Unit, alone: bool) -> None:
@@ -136,7 +137,9 @@ class OnRay:
             self.crews[id(work)].start(unit, alone)
 
     def wait(self, seconds: float) -> list[Outcome]:
-        if self.here.next:
+        if self.here.next and not any(crew.running for crew in self.crews.values()):
+            for crew in self.crews.values():  # its ranks need the room of all that is idle
+                crew.let_go(0)
             self.here.say = self.say
             return self.here.wait(0)
         watched = [reference for crew in self.crews.values() for reference in crew.watched()]
@@ -183,7 +186,7 @@ def _given(resources: Resources, nodes: Nodes, workers: int) -> tuple[dict[str, 
     """Ray's options for an actor, and how many there may be: as said, or a share of all that there is."""
     cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
     most = resources.max_workers or max(1, min(workers, gpus or cpus))
-    shares = {kind: min(total // most, int(max(node.get(kind, 0) for node in nodes)))
+    shares = {kind: min(max(total // most, min(total, 1)), int(max(node.get(kind, 0) for node in nodes)))
               for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
     given = {
         "num_cpus": max(1, shares["CPU"]) if resources.cpus is None else resources.cpus,

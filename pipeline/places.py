@@ -68,7 +68,11 @@ def read_all(folder: Place, pattern: str) -> dict[Place, bytes]:
         found: list[Place] = list(folder.glob(pattern))
         found.sort(key=str)
         if isinstance(folder, Path) or not found:
-            return {place: place.read_bytes() for place in found}
+            made = {}
+            for place in found:
+                with suppress(FileNotFoundError):  # gone since the listing
+                    made[place] = place.read_bytes()
+            return made
         there = {place.path: place for place in found if not isinstance(place, Path)}
         # cat() takes the brackets in a run's name for a pattern; only what is gone since the listing may be left out
         contents = folder.fs.cat_ranges(list(there), None, None, on_error="return")
@@ -131,7 +135,12 @@ def create(place: Place, content: bytes) -> bool:
     """Whole or not at all, and never over what is there; False where somebody else was first."""
     if not isinstance(place, Path):
         with _told(place):
-            return _first(lambda: place.fs.pipe_file(place.path, content, mode="create"))
+            try:
+                return _first(lambda: place.fs.pipe_file(place.path, content, mode="create"))
+            except OSError:  # S3 answers two at once with a conflict of its own
+                if place.exists():
+                    return False
+                raise
     with _written(place, content) as scratch:
         return _first(lambda: os.link(scratch, place))
 
@@ -189,7 +198,7 @@ def send(here: Path, there: Place) -> None:
 
 
 def copy_here(there: Place, here: Path) -> None:
-    """A folder's files from an object store, all or none; what stood here is gone."""
+    """A folder's files from an object store, all or none; what stands here already, another's, is left."""
     assert not isinstance(there, Path)
     scratch = here.with_name(f".{here.name}.{os.getpid()}.{get_ident()}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -199,5 +208,9 @@ def copy_here(there: Place, here: Path) -> None:
             target = scratch / each[len(there.path) :].lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             there.fs.get_file(each, str(target))
-    shutil.rmtree(here, ignore_errors=True)
-    scratch.rename(here)
+    try:
+        scratch.rename(here)
+    except OSError:  # another was first
+        shutil.rmtree(scratch)
+        if not here.is_dir():
+            raise

@@ -7,7 +7,7 @@ is read from the store when a step begins, so a run that died goes on, and anoth
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.attempts import Attempts
@@ -42,7 +42,7 @@ class Making:
     step: Step
     store: Store
     claim: Claim
-    started: float = field(default_factory=time.perf_counter)
+    started: float | None = None  # when its first unit was
 
     def __post_init__(self) -> None:
         self.work = work_of(self.step, self.store)
@@ -128,6 +128,7 @@ class Schedule:
                 if self.executor.takes(making.work, alone):
                     making.todo.remove(unit)
                     making.out += 1
+                    making.started = making.started or time.perf_counter()
                     self.executor.start(making.work, unit, alone)
 
     def _ready(self, step: Step, unit: Unit) -> bool:
@@ -184,7 +185,8 @@ class Schedule:
 
     def _seal(self, making: Making) -> None:
         self.executor.end(making.work)
-        manifest = self.seal(making.step, making.work, time.perf_counter() - making.started)
+        seconds = time.perf_counter() - making.started if making.started else 0.0
+        manifest = self.seal(making.step, making.work, seconds)
         self.sealed.add(making.step.key)
         del self.making[making.step.key]
         making.claim.release()

@@ -1,15 +1,17 @@
 """The artifact store: <root>/<stage>/<key>/, parts first, manifest last; in a folder or in an object store.
 
-A part is its tables, each under a name that its content gives it, and then its sidecar (part-00003.json); a step is
-sealed by its manifest. Whatever lacks its last file never happened, so a crash loses only parts in flight. Sidecars
-and manifests are made once: of two runs that make one part, the first one's counts, and both go on from it.
+A part is its tables, each under a name that its content gives it, and then its sidecar (part-00003.json; one for all
+parts of a whole stage, part-whole.json); a step is sealed by its manifest. Whatever lacks its last file never happened,
+so a crash loses only parts in flight. Sidecars and manifests are made once: of two runs that make one part, the first
+one's counts, and both go on from it.
 """
 
 import fcntl
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +25,7 @@ from pipeline.plan import Step
 from schemas import TABLES, Model, WinnowError, table_name
 
 Json = dict[str, Any]
+WHOLE = "part-whole.json"  # of a stage that is called once: what two calls made is never mixed
 FORMAT = 1  # of manifests; one that says more was made by a later version of this code
 LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")
 
@@ -42,22 +45,27 @@ class StepFolder:
         manifest = read_json(self.manifest_path)
         return manifest and _readable(self.manifest_path, manifest)
 
-    @property
-    def here(self) -> Path:
-        """A folder of this machine for what a stage writes by itself: the step's own, or one of the cache."""
-        return self.path if isinstance(self.path, Path) else cache() / "steps" / "-".join(self.path.parts[-2:])
-
     def sidecar(self, shard: int) -> Json | None:
         """What a finished part recorded, or None while it is not finished."""
         return self._whole(shard, sizes(self.path))
 
     def _whole(self, shard: int, found: dict[str, int]) -> Json | None:
-        if _sidecar_name(shard) not in found:
+        if not found.keys() & {WHOLE, _sidecar_name(shard)}:
             return None
-        record = read_json(self.path / _sidecar_name(shard))
+        try:
+            record = self._recorded(shard)
+        except WinnowError:  # a sidecar that lost its content with the power
+            return None
         if record and all(found.get(file["file"]) == file["bytes"] for file in record["files"]):
             return record
         return None
+
+    def _recorded(self, shard: int) -> Json | None:
+        """What stands in a part's sidecar, whether its files are there or not."""
+        if record := read_json(self.path / _sidecar_name(shard)):
+            return record
+        every = read_json(self.path / WHOLE)
+        return every["parts"][shard] if every else None
 
     def missing(self, shards: int) -> list[int]:
         found = sizes(self.path)
@@ -66,13 +74,13 @@ class StepFolder:
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
         """One finished part of a table, or, of a sealed step, all parts in order."""
         name = table_name(schema)
-        record = (self.manifest if shard is None else read_json(self.path / _sidecar_name(shard))) or {"files": []}
+        record = (self.manifest if shard is None else self._recorded(shard)) or {"files": []}
         wanted = [file["file"] for file in record["files"] if file["file"].startswith(f"{name}-")]
         if not wanted:
             raise WinnowError(f"{self.path}: no sealed table {name} here; run the recipe again")
         try:
             tables = [_read_table(self.path / file, schema) for file in wanted]
-        except (OSError, pa.ArrowInvalid) as error:
+        except (FileNotFoundError, DamagedError) as error:
             raise WinnowError(
                 f"{self.path}: table {name} is damaged ({error}); put the file back, or delete this folder and "
                 "those of all steps made from it (winnow ls lists them), for they would not fit a new one"
@@ -89,16 +97,26 @@ class StepFolder:
             return Model(self.path / "model", digest)
         copy = cache() / "models" / digest
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
             copy_here(self.path / model_name(digest), copy)
         return Model(copy, digest)
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
         """All tables of one shard, then the sidecar that makes them count, unless another's stands already."""
+        self._count(_sidecar_name(shard), self._part(shard, tables, record), [shard])
+
+    def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
+        """All tables of all shards of one call, then one sidecar for all."""
+        made = [self._part(shard, tables, record) for shard, (tables, record) in enumerate(parts)]
+        self._count(WHOLE, {"parts": made}, range(len(parts)))
+
+    def _part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> Json:
         files = [self._write_table(f"{name}-{shard:05d}", table) for name, table in tables.items()]
-        place, content = self.path / _sidecar_name(shard), _encoded({"shard": shard, "files": files, **record})
-        if not create(place, content) and self.sidecar(shard) is None:  # a damaged one
-            replace(place, content)
+        return {"shard": shard, "files": files, **record}
+
+    def _count(self, name: str, content: Json, shards: Iterable[int]) -> None:
+        place = self.path / name
+        if not create(place, _encoded(content)) and any(self.sidecar(shard) is None for shard in shards):
+            replace(place, _encoded(content))  # what stood there was damaged
 
     def _write_table(self, stem: str, table: pa.Table) -> Json:
         buffer = io.BytesIO()
@@ -143,15 +161,19 @@ class StepFolder:
             return Claim(None)
         locks = self.path.parent.parent / "locks"
         locks.mkdir(parents=True, exist_ok=True)
-        lock = (locks / self.path.name).open("a")
+        path = locks / self.path.name
+        lock = path.open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
             return None
         except OSError:  # a shared disk without locks
-            pass
-        return Claim(lock)
+            return Claim(lock)
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return Claim(lock)
+        lock.close()  # swept away between the two: hold the one that others see
+        return self.claim()
 
 
 class Claim:
@@ -199,15 +221,21 @@ class Store:
 
     def check(self) -> None:
         """Raises WinnowError where nothing can be written: said before any work is done."""
-        trial = self.root / "locks" / f".trial-{id(self):x}"
+        trial = self.root / "locks" / f".trial-{os.getpid()}-{id(self):x}"
         try:
-            replace(trial, b"")
+            delete(trial)
+            once = create(trial, b"") and not create(trial, b"")
             delete(trial)
         except OSError as error:
             raise WinnowError(
                 f"--store {self.root}: cannot be written ({error}); give a place where you may write, or check that "
                 "its disk has room and that the credentials in the environment are there and have not expired"
             ) from None
+        if not once:
+            raise WinnowError(
+                f"--store {self.root}: a file was made twice over where only the first may count; this kind of object "
+                "store (or its version) has no conditional writes, so use another, or a disk"
+            )
 
 
 def model_name(digest: str) -> str:
@@ -225,8 +253,6 @@ def read_json(place: Place) -> Json | None:
         return _decoded(place, read(place))
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise WinnowError(f"{place}: cannot be read ({error})") from None
 
 
 def _decoded(place: Place, content: bytes) -> Json:
@@ -250,9 +276,16 @@ def _encoded(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
+class DamagedError(Exception):
+    """Bytes that are there and no Parquet; where they could not be read, it is an OSError that may pass."""
+
+
 def _read_table(place: Place, schema: pa.Schema) -> pa.Table:
-    source = place if isinstance(place, Path) else io.BytesIO(read(place))
-    return pq.read_table(source, schema=schema, partitioning=None)
+    content = pa.BufferReader(read(place))
+    try:
+        return pq.read_table(content, schema=schema, partitioning=None)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DamagedError(str(error)) from None
 
 
 def _sidecar_name(shard: int) -> str:

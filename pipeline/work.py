@@ -1,9 +1,10 @@
 """One unit of work: a part of one step, or a piece of a part, in whatever process it runs."""
 
-import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Work:
 
     def prompts(self, shard: int) -> list[str]:
         """The ids of a part's prompts, in order: what a span counts."""
-        return _prompts(self.inputs(Unit(shard)))
+        dealt = [item for item in shape_of(self.entry).inputs if by_prompt(item)]
+        return _prompts({item.name: _read(self, item, shard) for item in dealt})
 
     def piece(self, unit: Unit) -> StepFolder:
         """Where the piece of a part lies until all of them are there."""
@@ -84,24 +86,29 @@ def execute(work: Work, unit: Unit, warm: Warm, tell: Tell, resources: Resources
     """Run one unit, commit what it made, and return its rows."""
     started = time.perf_counter()
     inputs = work.inputs(unit)
-    workspace = _workspace(work, warm, tell, resources)
-    tables = _call(work, inputs, workspace)
-    seconds = time.perf_counter() - started
-    if work.whole:
-        return _commit_whole(work, tables, workspace, seconds)
+    with folder_here(work.out) as here:
+        workspace = Workspace(here, warm, tell, resources, work.out.path)
+        tables = _call(work, inputs, workspace)
+        seconds = time.perf_counter() - started
+        if work.whole:
+            return _commit_whole(work, tables, workspace, seconds)
     out = work.out if unit.span is None else work.piece(unit)
     return _commit(work, out, unit.shard, tables, _record(tables, workspace, seconds))
 
 
-def _workspace(work: Work, warm: Warm, tell: Tell, resources: Resources) -> Workspace:
-    """In a folder here; what an earlier attempt kept elsewhere is brought back to it."""
-    here, there = work.out.here, work.out.path
-    if work.whole and not isinstance(there, Path):
-        shutil.rmtree(here, ignore_errors=True)
-        here.mkdir(parents=True)
-        if (there / "checkpoint").exists():
-            copy_here(there / "checkpoint", here / "checkpoint")
-    return Workspace(here, warm, tell, resources, there)
+@contextmanager
+def folder_here(out: StepFolder) -> Iterator[Path]:
+    """Where a stage writes by itself: the step's own folder, or one of this call's alone that ends with it.
+
+    What an earlier attempt kept in an object store is brought back to it.
+    """
+    if isinstance(out.path, Path):
+        yield out.path
+        return
+    with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+        if (out.path / "checkpoint").exists():
+            copy_here(out.path / "checkpoint", Path(folder) / "checkpoint")
+        yield Path(folder)
 
 
 def _read(work: Work, item: Input, shard: int | None) -> pa.Table | Model | None:
@@ -167,14 +174,14 @@ def _commit(work: Work, out: StepFolder, shard: int, tables: dict[str, pa.Table]
 
 def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
     """The model, and the tables, dealt to their shards by prompt: shard i of every table has the same prompts."""
-    rows = 0
     digest = keep_model(work.out, workspace.folder / "model") if shape_of(work.entry).makes_model else None
+    parts = []
     for shard, part in enumerate(deal(tables, work.shards)):
         own = (workspace, seconds) if shard == 0 else (None, 0.0)
-        rows += _commit(work, work.out, shard, part, _record(part, *own) | ({"model": digest} if shard == 0 else {}))
-    if workspace.folder != work.out.path:
-        shutil.rmtree(workspace.folder, ignore_errors=True)
-    return rows
+        said = {"inputs": work.made_of} | ({"model": digest} if shard == 0 else {})
+        parts.append((part, _record(part, *own) | said))
+    work.out.write_whole(parts)
+    return sum(table.num_rows for name, table in tables.items() if name != "rejects")
 
 
 def keep_model(out: StepFolder, folder: Path) -> str:

@@ -17,7 +17,7 @@ from pipeline.run import run
 from pipeline.store import Store
 from schemas import WinnowError
 from schemas.tables import EVALUATIONS
-from tests.runs import Silent, plan_of
+from tests.runs import Silent, local, plan_of
 from tests.test_run import digests
 from tests.test_store import Log, Trouble, plan, toy_stages
 
@@ -169,7 +169,7 @@ def test_a_whole_small_run_from_prompts_to_the_leaderboard(bucket: str, home: Pa
     given = {"sft", "ranker", "prompts", "sample"}
     for step in made.steps:
         if given & {step.name} or step.name.startswith("eval"):
-            _copy(here.folder(step).path, there.folder(step).path)
+            _copy(local(here.folder(step).path), there.folder(step).path)
     watcher = Silent()
     run(made, there, OnRay(2), watcher)
     assert {"reward", "select", "compare", "pair", "reference", "examples", "optimize", "judge"} <= set(watcher.ran)

@@ -18,7 +18,7 @@ from pipeline.workspace import Warm, Workspace
 from schemas import Model, WinnowError, conform, seed_for
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS, REWARDS
 from stages.compare import compare
-from stages.engines import Completion, Request
+from stages.engines import Completion, Request, unheard
 from stages.judge import judge
 from stages.llm_judge import Election, LlmJudge, share, verdict
 from stages.pairwise import LABELS, PairwiseRanker, RankerPrompt, _common_prefix
@@ -418,7 +418,7 @@ class Says:
     def __init__(self, tokenizer, answer):
         self.tokenizer, self.answer, self.asked = tokenizer, answer, 0
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, progress=unheard):
         self.asked += len(requests)
         texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
         return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]

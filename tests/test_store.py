@@ -291,7 +291,7 @@ def test_a_crash_at_any_rename_is_mended_by_a_rerun(tmp_path: Path, trouble: Tro
 
     monkeypatch.setattr(Path, "replace", crashing(rename))
     monkeypatch.setattr(os, "link", crashing(link))
-    total = 2 + (SHARDS * 4 + 1) + (SHARDS * 3 + 1)  # a trial and the run's link; parts with sidecars, and manifests
+    total = 3 + (SHARDS * 3 + 2) + (SHARDS * 3 + 1)  # two trials, the run's link; tables, sidecars (a whole stage: one)
     for crash_at in range(1, total + 1):
         store, count = Store(tmp_path / str(crash_at)), 0
         with pytest.raises(KeyboardInterrupt):
@@ -485,3 +485,68 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, trouble: Troubl
     make(store, large)
     make(whole, large)
     assert content(store) == content(whole)
+
+
+def test_what_two_calls_of_a_whole_stage_made_is_never_mixed(tmp_path: Path):
+    """A stage that is another every time it is called, cut off at each of its files in turn: the sealed step has all
+    rows of one call."""
+    calls = iter(range(1000))
+
+    @stage(version=1, whole=True)
+    def toy_moods() -> Prompts:
+        mood = next(calls)
+        rows = [
+            dict(prompt_id=prompt_id(f"prompt {n}"), text=str(mood), token_ids=[mood], split="train") for n in range(20)
+        ]
+        return pa.Table.from_pylist(rows, PROMPTS)
+
+    made = make_plan(Recipe("moods", shards=SHARDS, target="moods", steps={"moods": {"use": "toy_moods"}}))
+    try:
+        for crash_at in range(1, SHARDS * 2 + 3):
+            store, count = Store(tmp_path / str(crash_at)), 0
+            store.link_run("moods", made.steps)
+
+            def crash(act: Callable[..., Any], crash_at: int = crash_at) -> Callable[..., Any]:
+                def or_crash(*paths: Path) -> Any:
+                    nonlocal count
+                    count += 1
+                    if count == crash_at + 3:  # after the trials and the link
+                        raise KeyboardInterrupt
+                    return act(*paths)
+
+                return or_crash
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Path, "replace", crash(Path.replace))
+                patch.setattr(os, "link", crash(os.link))
+                with pytest.raises(KeyboardInterrupt):
+                    make(store, made)
+            make(store, made)
+            assert len(set(folder(store, "moods", made).read(PROMPTS).column("text").to_pylist())) == 1
+    finally:
+        stages.entries.pop("toy_moods")
+
+
+def test_an_empty_sidecar_is_a_part_that_is_not_finished(tmp_path: Path, trouble: Trouble):
+    """As a power cut leaves one."""
+    store = Store(tmp_path)
+    make(store)
+    step = folder(store)
+    step.manifest_path.unlink()
+    (step.path / "part-00001.json").write_bytes(b"")
+    assert step.missing(SHARDS) == [1]
+    make(store)
+    assert trouble.calls == SHARDS + 1
+
+
+def test_a_disk_that_cannot_be_read_for_a_moment_is_no_damage(tmp_path: Path, trouble: Trouble, monkeypatch):
+    """An OSError, which is tried again, and no advice to delete what is good."""
+    store = Store(tmp_path)
+    make(store)
+
+    def busy(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", busy)
+    with pytest.raises(OSError, match="Input/output error"):
+        folder(store).read(REWARDS)

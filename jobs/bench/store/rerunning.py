@@ -86,7 +86,7 @@ def _seal(store: Store, made: dict[str, Step], step: Step) -> None:
     if first is None:
         seal(store, step, lambda part: _tables(step, part))
         return
-    source, target = store.folder(first).here, store.folder(step).here
+    source, target = (Path(str(store.folder(each).path)) for each in (first, step))
     target.mkdir(parents=True)
     for file in source.iterdir():
         if file.name != "manifest.json":
