@@ -8,6 +8,8 @@ import pytest
 
 from pipeline.attempts import ATTEMPTS, MOST, Attempts
 from pipeline.executors import InProcess, OnRay
+from pipeline.plan import make_plan
+from pipeline.recipe import Recipe
 from pipeline.resources import Profile, Resources
 from pipeline.run import run
 from pipeline.store import Store
@@ -69,6 +71,23 @@ def test_a_step_for_which_the_cluster_has_no_room_says_so(tmp_path: Path, monkey
     greedy = Profile(stages={"slow": Resources(cpus=1, gpus=8)}, autoscaling=True)
     with pytest.raises(KeyboardInterrupt, match=r"may have no room .*num_cpus 1, num_gpus 8"):
         run(plan, Store(tmp_path / "store"), OnRay(1, profile=greedy), Impatient())
+
+
+def test_what_spreads_over_the_cluster_by_itself_finds_it_empty(tmp_path: Path):
+    """Another branch is at work when its turn comes: its workers end what they have and go, and come back."""
+    waiting = {"use": "slow", "with": dict(folder=str(tmp_path), name="slow", seconds=0.5)}
+    steps = {
+        "some_prompts": {},
+        "slow": waiting | {"from": {"prompts": "some_prompts"}},
+        "spreading": {"from": {"prompts": "some_prompts"}},
+        "both": {"from": {"prompts": "spreading", "others": "slow"}},
+    }
+    plan = make_plan(Recipe(name="toys", shards=SHARDS, target="both", steps=steps))
+    watcher = Silent()
+    profile = Profile(stages={"slow": Resources(cpus=1, max_workers=1, in_flight=1)})
+    run(plan, Store(tmp_path / "store"), OnRay(1, profile=profile), watcher)
+    assert set(watcher.ran) == set(steps)
+    assert len([what for _, what, _, _ in notes(tmp_path) if what == "ends"]) == SHARDS
 
 
 def test_nothing_is_tried_again_on_a_worker_that_failed(tmp_path: Path):

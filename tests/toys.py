@@ -81,3 +81,21 @@ def plan_of_toys(shards: int, **steps: dict) -> Plan:
         for before, (name, body) in zip(names, steps.items(), strict=False)
     }
     return make_plan(Recipe(name="toys", shards=shards, target=names[-1], steps={"some_prompts": {}} | bodies))
+
+
+@stage(version=1, whole=True)
+def spreading(prompts: Prompts, *, ranks: int = 2) -> Prompts:
+    """It spreads over the cluster by itself, as training on ranks does, and wants all of it."""
+    import ray
+
+    until = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        if time.monotonic() > until:
+            raise RuntimeError("somebody sits on what its ranks need")
+        time.sleep(0.1)
+    return prompts
+
+
+@stage(version=1)
+def both(prompts: Prompts, others: Prompts) -> Prompts:
+    return prompts
