@@ -76,7 +76,7 @@ def test_a_step_for_which_the_cluster_has_no_room_says_so(tmp_path: Path, monkey
 def test_what_spreads_over_the_cluster_by_itself_finds_it_empty(tmp_path: Path):
     """Another branch is at work when its turn comes: its workers end what they have and go, and come back."""
     waiting = {"use": "slow", "with": dict(folder=str(tmp_path), name="slow", seconds=0.5)}
-    steps = {
+    steps: dict[str, dict] = {
         "some_prompts": {},
         "slow": waiting | {"from": {"prompts": "some_prompts"}},
         "spreading": {"from": {"prompts": "some_prompts"}},
