@@ -27,7 +27,8 @@ def main() -> None:
         _complain(*error.problems, *advice(error))
         raise SystemExit(2) from None
     except OSError as error:
-        _complain(f"{error}; finished parts are kept", *(advice(error) or [AGAIN]))
+        again = advice(error)  # of a run; other commands make nothing that could be kept
+        _complain(f"{error}; finished parts are kept" if again else str(error), *again)
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:

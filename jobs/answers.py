@@ -28,6 +28,12 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+def format_of(asked: Format | None, out: Path | None) -> Format:
+    """As asked, or as the file's name ends."""
+    endings = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".parquet": Format.parquet}
+    return asked or endings.get(out.suffix if out else "", Format.table)
+
+
 def write(answer: Answer, format: Format, out: Path | None, console: Console) -> None:
     """To a file, whole or not at all, or to the terminal. CSV, JSON and Parquet are written as they come."""
     if out is None:
@@ -35,7 +41,9 @@ def write(answer: Answer, format: Format, out: Path | None, console: Console) ->
         return
     if not out.absolute().parent.is_dir():
         raise WinnowError(f"--out {out}: there is no folder {out.parent}; make it first")
-    with _scratch(out) as scratch:
+    if out.exists() and not out.is_file():
+        raise WinnowError(f"--out {out}: is no file; name one, or leave it away for the terminal")
+    with _scratch(out.resolve()) as scratch:
         if format is Format.parquet:
             _parquet(answer, scratch)
             return

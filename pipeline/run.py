@@ -33,6 +33,7 @@ def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> Non
     store.check()
     store.link_run(plan.name, plan.steps)
     Schedule(plan, store, executor, reporter, _seal).run()
+    store.link_run(plan.name, plan.steps)  # again, if it was forgotten meanwhile
 
 
 def _seal(step: Step, work: Work, seconds: float) -> Json:

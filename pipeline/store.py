@@ -223,15 +223,15 @@ class Store:
         """Raises WinnowError where nothing can be written: said before any work is done."""
         trial = self.root / "locks" / f".trial-{os.getpid()}-{id(self):x}"
         try:
-            delete(trial)
-            once = create(trial, b"") and not create(trial, b"")
+            replace(trial, b"")  # first, for its refusal says why
+            twice = create(trial, b"")
             delete(trial)
         except OSError as error:
             raise WinnowError(
                 f"--store {self.root}: cannot be written ({error}); give a place where you may write, or check that "
                 "its disk has room and that the credentials in the environment are there and have not expired"
             ) from None
-        if not once:
+        if twice:
             raise WinnowError(
                 f"--store {self.root}: a file was made twice over where only the first may count; this kind of object "
                 "store (or its version) has no conditional writes, so use another, or a disk"

@@ -63,6 +63,10 @@ def test_what_fails_leaves_no_file_and_what_was_there(store: Store, tmp_path: Pa
         code, text = sql(store, statement, "--format", "parquet", "--out", tmp_path / "answer")
         assert code == 2, text
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+    assert "is no file" in sql(store, "SELECT 1", "--out", tmp_path)[1]
+    assert "is no file" in sql(store, "SELECT 1", "--out", "/dev/null")[1]
+    assert sql(store, "SELECT 7 AS n", "--out", tmp_path / "n.csv") == (0, "")
+    assert (tmp_path / "n.csv").read_text() == "n\n7\n", "as the name ends"
     assert "there is no folder" in sql(store, "SELECT 1", "--out", tmp_path / "no" / "answer")[1]
     assert "say which by --out" in sql(store, "SELECT 1", "--format", "parquet")[1]
 

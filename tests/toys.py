@@ -5,11 +5,13 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow as pa
 
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import Recipe
+from pipeline.registry import Range
 from pipeline.stage import stage
 from schemas import Prompts
 from schemas.tables import PROMPTS
@@ -46,7 +48,7 @@ def dying(prompts: Prompts, *, folder: str, deaths: int) -> Prompts:
 
 
 @stage(version=1)
-def slow(prompts: Prompts, *, folder: str, name: str, seconds: float) -> Prompts:
+def slow(prompts: Prompts, *, folder: str, name: str, seconds: Annotated[float, Range(ge=0)]) -> Prompts:
     note(folder, name, "begins", time.time(), os.getpid())
     time.sleep(seconds)
     note(folder, name, "ends", time.time(), os.getpid())

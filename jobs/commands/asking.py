@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs import queries
-from jobs.answers import Format, interruptible, write
+from jobs.answers import Format, format_of, interruptible, write
 from jobs.commands.app import STORE, RunName, StorePath, app, complaints, console, used
 from jobs.console import as_table
 from pipeline.catalog import open_catalog, query
@@ -37,7 +37,7 @@ def sql(
     ] = None,
     store: StorePath = STORE,
     run: RunName = None,
-    format: Annotated[Format, typer.Option(help="how to write the answer")] = Format.table,
+    format: Annotated[Format | None, typer.Option(help="of the answer; else as --out ends, or a table")] = None,
     out: Annotated[Path | None, typer.Option(help="a file for the answer")] = None,
     db: Annotated[Path | None, typer.Option(help="a new DuckDB file with all rows, to use elsewhere")] = None,
     listed: Annotated[bool, typer.Option("--list", help="name the shipped queries")] = False,
@@ -50,20 +50,20 @@ def sql(
         return
     if (statement is None and out) or (statement is not None and db):
         raise WinnowError("sql: --out is for the answer to a statement, --db for a whole store without one")
-    catalog = open_catalog(used(store), run)
+    catalog, chosen = open_catalog(used(store), run), format_of(format, out)
     if db:
         catalog.export(db)
         console.print(f"wrote {db} ({db.stat().st_size / 1e6:,.1f} MB)", highlight=False)
     elif statement is None:
         from jobs.shell import Shell
 
-        shell = Shell(catalog, lambda answer: write(answer, format, None, console), console, complaints)
+        shell = Shell(catalog, lambda answer: write(answer, chosen, None, console), console, complaints)
         shell.run()
         if shell.failed and not shell.interactive:
             raise typer.Exit(2)
     else:
         text = queries.statement(statement)
-        interruptible(catalog, lambda: write(catalog.sql(text), format, out, console))
+        interruptible(catalog, lambda: write(catalog.sql(text), chosen, out, console))
 
 
 @app.command()
