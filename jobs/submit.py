@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 import pyarrow as pa
 
+from jobs.resume import SUBMITTED
 from pipeline.executors import Nodes
 from pipeline.registry import nearest
 from schemas import WinnowError
@@ -30,7 +31,6 @@ from schemas import WinnowError
 OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client prefers them to what it is told
 SECONDS = 10.0  # for an answer
 CHATTY = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")  # under ray
-SUBMITTED = "WINNOW_SUBMITTED"  # the command that a run there belongs to, for what it says of going on
 AT_WORK = ("PENDING", "RUNNING")
 TOKEN = (
     "this cluster wants a token: put the one that its head was started with (`ray get-auth-token` prints it there) "

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from pipeline.crew import Crew, Outcome, Told
 from pipeline.plan import Plan
 from pipeline.resources import Profile, Resources
-from pipeline.store import read_json, write_json
+from pipeline.store import StepFolder, read_json, write_json
 from pipeline.work import Unit, Work, execute
 from pipeline.workspace import Tell, Warm
 from schemas import WinnowError
@@ -101,7 +101,7 @@ class OnRay:
         self.workers, self.address, self.profile = workers, address, profile
         self.say: Say = lambda work, told: None
         self.here = InProcess(profile)
-        self.crews: dict[int, Crew] = {}
+        self.crews: dict[StepFolder, Crew] = {}
 
     def check(self, plans: list[Plan]) -> None:
         """Raises WinnowError for a cluster that cannot be joined, and for every stage that needs more than it has."""
@@ -109,7 +109,7 @@ class OnRay:
             check_fits(self.profile, plans, _nodes(start(self.address)))
 
     def want(self, work: Work, units: int) -> None:
-        if self.here.next or _spreads_itself(work) or (not units and id(work) not in self.crews):
+        if self.here.next or _spreads_itself(work) or (not units and work.out not in self.crews):
             return
         own = self._crew(work)
         own.want(units)
@@ -118,23 +118,23 @@ class OnRay:
             own.let_go(self.profile.of(work.entry.name).min_workers if busy else 0)
 
     def _crew(self, work: Work) -> Crew:
-        if id(work) not in self.crews:
+        if work.out not in self.crews:
             ray = start(self.address)
             resources = self.profile.of(work.entry.name)
             given, most = _given(resources, _nodes(ray), min(self.workers, 1 if work.whole else work.shards))
-            self.crews[id(work)] = Crew(ray, work, resources, given, most)
-        return self.crews[id(work)]
+            self.crews[work.out] = Crew(ray, work, resources, given, most)
+        return self.crews[work.out]
 
     def takes(self, work: Work, alone: bool) -> bool:
         if self.here.next or _spreads_itself(work):
             return not self.here.next
-        return self.crews[id(work)].takes(alone) is not None
+        return self.crews[work.out].takes(alone) is not None
 
     def start(self, work: Work, unit: Unit, alone: bool) -> None:
         if _spreads_itself(work):
             self.here.start(work, unit, alone)
         else:
-            self.crews[id(work)].start(unit, alone)
+            self.crews[work.out].start(unit, alone)
 
     def wait(self, seconds: float) -> list[Outcome]:
         if self.here.next and not any(crew.running for crew in self.crews.values()):
@@ -158,7 +158,7 @@ class OnRay:
         return [(crew.work, why) for crew in self.crews.values() if (why := crew.stuck)]
 
     def end(self, work: Work) -> None:
-        if crew := self.crews.pop(id(work), None):
+        if crew := self.crews.pop(work.out, None):
             crew.close()
         self.here.end(work)
 

@@ -158,7 +158,7 @@ class Schedule:
         self.reporter.tell(self._of(work).step, *told)
 
     def _of(self, work: Work) -> Making:
-        return next(making for making in self.making.values() if making.work is work)
+        return self.making[work.out.path.name]
 
     def _waits(self, step: Step, why: str) -> None:
         """Said once."""
