@@ -22,7 +22,7 @@ from pipeline.registry import nearest
 from pipeline.rerun import chosen
 from pipeline.run import record_of
 from pipeline.store import Json, StepFolder, Store
-from pipeline.work import deal, fail_if_nothing_left, folder_here, keep_model
+from pipeline.work import Spent, deal, fail_if_nothing_left, folder_here, keep_model, part_record
 from schemas import WinnowError, conform, table_name
 from schemas.tables import REJECTS
 
@@ -259,9 +259,8 @@ def _seal(step: Step, folder: StepFolder, artifact: Artifact) -> Json:
         model = _bring(artifact.model, folder) if artifact.model else None
         for shard in range(step.shards):
             tables = artifact.part(shard)
-            reasons = dict(Counter(tables["rejects"]["reason"].to_pylist()))
-            record = {"seconds": 0.0, "counters": {}, "rejects": reasons, "adopted": artifact.origin["from"]}
-            folder.write_part(shard, tables, record | ({"model": model} if shard == 0 else {}))
+            own = {"adopted": artifact.origin["from"]} | ({"model": model} if shard == 0 else {})
+            folder.write_part(shard, tables, part_record(tables, {}, Spent()) | own)
         record = record_of(step, 0.0) | {"adopted": artifact.origin}
         return folder.seal(record, step.shards, lambda manifest: None)
     finally:

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,8 +122,10 @@ class OnRay:
         if work.out not in self.crews:
             ray = start(self.address)
             resources = self.profile.of(work.entry.name)
-            given, most = _given(resources, _nodes(ray), min(self.workers, 1 if work.whole else work.shards))
-            self.crews[work.out] = Crew(ray, work, resources, given, most)
+            most = min(self.workers, 1 if work.whole else work.shards)
+            given, most = shares(resources, _nodes(ray), most, work.reads_model)
+            has = replace(resources, cpus=given["num_cpus"], gpus=given["num_gpus"])
+            self.crews[work.out] = Crew(ray, work, has, given, most)
         return self.crews[work.out]
 
     def takes(self, work: Work, alone: bool) -> bool:
@@ -182,15 +185,19 @@ def _nodes(ray: Any) -> Nodes:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _given(resources: Resources, nodes: Nodes, workers: int) -> tuple[dict[str, Any], int]:
-    """Ray's options for an actor, and how many there may be: as said, or a share of all that there is."""
-    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+def shares(resources: Resources, nodes: Nodes, workers: int, network: bool) -> tuple[dict[str, Any], int]:
+    """Ray's options for an actor, and how many there may be: as said, or a share of all that there is.
+
+    Without a network to run, a worker has no use for a GPU.
+    """
+    cpus = int(sum(node.get("CPU", 0) for node in nodes))
+    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if network else 0
     most = resources.max_workers or max(1, min(workers, gpus or cpus))
-    shares = {kind: min(max(total // most, min(total, 1)), int(max(node.get(kind, 0) for node in nodes)))
+    share = {kind: min(max(total // most, min(total, 1)), int(max(node.get(kind, 0) for node in nodes)))
               for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
     given = {
-        "num_cpus": max(1, shares["CPU"]) if resources.cpus is None else resources.cpus,
-        "num_gpus": shares["GPU"] if resources.gpus is None else resources.gpus,
+        "num_cpus": max(1, share["CPU"]) if resources.cpus is None else resources.cpus,
+        "num_gpus": share["GPU"] if resources.gpus is None else resources.gpus,
         "memory": None if resources.memory is None else int(resources.memory * 2**30),
         "accelerator_type": resources.accelerator_type,
         "scheduling_strategy": "SPREAD",

@@ -140,6 +140,7 @@ class StepFolder:
             "rows": _tally(done, "rows"),
             "bytes": _tally(done, "bytes"),
             "seconds": round(sum(part["seconds"] for part in done), 3),
+            "cost": round(sum(part.get("cost", 0.0) for part in done), 3),
             "counters": dict(sorted(counters.items())),
             "rejects": dict(sum((Counter(part["rejects"]) for part in done), Counter())),
             "model": done[0].get("model"),

@@ -150,7 +150,7 @@ def _step_row(manifest: Json) -> Json:
         "wall_seconds": float(manifest["wall_seconds"]),
         "tokens": counters.get("tokens", 0),
         "ranker_calls": counters.get("ranker_calls", 0),
-        "cost": counters.get("gpu_seconds") or counters.get("cpu_seconds") or float(manifest["seconds"]),
+        "cost": manifest.get("cost"),
         "made": str(manifest["made"]),
         "commit": str(manifest["commit"]),
         "model": manifest.get("model"),

@@ -1,7 +1,6 @@
 """One unit of work: a part of one step, or a piece of a part, in whatever process it runs."""
 
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +54,10 @@ class Work:
         """The keys of what it reads: a part says so too, before there is a manifest to say it."""
         return {name: source.path.name for name, source in self.sources.items()}
 
+    @property
+    def reads_model(self) -> bool:
+        return any(item.schema is None and item.name in self.sources for item in shape_of(self.entry).inputs)
+
     def units(self) -> list[Unit]:
         """What is left to do: missing parts, or the one call of a whole stage."""
         missing = self.out.missing(self.shards)
@@ -82,18 +85,32 @@ def work_of(step: Step, store: Store) -> Work:
     return Work(step.name, step.entry, step.options, sources, store.folder(step), step.shards)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a worker, and what they came to: GPU-seconds, or, of a worker without a GPU, CPU-seconds.
+
+    Where nothing says what a worker has (in this process, without a profile), it is taken for one.
+    """
+
+    seconds: float = 0.0
+    cost: float = 0.0
+
+    @classmethod
+    def of(cls, work: Work, resources: Resources, seconds: float) -> "Spent":
+        ranks = work.options.get("ranks", 1)  # the resources are of one
+        return cls(seconds, seconds * ranks * (resources.gpus or resources.cpus or 1))
+
+
 def execute(work: Work, unit: Unit, warm: Warm, tell: Tell, resources: Resources = Resources()) -> int:  # noqa: B008
     """Run one unit, commit what it made, and return its rows."""
-    started = time.perf_counter()
-    inputs = work.inputs(unit)
-    with folder_here(work.out) as here:
+    with warm.clock.share() as seconds, folder_here(work.out) as here:
         workspace = Workspace(here, warm, tell, resources, work.out.path)
-        tables = _call(work, inputs, workspace)
-        seconds = time.perf_counter() - started
+        tables = _call(work, work.inputs(unit), workspace)
+        spent = Spent.of(work, resources, seconds())
         if work.whole:
-            return _commit_whole(work, tables, workspace, seconds)
+            return _commit_whole(work, tables, workspace, spent)
     out = work.out if unit.span is None else work.piece(unit)
-    return _commit(work, out, unit.shard, tables, _record(tables, workspace, seconds))
+    return _commit(work, out, unit.shard, tables, part_record(tables, workspace.counters, spent))
 
 
 @contextmanager
@@ -160,11 +177,11 @@ def _listed(result: Any) -> list[Any]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def _record(tables: dict[str, pa.Table], workspace: Workspace | None, seconds: float) -> dict[str, Any]:
+def part_record(tables: dict[str, pa.Table], counters: Mapping[str, int], spent: Spent) -> dict[str, Any]:
     """What a part's sidecar says beside its files."""
     reasons = Counter(tables["rejects"].column("reason").to_pylist())
-    counters = dict(workspace.counters) if workspace else {}
-    return {"seconds": round(seconds, 3), "counters": counters, "rejects": dict(reasons)}
+    seconds, cost = round(spent.seconds, 3), round(spent.cost, 3)
+    return {"seconds": seconds, "cost": cost, "counters": dict(counters), "rejects": dict(reasons)}
 
 
 def _commit(work: Work, out: StepFolder, shard: int, tables: dict[str, pa.Table], record: dict[str, Any]) -> int:
@@ -172,14 +189,14 @@ def _commit(work: Work, out: StepFolder, shard: int, tables: dict[str, pa.Table]
     return sum(table.num_rows for name, table in tables.items() if name != "rejects")
 
 
-def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace, seconds: float) -> int:
+def _commit_whole(work: Work, tables: dict[str, pa.Table], workspace: Workspace, spent: Spent) -> int:
     """The model, and the tables, dealt to their shards by prompt: shard i of every table has the same prompts."""
     digest = keep_model(work.out, workspace.folder / "model") if shape_of(work.entry).makes_model else None
     parts = []
     for shard, part in enumerate(deal(tables, work.shards)):
-        own = (workspace, seconds) if shard == 0 else (None, 0.0)
+        own = (workspace.counters, spent) if shard == 0 else ({}, Spent())
         said = {"inputs": work.made_of} | ({"model": digest} if shard == 0 else {})
-        parts.append((part, _record(part, *own) | said))
+        parts.append((part, part_record(part, *own) | said))
     work.out.write_whole(parts)
     return sum(table.num_rows for name, table in tables.items() if name != "rejects")
 
@@ -224,8 +241,8 @@ def join(work: Work, shard: int, pieces: list[Unit], poison: dict[str, str]) -> 
     ]
     tables["rejects"] = pa.concat_tables([tables["rejects"], pa.Table.from_pylist(rows, schema=REJECTS)])
     counters: Counter[str] = sum((Counter(record["counters"]) for _, record in found), Counter())
-    seconds = sum(record["seconds"] for _, record in found)
-    return _commit(work, work.out, shard, tables, _record(tables, None, seconds) | {"counters": dict(counters)})
+    spent = Spent(*(sum(record[what] for _, record in found) for what in ("seconds", "cost")))
+    return _commit(work, work.out, shard, tables, part_record(tables, counters, spent))
 
 
 def fail_if_nothing_left(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:

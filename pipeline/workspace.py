@@ -1,10 +1,12 @@
 """What a stage may pull from its surroundings and is never identified by."""
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -17,12 +19,45 @@ T = TypeVar("T")
 Tell = Callable[[float, float, str], None]
 
 
+class Clock:
+    """Seconds of one worker: parts that are at work at once share them, so that those of all add up to its time."""
+
+    def __init__(self) -> None:
+        self._shares: dict[object, float] = {}
+        self._dealing = Lock()
+        self._dealt = time.perf_counter()
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[], float]]:
+        """Of what is done inside: says how many seconds it has had."""
+        me = object()
+        with self._dealing:
+            self._deal()[me] = 0.0
+        try:
+            yield lambda: self._share(me)
+        finally:
+            with self._dealing:
+                del self._deal()[me]
+
+    def _share(self, me: object) -> float:
+        with self._dealing:
+            return self._deal()[me]
+
+    def _deal(self) -> dict[object, float]:
+        now = time.perf_counter()
+        for each in self._shares:
+            self._shares[each] += (now - self._dealt) / len(self._shares)
+        self._dealt = now
+        return self._shares
+
+
 class Warm:
     """Things that are dear to open (an engine, a network), kept for the life of a worker on one step."""
 
     def __init__(self) -> None:
         self._held: dict[Any, Any] = {}
         self._opening = RLock()  # two parts at once want one engine
+        self.clock = Clock()
 
     def hold(self, open_it: Callable[..., T], *args: Any) -> T:
         """Open once for these arguments; later calls get the same thing."""

@@ -173,11 +173,11 @@ def test_best_of_is_the_expected_maximum(store: Store):
 
 
 def test_cost_says_where_the_time_went(store: Store):
-    """100 s of training and 10 s of sampling; nine other steps took 1.5 s, two of them the evaluations."""
+    """100 s of training and 10 s of sampling, on two GPUs; nine other steps took 1.5 s, two of them evaluations."""
     rows = {row["stage"]: row for row in ask(store, "cost")}
     total = sum(row["cost"] for row in rows.values())
     assert next(iter(rows)) == "optimize"
-    assert rows["sample"]["cost"] == rows["sample"]["seconds"]
+    assert rows["sample"]["cost"] == 2 * rows["sample"]["seconds"]
     assert rows["evaluate"]["steps"] == 2
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
     assert rows["optimize"]["share"] == pytest.approx(rows["optimize"]["cost"] / total)

@@ -1,0 +1,65 @@
+"""What a step cost: the time of its workers, dealt among the parts that shared them, times what a worker holds."""
+
+import time
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from pipeline.executors import InProcess, shares
+from pipeline.resources import Profile, Resources
+from pipeline.run import run
+from pipeline.store import Store
+from pipeline.workspace import Clock
+from tests.chain import planned, recipe, step, toys
+from tests.runs import Silent
+
+SERVER = {"CPU": 64.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_at_work_at_once_share_their_worker(parts: int):
+    """Law: the shares of all parts add up to the time in which any was at work, however they overlap."""
+    clock, together, had = Clock(), Barrier(parts), []
+
+    def work(number: int) -> None:
+        with clock.share() as seconds:
+            together.wait()
+            time.sleep(0.01 * (number + 1))
+            had.append(seconds())
+
+    began = time.perf_counter()
+    threads = [Thread(target=work, args=(number,)) for number in range(parts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0.01 * parts <= sum(had) <= time.perf_counter() - began
+
+
+def test_time_without_a_part_is_nobodys():
+    clock = Clock()
+    time.sleep(0.02)
+    began = time.perf_counter()
+    with clock.share() as seconds:
+        assert seconds() <= time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    ("resources", "times"),
+    [(Resources(), 1), (Resources(cpus=3), 3), (Resources(cpus=8, gpus=2), 2), (Resources(cpus=8, gpus=0.5), 0.5)],
+)
+def test_cost_is_seconds_times_the_gpus_of_a_worker_or_its_cpus(tmp_path: Path, resources: Resources, times: float):
+    with toys():
+        plan, store = planned(recipe(tmp_path)), Store(tmp_path / "store")
+        run(plan, store, InProcess(Profile(resources)), Silent())
+        manifest = store.folder(step(plan, "rate")).manifest
+        assert manifest
+        assert manifest["cost"] == pytest.approx(times * manifest["seconds"], abs=0.01)
+
+
+def test_a_worker_that_reads_no_model_is_given_no_gpu():
+    """Else a selection would keep eight GPUs from the sampler beside it; a profile may say otherwise."""
+    given = {reads: shares(Resources(), [SERVER], 4, reads)[0] for reads in (True, False)}
+    assert (given[True]["num_gpus"], given[False]["num_gpus"]) == (2, 0)
+    assert shares(Resources(gpus=1), [SERVER], 4, False)[0]["num_gpus"] == 1
