@@ -41,9 +41,9 @@ class _Step:
     @property
     def pace(self) -> str:
         rate = (self.done - self.begun) / max(1e-9, time.monotonic() - self.started)
-        left = (self.total - self.done) / rate if rate else 0.0
         done = f"{self.done:,.1f}".removesuffix(".0")
-        return f"{done}/{self.total:,.0f} {self.unit}, {rate:,.2f}/s, {left:,.0f} s left"
+        pace = f", {rate:,.2f}/s, {(self.total - self.done) / rate:,.0f} s left" if rate else ""
+        return f"{done}/{self.total:,.0f} {self.unit}{pace}"
 
 
 class Watcher:

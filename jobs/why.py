@@ -16,14 +16,15 @@ BEGINNING = re.compile(r"[0-9a-f]{4,16}")
 
 @dataclass(frozen=True)
 class Side:
-    """What was asked about: a run's steps by name, or one step."""
+    """What was asked about: a run's steps by name, or one step; and all steps of its run, if it has one."""
 
     said: str
     steps: dict[str, str]
     is_run: bool
+    run: dict[str, str]
 
     def names(self, key: str) -> set[str]:
-        return {name for name, own in self.steps.items() if own == key}
+        return {name for name, own in self.run.items() if own == key}
 
 
 def why(store: Store, one: str, other: str) -> list[str]:
@@ -45,19 +46,25 @@ def why(store: Store, one: str, other: str) -> list[str]:
 
 def _side(text: str, runs: dict[str, dict[str, Json]], sealed: dict[str, Json]) -> Side:
     if text in runs:
-        return Side(text, {name: link["key"] for name, link in runs[text].items()}, True)
+        keys = _keys(runs[text])
+        return Side(text, keys, True, keys)
     run, _, step = text.rpartition("/")
     if run in runs:
         if step not in runs[run]:
             raise WinnowError(f"{text}: run {run} has no step {step!r}; {nearest(step, list(runs[run]))}")
-        return Side(text, {step: runs[run][step]["key"]}, False)
+        keys = _keys(runs[run])
+        return Side(text, {step: keys[step]}, False, keys)
     if not BEGINNING.fullmatch(text):
         raise WinnowError(f"{text}: no such run; {nearest(run or text, list(runs))}; a step is run/step, or its key")
     found = sorted(key for key in sealed if key.startswith(text))
     if len(found) != 1:
         known = f"{', '.join(found)} all begin so; write more of it" if found else "no sealed step's key begins so"
         raise WinnowError(f"{text}: {known}")
-    return Side(text, {sealed[found[0]]["stage"]: found[0]}, False)
+    return Side(text, {sealed[found[0]]["stage"]: found[0]}, False, {})
+
+
+def _keys(links: dict[str, Json]) -> dict[str, str]:
+    return {name: link["key"] for name, link in links.items()}
 
 
 class Comparison:
@@ -81,7 +88,10 @@ class Comparison:
                 self.found.append(f"only in {side.said}: {', '.join(sorted(names))}")
 
     def steps(self, name: str, left: str, right: str) -> None:
-        """Two steps, then what they read, wire by wire, down to where the difference comes from."""
+        """Two steps, then what they read, wire by wire, down to where the difference comes from.
+
+        What no run gives a name has that of the wires that lead there: `optimize.init` is the `init` of `optimize`.
+        """
         if left == right or (left, right) in self.seen:
             return
         self.seen.add((left, right))
@@ -89,7 +99,8 @@ class Comparison:
         one, other = (self.manifests.get(key, {}).get("identity", {"inputs": {}}) for key in (left, right))
         for wire, source in one["inputs"].items():
             if self._alike(source, other["inputs"].get(wire)):
-                self.steps(self.manifests[source]["stage"], source, other["inputs"][wire])
+                called = min(self.left.names(source), default=f"{name}.{wire}")
+                self.steps(called, source, other["inputs"][wire])
 
     def _alike(self, left: str, right: str | None) -> bool:
         """Two results of one stage, of which more can be told than that they differ."""

@@ -1,7 +1,8 @@
 """What no run reaches, and what nobody would miss; deleted only while that is still so.
 
-A step is reached if a run's link names it, made or on its way. Before each deletion the links are read again and
-the step is claimed, so that a run that begins meanwhile keeps what it found.
+A step is reached if a run's link names it, made or on its way. Before each deletion the step is claimed, its manifest
+is put away, and the links are read again. A run links first and looks for manifests then: it either is seen, and the
+manifest goes back, or finds none, and makes the step once the claim is over.
 """
 
 import re
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.contents import KEY, LOCKS, RUNS, SIDECAR, Contents, Made, followers_first, links
-from pipeline.places import Place, delete, sizes
+from pipeline.places import Place, create, delete, read, sizes
 from pipeline.registry import nearest
 from pipeline.store import StepFolder, Store
 from schemas import WinnowError
@@ -128,10 +129,23 @@ def _gone(store: Store, item: Garbage) -> bool:
 
 
 def _step_gone(store: Store, folder: StepFolder) -> bool:
-    if any(link["key"] == folder.path.name for steps in links(store).values() for link in steps.values()):
+    if _reached(store, folder):
         return False
-    remove(folder)
-    return True
+    manifest = read(folder.manifest_path) if folder.manifest_path.exists() else None
+    delete(folder.manifest_path)
+    wanted = True
+    try:
+        wanted = _reached(store, folder)
+    finally:
+        if wanted and manifest:
+            create(folder.manifest_path, manifest)
+    if not wanted:
+        remove(folder)
+    return not wanted
+
+
+def _reached(store: Store, folder: StepFolder) -> bool:
+    return any(link["key"] == folder.path.name for steps in links(store).values() for link in steps.values())
 
 
 def remove(folder: StepFolder) -> None:

@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
-from pipeline.contents import Contents, Made, followers_first
+from pipeline.contents import Contents, Made, followers_first, links
 from pipeline.garbage import remove
 from pipeline.plan import Plan, Step
 from pipeline.registry import nearest
@@ -14,6 +15,7 @@ from pipeline.store import Store
 from schemas import WinnowError
 
 Choose = Callable[[Plan, str], list[Step]]
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Rerun:
 
     plans: list[Plan]
     gone: list[Made]
+    check: Check
 
     def drop(self) -> None:
         """Delete them, those that follow first: whenever this ends, no step stands on what is not there.
 
-        Raises WinnowError, with nothing deleted, where another run is making one of them.
+        Raises WinnowError, with nothing deleted, where another run is making one of them, or reaches one by now.
         """
         with ExitStack() as claims:
             for made in self.gone:
@@ -37,6 +40,7 @@ class Rerun:
                         "wait for it, or stop it"
                     )
                 claims.callback(claim.release)
+            self.check()
             for made in self.gone:
                 remove(made.folder)
 
@@ -53,11 +57,16 @@ def rerun(
         raise WinnowError(f"--only {only} --from {onward}: give one of them; --from makes what follows too")
     gone = _to_drop(plans, force, store) if force else []
     keys = {made.key for made in gone}
+    check: Check = partial(_refuse_if_reached, store, plans, keys, f"--force {force}") if gone else _nothing
+    check()
     if only:
         plans = _parts(plans, f"--only {only}", only, chosen, store, keys)
     if onward:
         plans = _parts(plans, f"--from {onward}", onward, followers, store, keys)
-    return Rerun(plans, gone)
+    return Rerun(plans, gone, check)
+
+
+def _nothing() -> None: ...
 
 
 def chosen(plan: Plan, name: str) -> list[Step]:
@@ -122,21 +131,21 @@ def _to_drop(plans: list[Plan], name: str, store: Store) -> list[Made]:
     keys |= {key for key, sources in inputs.items() if sources is None and key not in outside}  # it may follow too
     while more := {key for key, sources in inputs.items() if sources and sources & keys} - keys:
         keys |= more
-    gone = [contents.made[key] for key in followers_first(inputs) if key in keys and key in contents.made]
-    _refuse_if_reached(contents, plans, {made.key for made in gone}, name)
-    return gone
+    return [contents.made[key] for key in followers_first(inputs) if key in keys and key in contents.made]
 
 
-def _refuse_if_reached(contents: Contents, plans: list[Plan], gone: set[str], name: str) -> None:
+def _refuse_if_reached(store: Store, plans: list[Plan], gone: set[str], place: str) -> None:
     ours = {plan.name for plan in plans}
     others = [
         run
-        for run, steps in contents.runs.items()
+        for run, steps in links(store).items()
         if run not in ours and any(link["key"] in gone for link in steps.values())
     ]
     if others:
         many = len(others) > 1
+        forget = [word for run in others for word in ("--forget", run)]
+        command = shlex.join(["winnow", "gc", "--store", str(store.root), *forget, "--yes"])
         raise WinnowError(
-            f"--force {name}: {', '.join(others)} would lose what {'they stand' if many else 'it stands'} on; name "
-            f"{'them' if many else 'it'} in the command too, or `winnow gc --forget {shlex.quote(others[0])} --yes`"
+            f"{place}: {', '.join(others)} would lose what {'they stand' if many else 'it stands'} on; name "
+            f"{'their recipes' if many else 'its recipe'} in the command too, or do without: `{command}`"
         )

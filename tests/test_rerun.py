@@ -120,12 +120,22 @@ def test_force_is_refused_where_another_run_would_lose_its_ground(
     make(plan, store)
     make(other, store)
     before = store.sealed()
-    with pytest.raises(WinnowError, match=rf"--force {name}: other would lose what it stands on.*gc --forget other"):
+    with pytest.raises(WinnowError, match=rf"{name}: other would lose what it stands on.*--forget other --yes`"):
         rerun([plan], store, force=name)
     assert store.sealed() == before
     assert rerun([plan], store, force="keep").gone, "its own keep is nobody else's"
     rerun([plan, other], store, force=name).drop()
     assert len(store.sealed()) == ["draw", "rate"].index(name)
+
+
+def test_a_run_that_came_since_the_checks_keeps_its_ground(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
+    make(plan, store)
+    again = rerun([plan], store, force="rate")
+    make(planned(recipe(tmp_path, "other", keep="with: {above: 3.0}")), store)
+    before = store.sealed()
+    with pytest.raises(WinnowError, match="other would lose what it stands on"):
+        again.drop()
+    assert store.sealed() == before
 
 
 def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(store: Store, plan: Plan, luck: Luck):
@@ -220,10 +230,12 @@ def test_why_tells_where_a_difference_arises(tmp_path: Path, store: Store, plan:
     changed = planned(recipe(tmp_path, "other", rate="with: {scale: 2.0}"))
     make(changed, store)
     assert why(store, "toy", "other") == ["rate.options.scale: 1.0 -> 2.0", "only through their inputs: keep"]
-    told = ["toy_rate.options.scale: 1.0 -> 2.0", "only through their inputs: keep"]
-    assert why(store, "toy/keep", "other/keep") == told
+    assert why(store, "toy/keep", "other/keep") == why(store, "toy", "other")
     keys = [step(each, "keep").key for each in (plan, changed)]
-    assert why(store, keys[0][:8], keys[1]) == [*told[:1], "only through their inputs: toy_keep"]
+    assert why(store, keys[0][:8], keys[1]) == [
+        "toy_keep.rewards.options.scale: 1.0 -> 2.0",
+        "only through their inputs: toy_keep",
+    ]
     assert why(store, "toy", "toy") == ["no difference: toy and toy have the same keys"]
     assert why(store, "toy/draw", "other/draw") == ["no difference: toy/draw and other/draw have the same keys"]
 
