@@ -22,7 +22,7 @@ import pyarrow as pa
 from pipeline.places import Place
 from pipeline.registry import nearest
 from pipeline.rounds import split
-from pipeline.store import Store
+from pipeline.store import CURE, Store
 from pipeline.views import address, checked_manifest, checked_run, columns, files_of, quoted, run_rows, step_rows, text
 from pipeline.views import view as view_of
 from schemas import TABLES, WinnowError
@@ -234,10 +234,7 @@ def _told() -> Iterator[None]:
             f"sql: {error}\nOnly what lies in the store is read, and no link that leads out of it"
         ) from None
     except duckdb.IOException as error:
-        raise WinnowError(
-            f"sql: {error}\nA file that a manifest lists is gone or damaged: put it back, or delete its step's folder "
-            "and run again"
-        ) from None
+        raise WinnowError(f"sql: {error}\nA file that a manifest lists is gone or damaged; {CURE}") from None
     except duckdb.Error as error:
         raise WinnowError(f"sql: {error}\n{LOOK}") from None
     except RuntimeError as error:

@@ -26,6 +26,8 @@ from schemas import TABLES, Model, WinnowError, table_name
 
 Json = dict[str, Any]
 WHOLE = "part-whole.json"  # of a stage that is called once: what two calls made is never mixed
+REPEATED = ["prompt_id"]  # a dictionary of ids and texts that hardly repeat only makes files larger and slower
+CURE = "put the file back, or make its step and all that follows again: `winnow run RECIPE --force STEP`"  # of damage
 FORMAT = 1  # of manifests; one that says more was made by a later version of this code
 LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")
 
@@ -81,10 +83,7 @@ class StepFolder:
         try:
             tables = [_read_table(self.path / file, schema) for file in wanted]
         except (FileNotFoundError, DamagedError) as error:
-            raise WinnowError(
-                f"{self.path}: table {name} is damaged ({error}); put the file back, or delete this folder and "
-                "those of all steps made from it (winnow ls lists them), for they would not fit a new one"
-            ) from None
+            raise WinnowError(f"{self.path}: table {name} is damaged ({error}); {CURE}") from None
         return pa.concat_tables(tables).combine_chunks()
 
     def model(self) -> Model:
@@ -120,7 +119,7 @@ class StepFolder:
 
     def _write_table(self, stem: str, table: pa.Table) -> Json:
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=8192)
+        pq.write_table(table, buffer, compression="zstd", row_group_size=8192, use_dictionary=REPEATED)
         content = buffer.getvalue()
         digest = sha256(content).hexdigest()
         name = f"{stem}.{digest[:12]}.parquet"
@@ -212,6 +211,10 @@ class Store:
     def runs(self) -> dict[str, Json]:
         """Run name -> step name -> stage and key."""
         return {place.stem: _decoded(place, content) for place, content in read_all(self.root, "runs/*.json").items()}
+
+    def run(self, name: str) -> Json:
+        """Step name -> stage and key; nothing for a run that there is not."""
+        return read_json(self.root / "runs" / f"{name}.json") or {}
 
     def link_run(self, name: str, steps: list[Step]) -> None:
         content = {step.name: {"stage": step.entry.name, "key": step.key} for step in steps}

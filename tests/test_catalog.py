@@ -153,7 +153,7 @@ def test_only_what_a_statement_names_is_opened(store: Store):
     with pytest.raises(WinnowError, match="sql: "):
         query(catalog, "SELECT * FROM rewards")
     part(store, "2222").unlink()
-    with pytest.raises(WinnowError, match="put it back, or delete its step's folder"):
+    with pytest.raises(WinnowError, match="put the file back, or make its step"):
         query(catalog, "SELECT * FROM rewards")
 
 

@@ -18,6 +18,7 @@ from pipeline import Workspace, stage
 from pipeline.executors import InProcess
 from pipeline.plan import Plan, Step, make_plan
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.rerun import rerun
 from pipeline.run import run
 from pipeline.stage import stages
 from pipeline.store import Store
@@ -346,13 +347,17 @@ def test_a_spoiled_part_counts_as_missing(tmp_path: Path, trouble: Trouble, spoi
 
 @pytest.mark.parametrize("spoil", ["truncate", "delete"])
 def test_a_sealed_table_that_is_spoiled_later_is_named_when_read(tmp_path: Path, trouble: Trouble, spoil: str):
-    """Sealed is sealed: the next step that reads it says which folder to delete, instead of a traceback."""
+    """Sealed is sealed: the next step that reads it says what to do, instead of a traceback, and that does it."""
     store = Store(tmp_path)
     make(store)
+    before = content(store)
     for file in folder(store, "source").path.glob("prompts-*.parquet"):
         os.truncate(file, 10) if spoil == "truncate" else file.unlink()
-    with pytest.raises(WinnowError, match=rf"{folder(store, 'source').path}: table prompts .* delete this folder"):
+    with pytest.raises(WinnowError, match=rf"{folder(store, 'source').path}: table prompts .* --force STEP"):
         make(store, plan({"leave_out": 5}))
+    rerun([plan()], store, force="source").drop()
+    make(store)
+    assert content(store) == before
 
 
 def test_a_step_that_leaves_out_every_row_has_failed_and_says_why(tmp_path: Path, trouble: Trouble):
