@@ -1,8 +1,16 @@
 """`winnow bench store` measures what it says; how fast anything is, is for a quiet machine, and no claim here."""
 
+import os
 import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from multiprocessing import active_children
+from threading import Timer
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -10,7 +18,7 @@ import jobs.__main__  # noqa: F401 - has every command
 from jobs import queries
 from jobs.bench.store import Sizes, asking, changing, killing, measure, rerunning, sampling, selecting
 from jobs.bench.store.measure import Bench
-from jobs.bench.store.parts import Found, Verdict
+from jobs.bench.store.parts import Found, Verdict, apart, ended_by_sigterm
 from jobs.bench.store.sampling import SIDES, Crew, Kept
 from jobs.bench.store.selecting import algorithm_1
 from jobs.bench.store.world import Part, corridor, make_policy, write_prompts
@@ -18,6 +26,8 @@ from jobs.commands.app import app
 from pipeline.executors import InProcess
 from pipeline.run import run
 from pipeline.store import Store
+from pipeline.work import Unit, execute, work_of
+from pipeline.workspace import Warm
 from schemas import WinnowError, conform
 from schemas.tables import CANDIDATES, REWARDS, SELECTIONS
 from stages.engines import Request, Sampling, open_engine
@@ -45,6 +55,8 @@ def bench():
     """Every part but `sample` and `kills`, in this process, which their memory does not count in."""
     made = Bench(SMALL, ["select", "beta", "sql"])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", tempfile.gettempdir())  # which a query sets in its own process
+        patch.setattr(asking, "MOST", 2)
         for part in (selecting, changing, asking):
             patch.setattr(part, "apart", here)
         made.run(lambda said: None)
@@ -55,9 +67,10 @@ def test_each_part_tells_its_promises_and_its_figures(bench):
     promised, *tables = bench.tables().values()
     assert {row["met"] for row in promised.to_pylist()} == {"at another size"}
     assert [table.num_rows for table in tables] == [3, 3, 4, len(queries.names())]
+    assert not bench.failed
     page = bench.page()
     assert all(f"## {title}" in page for title in bench.tables())
-    assert all(word in page for word in ("commit", "cores", "duckdb 2", "prompts 400"))
+    assert all(word in page for word in ("commit", "cores", "GiB", "duckdb 2", "prompts 400", "load average"))
 
 
 def test_select_is_measured_in_parts_of_one_size(bench):
@@ -71,7 +84,8 @@ def test_select_is_measured_in_parts_of_one_size(bench):
 
 def test_both_sides_answer_every_query_alike(bench):
     found = {name: bench.found["sql", name] for name in queries.names()}
-    assert all(both.same for both in found.values())
+    assert not [name for name, both in found.items() if both.wrong]
+    assert {len(both.seconds[side]) for both in found.values() for side in asking.SIDES} == {2}
     empty = {name for name, both in found.items() if not both.rows}
     assert empty <= {"heldout", "rejects", "rounds", "two_losses", "unpaired"}  # one sound run has nothing to tell them
 
@@ -105,7 +119,7 @@ def test_the_stage_that_is_measured_is_the_whole_run_of_it(small):
     executor, plan = Kept(), sampling._plan(folder, "sample", sampling.LARGE, "fake")
     engine = sampling._opened(plan, folder, executor)
     first = sampling._stage(plan, folder, executor)
-    assert sampling._stage(plan, folder, executor) == first > 40 * 64
+    assert sampling._stage(plan, folder, executor)[0] == first[0] > 40 * 64
     held = [each for each in executor.warm._held.values() if isinstance(each, FakeEngine)]
     assert held == [engine]
     shutil.rmtree(folder)
@@ -115,7 +129,8 @@ def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
     """Whatever the start took: tokens of the parts after the first over the time that they took, if it is steady."""
     crew = Crew([(100.0 + 2 * n, 1000) for n in range(8)][::-1], 60.0)
     assert crew.rate == pytest.approx(500)
-    found: Found = {("sample", "sides", "0"): dict(zip(SIDES, (1000.0, 960.0), strict=True))}
+    found: Found = {("sample", "sides", "0"): dict(zip(SIDES, (1000.0, 960.0, 1100.0), strict=True))}
+    assert [verdict.found for verdict in sampling.told(SMALL, found).verdicts] == ["0.96"]  # of what there is
     found |= {("sample", name, "0"): crew for name in sampling.CREWS}
     verdicts = sampling.told(SMALL, found).verdicts
     assert [verdict.found for verdict in verdicts] == ["0.96", "0.5"]
@@ -124,10 +139,111 @@ def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
 
 def test_another_beta_is_a_share_of_sampling(bench):
     """Seconds of all parts over tokens / rate."""
-    found = bench.found | {("sample", "sides", "0"): dict(zip(SIDES, (1e9, 1e9), strict=True))}
+    found = bench.found | {("sample", "sides", "0"): dict.fromkeys(SIDES, 1e9)}
     (verdict,) = changing.told(SMALL, found).verdicts
     seconds = sum(bench.found["beta", "run"].seconds.values()) * SMALL.parts / changing.MEASURED
     assert float(verdict.found.replace(",", "")) == pytest.approx(seconds * 1e9 / (400 * 64 * 32), rel=0.01)
+    assert "select, pair, examples, scaled from 2 of 4 parts" in verdict.what
+
+
+def test_the_stage_is_judged_with_its_files(bench):
+    """Seconds of Algorithm 1 for as many prompts, over the seconds of the run from Parquet to Parquet."""
+    verdict = bench.told["select"].verdicts[-1]
+    python, seconds = bench.found["select", "law", "0"].python, bench.found["select", "400", "0"].seconds
+    assert float(verdict.found.replace(",", "")) == pytest.approx(400 * python / seconds, rel=0.01)
+    assert "Parquet to Parquet" in verdict.what
+
+
+# What the comparisons see
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """The run of the kills, in this process."""
+    root = tmp_path_factory.mktemp("finished") / "store"
+    killing._run(small, root)
+    return root
+
+
+def test_a_finished_part_that_is_made_again_is_seen(small, finished):
+    """The same bytes under the same name, in place of the file that stood there."""
+    step = next(step for step in killing._plan(small).steps if step.name == "reward")
+    before = killing._parts(finished)
+    assert killing._touched(before, killing._parts(finished)) == 0
+    execute(work_of(step, Store(finished)), Unit(0), Warm(), lambda *told: None)
+    assert killing._touched(before, killing._parts(finished)) == 1
+
+
+def test_a_flipped_byte_is_another_result(small, finished):
+    """Whatever the manifest says, and be the file as long as before."""
+    whole = killing._digests(small, finished)
+    file = next(finished.glob("examples/*/examples-*.parquet"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert killing._digests(small, finished) != whole
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert killing._digests(small, finished) == whole
+
+
+def test_a_run_that_cannot_go_on_is_told_and_the_other_kills_go_on(small, tmp_path, monkeypatch):
+    """It counts as another result; that a process cannot go on is made up here."""
+
+    def killed(folder, root, seconds):
+        (root / "made").mkdir(parents=True)
+        return "sample"
+
+    def fails(*args, ready=()):
+        raise OSError("a disk | that\nis gone")
+
+    monkeypatch.setattr(killing, "_killed", killed)
+    monkeypatch.setattr(killing, "apart", fails)
+    found: Found = {("kills", "0"): killing._one(tmp_path, 0, 0.5, 1.0, {})}
+    told = killing.told(Sizes(kills=1), found)
+    assert told.verdicts[0].found == "0 of 1"
+    assert told.failed == [{"at": "kill 0", "what failed": "OSError: a disk | that is gone"}]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "told"),
+    [
+        ([1.0, None], [1.0 + 1e-12, None], ""),
+        ([1.0, None], [1.0 + 1e-8, None], "other values in x"),
+        ([0.0, None], [None, 0.0], "other values in x"),
+        ([float("nan")], [float("nan")], ""),
+        (["a", None], ["a", None], ""),
+        (["a", "b"], ["b", "a"], "other values in x"),
+        ([1, 2], [1, 3], "other values in x"),
+        ([1], [1.0], "other values in x"),
+        ([1], [1, 2], "(1, 1) rows and columns against (2, 1)"),
+    ],
+)
+def test_answers_are_compared_by_value(own, other, told):
+    assert asking.difference(pa.table({"x": own}), pa.table({"y": other})) == told
+
+
+def test_short_queries_are_repeated_and_long_ones_are_not():
+    def enough(seconds, runs, least):
+        return asking._enough(dict.fromkeys(asking.SIDES, [seconds] * runs), least)
+
+    for seconds, least, runs in ((0.01, 3, 15), (0.5, 3, 6), (2.0, 3, 3), (30.0, 2, 2)):
+        assert not enough(seconds, runs - 1, least)
+        assert enough(seconds, runs, least)
+
+
+def test_a_query_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    def fails(function, folder, name, repeats):
+        if name == "best_of":
+            raise MemoryError("no room")
+        return asking.Both({side: [1.0, 2.0] for side in asking.SIDES}, 3)
+
+    monkeypatch.setattr(asking, "apart", fails)
+    found: Found = {("sql", name): asking._asked(tmp_path, name, 1) for name in queries.names()}
+    told = asking.told(SMALL, found | {("sql", "made"): 0})
+    assert told.failed == [{"at": "best_of", "what failed": "MemoryError: no room"}]
+    assert told.verdicts[0].what.startswith(f"{len(found) - 1} of {len(found)} queries")
+    assert len({tuple(row) for rows in told.tables.values() for row in rows}) == 1
 
 
 # What is measured on
@@ -193,6 +309,64 @@ def test_the_command_writes_its_page(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "left: beta, run" in done.output
     assert (tmp_path / "page.md").read_text().startswith("# winnow bench store")
+
+
+def test_a_part_that_fails_is_on_the_page_and_the_others_go_on(tmp_path, monkeypatch):
+    """After each part there is a page of those before; the command ends with 1."""
+    page, pages = tmp_path / "page.md", []
+
+    def fails(*args, ready=()):
+        pages.append(page.read_text())
+        raise MemoryError("no room [/here] | at all")
+
+    monkeypatch.setattr(changing, "apart", here)
+    monkeypatch.setattr(rerunning, "apart", fails)
+    monkeypatch.setattr(selecting, "apart", fails)
+    words = ["bench", "store", "--only", "select,beta,rerun", "--prompts", "200", "--parts", "2", "--out", str(page)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1, done.output
+    assert pages[0] == ""
+    assert "another beta" in pages[1]
+    assert "not done yet: rerun" in pages[1]
+    for name, at in (("select", "select, 2 prompts, made"), ("rerun", "rerun, world")):
+        row = f"| {at} | MemoryError: no room [/here] \\| at all |"
+        assert f"## {name}: what failed\n\n| at | what failed |\n| --- | --- |\n{row}" in page.read_text()
+        assert f"failed: {at}" in done.output
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(WinnowError, match=r"none/page\.md: No such file or directory; give a file"):
+        CliRunner().invoke(app, ["bench", "store", "--out", str(tmp_path / "none/page.md")], catch_exceptions=False)
+
+
+def test_sigterm_ends_what_runs_apart_and_cleans_up(tmp_path):
+    def sleeps():
+        with ended_by_sigterm(), tempfile.TemporaryDirectory(dir=tmp_path):
+            Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            apart(time.sleep, 60)
+
+    begin = time.monotonic()
+    with pytest.raises(SystemExit):
+        sleeps()
+    assert time.monotonic() - begin < 20
+    assert not active_children()
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_worker_is_pinned(tmp_path):
+    """The raylet, the driver and all the rest keep their cores; every thread of the worker has one."""
+    core = max(os.sched_getaffinity(0))
+    free = os.sched_getaffinity(0)
+    with (
+        subprocess.Popen(["bash", "-c", "exec -a ray::Worker.unit sleep 30"], stdout=subprocess.DEVNULL) as worker,
+        subprocess.Popen(["sleep", "30"]) as other,
+    ):
+        with sampling.pinned(core):
+            while os.sched_getaffinity(worker.pid) != {core}:
+                time.sleep(0.1)
+        assert os.sched_getaffinity(other.pid) == os.sched_getaffinity(0) == free
+        worker.kill()
+        other.kill()
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,18 @@ def facts(commit: str, libraries: Sequence[str]) -> dict[str, str]:
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "commit": commit,
         "command": f"`{shlex.join(['winnow', *sys.argv[1:]])}`",
-        "machine": f"{os.cpu_count()} cores, {cpu}",
+        "machine": f"{os.cpu_count()} cores, {_memory():.1f} GiB of memory, {cpu}",
         "libraries": ", ".join(f"{name} {version(name)}" for name in libraries),
     }
+
+
+def _memory() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def load() -> str:
+    """How many processes wanted a core in the last minute, on average."""
+    return f"{os.getloadavg()[0]:.2f}"
 
 
 def commit() -> str:
@@ -45,8 +54,12 @@ def written(title: str, told: dict[str, Any], how: str, tables: dict[str, pa.Tab
 
 def markdown(table: pa.Table) -> str:
     rows = [table.column_names, ["---"] * table.num_columns]
-    rows += [["" if value is None else str(value) for value in row.values()] for row in table.to_pylist()]
+    rows += [["" if value is None else _cell(value) for value in row.values()] for row in table.to_pylist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from jobs.bench.store import PARTS, Sizes
 from jobs.commands.app import STORE, On, StorePath, app, console
 from jobs.console import Watcher, as_table
 from pipeline.store import Store
+from schemas import WinnowError
 
 SIZES = Sizes()
 bench = typer.Typer(help="Slow proofs, measured on this machine.", no_args_is_help=True)
@@ -77,8 +79,23 @@ def store(
     from jobs.bench.store.measure import Bench
 
     made = Bench(Sizes(prompts, steps, parts, sampled, hidden, kills, repeats), only.split(","))
-    made.run(console.print)
+    if out:
+        _check_writable(out)
+    made.run(partial(console.print, markup=False, highlight=False), lambda: _write(out, made.page()))
     for title, table in made.tables().items():
         console.print(as_table(table, title))
+    if made.failed:
+        raise typer.Exit(1)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises WinnowError before anything is measured."""
+    try:
+        out.open("a").close()
+    except OSError as error:
+        raise WinnowError(f"--out {out}: {error.strerror}; give a file in a folder that is there") from None
+
+
+def _write(out: Path | None, page: str) -> None:
     if out:
-        out.write_text(made.page())
+        out.write_text(page)

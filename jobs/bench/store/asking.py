@@ -1,5 +1,6 @@
 """The queries that ship, over tens of millions of candidates, beside the same text given to a bare DuckDB."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs import queries
 from jobs.bench.page import spread
 from jobs.bench.store import Sizes
-from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart
+from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart, failure, one_line
 from jobs.bench.store.world import Part, Tables, a_row, seal, shares, step
 from pipeline.catalog import open_catalog
 from pipeline.plan import Step
@@ -29,13 +31,26 @@ HELDOUT, EVALUATED = 500, 4  # prompts, and responses of each
 ASKED, SLOWER = 1_000_000, 1.2
 LEAST = 0.05  # seconds; of a query that takes less, what is measured is the machine
 SIDES = ("ours", "bare")
+WHOLE, MOST = 3.0, 15  # a query is repeated until each side has so many seconds, or runs
+LONG, FEWEST = 20.0, 2  # seconds of a run from which on so many runs will do
+CLOSE, ZERO = 1e-9, 1e-12  # floats are alike within this share, or this: threads add up in any order
+COSTS = {  # seconds of a run per million candidates, about, where it is long
+    "best_of": 0.6,
+    "duplicates": 0.5,
+    "length_bias": 0.5,
+    "ranker_agreement": 0.4,
+    "reference_margin": 0.25,
+    "reward_by_length": 0.8,
+    "unpaired": 0.5,
+}
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
     rows = sizes.prompts * DRAWS / 1e6
-    yield Task(("sql", "made"), 6 * rows, partial(_make, folder, sizes))
+    yield Task(("sql", "made"), 6 * rows, partial(apart, _make, folder, sizes))
     for name in queries.names():
-        yield Task(("sql", name), 2 + rows / 4, partial(apart, _both, folder, name, sizes.repeats))
+        cost = 10 + 2 * (1 + FEWEST) * COSTS.get(name, 0.03) * rows
+        yield Task(("sql", name), cost, partial(_asked, folder, name, sizes.repeats))
 
 
 @dataclass
@@ -113,27 +128,78 @@ def _make(folder: Path, sizes: Sizes) -> int:
 
 @dataclass(frozen=True)
 class Both:
-    """Seconds of each repeat, by side; and whether the answers have the same shape."""
+    """Seconds of each repeat, by side; `wrong`: what the answers differ in, or how the query failed."""
 
     seconds: dict[str, list[float]]
     rows: int
-    same: bool
+    wrong: str = ""
+
+
+def _asked(folder: Path, name: str, repeats: int) -> Both:
+    """A query that fails is no reason not to ask the others."""
+    try:
+        both: Both = apart(_both, folder, name, repeats)
+    except Exception as error:
+        return Both({}, 0, one_line(error))
+    return both
 
 
 def _both(folder: Path, name: str, repeats: int) -> Both:
-    """After a run of each that is not counted, the sides alternate."""
+    """After a run of each that is not counted, whose answers are compared, the sides alternate."""
+    tempfile.tempdir = str(folder)  # where a catalog spills to: gone with the folder, however this process ends
     text, store = queries.text(name), Store(folder)
-    connection, catalog = _bare(store, folder / "spill"), open_catalog(store)
-    ask = {"ours": lambda: catalog.sql(text).arrow(), "bare": lambda: connection.sql(text).to_arrow_table()}
-    answers = {side: ask[side]() for side in SIDES}
+    (first, ours), (second, bare) = (_timed(side, store, text) for side in SIDES)
+    if differs := difference(ours, bare):
+        return Both({}, ours.num_rows, differs)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for repeat in range(repeats):
-        for side in SIDES[:: 1 if repeat % 2 == 0 else -1]:
-            start = time.perf_counter()
-            ask[side]()
-            seconds[side].append(time.perf_counter() - start)
-    ours, bare = (answers[side] for side in SIDES)
-    return Both(seconds, ours.num_rows, ours.num_rows == bare.num_rows and ours.num_columns == bare.num_columns)
+    while not _enough(seconds, FEWEST if max(first, second) > LONG else repeats):
+        for side in SIDES[:: 1 if len(seconds["ours"]) % 2 == 0 else -1]:
+            seconds[side].append(_timed(side, store, text)[0])
+    return Both(seconds, ours.num_rows)
+
+
+def _enough(seconds: dict[str, list[float]], least: int) -> bool:
+    runs = len(seconds["ours"])
+    return runs >= MOST or (runs >= least and all(sum(each) >= WHOLE for each in seconds.values()))
+
+
+def _timed(side: str, store: Store, text: str) -> tuple[float, pa.Table]:
+    """Seconds of the query, views open, and its answer.
+
+    Each time in a DuckDB of its own, so that neither side works in memory that the other one has filled.
+    """
+    if side == "ours":
+        catalog = open_catalog(store)
+        catalog.sql(text)  # opens the views that it names
+        return _clocked(lambda: catalog.sql(text).arrow())
+    with _bare(store, Path(tempfile.gettempdir()) / "spill") as connection:
+        connection.sql(text)
+        return _clocked(lambda: connection.sql(text).to_arrow_table())
+
+
+def _clocked(call: Callable[[], pa.Table]) -> tuple[float, pa.Table]:
+    start = time.perf_counter()
+    answer = call()
+    return time.perf_counter() - start, answer
+
+
+def difference(ours: pa.Table, bare: pa.Table) -> str:
+    """What two answers in order differ in, or nothing."""
+    if ours.shape != bare.shape:
+        return f"{ours.shape} rows and columns against {bare.shape}"
+    pairs = zip(ours.column_names, ours.columns, bare.columns, strict=True)
+    differ = [name for name, own, other in pairs if not _alike(own, other)]
+    return f"other values in {', '.join(differ)}" if differ else ""
+
+
+def _alike(own: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
+    if own.type != other.type:
+        return False
+    if not pa.types.is_floating(own.type):
+        return bool(own.equals(other))
+    a, b = (pc.fill_null(each, 0.0).to_numpy() for each in (own, other))
+    same = np.allclose(a, b, rtol=CLOSE, atol=ZERO, equal_nan=True)
+    return bool(same and own.is_null().equals(other.is_null()))
 
 
 def _bare(store: Store, spill: Path) -> duckdb.DuckDBPyConnection:
@@ -169,14 +235,14 @@ def _scan(made: Json, files: list[Json]) -> str:
 
 
 def told(sizes: Sizes, found: Found) -> Told:
-    rows = [_row(name, found["sql", name]) for name in queries.names()]
-    large = {name: _times(found["sql", name]) for name in queries.names() if _is_large(found["sql", name])}
+    made: dict[str, Both] = {name: found["sql", name] for name in queries.names()}
+    large = {name: _times(both) for name, both in made.items() if not both.wrong and _is_large(both)}
     worst = max(large, key=lambda name: large[name], default="none takes that long")
-    candidates = sizes.prompts * DRAWS
-    what = f"{len(large)} queries of {LEAST} s or more: the worst ({worst}) against bare DuckDB"
+    what = f"{len(large)} of {len(made)} queries take {LEAST} s or more: the worst ({worst}) against bare DuckDB"
     verdict = Verdict.most(what, large.get(worst, 0.0), SLOWER, sizes.prompts == ASKED)
-    title = f"shipped queries on {candidates:,} candidates, {found['sql', 'made'] / 1e9:.1f} GB of Parquet: seconds"
-    return Told([verdict], {title: rows})
+    stored = f"{sizes.prompts * DRAWS:,} candidates, {found['sql', 'made'] / 1e9:.1f} GB of Parquet"
+    rows = {f"shipped queries on {stored}: seconds": [_row(name, both) for name, both in made.items()]}
+    return Told([verdict], rows, [failure(name, both.wrong) for name, both in made.items() if both.wrong])
 
 
 def _is_large(both: Both) -> bool:
@@ -190,7 +256,9 @@ def _times(both: Both) -> float:
 
 
 def _row(name: str, both: Both) -> Row:
-    """Answers of different shapes would not be compared."""
-    assert both.same, name
+    """Seconds of different answers would not be compared."""
+    if both.wrong:
+        return {"query": name, "rows": f"{both.rows:,}", "runs": "0", "ours": "-", "bare": "-", "ours / bare": "failed"}
     times = {side: spread(both.seconds[side], 3) for side in SIDES}
-    return {"query": name, "rows": f"{both.rows:,}"} | times | {"ours / bare": f"{_times(both):.2f}"}
+    runs = str(len(both.seconds["ours"]))
+    return {"query": name, "rows": f"{both.rows:,}", "runs": runs} | times | {"ours / bare": f"{_times(both):.2f}"}

@@ -31,7 +31,7 @@ class Run:
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
     cost = sizes.prompts / 10_000 * MEASURED / sizes.parts
-    yield Task(("beta", "made"), 3 * cost, partial(_make, folder, sizes))
+    yield Task(("beta", "made"), 3 * cost, partial(apart, _make, folder, sizes))
     yield Task(("beta", "run"), 20 * cost, partial(apart, _again, folder, sizes))
 
 
@@ -85,8 +85,12 @@ def told(sizes: Sizes, found: Found) -> Told:
     rows: list[Row] = [{"step": name, "seconds": f"{each:,.0f}"} for name, each in whole.items()]
     rows.append({"step": "all", "seconds": f"{total:,.0f}"})
     tables = {f"{TITLE}, scaled from {MEASURED} of {sizes.parts}; {made.gibibytes:.2f} GiB": rows}
-    if ("sample", "sides", "0") not in found:
+    measured = rate(sizes, found)
+    if measured is None:
         return Told([], tables)
-    sampling = tokens / rate(sizes, found)
-    what = f"another beta at {sizes.prompts:,} prompts, in shares of sampling them ({sampling / 3600:,.0f} hours)"
+    sampling = tokens / measured
+    what = (
+        f"another beta at {sizes.prompts:,} prompts, in shares of sampling them ({sampling / 3600:,.0f} hours): "
+        f"{', '.join(whole)}, scaled from {MEASURED} of {sizes.parts} parts; what needs a model is not in it"
+    )
     return Told([Verdict.most(what, total / sampling, SHARE, sizes.prompts == ASKED)], tables)

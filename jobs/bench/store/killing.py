@@ -6,34 +6,39 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
 from jobs.bench.store import Sizes
-from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart, killed_apart
+from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart, failure, killed_apart, one_line
 from jobs.bench.store.world import Quiet, corridor, make_policy, write_prompts
 from pipeline.executors import InProcess
 from pipeline.plan import Plan
 from pipeline.run import run
-from pipeline.store import Store
+from pipeline.store import StepFolder, Store, read_json
 
 READY = ("jobs.recipes", "pyarrow.parquet", "stages.text", "stages.rejection", "transformers.generation")
 PROMPTS, SHARDS, DRAWS = 400, 8, 16
 ASKED = 100
 EARLIER = 0.8  # of the moment, for another try, where the run had ended before
-Parts = dict[Path, int]
+Parts = dict[Path, list[tuple[str, int, int]]]
 Digests = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
 class Killed:
-    """step: the first that was not sealed then; touched: finished parts that were made again."""
+    """step: the first that was not sealed then; touched: finished parts that were made again.
+
+    wrong: how the run that went on failed, if it did, which then is not the same as an undisturbed one.
+    """
 
     step: str
     parts: int
     touched: int
     same: bool
+    wrong: str = ""
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
@@ -71,13 +76,14 @@ def _undisturbed(folder: Path) -> tuple[float, Digests]:
 def _one(folder: Path, n: int, share: float, seconds: float, whole: Digests) -> Killed:
     root = folder / str(n)
     step = _killed(folder, root, share * seconds)
-    parts = _parts(root)
-    apart(_run, folder, root, ready=READY)
-    after = _parts(root)
-    touched = sum(after.get(part) != moment for part, moment in parts.items())
-    made = Killed(step, len(parts), touched, _digests(folder, root) == whole)
-    shutil.rmtree(root)
-    return made
+    parts, touched, same, wrong = _parts(root), 0, False, ""
+    try:
+        apart(_run, folder, root, ready=READY)
+        touched, same = _touched(parts, _parts(root)), _digests(folder, root) == whole
+    except Exception as error:
+        wrong = one_line(error)
+    shutil.rmtree(root, ignore_errors=True)
+    return Killed(step, len(parts), touched, same, wrong)
 
 
 def _killed(folder: Path, root: Path, seconds: float) -> str:
@@ -87,24 +93,40 @@ def _killed(folder: Path, root: Path, seconds: float) -> str:
         unsealed = [step.name for step in _plan(folder).steps if Store(root).folder(step).manifest is None]
         if alive and unsealed:
             return unsealed[0]
-        shutil.rmtree(root)
+        shutil.rmtree(root, ignore_errors=True)
         seconds *= EARLIER
 
 
 def _parts(root: Path) -> Parts:
-    """Every finished part, and what tells whether it was written again."""
-    return {part: part.stat().st_mtime_ns for part in root.glob("*/*/part-*.json")}
+    """Every finished part by its sidecar, and what tells whether a table of it was written again."""
+    return {sidecar: list(_stamps(sidecar)) for sidecar in root.glob("*/*/part-*.json")}
+
+
+def _stamps(sidecar: Path) -> Iterator[tuple[str, int, int]]:
+    """A sidecar itself is made once and never again: the tables that it lists are not."""
+    record = read_json(sidecar) or {"files": []}
+    for file in (file for part in record.get("parts", [record]) for file in part["files"]):
+        found = (sidecar.parent / file["file"]).stat()
+        yield file["file"], found.st_mtime_ns, found.st_ino
+
+
+def _touched(before: Parts, after: Parts) -> int:
+    return sum(after.get(part) != stamps for part, stamps in before.items())
 
 
 def _digests(folder: Path, root: Path) -> Digests:
-    """Content of every file of every step, by its manifest."""
-    store = Store(root)
-    manifests = {step.name: store.folder(step).manifest or {"files": []} for step in _plan(folder).steps}
-    return {name: [(each["file"], each["sha256"]) for each in found["files"]] for name, found in manifests.items()}
+    """Of every file of every step: its name, by the manifest, and what it holds, by its bytes."""
+    return {step.name: list(_contents(Store(root).folder(step))) for step in _plan(folder).steps}
+
+
+def _contents(step: StepFolder) -> Iterator[tuple[str, str]]:
+    for file in (step.manifest or {"files": []})["files"]:
+        yield file["file"], sha256((step.path / file["file"]).read_bytes()).hexdigest()
 
 
 def told(sizes: Sizes, found: Found) -> Told:
-    kills: list[Killed] = [found["kills", str(n)] for n in range(sizes.kills)]
+    done = {n: found["kills", str(n)] for n in range(sizes.kills) if ("kills", str(n)) in found}
+    kills: list[Killed] = list(done.values())
     same, touched = sum(kill.same for kill in kills), sum(kill.touched for kill in kills)
     kept = same == sizes.kills and not touched
     what = "runs killed and run again that ended like an undisturbed one"
@@ -113,7 +135,14 @@ def told(sizes: Sizes, found: Found) -> Told:
         {"at work on": step, "kills": count, "finished parts then": _range(kills, step)}
         for step, count in Counter(kill.step for kill in kills).most_common()
     ]
-    return Told([verdict], {f"kill -9 of {sizes.kills} runs at work; finished parts made again: {touched}": rows})
+    title = f"kill -9 of {len(kills)} runs at work; finished parts made again: {touched}"
+    return Told([verdict], {title: rows}, [failure(f"kill {n}", _why(kill)) for n, kill in done.items() if _why(kill)])
+
+
+def _why(kill: Killed) -> str:
+    if kill.wrong or not kill.same:
+        return kill.wrong or "ended otherwise than an undisturbed run"
+    return f"{kill.touched} finished parts were made again" if kill.touched else ""
 
 
 def _range(kills: list[Killed], step: str) -> str:

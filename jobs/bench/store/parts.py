@@ -4,8 +4,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,10 +52,19 @@ class Verdict:
 
 @dataclass
 class Told:
-    """What a part came to."""
+    """What a part came to; `failed`: what went wrong in it, and did not end it."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     tables: dict[str, list[Row]] = field(default_factory=dict)
+    failed: list[Row] = field(default_factory=list)
+
+
+def failure(at: str, what: str) -> Row:
+    return {"at": at, "what failed": what}
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 class Measures(Protocol):
@@ -80,6 +90,22 @@ def killed_apart(seconds: float, function: Callable[..., Any], *args: Any, ready
         os.kill(process.pid, signal.SIGKILL)
     process.join()
     return bool(alive)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the processes apart and raises SystemExit, so that whatever was begun is cleaned up."""
+
+    def end(*told: Any) -> None:
+        for child in active_children():
+            child.terminate()
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _context(ready: tuple[str, ...]) -> BaseContext:

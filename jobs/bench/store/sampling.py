@@ -2,13 +2,16 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+import psutil
 
 from jobs.bench.page import spread
 from jobs.bench.store import Sizes
@@ -26,21 +29,24 @@ from stages.engines import open_engine
 
 LARGE, SMALL = 2, 16  # parts of the run in process, where the engine drains after each, and of those on Ray
 SHARE = 0.95
+WARM = 16  # prompts that an engine answers before the clock: more draws than it runs at once
 LAYERS = 4
 ASKED = 96  # prompts from which on start and end of a run count for little
-SIDES = ("a bare generate", "the stage")
-CREWS = {"one worker on one core": (1, 1), "two workers on two cores": (2, 2)}  # workers, cores
+SIDES = ("a bare generate", "the stage", "a bare generate without seeds and log-probs")
+SAME: dict[str, Any] = {"seed": 0, "logprobs": 0, "flat_logprobs": True}  # what the stage asks of each draw
+CREWS = {"one worker, pinned to one core": 1, "two workers on all cores": 2}
+Paced = tuple[int, float]  # tokens, and the seconds that they took
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
     cost = sizes.sampled * DRAWN["n"] * DRAWN["max_tokens"] / 6000
     yield Task(("sample", "world"), 10, partial(apart, _world, folder, sizes))
     for repeat in range(sizes.repeats):
-        yield Task(("sample", "sides", str(repeat)), 10 + 2 * cost, partial(apart, _sides, folder, repeat))
+        yield Task(("sample", "sides", str(repeat)), 10 + 3 * cost, partial(apart, _sides, folder, repeat))
     for repeat in range(sizes.repeats):
         for name in list(CREWS)[:: 1 if repeat % 2 == 0 else -1]:
-            call = partial(apart, _crew, folder, *CREWS[name])
-            yield Task(("sample", name, str(repeat)), 25 + 2 * cost, call)
+            call = partial(apart, _crew, folder, CREWS[name])
+            yield Task(("sample", name, str(repeat)), 25 + 2 * cost / CREWS[name], call)
 
 
 def _world(folder: Path, sizes: Sizes) -> None:
@@ -70,15 +76,18 @@ def _sides(folder: Path, repeat: int) -> dict[str, float]:
     """Tokens a second of each, on one engine, in an order that alternates; the stage's with its whole run around."""
     executor = Kept()
     plan = _plan(folder, "sample", LARGE)
-    engine = _opened(plan, folder, executor)
-    calls = {SIDES[0]: lambda: _bare(engine.llm, folder), SIDES[1]: lambda: _stage(plan, folder, executor)}
-    _bare(engine.llm, folder, 1)
+    engine, asked = _opened(plan, folder, executor), _asked(folder)
+    calls: dict[str, Callable[[], Paced]] = {
+        SIDES[0]: lambda: _bare(engine.llm, asked, **SAME),
+        SIDES[1]: lambda: _stage(plan, folder, executor),
+        SIDES[2]: lambda: _bare(engine.llm, asked),
+    }
+    _bare(engine.llm, asked[:WARM], **SAME)
     made = {}
     for side in SIDES[:: 1 if repeat % 2 == 0 else -1]:
         engine.llm.reset_prefix_cache()
-        start = time.perf_counter()
-        tokens = calls[side]()
-        made[side] = tokens / (time.perf_counter() - start)
+        tokens, seconds = calls[side]()
+        made[side] = tokens / seconds
     executor.warm.close()
     return made
 
@@ -91,24 +100,32 @@ def _opened(plan: Plan, folder: Path, executor: InProcess) -> Any:
     return executor.warm.hold(open_engine, *given)
 
 
-def _bare(llm: Any, folder: Path, least: int | None = None) -> int:
+def _asked(folder: Path) -> list[dict[str, list[int]]]:
+    """The prompts as vLLM takes them."""
+    prompts = Store(folder / "store").folder(_plan(folder, "prompts", LARGE).target).read(PROMPTS)
+    return [{"prompt_token_ids": ids} for ids in prompts["token_ids"].to_pylist()]
+
+
+def _bare(llm: Any, asked: list[dict[str, list[int]]], **given: Any) -> Paced:
     """As one writes it: all prompts in one call, n draws each."""
     from vllm import SamplingParams
 
-    plan = _plan(folder, "prompts", LARGE)
-    prompts = Store(folder / "store").folder(plan.target).read(PROMPTS).column("token_ids").to_pylist()[:least]
-    given = SamplingParams(seed=0, logprobs=0, detokenize=False, stop_token_ids=[1], **DRAWN)
-    answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], given, use_tqdm=False)
-    return sum(len(output.token_ids) for answer in answers for output in answer.outputs)
+    params = SamplingParams(detokenize=False, stop_token_ids=[1], skip_clone=True, **DRAWN, **given)
+    start = time.perf_counter()
+    answers = llm.generate(asked, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return sum(len(output.token_ids) for answer in answers for output in answer.outputs), seconds
 
 
-def _stage(plan: Plan, folder: Path, executor: Executor) -> int:
-    """From sealed prompts to sealed candidates, Parquet and all."""
+def _stage(plan: Plan, folder: Path, executor: Executor) -> Paced:
+    """From sealed prompts to sealed candidates, Parquet and all; leaves nothing of it."""
     out = Store(folder / "store").folder(plan.target)
+    start = time.perf_counter()
     run(plan, Store(folder / "store"), executor, Quiet())
+    seconds = time.perf_counter() - start
     tokens: int = (out.manifest or {})["counters"]["tokens"]
     delete(out.path)
-    return tokens
+    return tokens, seconds
 
 
 @dataclass(frozen=True)
@@ -125,14 +142,14 @@ class Crew:
         return float(np.polyfit(moments - moments[0], np.cumsum(tokens), 1)[0])
 
 
-def _crew(folder: Path, workers: int, cores: int) -> Crew:
-    """On Ray, of which a worker has one core and one thread."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+def _crew(folder: Path, workers: int) -> Crew:
+    """On Ray, of which a worker has one core and one thread; one that is alone is pinned to its core."""
     os.environ["OMP_NUM_THREADS"] = "1"
     executor = OnRay(workers, profile=Profile(Resources(cpus=1.0, max_workers=workers)))
     plan, store = _plan(folder, "sample", SMALL), Store(folder / "store")
     start = time.perf_counter()
-    run(plan, store, executor, Quiet())
+    with pinned(max(os.sched_getaffinity(0))) if workers == 1 else nullcontext():
+        run(plan, store, executor, Quiet())
     seconds = time.perf_counter() - start
     out = store.folder(plan.target)
     sidecars = ((out.path / f"part-{shard:05d}.json", out.sidecar(shard) or {}) for shard in range(SMALL))
@@ -141,28 +158,65 @@ def _crew(folder: Path, workers: int, cores: int) -> Crew:
     return made
 
 
-def rate(sizes: Sizes, found: Found) -> float:
-    """Tokens a second of the stage."""
-    return float(np.median([found["sample", "sides", str(repeat)][SIDES[1]] for repeat in range(sizes.repeats)]))
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Keeps the actors that this process has on Ray to one core, as soon as they are up; all else stays free.
+
+    Raises AssertionError where there was none.
+    """
+    over, seen = Event(), set[int]()
+    watch = Thread(target=_pin, args=(core, over, seen))
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+    assert seen, "no actor was found that could be pinned"
+
+
+def _pin(core: int, over: Event, seen: set[int]) -> None:
+    """Each thread has an affinity of its own: those there are, again and again, and with them those that they start."""
+    while not over.wait(1.0):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if " ".join(process.cmdline()).startswith("ray::Worker"):
+                    seen.add(process.pid)
+                    for thread in process.threads():
+                        os.sched_setaffinity(thread.id, {core})
+
+
+def rate(sizes: Sizes, found: Found) -> float | None:
+    """Tokens a second of the stage, if they were measured."""
+    sides = _repeats(sizes, found, "sides")
+    return float(np.median([side[SIDES[1]] for side in sides])) if sides else None
 
 
 def told(sizes: Sizes, found: Found) -> Told:
-    sides = [found["sample", "sides", str(repeat)] for repeat in range(sizes.repeats)]
-    crews = {name: [found["sample", name, str(repeat)] for repeat in range(sizes.repeats)] for name in CREWS}
-    one, two = (float(np.median([crew.rate for crew in each])) for each in crews.values())
-    share = float(np.median([side[SIDES[1]] / side[SIDES[0]] for side in sides]))
-    asked = sizes.sampled >= ASKED
-    verdicts = [
-        Verdict.least("sample: tokens a second against a bare generate", share, SHARE, asked),
-        Verdict.least("sample: two workers against twice one", two / (2 * one), SHARE, asked),
-    ]
-    rows: list[Row] = [{"side": side, "tokens a second": spread([each[side] for each in sides], 0)} for side in SIDES]
-    drawn = f"{DRAWN['n']} draws of {DRAWN['max_tokens']} tokens"
-    tables = {
-        f"{sizes.sampled} prompts x {drawn}, one engine, opened before; Parquet included": rows,
-        "the same on Ray, in steady state": [_row(name, each) for name, each in crews.items()],
-    }
+    """Without what was not measured, because something failed before."""
+    verdicts, tables, asked = [], dict[str, list[Row]](), sizes.sampled >= ASKED
+    drawn = f"{sizes.sampled} prompts x {DRAWN['n']} draws of {DRAWN['max_tokens']} tokens"
+    if sides := _repeats(sizes, found, "sides"):
+        share = float(np.median([side[SIDES[1]] / side[SIDES[0]] for side in sides]))
+        what = f"sample: tokens a second against {SIDES[0]} with the same settings"
+        verdicts.append(Verdict.least(what, share, SHARE, asked))
+        title = f"{drawn} in {LARGE} parts, one engine, opened before; Parquet included"
+        tables[title] = [_side(side, [each[side] for each in sides]) for side in SIDES]
+    crews = {name: _repeats(sizes, found, name) for name in CREWS}
+    if all(crews.values()):
+        one, two = (float(np.median([crew.rate for crew in each])) for each in crews.values())
+        verdicts.append(Verdict.least("sample: two workers against twice one", two / (2 * one), SHARE, asked))
+        title = f"{drawn} in {SMALL} parts on Ray, in steady state"
+        tables[title] = [_row(name, each) for name, each in crews.items()]
     return Told(verdicts, tables)
+
+
+def _repeats(sizes: Sizes, found: Found, what: str) -> list[Any]:
+    return [found[key] for repeat in range(sizes.repeats) if (key := ("sample", what, str(repeat))) in found]
+
+
+def _side(side: str, rates: list[float]) -> Row:
+    return {"side": side, "tokens a second": spread(rates, 0)}
 
 
 def _row(name: str, crews: list[Crew]) -> Row:
