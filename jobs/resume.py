@@ -21,16 +21,20 @@ def resumable() -> Iterator[None]:
 
 
 def command(words: list[str]) -> str:
-    """Quoted for a shell. What --force dropped is gone once the run began, so to force again would undo its work."""
+    """Quoted for a shell, and forcing no more."""
     if told := os.environ.get(SUBMITTED):
         return told  # a job's own command line is of copies that are gone with it
     me, *rest = words
-    kept = [
+    return shlex.join([*_called(me), *unforced(rest)])
+
+
+def unforced(words: list[str]) -> list[str]:
+    """Without --force: what it dropped is gone once the run began, so to force again would undo the run's work."""
+    return [
         word
-        for before, word in zip([me, *rest], rest, strict=False)
+        for before, word in zip(["", *words], words, strict=False)
         if before != "--force" and word != "--force" and not word.startswith("--force=")
     ]
-    return shlex.join([*_called(me), *kept])
 
 
 def _called(me: str) -> list[str]:

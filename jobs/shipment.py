@@ -11,12 +11,11 @@ from pipeline.keys import key_of
 from pipeline.plan import Plan
 from pipeline.recipe import merged
 from pipeline.registry import Bound
-from pipeline.run import SHIPPED, commit
+from pipeline.run import PACKAGES, SHIPPED, commit
 from pipeline.syntax import written
 from schemas import WinnowError
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("schemas", "pipeline", "stages", "jobs")
 KINDS = {".py", ".yaml", ".sql", ".html", ".jinja", ".sh"}
 LIMIT = 100 * 2**20  # bytes that Ray's Jobs API takes in one upload
 OWN = "submission"  # the folder of what is not code

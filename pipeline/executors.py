@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.crew import Crew, Outcome, Told
-from pipeline.plan import Plan
+from pipeline.plan import Step
 from pipeline.resources import Profile, Resources
 from pipeline.store import StepFolder, read_json, write_json
 from pipeline.work import Unit, Work, execute
@@ -104,10 +104,10 @@ class OnRay:
         self.here = InProcess(profile)
         self.crews: dict[StepFolder, Crew] = {}
 
-    def check(self, plans: list[Plan]) -> None:
+    def check(self, steps: list[Step]) -> None:
         """Raises WinnowError for a cluster that cannot be joined, and for every stage that needs more than it has."""
         if self.address or self.profile != Profile():
-            check_fits(self.profile, plans, _nodes(start(self.address)))
+            check_fits(self.profile, steps, _nodes(start(self.address)))
 
     def want(self, work: Work, units: int) -> None:
         if self.here.next or _spreads_itself(work) or (not units and work.out not in self.crews):
@@ -192,7 +192,7 @@ def shares(resources: Resources, nodes: Nodes, workers: int, network: bool) -> t
     """
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if network else 0
-    most = resources.max_workers or max(1, min(workers, gpus or cpus))
+    most = resources.max_workers or max(1, resources.min_workers, min(workers, gpus or cpus))
     share = {kind: min(max(total // most, min(total, 1)), int(max(node.get(kind, 0) for node in nodes)))
               for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
     given = {
@@ -205,10 +205,10 @@ def shares(resources: Resources, nodes: Nodes, workers: int, network: bool) -> t
     return {name: value for name, value in given.items() if value is not None}, most
 
 
-def check_fits(profile: Profile, plans: list[Plan], nodes: Nodes) -> None:
+def check_fits(profile: Profile, steps: list[Step], nodes: Nodes) -> None:
     """Raises WinnowError for every stage that needs more than these nodes have, unless there may be more of them."""
     least: dict[str, int] = {}
-    for step in (step for plan in plans for step in plan.wanted):
+    for step in steps:
         name, ranks = step.entry.name, step.options.get("ranks", 1)
         least[name] = max(least.get(name, 1), ranks, profile.of(name).min_workers)
     problems = [problem for name, count in least.items() for problem in _too_much(name, profile.of(name), count, nodes)]

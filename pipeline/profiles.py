@@ -47,7 +47,7 @@ def _problems(stage: str, body: Any) -> list[str]:
     for name, value in (body or {}).items():
         if name not in DEFAULTS:
             problems.append(f"{stage}.{name}: unknown; {nearest(str(name), list(DEFAULTS))}")
-        elif value != DEFAULTS[name] and (wrong := _misfit(name, value)):
+        elif (value, DEFAULTS[name]) != (None, None) and (wrong := _misfit(name, value)):
             problems.append(f"{stage}.{name}: must be {wrong}, got {value!r}")
     return problems
 
@@ -66,10 +66,11 @@ def _misfit(name: str, value: Any) -> str | None:
 
 def _contradictions(stage: str, body: dict[str, Any]) -> list[str]:
     """What does not go together in a stage's resources, the default's among them."""
-    each = DEFAULTS | body
+    each: dict[str, Any] = DEFAULTS | body
     problems = []
     if each["max_workers"] is not None and each["min_workers"] > each["max_workers"]:
         problems.append(f"{stage}.min_workers: {each['min_workers']} is more than max_workers, {each['max_workers']}")
-    if each["gpus"] is not None and each["tensor_parallel"] > max(1, each["gpus"]):
-        problems.append(f"{stage}.gpus: {each['gpus']}, and tensor_parallel: {each['tensor_parallel']} needs as many")
+    if each["tensor_parallel"] > max(1, each["gpus"] or 0):
+        has = "not said" if each["gpus"] is None else each["gpus"]
+        problems.append(f"{stage}.gpus: {has}, and tensor_parallel: {each['tensor_parallel']} needs as many")
     return problems

@@ -14,7 +14,6 @@ from pipeline.rounds import split
 from pipeline.store import Store
 from schemas import WinnowError
 
-Choose = Callable[[Plan, str], list[Step]]
 Check = Callable[[], None]
 
 
@@ -25,6 +24,13 @@ class Rerun:
     plans: list[Plan]
     gone: list[Made]
     check: Check
+
+    def to_make(self, store: Store) -> list[Step]:
+        """The steps that are not sealed, or not for long."""
+        gone = {made.key for made in self.gone}
+        wanted = [step for plan in self.plans for step in plan.wanted]
+        lacking = {step.key for step in unsealed(wanted, store)}
+        return [step for step in wanted if step.key in gone | lacking]
 
     def drop(self) -> None:
         """Delete them, those that follow first: whenever this ends, no step stands on what is not there.
@@ -53,17 +59,34 @@ def rerun(
     Raises WinnowError for unknown steps, for what they read and is not sealed, and where a run that is not among the
     plans would lose what it stands on.
     """
-    if only and onward:
-        raise WinnowError(f"--only {only} --from {onward}: give one of them; --from makes what follows too")
+    parts = narrowed(plans, only, onward, force)
     gone = _to_drop(plans, force, store) if force else []
     keys = {made.key for made in gone}
     check: Check = partial(_refuse_if_reached, store, plans, keys, f"--force {force}") if gone else _nothing
     check()
-    if only:
-        plans = _parts(plans, f"--only {only}", only, chosen, store, keys)
-    if onward:
-        plans = _parts(plans, f"--from {onward}", onward, followers, store, keys)
-    return Rerun(plans, gone, check)
+    if only or onward:
+        _check_sealed(parts, f"--only {only}" if only else f"--from {onward}", store, keys)
+    return Rerun(parts, gone, check)
+
+
+def narrowed(
+    plans: list[Plan], only: str | None = None, onward: str | None = None, force: str | None = None
+) -> list[Plan]:
+    """Plans with the steps that `--only` or `--from` leaves to make, without those that have none; needs no store.
+
+    Raises WinnowError for steps that no plan has.
+    """
+    if only and onward:
+        raise WinnowError(f"--only {only} --from {onward}: give one of them; --from makes what follows too")
+    for option, name in (("--only", only), ("--from", onward), ("--force", force)):
+        if name:
+            _check_known(plans, f"{option} {name}", name)
+    name, choose = (only, chosen) if only else (onward, followers)
+    return [replace(plan, part=steps) for plan in plans if (steps := choose(plan, name))] if name else plans
+
+
+def unsealed(steps: list[Step], store: Store) -> list[Step]:
+    return [step for step in steps if store.folder(step).manifest is None]
 
 
 def _nothing() -> None: ...
@@ -83,17 +106,15 @@ def followers(plan: Plan, name: str) -> list[Step]:
     return [step for step in plan.steps if step.name in found]
 
 
-def _known(plans: list[Plan], place: str, name: str) -> None:
+def _check_known(plans: list[Plan], place: str, name: str) -> None:
     if not any(chosen(plan, name) for plan in plans):
         names = {word for plan in plans for step in plan.steps for word in (step.name, split(step.name)[0])}
         which = " and ".join(plan.name for plan in plans)
         raise WinnowError(f"{place}: no step {name!r} in {which}; {nearest(name, sorted(names))}")
 
 
-def _parts(plans: list[Plan], place: str, name: str, choose: Choose, store: Store, gone: set[str]) -> list[Plan]:
-    """Of every plan that has such a step; an earlier one may make what a later one reads."""
-    _known(plans, place, name)
-    parts = [replace(plan, part=steps) for plan in plans if (steps := choose(plan, name))]
+def _check_sealed(parts: list[Plan], place: str, store: Store, gone: set[str]) -> None:
+    """What parts of plans read besides; an earlier one may make what a later one reads."""
     making: set[str] = set()
     problems = []
     for plan in parts:
@@ -107,7 +128,6 @@ def _parts(plans: list[Plan], place: str, name: str, choose: Choose, store: Stor
         problems += [f"{plan.name}: {place}: {_lacks(place, lacking)}"] if lacking else []
     if problems:
         raise WinnowError(*problems)
-    return parts
 
 
 def _lacks(place: str, lacking: list[str]) -> str:
@@ -122,7 +142,6 @@ def _lacks(place: str, lacking: list[str]) -> str:
 
 def _to_drop(plans: list[Plan], name: str, store: Store) -> list[Made]:
     """What lies in the store of this step and of all that follows from it, of whichever recipe; followers first."""
-    _known(plans, f"--force {name}", name)
     contents = Contents(store)
     inputs = {key: made.inputs for key, made in contents.made.items()}
     inputs |= {step.key: frozenset(s.key for s in step.inputs.values()) for plan in plans for step in plan.steps}

@@ -14,6 +14,7 @@ from pipeline.store import Json, Store
 from pipeline.work import Work, fail_if_nothing_left
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
+PACKAGES = ("schemas", "pipeline", "stages", "jobs")
 LIBRARIES = (
     "torch",
     "transformers",
@@ -69,13 +70,13 @@ def _versions() -> dict[str, str]:
 
 @lru_cache
 def commit() -> str | None:
-    """This code's git commit, with + when the tree has changes; what came with it if it was shipped, None otherwise."""
-    here = Path(__file__).parent
-    if (shipped := here.parent / SHIPPED).exists():
+    """This code's git commit, with + when it has changes; what came with it if it was shipped, None otherwise."""
+    root = Path(__file__).parent.parent
+    if (shipped := root / SHIPPED).exists():
         return shipped.read_text() or None
     try:
-        head = _git(here, "rev-parse", "HEAD")
-        return head + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "--", *PACKAGES) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

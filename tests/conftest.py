@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
@@ -14,6 +15,7 @@ from hypothesis import settings
 
 import jobs.demo.gold  # noqa: F401 - registers the gold reward
 import stages.rooms  # noqa: F401 - registers every stage
+from jobs.__main__ import main
 from pipeline.content import DataPath, model_digest
 from pipeline.executors import InProcess
 from pipeline.run import run
@@ -119,3 +121,22 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     run(plan_of(world), Store(root), InProcess(), Silent())
     return root
+
+
+@pytest.fixture
+def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    """Runs the command in this process, in a folder of its own; returns the exit code and all that was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err
+        return code, said.out + said.err
+
+    return run

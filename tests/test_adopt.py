@@ -22,7 +22,6 @@ from schemas import Model, WinnowError, prompt_id, shard_of
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS
 from tests.chain import SHARDS, Luck, candidate, make, planned, recipe, step, toys
 from tests.runs import local, plan_of
-from tests.test_cli import winnow  # noqa: F401 - a fixture
 from tests.test_run import digests
 from tests.test_store import toy_stages
 
@@ -200,7 +199,7 @@ def test_every_step_of_a_real_run_can_be_adopted(world: Path, finished: Path, tm
         assert new.folder(each).manifest["model"] == old.folder(each).manifest["model"]
 
 
-def test_the_command(winnow, tmp_path: Path, luck: Luck):  # noqa: F811
+def test_the_command(winnow, tmp_path: Path, luck: Luck):
     """A stage whose results did not change got an option: its old result is taken, and told to be what it was."""
     file = recipe(tmp_path)
     assert winnow("run", file)[0] == 0

@@ -15,31 +15,11 @@ import pytest
 from rich.console import Console
 
 from jobs import recipes
-from jobs.__main__ import main
 from jobs.console import as_table
 from pipeline.store import Store
 from schemas import Model
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    """Runs the command in this process, in a folder of its own; returns the exit code and all that was printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.out + said.err
-        return code, said.out + said.err
-
-    return run
 
 
 def outside(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess:

@@ -5,7 +5,6 @@ import math
 import random
 import re
 import shutil
-import sys
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -20,7 +19,6 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from jobs import export as exporting
-from jobs.__main__ import main
 from jobs.export import export
 from jobs.formats import CUT, OTHER, SIDES, Format, Left, messages_of, trl
 from pipeline.executors import InProcess
@@ -311,23 +309,18 @@ def test_turns_of_a_conversation_are_found_again():
 # The command
 
 
-def winnow(*words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["winnow", "export", *map(str, words)])
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    said = capsys.readouterr()
-    return code, " ".join((said.out + said.err).split())
+def exported(winnow, *words):
+    """Exit code, and what was said in one line."""
+    code, said = winnow("export", *words)
+    return code, " ".join(said.split())
 
 
-def test_the_command_says_what_is_in_the_file_and_what_is_not(store, tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_is_in_the_file_and_what_is_not(winnow, store, tmp_path):
     """SimPO caches no reference: the columns are not there, and that is said. What was left out earlier is gone."""
     out = tmp_path / "pairs.parquet"
     out.with_name("pairs.parquet.rejects.jsonl").write_text("of another time\n")
     words = ("--run", "simpo", "--format", "trl", "--out", out, "--store", store.root)
-    code, said = winnow(*words, monkeypatch=monkeypatch, capsys=capsys)
+    code, said = exported(winnow, *words)
     table = pq.read_table(out)
     assert (code, table.column_names) == (0, ["prompt", "chosen", "rejected"])
     assert f"wrote {out}: {table.num_rows} pairs of run simpo, step examples" in said
@@ -348,10 +341,9 @@ def test_the_command_says_what_is_in_the_file_and_what_is_not(store, tmp_path, m
         (["--run", "run", "--out", "pairs.csv"], ["--out pairs.csv: trl is written as .parquet or .jsonl"]),
     ],
 )
-def test_what_cannot_be_exported_is_told_and_leaves_no_file(words, said, store, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_exported_is_told_and_leaves_no_file(winnow, words, said, store, tmp_path):
     given = ["--format", "trl", "--store", store.root, *(["--out", "pairs.jsonl"] if "--out" not in words else [])]
-    code, text = winnow(*words, *given, monkeypatch=monkeypatch, capsys=capsys)
+    code, text = exported(winnow, *words, *given)
     assert code == 2
     assert all(part in text for part in said), text
     assert list(tmp_path.iterdir()) == []

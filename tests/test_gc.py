@@ -17,7 +17,6 @@ from pipeline.store import Json, Store
 from schemas import WinnowError
 from tests.chain import Luck, make, planned, recipe, step, toys
 from tests.runs import local
-from tests.test_cli import winnow  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -290,7 +289,7 @@ def test_gc_in_an_object_store(tmp_path: Path, store: Store, plan: Plan, monkeyp
     assert there.root.fs.find(there.root.path) == []
 
 
-def test_the_command_lists_first_and_says_how_to_delete(winnow, tmp_path: Path, luck: Luck):  # noqa: F811
+def test_the_command_lists_first_and_says_how_to_delete(winnow, tmp_path: Path, luck: Luck):
     for file in (recipe(tmp_path), recipe(tmp_path, "other one", keep="with: {above: 3.0}")):
         assert winnow("run", file)[0] == 0
     assert "nothing to delete" in winnow("gc")[1]
@@ -304,7 +303,19 @@ def test_the_command_lists_first_and_says_how_to_delete(winnow, tmp_path: Path, 
     assert list(Store("store").runs()) == ["toy"]
 
 
-def test_ls_lists_runs_and_steps(winnow, tmp_path: Path, luck: Luck):  # noqa: F811
+def test_a_run_that_takes_its_name_from_other_data_says_so(winnow, tmp_path: Path, luck: Luck):
+    """What it was made of before is another run's no more; a change further down is what runs are for."""
+    assert "before" not in winnow("run", recipe(tmp_path))[1]
+    assert "before" not in winnow("run", recipe(tmp_path))[1]
+    assert "before" not in winnow("run", recipe(tmp_path, keep="with: {above: 3.0}"))[1]
+    said = winnow("run", recipe(tmp_path, draw="with: {rows: 9}"))[1]
+    assert "toy was of another draw before" in said
+    assert "`winnow gc` lists it" in said
+    Path("store/runs/toy.json").write_text("[")
+    assert winnow("run", recipe(tmp_path))[0] == 0, "a link that cannot be read is written anew"
+
+
+def test_ls_lists_runs_and_steps(winnow, tmp_path: Path, luck: Luck):
     assert winnow("run", recipe(tmp_path))[0] == 0
     luck.fail = WinnowError("no")
     assert winnow("run", recipe(tmp_path, "other", keep="with: {above: 3.0}"))[0] == 2
@@ -322,7 +333,7 @@ def test_ls_lists_runs_and_steps(winnow, tmp_path: Path, luck: Luck):  # noqa: F
     assert (code, "did you mean 'other'" in said) == (2, True)
 
 
-def test_bad_stores_are_told(winnow, tmp_path: Path, luck: Luck):  # noqa: F811
+def test_bad_stores_are_told(winnow, tmp_path: Path, luck: Luck):
     """A file for a store, a manifest of a later winnow, a link cut short: a message, 2, and nothing touched."""
     Path("file").write_text("x")
     assert winnow("run", recipe(tmp_path))[0] == 0

@@ -45,6 +45,8 @@ def test_a_stage_has_the_default_and_what_differs_from_it(tmp_path):
         ("sample: {accelerator_type: 1}", "sample.accelerator_type: must be Ray's name of an accelerator"),
         ("default: {min_workers: 4}\nsample: {max_workers: 2}", "sample.min_workers: 4 is more than max_workers, 2"),
         ("default: {gpus: 1}\nsample: {tensor_parallel: 4}", "sample.gpus: 1, and tensor_parallel: 4 needs as many"),
+        ("sample: {tensor_parallel: 4}", "sample.gpus: not said, and tensor_parallel: 4 needs as many"),
+        ("sample: {tensor_parallel: true}", "sample.tensor_parallel: must be a whole number from 1, got True"),
         ("autoscaling: 1", "autoscaling: must be true or false, got 1"),
         ("a: [", "not YAML"),
     ],
@@ -89,23 +91,23 @@ def test_an_unknown_name_or_file():
 def test_a_stage_that_needs_more_than_the_cluster_has(world, body, nodes, said):
     plan, profile = plan_of(world), Profile(stages={"sample": Resources(**body)})
     if said is None:
-        check_fits(profile, [plan], nodes)
+        check_fits(profile, plan.wanted, nodes)
         return
     with pytest.raises(WinnowError, match=r"profile, sample: ") as caught:
-        check_fits(profile, [plan], nodes)
+        check_fits(profile, plan.wanted, nodes)
     assert said in str(caught.value)
-    check_fits(Profile(stages=profile.stages, autoscaling=True), [plan], nodes)  # it may grow
+    check_fits(Profile(stages=profile.stages, autoscaling=True), plan.wanted, nodes)  # it may grow
 
 
 def test_ranks_are_workers_that_there_must_be(world):
     plan, profile = plan_of(world, "optimize.ranks=4"), Profile(stages={"optimize": Resources(cpus=1)})
-    check_fits(profile, [plan], [LAPTOP, LAPTOP])
+    check_fits(profile, plan.wanted, [LAPTOP, LAPTOP])
     with pytest.raises(WinnowError, match="optimize: 4 workers with 1 CPU each, and the cluster has room for 2"):
-        check_fits(profile, [plan], [LAPTOP])
+        check_fits(profile, plan.wanted, [LAPTOP])
 
 
 def test_a_stage_that_the_plan_has_not_needs_nothing(world):
-    check_fits(Profile(stages={"features": Resources(gpus=99)}), [plan_of(world)], [LAPTOP])
+    check_fits(Profile(stages={"features": Resources(gpus=99)}), plan_of(world).wanted, [LAPTOP])
 
 
 def test_a_profile_is_no_part_of_a_key(world, tmp_path):

@@ -19,7 +19,6 @@ from schemas import WinnowError
 from schemas.tables import REWARDS, SELECTIONS
 from tests.chain import Luck, make, planned, recipe, step, toys
 from tests.runs import local
-from tests.test_cli import winnow  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -128,6 +127,14 @@ def test_force_is_refused_where_another_run_would_lose_its_ground(
     assert len(store.sealed()) == ["draw", "rate"].index(name)
 
 
+def test_what_is_sealed_needs_no_machine_unless_it_is_made_again(store: Store, plan: Plan, luck: Luck):
+    """What a cluster must have room for: a sampler's GPUs are not asked for by another beta."""
+    assert rerun([plan], store).to_make(store) == plan.steps
+    make(plan, store)
+    assert rerun([plan], store).to_make(store) == []
+    assert [each.name for each in rerun([plan], store, force="rate").to_make(store)] == ["rate", "keep"]
+
+
 def test_a_run_that_came_since_the_checks_keeps_its_ground(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
     make(plan, store)
     again = rerun([plan], store, force="rate")
@@ -180,7 +187,7 @@ def test_a_drop_that_is_cut_short_leaves_no_step_on_missing_ground(
     assert last > 10
 
 
-def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_path: Path, luck: Luck):  # noqa: F811
+def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_path: Path, luck: Luck):
     """The printed command is the same without --force: rate, which is new already, is not made a third time."""
     file = recipe(tmp_path)
     assert winnow("run", file, "--set", "keep.above=-2.0")[0] == 0
@@ -198,7 +205,7 @@ def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_
         assert set(luck.calls) == {"keep"}
 
 
-def test_only_what_began_to_run_is_resumed(winnow, tmp_path: Path, luck: Luck):  # noqa: F811
+def test_only_what_began_to_run_is_resumed(winnow, tmp_path: Path, luck: Luck):
     for words in (["--set", "rate.scale=high"], ["--only", "keep"], ["--force", "nothing"]):
         code, said = winnow("run", recipe(tmp_path), *words)
         assert (code, "resume" in said) == (2, False)

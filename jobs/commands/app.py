@@ -26,6 +26,9 @@ Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
 StorePath = Annotated[str, typer.Option("--store", help="where artifacts live: a folder, or s3://bucket/folder")]
 Workers = Annotated[int, typer.Option(help="Ray workers a step, where the profile does not say", min=1)]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="resources a stage: a profile's name, or a file")]
+Only = Annotated[str | None, typer.Option(help="this step alone; what it reads must be sealed")]
+Onward = Annotated[str | None, typer.Option("--from", help="this step, and what is made of it")]
+Force = Annotated[str | None, typer.Option(help="make this step again, and what was made of it")]
 RunName = Annotated[str | None, typer.Option("--run", help="only this run's rows")]
 
 

@@ -1,6 +1,7 @@
 """Commands for a Ray cluster: submit, logs, stop."""
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,9 +10,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs import profiles, recipes
-from jobs.commands.app import STORE, On, ProfileName, Recipes, Sets, StorePath, Workers, app, console
+from jobs.commands.app import (
+    STORE,
+    Force,
+    On,
+    Only,
+    Onward,
+    ProfileName,
+    Recipes,
+    Sets,
+    StorePath,
+    Workers,
+    app,
+    console,
+)
+from jobs.resume import unforced
 from pipeline.executors import check_fits
 from pipeline.places import place_of
+from pipeline.plan import Step
+from pipeline.rerun import narrowed, unsealed
+from pipeline.store import Store
 from schemas import WinnowError
 
 if TYPE_CHECKING:
@@ -31,6 +49,9 @@ def submit(
     store: StorePath = STORE,
     profile: ProfileName = None,
     workers: Workers = 2,
+    only: Only = None,
+    onward: Onward = None,
+    force: Force = None,
     attach: Annotated[
         bool, typer.Option("--attach", help="follow the job that makes this already, if there is one")
     ] = False,
@@ -41,32 +62,38 @@ def submit(
     from jobs.submit import Cluster
 
     plans = recipes.plans(recipe, on, sets)
+    steps = [step for plan in narrowed(plans, only, onward, force) for step in plan.wanted]
+    steps = steps if force else _to_make(steps, Store(store))
     shipment.check_paths(plans)
     given = profiles.load(profile)
     cluster = Cluster(address)
+    place, again = str(place_of(store)), shlex.join(["winnow", *unforced(sys.argv[1:])])
     _say(f"cluster {cluster.url} ({cluster.source})")
-    check_fits(given, plans, cluster.nodes())
-    plan, place = shipment.plan_key(plans), str(place_of(store))
-    again = f"winnow {shlex.join(sys.argv[1:])}"
-    if job := cluster.at_work(plan, place):
-        if not attach:
-            raise WinnowError(
-                f"{job.name} makes this already ({job.status.lower()}); --attach follows it, and "
-                f"`{_command('stop', job.name, cluster)}` stops it"
-            )
-        name = job.name
-    else:
-        options = [word for item in sets for word in ("--set", item)] + ["--workers", str(workers)]
-        with TemporaryDirectory() as scratch:
-            shipped = shipment.pack(Path(scratch), recipe, on, profile)
-            words = ["run", *shipped, *options, "--store", place, "--address", "auto"]
-            called = " ".join(recipes.recipe_path(each).stem for each in recipe)
-            name = cluster.submit(Path(scratch), words, recipes=called, plan=plan, store=place, again=again)
+    _say(f"store {place}")
+    check_fits(given, steps, cluster.nodes())
+    called, plan = " ".join(recipes.recipe_path(each).stem for each in recipe), shipment.plan_key(plans)
+    told = [("--set", item) for item in sets] + [("--only", only), ("--from", onward), ("--force", force)]
+    told += [("--workers", str(workers)), ("--store", place), ("--address", "auto")]
+    with TemporaryDirectory() as scratch:
+        shipped = shipment.pack(Path(scratch), recipe, on, profile)
+        words = ["run", *shipped, *(word for option, value in told if value for word in (option, value))]
+        name, busy = cluster.submit(Path(scratch), words, recipes=called, plan=plan, store=place, again=again)
+    if busy and not attach:
+        stops = _command("stop", name, cluster)
+        raise WinnowError(f"{name} makes this already ({busy.status.lower()}); --attach follows it, `{stops}` stops it")
     _say(f"job {name}")
     if no_wait:
         _say(f"`{_command('logs', name, cluster)}` follows it")
     else:
         _follow(cluster, name, f"`{again}`")
+
+
+def _to_make(steps: list[Step], store: Store) -> list[Step]:
+    """As far as the store can be seen from here; the job looks again."""
+    try:
+        return unsealed(steps, store)
+    except WinnowError:
+        return steps
 
 
 @app.command()
@@ -86,7 +113,7 @@ def stop(job: Name, address: Address = None) -> None:
     """Stop a job; its finished parts are kept."""
     from jobs.submit import Cluster
 
-    ended = Cluster(address).stop(job)
+    ended = Cluster(address).stop(job, _say)
     kept = "; its finished parts are kept, and submitting the same again goes on from them"
     _say(f"{job}: {ended.status.lower()}{kept if ended.status == 'STOPPED' else ''}")
 
@@ -108,14 +135,18 @@ def _follow(cluster: "Cluster", name: str, again: str) -> None:
 
 def _why(job: "Job") -> str:
     """What its log does not say."""
+    if job.exit is None:
+        return f": {job.message}" if job.status == "FAILED" and job.message else ""
     if job.exit == 127:
         return ": no python3 there; start Ray from its environment, activated"
-    lines = job.message.strip().splitlines()
-    return f": {lines[-1]}" if job.exit is None and job.status == "FAILED" and lines else ""
+    number = -job.exit if job.exit < 0 else job.exit - 128  # of a process of Ray's, or of a shell's
+    if number not in signal.valid_signals():
+        return ""
+    return f": killed by signal {number}{' (out of memory?)' if number == signal.SIGKILL else ''}"
 
 
 def _command(verb: str, name: str, cluster: "Cluster") -> str:
-    return f"winnow {verb} {name} --address {cluster.url}"
+    return shlex.join(["winnow", verb, name, "--address", cluster.url])
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,21 @@ import typer
 from rich.markup import escape
 
 from jobs import profiles, recipes, show
-from jobs.commands.app import QUERIES, STORE, On, ProfileName, Recipes, Sets, StorePath, Workers, app, console
+from jobs.commands.app import (
+    QUERIES,
+    STORE,
+    Force,
+    On,
+    Only,
+    Onward,
+    ProfileName,
+    Recipes,
+    Sets,
+    StorePath,
+    Workers,
+    app,
+    console,
+)
 from jobs.commands.asking import report
 from jobs.console import Watcher, as_table
 from jobs.demo import OVERLAY, SMALL, world
@@ -24,6 +38,8 @@ from pipeline.plan import Plan
 from pipeline.rerun import Rerun, rerun
 from pipeline.run import run as run_plan
 from pipeline.store import Store
+from pipeline.views import checked_run
+from schemas import WinnowError
 
 MAIN = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
 
@@ -46,24 +62,26 @@ def run(
     on: On = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
-    executor: Annotated[ExecutorName, typer.Option(help="this process, or Ray")] = ExecutorName.in_process,
+    executor: Annotated[ExecutorName | None, typer.Option(help="this process; or Ray, as --address says too")] = None,
     workers: Workers = 2,
     address: Annotated[
         str | None, typer.Option(help="with Ray: a cluster that this machine belongs to, or auto; a local one without")
     ] = None,
     profile: ProfileName = None,
-    only: Annotated[str | None, typer.Option(help="this step alone; what it reads must be sealed")] = None,
-    onward: Annotated[str | None, typer.Option("--from", help="this step, and what is made of it")] = None,
-    force: Annotated[str | None, typer.Option(help="make this step again, and what was made of it")] = None,
+    only: Only = None,
+    onward: Onward = None,
+    force: Force = None,
 ) -> None:
     """Make what the recipes need and the store has not. All recipes are checked before anything runs."""
+    if address and executor is ExecutorName.in_process:
+        raise WinnowError(f"--executor in-process --address {address}: a cluster is Ray's; leave one of them out")
     again = rerun(recipes.plans(recipe, on, sets), Store(store), only, onward, force)
     made = again.plans
     given = profiles.load(profile)
     chosen: Executor = InProcess(given)
     if executor is ExecutorName.ray or address:
         chosen = OnRay(workers, address, given)
-        chosen.check(made)
+        chosen.check(again.to_make(Store(store)))
     drop(again)
     run_all(made, Store(store), chosen)
     if address is None:  # else who reads this may be elsewhere, and the recipe here a copy (jobs/shipment.py)
@@ -89,7 +107,23 @@ def run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
     with resumable(), closing(watcher):
         for made in plans:
             console.print(f"[bold]{escape(made.name)}[/]", highlight=False)
+            _say_if_moved(made, store)
             run_plan(made, store, executor, watcher)
+
+
+def _say_if_moved(plan: Plan, store: Store) -> None:
+    """Another world, other data: a run's name stands for one of them."""
+    try:
+        before = checked_run(plan.name, store.run(plan.name))
+    except WinnowError:  # whatever it was, it is about to be written anew
+        return
+    known = [step for step in plan.steps if step.name in before and not step.inputs]
+    if moved := [step.name for step in known if before[step.name]["key"] != step.key]:
+        console.print(
+            f"  [yellow]{escape(plan.name)} was of another {' and '.join(moved)} before[/]; what was made of that "
+            "stays, but no run names it now, and `winnow gc` lists it. Another --store keeps both",
+            highlight=False,
+        )
 
 
 def _summary(store: Store, runs: list[str]) -> None:
@@ -110,16 +144,13 @@ def _next_moves(made: Plan, recipe: str, on: list[Path], sets: list[str], store:
     """Commands that can be pasted as they stand."""
     me = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
     kept = [item for item in sets if not item.startswith("select.rule")]
-    world = "".join(f" --on {path}" for path in on) + "".join(f" --set {shlex.quote(item)}" for item in kept)
-    moves = [
-        f"{me} trace {shlex.quote(made.name)} --store {store}  # one prompt's life",
-        f"{me} report --store {store}  # a page to look at",
-    ]
+    world = [word for path in on for word in ("--on", str(path))] + [word for item in kept for word in ("--set", item)]
+    moves = {"one prompt's life": ["trace", made.name], "a page to look at": ["report"]}
     rules = [step.options["rule"] for step in made.steps if step.entry.name == "select"]
     if any(rule.options.get("beta") for rule in rules):
-        plan = f"{me} plan {recipe}{world} --store {store} --set select.rule.beta=0.1"
-        moves.append(f"{plan}  # what another beta would run")
-    console.print("\n  ".join(["Next, for example:", *moves]), highlight=False, markup=False)
+        moves["what another beta would run"] = ["plan", recipe, *world, "--set", "select.rule.beta=0.1"]
+    lines = [f"{shlex.join([me, *words, '--store', store])}  # {what}" for what, words in moves.items()]
+    console.print("\n  ".join(["Next, for example:", *lines]), highlight=False, markup=False)
 
 
 @app.command()
