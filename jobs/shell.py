@@ -5,7 +5,6 @@ import sqlite3
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -14,6 +13,8 @@ from jobs import queries
 from jobs.answers import interruptible
 from jobs.console import as_table
 from pipeline.catalog import Answer, Catalog
+from pipeline.registry import nearest
+from pipeline.views import VIEWS
 from schemas import TABLES, WinnowError
 
 HELP = """A statement is one SELECT (also FROM, WITH, DESCRIBE, SUMMARIZE, SHOW TABLES), ended by a semicolon.
@@ -119,20 +120,16 @@ def _tables(catalog: Catalog) -> pa.Table:
     def counted(name: str) -> int:
         return sum(manifest["rows"].get(name, 0) for manifest in catalog.manifests)
 
-    rows: list[dict[str, Any]] = [
-        {"table": name, "rows": counted(name), "about": _text(schema.metadata[b"about"])}
-        for name, schema in TABLES.items()
-    ]
-    links = sum(len(steps) for steps in catalog.runs.values())
-    rows.append({"table": "runs", "rows": links, "about": "one row a step of a run"})
-    rows.append({"table": "steps", "rows": len(catalog.manifests), "about": "one row a sealed step"})
-    return pa.Table.from_pylist(rows)
+    rows = {name: counted(name) for name in TABLES}
+    rows |= {"runs": sum(len(steps) for steps in catalog.runs.values()), "steps": len(catalog.manifests)}
+    told = [{"table": name, "rows": n, "about": _text(VIEWS[name].metadata[b"about"])} for name, n in rows.items()]
+    return pa.Table.from_pylist(told)
 
 
 def _columns(name: str) -> pa.Table:
-    if name not in TABLES:
-        raise WinnowError(f"sql: no table {name!r} in schemas/tables.py; .tables lists them")
-    fields = [(field.name, str(field.type), _text(field.metadata[b"meaning"])) for field in TABLES[name]]
+    if name not in VIEWS:
+        raise WinnowError(f"sql: no table {name!r}; {nearest(name, list(VIEWS))}")
+    fields = [(field.name, str(field.type), _text(field.metadata[b"meaning"])) for field in VIEWS[name]]
     return pa.Table.from_pylist([dict(zip(("column", "type", "meaning"), field, strict=True)) for field in fields])
 
 

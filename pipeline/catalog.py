@@ -23,7 +23,18 @@ from pipeline.places import Place
 from pipeline.registry import nearest
 from pipeline.rounds import split
 from pipeline.store import CURE, Store
-from pipeline.views import address, checked_manifest, checked_run, columns, files_of, quoted, run_rows, step_rows, text
+from pipeline.views import (
+    VIEWS,
+    address,
+    checked_manifest,
+    checked_run,
+    columns,
+    files_of,
+    quoted,
+    run_rows,
+    step_rows,
+    text,
+)
 from pipeline.views import view as view_of
 from schemas import TABLES, WinnowError
 
@@ -134,9 +145,9 @@ class Catalog:
     def _connection(self) -> duckdb.DuckDBPyConnection:
         """With a view of each table that has its columns, and whose rows cannot be asked for before it is opened."""
         connection = _confined(self.root, ":memory:")
-        for name, schema in TABLES.items():
+        for name in TABLES:
             words = text(f"write the name {name} out in the statement, so that its files are opened")
-            connection.execute(f"CREATE VIEW {quoted(name)} AS SELECT {columns(schema)} WHERE error({words})::BOOLEAN")
+            connection.execute(f"CREATE VIEW {quoted(name)} AS SELECT {columns(name)} WHERE error({words})::BOOLEAN")
         self._put_runs_and_steps(connection)
         return connection
 
@@ -167,14 +178,12 @@ class Catalog:
     def _fill(self, connection: duckdb.DuckDBPyConnection) -> None:
         self._put_runs_and_steps(connection)
         connection.execute("CREATE SCHEMA files")
-        for name, schema in TABLES.items():
+        for name in TABLES:
             _open_view(connection, "files", name, self.manifests, self.root)
             connection.execute(f"CREATE TABLE {quoted(name)} AS FROM files.{quoted(name)}")
-            connection.execute(f"COMMENT ON TABLE {quoted(name)} IS {text(schema.metadata[b'about'].decode())}")
-            for field in schema:
-                meaning = text(field.metadata[b"meaning"].decode())
-                connection.execute(f"COMMENT ON COLUMN {quoted(name)}.{quoted(field.name)} IS {meaning}")
         connection.execute("DROP SCHEMA files CASCADE")
+        for name, schema in VIEWS.items():
+            _comment(connection, quoted(name), schema)
 
 
 def open_catalog(store: Store, run: str | list[str] | None = None, round: int | None = None) -> Catalog:
@@ -197,12 +206,20 @@ def _open_view(
 ) -> None:
     """The table's files as a view, or no row with the right columns."""
     files = files_of(name, manifests, address(root))
-    body = view_of(name, manifests) if files else f"SELECT {columns(TABLES[name])} WHERE false"
+    body = view_of(name, manifests) if files else f"SELECT {columns(name)} WHERE false"
     if files:
         connection.register("incoming", pa.table({"file": files}))
         connection.execute(f"SET VARIABLE {quoted(name)} = (SELECT list(file) FROM incoming)")
         connection.unregister("incoming")
     connection.execute(f"CREATE OR REPLACE VIEW {schema}.{quoted(name)} AS {body}")
+
+
+def _comment(connection: duckdb.DuckDBPyConnection, table: str, schema: pa.Schema) -> None:
+    """What a row and each column mean."""
+    connection.execute(f"COMMENT ON TABLE {table} IS {text(schema.metadata[b'about'].decode())}")
+    for field in schema:
+        meaning = text(field.metadata[b"meaning"].decode())
+        connection.execute(f"COMMENT ON COLUMN {table}.{quoted(field.name)} IS {meaning}")
 
 
 def _confined(root: Place, database: str) -> duckdb.DuckDBPyConnection:

@@ -13,37 +13,41 @@ import pyarrow as pa
 
 from pipeline.places import Place
 from pipeline.rounds import split
-from schemas import WinnowError
+from schemas import TABLES, WinnowError
+from schemas.tables import column, described
 
 Json = dict[str, Any]
-RUNS = pa.schema(
-    [
-        ("run", pa.string()),
-        ("step", pa.string()),
-        ("round", pa.int32()),
-        ("stage", pa.string()),
-        ("key", pa.string()),
-    ]
+STAGE = column("stage", pa.string(), "the function that made it")
+KEY = column("key", pa.string(), "hash of the stage, its options and its inputs; joins every table")
+RUNS = described(
+    "runs",
+    "one row a step of a run",
+    column("run", pa.string(), "recipe, and what --set changed of it"),
+    column("step", pa.string(), "as the recipe names it, and @ its round"),
+    column("round", pa.int32(), "from 1; null of a step that all rounds share", null=True),
+    STAGE,
+    KEY,
 )
-STEPS = pa.schema(
-    [
-        ("stage", pa.string()),
-        ("key", pa.string()),
-        ("options", pa.string()),
-        ("inputs", pa.string()),
-        ("rows", pa.int64()),
-        ("rejects", pa.int64()),
-        ("bytes", pa.int64()),
-        ("seconds", pa.float64()),
-        ("wall_seconds", pa.float64()),
-        ("tokens", pa.int64()),
-        ("ranker_calls", pa.int64()),
-        ("cost", pa.float64()),
-        ("made", pa.string()),
-        ("commit", pa.string()),
-        ("model", pa.string()),
-    ]
+STEPS = described(
+    "steps",
+    "one row a sealed step",
+    STAGE,
+    KEY,
+    column("options", pa.string(), "JSON: all options of the stage"),
+    column("inputs", pa.string(), "JSON: the key behind each input"),
+    column("rows", pa.int64(), "of all tables but rejects"),
+    column("rejects", pa.int64(), "rows left out"),
+    column("bytes", pa.int64(), "of all tables, on disk"),
+    column("seconds", pa.float64(), "of all its workers together; parts that share one share its time"),
+    column("wall_seconds", pa.float64(), "from its first part to its last, in the run that sealed it"),
+    column("tokens", pa.int64(), "drawn or read by a network"),
+    column("ranker_calls", pa.int64(), "pairs or responses that a ranker read"),
+    column("cost", pa.float64(), "seconds times a worker's GPUs, or its CPUs if it has none", null=True),
+    column("made", pa.string(), "when it was sealed, UTC"),
+    column("commit", pa.string(), "of this code; with + where it had changes"),
+    column("model", pa.string(), "digest of the model that it made", null=True),
 )
+VIEWS = {name: schema.append(STAGE).append(KEY) for name, schema in TABLES.items()} | {"runs": RUNS, "steps": STEPS}
 SQL_TYPES = {
     "string": "VARCHAR",
     "int8": "TINYINT",
@@ -96,10 +100,9 @@ def view(name: str, manifests: list[Json]) -> str:
     )
 
 
-def columns(schema: pa.Schema) -> str:
+def columns(name: str) -> str:
     """The columns of a view that has no rows."""
-    own = [f"NULL::{sql_type(field.type)} AS {quoted(field.name)}" for field in schema]
-    return ", ".join([*own, "NULL::VARCHAR AS stage", "NULL::VARCHAR AS key"])
+    return ", ".join(f"NULL::{sql_type(field.type)} AS {quoted(field.name)}" for field in VIEWS[name])
 
 
 def sql_type(kind: pa.DataType) -> str:

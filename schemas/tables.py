@@ -16,10 +16,13 @@ def column(name: str, kind: pa.DataType, meaning: str, *, null: bool = False) ->
     return pa.field(name, kind, nullable=null, metadata={"meaning": meaning})
 
 
+def described(name: str, about: str, *columns: pa.Field) -> pa.Schema:
+    return pa.schema(columns, metadata={"table": name, "about": about})
+
+
 def table(name: str, about: str, *columns: pa.Field) -> pa.Schema:
-    schema = pa.schema(columns, metadata={"table": name, "about": about})
-    TABLES[name] = schema
-    return schema
+    TABLES[name] = described(name, about, *columns)
+    return TABLES[name]
 
 
 def table_name(schema: pa.Schema) -> str:

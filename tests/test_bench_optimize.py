@@ -90,3 +90,23 @@ def test_a_shape_that_is_none_is_refused(text):
 def test_a_dtype_that_is_none_is_refused(tmp_path):
     with pytest.raises(WinnowError, match="float8"):
         Bench(World(tmp_path, 300), [SMALL], ["float8"], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("plain", "recompute", "chosen"),
+    [(400.0, 300.0, (False, 3.8)), (760.0, 420.0, (True, 2.8)), (760.0, 600.0, (True, 2.8))],
+    ids=["the fastest keeps to it", "recompute does", "none does: the leanest"],
+)
+def test_what_is_timed_keeps_to_the_memory_promised_if_anything_does(tmp_path, plain, recompute, chosen):
+    """At 256/256/8/4 at most 0.7 of what TRL's fastest has, which is 647 MB here, and not the 400 of its leanest."""
+    shape = parse("256/256/8/4")
+    bench = Bench(World(tmp_path, 300, 64, 2, 64), [shape], ["bfloat16"], 1, 1)
+    tried = {
+        "ours": {1: (3.8, plain), 2: (3.5, 1200.0)},
+        "ours, recompute": {1: (2.8, recompute), 2: (2.9, 640.0)},
+        "TRL": {1: (1.5, 647.0), 2: (1.4, 400.0)},
+    }
+    bench.found = {("sizes", way, str(shape), "bfloat16"): sizes for way, sizes in tried.items()}
+    setting = bench.setting(shape, "ours")
+    way = "ours, recompute" if setting.recompute else "ours"
+    assert (setting.recompute, tried[way][setting.size][0]) == chosen

@@ -255,6 +255,8 @@ def test_an_exported_file_needs_no_store(store: Store, tmp_path: Path):
             assert copy.sql(ask).to_arrow_table().to_pylist() == answer.to_pylist()
         told = "SELECT comment FROM duckdb_columns() WHERE table_name = 'rewards' AND column_name = 'logit_ab'"
         assert copy.sql(told).fetchall() == [(REWARDS.field("logit_ab").metadata[b"meaning"].decode(),)]
+        bare = "SELECT table_name, column_name FROM duckdb_columns() WHERE NOT internal AND comment IS NULL"
+        assert copy.sql(bare).fetchall() == []
         assert copy.sql("SELECT count(*) FROM duckdb_views() WHERE NOT internal").fetchall() == [(0,)]
     assert [each.name for each in tmp_path.iterdir() if "out" in each.name] == ["out.duckdb"]
 

@@ -128,11 +128,12 @@ def test_statements_from_a_pipe(store: Store):
 
 
 def test_the_shells_commands(store: Store):
-    code, text = sql(store, typed=".tables\n.tables rewards\n.queries\n.help\nreward_histogram\n")
+    code, text = sql(store, typed=".tables\n.tables rewards\n.tables steps\n.queries\n.help\nreward_histogram\n")
     assert code == 0
-    said = ("one row a candidate", "the same logit with the baseline read first", "best_of", ".quit", "all candidates")
+    said = ["one row a candidate", "the same logit with the baseline read first", "hash of the stage", "best_of"]
+    said += [".quit", "all candidates"]
     assert [word for word in said if word not in text] == []
-    assert "no table 'x'" in sql(store, typed=".tables x\n")[1]
+    assert "no table 'rewads'; did you mean 'rewards'?" in sql(store, typed=".tables rewads\n")[1]
     assert "no command .shell; .help" in sql(store, typed=".shell ls\n")[1]
 
 

@@ -146,7 +146,8 @@ def page(bench: Bench, threads: int) -> str:
 HOW = f"""A shape is prompt tokens / response tokens / responses / pairs of a group. Both sides train the same random
 Llama from the same token ids, the same pairs a step, with the same AdamW, schedule, clipping and cached reference
 log-probs; each in the dtype and the forward passes that make it fastest, found first (ours: the fastest of those that
-keep to the memory promised, if any does, be it with `recompute`); in processes of their own that alternate.
+keep to the memory promised, be it with `recompute`, or the leanest if none does); in processes of their own that
+alternate.
 Seconds are those of the steps after the first. Memory is the highest resident set after the first step, less the
 resident set at its end, when gradients are freed and model and optimizer are there. TRL runs without gradient
 checkpointing, padding, saving, logging and a reference network; figures are the {MEASURED}.
