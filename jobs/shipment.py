@@ -23,8 +23,8 @@ PROFILE = f"{OWN}/profile.yml"  # no recipe's name there: those end in .yaml
 
 
 def plan_key(plans: list[Plan]) -> str:
-    """8 hex digits that stand for all that the plans' targets are made of."""
-    return key_of(sorted(step.key for plan in plans for step in plan.targets))[:8]
+    """8 hex digits that stand for all that is to be made, and for what it is made of."""
+    return key_of(sorted({step.key for plan in plans for step in plan.wanted}))[:8]
 
 
 def pack(folder: Path, recipe: list[str], worlds: list[Path], profile: str | None) -> list[str]:

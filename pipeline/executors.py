@@ -121,9 +121,9 @@ class OnRay:
     def _crew(self, work: Work) -> Crew:
         if work.out not in self.crews:
             ray = start(self.address)
-            resources = self.profile.of(work.entry.name)
-            most = min(self.workers, 1 if work.whole else work.shards)
-            given, most = shares(resources, _nodes(ray), most, work.reads_model)
+            resources, parts = self.profile.of(work.entry.name), 1 if work.whole else work.shards
+            resources = replace(resources, min_workers=min(resources.min_workers, parts))
+            given, most = shares(resources, _nodes(ray), min(self.workers, parts), work.reads_model)
             has = replace(resources, cpus=given["num_cpus"], gpus=given["num_gpus"])
             self.crews[work.out] = Crew(ray, work, has, given, most)
         return self.crews[work.out]

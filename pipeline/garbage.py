@@ -2,12 +2,13 @@
 
 A step is reached if a run's link names it, made or on its way. Before each deletion the step is claimed, its manifest
 is put away, and the links are read again. A run links first and looks for manifests then: it either is seen, and the
-manifest goes back, or finds none, and makes the step once the claim is over.
+manifest goes back, or finds none, and makes the step once the claim is over. An object store knows no claims: there,
+delete when nothing runs.
 """
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,27 +130,38 @@ def _gone(store: Store, item: Garbage) -> bool:
 
 
 def _step_gone(store: Store, folder: StepFolder) -> bool:
-    if _reached(store, folder):
+    def reached() -> bool:
+        return any(link["key"] == folder.path.name for steps in links(store).values() for link in steps.values())
+
+    return remove([folder], reached)
+
+
+def remove(folders: list[StepFolder], reached: Callable[[], bool]) -> bool:
+    """Delete steps, unless they are reached, by the last look at least; else, or if looking fails, all is as before.
+
+    The caller has claimed them, and named those first that were made of others. Killed in between, a step has lost its
+    manifest, and is sealed anew of its parts.
+    """
+    if reached():
         return False
-    manifest = read(folder.manifest_path) if folder.manifest_path.exists() else None
-    delete(folder.manifest_path)
+    manifests: list[tuple[StepFolder, bytes]] = []
     wanted = True
     try:
-        wanted = _reached(store, folder)
+        for folder in folders:
+            if folder.manifest_path.exists():
+                manifests.append((folder, read(folder.manifest_path)))
+                delete(folder.manifest_path)
+        wanted = reached()
     finally:
-        if wanted and manifest:
+        for folder, manifest in reversed(manifests if wanted else []):
             create(folder.manifest_path, manifest)
-    if not wanted:
-        remove(folder)
+    for folder in [] if wanted else folders:
+        _remove(folder)
     return not wanted
 
 
-def _reached(store: Store, folder: StepFolder) -> bool:
-    return any(link["key"] == folder.path.name for steps in links(store).values() for link in steps.values())
-
-
-def remove(folder: StepFolder) -> None:
-    """A step's folder; its manifest and its sidecars first, so that no half of it counts. The caller has claimed it."""
+def _remove(folder: StepFolder) -> None:
+    """The manifest and the sidecars first, so that no half of it counts."""
     delete(folder.manifest_path)
     for name in sizes(folder.path):
         if SIDECAR.fullmatch(name):

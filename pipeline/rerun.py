@@ -46,9 +46,11 @@ class Rerun:
                         "wait for it, or stop it"
                     )
                 claims.callback(claim.release)
-            self.check()
-            for made in self.gone:
-                remove(made.folder)
+            remove([made.folder for made in self.gone], self._reached)
+
+    def _reached(self) -> bool:
+        self.check()
+        return False
 
 
 def rerun(

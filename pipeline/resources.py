@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 class Resources:
     """Of one worker of a stage, and how many there are.
 
-    A stage without `cpus` and `gpus` shares all that the cluster has among its workers, GPUs only if it reads a model.
-    `min_workers` are kept while their step waits for parts of the one before, unless another step waits for what they
-    hold; there are never more than `max_workers` (None: what `--workers` says, or `min_workers` if those are more).
-    `in_flight` parts are with a worker at a time, so that its engine never runs dry between two. `memory` is GiB.
+    A stage without `cpus` and `gpus` shares all that the cluster has among its workers, GPUs only if it reads a model,
+    be it for its tokenizer. `min_workers` are kept while their step waits for parts of the one before, unless another
+    step waits for what they hold; there are never more than `max_workers` (None: what `--workers` says, or
+    `min_workers` if those are more). `in_flight` parts are with a worker at a time, so that its engine never runs dry
+    between two. `memory` is GiB.
     """
 
     cpus: float | None = None

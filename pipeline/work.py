@@ -4,7 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,20 @@ def work_of(step: Step, store: Store) -> Work:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a worker, and what they came to: GPU-seconds, or, of a worker without a GPU, CPU-seconds.
+    """Seconds of a worker, times its GPUs, times its CPUs.
 
-    Where nothing says what a worker has (in this process, without a profile), it is taken for one.
+    Where nothing says what a worker has (in this process, without a profile), it is taken for one CPU.
     """
 
     seconds: float = 0.0
-    cost: float = 0.0
+    gpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @classmethod
     def of(cls, work: Work, resources: Resources, seconds: float) -> "Spent":
         ranks = work.options.get("ranks", 1)  # the resources are of one
-        return cls(seconds, seconds * ranks * (resources.gpus or resources.cpus or 1))
+        gpus, cpus = resources.gpus or 0.0, 1.0 if resources.cpus is None else resources.cpus
+        return cls(seconds, seconds * ranks * gpus, seconds * ranks * cpus)
 
 
 def execute(work: Work, unit: Unit, warm: Warm, tell: Tell, resources: Resources = Resources()) -> int:  # noqa: B008
@@ -180,8 +182,8 @@ def _listed(result: Any) -> list[Any]:
 def part_record(tables: dict[str, pa.Table], counters: Mapping[str, int], spent: Spent) -> dict[str, Any]:
     """What a part's sidecar says beside its files."""
     reasons = Counter(tables["rejects"].column("reason").to_pylist())
-    seconds, cost = round(spent.seconds, 3), round(spent.cost, 3)
-    return {"seconds": seconds, "cost": cost, "counters": dict(counters), "rejects": dict(reasons)}
+    times = {name: round(seconds, 3) for name, seconds in asdict(spent).items()}
+    return times | {"counters": dict(counters), "rejects": dict(reasons)}
 
 
 def _commit(work: Work, out: StepFolder, shard: int, tables: dict[str, pa.Table], record: dict[str, Any]) -> int:
@@ -241,7 +243,7 @@ def join(work: Work, shard: int, pieces: list[Unit], poison: dict[str, str]) -> 
     ]
     tables["rejects"] = pa.concat_tables([tables["rejects"], pa.Table.from_pylist(rows, schema=REJECTS)])
     counters: Counter[str] = sum((Counter(record["counters"]) for _, record in found), Counter())
-    spent = Spent(*(sum(record[what] for _, record in found) for what in ("seconds", "cost")))
+    spent = Spent(**{each.name: sum(record.get(each.name, 0.0) for _, record in found) for each in fields(Spent)})
     return _commit(work, work.out, shard, tables, part_record(tables, counters, spent))
 
 

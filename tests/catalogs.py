@@ -13,7 +13,13 @@ def put(
 ) -> None:
     """A sealed step of one shard, as a run leaves it."""
     folder = StepFolder(store.root / stage / key)
-    record = {"seconds": seconds, "cost": 2 * seconds, "counters": {"tokens": 7}, "rejects": {}}
+    record = {
+        "seconds": seconds,
+        "gpu_seconds": 2 * seconds,
+        "cpu_seconds": seconds,
+        "counters": {"tokens": 7},
+        "rejects": {},
+    }
     folder.write_part(0, {table.schema.metadata[b"table"].decode(): table for table in tables}, record)
     identity = {"version": version, "options": {"k": 8}, "inputs": {"prompts": "abc"}}
     made = {"stage": stage, "key": key, "identity": identity, "made": "2026-01-01T00:00:00+00:00", "commit": "c0ffee"}

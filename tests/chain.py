@@ -8,11 +8,12 @@ import pyarrow as pa
 
 from pipeline import Workspace, stage
 from pipeline.executors import InProcess
+from pipeline.places import Place
 from pipeline.plan import Plan, Step, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.run import run
 from pipeline.stage import stages
-from pipeline.store import Store
+from pipeline.store import Json, Store
 from schemas import Candidates, Prompts, Rewards, Selections, prompt_id
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS, SELECTIONS
 from tests.runs import Silent
@@ -107,3 +108,19 @@ def make(plan: Plan, store: Store) -> list[str]:
 
 def step(plan: Plan, name: str) -> Step:
     return next(step for step in plan.steps if step.name == name)
+
+
+class Raced(Store):
+    """Another run comes right after our nth look at the links: it links, and looks whether its first step is sealed."""
+
+    def __init__(self, root: Place, plan: Plan, nth: int) -> None:
+        super().__init__(root)
+        self.plan, self.left, self.found = plan, nth, False
+
+    def runs(self) -> dict[str, Json]:
+        seen = super().runs()
+        self.left -= 1
+        if self.left == 0:
+            self.link_run("again", self.plan.steps)
+            self.found = self.folder(step(self.plan, "draw")).manifest is not None
+        return seen

@@ -1,6 +1,7 @@
 """What a step cost: the time of its workers, dealt among the parts that shared them, times what a worker holds."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -10,8 +11,9 @@ from pipeline.executors import InProcess, shares
 from pipeline.resources import Profile, Resources
 from pipeline.run import run
 from pipeline.store import Store
+from pipeline.work import Spent, work_of
 from pipeline.workspace import Clock
-from tests.chain import planned, recipe, step, toys
+from tests.chain import SHARDS, planned, recipe, step, toys
 from tests.runs import Silent
 
 SERVER = {"CPU": 64.0, "GPU": 8.0}
@@ -46,16 +48,30 @@ def test_time_without_a_part_is_nobodys():
 
 
 @pytest.mark.parametrize(
-    ("resources", "times"),
-    [(Resources(), 1), (Resources(cpus=3), 3), (Resources(cpus=8, gpus=2), 2), (Resources(cpus=8, gpus=0.5), 0.5)],
+    ("resources", "gpus", "cpus"),
+    [
+        (Resources(), 0, 1),
+        (Resources(cpus=3), 0, 3),
+        (Resources(cpus=8, gpus=2), 2, 8),
+        (Resources(cpus=0, gpus=0.5), 0.5, 0),
+    ],
 )
-def test_cost_is_seconds_times_the_gpus_of_a_worker_or_its_cpus(tmp_path: Path, resources: Resources, times: float):
+def test_cost_is_seconds_times_what_a_worker_has(tmp_path: Path, resources: Resources, gpus: float, cpus: float):
+    with toys():
+        work = work_of(step(planned(recipe(tmp_path)), "rate"), Store(tmp_path / "store"))
+    assert Spent.of(work, resources, 10.0) == Spent(10.0, 10.0 * gpus, 10.0 * cpus)
+    ranked = replace(work, options=work.options | {"ranks": 4})
+    assert Spent.of(ranked, resources, 10.0) == Spent(10.0, 40.0 * gpus, 40.0 * cpus)
+
+
+def test_a_manifest_has_what_its_parts_cost(tmp_path: Path):
     with toys():
         plan, store = planned(recipe(tmp_path)), Store(tmp_path / "store")
-        run(plan, store, InProcess(Profile(resources)), Silent())
-        manifest = store.folder(step(plan, "rate")).manifest
-        assert manifest
-        assert manifest["cost"] == pytest.approx(times * manifest["seconds"], abs=0.01)
+        run(plan, store, InProcess(Profile(Resources(cpus=3))), Silent())
+    folder = store.folder(step(plan, "rate"))
+    manifest, parts = folder.manifest or {}, [folder.sidecar(shard) or {} for shard in range(SHARDS)]
+    assert manifest["cpu_seconds"] == pytest.approx(sum(part["cpu_seconds"] for part in parts))
+    assert all(part["cpu_seconds"] == pytest.approx(3 * part["seconds"], abs=0.002) for part in parts)
 
 
 def test_a_worker_that_reads_no_model_is_given_no_gpu():
@@ -63,3 +79,8 @@ def test_a_worker_that_reads_no_model_is_given_no_gpu():
     given = {reads: shares(Resources(), [SERVER], 4, reads)[0] for reads in (True, False)}
     assert (given[True]["num_gpus"], given[False]["num_gpus"]) == (2, 0)
     assert shares(Resources(gpus=1), [SERVER], 4, False)[0]["num_gpus"] == 1
+
+
+def test_the_workers_that_a_profile_wants_at_least_are_not_capped_by_the_command():
+    assert shares(Resources(cpus=1, min_workers=4), [SERVER], 2, True)[1] == 4
+    assert shares(Resources(cpus=1, min_workers=4, max_workers=6), [SERVER], 2, True)[1] == 6

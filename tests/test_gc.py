@@ -11,11 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.garbage import STALE_SECONDS, Found, garbage, sweep
-from pipeline.places import Place
 from pipeline.plan import Plan
-from pipeline.store import Json, Store
+from pipeline.store import Store
 from schemas import WinnowError
-from tests.chain import Luck, make, planned, recipe, step, toys
+from tests.chain import Luck, Raced, make, planned, recipe, step, toys
 from tests.runs import local
 
 
@@ -133,22 +132,6 @@ def test_a_run_that_comes_meanwhile_keeps_what_it_reaches(tmp_path: Path, store:
     assert place(plan, "draw") not in gone
     assert place(plan, "rate") not in gone
     assert store.folder(step(plan, "draw")).manifest
-
-
-class Raced(Store):
-    """Another run comes right after our nth look at the links: it links, and looks whether its first step is sealed."""
-
-    def __init__(self, root: Place, plan: Plan, nth: int) -> None:
-        super().__init__(root)
-        self.plan, self.left, self.found = plan, nth, False
-
-    def runs(self) -> dict[str, Json]:
-        seen = super().runs()
-        self.left -= 1
-        if self.left == 0:
-            self.link_run("again", self.plan.steps)
-            self.found = self.folder(step(self.plan, "draw")).manifest is not None
-        return seen
 
 
 @pytest.mark.parametrize(("nth", "found"), [(1, True), (2, False)])

@@ -30,7 +30,7 @@ from tests.catalogs import link, put, table
 COLUMNS = {
     "acceptance": "run step prompt_id kept passes beta acceptance ess mean_reward",
     "best_of": "run step n prompts best gained",
-    "cost": "run stage steps rows rejects seconds wall_seconds cost share tokens ranker_calls",
+    "cost": "run stage steps rows rejects seconds wall_seconds gpu_seconds cpu_seconds share tokens ranker_calls",
     "curves": "run step metric value",
     "disagreements": "run prompt_id responses proxy_win gold_win too_kind gold_gain text",
     "duplicates": "run step prompts candidates different twins prompts_with_twins prompts_all_alike most_of_one",
@@ -175,12 +175,12 @@ def test_best_of_is_the_expected_maximum(store: Store):
 def test_cost_says_where_the_time_went(store: Store):
     """100 s of training and 10 s of sampling, on two GPUs; nine other steps took 1.5 s, two of them evaluations."""
     rows = {row["stage"]: row for row in ask(store, "cost")}
-    total = sum(row["cost"] for row in rows.values())
+    total = sum(row["gpu_seconds"] for row in rows.values())
     assert next(iter(rows)) == "optimize"
-    assert rows["sample"]["cost"] == 2 * rows["sample"]["seconds"]
+    assert rows["sample"]["gpu_seconds"] == 2 * rows["sample"]["cpu_seconds"] == 2 * rows["sample"]["seconds"]
     assert rows["evaluate"]["steps"] == 2
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-    assert rows["optimize"]["share"] == pytest.approx(rows["optimize"]["cost"] / total)
+    assert rows["optimize"]["share"] == pytest.approx(rows["optimize"]["gpu_seconds"] / total)
 
 
 def test_curves_have_metrics_and_speeds_but_nothing_held_out(store: Store):

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pipeline.rerun import rerun
 from pipeline.store import Store
 from schemas import WinnowError
 from schemas.tables import REWARDS, SELECTIONS
-from tests.chain import Luck, make, planned, recipe, step, toys
+from tests.chain import Luck, Raced, make, planned, recipe, step, toys
 from tests.runs import local
 
 
@@ -119,7 +120,8 @@ def test_force_is_refused_where_another_run_would_lose_its_ground(
     make(plan, store)
     make(other, store)
     before = store.sealed()
-    with pytest.raises(WinnowError, match=rf"{name}: other would lose what it stands on.*--forget other --yes`"):
+    refused = rf"--force {name}: other would lose what it stands on.*winnow gc .*--forget other --yes`"
+    with pytest.raises(WinnowError, match=refused):
         rerun([plan], store, force=name)
     assert store.sealed() == before
     assert rerun([plan], store, force="keep").gone, "its own keep is nobody else's"
@@ -143,6 +145,19 @@ def test_a_run_that_came_since_the_checks_keeps_its_ground(tmp_path: Path, store
     with pytest.raises(WinnowError, match="other would lose what it stands on"):
         again.drop()
     assert store.sealed() == before
+
+
+@pytest.mark.parametrize(("nth", "found"), [(3, True), (4, False)])
+def test_a_run_that_comes_between_the_last_looks_and_the_drop(store: Store, plan: Plan, nth: int, found: bool):
+    """What it found sealed is not dropped; where it comes later still, it finds nothing, and waits for the claims."""
+    make(plan, store)
+    before = store.sealed()
+    raced = Raced(store.root, plan, nth)
+    again = rerun([plan], raced, force="draw")
+    with pytest.raises(WinnowError, match="again would lose") if found else nullcontext():
+        again.drop()
+    assert raced.found is found
+    assert store.sealed() == (before if found else [])
 
 
 def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(store: Store, plan: Plan, luck: Luck):

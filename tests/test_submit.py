@@ -23,13 +23,16 @@ from typer.testing import CliRunner
 import jobs.__main__  # noqa: F401 - registers every command
 from jobs import dashboard, recipes, shipment, submit
 from jobs.commands.app import app
+from jobs.commands.cluster import to_make
 from pipeline.executors import InProcess
+from pipeline.rerun import narrowed
 from pipeline.run import PACKAGES, run
 from pipeline.store import Store
 from pipeline.syntax import parse, written
 from schemas import WinnowError
+from tests.chain import planned, recipe, toys
 from tests.heads import ROOT, Head, free_ports, ray_head
-from tests.runs import Silent
+from tests.runs import Silent, local
 
 RECIPE, WORLD = "own_candidates", ROOT / "tests" / "data" / "untrained.yaml"
 SETS = ["target=own_candidates", "shards=2"]
@@ -565,3 +568,25 @@ def test_what_ray_refuses_is_told_in_its_words(head, anything, monkeypatch):
         cluster.submit(anything, ["true"], recipes="rso", plan="2" * 8, store="store", again="")
     with pytest.raises(WinnowError, match="no job 'rso-22222222-1'"):
         cluster.job("rso-22222222-1")
+
+
+def test_what_is_sealed_needs_no_room_and_a_store_out_of_sight_is_no_reason_to_refuse(tmp_path: Path):
+    """Nor is what a forced step needs besides; where the store cannot be read from here, all steps count."""
+    with toys():
+        plan, store = planned(recipe(tmp_path)), Store(tmp_path / "store")
+        assert to_make([plan], None, store) == plan.steps
+        run(plan, store, InProcess(), Silent())
+        assert to_make([plan], None, store) == []
+        assert [each.name for each in to_make([plan], "rate", store)] == ["rate", "keep"]
+        manifest = local(store.folder(plan.steps[0]).manifest_path)
+        manifest.unlink()
+        manifest.mkdir()  # reading it is an OSError, as a missing credential is
+        assert to_make([plan], None, store) == plan.steps
+
+
+def test_a_job_is_named_after_what_it_makes(tmp_path: Path):
+    """One step alone is another job than the whole; followed in its place, it would end too soon."""
+    with toys():
+        plan = planned(recipe(tmp_path))
+        keys = [shipment.plan_key(narrowed([plan], only=only)) for only in (None, "draw", "rate")]
+    assert len(set(keys)) == 3

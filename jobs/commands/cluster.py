@@ -27,8 +27,8 @@ from jobs.commands.app import (
 from jobs.resume import unforced
 from pipeline.executors import check_fits
 from pipeline.places import place_of
-from pipeline.plan import Step
-from pipeline.rerun import narrowed, unsealed
+from pipeline.plan import Plan, Step
+from pipeline.rerun import followers, narrowed, unsealed
 from pipeline.store import Store
 from schemas import WinnowError
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Address = Annotated[str | None, typer.Option(help="URL of the cluster's dashboard, like http://head:8265")]
 Name = Annotated[str, typer.Argument(help="a job's name, as `winnow submit` and `winnow status --address` print it")]
+GOES_ON = "submitting the same again, without --force, goes on from its finished parts"
 NoWait = Annotated[bool, typer.Option("--no-wait", help="do not follow the job's log")]
 
 
@@ -62,8 +63,10 @@ def submit(
     from jobs.submit import Cluster
 
     plans = recipes.plans(recipe, on, sets)
-    steps = [step for plan in narrowed(plans, only, onward, force) for step in plan.wanted]
-    steps = steps if force else _to_make(steps, Store(store))
+    if attach and force:
+        raise WinnowError(f"--attach --force {force}: what is at work already forces nothing; leave one of them out")
+    parts = narrowed(plans, only, onward, force)
+    steps = to_make(parts, force, Store(store))
     shipment.check_paths(plans)
     given = profiles.load(profile)
     cluster = Cluster(address)
@@ -71,7 +74,7 @@ def submit(
     _say(f"cluster {cluster.url} ({cluster.source})")
     _say(f"store {place}")
     check_fits(given, steps, cluster.nodes())
-    called, plan = " ".join(recipes.recipe_path(each).stem for each in recipe), shipment.plan_key(plans)
+    called, plan = " ".join(recipes.recipe_path(each).stem for each in recipe), shipment.plan_key(parts)
     told = [("--set", item) for item in sets] + [("--only", only), ("--from", onward), ("--force", force)]
     told += [("--workers", str(workers)), ("--store", place), ("--address", "auto")]
     with TemporaryDirectory() as scratch:
@@ -85,15 +88,19 @@ def submit(
     if no_wait:
         _say(f"`{_command('logs', name, cluster)}` follows it")
     else:
-        _follow(cluster, name, f"`{again}`")
+        begun = ", if `made again` stands above; if not, nothing was forced yet" if force else ""
+        _follow(cluster, name, f"`{again}` goes on from the finished parts{begun}")
 
 
-def _to_make(steps: list[Step], store: Store) -> list[Step]:
-    """As far as the store can be seen from here; the job looks again."""
+def to_make(parts: list[Plan], force: str | None, store: Store) -> list[Step]:
+    """As far as the store can be seen from here, where its credentials need not be; the job looks again."""
+    steps = [step for plan in parts for step in plan.wanted]
+    again = {step.key for plan in parts for step in (followers(plan, force) if force else [])}
     try:
-        return unsealed(steps, store)
-    except WinnowError:
+        lacking = {step.key for step in unsealed(steps, store)}
+    except (OSError, WinnowError):
         return steps
+    return [step for step in steps if step.key in again | lacking]
 
 
 @app.command()
@@ -105,7 +112,7 @@ def logs(job: Name, address: Address = None, no_wait: NoWait = False) -> None:
     if no_wait:
         typer.echo(cluster.log(cluster.job(job).name), nl=False)
     else:
-        _follow(cluster, cluster.job(job).name, "submitting the same again")
+        _follow(cluster, cluster.job(job).name, GOES_ON)
 
 
 @app.command()
@@ -114,8 +121,7 @@ def stop(job: Name, address: Address = None) -> None:
     from jobs.submit import Cluster
 
     ended = Cluster(address).stop(job, _say)
-    kept = "; its finished parts are kept, and submitting the same again goes on from them"
-    _say(f"{job}: {ended.status.lower()}{kept if ended.status == 'STOPPED' else ''}")
+    _say(f"{job}: {ended.status.lower()}{f'; {GOES_ON}' if ended.status == 'STOPPED' else ''}")
 
 
 def _follow(cluster: "Cluster", name: str, again: str) -> None:
@@ -129,7 +135,7 @@ def _follow(cluster: "Cluster", name: str, again: str) -> None:
     if job.status == "SUCCEEDED":
         _say(f"{name}: succeeded in {(job.ended or job.started) - job.started:,.0f} s")
         return
-    _say(f"{name}: {job.status.lower()}{_why(job)}; {again} goes on from the finished parts")
+    _say(f"{name}: {job.status.lower()}{_why(job)}; {again}")
     raise typer.Exit(1)
 
 

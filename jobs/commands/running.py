@@ -81,6 +81,7 @@ def run(
     chosen: Executor = InProcess(given)
     if executor is ExecutorName.ray or address:
         chosen = OnRay(workers, address, given)
+        Store(store).check()
         chosen.check(again.to_make(Store(store)))
     drop(again)
     run_all(made, Store(store), chosen)
@@ -115,13 +116,14 @@ def _say_if_moved(plan: Plan, store: Store) -> None:
     """Another world, other data: a run's name stands for one of them."""
     try:
         before = checked_run(plan.name, store.run(plan.name))
-    except WinnowError:  # whatever it was, it is about to be written anew
+    except (OSError, WinnowError):  # the run is about to write it anew, or to say why it cannot
         return
     known = [step for step in plan.steps if step.name in before and not step.inputs]
     if moved := [step.name for step in known if before[step.name]["key"] != step.key]:
         console.print(
             f"  [yellow]{escape(plan.name)} was of another {' and '.join(moved)} before[/]; what was made of that "
-            "stays, but no run names it now, and `winnow gc` lists it. Another --store keeps both",
+            "stays, but this run names it no more, and unless another does, `winnow gc` lists it. Another --store "
+            "keeps both",
             highlight=False,
         )
 

@@ -188,7 +188,7 @@ def seal(store: Store, made: Step, parts: Callable[[int], Tables]) -> None:
     folder = store.folder(made)
     for shard in range(made.shards):
         tables = parts(shard) | {"rejects": REJECTS.empty_table()}
-        record = {"seconds": 1.0, "cost": 1.0, "counters": {}, "rejects": {}, "inputs": {}}
+        record = {"seconds": 1.0, "gpu_seconds": 0.0, "cpu_seconds": 1.0, "counters": {}, "rejects": {}, "inputs": {}}
         folder.write_part(shard, {name: tables[name] for name in TABLES if name in tables}, record)
     folder.seal(record_of(made, 1.0), made.shards, lambda manifest: None)
 
