@@ -26,8 +26,9 @@ SEES_DEATHS = dict(health_check_initial_delay_ms=0, health_check_period_ms=500, 
 
 @contextmanager
 def cluster_of(nodes: int) -> Iterator[Cluster]:
-    gcs, agent = free_ports(2)
-    own = dict(gcs_server_port=gcs, dashboard_agent_listen_port=agent, _system_config=SEES_DEATHS)
+    gcs, agent, dashboard = free_ports(3)  # of the dashboard too: Ray tries its port without one, and leaks the socket
+    own: dict[str, Any] = dict(gcs_server_port=gcs, dashboard_agent_listen_port=agent, dashboard_port=dashboard)
+    own["_system_config"] = SEES_DEATHS
     cluster = Cluster(initialize_head=True, head_node_args=NODE | own)
     try:
         for _ in range(nodes - 1):
