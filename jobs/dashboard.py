@@ -35,9 +35,8 @@ def resolved(address: str | None) -> tuple[str, str]:
     except ValueError:  # a port that is no number
         known = False
     if not known:
-        raise WinnowError(
-            f"{source}: must be the URL of the head's dashboard, like http://head:8265, got {url!r}{hint}"
-        )
+        got = f"got {url!r}" if url else "and is not given"
+        raise WinnowError(f"{source}: must be the URL of the head's dashboard, like http://head:8265, {got}{hint}")
     return url.rstrip("/"), source
 
 
@@ -69,8 +68,9 @@ class Dashboard:
             raise WinnowError(f"{self.url}: {STRANGER}") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
+            outranks = f"; {self.source} named it, and outranks --address" if self.source in OVERRIDES else ""
             raise WinnowError(
-                f"{self.url}: does not answer ({reason}); is the cluster up, and reachable from here? {PORT}"
+                f"{self.url}: does not answer ({reason}); is the cluster up, and reachable from here? {PORT}{outranks}"
             ) from None
 
     def _refusal(self, error: HTTPError) -> WinnowError:

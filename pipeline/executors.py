@@ -257,7 +257,8 @@ def start(address: str | None = None) -> Any:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             lines = str(error).strip().splitlines()
             raise WinnowError(
-                f"--address {address}: {' '.join(lines[:3])} (is it a cluster of this Ray and Python, and up?)"
+                f"--address {address}: {' '.join(lines[:3])} (is it a cluster of this Ray and Python, "
+                "and up? one with a token wants RAY_AUTH_MODE=token in the environment)"
             ) from None
     return ray
 

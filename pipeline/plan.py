@@ -69,7 +69,7 @@ def make_plan(recipe: Recipe) -> Plan:
     wires = {name: _wires(name, body, recipe, problems) for name, body in recipe.steps.items()}
     targets = _targets(recipe, problems)
     needed = _order(targets, wires, problems)
-    order = _order([*(name for name in needed if _reads_files(entries[name])), *targets], wires, problems)
+    order = _order([*(name for name in needed if reads_files(entries[name])), *targets], wires, problems)
     options = {name: _options(name, recipe.steps[name], entries[name], name in order, problems) for name in entries}
     wired: dict[str, Wired] = {}
     for name in order:
@@ -106,8 +106,8 @@ def _wires(name: str, body: dict[str, Any], recipe: Recipe, problems: list[str])
     return {wire: source for wire, source in wires.items() if source in recipe.steps}
 
 
-def _reads_files(entry: Entry | None) -> bool:
-    """Such steps run as early as they can: what is wrong with the data is said before a model is trained."""
+def reads_files(entry: Entry | None) -> bool:
+    """No table, that is. Such steps run as early as they can: what is wrong with the data is said before training."""
     return entry is not None and all(item.schema is None for item in shape_of(entry).inputs)
 
 

@@ -134,11 +134,11 @@ def _check_sealed(parts: list[Plan], place: str, store: Store, gone: set[str]) -
 
 def _lacks(place: str, lacking: list[str]) -> str:
     """What to do about what is not there."""
-    these = " and ".join(lacking)
-    many = len(lacking) > 1
+    these, option = " and ".join(lacking), place.split()[0]
+    targets = ", then ".join(f"--set target={name}" for name in lacking)
     return (
-        f"it reads {these}, which {'are' if many else 'is'} not sealed; make {'them' if many else 'it'} first, with "
-        f"--only {lacking[0]}, or leave {place.split()[0]} out"
+        f"it reads {these}, which {'are' if len(lacking) > 1 else 'is'} not sealed; first, in place of {option}, "
+        f"{targets} makes what is missing; or leave {option} out"
     )
 
 

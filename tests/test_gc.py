@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.garbage import STALE_SECONDS, Found, garbage, sweep
-from pipeline.plan import Plan
+from pipeline.plan import Plan, reads_files
+from pipeline.stage import stages
 from pipeline.store import Store
 from schemas import WinnowError
 from tests.chain import Luck, Raced, make, planned, recipe, step, toys
@@ -296,6 +297,13 @@ def test_a_run_that_takes_its_name_from_other_data_says_so(winnow, tmp_path: Pat
     assert "`winnow gc` lists it" in said
     Path("store/runs/toy.json").write_text("[")
     assert winnow("run", recipe(tmp_path))[0] == 0, "a link that cannot be read is written anew"
+
+
+def test_what_reads_data_with_a_tokenizer_is_data_too():
+    """The recipes' prompts read a model, for its tokenizer: they are what tells one world from another."""
+    names = {name for name, entry in stages.entries.items() if reads_files(entry)}
+    assert {"prompts", "preferences", "own_candidates", "model"} <= names
+    assert names.isdisjoint({"sample", "reward", "select", "optimize", "evaluate"})
 
 
 def test_ls_lists_runs_and_steps(winnow, tmp_path: Path, luck: Luck):

@@ -590,3 +590,16 @@ def test_a_job_is_named_after_what_it_makes(tmp_path: Path):
         plan = planned(recipe(tmp_path))
         keys = [shipment.plan_key(narrowed([plan], only=only)) for only in (None, "draw", "rate")]
     assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("args", [["--gcs-address=10.0.0.1:6379", "--worker=python --gcs-address=10.0.0.2:1"], []])
+def test_a_job_joins_the_cluster_of_the_raylet_above_it(tmp_path: Path, args: list[str]):
+    """Ray tells a job the address of whichever cluster was started last on that machine, and it would wait for ever."""
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$RAY_ADDRESS: $*"\n')
+    (tmp_path / "python3").chmod(0o755)
+    script = f"import subprocess; subprocess.run(['sh', '-c', 'sh {ROOT}/jobs/start.sh $$ run rso; true'], check=True)"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAY_ADDRESS": "10.0.0.9:9"}
+    raylet = [sys.executable, "-c", script, *args]
+    done = subprocess.run(raylet, env=environment, capture_output=True, text=True, check=True)
+    joined = "10.0.0.1:6379" if args else "10.0.0.9:9"
+    assert done.stdout == f"{joined}: -m jobs run rso\n"

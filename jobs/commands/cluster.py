@@ -131,7 +131,7 @@ def _follow(cluster: "Cluster", name: str, again: str) -> None:
     except KeyboardInterrupt:
         _say(f"\n{name} goes on; `{_command('logs', name, cluster)}` follows it, "
              f"`{_command('stop', name, cluster)}` stops it")  # fmt: skip
-        raise typer.Exit(1) from None
+        raise typer.Exit(130) from None
     if job.status == "SUCCEEDED":
         _say(f"{name}: succeeded in {(job.ended or job.started) - job.started:,.0f} s")
         return

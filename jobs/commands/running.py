@@ -34,7 +34,7 @@ from jobs.demo import OVERLAY, SMALL, world
 from jobs.resume import resumable
 from pipeline.catalog import open_catalog, query
 from pipeline.executors import Executor, InProcess, OnRay
-from pipeline.plan import Plan
+from pipeline.plan import Plan, reads_files
 from pipeline.rerun import Rerun, rerun
 from pipeline.run import run as run_plan
 from pipeline.store import Store
@@ -118,8 +118,8 @@ def _say_if_moved(plan: Plan, store: Store) -> None:
         before = checked_run(plan.name, store.run(plan.name))
     except (OSError, WinnowError):  # the run is about to write it anew, or to say why it cannot
         return
-    known = [step for step in plan.steps if step.name in before and not step.inputs]
-    if moved := [step.name for step in known if before[step.name]["key"] != step.key]:
+    read = [step for step in plan.steps if step.name in before and reads_files(step.entry)]
+    if moved := [step.name for step in read if before[step.name]["key"] != step.key]:
         console.print(
             f"  [yellow]{escape(plan.name)} was of another {' and '.join(moved)} before[/]; what was made of that "
             "stays, but this run names it no more, and unless another does, `winnow gc` lists it. Another --store "
