@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Address = Annotated[str | None, typer.Option(help="URL of the cluster's dashboard, like http://head:8265")]
 Name = Annotated[str, typer.Argument(help="a job's name, as `winnow submit` and `winnow status --address` print it")]
-GOES_ON = "submitting the same again, without --force, goes on from its finished parts"
+GOES_ON = "submitting the same again, without --force, goes on from what is finished"
 NoWait = Annotated[bool, typer.Option("--no-wait", help="do not follow the job's log")]
 
 
@@ -121,7 +121,8 @@ def stop(job: Name, address: Address = None) -> None:
     from jobs.submit import Cluster
 
     ended = Cluster(address).stop(job, _say)
-    _say(f"{job}: {ended.status.lower()}{f'; {GOES_ON}' if ended.status == 'STOPPED' else ''}")
+    kept = f"; its finished parts are kept; {GOES_ON}" if ended.status == "STOPPED" else ""
+    _say(f"{job}: {ended.status.lower()}{kept}")
 
 
 def _follow(cluster: "Cluster", name: str, again: str) -> None:
