@@ -1,8 +1,9 @@
 -- How many candidates are twins, the same tokens drawn again for the same prompt, by step.
 WITH named AS (SELECT stage, key, min(run || coalesce('@' || round, '')) AS run, min(step) AS step FROM runs GROUP BY stage, key), responses AS (
-    SELECT stage, key, prompt_id, hash(token_ids) AS response, count(*) AS n FROM candidates GROUP BY ALL
+    SELECT stage, key, list_histogram(list(hash(token_ids))) AS copies FROM candidates GROUP BY stage, key, prompt_id
 ), prompts_own AS (
-    SELECT stage, key, prompt_id, sum(n) AS n, count(*) AS different, max(n) AS most FROM responses GROUP BY stage, key, prompt_id
+    SELECT stage, key, cardinality(copies) AS different, list_sum(map_values(copies)) AS n, list_max(map_values(copies)) AS most
+    FROM responses
 ), told AS (
     SELECT stage, key, count(*) AS prompts, sum(n)::BIGINT AS candidates, sum(different)::BIGINT AS different,
         1 - sum(different) / sum(n) AS twins, count(*) FILTER (different < n) AS prompts_with_twins,
