@@ -125,6 +125,20 @@ def test_the_stage_that_is_measured_is_the_whole_run_of_it(small):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("repeat", range(3))
+def test_no_side_has_a_better_place_on_its_engine(repeat):
+    """The mean place is the same, so what grows or falls evenly from run to run cancels; the first takes turns."""
+    order = sampling.order(repeat)
+    places = {side: [place for place, each in enumerate(order) if each == side] for side in SIDES}
+    assert {np.mean(each) for each in places.values()} == {2}
+    assert order[0] == SIDES[repeat % 2]
+
+
+def test_the_rate_of_a_side_is_of_all_its_passes():
+    """All tokens over all seconds: a pass counts by how long it took."""
+    assert sampling._rate([(100, 1.0), (300, 7.0)]) == 50
+
+
 def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
     """Whatever the start took: tokens of the parts after the first over the time that they took, if it is steady."""
     crew = Crew([(100.0 + 2 * n, 1000) for n in range(8)][::-1], 60.0)

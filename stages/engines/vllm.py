@@ -6,6 +6,8 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -80,11 +82,14 @@ class _Core:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
+        self.parameters = lru_cache(_parameters)
 
     def add(self, name: str, request: Request, sampling: Sampling) -> None:
         from vllm.inputs import tokens_input
 
-        self.engine.add_request(name, tokens_input(list(request.prompt_ids)), _parameters(sampling, request.seed))
+        own = copy(self.parameters(sampling))
+        own.seed = request.seed
+        self.engine.add_request(name, tokens_input(list(request.prompt_ids)), own)
 
     def step(self) -> dict[str, Completion]:
         return {answer.request_id: _completion(answer) for answer in self.engine.step() if answer.finished}
@@ -106,7 +111,8 @@ def _end_waits(client: Any) -> None:
         Thread(target=last_word, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
 
 
-def _parameters(sampling: Sampling, seed: int) -> Any:
+def _parameters(sampling: Sampling) -> Any:
+    """But for the seed. They are checked as they are made, which takes 20 times as long as to copy them."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -115,12 +121,12 @@ def _parameters(sampling: Sampling, seed: int) -> Any:
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         stop_token_ids=list(sampling.stop),
-        seed=seed,
+        seed=0,
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # made for this one request
+        skip_clone=True,  # each request has a copy of its own
     )
 
 
