@@ -68,14 +68,18 @@ def files_of(name: str, manifests: list[Json], root: str) -> list[str]:
     rows = {
         f"{root}/{manifest['stage']}/{manifest['key']}/{file['file']}": file["rows"]
         for manifest in manifests
-        for file in manifest["files"]
-        if file["file"].rsplit("-", 1)[0] == name and file["rows"]
+        for file in _parts(name, manifest)
     }
     if not rows:
         return []
     mean = sum(rows.values()) / len(rows)
     usual = min(rows, key=lambda file: abs(rows[file] - mean))
     return [usual, *(file for file in rows if file != usual)]
+
+
+def _parts(name: str, manifest: Json) -> list[Json]:
+    """Of the table, those with rows."""
+    return [file for file in manifest["files"] if file["file"].rsplit("-", 1)[0] == name and file["rows"]]
 
 
 def address(root: Place) -> str:
@@ -92,13 +96,20 @@ def view(name: str, manifests: list[Json]) -> str:
     opened, `WHERE key = '…'` opens no other step's. Stages of several versions may differ in their columns: those
     that a file lacks are null, for which all files must be looked at first.
     """
-    made = {(manifest["stage"], manifest["identity"].get("version")) for manifest in manifests}
-    by_name = len(made) > len({stage for stage, _ in made})
+    made = [manifest for manifest in manifests if _parts(name, manifest)]
+    stages, keys = ({manifest[column] for manifest in made} for column in ("stage", "key"))
+    by_name = len({(manifest["stage"], manifest["identity"].get("version")) for manifest in made}) > len(stages)
     folder = "parse_dirpath(filename)"  # these functions are called once a file, and split_part once a row
+    stage, key = _only(stages, f"parse_filename(parse_dirpath({folder}))"), _only(keys, f"parse_filename({folder})")
     return (
-        f"SELECT *, parse_filename(parse_dirpath({folder})) AS stage, parse_filename({folder}) AS key FROM "
+        f"SELECT *, {stage} AS stage, {key} AS key FROM "
         f"read_parquet(getvariable({text(name)}), hive_partitioning=false, union_by_name={str(by_name).lower()})"
     )
+
+
+def _only(names: set[str], otherwise: str) -> str:
+    """The one name as a constant, which DuckDB need not carry through joins and groups; or the SQL that finds it."""
+    return text(min(names)) if len(names) == 1 else otherwise
 
 
 def columns(name: str) -> str:

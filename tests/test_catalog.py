@@ -15,7 +15,7 @@ import pipeline
 from jobs import queries
 from pipeline.catalog import Catalog, open_catalog, query
 from pipeline.store import Store
-from pipeline.views import RUNS, STEPS
+from pipeline.views import RUNS, STEPS, view
 from schemas import TABLES, WinnowError
 from schemas.tables import PROMPTS, REWARDS
 from tests.catalogs import link, put, rejects, rewards
@@ -164,6 +164,26 @@ def test_a_key_opens_no_other_steps_files(store: Store):
     assert rows(store, "SELECT max(reward) AS best FROM rewards WHERE stage = 'nothing'") == [dict(best=None)]
     with pytest.raises(WinnowError):
         rows(store, "SELECT max(reward) AS best FROM rewards")
+
+
+def test_stage_and_key_of_a_row_are_the_same_from_one_step_or_among_several(store: Store):
+    """One step's are constants to DuckDB, which drops them from groups and joins; those of several are by file."""
+    ask = "SELECT stage, key, reward FROM rewards WHERE key = '{}' ORDER BY reward"
+    assert rows(store, ask.format("2222"), "one") == rows(store, ask.format("2222"))
+    assert [row["key"] for row in rows(store, ask.format("2222"))] == ["2222"] * 2
+    assert rows(store, ask.format("3333"), "one") == []
+    one, several = (view("rewards", open_catalog(store, run).manifests) for run in ("one", None))
+    assert "'2222' AS key" in one
+    assert "parse_filename" in several
+
+
+def test_a_view_looks_at_all_columns_only_for_versions_of_what_made_its_own_table(store: Store):
+    """To look at them opens each file."""
+    put(store, "prompts", "5555", [rejects()], version=2)
+    manifests = open_catalog(store).manifests
+    assert "union_by_name=false" in view("rewards", manifests)
+    put(store, "reward", "6666", [rewards(1.0)], version=2)
+    assert "union_by_name=true" in view("rewards", open_catalog(store).manifests)
 
 
 def test_a_column_that_an_older_version_of_a_stage_did_not_have_is_null(store: Store):
