@@ -90,21 +90,31 @@ def address(root: Place) -> str:
 
 
 def view(name: str, manifests: list[Json]) -> str:
-    """SQL of one scan of all files in the variable `name`; stage and key are folders of each file's name.
+    """SQL of one scan of all files in the variable `name`; stage and key are folders of a file's name, or constants.
 
     One scan, for a union of a scan a step opens all files at once; and as a file's own name is known before it is
-    opened, `WHERE key = '…'` opens no other step's. Stages of several versions may differ in their columns: those
-    that a file lacks are null, for which all files must be looked at first.
+    opened, `WHERE key = '…'` opens no other step's. Where a stage has several versions in the store, a table's columns
+    may differ from one of its makers to another: those that a file lacks are null, for which all files must be looked
+    at first.
     """
     made = [manifest for manifest in manifests if _parts(name, manifest)]
-    stages, keys = ({manifest[column] for manifest in made} for column in ("stage", "key"))
-    by_name = len({(manifest["stage"], manifest["identity"].get("version")) for manifest in made}) > len(stages)
+    stages, keys = ({manifest[each] for manifest in made} for each in ("stage", "key"))
+    by_name = _changed(manifests) and len(_versions(made)) > 1
     folder = "parse_dirpath(filename)"  # these functions are called once a file, and split_part once a row
     stage, key = _only(stages, f"parse_filename(parse_dirpath({folder}))"), _only(keys, f"parse_filename({folder})")
     return (
         f"SELECT *, {stage} AS stage, {key} AS key FROM "
         f"read_parquet(getvariable({text(name)}), hive_partitioning=false, union_by_name={str(by_name).lower()})"
     )
+
+
+def _versions(manifests: list[Json]) -> set[tuple[str, Any]]:
+    return {(manifest["stage"], manifest["identity"].get("version")) for manifest in manifests}
+
+
+def _changed(manifests: list[Json]) -> bool:
+    """Has any stage several versions?"""
+    return len(_versions(manifests)) > len({manifest["stage"] for manifest in manifests})
 
 
 def _only(names: set[str], otherwise: str) -> str:
@@ -178,6 +188,7 @@ def checked_manifest(manifest: Json) -> Json:
     place = f"{manifest['folder']}/manifest.json"
     try:
         _step_row(manifest)
+        _versions([manifest])
         home = [manifest["stage"], manifest["key"]]
         strange = [file["file"] for file in manifest["files"] if not PLAIN.fullmatch(file["file"])]
         [file["rows"] for file in manifest["files"]]
@@ -185,8 +196,9 @@ def checked_manifest(manifest: Json) -> Json:
         raise WinnowError(f"{place}: no manifest of ours ({error!r}); delete its folder and run again") from None
     if strange:
         raise WinnowError(f"{place}: {strange[0]!r} is no name of a part; delete its folder and run again")
-    if home != manifest["folder"].rstrip("/").split("/")[-2:] or not all(PLAIN.fullmatch(each) for each in home):
-        raise WinnowError(f"{place}: it says that it is {'/'.join(home)}; move its folder there, or delete it")
+    if home != manifest["folder"].rstrip("/").split("/")[-2:] or not all(map(PLAIN.fullmatch, home)):
+        said = "/".join(map(str, home))
+        raise WinnowError(f"{place}: it says that it is {said}; move its folder there, or delete it")
     return manifest
 
 

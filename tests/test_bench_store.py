@@ -6,6 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from functools import partial
 from multiprocessing import active_children
 from threading import Timer
 
@@ -127,16 +128,19 @@ def test_the_stage_that_is_measured_is_the_whole_run_of_it(small):
 
 @pytest.mark.parametrize("repeat", range(3))
 def test_no_side_has_a_better_place_on_its_engine(repeat):
-    """The mean place is the same, so what grows or falls evenly from run to run cancels; the first takes turns."""
+    """The mean place is the same, so what grows or falls evenly from run to run cancels; the outer one takes turns."""
     order = sampling.order(repeat)
     places = {side: [place for place, each in enumerate(order) if each == side] for side in SIDES}
-    assert {np.mean(each) for each in places.values()} == {2}
-    assert order[0] == SIDES[repeat % 2]
+    assert {np.mean(each) for each in places.values()} == {2.5}
+    assert order[1] == SIDES[repeat % 2]
 
 
 def test_the_rate_of_a_side_is_of_all_its_passes():
-    """All tokens over all seconds: a pass counts by how long it took."""
-    assert sampling._rate([(100, 1.0), (300, 7.0)]) == 50
+    """All tokens over all seconds: a pass counts by how long it took, whatever was run between."""
+    turns, passes = [], {"a": iter([(100, 1.0), (300, 7.0)]), "b": iter([(6, 2.0), (6, 4.0)])}
+    calls = {side: partial(next, passes[side]) for side in passes}
+    assert sampling._rates(["a", "b", "b", "a"], calls, lambda: turns.append(0)) == {"a": 50, "b": 2}
+    assert len(turns) == 4
 
 
 def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
@@ -149,6 +153,17 @@ def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
     verdicts = sampling.told(SMALL, found).verdicts
     assert [verdict.found for verdict in verdicts] == ["0.96", "0.5"]
     assert sampling.rate(SMALL, found) == 960
+
+
+def test_two_workers_are_beside_the_one_of_their_own_repeat():
+    """A machine slows and speeds up from repeat to repeat: of 1.0, 0.8 and 0.5 it is 0.8, and not 300 / (2 * 200)."""
+    paces = dict(zip(sampling.CREWS, [(100, 200, 300), (200, 320, 300)], strict=True))
+    found: Found = {
+        ("sample", name, str(repeat)): Crew([(n / pace, 1) for n in range(4)], 60.0)
+        for name, each in paces.items()
+        for repeat, pace in enumerate(each)
+    }
+    assert [verdict.found for verdict in sampling.told(Sizes(repeats=3), found).verdicts] == ["0.8"]
 
 
 def test_another_beta_is_a_share_of_sampling(bench):

@@ -177,13 +177,19 @@ def test_stage_and_key_of_a_row_are_the_same_from_one_step_or_among_several(stor
     assert "parse_filename" in several
 
 
-def test_a_view_looks_at_all_columns_only_for_versions_of_what_made_its_own_table(store: Store):
-    """To look at them opens each file."""
+def test_versions_of_what_made_another_table_open_no_other_steps_files(store: Store):
     put(store, "prompts", "5555", [rejects()], version=2)
-    manifests = open_catalog(store).manifests
-    assert "union_by_name=false" in view("rewards", manifests)
-    put(store, "reward", "6666", [rewards(1.0)], version=2)
-    assert "union_by_name=true" in view("rewards", open_catalog(store).manifests)
+    part(store, "3333").write_bytes(b"no parquet")
+    assert rows(store, "SELECT max(reward) AS best FROM rewards WHERE key = '2222'") == [dict(best=1.5)]
+
+
+def test_a_column_that_one_of_two_stages_did_not_have_is_null(store: Store):
+    """A table's columns changed between two stages that make it, of which neither has a second version."""
+    put(store, "prompts", "5555", [rejects()], version=2)
+    put(store, "combine", "4444", [rewards(7.0)])
+    for key in ("2222", "3333"):
+        pq.write_table(pq.read_table(part(store, key)).drop_columns(["components"]), part(store, key))
+    assert [row["components"] for row in rows(store, "SELECT components FROM rewards")] == [None] * 4
 
 
 def test_a_column_that_an_older_version_of_a_stage_did_not_have_is_null(store: Store):

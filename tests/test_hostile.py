@@ -256,9 +256,9 @@ def test_a_manifest_that_lists_what_is_not_in_its_folder_is_refused(own: Store, 
 
 
 @pytest.mark.parametrize(
-    "claim", [{"stage": "select"}, {"key": "2"}, {"stage": "../../other/reward"}, {"key": "1'; --"}]
+    "claim", [{"stage": "select"}, {"key": "2"}, {"key": 1}, {"stage": "../../other/reward"}, {"key": "1'; --"}]
 )
-def test_a_manifest_in_another_steps_place_is_refused(own: Store, claim: dict[str, str]):
+def test_a_manifest_in_another_steps_place_is_refused(own: Store, claim: dict[str, object]):
     spoil(own, lambda content: content.update(claim))
     with pytest.raises(WinnowError, match="it says that it is"):
         open_catalog(own)
@@ -273,6 +273,7 @@ def test_a_manifest_in_another_steps_place_is_refused(own: Store, claim: dict[st
         lambda content: content.update(counters=None),
         lambda content: content.update(seconds="'; DROP TABLE runs"),
         lambda content: content.update(identity="x"),
+        lambda content: content["identity"].update(version=[1]),
         lambda content: content["files"][0].update(file=7),
     ],
 )

@@ -82,7 +82,7 @@ class _Core:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self.parameters = lru_cache(_parameters)
+        self.parameters = lru_cache(_parameters)  # of one engine: its folder's stops join a set that copies share
 
     def add(self, name: str, request: Request, sampling: Sampling) -> None:
         from vllm.inputs import tokens_input
@@ -112,7 +112,7 @@ def _end_waits(client: Any) -> None:
 
 
 def _parameters(sampling: Sampling) -> Any:
-    """But for the seed. They are checked as they are made, which takes 20 times as long as to copy them."""
+    """All but the seed. They are checked as they are made, which takes 20 times as long as to copy them."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -121,7 +121,6 @@ def _parameters(sampling: Sampling) -> Any:
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         stop_token_ids=list(sampling.stop),
-        seed=0,
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,

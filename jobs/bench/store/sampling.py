@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -84,23 +84,28 @@ def _sides(folder: Path, repeat: int) -> dict[str, float]:
         SIDES[2]: lambda: _bare(engine.llm, asked),
     }
     _bare(engine.llm, asked[:WARM], **SAME)
-    passes = dict[str, list[Paced]]()
-    for side in order(repeat):
-        engine.llm.reset_prefix_cache()
-        passes.setdefault(side, []).append(calls[side]())
+    made = _rates(order(repeat), calls, engine.llm.reset_prefix_cache)
     executor.warm.close()
-    return {side: _rate(each) for side, each in passes.items()}
+    return made
 
 
 def order(repeat: int) -> list[str]:
-    """There and back, the first by turns: an engine may slow as it runs, and the mean place of all is the same."""
-    first, second, middle = SIDES if repeat % 2 == 0 else (SIDES[1], SIDES[0], SIDES[2])
-    return [first, second, middle, second, first]
+    """There and back: an engine may slow as it runs, and the mean place of all is the same.
+
+    The ends are of the side without a promise, the others take turns to be the outer one.
+    """
+    there = [SIDES[2], *SIDES[:2][:: 1 if repeat % 2 == 0 else -1]]
+    return there + there[::-1]
 
 
-def _rate(passes: list[Paced]) -> float:
-    tokens, seconds = zip(*passes, strict=True)
-    return float(sum(tokens) / sum(seconds))
+def _rates(sides: list[str], calls: Mapping[str, Callable[[], Paced]], before: Callable[[], Any]) -> dict[str, float]:
+    """All tokens over all seconds of each, called in this order."""
+    passes = dict[str, list[Paced]]()
+    for side in sides:
+        before()
+        passes.setdefault(side, []).append(calls[side]())
+    sums = {side: np.sum(each, axis=0) for side, each in passes.items()}
+    return {side: float(tokens / seconds) for side, (tokens, seconds) in sums.items()}
 
 
 def _opened(plan: Plan, folder: Path, executor: InProcess) -> Any:
@@ -215,8 +220,9 @@ def told(sizes: Sizes, found: Found) -> Told:
         tables[title] = [_side(side, [each[side] for each in sides]) for side in SIDES]
     crews = {name: _repeats(sizes, found, name) for name in CREWS}
     if all(crews.values()):
-        one, two = (float(np.median([crew.rate for crew in each])) for each in crews.values())
-        verdicts.append(Verdict.least("sample: two workers against twice one", two / (2 * one), SHARE, asked))
+        pairs = zip(*crews.values(), strict=False)
+        share = float(np.median([two.rate / (2 * one.rate) for one, two in pairs]))
+        verdicts.append(Verdict.least("sample: two workers against twice one", share, SHARE, asked))
         title = f"{drawn} in {SMALL} parts on Ray, in steady state"
         tables[title] = [_row(name, each) for name, each in crews.items()]
     return Told(verdicts, tables)
