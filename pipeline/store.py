@@ -297,10 +297,15 @@ def _sidecar_name(shard: int) -> str:
     return f"part-{shard:05d}.json"
 
 
+def table_of(file: Json) -> str:
+    """The table of which a part, as a manifest or a sidecar lists it, has rows."""
+    return str(file["file"]).rsplit("-", 1)[0]
+
+
 def _tally(parts: list[Json], what: str) -> dict[str, int]:
     """Sum over parts of one figure of each table."""
     total: Counter[str] = Counter()
     for part in parts:
         for file in part["files"]:
-            total[file["file"].rsplit("-", 1)[0]] += file[what]
+            total[table_of(file)] += file[what]
     return {name: total[name] for name in TABLES if name in total}

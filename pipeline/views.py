@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.places import Place
 from pipeline.rounds import split
+from pipeline.store import table_of
 from schemas import TABLES, WinnowError
 from schemas.tables import column, described
 
@@ -79,7 +80,7 @@ def files_of(name: str, manifests: list[Json], root: str) -> list[str]:
 
 def _parts(name: str, manifest: Json) -> list[Json]:
     """Of the table, those with rows."""
-    return [file for file in manifest["files"] if file["file"].rsplit("-", 1)[0] == name and file["rows"]]
+    return [file for file in manifest["files"] if table_of(file) == name and file["rows"]]
 
 
 def address(root: Place) -> str:

@@ -20,7 +20,7 @@ from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart, failu
 from jobs.bench.store.world import Part, Tables, a_row, seal, shares, step
 from pipeline.catalog import open_catalog
 from pipeline.plan import Step
-from pipeline.store import Json, Store
+from pipeline.store import Json, Store, table_of
 from pipeline.views import run_rows, step_rows
 from schemas import TABLES
 from schemas.tables import EVALUATIONS, METRICS, OUTCOMES, SPEEDS
@@ -208,7 +208,7 @@ def _bare(store: Store, spill: Path) -> duckdb.DuckDBPyConnection:
     manifests = store.sealed()
     for name in TABLES:
         files = (
-            (made, [each for each in made["files"] if _table(each) == name and each["rows"]]) for made in manifests
+            (made, [each for each in made["files"] if table_of(each) == name and each["rows"]]) for made in manifests
         )
         scans = [_scan(made, own) for made, own in files if own]
         if scans:
@@ -222,10 +222,6 @@ def _bare(store: Store, spill: Path) -> duckdb.DuckDBPyConnection:
     connection.register("runs", run_rows(store.runs()))
     connection.register("steps", step_rows(manifests))
     return connection
-
-
-def _table(file: Json) -> str:
-    return str(file["file"]).rsplit("-", 1)[0]
 
 
 def _scan(made: Json, files: list[Json]) -> str:
