@@ -249,7 +249,10 @@ def start(address: str | None = None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray: Any = import_module("ray")  # untyped, and not needed to run in process
     if not ray.is_initialized():
-        own = dict(include_dashboard=False) if address is None else {}
+        own = dict[str, Any]()
+        if address is None:
+            own = dict(include_dashboard=False)
+            os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody asks for them, and each worker pays
         if address not in (None, "auto"):
             _reach(str(address))
         try:

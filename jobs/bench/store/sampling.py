@@ -27,7 +27,7 @@ from pipeline.work import Work
 from schemas.tables import PROMPTS
 from stages.engines import open_engine
 
-LARGE, SMALL = 2, 16  # parts of the run in process, where the engine drains after each, and of those on Ray
+LARGE, SMALL = 2, 32  # parts of the run in process, where the engine drains after each, and of those on Ray
 SHARE = 0.95
 WARM = 16  # prompts that an engine answers before the clock: more draws than it runs at once
 LAYERS = 4
