@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 import jobs.__main__  # noqa: F401 - has every command
 from jobs import queries
-from jobs.bench.store import Sizes, asking, changing, killing, measure, rerunning, sampling, selecting
+from jobs.bench.store import Sizes, asking, changing, killing, measure, rerunning, sampling, selecting, workers
 from jobs.bench.store.measure import Bench
 from jobs.bench.store.parts import Found, Verdict, apart, ended_by_sigterm
-from jobs.bench.store.sampling import SIDES, Crew, Kept
+from jobs.bench.store.sampling import SIDES, Kept
 from jobs.bench.store.selecting import algorithm_1
+from jobs.bench.store.workers import CREWS, Crew
 from jobs.bench.store.world import Part, corridor, make_policy, write_prompts
 from jobs.commands.app import app
 from pipeline.executors import InProcess
@@ -53,7 +54,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench():
-    """Every part but `sample` and `kills`, in this process, which their memory does not count in."""
+    """Every part but `sample`, `workers` and `kills`, in this process, which their memory does not count in."""
     made = Bench(SMALL, ["select", "beta", "sql"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", tempfile.gettempdir())  # which a query sets in its own process
@@ -115,9 +116,8 @@ def test_the_stage_that_is_measured_is_the_whole_run_of_it(small):
     folder.mkdir()
     for name in ("policy", "prompts.jsonl"):
         (folder / name).symlink_to(small / name)
-    for parts in (sampling.LARGE, sampling.SMALL):
-        run(sampling._plan(folder, "prompts", parts, "fake"), Store(folder / "store"), InProcess(), Silent())
-    executor, plan = Kept(), sampling._plan(folder, "sample", sampling.LARGE, "fake")
+    run(sampling.planned(folder, "prompts", sampling.PARTS, "fake"), Store(folder / "store"), InProcess(), Silent())
+    executor, plan = Kept(), sampling.planned(folder, "sample", sampling.PARTS, "fake")
     engine = sampling._opened(plan, folder, executor)
     first = sampling._stage(plan, folder, executor)
     assert sampling._stage(plan, folder, executor)[0] == first[0] > 40 * 64
@@ -147,23 +147,28 @@ def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
     """Whatever the start took: tokens of the parts after the first over the time that they took, if it is steady."""
     crew = Crew([(100.0 + 2 * n, 1000) for n in range(8)][::-1], 60.0)
     assert crew.rate == pytest.approx(500)
-    found: Found = {("sample", "sides", "0"): dict(zip(SIDES, (1000.0, 960.0, 1100.0), strict=True))}
-    assert [verdict.found for verdict in sampling.told(SMALL, found).verdicts] == ["0.96"]  # of what there is
-    found |= {("sample", name, "0"): crew for name in sampling.CREWS}
-    verdicts = sampling.told(SMALL, found).verdicts
-    assert [verdict.found for verdict in verdicts] == ["0.96", "0.5"]
-    assert sampling.rate(SMALL, found) == 960
+    found: Found = {("workers", name, "0"): crew for name in CREWS}
+    assert [verdict.found for verdict in workers.told(SMALL, found).verdicts] == ["0.5"]
 
 
-def test_two_workers_are_beside_the_one_of_their_own_repeat():
-    """A machine slows and speeds up from repeat to repeat: of 1.0, 0.8 and 0.5 it is 0.8, and not 300 / (2 * 200)."""
-    paces = dict(zip(sampling.CREWS, [(100, 200, 300), (200, 320, 300)], strict=True))
+def test_the_share_of_the_stage_is_of_one_repeat():
+    """Of 0.96, 0.9 and 1.1 it is 0.96; its rate is the median of its own."""
+    rates = [(1000.0, 960.0, 1.0), (2000.0, 1800.0, 1.0), (500.0, 550.0, 1.0)]
+    found: Found = {("sample", "sides", str(n)): dict(zip(SIDES, each, strict=True)) for n, each in enumerate(rates)}
+    assert [verdict.found for verdict in sampling.told(Sizes(repeats=3), found).verdicts] == ["0.96"]
+    assert sampling.rate(Sizes(repeats=3), found) == 960
+    assert sampling.told(Sizes(repeats=3), {}).verdicts == []  # of what there is
+
+
+def test_two_workers_are_beside_the_one_of_their_own_turn():
+    """A machine slows and speeds up from turn to turn: of 1.0, 0.8 and 0.5 it is 0.8, and not 300 / (2 * 200)."""
+    paces = dict(zip(CREWS, [(100, 200, 300), (200, 320, 300)], strict=True))
     found: Found = {
-        ("sample", name, str(repeat)): Crew([(n / pace, 1) for n in range(4)], 60.0)
+        ("workers", name, str(turn)): Crew([(n / pace, 1) for n in range(4)], 60.0)
         for name, each in paces.items()
-        for repeat, pace in enumerate(each)
+        for turn, pace in enumerate(each)
     }
-    assert [verdict.found for verdict in sampling.told(Sizes(repeats=3), found).verdicts] == ["0.8"]
+    assert [verdict.found for verdict in workers.told(Sizes(repeats=3), found).verdicts] == ["0.8"]
 
 
 def test_another_beta_is_a_share_of_sampling(bench):
@@ -327,7 +332,7 @@ def test_the_corridor_needs_no_torch_of_ours(small, tmp_path):
 
 
 def test_a_part_that_is_none_is_refused():
-    with pytest.raises(WinnowError, match="--only: no part sleep; there are sample, select"):
+    with pytest.raises(WinnowError, match="--only: no part sleep; there are sample, workers, select"):
         Bench(SMALL, ["sleep"])
 
 
@@ -390,7 +395,7 @@ def test_only_the_worker_is_pinned(tmp_path):
         subprocess.Popen(["bash", "-c", "exec -a ray::Worker.unit sleep 30"], stdout=subprocess.DEVNULL) as worker,
         subprocess.Popen(["sleep", "30"]) as other,
     ):
-        with sampling.pinned(core):
+        with workers.pinned(core):
             while os.sched_getaffinity(worker.pid) != {core}:
                 time.sleep(0.1)
         assert os.sched_getaffinity(other.pid) == os.sched_getaffinity(0) == free

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PARTS = "sample,select,beta,rerun,sql,kills"
+PARTS = "sample,workers,select,beta,rerun,sql,kills"
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs.bench.page import MEASURED, commit, facts, load, written
-from jobs.bench.store import Sizes, asking, changing, killing, rerunning, sampling, selecting
+from jobs.bench.store import Sizes, asking, changing, killing, rerunning, sampling, selecting, workers
 from jobs.bench.store.parts import Found, Measures, Row, Task, Told, ended_by_sigterm, failure, one_line
 from schemas import WinnowError
 
 Say = Callable[[str], None]
 KNOWN: dict[str, Measures] = {
     "sample": sampling,
+    "workers": workers,
     "select": selecting,
     "beta": changing,  # after sample, against whose rate it is measured
     "rerun": rerunning,
@@ -132,7 +133,8 @@ HOW = f"""Figures are the {MEASURED} where there are several. Each run of `selec
 after another beta, of `sample` on Ray and of what is killed has a process of its own, and so has each query, with both
 its sides: each time in a DuckDB of its own, whose views are open before the clock starts. Commands are whole processes.
 The sides of `sample` in one process share one engine, another one in each repeat, and are run there and back, as an
-engine may slow in time: the mean place of all is the same. Shares of `sample` are medians of each repeat's own. Where
+engine may slow in time: the mean place of all is the same. Shares of `sample` are medians of each repeat's own, and
+of two workers of each turn's: two a repeat. Where
 sides are compared, they alternate. Files were read or written shortly before, and are in the page cache as far as
 memory has room. Memory is the highest resident set of such a process, all of it. Tables are of random ids, tokens and
 numbers; stages, store and catalog are those that every run uses."""

@@ -1,64 +1,57 @@
-"""`sample` beside a bare vLLM `generate` on the same engine and prompts, and two workers beside one."""
+"""`sample` beside a bare vLLM `generate` on the same engine and prompts."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
-import psutil
 
 from jobs.bench.page import spread
 from jobs.bench.store import Sizes
 from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart
 from jobs.bench.store.world import DRAWN, Quiet, corridor, make_policy, write_prompts
-from pipeline.executors import Executor, InProcess, OnRay
+from pipeline.executors import Executor, InProcess
 from pipeline.places import delete
 from pipeline.plan import Plan
-from pipeline.resources import Profile, Resources
+from pipeline.resources import Resources
 from pipeline.run import run
 from pipeline.store import Store
 from pipeline.work import Work
 from schemas.tables import PROMPTS
 from stages.engines import open_engine
 
-LARGE, SMALL = 2, 32  # parts of the run in process, where the engine drains after each, and of those on Ray
+PARTS = 2  # of the run: the engine drains after each
 SHARE = 0.95
 WARM = 16  # prompts that an engine answers before the clock: more draws than it runs at once
 LAYERS = 4
 ASKED = 96  # prompts from which on start and end of a run count for little
 SIDES = ("a bare generate", "the stage", "a bare generate without seeds and log-probs")
 SAME: dict[str, Any] = {"seed": 0, "logprobs": 0, "flat_logprobs": True}  # what the stage asks of each draw
-CREWS = {"one worker, pinned to one core": 1, "two workers on all cores": 2}
 Paced = tuple[int, float]  # tokens, and the seconds that they took
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
-    cost = sizes.sampled * DRAWN["n"] * DRAWN["max_tokens"] / 6000
-    yield Task(("sample", "world"), 10, partial(apart, _world, folder, sizes))
+    yield Task(("sample", "world"), 10, partial(apart, prepare, folder, sizes, PARTS))
     for repeat in range(sizes.repeats):
         call = partial(apart, _sides, folder, repeat)
-        yield Task(("sample", "sides", str(repeat)), 10 + len(order(repeat)) * cost, call)
-    for repeat in range(sizes.repeats):
-        for name in list(CREWS)[:: 1 if repeat % 2 == 0 else -1]:
-            call = partial(apart, _crew, folder, CREWS[name])
-            yield Task(("sample", name, str(repeat)), 25 + 2 * cost / CREWS[name], call)
+        yield Task(("sample", "sides", str(repeat)), 10 + len(order(repeat)) * cost(sizes), call)
 
 
-def _world(folder: Path, sizes: Sizes) -> None:
-    """A model, prompts, and a store in which what comes before `sample` is sealed, in parts of either size."""
+def cost(sizes: Sizes) -> float:
+    """Seconds that all draws take on all cores, about."""
+    return float(sizes.sampled * DRAWN["n"] * DRAWN["max_tokens"] / 6000)
+
+
+def prepare(folder: Path, sizes: Sizes, parts: int) -> None:
+    """A model, prompts, and a store in which what comes before `sample` is sealed, in so many parts."""
     make_policy(folder, sizes.hidden, LAYERS)
     write_prompts(folder, sizes.sampled)
-    for parts in (LARGE, SMALL):
-        run(_plan(folder, "prompts", parts), Store(folder / "store"), InProcess(), Quiet())
+    run(planned(folder, "prompts", parts), Store(folder / "store"), InProcess(), Quiet())
 
 
-def _plan(folder: Path, target: str, parts: int, engine: str = "vllm") -> Plan:
+def planned(folder: Path, target: str, parts: int, engine: str = "vllm") -> Plan:
     import jobs.recipes  # noqa: F401 - registers every stage
 
     return corridor(folder, target, parts, engine=engine, **DRAWN)
@@ -76,7 +69,7 @@ class Kept(InProcess):
 def _sides(folder: Path, repeat: int) -> dict[str, float]:
     """Tokens a second of each, on one engine; the stage's with its whole run around."""
     executor = Kept()
-    plan = _plan(folder, "sample", LARGE)
+    plan = planned(folder, "sample", PARTS)
     engine, asked = _opened(plan, folder, executor), _asked(folder)
     calls: dict[str, Callable[[], Paced]] = {
         SIDES[0]: lambda: _bare(engine.llm, asked, **SAME),
@@ -118,7 +111,7 @@ def _opened(plan: Plan, folder: Path, executor: InProcess) -> Any:
 
 def _asked(folder: Path) -> list[dict[str, list[int]]]:
     """The prompts as vLLM takes them."""
-    prompts = Store(folder / "store").folder(_plan(folder, "prompts", LARGE).target).read(PROMPTS)
+    prompts = Store(folder / "store").folder(planned(folder, "prompts", PARTS).target).read(PROMPTS)
     return [{"prompt_token_ids": ids} for ids in prompts["token_ids"].to_pylist()]
 
 
@@ -144,64 +137,6 @@ def _stage(plan: Plan, folder: Path, executor: Executor) -> Paced:
     return tokens, seconds
 
 
-@dataclass(frozen=True)
-class Crew:
-    """parts: when each was finished, and the tokens that it has."""
-
-    parts: list[tuple[float, int]]
-    seconds: float  # from start to end, engines opened and all
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second between the first and the last part finished: the slope of the line by least squares."""
-        moments, tokens = np.array(sorted(self.parts)).T
-        return float(np.polyfit(moments - moments[0], np.cumsum(tokens), 1)[0])
-
-
-def _crew(folder: Path, workers: int) -> Crew:
-    """On Ray, of which a worker has one core and one thread; one that is alone is pinned to its core."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    executor = OnRay(workers, profile=Profile(Resources(cpus=1.0, max_workers=workers)))
-    plan, store = _plan(folder, "sample", SMALL), Store(folder / "store")
-    start = time.perf_counter()
-    with pinned(max(os.sched_getaffinity(0))) if workers == 1 else nullcontext():
-        run(plan, store, executor, Quiet())
-    seconds = time.perf_counter() - start
-    out = store.folder(plan.target)
-    sidecars = ((out.path / f"part-{shard:05d}.json", out.sidecar(shard) or {}) for shard in range(SMALL))
-    made = Crew([(file.stat().st_mtime, part["counters"].get("tokens", 0)) for file, part in sidecars], seconds)
-    delete(out.path)
-    return made
-
-
-@contextmanager
-def pinned(core: int) -> Iterator[None]:
-    """Keeps the actors that this process has on Ray to one core, as soon as they are up; all else stays free.
-
-    Raises AssertionError where there was none.
-    """
-    over, seen = Event(), set[int]()
-    watch = Thread(target=_pin, args=(core, over, seen))
-    watch.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watch.join()
-    assert seen, "no actor was found that could be pinned"
-
-
-def _pin(core: int, over: Event, seen: set[int]) -> None:
-    """Each thread has an affinity of its own: those there are, again and again, and with them those that they start."""
-    while not over.wait(1.0):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if " ".join(process.cmdline()).startswith("ray::Worker"):
-                    seen.add(process.pid)
-                    for thread in process.threads():
-                        os.sched_setaffinity(thread.id, {core})
-
-
 def rate(sizes: Sizes, found: Found) -> float | None:
     """Tokens a second of the stage, if they were measured."""
     sides = _repeats(sizes, found, "sides")
@@ -209,23 +144,16 @@ def rate(sizes: Sizes, found: Found) -> float | None:
 
 
 def told(sizes: Sizes, found: Found) -> Told:
-    """Without what was not measured, because something failed before."""
-    verdicts, tables, asked = [], dict[str, list[Row]](), sizes.sampled >= ASKED
+    """Nothing if it was not measured, because something failed before."""
+    sides = _repeats(sizes, found, "sides")
+    if not sides:
+        return Told()
+    share = float(np.median([side[SIDES[1]] / side[SIDES[0]] for side in sides]))
+    what = f"sample: tokens a second against {SIDES[0]} with the same settings"
     drawn = f"{sizes.sampled} prompts x {DRAWN['n']} draws of {DRAWN['max_tokens']} tokens"
-    if sides := _repeats(sizes, found, "sides"):
-        share = float(np.median([side[SIDES[1]] / side[SIDES[0]] for side in sides]))
-        what = f"sample: tokens a second against {SIDES[0]} with the same settings"
-        verdicts.append(Verdict.least(what, share, SHARE, asked))
-        title = f"{drawn} in {LARGE} parts, one engine, opened before; Parquet included"
-        tables[title] = [_side(side, [each[side] for each in sides]) for side in SIDES]
-    crews = {name: _repeats(sizes, found, name) for name in CREWS}
-    if all(crews.values()):
-        pairs = zip(*crews.values(), strict=False)
-        share = float(np.median([two.rate / (2 * one.rate) for one, two in pairs]))
-        verdicts.append(Verdict.least("sample: two workers against twice one", share, SHARE, asked))
-        title = f"{drawn} in {SMALL} parts on Ray, in steady state"
-        tables[title] = [_row(name, each) for name, each in crews.items()]
-    return Told(verdicts, tables)
+    title = f"{drawn} in {PARTS} parts, one engine, opened before; Parquet included"
+    rows = [_side(side, [each[side] for each in sides]) for side in SIDES]
+    return Told([Verdict.least(what, share, SHARE, sizes.sampled >= ASKED)], {title: rows})
 
 
 def _repeats(sizes: Sizes, found: Found, what: str) -> list[Any]:
@@ -234,11 +162,3 @@ def _repeats(sizes: Sizes, found: Found, what: str) -> list[Any]:
 
 def _side(side: str, rates: list[float]) -> Row:
     return {"side": side, "tokens a second": spread(rates, 0)}
-
-
-def _row(name: str, crews: list[Crew]) -> Row:
-    return {
-        "crew": name,
-        "tokens a second": spread([crew.rate for crew in crews], 0),
-        "seconds, start and end included": spread([crew.seconds for crew in crews], 1),
-    }
