@@ -133,8 +133,8 @@ HOW = f"""Figures are the {MEASURED} where there are several. Each run of `selec
 after another beta, of `sample` on Ray and of what is killed has a process of its own, and so has each query, with both
 its sides: each time in a DuckDB of its own, whose views are open before the clock starts. Commands are whole processes.
 The sides of `sample` in one process share one engine, another one in each repeat, and are run there and back, as an
-engine may slow in time: the mean place of all is the same. Shares of `sample` are medians of each repeat's own, and
-of two workers of each turn's: two a repeat. Where
-sides are compared, they alternate. Files were read or written shortly before, and are in the page cache as far as
-memory has room. Memory is the highest resident set of such a process, all of it. Tables are of random ids, tokens and
-numbers; stages, store and catalog are those that every run uses."""
+engine may slow in time: the mean place of all is the same. Shares of `sample` are medians of each repeat's own; two
+workers and one take turns, twice a repeat, and their share is the median of each turn's own. Where sides are compared,
+they alternate. Files were read or written shortly before, and are in the page cache as far as memory has room. Memory
+is the highest resident set of such a process, all of it. Tables are of random ids, tokens and numbers; stages, store
+and catalog are those that every run uses."""

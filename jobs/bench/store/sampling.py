@@ -139,13 +139,13 @@ def _stage(plan: Plan, folder: Path, executor: Executor) -> Paced:
 
 def rate(sizes: Sizes, found: Found) -> float | None:
     """Tokens a second of the stage, if they were measured."""
-    sides = _repeats(sizes, found, "sides")
+    sides = _repeats(sizes, found)
     return float(np.median([side[SIDES[1]] for side in sides])) if sides else None
 
 
 def told(sizes: Sizes, found: Found) -> Told:
     """Nothing if it was not measured, because something failed before."""
-    sides = _repeats(sizes, found, "sides")
+    sides = _repeats(sizes, found)
     if not sides:
         return Told()
     share = float(np.median([side[SIDES[1]] / side[SIDES[0]] for side in sides]))
@@ -156,8 +156,8 @@ def told(sizes: Sizes, found: Found) -> Told:
     return Told([Verdict.least(what, share, SHARE, sizes.sampled >= ASKED)], {title: rows})
 
 
-def _repeats(sizes: Sizes, found: Found, what: str) -> list[Any]:
-    return [found[key] for repeat in range(sizes.repeats) if (key := ("sample", what, str(repeat))) in found]
+def _repeats(sizes: Sizes, found: Found) -> list[dict[str, float]]:
+    return [found[key] for repeat in range(sizes.repeats) if (key := ("sample", "sides", str(repeat))) in found]
 
 
 def _side(side: str, rates: list[float]) -> Row:
