@@ -10,7 +10,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,7 @@ from pipeline.views import (
     checked_run,
     columns,
     files_of,
+    has_evolved,
     quoted,
     run_rows,
     step_rows,
@@ -93,11 +94,13 @@ class Catalog:
     """Views over sealed steps: those that a statement names are opened when it is asked, and not before.
 
     Each view has `stage` and `key` beside its table's columns; `runs` says which step of which round has that key.
+    `evolved` is of the whole store, also where `manifests` are those of a run: it may have been made from old parts.
     """
 
     root: Place
     runs: dict[str, dict[str, Json]]
     manifests: list[Json]
+    evolved: bool
 
     def of(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
         """Of one run or several alone, or of one round and the steps that all rounds share.
@@ -113,7 +116,8 @@ class Catalog:
         if round is not None:
             chosen = {name: _in_round(steps, round) for name, steps in chosen.items()}
         keys = {link["key"] for steps in chosen.values() for link in steps.values()}
-        return Catalog(self.root, chosen, [manifest for manifest in self.manifests if manifest["key"] in keys])
+        manifests = [manifest for manifest in self.manifests if manifest["key"] in keys]
+        return replace(self, runs=chosen, manifests=manifests)
 
     def _chosen(self, names: list[str]) -> dict[str, dict[str, Json]]:
         for name in names:
@@ -128,7 +132,7 @@ class Catalog:
             if [each.type for each in statements] != [duckdb.StatementType.SELECT]:
                 raise WinnowError("sql: exactly one SELECT is taken; the store is read-only")
             for name in self._closed & set(re.findall(r"\w+", statement.lower())):
-                _open_view(self._connection, "main", name, self.manifests, self.root)
+                _open_view(self._connection, "main", name, self)
                 self._closed.remove(name)
             return Answer(self._connection.sql(statements[0].query))
 
@@ -179,7 +183,7 @@ class Catalog:
         self._put_runs_and_steps(connection)
         connection.execute("CREATE SCHEMA files")
         for name in TABLES:
-            _open_view(connection, "files", name, self.manifests, self.root)
+            _open_view(connection, "files", name, self)
             connection.execute(f"CREATE TABLE {quoted(name)} AS FROM files.{quoted(name)}")
         connection.execute("DROP SCHEMA files CASCADE")
         for name, schema in VIEWS.items():
@@ -189,7 +193,8 @@ class Catalog:
 def open_catalog(store: Store, run: str | list[str] | None = None, round: int | None = None) -> Catalog:
     """Of all sealed steps, those of one run or several, or of one round and those that all rounds share."""
     runs = {name: checked_run(name, steps) for name, steps in store.runs().items()}
-    return Catalog(store.root, runs, [checked_manifest(manifest) for manifest in store.sealed()]).of(run, round)
+    manifests = [checked_manifest(manifest) for manifest in store.sealed()]
+    return Catalog(store.root, runs, manifests, has_evolved(manifests)).of(run, round)
 
 
 def query(catalog: Catalog, sql: str) -> pa.Table:
@@ -201,12 +206,10 @@ def _in_round(steps: dict[str, Json], round: int) -> dict[str, Json]:
     return {step: link for step, link in steps.items() if split(step)[1] in (None, round)}
 
 
-def _open_view(
-    connection: duckdb.DuckDBPyConnection, schema: str, name: str, manifests: list[Json], root: Place
-) -> None:
+def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, catalog: Catalog) -> None:
     """The table's files as a view, or no row with the right columns."""
-    files = files_of(name, manifests, address(root))
-    body = view_of(name, manifests) if files else f"SELECT {columns(name)} WHERE false"
+    files = files_of(name, catalog.manifests, address(catalog.root))
+    body = view_of(name, catalog.manifests, catalog.evolved) if files else f"SELECT {columns(name)} WHERE false"
     if files:
         connection.register("incoming", pa.table({"file": files}))
         connection.execute(f"SET VARIABLE {quoted(name)} = (SELECT list(file) FROM incoming)")

@@ -247,12 +247,11 @@ def start(address: str | None = None) -> Any:
     """Ray, joined once a process: the cluster at `address`, or a local one, which ends with the process."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray: Any = import_module("ray")  # untyped, and not needed to run in process
+    if address is None:
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody asks for them, and each process pays
+    ray: Any = import_module("ray")  # untyped, and not needed to run in process; reads its settings as it is imported
     if not ray.is_initialized():
-        own = dict[str, Any]()
-        if address is None:
-            own = dict(include_dashboard=False)
-            os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody asks for them, and each worker pays
+        own = dict(include_dashboard=False) if address is None else {}
         if address not in (None, "auto"):
             _reach(str(address))
         try:

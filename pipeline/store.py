@@ -298,7 +298,7 @@ def _sidecar_name(shard: int) -> str:
 
 
 def table_of(file: Json) -> str:
-    """The table of which a part, as a manifest or a sidecar lists it, has rows."""
+    """The table whose rows a file holds, by its name; `file` is as a manifest or a sidecar lists it."""
     return str(file["file"]).rsplit("-", 1)[0]
 
 

@@ -90,17 +90,16 @@ def address(root: Place) -> str:
     return str(root.fs.unstrip_protocol(root.path)).rstrip("/")
 
 
-def view(name: str, manifests: list[Json]) -> str:
+def view(name: str, manifests: list[Json], evolved: bool) -> str:
     """SQL of one scan of all files in the variable `name`; stage and key are folders of a file's name, or constants.
 
     One scan, for a union of a scan a step opens all files at once; and as a file's own name is known before it is
-    opened, `WHERE key = '…'` opens no other step's. Where a stage has several versions in the store, a table's columns
-    may differ from one of its makers to another: those that a file lacks are null, for which all files must be looked
-    at first.
+    opened, `WHERE key = '…'` opens no other step's. In a store that has `evolved`, a table's columns may differ from
+    one of its makers to another: those that a file lacks are null, for which all files must be looked at first.
     """
     made = [manifest for manifest in manifests if _parts(name, manifest)]
     stages, keys = ({manifest[each] for manifest in made} for each in ("stage", "key"))
-    by_name = _changed(manifests) and len(_versions(made)) > 1
+    by_name = evolved and len(_versions(made)) > 1
     folder = "parse_dirpath(filename)"  # these functions are called once a file, and split_part once a row
     stage, key = _only(stages, f"parse_filename(parse_dirpath({folder}))"), _only(keys, f"parse_filename({folder})")
     return (
@@ -113,8 +112,8 @@ def _versions(manifests: list[Json]) -> set[tuple[str, Any]]:
     return {(manifest["stage"], manifest["identity"].get("version")) for manifest in manifests}
 
 
-def _changed(manifests: list[Json]) -> bool:
-    """Has any stage several versions?"""
+def has_evolved(manifests: list[Json]) -> bool:
+    """Has any stage of a store, these being all that is sealed there, several versions?"""
     return len(_versions(manifests)) > len({manifest["stage"] for manifest in manifests})
 
 
@@ -189,7 +188,7 @@ def checked_manifest(manifest: Json) -> Json:
     place = f"{manifest['folder']}/manifest.json"
     try:
         _step_row(manifest)
-        _versions([manifest])
+        _versions([manifest])  # which a set must be able to hold
         home = [manifest["stage"], manifest["key"]]
         strange = [file["file"] for file in manifest["files"] if not PLAIN.fullmatch(file["file"])]
         [file["rows"] for file in manifest["files"]]

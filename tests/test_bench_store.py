@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import jobs.__main__  # noqa: F401 - has every command
 from jobs import queries
-from jobs.bench.store import Sizes, asking, changing, killing, measure, rerunning, sampling, selecting, workers
+from jobs.bench.store import PARTS, Sizes, asking, changing, killing, measure, rerunning, sampling, selecting, workers
 from jobs.bench.store.measure import Bench
 from jobs.bench.store.parts import Found, Verdict, apart, ended_by_sigterm
 from jobs.bench.store.sampling import SIDES, Kept
@@ -54,7 +54,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench():
-    """Every part but `sample`, `workers` and `kills`, in this process, which their memory does not count in."""
+    """`select`, `beta` and `sql`, in this process, which their memory does not count in."""
     made = Bench(SMALL, ["select", "beta", "sql"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", tempfile.gettempdir())  # which a query sets in its own process
@@ -149,6 +149,17 @@ def test_the_pace_of_a_crew_is_the_slope_of_its_parts():
     assert crew.rate == pytest.approx(500)
     found: Found = {("workers", name, "0"): crew for name in CREWS}
     assert [verdict.found for verdict in workers.told(SMALL, found).verdicts] == ["0.5"]
+
+
+def test_a_crew_makes_what_the_stage_makes_in_this_process(tmp_path):
+    """All tokens are counted, and nothing is left for the next crew to find."""
+    sampling.prepare(tmp_path, SMALL, workers.PARTS)
+    crew = apart(workers._crew, tmp_path, 2, "fake")
+    plan, store = sampling.planned(tmp_path, "sample", workers.PARTS, "fake"), Store(tmp_path / "store")
+    assert store.folder(plan.target).manifest is None
+    tokens, _ = sampling._stage(plan, tmp_path, InProcess())
+    assert sum(tokens for _, tokens in crew.parts) == tokens > 0
+    assert len(crew.parts) == workers.PARTS
 
 
 def test_the_share_of_the_stage_is_of_one_repeat():
@@ -418,5 +429,5 @@ def test_a_promise_is_judged_at_its_own_size(verdict, met):
 
 
 def test_every_part_that_is_named_is_there():
-    assert set(Bench(SMALL, list(measure.KNOWN)).parts) == set(measure.KNOWN)
+    assert list(Bench(SMALL, PARTS.split(",")).parts) == list(measure.KNOWN)
     assert killing.ASKED == Sizes().kills == 100

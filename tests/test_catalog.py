@@ -172,7 +172,7 @@ def test_stage_and_key_of_a_row_are_the_same_from_one_step_or_among_several(stor
     assert rows(store, ask.format("2222"), "one") == rows(store, ask.format("2222"))
     assert [row["key"] for row in rows(store, ask.format("2222"))] == ["2222"] * 2
     assert rows(store, ask.format("3333"), "one") == []
-    one, several = (view("rewards", open_catalog(store, run).manifests) for run in ("one", None))
+    one, several = (view("rewards", open_catalog(store, run).manifests, False) for run in ("one", None))
     assert "'2222' AS key" in one
     assert "parse_filename" in several
 
@@ -190,6 +190,8 @@ def test_a_column_that_one_of_two_stages_did_not_have_is_null(store: Store):
     for key in ("2222", "3333"):
         pq.write_table(pq.read_table(part(store, key)).drop_columns(["components"]), part(store, key))
     assert [row["components"] for row in rows(store, "SELECT components FROM rewards")] == [None] * 4
+    link(store, "both", reward=("reward", "2222"), combine=("combine", "4444"))  # has no part of `prompts`
+    assert [row["components"] for row in rows(store, "SELECT components FROM rewards", "both")] == [None] * 3
 
 
 def test_a_column_that_an_older_version_of_a_stage_did_not_have_is_null(store: Store):
@@ -252,7 +254,7 @@ def test_a_store_at_a_url_is_asked_and_confined_as_a_folder_is(store: Store):
         there.fs.pipe_file(f"{there.path}/{file.relative_to(local(store.root)).as_posix()}", file.read_bytes())
     there.fs.pipe_file("/bucket/secret.parquet", part(store, "2222").read_bytes())
     here = open_catalog(store)
-    remote = Catalog(there, here.runs, here.manifests)
+    remote = Catalog(there, here.runs, here.manifests, here.evolved)
     for ask in (
         "SELECT * FROM rewards ORDER BY reward",
         queries.text("rejects"),

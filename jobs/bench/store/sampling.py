@@ -148,11 +148,12 @@ def told(sizes: Sizes, found: Found) -> Told:
     sides = _repeats(sizes, found)
     if not sides:
         return Told()
-    share = float(np.median([side[SIDES[1]] / side[SIDES[0]] for side in sides]))
+    shares = {side: [each[side] / each[SIDES[0]] for each in sides] for side in SIDES}
     what = f"sample: tokens a second against {SIDES[0]} with the same settings"
     drawn = f"{sizes.sampled} prompts x {DRAWN['n']} draws of {DRAWN['max_tokens']} tokens"
     title = f"{drawn} in {PARTS} parts, one engine, opened before; Parquet included"
-    rows = [_side(side, [each[side] for each in sides]) for side in SIDES]
+    rows = [_side(side, [each[side] for each in sides], shares[side]) for side in SIDES]
+    share = float(np.median(shares[SIDES[1]]))
     return Told([Verdict.least(what, share, SHARE, sizes.sampled >= ASKED)], {title: rows})
 
 
@@ -160,5 +161,5 @@ def _repeats(sizes: Sizes, found: Found) -> list[dict[str, float]]:
     return [found[key] for repeat in range(sizes.repeats) if (key := ("sample", "sides", str(repeat))) in found]
 
 
-def _side(side: str, rates: list[float]) -> Row:
-    return {"side": side, "tokens a second": spread(rates, 0)}
+def _side(side: str, rates: list[float], shares: list[float]) -> Row:
+    return {"side": side, "tokens a second": spread(rates, 0), "beside the first": spread(shares)}

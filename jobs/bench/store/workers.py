@@ -15,7 +15,7 @@ import psutil
 from jobs.bench.page import spread
 from jobs.bench.store import Sizes
 from jobs.bench.store.parts import Found, Row, Task, Told, Verdict, apart
-from jobs.bench.store.sampling import ASKED, SHARE, cost, planned, prepare
+from jobs.bench.store.sampling import SHARE, cost, planned, prepare
 from jobs.bench.store.world import DRAWN, Quiet
 from pipeline.executors import OnRay
 from pipeline.places import delete
@@ -25,6 +25,7 @@ from pipeline.store import Store
 
 PARTS = 32  # enough for a slope, and each of two workers has always two at hand
 RUNS = 2  # of each crew a repeat: a machine's pace moves by more than what is looked for
+ASKED = 192  # prompts from which on two engines have as many draws as they run at once, and as many again
 CREWS = {"one worker, pinned to one core": 1, "two workers on all cores": 2}
 
 
@@ -50,11 +51,11 @@ class Crew:
         return float(np.polyfit(moments - moments[0], np.cumsum(tokens), 1)[0])
 
 
-def _crew(folder: Path, workers: int) -> Crew:
+def _crew(folder: Path, workers: int, engine: str = "vllm") -> Crew:
     """On Ray, of which a worker has one core and one thread; one that is alone is pinned to its core."""
     os.environ["OMP_NUM_THREADS"] = "1"
     executor = OnRay(workers, profile=Profile(Resources(cpus=1.0, max_workers=workers)))
-    plan, store = planned(folder, "sample", PARTS), Store(folder / "store")
+    plan, store = planned(folder, "sample", PARTS, engine), Store(folder / "store")
     start = time.perf_counter()
     with pinned(max(os.sched_getaffinity(0))) if workers == 1 else nullcontext():
         run(plan, store, executor, Quiet())
@@ -96,16 +97,15 @@ def _pin(core: int, over: Event, seen: set[int]) -> None:
 
 def told(sizes: Sizes, found: Found) -> Told:
     """Nothing if it was not measured, because something failed before."""
-    crews = {name: _turns(sizes, found, name) for name in CREWS}
-    if not all(crews.values()):
+    crews = [_turns(sizes, found, name) for name in CREWS]
+    if not all(crews):
         return Told()
-    pairs = zip(*crews.values(), strict=False)
-    share = float(np.median([two.rate / (2 * one.rate) for one, two in pairs]))
-    what = "sample: two workers against twice one"
+    shares = [_shares(each, crews[0], workers) for each, workers in zip(crews, CREWS.values(), strict=True)]
     drawn = f"{sizes.sampled} prompts x {DRAWN['n']} draws of {DRAWN['max_tokens']} tokens"
     title = f"{drawn} in {PARTS} parts on Ray, in steady state"
-    rows = [_row(name, each) for name, each in crews.items()]
-    return Told([Verdict.least(what, share, SHARE, sizes.sampled >= ASKED)], {title: rows})
+    rows = [_row(*each) for each in zip(CREWS, crews, shares, strict=True)]
+    share, asked = float(np.median(shares[-1])), sizes.sampled >= ASKED
+    return Told([Verdict.least("sample: two workers against twice one", share, SHARE, asked)], {title: rows})
 
 
 def _turns(sizes: Sizes, found: Found, name: str) -> list[Crew]:
@@ -113,9 +113,15 @@ def _turns(sizes: Sizes, found: Found, name: str) -> list[Crew]:
     return [found[key] for key in keys if key in found]
 
 
-def _row(name: str, crews: list[Crew]) -> Row:
+def _shares(crews: list[Crew], alone: list[Crew], workers: int) -> list[float]:
+    """Of what so many that were alone would have made in the same turn."""
+    return [crew.rate / (workers * one.rate) for crew, one in zip(crews, alone, strict=False)]
+
+
+def _row(name: str, crews: list[Crew], shares: list[float]) -> Row:
     return {
         "crew": name,
         "tokens a second": spread([crew.rate for crew in crews], 0),
+        "a worker, beside the one alone": spread(shares),
         "seconds, start and end included": spread([crew.seconds for crew in crews], 1),
     }
