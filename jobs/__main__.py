@@ -3,12 +3,11 @@
 import warnings
 from typing import TextIO
 
-import jobs.commands.asking
-import jobs.commands.bench
+import jobs.commands.artifacts
 import jobs.commands.cluster
-import jobs.commands.exporting
-import jobs.commands.keeping
-import jobs.commands.running  # noqa: F401
+import jobs.commands.export
+import jobs.commands.query
+import jobs.commands.run  # noqa: F401
 from jobs.commands.app import app, complaints
 from jobs.resume import advice
 from schemas import WinnowError, WinnowWarning

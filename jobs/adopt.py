@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.content import ModelPath, digest_of, model_digest, model_files
-from pipeline.places import delete, place_of
-from pipeline.plan import Plan, Step
+from pipeline.config.partial import chosen
+from pipeline.config.plan import Plan, Step
+from pipeline.execution.run import record_of
+from pipeline.execution.tasks import ResourceTime, deal, fail_if_nothing_left, folder_here, keep_model, part_record
 from pipeline.registry import nearest
-from pipeline.rerun import chosen
-from pipeline.run import record_of
-from pipeline.store import Json, StepFolder, Store
-from pipeline.work import Spent, deal, fail_if_nothing_left, folder_here, keep_model, part_record
+from pipeline.store.fingerprints import ModelPath, digest_of, model_digest, model_files
+from pipeline.store.storage import delete, parse_location
+from pipeline.store.store import Json, StepFolder, Store
 from schemas import WinnowError, conform, table_name
 from schemas.tables import REJECTS
 
@@ -54,7 +54,7 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
     place = f"adopt {step.name}: {path}"
     folder = store.folder(step)
     _refuse_if_made(step, folder)
-    if folder.path in (place_of(path), *place_of(path).parents):
+    if folder.path in (parse_location(path), *parse_location(path).parents):
         raise WinnowError(f"{place}: lies where the step itself will be made; move it elsewhere first")
     artifact = _artifact(step, path, place)
     problems = list(_problems(step, artifact, store))
@@ -87,7 +87,7 @@ def _refuse_if_made(step: Step, folder: StepFolder) -> None:
 
 def _artifact(step: Step, path: str, place: str) -> Artifact:
     """A step's folder of a store, Parquet files, a model's folder, or the last two in one folder."""
-    where = place_of(path)
+    where = parse_location(path)
     source = StepFolder(where)
     manifest = None if isinstance(where, Path) and not where.is_dir() else source.manifest
     if manifest is not None:
@@ -260,7 +260,7 @@ def _seal(step: Step, folder: StepFolder, artifact: Artifact) -> Json:
         for shard in range(step.shards):
             tables = artifact.part(shard)
             own = {"adopted": artifact.origin["from"]} | ({"model": model} if shard == 0 else {})
-            folder.write_part(shard, tables, part_record(tables, {}, Spent()) | own)
+            folder.write_part(shard, tables, part_record(tables, {}, ResourceTime()) | own)
         record = record_of(step, 0.0) | {"adopted": artifact.origin}
         return folder.seal(record, step.shards, lambda manifest: None)
     finally:

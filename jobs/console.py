@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.plan import Step
+from pipeline.config.plan import Step
 
 QUIET_SECONDS = 10.0
 
@@ -46,7 +46,7 @@ class _Step:
         return f"{done}/{self.total:,.0f} {self.unit}{pace}"
 
 
-class Watcher:
+class ProgressReporter:
     """A bar for each step at work, a line for each finished one; lines now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.console import as_json
-from jobs.formats import FORMATS, IDS, REFS, SIDES, Left, Name, Row
-from pipeline.catalog import open_catalog, query
+from jobs.export_formats import FORMATS, IDS, REFS, SIDES, Left, Name, Row
+from pipeline.config.rounds import split as step_and_round
 from pipeline.registry import nearest
-from pipeline.rounds import split as step_and_round
-from pipeline.store import Store
+from pipeline.sql.catalog import open_catalog, query
+from pipeline.store.store import Store
 from schemas import Model, WinnowError
 
 Split = Literal["train", "heldout"]
@@ -91,7 +91,7 @@ def export(store: Store, run: str, name: Name, out: Path, split: Split = "train"
     Those left out stand beside the file, in FILE.rejects.jsonl. The same run gives the same bytes. Raises WinnowError
     for an unknown run or round, a file name that the format does not have, a run without pairs, and if none is left.
     """
-    from stages.text import Tokenizer
+    from stages.data.tokenizer import Tokenizer
 
     form = FORMATS[name]
     if out.suffix not in form.suffixes:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import yaml
 
 from jobs.recipes import plan_named
-from pipeline.catalog import Catalog, open_catalog, query
-from pipeline.plan import Plan
-from pipeline.store import Store
-from stages.evaluate import bootstrap_interval
+from pipeline.config.plan import Plan
+from pipeline.sql.catalog import Catalog, open_catalog, query
+from pipeline.store.store import Store
+from stages.evaluation.evaluate import bootstrap_interval
 
 CELLS = Path(__file__).parent / "paper.yaml"
 RESAMPLES = 2000

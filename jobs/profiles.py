@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import stages.rooms  # noqa: F401 - registers every stage
-from pipeline.profiles import load_profile
+import stages.all  # noqa: F401 - registers every stage
+from pipeline.execution.profiles import load_profile
 from pipeline.registry import nearest
 from pipeline.resources import Profile
 from pipeline.stage import stages as registry

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
-import stages.rooms  # noqa: F401 - registers every stage
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import load_recipe
+import stages.all  # noqa: F401 - registers every stage
+from pipeline.config.plan import Plan, make_plan
+from pipeline.config.recipe import load_recipe
 from pipeline.registry import nearest
 from schemas import WinnowError
 
 FOLDER = Path(__file__).parent / "recipes"
-WORLD = "--on: not given; `--on world.yaml` says where your data and models are, and README shows one"
+WORLD = "--config: not given; `--config world.yaml` says where your data and models are, and README shows one"
 
 
 def names() -> list[str]:

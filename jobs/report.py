@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs import queries
-from pipeline.catalog import Catalog, open_catalog, query
-from pipeline.rounds import split
-from pipeline.store import Store
+from pipeline.config.rounds import split
+from pipeline.sql.catalog import Catalog, open_catalog, query
+from pipeline.store.store import Store
 
 HERE = Path(__file__).parent
 CURVES = [

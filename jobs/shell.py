@@ -10,11 +10,11 @@ import pyarrow as pa
 from rich.console import Console
 
 from jobs import queries
-from jobs.answers import interruptible
 from jobs.console import as_table
-from pipeline.catalog import Answer, Catalog
+from jobs.output import interruptible
 from pipeline.registry import nearest
-from pipeline.views import VIEWS
+from pipeline.sql.catalog import Answer, Catalog
+from pipeline.sql.views import VIEWS
 from schemas import TABLES, WinnowError
 
 HELP = """A statement is one SELECT (also FROM, WITH, DESCRIBE, SUMMARIZE, SHOW TABLES), ended by a semicolon.

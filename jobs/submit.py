@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from jobs.dashboard import Dashboard, NotThereError, last_line, token_wanted
+from jobs.ray_client import Dashboard, NotThereError, last_line, token_wanted
 from jobs.resume import SUBMITTED
 from pipeline.registry import nearest
 from schemas import WinnowError

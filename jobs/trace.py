@@ -5,9 +5,9 @@ from typing import Any
 from rich.console import Console
 
 from jobs.console import as_table
-from pipeline.catalog import Catalog, open_catalog, query
-from pipeline.store import Store
-from pipeline.views import text
+from pipeline.sql.catalog import Catalog, open_catalog, query
+from pipeline.sql.views import text
+from pipeline.store.store import Store
 from schemas import WinnowError
 
 # What happened to the prompt, room by room: a title, and the rows that tell it.

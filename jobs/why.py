@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.contents import links, manifests
-from pipeline.keys import differences
+from pipeline.config.keys import differences
 from pipeline.registry import nearest
-from pipeline.store import Json, Store
+from pipeline.store.inventory import links, manifests
+from pipeline.store.store import Json, Store
 from schemas import WinnowError
 
 Same = Callable[[str, str], bool]  # are these two keys what one wire reads, on either side?

@@ -6,14 +6,14 @@ may be bare. Planning and running (plan, recipe, run, catalog) are imported by t
 
 from typing import TYPE_CHECKING
 
-from pipeline.content import AdapterPath, DataPath, ModelPath
+from pipeline.context import StageContext
 from pipeline.registry import EXECUTION, Bound, Finite, Range, Registry
-from pipeline.stage import Wired, stage, stages
-from pipeline.workspace import Workspace
+from pipeline.stage import InputStep, stage, stages
+from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath
 
 if TYPE_CHECKING:
-    from pipeline.catalog import Catalog
-    from pipeline.places import Place
+    from pipeline.sql.catalog import Catalog
+    from pipeline.store.storage import Location
 
 __all__ = [
     "EXECUTION",
@@ -21,25 +21,25 @@ __all__ = [
     "Bound",
     "DataPath",
     "Finite",
+    "InputStep",
     "ModelPath",
     "Range",
     "Registry",
-    "Wired",
-    "Workspace",
+    "StageContext",
     "open",
     "stage",
     "stages",
 ]
 
 
-def open(store: "str | Place", run: str | None = None, round: int | None = None) -> "Catalog":
+def open(store: "str | Location", run: str | None = None, round: int | None = None) -> "Catalog":
     """A store to ask, in a folder or at a URL: `pipeline.open("demo/store").sql("SELECT …").arrow()`.
 
     An answer has `.arrow()`, `.pandas()`, `.polars()`. Raises WinnowError where nothing was ever made, or where the
     store has no such run or round.
     """
-    from pipeline.catalog import open_catalog  # DuckDB is not on a bare machine
-    from pipeline.store import Store
+    from pipeline.sql.catalog import open_catalog  # DuckDB is not on a bare machine
+    from pipeline.store.store import Store
     from schemas import WinnowError
 
     found = Store(store)

@@ -49,11 +49,11 @@ EXECUTION = "how it runs, not what it makes: no part of the identity"  # in Anno
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered function and the facts declared beside it."""
+    """One registered function and the metadata declared beside it."""
 
     name: str
     fn: Callable[..., Any]
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def options(self) -> type[BaseModel]:
@@ -100,8 +100,8 @@ class Bound:
         return self.entry.name
 
     @property
-    def facts(self) -> dict[str, Any]:
-        return self.entry.facts
+    def metadata(self) -> dict[str, Any]:
+        return self.entry.metadata
 
     def __call__(self, *args: Any) -> Any:
         return self.entry.fn(*args, **self.options)
@@ -117,20 +117,20 @@ class Bound:
 class Registry:
     """Functions of one kind by name. As an annotation, `Annotated[Bound, registry]` is an option type.
 
-    facts: those that every entry must declare.
+    metadata: those that every entry must declare.
     """
 
-    def __init__(self, kind: str, *facts: str) -> None:
-        self.kind, self.facts = kind, facts
+    def __init__(self, kind: str, *metadata: str) -> None:
+        self.kind, self.metadata = kind, metadata
         self.entries: dict[str, Entry] = {}
 
-    def __call__(self, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def __call__(self, **metadata: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Raises TypeError if a fact is missing."""
 
         def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-            if missing := [fact for fact in self.facts if fact not in facts]:
+            if missing := [fact for fact in self.metadata if fact not in metadata]:
                 raise TypeError(f"{self.kind} {fn.__name__}: its decorator must say {', '.join(missing)}")
-            entry = Entry(fn.__name__, fn, facts)
+            entry = Entry(fn.__name__, fn, metadata)
             self.entries[fn.__name__] = entry
             setattr(fn, "entry", entry)  # noqa: B010 - functions have no such attribute for mypy
             return fn

@@ -1,7 +1,7 @@
 """A stage is a function from tables to tables.
 
 Its positional parameters are its inputs (tables by their schema, or a Model), its keyword-only
-parameters are its options, its return annotation is its output. A `Workspace` parameter is injected
+parameters are its options, its return annotation is its output. A `StageContext` parameter is injected
 and has no part in the identity.
 """
 
@@ -13,11 +13,11 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
+from pipeline.context import StageContext
 from pipeline.registry import Entry, Registry
-from pipeline.workspace import Workspace
 from schemas import Model
 
-stages = Registry("stage", "shape")
+stages = Registry("stage", "signature")
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,28 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Wired:
+class InputStep:
     """The step behind an input, as a plan-time check sees it; no options where they did not validate."""
 
     stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, "Wired"] = field(default_factory=dict)
+    inputs: Mapping[str, "InputStep"] = field(default_factory=dict)
 
 
-Check = Callable[[dict[str, Any], Mapping[str, Wired]], list[str]]
+Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]
 
 
 @dataclass(frozen=True)
-class Shape:
+class StageSignature:
     """What the planner and the runner need to know of a stage, read once from its signature.
 
-    A whole stage is called once with every row; any other once a shard, with that shard's rows. One whose engine is
-    shared works on several shards at once in threads of one process.
+    An unsharded stage is called once with every row; any other once a shard, with that shard's rows. A
+    concurrent one works on several shards at once in threads of one process.
     """
 
     version: int
-    whole: bool
-    shared: bool
+    unsharded: bool
+    concurrent: bool
     inputs: tuple[Input, ...]
     outputs: tuple[pa.Schema, ...]
     makes_model: bool
@@ -68,43 +68,43 @@ class Shape:
         return any(schema.metadata[b"table"].decode() == kind for schema in self.outputs)
 
 
-def no_check(options: dict[str, Any], wired: Mapping[str, Wired]) -> list[str]:
+def no_check(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
     return []
 
 
 def stage(
     *,
     version: int,
-    whole: bool = False,
-    shared: bool = False,
+    unsharded: bool = False,
+    concurrent: bool = False,
     check: Check = no_check,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a stage. Raise `version` when its results change; `check` refuses senseless recipes at plan time."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return stages(shape=_shape(fn, version, whole, shared, check))(fn)
+        return stages(signature=_signature(fn, version, unsharded, concurrent, check))(fn)
 
     return register
 
 
-def shape_of(entry: Entry) -> Shape:
-    shape: Shape = entry.facts["shape"]
-    return shape
+def signature_of(entry: Entry) -> StageSignature:
+    signature: StageSignature = entry.metadata["signature"]
+    return signature
 
 
-def _shape(fn: Callable[..., Any], version: int, whole: bool, shared: bool, check: Check) -> Shape:
+def _signature(fn: Callable[..., Any], version: int, unsharded: bool, concurrent: bool, check: Check) -> StageSignature:
     hints = get_type_hints(fn, include_extras=True)
     inputs, workspace = [], None
     for name, parameter in inspect.signature(fn).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             continue
-        if hints[name] is Workspace:
+        if hints[name] is StageContext:
             workspace = name
         else:
             inputs.append(_input(name, hints[name]))
     outputs = _outputs(hints["return"])
     tables = tuple(schema for schema in outputs if schema is not None)
-    return Shape(version, whole, shared, tuple(inputs), tables, None in outputs, workspace, check)
+    return StageSignature(version, unsharded, concurrent, tuple(inputs), tables, None in outputs, workspace, check)
 
 
 def _input(name: str, hint: Any) -> Input:

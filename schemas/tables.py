@@ -186,7 +186,7 @@ SPEEDS = table(
         "measure",
         pa.string(),
         "pairs_per_second, tokens_per_second, tokens/read, tokens/saved (a share), peak_memory_gb, flop_utilisation, "
-        "and what it was made with: micro_tokens, recompute, ranks",
+        "and what it was made with: tokens_per_pass, gradient_checkpointing, world_size",
     ),
     column(
         "value",

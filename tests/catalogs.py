@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from pipeline.store import StepFolder, Store, write_json
+from pipeline.store.store import StepFolder, Store, write_json
 from schemas.tables import REJECTS, REWARDS
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline import Workspace, stage
-from pipeline.executors import InProcess
-from pipeline.places import Place
-from pipeline.plan import Plan, Step, make_plan
-from pipeline.recipe import load_recipe
-from pipeline.run import run
+from pipeline import StageContext, stage
+from pipeline.config.plan import Plan, Step, make_plan
+from pipeline.config.recipe import load_recipe
+from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.run import run
 from pipeline.stage import stages
-from pipeline.store import Json, Store
+from pipeline.store.storage import Location
+from pipeline.store.store import Json, Store
 from schemas import Candidates, Prompts, Rewards, Selections, prompt_id
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS, SELECTIONS
 from tests.runs import Silent
@@ -41,8 +41,8 @@ class Luck:
 def toys() -> Iterator[Luck]:
     luck = Luck()
 
-    @stage(version=1, whole=True)
-    def toy_draw(ws: Workspace, *, rows: int = 12) -> tuple[Prompts, Candidates]:
+    @stage(version=1, unsharded=True)
+    def toy_draw(ctx: StageContext, *, rows: int = 12) -> tuple[Prompts, Candidates]:
         luck.calls.append("draw")
         names = [prompt_id(f"prompt {n}") for n in range(rows)]
         prompts = [dict(prompt_id=name, text="p", token_ids=[n], split="train") for n, name in enumerate(names)]
@@ -50,7 +50,7 @@ def toys() -> Iterator[Luck]:
         return pa.Table.from_pylist(prompts, PROMPTS), pa.Table.from_pylist(drawn, CANDIDATES)
 
     @stage(version=1)
-    def toy_rate(candidates: Candidates, ws: Workspace, *, scale: float = 1.0) -> Rewards:
+    def toy_rate(candidates: Candidates, ctx: StageContext, *, scale: float = 1.0) -> Rewards:
         luck.calls.append("rate")
         return pa.Table.from_pylist(
             [
@@ -61,7 +61,7 @@ def toys() -> Iterator[Luck]:
         )
 
     @stage(version=1)
-    def toy_keep(rewards: Rewards, ws: Workspace, *, above: float = -1.0) -> Selections:
+    def toy_keep(rewards: Rewards, ctx: StageContext, *, above: float = -1.0) -> Selections:
         luck.calls.append("keep")
         if luck.fail:
             raise luck.fail
@@ -102,7 +102,7 @@ def planned(file: Path, *sets: str) -> Plan:
 def make(plan: Plan, store: Store) -> list[str]:
     """Which steps it made."""
     watcher = Silent()
-    run(plan, store, InProcess(), watcher)
+    run(plan, store, LocalExecutor(), watcher)
     return watcher.ran
 
 
@@ -113,7 +113,7 @@ def step(plan: Plan, name: str) -> Step:
 class Raced(Store):
     """Another run comes right after our nth look at the links: it links, and looks whether its first step is sealed."""
 
-    def __init__(self, root: Place, plan: Plan, nth: int) -> None:
+    def __init__(self, root: Location, plan: Plan, nth: int) -> None:
         super().__init__(root)
         self.plan, self.left, self.found = plan, nth, False
 

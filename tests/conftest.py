@@ -8,24 +8,26 @@ from pathlib import Path
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray on the loopback address, as pipeline.executors has it
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+    "0"  # Ray on the loopback address, as pipeline.execution.executors has it
+)
 
 import pytest
 from hypothesis import settings
 
 import jobs.demo.gold  # noqa: F401 - registers the gold reward
-import stages.rooms  # noqa: F401 - registers every stage
+import stages.all  # noqa: F401 - registers every stage
 from jobs.__main__ import main
-from pipeline.content import DataPath, model_digest
-from pipeline.executors import InProcess
-from pipeline.run import run
-from pipeline.store import Store
-from pipeline.workspace import Warm, Workspace
+from pipeline.context import StageContext, WarmCache
+from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.run import run
+from pipeline.store.fingerprints import DataPath, model_digest
+from pipeline.store.store import Store
 from schemas import Model
-from stages.models import untrained
+from stages.network.models import untrained
 from tests.runs import Silent, plan_of
 
-WORLD = Path(__file__).parent / "tiny_world.yaml"
+WORLD = Path(__file__).parent / "tiny.yaml"
 MARKS = ["[CONTEXT]", "[RESPONSE A]", "[RESPONSE B]"]
 WORDS = ("boat", "table", "room", "car")
 CITIES = ("Oslo", "Paris", "Rome", "Cairo", "Kyoto")
@@ -50,9 +52,9 @@ settings.load_profile("shared machine")
 
 
 @pytest.fixture
-def ws(tmp_path: Path) -> Workspace:
+def ctx(tmp_path: Path) -> StageContext:
     """A workspace for calling a stage directly."""
-    return Workspace(tmp_path / "step", Warm(), lambda done, total, unit: None)
+    return StageContext(tmp_path / "step", WarmCache(), lambda done, total, unit: None)
 
 
 @pytest.fixture(scope="session")
@@ -75,14 +77,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n, slot in enumerate(slots)
         ],
     )
-    (folder / "world.yaml").write_text(WORLD.read_text())
+    (folder / "demo.yaml").write_text(WORLD.read_text())
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A two-layer Llama with random weights and a tokenizer of its own."""
-    space = Workspace(tmp_path_factory.mktemp("tiny"), Warm(), lambda done, total, unit: None)
+    space = StageContext(tmp_path_factory.mktemp("tiny"), WarmCache(), lambda done, total, unit: None)
     made = untrained(
         space,
         corpus=DataPath(str(world / "demonstrations.jsonl")),
@@ -102,7 +104,7 @@ def sharp(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The tiny model with larger weights: its logits differ by nats, so that a wrong position or mask shows."""
     import torch
 
-    from stages.policy import load_network
+    from stages.network.load import load_network
 
     folder = tmp_path_factory.mktemp("sharp") / "model"
     shutil.copytree(tiny.folder, folder)
@@ -119,7 +121,7 @@ def sharp(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of an undisturbed run of RSO on the tiny world, in process."""
     root = tmp_path_factory.mktemp("finished")
-    run(plan_of(world), Store(root), InProcess(), Silent())
+    run(plan_of(world), Store(root), LocalExecutor(), Silent())
     return root
 
 

@@ -3,23 +3,23 @@
 import numpy as np
 import pyarrow as pa
 
+from pipeline.context import StageContext, WarmCache
 from pipeline.registry import Bound
-from pipeline.workspace import Warm, Workspace
 from schemas.tables import EXAMPLES
-from stages.legs import Leg
-from stages.objectives import objective
-from stages.optimize import optimize
-from stages.packing import Asked
-from stages.policy import load_network
-from stages.scoring import logp_of, read_rows
-from stages.training_data import groups_of
+from stages.network.forward import logp_of, read_rows
+from stages.network.load import load_network
+from stages.network.packing import PromptGroup
+from stages.training.data import groups_of
+from stages.training.objectives import objective
+from stages.training.optimize import optimize
+from stages.training.terms import ObjectiveTerm
 
 VOCABULARY = range(5, 250)  # ids that the tiny model has, special ones left out
 
 
 def alone(rows):
     """Each (prompt ids, response ids) as a group of its own."""
-    return [Asked(prompt, [response]) for prompt, response in rows]
+    return [PromptGroup(prompt, [response]) for prompt, response in rows]
 
 
 def bound(registry, name, **options):
@@ -88,11 +88,11 @@ def table(rows):
     return pa.Table.from_pylist(rows, schema=EXAMPLES)
 
 
-def leg_of(init, rows, name, *, nll_weight=0.0, nll_per="token", micro_tokens=60, batch_size=100, seed=0, **options):
+def leg_of(init, rows, name, *, nll_weight=0.0, nll_per="token", tokens_per_pass=60, batch_size=100, seed=0, **options):
     """What `optimize` makes of the rows: small micro-batches, so that a wrong reduction shows."""
     loss = bound(objective, name, **options)
     groups = groups_of(table(rows), loss, nll_weight, init, "float32")
-    return Leg(groups, loss, nll_weight, nll_per, batch_size, "float32", micro_tokens, seed, 0)
+    return ObjectiveTerm(groups, loss, nll_weight, nll_per, batch_size, "float32", tokens_per_pass, seed, 0)
 
 
 def loss_of(leg, network, batch=None):
@@ -104,10 +104,13 @@ def loss_of(leg, network, batch=None):
 
 def train(init, rows, folder, *, tell=lambda done, total, unit: None, inputs=None, **options):
     """`optimize` with short defaults: (model, metrics as {(step, name): value}, its row of policies)."""
-    given = dict(objective="sigmoid_norm", lr=1e-3, batch_size=4, warmup=0.0, schedule="constant") | options
+    given = (
+        dict(objective="sigmoid_norm", learning_rate=1e-3, batch_size=4, warmup_ratio=0.0, lr_scheduler_type="constant")
+        | options
+    )
     if not isinstance(given["objective"], Bound):
         given["objective"] = bound(objective, given["objective"])
-    ws = Workspace(folder, Warm(), tell)
-    made, policy, metrics, _ = optimize(init, table(rows), ws, **(inputs or {}), **given)
+    ctx = StageContext(folder, WarmCache(), tell)
+    made, policy, metrics, _ = optimize(init, table(rows), ctx, **(inputs or {}), **given)
     values = {(row["step"], row["metric"]): row["value"] for row in metrics.to_pylist()}
     return made, values, policy.to_pylist()[0]

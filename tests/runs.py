@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pipeline.places import Place
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import load_recipe
+from pipeline.config.plan import Plan, make_plan
+from pipeline.config.recipe import load_recipe
+from pipeline.store.storage import Location
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 
 
-def local(place: Place) -> Path:
+def local(place: Location) -> Path:
     """A store of tests lies in a folder, unless they say otherwise."""
     assert isinstance(place, Path)
     return place
@@ -35,4 +35,4 @@ class Silent:
 
 
 def plan_of(world: Path, *sets: str, recipe: str = "rso") -> Plan:
-    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "world.yaml",), sets, name="run"))
+    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "demo.yaml",), sets, name="run"))

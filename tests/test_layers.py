@@ -11,13 +11,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ["schemas", "pipeline", "stages", "jobs"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
-RAY = {"pipeline/executors.py", "pipeline/ranks.py", "jobs/submit.py"}
-VLLM = {"stages/engines/vllm.py", "jobs/bench/store/sampling.py"}  # the second is what ours is measured against
-ROOMS = ["policy", "training", "legs", "checkpoints", "lora", "objectives", "pairwise", "features", "models"]
-ROOMS += ["lora", "meter", "packing", "ranks", "scoring", "shared_prefix", "vocabulary"]
-TORCH = {f"stages/{name}.py" for name in ROOMS} | {
-    f"stages/engines/{name}.py" for name in ("__init__", "transformers", "steering", "vllm")
+RAY = {"pipeline/execution/executors.py", "pipeline/execution/distributed.py", "jobs/submit.py"}
+VLLM = {"stages/sampling/engines/vllm.py"}
+TORCH = {
+    f"stages/network/{name}.py"
+    for name in ("forward", "lm_head", "load", "lora", "models", "packing", "prefix_attention")
 }
+TORCH |= {
+    f"stages/training/{name}.py"
+    for name in ("checkpoints", "distributed", "objectives", "terms", "throughput", "trainer")
+}
+TORCH |= {f"stages/sampling/engines/{name}.py" for name in ("__init__", "steering", "transformers", "vllm")}
+TORCH |= {"stages/ranking/pairwise.py"}
 HEAVY = ["torch", "transformers", "vllm", "ray", "numba"]
 
 
@@ -71,7 +76,7 @@ def test_a_heavy_library_has_few_doors(library: str, allowed: set[str]):
 
 def test_objectives_name_torch_only_for_the_type_checker():
     """A loss is a formula over tensors it is given: it can be registered where no torch is installed."""
-    body = tree_of(Path("stages/objectives.py")).body
+    body = tree_of(Path("stages/training/objectives.py")).body
     guarded = [node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     assert any("torch" in modules_in(node) for node in guarded)
     assert not any("torch" in modules_in(node) for node in body if node not in guarded)
@@ -86,9 +91,9 @@ def test_planning_imports_nothing_heavy(world: Path):
     """A recipe is planned in a moment, on a machine that may have neither torch nor vLLM nor Ray."""
     code = f"""
 import sys
-import stages.rooms, jobs.recipes
+import stages.all, jobs.recipes
 from pathlib import Path
-made = jobs.recipes.plans(["rso", "ipo"], [Path({str(world / "world.yaml")!r})], [])
+made = jobs.recipes.plans(["rso", "ipo"], [Path({str(world / "demo.yaml")!r})], [])
 assert all(step.key for plan in made for step in plan.steps)
 print(sorted(name for name in {HEAVY!r} if name in sys.modules))
 """

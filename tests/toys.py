@@ -9,8 +9,8 @@ from typing import Annotated
 
 import pyarrow as pa
 
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import Recipe
+from pipeline.config.plan import Plan, make_plan
+from pipeline.config.recipe import Recipe
 from pipeline.registry import Range
 from pipeline.stage import stage
 from schemas import Prompts
@@ -31,7 +31,7 @@ def notes(folder: Path) -> list[list[str]]:
     return [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
 
 
-@stage(version=1, whole=True)
+@stage(version=1, unsharded=True)
 def some_prompts(*, count: int = 40) -> Prompts:
     return rows(count)
 
@@ -58,7 +58,7 @@ def slow(prompts: Prompts, *, folder: str, name: str, seconds: Annotated[float, 
 _together = threading.Barrier(2)
 
 
-@stage(version=1, shared=True)
+@stage(version=1, concurrent=True)
 def meeting(prompts: Prompts, *, folder: str) -> Prompts:
     """Two parts must be at work in one process at once, or this waits in vain."""
     _together.wait(timeout=30)
@@ -85,8 +85,8 @@ def plan_of_toys(shards: int, **steps: dict) -> Plan:
     return make_plan(Recipe(name="toys", shards=shards, target=names[-1], steps={"some_prompts": {}} | bodies))
 
 
-@stage(version=1, whole=True)
-def spreading(prompts: Prompts, *, ranks: int = 2) -> Prompts:
+@stage(version=1, unsharded=True)
+def spreading(prompts: Prompts, *, world_size: int = 2) -> Prompts:
     """It spreads over the cluster by itself, as training on ranks does, and wants all of it."""
     import ray
 

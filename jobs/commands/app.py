@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.store import Store
+from pipeline.store.store import Store
 from schemas import WinnowError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ complaints = Console(soft_wrap=True, stderr=True)
 QUERIES = Path(__file__).parent.parent / "queries"
 STORE = "store"
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
-On = Annotated[list[Path], typer.Option("--on", help="YAML with your data and models, laid over the recipe")]
+On = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
 StorePath = Annotated[str, typer.Option("--store", help="where artifacts live: a folder, or s3://bucket/folder")]
 Workers = Annotated[int, typer.Option(help="Ray workers a step, where the profile does not say", min=1)]

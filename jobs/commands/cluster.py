@@ -25,11 +25,11 @@ from jobs.commands.app import (
     console,
 )
 from jobs.resume import unforced
-from pipeline.executors import check_fits
-from pipeline.places import place_of
-from pipeline.plan import Plan, Step
-from pipeline.rerun import followers, narrowed, unsealed
-from pipeline.store import Store
+from pipeline.config.partial import followers, narrowed, unsealed
+from pipeline.config.plan import Plan, Step
+from pipeline.execution.executors import check_fits
+from pipeline.store.storage import parse_location
+from pipeline.store.store import Store
 from schemas import WinnowError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def submit(
     no_wait: NoWait = False,
 ) -> None:
     """Run recipes on a Ray cluster, and follow. Data, models and the store must lie where the cluster sees them."""
-    from jobs import shipment
+    from jobs import bundle as shipment
     from jobs.submit import Cluster
 
     plans = recipes.plans(recipe, on, sets)
@@ -70,7 +70,7 @@ def submit(
     shipment.check_paths(plans)
     given = profiles.load(profile)
     cluster = Cluster(address)
-    place, again = str(place_of(store)), shlex.join(["winnow", *unforced(sys.argv[1:])])
+    place, again = str(parse_location(store)), shlex.join(["winnow", *unforced(sys.argv[1:])])
     _say(f"cluster {cluster.url} ({cluster.source})")
     _say(f"store {place}")
     check_fits(given, steps, cluster.nodes())

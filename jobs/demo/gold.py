@@ -2,7 +2,7 @@
 
 import re
 
-from stages.evaluate import gold_reward
+from stages.evaluation.evaluate import gold_reward
 
 SLOTS: dict[str, tuple[str, ...]] = {
     "thing": ("boat", "table", "room", "car", "tour", "guide", "taxi", "sauna", "picnic", "concert"),

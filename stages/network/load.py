@@ -1,0 +1,120 @@
+"""One network in memory: load it, save it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.logging import disable_progress_bar
+
+from schemas import Model, WinnowError
+from stages.network.forward import share_prefixes
+
+disable_progress_bar()  # of loading weights: a step has its own
+THREADS = torch.get_num_threads()
+CLASSIFIER = "ForSequenceClassification"
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+def load_network(
+    model: Model, *, train: bool = False, adapt: Callable[[PreTrainedModel], None] | None = None
+) -> PreTrainedModel:
+    """fp32 weights, dropout off either way (a policy that drops out does not equal its own reference).
+
+    adapt: what is done to the network before it is tried whether it can share prompts, such as `add_adapter`.
+
+    Scoring runs on one thread of a CPU, so that a number does not depend on how many workers share the
+    machine: parallelism is workers. Training takes all threads. Raises WinnowError for a classifier that
+    is no reward model.
+    """
+    torch.set_num_threads(THREADS if train else 1)
+    auto = _kind(model)
+    network = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True, **_attention(model))
+    if is_reward_model(network):
+        check_head(network)
+    if adapt:
+        adapt(network)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    share_prefixes(network.eval())
+    return network
+
+
+def _kind(model: Model) -> Any:
+    if is_reward_model(model):
+        return AutoModelForSequenceClassification
+    config = json.loads((model.folder / "config.json").read_text())
+    return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+
+
+def _attention(model: Model) -> dict[str, str]:
+    """transformers' fused attention leaves soft caps out without a word; its plain one does not."""
+    config = json.loads((model.folder / "config.json").read_text())
+    capped = (config.get("text_config") or config).get("attn_logit_softcapping")
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def is_reward_model(model: Model | PreTrainedModel) -> bool:
+    """Does it end in a score and not in a vocabulary? Of a folder, by its config alone."""
+    if isinstance(model, Model):
+        names = json.loads((model.folder / "config.json").read_text()).get("architectures") or [""]
+        return str(names[0]).endswith(CLASSIFIER)
+    return type(model).__name__.endswith(CLASSIFIER)
+
+
+def check_head(network: PreTrainedModel) -> None:
+    """`completion_scores` reads one score off the last token: refuse encoders and classifiers of several classes."""
+    if not hasattr(network, "score") or network.config.num_labels != 1:
+        raise WinnowError(
+            f"{type(network).__name__} with {network.config.num_labels} labels is no reward model: "
+            "one label, given by a layer named `score` at the last token, is what can be read"
+        )
+
+
+def checkpoint_layers(network: PreTrainedModel) -> None:
+    """From now on each layer keeps its inputs alone, and runs again in the backward pass: the same gradients.
+
+    transformers' own switch asks for training mode, which would turn dropout on.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise WinnowError(
+            f"gradient_checkpointing: {type(network).__name__} has no layers that can be run again; unset it"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
+    """A plain Hugging Face folder: safetensors in the initial weights' dtype, and init's tokenizer.
+
+    A LoRA is merged into its weights, and stands in the folder's `adapter/` besides, as peft reads it.
+    """
+    scratch = folder.with_name(".model")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if hasattr(network, "peft_config"):
+        from stages.network.lora import unload_adapter
+
+        unload_adapter(network, scratch / "adapter", init.digest)
+    stored = json.loads((init.folder / "config.json").read_text())
+    dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    network.generation_config = GenerationConfig()  # init's own is copied below; saving would judge its sampling
+    network.to(dtype).save_pretrained(scratch)
+    (scratch / "generation_config.json").unlink(missing_ok=True)
+    for file in init.folder.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not (scratch / file.name).exists():
+            shutil.copyfile(file, scratch / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+    return Model(folder, "")

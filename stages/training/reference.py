@@ -1,0 +1,63 @@
+"""Room 6: log-probs under a frozen policy, cached: the reference is a column, not a second network."""
+
+from contextlib import closing
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import StageContext, stage
+from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
+from schemas.tables import REFERENCE
+from stages.data.rows import column_by
+from stages.limits import BUDGET, check_ids
+
+
+@stage(version=2)
+def reference(
+    prompts: Prompts,
+    candidates: Candidates,
+    policy: Model,
+    ctx: StageContext,
+    selections: Selections | None = None,
+    mismatched: Candidates | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Reference:
+    """Score every candidate (or the selected ones) with the trainer's own forward: fp32 sums and token counts.
+
+    `mismatched` candidates are scored besides, whatever was selected. One row a response, whatever pairs it
+    will stand in: neither another loss nor another pairing scores it again. Responses of equal tokens go
+    through the network once.
+    """
+    from stages.network.forward import logp_of, read_rows
+    from stages.network.load import load_network
+    from stages.training.throughput import TokenCounter
+
+    if selections is not None:
+        candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
+    prompt_ids = column_by(prompts, "prompt_id", "token_ids")
+    tables = [candidates] if mismatched is None else [candidates, mismatched]
+    rows = [row for table in tables for row in table.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()]
+    check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
+    network = ctx.hold(load_network, policy)
+    inputs = {(row["prompt_id"], tuple(row["token_ids"])): n for n, row in enumerate(rows)}
+    unique = list(inputs)
+    asked = [(prompt_ids[prompt], ids) for prompt, ids in unique]
+    with closing(TokenCounter(network)) as reads:
+        scores = read_rows(logp_of, network, asked, dtype, BUDGET)
+    ctx.count(tokens=reads.tokens)
+    logp = dict(zip(unique, scores.tolist(), strict=True))
+    made = [
+        {
+            "prompt_id": row["prompt_id"],
+            "candidate_id": row["candidate_id"],
+            "logp": logp[row["prompt_id"], tuple(row["token_ids"])],
+            "n_tokens": len(row["token_ids"]),
+            "tokens": token_digest(prompt_ids[row["prompt_id"]], row["token_ids"]),
+            "model": policy.digest,
+            "dtype": dtype,
+        }
+        for row in rows
+    ]
+    return pa.Table.from_pylist(made, schema=REFERENCE)

@@ -1,0 +1,104 @@
+"""Slow proofs, measured on this machine."""
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.commands.app import STORE, On, StorePath, console
+from jobs.console import ProgressReporter, as_table
+from pipeline.store.store import Store
+from schemas import WinnowError
+from tests.bench.optimize import SHAPES
+from tests.bench.store import PARTS, Sizes
+
+SIZES = Sizes()
+bench = typer.Typer(help="Slow proofs, measured on this machine.", no_args_is_help=True)
+
+
+@bench.command()
+def mixes(
+    on: On = [],  # noqa: B006
+    store: StorePath = STORE,
+    groups: Annotated[int, typer.Option(help="groups of each side", min=64)] = 2048,
+    repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = 3,
+) -> None:
+    """Seconds a step of ALRIGHT, MAXRIGHT, the mixture and the sequence, against one objective alone."""
+    from tests.bench.mixes import measure
+
+    watcher = ProgressReporter(console)
+    try:
+        table = measure(Store(store), on, watcher, groups, repeats, console.print)
+    finally:
+        watcher.close()
+    console.print(as_table(table, "a step of each mix: median over repeats [least, most]"))
+
+
+@bench.command()
+def optimize(
+    shapes: Annotated[str, typer.Option(help="prompt/response/responses/pairs, by commas")] = SHAPES,
+    dtypes: Annotated[str, typer.Option(help="by commas")] = "float32,bfloat16",
+    steps: Annotated[int, typer.Option(help="timed steps of a run, after one of warm-up", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="alternating runs of each side", min=1)] = 3,
+    vocabulary: Annotated[int, typer.Option(help="of the random Llama", min=16)] = 8192,
+    threads: Annotated[int, typer.Option(help="of either side", min=1)] = os.cpu_count() or 1,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """Pairs a second and memory of `optimize` and `reference` beside TRL's DPOTrainer, and what each idea is worth."""
+    from tests.bench.optimize.measure import Bench, apart
+    from tests.bench.optimize.model import World, parse
+    from tests.bench.optimize.tables import page, tables
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), vocabulary)
+        made = Bench(world, [parse(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
+        made.run(apart(threads), console.print)
+        for title, table in tables(made).items():
+            console.print(as_table(table, title))
+        if out:
+            out.write_text(page(made, threads))
+
+
+@bench.command()
+def store(
+    only: Annotated[str, typer.Option(help="parts, by commas")] = PARTS,
+    prompts: Annotated[int, typer.Option(help="of the large tables, each with 64 candidates", min=100)] = SIZES.prompts,
+    parts: Annotated[int, typer.Option(help="of each step of the large tables", min=1)] = SIZES.parts,
+    steps: Annotated[int, typer.Option(help="in the store of the rerun", min=1)] = SIZES.steps,
+    sampled: Annotated[int, typer.Option(help="prompts, each with 64 draws of 32 tokens", min=2)] = SIZES.sampled,
+    hidden: Annotated[int, typer.Option(help="size of the random Llama that draws", min=64)] = SIZES.hidden,
+    kills: Annotated[int, typer.Option(help="runs that are killed and run again", min=1)] = SIZES.kills,
+    repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = SIZES.repeats,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """What `select`, `sample`, a rerun, a changed beta and SQL take at the size of real runs; runs that are killed."""
+    from tests.bench.store.measure import Bench
+
+    made = Bench(Sizes(prompts, steps, parts, sampled, hidden, kills, repeats), only.split(","))
+    if out:
+        _check_writable(out)
+    made.run(partial(console.print, markup=False, highlight=False), lambda: _write(out, made.page()))
+    for title, table in made.tables().items():
+        console.print(as_table(table, title))
+    if made.failed:
+        raise typer.Exit(1)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises WinnowError before anything is measured."""
+    try:
+        out.open("a").close()
+    except OSError as error:
+        raise WinnowError(f"--out {out}: {error.strerror}; give a file in a folder that is there") from None
+
+
+def _write(out: Path | None, page: str) -> None:
+    if out:
+        out.write_text(page)
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,0 +1,156 @@
+"""What both sides train on: a random Llama, and groups of random tokens of one shape, with a cached reference."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.store.fingerprints import model_digest
+from schemas import Model, WinnowError
+from schemas.tables import EXAMPLES
+
+ROOM = 16  # pairs that a step holds at least
+GROUPS = 4  # groups that it holds at least
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a prompt and of each of its responses, how many of those there are, and their pairs."""
+
+    prompt: int
+    response: int
+    responses: int
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.prompt}/{self.response}/{self.responses}/{self.pairs}"
+
+    @property
+    def group_tokens(self) -> int:
+        """Of a group, nothing read twice."""
+        return self.prompt + self.responses * self.response
+
+    @property
+    def pair_tokens(self) -> int:
+        """Of a pair, each side with a prompt of its own."""
+        return 2 * (self.prompt + self.response)
+
+    @property
+    def groups(self) -> int:
+        """In a step."""
+        return max(GROUPS, -(-ROOM // self.pairs))
+
+    @property
+    def matches(self) -> str:
+        return {1: "one pair", self.responses // 2: "first round"}.get(self.pairs, "tournament")
+
+
+def parse(text: str) -> Shape:
+    """`prompt/response/responses/pairs`; raises WinnowError."""
+    try:
+        shape = Shape(*map(int, text.split("/")))
+    except (TypeError, ValueError):
+        raise WinnowError(f"--shapes: {text!r} is not prompt/response/responses/pairs, such as 512/64/8/7") from None
+    if min(shape.prompt, shape.response, shape.pairs) < 1 or not shape.pairs < shape.responses:
+        raise WinnowError(f"--shapes: {text!r}: K responses make 1 to K - 1 matches, of at least one token each")
+    return shape
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with one model and, for every shape and dtype, a table of examples."""
+
+    folder: Path
+    vocabulary: int
+    hidden: int = 384
+    layers: int = 6
+    context: int = 2048
+
+    @property
+    def init(self) -> Model:
+        return Model(self.folder / "model", model_digest(self.folder / "model"))
+
+    def examples(self, shape: Shape, dtype: str, groups: int) -> pa.Table:
+        return pq.read_table(self._file(shape, dtype), schema=EXAMPLES).slice(0, groups)
+
+    def _file(self, shape: Shape, dtype: str) -> Path:
+        return self.folder / f"{shape}".replace("/", "-") / f"{dtype}.parquet"
+
+    def make_model(self) -> None:
+        """Head and embeddings are one: at a vocabulary of 8192, 3.1 of 13.8 million weights."""
+        from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        set_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.hidden * 8 // 3,
+            num_hidden_layers=self.layers,
+            num_attention_heads=max(1, self.hidden // 64),
+            max_position_embeddings=self.context,
+            tie_word_embeddings=True,
+            initializer_range=self.hidden**-0.5,
+        )
+        LlamaForCausalLM(config).save_pretrained(self.folder / "model")
+
+    def make_examples(self, shape: Shape, dtype: str, groups: int) -> None:
+        """Random tokens and winners; log-probs by the model itself, as `reference` would cache them."""
+        from stages.limits import BUDGET
+        from stages.network.forward import logp_of, read_rows
+        from stages.network.load import load_network
+
+        rng = np.random.default_rng(0)
+        rows = [self._row(shape, n, rng) for n in range(groups)]
+        asked = [(row["prompt_ids"], each["token_ids"]) for row in rows for each in row["responses"]]
+        found = iter(read_rows(logp_of, load_network(self.init, train=True), asked, dtype, BUDGET).tolist())
+        for row in rows:
+            row |= {"ref_model": self.init.digest, "ref_dtype": dtype}
+            for each in row["responses"]:
+                each["ref_logp"] = next(found)
+        self._file(shape, dtype).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), self._file(shape, dtype))
+
+    def _row(self, shape: Shape, n: int, rng: np.random.Generator) -> dict[str, Any]:
+        def ids(length: int) -> list[int]:
+            return rng.integers(1, self.vocabulary, length).tolist()
+
+        names = [f"c{n}-{k}" for k in range(shape.responses)]
+        return {
+            "prompt_id": f"p{n:04}",
+            "prompt_ids": ids(shape.prompt),
+            "responses": [{"candidate_id": each, "token_ids": ids(shape.response), "weight": 0.0} for each in names],
+            "pairs": [
+                {"chosen": chosen, "rejected": rejected, "weight": 1.0, "label": 1.0}
+                for (chosen, rejected), _ in zip(matches(shape.responses, rng), range(shape.pairs), strict=False)
+            ],
+        }
+
+
+def matches(players: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """(winner, loser) round after round, the winners going on."""
+    left = list(range(players))
+    while len(left) > 1:
+        rounds = [(a, b) if rng.random() < 0.5 else (b, a) for a, b in zip(left[::2], left[1::2], strict=False)]
+        yield from rounds
+        left = [winner for winner, _ in rounds] + left[2 * len(rounds) :]
+
+
+def a_row_a_pair(examples: pa.Table) -> pa.Table:
+    """The same pairs, each as a group of its own."""
+    rows = [
+        row
+        | {
+            "prompt_id": f"{row['prompt_id']}-{n}",
+            "responses": [row["responses"][pair["chosen"]], row["responses"][pair["rejected"]]],
+            "pairs": [pair | {"chosen": 0, "rejected": 1}],
+        }
+        for row in examples.to_pylist()
+        for n, pair in enumerate(row["pairs"])
+    ]
+    return pa.Table.from_pylist(rows, schema=EXAMPLES)

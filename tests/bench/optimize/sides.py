@@ -1,0 +1,172 @@
+"""One run of one side in the process that it is called in: what a step takes, and what it comes to."""
+
+import ctypes
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.context import StageContext, WarmCache
+from stages.training.objectives import objective
+from tests.bench.optimize.ablations import ABLATIONS
+from tests.bench.optimize.model import Shape, World
+from tests.bench.page import resident
+
+BETA = 0.1
+LR = 1e-4
+NEVER = 1_000_000_000
+SCORED = (1, 2, 4)  # pairs that TRL scores at a time
+
+
+@dataclass(frozen=True)
+class Setting:
+    """steps: timed ones, after one of warm-up. size: groups a forward pass of ours, pairs of TRL's.
+
+    gradient_checkpointing: of ours, whether activations are made again in the backward pass.
+    """
+
+    world: World
+    shape: Shape
+    dtype: str
+    groups: int  # a step
+    size: int
+    steps: int
+    gradient_checkpointing: bool = False
+    keep: Path | None = None  # where the final weights go
+
+    @property
+    def pairs(self) -> int:
+        return self.groups * self.shape.pairs
+
+    @property
+    def examples(self) -> Any:
+        return self.world.examples(self.shape, self.dtype, self.groups * (self.steps + 1))
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float  # a step, mean of the timed ones
+    megabytes: float
+    losses: list[float]
+
+
+@dataclass
+class Watch:
+    """Seconds and memory of all steps but the first.
+
+    The memory is the highest resident set since the first step ended, less the resident set there: gradients are
+    freed by then, weights and AdamW's moments are there, and what the C library keeps of freed memory is handed
+    back. So it counts activations, gradients and whatever else a step needs besides model and optimizer.
+    """
+
+    ticks: list[float] = field(default_factory=list)
+    start: float = 0.0
+
+    def step(self) -> None:
+        if not self.ticks:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+            self.start = resident("VmRSS")
+        self.ticks.append(time.perf_counter())
+
+    def run(self, losses: list[float]) -> Run:
+        seconds = (self.ticks[-1] - self.ticks[0]) / max(1, len(self.ticks) - 1)
+        return Run(seconds, resident("VmHWM") - self.start, losses)
+
+
+def ours(setting: Setting, ablation: str = "none") -> Run:
+    """The stage `optimize` itself, on the table of examples."""
+    from stages.training.optimize import optimize
+
+    watch = Watch()
+    change, table_of = ABLATIONS[ablation]
+    with tempfile.TemporaryDirectory() as folder, change(), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*reads a prompt again")  # it would be another measurement
+        space = StageContext(Path(folder), WarmCache(), lambda done, total, unit: watch.step())
+        trained, _, metrics, *_ = optimize(
+            setting.world.init,
+            table_of(setting.examples),
+            space,
+            objective=objective.bind({"name": "sigmoid_norm", "beta": BETA}),
+            learning_rate=LR,
+            warmup_ratio=0.0,
+            batch_size=setting.pairs,
+            dtype=setting.dtype,
+            tokens_per_pass=setting.size * setting.shape.group_tokens,
+            gradient_checkpointing=setting.gradient_checkpointing,
+            checkpoint_every=NEVER,
+        )
+        run = watch.run([row["value"] for row in metrics.to_pylist() if row["metric"] == "loss"])
+        if setting.keep:
+            (trained.folder / "model.safetensors").rename(setting.keep)
+    return run
+
+
+def ordered(setting: Setting) -> Iterator[dict[str, Any]]:
+    """One of TRL's examples a pair, in the order in which our steps take their groups."""
+    from stages.training.data import groups_of
+    from stages.training.terms import ObjectiveTerm
+
+    loss = objective.bind({"name": "sigmoid_norm"})
+    groups = groups_of(setting.examples, loss, 0.0, setting.world.init, setting.dtype)
+    leg = ObjectiveTerm(groups, loss, 0.0, "token", setting.pairs, setting.dtype, NEVER, 0, 0)
+    for group in (group for n in range(leg.steps(1)) for group in leg.batch(n)):
+        for chosen, rejected in group.pairs:
+            yield {
+                "prompt_ids": group.prompt,
+                "chosen_ids": group.responses[chosen],
+                "rejected_ids": group.responses[rejected],
+                "ref_chosen_logps": group.ref[chosen],
+                "ref_rejected_logps": group.ref[rejected],
+            }
+
+
+def trl(setting: Setting) -> Run:
+    from tests.bench.optimize.trl_side import train
+
+    return train(setting, list(ordered(setting)), Watch(), BETA, LR)
+
+
+def sweep(side: Callable[[Setting], Run], setting: Setting, sizes: list[int]) -> dict[int, tuple[float, float]]:
+    """Pairs a second and megabytes at each size, from one step after one of warm-up.
+
+    Upwards until two are slower than the best.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for size in sizes:
+        run = side(replace(setting, size=size, steps=1))
+        found[size] = setting.pairs / run.seconds, run.megabytes
+        speeds = [speed for speed, _ in found.values()]
+        if len(speeds) > 2 and max(speeds[-2:]) < max(speeds):
+            break
+    return found
+
+
+def our_reference(setting: Setting) -> float:
+    """Responses scored a second, by what the stage `reference` does with its rows, on all threads."""
+    from stages.limits import BUDGET
+    from stages.network.forward import logp_of, read_rows
+    from stages.network.load import load_network
+
+    network = load_network(setting.world.init, train=True)
+    rows = [(row["prompt_ids"], each["token_ids"]) for row in setting.examples.to_pylist() for each in row["responses"]]
+    first = setting.groups * setting.shape.responses
+    read_rows(logp_of, network, rows[:first], setting.dtype, BUDGET)
+    start = time.perf_counter()
+    read_rows(logp_of, network, rows[first:], setting.dtype, BUDGET)
+    return (len(rows) - first) / (time.perf_counter() - start)
+
+
+def trl_reference(setting: Setting) -> float:
+    """The same responses a second, by TRL's `precompute_ref_log_probs` over the pairs that they stand in.
+
+    Counted like ours: a response once, however often TRL scores it. At the batch size that makes it fastest here.
+    """
+    from tests.bench.optimize.trl_side import precompute
+
+    pairs = list(ordered(setting))
+    covered = setting.groups * setting.steps * setting.shape.responses
+    return covered / min(precompute(replace(setting, size=size), pairs) for size in SCORED)

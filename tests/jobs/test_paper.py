@@ -1,0 +1,177 @@
+"""The paper's tables: its cells and figures, what agrees and what does not, and all of it on the tiny world."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import jobs.paper
+from jobs.paper import cells, conclusions, paper_plans, tables
+from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.run import run
+from pipeline.sql.catalog import open_catalog, query
+from pipeline.store.store import Store
+from stages.evaluation.evaluate import bootstrap_interval
+from tests.runs import Silent, plan_of
+
+# Tables 1 and 2 of arXiv 2309.06657, as notes/methods.md 1.4 has them: proxy / gold / AutoSxS, TL;DR then HH.
+TABLE_1 = """
+sigmoid-norm direct          84.35/76.09/67.72 51.63/36.13/24.01
+sigmoid-norm sft-sample-rank 88.63/78.14/69.02 85.09/58.65/39.56
+sigmoid-norm rso-sample-rank 92.37/82.22/71.86 86.94/59.15/40.98
+hinge direct                 86.92/79.76/60.54 35.95/27.56/15.69
+hinge sft-sample-rank        90.15/80.19/67.34 80.82/54.55/30.66
+hinge rso-sample-rank        93.36/84.40/69.26 82.21/55.22/32.56
+hinge-norm direct            83.93/76.43/66.63 49.55/37.23/22.89
+hinge-norm sft-sample-rank   88.04/76.57/68.46 82.40/56.55/35.96
+hinge-norm rso-sample-rank   92.80/83.45/70.84 84.44/57.75/38.58
+"""
+TABLE_2 = """
+sft 8 first-round  88.63/68.51
+sft 8 tournament   90.69/68.57
+rso 8 first-round  92.37/71.86
+rso 8 tournament   93.35/71.69
+sft 64 first-round 88.91/68.84
+sft 64 tournament  91.14/71.08
+"""
+PROMPTS = [f"p{n}" for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch):
+    monkeypatch.setattr(jobs.paper, "RESAMPLES", 200)
+
+
+def transcribed(table):
+    """{labels: figures, of one data set after the other}."""
+    found = (re.fullmatch(r"(.+?) +([\d./ ]+)", line) for line in table.strip().splitlines())
+    return {match[1]: [float(figure) for figure in re.split("[/ ]", match[2])] for match in found}
+
+
+def test_the_cells_are_the_papers_nine_and_six_with_its_figures():
+    """Table 2 has no gold."""
+    found: dict[str, dict] = {"table 1": {}, "table 2": {}}
+    for cell in cells():
+        figures = [figure for data in cell.paper.values() for figure in data if figure is not None]
+        found[cell.table][" ".join(cell.labels.values())] = figures
+    assert found == {"table 1": transcribed(TABLE_1), "table 2": transcribed(TABLE_2)}
+    assert [len(table) for table in found.values()] == [9, 6]
+    assert all(cell.paper["tldr"][1] is None for cell in cells() if cell.table == "table 2")
+
+
+def objectives(plans):
+    steps = {plan.name: next(step for step in plan.steps if step.name == "optimize") for plan in plans}
+    return {name: (step.options["objective"].name, step.options["objective"].options) for name, step in steps.items()}
+
+
+def test_both_normalised_losses_take_the_same_gamma_and_the_hinge_its_margin(world):
+    """Whatever the world's own objective is; and a --set still outranks the table."""
+    for gamma in (1.0, 0.05, 1e-5):
+        made = objectives(paper_plans([world / "demo.yaml"], [], gamma))
+        assert len(made) == 15
+        for name, (loss, options) in made.items():
+            expected = {"hinge": ("delta", 1.0), "hinge_norm": ("gamma", gamma), "sigmoid_norm": ("beta", gamma)}[loss]
+            assert expected in options.items(), name
+    changed = objectives(paper_plans([world / "demo.yaml"], ["optimize.objective={name: hinge, delta: 2.0}"]))
+    assert {options["delta"] for _, options in changed.values()} == {2.0}
+
+
+def wins_of(rate):
+    """The same share of wins of every prompt, by run, for both metrics."""
+    return {
+        cell.run: {metric: dict.fromkeys(PROMPTS, rate(cell)) for metric in ("gold_win", "proxy_win")}
+        for cell in cells()
+    }
+
+
+def verdicts(wins, metric, claim):
+    return {row["for"]: row[f"{metric} agrees"] for row in conclusions(wins) if row["claim"] == claim}
+
+
+def test_a_conclusion_is_confirmed_refuted_or_unclear():
+    """+20 points on each prompt agree with the paper's sign, -20 do not, and 0 on average say nothing."""
+    claim = "plain sampling beats direct pairs"
+    losses = ("sigmoid-norm", "hinge", "hinge-norm")
+    for shift, verdict in ((0.2, "yes"), (-0.2, "no")):
+        wins = wins_of(lambda cell, shift=shift: 0.5 + shift * (cell.labels["pairs"] == "sft-sample-rank"))
+        for metric in ("gold", "proxy"):
+            assert verdicts(wins, metric, claim) == dict.fromkeys(losses, verdict)
+    noisy = wins_of(lambda cell: 0.5)
+    noisy["paper hinge direct"]["gold_win"] = {prompt: float(n % 2) for n, prompt in enumerate(PROMPTS)}
+    assert set(verdicts(noisy, "gold", claim).values()) == {"unclear"}
+
+
+def test_a_conclusion_compares_prompts_that_both_cells_have():
+    """+10 points on each of the 30 shared prompts, whatever the other ten say; where none is shared, no verdict."""
+    wins = wins_of(lambda cell: 0.5)
+    wins["paper sft 8 tournament"]["proxy_win"] = {p: 0.6 if n < 30 else 0.0 for n, p in enumerate(PROMPTS)}
+    wins["paper sft 8 first-round"]["proxy_win"] = dict.fromkeys(PROMPTS[:30], 0.5)
+    wins["paper rso 8 first-round"]["proxy_win"] = {}
+    rows = {row["for"]: row for row in conclusions(wins) if row["claim"] == "a tournament raises the proxy"}
+    assert (rows["sft 8"]["proxy"], rows["sft 8"]["paper proxy"]) == ("+10.0 [+10.0, +10.0]", "+2.1")
+    assert (rows["sft 8"]["proxy agrees"], rows["rso 8"]["proxy agrees"]) == ("yes", "")
+    assert {row["gold agrees"] for row in rows.values()} == {""}, "the paper gives no gold here"
+
+
+@pytest.fixture(scope="module")
+def measured(world, finished, tmp_path_factory):
+    """A store with all cells of table 2, and those of table 1 that are among them; and which steps each ran."""
+    root = tmp_path_factory.mktemp("paper") / "store"
+    shutil.copytree(finished, root)
+    plans = [
+        plan
+        for plan in paper_plans([world / "demo.yaml"], ["optimize.epochs=1"])
+        if "hinge" not in plan.name and "direct" not in plan.name
+    ]
+    ran = {}
+    for plan in plans:
+        watcher = Silent()
+        run(plan, Store(root), LocalExecutor(), watcher)
+        ran[plan.name] = watcher.ran
+    return Store(root), ran
+
+
+def test_the_tables_come_out_with_intervals_beside_the_papers_figures(measured):
+    store, _ = measured
+    (_, first), (_, second), (_, claims) = tables(store)
+    assert [first.num_rows, second.num_rows] == [9, 6]
+    for row in second.to_pylist():
+        for ours in (row["our gold %"], row["our proxy %"]):
+            mean, low, high = map(float, re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", ours).groups())
+            assert 0 <= low <= mean <= high <= 100
+    rso = next(row for row in second.to_pylist() if (row["pairs"], row["rank"]) == ("rso 8", "first-round"))
+    assert rso["paper TL;DR gold/proxy/AutoSxS"] == "- / 92.37 / 71.86"
+    made = {row["loss"] for row in first.to_pylist() if row["our gold %"]}
+    assert made == {"sigmoid-norm"}, "a cell that is not made yet is empty"
+    assert {row["proxy agrees"] for row in claims.to_pylist() if row["for"].startswith(("sft", "rso"))} <= {
+        "yes", "no", "unclear"
+    }  # fmt: skip
+
+
+def test_cells_share_all_that_is_the_same(measured):
+    """One set of candidates, rewards and judge for all; table 2's first-round cells of 8 are two of table 1."""
+    _, ran = measured
+    assert not {"sft", "ranker", "sample", "reward", "eval_baseline"} & {
+        step for steps in ran.values() for step in steps
+    }
+    assert ran["paper sft 8 first-round"] == ran["paper rso 8 first-round"] == []
+
+
+def test_a_run_with_rounds_counts_by_its_last(world, finished, tmp_path):
+    """Of the wins of round 1 and 2, the cell's are those of 2."""
+    root = tmp_path / "store"
+    shutil.copytree(finished, root)
+    store = Store(root)
+    plan = plan_of(world, "optimize.epochs=1", "optimize@2.epochs=4", recipe="raft")
+    plan.name = "paper rso 8 first-round"
+    run(plan, store, LocalExecutor(), Silent())
+    asked = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes GROUP BY stage, key"
+    rates = [query(open_catalog(store, plan.name, n), asked)["rate"].to_pylist() for n in (1, 2)]
+    assert rates[0] != rates[1]
+    row = next(row for row in tables(store)[1][1].to_pylist() if row["our proxy %"])
+    assert row["our proxy %"].startswith(f"{rates[1][0]:.1f} [")
+
+
+def test_the_bootstrap_interval_of_equal_values_is_a_point():
+    assert bootstrap_interval(np.full(7, 0.25), 50, np.random.default_rng(0)) == (0.25, 0.25)

@@ -1,0 +1,117 @@
+"""What the report and the queries behind it say of runs that differ, and of runs that do not."""
+
+import re
+import shutil
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+from jobs import queries
+from jobs.report import _histogram, write_report
+from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.run import run
+from pipeline.sql.catalog import open_catalog, query
+from pipeline.sql.views import RUNS
+from pipeline.store.store import Store
+from schemas.tables import METRICS
+from tests.runs import Silent, plan_of
+
+BOTH = "Preferences and demonstrations in one run"
+
+
+@pytest.fixture(scope="module")
+def mixed(world, finished, tmp_path_factory):
+    """A store with MAXRIGHT beside a plain run, two steered policies, and one that is steered by nothing."""
+    root = tmp_path_factory.mktemp("mixed") / "store"
+    shutil.copytree(finished, root)
+    for name, recipe, *sets in (
+        ("maxright", "maxright"),
+        ("cvx_dpo", "cvx_dpo"),
+        ("logistic_head", "logistic_head"),
+        ("unsteered", "cvx_dpo", "eval_sample.steer=0.0"),
+    ):
+        plan = plan_of(world, *sets, recipe=recipe)
+        plan.name = name
+        run(plan, Store(root), LocalExecutor(), Silent())
+    return Store(root)
+
+
+def answer(catalog, name):
+    return query(catalog, queries.text(name)).to_pylist()
+
+
+def test_the_leaderboard_has_kl_of_steered_policies_too(mixed):
+    """Of what drew the responses against the SFT policy; 0 where the head has no say."""
+    board = {row["run"]: row for row in answer(open_catalog(mixed), "leaderboard")}
+    assert float(board["cvx_dpo"]["kl_nats"]) >= 0
+    assert float(board["logistic_head"]["kl_nats"]) >= 0
+    largest = query(open_catalog(mixed, "unsteered"), "SELECT max(abs(kl)) AS kl FROM outcomes")["kl"].to_pylist()
+    assert largest[0] < 1e-4
+    steered = query(open_catalog(mixed, "cvx_dpo"), "SELECT max(abs(kl)) AS kl FROM outcomes")["kl"].to_pylist()
+    assert steered[0] > 1e-2
+
+
+def test_the_report_plots_both_losses_of_runs_that_have_two(mixed, finished, tmp_path):
+    """MAXRIGHT and the two runs that measure its optima, with their distances to the ideal; else no such part."""
+    write_report(mixed, tmp_path / "mixed.html")
+    page = (tmp_path / "mixed.html").read_text()
+    part = page.split(BOTH)[1].split("<h2>")[0]
+    plot, table = part.split("</svg>")
+    for policy in ("maxright", "only_preferences", "only_demonstrations"):
+        assert re.search(rf"{policy} \(\d\.\d+\)", plot)
+        assert f"<td>{policy}</td>" in table
+    assert "ideal" in plot
+    write_report(Store(finished), tmp_path / "plain.html")
+    assert BOTH not in (tmp_path / "plain.html").read_text()
+
+
+def catalog_of(links, losses):
+    """`runs` of (run, step, round, key), and `metrics` of {key: (preference loss, imitation loss)}."""
+    runs = [dict(run=run, step=step, round=round, stage="optimize", key=key) for run, step, round, key in links]
+    names = ("heldout/loss", "heldout/imitation/loss")
+    rows = [
+        dict(step=1, metric=metric, value=value, stage="optimize", key=key)
+        for key, pair in losses.items()
+        for metric, value in zip(names, pair, strict=True)
+        if value is not None
+    ]
+    made = {
+        "runs": pa.Table.from_pylist(runs, schema=RUNS),
+        "metrics": pa.Table.from_pylist(
+            rows, schema=pa.schema([*METRICS, pa.field("stage", pa.string()), pa.field("key", pa.string())])
+        ),
+    }
+    connection = duckdb.connect()
+    for name, table in made.items():
+        connection.register(name, table)
+    return connection
+
+
+def test_two_policies_of_one_name_are_two_rows():
+    """Equal steps of two runs are one policy under one name; other keys of that name tell their run as well."""
+    links = [
+        ("a", "optimize", None, "k1"),
+        ("a", "only_preferences", None, "k2"),
+        ("b", "optimize", 2, "k3"),
+        ("b", "only_preferences", 2, "k4"),
+        ("b", "only_demonstrations", None, "k5"),
+        ("c", "only_demonstrations", None, "k5"),
+        ("c", "optimize", None, "k6"),
+    ]
+    losses = {f"k{n}": (float(n), 10.0 + n) for n in range(1, 6)} | {"k6": (6.0, None)}
+    rows = catalog_of(links, losses).sql(queries.text("two_losses")).to_arrow_table().to_pylist()
+    assert [(row["policy"], row["preference_loss"], row["imitation_loss"]) for row in rows] == [
+        ("a", 1.0, 11.0),
+        ("b@2", 3.0, 13.0),
+        ("only_demonstrations", 5.0, 15.0),
+        ("only_preferences (a)", 2.0, 12.0),
+        ("only_preferences (b@2)", 4.0, 14.0),
+    ]
+
+
+def test_rewards_of_which_none_was_kept_are_plotted_alone():
+    bins = [{"what": "all candidates", "low": low, "high": low + 0.5, "n": 1} for low in (0.0, 0.5)]
+    plot = _histogram(bins)
+    assert "all candidates (2)" in plot
+    assert "kept" not in plot

@@ -1,0 +1,180 @@
+"""`winnow sql`: answers in every format, to the terminal and to files, and the shell."""
+
+import csv
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+import jobs.__main__  # noqa: F401 - registers every command
+from jobs import queries
+from jobs.commands.app import app
+from jobs.output import MOST
+from jobs.shell import split
+from pipeline.store.store import Store
+from tests.catalogs import link, put, rewards
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(tmp_path_factory.mktemp("asked") / "store")
+    put(store, "reward", "1", [rewards(0.5, 1.5)])
+    link(store, "one", reward=("reward", "1"))
+    return store
+
+
+def sql(store: Store, *words: object, typed: str | None = None) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["sql", *map(str, words), "--store", str(store.root)], input=typed)
+    return (2, str(done.exception)) if done.exception and not done.output else (done.exit_code, done.output)
+
+
+ROWS = "SELECT reward, candidate_id, [1, NULL] AS ids, components FROM rewards ORDER BY reward"
+
+
+def test_every_format_has_the_same_rows_in_a_file(store: Store, tmp_path: Path):
+    files = {form: tmp_path / f"answer.{form}" for form in ("table", "csv", "json", "parquet")}
+    for form, file in files.items():
+        assert sql(store, ROWS, "--format", form, "--out", file) == (0, "")
+    expected = [dict(reward=r, candidate_id=c, ids=[1, None], components=None) for r, c in ((0.5, "c0"), (1.5, "c1"))]
+    assert pq.read_table(files["parquet"]).to_pylist() == expected
+    assert [json.loads(line) for line in files["json"].read_text().splitlines()] == expected
+    header, *lines = csv.reader(io.StringIO(files["csv"].read_text()))
+    assert [header, *lines] == [list(expected[0]), ["0.5", "c0", "[1, null]", ""], ["1.5", "c1", "[1, null]", ""]]
+    assert "c1" in files["table"].read_text()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_fails_leaves_no_file_and_what_was_there(store: Store, tmp_path: Path):
+    """A column that Parquet has no type for is found when the file is written."""
+    (tmp_path / "answer").write_text("mine")
+    for statement in ("SELECT INTERVAL 3 DAYS AS span", "SELECT error('stop') FROM rewards", "DROP TABLE runs"):
+        code, text = sql(store, statement, "--format", "parquet", "--out", tmp_path / "answer")
+        assert code == 2, text
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+    assert "is no file" in sql(store, "SELECT 1", "--out", tmp_path)[1]
+    assert "is no file" in sql(store, "SELECT 1", "--out", "/dev/null")[1]
+    assert sql(store, "SELECT 7 AS n", "--out", tmp_path / "n.csv") == (0, "")
+    assert (tmp_path / "n.csv").read_text() == "n\n7\n", "as the name ends"
+    assert "there is no folder" in sql(store, "SELECT 1", "--out", tmp_path / "no" / "answer")[1]
+    assert "say which by --out" in sql(store, "SELECT 1", "--format", "parquet")[1]
+
+
+def test_a_long_table_says_how_many_rows_it_leaves_out(store: Store, tmp_path: Path):
+    """Five million rows: the table has the first ones in order, a file all of them."""
+    many = "SELECT 5000000 - range AS n FROM range(5000000) ORDER BY n"
+    code, text = sql(store, many)
+    assert code == 0
+    assert f"{5_000_000 - MOST:,} more rows" in text
+    assert f"│ {MOST} " in text
+    assert f"│ {MOST + 1} " not in text
+    assert sql(store, many, "--format", "parquet", "--out", tmp_path / "many.parquet")[0] == 0
+    assert pq.read_metadata(tmp_path / "many.parquet").num_rows == 5_000_000
+
+
+def test_json_has_null_where_json_has_no_number(store: Store):
+    lines = sql(store, "SELECT 'nan'::DOUBLE AS x, ['inf'::DOUBLE, 1.0] AS y", "--format", "json")[1]
+    assert json.loads(lines, parse_constant=pytest.fail) == {"x": None, "y": [None, 1.0]}
+
+
+def test_a_query_by_its_name(store: Store):
+    assert sql(store, "reward_histogram", "--format", "csv")[1].startswith("what,low,high,n\n")
+    assert "did you mean 'leaderboard'" in sql(store, "leaderbord")[1]
+    code, text = sql(store, "--list")
+    assert code == 0
+    assert all(name in text for name in queries.names())
+
+
+def test_db_exports_what_the_store_has(store: Store, tmp_path: Path):
+    file = tmp_path / "out.duckdb"
+    assert "wrote" in sql(store, "--db", file)[1]
+    with duckdb.connect(str(file)) as copy:
+        assert copy.sql("SELECT sum(reward) FROM rewards").fetchall() == [(2.0,)]
+    assert "is there already" in sql(store, "--db", file)[1]
+    for words in (["SELECT 1", "--db", tmp_path / "x"], ["--out", tmp_path / "x"]):
+        assert "--db for a whole store without one" in sql(store, *words)[1]
+
+
+def test_statements_end_by_a_semicolon_that_is_not_in_quotes():
+    assert split("SELECT 1; SELECT ';") == (["SELECT 1;"], " SELECT ';")
+    assert split("SELECT ';'\n -- it's; \n;\n") == (["SELECT ';'\n -- it's; \n;"], "")
+    assert split("SELECT /* ; */ 1") == ([], "SELECT /* ; */ 1")
+    assert split("leaderboard\n") == (["leaderboard\n"], "")
+    assert split(".tables rewards\n") == ([".tables rewards\n"], "")
+    assert split(" \n-- nothing; at all\n")[1] == ""
+
+
+def test_statements_from_a_pipe(store: Store):
+    """Over several lines, two in one, the last without a semicolon; an error ends none of the others, but is told."""
+    typed = "SELECT\n1 AS a\n; SELECT 2 AS b; SELECT 'x;y' AS c;\n-- a comment; here\nSELECT nothing;\nSELECT 9 AS d"
+    code, text = sql(store, "--format", "csv", typed=typed)
+    assert code == 2
+    assert [line for line in text.split("\n") if len(line) < 4] == ["a", "1", "b", "2", "c", "x;y", "d", "9", ""]
+    assert sql(store, "--format", "csv", typed="SELECT 1 AS a;\n") == (0, "a\n1\n")
+    assert sql(store, typed="SELECT 1 AS a;\n.quit\nSELECT nothing;") == sql(store, typed="SELECT 1 AS a")
+    assert sql(store, typed="") == (0, "")
+
+
+def test_the_shells_commands(store: Store):
+    code, text = sql(store, typed=".tables\n.tables rewards\n.tables steps\n.queries\n.help\nreward_histogram\n")
+    assert code == 0
+    said = ["one row a candidate", "the same logit with the baseline read first", "hash of the stage", "best_of"]
+    said += [".quit", "all candidates"]
+    assert [word for word in said if word not in text] == []
+    assert "no table 'rewads'; did you mean 'rewards'?" in sql(store, typed=".tables rewads\n")[1]
+    assert "no command .shell; .help" in sql(store, typed=".shell ls\n")[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a terminal and signals")
+def test_ctrl_c_cancels_a_statement_and_not_the_shell(store: Store):
+    """At a real terminal: once while DuckDB works on what would take years, once in a statement half typed."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "jobs", "sql", "--store", str(store.root), "--format", "csv"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True
+    ) as shell:
+        os.close(theirs)
+        wait_for(ours, "winnow> ")
+        os.write(ours, b"SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range + b.range = 7;\n")
+        time.sleep(1)
+        cancel(shell, ours)
+        os.write(ours, b"SELECT half\n")
+        wait_for(ours, "...> ")
+        cancel(shell, ours)
+        os.write(ours, b"SELECT 40 + 2 AS a;\n")
+        assert "42" in wait_for(ours, "42")
+        os.write(ours, b".quit\n")
+        assert shell.wait(timeout=30) == 0
+    os.close(ours)
+
+
+def cancel(shell: subprocess.Popen, terminal: int) -> None:
+    """Pressed again where nothing comes of it: readline sleeps on where a signal falls between its prompt and its wait
+    for a key, until the next of either."""
+    for _ in range(12):
+        shell.send_signal(signal.SIGINT)
+        if select.select([terminal], [], [], 5)[0]:
+            break
+    assert "cancelled" in wait_for(terminal, "winnow> ")
+
+
+def wait_for(terminal: int, words: str) -> str:
+    """What the terminal says up to these words."""
+    said, end = "", time.monotonic() + 60
+    while words not in said:
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], said
+        said += os.read(terminal, 4096).decode()
+    return said

@@ -1,0 +1,219 @@
+"""A key is what was written and nothing else: it moves when the result would, and never otherwise."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs import recipes
+from pipeline import DataPath, ModelPath
+from pipeline.config.keys import canonical, differences, key_of
+from pipeline.config.plan import Plan, Step
+from stages.training.objectives import objective
+from tests.pipeline.config.test_recipe import own_world, plan_of
+
+# Steps that are `like` another, and do not say this option themselves.
+CACHES = ("reference", "preference_reference")  # their dtype must be the trainer's, or the plan is refused
+ALIKE = {"optimize": ("only_preferences", "only_demonstrations"), "compare": ("compare_all",)}
+# Another value for an option of each stage that has one; pair's are checked against its wires.
+CHANGES = {
+    "untrained": "seed=7",
+    "prompts": "max_tokens=99",
+    "preferences": "max_tokens=99",
+    "own_candidates": "max_tokens=99",
+    "examples": "split=heldout",
+    "ranker_examples": "seed=7",
+    "optimize": "seed=7",
+    "sample": "seed=7",
+    "reward": "orders=one",
+    "select": "seed=7",
+    "compare": "orders=one",
+    "reference": "dtype=bfloat16",
+    "judge": "by={name: pairwise, dtype: bfloat16}",
+    "pool": None,
+    "mismatch": None,
+    "reward_head": None,
+    "combine": "weights={first: 1.0, second: 0.7}",
+    "head_reward": None,
+    "features": "dtype=bfloat16",
+    "preference_head": "head={name: logistic, C: 0.5}",
+    "score": "method=bradley_terry",
+    "evaluate": "seed=7",
+}
+
+
+def keys_of(plan: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in plan.steps}
+
+
+def depends(step: Step, name: str) -> bool:
+    """Is it that step, or made from it?"""
+    return step.name == name or any(depends(source, name) for source in step.inputs.values())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{1, 2}, object(), Path("/tmp"), b"bytes", np.float64, np.int64(3), np.ones(2), 1j, {3: "x"}, len, [{"a": {1}}]],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_has_no_stable_bytes_is_refused(value):
+    """A set's order, an object's address, a folder's place: none of them may decide where a result lives."""
+    with pytest.raises(TypeError, match="has no stable bytes"):
+        canonical(value)
+
+
+def test_order_of_writing_does_not_matter():
+    assert key_of(canonical({"a": 1, "b": [1, 2]})) == key_of(canonical({"b": (1, 2), "a": 1}))
+    assert key_of(canonical([1, 2])) != key_of(canonical([2, 1]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, "1"), (1, 1.5), (None, "null"), (True, "true"), ("", None), ([], {}), ([1], 1), (0.0, "0.0")]
+)
+def test_different_values_have_different_keys(one, other):
+    assert key_of(canonical({"x": one})) != key_of(canonical({"x": other}))
+
+
+def test_infinity_is_a_value_like_any_other():
+    """beta = infinity is plain sampling, so it must have a key of its own, the same each time."""
+    keys = [key_of(canonical({"beta": beta})) for beta in (math.inf, math.inf, -math.inf, 1e308)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_a_function_is_its_name_and_all_its_options():
+    """The default written out is the same function; another option or another name is not."""
+    plain, written, other = (objective.bind(value) for value in
+                             ("hinge", {"name": "hinge", "delta": 1.0}, {"name": "hinge", "delta": 2.0}))  # fmt: skip
+    assert key_of(canonical(plain)) == key_of(canonical(written)) != key_of(canonical(other))
+    assert key_of(canonical(objective.bind("nll"))) != key_of(canonical(plain))
+
+
+def test_a_file_is_its_content(tmp_path: Path):
+    """Under another name and in another folder it is the same; one byte more and it is another."""
+    (tmp_path / "elsewhere").mkdir()
+    first, second = tmp_path / "a.jsonl", tmp_path / "elsewhere" / "b.jsonl"
+    first.write_bytes(b"x")
+    second.write_bytes(b"x")
+    key = key_of(canonical(DataPath(str(first))))
+    assert key == key_of(canonical(DataPath(str(second))))
+    assert str(tmp_path) not in json.dumps(canonical(DataPath(str(first))))
+    first.write_bytes(b"xy")
+    assert key != key_of(canonical(DataPath(str(first))))
+
+
+def test_a_folder_is_its_files_and_their_names(tmp_path: Path):
+    for name in ("one", "two", "three"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "f.csv").write_text("x")
+    (tmp_path / "three" / "deep" / "f.csv").rename(tmp_path / "three" / "deep" / "g.csv")
+    one, two, three = (key_of(canonical(DataPath(str(tmp_path / name)))) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_a_model_is_its_weights_config_and_tokenizer(tmp_path: Path):
+    """What else lies in the folder (a README, a pickle) does not count; a byte of the weights does."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    key = key_of(canonical(ModelPath(str(folder))))
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    (moved / "README.md").write_text("hello")
+    assert key_of(canonical(ModelPath(str(moved)))) == key
+    (moved / "model.safetensors").write_text("{ }")
+    assert key_of(canonical(ModelPath(str(moved)))) != key
+
+
+def test_differences_name_the_field_and_both_values():
+    old = {"version": 1, "options": {"k": 8, "objective": {"name": "hinge", "delta": 1.0}}, "inputs": {"a": "x"}}
+    new = {"version": 1, "options": {"k": 4, "objective": {"name": "hinge", "delta": 2.0}}, "inputs": {"a": "x"}}
+    assert differences(old, new) == ["options.k: 8 -> 4", "options.objective.delta: 1.0 -> 2.0"]
+    assert differences(old, old) == []
+    assert differences({"a": 1}, {}) == ["a: 1 -> null"]
+
+
+def test_long_values_are_cut_in_differences():
+    assert all(len(line) < 120 for line in differences({"text": "x" * 1000}, {"text": "y" * 1000}))
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_one_option_moves_its_step_and_what_is_made_from_it(recipe: str, world: Path):
+    """And nothing else: a new beta must not throw away the candidates, nor a new seed of evaluation the policy."""
+    before = plan_of(recipe, world)
+    for step in before.steps:
+        if not CHANGES.get(step.entry.name) or step.name.partition("@")[0] in CACHES:
+            continue
+        sets = f"{step.name}.{CHANGES[step.entry.name]}"
+        if step.options[CHANGES[step.entry.name].split("=")[0]] == "heldout":
+            continue
+        after = keys_of(plan_of(recipe, world, sets))
+        moved = {name for name, key in keys_of(before).items() if after[name] != key}
+        changed = {step.name, *ALIKE.get(step.name, ())}
+        expected = {other.name for other in before.steps if any(depends(other, name) for name in changed)}
+        assert moved == expected, sets
+
+
+def test_every_stage_of_the_recipes_is_varied_above(world: Path):
+    used = {step.entry.name for recipe in recipes.names() for step in plan_of(recipe, world).steps}
+    assert used - {"pair"} <= CHANGES.keys()
+
+
+def test_methods_share_what_they_have_in_common(world: Path):
+    """RSO, IPO, RAFT's first round and SLiC draw and score the same candidates: one bill for all."""
+    plans = {
+        name: {step.removesuffix("@1"): key for step, key in keys_of(plan_of(name, world)).items()}
+        for name in ("rso", "ipo", "raft", "slic_sample_rank", "dpo", "sft")
+    }
+    for name in ("ipo", "raft", "slic_sample_rank"):
+        assert plans[name]["sample"] == plans["rso"]["sample"]
+        assert plans[name]["reward"] == plans["rso"]["reward"]
+    assert plans["ipo"]["reference"] == plans["rso"]["reference"]
+    assert len({keys["eval_baseline"] for keys in plans.values()}) == 1
+    assert len({keys["evaluate"] for keys in plans.values()}) == len(plans)
+
+
+def test_shards_are_part_of_every_key(world: Path):
+    """Parts of another number hold other prompts, so no step may be taken for the other's."""
+    few, many = keys_of(plan_of("rso", world)), keys_of(plan_of("rso", world, "shards=4"))
+    assert not set(few.values()) & set(many.values())
+
+
+def test_where_things_lie_is_not_part_of_a_key(world: Path, tmp_path: Path):
+    """The whole world copied to another folder: the same keys."""
+    moved = Path(shutil.copytree(world, tmp_path / "moved"))
+    assert keys_of(plan_of("rso", moved)) == keys_of(plan_of("rso", world))
+
+
+def test_a_changed_data_file_moves_what_reads_it(world: Path, tmp_path: Path):
+    moved = Path(shutil.copytree(world, tmp_path / "moved"))
+    with (moved / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": "One more."}\n')
+    before, after = keys_of(plan_of("rso", world)), keys_of(plan_of("rso", moved))
+    assert after["prompts"] != before["prompts"]
+    assert after["sample"] != before["sample"]
+    assert {name: after[name] for name in ("sft", "ranker")} == {name: before[name] for name in ("sft", "ranker")}
+
+
+def test_two_processes_agree_on_every_key(world: Path):
+    """With other hash seeds and from other folders: nothing of a process is in a key."""
+    own_world(world)
+    code = """
+import json, sys
+from pathlib import Path
+from jobs import recipes
+from tests.pipeline.config.test_keys import keys_of
+from tests.pipeline.config.test_recipe import plan_of
+print(json.dumps({name: keys_of(plan_of(name, Path(sys.argv[1]))) for name in recipes.names()}))
+"""
+    environment = os.environ | {"PYTHONHASHSEED": "4711", "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", code, str(world)], cwd="/", env=environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {name: keys_of(plan_of(name, world)) for name in recipes.names()}

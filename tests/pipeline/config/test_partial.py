@@ -1,0 +1,293 @@
+"""One step alone, a step and what follows, a step made again; why two differ; how a failed run goes on."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from jobs.resume import command
+from jobs.why import why
+from pipeline.config.partial import rerun
+from pipeline.config.plan import Plan
+from pipeline.store.storage import delete
+from pipeline.store.store import Store
+from schemas import WinnowError
+from schemas.tables import REWARDS, SELECTIONS
+from tests.chain import Luck, Raced, make, planned, recipe, step, toys
+from tests.runs import local
+
+
+@pytest.fixture
+def luck() -> Iterator[Luck]:
+    with toys() as luck:
+        yield luck
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def plan(tmp_path: Path, luck: Luck) -> Plan:
+    return planned(recipe(tmp_path))
+
+
+def rewards(store: Store, plan: Plan, name: str = "rate") -> list[float]:
+    schema = REWARDS if name == "rate" else SELECTIONS
+    return sorted(store.folder(step(plan, name)).read(schema).column("reward").to_pylist())
+
+
+def test_only_makes_one_step_and_from_makes_what_follows(store: Store, plan: Plan):
+    assert make(rerun([plan], store, only="draw").plans[0], store) == ["draw"]
+    assert make(rerun([plan], store, only="draw").plans[0], store) == []
+    assert make(rerun([plan], store, onward="rate").plans[0], store) == ["rate", "keep"]
+    assert set(store.runs()["toy"]) == {"draw", "rate", "keep"}, "the run is linked to all of its steps"
+
+
+@pytest.mark.parametrize("option", ["only", "onward"])
+def test_what_a_part_reads_must_be_sealed(store: Store, plan: Plan, option: str):
+    with pytest.raises(WinnowError, match=r"toy: --\w+ keep: it reads rate, which is not sealed.*--set target=rate "):
+        rerun([plan], store, **{option: "keep"})
+    assert not store.runs()
+
+
+def test_an_earlier_recipe_of_the_command_may_make_what_a_later_one_reads(
+    tmp_path: Path, store: Store, plan: Plan, luck: Luck
+):
+    """rate of both is one step: made by the first, read by the second."""
+    other = planned(recipe(tmp_path, "other", keep="with: {above: 3.0}"))
+    make(rerun([plan], store, only="draw").plans[0], store)
+    parts = rerun([plan, other], store, onward="rate").plans
+    assert [make(part, store) for part in parts] == [["rate", "keep"], ["keep"]]
+
+
+def test_unknown_steps_and_contradictions_are_refused(store: Store, plan: Plan):
+    for option in ("only", "onward", "force"):
+        with pytest.raises(WinnowError, match=r"no step 'rat' in toy; did you mean 'rate'\?"):
+            rerun([plan], store, **{option: "rat"})
+    with pytest.raises(WinnowError, match="give one of them"):
+        rerun([plan], store, only="rate", onward="rate")
+
+
+def test_a_step_by_its_bare_name_is_that_of_every_round(tmp_path: Path, luck: Luck, store: Store):
+    file = recipe(tmp_path)
+    file.write_text(file.read_text() + "rounds: [{rate: {with: {scale: 1.0}}}, {rate: {with: {scale: 2.0}}}]\n")
+    plan = planned(file)
+    make(rerun([plan], store, only="draw").plans[0], store)
+    assert make(rerun([plan], store, only="rate").plans[0], store) == ["rate@1", "rate@2"]
+    assert make(rerun([plan], store, onward="rate@2").plans[0], store) == ["keep@2"]
+    assert {made.key for made in rerun([plan], store, force="rate@2").gone} == {
+        step(plan, name).key for name in ("rate@2", "keep@2")
+    }
+
+
+def test_force_makes_a_step_again_and_what_was_made_of_it(store: Store, plan: Plan, luck: Luck):
+    """Luck has changed: without force nothing is made; with it rate is new, keep fits it, and draw stays."""
+    make(plan, store)
+    draws = store.folder(step(plan, "draw")).manifest
+    luck.bonus = 100.0
+    assert make(plan, store) == []
+    forced = rerun([plan], store, force="rate")
+    assert min(rewards(store, plan)) == 0.0, "nothing is touched before drop()"
+    forced.drop()
+    assert make(forced.plans[0], store) == ["rate", "keep"]
+    assert rewards(store, plan) == rewards(store, plan, "keep") == [100.0 + n for n in range(12)]
+    assert store.folder(step(plan, "draw")).manifest == draws
+
+
+def test_force_drops_what_no_run_names_any_more_too(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
+    """A selection made of the old rewards would be found sealed by whoever asks for it again."""
+    make(plan, store)
+    file = recipe(tmp_path)
+    changed = planned(file, "keep.above=3.0")
+    make(changed, store)
+    (local(store.root) / "runs" / f"{changed.name}.json").unlink()
+    rerun([plan], store, force="rate").drop()
+    assert [manifest["stage"] for manifest in store.sealed()] == ["toy_draw"]
+
+
+@pytest.mark.parametrize("name", ["draw", "rate"])
+def test_force_is_refused_where_another_run_would_lose_its_ground(
+    tmp_path: Path, store: Store, plan: Plan, luck: Luck, name: str
+):
+    other = planned(recipe(tmp_path, "other", keep="with: {above: 3.0}"))
+    make(plan, store)
+    make(other, store)
+    before = store.sealed()
+    refused = rf"--force {name}: other would lose what it stands on.*winnow gc .*--forget other --yes`"
+    with pytest.raises(WinnowError, match=refused):
+        rerun([plan], store, force=name)
+    assert store.sealed() == before
+    assert rerun([plan], store, force="keep").gone, "its own keep is nobody else's"
+    rerun([plan, other], store, force=name).drop()
+    assert len(store.sealed()) == ["draw", "rate"].index(name)
+
+
+def test_what_is_sealed_needs_no_machine_unless_it_is_made_again(store: Store, plan: Plan, luck: Luck):
+    """What a cluster must have room for: a sampler's GPUs are not asked for by another beta."""
+    assert rerun([plan], store).to_make(store) == plan.steps
+    make(plan, store)
+    assert rerun([plan], store).to_make(store) == []
+    assert [each.name for each in rerun([plan], store, force="rate").to_make(store)] == ["rate", "keep"]
+
+
+def test_a_run_that_came_since_the_checks_keeps_its_ground(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
+    make(plan, store)
+    again = rerun([plan], store, force="rate")
+    make(planned(recipe(tmp_path, "other", keep="with: {above: 3.0}")), store)
+    before = store.sealed()
+    with pytest.raises(WinnowError, match="other would lose what it stands on"):
+        again.drop()
+    assert store.sealed() == before
+
+
+@pytest.mark.parametrize(("nth", "found"), [(3, True), (4, False)])
+def test_a_run_that_comes_between_the_last_looks_and_the_drop(store: Store, plan: Plan, nth: int, found: bool):
+    """What it found sealed is not dropped; where it comes later still, it finds nothing, and waits for the claims."""
+    make(plan, store)
+    before = store.sealed()
+    raced = Raced(store.root, plan, nth)
+    again = rerun([plan], raced, force="draw")
+    with pytest.raises(WinnowError, match="again would lose") if found else nullcontext():
+        again.drop()
+    assert raced.found is found
+    assert store.sealed() == (before if found else [])
+
+
+def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(store: Store, plan: Plan, luck: Luck):
+    """--only keep --force draw: rate would be gone. And a step that is being made is not taken away from its maker."""
+    make(plan, store)
+    before = store.sealed()
+    with pytest.raises(WinnowError, match="it reads rate, which is not sealed"):
+        rerun([plan], store, only="keep", force="draw")
+    claim = store.folder(step(plan, "keep")).claim()
+    assert claim
+    with pytest.raises(WinnowError, match="another run is making toy_keep"):
+        rerun([plan], store, force="draw").drop()
+    claim.release()
+    assert store.sealed() == before
+
+
+def test_a_drop_that_is_cut_short_leaves_no_step_on_missing_ground(
+    store: Store, plan: Plan, luck: Luck, monkeypatch: pytest.MonkeyPatch
+):
+    """At whichever deletion it dies: every sealed step's inputs are sealed, and the plain command goes on."""
+    count, last = 0, 0
+
+    def or_die(place):
+        nonlocal count
+        count += 1
+        if count == last:
+            raise KeyboardInterrupt
+        delete(place)
+
+    monkeypatch.setattr("pipeline.store.gc.delete", or_die)
+    for last in range(1, 30):  # noqa: B007 - read by or_die
+        count = 0
+        make(plan, store)
+        try:
+            rerun([plan], store, force="draw").drop()
+        except KeyboardInterrupt:
+            sealed = {manifest["key"] for manifest in store.sealed()}
+            for manifest in store.sealed():
+                assert set(manifest["identity"]["inputs"].values()) <= sealed
+        else:
+            break
+    assert last > 10
+
+
+def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_path: Path, luck: Luck):
+    """The printed command is the same without --force: rate, which is new already, is not made a third time."""
+    file = recipe(tmp_path)
+    assert winnow("run", file, "--set", "keep.above=-2.0")[0] == 0
+    for failure, code in ((WinnowError("no"), 2), (OSError("disk"), 2), (KeyboardInterrupt(), 130)):
+        luck.calls.clear()
+        luck.fail = failure
+        got, said = winnow("run", file, "--force", "rate", "--set", "keep.above=-2.0")
+        assert got == code
+        line = next(line for line in said.splitlines() if "resume with: " in line)
+        words = shlex.split(line.partition("resume with: ")[2])
+        assert words == ["winnow", "run", str(file), "--set", "keep.above=-2.0"]
+        luck.fail = None
+        luck.calls.clear()
+        assert winnow(*words[1:])[0] == 0
+        assert set(luck.calls) == {"keep"}
+
+
+def test_only_what_began_to_run_is_resumed(winnow, tmp_path: Path, luck: Luck):
+    for words in (["--set", "rate.scale=high"], ["--only", "keep"], ["--force", "nothing"]):
+        code, said = winnow("run", recipe(tmp_path), *words)
+        assert (code, "resume" in said) == (2, False)
+
+
+def test_the_command_is_quoted_and_forces_no_more():
+    assert command(["winnow", "run", "a b.yaml", "--force", "x", "--set", "a.b='c'"]) == (
+        "winnow run 'a b.yaml' --set 'a.b='\"'\"'c'\"'\"''"
+    )
+    assert command(["/bin/winnow", "run", "rso", "--force=x"]) == "/bin/winnow run rso"
+
+
+def test_a_command_of_python_m_is_that_again(tmp_path: Path, world: Path):
+    """In a process of its own: what is printed is what was typed, to the interpreter."""
+    words = ["-m", "jobs", "run", "rso", "--config", str(world / "demo.yaml"), "--set", "target=demonstrations"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "locks").write_text("in the way")
+
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    line = next(line for line in done.stderr.splitlines() if "resume with: " in line)
+    assert shlex.split(line.partition("resume with: ")[2]) == command
+
+
+def test_why_tells_where_a_difference_arises(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
+    make(plan, store)
+    changed = planned(recipe(tmp_path, "other", rate="with: {scale: 2.0}"))
+    make(changed, store)
+    assert why(store, "toy", "other") == ["rate.options.scale: 1.0 -> 2.0", "only through their inputs: keep"]
+    assert why(store, "toy/keep", "other/keep") == why(store, "toy", "other")
+    keys = [step(each, "keep").key for each in (plan, changed)]
+    assert why(store, keys[0][:8], keys[1]) == [
+        "toy_keep.rewards.options.scale: 1.0 -> 2.0",
+        "only through their inputs: toy_keep",
+    ]
+    assert why(store, "toy", "toy") == ["no difference: toy and toy have the same keys"]
+    assert why(store, "toy/draw", "other/draw") == ["no difference: toy/draw and other/draw have the same keys"]
+
+
+def test_why_tells_steps_that_one_run_lacks_and_wires_that_go_elsewhere(tmp_path: Path, store: Store, luck: Luck):
+    one, other = recipe(tmp_path, "one"), recipe(tmp_path, "other")
+    text = "again: {use: toy_rate, from: {candidates: draw}, with: {scale: 3.0}}\n"
+    other.write_text(other.read_text().replace("rewards: rate", "rewards: again") + text)
+    for file in (one, other):
+        make(planned(file), store)
+    assert why(store, "one", "other") == [
+        "keep.inputs.rewards: rate -> again",
+        "only in one: rate",
+        "only in other: again",
+    ]
+
+
+def test_why_says_what_it_cannot_know(store: Store, plan: Plan, tmp_path: Path, luck: Luck):
+    make(plan, store)
+    other = planned(recipe(tmp_path, "other", rate="with: {scale: 2.0}"))
+    make(rerun([other], store, only="draw").plans[0], store)
+    assert why(store, "toy", "other") == [
+        "not sealed on both sides, so that nothing is known of them: keep, rate",
+    ]
+    for wrong, said in {
+        "toi": r"no such run; did you mean 'toy'",
+        "toy/kep": r"run toy has no step 'kep'; did you mean 'keep'",
+        "0000beef": "no sealed step's key begins so",
+    }.items():
+        with pytest.raises(WinnowError, match=said):
+            why(store, wrong, "toy")
+    with pytest.raises(WinnowError, match="a run and a step"):
+        why(store, "toy", "toy/keep")

@@ -1,0 +1,104 @@
+"""A node, the driver and the head die in one run on three nodes: its tables are those of an undisturbed run."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from pipeline.store.store import Store
+from tests.heads import ROOT, free_ports
+from tests.pipeline.execution.test_run import digests, without
+from tests.runs import RECIPES, local, plan_of
+
+NODE: dict[str, Any] = dict(
+    num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1", object_store_memory=80_000_000
+)
+SEES_DEATHS = dict(health_check_initial_delay_ms=0, health_check_period_ms=500, health_check_failure_threshold=3)
+
+
+@contextmanager
+def cluster_of(nodes: int) -> Iterator[Cluster]:
+    gcs, agent, dashboard = free_ports(3)  # of the dashboard too: Ray tries its port without one, and leaks the socket
+    own: dict[str, Any] = dict(gcs_server_port=gcs, dashboard_agent_listen_port=agent, dashboard_port=dashboard)
+    own["_system_config"] = SEES_DEATHS
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | own)
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(**NODE)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@contextmanager
+def driver(cluster: Cluster, world: Path, store: Store) -> Iterator[subprocess.Popen]:
+    """`winnow run` in a process of its own, which is killed at the end if it has not ended."""
+    command = [sys.executable, "-m", "jobs", "run", RECIPES / "rso.yaml", "--config", world / "demo.yaml"]
+    command += ["--set", "target=select", "--store", store.root, "--workers", "2", "--address", cluster.address]
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGKILL)
+
+
+def first(found: Callable[[], Any], process: subprocess.Popen) -> Any:
+    """What is found, as soon as there is any."""
+    deadline = time.monotonic() + 120
+    while not (it := found()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return it
+
+
+def at_work(cluster: Cluster) -> list[Any]:
+    """Nodes beside the head where a worker has a unit now."""
+    return [node for node in cluster.worker_nodes if "ray::StageWorker.unit" in titles(node)]
+
+
+def titles(node: Any) -> list[str]:
+    """What the node's processes call themselves."""
+    (raylet,) = node.all_processes["raylet"]
+    found = []
+    for process in psutil.Process(raylet.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            found.append(" ".join(process.cmdline()).strip())
+    return found
+
+
+def times(folders: list[Path]) -> dict[Path, int]:
+    """When each file of their finished parts was written."""
+    return {file: file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.parquet")}
+
+
+@pytest.mark.timeout(300)
+def test_a_node_the_driver_and_the_head_die(world, finished, tmp_path):
+    """A node in `sample`, the driver in `reward`, then the head and with it the cluster; each time what was finished
+    stays as it was, and what is missing is made: no row is lost, doubled or different."""
+    plan = plan_of(world, "target=select")
+    store = without(finished, plan, "sample", tmp_path / "store")
+    sample, reward = (local(store.folder(step).path) for step in plan.steps if step.name in ("sample", "reward"))
+    with cluster_of(3) as cluster, driver(cluster, world, store) as process:
+        (victim, *_) = first(lambda: at_work(cluster), process)
+        assert not (sample / "manifest.json").exists()
+        cluster.remove_node(victim, allow_graceful=False)
+        first(lambda: [*reward.glob("part-*.json")], process)
+        process.kill()
+        process.wait()
+        assert not (reward / "manifest.json").exists()
+        assert "left out" not in process.stdout.read()
+        before = times([sample, reward])
+    with cluster_of(1) as another, driver(another, world, store) as process:
+        assert process.wait(timeout=120) == 0, process.stdout.read()
+    assert before
+    assert times([sample, reward]).items() >= before.items()
+    assert digests(plan, store) == digests(plan, Store(finished))

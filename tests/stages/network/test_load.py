@@ -1,0 +1,196 @@
+"""One network in memory: its log-probs against a naive transcription, and what it writes to disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pipeline.store.fingerprints import ModelPath, model_digest
+from schemas import Model, WinnowError
+from stages.data.tokenizer import Tokenizer
+from stages.limits import check_ids, context_length
+from stages.network.forward import completion_logp, logp_of, read_rows
+from stages.network.load import load_network, save_network
+from tests.material import alone
+
+LIMIT = 1e-5  # relative, and in nats near zero: fp32 numbers at 40 nats are 4e-6 apart
+few = settings(deadline=None, max_examples=30)
+ids = st.lists(st.integers(5, 300), min_size=1, max_size=14)
+short = st.lists(st.integers(5, 300), min_size=1, max_size=4)
+rows_of = st.lists(st.tuples(ids, short), min_size=1, max_size=7)
+
+
+@pytest.fixture(scope="module")
+def network(tiny):
+    """The tiny model with larger weights, so that its predictions are far from uniform and differ by position."""
+    loaded = load_network(tiny)
+    with torch.no_grad():
+        for weight in loaded.parameters():
+            if weight.dim() == 2:
+                weight.mul_(3)
+    return loaded
+
+
+@torch.inference_mode()
+def naive(network, prompt, response):
+    """sum_t log softmax(logits at position |x| + t - 1)[y_t]: one row, no padding, no window, float64 softmax."""
+    logits = network(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0].double()
+    table = logits.log_softmax(-1)
+    return sum(float(table[len(prompt) + t - 1, token]) for t, token in enumerate(response))
+
+
+@torch.inference_mode()
+def scored(network, rows):
+    return completion_logp(network, alone(rows), "float32")[0].tolist()
+
+
+@few
+@given(rows=rows_of)
+def test_completion_logp_is_the_naive_sum(network, rows):
+    """Any mixture of lengths in one padded batch gives each row's own sum."""
+    assert scored(network, rows) == [pytest.approx(naive(network, *row), rel=LIMIT, abs=LIMIT) for row in rows]
+
+
+@few
+@given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=20, max_size=60), ids), order=st.randoms())
+def test_a_number_does_not_depend_on_its_batch(network, rows, long, order):
+    """Alone, shuffled, or beside a much longer row (more padding, a wider window): the same to 1e-5 nats."""
+    alone = [scored(network, [row])[0] for row in rows]
+    places = list(range(len(rows)))
+    order.shuffle(places)
+    shuffled = scored(network, [rows[n] for n in places])
+    assert shuffled == [pytest.approx(alone[n], rel=LIMIT, abs=LIMIT) for n in places]
+    beside = scored(network, [*rows, long])[:-1]
+    assert beside == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in alone]
+
+
+def test_the_first_response_token_is_predicted_from_the_last_prompt_token(network):
+    """log p(y_1 | x) = log softmax(logits at the last prompt position)[y_1], and summed over y_1 it is 1.
+
+    One position early or late, sum_v p(v) would not be 1 over the vocabulary of one-token responses: each row
+    would read the distribution of another prefix. A later token cannot change it; the prompt's last can.
+    """
+    prompt = [7, 40, 91, 13]
+    vocabulary = network.config.vocab_size
+    every = torch.tensor(scored(network, [(prompt, [token]) for token in range(vocabulary)]))
+    with torch.inference_mode():
+        at_last = network(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    assert torch.allclose(every, at_last, rtol=0, atol=LIMIT)
+    assert every.exp().sum().item() == pytest.approx(1, abs=LIMIT)
+    assert every.std() > 0.1
+    other = scored(network, [([*prompt[:-1], 14], [50])])[0]
+    assert abs(other - every[50].item()) > 1e-3
+
+
+def test_logp_adds_up_along_a_response(network):
+    """log p(y | x) = log p(y_1..t | x) + log p(y_t+1.. | x y_1..t): the chain rule, at every cut."""
+    prompt, response = [3, 99, 27], [55, 8, 121, 77, 1]
+    whole = scored(network, [(prompt, response)])[0]
+    for cut in range(1, len(response)):
+        parts = scored(network, [(prompt, response[:cut]), (prompt + response[:cut], response[cut:])])
+        assert sum(parts) == pytest.approx(whole, rel=LIMIT, abs=LIMIT)
+
+
+def test_hits_count_the_tokens_that_greedy_decoding_would_write(network):
+    """The greedy continuation has all its tokens counted; with one token changed, that one is not."""
+    prompt = [5, 17, 200]
+    greedy: list[int] = []
+    with torch.inference_mode():
+        for _ in range(6):
+            greedy.append(int(network(input_ids=torch.tensor([prompt + greedy])).logits[0, -1].argmax()))
+    broken = [*greedy[:-1], (greedy[-1] + 1) % network.config.vocab_size]
+    _, hits = completion_logp(network, alone([(prompt, greedy), (prompt, broken)]), "float32")
+    assert hits.tolist() == [6, 5]
+
+
+@few
+@given(rows=rows_of, budget=st.integers(1, 120))
+def test_read_rows_is_completion_logp_in_the_order_given(network, rows, budget):
+    """Whatever the budget cuts into batches."""
+    scores = read_rows(logp_of, network, rows, "float32", budget)
+    assert scores.dtype == np.float32
+    assert scores.tolist() == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in scored(network, rows)]
+
+
+def test_bfloat16_reads_with_an_fp32_softmax(network):
+    """autocast moves the logits by a few parts in 2^8, and the sum stays fp32: near the fp32 number, and not equal."""
+    row = ([7, 40, 91], [13, 60, 4, 88])
+    with torch.inference_mode():
+        low, _ = completion_logp(network, alone([row]), "bfloat16")
+    full = naive(network, *row)
+    assert low.dtype == torch.float32
+    assert low.item() != full
+    assert low.item() == pytest.approx(full, rel=0.05)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_dropout_is_off_even_if_the_config_has_it(tiny, tmp_path, train):
+    """A policy that drops out differs from its own reference; the config's dropout is real (train mode shows it)."""
+    folder = tmp_path / "dropping"
+    shutil.copytree(tiny.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    loaded = load_network(Model(folder, "dropping"), train=train)
+    rows = [([7, 40, 91], [13, 60, 4, 88])]
+    assert scored(loaded, rows) == scored(loaded, rows) == scored(load_network(tiny), rows)
+    ids = torch.tensor([[7, 40, 91, 13]])
+    assert not torch.equal(loaded.train()(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_save_network_round_trips(tiny, network, tmp_path):
+    """Weights equal bit for bit, tokenizer and template there, a folder that `model` accepts, no pickle."""
+    folder = tmp_path / "out" / "model"
+    folder.parent.mkdir()
+    saved = save_network(network, tiny, folder)
+    weights, again = dict(network.named_parameters()), dict(load_network(saved).named_parameters())
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert Tokenizer(saved).prompt_ids("Hello there.") == Tokenizer(tiny).prompt_ids("Hello there.")
+    ModelPath(str(folder))
+    suffixes = {file.suffix for file in folder.rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jinja", ".txt", ".model"}
+    assert [file.name for file in folder.parent.iterdir()] == ["model"]
+
+
+def test_save_network_keeps_the_dtype_of_the_initial_weights(tiny, tmp_path):
+    """A bfloat16 model is trained in fp32 and stored as it came; its old weights do not come along."""
+    half = tmp_path / "half"
+    shutil.copytree(tiny.folder, half)
+    load_network(tiny).to(torch.bfloat16).save_pretrained(half)
+    init = Model(half, model_digest(half))
+    loaded = load_network(init)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    saved = save_network(loaded, init, tmp_path / "model")
+    stored = [tensor for file in saved.folder.glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+
+
+def test_saving_again_replaces_the_folder(tiny, network, tmp_path):
+    """What a killed run left behind does not mix with the new weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_text("old")
+    (tmp_path / ".model").mkdir()
+    (tmp_path / ".model" / "half.safetensors").write_text("torn")
+    save_network(network, tiny, folder)
+    assert not (folder / "pytorch_model.bin").exists()
+    assert not (folder / "half.safetensors").exists()
+
+
+def test_check_ids_refuses_foreign_ids_with_both_numbers(tiny):
+    """The highest id known is vocab_size - 1; the message has the id found and the vocabulary."""
+    size = json.loads((tiny.folder / "config.json").read_text())["vocab_size"]
+    check_ids(tiny, "prompts", [[0, size - 1], []])
+    check_ids(tiny, "prompts", [])
+    with pytest.raises(WinnowError, match=f"prompts hold token id {size + 6}.*below {size}.*tokenizer"):
+        check_ids(tiny, "prompts", [[1], [2, size + 6, 3]])
+
+
+def test_context_length_is_the_configs(tiny):
+    """max_position_embeddings, which the fixture sets to 128."""
+    assert context_length(tiny.folder) == 128

@@ -1,0 +1,553 @@
+"""Rankers: the pairwise one's shared prefix gives the numbers of plain forwards; orders, votes, programs, examples."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import InputStep
+from pipeline.context import StageContext, WarmCache
+from pipeline.registry import entry_of
+from pipeline.store.fingerprints import DataPath
+from schemas import Model, WinnowError, conform, seed_for
+from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS, REWARDS
+from stages.data.preferences import preferences
+from stages.data.tokenizer import Tokenizer
+from stages.network.load import load_network
+from stages.ranking.compare import compare
+from stages.ranking.judge import judge
+from stages.ranking.llm_judge import Election, LlmJudge, share, verdict
+from stages.ranking.pairwise import LABELS, PairwiseRanker, RankerPrompt, _common_prefix
+from stages.ranking.ranker_examples import ranker_examples
+from stages.ranking.rankers import averaged, both_orders, brevity, open_ranker, pattern, verifiable
+from stages.ranking.rankers import ranker as rankers
+from stages.ranking.reward import reward
+from stages.sampling.engines import Completion, Request, ignore_progress
+
+CONTEXT = "Please book a boat for two on Monday in Oslo."
+GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
+words = st.lists(st.sampled_from(["boat", "Oslo", "a", "Gladly.", "é", "two"]), min_size=1, max_size=6).map(" ".join)
+pairs_of = st.lists(st.tuples(words, words), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def ranker(sharp):
+    return PairwiseRanker(sharp, "float32", 16_384)
+
+
+@torch.inference_mode()
+def plain(ranker, context, first, second):
+    """One whole sequence, no cache, no padding: logit[A] - logit[B] at its last position."""
+    ids = ranker.prompt.ids(context, first, second)
+    last = ranker.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double()
+    a, b = (ranker.prompt.tokenizer.encode(label)[0] for label in LABELS)
+    return float(last[a] - last[b])
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(GOOD, BAD)],
+        [(GOOD, BAD), (GOOD, LONG), (GOOD, GOOD + LONG), (GOOD, "x")],
+        [(GOOD, BAD)] * 3,
+        [(GOOD, GOOD), (BAD, BAD)],
+        [(GOOD, BAD), (BAD, GOOD), (LONG, "x"), ("1", LONG)],
+        [(GOOD, BAD), (GOOD, BAD + " No.")],
+    ],
+    ids=["one pair", "ragged", "identical", "same on both sides", "nothing but the context", "one begins the other"],
+)
+def test_shared_prefix_logits_are_those_of_plain_forwards(ranker, pairs):
+    """The context (and the first response, where it is one) goes through once; the number is the same to 1e-4 nats."""
+    wanted = [plain(ranker, CONTEXT, *pair) for pair in pairs]
+    assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(wanted, rel=0, abs=1e-4)
+
+
+def test_the_ranker_of_these_tests_can_tell_texts_apart(ranker):
+    """Else agreement to 1e-4 would say nothing: ten texts lie 1e-2 nats or more apart, a hundred times that."""
+    spread = ranker.logits(CONTEXT, [(GOOD, f"{n} boats") for n in range(10)])
+    assert spread.std() > 1e-2
+
+
+@settings(deadline=None, max_examples=25)
+@given(context=words, pairs=pairs_of, budget=st.sampled_from([1, 40, 16_384]))
+def test_a_logit_depends_on_its_pair_alone(sharp, ranker, context, pairs, budget):
+    """Neither on the pairs beside it nor on how the budget cuts them into batches."""
+    wanted = [plain(ranker, context, *pair) for pair in pairs]
+    ranker.budget, before = budget, ranker.budget
+    try:
+        found = ranker.logits(context, pairs)
+    finally:
+        ranker.budget = before
+    assert found.tolist() == pytest.approx(wanted, rel=0, abs=1e-4)
+
+
+def test_no_pairs_have_no_logits(ranker):
+    """An empty group is no error."""
+    assert ranker.logits(CONTEXT, []).shape == (0,)
+    assert averaged(*both_orders(ranker, CONTEXT, [], "both")).shape == (0,)
+
+
+class Biased:
+    """A ranker with a preference for the first position: logits = truth + bias. Eighths, so that sums are exact."""
+
+    def __init__(self, strength, bias, symmetric=False):
+        self.strength, self.bias, self.symmetric, self.calls = strength, bias, symmetric, 0
+
+    def fits(self, context, first, second):
+        return True
+
+    def logits(self, context, pairs):
+        self.calls += 1
+        return np.array([self.strength[a] - self.strength[b] + self.bias for a, b in pairs])
+
+    def close(self): ...
+
+
+@given(
+    st.lists(st.integers(-800, 800).map(lambda n: n / 8), min_size=2, max_size=6),
+    st.integers(-8000, 8000).map(lambda n: n / 8),
+)
+def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
+    """[g + b] and -[-g + b]: their mean is g, for every b; one order alone keeps b, and says that it is one."""
+    strength = {str(n): value for n, value in enumerate(strengths)}
+    pairs = [(a, b) for a in strength for b in strength]
+    truth = [strength[a] - strength[b] for a, b in pairs]
+    assert averaged(*both_orders(Biased(strength, bias), "", pairs, "both")).tolist() == truth
+    alone, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
+    assert alone.tolist() == [gap + bias for gap in truth]
+    assert nothing is None
+
+
+def test_a_symmetric_ranker_is_read_once():
+    """Its other order says nothing new: one call, and no second logit to average with."""
+    opened = Biased({"a": 1.0, "b": 0.5}, 0.0, symmetric=True)
+    forward, backward = both_orders(opened, "", [("a", "b")], "both")
+    assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
+
+
+def test_both_orders_of_the_real_ranker_are_antisymmetric(ranker):
+    """With both orders read, g(a, b) = -g(b, a): the two texts only change places."""
+    there = averaged(*both_orders(ranker, CONTEXT, [(GOOD, LONG), (BAD, LONG)], "both"))
+    back = averaged(*both_orders(ranker, CONTEXT, [(LONG, GOOD), (LONG, BAD)], "both"))
+    assert there.tolist() == pytest.approx((-back).tolist(), rel=0, abs=1e-4)
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=6), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=5)
+)
+def test_the_common_prefix_is_the_longest_that_leaves_every_row_a_token(head, tails):
+    """max n with row[:n] equal in all rows and n < len(row) for every row."""
+    rows = [head + tail for tail in tails]
+    fitting = [
+        n
+        for n in range(min(map(len, rows), default=1))
+        if len({tuple(row[:n]) for row in rows}) <= 1 and all(n < len(row) for row in rows)
+    ]
+    assert _common_prefix(rows) == max(fitting)
+
+
+def test_labels_are_single_tokens_and_a_tokenizer_without_them_is_refused(tiny):
+    """The answer is one token, so that a logit is one forward pass."""
+    prompt = RankerPrompt(tiny)
+    assert [prompt.tokenizer.decode([label]) for label in prompt.labels] == list(LABELS)
+    assert len(set(prompt.labels)) == 2
+    with pytest.raises(WinnowError, match=r"'A B' is \d tokens.*needs one"):
+        Tokenizer(tiny).label("A B")
+
+
+def test_the_rankers_ids_are_the_marked_text_in_one_order(tiny):
+    """BOS once, then the three pieces; equal beginnings are equal ids whatever follows."""
+    prompt = RankerPrompt(tiny)
+    ids = prompt.ids("x", "one", "two")
+    shown = prompt.tokenizer.inner.decode(ids)
+    assert shown.index("[CONTEXT]") < shown.index("[RESPONSE A]") < shown.index("one") < shown.index("[RESPONSE B]")
+    assert ids.count(prompt.tokenizer.inner.bos_token_id) == 1
+    other = prompt.ids("x", "one", "owt, two")
+    mark = prompt.tokenizer.encode("[RESPONSE B]")[0]
+    cut = ids.index(mark) + 1
+    assert ids[:cut] == other[:cut]
+
+
+def test_what_does_not_fit_is_known_beforehand(ranker):
+    """128 tokens: a short comparison fits, one of a hundred words does not."""
+    assert ranker.fits(CONTEXT, GOOD, BAD)
+    assert not ranker.fits(CONTEXT, GOOD, "q " * 120)
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny, world):
+    space = StageContext(world, WarmCache(), lambda done, total, unit: None)
+    return preferences(tiny, space, path=DataPath(str(world / "preferences.jsonl")), heldout=0.3)
+
+
+def made(labelled, tiny, ctx, **options):
+    return conform(ranker_examples(*labelled, tiny, ctx, **options), EXAMPLES).to_pylist()
+
+
+def test_ranker_examples_flip_about_half_and_label_the_side_of_the_chosen(tiny, labelled, ctx):
+    """Each row reads (chosen, rejected) with label A, or (rejected, chosen) with label B; P(flip) = 1/2 by hash.
+
+    Of n fair flips, more than 4 sd from n / 2 has probability below 1e-4; over 8 seeds there are some hundreds.
+    """
+    prompts, candidates, pairs = labelled
+    text = {row["candidate_id"]: row["text"] for row in candidates.to_pylist()}
+    context = {row["prompt_id"]: row["text"] for row in prompts.to_pylist()}
+    rejected = {(row["prompt_id"], row["chosen_id"]): row["rejected_id"] for row in pairs.to_pylist()}
+    reader = RankerPrompt(tiny)
+    flips = []
+    for seed in range(8):
+        for row in made(labelled, tiny, ctx, seed=seed):
+            (answer,) = row["responses"]
+            best, worst = text[answer["candidate_id"]], text[rejected[row["prompt_id"], answer["candidate_id"]]]
+            flipped = answer["token_ids"] == [reader.labels[1]]
+            order = (worst, best) if flipped else (best, worst)
+            assert row["prompt_ids"] == reader.ids(context[row["prompt_id"]], *order)
+            assert flipped or answer["token_ids"] == [reader.labels[0]]
+            assert answer["weight"] == 1.0
+            flips.append(flipped)
+    assert abs(sum(flips) - len(flips) / 2) < 2 * len(flips) ** 0.5
+    assert len(flips) > 200
+
+
+def test_ranker_examples_are_the_same_every_time_and_in_any_order(tiny, labelled, ctx):
+    """The flip is a hash of (seed, prompt, chosen, rejected): shuffled pairs give the same rows."""
+    prompts, candidates, pairs = labelled
+    order = pa.array(np.random.default_rng(0).permutation(len(pairs)))
+    shuffled = made((prompts, candidates, pairs.take(order)), tiny, ctx)
+
+    def key(row):
+        return row["prompt_id"], row["prompt_ids"]
+
+    assert sorted(shuffled, key=key) == sorted(made(labelled, tiny, ctx), key=key)
+    assert made(labelled, tiny, ctx, seed=1) != made(labelled, tiny, ctx)
+
+
+def test_ranker_examples_split_by_prompt(tiny, labelled, ctx):
+    """train and heldout share no prompt, and together have every pair."""
+    prompts, _, pairs = labelled
+    sides = {split: made(labelled, tiny, ctx, split=split) for split in ("train", "heldout")}
+    split_of = {row["prompt_id"]: row["split"] for row in prompts.to_pylist()}
+    for split, rows in sides.items():
+        assert rows
+        assert {split_of[row["prompt_id"]] for row in rows} == {split}
+    assert sum(map(len, sides.values())) == len(pairs)
+
+
+def test_a_comparison_that_the_model_cannot_read_is_left_out_with_reason(tiny, tmp_path, ctx):
+    """Longer than the context less the answer: counted, not cut."""
+    path = tmp_path / "long.csv"
+    path.write_text(f"prompt,chosen,rejected\nHi,{'q ' * 120},no\nHello,yes,no\n")
+    tables = preferences(tiny, ctx, path=DataPath(str(path)), heldout=0.0)
+    assert len(made(tables, tiny, ctx)) == 1
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["comparison too long"]
+
+
+# Programs: verifiable rewards
+
+
+def bound(name, **options):
+    return rankers.bind({"name": name} | options)
+
+
+@given(words, words, st.integers(0, 12))
+def test_a_programs_logit_is_the_difference_of_its_scores(first, second, target):
+    """brevity = -|words - target|, so g(a, b) = -g(b, a) exactly, and equal texts have 0."""
+    opened = open_ranker(bound("brevity", words=target), None)
+    there, back, same = opened.logits("x", [(first, second), (second, first), (first, first)])
+    assert there == abs(len(second.split()) - target) - abs(len(first.split()) - target) == -back
+    assert same == 0
+    assert opened.symmetric
+
+
+def test_a_pattern_is_found_or_not():
+    """A decorated program stays the plain function that it is."""
+    assert [pattern("x", text, regex=r"\bboat\b") for text in ("a boat.", "boats")] == [1.0, 0.0]
+
+
+@pytest.fixture
+def added():
+    """A reward of one's own, as the README says: one function. Taken out again afterwards."""
+
+    @verifiable
+    def politeness(prompt, response, *, worth: float = 1.0) -> float:
+        return worth * ("please" in prompt.lower()) * ("Gladly" in response)
+
+    yield bound("politeness", worth=2.5)
+    del rankers.entries["politeness"]
+
+
+def test_a_reward_of_ones_own_is_one_function(added, ctx):
+    """reward = score(y): 2.5 where it is polite and 0 where not. No baseline, no logits; equal texts asked once."""
+    table = candidates_with([GOOD, BAD, "Gladly.", GOOD])
+    made = conform(reward(one_prompt(), table, ctx, by=added), REWARDS).to_pylist()
+    value = {row["candidate_id"]: row["reward"] for row in made}
+    assert value == {"c0": 2.5, "c1": 0.0, "c2": 2.5, "c3": 2.5}
+    assert {(row["baseline_id"], row["logit_ab"], row["logit_ba"]) for row in made} == {(None, None, None)}
+    assert ctx.counters["ranker_calls"] == 3
+
+
+@given(st.lists(words, min_size=1, max_size=8), st.integers(0, 9))
+def test_a_verifiable_reward_is_what_the_program_says(texts, seed):
+    """0 or 1, whatever else was drawn and whatever the seed: never -1, which beats one draw out of {-1, 0, 1}."""
+    space = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    made = reward(one_prompt(), candidates_with(texts), space, by=bound("pattern", regex="Oslo"), seed=seed)
+    found = {row["candidate_id"]: row["reward"] for row in made.to_pylist()}
+    assert found == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
+    assert space.counters["ranker_calls"] == len(set(texts))
+
+
+@pytest.fixture
+def broken():
+    @verifiable
+    def broken(prompt, response) -> float:
+        return float("nan") if response == BAD else float(len(response))
+
+    yield bound("broken")
+    del rankers.entries["broken"]
+
+
+def test_a_number_that_is_not_finite_is_left_out_with_reason(broken, ctx):
+    """No NaN leaves a room: reward, compare and judge reject the row; the others go on."""
+    table = candidates_with([GOOD, BAD, LONG, "x"])
+    for seed in range(6):
+        base = reward(one_prompt(), table, ctx, by=broken, seed=seed).to_pylist()
+        assert all(np.isfinite(row["reward"]) for row in base)
+    made = compare(one_prompt(), table, ctx, by=broken, rule="all_pairs").to_pylist()
+    assert len(made) == 3
+    assert not any("c1" in (row["left_id"], row["right_id"]) for row in made)
+    (one,) = judge(one_prompt(), table.slice(0, 2), table.slice(0, 2), ctx, by=broken).to_pylist()
+    assert one["logit"] == 0
+    assert {row["reason"] for row in ctx.rejects.to_pylist()} == {"reward is not finite", "logit is not finite"}
+
+
+def one_prompt():
+    row = dict(prompt_id="p", text="Please book a boat.", token_ids=[0, 5], split="train")
+    return pa.Table.from_pylist([row], schema=PROMPTS)
+
+
+def candidates_with(texts):
+    rows = [
+        dict(prompt_id="p", candidate_id=f"c{k}", k=k, token_ids=[5 + k, 1], text=text, logp_kind="none")
+        | dict(n_tokens=2, finish_reason="stop")
+        for k, text in enumerate(texts)
+    ]
+    return pa.Table.from_pylist(rows, schema=CANDIDATES)
+
+
+@given(st.lists(words, min_size=1, max_size=6, unique=True), st.randoms())
+def test_all_pairs_reads_everyone_against_everyone_once(texts, rng):
+    """n (n - 1) / 2 calls; without selections the players stand in order of k, whatever the table's order."""
+    space = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    by = bound("brevity", words=2)
+    table = candidates_with(texts)
+    order = list(range(len(texts)))
+    rng.shuffle(order)
+    made = compare(one_prompt(), table.take(pa.array(order)), space, by=by, rule="all_pairs").to_pylist()
+    n = len(texts)
+    assert [(row["left_id"], row["right_id"]) for row in made] == [
+        (f"c{i}", f"c{j}") for i in range(n) for j in range(i + 1, n)
+    ]
+    assert space.counters["ranker_calls"] == n * (n - 1) // 2
+    for row in made:
+        left, right = (texts[int(row[side][1:])] for side in ("left_id", "right_id"))
+        assert row["logit"] == brevity("", left, words=2) - brevity("", right, words=2)
+
+
+# An LLM as judge
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A", "A"),
+        ("B.", "B"),
+        ("[[B]]", "B"),
+        ("**A**", "A"),
+        ("Response B is better", "B"),
+        ("A names no city.\nB does.\n\nB\n", "B"),
+        ("A is better than B", None),
+        ("B\nNo, wait", None),
+        ("AB", None),
+        ("a", None),
+        ("Both are fine", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_the_one_letter_on_the_last_line(answer, letter):
+    assert verdict(answer) == letter
+
+
+def test_a_vote_goes_to_the_text_and_not_to_the_letter():
+    """Flipped, B is the text that stood first; without a verdict it is half a vote for each."""
+    assert [share("A", False), share("B", False), share("A", True), share("B", True)] == [1, 0, 0, 1]
+    assert share("neither", False) == share("", True) == 0.5
+
+
+@given(st.integers(1, 20).map(lambda n: 2 * n), st.data(), st.floats(0, 0.49))
+def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
+    """log (w + 1/2) / (v - w + 1/2), w = wins, odd in w - v / 2, rising with w; 0 where |w / v - 1/2| <= threshold."""
+    election = Election("{prompt}{a}{b}", votes, threshold, 0)
+    wins = data.draw(st.integers(0, 2 * votes)) / 2
+    logit = election.logit(wins)
+    assert logit == -election.logit(votes - wins)
+    if abs(wins / votes - 0.5) <= threshold:
+        assert logit == 0
+    else:
+        assert logit == pytest.approx(np.log((wins + 0.5) / (votes - wins + 0.5)))
+        assert (logit > 0) == (wins > votes / 2)
+        assert abs(logit) <= np.log(2 * votes + 1) + 1e-12
+
+
+def test_half_of_the_ballots_have_the_order_flipped_and_all_have_their_own_seed():
+    """Eight votes: four read (low, high), four (high, low)."""
+    ballots = list(Election("{prompt}|{a}|{b}", 8, 0.0, 3).ballots("x", "lo", "hi"))
+    assert [text for text, _, _ in ballots] == ["x|lo|hi", "x|hi|lo"] * 4
+    assert [flipped for _, _, flipped in ballots] == [False, True] * 4
+    assert len({seed for _, seed, _ in ballots}) == 8
+
+
+class Says:
+    """An engine behind the seam whose answer is a function of the question's text."""
+
+    def __init__(self, tokenizer, answer):
+        self.tokenizer, self.answer, self.asked = tokenizer, answer, 0
+
+    def generate(self, requests, sampling, progress=ignore_progress):
+        self.asked += len(requests)
+        texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
+        return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]
+
+    def close(self): ...
+
+
+def judging(model, answer, votes=8, threshold=0.0):
+    engine = Says(Tokenizer(model), answer)
+    return LlmJudge(model, engine, Election("{prompt} 1: {a} 2: {b}", votes, threshold, 0), 1.0, 4), engine
+
+
+def test_a_judge_that_always_says_a_prefers_nobody(tiny):
+    """Four votes each way: P = 1/2, logit 0, whatever the texts. One order alone would have given log 17."""
+    opened, engine = judging(tiny, lambda question: "A")
+    assert opened.logits(CONTEXT, [(GOOD, BAD), (LONG, GOOD)]).tolist() == [0.0, 0.0]
+    assert engine.asked == 16
+
+
+def test_a_judge_that_is_sure_gives_all_votes_to_one_text(tiny):
+    """It looks for GOOD: 8 of 8 votes, logit log(8.5 / 0.5); swapped, its negative; a twin is asked about once."""
+
+    def looks(question):
+        return "A" if question.index(GOOD) < question.index("No.") else "B"
+
+    opened, engine = judging(tiny, looks)
+    there, back, twin, same = opened.logits("x", [(GOOD, BAD), (BAD, GOOD), (GOOD, BAD), (BAD, BAD)])
+    assert there == twin == -back == pytest.approx(np.log(17))
+    assert same == 0
+    assert engine.asked == 8
+
+
+def test_a_judge_that_gives_no_verdict_is_a_tie(tiny):
+    opened, _ = judging(tiny, lambda question: "I cannot say.")
+    assert opened.logits("x", [(GOOD, BAD)]).tolist() == [0.0]
+
+
+@pytest.fixture(scope="module")
+def voter(tiny, tmp_path_factory):
+    """The tiny model with a head that answers most questions with A or B, about as often the one as the other."""
+    folder = tmp_path_factory.mktemp("voter") / "model"
+    shutil.copytree(tiny.folder, folder)
+    network, tokenizer = load_network(tiny), Tokenizer(tiny)
+    with torch.no_grad():
+        hidden = network.model(torch.tensor([tokenizer.prompt_ids("Which?")])).last_hidden_state[0, -1]
+        head = network.lm_head.weight.clone()
+        head[[tokenizer.label(label) for label in LABELS]] = 4 * hidden / hidden.norm()
+    network.config.tie_word_embeddings = False
+    network.lm_head.weight = torch.nn.Parameter(head)
+    network.save_pretrained(folder)
+    return Model(folder, "voter")
+
+
+def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
+    """A random model of coin flips, read eight times a pair: each vote is drawn again alone, and counted by hand.
+
+    The logit is log (w + 1/2) / (8 - w + 1/2), odd under a swap bit for bit, and the same in any order of pairs.
+    """
+    template, texts = "{prompt} {a} or {b}?", [GOOD, BAD, "boat", "x"]
+    options = dict(engine="transformers", max_tokens=1, temperature=1.0, template=template, seed=5)
+    pairs = [(a, b) for n, a in enumerate(texts) for b in texts[:n]]
+    opened: Any = open_ranker(bound("llm_judge", **options), voter)
+    found = opened.logits("Hi", pairs)
+    for (first, second), logit in zip(pairs, found, strict=True):
+        low, high = sorted((first, second))
+        wins = 0.0
+        for n in range(8):
+            a, b = (low, high) if n % 2 == 0 else (high, low)
+            ids = opened.tokenizer.prompt_ids(template.format(prompt="Hi", a=a, b=b))
+            request = Request(ids, seed_for(5, "vote", "Hi", low, high, n))
+            (answer,) = opened.engine.generate([request], opened.sampling)
+            letter = verdict(opened.tokenizer.decode(answer.token_ids))
+            wins += 0.5 if letter is None else {"A": a, "B": b}[letter] == first
+        assert logit == pytest.approx(np.log((wins + 0.5) / (8 - wins + 0.5)), abs=1e-12)
+    assert len(set(found.tolist())) > 3, "hardly any vote had a verdict: this test has seen nothing"
+    assert opened.logits("Hi", [(b, a) for a, b in pairs]).tolist() == (-found).tolist()
+    assert opened.logits("Hi", pairs[::-1]).tolist() == found[::-1].tolist()
+    opened.close()
+
+
+def test_a_judge_has_no_room_for_a_long_question_and_none_for_a_control_token(tiny):
+    opened, _ = judging(tiny, lambda question: "A")
+    assert opened.fits(CONTEXT, GOOD, BAD)
+    assert not opened.fits(CONTEXT, GOOD, "q " * 120)
+    assert not opened.fits(CONTEXT, GOOD, "Well <|eos|>")
+
+
+# The seam: what a plan says
+
+
+@pytest.mark.parametrize("room", [reward, compare, judge])
+def test_a_ranker_is_refused_without_its_model_and_with_one_that_it_does_not_read(room):
+    """At plan time, by name, in every stage that ranks."""
+    check = entry_of(room).metadata["signature"].check
+    wired = {"ranker": InputStep("model")}
+    for name in ("pairwise", "pointwise", "llm_judge"):
+        by = {"by": bound(name)}
+        assert check(by, wired) == []
+        assert check(by, {}) == [f"by {name} reads a model; wire `ranker` in `from`"]
+    by = {"by": bound("brevity", words=3)}
+    assert check(by, {}) == []
+    assert check(by, wired) == ["by brevity reads no model; set `ranker: null` in `from`"]
+
+
+@pytest.mark.parametrize(
+    ("by", "problem"),
+    [
+        ({"name": "pattern", "regex": "("}, r"by\.regex: is no regular expression: missing \)"),
+        ({"name": "llm_judge", "votes": 7}, r"by\.votes: must be even.*got 7"),
+        ({"name": "llm_judge", "template": "{a} or {b}?"}, r"by\.template: must name \{prompt\}, \{a\} and \{b\}"),
+        ({"name": "pairwse"}, r"by: unknown ranker 'pairwse'; did you mean 'pairwise'"),
+        ({"name": "pairwise", "dtype": "float16"}, r"by\.dtype"),
+    ],
+)
+def test_options_of_a_ranker_are_checked_at_plan_time(by, problem):
+    """A bad regular expression is refused with its error, before anything runs."""
+    with pytest.raises(WinnowError, match=problem):
+        entry_of(reward).validate({"by": by}, "reward")
+
+
+def test_a_ranker_is_opened_once_for_equal_options():
+    """A bound ranker is a value: equal name and options are one warm thing, other options another."""
+    warm = WarmCache()
+    one, same, other = (warm.hold(open_ranker, bound("brevity", words=n), None) for n in (3, 3, 4))
+    assert one is same
+    assert one is not other
+
+
+def test_a_language_model_is_no_reward_model(tiny):
+    """Refused before its weights are loaded, with the ranker that would read it."""
+    with pytest.raises(WinnowError, match="ends in a vocabulary, and pointwise reads a score: set `by` to pairwise"):
+        open_ranker(bound("pointwise"), tiny)

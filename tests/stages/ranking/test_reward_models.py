@@ -1,0 +1,290 @@
+"""Reward models: a score at each response's last token, made from a policy, trained, saved, and read as a ranker."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from pipeline.context import StageContext, WarmCache
+from pipeline.store.fingerprints import ModelPath, model_digest
+from schemas import Model, WinnowError
+from stages.data.tokenizer import Tokenizer
+from stages.network.forward import completion_scores
+from stages.network.load import is_reward_model, load_network, save_network
+from stages.network.models import reward_head
+from stages.ranking.rankers import open_ranker
+from stages.ranking.rankers import ranker as rankers
+from stages.ranking.reward import reward
+from tests.material import alone
+from tests.stages.ranking.test_rankers import BAD, CONTEXT, GOOD, LONG, candidates_with, one_prompt, words
+
+LIMIT = 1e-4
+few = settings(deadline=None, max_examples=25)
+ids = st.lists(st.integers(0, 300), min_size=1, max_size=12)
+PAD = 2  # of the tiny model; transformers' own forward would step back over one at the end of a row
+rows_of = st.lists(st.tuples(ids, ids.filter(lambda each: each[-1] != PAD)), min_size=1, max_size=6)
+
+
+def headed(policy, folder):
+    """`policy` with a score in the place of its vocabulary, as the pipeline would have it."""
+    made = reward_head(policy, StageContext(folder, WarmCache(), lambda done, total, unit: None))
+    return Model(made.folder, model_digest(made.folder))
+
+
+@pytest.fixture(scope="module")
+def fresh(tiny, tmp_path_factory):
+    return headed(tiny, tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="module")
+def opinionated(tiny, tmp_path_factory):
+    """The tiny model with larger weights and a random head: scores lie units apart, ten thousand times LIMIT."""
+    init = headed(tiny, tmp_path_factory.mktemp("head"))
+    network = load_network(init)
+    with torch.no_grad():
+        for weight in network.model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(3)
+        network.score.weight.copy_(torch.randn(network.score.weight.shape, generator=torch.Generator().manual_seed(3)))
+    made = save_network(network, init, tmp_path_factory.mktemp("opinionated") / "model")
+    return Model(made.folder, model_digest(made.folder))
+
+
+@pytest.fixture(scope="module")
+def network(opinionated):
+    return load_network(opinionated)
+
+
+@torch.inference_mode()
+def scores(network, rows):
+    return completion_scores(network, alone(rows), "float32").tolist()
+
+
+@torch.inference_mode()
+def naive(network, prompt, response):
+    """One row, no padding: transformers' own forward, whose last token is then the row's."""
+    return float(network(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, 0])
+
+
+def test_a_fresh_head_scores_zero_and_keeps_the_policys_weights(tiny, fresh):
+    """Same backbone bit for bit, one label, no vocabulary left, tokenizer and template there, safetensors only."""
+    policy, rewarding = load_network(tiny), load_network(fresh)
+    theirs, ours = policy.model.state_dict(), rewarding.model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert scores(rewarding, [([3, 4], [5]), ([3], [7, 8, 9])]) == [0.0, 0.0]
+    assert rewarding.config.num_labels == 1
+    assert not hasattr(rewarding, "lm_head")
+    assert Tokenizer(fresh).prompt_ids("Hello there.") == Tokenizer(tiny).prompt_ids("Hello there.")
+    ModelPath(str(fresh.folder))
+    assert {file.suffix for file in fresh.folder.iterdir()} <= {".safetensors", ".json", ".jinja", ".txt"}
+
+
+def test_the_folder_is_what_transformers_calls_a_sequence_classifier(fresh):
+    """AutoModelForSequenceClassification loads it with no weight missing and none left over."""
+    config = json.loads((fresh.folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    _, told = AutoModelForSequenceClassification.from_pretrained(fresh.folder, output_loading_info=True)
+    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_the_kind_of_a_model_is_read_from_its_config_or_its_class(tiny, fresh):
+    assert [is_reward_model(each) for each in (tiny, fresh)] == [False, True]
+    assert [is_reward_model(load_network(each)) for each in (tiny, fresh)] == [False, True]
+
+
+@few
+@given(rows=rows_of)
+def test_a_score_is_that_of_the_row_alone(network, rows):
+    """Right padding, and ids 0 and 2 (the padding here, the config's pad token) inside a row, change nothing."""
+    assert scores(network, rows) == [pytest.approx(naive(network, *row), rel=0, abs=LIMIT) for row in rows]
+
+
+def test_a_last_token_that_is_the_pad_token_is_read_all_the_same(network):
+    """transformers would step back over it: a response that ends in EOS would lose it where EOS is the pad token."""
+    assert network.config.pad_token_id == PAD
+    own = scores(network, [([5, 6], [7, PAD])])[0]
+    assert abs(own - scores(network, [([5, 6], [7])])[0]) > 1e-2
+
+
+@few
+@given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=30, max_size=60), ids), order=st.randoms())
+def test_a_score_does_not_depend_on_its_batch(network, rows, long, order):
+    """Alone, shuffled, beside a much longer row: the same to 1e-4."""
+    alone = [scores(network, [row])[0] for row in rows]
+    places = list(range(len(rows)))
+    order.shuffle(places)
+    assert scores(network, [rows[n] for n in places]) == pytest.approx([alone[n] for n in places], rel=0, abs=LIMIT)
+    assert scores(network, [*rows, long])[:-1] == pytest.approx(alone, rel=0, abs=LIMIT)
+
+
+def test_bfloat16_keeps_the_head_in_fp32(network):
+    """autocast moves the hidden state by parts in 2^8; the score itself is not rounded to bfloat16."""
+    row = ([7, 40, 91], [13, 60, 4, 88])
+    with torch.inference_mode():
+        low = completion_scores(network, alone([row]), "bfloat16")
+    assert low.dtype == torch.float32
+    assert low.item() != naive(network, *row)
+    assert low.item() == pytest.approx(naive(network, *row), rel=0.1, abs=0.3)
+    assert low.item() != low.bfloat16().item()
+
+
+def test_a_few_steps_of_bradley_terry_learn_a_preference(fresh):
+    """-log s(s(chosen) - s(rejected)), AdamW: ln 2 at the zero head, near 0 after; it carries over to new prompts."""
+    network = load_network(fresh, train=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    good, bad = [40, 41, 42, 1], [50, 51, 1]
+    rows = [([n, n + 1], answer) for n in range(100, 116) for answer in (good, bad)]
+    losses = []
+    for _ in range(12):
+        found = completion_scores(network, alone(rows), "float32")
+        loss = -logsigmoid(found[0::2] - found[1::2]).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert losses[-1] < 0.05
+    better, worse = scores(network.eval(), [([150, 7], good), ([150, 7], bad)])
+    assert better > worse + 1
+
+
+def test_a_trained_reward_model_is_saved_and_read_again(opinionated, network, tmp_path):
+    """Every weight of the head and the backbone, bit for bit."""
+    saved = save_network(network, opinionated, tmp_path / "model")
+    again = load_network(saved)
+    weights = dict(network.named_parameters())
+    assert weights.keys() == dict(again.named_parameters()).keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in again.named_parameters())
+    assert again.score.weight.abs().max() > 1
+
+
+def test_the_head_keeps_the_policys_dtype_on_disk(tiny, tmp_path):
+    """A bfloat16 policy makes a bfloat16 reward model, read in fp32 as all are."""
+    half = tmp_path / "half"
+    shutil.copytree(tiny.folder, half)
+    load_network(tiny).to(torch.bfloat16).save_pretrained(half)
+    made = headed(Model(half, "half"), tmp_path)
+    assert json.loads((made.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {weight.dtype for weight in load_network(made).parameters()} == {torch.float32}
+
+
+def test_another_architecture_has_its_head_too(tiny, tmp_path):
+    """GPT-2 calls its layers `transformer`: nothing here knows a family's names."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny.folder, folder)
+    (folder / "config.json").unlink()
+    size = len(Tokenizer(tiny).inner)
+    GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+    network = load_network(headed(Model(folder, "gpt2"), tmp_path))
+    with torch.no_grad():
+        network.score.weight.normal_()
+    rows = [([3, 4, 5], [6]), ([7], [8, 9])]
+    assert scores(network, rows) == pytest.approx([naive(network, *row) for row in rows], abs=LIMIT)
+
+
+def test_what_is_no_policy_has_no_head_put_on_it(fresh, tiny, tmp_path):
+    """A reward model has one already; a classifier of three classes is none."""
+    with pytest.raises(WinnowError, match="ends in a score already"):
+        headed(fresh, tmp_path)
+    classes = tmp_path / "classes"
+    shutil.copytree(fresh.folder, classes)
+    labels = {"id2label": {str(n): str(n) for n in range(3)}, "label2id": {str(n): n for n in range(3)}}
+    config = json.loads((classes / "config.json").read_text()) | labels
+    (classes / "config.json").write_text(json.dumps(config))
+    AutoModelForSequenceClassification.from_pretrained(tiny.folder, num_labels=3).save_pretrained(classes)
+    with pytest.raises(WinnowError, match="with 3 labels is no reward model"):
+        load_network(Model(classes, "classes"))
+
+
+# As a ranker
+
+
+@pytest.fixture(scope="module")
+def ranker(opinionated):
+    return open_ranker(rankers.bind("pointwise"), opinionated)
+
+
+pairs_of = st.lists(st.tuples(words, words), min_size=1, max_size=6)
+
+
+@few
+@given(context=words, pairs=pairs_of, budget=st.sampled_from([1, 60, 16_384]))
+def test_a_logit_is_the_difference_of_two_scores(ranker, network, context, pairs, budget):
+    """s(prompt_ids, response_ids with EOS), each row alone; whatever the budget cuts into batches."""
+    tokenizer = ranker.tokenizer
+    prompt = tokenizer.prompt_ids(context)
+    score = {text: naive(network, prompt, tokenizer.response_ids(text, 99)[0]) for pair in pairs for text in pair}
+    ranker.budget, before = budget, ranker.budget
+    try:
+        found = ranker.logits(context, pairs)
+    finally:
+        ranker.budget = before
+    assert found.tolist() == pytest.approx([score[a] - score[b] for a, b in pairs], abs=2 * LIMIT)
+
+
+@few
+@given(context=words, pairs=pairs_of, order=st.randoms())
+def test_swaps_and_order_change_no_bit(ranker, context, pairs, order):
+    """g(a, b) = -g(b, a), g(a, a) = 0, g(a, b) + g(b, c) = g(a, c): a score, not an opinion on positions."""
+    found = ranker.logits(context, pairs)
+    assert ranker.logits(context, [(b, a) for a, b in pairs]).tolist() == (-found).tolist()
+    places = list(range(len(pairs)))
+    order.shuffle(places)
+    assert ranker.logits(context, [pairs[n] for n in places]).tolist() == found[places].tolist()
+    (a, b), c = pairs[0], GOOD
+    ab, bc, ac, aa = ranker.logits(context, [(a, b), (b, c), (a, c), (a, a)])
+    assert ab + bc == pytest.approx(ac, abs=2 * LIMIT)
+    assert aa == 0
+
+
+def test_a_constant_added_to_all_scores_cancels(ranker):
+    """The scale of a reward model has no zero: a bias of its head changes no logit (to rounding)."""
+    pairs = [(GOOD, BAD), (GOOD, LONG)]
+    before = ranker.logits(CONTEXT, pairs)
+    assert np.abs(before).min() > 1e-2
+    ranker.network.score.bias = torch.nn.Parameter(torch.tensor([7.0]))
+    try:
+        assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(before.tolist(), abs=2 * LIMIT)
+    finally:
+        ranker.network.score.bias = None
+
+
+def test_a_reward_model_reads_what_fits_and_no_control_tokens(ranker):
+    assert ranker.fits(CONTEXT, GOOD, BAD)
+    assert not ranker.fits(CONTEXT, GOOD, "q " * 120)
+    assert not ranker.fits(CONTEXT, "Well <|pad|>", GOOD)
+    assert ranker.symmetric
+    assert ranker.logits(CONTEXT, []).shape == (0,)
+
+
+def test_the_reward_is_the_models_own_score(opinionated, ranker):
+    """s(y), each alone, equal texts once and none against a baseline; what does not fit is left out with reason."""
+    table = candidates_with([GOOD, BAD, GOOD, "q " * 120])
+    ctx = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    made = reward(one_prompt(), table, ctx, opinionated, by=rankers.bind("pointwise")).to_pylist()
+    tokenizer, context = ranker.tokenizer, one_prompt().column("text")[0].as_py()
+    prompt = tokenizer.prompt_ids(context)
+    good, bad = (naive(ranker.network, prompt, tokenizer.response_ids(text, 99)[0]) for text in (GOOD, BAD))
+    assert abs(good - bad) > 1e-2
+    assert [row["candidate_id"] for row in made] == ["c0", "c1", "c2"]
+    assert [row["reward"] for row in made] == pytest.approx([good, bad, good], rel=0, abs=LIMIT)
+    assert made[0]["reward"] == made[2]["reward"]
+    assert {row["baseline_id"] for row in made} == {None}
+    assert ctx.counters["ranker_calls"] == 2
+    assert [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist()] == [
+        ("c3", "does not fit the ranker")
+    ]
+
+
+@pytest.mark.parametrize("name", ["pairwise", "llm_judge"])
+def test_a_reward_model_answers_no_questions(fresh, name):
+    with pytest.raises(WinnowError, match=f"ends in a score, and {name} reads a vocabulary: set `by` to pointwise"):
+        open_ranker(rankers.bind(name), fresh)

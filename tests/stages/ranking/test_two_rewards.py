@@ -1,0 +1,51 @@
+"""A scalarised multi-objective reward: the recipe's two rewards, their sum, and what is chosen by it."""
+
+import shutil
+
+import pytest
+
+from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.run import run
+from pipeline.sql.catalog import open_catalog, query
+from pipeline.store.store import Store
+from tests.runs import Silent, plan_of
+
+
+@pytest.fixture(scope="module")
+def catalog(world, finished, tmp_path_factory):
+    root = tmp_path_factory.mktemp("two") / "store"
+    shutil.copytree(finished, root)
+    plan, watcher = plan_of(world, recipe="rso_two_rewards"), Silent()
+    plan.name = "two"
+    run(plan, Store(root), LocalExecutor(), watcher)
+    assert not {"sample", "reward", "compare"} & set(watcher.ran), (
+        "candidates and the ranker's rewards are those of rso"
+    )
+    return open_catalog(Store(root), "two")
+
+
+def rewards_of(catalog, step):
+    asked = f"SELECT candidate_id, reward, components FROM rewards JOIN runs USING (stage, key) WHERE step = '{step}'"
+    return {row["candidate_id"]: row for row in query(catalog, asked).to_pylist()}
+
+
+def test_the_sum_keeps_its_addends(catalog):
+    """reward = 1.0 * the ranker's + 0.25 * minus the distance from 14 words."""
+    total, ranked = rewards_of(catalog, "rewards"), rewards_of(catalog, "reward")
+    texts = {row["candidate_id"]: row["text"] for row in query(catalog, "SELECT * FROM candidates").to_pylist()}
+    assert set(total) == set(ranked)
+    for name, row in total.items():
+        parts = dict(row["components"])
+        assert parts == {"first": ranked[name]["reward"], "second": -abs(len(texts[name].split()) - 14)}
+        assert row["reward"] == pytest.approx(parts["first"] + 0.25 * parts["second"])
+
+
+def test_what_is_kept_and_what_is_chosen_go_by_the_sum(catalog):
+    total = {name: row["reward"] for name, row in rewards_of(catalog, "rewards").items()}
+    kept = query(catalog, "SELECT candidate_id, reward FROM selections").to_pylist()
+    assert all(row["reward"] == total[row["candidate_id"]] for row in kept)
+    pairs = query(catalog, "SELECT pairs.* FROM pairs JOIN runs USING (stage, key) WHERE step = 'pair'").to_pylist()
+    assert pairs
+    for row in pairs:
+        assert row["gap"] == pytest.approx(total[row["chosen_id"]] - total[row["rejected_id"]])
+        assert row["gap"] > 0

@@ -1,0 +1,462 @@
+"""Preference heads: features of the frozen policy, heads trained on pairs, scores as rewards, steered decoding."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import InputStep
+from pipeline.context import StageContext, WarmCache
+from pipeline.registry import entry_of
+from schemas import WinnowError, conform
+from schemas.tables import CANDIDATES, FEATURES, HEADS, JUDGEMENTS, METRICS, PAIRS, REWARDS
+from stages.evaluation.evaluate import evaluate
+from stages.head.features import features
+from stages.head.relu import ReluHead, matrix, relu_head_of
+from stages.head.train import Sides, head, head_reward, last_layer, preference_head
+from stages.network.forward import completion_logp, read_rows, response_means
+from stages.network.load import load_network
+from stages.sampling.engines import Request, Sampling, Steering, open_engine
+from stages.sampling.engines.transformers import _noise
+from stages.sampling.sample import sample
+from stages.selection.pair import pair, pair_rule
+from stages.training.reference import reference
+from tests.material import alone
+from tests.stages.test_stages import candidate, prompts_of, selections_of
+
+few = settings(deadline=None, max_examples=20)
+PROMPTS = ([0, 5, 9, 14, 30, 8], [0, 7, 7, 21], [0, 60, 61, 62, 63, 64, 65, 66, 67])
+
+
+def space():
+    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+
+
+# Features.
+
+
+def test_features_are_the_mean_hidden_state_over_the_response(sharp, ctx):
+    """One row by hand: the network's last hidden states (after the norm) at the response's positions, averaged.
+
+    Rows of other lengths beside it change it by rounding alone; equal tokens go through once.
+    """
+    ids = [[20], [30, 31, 1], [40, 41, 42, 43, 1], [30, 31, 1]]
+    rows = [candidate("p", k, ids=each) for k, each in enumerate(ids)]
+    made = features(prompts_of(["p"]), pa.Table.from_pylist(rows, schema=CANDIDATES), sharp, ctx)
+    conform(made, FEATURES)
+    network = load_network(sharp)
+    for row, tokens in zip(made.to_pylist(), ids, strict=True):
+        with torch.inference_mode():
+            out = network(input_ids=torch.tensor([[0, 5, 9, *tokens]]), output_hidden_states=True)
+        assert row["features"] == pytest.approx(out.hidden_states[-1][0, 3:].mean(0).tolist(), abs=1e-5)
+    assert made["features"][1].as_py() == made["features"][3].as_py()
+    assert ctx.counters["tokens"] == 3 * 3 + 1 + 3 + 5
+
+
+def test_a_response_without_tokens_is_left_out(sharp, ctx):
+    rows = [candidate("p", 0), candidate("p", 1) | {"token_ids": [], "n_tokens": 0}]
+    made = features(prompts_of(["p"]), pa.Table.from_pylist(rows, schema=CANDIDATES), sharp, ctx)
+    assert made["candidate_id"].to_pylist() == ["p-0"]
+    assert [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist()] == [("p-1", "empty response")]
+
+
+# Heads.
+
+
+def features_of(vectors):
+    """{candidate id: vector}; the prompt is what stands before the dash."""
+    rows = [dict(prompt_id=name.split("-")[0], candidate_id=name, features=list(x)) for name, x in vectors.items()]
+    return pa.Table.from_pylist(rows, schema=FEATURES)
+
+
+def stored(vectors):
+    """As a table gives them back: through fp32."""
+    return np.array(list(vectors.values()), dtype=np.float32).astype(float)
+
+
+def pairs_of(prompts, weight=1.0):
+    rows = [
+        dict(prompt_id=name, chosen_id=f"{name}-0", rejected_id=f"{name}-1", gap=None, weight=weight, rule="label")
+        for name in prompts
+    ]
+    return pa.Table.from_pylist(rows, schema=PAIRS)
+
+
+def quadrants(count, seed=0):
+    """Chosen where x0 x1 > 0, rejected where x0 x1 < 0; x2 is 100 times as large and says nothing, x3 is constant."""
+    rng = np.random.default_rng(seed)
+    x = np.column_stack([*np.abs(rng.normal(size=(2, 2 * count))), 7 + 100 * rng.normal(size=2 * count)])
+    x[:, 0] *= rng.choice([-1, 1], 2 * count)
+    x[:, 1] *= np.sign(x[:, 0]) * np.tile([1, -1], count)
+    x = np.column_stack([x, np.full(2 * count, 5.0)])
+    return {f"q{n // 2:03d}-{n % 2}": row for n, row in enumerate(x)}
+
+
+def trained(vectors, spec, heldout=(), ctx=None, pairs=None, weight=1.0):
+    names = sorted({name.split("-")[0] for name in vectors})
+    prompts = pa.concat_tables(
+        [prompts_of([n for n in names if n not in heldout]), prompts_of(list(heldout), split="heldout")]
+    )
+    pairs = pairs_of(names, weight) if pairs is None else pairs
+    return preference_head(prompts, features_of(vectors), pairs, ctx or space(), head=head.bind(spec))
+
+
+def values(metrics):
+    return {row["metric"]: row["value"] for row in metrics.to_pylist()}
+
+
+CONVEX = {"name": "convex_relu", "gates": 30, "iterations": 60}
+
+
+def test_the_convex_head_learns_what_no_line_separates():
+    """The sign of a product: a linear head orders half of the pairs, ReLUs nearly all, on held-out prompts too."""
+    vectors = quadrants(300)
+    heldout = [f"q{n:03d}" for n in range(200, 300)]
+    tables = {spec["name"]: trained(vectors, spec, heldout) for spec in (CONVEX, {"name": "logistic"})}
+    for heads, metrics in tables.values():
+        conform(heads, HEADS)
+        conform(metrics, METRICS)
+    figures = {name: values(metrics) for name, (_, metrics) in tables.items()}
+    assert figures["convex_relu"]["heldout/accuracy"] > 0.9 > 0.65 > figures["logistic"]["heldout/accuracy"]
+    assert figures["convex_relu"]["heldout/auc"] > 0.9 > 0.65 > figures["logistic"]["heldout/auc"]
+    assert [figures["logistic"][name] for name in ("pairs", "heldout/pairs")] == [200, 100]
+    assert set(figures["convex_relu"]) > {"neurons", "iterations", "primal_residual", "dual_residual", "objective"}
+
+
+def test_the_logistic_head_is_scikit_learns_on_standardised_rows():
+    """Two neurons, relu(z) - relu(-z) = z, with the standardisation folded in: z is its decision function."""
+    from sklearn.linear_model import LogisticRegression
+
+    vectors = quadrants(40)
+    x = stored(vectors)
+    z = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+    fit = LogisticRegression(C=0.5).fit(z, np.tile([1, -1], 40))
+    heads, _ = trained(vectors, {"name": "logistic", "C": 0.5})
+    assert relu_head_of(heads).score(x) == pytest.approx(fit.decision_function(z), abs=1e-3)
+
+
+def test_heldout_pairs_do_not_train():
+    """Other features and other labels of held-out prompts: the same head, byte for byte."""
+    vectors, heldout = quadrants(40), [f"q{n:03d}" for n in range(30, 40)]
+    names = sorted({name.split("-")[0] for name in vectors})
+    first, _ = trained(vectors, CONVEX, heldout)
+    other = {name: -3 * x if name.split("-")[0] in heldout else x for name, x in vectors.items()}
+    second, _ = trained(other, CONVEX, heldout, pairs=pairs_of(names[:-3]))
+    assert first.equals(second)
+
+
+@few
+@given(st.integers(0, 10**6), st.sampled_from([CONVEX | {"iterations": 10}, {"name": "logistic"}]))
+def test_a_head_scores_raw_features_whatever_their_scale(seed, spec):
+    """x -> s x + t, feature by feature: standardised rows are the same, so the head's scores are."""
+    rng = np.random.default_rng(seed)
+    vectors = quadrants(20, seed)
+    scale, shift = 2.0 ** rng.integers(-3, 4, 4), rng.integers(-8, 8, 4)
+    moved = {name: scale * x.astype(np.float32) + shift for name, x in vectors.items()}
+    scores = [relu_head_of(trained(each, spec)[0]).score(stored(each)) for each in (vectors, moved)]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-2)
+
+
+@few
+@given(st.integers(0, 10**6))
+def test_the_last_layer_is_at_the_minimum_of_the_preference_loss(seed):
+    """L(a) = sum_p w_p softplus(m - s g_p.a) / sum w + r/2 |a|^2; dL/da = r a - s sum_p w_p sigma(.) g_p / sum w = 0.
+
+    And it is reached from anywhere, for L is strictly convex.
+    """
+    rng = np.random.default_rng(seed)
+    sides = Sides(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), rng.uniform(0.1, 2, 30))
+    neurons = ReluHead(rng.normal(size=(5, 3)), rng.normal(size=5), rng.normal(size=5))
+    a = last_layer(neurons, sides, 2.5, 1.5, 1e-2).outer
+    gaps = np.maximum(sides.chosen @ neurons.inner.T + neurons.bias, 0) - np.maximum(
+        sides.rejected @ neurons.inner.T + neurons.bias, 0
+    )
+    pull = 1 / (1 + np.exp(2.5 * gaps @ a - 1.5)) * sides.weight / sides.weight.sum()
+    assert 1e-2 * a == pytest.approx(2.5 * pull @ gaps, abs=1e-5)
+    start = ReluHead(neurons.inner, neurons.bias, 10 * rng.normal(size=5))
+    assert last_layer(start, sides, 2.5, 1.5, 1e-2).outer == pytest.approx(a, abs=1e-3)
+
+
+@pytest.mark.parametrize("spec", [CONVEX, {"name": "logistic"}], ids=["convex_relu", "logistic"])
+def test_a_weight_of_two_is_the_pair_twice(spec):
+    """Weighted least squares, and the weighted mean of the losses, for both kinds of head."""
+    rng, bound = np.random.default_rng(0), head.bind(spec)
+    chosen, rejected = rng.normal(size=(2, 20, 3))
+    twice = [*range(20), *range(5)]
+    sides = Sides(chosen[twice], rejected[twice], np.ones(25)), Sides(chosen, rejected, np.repeat([2.0, 1.0], [5, 15]))
+    first, second = (bound(each, lambda *told: None)[0].score(chosen) for each in sides)
+    assert first == pytest.approx(second, abs=1e-3)
+
+
+def test_pairs_that_teach_nothing_are_left_out_with_their_reason():
+    ctx, vectors = space(), quadrants(8)
+    vectors["q000-1"] = vectors["q000-0"]
+    vectors["q001-0"] = np.full(4, np.nan)
+    vectors["q002-1"] = np.full(4, np.inf)
+    del vectors["q003-0"]
+    heads, metrics = trained(vectors, {"name": "logistic"}, ctx=ctx)
+    reasons = {row["prompt_id"]: row["reason"] for row in ctx.rejects.to_pylist()}
+    assert reasons == {
+        "q000": "equal features",
+        "q001": "features not finite",
+        "q002": "features not finite",
+        "q003": "no features",
+    }
+    assert values(metrics)["pairs"] == 4
+    assert all(np.isfinite(heads["outer"].to_pylist()))
+
+
+def test_too_few_pairs_are_refused():
+    with pytest.raises(WinnowError, match="1 usable pairs of train prompts, and a head needs 2"):
+        trained(quadrants(3), {"name": "logistic"}, heldout=["q000", "q001"])
+    with pytest.raises(WinnowError, match="0 usable pairs"):
+        trained(quadrants(3), {"name": "logistic"}, pairs=pairs_of(["q000"], weight=0.0))
+
+
+def test_a_beta_that_leaves_no_neuron_is_refused():
+    with pytest.raises(WinnowError, match=r"beta 50\.0 leaves no neuron"):
+        trained(quadrants(20), {"name": "convex_relu", "beta": 50.0})
+
+
+# Rewards.
+
+
+def linear(*weights):
+    """A head that scores w.x."""
+    w = np.array(weights, dtype=float)
+    return ReluHead(np.stack([w, -w]), np.zeros(2), np.array([1.0, -1.0]))
+
+
+def test_a_candidates_reward_is_its_score():
+    ctx = space()
+    made = head_reward(features_of({"p-0": [1, 2], "p-1": [-3, 0.5], "p-2": [np.nan, 0]}), linear(2, -1).table(), ctx)
+    conform(made, REWARDS)
+    assert dict(zip(made["candidate_id"].to_pylist(), made["reward"].to_pylist(), strict=True)) == {
+        "p-0": 0.0,
+        "p-1": -6.5,
+    }
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["features not finite"]
+
+
+def test_a_head_of_another_policy_is_refused():
+    with pytest.raises(WinnowError, match="features have 2 numbers, and the head reads 3"):
+        head_reward(features_of({"p-0": [1, 2]}), linear(1, 1, 1).table(), space())
+
+
+# Steering.
+
+
+@pytest.fixture(scope="module")
+def engine(sharp):
+    opened = open_engine("transformers", sharp.folder, "float32")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def opinion():
+    """A head of eight random neurons on the sharp model's 64 features."""
+    rng = np.random.default_rng(3)
+    return ReluHead(rng.normal(size=(8, 64)), rng.normal(size=8), rng.normal(size=8))
+
+
+def ask(count):
+    return [Request(PROMPTS[n % 3], 100 + n) for n in range(count)]
+
+
+def test_steering_of_no_strength_draws_what_the_unsteered_engine_draws(engine, opinion):
+    """Our own loop with its cache, against `generate`: equal ids, ends and log-probs, at other temperatures too."""
+    for temperature, top_k in ((1.0, 0), (0.6, 20)):
+        plain = engine.generate(ask(30), Sampling(temperature, top_k, 12, (1, 2, 3)))
+        nothing = Steering(opinion, 0.0, 15, 1)
+        steered = engine.generate(ask(30), Sampling(temperature, top_k, 12, (1, 2, 3), nothing))
+        assert [(made.token_ids, made.finish_reason) for made in plain] == [
+            (made.token_ids, made.finish_reason) for made in steered
+        ]
+        assert [made.logp for made in plain] == pytest.approx([made.logp for made in steered], abs=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, opinion, sharp, every):
+    """Every step again, from features that `stages.head.features` makes of each whole continuation, without a cache.
+
+    At steps between, the draw is argmax(logit / T + the row's own noise).
+    """
+    network, top = load_network(sharp), 6
+    steering = Steering(opinion, 1e6, top, every)
+    requests = ask(6)
+    steered = 0
+    for request, made in zip(requests, engine.generate(requests, Sampling(0.8, 0, 6, (1,), steering)), strict=True):
+        for step, token in enumerate(made.token_ids):
+            said = made.token_ids[:step]
+            with torch.inference_mode():
+                logits = network(input_ids=torch.tensor([[*request.prompt_ids, *said]])).logits[0, -1]
+            if step % every:
+                assert token == int((logits / 0.8 + torch.from_numpy(_noise(request.seed, step, len(logits)))).argmax())
+                continue
+            tried = [(request.prompt_ids, [*said, other]) for other in logits.topk(top).indices.tolist()]
+            best = opinion.score(read_rows(response_means, network, tried, "float32", 4096).astype(float)).argmax()
+            assert token == tried[best][1][-1]
+            steered += token != int(logits.argmax())
+    assert steered > 5, "the head agreed with the policy throughout: this test shows nothing"
+
+
+def law(network, steering, prompt, said):
+    """Log-probs [V] of the next token, from features that `stages.head.features` makes of each whole continuation."""
+    with torch.inference_mode():
+        logits = network(input_ids=torch.tensor([[*prompt, *said]])).logits[0, -1].double().numpy()
+    if len(said) % steering.every == 0:
+        top = np.argsort(-logits)[: steering.top]
+        tried = [(prompt, [*said, int(token)]) for token in top]
+        scores = steering.head.score(read_rows(response_means, network, tried, "float32", 4096).astype(float))
+        logits[top] += steering.strength * (scores - scores.min()) / np.ptp(scores)
+    return logits - np.logaddexp.reduce(logits)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_log_prob_of_an_uncut_steered_draw_is_that_of_the_steered_law(engine, opinion, sharp, every):
+    """log q(y) = sum_t log softmax(logits + strength * share)[y_t], each step again and without a cache."""
+    network, steering = load_network(sharp), Steering(opinion, 3.0, 15, every)
+    made = engine.generate(ask(6), Sampling(1.0, 0, 8, (1,), steering))
+    for request, each in zip(ask(6), made, strict=True):
+        steps = [(each.token_ids[:step], token) for step, token in enumerate(each.token_ids)]
+        again = sum(law(network, steering, request.prompt_ids, said)[token] for said, token in steps)
+        assert each.logp == pytest.approx(again, abs=1e-3)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.7, 0), (1.0, 20)])
+def test_a_steered_draw_that_is_cut_keeps_the_policys_own_log_prob(engine, opinion, sharp, temperature, top_k):
+    made = engine.generate(ask(6), Sampling(temperature, top_k, 8, (1,), Steering(opinion, 3.0, 15, 1)))
+    rows = [(request.prompt_ids, each.token_ids) for request, each in zip(ask(6), made, strict=True)]
+    with torch.inference_mode():
+        ours, _ = completion_logp(load_network(sharp), alone(rows), "float32")
+    assert [each.logp for each in made] == pytest.approx(ours.tolist(), abs=1e-3)
+
+
+UNCUT = dict(engine="transformers", temperature=1.0, top_k=0, keep_empty=True, steer_every=1)
+
+
+def test_stronger_steering_scores_higher(sharp, opinion, ctx):
+    asked = prompts_of(["p", "q"])
+    means = []
+    for strength in (0.0, 2.0, 20.0):
+        made = sample(asked, sharp, ctx, opinion.table(), n=16, max_tokens=8, steer=strength, **UNCUT)
+        means.append(opinion.score(matrix(features(asked, made, sharp, ctx))).mean())
+    assert means[0] < means[1] < means[2]
+
+
+def test_a_draw_says_of_which_law_its_log_prob_is(sharp, opinion, ctx):
+    warm, heads = UNCUT | {"temperature": 0.7}, opinion.table()
+    for wired, options, kind in ((None, UNCUT, "exact"), (heads, UNCUT, "steered"), (heads, warm, "raw")):
+        made = sample(prompts_of(["p"]), sharp, ctx, wired, n=2, max_tokens=4, **options)
+        assert set(made["logp_kind"].to_pylist()) == {kind}
+
+
+def steered_kl(sharp, opinion, ctx, **options):
+    """log q - log p of each draw, as `evaluate` has it: q the steered law, p the policy it started from."""
+    asked = prompts_of(["p"])
+    drawn = sample(asked, sharp, ctx, opinion.table(), **UNCUT, **options)
+    ids = [drawn.column(name).to_pylist() for name in ("k", "candidate_id")]
+    rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0)
+            for k, name in zip(*ids, strict=True)]  # fmt: skip
+    judgements = pa.Table.from_pylist(rows, schema=JUDGEMENTS)
+    baseline = reference(asked, drawn, sharp, ctx)
+    outcomes, metrics = evaluate(asked, drawn, drawn, judgements, None, baseline, resamples=1)
+    kl = {row["metric"]: row["value"] for row in metrics.to_pylist()}["kl"]
+    return np.array(outcomes["kl"].to_pylist()), kl
+
+
+def test_steering_of_no_strength_has_no_kl(sharp, opinion, ctx):
+    """q = p, so log q - log p = 0 of every single draw."""
+    ratios, kl = steered_kl(sharp, opinion, ctx, n=16, max_tokens=8, steer=0.0)
+    assert len(ratios) == 16
+    assert np.abs(ratios).max() < 1e-4
+    assert kl == pytest.approx(0, abs=1e-4)
+
+
+def test_kl_of_a_steered_policy_is_that_of_the_two_laws(sharp, opinion, ctx):
+    """One token, by enumeration: KL = sum_v q_v (log q_v - log p_v), in 2,000 draws to four standard errors."""
+    ratios, kl = steered_kl(sharp, opinion, ctx, n=2000, max_tokens=1, steer=2.0)
+    network, prompt = load_network(sharp), prompts_of(["p"])["token_ids"][0].as_py()
+    q, p = (law(network, Steering(opinion, strength, 15, 1), prompt, []) for strength in (2.0, 0.0))
+    exact = (np.exp(q) * (q - p)).sum()
+    assert exact > 0.1
+    assert kl == pytest.approx(ratios.mean())
+    assert abs(kl - exact) < 4 * ratios.std() / math.sqrt(len(ratios))
+
+
+def test_a_steered_log_prob_is_not_taken_for_the_policys_own():
+    rows = [candidate("a", k) | {"logp": -1.0, "logp_kind": "steered"} for k in range(2)]
+    rule = pair_rule.bind("next_likelier_loser")
+    with pytest.raises(WinnowError, match="without a head"):
+        pair(pa.Table.from_pylist(rows, schema=CANDIDATES), space(), selections_of({"a": [1.0, -1.0]}), rule=rule)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_continuations_are_exact_in_other_architectures_too(kind):
+    """m tokens tried at once at one position, against m whole forwards; and the cache is left as it was."""
+    from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+
+    from stages.sampling.engines.steering import Guide
+
+    torch.manual_seed(0)
+    config = {
+        "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32),
+        "qwen3": Qwen3Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            intermediate_size=64, vocab_size=50,
+        ),
+    }[kind]  # fmt: skip
+    network = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    tokens = torch.tensor([[1, 2, 9, 9], [10, 11, 12, 13]])
+    with torch.inference_mode():
+        guide = Guide(network, Steering(linear(*range(32)), 1.0, 4, 1))
+        network(input_ids=ids, past_key_values=guide.cache)
+        made = [guide.continued(tokens) for _ in range(2)]
+        for row in range(2):
+            for m in range(4):
+                whole = torch.cat([ids[row], tokens[row, m : m + 1]])[None]
+                plain = network(input_ids=whole, output_hidden_states=True).hidden_states[-1][0, -1]
+                assert made[0][row, m].tolist() == pytest.approx(plain.tolist(), abs=1e-5)
+    assert torch.equal(made[0], made[1])
+
+
+def test_a_model_that_cannot_be_steered_is_refused(engine):
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from stages.sampling.engines.steering import Guide
+
+    config = MistralConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+        vocab_size=50, sliding_window=4,
+    )  # fmt: skip
+    with pytest.raises(WinnowError, match="sliding windows cannot be steered"):
+        Guide(AutoModelForCausalLM.from_config(config), Steering(linear(*range(32)), 1.0, 4, 1))
+    with pytest.raises(WinnowError, match="features have 64 numbers, and the head reads 2"):
+        engine.generate(ask(1), Sampling(1.0, 0, 4, (1,), Steering(linear(1, 1), 1.0, 4, 1)))
+
+
+def problems(options, wired):
+    entry = entry_of(sample)
+    return entry.metadata["signature"].check(entry.validate(options, "sample"), wired)
+
+
+def test_steering_that_cannot_be_is_refused_at_plan_time():
+    """vLLM with a head; steering options without one; a head that was trained on another policy's features."""
+    sft, other = InputStep("model", {"path": "a"}), InputStep("model", {"path": "b"})
+    seen = InputStep("preference_head", {}, {"features": InputStep("features", {}, {"policy": sft})})
+    assert problems({}, {"policy": sft}) == []
+    assert problems({"engine": "transformers", "steer": 4.0}, {"policy": sft, "head": seen}) == []
+    assert re.match("engine: vllm cannot steer", *problems({}, {"policy": sft, "head": seen}))
+    assert re.match("steer_top: there is no head", *problems({"steer_top": 5}, {"policy": sft}))
+    assert re.match(
+        "head was trained on features of another policy",
+        *problems({"engine": "transformers"}, {"policy": other, "head": seen}),
+    )

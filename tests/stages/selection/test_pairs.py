@@ -1,0 +1,324 @@
+"""Data recipes of methods: pair rules beyond the paper's, pools, mismatched rows, labels and weights of examples."""
+
+import math
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import InputStep
+from pipeline.context import StageContext, WarmCache
+from pipeline.registry import Bound, entry_of
+from schemas import WinnowError, candidate_id, conform
+from schemas.tables import CANDIDATES, EXAMPLES, PAIRS
+from stages.data.rows import cutoff
+from stages.sampling.pool import mismatch, pool
+from stages.selection.pair import pair, pair_rule
+from stages.training.examples import examples
+from stages.training.reference import reference
+from tests.stages.test_stages import candidate, candidates_of, pairs_of, prompts_of, selections_of
+
+rewards_lists = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=9)
+
+
+def space():
+    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+
+
+def rule(name, **options):
+    entry = pair_rule.entries[name]
+    return Bound(entry, entry.validate(options, name))
+
+
+def table(rows):
+    return pa.Table.from_pylist(rows, schema=CANDIDATES)
+
+
+def pairs_by(name, rewards, ctx=None, weights=None, logps=None, **options):
+    """The rule on one prompt whose candidate k has rewards[k]: [(chosen k, rejected k, gap, weight)]."""
+    rows = [candidate("a", k) | {"logp": logps[k] if logps else -1.0} for k in range(len(rewards))]
+    kept = selections_of({"a": rewards}).to_pylist()
+    for row, weight in zip(kept, weights or [1.0] * len(kept), strict=True):
+        row["weight"] = weight
+    kept = pa.Table.from_pylist(kept, schema=selections_of({}).schema)
+    made = conform(pair(table(rows), ctx or space(), kept, rule=rule(name, **options)), PAIRS).to_pylist()
+    return [(int(row["chosen_id"][2:]), int(row["rejected_id"][2:]), row["gap"], row["weight"]) for row in made]
+
+
+@given(rewards_lists)
+def test_all_pairs_are_every_strict_preference_once(rewards):
+    """{(i, j): r_i > r_j}, gap r_i - r_j; equal rewards say nothing, and a prompt without a pair is a reject."""
+    ctx = space()
+    found = pairs_by("all_pairs", rewards, ctx)
+    expected = {
+        (i, j) for i, j in ((i, j) for i in range(len(rewards)) for j in range(len(rewards))) if rewards[i] > rewards[j]
+    }
+    assert {(i, j) for i, j, _, _ in found} == expected
+    assert len(found) == len(expected)
+    assert all(gap == rewards[i] - rewards[j] and weight == 1 for i, j, gap, weight in found)
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ([] if expected else ["no pair"])
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3).map(float), st.floats(0.1, 3)), min_size=2, max_size=7))
+def test_a_pair_weighs_the_product_of_its_two(rows):
+    """q_ij = w_i w_j: the chance that two independent draws from the weights are these two (up to 2)."""
+    rewards, weights = zip(*rows, strict=True)
+    for i, j, _, weight in pairs_by("all_pairs", list(rewards), weights=list(weights)):
+        assert weight == pytest.approx(weights[i] * weights[j])
+
+
+def test_mu_minus_2_sigma_is_not_the_very_worst():
+    """Rewards 0 x 8, 4, -9: mean -0.5, sd 3.07, target -6.6: nearest is -9 (2.4 off), not 0 (6.6 off).
+
+    With another -6 among them mean -1, sd 3.36, target -7.7: -9 is 1.3 off, -6 is 1.7. At one sigma, -4.4: -6.
+    """
+    assert [(i, j) for i, j, _, _ in pairs_by("mu_minus_2_sigma", [0.0] * 8 + [4.0, -9.0])] == [(8, 9)]
+    more = [0.0] * 8 + [4.0, -9.0, -6.0]
+    assert [(i, j) for i, j, _, _ in pairs_by("mu_minus_2_sigma", more)] == [(8, 9)]
+    assert [(i, j) for i, j, _, _ in pairs_by("mu_minus_2_sigma", more, sigmas=1.0)] == [(8, 10)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0]), st.integers(-9, 0).map(float)), min_size=1, max_size=9
+    ),
+    st.sampled_from([None, 0.0, 0.5]),
+)
+def test_next_likelier_loser(rows, threshold):
+    """For each r < t: the r > t of greatest log p among those with log p below its own; none, then no pair.
+
+    t is the threshold, or the prompt's mean. A shift of all rewards (another baseline) moves no pair then.
+    """
+    rewards, logps = (list(side) for side in zip(*rows, strict=True))
+    made = pairs_by("next_likelier_loser", rewards, logps=logps, threshold=threshold)
+    found = {(i, j) for i, j, _, _ in made}
+    losers = {j for _, j in found}
+    t = Fraction(sum(map(int, rewards)), len(rewards)) if threshold is None else threshold
+    for j, (r, own) in enumerate(rows):
+        below = [lp for reward, lp in rows if reward > t and lp < own]
+        assert (j in losers) == (r < t and bool(below))
+        assert all(logps[i] == max(below) and rewards[i] > t for i, k in found if k == j)
+    if threshold is None:
+        assert pairs_by("next_likelier_loser", [r - 64 for r in rewards], logps=logps) == made
+
+
+@given(st.floats(-1e3, 1e3), st.integers(1, 64))
+def test_equal_rewards_are_neither_good_nor_bad(reward, n):
+    """mean(r, ..., r) = r to the last bit: a running sum of 0.1 gives 0.30000000000000004 / 3 > 0.1."""
+    group = [{"reward": reward}] * n
+    assert cutoff(group, None) == reward
+    assert cutoff(group, 0.25) == 0.25
+
+
+def test_next_likelier_loser_needs_log_probs():
+    rows = table([candidate("a", k) | {"logp": None} for k in range(2)])
+    with pytest.raises(WinnowError, match=r"candidates\.logp"):
+        pair(rows, space(), selections_of({"a": [1.0, -1.0]}), rule=rule("next_likelier_loser"))
+
+
+def test_spin_pairs_the_demonstration_with_every_own_sample():
+    """Pooled: two draws and one demonstration make two pairs; a draw cut at max_tokens is left out on request."""
+    prompts = prompts_of("ab", demonstration="Yes.", demonstration_ids=[8, 1])
+    drawn = table([candidate("a", 0), candidate("a", 1) | {"finish_reason": "length"}, candidate("b", 0, ids=[8, 1])])
+    ctx = space()
+    pooled = conform(pool(drawn, ctx, prompts), CANDIDATES)
+    shown = {row["candidate_id"] for row in pooled.to_pylist() if row["finish_reason"] == "given"}
+    assert len(shown) == 2
+    made = pair(pooled, ctx, rule=rule("demonstration_vs_sample"), finished=True).to_pylist()
+    assert [(row["chosen_id"] in shown, row["rejected_id"], row["gap"]) for row in made] == [(True, "a-0", None)]
+    reasons = {(row["prompt_id"], row["reason"]) for row in ctx.rejects.to_pylist()}
+    assert reasons == {("a", "cut at max_tokens"), ("b", "identical responses")}
+    assert len(pair(pooled, space(), rule=rule("demonstration_vs_sample"))) == 2
+
+
+def test_a_demonstration_that_the_policy_drew_too_costs_that_pair_alone():
+    """It stays in the pool beside the draw of its tokens, and goes against the policy's other draws."""
+    ids = [8, 1]
+    drawn = [candidate("a", 0, ids=ids) | {"candidate_id": candidate_id("a", ids, 0)}, candidate("a", 1)]
+    pooled = pool(table(drawn), space(), prompts_of("a", demonstration="Yes.", demonstration_ids=ids))
+    assert len(set(pooled.column("candidate_id").to_pylist())) == 3
+    ctx = space()
+    made = pair(pooled, ctx, rule=rule("demonstration_vs_sample")).to_pylist()
+    assert [(row["chosen_id"], row["rejected_id"]) for row in made] == [(candidate_id("a", ids, 1), "a-1")]
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["identical responses"]
+
+
+def test_a_pool_has_every_candidate_once_and_says_which_prompt_has_no_demonstration():
+    """This round's and the last's; an equal id is one row; order by prompt."""
+    now, before = candidates_of({"a": 2, "b": 1}), candidates_of({"a": 3})
+    names = pool(now, space(), None, before).column("candidate_id").to_pylist()
+    assert names == ["a-0", "a-1", "a-2", "b-0"]
+    ctx = space()
+    assert pool(now, ctx, prompts_of("ab")).num_rows == 3
+    assert {row["reason"] for row in ctx.rejects.to_pylist()} == {"no demonstration"}
+
+
+def test_candidates_that_a_rule_cannot_read_are_refused_at_plan_time():
+    """Log-probs are an engine's, also through a pool; demonstrations stand in a pool that has prompts."""
+    check = entry_of(pair).metadata["signature"].check
+    people, own, drawn = InputStep("preferences"), InputStep("own_candidates"), InputStep("sample")
+    with_prompts, without = (
+        InputStep("pool", {}, {"candidates": drawn, "prompts": InputStep("prompts")}),
+        InputStep("pool"),
+    )
+    for name, good, bad in [
+        ("next_likelier_loser", [drawn, with_prompts], [people, own, InputStep("pool", {}, {"candidates": own})]),
+        ("demonstration_vs_sample", [with_prompts], [drawn, without, people]),
+        ("best_vs_worst", [drawn, people, own, without], []),
+    ]:
+        reads = {"selections": InputStep("select")} if name != "demonstration_vs_sample" else {}
+        for step in [*good, InputStep("")]:  # a stage that is unknown is said to be so already
+            assert check({"rule": rule(name)}, reads | {"candidates": step}) == []
+        for step in bad:
+            (problem,) = check({"rule": rule(name)}, reads | {"candidates": step})
+            assert problem.startswith(f"rule {name} cannot read candidates of {step.stage}; ")
+    assert check({"rule": rule("next_likelier_loser")}, {"selections": InputStep("select")}) == []
+
+
+def test_a_pool_needs_prompts_with_demonstrations():
+    """At plan time: the column is named, or the stage behind has none; no word where its options are wrong already."""
+    check = entry_of(pool).metadata["signature"].check
+    assert check({}, {"prompts": InputStep("prompts", {"demonstration": "answer"})}) == []
+    assert check({}, {"prompts": InputStep("prompts")}) == check({}, {}) == []
+    for step in (InputStep("prompts", {"demonstration": None}), InputStep("preferences", {"chosen": "chosen"})):
+        (problem,) = check({}, {"prompts": step})
+        assert f"{step.stage} gives none; wire it to a step of stage prompts" in problem
+
+
+def borrowed(model, counts, kept=None, ids=None, ctx=None):
+    """`mismatch` on {prompt: number of candidates}: {prompt: [token ids]}."""
+    rows = [candidate(name, k, ids=ids or [ord(name), k, 1]) for name, n in counts.items() for k in range(n)]
+    made = conform(mismatch(table(rows), prompts_of(counts), model, ctx or space(), kept), CANDIDATES).to_pylist()
+    names = [row["candidate_id"] for row in [*made, *rows]]
+    assert len(set(names)) == len(names)
+    assert all(row["prompt_id"] in counts for row in made)
+    return {name: [row["token_ids"] for row in made if row["prompt_id"] == name] for name in counts}
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=6))
+def test_each_response_has_a_mismatched_row(tiny, counts):
+    """The n-th of a prompt with the next prompt's n-th, as many as both have; the last borrows from the first."""
+    names = "abcdef"[: len(counts)]
+    number = dict(zip(names, counts, strict=True))
+    expected = {
+        name: [[ord(other), k, 1] for k in range(min(number[name], number[other]))]
+        for name, other in zip(names, names[1:] + names[0], strict=True)
+    }
+    assert borrowed(tiny, number) == expected
+
+
+def test_only_kept_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
+    """a keeps its 1 and 2, b its 0, c none: a and b borrow one each. Alone, and too long: left out, with reason."""
+    rows = selections_of({"a": [0.0] * 3, "b": [0.0]})
+    kept = rows.filter(pa.array([False, True, True, True]))
+    found = borrowed(tiny, {"a": 3, "b": 1, "c": 2}, kept)
+    assert found == {"a": [[ord("b"), 0, 1]], "b": [[ord("a"), 1, 1]], "c": []}
+    ctx = space()
+    assert borrowed(tiny, {"a": 2}, ctx=ctx) == {"a": []}
+    assert borrowed(tiny, {"a": 1, "b": 1}, ids=[7] * 126, ctx=ctx) == {"a": [], "b": []}
+    reasons = [(row["prompt_id"], row["reason"]) for row in ctx.rejects.to_pylist()]
+    assert reasons == [
+        ("a", "no other prompt in its shard"),
+        *((name, "mismatched response too long") for name in "ab"),
+    ]
+
+
+def test_equal_responses_are_borrowed_under_an_id_each(tiny):
+    """Copies of what the prompt drew itself and of each other: the first copy number that is free."""
+    rows = [candidate(name, k, ids=[9, 1]) | {"candidate_id": candidate_id(name, [9, 1], k)}
+            for name in "ab" for k in range(2)]  # fmt: skip
+    made = mismatch(table(rows), prompts_of("ab"), tiny, space()).to_pylist()
+    expected = [candidate_id(name, [9, 1], copy) for name in "ab" for copy in (2, 3)]
+    assert [row["candidate_id"] for row in made] == expected
+
+
+def labels_of(rewards, ctx=None, **options):
+    """Labels by candidate of prompt a, whose candidate k has rewards[k]; None where it has no group."""
+    kept, pooled = selections_of({"a": rewards}), candidates_of({"a": len(rewards)})
+    made = examples(prompts_of("a"), ctx or space(), pooled, selections=kept, desirable="rewards", **options)
+    groups = conform(made, EXAMPLES).to_pylist()
+    return {row["candidate_id"]: row["desirable"] for row in groups[0]["responses"]} if groups else None
+
+
+@given(rewards_lists, st.sampled_from([None, 0.0, -1.0]))
+def test_labels_of_rewards_say_above_or_below(rewards, threshold):
+    """sign(r - t), t the threshold or the mean; r = t has no label and is a reject. 1-4 of (0, 0, 0, 3): mean 3/4."""
+    ctx = space()
+    t = Fraction(sum(map(int, rewards)), len(rewards)) if threshold is None else threshold
+    expected = {f"a-{k}": 1 if r > t else -1 for k, r in enumerate(rewards) if r != t}
+    assert (labels_of(rewards, ctx, threshold=threshold) or {}) == expected
+    found = [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist() if row["candidate_id"]]
+    assert found == [(f"a-{k}", "neither above nor below") for k, r in enumerate(rewards) if r == t]
+
+
+def test_all_rewards_may_beat_the_baseline_and_half_are_undesirable_all_the_same():
+    """r = (1, 2, 3, 4): the baseline was the worst draw, and every sign is +; the mean 2.5 parts them."""
+    assert labels_of([1.0, 2.0, 3.0, 4.0]) == {"a-0": -1, "a-1": -1, "a-2": 1, "a-3": 1}
+    assert set(labels_of([1.0, 2.0, 3.0, 4.0], threshold=0.0).values()) == {1}
+
+
+def test_labels_of_pairs():
+    """+1 for the chosen, -1 for the rejected, none for one that is both."""
+    prompts, pooled = prompts_of("a"), candidates_of({"a": 4})
+    both = examples(prompts, space(), pooled, pairs_of([(0, 1), (1, 2)]), desirable="pairs").to_pylist()[0]
+    assert {row["candidate_id"]: row["desirable"] for row in both["responses"]} == {"a-0": 1, "a-1": None, "a-2": -1}
+
+
+def test_pairs_of_another_origin_are_refused_by_name():
+    """Not a KeyError: which id, and what to wire."""
+    with pytest.raises(WinnowError, match="no row has the id a-7: wire the inputs of this step to tables of one orig"):
+        examples(prompts_of("a"), space(), candidates_of({"a": 2}), pairs_of([(0, 7)]))
+
+
+def test_mismatched_rows_stand_last_with_their_own_reference(tiny):
+    """desirable 0, in no pair, scored under the prompt that they are read with."""
+    prompts, pooled = prompts_of("ab"), table([candidate(name, 0, ids=[20 + ord(name), 1]) for name in "ab"])
+    other = mismatch(pooled, prompts, tiny, space())
+    scores = reference(prompts, pooled, tiny, space(), mismatched=other)
+    kept = selections_of({"a": [1.0], "b": [-1.0]})
+    given = dict(desirable="rewards", threshold=0.0)
+    made = examples(prompts, space(), pooled, None, kept, scores, other, **given).to_pylist()
+    assert [[row["desirable"] for row in group["responses"]] for group in made] == [[1, 0], [-1, 0]]
+    values = {(row["prompt_id"], row["candidate_id"]): row["logp"] for row in scores.to_pylist()}
+    for group in made:
+        for row in group["responses"]:
+            assert row["ref_logp"] == values[group["prompt_id"], row["candidate_id"]]
+
+
+@given(st.floats(0, 30))
+def test_soft_labels_are_the_rankers_own_probability(gap):
+    """s(gap) >= 1/2; a pair without a gap (demonstration_vs_sample) stays 1."""
+    rows = [row | {"gap": gap} for row in pairs_of([(0, 1)]).to_pylist()]
+    made = examples(
+        prompts_of("a"), space(), candidates_of({"a": 2}), pa.Table.from_pylist(rows, schema=PAIRS), labels="soft"
+    )
+    assert made.to_pylist()[0]["pairs"][0]["label"] == pytest.approx(1 / (1 + math.exp(-gap)), rel=1e-6)
+    rows[0]["gap"] = None
+    made = examples(
+        prompts_of("a"), space(), candidates_of({"a": 2}), pa.Table.from_pylist(rows, schema=PAIRS), labels="soft"
+    )
+    assert made.to_pylist()[0]["pairs"][0]["label"] == 1.0
+
+
+def test_likelihood_weights_are_those_of_the_selection():
+    kept = selections_of({"a": [1.0, 0.0]}).to_pylist()
+    for n, row in enumerate(kept):
+        row["weight"] = 0.25 + n
+    kept = pa.Table.from_pylist(kept, schema=selections_of({}).schema)
+    made = examples(prompts_of("a"), space(), candidates_of({"a": 3}), selections=kept, imitate="selected").to_pylist()
+    assert [row["weight"] for row in made[0]["responses"]] == [0.25, 1.25]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, entry in pair_rule.entries.items() if entry.metadata["reads"] == "selections"]
+)
+@given(rewards=rewards_lists)
+def test_no_rule_on_rewards_prefers_the_worse(name, rewards):
+    """Whatever the rule: gap = r(chosen) - r(rejected) > 0, no pair twice, and one candidate makes none."""
+    found = pairs_by(name, rewards)
+    assert all(gap == rewards[i] - rewards[j] > 0 for i, j, gap, _ in found)
+    assert len({(i, j) for i, j, _, _ in found}) == len(found) <= len(list(combinations(rewards, 2)))

@@ -1,0 +1,577 @@
+"""Losses as formulas. lp, rp: summed log-probs of policy, reference; d = lp - rp; h = d(w) - d(l); m = lp / |y|."""
+
+import ast
+import inspect
+import math
+from dataclasses import replace
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.registry import Bound
+from stages.training.objectives import (
+    Batch,
+    hinge,
+    hinge_norm,
+    kto,
+    nll,
+    objective,
+    odds_ratio,
+    rank,
+    sigmoid,
+    sigmoid_mean,
+    sigmoid_norm,
+    squared,
+)
+
+LN2 = math.log(2)
+ENTRIES = list(objective.entries.values())
+
+
+def those(entries):
+    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+
+
+named = those(ENTRIES)
+paired = those([entry for entry in ENTRIES if entry.metadata["per"] == "pairs"])
+referred = those([entry for entry in ENTRIES if "ref" in entry.metadata["reads"]])
+few = settings(max_examples=25, deadline=None)  # of each objective
+gaps = st.floats(-60, 60)
+scales = st.floats(0.01, 2)
+shares = st.floats(0.001, 0.999)
+
+
+def batch(logp, ref=None, *, length=None, pairs=((0, 1),), weight=None, label=None, desirable=None, kl=None,
+          dtype=torch.float64):  # fmt: skip
+    """Rows of given log-probs, one pair of them unless said otherwise, weights and lengths 1."""
+
+    def vector(values):
+        return None if values is None else torch.as_tensor(values, dtype=dtype)
+
+    index = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return Batch(
+        logp=vector(logp).clone().requires_grad_(),
+        length=vector([1.0] * len(logp) if length is None else length),
+        weight=vector([1.0] * len(logp) if weight is None else weight),
+        chosen=index[:, 0],
+        rejected=index[:, 1],
+        ref=vector(ref),
+        label=vector(label),
+        desirable=vector(desirable),
+        kl=vector(kl),
+    )
+
+
+def gap(h, **given):
+    """One pair whose h is given."""
+    return batch([h, 0.0], [0.0, 0.0], **given)
+
+
+def slopes(losses, b):
+    """dL/dlp, a number a row."""
+    return torch.autograd.grad(losses.sum(), b.logp)[0].tolist()
+
+
+def s(x):
+    """The logistic function."""
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+@st.composite
+def filled(draw):
+    """A batch with every field, far from any special value; each pair of rows at most once."""
+    n = draw(st.integers(2, 7))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    every = [(i, j) for i in range(n) for j in range(n) if i != j]
+    pairs = [every[k] for k in rng.permutation(len(every))[: draw(st.integers(1, len(every)))]]
+    length = rng.integers(1, 30, n)
+    return batch(
+        -length * rng.uniform(0.05, 4, n),
+        -length * rng.uniform(0.05, 4, n),
+        length=length,
+        weight=rng.uniform(0.1, 2, n),
+        pairs=pairs,
+        label=rng.uniform(0.55, 0.95, len(pairs)),
+        desirable=rng.choice([-1.0, 0.0, 1.0], n),
+        kl=rng.uniform(0.1, 3),
+    )
+
+
+# DPO, with certain, smoothed and soft labels
+
+
+@given(st.lists(st.floats(-300, 0), min_size=2, max_size=9), scales, shares)
+def test_dpo_is_ln_2_at_policy_equal_reference(logp, beta, label):
+    """h = 0: -q ln s(0) - (1 - q) ln s(0) = ln 2, for every beta, label and smoothing."""
+    pairs = [(n, n + 1) for n in range(len(logp) - 1)]
+    for labels, smoothing in [(None, 0.0), (None, 0.3), ([label] * len(pairs), 0.0), ([label] * len(pairs), 0.1)]:
+        same = batch(logp, logp, pairs=pairs, label=labels)
+        found = sigmoid_norm(same, beta=beta, smoothing=smoothing).tolist()
+        assert found == pytest.approx([LN2] * len(pairs), abs=1e-12)
+
+
+def test_dpo_by_hand():
+    """lp = (-10, -14), rp = (-11, -12): h = 4 - 1 = 3, beta h = 0.3; ln(1 + e^-0.3) = 0.554355244.
+
+    Smoothed by 0.1: 0.9 * 0.554355244 + 0.1 * 0.854355244 = 0.584355244, for ln(1 + e^x) = ln(1 + e^-x) + x.
+    """
+    b = batch([-10.0, -14.0], [-11.0, -12.0])
+    assert sigmoid_norm(b, beta=0.1).item() == pytest.approx(0.554355244)
+    assert sigmoid_norm(b, beta=0.1, smoothing=0.1).item() == pytest.approx(0.584355244)
+
+
+@given(gaps, scales, shares)
+def test_the_slope_of_dpo_is_beta_times_its_error(h, beta, q):
+    """dL/dlp(w) = -dL/dlp(l) = beta (s(beta h) - q): eq. 7 of arXiv:2305.18290 at q = 1, where s(beta h) - 1 < 0."""
+    for label in (1.0, q):
+        b = gap(h, label=[label])
+        chosen, rejected = slopes(sigmoid_norm(b, beta=beta), b)
+        assert chosen == pytest.approx(beta * (s(beta * h) - label), rel=1e-9, abs=1e-15)
+        assert rejected == -chosen
+
+
+@given(gaps, scales, st.floats(0, 0.499))
+def test_smoothing_is_a_label_for_every_pair(h, beta, smoothing):
+    """cDPO(epsilon) is DPO with q = 1 - epsilon; cDPO(0) is DPO. Both at once: q (1 - e) + (1 - q) e."""
+    smooth = sigmoid_norm(gap(h), beta=beta, smoothing=smoothing).item()
+    assert smooth == pytest.approx(sigmoid_norm(gap(h, label=[1 - smoothing]), beta=beta).item(), abs=1e-12)
+    assert sigmoid_norm(gap(h), beta=beta, smoothing=0.0).item() == sigmoid_norm(gap(h, label=[1.0]), beta=beta).item()
+    both = 0.8 * (1 - smoothing) + 0.2 * smoothing
+    assert sigmoid_norm(gap(h, label=[0.8]), beta=beta, smoothing=smoothing).item() == pytest.approx(
+        sigmoid_norm(gap(h, label=[both]), beta=beta).item(), abs=1e-12
+    )
+
+
+@given(shares, scales)
+def test_the_least_of_a_soft_label_is_its_entropy(q, beta):
+    """Slope 0 where s(beta h) = q, at h = log(q / (1 - q)) / beta; L = -q ln q - (1 - q) ln(1 - q) there."""
+    b = gap(math.log(q / (1 - q)) / beta, label=[q])
+    loss = sigmoid_norm(b, beta=beta)
+    assert slopes(loss, b) == pytest.approx([0, 0], abs=1e-12)
+    assert loss.item() == pytest.approx(-q * math.log(q) - (1 - q) * math.log(1 - q), abs=1e-12)
+
+
+@given(gaps, scales, shares)
+def test_a_pair_may_be_turned_around_with_its_label(h, beta, q):
+    """L(h, q) = L(-h, 1 - q): at q = 1/2 the loss is symmetric in h."""
+    assert sigmoid_norm(gap(h, label=[q]), beta=beta).item() == pytest.approx(
+        sigmoid_norm(gap(-h, label=[1 - q]), beta=beta).item(), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("h", [-1e4, -1e2, -1.0, 0.0, 1.0, 1e2, 1e4])
+def test_dpo_is_finite_with_a_finite_slope_far_out(h, dtype):
+    """-ln s(beta h) -> -beta h as h -> -inf and exp(-beta h) as h -> inf; its slope stays in [-beta, 0]."""
+    b = gap(h, dtype=dtype)
+    loss = sigmoid_norm(b, beta=1.0)
+    assert loss.item() == pytest.approx(max(0.0, -h) + math.log1p(math.exp(-abs(h))), rel=1e-6, abs=1e-12)
+    assert -1 <= slopes(loss, b)[0] <= 0
+
+
+# The hinges
+
+
+@given(st.floats(-1e3, 1e3), scales)
+def test_hinge_norm_is_relu_of_one_minus_gamma_h(h, gamma):
+    """max(0, 1 - gamma h): 1 at policy = reference; slope -gamma below h = 1 / gamma and 0 beyond.
+
+    It is gamma times SLiC's hinge with margin 1 / gamma, on shifts in the place of log-probs.
+    """
+    assume(abs(1 - gamma * h) > 1e-9)
+    b = gap(h)
+    loss = hinge_norm(b, gamma=gamma)
+    assert loss.item() == pytest.approx(max(0.0, 1 - gamma * h), abs=1e-9)
+    assert slopes(loss, b) == pytest.approx([-gamma, gamma] if gamma * h < 1 else [0, 0])
+    assert loss.item() == pytest.approx(gamma * hinge(batch([h, 0.0]), delta=1 / gamma).item(), abs=1e-9)
+    assert hinge_norm(gap(0.0), gamma=gamma).item() == 1.0
+
+
+@given(st.floats(-200, 0), st.floats(-200, 0), st.floats(0.01, 20))
+def test_hinge_is_zero_exactly_where_the_margin_is_kept(chosen, rejected, delta):
+    """max(0, delta - lp(w) + lp(l)) = 0 if and only if lp(w) - lp(l) >= delta; slope 1 a nat inside the margin.
+
+    lp = (-10, -14), delta = 5: 5 + 10 - 14 = 1; delta = 1: max(0, 1 - 4) = 0.
+    """
+    b = batch([chosen, rejected])
+    loss = hinge(b, delta=delta)
+    assert loss.item() == pytest.approx(max(0.0, delta - (chosen - rejected)), abs=1e-9)
+    assert (loss.item() == 0) == (chosen - rejected >= delta)
+    if loss.item():
+        assert slopes(loss, b) == [-1, 1]
+    assert [hinge(batch([-10.0, -14.0]), delta=delta).item() for delta in (5.0, 1.0)] == [1.0, 0.0]
+
+
+# IPO
+
+
+@given(gaps, st.floats(0.02, 2))
+def test_ipo_is_a_parabola_with_its_least_at_half_of_one_over_tau(h, tau):
+    """(h - 1 / (2 tau))^2: 0 with slope 0 at h = 1 / (2 tau), 1 / (4 tau^2) at h = 0; slope 2 (h - 1 / (2 tau))."""
+    b = gap(h)
+    loss, target = squared(b, tau=tau), 1 / (2 * tau)
+    assert loss.item() == pytest.approx((h - target) ** 2, abs=1e-12)
+    assert slopes(loss, b) == pytest.approx([2 * (h - target), -2 * (h - target)], abs=1e-12)
+    assert squared(gap(target), tau=tau).item() == 0
+    assert squared(gap(0.0), tau=tau).item() == pytest.approx(1 / (4 * tau**2))
+
+
+@given(st.floats(-60, 0), st.floats(-60, 0), st.integers(1, 40), st.integers(1, 40), st.floats(0.02, 2))
+def test_ipo_a_token_divides_each_side_by_its_own_length(chosen, rejected, long, short, tau):
+    """(d(w) / |w| - d(l) / |l| - 1 / (2 tau))^2. Equal lengths n: token at n tau is sequence at tau, over n^2."""
+    b = batch([chosen, rejected], [-3.0, -5.0], length=[long, short])
+    expected = ((chosen + 3) / long - (rejected + 5) / short - 1 / (2 * tau)) ** 2
+    assert squared(b, tau=tau, average="token").item() == pytest.approx(expected, abs=1e-9)
+    even = replace(b, length=torch.full_like(b.length, long))
+    assert squared(even, tau=long * tau, average="token").item() == pytest.approx(
+        squared(even, tau=tau).item() / long**2, abs=1e-9
+    )
+
+
+# RRHF, SimPO, ORPO: log-probs a token, no reference
+
+
+@given(st.floats(-200, 0), st.floats(-200, 0), st.integers(1, 40), st.integers(1, 40))
+def test_rank_of_two_is_how_much_the_mean_log_prob_is_the_wrong_way_round(chosen, rejected, long, short):
+    """RRHF with k = 2: max(0, m(l) - m(w)), no margin; slopes -1 / |w| and 1 / |l|, or 0 when in order."""
+    wrong = rejected / short - chosen / long
+    assume(abs(wrong) > 1e-9)
+    b = batch([chosen, rejected], length=[long, short])
+    loss = rank(b)
+    assert loss.item() == pytest.approx(max(0.0, wrong), abs=1e-12)
+    assert slopes(loss, b) == pytest.approx([-1 / long, 1 / short] if wrong > 0 else [0, 0])
+
+
+def test_rank_does_not_favour_the_short():
+    """lp = (-12, -10) with 6 and 2 tokens: m = (-2, -5), in order though the sums are not; hinge sees the sums."""
+    b = batch([-12.0, -10.0], length=[6, 2])
+    assert rank(b).item() == 0
+    assert hinge(b, delta=1.0).item() == 3
+
+
+@given(st.floats(-200, 0), st.floats(-200, 0), st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 5))
+def test_simpo_without_a_margin_is_dpo_without_a_reference_on_averages(chosen, rejected, long, short, beta):
+    """gamma = 0: -ln s(beta (m(w) - m(l))). With one: slopes -beta s(gamma - beta g) / |w| and the other over |l|."""
+    b = batch([chosen, rejected], length=[long, short])
+    means = batch([chosen / long, rejected / short], [0.0, 0.0])
+    assert sigmoid_mean(b, beta=beta, gamma=0.0).item() == pytest.approx(sigmoid_norm(means, beta=beta).item())
+    wrong = beta * s(1.5 - beta * (chosen / long - rejected / short))
+    assert slopes(sigmoid_mean(b, beta=beta, gamma=1.5), b) == pytest.approx([-wrong / long, wrong / short], rel=1e-9)
+
+
+@given(st.floats(0.1, 5), st.floats(0, 5))
+def test_simpo_is_ln_2_where_the_margin_is_just_kept(beta, gamma):
+    """beta (m(w) - m(l)) = gamma: -ln s(0) = ln 2. By hand at beta 2, gamma 1, g = 1: ln(1 + e^-1) = 0.313261688."""
+    b = batch([3 * gamma / beta - 6, -10.0], length=[3, 5])
+    assert sigmoid_mean(b, beta=beta, gamma=gamma).item() == pytest.approx(LN2, abs=1e-12)
+    b = batch([-3.0, -10.0], length=[3, 5])
+    assert sigmoid_mean(b, beta=2.0, gamma=1.0).item() == pytest.approx(0.313261688)
+
+
+def exact_orpo(chosen, rejected, weight):
+    """(loss, dL/dm(w), dL/dm(l)) in 400 digits: log odds(m) = m - log(1 - e^m), whose slope is 1 / (1 - e^m)."""
+    with localcontext(prec=400):
+        w, r = Decimal(chosen), Decimal(rejected)
+        gap = (w - (1 - w.exp()).ln()) - (r - (1 - r.exp()).ln())
+        wrong = 1 / (1 + gap.exp())
+        exact = ((1 + (-gap).exp()).ln(), -wrong / (1 - w.exp()), wrong / (1 - r.exp()))
+        return [weight * float(x) for x in exact]
+
+
+means = st.one_of(st.floats(-5, -1e-5), st.floats(-1e-2, -2e-6), st.floats(-700, -5))
+
+
+@given(means, means)
+def test_orpo_is_exact_from_certain_to_impossible(chosen, rejected):
+    """-lambda ln s(log odds(w) - log odds(l)) and its slopes, to 1e-8 of their exact values.
+
+    1 - e^m from m = -2e-6, where it has lost 6 digits, to m = -700, where e^m is almost subnormal.
+    """
+    b = batch([3 * chosen, 2 * rejected], length=[3, 2])
+    loss = odds_ratio(b, weight=0.1)
+    value, up, down = exact_orpo(b.mean[0].item(), b.mean[1].item(), 0.1)
+    assert loss.item() == pytest.approx(value, rel=1e-8, abs=1e-300)
+    assert slopes(loss, b) == pytest.approx([up / 3, down / 2], rel=1e-8, abs=1e-300)
+
+
+@given(means, means)
+def test_orpo_in_single_precision_keeps_four_digits(chosen, rejected):
+    """The network's own precision: a float32 mean next to 0 has lost digits before the loss sees it, no more are lost.
+
+    |log odds| < 14 + 700, so an error of 1e-4 of it bounds that of the loss.
+    """
+    b = batch([chosen, rejected], dtype=torch.float32)
+    value, _, _ = exact_orpo(b.logp[0].item(), b.logp[1].item(), 0.1)
+    assert odds_ratio(b, weight=0.1).item() == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chosen", [0.0, -1e-12, -1e-7, -1e-3, -1.0, -1e2, -1e5])
+@pytest.mark.parametrize("rejected", [0.0, -1e-12, -1e-7, -1e-3, -1.0, -1e2, -1e5])
+def test_orpo_and_its_slopes_are_finite_even_at_probability_one(chosen, rejected, dtype):
+    """m = 0 has infinite odds; within 1e-6 of it the odds stay at 1e6, and nothing becomes inf or NaN."""
+    b = batch([chosen, rejected], dtype=dtype)
+    loss = odds_ratio(b)
+    assert math.isfinite(loss.item())
+    assert all(map(math.isfinite, slopes(loss, b)))
+
+
+@given(st.floats(-300, -25), st.floats(-300, -25))
+def test_orpo_far_from_one_is_simpo(chosen, rejected):
+    """odds(p) -> p as p -> 0: at p < e^-25, lambda times SimPO with beta 1 and gamma 0; at equal p lambda ln 2."""
+    b = batch([chosen, rejected])
+    assert odds_ratio(b, weight=0.3).item() == pytest.approx(
+        0.3 * sigmoid_mean(b, beta=1.0, gamma=0.0).item(), rel=1e-9, abs=1e-300
+    )
+    assert odds_ratio(batch([chosen, chosen]), weight=0.3).item() == pytest.approx(0.3 * LN2)
+
+
+# Bradley and Terry
+
+
+@given(st.lists(st.floats(-4, 4), min_size=2, max_size=6), st.integers(0, 2**32))
+def test_sigmoid_on_scores_is_the_likelihood_of_bradley_and_terry(scores, seed):
+    """-sum ln P(w beats l), P = s(r_w - r_l): its slope is, for item i, sum over i's games of P(i wins) - its wins."""
+    rng = np.random.default_rng(seed)
+    n = len(scores)
+    games = [(i, j) for i in range(n) for j in range(n) if i != j for _ in range(rng.integers(0, 4))]
+    b = batch(scores, pairs=games)
+    loss = sigmoid(b)
+    assert loss.sum().item() == pytest.approx(-sum(math.log(s(scores[i] - scores[j])) for i, j in games))
+    wins = [sum(winner == i for winner, _ in games) for i in range(n)]
+    hoped = [sum(s(scores[i] - scores[j + k - i]) for j, k in games if i in (j, k)) for i in range(n)]
+    assert slopes(loss, b) == pytest.approx(np.subtract(hoped, wins), abs=1e-12)
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_the_best_scores_of_two_items_give_back_their_share_of_wins(wins, losses):
+    """a wins and b losses: slope 0 at r_1 - r_2 = log(a / b), and one pair of label a / (a + b) has the same."""
+    best = math.log(wins / losses)
+    b = batch([best, 0.0], pairs=[(0, 1)] * wins + [(1, 0)] * losses)
+    games = sigmoid(b)
+    assert slopes(games, b) == pytest.approx([0, 0], abs=1e-10)
+    soft = sigmoid(batch([best, 0.0], label=[wins / (wins + losses)])).item()
+    assert games.mean().item() == pytest.approx(soft, rel=1e-12)
+
+
+@given(st.floats(-60, 60), scales, shares)
+def test_sigmoid_is_dpo_beside_a_reference_of_zeros(h, beta, q):
+    """-q ln s(beta g) - (1 - q) ln s(-beta g), g = score(w) - score(l): shifts by 0 are log-probs."""
+    for label in (None, [q]):
+        plain = sigmoid(batch([h, 0.0], label=label), beta=beta).item()
+        assert plain == sigmoid_norm(gap(h, label=label), beta=beta).item()
+
+
+# KTO
+
+
+@given(st.floats(-60, 60), st.floats(-5, 5), scales)
+def test_kto_is_one_minus_the_value_of_a_gain_over_z(shift, kl, beta):
+    """z = max(0, kl), r = the shift: D (1 - s(beta (r - z))) if desirable, U (1 - s(beta (z - r))) if not, else 0.
+
+    Slopes -D beta s s' and U beta s s', with s s' = s(x) (1 - s(x)) at x = beta (r - z); 0 without a label.
+    """
+    b = batch([shift - 7] * 3, [-7.0] * 3, desirable=[1, -1, 0], kl=kl, pairs=())
+    losses = kto(b, beta=beta, desirable=1.3, undesirable=0.6)
+    value = s(beta * (shift - max(0.0, kl)))
+    other = s(-beta * (shift - max(0.0, kl)))
+    assert losses.tolist() == pytest.approx([1.3 * other, 0.6 * value, 0.0], abs=1e-9)
+    steep = beta * value * other
+    assert slopes(losses, b) == pytest.approx([-1.3 * steep, 0.6 * steep, 0.0], abs=1e-9)
+
+
+@given(st.lists(st.floats(-300, 0), min_size=3, max_size=3), scales)
+def test_kto_starts_at_half_its_weights(logp, beta):
+    """Policy = reference: r = z = 0 and s(0) = 1/2, so D / 2 and U / 2, with slopes of beta / 4 of them."""
+    b = batch(logp, logp, desirable=[1, -1, 0], kl=0.0, pairs=())
+    losses = kto(b, beta=beta, desirable=1.3, undesirable=0.6)
+    assert losses.tolist() == pytest.approx([0.65, 0.3, 0.0], abs=1e-12)
+    assert slopes(losses, b) == pytest.approx([-1.3 * beta / 4, 0.6 * beta / 4, 0], abs=1e-12)
+
+
+def test_kto_by_hand():
+    """r = 2 for both, kl = 1, beta = 1/2: x = 0.5; 1 - s(0.5) = 0.377540669 and s(0.5) = 0.622459331.
+
+    A mean shift below 0 is no divergence: z = 0, x = 1, and 1 - s(1) = 0.268941421.
+    """
+    b = batch([-3.0, -3.0], [-5.0, -5.0], desirable=[1, -1], kl=1.0, pairs=())
+    assert kto(b, beta=0.5).tolist() == pytest.approx([0.377540669, 0.622459331])
+    assert kto(replace(b, kl=torch.tensor(-9.0)), beta=0.5)[0].item() == pytest.approx(0.268941421)
+
+
+# Likelihood
+
+
+@given(st.lists(st.tuples(st.floats(-300, 0), st.sampled_from([0.0, 0.5, 1.0, 3.0])), min_size=1, max_size=9))
+def test_nll_is_minus_weight_times_logp_a_row(rows):
+    """L_i = -w_i lp_i; a row of weight 0 adds nothing and has slope 0."""
+    b = batch([logp for logp, _ in rows], weight=[weight for _, weight in rows], pairs=())
+    losses = nll(b)
+    assert losses.tolist() == [pytest.approx(-weight * logp) for logp, weight in rows]
+    assert slopes(losses, b) == [-weight for _, weight in rows]
+
+
+# Laws of all of them
+
+
+@named
+@few
+@given(b=filled())
+def test_slopes_are_those_of_the_values(entry, b):
+    """Autograd against central differences, in double precision."""
+    assume(not any(abs(value) < 1e-3 for value in _kinks(b)))
+    assert torch.autograd.gradcheck(lambda logp: Bound(entry, {})(replace(b, logp=logp)), (b.logp,), atol=1e-5)
+
+
+def _kinks(b):
+    """How far each pair is from where a hinge of default options bends."""
+    kinks = [1 - 0.05 * b.gap(b.shift), 1 - b.gap(b.logp), b.gap(b.mean)]
+    return torch.cat(kinks).tolist()
+
+
+@paired
+@few
+@given(b=filled())
+def test_slopes_raise_the_chosen_and_lower_the_rejected(entry, b):
+    """dL/dlp(w) <= 0 <= dL/dlp(l) wherever the pair is short of its aim; a row in no pair has slope 0.
+
+    The aim: none, or h = 1 / (2 tau) for IPO and P(w beats l) for soft labels, which are certain here.
+    """
+    short = replace(b, ref=b.logp.detach() * 0.9, label=None, chosen=b.chosen[:1], rejected=b.rejected[:1])
+    assume((0.1 * short.gap(short.logp)).item() < 5)
+    found = slopes(Bound(entry, {})(short), short)
+    chosen, rejected = int(short.chosen), int(short.rejected)
+    assert found[chosen] <= 0 <= found[rejected]
+    assert all(slope == 0 for n, slope in enumerate(found) if n not in (chosen, rejected))
+
+
+@paired
+@few
+@given(h=st.floats(-50, 50), more=st.floats(0.01, 50))
+def test_a_wider_gap_never_costs_more(entry, h, more):
+    """Each pairwise loss with a certain label falls, or stays, as the chosen gains; IPO up to its target."""
+    low, high = (replace(batch([x - 60, -60.0], [-60.0, -60.0]), length=torch.full((2,), 2.0)) for x in (h, h + more))
+    options = {"tau": 0.005} if entry.name == "squared" else {}
+    assert Bound(entry, options)(high).item() <= Bound(entry, options)(low).item()
+
+
+@those([objective.entries[name] for name in ("hinge", "sigmoid")])
+@few
+@given(b=filled(), shift=st.floats(-1e3, 1e3))
+def test_a_constant_on_both_sums_changes_nothing(entry, b, shift):
+    """Losses of lp(w) - lp(l): lp + c has the same value."""
+    there = Bound(entry, {})(replace(b, logp=b.logp + shift))
+    assert there.tolist() == pytest.approx(Bound(entry, {})(b).tolist(), abs=1e-8)
+
+
+@those([objective.entries[name] for name in ("rank", "sigmoid_mean")])
+@few
+@given(b=filled(), shift=st.floats(-1e3, 1e3))
+def test_a_constant_a_token_on_both_sides_changes_nothing(entry, b, shift):
+    """Losses of m(w) - m(l): lp + c |y| has the same value."""
+    there = Bound(entry, {})(replace(b, logp=b.logp + shift * b.length))
+    assert there.tolist() == pytest.approx(Bound(entry, {})(b).tolist(), abs=1e-8)
+
+
+@referred
+@few
+@given(b=filled(), shift=st.floats(-1e3, 1e3))
+def test_losses_with_a_reference_see_the_shift_alone(entry, b, shift):
+    """lp_i + c_i beside rp_i + c_i, another c for every row, changes nothing."""
+    moved = shift * torch.arange(len(b.logp)).sin()
+    there = Bound(entry, {})(replace(b, logp=b.logp + moved, ref=b.ref + moved))
+    assert there.tolist() == pytest.approx(Bound(entry, {})(b).tolist(), abs=1e-8)
+
+
+ROWS = ("logp", "length", "weight", "ref", "desirable")
+PAIRS = ("chosen", "rejected", "label")
+
+
+@named
+@few
+@given(b=filled(), order=st.randoms())
+def test_losses_are_one_by_one(entry, b, order):
+    """Permuting rows or pairs permutes the losses; twice a unit is twice its loss; none depends on its neighbours."""
+    losses = Bound(entry, {})(b).tolist()
+    rows, pairs = list(range(len(b.logp))), list(range(len(b.chosen)))
+    order.shuffle(rows)
+    order.shuffle(pairs)
+    rows.append(rows[0])
+    pairs.append(pairs[0])
+    moved = _taken(b, rows, pairs)
+    units = pairs if entry.metadata["per"] == "pairs" else rows
+    assert Bound(entry, {})(moved).tolist() == pytest.approx([losses[n] for n in units], rel=1e-12)
+    alone = _taken(b, [int(b.chosen[pairs[0]]), int(b.rejected[pairs[0]])], [pairs[0]])
+    unit = pairs[0] if entry.metadata["per"] == "pairs" else int(b.chosen[pairs[0]])
+    assert Bound(entry, {})(alone)[0].item() == pytest.approx(losses[unit], rel=1e-12)
+
+
+def _taken(b, rows, pairs):
+    """The batch of these rows and pairs, indices pointing to the same rows as before."""
+    place = {row: n for n, row in reversed(list(enumerate(rows)))}
+    taken = {name: getattr(b, name)[rows] for name in ROWS} | {name: getattr(b, name)[pairs] for name in PAIRS}
+    for side in ("chosen", "rejected"):
+        taken[side] = torch.tensor([place[row] for row in taken[side].tolist()])
+    return replace(b, **taken)
+
+
+@named
+@few
+@given(b=filled())
+def test_one_number_a_unit_and_none_negative(entry, b):
+    """`per` names the axis: one loss a pair, or one a row; all are >= 0, so a run's curve has a floor."""
+    losses = Bound(entry, {})(b)
+    assert losses.shape == ((len(b.chosen),) if entry.metadata["per"] == "pairs" else (len(b.logp),))
+    assert (losses >= 0).all()
+
+
+# What they declare
+
+
+FIELDS = {"ref": -1.5, "label": -0.02, "desirable": 2.0, "kl": 0.5, "weight": 0.3}  # what is added, to see who notices
+GENERIC = dict(
+    logp=[-8.0, -5.0, -9.0], ref=[-7.5, -5.5, -9.0], length=[4, 3, 5], weight=[1.0, 2.0, 0.5], pairs=[(0, 1), (2, 0)],
+    label=[0.9, 0.7], desirable=[1, -1, -1], kl=0.4,
+)  # fmt: skip
+
+
+@named
+@pytest.mark.parametrize("field", FIELDS)
+def test_the_declared_reads_are_the_true_needs(entry, field):
+    """Another value of a field changes the loss if `reads` names it, and not one bit of it if not."""
+    b = batch(**GENERIC)
+    change = torch.tensor([FIELDS[field], *[0.0] * 2])[: max(1, getattr(b, field).numel())]
+    there = replace(b, **{field: getattr(b, field) + (change if getattr(b, field).dim() else change[0])})
+    same = Bound(entry, {})(b).tolist() == Bound(entry, {})(there).tolist()
+    assert same == (field not in entry.metadata["reads"])
+
+
+@named
+@pytest.mark.parametrize("field", ["ref", "label", "desirable", "kl"])
+def test_a_missing_field_that_is_read_is_refused(entry, field):
+    """Without a field that it reads a loss raises (labels: are certain); without any other it stays the same."""
+    b = batch(**GENERIC)
+    without = replace(b, **{field: None})
+    if field == "label":
+        certain = Bound(entry, {})(replace(b, label=torch.ones_like(b.label)))
+        assert Bound(entry, {})(without).tolist() == certain.tolist()
+    elif field in entry.metadata["reads"]:
+        with pytest.raises(ValueError, match="this objective reads"):
+            Bound(entry, {})(without)
+    else:
+        assert Bound(entry, {})(without).tolist() == Bound(entry, {})(b).tolist()
+
+
+@named
+def test_an_objective_is_at_most_ten_lines(entry):
+    """Lines of the body, docstring not counted."""
+    source = inspect.getsource(entry.fn)
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    docstring = function.body[0]
+    assert ast.get_docstring(function)
+    assert len(source.splitlines()) - (docstring.end_lineno or 0) <= 10
