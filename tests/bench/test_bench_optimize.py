@@ -1,4 +1,4 @@
-"""`winnow bench optimize` compares like with like; how fast each side is, is for a quiet machine, and no claim here."""
+"""`make bench` (optimize) compares like with like; how fast each side is, is for a quiet machine, and no claim here."""
 
 import re
 

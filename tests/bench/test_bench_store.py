@@ -1,4 +1,4 @@
-"""`winnow bench store` measures what it says; how fast anything is, is for a quiet machine, and no claim here."""
+"""`make bench` (store) measures what it says; how fast anything is, is for a quiet machine, and no claim here."""
 
 import os
 import shutil
@@ -359,7 +359,7 @@ def test_the_command_writes_its_page(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "left: beta, run" in done.output
-    assert (tmp_path / "page.md").read_text().startswith("# winnow bench store")
+    assert (tmp_path / "page.md").read_text().startswith("# Benchmark of the store")
 
 
 def test_a_part_that_fails_is_on_the_page_and_the_others_go_on(tmp_path, monkeypatch):

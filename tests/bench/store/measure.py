@@ -104,7 +104,7 @@ class Bench:
         told = self.facts | {"load average": f"{self.load} at the start, {load()} at the end", "sizes": sizes}
         if missing := [name for name in self.parts if name not in self.told and name not in self.failed]:
             told["not done yet"] = ", ".join(missing)
-        return written("winnow bench store", told, HOW, self.tables())
+        return written("Benchmark of the store", told, HOW, self.tables())
 
 
 @dataclass
