@@ -25,12 +25,12 @@ class Resources(BaseModel):
 
     cpus: Amount | None = None
     gpus: Amount | None = None
-    memory: Amount | None = Field(None, description="GiB")
-    accelerator_type: str | None = Field(None, description="Ray's name of an accelerator, such as H100")
-    min_workers: int = Field(0, ge=0)
-    max_workers: int | None = Field(None, ge=1)
-    in_flight: int = Field(2, ge=1)
-    tensor_parallel: int = Field(1, ge=1)
+    memory: Amount | None = Field(default=None, description="GiB")
+    accelerator_type: str | None = Field(default=None, description="Ray's name of an accelerator, such as H100")
+    min_workers: int = Field(default=0, ge=0)
+    max_workers: int | None = Field(default=None, ge=1)
+    in_flight: int = Field(default=2, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
 
     @field_validator("gpus")
     @classmethod
@@ -88,8 +88,9 @@ def load_profile(path: Path, stages: list[str]) -> Profile:
         if name not in ("default", *stages)
     ]
 
-    # The default is validated first: its problems are reported once, not again for each stage that inherits them.
-    default, resources = {}, {}
+    # The default first: its problems are reported once, not again for each stage that inherits them
+    default: dict[str, Any] = {}
+    resources: dict[str, Resources] = {}
     for name in sorted(bodies, key=lambda name: name != "default"):
         body = bodies[name]
         try:
@@ -99,8 +100,8 @@ def load_profile(path: Path, stages: list[str]) -> Profile:
         else:
             default = body if name == "default" else default
     try:
-        profile = Profile(default=resources.pop("default", Resources()), stages=resources,
-                          autoscaling=content.get("autoscaling", False))  # fmt: skip
+        autoscaling = content.get("autoscaling", False)
+        profile = Profile(default=resources.pop("default", Resources()), stages=resources, autoscaling=autoscaling)
     except ValidationError as error:
         problems += [problem.removeprefix(".") for problem in _explain(error)]
     if problems:
