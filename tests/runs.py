@@ -1,4 +1,4 @@
-"""Running the tiny world: plans, and a reporter that remembers."""
+"""Plans of the tiny recipes, and a reporter that remembers what it heard."""
 
 from pathlib import Path
 
@@ -6,20 +6,21 @@ from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.store.storage import Location
 
-RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "jobs" / "recipes"
 
 
-def local(place: Location) -> Path:
-    """A store of tests lies in a folder, unless they say otherwise."""
-    assert isinstance(place, Path)
-    return place
+def local(location: Location) -> Path:
+    """Return a location of a store on this machine, as all stores of tests are that do not say otherwise."""
+    assert isinstance(location, Path)
+    return location
 
 
 class Silent:
-    """A reporter that remembers which steps ran."""
+    """Reporter that remembers which steps ran, and which prompts were rejected because they killed workers."""
 
     def __init__(self):
-        self.ran, self.lost = [], []
+        self.ran, self.rejected = [], []
 
     def step_cached(self, step): ...
     def step_started(self, step, done, total): ...
@@ -28,11 +29,12 @@ class Silent:
     def progress(self, step, done, total, unit): ...
 
     def prompt_rejected(self, step, prompt, words):
-        self.lost.append(prompt)
+        self.rejected.append(prompt)
 
     def step_finished(self, step, manifest):
         self.ran.append(step.name)
 
 
 def plan_of(world: Path, *sets: str, recipe: str = "rso") -> Plan:
+    """Return the plan of a recipe on the data of fixture `world`, with `--set` options."""
     return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "demo.yaml",), sets, name="run"))
