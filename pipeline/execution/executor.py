@@ -52,21 +52,18 @@ class LocalExecutor:
         self.profile = profile
         self.on_progress: StepProgress = lambda spec, progress: None
         self.on_stall: StepStalled = lambda spec, reason: None
-        self.next: list[tuple[StepSpec, Task]] = []  # at most one
+        self.next: list[tuple[StepSpec, Task]] = []  # at most one task: `wait` runs it
         self.warm = WarmCache()
 
-    def request_workers(self, spec: StepSpec, ready: int) -> None:
-        """Do nothing: this process is the only worker."""
+    def request_workers(self, spec: StepSpec, ready: int) -> None: ...
 
     def submit(self, spec: StepSpec, task: Task, exclusive: bool) -> bool:
-        """Keep the task for `wait`, which runs it."""
         if self.next:
             return False
         self.next.append((spec, task))
         return True
 
     def wait(self, seconds: float) -> list[TaskResult]:
-        """Run the submitted task."""
         if not self.next:
             time.sleep(seconds)
             return []
@@ -81,10 +78,8 @@ class LocalExecutor:
         return [TaskResult(spec, task)]
 
     def end(self, spec: StepSpec) -> None:
-        """Close the engines that the step opened."""
         self.warm.close()
 
     def close(self) -> None:
-        """Forget the submitted task and close what is open."""
         self.next.clear()
         self.warm.close()

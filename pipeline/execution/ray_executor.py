@@ -51,7 +51,7 @@ class RayExecutor:
         resources = self.profile.of(spec.entry.name)
         if spec.out not in self.pools:
             connect(self.address)
-            parts = 1 if spec.unsharded else spec.shards
+            parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
             options, max_size = actor_options(resources, living_nodes(), min(self.workers, parts), reads_model)
@@ -72,7 +72,6 @@ class RayExecutor:
         return self.pools[spec.out].submit(task, exclusive)
 
     def wait(self, seconds: float) -> list[TaskResult]:
-        """Wait for Ray, report progress and steps without room, and return the tasks that ended."""
         if self.local.next and not any(pool.running for pool in self.pools.values()):
             for pool in self.pools.values():  # the ranks need the room of all that is idle
                 pool.shrink(0)
@@ -96,13 +95,11 @@ class RayExecutor:
         return results
 
     def end(self, spec: StepSpec) -> None:
-        """Kill the step's actors."""
         if pool := self.pools.pop(spec.out, None):
             pool.close()
         self.local.end(spec)
 
     def close(self) -> None:
-        """Kill all actors, whatever they do."""
         for pool in self.pools.values():
             pool.close()
         self.pools.clear()

@@ -55,7 +55,7 @@ class Retries:
 
         # The prompts of the task. A stage that is called once is not bisected: its result is not a union over prompts
         shard, (first, last) = task.shard, task.span or (0, None)
-        if not self.spec.unsharded and shard not in self._prompts:
+        if not self.spec.signature.unsharded and shard not in self._prompts:
             self._prompts[shard] = self.spec.prompts(shard)
         prompts = self._prompts.get(shard, [])[first:last]
         if no_prompt_is_guilty or not prompts:

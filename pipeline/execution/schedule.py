@@ -22,28 +22,20 @@ Seal = Callable[[Step, StepSpec, float], Json]
 
 
 class Reporter(Protocol):
-    """Listener to a run, for the users who watch it."""
+    """Listener to a run, for the users who watch it.
 
-    def step_cached(self, step: Step) -> None:
-        """Report a step that is finished in the store already."""
+    A step is cached if it is finished in the store already; it is reported as waiting once. It starts with `done` of
+    `total` parts finished by an earlier run, and it is finished once its manifest is written. A prompt is rejected
+    here if it killed each of its workers, the last one with `words`.
+    """
 
-    def step_waiting(self, step: Step, why: str) -> None:
-        """Report a step that cannot start or go on, once per step."""
-
-    def step_started(self, step: Step, done: int, total: int) -> None:
-        """Report a step that starts, with `done` of `total` parts finished by an earlier run."""
-
-    def part_finished(self, step: Step) -> None:
-        """Report one more finished part."""
-
-    def progress(self, step: Step, done: float, total: float, unit: str) -> None:
-        """Report how far the running tasks of a step are."""
-
-    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None:
-        """Report a prompt that killed each of its workers, with the last message."""
-
-    def step_finished(self, step: Step, manifest: Json) -> None:
-        """Report a step whose manifest is written."""
+    def step_cached(self, step: Step) -> None: ...
+    def step_waiting(self, step: Step, why: str) -> None: ...
+    def step_started(self, step: Step, done: int, total: int) -> None: ...
+    def part_finished(self, step: Step) -> None: ...
+    def progress(self, step: Step, done: float, total: float, unit: str) -> None: ...
+    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None: ...
+    def step_finished(self, step: Step, manifest: Json) -> None: ...
 
 
 @dataclass
@@ -66,7 +58,7 @@ class Scheduler:
     def __init__(self, plan: Plan, store: Store, executor: Executor, reporter: Reporter, seal: Seal) -> None:
         self.store, self.executor, self.reporter, self.seal = store, executor, reporter, seal
         self.waiting = list(plan.wanted)
-        self.running: dict[str, RunningStep] = {}  # by key
+        self.running: dict[str, RunningStep] = {}  # by key, which is the name of the step's folder
         keys = {step.key for step in plan.wanted}
         # Keys of finished steps. Of a partial rerun, inputs outside of the plan are finished, which was checked before
         self.finished = {source.key for step in plan.wanted for source in step.inputs.values()} - keys
@@ -74,10 +66,12 @@ class Scheduler:
 
     def run(self) -> None:
         """Run all steps to their end; raise WinnowError at the first that fails."""
-        self.executor.on_progress = lambda spec, progress: self.reporter.progress(
-            self._running_step(spec).step, *progress
-        )
-        self.executor.on_stall = lambda spec, reason: self._report_waiting(self._running_step(spec).step, reason)
+
+        def step_of(spec: StepSpec) -> Step:
+            return self.running[spec.out.path.name].step
+
+        self.executor.on_progress = lambda spec, progress: self.reporter.progress(step_of(spec), *progress)
+        self.executor.on_stall = lambda spec, reason: self._report_waiting(step_of(spec), reason)
         try:
             while self.waiting or self.running:
                 self._start_steps()
@@ -112,7 +106,7 @@ class Scheduler:
                 self.waiting.remove(step)
                 spec = step_spec(step, self.store)
                 todo = deque(spec.tasks())
-                parts = 1 if spec.unsharded else spec.shards
+                parts = 1 if spec.signature.unsharded else spec.shards
                 finished_parts = set(range(parts)) - {task.shard for task in todo}
                 self.running[step.key] = RunningStep(step, spec, claim, Retries(spec), todo, finished_parts)
                 self.reporter.step_started(step, len(finished_parts), parts)
@@ -135,14 +129,14 @@ class Scheduler:
             if source is None or source.key in self.finished:
                 continue
             running = self.running[source.key]
-            reads_part = by_prompt(item) and not step.shape.unsharded and not running.spec.unsharded
+            reads_part = by_prompt(item) and not step.shape.unsharded and not running.spec.signature.unsharded
             if not reads_part or task.shard not in running.finished_parts:
                 return False
         return True
 
     def _handle_result(self, result: TaskResult) -> None:
         """Record the end of a task, and retry it or reject its prompt if it failed."""
-        running = self._running_step(result.spec)
+        running = self.running[result.spec.out.path.name]
         running.running_tasks -= 1
         if isinstance(result.error, WinnowError):  # a mistake that the user can mend: no attempt would change it
             raise result.error
@@ -172,9 +166,6 @@ class Scheduler:
             del self.running[key]
             running.claim.release()
             self.reporter.step_finished(running.step, manifest)
-
-    def _running_step(self, spec: StepSpec) -> RunningStep:
-        return self.running[spec.out.path.name]
 
     def _report_waiting(self, step: Step, why: str) -> None:
         if step.key not in self.reported_waiting:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,11 +54,6 @@ class StepSpec:
         return signature_of(self.entry)
 
     @property
-    def unsharded(self) -> bool:
-        """Return whether the stage is called once with all rows, instead of once per part."""
-        return self.signature.unsharded
-
-    @property
     def world_size(self) -> int:
         """Return the number of processes that train together: above 1, the stage starts them itself."""
         size: int = self.options.get("world_size", 1)
@@ -67,36 +62,33 @@ class StepSpec:
     def tasks(self) -> list[Task]:
         """Return the tasks not done yet: one per missing part, or one for an unsharded stage."""
         missing = self.out.missing(self.shards)
-        return [Task(0)] if missing and self.unsharded else [Task(shard) for shard in missing]
+        return [Task(0)] if missing and self.signature.unsharded else [Task(shard) for shard in missing]
 
-    def inputs(self, task: Task) -> dict[str, pa.Table | Model | None]:
-        """Read the arguments of the stage's function by name."""
-        shard = None if self.unsharded else task.shard
-        inputs = {item.name: self._read(item, shard) for item in self.signature.inputs}
-        if task.span is None:
-            return inputs
-        first, last = task.span
-        prompts = pa.array(self.prompts(task.shard)[first:last], pa.string())
-        return {
-            name: value.filter(pc.is_in(value["prompt_id"], prompts)) if has_prompts(value) else value
-            for name, value in inputs.items()
-        }
+    def inputs(self, task: Task) -> dict[str, Any]:
+        """Read the arguments of the stage's function by name: tables, models, None for optional ones."""
+        inputs: dict[str, Any] = {}
+        for item in self.signature.inputs:
+            if item.name not in self.sources:
+                inputs[item.name] = None
+            elif item.schema is None:
+                inputs[item.name] = self.sources[item.name].model()
+            else:
+                shard = task.shard if by_prompt(item) and not self.signature.unsharded else None
+                table = self.sources[item.name].read(item.schema, shard)
+                if task.span and by_prompt(item):
+                    prompts = self.prompts(task.shard)[slice(*task.span)]
+                    table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
+                inputs[item.name] = table
+        return inputs
 
     def prompts(self, shard: int) -> list[str]:
-        """Return the prompt ids of a part in order: what a span counts."""
+        """Return the ids of a part's prompts in order, over all inputs: what a span counts."""
         prompts = set[str]()
         for item in self.signature.inputs:
             if by_prompt(item) and item.name in self.sources:
-                prompts.update(pc.unique(self._read(item, shard)["prompt_id"]).to_pylist())
+                table = self.sources[item.name].read(item.schema, shard)
+                prompts.update(pc.unique(table["prompt_id"]).to_pylist())
         return sorted(prompts)
-
-    def _read(self, item: Input, shard: int | None) -> Any:
-        source = self.sources.get(item.name)
-        if source is None:
-            return None
-        if item.schema is None:
-            return source.model()
-        return source.read(item.schema, shard if by_prompt(item) else None)
 
     def piece(self, task: Task) -> StepFolder:
         """Return the folder of a part's piece, until all pieces are there and are joined."""
@@ -117,11 +109,6 @@ def step_spec(step: Step, store: Store) -> StepSpec:
 def by_prompt(item: Input) -> bool:
     """Return whether an input's rows are split by prompt; any other table is in part 0, and every call reads it all."""
     return item.schema is not None and "prompt_id" in item.schema.names
-
-
-def has_prompts(value: Any) -> TypeGuard[pa.Table]:
-    """Return whether an argument of a stage is a table whose rows belong to prompts."""
-    return isinstance(value, pa.Table) and "prompt_id" in value.schema.names
 
 
 @dataclass(frozen=True)
@@ -163,8 +150,10 @@ def execute(
     with cache.clock.share() as seconds, folder_here(spec.out) as folder:
         ctx = StageContext(folder, cache, progress, resources, spec.out.path)
         inputs = spec.inputs(task)
-        sizes = [value.num_rows for value in inputs.values() if has_prompts(value)]
-        if sizes and not any(sizes) and not spec.unsharded:  # a part without rows must not open an engine
+        rows = [
+            inputs[item.name].num_rows for item in signature.inputs if by_prompt(item) and item.name in spec.sources
+        ]
+        if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
             results: list[Any] = [schema.empty_table() for schema in signature.outputs]
         else:
             context = {signature.workspace: ctx} if signature.workspace else {}
@@ -176,7 +165,7 @@ def execute(
         }
         tables["rejects"] = ctx.rejects
         cost = ResourceTime.of(spec, resources, seconds())
-        if spec.unsharded:
+        if signature.unsharded:
             # The model, and the tables split by prompt: part i of every table holds the same prompts
             digest = keep_model(spec.out, ctx.folder / "model") if signature.makes_model else None
             parts = []
@@ -227,7 +216,7 @@ def deal(tables: dict[str, pa.Table], shards: int) -> list[dict[str, pa.Table]]:
     """Split tables into parts by prompt; part 0 has the rejects, and all tables whose rows belong to no prompt."""
     shard_of_row = {}
     for name, table in tables.items():
-        if name == "rejects" or not has_prompts(table):
+        if name == "rejects" or "prompt_id" not in table.schema.names:
             shard_of_row[name] = np.zeros(table.num_rows, dtype=np.int64)
         else:
             prompts = table.column("prompt_id").to_pylist()
