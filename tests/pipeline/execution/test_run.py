@@ -79,7 +79,7 @@ def test_ranker_calls_are_those_of_table_7(world, finished):
 @pytest.mark.parametrize(
     ("first", "target", "executor"),
     [
-        ("reward", "examples", RayExecutor(3)),
+        ("reward", "select", RayExecutor(3)),
         # Real vLLM with two parts in flight: their requests share batches
         ("sample", "sample", RayExecutor(1, profile=Profile(stages={"sample": Resources(cpus=1, max_workers=1)}))),
     ],

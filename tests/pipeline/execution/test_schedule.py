@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from tests.toys import notes, plan_of_toys
 SHARDS = 4
 
 
-def run_on_ray(plan: Plan, folder: Path, reporter: Silent, stage: str = "", **resources: float) -> Store:
+def run_on_ray(plan: Plan, folder: Path, reporter: Silent, stage: str = "", **resources: Any) -> Store:
     """Run a plan on the local Ray; `resources` are those of one stage, which has one worker."""
     store = Store(folder / "store")
     profile = Profile(stages={stage: Resources(cpus=1, max_workers=1, **resources)} if stage else {})
@@ -94,16 +95,16 @@ def test_nothing_is_retried_on_a_worker_that_failed(tmp_path: Path):
 
 def test_a_worker_that_dies_is_replaced_and_a_prompt_that_kills_them_all_is_rejected(tmp_path: Path):
     """A part that dies twice ends well. One that always does is halved, and of 40 prompts one is rejected, by name:
-    3 deaths of the part, one for each of at most 4 halvings of its 16 prompts at most, 3 of the prompt alone."""
+    3 deaths of the part, one for each of at most 3 halvings of its 8 prompts at most, 3 of the prompt alone."""
     reporter = Silent()
-    run_on_ray(plan_of_toys(3, dying=dict(folder=str(tmp_path), deaths=2)), tmp_path, reporter)
+    run_on_ray(plan_of_toys(8, dying=dict(folder=str(tmp_path), deaths=2)), tmp_path, reporter)
     assert reporter.rejected == []
-    plan = plan_of_toys(3, dying=dict(folder=str(tmp_path), deaths=99))
+    plan = plan_of_toys(8, dying=dict(folder=str(tmp_path), deaths=99))
     folder = run_on_ray(plan, tmp_path, reporter).folder(plan.target)
     assert reporter.rejected == [f"{0:020x}"] == folder.read(REJECTS).column("prompt_id").to_pylist()
     assert folder.manifest["rejects"] == {"killed its worker": 1}
     assert sorted(folder.read(PROMPTS).column("prompt_id").to_pylist()) == [f"{n:020x}" for n in range(1, 40)]
-    assert len(list(tmp_path.glob("99-*"))) <= 3 + 4 + 3
+    assert len(list(tmp_path.glob("99-*"))) <= 3 + 3 + 3
     assert not (folder.path / "pieces").exists()
 
 
