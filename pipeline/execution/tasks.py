@@ -261,4 +261,6 @@ def fail_if_nothing_left(name: str, options: dict[str, Any], manifest: dict[str,
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["rejects"].items()))
     empty = " and ".join(table for table, count in rows.items() if not count)
     split = f" of split {options['split']}: see `heldout` of the data" if "split" in options else ""
-    raise WinnowError(f"{name}: every row of {empty} was rejected ({reasons or f'its inputs have no rows{split}'})")
+    if reasons:
+        raise WinnowError(f"{name}: every row of {empty} was rejected ({reasons})")
+    raise WinnowError(f"{name}: {empty} would be empty, because the step's inputs have no rows{split}")

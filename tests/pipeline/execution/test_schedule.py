@@ -95,7 +95,7 @@ def test_nothing_is_retried_on_a_worker_that_failed(tmp_path: Path):
 
 def test_a_worker_that_dies_is_replaced_and_a_prompt_that_kills_them_all_is_rejected(tmp_path: Path):
     """A part that dies twice ends well. One that always does is halved, and of 40 prompts one is rejected, by name:
-    3 deaths of the part, one for each of at most 3 halvings of its 8 prompts at most, 3 of the prompt alone."""
+    3 deaths of the part, one for each of at most 3 halvings of its 6 prompts, 3 of the prompt alone."""
     reporter = Silent()
     run_on_ray(plan_of_toys(8, dying=dict(folder=str(tmp_path), deaths=2)), tmp_path, reporter)
     assert reporter.rejected == []
