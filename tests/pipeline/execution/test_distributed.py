@@ -114,7 +114,8 @@ def test_two_ranks_have_the_losses_of_one_and_survive_a_death(sharp, tmp_path):
     does, but for a token where it has nothing to read. That all started again is reported.
     """
     rows = cache(sharp, imitate(labelled(random_rows(prompts=7)), 0), spread=0.0)
-    options = dict(nll_weight=0.5, tokens_per_pass=25, epochs=5, checkpoint_every=2, learning_rate=1e-4)
+    # Rounding differs from the first step on and grows with every update: small ones keep 20 steps comparable
+    options = dict(nll_weight=0.5, tokens_per_pass=25, epochs=5, checkpoint_every=2, learning_rate=3e-5)
     weights, policy, metrics, speeds = train_all(sharp, rows, tmp_path / "one", **options)
     killed = kill_a_rank_after(tmp_path / "two", 4)
     with warnings.catch_warnings(record=True) as caught:
