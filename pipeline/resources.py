@@ -114,16 +114,16 @@ def _explain(error: ValidationError) -> list[str]:
     lines = []
     for details in error.errors():
         field = str(details["loc"][0]) if details["loc"] else ""
-        place = f".{field}" if field else ""
+        prefix = f".{field}" if field else ""
         cause: Any = details.get("ctx", {}).get("error")
         if details["type"] == "extra_forbidden":
-            lines.append(f"{place}: unknown; {nearest(field, list(Resources.model_fields))}")
+            lines.append(f"{prefix}: unknown; {nearest(field, list(Resources.model_fields))}")
         elif details["type"] == "model_type":
-            lines.append(f"{place}: must be a mapping of resources, got {details['input']!r}")
+            lines.append(f"{prefix}: must be a mapping of resources, got {details['input']!r}")
         elif isinstance(cause, WinnowError) and not field:
             lines += [f".{problem}" for problem in cause.problems]
         else:
             message = str(cause) if cause else details["msg"].replace("Input should", "must")
             about = Resources.model_fields[field].description if field in Resources.model_fields else None
-            lines.append(f"{place}: {message}, got {details['input']!r}{f' ({about})' if about else ''}")
+            lines.append(f"{prefix}: {message}, got {details['input']!r}{f' ({about})' if about else ''}")
     return lines

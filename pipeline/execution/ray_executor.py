@@ -195,10 +195,10 @@ def connect(address: str | None = None) -> None:
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        place = f"--address {address}" if address else "--executor ray"
+        option = f"--address {address}" if address else "--executor ray"
         lines = " ".join(str(error).strip().splitlines()[:3])
         raise WinnowError(
-            f"{place}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
+            f"{option}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
             "RAY_AUTH_MODE=token in the environment)"
         ) from None
 
