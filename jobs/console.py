@@ -77,27 +77,27 @@ class ProgressReporter:
         self._go_on()
         self.console.print(f"  {step.name:<16} {text}", highlight=False)
 
-    def cached(self, step: Step) -> None:
+    def step_cached(self, step: Step) -> None:
         self._line(step, f"[dim]cached {step.key}[/]")
 
-    def waits(self, step: Step, why: str) -> None:
+    def step_waiting(self, step: Step, why: str) -> None:
         self._line(step, f"[yellow]waiting[/] {step.key}: {why}")
 
-    def begin(self, step: Step, done: int, total: int) -> None:
+    def step_started(self, step: Step, done: int, total: int) -> None:
         again = f" ({done} of {total} parts are there)" if done else ""
         self._line(step, f"[cyan]running[/] {step.key}{again}")
         self.bar.start()
         task = self.bar.add_task(step.name, total=total, completed=done, unit="parts")
         self.steps[step.name] = _Step(task, total, done, float(done))
 
-    def part(self, step: Step) -> None:
+    def part_finished(self, step: Step) -> None:
         self._go_on()
         seen = self.steps[step.name]
         seen.finished += 1
         if seen.parts > 1:
             self._show(step.name, seen.finished, seen.parts, "parts")
 
-    def tell(self, step: Step, done: float, total: float, unit: str) -> None:
+    def progress(self, step: Step, done: float, total: float, unit: str) -> None:
         """A step of one part shows its own units; of many, how far the parts at work are."""
         self._go_on()
         seen = self.steps[step.name]
@@ -114,10 +114,10 @@ class ProgressReporter:
             seen.told = time.monotonic()
             self.console.print(f"    {name}: {seen.pace}", highlight=False)
 
-    def left_out(self, step: Step, prompt: str, words: str) -> None:
+    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None:
         self._line(step, f"[red]left out[/] prompt {prompt}: it killed its worker each time ({escape(words)})")
 
-    def sealed(self, step: Step, manifest: dict[str, Any]) -> None:
+    def step_finished(self, step: Step, manifest: dict[str, Any]) -> None:
         self.bar.remove_task(self.steps.pop(step.name).task)
         self._line(step, f"[green]made[/] {_made(manifest)}")
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import stages.all  # noqa: F401 - registers every stage
-from pipeline.execution.profiles import load_profile
 from pipeline.registry import nearest
-from pipeline.resources import Profile
+from pipeline.resources import Profile, load_profile
 from pipeline.stage import stages as registry
 from schemas import WinnowError
 

@@ -1,4 +1,4 @@
-"""What a stage may pull from its surroundings and is never identified by."""
+"""What a stage gets besides its inputs and options. Nothing here is part of a key."""
 
 import time
 from collections import Counter
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -16,101 +16,115 @@ from pipeline.store.storage import Location, delete, send
 from schemas.tables import REJECTS
 
 T = TypeVar("T")
-ProgressCallback = Callable[[float, float, str], None]
+ProgressCallback = Callable[[float, float, str], None]  # called with the fields of a Progress
 
 
-class Clock:
-    """Seconds of one worker: parts that are at work at once share them, so that those of all add up to its time."""
+class Progress(NamedTuple):
+    """How much is done, of how much in total, counted in `unit` (tokens, parts)."""
+
+    done: float
+    total: float
+    unit: str
+
+
+class WorkerClock:
+    """Time of one worker, divided among the parts that run on it at once: their shares add up to its busy time."""
 
     def __init__(self) -> None:
         self._shares: dict[object, float] = {}
-        self._dealing = Lock()
-        self._dealt = time.perf_counter()
+        self._lock = Lock()
+        self._updated = time.perf_counter()
 
     @contextmanager
     def share(self) -> Iterator[Callable[[], float]]:
-        """Of what is done inside: says how many seconds it has had."""
-        me = object()
-        with self._dealing:
-            self._deal()[me] = 0.0
+        """Measure what runs inside; yield a function that returns the seconds that were its share until now."""
+        part = object()
+
+        def seconds() -> float:
+            with self._lock:
+                self._update()
+                return self._shares[part]
+
+        with self._lock:
+            self._update()
+            self._shares[part] = 0.0
         try:
-            yield lambda: self._share(me)
+            yield seconds
         finally:
-            with self._dealing:
-                del self._deal()[me]
+            with self._lock:
+                self._update()
+                del self._shares[part]
 
-    def _share(self, me: object) -> float:
-        with self._dealing:
-            return self._deal()[me]
-
-    def _deal(self) -> dict[object, float]:
+    def _update(self) -> None:
+        """Divide the time since the last update, always before the number of parts changes."""
         now = time.perf_counter()
-        for each in self._shares:
-            self._shares[each] += (now - self._dealt) / len(self._shares)
-        self._dealt = now
-        return self._shares
+        for part in self._shares:
+            self._shares[part] += (now - self._updated) / len(self._shares)
+        self._updated = now
 
 
 class WarmCache:
-    """Things that are dear to open (an engine, a network), kept for the life of a worker on one step."""
+    """Resources that are slow to open (an engine, a network), kept open as long as a worker serves one step."""
 
     def __init__(self) -> None:
         self._held: dict[Any, Any] = {}
-        self._opening = RLock()  # two parts at once want one engine
-        self.clock = Clock()
+        self._lock = RLock()  # two parts that run at once want one engine
+        self.clock = WorkerClock()
 
     def hold(self, open_it: Callable[..., T], *args: Any) -> T:
-        """Open once for these arguments; later calls get the same thing."""
-        name = (open_it.__module__, open_it.__qualname__, args)
-        with self._opening:
-            if name not in self._held:
-                self._held[name] = open_it(*args)
-        held: T = self._held[name]
-        return held
+        """Return `open_it(*args)`, called once for each function and arguments; args must be hashable."""
+        key = (open_it.__module__, open_it.__qualname__, args)
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = open_it(*args)
+        opened: T = self._held[key]
+        return opened
 
     def close(self) -> None:
-        for thing in self._held.values():
-            if hasattr(thing, "close"):
-                thing.close()
+        """Close all that is open and can be closed."""
+        for resource in self._held.values():
+            if hasattr(resource, "close"):
+                resource.close()
         self._held.clear()
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """Copies files and folders of a stage's own to where its step lies, if that is not this machine."""
+    """Copies of a stage's own files in its step's folder, if that is in an object store and not on this machine."""
 
     here: Path
     there: Location
 
     def __call__(self, name: str) -> None:
+        """Copy a file or folder to the step's folder."""
         if not isinstance(self.there, Path):
             send(self.here / name, self.there / name)
 
     def drop(self, name: str) -> None:
-        """Delete it, here and there."""
-        for place in {self.here, self.there}:
-            delete(place / name)
+        """Delete a file or folder, here and there."""
+        for folder in {self.here, self.there}:
+            delete(folder / name)
 
 
 class StageContext:
-    """Handed to a stage beside its inputs: a folder, warm things, rejects, counters, progress, what its worker has.
+    """Context that a stage may ask for: a folder, a cache, rejects, counters, progress, its worker's resources.
 
-    What must outlive this machine (a checkpoint) lies in `folder` and is told to `keep` by its name.
+    Files that must survive this machine (a checkpoint) are in `folder`; call `keep` with their names.
     """
 
     def __init__(
         self,
         folder: Path,
-        warm: WarmCache,
-        tell: ProgressCallback,
+        cache: WarmCache,
+        progress: ProgressCallback,
         resources: Resources = Resources(),  # noqa: B008 - frozen
-        there: Location | None = None,
+        location: Location | None = None,
     ) -> None:
         self.folder = folder
-        self.hold = warm.hold
-        self.progress = tell
+        self.hold = cache.hold
+        self.progress = progress
         self.resources = resources
-        self.keep = Mirror(folder, there or folder)
+        self.keep = Mirror(folder, location or folder)
         self.counters: Counter[str] = Counter()
         self._rejects: list[dict[str, str | None]] = []
 
@@ -119,18 +133,13 @@ class StageContext:
         self.counters.update(amounts)
 
     def reject(
-        self,
-        reason: str,
-        *,
-        place: str,
-        detail: str = "",
-        prompt: str | None = None,
-        candidate: str | None = None,
+        self, reason: str, *, place: str, detail: str = "", prompt: str | None = None, candidate: str | None = None
     ) -> None:
-        """Mirror a row that is left out, with its reason."""
+        """Record a rejected row with its reason, and where it was: a row of table `rejects`."""
         row = dict(prompt_id=prompt, candidate_id=candidate, place=place, reason=reason, detail=detail[:500])
         self._rejects.append(row)
 
     @property
     def rejects(self) -> pa.Table:
+        """Return the rejected rows as table `rejects`."""
         return pa.Table.from_pylist(self._rejects, schema=REJECTS)

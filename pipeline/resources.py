@@ -1,36 +1,129 @@
-"""What a stage's workers are given: never part of a key."""
+"""What each stage's workers have, as a profile says it. Resources are never part of a key."""
 
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.registry import nearest
+from schemas import WinnowError
+
+STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+Amount = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Of one worker of a stage, and how many there are.
+class Resources(BaseModel):
+    """Resources of one worker of a stage, and how many workers the stage has.
 
-    A stage without `cpus` and `gpus` shares all that the cluster has among its workers, GPUs only if it reads a model,
-    be it for its tokenizer. `min_workers` are kept while their step waits for parts of the one before, unless another
-    step waits for what they hold; there are never more than `max_workers` (None: what `--workers` says, or
-    `min_workers` if those are more). `in_flight` parts are with a worker at a time, so that its engine never runs dry
-    between two. `memory` is GiB.
+    A stage without `cpus` and `gpus` shares all that the cluster has among its workers; it has GPUs only if it reads a
+    model, be it for the tokenizer. `min_workers` stay up while their step waits for parts of the previous step, unless
+    another step waits for their resources. `max_workers` is the most there may be (None: `--workers`, or `min_workers`
+    if that is more). `in_flight` parts are with a worker at a time, so that its engine does not idle between two.
     """
 
-    cpus: float | None = None
-    gpus: float | None = None
-    memory: float | None = None
-    accelerator_type: str | None = None
-    min_workers: int = 0
-    max_workers: int | None = None
-    in_flight: int = 2
-    tensor_parallel: int = 1
+    model_config = STRICT
+
+    cpus: Amount | None = None
+    gpus: Amount | None = None
+    memory: Amount | None = Field(default=None, description="GiB")
+    accelerator_type: str | None = Field(default=None, description="Ray's name of an accelerator, such as H100")
+    min_workers: int = Field(default=0, ge=0)
+    max_workers: int | None = Field(default=None, ge=1)
+    in_flight: int = Field(default=2, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+
+    @field_validator("gpus")
+    @classmethod
+    def check_share_of_gpu(cls, gpus: float | None) -> float | None:
+        """Raise WinnowError for 1.5 GPUs: Ray gives whole ones, or a share of one."""
+        if gpus and gpus > 1 and not gpus.is_integer():
+            raise WinnowError("must be a whole number, or a share below 1")
+        return gpus
+
+    @model_validator(mode="after")
+    def check_contradictions(self) -> "Resources":
+        """Raise WinnowError with all pairs of fields that contradict each other."""
+        problems = []
+        if self.max_workers is not None and self.min_workers > self.max_workers:
+            problems.append(f"min_workers: must be <= max_workers ({self.max_workers}), got {self.min_workers}")
+        if self.tensor_parallel > max(1, self.gpus or 0):
+            gpus = "no value" if self.gpus is None else f"{self.gpus:g}"
+            problems.append(f"gpus: must be >= tensor_parallel ({self.tensor_parallel}), got {gpus}")
+        if problems:
+            raise WinnowError(*problems)
+        return self
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Resources by stage. `autoscaling`: a cluster that is too small today is not refused, for it may grow."""
+class Profile(BaseModel):
+    """Resources by stage. With `autoscaling`, a cluster that is too small now is accepted: it may grow."""
 
-    default: Resources = field(default_factory=Resources)
-    stages: dict[str, Resources] = field(default_factory=dict)
+    model_config = STRICT
+
+    default: Resources = Resources()
+    stages: dict[str, Resources] = {}
     autoscaling: bool = False
 
     def of(self, stage: str) -> Resources:
+        """Return the resources of a stage: its own, or the default."""
         return self.stages.get(stage, self.default)
+
+
+def load_profile(path: Path, stages: list[str]) -> Profile:
+    """Read a profile from YAML: `default`, `autoscaling`, and stages with the resources that differ from the default.
+
+    Raise WinnowError with all problems of the file; `stages` are the names that it may use.
+    """
+    from pipeline.config.yaml import parse  # PyYAML may be missing on a training machine, which reads no profile
+
+    try:
+        content = parse(path.read_text(encoding="utf-8"), f"profile {path}") or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinnowError(f"profile {path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise WinnowError(f"profile {path}: must be a mapping of stages, got {content!r}")
+    bodies = {str(name): {} if body is None else body for name, body in content.items() if name != "autoscaling"}
+    problems = [
+        f"{name}: unknown stage; {nearest(name, ['default', 'autoscaling', *stages])}"
+        for name in bodies
+        if name not in ("default", *stages)
+    ]
+
+    # The default first: its problems are reported once, not again for each stage that inherits them
+    default: dict[str, Any] = {}
+    resources: dict[str, Resources] = {}
+    for name in sorted(bodies, key=lambda name: name != "default"):
+        body = bodies[name]
+        try:
+            resources[name] = Resources.model_validate(default | body if isinstance(body, dict) else body)
+        except ValidationError as error:
+            problems += [f"{name}{problem}" for problem in _explain(error)]
+        else:
+            default = body if name == "default" else default
+    try:
+        autoscaling = content.get("autoscaling", False)
+        profile = Profile(default=resources.pop("default", Resources()), stages=resources, autoscaling=autoscaling)
+    except ValidationError as error:
+        problems += [problem.removeprefix(".") for problem in _explain(error)]
+    if problems:
+        raise WinnowError(*(f"profile {path}: {problem}" for problem in problems))
+    return profile
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """Return pydantic's errors as lines `.field: problem, got value (meaning of the field)`."""
+    lines = []
+    for details in error.errors():
+        field = str(details["loc"][0]) if details["loc"] else ""
+        prefix = f".{field}" if field else ""
+        cause: Any = details.get("ctx", {}).get("error")
+        if details["type"] == "extra_forbidden":
+            lines.append(f"{prefix}: unknown; {nearest(field, list(Resources.model_fields))}")
+        elif details["type"] == "model_type":
+            lines.append(f"{prefix}: must be a mapping of resources, got {details['input']!r}")
+        elif isinstance(cause, WinnowError) and not field:
+            lines += [f".{problem}" for problem in cause.problems]
+        else:
+            message = str(cause) if cause else details["msg"].replace("Input should", "must")
+            about = Resources.model_fields[field].description if field in Resources.model_fields else None
+            lines.append(f"{prefix}: {message}, got {details['input']!r}{f' ({about})' if about else ''}")
+    return lines

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import StageContext, stage
 from pipeline.config.plan import Plan, Step, make_plan
 from pipeline.config.recipe import load_recipe
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.stage import stages
 from pipeline.store.storage import Location

@@ -9,7 +9,7 @@ from pathlib import Path
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-    "0"  # Ray on the loopback address, as pipeline.execution.executors has it
+    "0"  # Ray on the loopback address, as pipeline.execution.ray_executor has it
 )
 
 import pytest
@@ -19,7 +19,7 @@ import jobs.demo.gold  # noqa: F401 - registers the gold reward
 import stages.all  # noqa: F401 - registers every stage
 from jobs.__main__ import main
 from pipeline.context import StageContext, WarmCache
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.fingerprints import DataPath, model_digest
 from pipeline.store.store import Store

@@ -1,4 +1,4 @@
-"""Running the tiny world: plans, and a reporter that remembers."""
+"""Plans of the tiny recipes, and a reporter that remembers what it heard."""
 
 from pathlib import Path
 
@@ -6,33 +6,35 @@ from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.store.storage import Location
 
-RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "jobs" / "recipes"
 
 
-def local(place: Location) -> Path:
-    """A store of tests lies in a folder, unless they say otherwise."""
-    assert isinstance(place, Path)
-    return place
+def local(location: Location) -> Path:
+    """Return a location of a store on this machine, as all stores of tests are that do not say otherwise."""
+    assert isinstance(location, Path)
+    return location
 
 
 class Silent:
-    """A reporter that remembers which steps ran."""
+    """Reporter that remembers which steps ran, and which prompts were rejected because they killed workers."""
 
     def __init__(self):
-        self.ran, self.lost = [], []
+        self.ran, self.rejected = [], []
 
-    def cached(self, step): ...
-    def begin(self, step, done, total): ...
-    def waits(self, step, why): ...
-    def part(self, step): ...
-    def tell(self, step, done, total, unit): ...
+    def step_cached(self, step): ...
+    def step_started(self, step, done, total): ...
+    def step_waiting(self, step, why): ...
+    def part_finished(self, step): ...
+    def progress(self, step, done, total, unit): ...
 
-    def left_out(self, step, prompt, words):
-        self.lost.append(prompt)
+    def prompt_rejected(self, step, prompt, words):
+        self.rejected.append(prompt)
 
-    def sealed(self, step, manifest):
+    def step_finished(self, step, manifest):
         self.ran.append(step.name)
 
 
 def plan_of(world: Path, *sets: str, recipe: str = "rso") -> Plan:
+    """Return the plan of a recipe on the data of fixture `world`, with `--set` options."""
     return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "demo.yaml",), sets, name="run"))

@@ -1,4 +1,4 @@
-"""Stages for tests of Ray, in a module of its own so that workers can import it. Each notes its calls in `folder`."""
+"""Stages for tests of Ray, in a module of its own so that workers can import it; each writes its calls in `folder`."""
 
 import os
 import signal
@@ -16,10 +16,7 @@ from pipeline.stage import stage
 from schemas import Prompts
 from schemas.tables import PROMPTS
 
-
-def rows(count: int) -> pa.Table:
-    row = {"text": "x", "token_ids": [1], "split": "train", "demonstration": None, "demonstration_ids": None}
-    return pa.Table.from_pylist([row | {"prompt_id": f"{n:020x}"} for n in range(count)], schema=PROMPTS)
+_barrier = threading.Barrier(2)
 
 
 def note(folder: str, *words: object) -> None:
@@ -28,22 +25,33 @@ def note(folder: str, *words: object) -> None:
 
 
 def notes(folder: Path) -> list[list[str]]:
+    """Return the lines that stages wrote, as lists of words."""
     return [line.split() for line in (folder / "notes.txt").read_text().splitlines()]
+
+
+def plan_of_toys(shards: int, **steps: dict) -> Plan:
+    """Return a plan of `steps` in order, each with its options; each reads the previous one, the last is the target."""
+    names = ["some_prompts", *steps]
+    bodies = {
+        name: {"use": options.pop("use", name), "from": {"prompts": previous}, "with": options}
+        for previous, (name, options) in zip(names, steps.items(), strict=False)
+    }
+    return make_plan(Recipe(name="toys", shards=shards, target=names[-1], steps={"some_prompts": {}} | bodies))
 
 
 @stage(version=1, unsharded=True)
 def some_prompts(*, count: int = 40) -> Prompts:
-    return rows(count)
+    row = {"text": "x", "token_ids": [1], "split": "train", "demonstration": None, "demonstration_ids": None}
+    return pa.Table.from_pylist([row | {"prompt_id": f"{n:020x}"} for n in range(count)], schema=PROMPTS)
 
 
 @stage(version=1)
 def dying(prompts: Prompts, *, folder: str, deaths: int) -> Prompts:
     """Dies `deaths` times, on the part that holds prompt 0."""
-    if f"{0:020x}" in prompts.column("prompt_id").to_pylist():
-        mark = Path(folder) / f"{deaths}-{len(list(Path(folder).glob(f'{deaths}-*')))}"
-        if len(list(Path(folder).glob(f"{deaths}-*"))) < deaths:
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    earlier = len(list(Path(folder).glob(f"{deaths}-*")))
+    if f"{0:020x}" in prompts.column("prompt_id").to_pylist() and earlier < deaths:
+        (Path(folder) / f"{deaths}-{earlier}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     return prompts
 
 
@@ -55,13 +63,10 @@ def slow(prompts: Prompts, *, folder: str, name: str, seconds: Annotated[float, 
     return prompts
 
 
-_together = threading.Barrier(2)
-
-
 @stage(version=1, concurrent=True)
 def meeting(prompts: Prompts, *, folder: str) -> Prompts:
-    """Two parts must be at work in one process at once, or this waits in vain."""
-    _together.wait(timeout=30)
+    """Two parts must run in one process at once, or this waits in vain."""
+    _barrier.wait(timeout=30)
     note(folder, "met", os.getpid())
     return prompts
 
@@ -75,25 +80,15 @@ def broken_once(prompts: Prompts, *, folder: str) -> Prompts:
     return prompts
 
 
-def plan_of_toys(shards: int, **steps: dict) -> Plan:
-    """`steps` in order, the last one is the target; each reads the one before."""
-    names = ["some_prompts", *steps]
-    bodies = {
-        name: {"use": body.pop("use", name), "from": {"prompts": before}, "with": body}
-        for before, (name, body) in zip(names, steps.items(), strict=False)
-    }
-    return make_plan(Recipe(name="toys", shards=shards, target=names[-1], steps={"some_prompts": {}} | bodies))
-
-
 @stage(version=1, unsharded=True)
 def spreading(prompts: Prompts, *, world_size: int = 2) -> Prompts:
-    """It spreads over the cluster by itself, as training on ranks does, and wants all of it."""
+    """Needs the whole cluster, as distributed training does, which goes to Ray by itself."""
     import ray
 
-    until = time.monotonic() + 20
+    deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
-        if time.monotonic() > until:
-            raise RuntimeError("somebody sits on what its ranks need")
+        if time.monotonic() > deadline:
+            raise RuntimeError("a worker still holds what the ranks need")
         time.sleep(0.1)
     return prompts
 

@@ -27,7 +27,7 @@ from jobs.commands.app import (
 from jobs.resume import unforced
 from pipeline.config.partial import followers, narrowed, unsealed
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.executors import check_fits
+from pipeline.execution.ray_executor import check_fits
 from pipeline.store.storage import parse_location
 from pipeline.store.store import Store
 from schemas import WinnowError

@@ -35,7 +35,8 @@ from jobs.demo import OVERLAY, SMALL, data
 from jobs.resume import resumable
 from pipeline.config.partial import Rerun, rerun
 from pipeline.config.plan import Plan, reads_files
-from pipeline.execution.executors import Executor, LocalExecutor, RayExecutor
+from pipeline.execution.executor import Executor, LocalExecutor
+from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run as run_plan
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.manifests import checked_run

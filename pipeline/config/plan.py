@@ -46,6 +46,11 @@ class Step:
     def key(self) -> str:
         return key_of(self.identity)
 
+    @property
+    def code(self) -> dict[str, str]:
+        """Return digests of the plugin functions that the step uses, by name: none yet."""
+        return {}
+
 
 @dataclass
 class Plan:

@@ -1,192 +1,186 @@
-"""The Ray actors that work on one step: hired as units come, each with a warm engine, let go when others wait."""
+"""Ray actors of one step: started as its tasks become ready, each with its own engine, killed when others need room."""
 
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.context import ProgressCallback, WarmCache
-from pipeline.execution.tasks import StepSpec, Task, execute
+from pipeline.context import Progress, WarmCache
+from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
 from pipeline.resources import Resources
-from pipeline.stage import signature_of
 from schemas import WinnowError
 
-Told = tuple[float, float, str]
-TELL_SECONDS = 0.5
-STARTS = 3
-PATIENCE = 30.0  # seconds that a worker waits for room before people hear of it
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """How a unit ended."""
-
-    work: StepSpec
-    unit: Task
-    error: Exception | None = None
+PROGRESS_SECONDS = 0.5  # between two requests for progress
+MAX_FAILED_STARTS = 3
+STALL_SECONDS = 30.0  # that a worker waits for room before users are told
 
 
 class StageWorker:
-    """In an actor: a process with its own warm engine. Units run in a thread, or, of a shared stage, in several."""
+    """Process of an actor, with its own engine. Its tasks run in a thread, or in several for a concurrent stage."""
 
-    def __init__(self, work: StepSpec, resources: Resources) -> None:
-        self.work, self.resources, self.warm = work, resources, WarmCache()
-        self.at_work: dict[Task, Told] = {}
+    def __init__(self, spec: StepSpec, resources: Resources) -> None:
+        self.spec, self.resources, self.cache = spec, resources, WarmCache()
+        self.progress_by_task: dict[Task, Progress] = {}
 
-    def up(self) -> None:
-        """Answered once the actor has its place."""
+    def ready(self) -> None:
+        """Answer once the actor is placed and up."""
 
-    def unit(self, unit: Task) -> None:
+    def run_task(self, task: Task) -> None:
+        """Run a task to its end."""
+
+        def report(done: float, total: float, unit: str) -> None:
+            self.progress_by_task[task] = Progress(done, total, unit)
+
         try:
-            execute(self.work, unit, self.warm, self._teller(unit), self.resources)
+            execute(self.spec, task, self.cache, report, self.resources)
         finally:
-            self.at_work.pop(unit, None)
+            self.progress_by_task.pop(task, None)
 
-    def _teller(self, unit: Task) -> ProgressCallback:
-        def tell(done: float, total: float, label: str) -> None:
-            self.at_work[unit] = (done, total, label)
-
-        return tell
-
-    def told(self) -> list[Told]:
-        return list(self.at_work.values())
+    def progress(self) -> list[Progress]:
+        """Return how far each running task is."""
+        return list(self.progress_by_task.values())
 
 
 @dataclass(eq=False)
 class PooledActor:
-    """One actor, the units that are with it, and what we asked it."""
+    """Actor with its tasks by Ray's reference to their end, and the requests that it has not answered yet."""
 
-    actor: Any
-    up: Any
-    placed: bool = False
-    alone: bool = False
-    units: dict[Any, Task] = field(default_factory=dict)
-    asked: Any = None
-    told: list[Told] = field(default_factory=list)
-    hired: float = field(default_factory=time.monotonic)
+    handle: Any
+    starting: Any  # reference to its first answer; None once it is up
+    exclusive: bool = False
+    tasks: dict[Any, Task] = field(default_factory=dict)
+    progress_request: Any = None
+    progress: list[Progress] = field(default_factory=list)
+    created: float = field(default_factory=time.monotonic)
 
 
 class ActorPool:
-    """Of one step. `given` are Ray's options for an actor, `most` how many there may be."""
+    """Actors of one step. `options` are Ray's for an actor, `max_size` is how many there may be."""
 
-    def __init__(self, ray: Any, work: StepSpec, resources: Resources, given: dict[str, Any], most: int) -> None:
-        self.ray, self.work, self.resources, self.given, self.most = ray, work, resources, given, most
-        shared = signature_of(work.entry).concurrent
-        groups = {"units": resources.in_flight if shared else 1}
-        self.kind = ray.remote(max_restarts=0, concurrency_groups=groups, **given)(StageWorker)
-        self.members: list[PooledActor] = []
-        self.asked = time.monotonic()
+    def __init__(self, spec: StepSpec, resources: Resources, options: dict[str, Any], max_size: int) -> None:
+        import ray
+
+        self.spec, self.resources, self.options, self.max_size = spec, resources, options, max_size
+        # Tasks have their own threads, so that `ready` and `progress` are answered while they run. Ray never restarts
+        # an actor or retries a task: a prompt that kills its worker would kill one after the other, without end.
+        groups = {"tasks": resources.in_flight if spec.signature.concurrent else 1}
+        remote: Any = ray.remote  # its types lack concurrency groups
+        self.actor_class = remote(max_restarts=0, concurrency_groups=groups, **options)(StageWorker)
+        self.actors: list[PooledActor] = []
         self.failed_starts = 0
+        self.progress_requested = time.monotonic()
 
     @property
     def running(self) -> int:
-        return sum(len(member.units) for member in self.members)
+        """Return the number of tasks that are with an actor."""
+        return sum(len(actor.tasks) for actor in self.actors)
 
     @property
-    def waits(self) -> bool:
-        """Has an actor no place yet?"""
-        return not all(member.placed for member in self.members)
+    def is_starting(self) -> bool:
+        """Return whether an actor is not up yet: it may be waiting for room."""
+        return any(actor.starting is not None for actor in self.actors)
 
-    @property
-    def stuck(self) -> str | None:
-        """What all its actors wait for in vain, if they do."""
-        late = [member for member in self.members if time.monotonic() - member.hired > PATIENCE]
-        if not late or any(member.placed for member in self.members):
+    def grow(self, ready: int) -> None:
+        """Start actors for tasks that could run now."""
+        while len(self.actors) < min(self.max_size, ready + self.running):
+            handle = self.actor_class.remote(self.spec, self.resources)
+            self.actors.append(PooledActor(handle, handle.ready.remote()))
+
+    def shrink(self, size: int) -> None:
+        """Kill idle actors until there are `size`, those that are not up yet first."""
+        idle = sorted((actor for actor in self.actors if not actor.tasks), key=lambda actor: actor.starting is None)
+        for actor in idle[: max(0, len(self.actors) - size)]:
+            self._kill(actor)
+
+    def submit(self, task: Task, exclusive: bool) -> bool:
+        """Give a task to the actor with the fewest; return False if none has room."""
+        room = 1 if exclusive else self.resources.in_flight
+        free = [actor for actor in self.actors
+                if actor.starting is None and not actor.exclusive and len(actor.tasks) < room]  # fmt: skip
+        if not free:
+            return False
+        actor = min(free, key=lambda actor: len(actor.tasks))
+        actor.exclusive = exclusive
+        actor.tasks[actor.handle.run_task.options(concurrency_group="tasks").remote(task)] = task
+        return True
+
+    def references(self) -> list[Any]:
+        """Return Ray's references to what can happen next: an actor is up, a task ends."""
+        starting = [actor.starting for actor in self.actors if actor.starting is not None]
+        return starting + [reference for actor in self.actors for reference in actor.tasks]
+
+    def collect(self, ready: set[Any]) -> list[TaskResult]:
+        """Return the tasks whose references are ready; raise WinnowError if workers never start."""
+        results = []
+        for actor in list(self.actors):
+            if actor.starting in ready:
+                error = _error_of(actor.starting)
+                actor.starting = None
+                self.failed_starts = self.failed_starts + 1 if error else 0
+                if error:
+                    self._kill(actor)
+                if self.failed_starts == MAX_FAILED_STARTS:  # not for lack of room: those would still be waiting
+                    raise WinnowError(
+                        f"{self.spec.name}: {MAX_FAILED_STARTS} workers one after the other did not start: {error}"
+                    )
+            ended = [reference for reference in actor.tasks if reference in ready]
+            outcomes = [TaskResult(self.spec, actor.tasks.pop(ref), _error_of(ref)) for ref in ended]
+            actor.exclusive = actor.exclusive and bool(actor.tasks)
+            results += outcomes
+            if any(outcome.error for outcome in outcomes):
+                # Nothing is retried on a worker where a task failed: its engine may be dead
+                died = RuntimeError("its worker died of another part")
+                results += [TaskResult(self.spec, task, died) for task in actor.tasks.values()]
+                self._kill(actor)
+        return results
+
+    def progress(self) -> Progress | None:
+        """Return the sum of the running tasks' progress in parts; of a single task, its own."""
+        import ray
+
+        if time.monotonic() - self.progress_requested >= PROGRESS_SECONDS:
+            self.progress_requested = time.monotonic()
+            for actor in self.actors:
+                if actor.progress_request is not None and ray.wait([actor.progress_request], timeout=0)[0]:
+                    try:
+                        actor.progress = ray.get(actor.progress_request)
+                    except ray.exceptions.RayError:
+                        actor.progress = []
+                    actor.progress_request = None
+                if actor.progress_request is None and actor.tasks:
+                    actor.progress_request = actor.handle.progress.remote()
+        reports = [progress for actor in self.actors for progress in actor.progress]
+        if len(reports) < 2:
+            return reports[0] if reports else None
+        return Progress(sum(report.done / report.total for report in reports if report.total), 1.0, "parts")
+
+    def stall_reason(self) -> str | None:
+        """Return why no task runs, if all actors have waited long for room and none is up."""
+        late = [actor for actor in self.actors if time.monotonic() - actor.created > STALL_SECONDS]
+        if not late or any(actor.starting is None for actor in self.actors):
             return None
-        asked = ", ".join(f"{name} {value:g}" for name, value in self.given.items() if isinstance(value, int | float))
-        return f"none of its workers is up yet; the cluster may have no room for one ({asked})"
-
-    def want(self, units: int) -> None:
-        while len(self.members) < min(self.most, units + self.running):
-            actor = self.kind.remote(self.work, self.resources)
-            self.members.append(PooledActor(actor, actor.up.remote()))
-
-    def let_go(self, keep: int) -> None:
-        """Of those with nothing to do, the ones without a place first."""
-        idle = sorted((each for each in self.members if not each.units), key=lambda each: each.placed)
-        for member in idle[: max(0, len(self.members) - keep)]:
-            self._dismiss(member)
-
-    def takes(self, alone: bool) -> PooledActor | None:
-        """The member with the least to do that has room for one more."""
-        room = 1 if alone else self.resources.in_flight
-        free = [each for each in self.members if each.placed and not each.alone and len(each.units) < room]
-        return min(free, key=lambda each: len(each.units), default=None)
-
-    def start(self, unit: Task, alone: bool) -> None:
-        member = self.takes(alone)
-        assert member, "asked before"
-        member.alone = alone
-        member.units[member.actor.unit.options(concurrency_group="units").remote(unit)] = unit
-
-    def watched(self) -> list[Any]:
-        """What Ray is to be waited for."""
-        places = [member.up for member in self.members if not member.placed]
-        return places + [reference for member in self.members for reference in member.units]
-
-    def take_in(self, ready: set[Any]) -> list[TaskResult]:
-        return [outcome for member in list(self.members) for outcome in self._from(member, ready)]
-
-    def _from(self, member: PooledActor, ready: set[Any]) -> list[TaskResult]:
-        if not member.placed and member.up in ready:
-            self._placed(member)
-        ended = [reference for reference in member.units if reference in ready]
-        made = [TaskResult(self.work, member.units.pop(reference), self._get(reference)) for reference in ended]
-        member.alone = member.alone and bool(member.units)
-        return made + self._lost(member) if any(outcome.error for outcome in made) else made
-
-    def _placed(self, member: PooledActor) -> None:
-        """Raises WinnowError where no worker ever starts: it is not for want of room."""
-        error = self._get(member.up)
-        member.placed = error is None
-        if error is None:
-            self.failed_starts = 0
-            return
-        self._dismiss(member)
-        self.failed_starts += 1
-        if self.failed_starts == STARTS:
-            raise WinnowError(f"{self.work.name}: {STARTS} workers one after the other did not start: {error}")
-
-    def _lost(self, member: PooledActor) -> list[TaskResult]:
-        """Nothing is tried again on a worker where something failed: its engine may be dead."""
-        died = RuntimeError("its worker died of another part")
-        with_it = [TaskResult(self.work, unit, died) for unit in member.units.values()]
-        self._dismiss(member)
-        return with_it
-
-    def _dismiss(self, member: PooledActor) -> None:
-        self.ray.kill(member.actor)
-        self.members.remove(member)
-
-    def _get(self, reference: Any) -> Exception | None:
-        try:
-            self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            return cause if isinstance(cause, Exception) else error
-        return None
-
-    def told(self) -> Told | None:
-        """The sum over the units at work, each as its share, or as it was told if there is one."""
-        self._ask()
-        told = [each for member in self.members for each in member.told]
-        if len(told) < 2:
-            return told[0] if told else None
-        return sum(done / total for done, total, _ in told if total), 1.0, "parts"
-
-    def _ask(self) -> None:
-        if time.monotonic() - self.asked < TELL_SECONDS:
-            return
-        self.asked = time.monotonic()
-        for member in self.members:
-            if member.asked is not None and self.ray.wait([member.asked], timeout=0)[0]:
-                try:
-                    member.told = self.ray.get(member.asked)
-                except self.ray.exceptions.RayError:
-                    member.told = []
-                member.asked = None
-            if member.asked is None and member.units:
-                member.asked = member.actor.told.remote()
+        amounts = {name: value for name, value in self.options.items() if isinstance(value, int | float)}
+        needs = ", ".join(f"{name} {value:g}" for name, value in amounts.items())
+        return f"none of its workers is up yet; the cluster may have no room for one ({needs})"
 
     def close(self) -> None:
-        for member in list(self.members):
-            self._dismiss(member)
+        """Kill all actors."""
+        for actor in list(self.actors):
+            self._kill(actor)
+
+    def _kill(self, actor: PooledActor) -> None:
+        import ray
+
+        ray.kill(actor.handle)
+        self.actors.remove(actor)
+
+
+def _error_of(reference: Any) -> Exception | None:
+    """Return the exception that the task behind a reference raised, or Ray's own if its actor died."""
+    import ray
+
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, Exception) else error
+    return None

@@ -1,167 +1,181 @@
-"""One function in several processes that train one network together, under Ray Train.
+"""Run one function in several processes that train one network together, under Ray Train.
 
-A death ends all of them, and all start again: what they had done is in the checkpoints that they read.
+If a process dies, all end and all start again: what they had done is in the checkpoints that they read.
 """
 
 import shutil
 import threading
+import time
 import warnings
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.context import ProgressCallback, StageContext
-from pipeline.execution.executors import POLL_SECONDS, relay, start, teller
-from pipeline.execution.retries import ATTEMPTS
+from pipeline.execution.ray_executor import connect
+from pipeline.execution.retries import MAX_ATTEMPTS
 from pipeline.resources import Resources
 from pipeline.store.store import read_json, write_json
 from schemas import WinnowError, WinnowWarning
 
 Job = Callable[[ProgressCallback], dict[str, Any]]
+POLL_SECONDS = 0.5
+# Files in the step's folder by which the first rank talks to this process
 OUTCOME = "outcome.json"
-SAID = "said.txt"  # what the first rank warns of, a line each
-AGAIN = "a rank died or was out of memory; all go on from the last checkpoint"
+PROGRESS = "progress.json"
+WARNINGS = "warnings.txt"  # one per line
+RAY_TRAIN = "ray_train"  # folder of Ray Train's own records
+RESTARTED = "a rank died or was out of memory; all go on from the last checkpoint"
 
 
-def run_distributed(job: Job, ranks: int, ctx: StageContext) -> dict[str, Any]:
-    """What the first rank's `job` returns, plain enough for JSON. All ranks must see the workspace's folder.
+def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, Any]:
+    """Run `job` on `world_size` ranks and return what that of rank 0 returns, which must be plain enough for JSON.
 
-    Its resources are those of one rank; where they do not say, it has one GPU if the cluster has any, and its share of
-    the cores. torch.distributed is joined before `job` begins. Raises WinnowError where a rank does, or where ranks
-    died as often as a part may.
+    All ranks must see the folder of `ctx`; its resources are those of one rank. torch.distributed is initialized
+    before `job` is called. Raise WinnowError if a rank raises one, or if ranks died as often as a part may fail.
     """
-    ray, folder, resources = start(), ctx.folder, ctx.resources
-    _refuse_apart(ray, ctx)
-    torch: Any = import_module("ray.train.torch")
-    train: Any = import_module("ray.train")
-    each = _each(resources, ranks, ray.cluster_resources())
-    for name in (OUTCOME, SAID):
+    connect()
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    folder = ctx.folder
+    if folder != ctx.keep.there and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise WinnowError(
+            f"world_size: ranks on several nodes write one checkpoint, and the store, {ctx.keep.there}, is not a disk "
+            "that all of them see; use a store on a shared disk, or set world_size to 1"
+        )
+    resources = resources_per_rank(ctx.resources, world_size, ray.cluster_resources())
+    for name in (OUTCOME, WARNINGS):
         (folder / name).unlink(missing_ok=True)
-    trainer = torch.TorchTrainer(
-        _rank(job, folder),
-        torch_config=torch.TorchConfig(backend="nccl" if each["GPU"] else "gloo"),
-        scaling_config=train.ScalingConfig(
-            num_workers=ranks,
-            use_gpu=each["GPU"] > 0,
-            resources_per_worker=each,
-            accelerator_type=resources.accelerator_type,
+    trainer = TorchTrainer(
+        _train_loop(job, folder),
+        torch_config=TorchConfig(backend="nccl" if resources["GPU"] else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=world_size,
+            use_gpu=resources["GPU"] > 0,
+            resources_per_worker=resources,
+            accelerator_type=ctx.resources.accelerator_type,
         ),
-        run_config=train.RunConfig(
-            storage_path=str((folder / "world_size").resolve()),
-            failure_config=train.FailureConfig(max_failures=ATTEMPTS - 1),
+        run_config=RunConfig(
+            storage_path=str((folder / RAY_TRAIN).resolve()),
+            failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
         ),
     )
-    with _Relayed(folder, ctx.progress):
+    failure: Exception | None = None
+    with _forward_reports(folder, ctx.progress):
         try:
             trainer.fit()
-        except train.v2.api.exceptions.TrainingFailedError as error:
-            _raise_if_refused(folder)
-            lines = str(error).strip().splitlines()
-            raise WinnowError(
-                f"training on {ranks} ranks failed {ATTEMPTS} times; the last time: {lines[-1]}"
-            ) from error
-    _raise_if_refused(folder)
-    shutil.rmtree(folder / "world_size", ignore_errors=True)  # Ray Train's own records
-    (folder / SAID).unlink(missing_ok=True)
+        except TrainingFailedError as error:
+            failure = error
     outcome: dict[str, Any] = read_json(folder / OUTCOME) or {}
+    if refused := outcome.get("refused"):
+        raise WinnowError(refused)
+    if failure:
+        last = str(failure).strip().splitlines()[-1]
+        raise WinnowError(
+            f"training on {world_size} ranks failed {MAX_ATTEMPTS} times; last error: {last}"
+        ) from failure
+    shutil.rmtree(folder / RAY_TRAIN, ignore_errors=True)
+    (folder / WARNINGS).unlink(missing_ok=True)
     return outcome
 
 
-def _refuse_apart(ray: Any, ctx: StageContext) -> None:
-    """Raises WinnowError where ranks would not see each other's files."""
-    if ctx.folder != ctx.keep.there and sum(node["Alive"] for node in ray.nodes()) > 1:
-        raise WinnowError(
-            f"world_size: those of several nodes write one checkpoint, and the store, {ctx.keep.there}, is no disk "
-            "that all see; use a store on a shared disk, or one rank"
-        )
+def resources_per_rank(resources: Resources, world_size: int, cluster: dict[str, float]) -> dict[str, float]:
+    """Return Ray's resources of one rank: where not set, a GPU if the cluster has any, and its share of the cores.
 
-
-def _each(resources: Resources, ranks: int, has: dict[str, float]) -> dict[str, float]:
-    """What one rank is given; raises WinnowError where the cluster has not that for all of them."""
-    given = {
-        "CPU": max(1, int(has.get("CPU", 1)) // ranks) if resources.cpus is None else resources.cpus,
-        "GPU": min(1, int(has.get("GPU", 0))) if resources.gpus is None else resources.gpus,
+    Raise WinnowError if the cluster does not have that for all ranks.
+    """
+    needs = {
+        "CPU": max(1, int(cluster.get("CPU", 1)) // world_size) if resources.cpus is None else resources.cpus,
+        "GPU": min(1, int(cluster.get("GPU", 0))) if resources.gpus is None else resources.gpus,
     }
     if resources.memory:
-        given["memory"] = resources.memory * 2**30
-    for kind, amount in given.items():
-        if amount and ranks > (most := int(has.get(kind, 0) / amount)):
+        needs["memory"] = resources.memory * 2**30
+    for kind, amount in needs.items():
+        room = int(cluster.get(kind, 0) / amount) if amount else world_size
+        if world_size > room:
             raise WinnowError(
-                f"optimize.world_size: {ranks} of {amount:g} {kind} each, and the cluster has {has.get(kind, 0):g}; "
-                f"set ranks to {most} or fewer, or ask for less a rank in the profile"
+                f"optimize.world_size: {world_size} ranks need {amount:g} {kind} each, and the cluster has "
+                f"{cluster.get(kind, 0):g}; set world_size to {room} or less, or give a rank less in the profile"
             )
-    return given
+    return needs
 
 
-def _raise_if_refused(folder: Path) -> None:
-    if refused := (read_json(folder / OUTCOME) or {}).get("refused"):
-        raise WinnowError(refused)
+def _train_loop(job: Job, folder: Path) -> Callable[[], None]:
+    """Return the function that each rank runs."""
 
+    def train() -> None:
+        import ray.train
 
-def _rank(job: Job, folder: Path) -> Callable[[], None]:
-    def run() -> None:
         if "refused" in (read_json(folder / OUTCOME) or {}):
-            return  # one of us did, before all were started again
-        train: Any = import_module("ray.train")
-        first = train.get_context().get_world_rank() == 0
-        if first:
-            _write_warnings(folder / SAID)
+            return  # a rank raised a WinnowError, and Ray Train started all again: another attempt would not help
+        is_first = ray.train.get_context().get_world_rank() == 0
+        written = 0.0
+
+        def report(done: float, total: float, unit: str) -> None:
+            nonlocal written
+            if is_first and time.monotonic() - written > POLL_SECONDS:
+                written = time.monotonic()
+                write_json(folder / PROGRESS, {"done": done, "total": total, "unit": unit})
+
+        if is_first:
+            _write_warnings(folder / WARNINGS)
         try:
-            outcome = job(teller(folder) if first else lambda *_: None)
+            outcome = job(report)
         except WinnowError as error:
             write_json(folder / OUTCOME, {"refused": str(error)})
-            raise  # the others may be waiting for this one
-        if first:
+            raise  # so that Ray ends the other ranks, which may be waiting for this one
+        if is_first:
             write_json(folder / OUTCOME, outcome)
 
-    return run
+    return train
 
 
-def _write_warnings(said: Path) -> None:
-    """From now on, what this process warns people of goes to a file, as does that it is not the first to write it."""
-    attempt = said.read_text().count(AGAIN) + 2 if said.exists() else 1
-    said.touch()
-    show = warnings.showwarning
+def _write_warnings(path: Path) -> None:
+    """Write this process's WinnowWarnings to a file from now on, the first that this is not the first attempt."""
+    attempt = path.read_text().count(RESTARTED) + 2 if path.exists() else 1
+    path.touch()
+    show_other = warnings.showwarning
 
-    def write(text: str) -> None:
-        with said.open("a") as file:
-            file.write(f"{text}\n")
-
-    def relayed(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
         if issubclass(category, WinnowWarning):
-            write(str(message))
+            with path.open("a") as file:
+                file.write(f"{message}\n")
         else:
-            show(message, category, *where, **more)
+            show_other(message, category, *location, **options)
 
-    warnings.showwarning = relayed
+    warnings.showwarning = show
     if attempt > 1:
-        write(f"{AGAIN}, for attempt {attempt} of {ATTEMPTS}")
+        show(f"{RESTARTED}, for attempt {attempt} of {MAX_ATTEMPTS}", WinnowWarning)
 
 
-class _Relayed:
-    """Passes on what the first rank says, from another thread: Ray Train's own call does not return until the end."""
+@contextmanager
+def _forward_reports(folder: Path, progress: ProgressCallback) -> Iterator[None]:
+    """Forward what the first rank writes, from a thread: Ray Train's own call does not return until the end."""
+    over = threading.Event()
+    forwarded = 0
 
-    def __init__(self, folder: Path, tell: ProgressCallback) -> None:
-        self.folder, self.tell, self.over, self.heard = folder, tell, threading.Event(), 0
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        while not self.over.wait(POLL_SECONDS):
-            relay(self.folder, self.tell)
-            self._hear()
-
-    def _hear(self) -> None:
-        said = self.folder / SAID
-        lines = said.read_text().splitlines() if said.exists() else []
-        for line in lines[self.heard :]:
+    def forward_warnings() -> None:
+        nonlocal forwarded
+        lines = (folder / WARNINGS).read_text().splitlines() if (folder / WARNINGS).exists() else []
+        for line in lines[forwarded:]:
             warnings.warn(line, WinnowWarning, stacklevel=2)
-        self.heard = len(lines)
+        forwarded = len(lines)
 
-    def __enter__(self) -> None:
-        self.thread.start()
+    def forward() -> None:
+        while not over.wait(POLL_SECONDS):
+            if report := read_json(folder / PROGRESS):
+                progress(report["done"], report["total"], report["unit"])
+            forward_warnings()
 
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self._hear()
+    thread = threading.Thread(target=forward, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        forward_warnings()  # those that came after the thread's last look

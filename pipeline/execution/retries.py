@@ -1,8 +1,8 @@
-"""What becomes of a unit that failed: tried again, halved until the prompt is found that kills its worker, left out.
+"""Retry a failed task, bisect its part to find the prompt that kills its worker, and reject that prompt.
 
-A part has three attempts, each on a fresh worker. Then it is halved, and what fails of it is halved again, so that
-one bad prompt costs about log2 of the part's prompts in workers; a prompt that fails three times alone is left out.
-Where nothing of a step ever worked, it is not the prompts, and the step fails.
+A part has three attempts, each on a fresh worker. Then it is halved, and a half that fails is halved again, so that
+one bad prompt costs about log2 of the part's prompts in workers; a prompt that fails three times alone is rejected.
+If nothing of a step has ever succeeded, the prompts are not the cause, and the step fails.
 """
 
 from collections import Counter, defaultdict
@@ -10,95 +10,81 @@ from collections import Counter, defaultdict
 from pipeline.execution.tasks import POISON, StepSpec, Task, join
 from schemas import WinnowError
 
-ATTEMPTS = 3
-MOST = 8  # prompts that a step may lose so
+MAX_ATTEMPTS = 3
+MAX_POISON_PROMPTS = 8  # rejected per step; beyond that the cause is elsewhere
 
 
 class Retries:
-    """Of the units of one step; the only state of a run that is not in the store."""
+    """Attempts of one step's tasks: the only state of a run that is not in the store."""
 
-    def __init__(self, work: StepSpec) -> None:
-        self.work = work
-        self.worked = False
-        self.poison: dict[str, str] = {}
-        self._tries: Counter[Task] = Counter()
-        self._pieces: dict[int, set[Task]] = defaultdict(set)
-        self._open: dict[int, set[Task]] = defaultdict(set)
+    def __init__(self, spec: StepSpec) -> None:
+        self.spec = spec
+        self.poison: dict[str, str] = {}  # prompts that killed their workers, with the last message
+        self._any_success = False
+        self._attempts: Counter[Task] = Counter()
+        self._finished_pieces: dict[int, set[Task]] = defaultdict(set)
+        self._open_pieces: dict[int, set[Task]] = defaultdict(set)
         self._prompts: dict[int, list[str]] = {}
 
-    def suspect(self, unit: Task) -> bool:
-        """One that failed before, or a piece of one: it runs alone on its worker, so that no other dies with it."""
-        return unit.span is not None or self._tries[unit] > 0
+    def is_suspect(self, task: Task) -> bool:
+        """Return whether a task must be alone on its worker: it, or its part, failed before and may kill it again."""
+        return task.span is not None or self._attempts[task] > 0
 
-    def succeeded(self, unit: Task) -> bool:
-        """Is its part finished with it?"""
-        self.worked = True
-        if unit.span is None:
+    def succeeded(self, task: Task) -> bool:
+        """Record a success and return whether its part is finished."""
+        self._any_success = True
+        if task.span is None:
             return True
-        self._pieces[unit.shard].add(unit)
-        self._open[unit.shard].discard(unit)
-        return self._finished(unit.shard)
+        self._finished_pieces[task.shard].add(task)
+        self._open_pieces[task.shard].discard(task)
+        return self._join_if_complete(task.shard)
 
-    def failed(self, unit: Task, error: Exception) -> tuple[list[Task], bool]:
-        """What is to be tried next instead, and whether its part is finished; raises WinnowError where no hope is."""
-        words = _last_words(error)
-        self._tries[unit] += 1
-        of_place = isinstance(error, OSError | ImportError)  # nothing that a prompt could be guilty of
-        if self._tries[unit] < (1 if _of_several(unit) and not of_place else ATTEMPTS):
-            return [unit], False
-        prompts = self._prompts_of(unit)
-        if of_place or self.work.unsharded or not prompts:
-            raise WinnowError(f"{self.work.name}: part {unit.shard} failed {ATTEMPTS} times; the last time: {words}")
+    def failed(self, task: Task, error: Exception) -> tuple[list[Task], bool]:
+        """Record a failure and return the tasks to run instead, and whether the part is finished.
+
+        Raise WinnowError if the step cannot succeed.
+        """
+        # Of a traceback, the last line has the cause; of that line the beginning, for some are long
+        lines = str(error).strip().splitlines()
+        message = lines[-1].strip()[:200] if lines else type(error).__name__
+        self._attempts[task] += 1
+        no_prompt_is_guilty = isinstance(error, OSError | ImportError)
+        bisecting = task.span is not None and task.span[1] - task.span[0] > 1
+        if self._attempts[task] < (1 if bisecting and not no_prompt_is_guilty else MAX_ATTEMPTS):
+            return [task], False
+
+        # The prompts of the task. A stage that is called once is not bisected: its result is not a union over prompts
+        shard, (first, last) = task.shard, task.span or (0, None)
+        if not self.spec.signature.unsharded and shard not in self._prompts:
+            self._prompts[shard] = self.spec.prompts(shard)
+        prompts = self._prompts.get(shard, [])[first:last]
+        if no_prompt_is_guilty or not prompts:
+            raise WinnowError(f"{self.spec.name}: part {shard} failed {MAX_ATTEMPTS} times; last error: {message}")
+
+        self._open_pieces[shard].discard(task)
         if len(prompts) > 1:
-            return self._halves(unit, len(prompts)), False
-        return [], self._left_out(unit, prompts[0], words)
-
-    def _prompts_of(self, unit: Task) -> list[str]:
-        if self.work.unsharded:
-            return []
-        if unit.shard not in self._prompts:
-            self._prompts[unit.shard] = self.work.prompts(unit.shard)
-        first, last = unit.span or (0, None)
-        return self._prompts[unit.shard][first:last]
-
-    def _halves(self, unit: Task, size: int) -> list[Task]:
-        first = unit.span[0] if unit.span else 0
-        middle = first + size // 2
-        halves = [Task(unit.shard, (first, middle)), Task(unit.shard, (middle, first + size))]
-        self._open[unit.shard] -= {unit}
-        self._open[unit.shard] |= set(halves)
-        return halves
-
-    def _left_out(self, unit: Task, prompt: str, words: str) -> bool:
-        self.poison[prompt] = words
-        self._open[unit.shard] -= {unit}
-        if len(self.poison) > (MOST if self.worked else 1):
-            ever = "" if self.worked else ", and nothing of this step ever worked"
+            middle, last = first + len(prompts) // 2, first + len(prompts)
+            halves = [Task(shard, (first, middle)), Task(shard, (middle, last))]
+            self._open_pieces[shard].update(halves)
+            return halves, False
+        self.poison[prompts[0]] = message
+        if len(self.poison) > (MAX_POISON_PROMPTS if self._any_success else 1):
+            never = "" if self._any_success else ", and no task of this step ever succeeded"
             raise WinnowError(
-                f"{self.work.name}: {len(self.poison)} prompts each {POISON} {ATTEMPTS} times{ever}; it may not be the "
-                f"prompts: look at the worker's memory and log; the last time: {words}"
+                f"{self.spec.name}: {len(self.poison)} prompts each {POISON} {MAX_ATTEMPTS} times{never}; the prompts "
+                f"may not be the cause: check the worker's memory and its log; last error: {message}"
             )
-        return self._finished(unit.shard)
+        return [], self._join_if_complete(shard)
 
-    def _finished(self, shard: int) -> bool:
-        """Once all pieces are there, they are made into the part."""
-        if self._open[shard]:
+    def _join_if_complete(self, shard: int) -> bool:
+        """Write a part once no piece of it is open, and return whether it is finished."""
+        if self._open_pieces[shard]:
             return False
-        if self.work.out.sidecar(shard):  # another run was first, and its pieces may be gone
+        if self.spec.out.sidecar(shard):  # another run finished it first, and may have deleted the pieces
             return True
-        if not self.worked:
-            words = next(iter(self.poison.values()))
-            raise WinnowError(f"{self.work.name}: nothing of this step ever worked; the last time: {words}")
-        of_part = {prompt: self.poison[prompt] for prompt in self._prompts[shard] if prompt in self.poison}
-        join(self.work, shard, sorted(self._pieces[shard], key=lambda unit: unit.span or (0, 0)), of_part)
+        if not self._any_success:
+            message = next(iter(self.poison.values()))
+            raise WinnowError(f"{self.spec.name}: no task of this step ever succeeded; last error: {message}")
+        last_words = {prompt: self.poison[prompt] for prompt in self._prompts[shard] if prompt in self.poison}
+        join(self.spec, shard, sorted(self._finished_pieces[shard], key=lambda task: task.span or (0, 0)), last_words)
         return True
-
-
-def _of_several(unit: Task) -> bool:
-    return unit.span is not None and unit.span[1] - unit.span[0] > 1
-
-
-def _last_words(error: Exception) -> str:
-    """The end of a message, where a traceback has its cause; the beginning of that line, for some are long."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip()[:200] if lines else type(error).__name__

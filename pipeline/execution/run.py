@@ -1,4 +1,4 @@
-"""Make a plan: skip what is sealed, run what is missing, seal with what is known of how it was made."""
+"""Run a plan: skip finished steps, run the others, and record with each result how it was made."""
 
 import subprocess
 import sys
@@ -8,14 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.executors import Executor
-from pipeline.execution.schedule import Reporter, Schedule
+from pipeline.execution.executor import Executor
+from pipeline.execution.schedule import Reporter, Scheduler
 from pipeline.execution.tasks import StepSpec, fail_if_nothing_left
 from pipeline.store.store import Json, Store
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
 PACKAGES = ("schemas", "pipeline", "stages", "jobs")
-LIBRARIES = (
+LIBRARIES = (  # those that decide results
     "torch",
     "transformers",
     "tokenizers",
@@ -30,56 +30,62 @@ LIBRARIES = (
 
 
 def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> None:
-    """Make every step wanted of the plan that is not in the store yet; raises WinnowError at the first that fails."""
+    """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
+
+    def seal(step: Step, spec: StepSpec, seconds: float) -> Json:
+        record = record_of(step, seconds)
+        return spec.out.seal(
+            record, spec.shards, lambda manifest: fail_if_nothing_left(step.name, step.options, manifest)
+        )
+
     store.check()
     store.link_run(plan.name, plan.steps)
-    Schedule(plan, store, executor, reporter, _seal).run()
-    store.link_run(plan.name, plan.steps)  # again, if it was forgotten meanwhile
-
-
-def _seal(step: Step, work: StepSpec, seconds: float) -> Json:
-    record = record_of(step, seconds)
-    return work.out.seal(record, work.shards, lambda found: fail_if_nothing_left(step.name, step.options, found))
+    Scheduler(plan, store, executor, reporter, seal).run()
+    store.link_run(plan.name, plan.steps)  # again: another process may have removed the run meanwhile
 
 
 def record_of(step: Step, seconds: float) -> Json:
-    """What a manifest says of a step beside its files."""
+    """Return what a manifest records of a step besides its files; `seconds` is the time from its first task on."""
     return {
         "stage": step.entry.name,
         "key": step.key,
         "identity": step.identity,
+        "code": step.code,
         "wall_seconds": round(seconds, 3),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
-        "libraries": _versions(),
+        "libraries": installed_versions(),
         "commit": commit(),
     }
 
 
 @lru_cache
-def _versions() -> dict[str, str]:
-    """Installed versions of what decides results."""
-    found = {}
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the installed libraries that decide results."""
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @lru_cache
 def commit() -> str | None:
-    """This code's git commit, with + when it has changes; what came with it if it was shipped, None otherwise."""
+    """Return the git commit of this code, with + if there are changes; None outside of a checkout.
+
+    Code that was sent to a cluster has its commit in a file.
+    """
     root = Path(__file__).parents[2]
     if (shipped := root / SHIPPED).exists():
         return shipped.read_text() or None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "--", *PACKAGES) else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *PACKAGES) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""Which units of which steps can run now: all that we schedule ourselves.
+"""Decide which tasks of which steps can run now.
 
-Units of a later step begin as soon as the parts that they read are finished, if the executor has room. What is missing
-is read from the store when a step begins, so a run that died goes on, and another run's parts count.
+Tasks of a later step start as soon as the parts that they read are finished, if the executor has room. What is missing
+is read from the store when a step starts, so a run that died goes on, and another run's parts count.
 """
 
 import time
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.actors import TaskResult, Told
-from pipeline.execution.executors import Executor
+from pipeline.execution.executor import Executor
 from pipeline.execution.retries import Retries
-from pipeline.execution.tasks import StepSpec, Task, by_prompt, step_spec
-from pipeline.stage import signature_of
+from pipeline.execution.tasks import StepSpec, Task, TaskResult, by_prompt, step_spec
 from pipeline.store.store import Claim, Json, Store
 from schemas import WinnowError
 
@@ -24,170 +22,152 @@ Seal = Callable[[Step, StepSpec, float], Json]
 
 
 class Reporter(Protocol):
-    """What a run tells the people who watch it."""
+    """Listener to a run, for the users who watch it.
 
-    def cached(self, step: Step) -> None: ...
-    def waits(self, step: Step, why: str) -> None: ...
-    def begin(self, step: Step, done: int, total: int) -> None: ...
-    def part(self, step: Step) -> None: ...
-    def tell(self, step: Step, done: float, total: float, unit: str) -> None: ...
-    def left_out(self, step: Step, prompt: str, words: str) -> None: ...
-    def sealed(self, step: Step, manifest: Json) -> None: ...
+    A step is cached if it is finished in the store already; it is reported as waiting once. It starts with `done` of
+    `total` parts finished by an earlier run, and it is finished once its manifest is written. A prompt is rejected
+    here if it killed each of its workers, the last one with `words`.
+    """
+
+    def step_cached(self, step: Step) -> None: ...
+    def step_waiting(self, step: Step, why: str) -> None: ...
+    def step_started(self, step: Step, done: int, total: int) -> None: ...
+    def part_finished(self, step: Step) -> None: ...
+    def progress(self, step: Step, done: float, total: float, unit: str) -> None: ...
+    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None: ...
+    def step_finished(self, step: Step, manifest: Json) -> None: ...
 
 
 @dataclass
-class Making:
-    """A step on its way: claimed, begun, not yet sealed."""
+class RunningStep:
+    """Step that was started and is not finished: claimed in the store, with the tasks that remain."""
 
     step: Step
-    store: Store
+    spec: StepSpec
     claim: Claim
-    started: float | None = None  # when its first unit was
-
-    def __post_init__(self) -> None:
-        self.work = step_spec(self.step, self.store)
-        self.attempts = Retries(self.work)
-        self.todo = deque(self.work.units())
-        self.out = 0
-        parts = 1 if self.work.unsharded else self.work.shards
-        self.done = set(range(parts)) - {unit.shard for unit in self.todo}
-        self.parts = parts
-
-    @property
-    def finished(self) -> bool:
-        return not self.todo and not self.out
+    retries: Retries
+    todo: deque[Task]
+    finished_parts: set[int]
+    running_tasks: int = 0
+    started: float | None = None  # when its first task was
 
 
-class Schedule:
-    """One plan on its way through one executor."""
+class Scheduler:
+    """Runs one plan on one executor. `seal` writes the manifest of a step, given the seconds that it took."""
 
     def __init__(self, plan: Plan, store: Store, executor: Executor, reporter: Reporter, seal: Seal) -> None:
         self.store, self.executor, self.reporter, self.seal = store, executor, reporter, seal
         self.waiting = list(plan.wanted)
-        self.making: dict[str, Making] = {}
-        own = {step.key for step in plan.wanted}
-        self.sealed = {source.key for step in plan.wanted for source in step.inputs.values()} - own
-        self.told_of: set[str] = set()
+        self.running: dict[str, RunningStep] = {}  # by key, which is the name of the step's folder
+        keys = {step.key for step in plan.wanted}
+        # Keys of finished steps. Of a partial rerun, inputs outside of the plan are finished, which was checked before
+        self.finished = {source.key for step in plan.wanted for source in step.inputs.values()} - keys
+        self.reported_waiting: set[str] = set()
 
     def run(self) -> None:
-        self.executor.say = self._say
+        """Run all steps to their end; raise WinnowError at the first that fails."""
+
+        def step_of(spec: StepSpec) -> Step:
+            return self.running[spec.out.path.name].step
+
+        self.executor.on_progress = lambda spec, progress: self.reporter.progress(step_of(spec), *progress)
+        self.executor.on_stall = lambda spec, reason: self._report_waiting(step_of(spec), reason)
         try:
-            while self.waiting or self.making:
-                self._begin()
-                self._hand_out()
-                self._take_in()
+            while self.waiting or self.running:
+                self._start_steps()
+                self._submit_tasks()
+                for result in self.executor.wait(POLL_SECONDS):
+                    self._handle_result(result)
+                self._finish_steps()
         finally:
             self.executor.close()
-            for making in self.making.values():
-                making.claim.release()
+            for running in self.running.values():
+                running.claim.release()
 
-    def _begin(self) -> None:
-        """Look at every step that could have something to do."""
+    def _start_steps(self) -> None:
+        """Start or skip each step whose inputs are finished, or are running if the executor overlaps steps."""
         for step in list(self.waiting):
-            if self._may_begin(step) and self._look(step):
+            available = self.finished | self.running.keys() if self.executor.overlaps else self.finished
+            if step.key in self.running or not available.issuperset(source.key for source in step.inputs.values()):
+                continue
+            folder = self.store.folder(step)
+            is_finished = folder.manifest is not None
+            claim = None if is_finished else folder.claim()
+            if claim and folder.manifest is not None:  # another run finished it before we had the claim
+                claim.release()
+                is_finished = True
+            if is_finished:
                 self.waiting.remove(step)
+                self.finished.add(step.key)
+                self.reporter.step_cached(step)
+            elif claim is None:
+                self._report_waiting(step, "another run is making it")
+            else:
+                self.waiting.remove(step)
+                spec = step_spec(step, self.store)
+                todo = deque(spec.tasks())
+                parts = 1 if spec.signature.unsharded else spec.shards
+                finished_parts = set(range(parts)) - {task.shard for task in todo}
+                self.running[step.key] = RunningStep(step, spec, claim, Retries(spec), todo, finished_parts)
+                self.reporter.step_started(step, len(finished_parts), parts)
 
-    def _may_begin(self, step: Step) -> bool:
-        """All that it needs is sealed, or on its way with the parts that it reads one by one."""
-        if step.key in self.making:
-            return False
-        sources = [source.key for source in step.inputs.values()]
-        if all(key in self.sealed for key in sources):
-            return True
-        return self.executor.overlaps and all(key in self.sealed or key in self.making for key in sources)
+    def _submit_tasks(self) -> None:
+        """Submit the tasks that can run, of earlier steps first: later steps wait for their parts."""
+        for running in self.running.values():
+            ready = [task for task in running.todo if self._inputs_finished(running.step, task)]
+            self.executor.request_workers(running.spec, len(ready))
+            for task in ready:
+                if self.executor.submit(running.spec, task, exclusive=running.retries.is_suspect(task)):
+                    running.todo.remove(task)
+                    running.running_tasks += 1
+                    running.started = running.started or time.perf_counter()
 
-    def _look(self, step: Step) -> bool:
-        """Is it sealed, or begun by us with this?"""
-        if self._is_sealed(step):
-            return True
-        claim = self.store.folder(step).claim()
-        if claim is None:
-            self._waits(step, "another run is making it")
-            return False
-        if self._is_sealed(step):  # while we were getting here
-            claim.release()
-            return True
-        making = self.making[step.key] = Making(step, self.store, claim)
-        self.reporter.begin(step, len(making.done), making.parts)
+    def _inputs_finished(self, step: Step, task: Task) -> bool:
+        """Return whether all that a task reads is finished: its part of each input, or the whole input."""
+        for item in step.shape.inputs:
+            source = step.inputs.get(item.name)
+            if source is None or source.key in self.finished:
+                continue
+            running = self.running[source.key]
+            reads_part = by_prompt(item) and not step.shape.unsharded and not running.spec.signature.unsharded
+            if not reads_part or task.shard not in running.finished_parts:
+                return False
         return True
 
-    def _is_sealed(self, step: Step) -> bool:
-        if self.store.folder(step).manifest is None:
-            return False
-        self.sealed.add(step.key)
-        self.reporter.cached(step)
-        return True
-
-    def _hand_out(self) -> None:
-        """Earlier steps first: what they make is what later ones wait for."""
-        for making in self.making.values():
-            ready = [unit for unit in making.todo if self._ready(making.step, unit)]
-            self.executor.want(making.work, len(ready))
-            for unit in ready:
-                alone = making.attempts.suspect(unit)
-                if self.executor.takes(making.work, alone):
-                    making.todo.remove(unit)
-                    making.out += 1
-                    making.started = making.started or time.perf_counter()
-                    self.executor.start(making.work, unit, alone)
-
-    def _ready(self, step: Step, unit: Task) -> bool:
-        """Is all there that this unit reads?"""
-        return all(self._there(step, wire, unit) for wire in step.inputs)
-
-    def _there(self, step: Step, wire: str, unit: Task) -> bool:
-        source = step.inputs[wire]
-        if source.key in self.sealed:
-            return True
-        item = next(item for item in signature_of(step.entry).inputs if item.name == wire)
-        making = self.making[source.key]
-        if step.shape.unsharded or making.work.unsharded or not by_prompt(item):
-            return False
-        return unit.shard in making.done
-
-    def _take_in(self) -> None:
-        for outcome in self.executor.wait(POLL_SECONDS):
-            self._settle(outcome)
-        for work, why in self.executor.stuck():
-            self._waits(self._of(work).step, why)
-        for making in list(self.making.values()):
-            if making.finished and all(source.key in self.sealed for source in making.step.inputs.values()):
-                self._seal(making)
-
-    def _say(self, work: StepSpec, told: Told) -> None:
-        self.reporter.tell(self._of(work).step, *told)
-
-    def _of(self, work: StepSpec) -> Making:
-        return self.making[work.out.path.name]
-
-    def _waits(self, step: Step, why: str) -> None:
-        """Said once."""
-        if step.key not in self.told_of:
-            self.told_of.add(step.key)
-            self.reporter.waits(step, why)
-
-    def _settle(self, outcome: TaskResult) -> None:
-        making = self._of(outcome.work)
-        making.out -= 1
-        if isinstance(outcome.error, WinnowError):
-            raise outcome.error
-        known = set(making.attempts.poison)
-        if outcome.error is None:
-            finished = making.attempts.succeeded(outcome.unit)
+    def _handle_result(self, result: TaskResult) -> None:
+        """Record the end of a task, and retry it or reject its prompt if it failed."""
+        running = self.running[result.spec.out.path.name]
+        running.running_tasks -= 1
+        if isinstance(result.error, WinnowError):  # a mistake that the user can mend: no attempt would change it
+            raise result.error
+        retries = running.retries
+        rejected_before = set(retries.poison)
+        if result.error is None:
+            is_finished = retries.succeeded(result.task)
         else:
-            again, finished = making.attempts.failed(outcome.unit, outcome.error)
-            making.todo.extendleft(reversed(again))
-        for prompt in set(making.attempts.poison) - known:
-            self.reporter.left_out(making.step, prompt, making.attempts.poison[prompt])
-        if finished:
-            making.done.add(outcome.unit.shard)
-            self.reporter.part(making.step)
+            instead, is_finished = retries.failed(result.task, result.error)
+            running.todo.extendleft(reversed(instead))
+        for prompt in retries.poison.keys() - rejected_before:
+            self.reporter.prompt_rejected(running.step, prompt, retries.poison[prompt])
+        if is_finished:
+            running.finished_parts.add(result.task.shard)
+            self.reporter.part_finished(running.step)
 
-    def _seal(self, making: Making) -> None:
-        self.executor.end(making.work)
-        seconds = time.perf_counter() - making.started if making.started else 0.0
-        manifest = self.seal(making.step, making.work, seconds)
-        self.sealed.add(making.step.key)
-        del self.making[making.step.key]
-        making.claim.release()
-        self.reporter.sealed(making.step, manifest)
+    def _finish_steps(self) -> None:
+        """Write the manifest of each step without tasks, once those of its inputs are written."""
+        for key, running in list(self.running.items()):
+            sources = {source.key for source in running.step.inputs.values()}
+            if running.todo or running.running_tasks or not sources <= self.finished:
+                continue
+            self.executor.end(running.spec)
+            seconds = time.perf_counter() - running.started if running.started else 0.0
+            manifest = self.seal(running.step, running.spec, seconds)
+            self.finished.add(key)
+            del self.running[key]
+            running.claim.release()
+            self.reporter.step_finished(running.step, manifest)
+
+    def _report_waiting(self, step: Step, why: str) -> None:
+        if step.key not in self.reported_waiting:
+            self.reported_waiting.add(step.key)
+            self.reporter.step_waiting(step, why)

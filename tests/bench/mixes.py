@@ -12,7 +12,7 @@ import pyarrow as pa
 from jobs.recipes import plan_named
 from pipeline.config.plan import Plan, Step
 from pipeline.context import StageContext, WarmCache
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.execution.schedule import Reporter
 from pipeline.registry import Bound

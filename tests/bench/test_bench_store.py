@@ -19,7 +19,7 @@ import jobs.__main__  # noqa: F401 - has every command
 from jobs import queries
 from jobs.commands.app import app
 from pipeline.context import WarmCache
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.execution.tasks import Task, execute, step_spec
 from pipeline.store.store import Store

@@ -23,7 +23,7 @@ from jobs.export import export
 from jobs.export_formats import CUT, OTHER, SIDES, Format, Left, messages_of, trl
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.store import Store
 from schemas import Model, WinnowError, prompt_id

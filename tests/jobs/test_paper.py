@@ -8,7 +8,7 @@ import pytest
 
 import jobs.paper
 from jobs.paper import cells, conclusions, paper_plans, tables
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import queries
 from jobs.report import _histogram, write_report
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.sql.views import RUNS

@@ -28,7 +28,7 @@ from jobs.commands.app import app
 from jobs.commands.cluster import to_make
 from pipeline.config.partial import narrowed
 from pipeline.config.yaml import parse, written
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import PACKAGES, run
 from pipeline.store.store import Store
 from schemas import WinnowError

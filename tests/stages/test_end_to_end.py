@@ -12,7 +12,7 @@ from jobs.__main__ import main
 from jobs.commands.app import QUERIES
 from jobs.recipes import names
 from jobs.report import write_report
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store

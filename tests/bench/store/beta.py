@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.store import Store
 from tests.bench.page import resident
@@ -65,7 +65,7 @@ class Clock(Quiet):
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
-    def sealed(self, step: Step, manifest: dict[str, object]) -> None:
+    def step_finished(self, step: Step, manifest: dict[str, object]) -> None:
         now = time.perf_counter()
         self.seconds[step.name], self.last = now - self.last, now
 

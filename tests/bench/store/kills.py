@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.plan import Plan
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.store import StepFolder, Store, read_json
 from tests.bench.store import Sizes

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.plan import Plan
-from pipeline.execution.executors import Executor, LocalExecutor
+from pipeline.execution.executor import Executor, LocalExecutor
 from pipeline.execution.run import run
 from pipeline.execution.tasks import StepSpec
 from pipeline.resources import Resources

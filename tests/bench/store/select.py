@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.plan import Plan
 from pipeline.context import WarmCache
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.execution.tasks import Task as PartTask
 from pipeline.execution.tasks import execute, step_spec

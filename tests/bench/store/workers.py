@@ -12,7 +12,7 @@ from threading import Event, Thread
 import numpy as np
 import psutil
 
-from pipeline.execution.executors import RayExecutor
+from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
 from pipeline.resources import Profile, Resources
 from pipeline.store.storage import delete
@@ -54,7 +54,7 @@ class ActorPool:
 def _crew(folder: Path, workers: int, engine: str = "vllm") -> ActorPool:
     """On Ray, of which a worker has one core and one thread; one that is alone is pinned to its core."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    executor = RayExecutor(workers, profile=Profile(Resources(cpus=1.0, max_workers=workers)))
+    executor = RayExecutor(workers, profile=Profile(default=Resources(cpus=1.0, max_workers=workers)))
     plan, store = planned(folder, "sample", PARTS, engine), Store(folder / "store")
     start = time.perf_counter()
     with pinned(max(os.sched_getaffinity(0))) if workers == 1 else nullcontext():

@@ -1,4 +1,4 @@
-"""What a step cost: the time of its workers, dealt among the parts that shared them, times what a worker holds."""
+"""What a step costs: the time of its workers, shared by the parts that run on them, times what a worker holds."""
 
 import time
 from dataclasses import replace
@@ -7,8 +7,9 @@ from threading import Barrier, Thread
 
 import pytest
 
-from pipeline.context import Clock
-from pipeline.execution.executors import LocalExecutor, shares
+from pipeline.context import WorkerClock
+from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.ray_executor import actor_options
 from pipeline.execution.run import run
 from pipeline.execution.tasks import ResourceTime, step_spec
 from pipeline.resources import Profile, Resources
@@ -19,68 +20,56 @@ from tests.runs import Silent
 SERVER = {"CPU": 64.0, "GPU": 8.0}
 
 
-@pytest.mark.parametrize("parts", [1, 2, 5])
-def test_parts_at_work_at_once_share_their_worker(parts: int):
-    """Law: the shares of all parts add up to the time in which any was at work, however they overlap."""
-    clock, together, had = Clock(), Barrier(parts), []
+@pytest.mark.parametrize("parts", [1, 5])
+def test_parts_that_run_at_once_share_the_time_of_their_worker(parts: int):
+    """The shares of all parts add up to the time in which any ran, however they overlap; idle time is nobody's."""
+    clock, barrier, shares = WorkerClock(), Barrier(parts), []
+    time.sleep(0.02)
 
-    def work(number: int) -> None:
+    def run_part(number: int) -> None:
         with clock.share() as seconds:
-            together.wait()
+            barrier.wait()
             time.sleep(0.01 * (number + 1))
-            had.append(seconds())
+            shares.append(seconds())
 
-    began = time.perf_counter()
-    threads = [Thread(target=work, args=(number,)) for number in range(parts)]
+    start = time.perf_counter()
+    threads = [Thread(target=run_part, args=(number,)) for number in range(parts)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 0.01 * parts <= sum(had) <= time.perf_counter() - began
+    assert 0.01 * parts <= sum(shares) <= time.perf_counter() - start
 
 
-def test_time_without_a_part_is_nobodys():
-    clock = Clock()
-    time.sleep(0.02)
-    began = time.perf_counter()
-    with clock.share() as seconds:
-        assert seconds() <= time.perf_counter() - began
-
-
-@pytest.mark.parametrize(
-    ("resources", "gpus", "cpus"),
-    [
+def test_cost_is_seconds_times_what_a_worker_has(tmp_path: Path):
+    """Of distributed training, times the number of ranks; a worker of unknown size counts as one CPU."""
+    with toys():
+        spec = step_spec(step(planned(recipe(tmp_path)), "rate"), Store(tmp_path / "store"))
+    distributed = replace(spec, options=spec.options | {"world_size": 4})
+    for resources, gpus, cpus in [
         (Resources(), 0, 1),
-        (Resources(cpus=3), 0, 3),
         (Resources(cpus=8, gpus=2), 2, 8),
         (Resources(cpus=0, gpus=0.5), 0.5, 0),
-    ],
-)
-def test_cost_is_seconds_times_what_a_worker_has(tmp_path: Path, resources: Resources, gpus: float, cpus: float):
-    with toys():
-        work = step_spec(step(planned(recipe(tmp_path)), "rate"), Store(tmp_path / "store"))
-    assert ResourceTime.of(work, resources, 10.0) == ResourceTime(10.0, 10.0 * gpus, 10.0 * cpus)
-    ranked = replace(work, options=work.options | {"world_size": 4})
-    assert ResourceTime.of(ranked, resources, 10.0) == ResourceTime(10.0, 40.0 * gpus, 40.0 * cpus)
+    ]:
+        assert ResourceTime.of(spec, resources, 10.0) == ResourceTime(10.0, 10.0 * gpus, 10.0 * cpus)
+        assert ResourceTime.of(distributed, resources, 10.0) == ResourceTime(10.0, 40.0 * gpus, 40.0 * cpus)
 
 
-def test_a_manifest_has_what_its_parts_cost(tmp_path: Path):
+def test_a_manifest_has_the_cost_of_all_its_parts(tmp_path: Path):
     with toys():
         plan, store = planned(recipe(tmp_path)), Store(tmp_path / "store")
-        run(plan, store, LocalExecutor(Profile(Resources(cpus=3))), Silent())
+        run(plan, store, LocalExecutor(Profile(default=Resources(cpus=3))), Silent())
     folder = store.folder(step(plan, "rate"))
     manifest, parts = folder.manifest or {}, [folder.sidecar(shard) or {} for shard in range(SHARDS)]
     assert manifest["cpu_seconds"] == pytest.approx(sum(part["cpu_seconds"] for part in parts))
     assert all(part["cpu_seconds"] == pytest.approx(3 * part["seconds"], abs=0.002) for part in parts)
 
 
-def test_a_worker_that_reads_no_model_is_given_no_gpu():
-    """Else a selection would keep eight GPUs from the sampler beside it; a profile may say otherwise."""
-    given = {reads: shares(Resources(), [SERVER], 4, reads)[0] for reads in (True, False)}
-    assert (given[True]["num_gpus"], given[False]["num_gpus"]) == (2, 0)
-    assert shares(Resources(gpus=1), [SERVER], 4, False)[0]["num_gpus"] == 1
-
-
-def test_the_workers_that_a_profile_wants_at_least_are_not_capped_by_the_command():
-    assert shares(Resources(cpus=1, min_workers=4), [SERVER], 2, True)[1] == 4
-    assert shares(Resources(cpus=1, min_workers=4, max_workers=6), [SERVER], 2, True)[1] == 6
+def test_what_a_profile_does_not_set_is_a_share_of_the_cluster():
+    """No GPU for a stage without a model, which would hold GPUs that another step needs, unless the profile sets one.
+    As many workers as the profile's minimum, whatever the command's number, and never more than its maximum."""
+    options = {reads_model: actor_options(Resources(), [SERVER], 4, reads_model)[0] for reads_model in (True, False)}
+    assert (options[True]["num_gpus"], options[False]["num_gpus"]) == (2, 0)
+    assert actor_options(Resources(gpus=1), [SERVER], 4, False)[0]["num_gpus"] == 1
+    assert actor_options(Resources(cpus=1, min_workers=4), [SERVER], 2, True)[1] == 4
+    assert actor_options(Resources(cpus=1, min_workers=4, max_workers=6), [SERVER], 2, True)[1] == 6

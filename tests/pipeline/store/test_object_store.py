@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.plan import Plan
-from pipeline.execution.executors import LocalExecutor, RayExecutor
+from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
 from pipeline.store.storage import create, parse_location, replace, sizes
 from pipeline.store.store import Store

@@ -18,7 +18,7 @@ from pipeline import StageContext, stage
 from pipeline.config.partial import rerun
 from pipeline.config.plan import Plan, Step, make_plan
 from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.stage import stages
 from pipeline.store.store import Store
@@ -94,23 +94,23 @@ class Log:
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
 
-    def cached(self, step: Step) -> None:
+    def step_cached(self, step: Step) -> None:
         self.events.append(("cached", step.name))
 
-    def begin(self, step: Step, done: int, total: int) -> None:
+    def step_started(self, step: Step, done: int, total: int) -> None:
         self.events.append(("begin", (step.name, done, total)))
 
-    def waits(self, step: Step, why: str) -> None: ...
+    def step_waiting(self, step: Step, why: str) -> None: ...
 
-    def part(self, step: Step) -> None:
+    def part_finished(self, step: Step) -> None:
         self.events.append(("part", step.name))
 
-    def tell(self, step: Step, done: float, total: float, unit: str) -> None: ...
+    def progress(self, step: Step, done: float, total: float, unit: str) -> None: ...
 
-    def left_out(self, step: Step, prompt: str, words: str) -> None:
+    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None:
         self.events.append(("left out", prompt))
 
-    def sealed(self, step: Step, manifest: dict) -> None:
+    def step_finished(self, step: Step, manifest: dict) -> None:
         self.events.append(("sealed", step.name))
 
 

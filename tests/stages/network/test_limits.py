@@ -12,7 +12,7 @@ import pytest
 import jobs.__main__ as command
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
-from pipeline.execution.executors import LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.fingerprints import DataPath, ModelPath, model_digest
 from pipeline.store.store import Store

@@ -1,4 +1,4 @@
-"""Rooms 6 and 7 on a bare training machine: torch, transformers, safetensors, pyarrow, numpy, and our own code."""
+"""Rooms 6 and 7 on a bare training machine: torch, transformers, safetensors, pyarrow, numpy, pydantic and our code."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from pipeline.store.fingerprints import DataPath
 from stages.data.preferences import preferences
 
 ROOT = Path(__file__).parents[3]
-ALLOWED = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
+ALLOWED = ("torch", "transformers", "safetensors", "pyarrow", "numpy", "pydantic")
 
 # Run by a fresh interpreter. Our code may import ALLOWED, itself and the standard library; what those
 # packages import for themselves is their affair (the importing frame lies in site-packages).
@@ -73,7 +73,7 @@ bound = Bound(objective.entries["sigmoid_norm"], {"beta": 0.1, "smoothing": 0.0}
 made, policy, metrics, _ = optimize(init, rows, ctx, objective=bound, learning_rate=1e-3, batch_size=4)
 first = next(row["value"] for row in metrics.to_pylist() if row["metric"] == "loss")
 print("first loss", round(first, 5), "steps", policy.to_pylist()[0]["steps"])
-print("heavy", sorted({"datasets", "duckdb", "numba", "pydantic", "ray", "typer", "vllm"} & set(sys.modules)))
+print("heavy", sorted({"datasets", "duckdb", "numba", "ray", "typer", "vllm"} & set(sys.modules)))
 """
 
 

@@ -1,0 +1,210 @@
+"""Run tasks in Ray actors: join a cluster, check that a profile fits it, and share its resources among steps.
+
+Besides this file, actors.py, distributed.py and jobs/submit.py, nothing knows Ray.
+"""
+
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from pipeline.config.plan import Step
+from pipeline.execution.actors import ActorPool
+from pipeline.execution.executor import LocalExecutor, StepProgress, StepStalled
+from pipeline.execution.tasks import StepSpec, Task, TaskResult
+from pipeline.resources import Profile, Resources
+from pipeline.store.store import StepFolder
+from schemas import WinnowError
+
+Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
+
+
+class RayExecutor:
+    """Runs each step in a pool of actors, which ends with the step, and with it the memory of its engines.
+
+    `address` is a cluster's, "auto" for the one that this process belongs to, or None for a local one that ends with
+    this process. `workers` is the number of a step's workers if its profile has none.
+    """
+
+    overlaps = True
+
+    def __init__(self, workers: int, address: str | None = None, profile: Profile = Profile()) -> None:  # noqa: B008
+        self.workers, self.address, self.profile = workers, address, profile
+        self.on_progress: StepProgress = lambda spec, progress: None
+        self.on_stall: StepStalled = lambda spec, reason: None
+        # Distributed training goes to Ray by itself (distributed.py): it is started from this process, because an
+        # actor would hold what its ranks need
+        self.local = LocalExecutor(profile)
+        self.pools: dict[StepFolder, ActorPool] = {}
+
+    def check(self, steps: list[Step]) -> None:
+        """Raise WinnowError if the cluster cannot be joined, and for every stage that needs more than it has."""
+        if self.address or self.profile != Profile():
+            connect(self.address)
+            check_fits(self.profile, steps, living_nodes())
+
+    def request_workers(self, spec: StepSpec, ready: int) -> None:
+        """Start workers for the tasks that are ready; without any, free what another step waits for."""
+        if self.local.next or spec.world_size > 1 or (not ready and spec.out not in self.pools):
+            return
+        resources = self.profile.of(spec.entry.name)
+        if spec.out not in self.pools:
+            connect(self.address)
+            parts = 1 if spec.signature.unsharded else spec.shards
+            resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
+            reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
+            options, max_size = actor_options(resources, living_nodes(), min(self.workers, parts), reads_model)
+            has = resources.model_copy(update={"cpus": options["num_cpus"], "gpus": options["num_gpus"]})
+            self.pools[spec.out] = ActorPool(spec, has, options, max_size)
+        pool = self.pools[spec.out]
+        pool.grow(ready)
+        if not ready and any(other.is_starting for other in self.pools.values() if other is not pool):
+            busy = any(other.running for other in self.pools.values())
+            pool.shrink(resources.min_workers if busy else 0)
+
+    def submit(self, spec: StepSpec, task: Task, exclusive: bool) -> bool:
+        """Give a task to an actor; nothing is started while distributed training waits for the cluster to empty."""
+        if self.local.next:
+            return False
+        if spec.world_size > 1:
+            return self.local.submit(spec, task, exclusive)
+        return self.pools[spec.out].submit(task, exclusive)
+
+    def wait(self, seconds: float) -> list[TaskResult]:
+        if self.local.next and not any(pool.running for pool in self.pools.values()):
+            for pool in self.pools.values():  # the ranks need the room of all that is idle
+                pool.shrink(0)
+            self.local.on_progress = self.on_progress
+            return self.local.wait(0)
+        references = [reference for pool in self.pools.values() for reference in pool.references()]
+        if not references:
+            time.sleep(seconds)
+            return []
+        import ray
+
+        ready = set(ray.wait(references, num_returns=1, timeout=seconds)[0])
+        ready |= set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+        for pool in self.pools.values():
+            if progress := pool.progress():
+                self.on_progress(pool.spec, progress)
+        results = [result for pool in self.pools.values() for result in pool.collect(ready)]
+        for pool in self.pools.values():
+            if reason := pool.stall_reason():
+                self.on_stall(pool.spec, reason)
+        return results
+
+    def end(self, spec: StepSpec) -> None:
+        if pool := self.pools.pop(spec.out, None):
+            pool.close()
+        self.local.end(spec)
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
+        self.pools.clear()
+        self.local.close()
+
+
+def actor_options(resources: Resources, nodes: Nodes, workers: int, reads_model: bool) -> tuple[dict[str, Any], int]:
+    """Return Ray's options for an actor, and how many actors there may be.
+
+    What `resources` do not set is an equal share of the cluster; a stage that reads no model has no use for a GPU.
+    """
+    cpus = int(sum(node.get("CPU", 0) for node in nodes))
+    gpus = int(sum(node.get("GPU", 0) for node in nodes)) if reads_model else 0
+    max_size = resources.max_workers or max(1, resources.min_workers, min(workers, gpus or cpus))
+    # At least one of a kind that there is, and never more than a single node has: an actor cannot span nodes
+    share = {kind: min(max(total // max_size, min(total, 1)), int(max(node.get(kind, 0) for node in nodes)))
+             for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
+    options = {
+        "num_cpus": max(1, share["CPU"]) if resources.cpus is None else resources.cpus,
+        "num_gpus": share["GPU"] if resources.gpus is None else resources.gpus,
+        "memory": None if resources.memory is None else int(resources.memory * 2**30),
+        "accelerator_type": resources.accelerator_type,
+        "scheduling_strategy": "SPREAD",
+    }
+    return {name: value for name, value in options.items() if value is not None}, max_size
+
+
+def check_fits(profile: Profile, steps: list[Step], nodes: Nodes) -> None:
+    """Raise WinnowError for every stage whose fewest workers do not fit these nodes, unless the cluster may grow."""
+    if profile.autoscaling:
+        return
+    workers: dict[str, int] = {}
+    for step in steps:
+        name, ranks = step.entry.name, step.options.get("world_size", 1)
+        workers[name] = max(workers.get(name, 1), ranks, profile.of(name).min_workers)
+    problems = []
+    for name, count in workers.items():
+        resources = profile.of(name)
+        needs = {"CPU": resources.cpus or 0, "GPU": resources.gpus or 0, "memory": (resources.memory or 0) * 2**30}
+        if resources.accelerator_type:
+            needs[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+        needs = {kind: amount for kind, amount in needs.items() if amount}
+        # A worker cannot span nodes: those that fit each node are counted
+        room = sum(
+            min((int(node.get(kind, 0) / amount) for kind, amount in needs.items()), default=1_000_000)
+            for node in nodes
+        )
+        if room < count:
+            has = "; ".join(", ".join(_phrase(kind, node.get(kind, 0)) for kind in needs) for node in nodes)
+            problems.append(
+                f"profile, {name}: {count} worker{'s' * (count > 1)} with "
+                f"{', '.join(_phrase(kind, amount) for kind, amount in needs.items())} each, and the cluster has room "
+                f"for {room} (its nodes: {has}); ask for less, add nodes, or set `autoscaling: true` if it grows by "
+                "itself"
+            )
+    if problems:
+        raise WinnowError(*problems)
+
+
+def _phrase(kind: str, amount: float) -> str:
+    if kind == "memory":
+        return f"{amount / 2**30:,.1f} GiB"
+    if kind.startswith("accelerator_type:"):
+        return f"{kind.partition(':')[2]}: {'yes' if amount else 'no'}"
+    return f"{amount:g} {kind}"
+
+
+def connect(address: str | None = None) -> None:
+    """Join Ray, once per process: the cluster at `address`, or a local one, which ends with this process.
+
+    Raise WinnowError if it cannot be joined. Call this before any `import ray`, which reads its settings from the
+    environment.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody reads them, and they slow each process
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address not in (None, "auto"):
+        # Where nothing answers, Ray itself would try again for minutes
+        host, _, port = str(address).rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise WinnowError(
+                f"--address {address}: does not answer ({error}); give what `ray start` printed on the head, like "
+                "head:6379, or auto on a machine of the cluster; `winnow submit` is what takes the dashboard's URL"
+            ) from None
+    options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        option = f"--address {address}" if address else "--executor ray"
+        lines = " ".join(str(error).strip().splitlines()[:3])
+        raise WinnowError(
+            f"{option}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
+            "RAY_AUTH_MODE=token in the environment)"
+        ) from None
+
+
+def living_nodes() -> Nodes:
+    """Return what each living node of the joined cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
