@@ -33,9 +33,9 @@ class Scorer(ABC):
 
     symmetric = True
 
-    @abstractmethod
     def can_score(self, context: str, text: str) -> bool:
-        """Return whether the response to this prompt is something that the scorer can read."""
+        """Return whether the response to this prompt is something that the scorer can read: anything, by default."""
+        return True
 
     @abstractmethod
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas import Model, WinnowError, seed_for
+from schemas import Model, seed_for
 from stages.data.tokenizer import Tokenizer
 from stages.limits import context_length
 from stages.ranking.base import TextPair
@@ -32,15 +32,6 @@ class VotingPrompt:
     votes: int
     threshold: float
     seed: int
-
-    def check_readable(self, tokenizer: Tokenizer) -> None:
-        """Raise WinnowError if the template itself, whatever it asks about, would be rejected by the tokenizer."""
-        try:
-            tokenizer.prompt_ids(self.template)
-        except ValueError as error:
-            raise WinnowError(
-                f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
-            ) from None
 
     def votes_on(self, context: str, low: str, high: str) -> list[Vote]:
         """Return all votes on the pair; every second one has the order flipped."""

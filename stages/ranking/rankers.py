@@ -19,11 +19,10 @@ from stages.limits import BUDGET
 from stages.ranking.base import Ranker, Scorer
 
 Precision = Literal["float32", "bfloat16"]
-Program = Callable[..., float]
 ranker = Registry("ranker", "reads_model")
 
 
-def verifiable(program: Program | None = None, *, version: int = 1) -> Callable[..., Any]:
+def verifiable(program: Callable[..., float] | None = None, *, version: int = 1) -> Callable[..., Any]:
     """Register a program as a ranker: `@verifiable`, `@verifiable()` or `@verifiable(version=3)`.
 
     program: from (prompt, response) to a score. version: part of its key; raise it when the scores change.
@@ -112,8 +111,13 @@ def llm_judge(
     from stages.sampling.engines import open_engine
 
     folder = _with_output(model, "vocabulary", "llm_judge").folder
+    try:  # of the template itself: else every question would be rejected, as if no response fitted
+        Tokenizer(model).prompt_ids(template)
+    except ValueError as error:
+        raise WinnowError(
+            f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
+        ) from None
     prompt = VotingPrompt(template, votes, threshold, seed)
-    prompt.check_readable(Tokenizer(model))
     return LlmJudge(model, open_engine(engine, folder, dtype), prompt, temperature, max_tokens)
 
 
@@ -131,12 +135,9 @@ def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0)]) -
 
 @dataclass(frozen=True)
 class ProgramScorer(Scorer):
-    """Scorer that runs a program, which can read every text."""
+    """Scorer that runs a registered program."""
 
     program: Bound
-
-    def can_score(self, context: str, text: str) -> bool:
-        return True
 
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
         return np.array([self.program(context, text) for text in texts], dtype=np.float64)

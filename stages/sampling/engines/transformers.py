@@ -1,7 +1,6 @@
 """Engine on Hugging Face `generate`: slow, the reference for the others, and the one that can be steered."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
@@ -56,10 +55,8 @@ class TransformersEngine:
     def __init__(self, folder: Path, dtype: str) -> None:
         disable_progress_bar()
         torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
-        torch_dtype = getattr(torch, dtype)
-        self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, local_files_only=True
-        )
+        kwargs = dict(dtype=getattr(torch, dtype), local_files_only=True)
+        self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
         self.network.generation_config = GenerationConfig()  # its penalties and minima would change the law
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.lock = Lock()
@@ -67,13 +64,12 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        def prompt_length(index: int) -> int:
-            return len(requests[index].prompt_ids)
-
+        indices_by_length: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            indices_by_length.setdefault(len(request.prompt_ids), []).append(index)
         completions: dict[int, Completion] = {}
         with self.lock:
-            for _, same_length in groupby(sorted(range(len(requests)), key=prompt_length), key=prompt_length):
-                indices = list(same_length)
+            for _, indices in sorted(indices_by_length.items()):
                 for start in range(0, len(indices), BATCH_ROWS):
                     batch = indices[start : start + BATCH_ROWS]
                     outputs = self._generate_batch([requests[index] for index in batch], sampling)

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -82,14 +81,26 @@ class _SteppableVllm:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        # Validating parameters takes 20 times as long as copying them. The cache is per engine: vLLM adds the stop ids
-        # of the model's folder to a set that copies share.
-        self.sampling_params = lru_cache(_sampling_params)
+        self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
     def add(self, request_id: str, request: Request, sampling: Sampling) -> None:
+        from vllm import SamplingParams
         from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
 
-        params = copy(self.sampling_params(sampling))
+        if sampling not in self.params:
+            self.params[sampling] = SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,  # each request has a copy of its own
+            )
+        params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
         params.seed = request.seed
         self.engine.add_request(request_id, tokens_input(list(request.prompt_ids)), params)
 
@@ -104,24 +115,6 @@ class _SteppableVllm:
 
     def abort(self, request_ids: list[str]) -> None:
         self.engine.abort_request(request_ids)
-
-
-def _sampling_params(sampling: Sampling) -> Any:
-    """Return vLLM's parameters of all draws, without a seed."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        stop_token_ids=list(sampling.stop),
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # each request has a copy of its own
-    )
 
 
 def _wake_when_engine_dies(client: Any) -> None:

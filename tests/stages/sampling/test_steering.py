@@ -360,8 +360,8 @@ def steered_kl(sharp, opinion, ctx, **options):
     """log q - log p of each draw, as `evaluate` has it: q the steered law, p the policy it started from."""
     prompts = prompts_of(["p"])
     candidates = sample(prompts, sharp, ctx, opinion.table(), **UNCUT, **options)
-    rows = [dict(prompt_id="p", k=row["k"], candidate_id=row["candidate_id"], baseline_id=row["candidate_id"], logit=0.0)
-            for row in candidates.to_pylist()]  # fmt: skip
+    ids = zip(candidates["k"].to_pylist(), candidates["candidate_id"].to_pylist(), strict=True)
+    rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0) for k, name in ids]
     judgements = pa.Table.from_pylist(rows, schema=JUDGEMENTS)
     reference_logp = reference(prompts, candidates, sharp, ctx)
     outcomes, metrics = evaluate(prompts, candidates, candidates, judgements, None, reference_logp, resamples=1)
@@ -429,7 +429,7 @@ def test_a_model_that_cannot_be_steered_raises(engine):
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
         vocab_size=50, sliding_window=4,
     )  # fmt: skip
-    with pytest.raises(WinnowError, match="sliding windows cannot be steered.*`head`"):
+    with pytest.raises(WinnowError, match=r"sliding windows cannot be steered.*`head`"):
         Guide(AutoModelForCausalLM.from_config(config), Steering(linear(*range(32)), 1.0, 4, 1))
     with pytest.raises(WinnowError, match="features have 64 numbers, and the head reads 2"):
         engine.generate(requests_of(1), Sampling(1.0, 0, 4, (1,), Steering(linear(1, 1), 1.0, 4, 1)))
