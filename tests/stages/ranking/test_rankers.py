@@ -122,13 +122,6 @@ def test_a_symmetric_ranker_is_read_once():
     assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
 
 
-def test_both_orders_of_the_real_ranker_are_antisymmetric(ranker):
-    """With both orders read, g(a, b) = -g(b, a): the two texts only change places."""
-    there = averaged(*both_orders(ranker, CONTEXT, [(GOOD, LONG), (BAD, LONG)], "both"))
-    back = averaged(*both_orders(ranker, CONTEXT, [(LONG, GOOD), (LONG, BAD)], "both"))
-    assert there.tolist() == pytest.approx((-back).tolist(), rel=0, abs=1e-4)
-
-
 @given(
     st.lists(st.integers(0, 3), max_size=6), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=5)
 )
@@ -255,11 +248,6 @@ def test_a_programs_logit_is_the_difference_of_its_scores(first, second, target)
     assert opened.symmetric
 
 
-def test_a_pattern_is_found_or_not():
-    """A decorated program stays the plain function that it is."""
-    assert [pattern("x", text, regex=r"\bboat\b") for text in ("a boat.", "boats")] == [1.0, 0.0]
-
-
 @pytest.fixture
 def own_entries():
     """Rankers that a test registers are removed after it."""
@@ -299,6 +287,7 @@ def test_a_verifiable_reward_is_what_the_program_says(texts, seed):
     found = {row["candidate_id"]: row["reward"] for row in made.to_pylist()}
     assert found == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
     assert ctx.counters["ranker_calls"] == len(set(texts))
+    assert pattern("x", "a boat.", regex=r"\bboat\b") == 1.0, "a decorated program is still a plain function"
 
 
 def test_a_number_that_is_not_finite_is_rejected(own_entries, ctx):

@@ -221,16 +221,14 @@ def test_the_oldest_call_goes_first_and_a_younger_one_fills_the_window():
     """
     engine, first_started = ScriptedEngine(), threading.Event()
     queue = RequestQueue(engine, 8)
-    older, younger = (
-        requests_of([1 + n % 10 for n in range(200)]),
-        requests_of([1 + n % 10 for n in range(100)], 1000),
-    )
+    lengths = [1 + n % 10 for n in range(200)]
+    older, younger = requests_of(lengths), requests_of(lengths[:100], 1000)
 
     def second_call():
         first_started.wait()
         return queue.generate(younger, SAMPLING, ignore_progress)
 
-    in_threads(generating(queue, requests_of(older), lambda done: first_started.set()), second_call)
+    in_threads(generating(queue, older, lambda done: first_started.set()), second_call)
     assert engine.added == [*range(200), *range(1000, 1100)]
     assert set(engine.batch_sizes[:-10]) == {8}
 
