@@ -64,14 +64,14 @@ def reward(
 
         rewarded: list[Row] = []
         if baseline is not None:  # it beats itself half of the time
-            rewarded.append(dict(prompt_id=prompt, candidate_id=baseline["candidate_id"], reward=0.0))
+            rewarded.append(dict(candidate_id=baseline["candidate_id"], reward=0.0))
         for n, row in enumerate(compared):
             numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}  # + 0.0: no -0.0 in a table
             if np.isfinite(numbers["reward"]):
-                rewarded.append(dict(prompt_id=prompt, candidate_id=row["candidate_id"]) | numbers)
+                rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
             else:
                 ids = dict(place="candidates", prompt=prompt, candidate=row["candidate_id"])
                 ctx.reject("reward is not finite", detail=str(numbers["reward"]), **ids)
-        baseline_id = None if baseline is None else baseline["candidate_id"]
-        rows += [row | {"baseline_id": baseline_id} for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
+        ids = dict(prompt_id=prompt, baseline_id=None if baseline is None else baseline["candidate_id"])
+        rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
     return pa.Table.from_pylist(rows, schema=REWARDS)

@@ -63,9 +63,7 @@ class RequestQueue:
             while len(call.completions) < len(requests):
                 with self.condition:
                     if self.failure is not None:
-                        raise DeadEngineError(
-                            f"an earlier step of the engine failed: {self.failure!r}"
-                        ) from self.failure
+                        raise DeadEngineError(f"an earlier step failed: {self.failure!r}") from self.failure
                     if call.error is not None:
                         raise call.error
                     my_turn = not self.stepping
@@ -76,14 +74,12 @@ class RequestQueue:
                 if my_turn:
                     self._step()
                 progress(len(call.completions))
-        except BaseException:
-            # Only the thread that steps may touch the engine: the next one aborts what is still running.
-            with self.condition:
-                self.abandoned.append(call)
-            raise
         finally:
             with self.condition:
                 self.calls.remove(call)
+                if len(call.completions) < len(requests):
+                    # Only the thread that steps may touch the engine: the next one aborts what is still running.
+                    self.abandoned.append(call)
         return [call.completions[index] for index in range(len(requests))]
 
     def _step(self) -> None:
