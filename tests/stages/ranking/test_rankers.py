@@ -149,8 +149,8 @@ def test_the_rankers_ids_are_the_marked_text_in_one_order(tiny):
     """BOS once, then the three pieces; equal beginnings are equal ids whatever follows."""
     prompt = RankerPrompt(tiny)
     ids = prompt.ids("x", "one", "two")
-    shown = prompt.tokenizer.inner.decode(ids)
-    assert shown.index("[CONTEXT]") < shown.index("[RESPONSE A]") < shown.index("one") < shown.index("[RESPONSE B]")
+    text = prompt.tokenizer.inner.decode(ids)
+    assert text.index("[CONTEXT]") < text.index("[RESPONSE A]") < text.index("one") < text.index("[RESPONSE B]")
     assert ids.count(prompt.tokenizer.inner.bos_token_id) == 1
     other = prompt.ids("x", "one", "owt, two")
     mark = prompt.tokenizer.encode("[RESPONSE B]")[0]
@@ -222,7 +222,7 @@ def test_ranker_examples_split_by_prompt(tiny, labelled, ctx):
     assert sum(map(len, sides.values())) == len(pairs)
 
 
-def test_a_comparison_that_the_model_cannot_read_is_left_out_with_reason(tiny, tmp_path, ctx):
+def test_a_comparison_too_long_for_the_model_is_rejected(tiny, tmp_path, ctx):
     """Longer than the context less the answer: counted, not cut."""
     path = tmp_path / "long.csv"
     path.write_text(f"prompt,chosen,rejected\nHi,{'q ' * 120},no\nHello,yes,no\n")
@@ -249,8 +249,8 @@ def test_a_programs_logit_is_the_difference_of_its_scores(first, second, target)
 
 
 @pytest.fixture
-def own_entries():
-    """Rankers that a test registers are removed after it."""
+def temporary_entries():
+    """Remove the rankers that a test registers after it."""
     with mock.patch.dict(rankers.entries):
         yield
 
@@ -259,7 +259,7 @@ def politeness(prompt, response, *, worth: float = 1.0) -> float:
     return worth * ("please" in prompt.lower()) * ("Gladly" in response)
 
 
-def test_each_program_has_its_own_version(own_entries):
+def test_each_program_has_its_own_version(temporary_entries):
     """It is part of the key: raising one program's version computes no other program's rewards again."""
     for decorator, version in ((verifiable, 1), (verifiable(), 1), (verifiable(version=3), 3)):
         assert decorator(politeness) is politeness
@@ -268,14 +268,14 @@ def test_each_program_has_its_own_version(own_entries):
     assert [rankers.find(name).metadata["version"] for name in ("pattern", "brevity")] == [2, 2]
 
 
-def test_a_reward_of_ones_own_is_one_function(own_entries, ctx):
+def test_a_user_defined_reward_is_one_function(temporary_entries, ctx):
     """reward = score(y): 2.5 if it is polite, else 0. No baseline, no logits; equal texts are scored once."""
     verifiable(politeness)
     table = candidates_with([GOOD, BAD, "Gladly.", GOOD])
-    made = conform(reward(one_prompt(), table, ctx, by=bound("politeness", worth=2.5)), REWARDS).to_pylist()
-    value = {row["candidate_id"]: row["reward"] for row in made}
-    assert value == {"c0": 2.5, "c1": 0.0, "c2": 2.5, "c3": 2.5}
-    assert {(row["baseline_id"], row["logit_ab"], row["logit_ba"]) for row in made} == {(None, None, None)}
+    rows = conform(reward(one_prompt(), table, ctx, by=bound("politeness", worth=2.5)), REWARDS).to_pylist()
+    rewards = {row["candidate_id"]: row["reward"] for row in rows}
+    assert rewards == {"c0": 2.5, "c1": 0.0, "c2": 2.5, "c3": 2.5}
+    assert {(row["baseline_id"], row["logit_ab"], row["logit_ba"]) for row in rows} == {(None, None, None)}
     assert ctx.counters["ranker_calls"] == 3
 
 
@@ -283,14 +283,14 @@ def test_a_reward_of_ones_own_is_one_function(own_entries, ctx):
 def test_a_verifiable_reward_is_what_the_program_says(texts, seed):
     """0 or 1, whatever else was drawn and whatever the seed: never -1, which beats one draw out of {-1, 0, 1}."""
     ctx = new_context()
-    made = reward(one_prompt(), candidates_with(texts), ctx, by=bound("pattern", regex="Oslo"), seed=seed)
-    found = {row["candidate_id"]: row["reward"] for row in made.to_pylist()}
-    assert found == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
+    table = reward(one_prompt(), candidates_with(texts), ctx, by=bound("pattern", regex="Oslo"), seed=seed)
+    rewards = {row["candidate_id"]: row["reward"] for row in table.to_pylist()}
+    assert rewards == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
     assert ctx.counters["ranker_calls"] == len(set(texts))
     assert pattern("x", "a boat.", regex=r"\bboat\b") == 1.0, "a decorated program is still a plain function"
 
 
-def test_a_number_that_is_not_finite_is_rejected(own_entries, ctx):
+def test_a_number_that_is_not_finite_is_rejected(temporary_entries, ctx):
     """No NaN leaves a stage: reward, compare and judge reject the row; the others go on."""
 
     @verifiable
@@ -329,13 +329,13 @@ def test_all_pairs_reads_everyone_against_everyone_once(texts, rng):
     table = candidates_with(texts)
     order = list(range(len(texts)))
     rng.shuffle(order)
-    made = compare(one_prompt(), table.take(pa.array(order)), ctx, by=by, rule="all_pairs").to_pylist()
+    matches = compare(one_prompt(), table.take(pa.array(order)), ctx, by=by, rule="all_pairs").to_pylist()
     n = len(texts)
-    assert [(row["left_id"], row["right_id"]) for row in made] == [
+    assert [(row["left_id"], row["right_id"]) for row in matches] == [
         (f"c{i}", f"c{j}") for i in range(n) for j in range(i + 1, n)
     ]
     assert ctx.counters["ranker_calls"] == n * (n - 1) // 2
-    for row in made:
+    for row in matches:
         left, right = (texts[int(row[side][1:])] for side in ("left_id", "right_id"))
         assert row["logit"] == brevity("", left, words=2) - brevity("", right, words=2)
 
@@ -440,7 +440,7 @@ def voter(tiny, tmp_path_factory):
 
 
 def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
-    """A random model of coin flips, read eight times a pair: each vote is drawn again alone, and counted by hand.
+    """A random model of coin flips, read eight times per pair: each vote is drawn again alone, and counted by hand.
 
     The logit is log (w + 1/2) / (8 - w + 1/2), odd under a swap bit for bit, and the same in any order of pairs.
     """
