@@ -1,4 +1,4 @@
-"""Room 3, several rankers at once: their rewards in one weighted sum, a scalarised multi-objective reward."""
+"""Stage `combine`: rewards of several rankers in one weighted sum, a scalarised multi-objective reward."""
 
 import math
 from collections.abc import Mapping
@@ -12,17 +12,19 @@ from schemas.tables import REWARDS
 from stages.data.rows import Row
 
 
-def _weights_name_the_inputs(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
+def _check_weights(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems at plan time: a weight without its input, or the reverse, would change the reward silently."""
     weights = options["weights"]
-    problems = [f"{name} is wired and has no weight; set `weights.{name}`" for name in wired if name not in weights]
-    problems += [f"weights.{name}: no such input is wired; wired: {', '.join(wired)}" for name in weights
-                 if name not in wired]  # fmt: skip
-    problems += [f"weights.{name}: must be finite (got {value})" for name, value in weights.items()
-                 if not math.isfinite(value)]  # fmt: skip
+    problems = [f"input `{name}` has no weight: set `weights.{name}`" for name in inputs if name not in weights]
+    for name, weight in weights.items():
+        if name not in inputs:
+            problems.append(f"weights.{name}: no such input under `from`, which has {', '.join(inputs)}")
+        if not math.isfinite(weight):
+            problems.append(f"weights.{name}: must be finite (got {weight})")
     return problems
 
 
-@stage(version=1, check=_weights_name_the_inputs)
+@stage(version=1, check=_check_weights)
 def combine(
     first: Rewards,
     ctx: StageContext,
@@ -32,28 +34,27 @@ def combine(
     *,
     weights: dict[str, float],
 ) -> Rewards:
-    """reward = sum of weights[input] * reward from that input; each addend's reward stays in `components`.
+    """Compute reward = sum of weights[input] * reward from that input, and list the addends in `components`.
 
-    Rewards come in units of their own ranker, so a weight is also an exchange rate. A candidate that one of
-    the inputs lacks, or whose sum is not finite, is left out.
+    Each ranker has its own unit of reward, so a weight is also an exchange rate. A candidate that one of the inputs
+    lacks, or whose sum is not finite, is rejected.
     """
-    inputs = dict(first=first, second=second, third=third, fourth=fourth)
-    parts = {name: _by_candidate(table) for name, table in inputs.items() if table is not None}
+    inputs = {"first": first, "second": second, "third": third, "fourth": fourth}
+    rewards_by_input = {
+        name: {(row["prompt_id"], row["candidate_id"]): row["reward"] for row in table.to_pylist()}
+        for name, table in inputs.items()
+        if table is not None
+    }
     rows: list[Row] = []
-    for prompt, candidate in sorted(set().union(*parts.values())):
-        ids = dict(prompt=prompt, candidate=candidate)
-        found = {name: part[prompt, candidate] for name, part in parts.items() if (prompt, candidate) in part}
-        total = sum(weights[name] * value for name, value in found.items())
-        if missing := [name for name in parts if name not in found]:
-            ctx.reject("no reward from every ranker", place="rewards", detail=f"none from {', '.join(missing)}", **ids)
+    for key in sorted(set().union(*rewards_by_input.values())):
+        ids = dict(place="rewards", prompt=key[0], candidate=key[1])
+        addends = {name: rewards[key] for name, rewards in rewards_by_input.items() if key in rewards}
+        total = sum(weights[name] * value for name, value in addends.items())
+        if missing := [name for name in rewards_by_input if name not in addends]:
+            ctx.reject("no reward from every ranker", detail=f"none from {', '.join(missing)}", **ids)
         elif not math.isfinite(total):
-            ctx.reject("reward is not finite", place="rewards", detail=str(found), **ids)
+            ctx.reject("reward is not finite", detail=str(addends), **ids)
         else:
-            row = dict(prompt_id=prompt, candidate_id=candidate, reward=total)
-            rows.append(row | dict(components=list(found.items())))
+            row = dict(prompt_id=key[0], candidate_id=key[1], reward=total)
+            rows.append(row | dict(components=list(addends.items())))
     return pa.Table.from_pylist(rows, schema=REWARDS)
-
-
-def _by_candidate(table: pa.Table) -> dict[tuple[str, str], float]:
-    columns = (table.column(name).to_pylist() for name in ("prompt_id", "candidate_id", "reward"))
-    return {(prompt, candidate): reward for prompt, candidate, reward in zip(*columns, strict=True)}

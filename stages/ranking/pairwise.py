@@ -1,4 +1,4 @@
-"""The pairwise text-to-text ranker: which of two responses is better, as the next token, A or B.
+"""Pairwise text-to-text ranker: which of two responses is better, as the next token, A or B.
 
 `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`, answer `A` or `B` (sec. 3.1 of arXiv:2309.06657). The text
 is tokenised in pieces, here and nowhere else, so that training and scoring read the same ids and equal
@@ -22,20 +22,19 @@ LABELS = ("A", "B")
 
 
 class RankerPrompt:
-    """Texts to the ranker's ids."""
+    """Prompt of the ranker, from two texts to ids, with the ids of its answers in `labels`."""
 
     def __init__(self, model: Model) -> None:
         self.tokenizer = Tokenizer(model)
         self.labels = tuple(self.tokenizer.label(label) for label in LABELS)
 
     def ids(self, context: str, first: str, second: str) -> list[int]:
-        encode = self.tokenizer.encode
         pieces = (f"[CONTEXT] {context}", f" [RESPONSE A] {first}", f" [RESPONSE B] {second}")
-        return self.tokenizer.with_bos([token for piece in pieces for token in encode(piece)])
+        return self.tokenizer.with_bos([token for piece in pieces for token in self.tokenizer.encode(piece)])
 
 
 class PairwiseRanker:
-    """A trained ranker in memory."""
+    """Trained pairwise ranker in memory."""
 
     symmetric = False
 
@@ -49,30 +48,31 @@ class PairwiseRanker:
         return len(self.prompt.ids(context, first, second)) <= self.context
 
     def logits(self, context: str, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """logit P(first beats second) of each pair, nats, float64 [N].
+        """Return logit P(first beats second) of each pair, nats, float64 [N].
 
-        What the pairs begin with in common (the context; and the baseline, where it is read first) goes
-        through the network once. A batch holds pairs of one prompt only, so that a number does not
-        depend on what else was scored.
+        The beginning that all pairs share (the context; and the baseline, if it is read first) goes through the
+        network once. A batch holds pairs of one prompt only, so that a number does not depend on what else was scored.
         """
-        rows = [self.prompt.ids(context, first, second) for first, second in pairs]
-        shared = _common_prefix(rows)
-        split = [(row[:shared], row[shared:]) for row in rows]
-        return read_rows(self._label_logits, self.network, split, self.dtype, self.budget).astype(np.float64)
 
-    def _label_logits(self, network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+        def label_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+            logits = next_logits(network, groups, dtype)
+            return logits[:, a] - logits[:, b]
+
         a, b = self.prompt.labels
-        logits = next_logits(network, groups, dtype)
-        return logits[:, a] - logits[:, b]
+        rows = [self.prompt.ids(context, first, second) for first, second in pairs]
+        shared = common_prefix_length(rows)
+        split_rows = [(row[:shared], row[shared:]) for row in rows]
+        return read_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
 
     def close(self) -> None:
         del self.network
 
 
-def _common_prefix(rows: Sequence[list[int]]) -> int:
-    """Length of the longest common beginning that leaves every row at least one token."""
+def common_prefix_length(rows: Sequence[list[int]]) -> int:
+    """Return the length of the longest common beginning that leaves every row at least one token."""
     if not rows:
         return 0
+    # Rows in lexicographic order: what the least and the greatest share, all share.
     low, high = min(rows), max(rows)
-    most = min(len(row) for row in rows) - 1
-    return next((n for n in range(most) if low[n] != high[n]), most)
+    longest = min(len(row) for row in rows) - 1
+    return next((n for n in range(longest) if low[n] != high[n]), longest)

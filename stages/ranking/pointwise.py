@@ -1,4 +1,4 @@
-"""The pointwise reward model: one score a response, so that P(a beats b) is the logistic of a difference."""
+"""Pointwise reward model: one score per response, so that P(a beats b) is the logistic of a difference."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ import numpy as np
 from schemas import Model
 from stages.data.tokenizer import Tokenizer
 from stages.limits import context_length
-from stages.network.forward import Row, completion_scores, read_rows
+from stages.network.forward import completion_scores, read_rows
 from stages.network.load import load_network
-from stages.ranking.rankers import Scorer
+from stages.ranking.base import Scorer
 
 
 class PointwiseRanker(Scorer):
-    """A reward model in memory; it reads a prompt and a response as the ids that it was trained on."""
+    """Reward model in memory, which reads a prompt and a response as the ids that it was trained on."""
 
     def __init__(self, model: Model, dtype: str, budget: int) -> None:
         self.tokenizer = Tokenizer(model)
@@ -21,19 +21,19 @@ class PointwiseRanker(Scorer):
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 
-    def reads(self, context: str, text: str) -> bool:
-        """Not a text with a special token of the model written out, either: it would read a control token."""
-        try:
-            prompt, response = self._row(context, text)
-        except ValueError:
-            return False
-        return len(prompt) + len(response) <= self.context
-
-    def _row(self, context: str, text: str) -> Row:
+    def ids(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """Return prompt and response ids; raise ValueError if a text has a special token of the model written out."""
         return self.tokenizer.prompt_ids(context), self.tokenizer.response_ids(text, self.context)[0]
 
+    def can_score(self, context: str, text: str) -> bool:
+        """Return whether the text is short enough, and free of special tokens, which would read as control tokens."""
+        try:
+            return sum(map(len, self.ids(context, text))) <= self.context
+        except ValueError:
+            return False
+
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
-        rows = [self._row(context, text) for text in texts]
+        rows = [self.ids(context, text) for text in texts]
         return read_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
 
     def close(self) -> None:

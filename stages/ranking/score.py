@@ -1,6 +1,5 @@
-"""Room 3, another way: a reward from many comparisons. To add a method, add a function here."""
+"""Stage `score`: a reward from many comparisons. To add a method, add a function here."""
 
-from collections import Counter
 from typing import Annotated
 
 import numpy as np
@@ -12,10 +11,10 @@ from schemas.tables import REWARDS
 from stages.data.rows import Row, by_prompt
 
 score_method = Registry("score method")
-DECIMALS = 8  # of a reward, nats: what only rounding tells apart is a tie
-TOLERANCE = 1e-8  # nats, of the last Newton step; the error left is its square
-STEPS = 200  # ten are usual
-ROUNDING = 1e-9  # of a loss: near the least one, a good step may seem to go up by this
+REWARD_DECIMALS = 8  # of a reward, nats: numbers that only rounding tells apart are a tie
+STEP_TOLERANCE = 1e-8  # nats, of the last Newton step; the error left is its square
+MAX_NEWTON_STEPS = 200  # ten are usual
+LOSS_ROUNDING = 1e-9  # of a loss: near the minimum, a good step may seem to go up by this
 
 
 @score_method()
@@ -26,7 +25,8 @@ def least_squares(edges: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """
     incidence = _incidence(edges)
     laplacian = incidence.T @ incidence
-    theta: np.ndarray = np.linalg.solve(laplacian + 1 / len(laplacian), incidence.T @ logits)  # 1 / n: sum theta = 0
+    # Constants are the Laplacian's null space: adding 1 / n to every entry makes it regular, and sum theta = 0.
+    theta: np.ndarray = np.linalg.solve(laplacian + 1 / len(laplacian), incidence.T @ logits)
     return theta
 
 
@@ -34,10 +34,11 @@ def least_squares(edges: np.ndarray, logits: np.ndarray) -> np.ndarray:
 def bradley_terry(
     edges: np.ndarray, logits: np.ndarray, *, ridge: Annotated[float, Range(ge=1e-6)] = 1e-2
 ) -> np.ndarray:
-    """Maximum likelihood of soft wins P = s(logit) under P(i beats j) = s(theta_i - theta_j), by Newton.
+    """Maximise the likelihood of soft wins P = s(logit) under P(i beats j) = s(theta_i - theta_j), by Newton.
 
     Minimises -sum [P log s(d) + (1 - P) log s(-d)] + ridge / 2 |theta|^2, d = theta_left - theta_right; the ridge
-    keeps the unbeaten finite and sum theta = 0. A step that does not go down is halved.
+    keeps the unbeaten finite and sum theta = 0. A step that does not go down is halved. Takes and returns what
+    `least_squares` does; raises WinnowError if Newton does not converge.
     """
     incidence, wins = _incidence(edges), _sigmoid(logits)
 
@@ -46,18 +47,20 @@ def bradley_terry(
         return float(np.sum(np.logaddexp(0, d) - wins * d) + ridge / 2 * theta @ theta)
 
     theta = np.zeros(incidence.shape[1])
-    for _ in range(STEPS):
+    for _ in range(MAX_NEWTON_STEPS):
         p = _sigmoid(incidence @ theta)
         gradient = incidence.T @ (p - wins) + ridge * theta
         hessian = incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * np.eye(len(theta))
         step = np.linalg.solve(hessian, gradient)
-        while loss(theta - step) > loss(theta) + ROUNDING and np.abs(step).max() > TOLERANCE:
+        while loss(theta - step) > loss(theta) + LOSS_ROUNDING and np.abs(step).max() > STEP_TOLERANCE:
             step = step / 2
         theta = theta - step
-        if np.abs(step).max() <= TOLERANCE:
+        if np.abs(step).max() <= STEP_TOLERANCE:
             centred: np.ndarray = theta - theta.mean()
             return centred
-    raise WinnowError(f"bradley_terry: no maximum in {STEPS} Newton steps; set a larger `ridge` (it is {ridge})")
+    raise WinnowError(
+        f"bradley_terry: no maximum after {MAX_NEWTON_STEPS} Newton steps with `ridge` {ridge}: set a larger `ridge`"
+    )
 
 
 @stage(version=1)
@@ -67,51 +70,43 @@ def score(
     *,
     method: Annotated[Bound, score_method] = "least_squares",  # type: ignore[assignment]
 ) -> Rewards:
-    """A reward for every candidate that was compared, nats, mean 0 a prompt: differences are logits of winning.
+    """Compute a reward for every candidate that was compared, nats, mean 0 per prompt: differences are win logits.
 
-    Where comparisons fall into several groups with none between them, no number says which is better: only the
-    largest group has rewards.
+    If a prompt's comparisons fall into several groups that are not connected, no number says how these compare:
+    only the largest group (of equal ones, that of the first id) has rewards, and the others are rejected.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     rows: list[Row] = []
     for prompt, group in by_prompt(comparisons):
-        kept = _connected(prompt, group, ctx)
-        names = sorted({match[side] for match in kept for side in ("left_id", "right_id")})
-        index = {name: n for n, name in enumerate(names)}
-        edges = np.array([(index[match["left_id"]], index[match["right_id"]]) for match in kept])
-        theta = method(edges, np.array([match["logit"] for match in kept])).round(DECIMALS) + 0.0
-        rows += (
-            dict(prompt_id=prompt, candidate_id=name, reward=value)
-            for name, value in zip(names, theta.tolist(), strict=True)
-        )
+        # Graph with candidates as nodes, in order of id, and comparisons as edges.
+        names = np.array(sorted({match[side] for match in group for side in ("left_id", "right_id")}))
+        edges = np.searchsorted(names, [(match["left_id"], match["right_id"]) for match in group])
+        logits = np.array([match["logit"] for match in group])
+
+        graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(names), len(names)))
+        _, component = connected_components(graph, directed=False)
+        sizes = np.bincount(component)[component]
+        largest = component == component[sizes.argmax()]  # argmax is the first of equals
+        for name in names[~largest]:
+            ctx.reject("not compared with the rest", place="comparisons", prompt=prompt, candidate=str(name))
+
+        # Edges of the largest component, with its nodes numbered from 0.
+        inside = largest[edges[:, 0]]
+        edges = (largest.cumsum() - 1)[edges[inside]]
+        theta = method(edges, logits[inside]).round(REWARD_DECIMALS) + 0.0  # + 0.0: no -0.0 in a table
+        for name, value in zip(names[largest].tolist(), theta.tolist(), strict=True):
+            rows.append(dict(prompt_id=prompt, candidate_id=name, reward=value))
     return pa.Table.from_pylist(rows, schema=REWARDS)
 
 
-def _connected(prompt: str, group: list[Row], ctx: StageContext) -> list[Row]:
-    """The comparisons of the largest connected group (of several, that of the first id); the others are left out."""
-    home = _homes(group)
-    largest = min(Counter(home.values()).items(), key=lambda item: (-item[1], item[0]))[0]
-    for name in sorted(home):
-        if home[name] != largest:
-            ctx.reject("not compared with the rest", place="comparisons", prompt=prompt, candidate=name)
-    return [match for match in group if home[match["left_id"]] == largest]
-
-
-def _homes(group: list[Row]) -> dict[str, str]:
-    """Of every candidate, the first id of its connected group."""
-    home: dict[str, str] = {}
-    for match in group:
-        left, right = (home.setdefault(match[side], match[side]) for side in ("left_id", "right_id"))
-        first, other = sorted((left, right))
-        home = {name: first if its == other else its for name, its in home.items()}
-    return home
-
-
 def _incidence(edges: np.ndarray) -> np.ndarray:
-    """[M, N]: 1 at the left of a comparison, -1 at its right."""
-    rows = np.arange(len(edges))
+    """Return the incidence matrix [M, N]: 1 at the left of a comparison, -1 at its right."""
     incidence = np.zeros((len(edges), edges.max() + 1))
-    incidence[rows, edges[:, 0]] += 1
-    incidence[rows, edges[:, 1]] -= 1
+    comparison = np.arange(len(edges))
+    incidence[comparison, edges[:, 0]] += 1
+    incidence[comparison, edges[:, 1]] -= 1
     return incidence
 
 

@@ -1,4 +1,4 @@
-"""Candidates of several origins as one table: the policy's own, an earlier round's, and demonstrations."""
+"""Stages `pool` and `mismatch`: candidates of other origins (an earlier round, demonstrations, another prompt)."""
 
 from itertools import count
 
@@ -17,20 +17,21 @@ from stages.limits import context_length
 def pool(
     candidates: Candidates, ctx: StageContext, prompts: Prompts | None = None, earlier: Candidates | None = None
 ) -> Candidates:
-    """Each candidate once: those given, those of an `earlier` round, and the demonstrations of `prompts`.
+    """Merge `candidates`, those of an `earlier` round, and the demonstrations of `prompts`; each id once.
 
-    A demonstration has finish_reason `given`; where the policy drew the very same tokens, it is one more candidate.
+    A demonstration has finish_reason `given`; if the policy drew the very same tokens, it is one more candidate.
     """
     rows = candidates.to_pylist() + ([] if earlier is None else earlier.to_pylist())
-    drawn = {row["candidate_id"] for row in rows}
-    own = {row["prompt_id"] for row in rows}
+    sampled_ids = {row["candidate_id"] for row in rows}
+    sampled_prompts = {row["prompt_id"] for row in rows}
     for prompt in [] if prompts is None else prompts.to_pylist():
-        if prompt["prompt_id"] not in own:
+        if prompt["prompt_id"] not in sampled_prompts:
             continue
-        if not prompt["demonstration_ids"]:
+        if prompt["demonstration_ids"]:
+            demonstration = prompt["demonstration_ids"], prompt["demonstration"]
+            rows.append(_unsampled_candidate(prompt["prompt_id"], *demonstration, sampled_ids))
+        else:
             ctx.reject("no demonstration", place="prompts", prompt=prompt["prompt_id"], detail=prompt["text"])
-            continue
-        rows.append(_given(prompt["prompt_id"], prompt["demonstration_ids"], prompt["demonstration"], drawn))
     unique = {row["candidate_id"]: row for row in rows}
     ordered = sorted(unique.values(), key=lambda row: row["prompt_id"])
     return pa.Table.from_pylist(ordered, schema=CANDIDATES)
@@ -39,39 +40,39 @@ def pool(
 @stage(version=2)
 def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: StageContext,
              selections: Selections | None = None) -> Candidates:  # fmt: skip
-    """For each kept response of a prompt one of the next prompt of its shard, in order of ids, while that has any.
+    """Pair each prompt with responses of the next prompt of its shard, in order of ids, at most as many as its own.
 
-    KTO estimates its KL from them, one a row of the batch (arXiv:2402.01306), and takes 0 where a batch has none. A
-    prompt alone in its shard has no other to borrow from, and a response that the context has no room for is not
-    borrowed: both are left out, with reason.
+    KTO estimates its KL from them, one per row of the batch (arXiv:2402.01306), and takes 0 if a batch has none.
+    Rejected are a prompt alone in its shard, which has no other to borrow from, and a response that is too long for
+    the context after this prompt.
     """
     prompt_ids = column_by(prompts, "prompt_id", "token_ids")
-    taken = set(candidates["candidate_id"].to_pylist())
+    used_ids = set(candidates["candidate_id"].to_pylist())
     if selections is not None:
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
     groups = list(by_prompt(candidates))
-    room = context_length(policy.folder)
-    made: list[Row] = []
-    for (prompt, own), (other, lent) in zip(groups, groups[1:] + groups[:1], strict=True):
-        if prompt == other:
+    max_tokens = context_length(policy.folder)
+    rows: list[Row] = []
+    for (prompt, responses), (other_prompt, other_responses) in zip(groups, groups[1:] + groups[:1], strict=True):
+        if prompt == other_prompt:
             ctx.reject("no other prompt in its shard", place="candidates", prompt=prompt)
             continue
-        for _, row in zip(own, lent, strict=False):
-            if len(prompt_ids[prompt]) + len(row["token_ids"]) > room:
-                ids = dict(prompt=prompt, candidate=row["candidate_id"])
+        for _, other in zip(responses, other_responses, strict=False):
+            if len(prompt_ids[prompt]) + len(other["token_ids"]) > max_tokens:
+                ids = dict(prompt=prompt, candidate=other["candidate_id"])
                 ctx.reject("mismatched response too long", place="candidates", **ids)
                 continue
-            made.append(_given(prompt, row["token_ids"], row["text"], taken))
-            taken.add(made[-1]["candidate_id"])
-    return pa.Table.from_pylist(made, schema=CANDIDATES)
+            rows.append(_unsampled_candidate(prompt, other["token_ids"], other["text"], used_ids))
+            used_ids.add(rows[-1]["candidate_id"])
+    return pa.Table.from_pylist(rows, schema=CANDIDATES)
 
 
-def _given(prompt: str, ids: list[int], text: str, taken: set[str]) -> Row:
-    """A response that nobody drew; of equal tokens, the first copy whose id is not taken."""
-    names = (candidate_id(prompt, ids, copy) for copy in count())
+def _unsampled_candidate(prompt: str, ids: list[int], text: str, used_ids: set[str]) -> Row:
+    """Return a candidate that no policy drew, with the id of the first copy of its tokens that is not in `used_ids`."""
+    copies = (candidate_id(prompt, ids, copy) for copy in count())
     return {
         "prompt_id": prompt,
-        "candidate_id": next(name for name in names if name not in taken),
+        "candidate_id": next(copy for copy in copies if copy not in used_ids),
         "k": 0,
         "token_ids": ids,
         "text": text,

@@ -1,6 +1,7 @@
-"""Room 2: n candidates of each prompt from a policy."""
+"""Stage `sample`: n candidates per prompt from a policy."""
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,28 +10,29 @@ import pyarrow as pa
 from pipeline import InputStep, Range, StageContext, stage
 from schemas import Candidates, Heads, Model, Prompts, candidate_id, seed_for
 from schemas.tables import CANDIDATES
+from stages.data.rows import Row
 from stages.head.relu import relu_head_of
 from stages.limits import check_ids, context_length
-from stages.sampling.engines import Completion, Request, Sampling, Steering, open_engine
-
-Row = dict[str, Any]
+from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
-def _can_steer(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    usual = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
-    if "head" not in wired:
-        set_anyway = [name for name in usual if name.startswith("steer") and options[name] != usual[name]]
-        return [f"{name}: there is no head to steer by; wire `head` in `from`" for name in set_anyway]
+def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems at plan time: a head that cannot steer, or steering options without a head."""
+    if "head" not in inputs:
+        defaults = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
+        changed = [name for name in defaults if name.startswith("steer") and options[name] != defaults[name]]
+        return [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
     problems = []
     if options["engine"] != "transformers":
-        problems.append(f"engine: {options['engine']} cannot steer; set `engine: transformers`, or unwire `head`")
-    read = wired["head"].inputs.get("features")
-    if read and read.stage == "features" and read.inputs.get("policy") != wired.get("policy"):
-        problems.append("head was trained on features of another policy than the one that draws; wire both to one")
+        engine = options["engine"]
+        problems.append(f"engine: {engine} cannot steer; set `engine: transformers`, or remove `head` under `from`")
+    features = inputs["head"].inputs.get("features")
+    if features and features.stage == "features" and features.inputs.get("policy") != inputs.get("policy"):
+        problems.append("head was trained on features of another policy than the one sampled from; use one for both")
     return problems
 
 
-@stage(version=3, concurrent=True, check=_can_steer)
+@stage(version=3, concurrent=True, check=_check_steering)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -52,10 +54,9 @@ def sample(
 ) -> Candidates:
     """Draw n responses of up to max_tokens tokens; top_k = 0 means no cut (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
 
-    The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still move a draw on
-    other hardware, so what is promised is the law and the seeds; the ids drawn are kept, and all later
-    stages start from them. An empty response teaches nothing and is left out, unless `keep_empty`: an
-    evaluation must count it.
+    The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
+    hardware, so what is promised is the law and the seeds; the ids are stored, and all later stages start from them.
+    An empty response teaches nothing and is rejected, unless `keep_empty`: an evaluation must count it.
 
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
     step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 without a cut, `logp` is then
@@ -64,63 +65,52 @@ def sample(
     from stages.data.tokenizer import Tokenizer
 
     tokenizer = ctx.hold(Tokenizer, policy)
-    chosen = [row for row in prompts.to_pylist() if row["split"] == split]
-    check_ids(policy, "prompts", [row["token_ids"] for row in chosen])
-    chosen = _fitting(chosen, context_length(policy.folder) - max_tokens, ctx)
-    if not chosen:
+    rows = [row for row in prompts.to_pylist() if row["split"] == split]
+    check_ids(policy, "prompts", [row["token_ids"] for row in rows])
+
+    # Prompts that leave room for max_tokens in the context.
+    max_prompt_tokens = context_length(policy.folder) - max_tokens
+    fitting: list[Row] = []
+    for row in rows:
+        if len(row["token_ids"]) <= max_prompt_tokens:
+            fitting.append(row)
+        else:
+            detail = f"{len(row['token_ids'])} tokens, room for {max_prompt_tokens}"
+            ctx.reject("prompt too long", place="prompts", prompt=row["prompt_id"], detail=detail)
+    if not fitting:
         return CANDIDATES.empty_table()
-    draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in chosen for k in range(n)]
+
+    # One request per draw.
+    draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in fitting for k in range(n)]
+    requests = [Request(row["token_ids"], draw_seed) for row, _, draw_seed in draws]
     steering = Steering(relu_head_of(head), steer, steer_top, steer_every) if head is not None else None
     sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop, steering)
     generator = ctx.hold(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel)
-    completions = generator.generate(
-        [Request(row["token_ids"], own) for row, _, own in draws],
-        sampling,
-        lambda done: ctx.progress(done, len(draws), "draws"),
-    )
+    completions = generator.generate(requests, sampling, lambda done: ctx.progress(done, len(draws), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
-    return _table(tokenizer, draws, completions, sampling.logp_kind, keep_empty, ctx)
 
-
-def _fitting(rows: list[Row], room: int, ctx: StageContext) -> list[Row]:
-    for row in rows:
-        if len(row["token_ids"]) > room:
-            detail = f"{len(row['token_ids'])} tokens, room for {room}"
-            ctx.reject("prompt too long", place="prompts", prompt=row["prompt_id"], detail=detail)
-    return [row for row in rows if len(row["token_ids"]) <= room]
-
-
-def _table(
-    tokenizer: Any,
-    draws: list[tuple[Row, int, int]],
-    completions: list[Completion],
-    kind: str,
-    keep_empty: bool,
-    ctx: StageContext,
-) -> pa.Table:
-    """Rows in order of (prompt, k)."""
-    rows: list[Row] = []
-    copies: dict[tuple[str, tuple[int, ...]], int] = {}
-    for (prompt, k, seed), completion in zip(draws, completions, strict=True):
-        ids, name = completion.token_ids, prompt["prompt_id"]
+    # Rows in order of (prompt, k). Equal responses to a prompt stay apart: an id counts the copies before it.
+    candidates: list[Row] = []
+    copies: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for (row, k, draw_seed), completion in zip(draws, completions, strict=True):
+        ids, prompt = completion.token_ids, row["prompt_id"]
         text = tokenizer.decode(ids)
         if not text and not keep_empty:
-            ctx.reject("empty response", place=f"k={k}", prompt=name, detail=repr(ids))
+            ctx.reject("empty response", place=f"k={k}", prompt=prompt, detail=repr(ids))
             continue
-        copy = copies.get((name, tuple(ids)), 0)
-        copies[name, tuple(ids)] = copy + 1
-        rows.append(
+        candidates.append(
             {
-                "prompt_id": name,
-                "candidate_id": candidate_id(name, ids, copy),
+                "prompt_id": prompt,
+                "candidate_id": candidate_id(prompt, ids, copies[prompt, tuple(ids)]),
                 "k": k,
                 "token_ids": ids,
                 "text": text,
                 "logp": completion.logp,
-                "logp_kind": kind,
+                "logp_kind": sampling.logp_kind,
                 "n_tokens": len(ids),
                 "finish_reason": completion.finish_reason,
-                "seed": seed,
+                "seed": draw_seed,
             }
         )
-    return pa.Table.from_pylist(rows, schema=CANDIDATES)
+        copies[prompt, tuple(ids)] += 1
+    return pa.Table.from_pylist(candidates, schema=CANDIDATES)

@@ -1,4 +1,4 @@
-"""The seam to what generates text: token ids in, token ids out, one seed a request."""
+"""Interface of the engines that generate text: token ids in, token ids out, one seed per request."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from schemas import WinnowError
 from stages.head.relu import ReluHead
 
 LogpKind = Literal["exact", "steered", "raw"]
-Progress = Callable[[int], None]
+EngineProgress = Callable[[int], None]
 
 
 class DeadEngineError(RuntimeError):
-    """A step failed, so nothing more comes out of this engine; a fresh one in another process may succeed."""
+    """Failure of a step, after which this engine gives no more; a new one in another process may succeed."""
 
 
 def ignore_progress(done: int) -> None:
-    """Progress that nobody listens to."""
+    """Do nothing: the default progress callback."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Steering:
-    """At every `every`-th token, the `top` likeliest are scored by a head, 0 to 1, and `strength` times that is added.
+    """Guided decoding: at every `every`-th token, `strength` times a head's score is added to the `top` logits.
 
-    The head reads the features that `stages.head.features` makes, of the response so far with the token at its end.
+    The head reads the features that `stages.head.features` makes, of the response so far with each of the `top`
+    likeliest tokens at its end; its scores are scaled to 0..1 over these tokens.
     """
 
     head: ReluHead
@@ -43,7 +44,7 @@ class Steering:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How all draws of a call are made; top_k = 0 means no cut. temperature > 0. vLLM cannot steer."""
+    """Sampling parameters of all requests of a call; temperature > 0, top_k = 0 means no cut. vLLM cannot steer."""
 
     temperature: float
     top_k: int
@@ -53,12 +54,12 @@ class Sampling:
 
     @property
     def uncut(self) -> bool:
-        """Is the softmax drawn from as it is, so that a draw's log-prob can be that of its own law?"""
+        """Return whether draws are from the softmax as it is, so that a log-prob can be that of the law drawn from."""
         return self.temperature == 1.0 and self.top_k == 0
 
     @property
     def logp_kind(self) -> LogpKind:
-        """Of which law a completion's log-prob is: exact and steered are what was drawn from, raw is the policy's."""
+        """Return whose log-prob a completion has: of the law drawn from (exact, steered), or of the policy (raw)."""
         if not self.uncut:
             return "raw"
         return "exact" if self.steering is None else "steered"
@@ -66,7 +67,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids end with EOS if finish_reason is stop.
+    """Response to one request; token_ids end with a stop id if finish_reason is stop.
 
     logp is the policy's own, before temperature, top-k and steering; but of an uncut steered draw, the steered law's.
     """
@@ -77,21 +78,23 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Threads may call `generate` at once."""
+    """Generator of completions. Threads may call `generate` at once."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = ignore_progress
+        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        """One completion a request, in their order; `progress` hears now and then how many there are."""
+        """Return one completion per request, in their order; call `progress` now and then with the number done."""
         ...
 
     def close(self) -> None: ...
 
 
 def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1) -> Engine:
-    """vLLM and torch are only imported here: a recipe can be planned without them. `fake` needs neither.
+    """Start the engine of this name on the model in `folder`.
 
-    tensor_parallel: the GPUs that share one vLLM; transformers has the whole model on one.
+    vLLM and torch are only imported here: a recipe can be planned without them. `fake` needs neither.
+    tensor_parallel: the GPUs that share one vLLM. Raises WinnowError if it is above 1 for transformers, which has
+    the whole model on one GPU.
     """
     if name == "vllm":
         from stages.sampling.engines.vllm import VllmEngine
@@ -103,8 +106,8 @@ def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1) -
         return FakeEngine(folder)
     if tensor_parallel > 1:
         raise WinnowError(
-            f"tensor_parallel: {tensor_parallel}, and the engine is transformers, which runs on one GPU; "
-            "set `engine: vllm`, or tensor_parallel to 1 in the profile"
+            f"tensor_parallel: {tensor_parallel}, but the engine transformers runs on one GPU: "
+            "set `engine: vllm`, or `tensor_parallel: 1` in the profile"
         )
     from stages.sampling.engines.transformers import TransformersEngine
 

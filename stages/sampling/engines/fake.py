@@ -1,4 +1,4 @@
-"""An engine without a network: nonsense at once, the same for the same prompt and seed. For plumbing and tests."""
+"""Engine without a network, for plumbing and tests: nonsense at once, the same for the same prompt and seed."""
 
 import json
 from collections.abc import Sequence
@@ -7,32 +7,32 @@ from pathlib import Path
 import numpy as np
 
 from schemas import seed_for, token_digest
-from stages.sampling.engines import Completion, Progress, Request, Sampling, ignore_progress
+from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
 
-ENDS = 0.9  # share of responses that end by themselves
+STOP_SHARE = 0.9  # of responses shorter than max_tokens
 
 
 class FakeEngine:
-    """Needs neither torch nor weights, only the number of ids in the folder's config."""
+    """Engine that needs neither torch nor weights, only the vocabulary size in the folder's config."""
 
     def __init__(self, folder: Path) -> None:
         self.vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = ignore_progress
+        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        made = [self._completion(request, sampling) for request in requests]
-        progress(len(made))
-        return made
-
-    def _completion(self, request: Request, sampling: Sampling) -> Completion:
-        """Of 1 to max_tokens tokens, each of any id but those that stop; logp as if all were equally likely."""
-        own = seed_for(request.seed, token_digest(request.prompt_ids, []))
-        rng = np.random.default_rng(own)
-        ids = rng.integers(self.vocabulary, size=rng.integers(1, sampling.max_tokens + 1)).tolist()
-        ids = [token for token in ids if token not in sampling.stop]
-        ends = len(ids) < sampling.max_tokens and rng.random() < ENDS
-        ids += sampling.stop[:1] if ends else ()
-        return Completion(ids, -len(ids) * float(np.log(self.vocabulary)), "stop" if ends else "length")
+        """Draw 1 to max_tokens tokens, each uniform over all ids, then drop stop ids; logp is the uniform law's."""
+        completions = []
+        for request in requests:
+            rng = np.random.default_rng(seed_for(request.seed, token_digest(request.prompt_ids, [])))
+            ids = rng.integers(self.vocabulary, size=rng.integers(1, sampling.max_tokens + 1)).tolist()
+            ids = [token for token in ids if token not in sampling.stop]
+            stopped = len(ids) < sampling.max_tokens and rng.random() < STOP_SHARE
+            if stopped:
+                ids += sampling.stop[:1]
+            logp = -len(ids) * float(np.log(self.vocabulary))
+            completions.append(Completion(ids, logp, "stop" if stopped else "length"))
+        progress(len(completions))
+        return completions
 
     def close(self) -> None: ...

@@ -1,7 +1,6 @@
-"""Hugging Face `generate` behind the seam: the slow engine that can be trusted, and that can be steered."""
+"""Engine on Hugging Face `generate`: slow, the reference for the others, and the one that can be steered."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
@@ -11,17 +10,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from stages.sampling.engines import Completion, Progress, Request, Sampling, ignore_progress
+from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
 
-ROWS = 256
+BATCH_ROWS = 256
 
 
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
-    """Adds each row's own seeded Gumbel noise, so that the argmax is a draw from the warped softmax.
+    """Logits processor that adds each row's own seeded Gumbel noise: the argmax is a draw from the warped softmax.
 
-    The noise of step t comes from (seed, t): a draw does not depend on which batch it is in. `logp` has,
-    for each step, the log-prob of the token drawn: under the law drawn from where that is uncut, else the policy's.
+    The noise of step t comes from (seed, t), so that a draw does not depend on which batch it is in. `logp` has,
+    for each step, the log-prob of the token drawn: under the law drawn from if that is uncut, else the policy's.
     """
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling) -> None:
@@ -32,80 +31,79 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
         return self.noisy(input_ids.shape[1] - self.prompt_length, scores.float(), scores.float())
 
     def noisy(self, step: int, scores: Tensor, steered: Tensor) -> Tensor:
-        """Both fp32 [N, V]; the draw is made from `steered`, cut and warped; without steering the two are one."""
+        """Return `steered`, warped and cut, plus noise; all fp32 [N, V]. Without steering, `steered` is `scores`."""
         warped = steered / self.sampling.temperature
         if 0 < self.sampling.top_k < warped.shape[-1]:
-            kept = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
-            warped = warped.masked_fill(warped < kept, -torch.inf)
-        noise = np.stack([_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
+            threshold = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
+            warped = warped.masked_fill(warped < threshold, -torch.inf)
+        noise = np.stack([gumbel_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
         noisy: Tensor = warped + torch.from_numpy(noise).to(warped.device)
-        drawn = noisy.argmax(-1, keepdim=True)
+        tokens = noisy.argmax(-1, keepdim=True)
         law = steered if self.sampling.uncut else scores
-        self.logp.append(law.log_softmax(-1).gather(-1, drawn).squeeze(-1))
+        self.logp.append(law.log_softmax(-1).gather(-1, tokens).squeeze(-1))
         return noisy
 
 
-def _noise(seed: int, step: int, size: int) -> np.ndarray:
+def gumbel_noise(seed: int, step: int, size: int) -> np.ndarray:
+    """Return the noise of one draw at one step, fp32 [size], from a counter-based generator keyed by (seed, step)."""
     return np.random.Generator(np.random.Philox(key=[seed, step])).gumbel(size=size).astype(np.float32)
 
 
 class TransformersEngine:
-    """Rows of equal prompt length go together, so that nothing is padded; one caller after the other."""
+    """Engine that batches rows of equal prompt length, so that nothing is padded, for one caller at a time."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         disable_progress_bar()
-        torch.set_num_threads(1)  # as all scoring: the same numbers whatever the machine shares
-        kind = getattr(torch, dtype)
-        self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+        torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
+        kwargs = dict(dtype=getattr(torch, dtype), local_files_only=True)
+        self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
         self.network.generation_config = GenerationConfig()  # its penalties and minima would change the law
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.turn = Lock()
+        self.lock = Lock()
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = ignore_progress
+        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        with self.turn:
-            return self._generate(requests, sampling, progress)
-
-    def _generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress) -> list[Completion]:
-        order = sorted(range(len(requests)), key=lambda n: len(requests[n].prompt_ids))
-        done: dict[int, Completion] = {}
-        for _, same in groupby(order, key=lambda n: len(requests[n].prompt_ids)):
-            indices = list(same)
-            for start in range(0, len(indices), ROWS):
-                batch = indices[start : start + ROWS]
-                done |= zip(batch, self._batch([requests[n] for n in batch], sampling), strict=True)
-                progress(len(done))
-        return [done[n] for n in range(len(requests))]
+        indices_by_length: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            indices_by_length.setdefault(len(request.prompt_ids), []).append(index)
+        completions: dict[int, Completion] = {}
+        with self.lock:
+            for _, indices in sorted(indices_by_length.items()):
+                for start in range(0, len(indices), BATCH_ROWS):
+                    batch = indices[start : start + BATCH_ROWS]
+                    outputs = self._generate_batch([requests[index] for index in batch], sampling)
+                    completions |= zip(batch, outputs, strict=True)
+                    progress(len(completions))
+        return [completions[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+    def _generate_batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        """Return completions of requests whose prompts have one length."""
         ids = torch.tensor([list(request.prompt_ids) for request in requests], device=self.network.device)
         noise = GumbelNoise([request.seed for request in requests], ids.shape[1], sampling)
         if sampling.steering is None:
-            drawn = self._generated(ids, noise, sampling)
+            # Greedy: the argmax of noisy logits is the draw, and transformers' own sampling has one seed for all rows.
+            greedy = GenerationConfig(
+                max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=list(sampling.stop), pad_token_id=0
+            )
+            output = self.network.generate(
+                ids,
+                generation_config=greedy,
+                attention_mask=torch.ones_like(ids),
+                logits_processor=LogitsProcessorList([noise]),
+            )
+            tokens = output[:, ids.shape[1] :]
         else:
-            drawn = steered_ids(self.network, ids, noise.noisy, sampling, sampling.steering)
-        logp = torch.stack(noise.logp, dim=1)
-        return [_completion(row, each, sampling.stop) for row, each in zip(drawn.tolist(), logp, strict=True)]
+            tokens = steered_ids(self.network, ids, noise.noisy, sampling, sampling.steering)
 
-    def _generated(self, ids: Tensor, noise: GumbelNoise, sampling: Sampling) -> Tensor:
-        plain = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, do_sample=False, eos_token_id=list(sampling.stop), pad_token_id=0
-        )
-        output: Tensor = self.network.generate(
-            ids,
-            generation_config=plain,
-            attention_mask=torch.ones_like(ids),
-            logits_processor=LogitsProcessorList([noise]),
-        )
-        return output[:, ids.shape[1] :]
+        # Rows go on until the last one of the batch has ended: cut each after its first stop id.
+        completions = []
+        for row, logp in zip(tokens.tolist(), torch.stack(noise.logp, dim=1), strict=True):
+            length = next((n for n, token in enumerate(row, 1) if token in sampling.stop), None)
+            reason = "length" if length is None else "stop"
+            completions.append(Completion(row[:length], float(logp[:length].sum()), reason))
+        return completions
 
     def close(self) -> None:
         del self.network
-
-
-def _completion(ids: list[int], logp: Tensor, stop: Sequence[int]) -> Completion:
-    ends = [n for n, token in enumerate(ids) if token in stop]
-    length = ends[0] + 1 if ends else len(ids)
-    return Completion(ids[:length], float(logp[:length].sum()), "stop" if ends else "length")

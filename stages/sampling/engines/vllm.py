@@ -1,4 +1,4 @@
-"""vLLM behind the seam."""
+"""Engine on vLLM."""
 
 import gc
 import os
@@ -7,41 +7,40 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from stages.limits import context_length
-from stages.sampling.engines import Completion, Progress, Request, Sampling, ignore_progress
-from stages.sampling.engines.batch import Batch
+from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
+from stages.sampling.engines.request_queue import RequestQueue
 
-SETTINGS = {
+ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards: leave its threads alone
 }
-SEQUENCES = 512  # that run at once; as many again stand by, so that none who ends leaves a gap
-BATCHED_TOKENS = 16_384  # a step's tokens on a CPU; at least one whole prompt must fit, whatever the context
+MAX_SEQUENCES = 512  # that run at once; as many again wait in the engine, so that the end of one leaves no gap
+STEP_TOKENS = 16_384  # of a step on a CPU; raised to the context length, for one whole prompt must fit
 
 
 class VllmEngine:
-    """One request a draw, each with its own seed, so that more draws later are a pure extension."""
+    """Engine that makes one vLLM request per draw, each with its own seed: more draws later are a pure extension."""
 
     def __init__(self, folder: Path, dtype: str, tensor_parallel: int = 1) -> None:
         import torch
 
         from stages.network.load import THREADS
 
-        for name, value in SETTINGS.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
-            # In this process: up in seconds. On a GPU a subprocess, whose end gives the memory back.
+            # In this process the engine starts in seconds. On a GPU it is a subprocess, whose end frees the memory.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         torch.set_num_threads(THREADS)
-        with _hidden("llvmlite.binding.ffi"), _quiet():
+        with _module_hidden("llvmlite.binding.ffi"), _stderr_held_back():
             from vllm import LLM
 
             self.llm: Any = LLM(
@@ -53,111 +52,108 @@ class VllmEngine:
                 skip_tokenizer_init=True,
                 enforce_eager=on_cpu,
                 logprobs_mode="raw_logprobs",
-                max_num_seqs=SEQUENCES,
-                max_num_batched_tokens=max(BATCHED_TOKENS, context_length(folder)) if on_cpu else None,
+                max_num_seqs=MAX_SEQUENCES,
+                max_num_batched_tokens=max(STEP_TOKENS, context_length(folder)) if on_cpu else None,
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
                 generation_config="vllm",  # the folder's own sampling defaults would change the law
             )
-        _end_waits(self.llm.llm_engine.engine_core)
-        self.batch = Batch(_Core(self.llm.llm_engine), window=2 * SEQUENCES)
+        _wake_when_engine_dies(self.llm.llm_engine.engine_core)
+        self.queue = RequestQueue(_SteppableVllm(self.llm.llm_engine), window=2 * MAX_SEQUENCES)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: Progress = ignore_progress
+        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        return self.batch.generate(requests, sampling, progress)
+        return self.queue.generate(requests, sampling, progress)
 
     def close(self) -> None:
-        """Frees the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
+        """Free the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.batch
+        del self.llm, self.queue
         cleanup_dist_env_and_memory()
         gc.collect()
 
 
-class _Core:
-    """What `LLM.generate` does between its arguments and its list, in pieces; of an `LLMEngine`, untyped as vLLM is."""
+class _SteppableVllm:
+    """Adapter of an `LLMEngine` (untyped, as vLLM is) to `SteppableEngine`: the loop of `LLM.generate` in pieces."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self.parameters = lru_cache(_parameters)  # of one engine: its folder's stops join a set that copies share
+        self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
-    def add(self, name: str, request: Request, sampling: Sampling) -> None:
+    def add(self, request_id: str, request: Request, sampling: Sampling) -> None:
+        from vllm import SamplingParams
         from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
 
-        own = copy(self.parameters(sampling))
-        own.seed = request.seed
-        self.engine.add_request(name, tokens_input(list(request.prompt_ids)), own)
+        if sampling not in self.params:
+            self.params[sampling] = SamplingParams(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,  # each request has a copy of its own
+            )
+        params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
+        params.seed = request.seed
+        self.engine.add_request(request_id, tokens_input(list(request.prompt_ids)), params)
 
     def step(self) -> dict[str, Completion]:
-        return {answer.request_id: _completion(answer) for answer in self.engine.step() if answer.finished}
+        completions = {}
+        for answer in self.engine.step():
+            if answer.finished:
+                output = answer.outputs[0]
+                ids, reason = list(output.token_ids), str(output.finish_reason)
+                completions[answer.request_id] = Completion(ids, float(output.cumulative_logprob), reason)
+        return completions
 
-    def abort(self, names: list[str]) -> None:
-        self.engine.abort_request(names)
+    def abort(self, request_ids: list[str]) -> None:
+        self.engine.abort_request(request_ids)
 
 
-def _end_waits(client: Any) -> None:
-    """Where the engine is a process of its own and is killed, vLLM 0.32 would wait for its next answer for ever."""
+def _wake_when_engine_dies(client: Any) -> None:
+    """Put an error in the answer queue when a subprocess engine ends: vLLM 0.32 would wait for an answer for ever."""
     from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    def last_word(reader: Thread, answers: Any) -> None:
+    def report_death(reader: Thread, answers: Any) -> None:
         reader.join()
         answers.put(EngineDeadError())
 
     if isinstance(client, SyncMPClient):
-        Thread(target=last_word, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
-
-
-def _parameters(sampling: Sampling) -> Any:
-    """All but the seed. They are checked as they are made, which takes 20 times as long as to copy them."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        stop_token_ids=list(sampling.stop),
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # each request has a copy of its own
-    )
+        Thread(target=report_death, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Mirror the chatter of start-up, from C++ too, and print it only if start-up fails."""
+def _stderr_held_back() -> Iterator[None]:
+    """Hold back what start-up prints, from C++ too, and print it only if start-up fails."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as chatter:
-        os.dup2(chatter.fileno(), 2)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
         try:
             yield
         except BaseException:
-            chatter.seek(0)
-            os.write(kept, chatter.read())
+            log.seek(0)
+            os.write(stderr, log.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 @contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """vLLM reads `vars` of everything in loaded modules; llvmlite's lazy library answers with what is no dict."""
+def _module_hidden(name: str) -> Iterator[None]:
+    """Hide a loaded module: vLLM calls `vars` on everything in every one, and llvmlite's lazy library has no dict."""
     module = sys.modules.pop(name, None)
     try:
         yield
     finally:
         if module is not None:
             sys.modules[name] = module
-
-
-def _completion(answer: Any) -> Completion:
-    output = answer.outputs[0]
-    return Completion(list(output.token_ids), float(output.cumulative_logprob), str(output.finish_reason))

@@ -1,8 +1,10 @@
 """Rankers: the pairwise one's shared prefix gives the numbers of plain forwards; orders, votes, programs, examples."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +22,13 @@ from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS, REWARDS
 from stages.data.preferences import preferences
 from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network
+from stages.ranking.base import averaged, both_orders
 from stages.ranking.compare import compare
 from stages.ranking.judge import judge
-from stages.ranking.llm_judge import Election, LlmJudge, share, verdict
-from stages.ranking.pairwise import LABELS, PairwiseRanker, RankerPrompt, _common_prefix
+from stages.ranking.llm_judge import LlmJudge, VotingPrompt, verdict, win_share
+from stages.ranking.pairwise import LABELS, PairwiseRanker, RankerPrompt, common_prefix_length
 from stages.ranking.ranker_examples import ranker_examples
-from stages.ranking.rankers import averaged, both_orders, brevity, open_ranker, pattern, verifiable
+from stages.ranking.rankers import brevity, open_ranker, pattern, verifiable
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
 from stages.sampling.engines import Completion, Request, ignore_progress
@@ -34,6 +37,10 @@ CONTEXT = "Please book a boat for two on Monday in Oslo."
 GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
 words = st.lists(st.sampled_from(["boat", "Oslo", "a", "Gladly.", "é", "two"]), min_size=1, max_size=6).map(" ".join)
 pairs_of = st.lists(st.tuples(words, words), min_size=1, max_size=6)
+
+
+def new_context():
+    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
 
 
 @pytest.fixture(scope="module")
@@ -50,47 +57,33 @@ def plain(ranker, context, first, second):
     return float(last[a] - last[b])
 
 
-@pytest.mark.parametrize(
-    "pairs",
-    [
+def test_shared_prefix_logits_are_those_of_plain_forwards(ranker):
+    """The context (and the first response, where it is one) goes through once; the number is the same to 1e-4 nats.
+
+    Ten texts lie 1e-2 nats or more apart: else this agreement would say nothing. No pairs have no logits.
+    """
+    for pairs in (
         [(GOOD, BAD)],
         [(GOOD, BAD), (GOOD, LONG), (GOOD, GOOD + LONG), (GOOD, "x")],
         [(GOOD, BAD)] * 3,
         [(GOOD, GOOD), (BAD, BAD)],
         [(GOOD, BAD), (BAD, GOOD), (LONG, "x"), ("1", LONG)],
         [(GOOD, BAD), (GOOD, BAD + " No.")],
-    ],
-    ids=["one pair", "ragged", "identical", "same on both sides", "nothing but the context", "one begins the other"],
-)
-def test_shared_prefix_logits_are_those_of_plain_forwards(ranker, pairs):
-    """The context (and the first response, where it is one) goes through once; the number is the same to 1e-4 nats."""
-    wanted = [plain(ranker, CONTEXT, *pair) for pair in pairs]
-    assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(wanted, rel=0, abs=1e-4)
-
-
-def test_the_ranker_of_these_tests_can_tell_texts_apart(ranker):
-    """Else agreement to 1e-4 would say nothing: ten texts lie 1e-2 nats or more apart, a hundred times that."""
-    spread = ranker.logits(CONTEXT, [(GOOD, f"{n} boats") for n in range(10)])
-    assert spread.std() > 1e-2
+    ):
+        expected = [plain(ranker, CONTEXT, *pair) for pair in pairs]
+        assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(expected, rel=0, abs=1e-4)
+    assert ranker.logits(CONTEXT, [(GOOD, f"{n} boats") for n in range(10)]).std() > 1e-2
+    assert averaged(*both_orders(ranker, CONTEXT, [], "both")).shape == (0,)
 
 
 @settings(deadline=None, max_examples=25)
 @given(context=words, pairs=pairs_of, budget=st.sampled_from([1, 40, 16_384]))
-def test_a_logit_depends_on_its_pair_alone(sharp, ranker, context, pairs, budget):
+def test_a_logit_depends_on_its_pair_alone(ranker, context, pairs, budget):
     """Neither on the pairs beside it nor on how the budget cuts them into batches."""
-    wanted = [plain(ranker, context, *pair) for pair in pairs]
-    ranker.budget, before = budget, ranker.budget
-    try:
-        found = ranker.logits(context, pairs)
-    finally:
-        ranker.budget = before
-    assert found.tolist() == pytest.approx(wanted, rel=0, abs=1e-4)
-
-
-def test_no_pairs_have_no_logits(ranker):
-    """An empty group is no error."""
-    assert ranker.logits(CONTEXT, []).shape == (0,)
-    assert averaged(*both_orders(ranker, CONTEXT, [], "both")).shape == (0,)
+    expected = [plain(ranker, context, *pair) for pair in pairs]
+    with mock.patch.object(ranker, "budget", budget):
+        logits = ranker.logits(context, pairs)
+    assert logits.tolist() == pytest.approx(expected, rel=0, abs=1e-4)
 
 
 class Biased:
@@ -105,8 +98,6 @@ class Biased:
     def logits(self, context, pairs):
         self.calls += 1
         return np.array([self.strength[a] - self.strength[b] + self.bias for a, b in pairs])
-
-    def close(self): ...
 
 
 @given(
@@ -131,13 +122,6 @@ def test_a_symmetric_ranker_is_read_once():
     assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
 
 
-def test_both_orders_of_the_real_ranker_are_antisymmetric(ranker):
-    """With both orders read, g(a, b) = -g(b, a): the two texts only change places."""
-    there = averaged(*both_orders(ranker, CONTEXT, [(GOOD, LONG), (BAD, LONG)], "both"))
-    back = averaged(*both_orders(ranker, CONTEXT, [(LONG, GOOD), (LONG, BAD)], "both"))
-    assert there.tolist() == pytest.approx((-back).tolist(), rel=0, abs=1e-4)
-
-
 @given(
     st.lists(st.integers(0, 3), max_size=6), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=5)
 )
@@ -149,7 +133,7 @@ def test_the_common_prefix_is_the_longest_that_leaves_every_row_a_token(head, ta
         for n in range(min(map(len, rows), default=1))
         if len({tuple(row[:n]) for row in rows}) <= 1 and all(n < len(row) for row in rows)
     ]
-    assert _common_prefix(rows) == max(fitting)
+    assert common_prefix_length(rows) == max(fitting)
 
 
 def test_labels_are_single_tokens_and_a_tokenizer_without_them_is_refused(tiny):
@@ -165,8 +149,8 @@ def test_the_rankers_ids_are_the_marked_text_in_one_order(tiny):
     """BOS once, then the three pieces; equal beginnings are equal ids whatever follows."""
     prompt = RankerPrompt(tiny)
     ids = prompt.ids("x", "one", "two")
-    shown = prompt.tokenizer.inner.decode(ids)
-    assert shown.index("[CONTEXT]") < shown.index("[RESPONSE A]") < shown.index("one") < shown.index("[RESPONSE B]")
+    text = prompt.tokenizer.inner.decode(ids)
+    assert text.index("[CONTEXT]") < text.index("[RESPONSE A]") < text.index("one") < text.index("[RESPONSE B]")
     assert ids.count(prompt.tokenizer.inner.bos_token_id) == 1
     other = prompt.ids("x", "one", "owt, two")
     mark = prompt.tokenizer.encode("[RESPONSE B]")[0]
@@ -182,12 +166,11 @@ def test_what_does_not_fit_is_known_beforehand(ranker):
 
 @pytest.fixture(scope="module")
 def labelled(tiny, world):
-    space = StageContext(world, WarmCache(), lambda done, total, unit: None)
-    return preferences(tiny, space, path=DataPath(str(world / "preferences.jsonl")), heldout=0.3)
+    return preferences(tiny, new_context(), path=DataPath(str(world / "preferences.jsonl")), heldout=0.3)
 
 
-def made(labelled, tiny, ctx, **options):
-    return conform(ranker_examples(*labelled, tiny, ctx, **options), EXAMPLES).to_pylist()
+def examples_of(tables, tiny, ctx, **options):
+    return conform(ranker_examples(*tables, tiny, ctx, **options), EXAMPLES).to_pylist()
 
 
 def test_ranker_examples_flip_about_half_and_label_the_side_of_the_chosen(tiny, labelled, ctx):
@@ -202,7 +185,7 @@ def test_ranker_examples_flip_about_half_and_label_the_side_of_the_chosen(tiny, 
     reader = RankerPrompt(tiny)
     flips = []
     for seed in range(8):
-        for row in made(labelled, tiny, ctx, seed=seed):
+        for row in examples_of(labelled, tiny, ctx, seed=seed):
             (answer,) = row["responses"]
             best, worst = text[answer["candidate_id"]], text[rejected[row["prompt_id"], answer["candidate_id"]]]
             flipped = answer["token_ids"] == [reader.labels[1]]
@@ -219,19 +202,19 @@ def test_ranker_examples_are_the_same_every_time_and_in_any_order(tiny, labelled
     """The flip is a hash of (seed, prompt, chosen, rejected): shuffled pairs give the same rows."""
     prompts, candidates, pairs = labelled
     order = pa.array(np.random.default_rng(0).permutation(len(pairs)))
-    shuffled = made((prompts, candidates, pairs.take(order)), tiny, ctx)
+    shuffled = examples_of((prompts, candidates, pairs.take(order)), tiny, ctx)
 
     def key(row):
         return row["prompt_id"], row["prompt_ids"]
 
-    assert sorted(shuffled, key=key) == sorted(made(labelled, tiny, ctx), key=key)
-    assert made(labelled, tiny, ctx, seed=1) != made(labelled, tiny, ctx)
+    assert sorted(shuffled, key=key) == sorted(examples_of(labelled, tiny, ctx), key=key)
+    assert examples_of(labelled, tiny, ctx, seed=1) != examples_of(labelled, tiny, ctx)
 
 
 def test_ranker_examples_split_by_prompt(tiny, labelled, ctx):
     """train and heldout share no prompt, and together have every pair."""
     prompts, _, pairs = labelled
-    sides = {split: made(labelled, tiny, ctx, split=split) for split in ("train", "heldout")}
+    sides = {split: examples_of(labelled, tiny, ctx, split=split) for split in ("train", "heldout")}
     split_of = {row["prompt_id"]: row["split"] for row in prompts.to_pylist()}
     for split, rows in sides.items():
         assert rows
@@ -239,12 +222,12 @@ def test_ranker_examples_split_by_prompt(tiny, labelled, ctx):
     assert sum(map(len, sides.values())) == len(pairs)
 
 
-def test_a_comparison_that_the_model_cannot_read_is_left_out_with_reason(tiny, tmp_path, ctx):
+def test_a_comparison_too_long_for_the_model_is_rejected(tiny, tmp_path, ctx):
     """Longer than the context less the answer: counted, not cut."""
     path = tmp_path / "long.csv"
     path.write_text(f"prompt,chosen,rejected\nHi,{'q ' * 120},no\nHello,yes,no\n")
     tables = preferences(tiny, ctx, path=DataPath(str(path)), heldout=0.0)
-    assert len(made(tables, tiny, ctx)) == 1
+    assert len(examples_of(tables, tiny, ctx)) == 1
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["comparison too long"]
 
 
@@ -259,70 +242,68 @@ def bound(name, **options):
 def test_a_programs_logit_is_the_difference_of_its_scores(first, second, target):
     """brevity = -|words - target|, so g(a, b) = -g(b, a) exactly, and equal texts have 0."""
     opened = open_ranker(bound("brevity", words=target), None)
-    there, back, same = opened.logits("x", [(first, second), (second, first), (first, first)])
-    assert there == abs(len(second.split()) - target) - abs(len(first.split()) - target) == -back
+    forward, back, same = opened.logits("x", [(first, second), (second, first), (first, first)])
+    assert forward == abs(len(second.split()) - target) - abs(len(first.split()) - target) == -back
     assert same == 0
     assert opened.symmetric
 
 
-def test_a_pattern_is_found_or_not():
-    """A decorated program stays the plain function that it is."""
-    assert [pattern("x", text, regex=r"\bboat\b") for text in ("a boat.", "boats")] == [1.0, 0.0]
-
-
 @pytest.fixture
-def added():
-    """A reward of one's own, as the README says: one function. Taken out again afterwards."""
-
-    @verifiable
-    def politeness(prompt, response, *, worth: float = 1.0) -> float:
-        return worth * ("please" in prompt.lower()) * ("Gladly" in response)
-
-    yield bound("politeness", worth=2.5)
-    del rankers.entries["politeness"]
+def temporary_entries():
+    """Remove the rankers that a test registers after it."""
+    with mock.patch.dict(rankers.entries):
+        yield
 
 
-def test_a_reward_of_ones_own_is_one_function(added, ctx):
-    """reward = score(y): 2.5 where it is polite and 0 where not. No baseline, no logits; equal texts asked once."""
+def politeness(prompt, response, *, worth: float = 1.0) -> float:
+    return worth * ("please" in prompt.lower()) * ("Gladly" in response)
+
+
+def test_each_program_has_its_own_version(temporary_entries):
+    """It is part of the key: raising one program's version computes no other program's rewards again."""
+    for decorator, version in ((verifiable, 1), (verifiable(), 1), (verifiable(version=3), 3)):
+        assert decorator(politeness) is politeness
+        entry = rankers.find("politeness")
+        assert entry.metadata == {"reads_model": False, "program": True, "version": version}
+    assert [rankers.find(name).metadata["version"] for name in ("pattern", "brevity")] == [2, 2]
+
+
+def test_a_user_defined_reward_is_one_function(temporary_entries, ctx):
+    """reward = score(y): 2.5 if it is polite, else 0. No baseline, no logits; equal texts are scored once."""
+    verifiable(politeness)
     table = candidates_with([GOOD, BAD, "Gladly.", GOOD])
-    made = conform(reward(one_prompt(), table, ctx, by=added), REWARDS).to_pylist()
-    value = {row["candidate_id"]: row["reward"] for row in made}
-    assert value == {"c0": 2.5, "c1": 0.0, "c2": 2.5, "c3": 2.5}
-    assert {(row["baseline_id"], row["logit_ab"], row["logit_ba"]) for row in made} == {(None, None, None)}
+    rows = conform(reward(one_prompt(), table, ctx, by=bound("politeness", worth=2.5)), REWARDS).to_pylist()
+    rewards = {row["candidate_id"]: row["reward"] for row in rows}
+    assert rewards == {"c0": 2.5, "c1": 0.0, "c2": 2.5, "c3": 2.5}
+    assert {(row["baseline_id"], row["logit_ab"], row["logit_ba"]) for row in rows} == {(None, None, None)}
     assert ctx.counters["ranker_calls"] == 3
 
 
 @given(st.lists(words, min_size=1, max_size=8), st.integers(0, 9))
 def test_a_verifiable_reward_is_what_the_program_says(texts, seed):
     """0 or 1, whatever else was drawn and whatever the seed: never -1, which beats one draw out of {-1, 0, 1}."""
-    space = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
-    made = reward(one_prompt(), candidates_with(texts), space, by=bound("pattern", regex="Oslo"), seed=seed)
-    found = {row["candidate_id"]: row["reward"] for row in made.to_pylist()}
-    assert found == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
-    assert space.counters["ranker_calls"] == len(set(texts))
+    ctx = new_context()
+    table = reward(one_prompt(), candidates_with(texts), ctx, by=bound("pattern", regex="Oslo"), seed=seed)
+    rewards = {row["candidate_id"]: row["reward"] for row in table.to_pylist()}
+    assert rewards == {f"c{k}": float("Oslo" in text) for k, text in enumerate(texts)}
+    assert ctx.counters["ranker_calls"] == len(set(texts))
+    assert pattern("x", "a boat.", regex=r"\bboat\b") == 1.0, "a decorated program is still a plain function"
 
 
-@pytest.fixture
-def broken():
+def test_a_number_that_is_not_finite_is_rejected(temporary_entries, ctx):
+    """No NaN leaves a stage: reward, compare and judge reject the row; the others go on."""
+
     @verifiable
     def broken(prompt, response) -> float:
         return float("nan") if response == BAD else float(len(response))
 
-    yield bound("broken")
-    del rankers.entries["broken"]
-
-
-def test_a_number_that_is_not_finite_is_left_out_with_reason(broken, ctx):
-    """No NaN leaves a room: reward, compare and judge reject the row; the others go on."""
-    table = candidates_with([GOOD, BAD, LONG, "x"])
-    for seed in range(6):
-        base = reward(one_prompt(), table, ctx, by=broken, seed=seed).to_pylist()
-        assert all(np.isfinite(row["reward"]) for row in base)
-    made = compare(one_prompt(), table, ctx, by=broken, rule="all_pairs").to_pylist()
-    assert len(made) == 3
-    assert not any("c1" in (row["left_id"], row["right_id"]) for row in made)
-    (one,) = judge(one_prompt(), table.slice(0, 2), table.slice(0, 2), ctx, by=broken).to_pylist()
-    assert one["logit"] == 0
+    by, table = bound("broken"), candidates_with([GOOD, BAD, LONG, "x"])
+    assert np.isfinite(reward(one_prompt(), table, ctx, by=by)["reward"]).all()
+    matches = compare(one_prompt(), table, ctx, by=by, rule="all_pairs").to_pylist()
+    assert len(matches) == 3
+    assert not any("c1" in (row["left_id"], row["right_id"]) for row in matches)
+    (judgement,) = judge(one_prompt(), table.slice(0, 2), table.slice(0, 2), ctx, by=by).to_pylist()
+    assert judgement["logit"] == 0
     assert {row["reason"] for row in ctx.rejects.to_pylist()} == {"reward is not finite", "logit is not finite"}
 
 
@@ -343,18 +324,18 @@ def candidates_with(texts):
 @given(st.lists(words, min_size=1, max_size=6, unique=True), st.randoms())
 def test_all_pairs_reads_everyone_against_everyone_once(texts, rng):
     """n (n - 1) / 2 calls; without selections the players stand in order of k, whatever the table's order."""
-    space = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    ctx = new_context()
     by = bound("brevity", words=2)
     table = candidates_with(texts)
     order = list(range(len(texts)))
     rng.shuffle(order)
-    made = compare(one_prompt(), table.take(pa.array(order)), space, by=by, rule="all_pairs").to_pylist()
+    matches = compare(one_prompt(), table.take(pa.array(order)), ctx, by=by, rule="all_pairs").to_pylist()
     n = len(texts)
-    assert [(row["left_id"], row["right_id"]) for row in made] == [
+    assert [(row["left_id"], row["right_id"]) for row in matches] == [
         (f"c{i}", f"c{j}") for i in range(n) for j in range(i + 1, n)
     ]
-    assert space.counters["ranker_calls"] == n * (n - 1) // 2
-    for row in made:
+    assert ctx.counters["ranker_calls"] == n * (n - 1) // 2
+    for row in matches:
         left, right = (texts[int(row[side][1:])] for side in ("left_id", "right_id"))
         assert row["logit"] == brevity("", left, words=2) - brevity("", right, words=2)
 
@@ -362,40 +343,32 @@ def test_all_pairs_reads_everyone_against_everyone_once(texts, rng):
 # An LLM as judge
 
 
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [
-        ("A", "A"),
-        ("B.", "B"),
-        ("[[B]]", "B"),
-        ("**A**", "A"),
-        ("Response B is better", "B"),
-        ("A names no city.\nB does.\n\nB\n", "B"),
-        ("A is better than B", None),
-        ("B\nNo, wait", None),
-        ("AB", None),
-        ("a", None),
-        ("Both are fine", None),
-        ("", None),
-    ],
-)
-def test_a_verdict_is_the_one_letter_on_the_last_line(answer, letter):
-    assert verdict(answer) == letter
+def test_a_verdict_is_the_one_letter_on_the_last_line():
+    letters = {
+        "A": "A",
+        "[[B]]": "B",
+        "**A**": "A",
+        "Response B is better.": "B",
+        "A names no city.\nB does.\n\nB\n": "B",
+    }
+    undecided = ("A is better than B", "B\nNo, wait", "AB", "a", "Both are fine", "")
+    for answer, letter in (letters | dict.fromkeys(undecided)).items():
+        assert verdict(answer) == letter
 
 
 def test_a_vote_goes_to_the_text_and_not_to_the_letter():
     """Flipped, B is the text that stood first; without a verdict it is half a vote for each."""
-    assert [share("A", False), share("B", False), share("A", True), share("B", True)] == [1, 0, 0, 1]
-    assert share("neither", False) == share("", True) == 0.5
+    assert [win_share(letter, flipped) for flipped in (False, True) for letter in "AB"] == [1, 0, 0, 1]
+    assert win_share("neither", False) == win_share("", True) == 0.5
 
 
 @given(st.integers(1, 20).map(lambda n: 2 * n), st.data(), st.floats(0, 0.49))
 def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
     """log (w + 1/2) / (v - w + 1/2), w = wins, odd in w - v / 2, rising with w; 0 where |w / v - 1/2| <= threshold."""
-    election = Election("{prompt}{a}{b}", votes, threshold, 0)
+    prompt = VotingPrompt("{prompt}{a}{b}", votes, threshold, 0)
     wins = data.draw(st.integers(0, 2 * votes)) / 2
-    logit = election.logit(wins)
-    assert logit == -election.logit(votes - wins)
+    logit = prompt.logit(wins)
+    assert logit == -prompt.logit(votes - wins)
     if abs(wins / votes - 0.5) <= threshold:
         assert logit == 0
     else:
@@ -404,56 +377,50 @@ def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
         assert abs(logit) <= np.log(2 * votes + 1) + 1e-12
 
 
-def test_half_of_the_ballots_have_the_order_flipped_and_all_have_their_own_seed():
+def test_half_of_the_votes_have_the_order_flipped_and_all_have_their_own_seed():
     """Eight votes: four read (low, high), four (high, low)."""
-    ballots = list(Election("{prompt}|{a}|{b}", 8, 0.0, 3).ballots("x", "lo", "hi"))
-    assert [text for text, _, _ in ballots] == ["x|lo|hi", "x|hi|lo"] * 4
-    assert [flipped for _, _, flipped in ballots] == [False, True] * 4
-    assert len({seed for _, seed, _ in ballots}) == 8
+    votes = VotingPrompt("{prompt}|{a}|{b}", 8, 0.0, 3).votes_on("x", "lo", "hi")
+    assert [(vote.question, vote.flipped) for vote in votes] == [("x|lo|hi", False), ("x|hi|lo", True)] * 4
+    assert len({vote.seed for vote in votes}) == 8
 
 
-class Says:
-    """An engine behind the seam whose answer is a function of the question's text."""
+class ScriptedEngine:
+    """Engine whose answer is a function of the question's text."""
 
     def __init__(self, tokenizer, answer):
-        self.tokenizer, self.answer, self.asked = tokenizer, answer, 0
+        self.tokenizer, self.answer, self.requests = tokenizer, answer, 0
 
     def generate(self, requests, sampling, progress=ignore_progress):
-        self.asked += len(requests)
+        self.requests += len(requests)
         texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
         return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]
 
-    def close(self): ...
 
-
-def judging(model, answer, votes=8, threshold=0.0):
-    engine = Says(Tokenizer(model), answer)
-    return LlmJudge(model, engine, Election("{prompt} 1: {a} 2: {b}", votes, threshold, 0), 1.0, 4), engine
+def scripted_judge(model, answer, votes=8, threshold=0.0):
+    engine = ScriptedEngine(Tokenizer(model), answer)
+    return LlmJudge(model, engine, VotingPrompt("{prompt} 1: {a} 2: {b}", votes, threshold, 0), 1.0, 4), engine
 
 
 def test_a_judge_that_always_says_a_prefers_nobody(tiny):
     """Four votes each way: P = 1/2, logit 0, whatever the texts. One order alone would have given log 17."""
-    opened, engine = judging(tiny, lambda question: "A")
+    opened, engine = scripted_judge(tiny, lambda question: "A")
     assert opened.logits(CONTEXT, [(GOOD, BAD), (LONG, GOOD)]).tolist() == [0.0, 0.0]
-    assert engine.asked == 16
+    assert engine.requests == 16
+    undecided, _ = scripted_judge(tiny, lambda question: "I cannot say.")
+    assert undecided.logits("x", [(GOOD, BAD)]).tolist() == [0.0]
 
 
 def test_a_judge_that_is_sure_gives_all_votes_to_one_text(tiny):
-    """It looks for GOOD: 8 of 8 votes, logit log(8.5 / 0.5); swapped, its negative; a twin is asked about once."""
+    """It looks for GOOD: 8 of 8 votes, logit log(8.5 / 0.5); swapped, its negative; equal pairs are one vote."""
 
     def looks(question):
         return "A" if question.index(GOOD) < question.index("No.") else "B"
 
-    opened, engine = judging(tiny, looks)
-    there, back, twin, same = opened.logits("x", [(GOOD, BAD), (BAD, GOOD), (GOOD, BAD), (BAD, BAD)])
-    assert there == twin == -back == pytest.approx(np.log(17))
+    opened, engine = scripted_judge(tiny, looks)
+    forward, back, duplicate, same = opened.logits("x", [(GOOD, BAD), (BAD, GOOD), (GOOD, BAD), (BAD, BAD)])
+    assert forward == duplicate == -back == pytest.approx(np.log(17))
     assert same == 0
-    assert engine.asked == 8
-
-
-def test_a_judge_that_gives_no_verdict_is_a_tie(tiny):
-    opened, _ = judging(tiny, lambda question: "I cannot say.")
-    assert opened.logits("x", [(GOOD, BAD)]).tolist() == [0.0]
+    assert engine.requests == 8
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +440,7 @@ def voter(tiny, tmp_path_factory):
 
 
 def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
-    """A random model of coin flips, read eight times a pair: each vote is drawn again alone, and counted by hand.
+    """A random model of coin flips, read eight times per pair: each vote is drawn again alone, and counted by hand.
 
     The logit is log (w + 1/2) / (8 - w + 1/2), odd under a swap bit for bit, and the same in any order of pairs.
     """
@@ -481,8 +448,8 @@ def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
     options = dict(engine="transformers", max_tokens=1, temperature=1.0, template=template, seed=5)
     pairs = [(a, b) for n, a in enumerate(texts) for b in texts[:n]]
     opened: Any = open_ranker(bound("llm_judge", **options), voter)
-    found = opened.logits("Hi", pairs)
-    for (first, second), logit in zip(pairs, found, strict=True):
+    logits = opened.logits("Hi", pairs)
+    for (first, second), logit in zip(pairs, logits, strict=True):
         low, high = sorted((first, second))
         wins = 0.0
         for n in range(8):
@@ -493,61 +460,64 @@ def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
             letter = verdict(opened.tokenizer.decode(answer.token_ids))
             wins += 0.5 if letter is None else {"A": a, "B": b}[letter] == first
         assert logit == pytest.approx(np.log((wins + 0.5) / (8 - wins + 0.5)), abs=1e-12)
-    assert len(set(found.tolist())) > 3, "hardly any vote had a verdict: this test has seen nothing"
-    assert opened.logits("Hi", [(b, a) for a, b in pairs]).tolist() == (-found).tolist()
-    assert opened.logits("Hi", pairs[::-1]).tolist() == found[::-1].tolist()
+    assert len(set(logits.tolist())) > 3, "hardly any vote had a verdict: this test has seen nothing"
+    assert opened.logits("Hi", [(b, a) for a, b in pairs]).tolist() == (-logits).tolist()
+    assert opened.logits("Hi", pairs[::-1]).tolist() == logits[::-1].tolist()
     opened.close()
 
 
 def test_a_judge_has_no_room_for_a_long_question_and_none_for_a_control_token(tiny):
-    opened, _ = judging(tiny, lambda question: "A")
+    opened, _ = scripted_judge(tiny, lambda question: "A")
     assert opened.fits(CONTEXT, GOOD, BAD)
     assert not opened.fits(CONTEXT, GOOD, "q " * 120)
     assert not opened.fits(CONTEXT, GOOD, "Well <|eos|>")
 
 
-# The seam: what a plan says
+def test_a_template_with_a_special_token_is_rejected_when_the_judge_is_opened(tiny):
+    """Every question would be rejected as text that holds a control token, as if no response fitted."""
+    with pytest.raises(WinnowError, match=r"special token \[RESPONSE A\].*by\.template"):
+        open_ranker(bound("llm_judge", engine="transformers"), tiny)
 
 
-@pytest.mark.parametrize("room", [reward, compare, judge])
-def test_a_ranker_is_refused_without_its_model_and_with_one_that_it_does_not_read(room):
-    """At plan time, by name, in every stage that ranks."""
-    check = entry_of(room).metadata["signature"].check
-    wired = {"ranker": InputStep("model")}
+# Plan-time checks
+
+
+@pytest.mark.parametrize("ranking_stage", [reward, compare, judge])
+def test_a_missing_model_and_one_that_the_ranker_does_not_read_are_problems(ranking_stage):
+    check = entry_of(ranking_stage).metadata["signature"].check
+    inputs = {"ranker": InputStep("model")}
     for name in ("pairwise", "pointwise", "llm_judge"):
-        by = {"by": bound(name)}
-        assert check(by, wired) == []
-        assert check(by, {}) == [f"by {name} reads a model; wire `ranker` in `from`"]
-    by = {"by": bound("brevity", words=3)}
-    assert check(by, {}) == []
-    assert check(by, wired) == ["by brevity reads no model; set `ranker: null` in `from`"]
+        options = {"by": bound(name)}
+        assert check(options, inputs) == []
+        (problem,) = check(options, {})
+        assert re.search(f"by: {name}.* reads a model.*add `ranker` under `from`", problem)
+    options = {"by": bound("brevity", words=3)}
+    assert check(options, {}) == []
+    (problem,) = check(options, inputs)
+    assert re.search("by: brevity.* reads no model.*`ranker: null`", problem)
 
 
-@pytest.mark.parametrize(
-    ("by", "problem"),
-    [
+def test_options_of_a_ranker_are_checked_at_plan_time():
+    """A bad regular expression is rejected with its error, before anything runs."""
+    for by, problem in (
         ({"name": "pattern", "regex": "("}, r"by\.regex: is no regular expression: missing \)"),
         ({"name": "llm_judge", "votes": 7}, r"by\.votes: must be even.*got 7"),
         ({"name": "llm_judge", "template": "{a} or {b}?"}, r"by\.template: must name \{prompt\}, \{a\} and \{b\}"),
-        ({"name": "pairwse"}, r"by: unknown ranker 'pairwse'; did you mean 'pairwise'"),
+        ({"name": "pairwse"}, r"by: unknown ranker 'pairwse'.*'pairwise'"),
         ({"name": "pairwise", "dtype": "float16"}, r"by\.dtype"),
-    ],
-)
-def test_options_of_a_ranker_are_checked_at_plan_time(by, problem):
-    """A bad regular expression is refused with its error, before anything runs."""
-    with pytest.raises(WinnowError, match=problem):
-        entry_of(reward).validate({"by": by}, "reward")
+    ):
+        with pytest.raises(WinnowError, match=problem):
+            entry_of(reward).validate({"by": by}, "reward")
 
 
 def test_a_ranker_is_opened_once_for_equal_options():
-    """A bound ranker is a value: equal name and options are one warm thing, other options another."""
-    warm = WarmCache()
-    one, same, other = (warm.hold(open_ranker, bound("brevity", words=n), None) for n in (3, 3, 4))
-    assert one is same
-    assert one is not other
+    cache = WarmCache()
+    first, same, other = (cache.hold(open_ranker, bound("brevity", words=n), None) for n in (3, 3, 4))
+    assert first is same
+    assert first is not other
 
 
 def test_a_language_model_is_no_reward_model(tiny):
     """Refused before its weights are loaded, with the ranker that would read it."""
-    with pytest.raises(WinnowError, match="ends in a vocabulary, and pointwise reads a score: set `by` to pairwise"):
+    with pytest.raises(WinnowError, match=r"outputs a vocabulary.*by: pointwise.*`pairwise`"):
         open_ranker(bound("pointwise"), tiny)

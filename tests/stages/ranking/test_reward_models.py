@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,13 +30,13 @@ LIMIT = 1e-4
 few = settings(deadline=None, max_examples=25)
 ids = st.lists(st.integers(0, 300), min_size=1, max_size=12)
 PAD = 2  # of the tiny model; transformers' own forward would step back over one at the end of a row
-rows_of = st.lists(st.tuples(ids, ids.filter(lambda each: each[-1] != PAD)), min_size=1, max_size=6)
+rows_of = st.lists(st.tuples(ids, ids.filter(lambda row: row[-1] != PAD)), min_size=1, max_size=6)
 
 
 def headed(policy, folder):
-    """`policy` with a score in the place of its vocabulary, as the pipeline would have it."""
-    made = reward_head(policy, StageContext(folder, WarmCache(), lambda done, total, unit: None))
-    return Model(made.folder, model_digest(made.folder))
+    """`policy` with a score instead of its vocabulary, as the pipeline makes it."""
+    model = reward_head(policy, StageContext(folder, WarmCache(), lambda done, total, unit: None))
+    return Model(model.folder, model_digest(model.folder))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def opinionated(tiny, tmp_path_factory):
             if weight.dim() == 2:
                 weight.mul_(3)
         network.score.weight.copy_(torch.randn(network.score.weight.shape, generator=torch.Generator().manual_seed(3)))
-    made = save_network(network, init, tmp_path_factory.mktemp("opinionated") / "model")
-    return Model(made.folder, model_digest(made.folder))
+    model = save_network(network, init, tmp_path_factory.mktemp("opinionated") / "model")
+    return Model(model.folder, model_digest(model.folder))
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +92,13 @@ def test_the_folder_is_what_transformers_calls_a_sequence_classifier(fresh):
     """AutoModelForSequenceClassification loads it with no weight missing and none left over."""
     config = json.loads((fresh.folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
-    _, told = AutoModelForSequenceClassification.from_pretrained(fresh.folder, output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    _, info = AutoModelForSequenceClassification.from_pretrained(fresh.folder, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_the_kind_of_a_model_is_read_from_its_config_or_its_class(tiny, fresh):
-    assert [is_reward_model(each) for each in (tiny, fresh)] == [False, True]
-    assert [is_reward_model(load_network(each)) for each in (tiny, fresh)] == [False, True]
+    for model, expected in ((tiny, False), (fresh, True)):
+        assert is_reward_model(model) == is_reward_model(load_network(model)) == expected
 
 
 @few
@@ -110,19 +111,19 @@ def test_a_score_is_that_of_the_row_alone(network, rows):
 def test_a_last_token_that_is_the_pad_token_is_read_all_the_same(network):
     """transformers would step back over it: a response that ends in EOS would lose it where EOS is the pad token."""
     assert network.config.pad_token_id == PAD
-    own = scores(network, [([5, 6], [7, PAD])])[0]
-    assert abs(own - scores(network, [([5, 6], [7])])[0]) > 1e-2
+    with_pad, without = scores(network, [([5, 6], [7, PAD])]), scores(network, [([5, 6], [7])])
+    assert abs(with_pad[0] - without[0]) > 1e-2
 
 
 @few
 @given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=30, max_size=60), ids), order=st.randoms())
 def test_a_score_does_not_depend_on_its_batch(network, rows, long, order):
     """Alone, shuffled, beside a much longer row: the same to 1e-4."""
-    alone = [scores(network, [row])[0] for row in rows]
-    places = list(range(len(rows)))
-    order.shuffle(places)
-    assert scores(network, [rows[n] for n in places]) == pytest.approx([alone[n] for n in places], rel=0, abs=LIMIT)
-    assert scores(network, [*rows, long])[:-1] == pytest.approx(alone, rel=0, abs=LIMIT)
+    single = [scores(network, [row])[0] for row in rows]
+    indices = list(range(len(rows)))
+    order.shuffle(indices)
+    assert scores(network, [rows[n] for n in indices]) == pytest.approx([single[n] for n in indices], rel=0, abs=LIMIT)
+    assert scores(network, [*rows, long])[:-1] == pytest.approx(single, rel=0, abs=LIMIT)
 
 
 def test_bfloat16_keeps_the_head_in_fp32(network):
@@ -144,8 +145,8 @@ def test_a_few_steps_of_bradley_terry_learn_a_preference(fresh):
     rows = [([n, n + 1], answer) for n in range(100, 116) for answer in (good, bad)]
     losses = []
     for _ in range(12):
-        found = completion_scores(network, alone(rows), "float32")
-        loss = -logsigmoid(found[0::2] - found[1::2]).mean()
+        chosen, rejected = completion_scores(network, alone(rows), "float32").view(-1, 2).T
+        loss = -logsigmoid(chosen - rejected).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -171,9 +172,9 @@ def test_the_head_keeps_the_policys_dtype_on_disk(tiny, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(tiny.folder, half)
     load_network(tiny).to(torch.bfloat16).save_pretrained(half)
-    made = headed(Model(half, "half"), tmp_path)
-    assert json.loads((made.folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {weight.dtype for weight in load_network(made).parameters()} == {torch.float32}
+    model = headed(Model(half, "half"), tmp_path)
+    assert json.loads((model.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {weight.dtype for weight in load_network(model).parameters()} == {torch.float32}
 
 
 def test_another_architecture_has_its_head_too(tiny, tmp_path):
@@ -222,23 +223,20 @@ def test_a_logit_is_the_difference_of_two_scores(ranker, network, context, pairs
     tokenizer = ranker.tokenizer
     prompt = tokenizer.prompt_ids(context)
     score = {text: naive(network, prompt, tokenizer.response_ids(text, 99)[0]) for pair in pairs for text in pair}
-    ranker.budget, before = budget, ranker.budget
-    try:
-        found = ranker.logits(context, pairs)
-    finally:
-        ranker.budget = before
-    assert found.tolist() == pytest.approx([score[a] - score[b] for a, b in pairs], abs=2 * LIMIT)
+    with mock.patch.object(ranker, "budget", budget):
+        logits = ranker.logits(context, pairs)
+    assert logits.tolist() == pytest.approx([score[a] - score[b] for a, b in pairs], abs=2 * LIMIT)
 
 
 @few
 @given(context=words, pairs=pairs_of, order=st.randoms())
 def test_swaps_and_order_change_no_bit(ranker, context, pairs, order):
     """g(a, b) = -g(b, a), g(a, a) = 0, g(a, b) + g(b, c) = g(a, c): a score, not an opinion on positions."""
-    found = ranker.logits(context, pairs)
-    assert ranker.logits(context, [(b, a) for a, b in pairs]).tolist() == (-found).tolist()
-    places = list(range(len(pairs)))
-    order.shuffle(places)
-    assert ranker.logits(context, [pairs[n] for n in places]).tolist() == found[places].tolist()
+    logits = ranker.logits(context, pairs)
+    assert ranker.logits(context, [(b, a) for a, b in pairs]).tolist() == (-logits).tolist()
+    indices = list(range(len(pairs)))
+    order.shuffle(indices)
+    assert ranker.logits(context, [pairs[n] for n in indices]).tolist() == logits[indices].tolist()
     (a, b), c = pairs[0], GOOD
     ab, bc, ac, aa = ranker.logits(context, [(a, b), (b, c), (a, c), (a, a)])
     assert ab + bc == pytest.approx(ac, abs=2 * LIMIT)
@@ -250,11 +248,8 @@ def test_a_constant_added_to_all_scores_cancels(ranker):
     pairs = [(GOOD, BAD), (GOOD, LONG)]
     before = ranker.logits(CONTEXT, pairs)
     assert np.abs(before).min() > 1e-2
-    ranker.network.score.bias = torch.nn.Parameter(torch.tensor([7.0]))
-    try:
+    with mock.patch.dict(ranker.network.score._parameters, bias=torch.nn.Parameter(torch.tensor([7.0]))):
         assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(before.tolist(), abs=2 * LIMIT)
-    finally:
-        ranker.network.score.bias = None
 
 
 def test_a_reward_model_reads_what_fits_and_no_control_tokens(ranker):
@@ -269,22 +264,21 @@ def test_the_reward_is_the_models_own_score(opinionated, ranker):
     """s(y), each alone, equal texts once and none against a baseline; what does not fit is left out with reason."""
     table = candidates_with([GOOD, BAD, GOOD, "q " * 120])
     ctx = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
-    made = reward(one_prompt(), table, ctx, opinionated, by=rankers.bind("pointwise")).to_pylist()
+    rows = reward(one_prompt(), table, ctx, opinionated, by=rankers.bind("pointwise")).to_pylist()
     tokenizer, context = ranker.tokenizer, one_prompt().column("text")[0].as_py()
     prompt = tokenizer.prompt_ids(context)
     good, bad = (naive(ranker.network, prompt, tokenizer.response_ids(text, 99)[0]) for text in (GOOD, BAD))
     assert abs(good - bad) > 1e-2
-    assert [row["candidate_id"] for row in made] == ["c0", "c1", "c2"]
-    assert [row["reward"] for row in made] == pytest.approx([good, bad, good], rel=0, abs=LIMIT)
-    assert made[0]["reward"] == made[2]["reward"]
-    assert {row["baseline_id"] for row in made} == {None}
+    assert [row["candidate_id"] for row in rows] == ["c0", "c1", "c2"]
+    assert [row["reward"] for row in rows] == pytest.approx([good, bad, good], rel=0, abs=LIMIT)
+    assert rows[0]["reward"] == rows[2]["reward"]
+    assert {row["baseline_id"] for row in rows} == {None}
     assert ctx.counters["ranker_calls"] == 2
-    assert [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist()] == [
-        ("c3", "does not fit the ranker")
-    ]
+    (reject,) = ctx.rejects.to_pylist()
+    assert (reject["candidate_id"], reject["reason"]) == ("c3", "does not fit the ranker")
 
 
-@pytest.mark.parametrize("name", ["pairwise", "llm_judge"])
-def test_a_reward_model_answers_no_questions(fresh, name):
-    with pytest.raises(WinnowError, match=f"ends in a score, and {name} reads a vocabulary: set `by` to pointwise"):
-        open_ranker(rankers.bind(name), fresh)
+def test_a_reward_model_answers_no_questions(fresh):
+    for name in ("pairwise", "llm_judge"):
+        with pytest.raises(WinnowError, match=f"outputs a score.*by: {name}.*set `by` to `pointwise`"):
+            open_ranker(rankers.bind(name), fresh)

@@ -18,15 +18,13 @@ def catalog(world, finished, tmp_path_factory):
     plan, watcher = plan_of(world, recipe="rso_two_rewards"), Silent()
     plan.name = "two"
     run(plan, Store(root), LocalExecutor(), watcher)
-    assert not {"sample", "reward", "compare"} & set(watcher.ran), (
-        "candidates and the ranker's rewards are those of rso"
-    )
+    assert not {"sample", "reward", "compare"} & set(watcher.ran), "these steps are rso's"
     return open_catalog(Store(root), "two")
 
 
 def rewards_of(catalog, step):
-    asked = f"SELECT candidate_id, reward, components FROM rewards JOIN runs USING (stage, key) WHERE step = '{step}'"
-    return {row["candidate_id"]: row for row in query(catalog, asked).to_pylist()}
+    sql = f"SELECT candidate_id, reward, components FROM rewards JOIN runs USING (stage, key) WHERE step = '{step}'"
+    return {row["candidate_id"]: row for row in query(catalog, sql).to_pylist()}
 
 
 def test_the_sum_keeps_its_addends(catalog):
@@ -40,10 +38,10 @@ def test_the_sum_keeps_its_addends(catalog):
         assert row["reward"] == pytest.approx(parts["first"] + 0.25 * parts["second"])
 
 
-def test_what_is_kept_and_what_is_chosen_go_by_the_sum(catalog):
+def test_selections_and_pairs_go_by_the_sum(catalog):
     total = {name: row["reward"] for name, row in rewards_of(catalog, "rewards").items()}
-    kept = query(catalog, "SELECT candidate_id, reward FROM selections").to_pylist()
-    assert all(row["reward"] == total[row["candidate_id"]] for row in kept)
+    selections = query(catalog, "SELECT candidate_id, reward FROM selections").to_pylist()
+    assert all(row["reward"] == total[row["candidate_id"]] for row in selections)
     pairs = query(catalog, "SELECT pairs.* FROM pairs JOIN runs USING (stage, key) WHERE step = 'pair'").to_pylist()
     assert pairs
     for row in pairs:

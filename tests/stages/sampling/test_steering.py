@@ -23,7 +23,8 @@ from stages.head.train import Sides, head, head_reward, last_layer, preference_h
 from stages.network.forward import completion_logp, read_rows, response_means
 from stages.network.load import load_network
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
-from stages.sampling.engines.transformers import _noise
+from stages.sampling.engines.steering import Guide
+from stages.sampling.engines.transformers import gumbel_noise
 from stages.sampling.sample import sample
 from stages.selection.pair import pair, pair_rule
 from stages.training.reference import reference
@@ -34,7 +35,7 @@ few = settings(deadline=None, max_examples=20)
 PROMPTS = ([0, 5, 9, 14, 30, 8], [0, 7, 7, 21], [0, 60, 61, 62, 63, 64, 65, 66, 67])
 
 
-def space():
+def new_context():
     return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
 
 
@@ -47,22 +48,22 @@ def test_features_are_the_mean_hidden_state_over_the_response(sharp, ctx):
     Rows of other lengths beside it change it by rounding alone; equal tokens go through once.
     """
     ids = [[20], [30, 31, 1], [40, 41, 42, 43, 1], [30, 31, 1]]
-    rows = [candidate("p", k, ids=each) for k, each in enumerate(ids)]
-    made = features(prompts_of(["p"]), pa.Table.from_pylist(rows, schema=CANDIDATES), sharp, ctx)
-    conform(made, FEATURES)
+    rows = [candidate("p", k, ids=tokens) for k, tokens in enumerate(ids)]
+    table = features(prompts_of(["p"]), pa.Table.from_pylist(rows, schema=CANDIDATES), sharp, ctx)
+    conform(table, FEATURES)
     network = load_network(sharp)
-    for row, tokens in zip(made.to_pylist(), ids, strict=True):
+    for row, tokens in zip(table.to_pylist(), ids, strict=True):
         with torch.inference_mode():
             out = network(input_ids=torch.tensor([[0, 5, 9, *tokens]]), output_hidden_states=True)
         assert row["features"] == pytest.approx(out.hidden_states[-1][0, 3:].mean(0).tolist(), abs=1e-5)
-    assert made["features"][1].as_py() == made["features"][3].as_py()
+    assert table["features"][1].as_py() == table["features"][3].as_py()
     assert ctx.counters["tokens"] == 3 * 3 + 1 + 3 + 5
 
 
-def test_a_response_without_tokens_is_left_out(sharp, ctx):
+def test_a_response_without_tokens_is_rejected(sharp, ctx):
     rows = [candidate("p", 0), candidate("p", 1) | {"token_ids": [], "n_tokens": 0}]
-    made = features(prompts_of(["p"]), pa.Table.from_pylist(rows, schema=CANDIDATES), sharp, ctx)
-    assert made["candidate_id"].to_pylist() == ["p-0"]
+    table = features(prompts_of(["p"]), pa.Table.from_pylist(rows, schema=CANDIDATES), sharp, ctx)
+    assert table["candidate_id"].to_pylist() == ["p-0"]
     assert [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist()] == [("p-1", "empty response")]
 
 
@@ -70,13 +71,13 @@ def test_a_response_without_tokens_is_left_out(sharp, ctx):
 
 
 def features_of(vectors):
-    """{candidate id: vector}; the prompt is what stands before the dash."""
+    """{candidate id: vector}; the prompt is the part before the dash."""
     rows = [dict(prompt_id=name.split("-")[0], candidate_id=name, features=list(x)) for name, x in vectors.items()]
     return pa.Table.from_pylist(rows, schema=FEATURES)
 
 
 def stored(vectors):
-    """As a table gives them back: through fp32."""
+    """The vectors rounded to fp32, as a table has them."""
     return np.array(list(vectors.values()), dtype=np.float32).astype(float)
 
 
@@ -104,7 +105,7 @@ def trained(vectors, spec, heldout=(), ctx=None, pairs=None, weight=1.0):
         [prompts_of([n for n in names if n not in heldout]), prompts_of(list(heldout), split="heldout")]
     )
     pairs = pairs_of(names, weight) if pairs is None else pairs
-    return preference_head(prompts, features_of(vectors), pairs, ctx or space(), head=head.bind(spec))
+    return preference_head(prompts, features_of(vectors), pairs, ctx or new_context(), head=head.bind(spec))
 
 
 def values(metrics):
@@ -159,7 +160,7 @@ def test_a_head_scores_raw_features_whatever_their_scale(seed, spec):
     vectors = quadrants(20, seed)
     scale, shift = 2.0 ** rng.integers(-3, 4, 4), rng.integers(-8, 8, 4)
     moved = {name: scale * x.astype(np.float32) + shift for name, x in vectors.items()}
-    scores = [relu_head_of(trained(each, spec)[0]).score(stored(each)) for each in (vectors, moved)]
+    scores = [relu_head_of(trained(x, spec)[0]).score(stored(x)) for x in (vectors, moved)]
     assert scores[0] == pytest.approx(scores[1], abs=2e-2)
 
 
@@ -190,12 +191,12 @@ def test_a_weight_of_two_is_the_pair_twice(spec):
     chosen, rejected = rng.normal(size=(2, 20, 3))
     twice = [*range(20), *range(5)]
     sides = Sides(chosen[twice], rejected[twice], np.ones(25)), Sides(chosen, rejected, np.repeat([2.0, 1.0], [5, 15]))
-    first, second = (bound(each, lambda *told: None)[0].score(chosen) for each in sides)
+    first, second = (bound(side, lambda *progress: None)[0].score(chosen) for side in sides)
     assert first == pytest.approx(second, abs=1e-3)
 
 
-def test_pairs_that_teach_nothing_are_left_out_with_their_reason():
-    ctx, vectors = space(), quadrants(8)
+def test_pairs_that_teach_nothing_are_rejected():
+    ctx, vectors = new_context(), quadrants(8)
     vectors["q000-1"] = vectors["q000-0"]
     vectors["q001-0"] = np.full(4, np.nan)
     vectors["q002-1"] = np.full(4, np.inf)
@@ -212,15 +213,12 @@ def test_pairs_that_teach_nothing_are_left_out_with_their_reason():
     assert all(np.isfinite(heads["outer"].to_pylist()))
 
 
-def test_too_few_pairs_are_refused():
-    with pytest.raises(WinnowError, match="1 usable pairs of train prompts, and a head needs 2"):
+def test_what_leaves_no_pairs_or_no_neurons_raises():
+    with pytest.raises(WinnowError, match="1 usable pairs of train prompts"):
         trained(quadrants(3), {"name": "logistic"}, heldout=["q000", "q001"])
     with pytest.raises(WinnowError, match="0 usable pairs"):
         trained(quadrants(3), {"name": "logistic"}, pairs=pairs_of(["q000"], weight=0.0))
-
-
-def test_a_beta_that_leaves_no_neuron_is_refused():
-    with pytest.raises(WinnowError, match=r"beta 50\.0 leaves no neuron"):
+    with pytest.raises(WinnowError, match=r"beta 50\.0"):
         trained(quadrants(20), {"name": "convex_relu", "beta": 50.0})
 
 
@@ -234,87 +232,85 @@ def linear(*weights):
 
 
 def test_a_candidates_reward_is_its_score():
-    ctx = space()
-    made = head_reward(features_of({"p-0": [1, 2], "p-1": [-3, 0.5], "p-2": [np.nan, 0]}), linear(2, -1).table(), ctx)
-    conform(made, REWARDS)
-    assert dict(zip(made["candidate_id"].to_pylist(), made["reward"].to_pylist(), strict=True)) == {
-        "p-0": 0.0,
-        "p-1": -6.5,
-    }
+    ctx = new_context()
+    table = features_of({"p-0": [1, 2], "p-1": [-3, 0.5], "p-2": [np.nan, 0]})
+    rewards = conform(head_reward(table, linear(2, -1).table(), ctx), REWARDS).to_pylist()
+    assert {row["candidate_id"]: row["reward"] for row in rewards} == {"p-0": 0.0, "p-1": -6.5}
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["features not finite"]
-
-
-def test_a_head_of_another_policy_is_refused():
     with pytest.raises(WinnowError, match="features have 2 numbers, and the head reads 3"):
-        head_reward(features_of({"p-0": [1, 2]}), linear(1, 1, 1).table(), space())
+        head_reward(features_of({"p-0": [1, 2]}), linear(1, 1, 1).table(), ctx)
 
 
 # Steering.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(sharp):
     opened = open_engine("transformers", sharp.folder, "float32")
     yield opened
     opened.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def opinion():
     """A head of eight random neurons on the sharp model's 64 features."""
     rng = np.random.default_rng(3)
     return ReluHead(rng.normal(size=(8, 64)), rng.normal(size=8), rng.normal(size=8))
 
 
-def ask(count):
+def requests_of(count):
     return [Request(PROMPTS[n % 3], 100 + n) for n in range(count)]
 
 
 def test_steering_of_no_strength_draws_what_the_unsteered_engine_draws(engine, opinion):
     """Our own loop with its cache, against `generate`: equal ids, ends and log-probs, at other temperatures too."""
     for temperature, top_k in ((1.0, 0), (0.6, 20)):
-        plain = engine.generate(ask(30), Sampling(temperature, top_k, 12, (1, 2, 3)))
-        nothing = Steering(opinion, 0.0, 15, 1)
-        steered = engine.generate(ask(30), Sampling(temperature, top_k, 12, (1, 2, 3), nothing))
-        assert [(made.token_ids, made.finish_reason) for made in plain] == [
-            (made.token_ids, made.finish_reason) for made in steered
-        ]
-        assert [made.logp for made in plain] == pytest.approx([made.logp for made in steered], abs=1e-4)
+        plain, steered = (
+            engine.generate(requests_of(30), Sampling(temperature, top_k, 12, (1, 2, 3), steering))
+            for steering in (None, Steering(opinion, 0.0, 15, 1))
+        )
+        for ours, expected in zip(steered, plain, strict=True):
+            assert (ours.token_ids, ours.finish_reason) == (expected.token_ids, expected.finish_reason)
+            assert ours.logp == pytest.approx(expected.logp, abs=1e-4)
+
+
+def continuation_scores(network, head, prompt, prefix, tokens):
+    """Scores of features that `stages.head.features` makes of each whole continuation, without a cache."""
+    rows = [(prompt, [*prefix, int(token)]) for token in tokens]
+    return head.score(read_rows(response_means, network, rows, "float32", 4096).astype(float))
+
+
+@torch.inference_mode()
+def next_token_logits(network, prompt, prefix):
+    return network(input_ids=torch.tensor([[*prompt, *prefix]])).logits[0, -1].double().numpy()
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, opinion, sharp, every):
-    """Every step again, from features that `stages.head.features` makes of each whole continuation, without a cache.
-
-    At steps between, the draw is argmax(logit / T + the row's own noise).
-    """
+    """Every step again, without a cache. At steps between, the draw is argmax(logit / T + the row's own noise)."""
     network, top = load_network(sharp), 6
-    steering = Steering(opinion, 1e6, top, every)
-    requests = ask(6)
-    steered = 0
-    for request, made in zip(requests, engine.generate(requests, Sampling(0.8, 0, 6, (1,), steering)), strict=True):
-        for step, token in enumerate(made.token_ids):
-            said = made.token_ids[:step]
-            with torch.inference_mode():
-                logits = network(input_ids=torch.tensor([[*request.prompt_ids, *said]])).logits[0, -1]
+    requests, steered = requests_of(6), 0
+    completions = engine.generate(requests, Sampling(0.8, 0, 6, (1,), Steering(opinion, 1e6, top, every)))
+    for request, completion in zip(requests, completions, strict=True):
+        for step, token in enumerate(completion.token_ids):
+            prefix = completion.token_ids[:step]
+            logits = next_token_logits(network, request.prompt_ids, prefix)
             if step % every:
-                assert token == int((logits / 0.8 + torch.from_numpy(_noise(request.seed, step, len(logits)))).argmax())
+                assert token == (logits / 0.8 + gumbel_noise(request.seed, step, len(logits))).argmax()
                 continue
-            tried = [(request.prompt_ids, [*said, other]) for other in logits.topk(top).indices.tolist()]
-            best = opinion.score(read_rows(response_means, network, tried, "float32", 4096).astype(float)).argmax()
-            assert token == tried[best][1][-1]
-            steered += token != int(logits.argmax())
+            tokens = np.argsort(-logits)[:top]
+            best = continuation_scores(network, opinion, request.prompt_ids, prefix, tokens).argmax()
+            assert token == tokens[best]
+            steered += token != logits.argmax()
     assert steered > 5, "the head agreed with the policy throughout: this test shows nothing"
 
 
-def law(network, steering, prompt, said):
-    """Log-probs [V] of the next token, from features that `stages.head.features` makes of each whole continuation."""
-    with torch.inference_mode():
-        logits = network(input_ids=torch.tensor([[*prompt, *said]])).logits[0, -1].double().numpy()
-    if len(said) % steering.every == 0:
+def law(network, steering, prompt, prefix):
+    """Log-probs [V] of the next token under the steered law."""
+    logits = next_token_logits(network, prompt, prefix)
+    if len(prefix) % steering.every == 0:
         top = np.argsort(-logits)[: steering.top]
-        tried = [(prompt, [*said, int(token)]) for token in top]
-        scores = steering.head.score(read_rows(response_means, network, tried, "float32", 4096).astype(float))
+        scores = continuation_scores(network, steering.head, prompt, prefix, top)
         logits[top] += steering.strength * (scores - scores.min()) / np.ptp(scores)
     return logits - np.logaddexp.reduce(logits)
 
@@ -323,53 +319,53 @@ def law(network, steering, prompt, said):
 def test_the_log_prob_of_an_uncut_steered_draw_is_that_of_the_steered_law(engine, opinion, sharp, every):
     """log q(y) = sum_t log softmax(logits + strength * share)[y_t], each step again and without a cache."""
     network, steering = load_network(sharp), Steering(opinion, 3.0, 15, every)
-    made = engine.generate(ask(6), Sampling(1.0, 0, 8, (1,), steering))
-    for request, each in zip(ask(6), made, strict=True):
-        steps = [(each.token_ids[:step], token) for step, token in enumerate(each.token_ids)]
-        again = sum(law(network, steering, request.prompt_ids, said)[token] for said, token in steps)
-        assert each.logp == pytest.approx(again, abs=1e-3)
+    completions = engine.generate(requests_of(6), Sampling(1.0, 0, 8, (1,), steering))
+    for request, completion in zip(requests_of(6), completions, strict=True):
+        ids = completion.token_ids
+        logps = [law(network, steering, request.prompt_ids, ids[:step])[token] for step, token in enumerate(ids)]
+        assert completion.logp == pytest.approx(sum(logps), abs=1e-3)
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(0.7, 0), (1.0, 20)])
-def test_a_steered_draw_that_is_cut_keeps_the_policys_own_log_prob(engine, opinion, sharp, temperature, top_k):
-    made = engine.generate(ask(6), Sampling(temperature, top_k, 8, (1,), Steering(opinion, 3.0, 15, 1)))
-    rows = [(request.prompt_ids, each.token_ids) for request, each in zip(ask(6), made, strict=True)]
-    with torch.inference_mode():
-        ours, _ = completion_logp(load_network(sharp), alone(rows), "float32")
-    assert [each.logp for each in made] == pytest.approx(ours.tolist(), abs=1e-3)
+def test_a_steered_draw_that_is_cut_has_the_policys_own_log_prob(engine, opinion, sharp):
+    network = load_network(sharp)
+    for temperature, top_k in ((0.7, 0), (1.0, 20)):
+        sampling = Sampling(temperature, top_k, 8, (1,), Steering(opinion, 3.0, 15, 1))
+        completions = engine.generate(requests_of(6), sampling)
+        rows = [(request.prompt_ids, c.token_ids) for request, c in zip(requests_of(6), completions, strict=True)]
+        with torch.inference_mode():
+            expected, _ = completion_logp(network, alone(rows), "float32")
+        assert [completion.logp for completion in completions] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 UNCUT = dict(engine="transformers", temperature=1.0, top_k=0, keep_empty=True, steer_every=1)
 
 
 def test_stronger_steering_scores_higher(sharp, opinion, ctx):
-    asked = prompts_of(["p", "q"])
+    prompts = prompts_of(["p", "q"])
     means = []
     for strength in (0.0, 2.0, 20.0):
-        made = sample(asked, sharp, ctx, opinion.table(), n=16, max_tokens=8, steer=strength, **UNCUT)
-        means.append(opinion.score(matrix(features(asked, made, sharp, ctx))).mean())
+        candidates = sample(prompts, sharp, ctx, opinion.table(), n=16, max_tokens=8, steer=strength, **UNCUT)
+        means.append(opinion.score(matrix(features(prompts, candidates, sharp, ctx))).mean())
     assert means[0] < means[1] < means[2]
 
 
-def test_a_draw_says_of_which_law_its_log_prob_is(sharp, opinion, ctx):
-    warm, heads = UNCUT | {"temperature": 0.7}, opinion.table()
-    for wired, options, kind in ((None, UNCUT, "exact"), (heads, UNCUT, "steered"), (heads, warm, "raw")):
-        made = sample(prompts_of(["p"]), sharp, ctx, wired, n=2, max_tokens=4, **options)
-        assert set(made["logp_kind"].to_pylist()) == {kind}
+def test_logp_kind_names_the_law_of_a_log_prob(sharp, opinion, ctx):
+    cut, heads = UNCUT | {"temperature": 0.7}, opinion.table()
+    for head_table, options, kind in ((None, UNCUT, "exact"), (heads, UNCUT, "steered"), (heads, cut, "raw")):
+        candidates = sample(prompts_of(["p"]), sharp, ctx, head_table, n=2, max_tokens=4, **options)
+        assert set(candidates["logp_kind"].to_pylist()) == {kind}
 
 
 def steered_kl(sharp, opinion, ctx, **options):
     """log q - log p of each draw, as `evaluate` has it: q the steered law, p the policy it started from."""
-    asked = prompts_of(["p"])
-    drawn = sample(asked, sharp, ctx, opinion.table(), **UNCUT, **options)
-    ids = [drawn.column(name).to_pylist() for name in ("k", "candidate_id")]
-    rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0)
-            for k, name in zip(*ids, strict=True)]  # fmt: skip
+    prompts = prompts_of(["p"])
+    candidates = sample(prompts, sharp, ctx, opinion.table(), **UNCUT, **options)
+    ids = zip(candidates["k"].to_pylist(), candidates["candidate_id"].to_pylist(), strict=True)
+    rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0) for k, name in ids]
     judgements = pa.Table.from_pylist(rows, schema=JUDGEMENTS)
-    baseline = reference(asked, drawn, sharp, ctx)
-    outcomes, metrics = evaluate(asked, drawn, drawn, judgements, None, baseline, resamples=1)
-    kl = {row["metric"]: row["value"] for row in metrics.to_pylist()}["kl"]
-    return np.array(outcomes["kl"].to_pylist()), kl
+    reference_logp = reference(prompts, candidates, sharp, ctx)
+    outcomes, metrics = evaluate(prompts, candidates, candidates, judgements, None, reference_logp, resamples=1)
+    return np.array(outcomes["kl"].to_pylist()), values(metrics)["kl"]
 
 
 def test_steering_of_no_strength_has_no_kl(sharp, opinion, ctx):
@@ -391,19 +387,17 @@ def test_kl_of_a_steered_policy_is_that_of_the_two_laws(sharp, opinion, ctx):
     assert abs(kl - exact) < 4 * ratios.std() / math.sqrt(len(ratios))
 
 
-def test_a_steered_log_prob_is_not_taken_for_the_policys_own():
+def test_a_steered_log_prob_is_not_used_as_the_policys_own():
     rows = [candidate("a", k) | {"logp": -1.0, "logp_kind": "steered"} for k in range(2)]
     rule = pair_rule.bind("next_likelier_loser")
     with pytest.raises(WinnowError, match="without a head"):
-        pair(pa.Table.from_pylist(rows, schema=CANDIDATES), space(), selections_of({"a": [1.0, -1.0]}), rule=rule)
+        pair(pa.Table.from_pylist(rows, schema=CANDIDATES), new_context(), selections_of({"a": [1.0, -1.0]}), rule=rule)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_continuations_are_exact_in_other_architectures_too(kind):
     """m tokens tried at once at one position, against m whole forwards; and the cache is left as it was."""
     from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
-
-    from stages.sampling.engines.steering import Guide
 
     torch.manual_seed(0)
     config = {
@@ -419,44 +413,43 @@ def test_continuations_are_exact_in_other_architectures_too(kind):
     with torch.inference_mode():
         guide = Guide(network, Steering(linear(*range(32)), 1.0, 4, 1))
         network(input_ids=ids, past_key_values=guide.cache)
-        made = [guide.continued(tokens) for _ in range(2)]
+        states, again = (guide.continued(tokens) for _ in range(2))
         for row in range(2):
             for m in range(4):
-                whole = torch.cat([ids[row], tokens[row, m : m + 1]])[None]
-                plain = network(input_ids=whole, output_hidden_states=True).hidden_states[-1][0, -1]
-                assert made[0][row, m].tolist() == pytest.approx(plain.tolist(), abs=1e-5)
-    assert torch.equal(made[0], made[1])
+                sequence = torch.cat([ids[row], tokens[row, m : m + 1]])[None]
+                plain = network(input_ids=sequence, output_hidden_states=True).hidden_states[-1][0, -1]
+                assert states[row, m].tolist() == pytest.approx(plain.tolist(), abs=1e-5)
+    assert torch.equal(states, again)
 
 
-def test_a_model_that_cannot_be_steered_is_refused(engine):
+def test_a_model_that_cannot_be_steered_raises(engine):
     from transformers import AutoModelForCausalLM, MistralConfig
-
-    from stages.sampling.engines.steering import Guide
 
     config = MistralConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
         vocab_size=50, sliding_window=4,
     )  # fmt: skip
-    with pytest.raises(WinnowError, match="sliding windows cannot be steered"):
+    with pytest.raises(WinnowError, match=r"sliding windows cannot be steered.*`head`"):
         Guide(AutoModelForCausalLM.from_config(config), Steering(linear(*range(32)), 1.0, 4, 1))
     with pytest.raises(WinnowError, match="features have 64 numbers, and the head reads 2"):
-        engine.generate(ask(1), Sampling(1.0, 0, 4, (1,), Steering(linear(1, 1), 1.0, 4, 1)))
+        engine.generate(requests_of(1), Sampling(1.0, 0, 4, (1,), Steering(linear(1, 1), 1.0, 4, 1)))
 
 
-def problems(options, wired):
-    entry = entry_of(sample)
-    return entry.metadata["signature"].check(entry.validate(options, "sample"), wired)
-
-
-def test_steering_that_cannot_be_is_refused_at_plan_time():
+def test_steering_that_cannot_be_is_rejected_at_plan_time():
     """vLLM with a head; steering options without one; a head that was trained on another policy's features."""
-    sft, other = InputStep("model", {"path": "a"}), InputStep("model", {"path": "b"})
-    seen = InputStep("preference_head", {}, {"features": InputStep("features", {}, {"policy": sft})})
-    assert problems({}, {"policy": sft}) == []
-    assert problems({"engine": "transformers", "steer": 4.0}, {"policy": sft, "head": seen}) == []
-    assert re.match("engine: vllm cannot steer", *problems({}, {"policy": sft, "head": seen}))
-    assert re.match("steer_top: there is no head", *problems({"steer_top": 5}, {"policy": sft}))
-    assert re.match(
-        "head was trained on features of another policy",
-        *problems({"engine": "transformers"}, {"policy": other, "head": seen}),
-    )
+
+    def problems(options, inputs):
+        entry = entry_of(sample)
+        return entry.metadata["signature"].check(entry.validate(options, "sample"), inputs)
+
+    policy, other = InputStep("model", {"path": "a"}), InputStep("model", {"path": "b"})
+    head_step = InputStep("preference_head", {}, {"features": InputStep("features", {}, {"policy": policy})})
+    steered = {"policy": policy, "head": head_step}
+    assert problems({}, {"policy": policy}) == []
+    assert problems({"engine": "transformers", "steer": 4.0}, steered) == []
+    for options, inputs, facts in (
+        ({}, steered, "engine: vllm cannot steer.*engine: transformers"),
+        ({"steer_top": 5}, {"policy": policy}, "steer_top: there is no head.*`head` under `from`"),
+        ({"engine": "transformers"}, steered | {"policy": other}, "head was trained on features of another policy"),
+    ):
+        assert re.match(facts, *problems(options, inputs))

@@ -1,0 +1,82 @@
+"""Interface of rankers: `Ranker` compares two responses, `Scorer` scores one alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from pipeline import StageContext
+
+TextPair = tuple[str, str]
+
+
+class Ranker(Protocol):
+    """Judge of two responses to one prompt.
+
+    symmetric: reading a pair in the other order gives the same answer, so it is read in one order only.
+    """
+
+    symmetric: bool
+
+    def fits(self, context: str, first: str, second: str) -> bool:
+        """Return whether prompt and responses together are something that the ranker can read."""
+        ...
+
+    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
+        """Return logit P(first beats second) of each pair, nats, float64 [N]."""
+        ...
+
+
+class Scorer(ABC):
+    """Ranker with a score for each response alone: the logit of a pair is the difference of its scores."""
+
+    symmetric = True
+
+    def can_score(self, context: str, text: str) -> bool:
+        """Return whether the response to this prompt is something that the scorer can read: anything, by default."""
+        return True
+
+    @abstractmethod
+    def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
+        """Return one score per text, float64 [N]."""
+
+    def fits(self, context: str, first: str, second: str) -> bool:
+        return all(self.can_score(context, text) for text in {first, second})
+
+    def scores(self, context: str, texts: Sequence[str]) -> dict[str, float]:
+        """Return scores by text. Equal texts are scored once, in sorted order, so that no order changes a bit."""
+        unique = sorted(set(texts))
+        return dict(zip(unique, self.score(context, unique).tolist(), strict=True))
+
+    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
+        score_by_text = self.scores(context, [text for pair in pairs for text in pair])
+        return np.array([score_by_text[first] - score_by_text[second] for first, second in pairs], dtype=np.float64)
+
+
+def fits_or_reject(
+    ranker: Ranker, context: str, pair: TextPair, ctx: StageContext, *, place: str, prompt: str, candidate: str
+) -> bool:
+    """Return whether the ranker can read the pair; if not, record the candidate in the `rejects` table."""
+    fits = ranker.fits(context, *pair)
+    if not fits:
+        ctx.reject("does not fit the ranker", place=place, prompt=prompt, candidate=candidate)
+    return fits
+
+
+def both_orders(
+    ranker: Ranker, context: str, pairs: Sequence[TextPair], orders: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return logit P(first beats second), read as (first, second) and as (second, first); None if the latter is not.
+
+    The second order is read only for `orders` "both" and a ranker that is not symmetric.
+    """
+    forward = ranker.logits(context, pairs)
+    if orders == "one" or ranker.symmetric:
+        return forward, None
+    return forward, -ranker.logits(context, [(second, first) for first, second in pairs])
+
+
+def averaged(forward: np.ndarray, backward: np.ndarray | None) -> np.ndarray:
+    """Return the mean of the two orders: of logits, not of probabilities, as it cancels a position bias exactly."""
+    return forward if backward is None else (forward + backward) / 2
