@@ -146,7 +146,7 @@ def test_a_run_that_starts_between_the_check_and_the_deletion(store: Store, plan
 
 
 def test_unlisted_files_stale_locks_and_scratch_files_are_garbage(store: Store, plan: Plan):
-    """A part that lost a race, pieces from before; locks and scratch files only after an hour; never a file of others."""
+    """A part that lost a race, old pieces; locks and scratch files only after an hour; never a file of others."""
     before = contents(store, plan)
     root, key = local(store.root), step(plan, "rate").key
     folder = root / "toy_rate" / key
@@ -239,7 +239,8 @@ def test_garbage_in_an_object_store(store: Store, plan: Plan, monkeypatch: pytes
     assert (paths(report), report.busy) == ([], [UNLINKED])
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now + STALE_SECONDS + 60)
-    assert [item.path for item in sweep(bucket, garbage(bucket))][0] == f"toy_keep/{UNLINKED}"
+    deleted = [item.path for item in sweep(bucket, garbage(bucket))]
+    assert deleted[0] == f"toy_keep/{UNLINKED}"
     assert {manifest["stage"] for manifest in bucket.sealed()} == {"toy_draw", "toy_rate", "toy_keep"}
     bucket.link_run("toy[keep.above=3.0]", plan.steps)
     list(sweep(bucket, garbage(bucket, ("toy[keep.above=3.0]",)), ("toy[keep.above=3.0]",)))
