@@ -12,8 +12,8 @@ import pyarrow as pa
 from schemas.columns import column, table, table_name
 
 TOKEN_IDS = pa.list_(pa.int32())
-PROMPT_ID = column("prompt_id", pa.string(), "hash of the prompt's content; joins all tables")
-CANDIDATE_ID = column("candidate_id", pa.string(), "hash of prompt, tokens and copy number; joins all tables")
+PROMPT_ID = column("prompt_id", pa.string(), "hash of the prompt's content; the same in every table")
+CANDIDATE_ID = column("candidate_id", pa.string(), "hash of prompt, tokens and copy number; the same in every table")
 K = column("k", pa.int32(), "number of the draw among those of its prompt, from 0")
 BASELINE_RESPONSE_ID = column("baseline_id", pa.string(), "candidate_id of the baseline policy's response")
 
@@ -35,18 +35,13 @@ CANDIDATES = table(
     K,
     column("token_ids", TOKEN_IDS, "the sampled ids, never re-tokenised; EOS last if finish_reason is stop"),
     column("text", pa.string(), "the response as text, without special tokens"),
-    column(
-        "logp",
-        pa.float64(),
-        "summed log-prob from the sampling engine, nats; never used as a training reference",
-        nullable=True,
-    ),
+    column("logp", pa.float64(), "summed log-prob by the engine, nats; never a reference for training", nullable=True),
     column(
         "logp_kind",
         pa.string(),
         "the distribution that logp is under. exact: the policy's, which the draw came from unchanged; steered: the "
         "policy's plus a head's bonus, which the draw came from unchanged; raw: the policy's, before the temperature, "
-        "top-k or bonus of the draw; none: logp is null",
+        "top-k or bonus of the draw; none: there is no logp",
     ),
     column("n_tokens", pa.int32(), "number of token ids"),
     column(
@@ -70,7 +65,7 @@ REWARDS = table(
     column(
         "baseline_id",
         pa.string(),
-        "candidate_id of the response that the prompt's candidates were compared with; null without a baseline",
+        "candidate_id of the response that all others of the prompt were compared with; null without a baseline",
         nullable=True,
     ),
     column("logit_ab", pa.float64(), "the same logit with the baseline read first", nullable=True),
@@ -89,14 +84,9 @@ SELECTIONS = table(
     CANDIDATE_ID,
     column("draw", pa.int32(), "order of acceptance, from 0"),
     column("round", pa.int32(), "pass of Algorithm 1 (RSO) in which it was accepted, from 0"),
-    column("reward", pa.float64(), "its reward as the ranker gave it, before any normalisation"),
-    column("weight", pa.float64(), "weight of its likelihood in imitation; a pair's weight is the product of its two"),
-    column(
-        "beta",
-        pa.float64(),
-        "temperature of the prompt's selection, in units of its normalised rewards",
-        nullable=True,
-    ),
+    column("reward", pa.float64(), "its reward as in `rewards`, before the selection normalised it"),
+    column("weight", pa.float64(), "weight if it is imitated; the weight of a pair is the product of its two"),
+    column("beta", pa.float64(), "temperature of the prompt's selection, in units of its scale", nullable=True),
     column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted in one pass", nullable=True),
     column("ess", pa.float64(), "effective sample size of the prompt's weights, before clipping", nullable=True),
 )
@@ -115,12 +105,7 @@ PAIRS = table(
     PROMPT_ID,
     column("chosen_id", pa.string(), "candidate_id of the preferred response"),
     column("rejected_id", pa.string(), "candidate_id of the other response"),
-    column(
-        "gap",
-        pa.float64(),
-        "reward or logit difference, chosen minus rejected, nats; null for human labels",
-        nullable=True,
-    ),
+    column("gap", pa.float64(), "reward or logit of chosen minus rejected, nats; null for human labels", nullable=True),
     column("weight", pa.float64(), "weight of the pair in the loss"),
     column("rule", pa.string(), "rule that formed the pair"),
 )
@@ -185,9 +170,7 @@ POLICIES = table(
     column("objective", pa.string(), "name and options of the loss"),
     column("parameters", pa.int64(), "number of the policy's weights; a LoRA is merged and adds none"),
     column("steps", pa.int64(), "number of optimizer steps"),
-    column(
-        "tokens", pa.int64(), "tokens trained on: over all steps, each prompt of a group once and each of its responses"
-    ),
+    column("tokens", pa.int64(), "tokens of its data, over all steps: a group's prompt once and each response"),
 )
 METRICS = table(
     "metrics",
@@ -235,7 +218,7 @@ JUDGEMENTS = table(
     K,
     CANDIDATE_ID,
     BASELINE_RESPONSE_ID,
-    column("logit", pa.float64(), "the ranker's logit of P(candidate beats baseline), nats, averaged over both orders"),
+    column("logit", pa.float64(), "the ranker's logit of P(candidate beats baseline), nats, mean of both orders"),
 )
 OUTCOMES = table(
     "outcomes",
@@ -251,8 +234,8 @@ OUTCOMES = table(
     column(
         "kl",
         pa.float64(),
-        "log-prob under the policy it was sampled from minus log-prob under the baseline policy, nats; its mean "
-        "estimates the KL divergence",
+        "log-prob under the distribution it was sampled from minus log-prob under the baseline policy, nats; the "
+        "mean estimates the KL divergence",
         nullable=True,
     ),
     column("n_tokens", pa.int32(), "number of tokens of the response"),

@@ -46,7 +46,7 @@ def rejects(*reasons: str) -> pa.Table:
 
 def table(schema: pa.Schema, *rows: Mapping) -> pa.Table:
     """Return rows of which a test sets the columns that it is about; the others are null, zero, or empty."""
-    defaults = {}
+    defaults: dict[str, object] = {}
     for field in schema:
         if field.nullable:
             defaults[field.name] = None

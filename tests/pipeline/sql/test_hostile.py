@@ -226,12 +226,12 @@ def foreign_file(store: Store) -> Path:
     return next((local(store.root).parent / "other" / "reward" / "1").glob("*.parquet"))
 
 
-def refused(store: Store, match: str, change: Callable[[dict], object]) -> None:
-    """Change the manifest; the catalog refuses to open; restore it."""
+def refused(store: Store, match: str, change: dict[str, object] | Callable[[dict], object]) -> None:
+    """Change the manifest, by other fields or a function; the catalog refuses to open; restore it."""
     path = local(store.root) / "reward" / "1" / "manifest.json"
     before = path.read_text()
     manifest = json.loads(before)
-    change(manifest)
+    manifest.update(change) if isinstance(change, dict) else change(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(WinnowError, match=match):
         open_catalog(store)
@@ -257,31 +257,27 @@ def test_a_manifest_may_only_list_files_in_its_own_folder(store: Store, foreign_
         "",
     ):
         file = {"file": name, "rows": 1, "bytes": 1, "sha256": ""}
-        refused(
-            store,
-            r"manifest.json: .*files\.1\.file: .*pattern",
-            lambda content, file=file: content["files"].append(file),
-        )
+        refused(store, r"manifest.json: .*files\.0\.file: .*pattern", {"files": [file]})
 
 
 def test_a_manifest_must_be_in_the_folder_that_it_names(store: Store):
-    for identity in ({"stage": "select"}, {"key": "2"}):
-        refused(store, "it belongs to", lambda content, identity=identity: content.update(identity))
-    for identity in ({"key": 1}, {"stage": "../../other/reward"}, {"key": "1'; --"}):
-        refused(store, "not a valid manifest", lambda content, identity=identity: content.update(identity))
+    refused(store, "it belongs to select/1", {"stage": "select"})
+    refused(store, "it belongs to reward/2", {"key": "2"})
+    for field, value in (("key", 1), ("stage", "../../other/reward"), ("key", "1'; --")):
+        refused(store, rf"not a valid manifest \({field}: ", {field: value})
 
 
 def test_an_invalid_manifest_is_named_with_its_field(store: Store):
-    changes: list[tuple[str, Callable[[dict], object]]] = [
-        ("files", lambda content: content.pop("files")),
-        ("files.0.file", lambda content: content.update(files=[{"name": "x"}])),
-        ("files.0.file", lambda content: content["files"][0].update(file=7)),
-        ("files.0.rows", lambda content: content["files"][0].pop("rows")),
-        ("rows", lambda content: content.update(rows=[1])),
-        ("counters", lambda content: content.update(counters=None)),
-        ("seconds", lambda content: content.update(seconds="'; DROP TABLE runs")),
-        ("identity", lambda content: content.update(identity="x")),
-        ("identity.version", lambda content: content["identity"].update(version=[1])),
+    changes: list[tuple[str, dict[str, object] | Callable[[dict], object]]] = [
+        ("files", lambda manifest: manifest.pop("files")),
+        ("files.0.file", {"files": [{"name": "x"}]}),
+        ("files.0.file", lambda manifest: manifest["files"][0].update(file=7)),
+        ("files.0.rows", lambda manifest: manifest["files"][0].pop("rows")),
+        ("rows", {"rows": [1]}),
+        ("counters", {"counters": None}),
+        ("seconds", {"seconds": "'; DROP TABLE runs"}),
+        ("identity", {"identity": "x"}),
+        ("identity.version", lambda manifest: manifest["identity"].update(version=[1])),
     ]
     for field, change in changes:
         refused(store, rf"reward/1/manifest.json: not a valid manifest \({field}: ", change)

@@ -27,8 +27,13 @@ def model(tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """The files that were read, in order."""
-    paths, read_digest = [], fingerprints._read_digest
-    monkeypatch.setattr(fingerprints, "_read_digest", lambda path: paths.append(path) or read_digest(path))
+    paths, plain = [], fingerprints._read_digest
+
+    def read_digest(path):
+        paths.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(fingerprints, "_read_digest", read_digest)
     return paths
 
 

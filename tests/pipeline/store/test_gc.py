@@ -289,8 +289,8 @@ def test_ls_lists_runs_and_steps(winnow, tmp_path: Path, luck: Luck):
     lines = {line.split("│")[1].strip(): line for line in output.splitlines() if "steps" in line}
     assert "3 of 3 steps" in lines["toy"]
     assert "2 of 3 steps" in lines["other"]
-    lines = [line.split("│")[1:-1] for line in winnow("ls", "other")[1].splitlines() if "toy_" in line]
-    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+    table = [line.split("│")[1:-1] for line in winnow("ls", "other")[1].splitlines() if "toy_" in line]
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in table}
     assert rows["draw"][2] == rows["rate"][2] != rows["keep"][2], "finished, finished, not finished"
     assert [rows[name][3] for name in ("draw", "rate", "keep")] == ["24", "12", ""]
     code, output = winnow("ls", "othr")

@@ -293,8 +293,8 @@ def test_a_missing_manifest_is_written_again_from_the_parts(complete: Store, tro
 def test_a_damaged_part_of_an_unfinished_step_is_made_again(complete: Store, trouble: Trouble, damage: str):
     """As a full disk or a power cut leaves it: that part alone is missing."""
     before, step = contents(complete), folder(complete)
-    step.manifest_path.unlink()
-    file = next(step.path.glob("rewards-00001.*.parquet"))
+    local(step.manifest_path).unlink()
+    file = next(local(step.path).glob("rewards-00001.*.parquet"))
     if damage == "truncated table":
         os.truncate(file, file.stat().st_size // 2)
     elif damage == "deleted table":
@@ -315,7 +315,7 @@ def test_a_damaged_part_of_an_unfinished_step_is_made_again(complete: Store, tro
 def test_a_damaged_table_of_a_finished_step_is_named_when_it_is_read(complete: Store, damage: Callable[[Path], None]):
     """Finished is finished: the next step that reads it says what to do, and that repairs it."""
     before, source = contents(complete), folder(complete, "source")
-    for file in source.path.glob("prompts-*.parquet"):
+    for file in local(source.path).glob("prompts-*.parquet"):
         damage(file)
     with pytest.raises(WinnowError, match=rf"{source.path}: table prompts .* --force STEP"):
         make(complete, plan({"leave_out": 5}))
