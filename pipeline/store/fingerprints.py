@@ -61,12 +61,12 @@ class ModelPath(ContentPath):
 
     def check(self) -> None:
         super().check()
-        found = {
+        parts = {
             "config.json": (self.path / "config.json").is_file(),
             "weights as *.safetensors": any(self.path.glob("*.safetensors")),
             "tokenizer": any((self.path / name).is_file() for name in TOKENIZER_FILES),
         }
-        if missing := [part for part, exists in found.items() if not exists]:
+        if missing := [part for part, exists in parts.items() if not exists]:
             raise ValueError(f"model folder {self.path} has no {', no '.join(missing)}")
 
     @property

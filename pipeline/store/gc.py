@@ -77,10 +77,10 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
         items.append(GarbageItem(f"{loose[key].stage}/{key}", why, loose[key].bytes))
 
     # Files in a finished step that its manifest does not list.
-    for key, step in steps.items():
-        for name, size in step.unlisted().items() if key in reached else ():
+    for step in (step for key, step in steps.items() if key in reached):
+        for name, size in step.unlisted().items():
             if not SCRATCH.fullmatch(name):
-                items.append(GarbageItem(f"{step.stage}/{key}/{name}", "its manifest does not list it", size))
+                items.append(GarbageItem(f"{step.stage}/{step.key}/{name}", "its manifest does not list it", size))
 
     # Locks that no process holds, and scratch files of processes that died before they renamed them.
     for path, file in inventory.files.items():

@@ -97,9 +97,9 @@ def followers_first(inputs: Mapping[str, Collection[str] | None]) -> list[str]:
 
     Keys whose inputs are unknown (None) come first: they may have been made from any other.
     """
-    known = {key: sources for key, sources in inputs.items() if sources is not None}
-    order = [key for key in TopologicalSorter(known).static_order() if key in known]
-    return [key for key, sources in inputs.items() if sources is None] + order[::-1]
+    graph = {key: sources for key, sources in inputs.items() if sources is not None}
+    inputs_first = [key for key in TopologicalSorter(graph).static_order() if key in graph]
+    return [key for key, sources in inputs.items() if sources is None] + inputs_first[::-1]
 
 
 def manifests(store: Store) -> dict[str, Json]:

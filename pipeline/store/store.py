@@ -95,8 +95,8 @@ class StepFolder:
         """Return what a sidecar says of a part, whether the files that it lists exist or not."""
         if record := read_json(self.path / _sidecar_name(shard)):
             return record
-        whole = read_json(self.path / WHOLE)
-        return whole["parts"][shard] if whole else None
+        record = read_json(self.path / WHOLE)
+        return record["parts"][shard] if record else None
 
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
         """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
