@@ -40,7 +40,7 @@ Json = dict[str, Any]
 LOCKS, RUNS = "locks", "runs"  # folders beside those of the stages
 WHOLE = "part-whole.json"  # one file for all parts, so that the results of two calls are never mixed
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
-LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")
+LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")  # of making a step; a finished one needs none
 CURE = "put the file back, or make its step and all that depend on it again: `winnow run RECIPE --force STEP`"
 
 
