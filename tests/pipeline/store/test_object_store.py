@@ -1,7 +1,11 @@
 """A store in an object store (moto's S3 server): the same bytes as in a folder, and two runs at once do no harm."""
 
 import json
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -27,18 +31,36 @@ CREDENTIALS = {
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
+    """An S3 server with a bucket: in its own process, because vLLM fails where Flask, which moto uses, is imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        try:
+            wait_for_port(port)
+            for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+                patch.setenv(name, value)
+            parse_location("s3://bucket/x").fs.mkdir("bucket")
+            yield "s3://bucket"
+            parse_location("s3://bucket/x").fs.clear_instance_cache()
+        finally:
+            server.terminate()
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
-            patch.setenv(name, value)
-        parse_location("s3://bucket/x").fs.mkdir("bucket")
-        yield "s3://bucket"
-        parse_location("s3://bucket/x").fs.clear_instance_cache()
-    server.stop()
+
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 @pytest.fixture
