@@ -1,6 +1,7 @@
-"""What a thing is: the tables in the order in which a prompt meets them, ids, and the checks on both."""
+"""Data model of the pipeline: the tables (the data dictionary), ids, models, errors, and the check of a table."""
 
 from schemas.check import conform
+from schemas.columns import table_name
 from schemas.errors import WinnowError, WinnowWarning
 from schemas.ids import candidate_id, prompt_id, seed_for, shard_of, split_of, token_digest
 from schemas.model import Model
@@ -23,7 +24,6 @@ from schemas.tables import (
     Rewards,
     Selections,
     Speeds,
-    table_name,
 )
 
 __all__ = [

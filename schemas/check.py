@@ -1,41 +1,35 @@
-"""Does this table fit this schema? The error names the table, the column, and both types."""
+"""Check of a table against a schema of the data dictionary."""
 
 import pyarrow as pa
 
+from schemas.columns import table_name
 from schemas.errors import WinnowError
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with exactly the schema's columns, order and types; raises WinnowError with all misfits."""
-    name = schema.metadata[b"table"].decode()
-    problems = [problem for field in schema if (problem := _misfit(table, field))]
-    extra = sorted(set(table.column_names) - set(schema.names))
-    problems += [f"unknown column {column!r}" for column in extra]
+    """Return the table with exactly the schema's columns, order and types, in one chunk.
+
+    A column is cast if pyarrow can do so without losing a value (int64 to int32, all-null to anything). Raises
+    WinnowError with every misfit: table, column, and both types.
+    """
+    problems = []
+    for field in schema:
+        count = table.column_names.count(field.name)
+        if count != 1:
+            problems.append(f"column {field.name!r} {'is missing' if count == 0 else 'appears twice'}")
+            continue
+        column = table.column(field.name)
+        try:
+            column.cast(field.type)
+            # pyarrow also turns numbers into text and text into numbers, which would hide a mistake in a stage
+            fits = pa.types.is_null(column.type) or pa.types.is_string(column.type) == pa.types.is_string(field.type)
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+            fits = False
+        if not fits:
+            problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
+        elif column.null_count and not field.nullable:
+            problems.append(f"column {field.name!r} has {column.null_count} nulls, must have none")
+    problems += [f"unknown column {name!r}" for name in sorted(set(table.column_names) - set(schema.names))]
     if problems:
-        raise WinnowError(*(f"table {name}: {problem}" for problem in problems))
+        raise WinnowError(*(f"table {table_name(schema)}: {problem}" for problem in problems))
     return table.select(schema.names).cast(schema).combine_chunks()
-
-
-def _misfit(table: pa.Table, field: pa.Field) -> str | None:
-    if field.name not in table.column_names:
-        return f"column {field.name!r} is missing"
-    if table.column_names.count(field.name) > 1:
-        return f"column {field.name!r} stands twice"
-    column = table.column(field.name)
-    if not _castable(column, field.type):
-        return f"column {field.name!r} is {column.type}, must be {field.type}"
-    if column.null_count and not field.nullable:
-        return f"column {field.name!r} has {column.null_count} nulls, must have none"
-    return None
-
-
-def _castable(column: pa.ChunkedArray, wanted: pa.DataType) -> bool:
-    """All-null columns fit anything; otherwise the type itself, or one whose values pyarrow takes over unchanged."""
-    found = column.type
-    if found == wanted or pa.types.is_null(found):
-        return True
-    try:
-        column.cast(wanted)
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        return False
-    return bool(pa.types.is_string(found) == pa.types.is_string(wanted))

@@ -1,16 +1,17 @@
-"""The one error that people see: it names the place, the value, the cause and the next move."""
+"""The error and the warning that users see: where, which value, why, and what to do."""
 
 
 class WinnowError(ValueError):
-    """Something the user can mend. The command prints `problems`, one a line, and exits with code 2."""
+    """Error that the user can fix. The command line prints `problems`, one per line, and exits with code 2."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
 
     def __reduce__(self) -> tuple[type["WinnowError"], tuple[str, ...]]:
-        return type(self), self.problems  # survives the trip from a worker
+        # A worker process pickles its error; without this, unpickling would pass the joined text as one problem.
+        return type(self), self.problems
 
 
 class WinnowWarning(UserWarning):
-    """Something that people should know, and need not mend."""
+    """Warning that the user should read but need not act on."""

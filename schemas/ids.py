@@ -1,4 +1,8 @@
-"""Ids, seeds and shards: all derived from content by hash, none random, none from a position."""
+"""Ids, seeds, shards and splits: hashes of content, never random and never a position in a file.
+
+They are part of the format of a store: if one of them changed, no cached result would be found again and no table
+would join with an older one.
+"""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +14,7 @@ Message = dict[str, str]
 
 
 def _hash(*parts: str | bytes, size: int = 10) -> bytes:
-    """Length-prefixed, so that no two lists of parts share their bytes."""
+    """Return a BLAKE2b digest of the parts, each prefixed with its length so that ("a", "b1") is not ("ab", "1")."""
     digest = blake2b(digest_size=size)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -19,41 +23,41 @@ def _hash(*parts: str | bytes, size: int = 10) -> bytes:
 
 
 def prompt_id(prompt: str | Sequence[Message]) -> str:
-    """20 hex digits of the prompt's own content; the same under every tokenizer and chat template."""
+    """Return 20 hex digits of the prompt's content, the same under every tokenizer and chat template."""
     content = prompt if isinstance(prompt, str) else json.dumps(list(prompt), sort_keys=True, ensure_ascii=False)
     return _hash("prompt", content).hex()
 
 
 def candidate_id(prompt: str, token_ids: Sequence[int], copy: int = 0) -> str:
-    """20 hex digits of prompt, tokens, and which copy of these tokens it is (equal draws stay apart)."""
+    """Return 20 hex digits of prompt id, tokens, and `copy`, which keeps equal draws of a prompt apart."""
     return _hash("candidate", prompt, token_bytes(token_ids), str(copy)).hex()
 
 
 def token_digest(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-    """Fingerprint of exactly what a forward pass reads: another template or truncation changes it."""
+    """Return a fingerprint of what a forward pass reads: another chat template or truncation changes it."""
     return _hash("tokens", token_bytes(prompt_ids), token_bytes(response_ids)).hex()
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian int32."""
+    """Return token ids as little-endian int32."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
 
 
 def seed_for(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for one draw, e.g. `seed_for(0, prompt_id, k)`.
+    """Return a 63-bit seed for one draw, e.g. `seed_for(0, prompt_id, k)`; NumPy, torch and vLLM all take it.
 
-    vLLM hashes noise from (seed, position): equal seeds correlate draws across prompts, so every
-    (prompt, k) has its own.
+    vLLM hashes its noise from (seed, position), so equal seeds would correlate draws across prompts: every (prompt, k)
+    has a seed of its own.
     """
     return int.from_bytes(_hash("seed", str(seed), *map(str, names), size=8), "little") >> 1
 
 
 def shard_of(prompt: str, shards: int) -> int:
-    """Which of `shards` parts this prompt's rows live in, in every table."""
+    """Return the number, below `shards`, of the part that holds the prompt's rows in every table."""
     return int.from_bytes(_hash("shard", prompt, size=8), "little") % shards
 
 
 def split_of(prompt: str, heldout: float) -> str:
-    """`train` or `heldout`, by prompt id: with one share, a prompt is on the same side in every file."""
+    """Return `heldout` for a share `heldout` of all prompt ids, else `train`: the same in every file and every run."""
     point = int.from_bytes(_hash("split", prompt, size=8), "little") / 2**64
     return "heldout" if point < heldout else "train"

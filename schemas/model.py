@@ -1,4 +1,4 @@
-"""A model on disk, as a stage sees it."""
+"""Model on disk, as a stage takes and returns it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Model:
-    """A Hugging Face folder (config, tokenizer, safetensors) and the digest of its content.
+    """Hugging Face model folder (config, tokenizer, safetensors) with the digest of its content.
 
-    The folder is where it lies today and is never part of an identity; the digest is what it is.
+    Only the digest enters a key: the folder may be another on every machine.
     """
 
     folder: Path

@@ -1,149 +1,150 @@
-"""The data dictionary: every table a stage writes, every column with its meaning and unit.
+"""The data dictionary: every table that a stage writes, every column with its type, meaning and unit.
 
-Log-probs are natural logarithms, in nats, summed over a response's tokens (its end-of-sequence token
-included when the model produced it). Token ids travel; text is for people.
+Log-probs are natural logarithms, in nats, summed over the tokens of a response, its end-of-sequence token (EOS)
+included if the model produced it. Token ids are what every later stage computes on; text is for people and for rankers
+with another tokenizer.
 """
 
 from typing import Annotated
 
 import pyarrow as pa
 
-TABLES: dict[str, pa.Schema] = {}
-IDS = pa.list_(pa.int32())
+from schemas.columns import column, table, table_name
 
-
-def column(name: str, kind: pa.DataType, meaning: str, *, null: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable=null, metadata={"meaning": meaning})
-
-
-def described(name: str, about: str, *columns: pa.Field) -> pa.Schema:
-    return pa.schema(columns, metadata={"table": name, "about": about})
-
-
-def table(name: str, about: str, *columns: pa.Field) -> pa.Schema:
-    TABLES[name] = described(name, about, *columns)
-    return TABLES[name]
-
-
-def table_name(schema: pa.Schema) -> str:
-    return str(schema.metadata[b"table"].decode())
-
-
-PROMPT_ID = column("prompt_id", pa.string(), "hash of the prompt's content; joins every table")
-CANDIDATE_ID = column("candidate_id", pa.string(), "hash of prompt, tokens and copy; joins every table")
-K = column("k", pa.int32(), "which draw of this prompt, from 0")
+TOKEN_IDS = pa.list_(pa.int32())
+PROMPT_ID = column("prompt_id", pa.string(), "hash of the prompt's content; the same in every table")
+CANDIDATE_ID = column("candidate_id", pa.string(), "hash of prompt, tokens and copy number; the same in every table")
+K = column("k", pa.int32(), "number of the draw among those of its prompt, from 0")
+BASELINE_RESPONSE_ID = column("baseline_id", pa.string(), "candidate_id of the baseline policy's response")
 
 PROMPTS = table(
     "prompts",
-    "one row a prompt",
+    "one row per prompt",
     PROMPT_ID,
-    column("text", pa.string(), "the prompt for people (and for rankers, which have their own tokenizer)"),
-    column("token_ids", IDS, "the prompt as the policy reads it: chat template applied, BOS exactly once"),
+    column("text", pa.string(), "the prompt as text, for people and for rankers with their own tokenizer"),
+    column("token_ids", TOKEN_IDS, "the prompt as the policy reads it: chat template applied, BOS exactly once"),
     column("split", pa.string(), "train or heldout, by hash of the prompt id"),
-    column("demonstration", pa.string(), "a response to imitate, if the data has one", null=True),
-    column("demonstration_ids", IDS, "its tokens, EOS last", null=True),
+    column("demonstration", pa.string(), "a response to imitate; null if the data has none", nullable=True),
+    column("demonstration_ids", TOKEN_IDS, "tokens of the demonstration, EOS last", nullable=True),
 )
 CANDIDATES = table(
     "candidates",
-    "one row a response, sampled or brought along",
+    "one row per response, sampled by a policy or given in a data file",
     PROMPT_ID,
     CANDIDATE_ID,
     K,
-    column("token_ids", IDS, "the sampled ids themselves, never re-tokenised; EOS last if finish_reason is stop"),
-    column("text", pa.string(), "the response for people, special tokens left out"),
-    column("logp", pa.float64(), "the engine's summed log-prob, nats; never a reference for training", null=True),
+    column("token_ids", TOKEN_IDS, "the sampled ids, never re-tokenised; EOS last if finish_reason is stop"),
+    column("text", pa.string(), "the response as text, without special tokens"),
+    column("logp", pa.float64(), "summed log-prob by the engine, nats; never a reference for training", nullable=True),
     column(
         "logp_kind",
         pa.string(),
-        "of which law logp is. exact: the policy's, drawn from as it is; steered: the policy's with a head's bonus, "
-        "drawn from as it is; raw: the policy's, before the temperature, top-k or bonus of the draw; none",
+        "the distribution that logp is under. exact: the policy's, which the draw came from unchanged; steered: the "
+        "policy's plus a head's bonus, which the draw came from unchanged; raw: the policy's, before the temperature, "
+        "top-k or bonus of the draw; none: there is no logp",
     ),
     column("n_tokens", pa.int32(), "number of token ids"),
-    column("finish_reason", pa.string(), "stop: the model ended it; length: it was cut; given: nobody drew it"),
-    column("seed", pa.int64(), "the seed of this draw", null=True),
+    column(
+        "finish_reason",
+        pa.string(),
+        "stop: the model ended it; length: it was cut at the limit; given: it comes from a data file",
+    ),
+    column("seed", pa.int64(), "random seed of this draw; null if it was not sampled", nullable=True),
 )
 REWARDS = table(
     "rewards",
-    "one row a candidate: how good, before selection",
+    "one row per candidate: its score before selection",
     PROMPT_ID,
     CANDIDATE_ID,
     column(
         "reward",
         pa.float64(),
-        "logit P(candidate beats the prompt's baseline), nats; without a baseline its own score, or a sum of several",
+        "logit of P(candidate beats the prompt's baseline), nats; without a baseline the candidate's own score, or a "
+        "weighted sum of several rewards",
     ),
-    column("baseline_id", pa.string(), "the candidate that all others were compared with, if any were", null=True),
-    column("logit_ab", pa.float64(), "the same logit with the baseline read first", null=True),
-    column("logit_ba", pa.float64(), "the same logit with the baseline read second", null=True),
-    column("components", pa.map_(pa.string(), pa.float64()), "the rewards that it is a weighted sum of", null=True),
+    column(
+        "baseline_id",
+        pa.string(),
+        "candidate_id of the response that all others of the prompt were compared with; null without a baseline",
+        nullable=True,
+    ),
+    column("logit_ab", pa.float64(), "the same logit with the baseline read first", nullable=True),
+    column("logit_ba", pa.float64(), "the same logit with the baseline read second", nullable=True),
+    column(
+        "components",
+        pa.map_(pa.string(), pa.float64()),
+        "the rewards that this one is a weighted sum of, by name",
+        nullable=True,
+    ),
 )
 SELECTIONS = table(
     "selections",
-    "one row a kept candidate",
+    "one row per selected candidate",
     PROMPT_ID,
     CANDIDATE_ID,
     column("draw", pa.int32(), "order of acceptance, from 0"),
-    column("round", pa.int32(), "pass of Algorithm 1 in which it was accepted, from 0"),
-    column("reward", pa.float64(), "its reward as it came, whatever scale the selection used"),
-    column("weight", pa.float64(), "likelihood weight if it is imitated; a pair weighs the product of its two"),
-    column("beta", pa.float64(), "temperature of the prompt's selection, in units of its scale", null=True),
-    column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted at once", null=True),
-    column("ess", pa.float64(), "effective sample size of the prompt's weights, before any clip", null=True),
+    column("round", pa.int32(), "pass of Algorithm 1 (RSO) in which it was accepted, from 0"),
+    column("reward", pa.float64(), "its reward as in `rewards`, before the selection normalised it"),
+    column("weight", pa.float64(), "weight if it is imitated; the weight of a pair is the product of its two"),
+    column("beta", pa.float64(), "temperature of the prompt's selection, in units of its scale", nullable=True),
+    column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted in one pass", nullable=True),
+    column("ess", pa.float64(), "effective sample size of the prompt's weights, before clipping", nullable=True),
 )
 COMPARISONS = table(
     "comparisons",
-    "one row a call of the ranker on two selected candidates",
+    "one row per comparison of two selected candidates by the ranker",
     PROMPT_ID,
-    column("left_id", pa.string(), "candidate"),
-    column("right_id", pa.string(), "candidate"),
-    column("logit", pa.float64(), "logit P(left beats right), averaged over the orders read, nats"),
+    column("left_id", pa.string(), "candidate_id of the first"),
+    column("right_id", pa.string(), "candidate_id of the second"),
+    column("logit", pa.float64(), "logit of P(left beats right), nats, averaged over the orders that were read"),
     column("round", pa.int32(), "round of the tournament, from 0"),
 )
 PAIRS = table(
     "pairs",
-    "one row a preference, as ids",
+    "one row per preference pair, as candidate ids",
     PROMPT_ID,
-    column("chosen_id", pa.string(), "the candidate preferred"),
-    column("rejected_id", pa.string(), "the other"),
-    column("gap", pa.float64(), "logit or reward difference behind it, nats; null for human labels", null=True),
-    column("weight", pa.float64(), "how much the pair counts in its objective"),
-    column("rule", pa.string(), "what made the pair"),
+    column("chosen_id", pa.string(), "candidate_id of the preferred response"),
+    column("rejected_id", pa.string(), "candidate_id of the other response"),
+    column("gap", pa.float64(), "reward or logit of chosen minus rejected, nats; null for human labels", nullable=True),
+    column("weight", pa.float64(), "weight of the pair in the loss"),
+    column("rule", pa.string(), "rule that formed the pair"),
 )
 REFERENCE = table(
     "reference",
-    "one row a response scored by a frozen policy, with the trainer's own forward",
+    "one row per response scored by a frozen policy, with the trainer's own forward pass",
     PROMPT_ID,
     CANDIDATE_ID,
-    column("logp", pa.float32(), "summed log-prob, fp32, nats"),
-    column("n_tokens", pa.int32(), "how many tokens the sum has"),
+    column("logp", pa.float32(), "summed log-prob of the response, nats"),
+    column("n_tokens", pa.int32(), "number of tokens in the sum"),
     column("tokens", pa.string(), "digest of the prompt and response ids that were read"),
-    column("model", pa.string(), "digest of the weights that read them"),
-    column("dtype", pa.string(), "float32, or bfloat16 autocast"),
+    column("model", pa.string(), "digest of the weights that scored it"),
+    column("dtype", pa.string(), "arithmetic of the forward pass: float32, or bfloat16 autocast"),
 )
 EXAMPLES = table(
     "examples",
-    "one row a training group: a prompt, its K responses, and pairs as indices into them",
+    "one row per training group: a prompt, its K responses, and pairs as indices into the responses",
     PROMPT_ID,
-    column("prompt_ids", IDS, "prompt tokens"),
+    column("prompt_ids", TOKEN_IDS, "tokens of the prompt"),
     column(
         "responses",
         pa.list_(
             pa.struct(
                 [
-                    column("candidate_id", pa.string(), "which response"),
-                    column("token_ids", IDS, "its tokens"),
-                    column("weight", pa.float32(), "weight of its likelihood term; 0 keeps it out of that term"),
-                    column("ref_logp", pa.float32(), "cached reference log-prob, nats", null=True),
+                    column("candidate_id", pa.string(), "hash of prompt, tokens and copy number"),
+                    column("token_ids", TOKEN_IDS, "tokens of the response"),
+                    column("weight", pa.float32(), "weight of its likelihood term; 0 excludes it from that term"),
+                    column("ref_logp", pa.float32(), "cached reference log-prob, nats", nullable=True),
                     column(
                         "desirable",
                         pa.int8(),
-                        "1 or -1: an unpaired label; 0: another prompt's response, read for KL alone; null: none",
-                        null=True,
+                        "unpaired label, 1 or -1; 0: another prompt's response, read for the KL estimate only; null: "
+                        "no label",
+                        nullable=True,
                     ),
                 ]
             )
         ),
-        "the group's responses",
+        "the responses of the group",
     ),
     column(
         "pairs",
@@ -152,106 +153,137 @@ EXAMPLES = table(
                 [
                     column("chosen", pa.int32(), "index into responses"),
                     column("rejected", pa.int32(), "index into responses"),
-                    column("weight", pa.float32(), "how much the pair counts"),
-                    column("label", pa.float32(), "P(chosen is the better one): 1, or the ranker's own"),
+                    column("weight", pa.float32(), "weight of the pair in the loss"),
+                    column("label", pa.float32(), "P(chosen is better): 1 for a hard label, else the ranker's"),
                 ]
             )
         ),
-        "preferences among them",
+        "preference pairs among the responses",
     ),
-    column("ref_model", pa.string(), "digest of the reference's weights", null=True),
-    column("ref_dtype", pa.string(), "arithmetic of the reference", null=True),
+    column("ref_model", pa.string(), "digest of the reference's weights", nullable=True),
+    column("ref_dtype", pa.string(), "arithmetic of the reference's forward pass", nullable=True),
 )
 POLICIES = table(
     "policies",
-    "one row a trained model",
-    column("init", pa.string(), "digest of the weights that it started from"),
+    "one row per trained model",
+    column("init", pa.string(), "digest of the weights that training started from"),
     column("objective", pa.string(), "name and options of the loss"),
     column("parameters", pa.int64(), "number of the policy's weights; a LoRA is merged and adds none"),
-    column("steps", pa.int64(), "optimizer steps"),
-    column("tokens", pa.int64(), "tokens of its data: of each step, each prompt once and each of its responses"),
+    column("steps", pa.int64(), "number of optimizer steps"),
+    column("tokens", pa.int64(), "tokens of its data, over all steps: a group's prompt once and each response"),
 )
 METRICS = table(
     "metrics",
-    "one row a metric a training step",
-    column("step", pa.int32(), "optimizer steps done"),
-    column("metric", pa.string(), "name; heldout/ before those on held-out examples"),
-    column("value", pa.float64(), "value; nats where it is a loss or a log-prob"),
+    "one row per metric per training step",
+    column("step", pa.int32(), "optimizer steps done so far"),
+    column("metric", pa.string(), "name; prefixed with heldout/ if measured on held-out examples"),
+    column("value", pa.float64(), "value; losses and log-probs are in nats"),
 )
 SPEEDS = table(
     "speeds",
-    "one row a measure a training step: what the machine did, which is not the same twice",
-    column("step", pa.int32(), "optimizer steps done"),
+    "one row per throughput measure per training step; depends on the machine and differs from run to run",
+    column("step", pa.int32(), "optimizer steps done so far"),
     column(
         "measure",
         pa.string(),
-        "pairs_per_second, tokens_per_second, tokens/read, tokens/saved (a share), peak_memory_gb, flop_utilisation, "
-        "and what it was made with: tokens_per_pass, gradient_checkpointing, world_size",
+        "pairs_per_second, tokens_per_second, tokens/read, tokens/saved (a share), peak_memory_gb, mfu (model FLOPs "
+        "utilisation), and the settings they were measured with: tokens_per_pass, gradient_checkpointing, world_size",
     ),
     column(
         "value",
         pa.float64(),
-        "value; memory: the most that the GPU held since the run began, or on a CPU the process since it began (its "
-        "resident set); of several ranks the largest; flops: a share of the GPUs' bf16 peak",
+        "value. Memory: the maximum that the GPU held since training began, or without a GPU the process's maximum "
+        "resident set; the largest over all processes. mfu: share of the GPUs' bf16 peak",
     ),
 )
 FEATURES = table(
     "features",
-    "one row a response as a frozen policy sees it",
+    "one row per response: its features under a frozen policy",
     PROMPT_ID,
     CANDIDATE_ID,
-    column("features", pa.list_(pa.float32()), "mean of its tokens' last hidden states"),
+    column("features", pa.list_(pa.float32()), "last hidden states of the policy, averaged over the response's tokens"),
 )
 HEADS = table(
     "heads",
-    "one row a neuron of a preference head: score = sum of outer * max(0, inner . features + bias)",
-    column("neuron", pa.int32(), "number, from 0"),
+    "one row per neuron of a preference head: score = sum over neurons of outer * max(0, inner . features + bias)",
+    column("neuron", pa.int32(), "number of the neuron, from 0"),
     column("inner", pa.list_(pa.float64()), "weights of the features"),
-    column("bias", pa.float64(), "added before the ramp"),
-    column("outer", pa.float64(), "weight of the ramp"),
+    column("bias", pa.float64(), "added before the ReLU"),
+    column("outer", pa.float64(), "weight of the ReLU's output"),
 )
 JUDGEMENTS = table(
     "judgements",
-    "one row a held-out response of a policy beside the baseline policy's response of the same k",
+    "one row per held-out response of a policy, compared with the baseline policy's response of the same k",
     PROMPT_ID,
     K,
     CANDIDATE_ID,
-    column("baseline_id", pa.string(), "the baseline policy's response"),
-    column("logit", pa.float64(), "proxy: logit P(candidate beats baseline), both orders averaged, nats"),
+    BASELINE_RESPONSE_ID,
+    column("logit", pa.float64(), "the ranker's logit of P(candidate beats baseline), nats, mean of both orders"),
 )
 OUTCOMES = table(
     "outcomes",
-    "one row a judged held-out response",
+    "one row per judged held-out response",
     PROMPT_ID,
     K,
     CANDIDATE_ID,
-    column("baseline_id", pa.string(), "the baseline policy's response"),
-    column("proxy_win", pa.float64(), "1, 0, or one half for a tie, by the ranker"),
-    column("gold_win", pa.float64(), "1, 0, or one half for a tie, by the gold reward", null=True),
-    column("gold", pa.float64(), "gold reward of the response", null=True),
-    column("gold_baseline", pa.float64(), "gold reward of the baseline's response", null=True),
-    column("kl", pa.float64(), "log-prob under what drew it minus under the baseline, nats; mean = KL", null=True),
-    column("n_tokens", pa.int32(), "length of the response"),
+    BASELINE_RESPONSE_ID,
+    column("proxy_win", pa.float64(), "1 for a win by the ranker, 0 for a loss, 0.5 for a tie"),
+    column("gold_win", pa.float64(), "1 for a win by the gold reward, 0 for a loss, 0.5 for a tie", nullable=True),
+    column("gold", pa.float64(), "gold reward of the response", nullable=True),
+    column("gold_baseline", pa.float64(), "gold reward of the baseline's response", nullable=True),
+    column(
+        "kl",
+        pa.float64(),
+        "log-prob under the distribution it was sampled from minus log-prob under the baseline policy, nats; the "
+        "mean estimates the KL divergence",
+        nullable=True,
+    ),
+    column("n_tokens", pa.int32(), "number of tokens of the response"),
 )
 EVALUATIONS = table(
     "evaluations",
-    "one row a metric of a policy",
+    "one row per metric of an evaluated policy",
     column("metric", pa.string(), "name"),
     column("value", pa.float64(), "mean over prompts"),
-    column("low", pa.float64(), "lower end of the bootstrap interval over prompts"),
-    column("high", pa.float64(), "upper end"),
-    column("n", pa.int64(), "prompts behind it"),
+    column("low", pa.float64(), "lower end of the bootstrap confidence interval over prompts"),
+    column("high", pa.float64(), "upper end of the bootstrap confidence interval over prompts"),
+    column("n", pa.int64(), "number of prompts"),
 )
 REJECTS = table(
     "rejects",
-    "one row for each row that a stage left out",
-    column("prompt_id", pa.string(), "the prompt, where known", null=True),
-    column("candidate_id", pa.string(), "the candidate, where known", null=True),
-    column("place", pa.string(), "where it stood, e.g. a line of the input file"),
-    column("reason", pa.string(), "short and countable"),
-    column("detail", pa.string(), "the value that was at fault"),
+    "one row per input row that a stage dropped",
+    column("prompt_id", pa.string(), "hash of the prompt's content; null if it has none", nullable=True),
+    column("candidate_id", pa.string(), "the candidate; null if a whole prompt or line was dropped", nullable=True),
+    column("place", pa.string(), "where the row was, such as a line of the input file"),
+    column("reason", pa.string(), "short reason, the same text for all rows dropped for it, so that it can be counted"),
+    column("detail", pa.string(), "the value that caused the reject"),
 )
 
+# In the order in which a prompt passes through them: the order of lists, pages and manifests.
+TABLES: dict[str, pa.Schema] = {
+    table_name(schema): schema
+    for schema in (
+        PROMPTS,
+        CANDIDATES,
+        REWARDS,
+        SELECTIONS,
+        COMPARISONS,
+        PAIRS,
+        REFERENCE,
+        EXAMPLES,
+        POLICIES,
+        METRICS,
+        SPEEDS,
+        FEATURES,
+        HEADS,
+        JUDGEMENTS,
+        OUTCOMES,
+        EVALUATIONS,
+        REJECTS,
+    )
+}
+
+# Annotations of a stage's inputs and outputs: `def rank(candidates: Candidates) -> Rewards`.
 Prompts = Annotated[pa.Table, PROMPTS]
 Candidates = Annotated[pa.Table, CANDIDATES]
 Rewards = Annotated[pa.Table, REWARDS]

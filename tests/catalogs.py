@@ -1,32 +1,36 @@
-"""Small stores for questions: sealed steps with the rows that a test writes, and runs that name them."""
+"""Small stores for queries: finished steps with the rows that a test writes, and runs that link to them."""
 
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
 from pipeline.store.store import StepFolder, Store, write_json
+from schemas import table_name
 from schemas.tables import REJECTS, REWARDS
 
 
 def put(
     store: Store, stage: str, key: str, tables: Sequence[pa.Table], seconds: float = 1.5, version: int = 1, **extra
 ) -> None:
-    """A sealed step of one shard, as a run leaves it."""
+    """Write a finished step of one part, as a run does; `extra` are further fields of its manifest."""
     folder = StepFolder(store.root / stage / key)
+    time = {"seconds": seconds, "gpu_seconds": 2 * seconds, "cpu_seconds": seconds}
+    folder.write_part(
+        0, {table_name(table.schema): table for table in tables}, time | {"counters": {"tokens": 7}, "rejects": {}}
+    )
     record = {
-        "seconds": seconds,
-        "gpu_seconds": 2 * seconds,
-        "cpu_seconds": seconds,
-        "counters": {"tokens": 7},
-        "rejects": {},
+        "stage": stage,
+        "key": key,
+        "identity": {"version": version, "options": {"k": 8}, "inputs": {"prompts": "abc"}},
+        "made": "2026-01-01T00:00:00+00:00",
+        "commit": "c0ffee",
+        "wall_seconds": seconds,
     }
-    folder.write_part(0, {table.schema.metadata[b"table"].decode(): table for table in tables}, record)
-    identity = {"version": version, "options": {"k": 8}, "inputs": {"prompts": "abc"}}
-    made = {"stage": stage, "key": key, "identity": identity, "made": "2026-01-01T00:00:00+00:00", "commit": "c0ffee"}
-    folder.seal(made | {"wall_seconds": seconds} | extra, 1, lambda manifest: None)
+    folder.seal(record | extra, 1, lambda manifest: None)
 
 
 def link(store: Store, run: str, **steps: tuple[str, str]) -> None:
+    """Write a run; each step is its stage and key."""
     links = {name: {"stage": stage, "key": key} for name, (stage, key) in steps.items()}
     write_json(store.root / "runs" / f"{run}.json", links)
 
@@ -41,12 +45,11 @@ def rejects(*reasons: str) -> pa.Table:
 
 
 def table(schema: pa.Schema, *rows: Mapping) -> pa.Table:
-    """Rows of which a test says what it is about; the rest is null, zero, or empty."""
-    empty = {field.name: None if field.nullable else _nothing(field.type) for field in schema}
-    return pa.Table.from_pylist([empty | dict(row) for row in rows], schema)
-
-
-def _nothing(kind: pa.DataType):
-    if pa.types.is_list(kind):
-        return []
-    return "" if pa.types.is_string(kind) else 0
+    """Return rows of which a test sets the columns that it is about; the others are null, zero, or empty."""
+    defaults: dict[str, object] = {}
+    for field in schema:
+        if field.nullable:
+            defaults[field.name] = None
+        else:
+            defaults[field.name] = [] if pa.types.is_list(field.type) else "" if pa.types.is_string(field.type) else 0
+    return pa.Table.from_pylist([defaults | dict(row) for row in rows], schema)

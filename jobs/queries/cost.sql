@@ -1,4 +1,4 @@
--- Where the time of each run went, by stage, the dearest first; the share is of GPU-seconds if the run has any.
+-- Time of each run by stage, the most expensive first; share: of the run's GPU-seconds, or CPU-seconds without a GPU.
 SELECT run, stage, count(*) AS steps, sum(rows)::BIGINT AS rows, sum(rejects)::BIGINT AS rejects, sum(seconds) AS seconds,
     sum(wall_seconds) AS wall_seconds, sum(gpu_seconds) AS gpu_seconds, sum(cpu_seconds) AS cpu_seconds,
     coalesce(

@@ -1,15 +1,15 @@
--- How many candidates are twins, the same tokens drawn again for the same prompt, by step.
-WITH named AS (SELECT stage, key, min(run || coalesce('@' || round, '')) AS run, min(step) AS step FROM runs GROUP BY stage, key), responses AS (
+-- Duplicates by step: share of candidates that repeat the tokens of another candidate of the same prompt.
+WITH step_names AS (SELECT stage, key, min(run || coalesce('@' || round, '')) AS run, min(step) AS step FROM runs GROUP BY stage, key), responses AS (
     SELECT stage, key, list_histogram(list(hash(token_ids))) AS copies FROM candidates GROUP BY stage, key, prompt_id
-), prompts_own AS (
+), prompt_counts AS (
     SELECT stage, key, cardinality(copies) AS different, list_sum(map_values(copies)) AS n, list_max(map_values(copies)) AS most
     FROM responses
-), told AS (
+), summary AS (
     SELECT stage, key, count(*) AS prompts, sum(n)::BIGINT AS candidates, sum(different)::BIGINT AS different,
-        1 - sum(different) / sum(n) AS twins, count(*) FILTER (different < n) AS prompts_with_twins,
+        1 - sum(different) / sum(n) AS duplicates, count(*) FILTER (different < n) AS prompts_with_duplicates,
         count(*) FILTER (different = 1 AND n > 1) AS prompts_all_alike, max(most)::BIGINT AS most_of_one
-    FROM prompts_own GROUP BY stage, key
+    FROM prompt_counts GROUP BY stage, key
 )
-SELECT run, step, prompts, candidates, different, twins, prompts_with_twins, prompts_all_alike, most_of_one
-FROM told JOIN named USING (stage, key)
+SELECT run, step, prompts, candidates, different, duplicates, prompts_with_duplicates, prompts_all_alike, most_of_one
+FROM summary JOIN step_names USING (stage, key)
 ORDER BY run, step

@@ -1,4 +1,4 @@
--- Win rates of every run and round with their intervals, best gold first.
+-- Win rates of every run and round with 95 % intervals, highest gold win rate first.
 SELECT runs.run || coalesce('@' || round, '') AS run, metric, value, low, high
 FROM runs JOIN evaluations USING (stage, key)
 WHERE metric IN ('gold_win', 'proxy_win')

@@ -1,8 +1,8 @@
--- Every run beside the SFT policy: wins, gold reward, KL and length on held-out prompts, and the seconds it took.
--- A round is a row of its own (rest@2). seconds: of work in all steps of the run; own_seconds: in those that no other run shares.
+-- Every run compared with the SFT policy on held-out prompts: win rates, gold reward, KL, length, and seconds.
+-- One row per round (rest@2). seconds: working time of all steps of the run; own_seconds: of those that no other run uses.
 WITH costs AS (
-    SELECT run, sum(seconds) AS seconds, coalesce(sum(seconds) FILTER (owners = 1), 0) AS own_seconds
-    FROM (SELECT *, count(*) OVER (PARTITION BY stage, key) AS owners FROM (SELECT DISTINCT run, stage, key FROM runs))
+    SELECT run, sum(seconds) AS seconds, coalesce(sum(seconds) FILTER (n_runs = 1), 0) AS own_seconds
+    FROM (SELECT *, count(*) OVER (PARTITION BY stage, key) AS n_runs FROM (SELECT DISTINCT run, stage, key FROM runs))
     JOIN steps USING (stage, key)
     GROUP BY run
 )

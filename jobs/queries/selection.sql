@@ -1,4 +1,4 @@
--- How hard the selection tilts, averaged over prompts, for one run by --run.
+-- Strength of the selection, averaged over prompts; choose one run with --run.
 SELECT count(DISTINCT prompt_id) AS prompts, count(*) AS kept, avg(reward) AS mean_reward_kept,
     (SELECT avg(reward) FROM rewards) AS mean_reward_all,
     avg(acceptance) AS first_pass_acceptance, avg(ess) AS effective_sample_size, max(round) + 1 AS passes

@@ -1,5 +1,5 @@
--- The held-out losses of policies that were measured on preferences and on demonstrations, one row a policy.
--- A step that only measures an optimum goes by its own name, and by its run's too where several policies have that name.
+-- Held-out losses of the policies that were measured on preferences and on demonstrations, one row per policy.
+-- A step other than `optimize` is named by its step, followed by its run if several policies have that name.
 WITH policies AS (
     SELECT
         min(CASE runs.step WHEN 'optimize' THEN run || coalesce('@' || round, '') ELSE runs.step END) AS name,

@@ -1,52 +1,50 @@
-"""What the catalog shows of a store: a view of each table over the files that manifests list, and `runs` and `steps`.
+"""What the catalog shows of a store: a view per table over the files that manifests list, and `runs` and `steps`.
 
-All names that come from a store's files are checked here before any of them stands in SQL: a part's name is plain and
-lies in the folder of its manifest, whatever the manifest says.
+Stages, keys and file names come from checked manifests (pipeline.store.manifests), and every name and text is quoted
+here before it becomes part of a statement.
 """
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from pipeline.config.rounds import split
-from pipeline.store.manifests import manifest_summary, stage_versions
 from pipeline.store.storage import Location
-from pipeline.store.store import table_of
+from pipeline.store.store import Json, table_of
 from schemas import TABLES
-from schemas.tables import column, described
+from schemas.columns import column, table
 
-Json = dict[str, Any]
-STAGE = column("stage", pa.string(), "the function that made it")
-KEY = column("key", pa.string(), "hash of the stage, its options and its inputs; joins every table")
-RUNS = described(
+STAGE = column("stage", pa.string(), "name of the stage that made the row")
+KEY = column("key", pa.string(), "hash of the stage, its options and its inputs; joins all tables to runs and steps")
+RUNS = table(
     "runs",
-    "one row a step of a run",
-    column("run", pa.string(), "recipe, and what --set changed of it"),
-    column("step", pa.string(), "as the recipe names it, and @ its round"),
-    column("round", pa.int32(), "from 1; null of a step that all rounds share", null=True),
+    "one row per step of a run",
+    column("run", pa.string(), "name of the recipe, and what --set changed in it"),
+    column("step", pa.string(), "name of the step in the recipe, without its round"),
+    column("round", pa.int32(), "number of the round, from 1; null for a step that all rounds share", nullable=True),
     STAGE,
     KEY,
 )
-STEPS = described(
+STEPS = table(
     "steps",
-    "one row a sealed step",
+    "one row per finished step",
     STAGE,
     KEY,
     column("options", pa.string(), "JSON: all options of the stage"),
-    column("inputs", pa.string(), "JSON: the key behind each input"),
-    column("rows", pa.int64(), "of all tables but rejects"),
-    column("rejects", pa.int64(), "rows left out"),
-    column("bytes", pa.int64(), "of all tables, on disk"),
-    column("seconds", pa.float64(), "of all its workers together; parts that share one share its time"),
-    column("wall_seconds", pa.float64(), "from its first part to its last, in the run that sealed it"),
-    column("tokens", pa.int64(), "drawn or read by a network"),
-    column("ranker_calls", pa.int64(), "pairs or responses that a ranker read"),
-    column("gpu_seconds", pa.float64(), "what it cost: seconds times a worker's GPUs", null=True),
-    column("cpu_seconds", pa.float64(), "what it cost: seconds times a worker's CPUs", null=True),
-    column("made", pa.string(), "when it was sealed, UTC"),
-    column("commit", pa.string(), "of this code; with + where it had changes"),
-    column("model", pa.string(), "digest of the model that it made", null=True),
+    column("inputs", pa.string(), "JSON: the key of the step behind each input"),
+    column("rows", pa.int64(), "number of rows in all its tables except rejects"),
+    column("rejects", pa.int64(), "number of rows it dropped"),
+    column("bytes", pa.int64(), "size of all its tables on disk"),
+    column("seconds", pa.float64(), "working time, summed over workers; parts made in one call share its time"),
+    column("wall_seconds", pa.float64(), "time from its first part to its last, in the run that finished it"),
+    column("tokens", pa.int64(), "tokens generated or read by a network"),
+    column("ranker_calls", pa.int64(), "pairs or responses read by a ranker"),
+    column("gpu_seconds", pa.float64(), "cost: seconds times the GPUs of a worker", nullable=True),
+    column("cpu_seconds", pa.float64(), "cost: seconds times the CPUs of a worker", nullable=True),
+    column("made", pa.string(), "time at which it was finished, UTC"),
+    column("commit", pa.string(), "git commit of this code, with + if there were uncommitted changes"),
+    column("model", pa.string(), "digest of the model that it made", nullable=True),
 )
 VIEWS = {name: schema.append(STAGE).append(KEY) for name, schema in TABLES.items()} | {"runs": RUNS, "steps": STEPS}
 SQL_TYPES = {
@@ -59,70 +57,65 @@ SQL_TYPES = {
 }
 
 
-def files_of(name: str, manifests: list[Json], root: str) -> list[str]:
-    """Where the table's parts lie; those without rows have nothing to say.
+def table_files(name: str, manifests: list[Json], root: str) -> list[str]:
+    """Return the paths of all files of a table that have rows.
 
-    One of about the mean size stands first: DuckDB plans its joins as if all files had the rows of the first.
+    A file of about the mean size comes first: DuckDB plans joins as if all files had as many rows as the first.
     """
     rows = {
         f"{root}/{manifest['stage']}/{manifest['key']}/{file['file']}": file["rows"]
         for manifest in manifests
-        for file in _parts(name, manifest)
+        for file in manifest["files"]
+        if table_of(file) == name and file["rows"]
     }
     if not rows:
         return []
     mean = sum(rows.values()) / len(rows)
-    usual = min(rows, key=lambda file: abs(rows[file] - mean))
-    return [usual, *(file for file in rows if file != usual)]
-
-
-def _parts(name: str, manifest: Json) -> list[Json]:
-    """Of the table, those with rows."""
-    return [file for file in manifest["files"] if table_of(file) == name and file["rows"]]
+    typical = min(rows, key=lambda path: abs(rows[path] - mean))
+    return [typical, *(path for path in rows if path != typical)]
 
 
 def address(root: Location) -> str:
-    """The store's place as DuckDB is to read it: a folder, or a URL as its filesystem writes it."""
+    """Return the store's location as DuckDB reads it: a path, or a URL in the form of its filesystem."""
     if isinstance(root, Path):
         return str(root)
     return str(root.fs.unstrip_protocol(root.path)).rstrip("/")
 
 
-def view(name: str, manifests: list[Json], evolved: bool) -> str:
-    """SQL of one scan of all files in the variable `name`; stage and key are folders of a file's name, or constants.
+def stage_versions(manifests: list[Json]) -> set[tuple[str, int | None]]:
+    return {(manifest["stage"], manifest["identity"].get("version")) for manifest in manifests}
 
-    One scan, for a union of a scan a step opens all files at once; and as a file's own name is known before it is
-    opened, `WHERE key = '…'` opens no other step's. In a store that has `evolved`, a table's columns may differ from
-    one of its makers to another: those that a file lacks are null, for which all files must be looked at first.
+
+def view(name: str, manifests: list[Json], evolved: bool) -> str:
+    """Return SQL that scans all files in the variable `name` and adds the columns stage and key.
+
+    One scan, because a union of one scan per step opens all files at once. DuckDB knows a file's name before it opens
+    the file, so `WHERE key = '…'` opens no file of another step. If any stage in the store has several versions
+    (`evolved`), the columns of a table may differ between the stages that write it: those that a file lacks are null,
+    and to find them DuckDB must look at all files first.
     """
-    made = [manifest for manifest in manifests if _parts(name, manifest)]
-    stages, keys = ({manifest[each] for manifest in made} for each in ("stage", "key"))
-    by_name = evolved and len(stage_versions(made)) > 1
-    folder = "parse_dirpath(filename)"  # these functions are called once a file, and split_part once a row
-    stage, key = _only(stages, f"parse_filename(parse_dirpath({folder}))"), _only(keys, f"parse_filename({folder})")
+    writers = [manifest for manifest in manifests if any(table_of(f) == name and f["rows"] for f in manifest["files"])]
+    union_by_name = evolved and len(stage_versions(writers)) > 1
+    # <root>/<stage>/<key>/<file>: these functions are called once per file, and split_part would be once per row
+    key_folder = "parse_dirpath(filename)"
+    columns = {"stage": f"parse_filename(parse_dirpath({key_folder}))", "key": f"parse_filename({key_folder})"}
+    for column_name in columns:
+        values = {manifest[column_name] for manifest in writers}
+        if len(values) == 1:  # a constant, which DuckDB need not carry through joins and groups
+            columns[column_name] = text(values.pop())
     return (
-        f"SELECT *, {stage} AS stage, {key} AS key FROM "
-        f"read_parquet(getvariable({text(name)}), hive_partitioning=false, union_by_name={str(by_name).lower()})"
+        f"SELECT *, {columns['stage']} AS stage, {columns['key']} AS key FROM read_parquet(getvariable({text(name)}), "
+        f"hive_partitioning=false, union_by_name={str(union_by_name).lower()})"
     )
 
 
-def has_evolved(manifests: list[Json]) -> bool:
-    """Has any stage of a store, these being all that is sealed there, several versions?"""
-    return len(stage_versions(manifests)) > len({manifest["stage"] for manifest in manifests})
-
-
-def _only(names: set[str], otherwise: str) -> str:
-    """The one name as a constant, which DuckDB need not carry through joins and groups; or the SQL that finds it."""
-    return text(min(names)) if len(names) == 1 else otherwise
-
-
-def columns(name: str) -> str:
-    """The columns of a view that has no rows."""
+def null_columns(name: str) -> str:
+    """Return a SELECT list with the columns of a view, all null: for a view without rows."""
     return ", ".join(f"NULL::{sql_type(field.type)} AS {quoted(field.name)}" for field in VIEWS[name])
 
 
 def sql_type(kind: pa.DataType) -> str:
-    """DuckDB's name of an Arrow type of ours."""
+    """Return DuckDB's name for an Arrow type of the data dictionary."""
     if pa.types.is_list(kind):
         return f"{sql_type(kind.value_type)}[]"
     if pa.types.is_struct(kind):
@@ -133,23 +126,48 @@ def sql_type(kind: pa.DataType) -> str:
 
 
 def quoted(name: str) -> str:
+    """Return a name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def text(value: str) -> str:
+    """Return a string as an SQL literal."""
     return "'" + value.replace("'", "''") + "'"
 
 
 def run_rows(runs: dict[str, Json]) -> pa.Table:
-    """`runs`: a row a step of each run."""
-    rows = [
-        {"run": name, **dict(zip(("step", "round"), split(step), strict=True)), **link}
-        for name, steps in runs.items()
-        for step, link in steps.items()
-    ]
+    """Return the table `runs`."""
+    rows = []
+    for run, steps in runs.items():
+        for name, link in steps.items():
+            step, round = split(name)
+            rows.append({"run": run, "step": step, "round": round, **link})
     return pa.Table.from_pylist(rows, RUNS)
 
 
 def step_rows(manifests: list[Json]) -> pa.Table:
-    """`steps`: a row a sealed step."""
-    return pa.Table.from_pylist([manifest_summary(manifest) for manifest in manifests], STEPS)
+    """Return the table `steps`."""
+    rows = []
+    for manifest in manifests:
+        identity, counters = manifest["identity"], manifest["counters"]
+        rows.append(
+            {
+                "stage": manifest["stage"],
+                "key": manifest["key"],
+                "options": json.dumps(identity["options"], sort_keys=True),
+                "inputs": json.dumps(identity["inputs"], sort_keys=True),
+                "rows": sum(count for table, count in manifest["rows"].items() if table != "rejects"),
+                "rejects": manifest["rows"].get("rejects", 0),
+                "bytes": sum(manifest["bytes"].values()),
+                "seconds": float(manifest["seconds"]),
+                "wall_seconds": float(manifest["wall_seconds"]),
+                "tokens": counters.get("tokens", 0),
+                "ranker_calls": counters.get("ranker_calls", 0),
+                "gpu_seconds": manifest.get("gpu_seconds"),
+                "cpu_seconds": manifest.get("cpu_seconds"),
+                "made": manifest["made"],
+                "commit": str(manifest["commit"]),
+                "model": manifest.get("model"),
+            }
+        )
+    return pa.Table.from_pylist(rows, STEPS)

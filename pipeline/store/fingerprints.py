@@ -1,24 +1,32 @@
-"""Files and folders as options: what they hold is their identity, where they lie is not."""
+"""Files and folders as options of a stage: their content is part of a key, their path is not."""
 
 import json
-from hashlib import sha256
+import os
+import time
+from contextlib import suppress
+from functools import lru_cache
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.store.file_digests import digest_of_file
+from pipeline.store.storage import cache, replace
 
 if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE = "winnow:"  # begins the name of an adapter's base where it is the digest of a policy
+BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
+LARGE_FILE = 1 << 26  # bytes; a smaller file is read as fast as its digest is looked up
+SETTLED_AFTER = 2 * 10**9  # nanoseconds; a file changed more recently may change again within one tick of the clock
+
 
 class ContentPath:
-    """A path that stands for its content. Checked when the recipe is read, hashed once."""
+    """Path that stands for its content: checked when the recipe is read, hashed when a key needs its digest."""
 
     def __init__(self, path: str) -> None:
         self.written = path
@@ -30,6 +38,7 @@ class ContentPath:
         return digest_of(self.path)
 
     def check(self) -> None:
+        """Raise ValueError if the path is not what the class says."""
         if not self.path.exists():
             raise ValueError(f"no such file or folder: {self.path}")
 
@@ -37,29 +46,28 @@ class ContentPath:
         return str(self.path)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> "CoreSchema":
+    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
         from pydantic_core import core_schema
 
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema(strict=True))
 
 
 class DataPath(ContentPath):
-    """A data file, or a folder of them."""
+    """Data file, or a folder of data files."""
 
 
 class ModelPath(ContentPath):
-    """A Hugging Face model folder: config, tokenizer, and weights as safetensors (pickles are refused)."""
+    """Hugging Face model folder: config, tokenizer, and weights as safetensors (pickles are rejected)."""
 
     def check(self) -> None:
         super().check()
-        check_parts(f"model folder {self.path}", self._parts())
-
-    def _parts(self) -> list[tuple[str, bool]]:
-        return [
-            ("config.json", (self.path / "config.json").is_file()),
-            ("weights as *.safetensors", any(self.path.glob("*.safetensors"))),
-            ("tokenizer", any((self.path / name).is_file() for name in TOKENIZER_FILES)),
-        ]
+        parts = {
+            "config.json": (self.path / "config.json").is_file(),
+            "weights as *.safetensors": any(self.path.glob("*.safetensors")),
+            "tokenizer": any((self.path / name).is_file() for name in TOKENIZER_FILES),
+        }
+        if missing := [part for part, exists in parts.items() if not exists]:
+            raise ValueError(f"model folder {self.path} has no {', no '.join(missing)}")
 
     @property
     def digest(self) -> str:
@@ -67,26 +75,26 @@ class ModelPath(ContentPath):
 
 
 class AdapterPath(ContentPath):
-    """A folder of peft's with one LoRA: its config, its weights as safetensors, and perhaps a tokenizer of its own."""
+    """PEFT folder of one LoRA: its config, its weights as safetensors, and optionally a tokenizer."""
 
     def check(self) -> None:
         super().check()
-        parts = [(name, (self.path / name).is_file()) for name in (ADAPTER, ADAPTER_WEIGHTS)]
-        check_parts(f"adapter folder {self.path}", parts)
+        if missing := [name for name in (ADAPTER, ADAPTER_WEIGHTS) if not (self.path / name).is_file()]:
+            raise ValueError(f"adapter folder {self.path} has no {', no '.join(missing)}")
         if (kind := self._config().get("peft_type")) != "LORA":
-            raise ValueError(f"adapter folder {self.path} holds a {kind}, and what is merged is a LORA")
-        if not is_whole(self.path / ADAPTER_WEIGHTS):
-            raise ValueError(f"{self.path / ADAPTER_WEIGHTS} is torn: it is no whole safetensors file; copy it again")
+            raise ValueError(f"adapter folder {self.path} holds a {kind}; only a LORA can be merged")
+        if not _is_complete_safetensors(self.path / ADAPTER_WEIGHTS):
+            raise ValueError(f"{self.path / ADAPTER_WEIGHTS} is truncated or not a safetensors file; copy it again")
 
     def _config(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.path / ADAPTER).read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path / ADAPTER} is no JSON object ({error}); copy it again") from None
+            raise ValueError(f"{self.path / ADAPTER} is not a JSON object ({error}); copy it again") from None
 
     @property
     def base(self) -> str | None:
-        """Digest of the policy that it was trained from, if that was one of ours."""
+        """Return the digest of the policy it was trained from, or None if that was not a policy of a store."""
         name = str(self._config().get("base_model_name_or_path"))
         return name.removeprefix(BASE) if name.startswith(BASE) else None
 
@@ -95,41 +103,71 @@ class AdapterPath(ContentPath):
         return model_digest(self.path)
 
 
-def check_parts(place: str, parts: list[tuple[str, bool]]) -> None:
-    """Raises ValueError with all that is not there."""
-    if missing := [what for what, there in parts if not there]:
-        raise ValueError(f"{place} has no {', no '.join(missing)}")
+def _is_complete_safetensors(file: Path) -> bool:
+    """Return whether a file is as long as its header says; the first 8 bytes are the length of the header.
 
-
-def is_whole(file: Path) -> bool:
-    """Is this safetensors file as long as its header says? The length of the header stands in its first 8 bytes."""
+    A file that an interrupted copy cut short would otherwise fail only on a GPU, when its weights are loaded.
+    """
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            tensors = json.loads(stream.read(min(length, file.stat().st_size)))
+            tensors = json.loads(stream.read(min(length, size)))
             ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
-            return bool(8 + length + max(ends, default=0) == file.stat().st_size)
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
+    return bool(8 + length + max(ends, default=0) == size)
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that make a model what it is, sorted by name."""
+    """Return the files that determine what a model computes, sorted by name."""
     return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
 
 
 def model_digest(folder: Path) -> str:
-    """Digest of a model folder's content: weights, config, tokenizer, chat template."""
-    return _digest_files(folder, model_files(folder))
+    """Return the digest of a model folder: weights, config, tokenizer and chat template, and no other file."""
+    return _digest_of_files(folder, model_files(folder))
 
 
 def digest_of(path: Path) -> str:
-    """Digest of a file's bytes, or of all files in a folder with their relative names."""
+    """Return the digest of a file's bytes, or of all files in a folder with their relative names; 64 hex digits."""
     if path.is_file():
-        return digest_of_file(path)
-    return _digest_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
+        return _digest_of_file(path, _file_state(path))
+    return _digest_of_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
 
 
-def _digest_files(folder: Path, files: list[Path]) -> str:
+def _digest_of_files(folder: Path, files: list[Path]) -> str:
     lines = (f"{file.relative_to(folder).as_posix()} {digest_of(file)}\n" for file in files)
     return sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_state(path: Path) -> tuple[int, ...]:
+    """Return numbers that change when the file's content changes; ctime is one of them because nobody can set it."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
+
+
+@lru_cache(maxsize=4096)
+def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a file that is in this state.
+
+    That of a large file is cached on disk, so that a model of many gigabytes is read once and not for every plan.
+    """
+    if state[0] < LARGE_FILE:
+        return _read_digest(path)
+    entry = cache() / "digests" / f"{sha256(str(path).encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no entry, or a damaged one
+        cached = json.loads(entry.read_text())
+        if cached["state"] == list(state):
+            return str(cached["digest"])
+    settled = time.time_ns() - max(state[1:3]) > SETTLED_AFTER
+    digest = _read_digest(path)
+    if settled and _file_state(path) == state:  # else it may have changed while it was read
+        with suppress(OSError):  # without room for the entry, the file is read again next time
+            replace(entry, json.dumps({"path": str(path), "state": state, "digest": digest}).encode())
+    return digest
+
+
+def _read_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

@@ -1,30 +1,31 @@
-"""What no run reaches, and what nobody would miss; deleted only while that is still so.
+"""Garbage collection: find what no run reaches, and delete it only while that is still so.
 
-A step is reached if a run's link names it, made or on its way. Before each deletion the step is claimed, its manifest
-is put away, and the links are read again. A run links first and looks for manifests then: it either is seen, and the
-manifest goes back, or finds none, and makes the step once the claim is over. An object store knows no claims: there,
-delete when nothing runs.
+A step is reached if a run links to it, whether it is finished or not. Before a step is deleted it is locked, its
+manifest is taken away, and the links are read again. A run does this in the other order: it links first and looks for
+manifests then. So either its link is seen, and the manifest is put back, or it finds no manifest and makes the step
+again once the lock is free. An object store has no locks: run `gc --yes` there only while no run is working.
 """
 
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.registry import nearest
-from pipeline.store.inventory import KEY, LOCKS, RUNS, SIDECAR, Inventory, StoredStep, followers_first, links
-from pipeline.store.storage import Location, create, delete, read, sizes
-from pipeline.store.store import StepFolder, Store
+from pipeline.store.inventory import KEY, SIDECAR, Inventory, followers_first, links
+from pipeline.store.storage import create, delete, read, sizes
+from pipeline.store.store import LOCKS, RUNS, StepFolder, Store
 from schemas import WinnowError
 
 STALE_SECONDS = 3600.0
-SCRATCH = re.compile(r"\..+\.\d+\.\d+")  # as pipeline.store.storage writes before it renames
+SCRATCH = re.compile(r"\..+\.\d+\.\d+")  # names that pipeline.store.storage writes to before it renames them
 
 
 @dataclass(frozen=True)
 class GarbageItem:
-    """A folder or a file, by its path from the store's root."""
+    """Folder or file by its path relative to the store's root, why it is garbage, and its size."""
 
     path: str
     why: str
@@ -32,149 +33,141 @@ class GarbageItem:
 
 
 @dataclass(frozen=True)
-class Found:
-    """In the order in which it may go; `busy` are keys of what somebody is making and no run names any more."""
+class GarbageReport:
+    """Garbage in the order in which it may be deleted.
+
+    `busy` are the keys of steps that some process is making although no run links to them any more.
+    """
 
     garbage: list[GarbageItem]
     busy: list[str]
 
 
-def garbage(store: Store, forget: tuple[str, ...] = ()) -> Found:
-    """What could be deleted if the runs in `forget` were gone. Raises WinnowError for runs that there are not.
+def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
+    """Return what could be deleted if the runs in `forget` did not exist; change nothing.
 
-    While somebody makes a step that no run names any more, nothing says what it reads: then sealed steps stay.
+    While a step is being made that no run links to, nothing says which steps it reads: no finished step is garbage
+    then. Raises WinnowError if a run in `forget` does not exist, or if there are no runs at all.
     """
-    contents = Inventory(store)
-    _check(contents, forget)
-    reached, busy = contents.reached(forget), _busy(contents)
-    astray = sorted(busy - reached)
-    loose = {
-        key: made for key, made in contents.made.items() if key not in reached | busy and not (made.manifest and astray)
-    }
-    found = [_of_step(loose[key]) for key in followers_first({key: made.inputs for key, made in loose.items()})]
-    found += [item for key, made in contents.made.items() if key in reached for item in _unlisted(made)]
-    return Found(found + [item for item in _stale(contents, busy) if item.path.split("/")[1] not in loose], astray)
-
-
-def _check(contents: Inventory, forget: tuple[str, ...]) -> None:
-    unknown = [run for run in forget if run not in contents.runs]
-    if unknown:
-        raise WinnowError(*(f"--forget {run}: no such run; {nearest(run, list(contents.runs))}" for run in unknown))
-    if not contents.runs:
+    inventory = Inventory(store)
+    runs = list(inventory.runs)
+    if unknown := [run for run in forget if run not in runs]:
+        raise WinnowError(*(f"--forget {run}: no such run; {nearest(run, runs)}" for run in unknown))
+    if not runs:  # a store copied without its runs, or a wrong folder: all of it would be garbage
         raise WinnowError(
-            f"--store {contents.store.root}: no runs here, so that nothing would be kept; if that is meant, delete "
-            "the folder"
+            f"--store {store.root}: no runs here, so everything would be deleted; if you want that, delete the folder"
         )
 
+    # An object store has no locks: there, a step that was written to lately counts as being made.
+    steps = inventory.steps
+    if isinstance(store.root, Path):
+        names = [path.partition("/")[2] for path in inventory.files if path.startswith(f"{LOCKS}/")]
+        busy = {name for name in names if KEY.fullmatch(name) and _is_locked(store, name)}
+    else:
+        busy = {key for key, step in steps.items() if not step.manifest and _is_recent(step.modified)}
 
-def _busy(contents: Inventory) -> set[str]:
-    """Keys of steps at work: claimed on this disk; in an object store, which knows no claims, written to lately."""
-    if isinstance(contents.store.root, Path):
-        return set(contents.held())
-    return {key for key, made in contents.made.items() if not made.manifest and _young(made.modified)}
+    # Steps that no run reaches, each before those that it was made from: whenever the deletion stops, no finished
+    # step has lost its inputs.
+    reached = inventory.reached(forget)
+    unlinked = sorted(busy - reached)
+    loose = {key: step for key, step in steps.items() if key not in reached | busy and not (step.manifest and unlinked)}
+    items = []
+    for key in followers_first({key: step.inputs for key, step in loose.items()}):
+        why = "no run reaches it" if loose[key].manifest else "not finished, and no run links to it"
+        items.append(GarbageItem(f"{loose[key].stage}/{key}", why, loose[key].bytes))
+
+    # Files in a finished step that its manifest does not list.
+    for step in (step for key, step in steps.items() if key in reached):
+        for name, size in step.unlisted().items():
+            if not SCRATCH.fullmatch(name):
+                items.append(GarbageItem(f"{step.stage}/{step.key}/{name}", "its manifest does not list it", size))
+
+    # Locks that no process holds, and scratch files of processes that died before they renamed them.
+    for path, file in inventory.files.items():
+        folder, _, name = path.rpartition("/")
+        if _is_recent(file.modified) or path.partition("/")[2].partition("/")[0] in loose:
+            continue
+        if folder == LOCKS and name not in busy and (KEY.fullmatch(name) or name.startswith(".trial-")):
+            items.append(GarbageItem(path, "no process holds this lock", file.bytes))
+        elif SCRATCH.fullmatch(name) and (folder in (LOCKS, RUNS) or folder.partition("/")[2] in steps):
+            items.append(GarbageItem(path, "scratch file that was never renamed", file.bytes))
+    return GarbageReport(items, unlinked)
 
 
-def _of_step(made: StoredStep) -> GarbageItem:
-    why = "no run reaches it" if made.manifest else "not finished, and no run names it"
-    return GarbageItem(f"{made.stage}/{made.key}", why, made.bytes)
-
-
-def _young(moment: float) -> bool:
+def _is_recent(moment: float) -> bool:
     return time.time() - moment < STALE_SECONDS
 
 
-def _unlisted(made: StoredStep) -> Iterator[GarbageItem]:
-    for name, size in made.unlisted().items():
-        if not SCRATCH.fullmatch(name):
-            yield GarbageItem(f"{made.stage}/{made.key}/{name}", "its step is sealed without it", size)
+def _is_locked(store: Store, key: str) -> bool:
+    if lock := store.at(LOCKS, key).try_lock():
+        lock.release()
+    return lock is None
 
 
-def _stale(contents: Inventory, busy: set[str]) -> Iterator[GarbageItem]:
-    """Locks that nobody holds, and what a process wrote aside and never renamed."""
-    for path, file in contents.files.items():
-        home, _, name = path.rpartition("/")
-        if _young(file.modified):
-            continue
-        if home == LOCKS and name not in busy and (KEY.fullmatch(name) or name.startswith(".trial-")):
-            yield GarbageItem(path, "nobody holds this lock", file.bytes)
-        elif SCRATCH.fullmatch(name) and (home in (RUNS, LOCKS) or home.partition("/")[2] in contents.made):
-            yield GarbageItem(path, "never renamed to what it was to be", file.bytes)
-
-
-def sweep(store: Store, found: Found, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
-    """Forget the runs, then delete what is still garbage; each one is told when it is gone."""
+def sweep(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
+    """Delete the runs in `forget`, then each item of the report that is still garbage; yield it when it is deleted."""
     for run in forget:
         delete(store.root / RUNS / f"{run}.json")
-    for item in found.garbage:
-        if _gone(store, item):
+    for item in report.garbage:
+        stage, key, *rest = item.path.split("/")
+        if SCRATCH.fullmatch((rest or [key])[0]) or key.startswith(".trial-"):
+            delete(store.root / item.path)
+            yield item
+            continue
+        folder = store.at(stage, key)
+        lock = folder.try_lock()
+        if lock is None:  # some process makes it now
+            continue
+        try:
+            if stage == LOCKS:
+                delete(folder.path)
+                deleted = True
+            elif rest:  # the step may have been made again since, with this file
+                manifest = folder.manifest
+                deleted = manifest is not None and rest[0] not in {file["file"] for file in manifest["files"]}
+                if deleted:
+                    delete(folder.path / rest[0])
+            else:
+                deleted = remove([folder], partial(_is_reached, store, key))
+        finally:
+            lock.release()
+        if deleted:
             yield item
 
 
-def _gone(store: Store, item: GarbageItem) -> bool:
-    """Delete it if it still is garbage; False where somebody is at work on it, or reaches it by now."""
-    stage, key, *rest = item.path.split("/")
-    if SCRATCH.fullmatch((rest or [key])[0]) or key.startswith(".trial-"):
-        delete(store.root / item.path)
-        return True
-    folder = store.at(stage, key)
-    claim = folder.claim()
-    if claim is None:
-        return False
-    try:
-        if stage == LOCKS:
-            delete(folder.path)
-            return True
-        return _entry_gone(folder, rest[0]) if rest else _step_gone(store, folder)
-    finally:
-        claim.release()
-
-
-def _step_gone(store: Store, folder: StepFolder) -> bool:
-    def reached() -> bool:
-        return any(link["key"] == folder.path.name for steps in links(store).values() for link in steps.values())
-
-    return remove([folder], reached)
+def _is_reached(store: Store, key: str) -> bool:
+    return any(link["key"] == key for steps in links(store).values() for link in steps.values())
 
 
 def remove(folders: list[StepFolder], reached: Callable[[], bool]) -> bool:
-    """Delete steps, unless they are reached, by the last look at least; else, or if looking fails, all is as before.
+    """Delete steps unless `reached` returns True, before or after their manifests are taken away.
 
-    The caller has claimed them, and named those first that were made of others. Killed in between, a step has lost its
-    manifest, and is sealed anew of its parts.
+    Returns whether they were deleted; if not, or if `reached` raises, everything is as before. The caller holds their
+    locks, and lists each step before those that it was made from. If the process is killed in between, a step has lost
+    its manifest, and the next run writes it again from its parts.
     """
     if reached():
         return False
     manifests: list[tuple[StepFolder, bytes]] = []
-    wanted = True
+    restore = True
     try:
         for folder in folders:
             if folder.manifest_path.exists():
                 manifests.append((folder, read(folder.manifest_path)))
                 delete(folder.manifest_path)
-        wanted = reached()
+        restore = reached()
     finally:
-        for folder, manifest in reversed(manifests if wanted else []):
-            create(folder.manifest_path, manifest)
-    for folder in [] if wanted else folders:
-        _remove(folder)
-    return not wanted
-
-
-def _remove(folder: StepFolder) -> None:
-    """The manifest and the sidecars first, so that no half of it counts."""
-    delete(folder.manifest_path)
-    for name in sizes(folder.path):
-        if SIDECAR.fullmatch(name):
-            delete(folder.path / name)
-    delete(folder.path)
-    root: Location = folder.path.parent.parent
-    delete(root / LOCKS / folder.path.name)
-
-
-def _entry_gone(folder: StepFolder, name: str) -> bool:
-    """Unless the step was made anew since, and of this file."""
-    manifest = folder.manifest
-    if manifest is None or name in {file["file"] for file in manifest["files"]}:
+        if restore:
+            for folder, manifest in reversed(manifests):
+                create(folder.manifest_path, manifest)
+    if restore:
         return False
-    delete(folder.path / name)
+    for folder in folders:
+        # The manifest and the sidecars go first, so that no half of a step counts.
+        delete(folder.manifest_path)
+        for name in sizes(folder.path):
+            if SIDECAR.fullmatch(name):
+                delete(folder.path / name)
+        delete(folder.path)
+        delete(folder.path.parent.parent / LOCKS / folder.path.name)
     return True

@@ -1,63 +1,112 @@
-"""What the JSON files of a store must say before any other code believes them."""
+"""Validation of the JSON files of a store before any other code relies on them.
 
-import json
-import re
-from typing import Any
+A store may have been copied, edited or written by somebody else, and SQL is built from what it says: names are checked
+here, so that no statement and no path is ever made of an unchecked one.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from schemas import WinnowError
 
-Json = dict[str, Any]
-PLAIN = re.compile(r"\w[\w.-]*", re.ASCII)
+FORMAT = 1  # of manifests; a manifest with a larger number was written by a later version of this code
+
+PlainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # no separator, glob or quote
 
 
-def stage_versions(manifests: list[Json]) -> set[tuple[str, Any]]:
-    return {(manifest["stage"], manifest["identity"].get("version")) for manifest in manifests}
+class StrictModel(BaseModel):
+    """Base of the models below: no conversions; fields that a model does not name are kept and not checked."""
+
+    model_config = ConfigDict(strict=True)
 
 
-def manifest_summary(manifest: Json) -> Json:
-    rows, counters = manifest["rows"], manifest["counters"]
-    return {
-        "stage": manifest["stage"],
-        "key": manifest["key"],
-        "options": json.dumps(manifest["identity"]["options"], sort_keys=True),
-        "inputs": json.dumps(manifest["identity"]["inputs"], sort_keys=True),
-        "rows": sum(count for name, count in rows.items() if name != "rejects"),
-        "rejects": rows.get("rejects", 0),
-        "bytes": sum(manifest["bytes"].values()),
-        "seconds": float(manifest["seconds"]),
-        "wall_seconds": float(manifest["wall_seconds"]),
-        "tokens": counters.get("tokens", 0),
-        "ranker_calls": counters.get("ranker_calls", 0),
-        "gpu_seconds": manifest.get("gpu_seconds"),
-        "cpu_seconds": manifest.get("cpu_seconds"),
-        "made": str(manifest["made"]),
-        "commit": str(manifest["commit"]),
-        "model": manifest.get("model"),
-    }
+class ListedFile(StrictModel):
+    """Part of a table, as a manifest lists it."""
+
+    file: PlainName
+    rows: int
+    bytes: int
 
 
-def checked_manifest(manifest: Json) -> Json:
-    """Raises WinnowError where it lists a file outside its own folder, lies in another's, or is none of ours."""
-    place = f"{manifest['folder']}/manifest.json"
-    try:
-        manifest_summary(manifest)
-        stage_versions([manifest])  # which a set must be able to hold
-        home = [manifest["stage"], manifest["key"]]
-        strange = [file["file"] for file in manifest["files"] if not PLAIN.fullmatch(file["file"])]
-        [file["rows"] for file in manifest["files"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WinnowError(f"{place}: no manifest of ours ({error!r}); delete its folder and run again") from None
-    if strange:
-        raise WinnowError(f"{place}: {strange[0]!r} is no name of a part; delete its folder and run again")
-    if home != manifest["folder"].rstrip("/").split("/")[-2:] or not all(map(PLAIN.fullmatch, home)):
-        said = "/".join(map(str, home))
-        raise WinnowError(f"{place}: it says that it is {said}; move its folder there, or delete it")
+class Identity(StrictModel):
+    """Content of a key: the stage's version and options, and the key behind each of its inputs."""
+
+    version: int | None = None
+    options: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Manifest(StrictModel):
+    """Record of a finished step."""
+
+    stage: PlainName
+    key: PlainName
+    identity: Identity
+    files: list[ListedFile]
+    rows: dict[str, int]
+    bytes: dict[str, int]
+    counters: dict[str, float]
+    seconds: float
+    wall_seconds: float
+    gpu_seconds: float | None = None
+    cpu_seconds: float | None = None
+    made: str
+    commit: str | None
+    model: str | None = None
+
+
+class StepLink(StrictModel):
+    """Where a step of a run is stored: `<store>/<stage>/<key>/`."""
+
+    stage: str
+    key: str
+
+
+RUN = TypeAdapter(dict[str, StepLink])
+
+
+def checked_format(path: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest that was read from `path`; raise WinnowError if a later version of this code wrote it."""
+    if manifest.get("format", FORMAT) > FORMAT:
+        raise WinnowError(
+            f"{path}: has format {manifest['format']}, and this version of Winnow reads up to {FORMAT}; update Winnow "
+            "to the version that wrote it"
+        )
     return manifest
 
 
-def checked_run(name: str, steps: Any) -> dict[str, Json]:
-    """Step name -> stage and key, and nothing else; raises WinnowError where a run's file says something else."""
+def checked_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest as it is; its item `folder` says where it was read from.
+
+    Raises WinnowError if a field is missing or has another type, if it lists a file outside its own folder, or if it
+    lies in the folder of another step.
+    """
+    folder = manifest["folder"]
+    path = f"{folder}/manifest.json"
     try:
-        return {step: {"stage": str(link["stage"]), "key": str(link["key"])} for step, link in steps.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise WinnowError(f"run {name!r}: its file in runs/ is none of ours ({error!r}); delete it") from None
+        Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise WinnowError(f"{path}: not a valid manifest ({_reason(error)}); delete its folder and run again") from None
+    if [manifest["stage"], manifest["key"]] != folder.rstrip("/").split("/")[-2:]:
+        raise WinnowError(
+            f"{path}: it belongs to {manifest['stage']}/{manifest['key']}; move its folder there, or delete it"
+        )
+    return manifest
+
+
+def checked_run(name: str, steps: Any) -> dict[str, dict[str, str]]:
+    """Return step name -> stage and key, without other fields; raise WinnowError if a run's file is not of that form.
+
+    These names are data and not paths: any string is accepted, and SQL gets them as values.
+    """
+    try:
+        return {step: link.model_dump() for step, link in RUN.validate_python(steps).items()}
+    except ValidationError as error:
+        raise WinnowError(f"run {name!r}: its file in runs/ is not valid ({_reason(error)}); delete it") from None
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"])) or "file"
+    return f"{field}: {first['msg']}, got {first['input']!r:.80}"

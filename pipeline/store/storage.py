@@ -1,18 +1,18 @@
-"""Where files lie: a folder of this machine or of a shared disk, or an object store by its URL (s3://, gs://).
+"""Files of a store: in a folder on a local or shared disk, or in an object store by URL (s3://, gs://).
 
-Both kinds have pathlib's methods (universal_pathlib); here is what these lack: a file that appears whole or not at
-all, a first writer who wins, and a copy here of what only programs on this machine can read. Credentials are the
-environment's (AWS_*, GOOGLE_APPLICATION_CREDENTIALS), and none is written anywhere.
+Both kinds have pathlib's methods (universal_pathlib). Added here is what these lack: a write that is atomic, a write
+that only the first writer wins, and a local copy of what only programs on this machine can read. Credentials come from
+the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS) and are never written anywhere.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 from schemas import WinnowError
 
@@ -20,154 +20,148 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Location = Union[Path, "UPath"]
-HOME = "WINNOW_CACHE"  # names the folder for copies of what lies in an object store
 
 
 def parse_location(url: str | Location) -> Location:
-    """A folder's absolute path, or an object store's; raises WinnowError where that kind of URL cannot be read."""
+    """Return an absolute path, or the path in an object store.
+
+    Raises WinnowError if the library for that kind of URL is missing, or if the URL contains credentials.
+    """
     if not isinstance(url, str):
         return url.expanduser().resolve() if isinstance(url, Path) else url
     if "://" not in url:
         return Path(url).expanduser().resolve()
-    if "@" in url.split("://")[1].split("/")[0]:
-        raise WinnowError(f"{url.split('://')[0]}://...: no credentials in a URL; they are read from the environment")
+    if "@" in url.split("://")[1].split("/")[0]:  # would be printed and written to manifests with the URL
+        raise WinnowError(f"{url.split('://')[0]}://...: remove the credentials; they are read from the environment")
     from upath import UPath
 
     try:
-        found = UPath(url.rstrip("/"), use_listings_cache=False)
-        found.fs  # noqa: B018 - opened here, so that a kind without its library is told now
+        location = UPath(url.rstrip("/"), use_listings_cache=False)  # other processes write to it too
+        location.fs  # noqa: B018 - opened now, so that a missing library is reported before any work
     except (ImportError, ValueError) as error:
-        raise WinnowError(f"{url}: {error}; s3:// and folders are read as installed") from None
-    return found
+        raise WinnowError(f"{url}: {error}; use a folder or s3://, or install that library") from None
+    return location
 
 
 def cache() -> Path:
-    """Where copies of what lies in an object store are kept on this machine."""
-    return Path(os.environ.get(HOME) or Path.home() / ".cache" / "winnow")
+    """Return the folder for local copies of what is in an object store."""
+    return Path(os.environ.get("WINNOW_CACHE") or Path.home() / ".cache" / "winnow")
 
 
 @contextmanager
-def _told(place: Location) -> Iterator[None]:
-    """What an object store's library raises is an OSError that names the place, as it is of a disk."""
+def _as_os_error(location: Location) -> Iterator[None]:
+    """Turn any error of an object store's library into an OSError that names the location, as a disk's errors do."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{place}: {type(error).__name__}: {error}") from None
+        raise OSError(f"{location}: {type(error).__name__}: {error}") from None
 
 
-def read(place: Location) -> bytes:
-    with _told(place):
-        return place.read_bytes()
+def read(path: Location) -> bytes:
+    with _as_os_error(path):
+        return path.read_bytes()
 
 
 def read_all(folder: Location, pattern: str) -> dict[Location, bytes]:
-    """The files below a folder that fit a pattern, sorted by path; an object store is asked for all of them at once."""
-    with _told(folder):
-        found: list[Location] = list(folder.glob(pattern))
-        found.sort(key=str)
-        if isinstance(folder, Path) or not found:
-            made = {}
-            for place in found:
-                with suppress(FileNotFoundError):  # gone since the listing
-                    made[place] = place.read_bytes()
-            return made
-        there = {place.path: place for place in found if not isinstance(place, Path)}
-        # cat() takes the brackets in a run's name for a pattern; only what is gone since the listing may be left out
-        contents = folder.fs.cat_ranges(list(there), None, None, on_error="return")
-        for content in contents:
-            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+    """Return the files below a folder that match a glob pattern, by path, sorted; an object store gets one request."""
+    with _as_os_error(folder):
+        paths: list[Location] = list(folder.glob(pattern))
+        paths.sort(key=str)
+        contents: dict[Location, bytes] = {}
+        if isinstance(folder, Path) or not paths:
+            for path in paths:
+                with suppress(FileNotFoundError):  # deleted since the listing
+                    contents[path] = path.read_bytes()
+            return contents
+        # not cat(), which takes the brackets in a run's name for a pattern
+        keys = [path.path for path in paths if not isinstance(path, Path)]
+        for path, content in zip(paths, folder.fs.cat_ranges(keys, None, None, on_error="return"), strict=True):
+            if isinstance(content, bytes):
+                contents[path] = content
+            elif not isinstance(content, FileNotFoundError):
                 raise content
-        pairs = zip(there.values(), contents, strict=True)
-        return {place: content for place, content in pairs if isinstance(content, bytes)}
+        return contents
 
 
 def sizes(folder: Location) -> dict[str, int]:
-    """Bytes of each file that lies in a folder; nothing where there is none."""
-    with _told(folder):
+    """Return the size of each file directly in a folder, in bytes; empty if there is no such folder."""
+    with _as_os_error(folder):
         if isinstance(folder, Path):
-            return {each.name: each.stat().st_size for each in os.scandir(folder)} if folder.is_dir() else {}
+            return {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
         try:
-            found = folder.fs.ls(folder.path, detail=True)
+            entries = folder.fs.ls(folder.path, detail=True)
         except FileNotFoundError:
             return {}
-        return {each["name"].rsplit("/", 1)[-1]: each["size"] or 0 for each in found}
+        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] or 0 for entry in entries}
 
 
 @dataclass(frozen=True)
 class File:
-    """Its bytes, and when it was last written, in seconds since 1970."""
+    """Size of a file in bytes, and the time of its last write in seconds since 1970."""
 
     bytes: int
     modified: float
 
 
 def walk(folder: Location) -> dict[str, File]:
-    """All files below a folder, by their paths from it, in order; what goes while we look is not among them."""
-    with _told(folder):
-        found = _walk_here(folder) if isinstance(folder, Path) else _walk_there(folder)
-        return dict(sorted(found.items()))
+    """Return all files below a folder, sorted by relative path; files deleted during the walk are skipped."""
+    files: dict[str, File] = {}
+    with _as_os_error(folder):
+        if isinstance(folder, Path):
+            for parent, _, names in os.walk(folder):
+                for name in names:
+                    path = os.path.join(parent, name)
+                    with suppress(FileNotFoundError):
+                        stat = os.lstat(path)
+                        files[os.path.relpath(path, folder)] = File(stat.st_size, stat.st_mtime)
+        else:
+            for path, info in folder.fs.find(folder.path, detail=True).items():
+                # every kind of object store has its own name for the time
+                times = [info[name] for name in ("LastModified", "mtime", "updated", "created") if name in info]
+                moment = times[0] if times else 0.0
+                seconds = moment.timestamp() if hasattr(moment, "timestamp") else float(moment)
+                files[path[len(folder.path) :].lstrip("/")] = File(info["size"] or 0, seconds)
+    return dict(sorted(files.items()))
 
 
-def _walk_here(folder: Path) -> dict[str, File]:
-    found = {}
-    for home, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(home, name)
-            with suppress(FileNotFoundError):
-                about = os.lstat(path)
-                found[os.path.relpath(path, folder)] = File(about.st_size, about.st_mtime)
-    return found
-
-
-def _walk_there(folder: "UPath") -> dict[str, File]:
-    """Kinds of object stores name the moment differently."""
-    found = {}
-    for path, about in folder.fs.find(folder.path, detail=True).items():
-        moment = next((about[name] for name in ("LastModified", "mtime", "updated", "created") if name in about), 0.0)
-        seconds = moment.timestamp() if hasattr(moment, "timestamp") else float(moment)
-        found[path[len(folder.path) :].lstrip("/")] = File(about["size"] or 0, seconds)
-    return found
-
-
-def create(place: Location, content: bytes) -> bool:
-    """Whole or not at all, and never over what is there; False where somebody else was first."""
-    if not isinstance(place, Path):
-        with _told(place):
+def create(path: Location, content: bytes) -> bool:
+    """Write a new file atomically; return False, and write nothing, if it exists already."""
+    if isinstance(path, Path):
+        with _scratch_file(path, content) as scratch:
             try:
-                return _first(lambda: place.fs.pipe_file(place.path, content, mode="create"))
-            except OSError:  # S3 answers two at once with a conflict of its own
-                if place.exists():
-                    return False
-                raise
-    with _written(place, content) as scratch:
-        return _first(lambda: os.link(scratch, place))
+                os.link(scratch, path)  # unlike a rename, fails if the name is taken
+                return True
+            except FileExistsError:
+                return False
+    with _as_os_error(path):
+        try:
+            path.fs.pipe_file(path.path, content, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # S3 answers two simultaneous writers with a conflict error of its own
+            if path.exists():
+                return False
+            raise
 
 
-def replace(place: Location, content: bytes) -> None:
-    """Whole or not at all, whatever is there."""
-    if not isinstance(place, Path):
-        with _told(place):
-            place.fs.pipe_file(place.path, content)
+def replace(path: Location, content: bytes) -> None:
+    """Write a file atomically, whether it exists or not."""
+    if isinstance(path, Path):
+        with _scratch_file(path, content) as scratch:
+            scratch.replace(path)
         return
-    with _written(place, content) as scratch:
-        scratch.replace(place)
-
-
-def _first(make: Callable[[], Any]) -> bool:
-    try:
-        make()
-    except FileExistsError:
-        return False
-    return True
+    with _as_os_error(path):
+        path.fs.pipe_file(path.path, content)
 
 
 @contextmanager
-def _written(place: Path, content: bytes) -> Iterator[Path]:
-    """Beside its place, under a name that no other writer has, thread by thread."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_name(f".{place.name}.{os.getpid()}.{get_ident()}")
+def _scratch_file(path: Path, content: bytes) -> Iterator[Path]:
+    """Write `content` beside `path`, under a name that no other process or thread uses; delete it in the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
     try:
         scratch.write_bytes(content)
         yield scratch
@@ -175,42 +169,45 @@ def _written(place: Path, content: bytes) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def delete(place: Location) -> None:
-    """A file or a whole folder; nothing where there is none."""
-    with _told(place):
-        if isinstance(place, Path):
-            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+def delete(path: Location) -> None:
+    """Delete a file or a folder with all it holds; do nothing if it does not exist."""
+    with _as_os_error(path):
+        if isinstance(path, Path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
         with suppress(FileNotFoundError):
-            if place.fs.info(place.path)["type"] == "file":
-                place.fs.rm_file(place.path)  # rm() takes the brackets in a run's name for a pattern
+            if path.fs.info(path.path)["type"] == "file":
+                path.fs.rm_file(path.path)  # not rm(), which takes the brackets in a run's name for a pattern
             else:
-                place.fs.rm(place.path, recursive=True)
+                path.fs.rm(path.path, recursive=True)
 
 
-def send(here: Path, there: Location) -> None:
-    """A file, or the files of a folder, to an object store."""
-    assert not isinstance(there, Path)
-    files = [here] if here.is_file() else sorted(file for file in here.rglob("*") if file.is_file())
-    with _told(there):
-        for file in files:
-            there.fs.put_file(str(file), (there / file.relative_to(here)).path if file != here else there.path)
+def send(source: Path, target: Location) -> None:
+    """Upload a local file, or all files of a local folder, to an object store."""
+    assert not isinstance(target, Path)
+    with _as_os_error(target):
+        if source.is_file():
+            target.fs.put_file(str(source), target.path)
+            return
+        for file in sorted(source.rglob("*")):
+            if file.is_file():
+                target.fs.put_file(str(file), (target / file.relative_to(source)).path)
 
 
-def copy_here(there: Location, here: Path) -> None:
-    """A folder's files from an object store, all or none; what stands here already, another's, is left."""
-    assert not isinstance(there, Path)
-    scratch = here.with_name(f".{here.name}.{os.getpid()}.{get_ident()}")
+def copy_here(source: Location, target: Path) -> None:
+    """Download a folder from an object store, all of it or nothing; leave `target` as it is if it exists already."""
+    assert not isinstance(source, Path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.{get_ident()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    with _told(there):
-        for each in there.fs.find(there.path):
-            target = scratch / each[len(there.path) :].lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            there.fs.get_file(each, str(target))
+    with _as_os_error(source):
+        for path in source.fs.find(source.path):
+            file = scratch / path[len(source.path) :].lstrip("/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            source.fs.get_file(path, str(file))
     try:
-        scratch.rename(here)
-    except OSError:  # another was first
+        scratch.rename(target)
+    except OSError:  # another process was first
         shutil.rmtree(scratch)
-        if not here.is_dir():
+        if not target.is_dir():
             raise

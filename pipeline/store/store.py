@@ -1,9 +1,9 @@
-"""The artifact store: <root>/<stage>/<key>/, parts first, manifest last; in a folder or in an object store.
+"""The artifact store: <root>/<stage>/<key>/ holds a step, in a folder or in an object store.
 
-A part is its tables, each under a name that its content gives it, and then its sidecar (part-00003.json; one for all
-parts of a whole stage, part-whole.json); a step is sealed by its manifest. Whatever lacks its last file never happened,
-so a crash loses only parts in flight. Sidecars and manifests are made once: of two runs that make one part, the first
-one's counts, and both go on from it.
+A part of a step is its tables, each in a file named by its content, and then a sidecar (part-00003.json; a stage that
+is called once for all parts has one for all, part-whole.json). A manifest is written last and marks the step as
+finished. Whatever lacks its last file does not count, so a crash loses only the parts in flight. Sidecars and manifests
+are written once: of two runs that make the same part the first one's counts, and both continue from it.
 """
 
 import fcntl
@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.store.manifests import FORMAT, checked_format, checked_manifest, checked_run
 from pipeline.store.storage import (
     Location,
     cache,
@@ -36,9 +37,15 @@ from schemas import TABLES, Model, WinnowError, table_name
 
 Json = dict[str, Any]
 
+LOCKS, RUNS = "locks", "runs"  # folders beside those of the stages
+WHOLE = "part-whole.json"  # one file for all parts, so that the results of two calls are never mixed
+DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
+LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")  # of making a step; a finished one needs none
+CURE = "put the file back, or make its step and all that depend on it again: `winnow run RECIPE --force STEP`"
 
-class StoredBy(Protocol):
-    """A step of a plan as the store sees it: which stage, under which key."""
+
+class StepRef(Protocol):
+    """Step of a plan as the store sees it: its name in the run, its stage and its key."""
 
     @property
     def name(self) -> str: ...
@@ -48,16 +55,9 @@ class StoredBy(Protocol):
     def key(self) -> str: ...
 
 
-WHOLE = "part-whole.json"  # of a stage that is called once: what two calls made is never mixed
-REPEATED = ["prompt_id"]  # a dictionary of ids and texts that hardly repeat only makes files larger and slower
-CURE = "put the file back, or make its step and all that follows again: `winnow run RECIPE --force STEP`"  # of damage
-FORMAT = 1  # of manifests; one that says more was made by a later version of this code
-LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")
-
-
 @dataclass(frozen=True)
 class StepFolder:
-    """The folder of one step: a small value that travels to workers."""
+    """Folder of one step; small, because it travels to every worker."""
 
     path: Location
 
@@ -67,53 +67,65 @@ class StepFolder:
 
     @property
     def manifest(self) -> Json | None:
+        """Return the step's record, or None while the step is not finished."""
         manifest = read_json(self.manifest_path)
-        return manifest and _readable(self.manifest_path, manifest)
+        return manifest and checked_format(self.manifest_path, manifest)
 
     def sidecar(self, shard: int) -> Json | None:
-        """What a finished part recorded, or None while it is not finished."""
-        return self._whole(shard, sizes(self.path))
+        """Return the record of a finished part, or None while the part is not finished."""
+        return self._finished_part(shard, sizes(self.path))
 
-    def _whole(self, shard: int, found: dict[str, int]) -> Json | None:
-        if not found.keys() & {WHOLE, _sidecar_name(shard)}:
+    def missing(self, shards: int) -> list[int]:
+        """Return the numbers of the parts that are not finished."""
+        file_sizes = sizes(self.path)
+        return [shard for shard in range(shards) if self._finished_part(shard, file_sizes) is None]
+
+    def _finished_part(self, shard: int, file_sizes: dict[str, int]) -> Json | None:
+        if not file_sizes.keys() & {WHOLE, _sidecar_name(shard)}:
             return None
         try:
-            record = self._recorded(shard)
-        except WinnowError:  # a sidecar that lost its content with the power
+            record = self._recorded_part(shard)
+        except WinnowError:  # a sidecar that lost its content in a power cut
             return None
-        if record and all(found.get(file["file"]) == file["bytes"] for file in record["files"]):
+        if record and all(file_sizes.get(file["file"]) == file["bytes"] for file in record["files"]):
             return record
         return None
 
-    def _recorded(self, shard: int) -> Json | None:
-        """What stands in a part's sidecar, whether its files are there or not."""
+    def _recorded_part(self, shard: int) -> Json | None:
+        """Return what a sidecar says of a part, whether the files that it lists exist or not."""
         if record := read_json(self.path / _sidecar_name(shard)):
             return record
-        every = read_json(self.path / WHOLE)
-        return every["parts"][shard] if every else None
-
-    def missing(self, shards: int) -> list[int]:
-        found = sizes(self.path)
-        return [shard for shard in range(shards) if self._whole(shard, found) is None]
+        record = read_json(self.path / WHOLE)
+        return record["parts"][shard] if record else None
 
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
-        """One finished part of a table, or, of a sealed step, all parts in order."""
+        """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
+
+        Raises WinnowError if the table is not there or a file of it is damaged, and OSError if the disk or object
+        store fails, which may succeed when it is tried again.
+        """
         name = table_name(schema)
-        record = (self.manifest if shard is None else self._recorded(shard)) or {"files": []}
-        wanted = [file["file"] for file in record["files"] if file["file"].startswith(f"{name}-")]
-        if not wanted:
-            raise WinnowError(f"{self.path}: no sealed table {name} here; run the recipe again")
-        try:
-            tables = [_read_table(self.path / file, schema) for file in wanted]
-        except (FileNotFoundError, DamagedError) as error:
-            raise WinnowError(f"{self.path}: table {name} is damaged ({error}); {CURE}") from None
+        record = (self.manifest if shard is None else self._recorded_part(shard)) or {"files": []}
+        files = [file["file"] for file in record["files"] if table_of(file) == name]
+        if not files:
+            raise WinnowError(f"{self.path}: table {name} is not finished; run the recipe again")
+        tables = []
+        for file in files:
+            content = None
+            try:
+                content = read(self.path / file)
+                tables.append(pq.read_table(pa.BufferReader(content), schema=schema, partitioning=None))
+            except (OSError, pa.ArrowInvalid) as error:
+                if content is None and not isinstance(error, FileNotFoundError):
+                    raise
+                raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {CURE}") from None
         return pa.concat_tables(tables).combine_chunks()
 
     def model(self) -> Model:
-        """In its folder, or a copy of it on this machine."""
+        """Return the finished model, from an object store as a copy on this machine; raise WinnowError without one."""
         manifest = self.manifest
         if manifest is None or not manifest["model"]:
-            raise WinnowError(f"{self.path}: no sealed model here")
+            raise WinnowError(f"{self.path}: no finished model here; run the recipe again")
         digest: str = manifest["model"]
         if isinstance(self.path, Path):
             return Model(self.path / "model", digest)
@@ -123,51 +135,61 @@ class StepFolder:
         return Model(copy, digest)
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
-        """All tables of one shard, then the sidecar that makes them count, unless another's stands already."""
-        self._count(_sidecar_name(shard), self._part(shard, tables, record), [shard])
+        """Write all tables of one part, then its sidecar, unless another run's sidecar exists already."""
+        self._write_sidecar(_sidecar_name(shard), self._write_tables(shard, tables, record), [shard])
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
-        """All tables of all shards of one call, then one sidecar for all."""
-        made = [self._part(shard, tables, record) for shard, (tables, record) in enumerate(parts)]
-        self._count(WHOLE, {"parts": made}, range(len(parts)))
+        """Write all tables of all parts that one call made, then one sidecar for all."""
+        records = [self._write_tables(shard, tables, record) for shard, (tables, record) in enumerate(parts)]
+        self._write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
 
-    def _part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> Json:
-        files = [self._write_table(f"{name}-{shard:05d}", table) for name, table in tables.items()]
+    def _write_tables(self, shard: int, tables: dict[str, pa.Table], record: Json) -> Json:
+        files = []
+        for table, rows in tables.items():
+            buffer = io.BytesIO()
+            pq.write_table(rows, buffer, compression="zstd", row_group_size=8192, use_dictionary=DICTIONARY_COLUMNS)
+            content = buffer.getvalue()
+            digest = sha256(content).hexdigest()
+            name = f"{table}-{shard:05d}.{digest[:12]}.parquet"
+            replace(self.path / name, content)
+            files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
         return {"shard": shard, "files": files, **record}
 
-    def _count(self, name: str, content: Json, shards: Iterable[int]) -> None:
-        place = self.path / name
-        if not create(place, _encoded(content)) and any(self.sidecar(shard) is None for shard in shards):
-            replace(place, _encoded(content))  # what stood there was damaged
-
-    def _write_table(self, stem: str, table: pa.Table) -> Json:
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=8192, use_dictionary=REPEATED)
-        content = buffer.getvalue()
-        digest = sha256(content).hexdigest()
-        name = f"{stem}.{digest[:12]}.parquet"
-        replace(self.path / name, content)
-        return {"file": name, "rows": table.num_rows, "bytes": len(content), "sha256": digest}
+    def _write_sidecar(self, name: str, content: Json, shards: Iterable[int]) -> None:
+        path = self.path / name
+        if not create(path, _encoded(content)) and any(self.sidecar(shard) is None for shard in shards):
+            replace(path, _encoded(content))  # the one that exists is damaged
 
     def seal(self, record: Json, shards: int, check: Callable[[Json], None]) -> Json:
-        """Gather the sidecars into the manifest, made last and once, if `check` lets it."""
-        found = sizes(self.path)
-        parts = [self._whole(shard, found) for shard in range(shards)]
-        if None in parts:
-            raise WinnowError(f"{self.path}: part {parts.index(None)} is not finished; run again")
-        done: list[Json] = [part for part in parts if part]
-        counters: Counter[str] = sum((Counter(part["counters"]) for part in done), Counter())
+        """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
+
+        Returns the manifest that counts: if another run wrote one in the meantime, that one.
+        """
+        file_sizes = sizes(self.path)
+        parts: list[Json] = []
+        for shard in range(shards):
+            if (part := self._finished_part(shard, file_sizes)) is None:
+                raise WinnowError(f"{self.path}: part {shard} is not finished; run again")
+            parts.append(part)
+
+        files = [file for part in parts for file in part["files"]]
+        rows: Counter[str] = Counter()
+        size: Counter[str] = Counter()
+        for file in files:
+            rows[table_of(file)] += file["rows"]
+            size[table_of(file)] += file["bytes"]
+        counters: Counter[str] = sum((Counter(part["counters"]) for part in parts), Counter())
         manifest = record | {
             "format": FORMAT,
-            "rows": _tally(done, "rows"),
-            "bytes": _tally(done, "bytes"),
-            "seconds": round(sum(part["seconds"] for part in done), 3),
-            "gpu_seconds": round(sum(part.get("gpu_seconds", 0.0) for part in done), 3),
-            "cpu_seconds": round(sum(part.get("cpu_seconds", 0.0) for part in done), 3),
+            "rows": {name: rows[name] for name in TABLES if name in rows},
+            "bytes": {name: size[name] for name in TABLES if name in size},
+            "seconds": round(sum(part["seconds"] for part in parts), 3),
+            "gpu_seconds": round(sum(part.get("gpu_seconds", 0.0) for part in parts), 3),
+            "cpu_seconds": round(sum(part.get("cpu_seconds", 0.0) for part in parts), 3),
             "counters": dict(sorted(counters.items())),
-            "rejects": dict(sum((Counter(part["rejects"]) for part in done), Counter())),
-            "model": done[0].get("model"),
-            "files": [file for part in done for file in part["files"]],
+            "rejects": dict(sum((Counter(part["rejects"]) for part in parts), Counter())),
+            "model": parts[0].get("model"),
+            "files": files,
         }
         check(manifest)
         if not create(self.manifest_path, _encoded(manifest)):
@@ -176,144 +198,133 @@ class StepFolder:
             delete(self.path / leftover)
         return manifest
 
-    def claim(self) -> "Claim | None":
-        """The right to make this step, while it is held; None where another run on this disk has it.
+    def try_lock(self) -> "StepLock | None":
+        """Return the right to make this step until it is released, or None while another run on this disk has it.
 
-        It saves work and nothing depends on it: in an object store, which has no such thing, every run has it.
+        The lock only saves work, and nothing depends on it: an object store has no locks, so there every run gets one.
         """
         if not isinstance(self.path, Path):
-            return Claim(None)
-        locks = self.path.parent.parent / "locks"
+            return StepLock(None)
+        locks = self.path.parent.parent / LOCKS
         locks.mkdir(parents=True, exist_ok=True)
         path = locks / self.path.name
-        lock = path.open("a")
+        file = path.open("a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            file.close()
             return None
         except OSError:  # a shared disk without locks
-            return Claim(lock)
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            return Claim(lock)
-        lock.close()  # swept away between the two: hold the one that others see
-        return self.claim()
+            return StepLock(file)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return StepLock(file)
+        file.close()  # `gc` deleted it between open and flock: lock the file that other runs see
+        return self.try_lock()
+
+    claim = try_lock  # former name
 
 
-class Claim:
-    """Ends with the process at the latest."""
+class StepLock:
+    """Lock of a step; it ends with the process at the latest."""
 
-    def __init__(self, lock: IO[str] | None) -> None:
-        self.lock = lock
+    def __init__(self, file: IO[str] | None) -> None:
+        self.file = file
 
     def release(self) -> None:
-        if self.lock:
-            self.lock.close()
+        if self.file:
+            self.file.close()
+
+
+Claim = StepLock  # former name
 
 
 class Store:
-    """A place of sealed steps, and links from run names to them."""
+    """Finished and unfinished steps, and the runs that link names to them."""
 
     def __init__(self, root: str | Location) -> None:
         self.root = parse_location(root)
         if isinstance(self.root, Path) and self.root.is_file():
-            raise WinnowError(
-                f"--store {self.root}: is a file, and a store cannot be written to one; give a folder, or s3://"
-            )
+            raise WinnowError(f"--store {self.root}: is a file; give a folder or a URL such as s3://bucket/store")
 
-    def folder(self, step: StoredBy) -> StepFolder:
+    def folder(self, step: StepRef) -> StepFolder:
         return self.at(step.stage, step.key)
 
     def at(self, stage: str, key: str) -> StepFolder:
         return StepFolder(self.root / stage / key)
 
-    def sealed(self) -> list[Json]:
-        """Every manifest in the store, with its folder, oldest stage names first."""
-        found = read_all(self.root, "*/*/manifest.json").items()
-        return [_readable(place, _decoded(place, content)) | {"folder": str(place.parent)} for place, content in found]
-
-    def runs(self) -> dict[str, Json]:
-        """Run name -> step name -> stage and key."""
-        return {place.stem: _decoded(place, content) for place, content in read_all(self.root, "runs/*.json").items()}
-
-    def run(self, name: str) -> Json:
-        """Step name -> stage and key; nothing for a run that there is not."""
-        return read_json(self.root / "runs" / f"{name}.json") or {}
-
-    def link_run(self, name: str, steps: Sequence[StoredBy]) -> None:
-        content = {step.name: {"stage": step.stage, "key": step.key} for step in steps}
-        write_json(self.root / "runs" / f"{name}.json", content)
-
     def manifest_at(self, stage: str, key: str) -> Json | None:
         return self.at(stage, key).manifest
 
+    def sealed(self) -> list[Json]:
+        """Return the checked manifests of all finished steps, sorted by path, each with its `folder`."""
+        manifests = []
+        for path, content in read_all(self.root, "*/*/manifest.json").items():
+            manifest = checked_format(path, _decoded(path, content))
+            manifests.append(checked_manifest(manifest | {"folder": str(path.parent)}))
+        return manifests
+
+    def runs(self) -> dict[str, Json]:
+        """Return run name -> step name -> stage and key."""
+        files = read_all(self.root, f"{RUNS}/*.json").items()
+        return {path.stem: checked_run(path.stem, _decoded(path, content)) for path, content in files}
+
+    def run(self, name: str) -> Json:
+        """Return step name -> stage and key of a run; empty if there is no such run."""
+        return checked_run(name, read_json(self.root / RUNS / f"{name}.json") or {})
+
+    def link_run(self, name: str, steps: Sequence[StepRef]) -> None:
+        content = {step.name: {"stage": step.stage, "key": step.key} for step in steps}
+        write_json(self.root / RUNS / f"{name}.json", content)
+
     def check(self) -> None:
-        """Raises WinnowError where nothing can be written: said before any work is done."""
-        trial = self.root / "locks" / f".trial-{os.getpid()}-{id(self):x}"
+        """Raise WinnowError if the store cannot be written to; called before any work is done."""
+        trial = self.root / LOCKS / f".trial-{os.getpid()}-{id(self):x}"
         try:
-            replace(trial, b"")  # first, for its refusal says why
-            twice = create(trial, b"")
+            replace(trial, b"")  # before create(), because its error says why
+            created_twice = create(trial, b"")
             delete(trial)
         except OSError as error:
             raise WinnowError(
-                f"--store {self.root}: cannot be written ({error}); give a place where you may write, or check that "
+                f"--store {self.root}: cannot be written ({error}); give a location where you may write, or check that "
                 "its disk has room and that the credentials in the environment are there and have not expired"
             ) from None
-        if twice:
+        if created_twice:
             raise WinnowError(
-                f"--store {self.root}: a file was made twice over where only the first may count; this kind of object "
-                "store (or its version) has no conditional writes, so use another, or a disk"
+                f"--store {self.root}: this object store has no conditional writes: it created the same file twice, so "
+                "two runs could overwrite each other's results; use another object store, a newer version, or a disk"
             )
 
 
 def model_name(digest: str) -> str:
-    """Of a model's folder in an object store, where two runs may bring theirs at once."""
+    """Return the name of a model's folder in an object store, where two runs may upload theirs at the same time."""
     return f"model-{digest[:16]}"
 
 
-def write_json(place: Location, content: Any) -> None:
-    """Atomic: the file is either the old one or the new one, whole."""
-    replace(place, _encoded(content))
+def write_json(path: Location, content: Any) -> None:
+    """Write a JSON file atomically."""
+    replace(path, _encoded(content))
 
 
-def read_json(place: Location) -> Json | None:
+def read_json(path: Location) -> Json | None:
+    """Return the object in a JSON file, or None if there is no such file; raise WinnowError if it is damaged."""
     try:
-        return _decoded(place, read(place))
+        return _decoded(path, read(path))
     except FileNotFoundError:
         return None
-
-
-def _decoded(place: Location, content: bytes) -> Json:
-    try:
-        decoded: Json = json.loads(content)
-    except ValueError as error:
-        raise WinnowError(f"{place}: cannot be read ({error}); delete it and run again") from None
-    return decoded
-
-
-def _readable(place: Location, manifest: Json) -> Json:
-    if manifest.get("format", FORMAT) > FORMAT:
-        raise WinnowError(
-            f"{place}: of format {manifest['format']}, and this winnow reads up to {FORMAT}; "
-            "bring this winnow up to the version that made it"
-        )
-    return manifest
 
 
 def _encoded(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-class DamagedError(Exception):
-    """Bytes that are there and no Parquet; where they could not be read, it is an OSError that may pass."""
-
-
-def _read_table(place: Location, schema: pa.Schema) -> pa.Table:
-    content = pa.BufferReader(read(place))
+def _decoded(path: Location, content: bytes) -> Json:
     try:
-        return pq.read_table(content, schema=schema, partitioning=None)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DamagedError(str(error)) from None
+        decoded = json.loads(content)
+    except ValueError as error:
+        raise WinnowError(f"{path}: cannot be read ({error}); delete it and run again") from None
+    if not isinstance(decoded, dict):
+        raise WinnowError(f"{path}: cannot be read (it is not a JSON object); delete it and run again")
+    return decoded
 
 
 def _sidecar_name(shard: int) -> str:
@@ -321,14 +332,5 @@ def _sidecar_name(shard: int) -> str:
 
 
 def table_of(file: Json) -> str:
-    """The table whose rows a file holds, by its name; `file` is as a manifest or a sidecar lists it."""
+    """Return the name of the table that a file, as a manifest or a sidecar lists it, is a part of."""
     return str(file["file"]).rsplit("-", 1)[0]
-
-
-def _tally(parts: list[Json], what: str) -> dict[str, int]:
-    """Sum over parts of one figure of each table."""
-    total: Counter[str] = Counter()
-    for part in parts:
-        for file in part["files"]:
-            total[table_of(file)] += file[what]
-    return {name: total[name] for name in TABLES if name in total}

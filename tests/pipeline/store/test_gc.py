@@ -1,4 +1,4 @@
-"""What no run reaches is listed and, told so, deleted; what a run reaches stays, whatever happens meanwhile."""
+"""Garbage is what no run reaches: it is listed and, on request, deleted; what a run reaches stays, whatever happens."""
 
 import json
 import os
@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from pipeline.config.plan import Plan, reads_files
 from pipeline.stage import stages
-from pipeline.store.gc import STALE_SECONDS, Found, garbage, sweep
+from pipeline.store.gc import STALE_SECONDS, GarbageReport, garbage, sweep
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.chain import Luck, Raced, make, planned, recipe, step, toys
 from tests.runs import local
+
+UNLINKED = "0123456789abcdef"  # key of a step that no run links to
 
 
 @pytest.fixture
@@ -26,205 +28,183 @@ def luck() -> Iterator[Luck]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def plan(tmp_path: Path, luck: Luck) -> Plan:
     return planned(recipe(tmp_path))
 
 
-def other(tmp_path: Path, above: float = 3.0) -> Plan:
-    """Shares draw and rate with the plan."""
-    return planned(recipe(tmp_path, "other", keep=f"with: {{above: {above}}}"))
+@pytest.fixture
+def store(tmp_path: Path, plan: Plan) -> Store:
+    """A store with the run `toy`."""
+    store = Store(tmp_path / "store")
+    make(plan, store)
+    return store
 
 
-def paths(found: Found) -> list[str]:
-    return [item.path for item in found.garbage]
+@pytest.fixture
+def other(tmp_path: Path, luck: Luck) -> Plan:
+    """A plan that shares draw and rate with `plan`."""
+    return planned(recipe(tmp_path, "other", keep="with: {above: 3.0}"))
 
 
-def place(plan: Plan, name: str) -> str:
+def paths(report: GarbageReport) -> list[str]:
+    return [item.path for item in report.garbage]
+
+
+def path_of(plan: Plan, name: str) -> str:
     return f"toy_{name}/{step(plan, name).key}"
 
 
-def old(path: Path, text: str = "x") -> Path:
-    """A file that nobody wrote to for more than an hour."""
+def old_file(path: Path) -> Path:
+    """Write a file whose last write is more than an hour ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text("x")
     moment = time.time() - STALE_SECONDS - 60
     os.utime(path, (moment, moment))
     return path
 
 
-def snapshot(store: Store, plan: Plan) -> dict[str, bytes]:
-    folders = [local(store.folder(each).path) for each in plan.steps]
+def contents(store: Store, plan: Plan) -> dict[str, bytes]:
+    folders = [local(store.folder(step).path) for step in plan.steps]
     return {str(file): file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_store_without_garbage_has_none(tmp_path: Path, store: Store, plan: Plan):
-    make(plan, store)
+def test_a_store_without_garbage(store: Store):
     assert paths(garbage(store)) == []
     assert list(sweep(store, garbage(store))) == []
 
 
-def test_a_forgotten_run_leaves_what_only_it_reached(tmp_path: Path, store: Store, plan: Plan):
+def test_a_forgotten_run_leaves_only_what_no_other_run_reaches(store: Store, plan: Plan, other: Plan):
     """draw and rate are shared: they stay, to the byte."""
-    make(plan, store)
-    make(other(tmp_path), store)
-    before, size = snapshot(store, plan), sum(len(file) for file in snapshot(store, other(tmp_path)).values())
-    found = garbage(store, ("other",))
-    assert paths(found) == [place(other(tmp_path), "keep")]
-    assert found.garbage[0].bytes == size - sum(len(f) for n, f in before.items() if "toy_keep" not in n)
-    assert set(store.runs()) == {"toy", "other"}, "to list is not to delete"
-    assert [item.path for item in sweep(store, found, ("other",))] == paths(found)
+    make(other, store)
+    before = contents(store, plan)
+    report = garbage(store, ("other",))
+    assert paths(report) == [path_of(other, "keep")]
+    only_other = contents(store, other).keys() - before.keys()
+    assert report.garbage[0].bytes == sum(len(contents(store, other)[name]) for name in only_other)
+    assert set(store.runs()) == {"toy", "other"}, "listing deletes nothing"
+    assert [item.path for item in sweep(store, report, ("other",))] == paths(report)
     assert set(store.runs()) == {"toy"}
-    assert snapshot(store, plan) == before
+    assert contents(store, plan) == before
     assert make(plan, store) == []
 
 
-def test_followers_go_before_what_they_were_made_of(store: Store, plan: Plan):
-    """Whenever it is cut short, no sealed step stands on what is gone."""
-    make(plan, store)
-    assert paths(garbage(store, ("toy",))) == [place(plan, name) for name in ("keep", "rate", "draw")]
+def test_a_step_is_deleted_before_those_it_was_made_from(store: Store, plan: Plan):
+    """Whenever the deletion stops, no finished step has lost its inputs."""
+    assert paths(garbage(store, ("toy",))) == [path_of(plan, name) for name in ("keep", "rate", "draw")]
 
 
-def test_parts_that_nobody_finishes_are_garbage_and_those_of_a_run_are_not(
-    tmp_path: Path, store: Store, plan: Plan, luck: Luck
-):
-    make(plan, store)
+def test_parts_of_an_unfinished_step_are_garbage_unless_a_run_links_to_it(store: Store, other: Plan, luck: Luck):
     luck.fail = RuntimeError("power cut")
     with pytest.raises(RuntimeError):
-        make(other(tmp_path), store)
-    path = local(store.folder(step(other(tmp_path), "keep")).path)
-    old(path / "checkpoint" / "step-1" / "weights")
-    assert paths(garbage(store)) == [], "its run reaches it, on its way"
-    assert paths(garbage(store, ("other",))) == [place(other(tmp_path), "keep")]
+        make(other, store)
+    old_file(local(store.folder(step(other, "keep")).path) / "checkpoint" / "step-1" / "weights")
+    assert paths(garbage(store)) == []
+    assert paths(garbage(store, ("other",))) == [path_of(other, "keep")]
 
 
-def test_what_is_being_made_stays_and_so_does_all_that_it_may_read(tmp_path: Path, store: Store, plan: Plan):
-    """A run whose name now means something else is still at work: nothing says what it reads."""
-    make(plan, store)
-    loose = other(tmp_path)
-    make(loose, store)
-    claim = store.at("toy_keep", "0123456789abcdef").claim()
-    assert claim
-    found = garbage(store, ("other",))
-    assert (paths(found), found.busy) == ([], ["0123456789abcdef"])
-    claim.release()
-    found = garbage(store, ("other",))
-    assert paths(found) == [place(loose, "keep")]
-    claim = store.folder(step(loose, "keep")).claim()
-    assert claim
-    assert list(sweep(store, found, ("other",))) == [], "claimed since it was listed"
-    claim.release()
+def test_a_locked_step_stays_and_so_does_all_that_it_may_read(store: Store, other: Plan):
+    """If no run links to it any more, nothing says what it reads."""
+    make(other, store)
+    lock = store.at("toy_keep", UNLINKED).try_lock()
+    assert lock
+    report = garbage(store, ("other",))
+    assert (paths(report), report.busy) == ([], [UNLINKED])
+    lock.release()
+    report = garbage(store, ("other",))
+    assert paths(report) == [path_of(other, "keep")]
+    lock = store.folder(step(other, "keep")).try_lock()
+    assert lock
+    assert list(sweep(store, report, ("other",))) == [], "locked since it was listed"
+    lock.release()
 
 
-def test_a_run_that_comes_meanwhile_keeps_what_it_reaches(tmp_path: Path, store: Store, plan: Plan):
-    """Listed, then reached again before its turn: the links are read again before each deletion."""
-    make(plan, store)
-    make(other(tmp_path), store)
-    found = garbage(store, ("other", "toy"))
-    assert len(found.garbage) == 4
-    deleting = sweep(store, found, ("other", "toy"))
-    gone = [next(deleting).path]
+def test_a_run_that_starts_during_the_deletion_keeps_what_it_reaches(store: Store, plan: Plan, other: Plan):
+    """The links are read again before each deletion."""
+    make(other, store)
+    report = garbage(store, ("other", "toy"))
+    assert len(report.garbage) == 4
+    deleting = sweep(store, report, ("other", "toy"))
+    deleted = [next(deleting).path]
     store.link_run("again", plan.steps)
-    gone += [item.path for item in deleting]
-    assert place(plan, "draw") not in gone
-    assert place(plan, "rate") not in gone
+    deleted += [item.path for item in deleting]
+    assert {path_of(plan, "draw"), path_of(plan, "rate")}.isdisjoint(deleted)
     assert store.folder(step(plan, "draw")).manifest
 
 
 @pytest.mark.parametrize(("nth", "found"), [(1, True), (2, False)])
-def test_a_run_that_comes_between_the_look_and_the_deletion(store: Store, plan: Plan, nth: int, found: bool):
-    """What it found sealed stays; where it comes later still it finds nothing, and will make the step itself."""
-    make(plan, store)
-    listed = garbage(store, ("toy",))
-    before = snapshot(store, plan)
-    draw = Found([item for item in listed.garbage if item.path == place(plan, "draw")], [])
+def test_a_run_that_starts_between_the_check_and_the_deletion(store: Store, plan: Plan, nth: int, found: bool):
+    """A step that it found finished stays; if it comes too late for that, it finds nothing and makes the step."""
+    items = [item for item in garbage(store, ("toy",)).garbage if item.path == path_of(plan, "draw")]
+    before = contents(store, plan)
     (local(store.root) / "runs" / "toy.json").unlink()
     raced = Raced(store.root, plan, nth)
-    gone = list(sweep(raced, draw))
+    deleted = list(sweep(raced, GarbageReport(items, [])))
     assert raced.found is found
-    assert bool(gone) is not found
+    assert bool(deleted) is not found
     assert make(plan, store) == ([] if found else ["draw"])
-    if found:
-        assert snapshot(store, plan) == before
+    assert not found or contents(store, plan) == before
 
 
-def test_files_that_a_sealed_step_does_not_list_locks_and_scratch(store: Store, plan: Plan):
-    """A lost race, a checkpoint of before; of locks and files never renamed only those older than an hour."""
-    make(plan, store)
-    before = snapshot(store, plan)
-    home, root = local(store.folder(step(plan, "rate")).path), local(store.root)
-    (home / "rewards-00001.0123456789ab.parquet").write_text("lost")
-    (home / "pieces" / "00001.0-3").mkdir(parents=True)
-    (home / "pieces" / "00001.0-3" / "part-00001.json").write_text("{}")
-    old(home / ".manifest.json.12.34")
-    old(root / "runs" / ".toy.json.12.34")
-    old(root / "locks" / "0123456789abcdef")
-    old(root / "report.html")
-    old(root / "mine" / "notes" / "thoughts.txt")
-    (home / ".part-00001.json.12.34").write_text("now")
-    key = step(plan, "rate").key
+def test_unlisted_files_stale_locks_and_scratch_files_are_garbage(store: Store, plan: Plan):
+    """A part that lost a race, old pieces; locks and scratch files only after an hour; never a file of others."""
+    before = contents(store, plan)
+    root, key = local(store.root), step(plan, "rate").key
+    folder = root / "toy_rate" / key
+    (folder / "rewards-00001.0123456789ab.parquet").write_text("lost")
+    (folder / "pieces" / "00001.0-3").mkdir(parents=True)
+    (folder / "pieces" / "00001.0-3" / "part-00001.json").write_text("{}")
+    (folder / ".part-00001.json.12.34").write_text("recent")
+    for name in (f"toy_rate/{key}/.manifest.json.12.34", "runs/.toy.json.12.34", f"locks/{UNLINKED}"):
+        old_file(root / name)
+    others = [old_file(root / "report.html"), old_file(root / "mine" / "notes" / "thoughts.txt")]
     expected = {
         f"toy_rate/{key}/rewards-00001.0123456789ab.parquet",
         f"toy_rate/{key}/pieces",
         f"toy_rate/{key}/.manifest.json.12.34",
         "runs/.toy.json.12.34",
-        "locks/0123456789abcdef",
+        f"locks/{UNLINKED}",
     }
     assert set(paths(garbage(store))) == expected
     assert {item.path for item in sweep(store, garbage(store))} == expected
-    (home / ".part-00001.json.12.34").unlink()
-    assert snapshot(store, plan) == before
-    assert (root / "report.html").exists()
-    assert (root / "mine" / "notes" / "thoughts.txt").exists()
+    (folder / ".part-00001.json.12.34").unlink()
+    assert contents(store, plan) == before
+    assert all(file.exists() for file in others)
     assert paths(garbage(store)) == []
 
 
-def test_a_held_lock_is_not_stale_however_old(store: Store, plan: Plan):
-    make(plan, store)
+def test_a_held_lock_is_never_stale(store: Store, plan: Plan):
     folder = store.folder(step(plan, "draw"))
-    old(local(store.root) / "locks" / folder.path.name)
-    claim = folder.claim()
-    assert claim
+    old_file(local(store.root) / "locks" / folder.path.name)
+    lock = folder.try_lock()
+    assert lock
     assert paths(garbage(store)) == []
-    claim.release()
+    lock.release()
     assert paths(garbage(store)) == [f"locks/{folder.path.name}"]
 
 
-def test_without_any_run_nothing_is_deleted(store: Store, plan: Plan):
-    """A store copied without its runs, or a wrong folder: else all of it would be garbage."""
-    make(plan, store)
-    (local(store.root) / "runs" / "toy.json").unlink()
+def test_what_cannot_be_known_is_refused(store: Store, other: Plan):
+    """A damaged link may reach any step; a name may be mistyped; and without runs all of the store would be garbage."""
+    make(other, store)
+    with pytest.raises(WinnowError, match=r"--forget toi: no such run; did you mean 'toy'\?"):
+        garbage(store, ("toi",))
+    link = local(store.root) / "runs" / "toy.json"
+    for text in ("{", "[]", '{"draw": 3}', '{"draw": {"stage": "toy_draw"}}'):
+        link.write_text(text)
+        with pytest.raises(WinnowError, match=r"toy.*delete it"):
+            garbage(store, ("other",))
+    for file in link.parent.iterdir():
+        file.unlink()
     with pytest.raises(WinnowError, match="no runs here"):
         garbage(store)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"draw": 3}', '{"draw": {"stage": "toy_draw"}}'])
-def test_a_link_that_cannot_be_read_stops_everything(tmp_path: Path, store: Store, plan: Plan, text: str):
-    """It may reach anything."""
-    make(plan, store)
-    make(other(tmp_path), store)
-    (local(store.root) / "runs" / "toy.json").write_text(text)
-    with pytest.raises(WinnowError, match=r"toy.*delete it"):
-        garbage(store, ("other",))
-
-
-def test_unknown_runs_are_named(store: Store, plan: Plan):
-    make(plan, store)
-    with pytest.raises(WinnowError, match=r"--forget toi: no such run; did you mean 'toy'\?"):
-        garbage(store, ("toi",))
-
-
 @given(forget=st.sets(st.sampled_from(["a", "b", "c"])), lost=st.sets(st.integers(0, 8)))
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_is_forgotten_or_lost_a_sweep_keeps_all_that_runs_reach(
+def test_a_sweep_keeps_exactly_what_runs_reach(
     tmp_path_factory: pytest.TempPathFactory, forget: set[str], lost: set[int]
 ):
-    """Law: after a sweep every file of a step that a run links to is as before, a sweep is all there is to do, and
-    what remains below the stages is reached."""
+    """For any runs forgotten and any manifests lost: every file of a step that a run links to is as before, every
+    step that remains is linked, and a second sweep finds nothing."""
     folder = tmp_path_factory.mktemp("gc")
     with toys():
         store = Store(folder / "store")
@@ -235,72 +215,66 @@ def test_whatever_is_forgotten_or_lost_a_sweep_keeps_all_that_runs_reach(
         }
         for plan in plans.values():
             make(plan, store)
-        manifests = sorted(local(store.root).glob("*/*/manifest.json"))
-        for number in lost:
-            if number < len(manifests):
-                manifests[number].unlink()
-        kept = [plan for name, plan in plans.items() if name not in forget]
-        before = [snapshot(store, plan) for plan in kept]
+        for number, manifest in enumerate(sorted(local(store.root).glob("*/*/manifest.json"))):
+            if number in lost:
+                manifest.unlink()
+        remaining = [plan for name, plan in plans.items() if name not in forget]
+        before = [contents(store, plan) for plan in remaining]
         list(sweep(store, garbage(store, tuple(forget)), tuple(forget)))
-        assert [snapshot(store, plan) for plan in kept] == before
-        reached = {each.key for plan in kept for each in plan.steps}
-        assert {path.name for path in local(store.root).glob("toy_*/*")} <= reached
-        if kept:
-            assert paths(garbage(store)) == []
+        assert [contents(store, plan) for plan in remaining] == before
+        linked = {step.key for plan in remaining for step in plan.steps}
+        assert {path.name for path in local(store.root).glob("toy_*/*")} <= linked
+        assert not remaining or paths(garbage(store)) == []
 
 
-def test_gc_in_an_object_store(tmp_path: Path, store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch):
-    """No claims there: what was written within the hour may be somebody's work, and keeps sealed steps too."""
-    make(plan, store)
-    there = Store("memory://bucket/store")
+def test_garbage_in_an_object_store(store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+    """There are no locks there: a step written to within the hour may be in work, and keeps finished steps too."""
+    bucket = Store("memory://bucket/store")
     for file in local(store.root).rglob("*"):
         if file.is_file():
-            there.root.fs.pipe_file((there.root / file.relative_to(local(store.root))).path, file.read_bytes())
-    begun = there.root / "toy_keep" / "0123456789abcdef" / "part-00000.json"
-    there.root.fs.pipe_file(begun.path, json.dumps({"inputs": {}}).encode())
-    found = garbage(there, ("toy",))
-    assert (paths(found), found.busy) == ([], ["0123456789abcdef"])
+            bucket.root.fs.pipe_file((bucket.root / file.relative_to(local(store.root))).path, file.read_bytes())
+    sidecar = bucket.root / "toy_keep" / UNLINKED / "part-00000.json"
+    bucket.root.fs.pipe_file(sidecar.path, json.dumps({"inputs": {}}).encode())
+    report = garbage(bucket, ("toy",))
+    assert (paths(report), report.busy) == ([], [UNLINKED])
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now + STALE_SECONDS + 60)
-    assert paths(garbage(there))[0] == "toy_keep/0123456789abcdef"
-    gone = list(sweep(there, garbage(there)))
-    assert gone[0].path == "toy_keep/0123456789abcdef"
-    assert {manifest["stage"] for manifest in there.sealed()} == {"toy_draw", "toy_rate", "toy_keep"}
-    there.link_run("toy[keep.above=3.0]", plan.steps)
-    list(sweep(there, garbage(there, ("toy[keep.above=3.0]",)), ("toy[keep.above=3.0]",)))
-    assert list(there.runs()) == ["toy"], "brackets are no pattern"
-    list(sweep(there, garbage(there, ("toy",)), ("toy",)))
-    assert there.root.fs.find(there.root.path) == []
+    deleted = [item.path for item in sweep(bucket, garbage(bucket))]
+    assert deleted[0] == f"toy_keep/{UNLINKED}"
+    assert {manifest["stage"] for manifest in bucket.sealed()} == {"toy_draw", "toy_rate", "toy_keep"}
+    bucket.link_run("toy[keep.above=3.0]", plan.steps)
+    list(sweep(bucket, garbage(bucket, ("toy[keep.above=3.0]",)), ("toy[keep.above=3.0]",)))
+    assert list(bucket.runs()) == ["toy"], "brackets are not a pattern"
+    list(sweep(bucket, garbage(bucket, ("toy",)), ("toy",)))
+    assert bucket.root.fs.find(bucket.root.path) == []
 
 
-def test_the_command_lists_first_and_says_how_to_delete(winnow, tmp_path: Path, luck: Luck):
+def test_the_command_lists_first_and_prints_the_command_that_deletes(winnow, tmp_path: Path, luck: Luck):
     for file in (recipe(tmp_path), recipe(tmp_path, "other one", keep="with: {above: 3.0}")):
         assert winnow("run", file)[0] == 0
-    assert "nothing to delete" in winnow("gc")[1]
-    code, said = winnow("gc", "--forget", "other one")
+    assert "toy_" not in winnow("gc")[1]
+    code, output = winnow("gc", "--forget", "other one")
     assert code == 0
-    assert "toy_keep/" in said
-    assert "1 to delete" in said
-    assert "winnow gc --yes --store store --forget 'other one'" in said
+    assert "toy_keep/" in output
+    assert "winnow gc --yes --store store --forget 'other one'" in output
     assert len(Store("store").runs()) == 2
-    assert "deleted 1" in winnow("gc", "--forget", "other one", "--yes")[1]
+    assert "toy_keep/" in winnow("gc", "--forget", "other one", "--yes")[1]
     assert list(Store("store").runs()) == ["toy"]
 
 
-def test_a_run_that_takes_its_name_from_other_data_says_so(winnow, tmp_path: Path, luck: Luck):
-    """What it was made of before is another run's no more; a change further down is what runs are for."""
-    assert "before" not in winnow("run", recipe(tmp_path))[1]
-    assert "before" not in winnow("run", recipe(tmp_path))[1]
-    assert "before" not in winnow("run", recipe(tmp_path, keep="with: {above: 3.0}"))[1]
-    said = winnow("run", recipe(tmp_path, draw="with: {rows: 9}"))[1]
-    assert "toy was of another draw before" in said
-    assert "`winnow gc` lists it" in said
+def test_a_run_that_takes_its_name_from_other_data_is_reported(winnow, tmp_path: Path, luck: Luck):
+    """The steps that the name linked to before may be garbage now; a change further down is what runs are for."""
+    for changes in ({}, {}, {"keep": "with: {above: 3.0}"}):
+        assert "winnow gc" not in winnow("run", recipe(tmp_path, **changes))[1]
+    output = winnow("run", recipe(tmp_path, draw="with: {rows: 9}"))[1]
+    assert "draw" in output
+    assert "`winnow gc`" in output
     Path("store/runs/toy.json").write_text("[")
-    assert winnow("run", recipe(tmp_path))[0] == 0, "a link that cannot be read is written anew"
+    assert winnow("run", recipe(tmp_path))[0] == 0, "a damaged link is written again"
 
 
-def test_what_reads_data_with_a_tokenizer_is_data_too():
-    """The recipes' prompts read a model, for its tokenizer: they are what tells one world from another."""
+def test_stages_that_read_data_with_a_tokenizer_count_as_data():
+    """The recipes' prompts read a model, for its tokenizer: they distinguish the data of two runs."""
     names = {name for name, entry in stages.entries.items() if reads_files(entry)}
     assert {"prompts", "preferences", "own_candidates", "model"} <= names
     assert names.isdisjoint({"sample", "reward", "select", "optimize", "evaluate"})
@@ -310,36 +284,35 @@ def test_ls_lists_runs_and_steps(winnow, tmp_path: Path, luck: Luck):
     assert winnow("run", recipe(tmp_path))[0] == 0
     luck.fail = WinnowError("no")
     assert winnow("run", recipe(tmp_path, "other", keep="with: {above: 3.0}"))[0] == 2
-    code, said = winnow("ls")
+    code, output = winnow("ls")
     assert code == 0
-    lines = {line.split("│")[1].strip(): line for line in said.splitlines() if "steps" in line}
+    lines = {line.split("│")[1].strip(): line for line in output.splitlines() if "steps" in line}
     assert "3 of 3 steps" in lines["toy"]
     assert "2 of 3 steps" in lines["other"]
-    _, said = winnow("ls", "other")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if "toy_" in line]
-    assert [row[0] for row in rows][:2] == ["draw", "rate"]
-    assert [row[3] for row in rows] == ["sealed", "sealed", "not made"]
-    assert [row[4] for row in rows] == ["24", "12", ""]
-    code, said = winnow("ls", "othr")
-    assert (code, "did you mean 'other'" in said) == (2, True)
+    table = [line.split("│")[1:-1] for line in winnow("ls", "other")[1].splitlines() if "toy_" in line]
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in table}
+    assert rows["draw"][2] == rows["rate"][2] != rows["keep"][2], "finished, finished, not finished"
+    assert [rows[name][3] for name in ("draw", "rate", "keep")] == ["24", "12", ""]
+    code, output = winnow("ls", "othr")
+    assert (code, "did you mean 'other'" in output) == (2, True)
 
 
-def test_bad_stores_are_told(winnow, tmp_path: Path, luck: Luck):
-    """A file for a store, a manifest of a later winnow, a link cut short: a message, 2, and nothing touched."""
+def test_bad_stores_are_reported_by_every_command(winnow, tmp_path: Path, luck: Luck):
+    """A file as the store, a manifest of a later version, a damaged link: a message, exit code 2, nothing deleted."""
     Path("file").write_text("x")
     assert winnow("run", recipe(tmp_path))[0] == 0
-    manifest = next(Path("store/toy_keep").glob("*/manifest.json"))
+    manifest, link = next(Path("store/toy_keep").glob("*/manifest.json")), Path("store/runs/toy.json")
     for words in (["run", recipe(tmp_path)], ["ls"], ["gc"], ["why", "a", "b"]):
-        code, said = winnow(*words, "--store", "file")
-        assert (code, "is a file" in said) == (2, True), said
+        code, output = winnow(*words, "--store", "file")
+        assert (code, "is a file" in output) == (2, True), output
     text = manifest.read_text()
     manifest.write_text(json.dumps(json.loads(text) | {"format": 99}))
     for words in (["run", recipe(tmp_path)], ["ls"], ["gc", "--yes", "--forget", "toy"], ["why", "toy", "toy"]):
-        code, said = winnow(*words)
-        assert (code, "of format 99, and this winnow reads up to" in said) == (2, True), (words, said)
+        code, output = winnow(*words)
+        assert (code, "format 99" in output, "reads up to" in output) == (2, True, True), (words, output)
     manifest.write_text(text)
-    Path("store/runs/toy.json").write_text("{")
+    link.write_text("{")
     for words in (["ls"], ["gc", "--yes"], ["why", "toy", "toy"]):
-        code, said = winnow(*words)
-        assert (code, "toy.json: " in said, "delete it" in said) == (2, True, True), said
+        code, output = winnow(*words)
+        assert (code, "toy.json: " in output, "delete it" in output) == (2, True, True), output
     assert manifest.exists()
