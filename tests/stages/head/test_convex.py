@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.head.convex import Admm, Program, conjugate_gradients, draw_gates, loss, nystrom, recover, shrink, solve
-from stages.head.train import Sides, head
+from stages.head.train import PairFeatures, head
 
 few = settings(deadline=None, max_examples=10)
 SIZES = [(30, 3, 6, 0.5), (60, 5, 10, 0.1), (40, 4, 8, 2.0), (20, 2, 5, 0.01)]  # rows, features, gates, beta
@@ -69,10 +69,10 @@ def test_the_solution_meets_the_optimality_conditions(seed, n, d, count, beta):
     program, found = Program(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=20_000)
     v, m = found.v, found.multipliers
     assert max(found.primal, found.dual) <= 1e-6
-    r, inside = y - program.predict(v), program.cones(v)
-    force, norms = program.spread(r) + program.fold(m), np.linalg.norm(v, axis=-1)
+    r, inside = y - program.predict(v), program.constrain(v)
+    force, norms = program.predict_adjoint(r) + program.constrain_adjoint(m), np.linalg.norm(v, axis=-1)
     unit = v / np.where(norms > 0, norms, 1)[..., None]
-    slack = 1e-3 * float(np.linalg.norm(program.spread(y)))
+    slack = 1e-3 * float(np.linalg.norm(program.predict_adjoint(y)))
     assert (np.linalg.norm(np.where((norms > 1e-4)[..., None], force - beta * unit, 0), axis=-1) <= slack).all()
     assert (np.linalg.norm(force, axis=-1) <= beta + slack).all()
     assert inside.min() >= -1e-3
@@ -105,7 +105,7 @@ def test_preconditioned_conjugate_gradients_equal_a_direct_solve(seed, rank, rho
     X, y, gates = instance(20, 3, 4, seed)
     admm = Admm(Program(X, y, gates, 1.0), rank, np.random.default_rng(seed))
     admm.rho, shape = rho, admm.u.shape
-    F, G = dense(admm.program.predict, shape), dense(admm.program.cones, shape)
+    F, G = dense(admm.program.predict, shape), dense(admm.program.constrain, shape)
     direct = np.eye(F.shape[1]) + G.T @ G + F.T @ F / rho
     b = np.random.default_rng(seed).normal(size=shape)
     precondition = nystrom(admm.curvature, shape, rank, np.random.default_rng(1))
@@ -161,7 +161,7 @@ def test_more_gates_never_make_the_optimum_worse(seed):
 def test_a_large_beta_leaves_no_neuron():
     """v = 0 is optimal as soon as beta >= ||(F^T y)_b|| for every block."""
     X, y, gates = instance(30, 3, 6)
-    beta = float(np.linalg.norm(Program(X, y, gates, 0.0).spread(y), axis=-1).max())
+    beta = float(np.linalg.norm(Program(X, y, gates, 0.0).predict_adjoint(y), axis=-1).max())
     assert not optimum(X, y, gates, beta * 1.01).any()
 
 
@@ -174,7 +174,7 @@ def test_shrinking_is_the_proximal_map_of_the_norm():
 def test_progress_is_told_and_the_cap_is_kept():
     told = []
     X, y, gates = instance(30, 3, 6)
-    found = solve(X, y, gates, 0.5, iterations=7, tell=lambda done, total, unit: told.append((done, total)))
+    found = solve(X, y, gates, 0.5, iterations=7, progress=lambda done, total, unit: told.append((done, total)))
     assert told == [(n, 7) for n in range(1, 8)]
     assert found.iterations == 7
     assert found.primal > 1e-4 or found.dual > 1e-4
@@ -206,7 +206,7 @@ def test_the_loss_of_a_network_is_that_of_a_feasible_point(seed, iterations):
 
 def test_a_head_that_stops_at_the_cap_warns_and_its_metrics_say_so():
     rng = np.random.default_rng(0)
-    sides = Sides(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), np.ones(30))
+    sides = PairFeatures(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), np.ones(30))
     with pytest.warns(UserWarning, match=r"ADMM stopped after 5 iterations.*head\.iterations"):
         _, figures = head.bind({"name": "convex_relu", "iterations": 5})(sides, lambda *told: None)
     assert (figures["converged"], figures["iterations"]) == (0.0, 5.0)

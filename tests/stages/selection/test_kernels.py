@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.context import StageContext, WarmCache
 from schemas import conform
 from schemas.tables import REWARDS, SELECTIONS
-from stages.selection import kernels as rejection
+from stages.selection import kernels
 from stages.selection.groups import RewardGroups
 from stages.selection.rules import selection_rule
 from stages.selection.scales import reward_scale
@@ -49,7 +49,7 @@ def algorithm_1(rewards, k, beta, rng):
 
 def rejection_sample(values, starts, seeds, k, beta):
     """The compiled sampler at one temperature for all groups."""
-    return rejection.rejection_sample(values, starts, seeds, k, np.full(len(starts) - 1, float(beta)))
+    return kernels.algorithm_1_batch(values, starts, seeds, k, np.full(len(starts) - 1, float(beta)))
 
 
 def ours(rewards, k, beta, draws=DRAWS, seed=0):

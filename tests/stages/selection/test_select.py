@@ -166,12 +166,12 @@ def test_a_temperature_is_given_in_one_way():
         return "\n".join(check({"rule": selection_rule.bind(rule)}, {}))
 
     for name in ("rejection_sample", "gumbel_top_k", "softmax_weights"):
-        assert "rule.beta: no temperature; give one of rule.beta, rule.ess, rule.kl" in said(name=name)
-        assert "rule.ess: rule.beta is given too" in said(name=name, beta=0.5, ess=3.0)
+        assert "rule.beta: a temperature is required; set one of rule.beta, rule.ess, rule.kl" in said(name=name)
+        assert "rule.ess: rule.beta is set too" in said(name=name, beta=0.5, ess=3.0)
         assert said(name=name, kl=0.5) == ""
     assert said(name="everything") == ""
     assert "jackknife has no limit at 0" in said(name="softmax_weights", beta=0.0, normaliser="jackknife")
-    assert "give rule.beta" in said(name="softmax_weights", ess=2.0, normaliser="gumbel")
+    assert "set rule.beta" in said(name="softmax_weights", ess=2.0, normaliser="gumbel")
     assert said(name="softmax_weights", beta=0.0) == ""
     for wrong in ({"ess": 1.0}, {"kl": 0.0}, {"beta": -1.0}, {"beta": math.nan}):
         with pytest.raises(WinnowError, match=next(iter(wrong))):
@@ -264,7 +264,7 @@ def test_gumbel_regression_is_at_its_minimum(rewards, beta):
     """
     groups = groups_of(rewards)
     log_z = partition.gumbel(groups, np.full(len(rewards), beta))
-    weight = np.exp(groups.exponent(np.full(len(rewards), beta)) - groups.each(log_z))
+    weight = np.exp(groups.exponent(np.full(len(rewards), beta)) - groups.broadcast(log_z))
     assert weight.mean() == pytest.approx(1)
     mean = np.array([np.mean(group) for group in rewards])
     half = np.array([np.var(group, ddof=1) / (2 * beta) for group in rewards])
@@ -272,7 +272,7 @@ def test_gumbel_regression_is_at_its_minimum(rewards, beta):
     for feature in (mean, half):
         centred = feature - feature.mean()
         size = max(np.abs(centred).max(), 1e-9)
-        assert np.mean((weight - 1) * groups.each(centred / size)) == pytest.approx(0, abs=ridge)
+        assert np.mean((weight - 1) * groups.broadcast(centred / size)) == pytest.approx(0, abs=ridge)
     h = beta * log_z + groups.max(groups.values)
     design = np.stack([np.ones(len(mean)), mean, half], axis=1)
     fitted = design @ np.linalg.lstsq(design, h, rcond=None)[0]
