@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import queries
-from jobs.report import _histogram, write_report
+from jobs.report import _plot_histogram, write_report
 from pipeline.execution.executors import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
@@ -112,6 +112,6 @@ def test_two_policies_of_one_name_are_two_rows():
 
 def test_rewards_of_which_none_was_kept_are_plotted_alone():
     bins = [{"what": "all candidates", "low": low, "high": low + 0.5, "n": 1} for low in (0.0, 0.5)]
-    plot = _histogram(bins)
+    plot = _plot_histogram(bins)
     assert "all candidates (2)" in plot
     assert "kept" not in plot
