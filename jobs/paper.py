@@ -44,13 +44,13 @@ def _read_paper_yaml() -> dict[str, Any]:
 def cells() -> list[Cell]:
     """Return every cell of paper.yaml, in order."""
     content = _read_paper_yaml()
-    found = []
+    all_cells = []
     for table in ("table 1", "table 2"):
         for row in content[table]:
             labels = {name: row[name] for name in ("loss", "pairs", "rank") if name in row}
             figures = {name: row[name] for name in ("tldr", "hh") if name in row}
-            found.append(Cell(table, labels, row["recipe"], tuple(row.get("set", ())), figures))
-    return found
+            all_cells.append(Cell(table, labels, row["recipe"], tuple(row.get("set", ())), figures))
+    return all_cells
 
 
 def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0) -> list[Plan]:
