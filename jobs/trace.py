@@ -1,23 +1,21 @@
-"""One prompt's whole life in a run, printed in the order in which it happened."""
-
-from typing import Any
+"""Trace of one prompt through a run: its rows of every table, in the order of the stages."""
 
 from rich.console import Console
 
 from jobs.console import as_table
-from pipeline.sql.catalog import Catalog, open_catalog, query
+from pipeline.sql.catalog import open_catalog, query
 from pipeline.sql.views import text
 from pipeline.store.store import Store
 from schemas import WinnowError
 
-# What happened to the prompt, room by room: a title, and the rows that tell it.
-ROOMS = (
+# Title and query of each section, in the order of the stages; sections without rows are not printed.
+SECTIONS = (
     ("sampled: best, middle and worst by reward",
      "SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, text FROM candidates "
      "JOIN rewards USING (prompt_id, candidate_id) WHERE {where} QUALIFY "
      "row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ()) "
      "ORDER BY reward DESC"),
-    ("kept by select, in order of acceptance",
+    ("selected, in order of acceptance",
      "SELECT draw, round AS pass, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance, "
      "round(ess, 1) AS ess, any_value(text) AS text FROM selections JOIN candidates USING (prompt_id, candidate_id) "
      "WHERE {where} GROUP BY ALL ORDER BY draw"),
@@ -28,57 +26,49 @@ ROOMS = (
     ("reference log-probs",
      "SELECT candidate_id, round(logp, 3) AS logp, n_tokens, dtype, left(model, 12) AS model FROM reference "
      "WHERE {where} ORDER BY logp DESC"),
-    ("training group",
+    ("training example",
      "SELECT len(prompt_ids) AS prompt_tokens, len(responses) AS responses, len(pairs) AS pairs FROM examples "
      "WHERE {where}"),
-    ("held out: the policy beside the baseline",
+    ("held-out prompt: the policy compared with the baseline",
      "SELECT k, proxy_win, gold_win, round(gold, 2) AS gold, round(gold_baseline, 2) AS gold_baseline, "
      "round(kl, 2) AS kl, any_value(text) AS text FROM outcomes JOIN candidates USING (prompt_id, candidate_id, k) "
      "WHERE {where} GROUP BY ALL ORDER BY k"),
-    ("left out",
+    ("rejected",
      "SELECT stage, reason, candidate_id, place, detail FROM rejects WHERE {where} ORDER BY ALL"),
 )  # fmt: skip
 
 
 def life(store: Store, run: str, prefix: str, console: Console, round: int | None = None) -> None:
-    """In one round, the last one by default, where the run has rounds.
+    """Print the prompt whose id begins with `prefix`; without a prefix, the first prompt that reached the last stage.
 
-    Raises WinnowError if no prompt of the run has an id that begins with `prefix`, or several do.
+    In one round, by default the last, where the run has rounds. Raises WinnowError if no prompt of the run, or more
+    than one, has an id that begins with `prefix`.
     """
-    every = open_catalog(store, run)
-    round = round or _last(every)
-    catalog = every.of(run, round)
-    prompt = _find(catalog, prefix, run)
-    about = f"{prompt['split']}, {prompt['tokens']} tokens" + (f", round {round}" if round else "")
-    console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
-    console.print(prompt["text"], markup=False, highlight=False)
-    for title, sql in ROOMS:
-        rows = query(catalog, sql.format(where=f"prompt_id = {text(prompt['prompt_id'])}"))
-        if rows.num_rows:
-            console.print(as_table(rows, title))
-
-
-def _last(catalog: Catalog) -> int | None:
-    """The last round of which anything is made."""
-    sql = "SELECT max(round) AS last FROM runs JOIN steps USING (stage, key)"
-    last: int | None = query(catalog, sql).to_pylist()[0]["last"]
-    return last
-
-
-def _find(catalog: Catalog, prefix: str, run: str) -> dict[str, Any]:
-    """The one prompt meant; without a prefix, the first one that went all the way."""
     if not all(letter in "0123456789abcdef" for letter in prefix):
         raise WinnowError(f"prompt id {prefix!r}: ids are hexadecimal digits")
-    found = query(
+    all_rounds = open_catalog(store, run)
+    if not round:  # the last round with a finished step
+        (row,) = query(all_rounds, "SELECT max(round) AS last FROM runs JOIN steps USING (stage, key)").to_pylist()
+        round = row["last"]
+    catalog = all_rounds.of(run, round)
+
+    prompts = query(
         catalog,
         f"SELECT DISTINCT prompt_id, text, split, len(token_ids) AS tokens, "
         f"prompt_id IN (SELECT prompt_id FROM rewards) AS scored, prompt_id IN (SELECT prompt_id FROM pairs) AS paired "
         f"FROM prompts WHERE starts_with(prompt_id, '{prefix}') AND prompt_id IN (SELECT prompt_id FROM candidates) "
         f"ORDER BY scored DESC, paired DESC, prompt_id",
     ).to_pylist()
-    if not found:
-        raise WinnowError(f"run {run}: no prompt id begins with {prefix!r}; leave it out to see the first prompt")
-    if prefix and len(found) > 1:
-        raise WinnowError(f"run {run}: {len(found)} prompt ids begin with {prefix!r}; give more digits")
-    first: dict[str, Any] = found[0]
-    return first
+    if not prompts:
+        raise WinnowError(f"run {run}: no prompt id begins with {prefix!r}; omit it to see the first prompt")
+    if prefix and len(prompts) > 1:
+        raise WinnowError(f"run {run}: {len(prompts)} prompt ids begin with {prefix!r}; add digits")
+
+    prompt = prompts[0]
+    about = f"{prompt['split']}, {prompt['tokens']} tokens" + (f", round {round}" if round else "")
+    console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
+    console.print(prompt["text"], markup=False, highlight=False)
+    for title, sql in SECTIONS:
+        rows = query(catalog, sql.format(where=f"prompt_id = {text(prompt['prompt_id'])}"))
+        if rows.num_rows:
+            console.print(as_table(rows, title))

@@ -1,7 +1,7 @@
-"""Room 8, second half: win rates with intervals, KL, length; and the gold reward, which no other stage may read."""
+"""Stage `evaluate`: win rates with intervals, KL and length; and the gold reward, which no other stage may read."""
 
 from collections import defaultdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -30,77 +30,58 @@ def evaluate(
     resamples: Annotated[int, Range(gt=0)] = 2000,
     seed: int = 0,
 ) -> tuple[Outcomes, Evaluations]:
-    """Per response: did it beat the baseline's by the proxy and by gold (a tie is one half), log-ratio, length.
+    """Compare a policy with the baseline: per response, whether it wins by proxy and gold, log-ratio and length.
 
-    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. The mean of
-    log p - log p_baseline estimates KL without bias only where p is the law of the draws: that of the policy,
-    as `policy_logp` scored it (logp_kind exact), or of the policy with a head, from the draw itself (steered,
-    for which `policy_logp` is not read). It is null otherwise.
+    A tie counts one half. Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
+    The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
+    of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
+    (steered, for which `policy_logp` is not read). It is null otherwise.
     """
-    join = Sides(prompts, candidates, baseline, policy_logp, baseline_logp)
-    outcomes = [join.outcome(row, gold) for row in judgements.to_pylist()]
-    rng = np.random.default_rng(seed)
-    rows = [row for name in METRICS if (row := _summary(name, outcomes, resamples, rng))]
-    return pa.Table.from_pylist(outcomes, OUTCOMES), pa.Table.from_pylist(rows, EVALUATIONS)
+    prompt_texts = texts_of(prompts, "prompt_id")
+    response_texts = texts_of(pa.concat_tables([baseline, candidates]), "candidate_id")
+    lengths = column_by(candidates, "candidate_id", "n_tokens")
+    logp_kinds = candidates.column("logp_kind").unique().to_pylist()
+    draw_logp = {"exact": policy_logp, "steered": candidates}.get(logp_kinds[0]) if len(logp_kinds) == 1 else None
+    policy_scores, baseline_scores = (
+        {} if table is None else column_by(table, "candidate_id", "logp") for table in (draw_logp, baseline_logp)
+    )
 
-
-class Sides:
-    """Everything known about the two responses of a judgement."""
-
-    def __init__(
-        self, prompts: pa.Table, candidates: pa.Table, baseline: pa.Table, logp: Any, baseline_logp: Any
-    ) -> None:
-        self.prompts = texts_of(prompts, "prompt_id")
-        self.texts = texts_of(pa.concat_tables([baseline, candidates]), "candidate_id")
-        self.lengths = column_by(candidates, "candidate_id", "n_tokens")
-        laws = {"exact": logp, "steered": candidates}  # by logp_kind: where the law of the draws is to be read
-        kinds = set(candidates.column("logp_kind").to_pylist())
-        law = laws.get(kinds.pop()) if len(kinds) == 1 else None
-        self.logp, self.baseline_logp = (
-            {} if table is None else column_by(table, "candidate_id", "logp") for table in (law, baseline_logp)
-        )
-
-    def outcome(self, row: dict[str, Any], gold: Bound | None) -> dict[str, Any]:
+    outcomes = []
+    for row in judgements.to_pylist():
         ours, theirs = row["candidate_id"], row["baseline_id"]
-        result = {
-            **{name: row[name] for name in ("prompt_id", "k", "candidate_id", "baseline_id")},
-            "proxy_win": _win(row["logit"]),
-            "n_tokens": self.lengths[ours],
-            "kl": self._log_ratio(ours),
-        }
+        outcome = {name: row[name] for name in ("prompt_id", "k", "candidate_id", "baseline_id")}
+        outcome |= {"proxy_win": _win_score(row["logit"]), "n_tokens": lengths[ours]}
+        if ours in policy_scores and ours in baseline_scores:
+            outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
         if gold is not None:
-            text = self.prompts[row["prompt_id"]]
-            values = gold(text, self.texts[ours]), gold(text, self.texts[theirs])
-            result |= dict(gold=values[0], gold_baseline=values[1], gold_win=_win(values[0] - values[1]))
-        return result
+            prompt = prompt_texts[row["prompt_id"]]
+            outcome["gold"] = gold(prompt, response_texts[ours])
+            outcome["gold_baseline"] = gold(prompt, response_texts[theirs])
+            outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
+        outcomes.append(outcome)
 
-    def _log_ratio(self, candidate: str) -> float | None:
-        if candidate not in self.logp or candidate not in self.baseline_logp:
-            return None
-        return float(self.logp[candidate] - self.baseline_logp[candidate])
+    # Average per prompt first, so that prompts with more responses do not weigh more.
+    rng = np.random.default_rng(seed)
+    evaluations = []
+    for metric in METRICS:
+        values_by_prompt: dict[str, list[float]] = defaultdict(list)
+        for outcome in outcomes:
+            if outcome.get(metric) is not None:
+                values_by_prompt[outcome["prompt_id"]].append(outcome[metric])
+        if values_by_prompt:
+            means = np.array([np.mean(values_by_prompt[prompt]) for prompt in sorted(values_by_prompt)])
+            low, high = bootstrap_interval(means, resamples, rng)
+            row = {"metric": metric, "value": float(means.mean()), "low": low, "high": high, "n": len(means)}
+            evaluations.append(row)
+    return pa.Table.from_pylist(outcomes, OUTCOMES), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
 
-def _win(margin: float) -> float:
+def _win_score(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
 
 
-def _summary(
-    name: str, outcomes: list[dict[str, Any]], resamples: int, rng: np.random.Generator
-) -> dict[str, Any] | None:
-    """Mean over prompts of each prompt's mean, and its bootstrap interval; None if no row has the metric."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for row in outcomes:
-        if row.get(name) is not None:
-            values[row["prompt_id"]].append(row[name])
-    if not values:
-        return None
-    means = np.array([np.mean(values[prompt]) for prompt in sorted(values)])
-    low, high = bootstrap_interval(means, resamples, rng)
-    return dict(metric=name, value=float(means.mean()), low=low, high=high, n=len(means))
-
-
 def bootstrap_interval(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values [N], N > 0."""
-    draws = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    """Return the 95 % percentile bootstrap interval of the mean of values [N], N > 0."""
+    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

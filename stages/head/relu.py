@@ -1,4 +1,4 @@
-"""A preference head as numbers: a two-layer ReLU network that scores features."""
+"""Preference head: a two-layer ReLU network that scores features."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -12,37 +12,38 @@ from schemas.tables import HEADS
 
 @dataclass(frozen=True)
 class ReluHead:
-    """score(x) = sum_j outer_j max(0, inner_j . x + bias_j)."""
+    """Two-layer ReLU network with m neurons: score(x) = sum_j outer_j max(0, inner_j . x + bias_j)."""
 
     inner: np.ndarray  # [m, d]
     bias: np.ndarray  # [m]
     outer: np.ndarray  # [m]
 
-    def ramps(self, x: np.ndarray) -> np.ndarray:
-        """x: [N, d]. Returns [N, m]."""
-        made: np.ndarray = np.maximum(x @ self.inner.T + self.bias, 0.0)
-        return made
+    def activations(self, x: np.ndarray) -> np.ndarray:
+        """Return the hidden layer's outputs, [N, d] -> [N, m]."""
+        activations: np.ndarray = np.maximum(x @ self.inner.T + self.bias, 0.0)
+        return activations
 
     def score(self, x: np.ndarray) -> np.ndarray:
-        """x: [N, d]. Returns [N]; raises WinnowError on another width."""
+        """Return the scores, [N, d] -> [N]. Raises WinnowError if d is not the head's width."""
         self.check_width(x.shape[1])
-        made: np.ndarray = self.ramps(x) @ self.outer
-        return made
+        scores: np.ndarray = self.activations(x) @ self.outer
+        return scores
 
     def check_width(self, width: int) -> None:
-        """Raises WinnowError if features of this many numbers are not this head's."""
+        """Raise WinnowError if the head does not read features of this width."""
         if width != self.inner.shape[1]:
             raise WinnowError(
                 f"features have {width} numbers, and the head reads {self.inner.shape[1]}: "
-                "wire both to the policy that the head was trained on"
+                "use the policy that the head was trained on for both"
             )
 
-    def before(self, mean: np.ndarray, sd: np.ndarray) -> Self:
-        """The head of raw x that scores as this one does (x - mean) / sd; both [d]."""
+    def fold_standardisation(self, mean: np.ndarray, sd: np.ndarray) -> Self:
+        """Return the head that scores raw x as this one scores (x - mean) / sd; mean and sd are [d]."""
         inner = self.inner / sd
         return type(self)(inner, self.bias - inner @ mean, self.outer)
 
-    def table(self) -> pa.Table:
+    def to_table(self) -> pa.Table:
+        """Return the head as a table of heads, one row per neuron."""
         columns = {
             "neuron": range(len(self.outer)),
             "inner": self.inner.tolist(),
@@ -53,13 +54,13 @@ class ReluHead:
 
 
 def relu_head_of(heads: pa.Table) -> ReluHead:
-    """From a table of heads, in order of neuron."""
-    rows = heads.sort_by("neuron").to_pydict()
-    return ReluHead(*(np.array(rows[name], dtype=np.float64) for name in ("inner", "bias", "outer")))
+    """Read a head from a table of heads, neurons in order."""
+    columns = heads.sort_by("neuron").to_pydict()
+    return ReluHead(*(np.array(columns[name], dtype=np.float64) for name in ("inner", "bias", "outer")))
 
 
 def matrix(features: pa.Table) -> np.ndarray:
-    """The features of a table's rows, float64 [N, d]."""
-    rows = features.column("features").combine_chunks()
-    numbers: np.ndarray = rows.flatten().to_numpy().astype(np.float64)
-    return numbers.reshape(len(rows), len(numbers) // max(len(rows), 1))
+    """Return the features of a table's rows, float64 [N, d]."""
+    vectors = features.column("features").combine_chunks()
+    values: np.ndarray = vectors.flatten().to_numpy().astype(np.float64)
+    return values.reshape(len(vectors), len(values) // max(len(vectors), 1))

@@ -1,7 +1,7 @@
-"""Each prompt's rewards as one flat array, and the law exp(reward / beta) over them.
+"""Rewards of many prompts as flat arrays, and the distribution exp(reward / beta) over each prompt's candidates.
 
-Every number of a prompt is a function of that prompt alone, to the last bit: sums go prompt by prompt
-(reduceat), never as differences of running totals over the shard.
+Each result for a prompt depends on that prompt alone, to the last bit: sums run prompt by prompt (reduceat), not as
+differences of running totals over the shard, whose rounding would depend on the prompts before.
 """
 
 from collections.abc import Callable
@@ -14,117 +14,126 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-Kind = TypeVar("Kind", bound=np.generic)
+Mask = NDArray[np.bool_]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
-COLDEST, HOTTEST, HALVINGS = -40.0, 20.0, 52  # log of beta / (max - min): beyond these nothing moves in 53 bits
+# Bounds of log(beta / (max - min)), beyond which no weight changes in 53 bits, and the number of bisections.
+LOG_BETA_MIN, LOG_BETA_MAX, BISECTIONS = -40.0, 20.0, 52
 
 
-def ratio(gap: Floats, beta: Floats) -> Floats:
-    """gap / beta, where 0 / 0 = 0."""
+def divide_gap(gap: Floats, beta: Floats) -> Floats:
+    """Return gap / beta, with 0 / 0 = 0."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.where(gap == 0, 0.0, gap / beta)
 
 
 @dataclass(frozen=True)
 class RewardGroups:
-    """Finite rewards, prompt by prompt: G prompts, N candidates, each prompt with at least one."""
+    """Finite rewards of G prompts with N candidates in total; every prompt has at least one.
+
+    Arrays [N] hold one value per candidate, arrays [G] one value per prompt.
+    """
 
     values: Floats  # [N]
-    starts: Ints  # [G + 1] prompt g has the rows starts[g] to starts[g + 1]
+    starts: Ints  # [G + 1]; prompt g has the rows starts[g] to starts[g + 1]
     seeds: NDArray[np.uint64]  # [G]
 
     @cached_property
     def sizes(self) -> Ints:
+        """Return the number of candidates per prompt, [G]."""
         return np.diff(self.starts)
 
-    def each(self, x: NDArray[Kind]) -> NDArray[Kind]:
-        """A prompt's value beside each of its rows, [G] -> [N]."""
-        return np.repeat(x, self.sizes)
+    def broadcast(self, per_prompt: NDArray[Scalar]) -> NDArray[Scalar]:
+        """Repeat each prompt's value for each of its candidates, [G] -> [N]."""
+        return np.repeat(per_prompt, self.sizes)
 
     def max(self, x: Floats) -> Floats:
-        """Of each prompt, [N] -> [G]; so are min, sum and mean."""
+        """Return the maximum per prompt, [N] -> [G]."""
         return np.maximum.reduceat(x, self.starts[:-1])
 
     def min(self, x: Floats) -> Floats:
+        """Return the minimum per prompt, [N] -> [G]."""
         return np.minimum.reduceat(x, self.starts[:-1])
 
     def sum(self, x: Floats) -> Floats:
+        """Return the sum per prompt, [N] -> [G]."""
         return np.add.reduceat(x, self.starts[:-1])
 
     def mean(self, x: Floats) -> Floats:
+        """Return the mean per prompt, [N] -> [G]."""
         return self.sum(x) / self.sizes
 
     @cached_property
     def range(self) -> Floats:
-        """max - min, [G]."""
+        """Return max - min of the rewards per prompt, [G]."""
         return self.max(self.values) - self.min(self.values)
 
     @cached_property
     def gap(self) -> Floats:
-        """reward - max of its prompt, [N]; not above 0."""
-        return self.values - self.each(self.max(self.values))
+        """Return reward - max of its prompt, [N]; never above 0."""
+        return self.values - self.broadcast(self.max(self.values))
 
     @cached_property
-    def place(self) -> Ints:
-        """Position within the prompt, from 0, [N]."""
-        return np.arange(len(self.values)) - self.each(self.starts[:-1])
+    def position(self) -> Ints:
+        """Return each candidate's position within its prompt, from 0, [N]."""
+        return np.arange(len(self.values)) - self.broadcast(self.starts[:-1])
 
     def exponent(self, beta: Floats) -> Floats:
-        """gap / beta, [N]; exact at beta = 0 (0 for the best, -inf for others) and at infinity (0 for all)."""
-        return ratio(self.gap, self.each(beta))
+        """Return gap / beta, [G] -> [N]; exact at beta = 0 (0 for the best, -inf otherwise) and infinity (all 0)."""
+        return divide_gap(self.gap, self.broadcast(beta))
 
-    def only(self, which: Flags) -> "RewardGroups":
-        """The prompts in `which`, [G]."""
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes[which])])
-        return RewardGroups(self.values[self.each(which)], starts, self.seeds[which])
+    def filter(self, mask: Mask) -> "RewardGroups":
+        """Return the prompts where `mask` [G] is true."""
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes[mask])])
+        return RewardGroups(self.values[self.broadcast(mask)], starts, self.seeds[mask])
 
-    def effective(self, weight: Floats) -> Floats:
-        """Effective sample size (sum w)^2 / sum w^2, in candidates, [N] -> [G]."""
+    def effective_sample_size(self, weight: Floats) -> Floats:
+        """Return (sum w)^2 / sum w^2 per prompt, in candidates, [N] -> [G]."""
         return self.sum(weight) ** 2 / self.sum(weight**2)
 
-    def divergence(self, weight: Floats) -> Floats:
-        """KL from uniform of p = w / sum w: sum p log(n p), nats, [N] -> [G]."""
-        p = weight / self.each(self.sum(weight))
-        return self.sum(p * np.log(np.where(p > 0, p * self.each(self.sizes), 1.0)))
+    def kl_from_uniform(self, weight: Floats) -> Floats:
+        """Return sum p log(n p) with p = w / sum w per prompt, in nats, [N] -> [G]."""
+        p = weight / self.broadcast(self.sum(weight))
+        return self.sum(p * np.log(np.where(p > 0, p * self.broadcast(self.sizes), 1.0)))
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a scale or a rule asks of a prompt; one that does not meet it is left out for this reason."""
+class Requirement:
+    """Condition of a scale or a selection rule on a prompt; a prompt that fails it is rejected with this reason."""
 
     reason: str
-    met: Callable[[RewardGroups], Flags]
+    is_met: Callable[[RewardGroups], Mask]  # [G]
 
 
-DIFFERENT = Need("one candidate, or all rewards equal", lambda groups: groups.range > 0)
+REWARDS_DIFFER = Requirement("one candidate, or all rewards equal", lambda groups: groups.range > 0)
 
 
 def temperature(groups: RewardGroups, beta: float | None, ess: float | None, kl: float | None) -> Floats:
-    """Each prompt's beta, [G]: the one given, or where exp(reward / beta) has this ess or this kl (methods 15.2).
+    """Return each prompt's beta, [G]: `beta` itself, or the one that gives exp(reward / beta) this `ess` or `kl`.
 
-    Infinite where all rewards are equal, and where a prompt has no more candidates than `ess`; 0 where even the
-    best alone (or the ties for best) do not reach the target. Bisection on log beta: ess rises with it, kl falls.
+    Methods 15.2. Infinite where all rewards are equal, and where a prompt has no more candidates than `ess`; 0 where
+    even the best alone (or the ties for best) do not reach the target. Raises ValueError if all three are None.
     """
     if beta is not None:
         return np.full(len(groups.sizes), beta)
+    is_too_cold: Callable[[Floats], Mask]
     if ess is not None:
-        betas = _solve(groups, lambda weight: groups.effective(weight) < ess)
-        return np.where(groups.sizes <= ess, np.inf, betas)
-    if kl is not None:
-        return _solve(groups, lambda weight: groups.divergence(weight) > kl)
-    raise ValueError("a temperature is beta, ess or kl: none is given")
+        is_too_cold = lambda weight: groups.effective_sample_size(weight) < ess  # noqa: E731
+    elif kl is not None:
+        is_too_cold = lambda weight: groups.kl_from_uniform(weight) > kl  # noqa: E731
+    else:
+        raise ValueError("a temperature needs one of beta, ess and kl")
 
+    def is_too_cold_at(log_beta: Floats) -> Mask:
+        return is_too_cold(np.exp(groups.exponent(np.exp(log_beta) * groups.range)))
 
-def _solve(groups: RewardGroups, too_cold: Callable[[Floats], Flags]) -> Floats:
-    def cold_at(log_beta: Floats) -> Flags:
-        return too_cold(np.exp(groups.exponent(np.exp(log_beta) * groups.range)))
-
-    low, high = (np.full(len(groups.sizes), edge) for edge in (COLDEST, HOTTEST))
-    reached = cold_at(low)
-    for _ in range(HALVINGS):
+    # Bisection on log(beta / range) for all prompts at once: ess rises with beta, KL falls.
+    low, high = (np.full(len(groups.sizes), bound) for bound in (LOG_BETA_MIN, LOG_BETA_MAX))
+    is_reachable = is_too_cold_at(low)
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        cold = cold_at(middle)
-        low, high = np.where(cold, middle, low), np.where(cold, high, middle)
-    betas = np.where(reached, np.exp(high) * groups.range, 0.0)
-    return np.where(groups.range > 0, betas, np.inf)
+        too_cold = is_too_cold_at(middle)
+        low, high = np.where(too_cold, middle, low), np.where(too_cold, high, middle)
+    betas = np.where(is_reachable, np.exp(high) * groups.range, 0.0)
+    betas = np.where(groups.range > 0, betas, np.inf)
+    return betas if ess is None else np.where(groups.sizes <= ess, np.inf, betas)

@@ -1,7 +1,7 @@
-"""The sampling laws, compiled: Algorithm 1 of arXiv:2309.06657, and the Gumbel-top-k trick.
+"""Compiled sampling kernels: Algorithm 1 of the RSO paper (arXiv:2309.06657), and the Gumbel-top-k trick.
 
-Keyed by index, so equal texts keep their multiplicity; the candidates are shuffled first, because
-Algorithm 1 stops at the k-th acceptance and would otherwise favour those that stand early.
+Candidates are identified by row index, so equal texts keep their multiplicity. They are shuffled first, because
+Algorithm 1 stops at the k-th acceptance and would otherwise favour those that come early.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ config.THREADING_LAYER = "workqueue"
 
 
 @njit(cache=True)
-def _next(state: np.ndarray) -> float:  # pragma: no cover - compiled
+def _next_uniform(state: np.ndarray) -> float:  # pragma: no cover - compiled
     """SplitMix64: the next uniform in [0, 1) of a one-element uint64 state."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -24,84 +24,86 @@ def _next(state: np.ndarray) -> float:  # pragma: no cover - compiled
 
 @njit(cache=True)
 def _shuffle(pool: np.ndarray, state: np.ndarray) -> None:  # pragma: no cover - compiled
+    """Fisher-Yates, in place."""
     for i in range(len(pool) - 1, 0, -1):
-        j = int(_next(state) * (i + 1))
+        j = int(_next_uniform(state) * (i + 1))
         pool[i], pool[j] = pool[j], pool[i]
 
 
 @njit(cache=True)
-def _one_prompt(
-    values: np.ndarray,
-    pool: np.ndarray,
-    state: np.ndarray,
-    beta: float,
-    chosen: np.ndarray,
-    rounds: np.ndarray,
+def algorithm_1(
+    rewards: np.ndarray, pool: np.ndarray, state: np.ndarray, beta: float, accepted: np.ndarray, rounds: np.ndarray
 ) -> None:  # pragma: no cover - compiled
-    """Algorithm 1 on one shuffled pool of indices; fills `chosen` until it or the pool is at its end."""
-    wanted = min(len(chosen), len(pool))
-    if beta == 0.0:
-        best = np.argsort(-values[pool], kind="mergesort")
-        for i in range(wanted):
-            chosen[i], rounds[i] = pool[best[i]], 0
+    """Run statistical rejection sampling for one prompt: Algorithm 1 of arXiv:2309.06657.
+
+    pool: shuffled row indices of the prompt's candidates; it is overwritten. Writes the accepted indices, in order of
+    acceptance, and the pass that accepted each, until `accepted` is full or no candidate remains.
+    """
+    target = min(len(accepted), len(pool))
+    if beta == 0.0:  # the limit: the best first. The stable sort of a shuffled pool breaks ties at random.
+        order = np.argsort(-rewards[pool], kind="mergesort")
+        for i in range(target):
+            accepted[i], rounds[i] = pool[order[i]], 0
         return
-    accepted, left, turn = 0, len(pool), 0
-    while accepted < wanted:
-        top = values[pool[0]]
-        for i in range(1, left):
-            top = max(top, values[pool[i]])
-        kept = 0
-        for i in range(left):
-            chance = 1.0 if np.isinf(beta) else np.exp((values[pool[i]] - top) / beta)
-            if accepted < wanted and _next(state) < chance:
-                chosen[accepted], rounds[accepted] = pool[i], turn
-                accepted += 1
-            else:
-                pool[kept] = pool[i]
-                kept += 1
-        left, turn = kept, turn + 1
+    n_accepted, n_remaining, turn = 0, len(pool), 0
+    while n_accepted < target:  # a pass over the candidates that remain
+        # The maximum is taken anew in each pass, so that every pass accepts at least its best candidate.
+        max_reward = rewards[pool[0]]
+        for i in range(1, n_remaining):
+            max_reward = max(max_reward, rewards[pool[i]])
+        n_rejected = 0
+        for i in range(n_remaining):
+            # Accept if u < exp((r - max_reward) / beta), u uniform in [0, 1); always at beta = infinity.
+            probability = 1.0 if np.isinf(beta) else np.exp((rewards[pool[i]] - max_reward) / beta)
+            if n_accepted < target and _next_uniform(state) < probability:
+                accepted[n_accepted], rounds[n_accepted] = pool[i], turn
+                n_accepted += 1
+            else:  # remains for the next pass
+                pool[n_rejected] = pool[i]
+                n_rejected += 1
+        n_remaining, turn = n_rejected, turn + 1
 
 
 @njit(cache=True, parallel=True)
-def rejection_sample(
-    values: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, betas: np.ndarray
+def algorithm_1_batch(
+    rewards: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, betas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover - compiled
-    """Algorithm 1 for every group: row indices in order of acceptance, and their rounds, both [groups, k].
+    """Run Algorithm 1 for every prompt; return row indices in order of acceptance, and their passes, both [G, k].
 
-    values: float64 [rows]; betas: float64 [groups], a temperature each. Group g is rows starts[g] to starts[g + 1];
-    -1 where a group has fewer than k.
-    Each group draws from its own seed, so neither threads nor other groups touch its result.
+    rewards: float64 [N]; starts: [G + 1], prompt g has the rows starts[g] to starts[g + 1]; betas: float64 [G].
+    Entries are -1 where a prompt has fewer than k candidates. Every prompt draws from its own seed, so neither
+    threads nor other prompts change its result.
     """
-    groups = len(starts) - 1
-    chosen = np.full((groups, k), -1, dtype=np.int64)
-    rounds = np.full((groups, k), -1, dtype=np.int32)
-    for g in prange(groups):
+    n_prompts = len(starts) - 1
+    accepted = np.full((n_prompts, k), -1, dtype=np.int64)
+    rounds = np.full((n_prompts, k), -1, dtype=np.int32)
+    for g in prange(n_prompts):
         pool = np.arange(starts[g], starts[g + 1])
         state = np.array([seeds[g]], dtype=np.uint64)
         _shuffle(pool, state)
-        _one_prompt(values, pool, state, betas[g], chosen[g], rounds[g])
-    return chosen, rounds
+        algorithm_1(rewards, pool, state, betas[g], accepted[g], rounds[g])
+    return accepted, rounds
 
 
 @njit(cache=True, parallel=True, error_model="numpy")  # gap / 0 is -infinity
-def gumbel_top_k(
-    values: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, betas: np.ndarray
+def gumbel_top_k_batch(
+    rewards: np.ndarray, starts: np.ndarray, seeds: np.ndarray, k: int, betas: np.ndarray
 ) -> np.ndarray:  # pragma: no cover - compiled
-    """The k largest value / beta + Gumbel noise of every group, best first: row indices [groups, k], -1 beyond.
+    """Return the k largest reward / beta + Gumbel noise of every prompt, best first: row indices [G, k], -1 beyond.
 
-    Where value / beta is no number to compare (beta = 0), the value decides, and chance among equals.
+    Where reward / beta cannot be compared (beta = 0), the reward decides, and chance among equals.
     """
-    groups = len(starts) - 1
-    chosen = np.full((groups, k), -1, dtype=np.int64)
-    for g in prange(groups):
+    n_prompts = len(starts) - 1
+    chosen = np.full((n_prompts, k), -1, dtype=np.int64)
+    for g in prange(n_prompts):
         pool = np.arange(starts[g], starts[g + 1])
         state = np.array([seeds[g]], dtype=np.uint64)
         _shuffle(pool, state)
-        pool = pool[np.argsort(-values[pool], kind="mergesort")]
-        gap = values[pool] - values[pool[0]]
+        pool = pool[np.argsort(-rewards[pool], kind="mergesort")]
+        gap = rewards[pool] - rewards[pool[0]]
         keys = np.empty(len(pool))
         for i in range(len(pool)):
-            noise = -np.log(-np.log(max(_next(state), 2.0**-54)))
+            noise = -np.log(-np.log(max(_next_uniform(state), 2.0**-54)))
             keys[i] = noise if gap[i] == 0.0 else gap[i] / betas[g] + noise
         order = np.argsort(-keys, kind="mergesort")
         for i in range(min(k, len(pool))):

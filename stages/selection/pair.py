@@ -1,8 +1,8 @@
-"""Room 5: which candidate beats which. To add a rule, add a function here.
+"""Stage `pair`: which candidate is preferred to which. To add a rule, add a function here.
 
-A rule reads one prompt's rows, of the table that its fact `reads` names, and yields preferences. Rows of
-selections come with `logp`, `n_tokens` and `finish_reason` of their candidates. A fact `source` says which
-candidates it can read; `weighs`, that it passes the selection's weights on.
+A rule gets one prompt's rows of the table that its metadata `reads` names, and yields preferences. Rows of
+selections carry the columns of their candidates too (`logp`, `n_tokens`, `finish_reason`, ...). Metadata `source`
+(a `CandidateSource`) says which candidates the rule can read; `weighs`, that it passes the selection's weights on.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ pair_rule = Registry("pair rule", "reads")
 
 
 class Preference(NamedTuple):
-    """Candidate ids; the logit or reward difference behind it (0 is a tie, None unknown); how much it counts."""
+    """Candidate ids; the logit or reward difference behind them (0 is a tie, None unknown); the pair's weight."""
 
     chosen: str
     rejected: str
@@ -29,118 +29,124 @@ class Preference(NamedTuple):
     weight: float = 1.0
 
 
-class Source(NamedTuple):
-    """Which steps make candidates that a rule can read, as a plan sees it, and what to wire if this one does not."""
+class CandidateSource(NamedTuple):
+    """Plan-time condition on the step that produces a rule's candidates, and what to do if it is not met."""
 
-    met: Callable[[InputStep], bool]
-    cure: str
-
-
-def _drawn(step: InputStep) -> bool:
-    """By an engine, which tells their log-probs; also through a `pool`."""
-    own = step.inputs.get("candidates") if step.stage == "pool" else None
-    return _drawn(own) if own else step.stage not in ("own_candidates", "preferences", "mismatch")
+    is_met: Callable[[InputStep], bool]
+    remedy: str
 
 
-DRAWN = Source(_drawn, "`sample` them, for it reads their log-probs")
-POOLED = Source(lambda step: step.stage == "pool" and "prompts" in step.inputs, "wire a `pool` that has `prompts`")
+def _is_sampled(step: InputStep) -> bool:
+    """Return whether an engine draws the candidates, which records their log-probs; also through a `pool`."""
+    if step.stage == "pool" and (candidates := step.inputs.get("candidates")):
+        return _is_sampled(candidates)
+    return step.stage not in ("own_candidates", "preferences", "mismatch")
 
 
-def _ordered(a: Row, b: Row, weight: float = 1.0) -> Preference:
-    """The two by reward."""
+SAMPLED = CandidateSource(_is_sampled, "the rule reads their log-probs: use candidates of a `sample` step")
+POOLED_WITH_PROMPTS = CandidateSource(
+    lambda step: step.stage == "pool" and "prompts" in step.inputs, "use a `pool` step that has `prompts` under `from`"
+)
+
+
+def _prefer_higher_reward(a: Row, b: Row, weight: float = 1.0) -> Preference:
     winner, loser = (a, b) if a["reward"] >= b["reward"] else (b, a)
     return Preference(winner["candidate_id"], loser["candidate_id"], winner["reward"] - loser["reward"], weight)
 
 
 @pair_rule(reads="comparisons")
-def matches(group: list[Row]) -> Iterator[Preference]:
-    """The winner and the loser of every comparison that the ranker made."""
-    for match in group:
-        winner, loser = match["left_id"], match["right_id"]
-        if match["logit"] < 0:
+def matches(rows: list[Row]) -> Iterator[Preference]:
+    """Yield winner and loser of every comparison that the ranker made."""
+    for row in rows:
+        winner, loser = row["left_id"], row["right_id"]
+        if row["logit"] < 0:
             winner, loser = loser, winner
-        yield Preference(winner, loser, abs(match["logit"]))
+        yield Preference(winner, loser, abs(row["logit"]))
 
 
 @pair_rule(reads="selections")
-def neighbours(group: list[Row]) -> Iterator[Preference]:
-    """First-round ranking by the rewards themselves: neighbours in the random order of acceptance."""
-    kept = sorted(group, key=lambda row: row["draw"])
-    for a, b in zip(kept[0::2], kept[1::2], strict=False):
-        yield _ordered(a, b)
+def neighbours(rows: list[Row]) -> Iterator[Preference]:
+    """Yield neighbours in the random order of acceptance: first-round ranking by the rewards themselves."""
+    in_order = sorted(rows, key=lambda row: row["draw"])
+    for a, b in zip(in_order[0::2], in_order[1::2], strict=False):
+        yield _prefer_higher_reward(a, b)
 
 
 @pair_rule(reads="selections")
-def best_vs_worst(group: list[Row]) -> Iterator[Preference]:
-    """The highest reward among the kept against the lowest."""
-    if len(group) > 1:
-        ranked = sorted(group, key=lambda row: -row["reward"])
-        yield _ordered(ranked[0], ranked[-1])
+def best_vs_worst(rows: list[Row]) -> Iterator[Preference]:
+    """Yield the highest selected reward against the lowest."""
+    if len(rows) > 1:
+        ranked = sorted(rows, key=lambda row: -row["reward"])
+        yield _prefer_higher_reward(ranked[0], ranked[-1])
 
 
 @pair_rule(reads="selections")
-def mu_minus_2_sigma(group: list[Row], *, sigmas: Annotated[float, Range(ge=0)] = 2.0) -> Iterator[Preference]:
-    """The highest reward against the one nearest to mean - 2 sd, not the very worst (arXiv:2502.16825)."""
-    rewards = np.array([row["reward"] for row in group])
-    if len(group) > 1:
+def mu_minus_2_sigma(rows: list[Row], *, sigmas: Annotated[float, Range(ge=0)] = 2.0) -> Iterator[Preference]:
+    """Yield the highest reward against the one nearest to mean - 2 sd, not the very worst (arXiv:2502.16825)."""
+    rewards = np.array([row["reward"] for row in rows])
+    if len(rows) > 1:
         target = rewards.mean() - sigmas * rewards.std()
-        yield _ordered(group[int(rewards.argmax())], group[int(np.abs(rewards - target).argmin())])
+        yield _prefer_higher_reward(rows[int(rewards.argmax())], rows[int(np.abs(rewards - target).argmin())])
 
 
 @pair_rule(reads="selections", weighs=True, version=2)
-def all_pairs(group: list[Row]) -> Iterator[Preference]:
-    """Every preference that the rewards imply, with weight w_i w_j from the selection's weights.
+def all_pairs(rows: list[Row]) -> Iterator[Preference]:
+    """Yield every preference that the rewards imply, with weight w_i w_j from the selection's weights.
 
     Weights 1: RRHF (arXiv:2304.05302). Weights exp(r / beta) / Z: the expectation over two draws from the
     estimated optimal policy, without rejecting any.
     """
-    for a, b in combinations(group, 2):
+    for a, b in combinations(rows, 2):
         if a["reward"] != b["reward"]:
-            yield _ordered(a, b, a["weight"] * b["weight"])
+            yield _prefer_higher_reward(a, b, a["weight"] * b["weight"])
 
 
-@pair_rule(reads="selections", source=DRAWN)
-def next_likelier_loser(group: list[Row], *, threshold: Finite | None = None) -> Iterator[Preference]:
-    """CLICK (arXiv:2306.03350): each bad response against the likeliest good one that is less likely than itself.
+@pair_rule(reads="selections", source=SAMPLED)
+def next_likelier_loser(rows: list[Row], *, threshold: Finite | None = None) -> Iterator[Preference]:
+    """Yield each bad response against the likeliest good one that is less likely than it: CLICK (arXiv:2306.03350).
 
     Good and bad: reward above and below `threshold`, or the prompt's mean (the sign of a reward says only whether
     it beats one random draw). Such pairs are those that the policy has the wrong way round by least; the rule is
     rebuilt from the paper's words, for its code for it is not public.
     """
-    if any(row["logp"] is None or row["logp_kind"] == "steered" for row in group):
+    if any(row["logp"] is None or row["logp_kind"] == "steered" for row in rows):
         raise WinnowError(
-            "next_likelier_loser reads the policy's own candidates.logp, and these have none; sample them with an "
-            "engine, and without a head"
+            "next_likelier_loser reads the policy's own candidates.logp, and these candidates have none; sample them "
+            "with an engine, and without a head"
         )
-    level = cutoff(group, threshold)
-    good = [row for row in group if row["reward"] > level]
-    for bad in group:
-        below = [row for row in good if row["logp"] < bad["logp"]]
-        if bad["reward"] < level and below:
-            yield _ordered(max(below, key=lambda row: row["logp"]), bad)
+    level = cutoff(rows, threshold)
+    good = [row for row in rows if row["reward"] > level]
+    for bad in rows:
+        less_likely = [row for row in good if row["logp"] < bad["logp"]]
+        if bad["reward"] < level and less_likely:
+            yield _prefer_higher_reward(max(less_likely, key=lambda row: row["logp"]), bad)
 
 
-@pair_rule(reads="candidates", source=POOLED)
-def demonstration_vs_sample(group: list[Row]) -> Iterator[Preference]:
-    """SPIN (arXiv:2401.01335): the demonstration, pooled with the candidates, against each of the policy's own."""
-    shown = [row for row in group if row["finish_reason"] == "given"]
-    for demonstration, own in product(shown, (row for row in group if row["finish_reason"] != "given")):
-        yield Preference(demonstration["candidate_id"], own["candidate_id"], None)
+@pair_rule(reads="candidates", source=POOLED_WITH_PROMPTS)
+def demonstration_vs_sample(rows: list[Row]) -> Iterator[Preference]:
+    """Yield the pooled demonstration against each of the policy's own candidates: SPIN (arXiv:2401.01335)."""
+    demonstrations = [row for row in rows if row["finish_reason"] == "given"]
+    samples = [row for row in rows if row["finish_reason"] != "given"]
+    for demonstration, sample in product(demonstrations, samples):
+        yield Preference(demonstration["candidate_id"], sample["candidate_id"], None)
 
 
-def _rule_has_what_it_reads(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
+def _check_inputs(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
-    table = rule.metadata["reads"]
-    problems = [] if table in wired else [f"rule {rule.name} reads {table}; wire `{table}` in `from`"]
-    unread = [name for name in ("selections", "comparisons") if name in wired and name != table]
-    problems += [f"rule {rule.name} does not read {name}; unwire it (`{name}: null`)" for name in unread]
-    source, step = rule.metadata.get("source"), wired.get("candidates")
-    if source and step and step.stage and not source.met(step):
-        problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {source.cure}")
+    table, source = rule.metadata["reads"], rule.metadata.get("source")
+    problems = []
+    if table not in inputs:
+        problems.append(f"rule {rule.name} reads {table}, which is required: add `{table}` under `from`")
+    for name in ("selections", "comparisons"):
+        if name in inputs and name != table:
+            problems.append(f"rule {rule.name} does not read {name}: remove it (`{name}: null` under `from`)")
+    step = inputs.get("candidates")
+    if source and step and step.stage and not source.is_met(step):  # an unknown stage is already a problem of the plan
+        problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {source.remedy}")
     return problems
 
 
-@stage(version=2, check=_rule_has_what_it_reads)
+@stage(version=2, check=_check_inputs)
 def pair(
     candidates: Candidates,
     ctx: StageContext,
@@ -150,44 +156,38 @@ def pair(
     rule: Annotated[Bound, pair_rule] = "matches",  # type: ignore[assignment]
     finished: bool = False,
 ) -> Pairs:
-    """Ids of chosen and rejected.
+    """Pair candidate ids as chosen and rejected.
 
-    What teaches nothing is left out, with reason: ties, pairs of identical tokens, prompts without a pair;
-    and with `finished` pairs of which one was cut, whose missing end would be what tells them apart.
+    Rejected, with reason, because nothing can be learnt from them: ties, pairs of identical tokens, prompts without
+    a pair; and with `finished` pairs with a truncated response, whose missing end may be what tells them apart.
     """
-    by_id = ById((row["candidate_id"], row) for row in candidates.to_pylist())
-    reads = rule.metadata["reads"]
-    source = {"selections": selections, "comparisons": comparisons, "candidates": candidates}[reads]
-    rows = []
-    for prompt, group in by_prompt(source):
-        whole = [by_id[row["candidate_id"]] | row for row in group] if reads == "selections" else group
-        found = list(rule(whole))
-        if not found:
-            ctx.reject("no pair", place=rule.name, prompt=prompt, detail=f"{len(group)} {reads}")
-        for preference in found:
-            reason = _useless(preference, by_id, finished)
+    candidate_by_id = ById((row["candidate_id"], row) for row in candidates.to_pylist())
+    table = rule.metadata["reads"]
+    source = {"selections": selections, "comparisons": comparisons, "candidates": candidates}[table]
+    pairs = []
+    for prompt, rows in by_prompt(source):
+        if table == "selections":
+            rows = [candidate_by_id[row["candidate_id"]] | row for row in rows]
+        preferences = list(rule(rows))
+        if not preferences:
+            ctx.reject("no pair", place=rule.name, prompt=prompt, detail=f"{len(rows)} {table}")
+        for chosen_id, rejected_id, gap, weight in preferences:
+            responses = candidate_by_id[chosen_id], candidate_by_id[rejected_id]
+            reason = None
+            if gap == 0:
+                reason = "tie"
+            elif responses[0]["token_ids"] == responses[1]["token_ids"]:
+                reason = "identical responses"
+            elif not all(response["token_ids"] for response in responses):
+                reason = "empty response"
+            elif finished and any(response["finish_reason"] == "length" for response in responses):
+                reason = "cut at max_tokens"
+            elif not weight > LEAST:  # 0 in float32; a nan, too, is no weight
+                reason = "weight 0"
             if reason:
-                ids = dict(prompt=prompt, candidate=preference.chosen)
-                ctx.reject(reason, place=rule.name, detail=preference.rejected, **ids)
-            else:
-                rows.append(_row(prompt, preference, rule.name))
-    return pa.Table.from_pylist(rows, schema=PAIRS)
-
-
-def _useless(found: Preference, by_id: ById, finished: bool) -> str | None:
-    sides = [by_id[found.chosen], by_id[found.rejected]]
-    if found.gap == 0:
-        return "tie"
-    if sides[0]["token_ids"] == sides[1]["token_ids"]:
-        return "identical responses"
-    if not all(side["token_ids"] for side in sides):
-        return "empty response"
-    if finished and any(side["finish_reason"] == "length" for side in sides):
-        return "cut at max_tokens"
-    return None if found.weight > LEAST else "weight 0"
-
-
-def _row(prompt: str, found: Preference, rule: str) -> Row:
-    gap = None if found.gap is None else float(found.gap)
-    ids = dict(prompt_id=prompt, chosen_id=found.chosen, rejected_id=found.rejected)
-    return ids | dict(gap=gap, weight=float(found.weight), rule=rule)
+                ctx.reject(reason, place=rule.name, prompt=prompt, candidate=chosen_id, detail=rejected_id)
+                continue
+            gap = None if gap is None else float(gap)
+            row = {"prompt_id": prompt, "chosen_id": chosen_id, "rejected_id": rejected_id, "rule": rule.name}
+            pairs.append(row | {"gap": gap, "weight": float(weight)})
+    return pa.Table.from_pylist(pairs, schema=PAIRS)

@@ -1,57 +1,59 @@
-"""The scale on which a selection reads its rewards. To add a scale, add a function here.
+"""Scales on which a selection rule reads the rewards. To add a scale, add a function here.
 
-A scale maps the values [N] of the groups, prompt by prompt, to values [N] that never fall where the
-reward rises. `needs` names what a prompt must have; one without it is left out, with the reason.
+A scale maps the rewards [N] of `RewardGroups`, prompt by prompt, to values [N] that never fall where the reward
+rises. Metadata `needs`: a `Requirement` on the prompt; prompts that fail it are rejected with its reason.
 """
 
 import numpy as np
 
 from pipeline import Registry
-from stages.selection.groups import DIFFERENT, Floats, RewardGroups
+from stages.selection.groups import REWARDS_DIFFER, Floats, RewardGroups
 
 reward_scale = Registry("reward scale")
 
 
 @reward_scale()
 def raw(groups: RewardGroups) -> Floats:
-    """The reward as it came."""
+    """Return the rewards unchanged."""
     return groups.values
 
 
-@reward_scale(needs=DIFFERENT)
+@reward_scale(needs=REWARDS_DIFFER)
 def unit(groups: RewardGroups) -> Floats:
-    """(r - min) / (max - min) of the prompt: 0 the worst, 1 the best. ReST's normalisation (arXiv:2308.08998)."""
-    return (groups.values - groups.each(groups.min(groups.values))) / groups.each(groups.range)
+    """Return (r - min) / (max - min) per prompt: 0 worst, 1 best. ReST's normalisation (arXiv:2308.08998)."""
+    return (groups.values - groups.broadcast(groups.min(groups.values))) / groups.broadcast(groups.range)
 
 
-@reward_scale(needs=DIFFERENT)
+@reward_scale(needs=REWARDS_DIFFER)
 def standardized(groups: RewardGroups) -> Floats:
-    """(r - mean) / sd of the prompt; sd divides by n."""
-    values = unit(groups)  # first, so that no square is lost to underflow
-    centred = values - groups.each(groups.mean(values))
-    deviation = np.sqrt(groups.mean(centred**2))
-    scores: Floats = centred / groups.each(deviation)
+    """Return (r - mean) / sd per prompt; the sd divides by n."""
+    values = unit(groups)  # first, so that no square underflows
+    centred = values - groups.broadcast(groups.mean(values))
+    sd = np.sqrt(groups.mean(centred**2))
+    scores: Floats = centred / groups.broadcast(sd)
     return scores
 
 
 @reward_scale()
 def probability(groups: RewardGroups) -> Floats:
-    """1 / (1 + exp(-r)): the reward is a logit, of beating the baseline."""
-    wins: Floats = np.exp(-np.logaddexp(0.0, -groups.values))
-    return wins
+    """Return 1 / (1 + exp(-r)), for a reward that is the logit of beating the baseline."""
+    probabilities: Floats = np.exp(-np.logaddexp(0.0, -groups.values))
+    return probabilities
 
 
 @reward_scale()
 def quantile(groups: RewardGroups) -> Floats:
-    """Mean rank of the equal rewards / n, in (0, 1]: the share of the prompt's rewards not above r, ties halved.
+    """Return mean rank / n per prompt, in (0, 1]: the share of rewards not above r, where ties count half.
 
-    Any increasing map of the rewards leaves it alone (QRPO, arXiv:2507.08068).
+    Any increasing map of the rewards leaves it unchanged (QRPO, arXiv:2507.08068).
     """
-    order = np.lexsort((groups.values, groups.each(np.arange(len(groups.sizes)))))
-    ordered, first = groups.values[order], groups.place == 0
-    new = first | (ordered != np.roll(ordered, 1))
-    runs = np.append(np.flatnonzero(new), len(ordered))
-    rank = np.repeat(groups.place[runs[:-1]] + (np.diff(runs) + 1) / 2, np.diff(runs))
+    order = np.lexsort((groups.values, groups.broadcast(np.arange(len(groups.sizes)))))
+    ordered = groups.values[order]
+    # Runs of equal rewards; a prompt's first candidate always begins one.
+    begins_run = (groups.position == 0) | (ordered != np.roll(ordered, 1))
+    run_starts = np.append(np.flatnonzero(begins_run), len(ordered))
+    run_lengths = np.diff(run_starts)
+    mean_rank = np.repeat(groups.position[run_starts[:-1]] + (run_lengths + 1) / 2, run_lengths)
     quantiles = np.empty(len(ordered))
-    quantiles[order] = rank / groups.each(groups.sizes)
+    quantiles[order] = mean_rank / groups.broadcast(groups.sizes)
     return quantiles

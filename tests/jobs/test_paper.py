@@ -1,4 +1,4 @@
-"""The paper's tables: its cells and figures, what agrees and what does not, and all of it on the tiny world."""
+"""The paper's tables: cells and figures, conclusions that agree or not, and all of it on the tiny configuration."""
 
 import re
 import shutil
@@ -45,18 +45,18 @@ def fewer_resamples(monkeypatch):
 
 def transcribed(table):
     """{labels: figures, of one data set after the other}."""
-    found = (re.fullmatch(r"(.+?) +([\d./ ]+)", line) for line in table.strip().splitlines())
-    return {match[1]: [float(figure) for figure in re.split("[/ ]", match[2])] for match in found}
+    lines = (re.fullmatch(r"(.+?) +([\d./ ]+)", line) for line in table.strip().splitlines())
+    return {match[1]: [float(figure) for figure in re.split("[/ ]", match[2])] for match in lines}
 
 
 def test_the_cells_are_the_papers_nine_and_six_with_its_figures():
     """Table 2 has no gold."""
-    found: dict[str, dict] = {"table 1": {}, "table 2": {}}
+    figures: dict[str, dict] = {"table 1": {}, "table 2": {}}
     for cell in cells():
-        figures = [figure for data in cell.paper.values() for figure in data if figure is not None]
-        found[cell.table][" ".join(cell.labels.values())] = figures
-    assert found == {"table 1": transcribed(TABLE_1), "table 2": transcribed(TABLE_2)}
-    assert [len(table) for table in found.values()] == [9, 6]
+        row = [figure for data in cell.paper.values() for figure in data if figure is not None]
+        figures[cell.table][" ".join(cell.labels.values())] = row
+    assert figures == {"table 1": transcribed(TABLE_1), "table 2": transcribed(TABLE_2)}
+    assert [len(table) for table in figures.values()] == [9, 6]
     assert all(cell.paper["tldr"][1] is None for cell in cells() if cell.table == "table 2")
 
 
@@ -66,11 +66,11 @@ def objectives(plans):
 
 
 def test_both_normalised_losses_take_the_same_gamma_and_the_hinge_its_margin(world):
-    """Whatever the world's own objective is; and a --set still outranks the table."""
+    """Whatever the objective of the configuration is; and --set still takes precedence over the table."""
     for gamma in (1.0, 0.05, 1e-5):
-        made = objectives(paper_plans([world / "demo.yaml"], [], gamma))
-        assert len(made) == 15
-        for name, (loss, options) in made.items():
+        by_run = objectives(paper_plans([world / "demo.yaml"], [], gamma))
+        assert len(by_run) == 15
+        for name, (loss, options) in by_run.items():
             expected = {"hinge": ("delta", 1.0), "hinge_norm": ("gamma", gamma), "sigmoid_norm": ("beta", gamma)}[loss]
             assert expected in options.items(), name
     changed = objectives(paper_plans([world / "demo.yaml"], ["optimize.objective={name: hinge, delta: 2.0}"]))
@@ -90,7 +90,7 @@ def verdicts(wins, metric, claim):
 
 
 def test_a_conclusion_is_confirmed_refuted_or_unclear():
-    """+20 points on each prompt agree with the paper's sign, -20 do not, and 0 on average say nothing."""
+    """+20 points on each prompt agree with the paper's sign, -20 do not, and 0 on average are unclear."""
     claim = "plain sampling beats direct pairs"
     losses = ("sigmoid-norm", "hinge", "hinge-norm")
     for shift, verdict in ((0.2, "yes"), (-0.2, "no")):
@@ -103,7 +103,7 @@ def test_a_conclusion_is_confirmed_refuted_or_unclear():
 
 
 def test_a_conclusion_compares_prompts_that_both_cells_have():
-    """+10 points on each of the 30 shared prompts, whatever the other ten say; where none is shared, no verdict."""
+    """+10 points on each of the 30 shared prompts, whatever the other ten are; where none is shared, no verdict."""
     wins = wins_of(lambda cell: 0.5)
     wins["paper sft 8 tournament"]["proxy_win"] = {p: 0.6 if n < 30 else 0.0 for n, p in enumerate(PROMPTS)}
     wins["paper sft 8 first-round"]["proxy_win"] = dict.fromkeys(PROMPTS[:30], 0.5)
@@ -119,16 +119,12 @@ def measured(world, finished, tmp_path_factory):
     """A store with all cells of table 2, and those of table 1 that are among them; and which steps each ran."""
     root = tmp_path_factory.mktemp("paper") / "store"
     shutil.copytree(finished, root)
-    plans = [
-        plan
-        for plan in paper_plans([world / "demo.yaml"], ["optimize.epochs=1"])
-        if "hinge" not in plan.name and "direct" not in plan.name
-    ]
     ran = {}
-    for plan in plans:
-        watcher = Silent()
-        run(plan, Store(root), LocalExecutor(), watcher)
-        ran[plan.name] = watcher.ran
+    for plan in paper_plans([world / "demo.yaml"], ["optimize.epochs=1"]):
+        if "hinge" not in plan.name and "direct" not in plan.name:
+            watcher = Silent()
+            run(plan, Store(root), LocalExecutor(), watcher)
+            ran[plan.name] = watcher.ran
     return Store(root), ran
 
 
@@ -142,19 +138,17 @@ def test_the_tables_come_out_with_intervals_beside_the_papers_figures(measured):
             assert 0 <= low <= mean <= high <= 100
     rso = next(row for row in second.to_pylist() if (row["pairs"], row["rank"]) == ("rso 8", "first-round"))
     assert rso["paper TL;DR gold/proxy/AutoSxS"] == "- / 92.37 / 71.86"
-    made = {row["loss"] for row in first.to_pylist() if row["our gold %"]}
-    assert made == {"sigmoid-norm"}, "a cell that is not made yet is empty"
-    assert {row["proxy agrees"] for row in claims.to_pylist() if row["for"].startswith(("sft", "rso"))} <= {
-        "yes", "no", "unclear"
-    }  # fmt: skip
+    losses = {row["loss"] for row in first.to_pylist() if row["our gold %"]}
+    assert losses == {"sigmoid-norm"}, "a cell that is not run yet is empty"
+    verdict = {row["proxy agrees"] for row in claims.to_pylist() if row["for"].startswith(("sft", "rso"))}
+    assert verdict <= {"yes", "no", "unclear"}
 
 
 def test_cells_share_all_that_is_the_same(measured):
     """One set of candidates, rewards and judge for all; table 2's first-round cells of 8 are two of table 1."""
     _, ran = measured
-    assert not {"sft", "ranker", "sample", "reward", "eval_baseline"} & {
-        step for steps in ran.values() for step in steps
-    }
+    shared = {"sft", "ranker", "sample", "reward", "eval_baseline"}
+    assert not any(shared & set(steps) for steps in ran.values())
     assert ran["paper sft 8 first-round"] == ran["paper rso 8 first-round"] == []
 
 
@@ -166,8 +160,8 @@ def test_a_run_with_rounds_counts_by_its_last(world, finished, tmp_path):
     plan = plan_of(world, "optimize.epochs=1", "optimize@2.epochs=4", recipe="raft")
     plan.name = "paper rso 8 first-round"
     run(plan, store, LocalExecutor(), Silent())
-    asked = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes GROUP BY stage, key"
-    rates = [query(open_catalog(store, plan.name, n), asked)["rate"].to_pylist() for n in (1, 2)]
+    sql = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes GROUP BY stage, key"
+    rates = [query(open_catalog(store, plan.name, n), sql)["rate"].to_pylist() for n in (1, 2)]
     assert rates[0] != rates[1]
     row = next(row for row in tables(store)[1][1].to_pylist() if row["our proxy %"])
     assert row["our proxy %"].startswith(f"{rates[1][0]:.1f} [")

@@ -1,4 +1,4 @@
-"""What the report and the queries behind it say of runs that differ, and of runs that do not."""
+"""The report and the queries behind it, on runs that differ and on runs that do not."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import queries
-from jobs.report import _histogram, write_report
+from jobs.report import _plot_histogram, write_report
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
@@ -22,7 +22,7 @@ BOTH = "Preferences and demonstrations in one run"
 
 @pytest.fixture(scope="module")
 def mixed(world, finished, tmp_path_factory):
-    """A store with MAXRIGHT beside a plain run, two steered policies, and one that is steered by nothing."""
+    """A store with MAXRIGHT beside a plain run, two steered policies, and one with steering 0."""
     root = tmp_path_factory.mktemp("mixed") / "store"
     shutil.copytree(finished, root)
     for name, recipe, *sets in (
@@ -37,27 +37,22 @@ def mixed(world, finished, tmp_path_factory):
     return Store(root)
 
 
-def answer(catalog, name):
-    return query(catalog, queries.text(name)).to_pylist()
-
-
 def test_the_leaderboard_has_kl_of_steered_policies_too(mixed):
-    """Of what drew the responses against the SFT policy; 0 where the head has no say."""
-    board = {row["run"]: row for row in answer(open_catalog(mixed), "leaderboard")}
-    assert float(board["cvx_dpo"]["kl_nats"]) >= 0
-    assert float(board["logistic_head"]["kl_nats"]) >= 0
-    largest = query(open_catalog(mixed, "unsteered"), "SELECT max(abs(kl)) AS kl FROM outcomes")["kl"].to_pylist()
-    assert largest[0] < 1e-4
-    steered = query(open_catalog(mixed, "cvx_dpo"), "SELECT max(abs(kl)) AS kl FROM outcomes")["kl"].to_pylist()
-    assert steered[0] > 1e-2
+    """From the SFT policy, of the distribution that drew the responses; 0 where the head has no effect."""
+    board = query(open_catalog(mixed), queries.text("leaderboard")).to_pylist()
+    kl = {row["run"]: row["kl_nats"] for row in board}
+    assert min(float(kl["cvx_dpo"]), float(kl["logistic_head"])) >= 0
+    sql = "SELECT max(abs(kl)) AS kl FROM outcomes"
+    largest = {run: query(open_catalog(mixed, run), sql)["kl"][0].as_py() for run in ("unsteered", "cvx_dpo")}
+    assert largest["unsteered"] < 1e-4
+    assert largest["cvx_dpo"] > 1e-2
 
 
 def test_the_report_plots_both_losses_of_runs_that_have_two(mixed, finished, tmp_path):
-    """MAXRIGHT and the two runs that measure its optima, with their distances to the ideal; else no such part."""
+    """MAXRIGHT and the two runs that measure its optima, and distances to the ideal; otherwise no such section."""
     write_report(mixed, tmp_path / "mixed.html")
     page = (tmp_path / "mixed.html").read_text()
-    part = page.split(BOTH)[1].split("<h2>")[0]
-    plot, table = part.split("</svg>")
+    plot, table = page.split(BOTH)[1].split("<h2>")[0].split("</svg>")
     for policy in ("maxright", "only_preferences", "only_demonstrations"):
         assert re.search(rf"{policy} \(\d\.\d+\)", plot)
         assert f"<td>{policy}</td>" in table
@@ -76,20 +71,20 @@ def catalog_of(links, losses):
         for metric, value in zip(names, pair, strict=True)
         if value is not None
     ]
-    made = {
+    tables = {
         "runs": pa.Table.from_pylist(runs, schema=RUNS),
         "metrics": pa.Table.from_pylist(
             rows, schema=pa.schema([*METRICS, pa.field("stage", pa.string()), pa.field("key", pa.string())])
         ),
     }
     connection = duckdb.connect()
-    for name, table in made.items():
+    for name, table in tables.items():
         connection.register(name, table)
     return connection
 
 
 def test_two_policies_of_one_name_are_two_rows():
-    """Equal steps of two runs are one policy under one name; other keys of that name tell their run as well."""
+    """Equal steps of two runs are one policy under one name; other keys of that name show their run as well."""
     links = [
         ("a", "optimize", None, "k1"),
         ("a", "only_preferences", None, "k2"),
@@ -110,8 +105,8 @@ def test_two_policies_of_one_name_are_two_rows():
     ]
 
 
-def test_rewards_of_which_none_was_kept_are_plotted_alone():
+def test_rewards_are_plotted_alone_where_none_was_selected():
     bins = [{"what": "all candidates", "low": low, "high": low + 0.5, "n": 1} for low in (0.0, 0.5)]
-    plot = _histogram(bins)
+    plot = _plot_histogram(bins)
     assert "all candidates (2)" in plot
     assert "kept" not in plot

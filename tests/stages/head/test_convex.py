@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.head.convex import Admm, Program, conjugate_gradients, draw_gates, loss, nystrom, recover, shrink, solve
-from stages.head.train import Sides, head
+from stages.head.train import PairFeatures, head
 
 few = settings(deadline=None, max_examples=10)
-SIZES = [(30, 3, 6, 0.5), (60, 5, 10, 0.1), (40, 4, 8, 2.0), (20, 2, 5, 0.01)]  # rows, features, gates, beta
+SIZES = [(30, 3, 6, 0.5), (60, 5, 10, 0.1), (20, 2, 5, 0.01)]  # rows, features, gates, beta
 
 
 def instance(n, d, count, seed=0):
@@ -40,9 +40,9 @@ def general_solver(X, y, gates, beta):
 
     cp: Any = cvxpy  # half of its names are typed
     positive, negative = ([cp.Variable(X.shape[1]) for _ in gates] for _ in range(2))
-    sides = list(zip(gates.astype(float), positive, negative, strict=True))
-    predicted = sum(cp.multiply(gate, X @ (v - w)) for gate, v, w in sides)
-    cones = [cp.multiply(2 * gate - 1, X @ u) >= 0 for gate, v, w in sides for u in (v, w)]
+    terms = list(zip(gates.astype(float), positive, negative, strict=True))
+    predicted = sum(cp.multiply(gate, X @ (v - w)) for gate, v, w in terms)
+    cones = [cp.multiply(2 * gate - 1, X @ u) >= 0 for gate, v, w in terms for u in (v, w)]
     decay = sum(cp.norm(u) for u in positive + negative)
     problem = cp.Problem(cp.Minimize(0.5 * cp.sum_squares(predicted - y) + beta * decay), cones)
     problem.solve(solver=cp.CLARABEL)
@@ -66,31 +66,37 @@ def test_admm_agrees_with_a_general_convex_solver(size):
 def test_the_solution_meets_the_optimality_conditions(seed, n, d, count, beta):
     """Stationarity, feasibility, complementarity; and so weak duality is tight: the dual value is y.r - ||r||^2 / 2."""
     X, y, gates = instance(n, d, count, seed)
-    program, found = Program(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=20_000)
-    v, m = found.v, found.multipliers
-    assert max(found.primal, found.dual) <= 1e-6
-    r, inside = y - program.predict(v), program.cones(v)
-    force, norms = program.spread(r) + program.fold(m), np.linalg.norm(v, axis=-1)
+    program, solution = Program(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=20_000)
+    v, m = solution.v, solution.multipliers
+    assert max(solution.primal, solution.dual) <= 1e-6
+    r, constraints = y - program.predict(v), program.constrain(v)
+    gradient, norms = program.predict_adjoint(r) + program.constrain_adjoint(m), np.linalg.norm(v, axis=-1)
     unit = v / np.where(norms > 0, norms, 1)[..., None]
-    slack = 1e-3 * float(np.linalg.norm(program.spread(y)))
-    assert (np.linalg.norm(np.where((norms > 1e-4)[..., None], force - beta * unit, 0), axis=-1) <= slack).all()
-    assert (np.linalg.norm(force, axis=-1) <= beta + slack).all()
-    assert inside.min() >= -1e-3
+    slack = 1e-3 * float(np.linalg.norm(program.predict_adjoint(y)))
+    assert (np.linalg.norm(np.where((norms > 1e-4)[..., None], gradient - beta * unit, 0), axis=-1) <= slack).all()
+    assert (np.linalg.norm(gradient, axis=-1) <= beta + slack).all()
+    assert constraints.min() >= -1e-3
     assert m.min() >= 0
-    assert abs((m * inside).sum()) <= slack
+    assert abs((m * constraints).sum()) <= slack
     assert y @ r - r @ r / 2 == pytest.approx(program.objective(v), abs=slack)
 
 
 @few
 @given(st.integers(0, 10**6), st.integers(1, 300))
-def test_a_stopped_solve_is_feasible_for_the_gates_that_its_neurons_draw(seed, iterations):
-    """relu(X v) = D(v) X v with D(v) = diag(1[X v >= 0]), whose cone holds v: exact at any tolerance."""
+def test_a_stopped_solve_is_feasible_for_the_gates_of_its_neurons(seed, iterations):
+    """relu(X v) = D(v) X v with D(v) = diag(1[X v >= 0]), whose cone contains v: exact at any tolerance.
+
+    So the network's loss is that of this feasible point: 1/2 ||f - y||^2 + beta sum ||v||.
+    """
     X, y, gates = instance(24, 3, 5, seed)
     v = solve(X, y, gates, 0.3, iterations=iterations).v
-    own = np.stack([side @ X.T >= 0 for side in v])
-    assert ((2.0 * own - 1) * (v @ X.T)).min() >= 0
-    drawn = (own * (v @ X.T)).sum(1)
-    assert network(X, v) == pytest.approx(drawn[0] - drawn[1], abs=1e-10)
+    products = v @ X.T
+    active = products >= 0
+    assert ((2.0 * active - 1) * products).min() >= 0
+    positive, negative = (active * products).sum(1)
+    assert network(X, v) == pytest.approx(positive - negative, abs=1e-10)
+    error, decay = positive - negative - y, 0.3 * np.linalg.norm(v, axis=-1).sum()
+    assert loss(X, y, 0.3, *recover(v)) == pytest.approx(error @ error / 2 + decay)
 
 
 def dense(operator, shape):
@@ -105,7 +111,7 @@ def test_preconditioned_conjugate_gradients_equal_a_direct_solve(seed, rank, rho
     X, y, gates = instance(20, 3, 4, seed)
     admm = Admm(Program(X, y, gates, 1.0), rank, np.random.default_rng(seed))
     admm.rho, shape = rho, admm.u.shape
-    F, G = dense(admm.program.predict, shape), dense(admm.program.cones, shape)
+    F, G = dense(admm.program.predict, shape), dense(admm.program.constrain, shape)
     direct = np.eye(F.shape[1]) + G.T @ G + F.T @ F / rho
     b = np.random.default_rng(seed).normal(size=shape)
     precondition = nystrom(admm.curvature, shape, rank, np.random.default_rng(1))
@@ -140,12 +146,11 @@ def test_the_preconditioner_saves_conjugate_gradients():
     assert helped * 2 < len(products) - helped
 
 
-def test_gates_are_distinct_seeded_and_what_they_say():
+def test_gates_are_distinct_and_seeded():
     """In one dimension there are two patterns, x >= 0 and x <= 0, however many are drawn."""
     X = np.array([[-1.0], [2.0], [3.0]])
-    gates = draw_gates(X, 50, np.random.default_rng(0))
+    gates, again = (draw_gates(X, 50, np.random.default_rng(0)) for _ in range(2))
     assert sorted(gates.tolist()) == [[False, True, True], [True, False, False]]
-    again = draw_gates(X, 50, np.random.default_rng(0))
     assert (gates == again).all()
 
 
@@ -154,14 +159,14 @@ def test_gates_are_distinct_seeded_and_what_they_say():
 def test_more_gates_never_make_the_optimum_worse(seed):
     """The larger program contains the smaller one: its other blocks are 0."""
     X, y, gates = instance(20, 2, 6, seed)
-    best = [Program(X, y, g, 0.5).objective(optimum(X, y, g, 0.5)) for g in (gates[:2], gates)]
-    assert best[1] <= best[0] * (1 + 1e-4)
+    fewer, more = (Program(X, y, g, 0.5).objective(optimum(X, y, g, 0.5)) for g in (gates[:2], gates))
+    assert more <= fewer * (1 + 1e-4)
 
 
 def test_a_large_beta_leaves_no_neuron():
     """v = 0 is optimal as soon as beta >= ||(F^T y)_b|| for every block."""
     X, y, gates = instance(30, 3, 6)
-    beta = float(np.linalg.norm(Program(X, y, gates, 0.0).spread(y), axis=-1).max())
+    beta = float(np.linalg.norm(Program(X, y, gates, 0.0).predict_adjoint(y), axis=-1).max())
     assert not optimum(X, y, gates, beta * 1.01).any()
 
 
@@ -171,45 +176,34 @@ def test_shrinking_is_the_proximal_map_of_the_norm():
     assert shrink(z, 1.0) == pytest.approx(np.array([[2.4, 3.2], [0.0, 0.0], [0.0, 0.0]]))
 
 
-def test_progress_is_told_and_the_cap_is_kept():
-    told = []
+def test_progress_is_reported_for_every_permitted_iteration():
+    reports = []
     X, y, gates = instance(30, 3, 6)
-    found = solve(X, y, gates, 0.5, iterations=7, tell=lambda done, total, unit: told.append((done, total)))
-    assert told == [(n, 7) for n in range(1, 8)]
-    assert found.iterations == 7
-    assert found.primal > 1e-4 or found.dual > 1e-4
+    solution = solve(X, y, gates, 0.5, iterations=7, progress=lambda done, total, unit: reports.append((done, total)))
+    assert reports == [(n, 7) for n in range(1, 8)]
+    assert solution.iterations == 7
+    assert max(solution.primal, solution.dual) > 1e-4
 
 
-def test_the_defaults_converge_and_say_so():
+def test_the_defaults_converge_and_report_it():
     """At the default tolerance the network's own loss is within a hundredth of the program's optimum.
 
-    The network draws its own gates, and so may even be a little below the optimum of those it was solved for.
+    The network has gates of its own, and so may even be a little below the optimum of those it was solved for.
     """
     X, y, gates = instance(100, 6, 8)
-    found, beta = solve(X, y, gates, 1.0), 1.0
-    assert found.converged
-    best, _ = general_solver(X, y, gates, beta)
-    assert loss(X, y, beta, *recover(found.v)) == pytest.approx(best, rel=0.01)
-    assert not solve(X, y, gates, beta, iterations=5).converged
+    solution = solve(X, y, gates, 1.0)
+    assert solution.converged
+    best, _ = general_solver(X, y, gates, 1.0)
+    assert loss(X, y, 1.0, *recover(solution.v)) == pytest.approx(best, rel=0.01)
+    assert not solve(X, y, gates, 1.0, iterations=5).converged
 
 
-@few
-@given(st.integers(0, 10**6), st.integers(1, 300))
-def test_the_loss_of_a_network_is_that_of_a_feasible_point(seed, iterations):
-    """1/2 ||f - y||^2 + beta sum ||v||, each block under the gate that its neuron draws."""
-    X, y, gates = instance(24, 3, 5, seed)
-    v = solve(X, y, gates, 0.3, iterations=iterations).v
-    decay = 0.3 * np.linalg.norm(v, axis=-1).sum()
-    error = network(X, v) - y
-    assert loss(X, y, 0.3, *recover(v)) == pytest.approx(error @ error / 2 + decay)
-
-
-def test_a_head_that_stops_at_the_cap_warns_and_its_metrics_say_so():
+def test_a_head_that_is_not_converged_warns_and_its_metrics_show_it():
     rng = np.random.default_rng(0)
-    sides = Sides(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), np.ones(30))
+    pairs = PairFeatures(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), np.ones(30))
     with pytest.warns(UserWarning, match=r"ADMM stopped after 5 iterations.*head\.iterations"):
-        _, figures = head.bind({"name": "convex_relu", "iterations": 5})(sides, lambda *told: None)
-    assert (figures["converged"], figures["iterations"]) == (0.0, 5.0)
-    _, figures = head.bind("convex_relu")(sides, lambda *told: None)
+        _, stopped = head.bind({"name": "convex_relu", "iterations": 5})(pairs, lambda *report: None)
+    assert (stopped["converged"], stopped["iterations"]) == (0.0, 5.0)
+    _, figures = head.bind("convex_relu")(pairs, lambda *report: None)
     assert figures["converged"] == 1.0
     assert max(figures["primal_residual"], figures["dual_residual"]) <= 1e-3

@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,37 +38,33 @@ def table(rows):
     return pa.Table.from_pylist(rows, schema=CANDIDATES)
 
 
+def selections_with(rewards, weights):
+    """Selections of prompt a with these weights."""
+    rows = [row | {"weight": w} for row, w in zip(selections_of({"a": rewards}).to_pylist(), weights, strict=True)]
+    return pa.Table.from_pylist(rows, schema=selections_of({}).schema)
+
+
 def pairs_by(name, rewards, ctx=None, weights=None, logps=None, **options):
     """The rule on one prompt whose candidate k has rewards[k]: [(chosen k, rejected k, gap, weight)]."""
-    rows = [candidate("a", k) | {"logp": logps[k] if logps else -1.0} for k in range(len(rewards))]
-    kept = selections_of({"a": rewards}).to_pylist()
-    for row, weight in zip(kept, weights or [1.0] * len(kept), strict=True):
-        row["weight"] = weight
-    kept = pa.Table.from_pylist(kept, schema=selections_of({}).schema)
-    made = conform(pair(table(rows), ctx or space(), kept, rule=rule(name, **options)), PAIRS).to_pylist()
-    return [(int(row["chosen_id"][2:]), int(row["rejected_id"][2:]), row["gap"], row["weight"]) for row in made]
+    candidates = table([candidate("a", k) | {"logp": logps[k] if logps else -1.0} for k in range(len(rewards))])
+    selections = selections_with(rewards, weights or [1.0] * len(rewards))
+    rows = conform(pair(candidates, ctx or space(), selections, rule=rule(name, **options)), PAIRS).to_pylist()
+    return [(int(row["chosen_id"][2:]), int(row["rejected_id"][2:]), row["gap"], row["weight"]) for row in rows]
 
 
-@given(rewards_lists)
-def test_all_pairs_are_every_strict_preference_once(rewards):
-    """{(i, j): r_i > r_j}, gap r_i - r_j; equal rewards say nothing, and a prompt without a pair is a reject."""
-    ctx = space()
-    found = pairs_by("all_pairs", rewards, ctx)
-    expected = {
-        (i, j) for i, j in ((i, j) for i in range(len(rewards)) for j in range(len(rewards))) if rewards[i] > rewards[j]
-    }
-    assert {(i, j) for i, j, _, _ in found} == expected
-    assert len(found) == len(expected)
-    assert all(gap == rewards[i] - rewards[j] and weight == 1 for i, j, gap, weight in found)
+@given(st.lists(st.tuples(st.integers(-3, 3).map(float), st.floats(0.1, 3)), min_size=1, max_size=9))
+def test_all_pairs_are_every_strict_preference_once(rows):
+    """{(i, j): r_i > r_j}, gap r_i - r_j; a prompt with equal rewards is rejected.
+
+    Weight w_i w_j: the chance that two independent draws from the weights are these two (up to 2).
+    """
+    ctx, (rewards, weights) = space(), map(list, zip(*rows, strict=True))
+    pairs = pairs_by("all_pairs", rewards, ctx, weights)
+    expected = [(i, j) for i, j in product(range(len(rewards)), repeat=2) if rewards[i] > rewards[j]]
+    assert sorted((i, j) for i, j, _, _ in pairs) == expected
+    for i, j, gap, weight in pairs:
+        assert (gap, weight) == (rewards[i] - rewards[j], pytest.approx(weights[i] * weights[j]))
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ([] if expected else ["no pair"])
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3).map(float), st.floats(0.1, 3)), min_size=2, max_size=7))
-def test_a_pair_weighs_the_product_of_its_two(rows):
-    """q_ij = w_i w_j: the chance that two independent draws from the weights are these two (up to 2)."""
-    rewards, weights = zip(*rows, strict=True)
-    for i, j, _, weight in pairs_by("all_pairs", list(rewards), weights=list(weights)):
-        assert weight == pytest.approx(weights[i] * weights[j])
 
 
 def test_mu_minus_2_sigma_is_not_the_very_worst():
@@ -76,10 +72,9 @@ def test_mu_minus_2_sigma_is_not_the_very_worst():
 
     With another -6 among them mean -1, sd 3.36, target -7.7: -9 is 1.3 off, -6 is 1.7. At one sigma, -4.4: -6.
     """
-    assert [(i, j) for i, j, _, _ in pairs_by("mu_minus_2_sigma", [0.0] * 8 + [4.0, -9.0])] == [(8, 9)]
-    more = [0.0] * 8 + [4.0, -9.0, -6.0]
-    assert [(i, j) for i, j, _, _ in pairs_by("mu_minus_2_sigma", more)] == [(8, 9)]
-    assert [(i, j) for i, j, _, _ in pairs_by("mu_minus_2_sigma", more, sigmas=1.0)] == [(8, 10)]
+    few = [0.0] * 8 + [4.0, -9.0]
+    for rewards, options, rejected in [(few, {}, 9), ([*few, -6.0], {}, 9), ([*few, -6.0], {"sigmas": 1.0}, 10)]:
+        assert [pair[:2] for pair in pairs_by("mu_minus_2_sigma", rewards, **options)] == [(8, rejected)]
 
 
 @given(
@@ -89,21 +84,20 @@ def test_mu_minus_2_sigma_is_not_the_very_worst():
     st.sampled_from([None, 0.0, 0.5]),
 )
 def test_next_likelier_loser(rows, threshold):
-    """For each r < t: the r > t of greatest log p among those with log p below its own; none, then no pair.
+    """For each r < t: the r > t of greatest log p among those with log p below that of r; without any, no pair.
 
-    t is the threshold, or the prompt's mean. A shift of all rewards (another baseline) moves no pair then.
+    t is the threshold, or the prompt's mean. A shift of all rewards (another baseline) then changes no pair.
     """
     rewards, logps = (list(side) for side in zip(*rows, strict=True))
-    made = pairs_by("next_likelier_loser", rewards, logps=logps, threshold=threshold)
-    found = {(i, j) for i, j, _, _ in made}
-    losers = {j for _, j in found}
+    pairs = pairs_by("next_likelier_loser", rewards, logps=logps, threshold=threshold)
+    losers = {j for _, j, _, _ in pairs}
     t = Fraction(sum(map(int, rewards)), len(rewards)) if threshold is None else threshold
-    for j, (r, own) in enumerate(rows):
-        below = [lp for reward, lp in rows if reward > t and lp < own]
+    for j, (r, logp) in enumerate(rows):
+        below = [lp for reward, lp in rows if reward > t and lp < logp]
         assert (j in losers) == (r < t and bool(below))
-        assert all(logps[i] == max(below) and rewards[i] > t for i, k in found if k == j)
+        assert all(logps[i] == max(below) and rewards[i] > t for i, k, _, _ in pairs if k == j)
     if threshold is None:
-        assert pairs_by("next_likelier_loser", [r - 64 for r in rewards], logps=logps) == made
+        assert pairs_by("next_likelier_loser", [r - 64 for r in rewards], logps=logps) == pairs
 
 
 @given(st.floats(-1e3, 1e3), st.integers(1, 64))
@@ -120,16 +114,18 @@ def test_next_likelier_loser_needs_log_probs():
         pair(rows, space(), selections_of({"a": [1.0, -1.0]}), rule=rule("next_likelier_loser"))
 
 
-def test_spin_pairs_the_demonstration_with_every_own_sample():
-    """Pooled: two draws and one demonstration make two pairs; a draw cut at max_tokens is left out on request."""
+def test_spin_pairs_the_demonstration_with_every_sample_of_the_policy():
+    """Pooled: two draws and one demonstration make two pairs; a draw cut at max_tokens is rejected on request."""
     prompts = prompts_of("ab", demonstration="Yes.", demonstration_ids=[8, 1])
     drawn = table([candidate("a", 0), candidate("a", 1) | {"finish_reason": "length"}, candidate("b", 0, ids=[8, 1])])
     ctx = space()
     pooled = conform(pool(drawn, ctx, prompts), CANDIDATES)
-    shown = {row["candidate_id"] for row in pooled.to_pylist() if row["finish_reason"] == "given"}
-    assert len(shown) == 2
-    made = pair(pooled, ctx, rule=rule("demonstration_vs_sample"), finished=True).to_pylist()
-    assert [(row["chosen_id"] in shown, row["rejected_id"], row["gap"]) for row in made] == [(True, "a-0", None)]
+    demonstrations = {row["candidate_id"] for row in pooled.to_pylist() if row["finish_reason"] == "given"}
+    assert len(demonstrations) == 2
+    pairs = pair(pooled, ctx, rule=rule("demonstration_vs_sample"), finished=True).to_pylist()
+    assert [(row["chosen_id"] in demonstrations, row["rejected_id"], row["gap"]) for row in pairs] == [
+        (True, "a-0", None)
+    ]
     reasons = {(row["prompt_id"], row["reason"]) for row in ctx.rejects.to_pylist()}
     assert reasons == {("a", "cut at max_tokens"), ("b", "identical responses")}
     assert len(pair(pooled, space(), rule=rule("demonstration_vs_sample"))) == 2
@@ -142,8 +138,8 @@ def test_a_demonstration_that_the_policy_drew_too_costs_that_pair_alone():
     pooled = pool(table(drawn), space(), prompts_of("a", demonstration="Yes.", demonstration_ids=ids))
     assert len(set(pooled.column("candidate_id").to_pylist())) == 3
     ctx = space()
-    made = pair(pooled, ctx, rule=rule("demonstration_vs_sample")).to_pylist()
-    assert [(row["chosen_id"], row["rejected_id"]) for row in made] == [(candidate_id("a", ids, 1), "a-1")]
+    pairs = pair(pooled, ctx, rule=rule("demonstration_vs_sample")).to_pylist()
+    assert [(row["chosen_id"], row["rejected_id"]) for row in pairs] == [(candidate_id("a", ids, 1), "a-1")]
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["identical responses"]
 
 
@@ -158,20 +154,18 @@ def test_a_pool_has_every_candidate_once_and_says_which_prompt_has_no_demonstrat
 
 
 def test_candidates_that_a_rule_cannot_read_are_refused_at_plan_time():
-    """Log-probs are an engine's, also through a pool; demonstrations stand in a pool that has prompts."""
+    """Log-probs are recorded by an engine, also through a pool; demonstrations are in a pool that has prompts."""
     check = entry_of(pair).metadata["signature"].check
-    people, own, drawn = InputStep("preferences"), InputStep("own_candidates"), InputStep("sample")
-    with_prompts, without = (
-        InputStep("pool", {}, {"candidates": drawn, "prompts": InputStep("prompts")}),
-        InputStep("pool"),
-    )
+    preferences, imported, drawn = InputStep("preferences"), InputStep("own_candidates"), InputStep("sample")
+    with_prompts = InputStep("pool", {}, {"candidates": drawn, "prompts": InputStep("prompts")})
+    without, of_imported = InputStep("pool"), InputStep("pool", {}, {"candidates": imported})
     for name, good, bad in [
-        ("next_likelier_loser", [drawn, with_prompts], [people, own, InputStep("pool", {}, {"candidates": own})]),
-        ("demonstration_vs_sample", [with_prompts], [drawn, without, people]),
-        ("best_vs_worst", [drawn, people, own, without], []),
+        ("next_likelier_loser", [drawn, with_prompts], [preferences, imported, of_imported]),
+        ("demonstration_vs_sample", [with_prompts], [drawn, without, preferences]),
+        ("best_vs_worst", [drawn, preferences, imported, without], []),
     ]:
         reads = {"selections": InputStep("select")} if name != "demonstration_vs_sample" else {}
-        for step in [*good, InputStep("")]:  # a stage that is unknown is said to be so already
+        for step in [*good, InputStep("")]:  # an unknown stage is already a problem of the plan
             assert check({"rule": rule(name)}, reads | {"candidates": step}) == []
         for step in bad:
             (problem,) = check({"rule": rule(name)}, reads | {"candidates": step})
@@ -189,14 +183,14 @@ def test_a_pool_needs_prompts_with_demonstrations():
         assert f"{step.stage} gives none; wire it to a step of stage prompts" in problem
 
 
-def borrowed(model, counts, kept=None, ids=None, ctx=None):
+def borrowed(model, counts, selections=None, ids=None, ctx=None):
     """`mismatch` on {prompt: number of candidates}: {prompt: [token ids]}."""
     rows = [candidate(name, k, ids=ids or [ord(name), k, 1]) for name, n in counts.items() for k in range(n)]
-    made = conform(mismatch(table(rows), prompts_of(counts), model, ctx or space(), kept), CANDIDATES).to_pylist()
-    names = [row["candidate_id"] for row in [*made, *rows]]
-    assert len(set(names)) == len(names)
-    assert all(row["prompt_id"] in counts for row in made)
-    return {name: [row["token_ids"] for row in made if row["prompt_id"] == name] for name in counts}
+    extra = mismatch(table(rows), prompts_of(counts), model, ctx or space(), selections)
+    mismatched = conform(extra, CANDIDATES).to_pylist()
+    assert len({row["candidate_id"] for row in [*mismatched, *rows]}) == len(mismatched) + len(rows)
+    assert all(row["prompt_id"] in counts for row in mismatched)
+    return {name: [row["token_ids"] for row in mismatched if row["prompt_id"] == name] for name in counts}
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=6))
@@ -211,12 +205,11 @@ def test_each_response_has_a_mismatched_row(tiny, counts):
     assert borrowed(tiny, number) == expected
 
 
-def test_only_kept_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
-    """a keeps its 1 and 2, b its 0, c none: a and b borrow one each. Alone, and too long: left out, with reason."""
+def test_only_selected_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
+    """Selected: 1 and 2 of a, 0 of b, none of c: a and b borrow one each. Alone, and too long: rejected."""
     rows = selections_of({"a": [0.0] * 3, "b": [0.0]})
-    kept = rows.filter(pa.array([False, True, True, True]))
-    found = borrowed(tiny, {"a": 3, "b": 1, "c": 2}, kept)
-    assert found == {"a": [[ord("b"), 0, 1]], "b": [[ord("a"), 1, 1]], "c": []}
+    some = rows.filter(pa.array([False, True, True, True]))
+    assert borrowed(tiny, {"a": 3, "b": 1, "c": 2}, some) == {"a": [[ord("b"), 0, 1]], "b": [[ord("a"), 1, 1]], "c": []}
     ctx = space()
     assert borrowed(tiny, {"a": 2}, ctx=ctx) == {"a": []}
     assert borrowed(tiny, {"a": 1, "b": 1}, ids=[7] * 126, ctx=ctx) == {"a": [], "b": []}
@@ -228,19 +221,19 @@ def test_only_kept_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
 
 
 def test_equal_responses_are_borrowed_under_an_id_each(tiny):
-    """Copies of what the prompt drew itself and of each other: the first copy number that is free."""
+    """Copies of the prompt's own draws and of each other: the first free copy number."""
     rows = [candidate(name, k, ids=[9, 1]) | {"candidate_id": candidate_id(name, [9, 1], k)}
             for name in "ab" for k in range(2)]  # fmt: skip
-    made = mismatch(table(rows), prompts_of("ab"), tiny, space()).to_pylist()
+    mismatched = mismatch(table(rows), prompts_of("ab"), tiny, space()).to_pylist()
     expected = [candidate_id(name, [9, 1], copy) for name in "ab" for copy in (2, 3)]
-    assert [row["candidate_id"] for row in made] == expected
+    assert [row["candidate_id"] for row in mismatched] == expected
 
 
 def labels_of(rewards, ctx=None, **options):
     """Labels by candidate of prompt a, whose candidate k has rewards[k]; None where it has no group."""
-    kept, pooled = selections_of({"a": rewards}), candidates_of({"a": len(rewards)})
-    made = examples(prompts_of("a"), ctx or space(), pooled, selections=kept, desirable="rewards", **options)
-    groups = conform(made, EXAMPLES).to_pylist()
+    selections, pooled = selections_of({"a": rewards}), candidates_of({"a": len(rewards)})
+    table = examples(prompts_of("a"), ctx or space(), pooled, selections=selections, desirable="rewards", **options)
+    groups = conform(table, EXAMPLES).to_pylist()
     return {row["candidate_id"]: row["desirable"] for row in groups[0]["responses"]} if groups else None
 
 
@@ -251,8 +244,8 @@ def test_labels_of_rewards_say_above_or_below(rewards, threshold):
     t = Fraction(sum(map(int, rewards)), len(rewards)) if threshold is None else threshold
     expected = {f"a-{k}": 1 if r > t else -1 for k, r in enumerate(rewards) if r != t}
     assert (labels_of(rewards, ctx, threshold=threshold) or {}) == expected
-    found = [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist() if row["candidate_id"]]
-    assert found == [(f"a-{k}", "neither above nor below") for k, r in enumerate(rewards) if r == t]
+    rejects = [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist() if row["candidate_id"]]
+    assert rejects == [(f"a-{k}", "neither above nor below") for k, r in enumerate(rewards) if r == t]
 
 
 def test_all_rewards_may_beat_the_baseline_and_half_are_undesirable_all_the_same():
@@ -279,46 +272,37 @@ def test_mismatched_rows_stand_last_with_their_own_reference(tiny):
     prompts, pooled = prompts_of("ab"), table([candidate(name, 0, ids=[20 + ord(name), 1]) for name in "ab"])
     other = mismatch(pooled, prompts, tiny, space())
     scores = reference(prompts, pooled, tiny, space(), mismatched=other)
-    kept = selections_of({"a": [1.0], "b": [-1.0]})
-    given = dict(desirable="rewards", threshold=0.0)
-    made = examples(prompts, space(), pooled, None, kept, scores, other, **given).to_pylist()
-    assert [[row["desirable"] for row in group["responses"]] for group in made] == [[1, 0], [-1, 0]]
+    selections, options = selections_of({"a": [1.0], "b": [-1.0]}), {"desirable": "rewards", "threshold": 0.0}
+    groups = examples(prompts, space(), pooled, None, selections, scores, other, **options).to_pylist()
+    assert [[row["desirable"] for row in group["responses"]] for group in groups] == [[1, 0], [-1, 0]]
     values = {(row["prompt_id"], row["candidate_id"]): row["logp"] for row in scores.to_pylist()}
-    for group in made:
+    for group in groups:
         for row in group["responses"]:
             assert row["ref_logp"] == values[group["prompt_id"], row["candidate_id"]]
 
 
 @given(st.floats(0, 30))
-def test_soft_labels_are_the_rankers_own_probability(gap):
-    """s(gap) >= 1/2; a pair without a gap (demonstration_vs_sample) stays 1."""
-    rows = [row | {"gap": gap} for row in pairs_of([(0, 1)]).to_pylist()]
-    made = examples(
-        prompts_of("a"), space(), candidates_of({"a": 2}), pa.Table.from_pylist(rows, schema=PAIRS), labels="soft"
-    )
-    assert made.to_pylist()[0]["pairs"][0]["label"] == pytest.approx(1 / (1 + math.exp(-gap)), rel=1e-6)
-    rows[0]["gap"] = None
-    made = examples(
-        prompts_of("a"), space(), candidates_of({"a": 2}), pa.Table.from_pylist(rows, schema=PAIRS), labels="soft"
-    )
-    assert made.to_pylist()[0]["pairs"][0]["label"] == 1.0
+def test_soft_labels_are_the_probability_of_the_ranker(gap):
+    """s(gap) >= 1/2; a pair without a gap (demonstration_vs_sample) has the label 1."""
+    (row,) = pairs_of([(0, 1)]).to_pylist()
+    for value, label in [(gap, pytest.approx(1 / (1 + math.exp(-gap)), rel=1e-6)), (None, 1.0)]:
+        pairs = pa.Table.from_pylist([row | {"gap": value}], schema=PAIRS)
+        (group,) = examples(prompts_of("a"), space(), candidates_of({"a": 2}), pairs, labels="soft").to_pylist()
+        assert group["pairs"][0]["label"] == label
 
 
 def test_likelihood_weights_are_those_of_the_selection():
-    kept = selections_of({"a": [1.0, 0.0]}).to_pylist()
-    for n, row in enumerate(kept):
-        row["weight"] = 0.25 + n
-    kept = pa.Table.from_pylist(kept, schema=selections_of({}).schema)
-    made = examples(prompts_of("a"), space(), candidates_of({"a": 3}), selections=kept, imitate="selected").to_pylist()
-    assert [row["weight"] for row in made[0]["responses"]] == [0.25, 1.25]
+    selections, pooled = selections_with([1.0, 0.0], [0.25, 1.25]), candidates_of({"a": 3})
+    (group,) = examples(prompts_of("a"), space(), pooled, selections=selections, imitate="selected").to_pylist()
+    assert [row["weight"] for row in group["responses"]] == [0.25, 1.25]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, entry in pair_rule.entries.items() if entry.metadata["reads"] == "selections"]
-)
-@given(rewards=rewards_lists)
+READ_SELECTIONS = sorted(name for name, entry in pair_rule.entries.items() if entry.metadata["reads"] == "selections")
+
+
+@given(st.sampled_from(READ_SELECTIONS), rewards_lists)
 def test_no_rule_on_rewards_prefers_the_worse(name, rewards):
-    """Whatever the rule: gap = r(chosen) - r(rejected) > 0, no pair twice, and one candidate makes none."""
-    found = pairs_by(name, rewards)
-    assert all(gap == rewards[i] - rewards[j] > 0 for i, j, gap, _ in found)
-    assert len({(i, j) for i, j, _, _ in found}) == len(found) <= len(list(combinations(rewards, 2)))
+    """Whatever the rule: gap = r(chosen) - r(rejected) > 0, no pair twice, and one candidate gives no pair."""
+    pairs = pairs_by(name, rewards)
+    assert all(gap == rewards[i] - rewards[j] > 0 for i, j, gap, _ in pairs)
+    assert len({(i, j) for i, j, _, _ in pairs}) == len(pairs) <= len(list(combinations(rewards, 2)))
