@@ -26,7 +26,7 @@ def optimize(inputs=None, **options):
 
 
 def test_a_recipe_whose_data_lack_what_its_loss_reads(world, tmp_path):
-    """Every problem of a recipe is in one message, each with the step's table, what lacks or is too much, and a cure."""
+    """All problems of a recipe are in one message: which table, what is missing or too much, and a cure."""
     for steps, problems in [
         ({"examples": {"from": {"reference": None}}}, ["examples: objective sigmoid_norm reads a reference"]),
         ({"examples": {"from": NO_PAIRS, "with": {"imitate": "selected"}}}, ["sigmoid_norm reads pairs; add `pairs`"]),

@@ -49,7 +49,7 @@ def test_joint_is_the_same_in_every_step(share, step, seed):
     assert weight("joint", step=step, seed=seed, weight=share) == share
 
 
-@given(st.integers(1, 500), weights_of)
+@given(st.integers(1, 500), weights)
 def test_sequence_imitates_first_and_then_prefers(steps, share):
     """0 for the first round((1 - w) steps), then 1; w = 0 never prefers, w = 1 always does."""
     values = [weight("sequence", step=step, steps=steps, weight=share) for step in range(steps)]
