@@ -184,9 +184,9 @@ def test_an_adapter_in_a_policy_of_bfloat16_is_merged_in_fp32(sharp, ctx, tmp_pa
     low = tmp_path / "low"
     shutil.copytree(sharp.folder, low)
     load_network(sharp).to(torch.bfloat16).save_pretrained(low)
-    merged = PeftModel.from_pretrained(load_network(Model(low, "")), str(peft_folder)).merge_and_unload()
+    peft = PeftModel.from_pretrained(load_network(Model(low, "")), str(peft_folder)).merge_and_unload()
+    expected = {name: value.bfloat16() for name, value in peft.state_dict().items()}
     merged = weights_of(model(ctx, path=ModelPath(str(low)), adapter=AdapterPath(str(peft_folder))))
-    expected = {name: value.bfloat16() for name, value in merged.state_dict().items()}
     assert all(value.dtype is torch.bfloat16 for value in merged.values())
     assert all(torch.equal(value, expected[name]) for name, value in merged.items())
 

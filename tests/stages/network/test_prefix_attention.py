@@ -8,36 +8,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from stages.network.forward import completion_logp, next_logits, response_means, share_prefixes, shares
 from stages.network.packing import PassSize, PromptGroup, batch_by_tokens, pack, pad, split_responses
@@ -59,32 +32,46 @@ SIZES = dict(
 )
 GROUPED = SIZES | dict(num_key_value_heads=2)
 SHARING = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
-    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=16)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, head_dim=8)),
-    "gemma2, capped head": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=2.0)
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "llama, tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=16)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**GROUPED, head_dim=8)),
+    "gemma2, capped head": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=2.0)
     ),
-    "phi, biased head": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
-    "cohere, scaled head": lambda: CohereForCausalLM(CohereConfig(**SIZES)),
-    "granite, divided head": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+    "phi, biased head": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES)),
+    "cohere, scaled head": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SIZES)),
+    "granite, divided head": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(**SIZES, logits_scaling=3.0)
+    ),
 }
 PLAIN = {
     "gemma2, capped attention": (
-        lambda: Gemma2ForCausalLM._from_config(Gemma2Config(**GROUPED, head_dim=8), attn_implementation="eager"),
+        lambda: transformers.Gemma2ForCausalLM._from_config(
+            transformers.Gemma2Config(**GROUPED, head_dim=8), attn_implementation="eager"
+        ),
         "softcap",
     ),
     "gpt-oss, sinks": (
-        lambda: GptOssForCausalLM._from_config(
-            GptOssConfig(**GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_scaling=None),
+        lambda: transformers.GptOssForCausalLM._from_config(
+            transformers.GptOssConfig(
+                **GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_scaling=None
+            ),
             attn_implementation="eager",
         ),
         "s_aux",
     ),
-    "mamba, a state": (lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32)), "Mamba"),
-    "bloom, alibi": (lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_head=4)), "Bloom"),
+    "mamba, a state": (
+        lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32)),
+        "Mamba",
+    ),
+    "bloom, alibi": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_head=4)
+        ),
+        "Bloom",
+    ),
 }
 
 
@@ -245,7 +232,7 @@ def test_networks_that_cannot_share_say_so_and_read_plain_rows(name):
 def test_an_encoder_decoder_says_so_and_gives_its_own_log_probs():
     """T5: log p(y | x) is that of its cross-entropy on labels, one unpadded row at a time."""
     sizes = dict(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    network = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes)).eval()
+    network = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, **sizes)).eval()
     with pytest.warns(UserWarning, match="T5.*again for each.*encoder-decoder"):
         share_prefixes(network)
     groups = [PromptGroup([5, 6, 9], [[7, 8], [9], [4, 4, 4, 1]]), PromptGroup([8], [[3, 1]])]
@@ -262,7 +249,7 @@ def test_rows_longer_than_the_window_are_read_plainly_and_right():
 
     It is said once.
     """
-    network = sharing(lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=12)))
+    network = sharing(lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=12)))
     short, long = [PromptGroup([5, 6, 7, 8], [[9] * 8, [10]])], [PromptGroup([5, 6, 7, 8], [[9] * 9, [10]])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -320,7 +307,7 @@ def test_batches_and_parts_keep_the_budget_and_lose_nothing(groups, budget, shar
 
 def test_the_trial_leaves_plain_attention_as_it_was():
     """After sharing, a plain call of the network (generation, say) computes what it did before."""
-    network = enlarged(LlamaForCausalLM(LlamaConfig(**GROUPED)))
+    network = enlarged(transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)))
     mask = torch.tensor([[0, 0, 1, 1], [1] * 4])
     padded = dict(input_ids=torch.tensor([[2, 2, 5, 6], [5, 6, 7, 8]]), attention_mask=mask)
     before = network(**padded).logits

@@ -284,11 +284,12 @@ def test_a_step_of_dpo(sharp, ours, theirs):
     """
     rows = [row | {"pairs": row["pairs"][:1]} for row in cache(sharp, random_rows(), spread=4.0)]
     inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(rows)))
-    for name, options, loss in [
+    cases: list[tuple[str, dict, str]] = [
         ("sigmoid_norm", {"beta": 0.1}, "sigmoid"),
         ("hinge_norm", {"gamma": 0.1}, "hinge"),
         ("squared", {"tau": 0.1, "average": "token"}, "ipo"),
-    ]:
+    ]
+    for name, options, loss in cases:
         other = dpo(0.1, (loss, 1.0), ("sft", 0.3)).compute_loss(theirs, inputs)
         own, _ = loss_of(term_of(sharp, imitate(rows, 0), name, nll_weight=0.3, **options), ours)
         same_step(own, ours, other, theirs)

@@ -191,7 +191,7 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
     first preference batch once more, for the check of the reference, those that the network reads (none's last).
     """
     for name in ("sequence", "alright"):
-        counters = []
+        counters: list[TokenCounter] = []
 
         def load(*args, counters=counters, **options):
             network = load_network(*args, **options)
@@ -223,8 +223,8 @@ def test_sequence_goes_over_once(mixed, tmp_path):
 
 def test_an_interrupted_mixed_run_ends_as_if_it_had_not_been(mixed, tmp_path):
     """A checkpoint every 3 steps has the batches that each term has taken and the last gaps: bit for bit."""
-    for name, options in (("alright", {}), ("maxright", {"refresh": 2, "weight": 0.9})):
-        options = dict(name=name, seed=3, checkpoint_every=3) | options
+    for name, extra in [("alright", {}), ("maxright", {"refresh": 2, "weight": 0.9})]:
+        options: dict = dict(name=name, seed=3, checkpoint_every=3) | extra
         straight, *expected = mixed(tmp_path / name, **options)
         assert set(weights_taken(expected[0], expected[1]["steps"])) == {0.0, 1.0}
         for at in (2, 8):
