@@ -39,14 +39,21 @@ def train(
     terms: list[ObjectiveTerm] = []
     heldout = []
     for index, rows in enumerate(data):
-        checked = (rows.objective, rows.nll_weight, init, config.dtype, config.reference)
-        terms.append(
-            ObjectiveTerm(
-                groups_of(rows.examples, *checked), rows.objective, rows.nll_weight, config.nll_per, config.batch_size,
-                config.dtype, config.tokens_per_pass, config.seed, index, dist,
-            )
-        )  # fmt: skip
-        heldout.append(None if rows.heldout is None else groups_of(rows.heldout, *checked))
+        requirements = (rows.objective, rows.nll_weight, init, config.dtype, config.reference)
+        term = ObjectiveTerm(
+            groups_of(rows.examples, *requirements),
+            rows.objective,
+            rows.nll_weight,
+            nll_per=config.nll_per,
+            batch_size=config.batch_size,
+            dtype=config.dtype,
+            tokens_per_pass=config.tokens_per_pass,
+            seed=config.seed,
+            index=index,
+            dist=dist,
+        )
+        terms.append(term)
+        heldout.append(None if rows.heldout is None else groups_of(rows.heldout, *requirements))
     check_world_size(dist.world_size, terms)
     steps = terms[0].steps(config.epochs)
     checkpoints = Checkpoints(mirror, dist)
@@ -59,10 +66,8 @@ def train(
     if config.lora_r:
         from stages.network.lora import add_adapter
 
-        adapt = partial(
-            add_adapter, rank=config.lora_r, alpha=config.lora_alpha, targets=config.lora_target_modules,
-            seed=config.seed,
-        )  # fmt: skip
+        rank, alpha, targets = config.lora_r, config.lora_alpha, config.lora_target_modules
+        adapt = partial(add_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
     network = load_network(init, train=True, adapt=adapt)
     if config.gradient_checkpointing:
         checkpoint_layers(network)
@@ -73,7 +78,7 @@ def train(
     meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
 
     def measure_gap(n: int) -> None:
-        """On the batch that the term would take next, which is not counted as taken."""
+        """Measure a term's loss on the batch that it would take next, which is not counted as taken."""
         loss = terms[n].evaluate(network, terms[n].batch(state.batches[n]))["loss"]
         state.gaps[n] = loss - config.optima[n]
 
@@ -109,21 +114,14 @@ def train(
             if not _is_out_of_memory(error):
                 raise
             optimizer.zero_grad(set_to_none=True)
-            tokens_per_pass = terms[0].tokens_per_pass
-            if halved:
-                fits = min(max(term.largest_pass for term in terms) or tokens_per_pass, tokens_per_pass // 2)
-                raise WinnowError(
-                    f"step {state.step}: out of memory again, with tokens_per_pass halved to {tokens_per_pass}; set "
-                    f"`tokens_per_pass` to {fits}, or `gradient_checkpointing: true` if one row alone is too long"
-                ) from None
-            checkpoints.note_out_of_memory(tokens_per_pass)
+            _note_out_of_memory(state.step, terms, checkpoints, halved)
             if dist.world_size > 1:
-                raise  # the other ranks wait for this one: all start again, and halve then
+                raise RuntimeError("out of memory") from error  # other ranks wait for this one: all start again
             halved = True
             _halve_passes(terms)
             continue  # the same step, once more
 
-        # Clip, refuse what is not finite, step.
+        # Clip, refuse what is not finite, step. The optimizer's time is not the passes' and so not metered.
         grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
         if not all(map(math.isfinite, [grad_norm, *(means[n]["loss"] for n in active)])):
             culprits = "; ".join(terms[n].rows_not_finite(network, batch) for n, batch in batches.items())
@@ -182,6 +180,18 @@ def check_world_size(world_size: int, terms: list[ObjectiveTerm]) -> None:
                 f"optimize.world_size: {world_size}, and half of the steps have {groups} prompts or fewer, which are "
                 f"what ranks share; set world_size to {groups}, or raise batch_size"
             )
+
+
+def _note_out_of_memory(step: int, terms: list[ObjectiveTerm], checkpoints: Checkpoints, halved: bool) -> None:
+    """Record it for a restart; raise WinnowError with what would fit if the passes were halved before."""
+    tokens_per_pass = terms[0].tokens_per_pass
+    if halved:
+        fits = min(max(term.largest_pass for term in terms) or tokens_per_pass, tokens_per_pass // 2)
+        raise WinnowError(
+            f"step {step}: out of memory again, with tokens_per_pass halved to {tokens_per_pass}; set "
+            f"`tokens_per_pass` to {fits}, or `gradient_checkpointing: true` if one row alone is too long"
+        )
+    checkpoints.note_out_of_memory(tokens_per_pass)
 
 
 def _halve_passes(terms: list[ObjectiveTerm]) -> None:
