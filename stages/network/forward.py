@@ -53,7 +53,7 @@ def completion_logp(network: PreTrainedModel, groups: Sequence[PromptResponses],
     if network in LINEAR_HEADS:
         states, tokens = hidden_states(network, groups, dtype)
         predictors = states.index_select(0, tokens.predictors)  # whose gradients add up in a fixed order
-        logp, hits = token_logp(predictors.to(_head_dtype(dtype)), lm_head_of(network), tokens.targets)
+        logp, hits = token_logp(predictors.to(getattr(torch, dtype)), lm_head_of(network), tokens.targets)
     else:
         logits, tokens, positions = _full_logits(network, groups, dtype)
         logits = logits[positions].float()
@@ -82,7 +82,7 @@ def next_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dty
     """Return logits of the token after each response, fp32 [N, V]."""
     if network in LINEAR_HEADS:
         states, tokens = hidden_states(network, groups, dtype, last=True)
-        logits = lm_head_of(network).logits(states[_last_positions(tokens)].to(_head_dtype(dtype)))
+        logits = lm_head_of(network).logits(states[_last_positions(tokens)].to(getattr(torch, dtype)))
     else:
         _check_no_encoder(network)
         all_logits, tokens, _ = _full_logits(network, groups, dtype)
@@ -142,10 +142,6 @@ def _full_logits(
     with autocast(dtype, device):
         logits = network(**inputs, use_cache=False).logits
     return logits.flatten(0, 1), tokens, predictors
-
-
-def _head_dtype(dtype: str) -> torch.dtype:
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def _check_no_encoder(network: PreTrainedModel) -> None:

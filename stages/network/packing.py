@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -55,10 +56,7 @@ def pack(groups: Sequence[PromptResponses], device: torch.device | str = "cpu", 
 
     last: include each response's last token, from which no log-prob is read, but a reward model's score is.
     """
-
-    def to_device(values: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
-
+    to_device = partial(_to_device, device=device)
     order = sorted(range(len(groups)), key=lambda n: len(groups[n].prompt))
     unique = [list(dict.fromkeys(map(tuple, groups[n].responses))) for n in order]
     flat = [response for responses in unique for response in responses]
@@ -79,13 +77,13 @@ def pack(groups: Sequence[PromptResponses], device: torch.device | str = "cpu", 
         for n, responses in zip(order, unique, strict=True)
     }
 
+    from_start = _ranges(0 * prompt_starts, prompt_lengths)
+    from_prompt = _ranges(prompt_lengths[owner], packed_lengths)
     ids = [token for n in order for token in groups[n].prompt]
     ids += [token for response in flat for token in (response if last else response[:-1])]
     return PackedTokens(
         ids=to_device(ids)[None],
-        position_ids=to_device(
-            np.r_[_ranges(0 * prompt_starts, prompt_lengths), _ranges(prompt_lengths[owner], packed_lengths)]
-        )[None],
+        position_ids=to_device(np.r_[from_start, from_prompt])[None],
         layout=_layout(prompt_lengths, owner, packed_lengths, to_device),
         predictors=to_device(predictors),
         targets=to_device([token for response in flat for token in response]),
@@ -97,10 +95,7 @@ def pack(groups: Sequence[PromptResponses], device: torch.device | str = "cpu", 
 
 def pad(groups: Sequence[PromptResponses], device: torch.device | str = "cpu") -> PackedTokens:
     """Return one row per response, padded on the right, where causal attention never sees it."""
-
-    def to_device(values: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
-
+    to_device = partial(_to_device, device=device)
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
     lengths = _lengths([response for group in groups for response in group.responses])
     row_lengths = _lengths(rows)
@@ -118,6 +113,10 @@ def pad(groups: Sequence[PromptResponses], device: torch.device | str = "cpu") -
         positions=to_device(positions),
         rows=to_device(np.arange(len(rows))),
     )
+
+
+def _to_device(values: Any, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
 
 def _lengths(parts: Sequence[Sequence[Any]]) -> Index:
