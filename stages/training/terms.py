@@ -138,12 +138,13 @@ class ObjectiveTerm:
         sizes = [len(part) for part in parts]
         with torch.no_grad():
             values = torch.zeros(2, sum(sizes), device=network.device)
-            slices = values.split(sizes, dim=1)
-            for task in self.dist.passes_of_this_rank(list(zip(pieces, slices, strict=True))):
+            tasks = list(zip(pieces, values.split(sizes, dim=1), strict=True))
+            for task in self.dist.passes_of_this_rank(tasks):
                 if task is None:
                     self._read_one_token(network)
-                else:
-                    task[1][:] = torch.stack(self._logp_and_hits(network, [task[0]]))
+                    continue
+                piece, values_of_piece = task
+                values_of_piece[:] = torch.stack(self._logp_and_hits(network, [piece]))
             logp, hits = self.dist.all_reduce(values)
         with torch.enable_grad():
             loss = self._loss([group], logp.requires_grad_(), hits, kl, metrics, 1 / self.dist.world_size)
@@ -155,7 +156,8 @@ class ObjectiveTerm:
             if task is None:
                 yield self._read_one_token(network)
                 continue
-            weighted = (self._logp_and_hits(network, [task[0]])[0] * task[1]).sum()
+            piece, slope_of_piece = task
+            weighted = (self._logp_and_hits(network, [piece])[0] * slope_of_piece).sum()
             yield weighted - weighted.detach() + loss.detach() / len(pieces)
 
     def passes(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> list[list[TrainingGroup]]:

@@ -125,6 +125,67 @@ def test_by_hand():
         assert losses.tolist() == pytest.approx(expected)
 
 
+def log1pexp(x):
+    """-ln s(-x), without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+@given(st.tuples(*[st.floats(-60, 0)] * 4), st.tuples(*[st.integers(1, 40)] * 2), scales, shares)
+def test_values_and_slopes_are_the_formulas(logps, lengths, scale, q):
+    """Each pairwise loss as a function of one gap x: of shifts (h), of log-probs, or of either per token.
+
+    dL/dlp(w) = L'(x) and dL/dlp(l) = -L'(x), each over its side's own length where x is per token. DPO's
+    L' = beta (s(beta h) - q) is eq. 7 of arXiv:2305.18290 at q = 1. A hinge bends at its margin.
+    """
+    chosen, rejected, ref_chosen, ref_rejected = logps
+    (long, short), aim = lengths, 1 / (2 * scale)
+    h, g = (chosen - ref_chosen) - (rejected - ref_rejected), chosen - rejected
+    h_token, g_token = (
+        (chosen - ref_chosen) / long - (rejected - ref_rejected) / short,
+        chosen / long - rejected / short,
+    )
+    assume(min(abs(1 - scale * h), abs(scale - g), abs(g_token)) > 1e-9)
+    b = batch([chosen, rejected], [ref_chosen, ref_rejected], length=lengths)
+    soft = replace(b, label=torch.tensor([q], dtype=torch.float64))
+    for loss, value, slope, per_token in [
+        (sigmoid_norm(b, beta=scale), log1pexp(-scale * h), -scale * s(-scale * h), False),
+        (sigmoid_norm(soft, beta=scale), log1pexp(-scale * h) + (1 - q) * scale * h, scale * (s(scale * h) - q), False),
+        (sigmoid(b, beta=scale), log1pexp(-scale * g), -scale * s(-scale * g), False),
+        (sigmoid(soft, beta=scale), log1pexp(-scale * g) + (1 - q) * scale * g, scale * (s(scale * g) - q), False),
+        (hinge_norm(b, gamma=scale), max(0.0, 1 - scale * h), -scale * (scale * h < 1), False),
+        (hinge(b, delta=scale), max(0.0, scale - g), -1.0 * (g < scale), False),
+        (squared(b, tau=scale), (h - aim) ** 2, 2 * (h - aim), False),
+        (squared(b, tau=scale, average="token"), (h_token - aim) ** 2, 2 * (h_token - aim), True),
+        (rank(b), max(0.0, -g_token), -1.0 * (g_token < 0), True),
+        (
+            sigmoid_mean(b, beta=scale, gamma=1.5),
+            log1pexp(1.5 - scale * g_token),
+            -scale * s(1.5 - scale * g_token),
+            True,
+        ),
+    ]:
+        assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-9)
+        sides = [slope / long, -slope / short] if per_token else [slope, -slope]
+        assert slopes(loss, b) == pytest.approx(sides, rel=1e-9, abs=1e-12)
+
+
+@given(st.floats(-200, 0), st.floats(-200, 0), st.integers(1, 40), scales)
+def test_how_the_losses_relate(chosen, rejected, n, scale):
+    """hinge_norm is gamma times SLiC's hinge with margin 1 / gamma, on shifts in the place of log-probs, and 1 at
+    policy = reference. IPO per token at n tau is IPO at tau over n^2, for equal lengths n. SimPO without a margin is
+    DPO without a reference on averages; with one, ln 2 where the margin is just reached."""
+    b = batch([chosen, rejected], [0.0, 0.0], length=[n, n])
+    averages = batch([chosen / n, rejected / n], [0.0, 0.0])
+    for ours, other in [
+        (hinge_norm(b, gamma=scale), scale * hinge(b, delta=1 / scale)),
+        (hinge_norm(gap(0.0), gamma=scale), torch.ones(1)),
+        (squared(b, tau=n * scale, average="token"), squared(b, tau=scale) / n**2),
+        (sigmoid_mean(b, beta=scale, gamma=0.0), sigmoid_norm(averages, beta=scale)),
+        (sigmoid_mean(batch([3 * n / scale - 6, -10.0], length=[3, 5]), beta=scale, gamma=n), torch.tensor([LN2])),
+    ]:
+        assert ours.item() == pytest.approx(other.item(), rel=1e-7, abs=1e-9)
+
+
 # DPO, with certain, smoothed and soft labels
 
 
@@ -136,16 +197,6 @@ def test_dpo_is_ln_2_at_policy_equal_reference(logp, beta, label):
         same = batch(logp, logp, pairs=pairs, label=labels)
         losses = sigmoid_norm(same, beta=beta, smoothing=smoothing).tolist()
         assert losses == pytest.approx([LN2] * len(pairs), abs=1e-12)
-
-
-@given(gaps, scales, shares)
-def test_the_slope_of_dpo_is_beta_times_its_error(h, beta, q):
-    """dL/dlp(w) = -dL/dlp(l) = beta (s(beta h) - q): eq. 7 of arXiv:2305.18290 at q = 1, where s(beta h) - 1 < 0."""
-    for label in (1.0, q):
-        b = gap(h, label=[label])
-        chosen, rejected = slopes(sigmoid_norm(b, beta=beta), b)
-        assert chosen == pytest.approx(beta * (s(beta * h) - label), rel=1e-9, abs=1e-15)
-        assert rejected == -chosen
 
 
 @given(gaps, scales, st.floats(0, 0.499))
@@ -181,90 +232,7 @@ def test_dpo_is_finite_with_a_finite_slope_far_out():
         assert -1 <= slopes(loss, b)[0] <= 0
 
 
-# The hinges
-
-
-@given(st.floats(-1e3, 1e3), scales)
-def test_hinge_norm_is_relu_of_one_minus_gamma_h(h, gamma):
-    """max(0, 1 - gamma h): 1 at policy = reference; slope -gamma below h = 1 / gamma and 0 beyond.
-
-    It is gamma times SLiC's hinge with margin 1 / gamma, on shifts in the place of log-probs.
-    """
-    assume(abs(1 - gamma * h) > 1e-9)
-    b = gap(h)
-    loss = hinge_norm(b, gamma=gamma)
-    assert loss.item() == pytest.approx(max(0.0, 1 - gamma * h), abs=1e-9)
-    assert slopes(loss, b) == pytest.approx([-gamma, gamma] if gamma * h < 1 else [0, 0])
-    assert loss.item() == pytest.approx(gamma * hinge(batch([h, 0.0]), delta=1 / gamma).item(), abs=1e-9)
-    assert hinge_norm(gap(0.0), gamma=gamma).item() == 1.0
-
-
-@given(st.floats(-200, 0), st.floats(-200, 0), st.floats(0.01, 20))
-def test_hinge_is_zero_exactly_where_the_margin_is_kept(chosen, rejected, delta):
-    """max(0, delta - lp(w) + lp(l)) = 0 if and only if lp(w) - lp(l) >= delta; slope 1 per nat inside the margin."""
-    b = batch([chosen, rejected])
-    loss = hinge(b, delta=delta)
-    assert loss.item() == pytest.approx(max(0.0, delta - (chosen - rejected)), abs=1e-9)
-    assert (loss.item() == 0) == (chosen - rejected >= delta)
-    if loss.item():
-        assert slopes(loss, b) == [-1, 1]
-
-
-# IPO
-
-
-@given(gaps, st.floats(0.02, 2))
-def test_ipo_is_a_parabola_with_its_least_at_half_of_one_over_tau(h, tau):
-    """(h - 1 / (2 tau))^2: 0 with slope 0 at h = 1 / (2 tau), 1 / (4 tau^2) at h = 0; slope 2 (h - 1 / (2 tau))."""
-    b = gap(h)
-    loss, target = squared(b, tau=tau), 1 / (2 * tau)
-    assert loss.item() == pytest.approx((h - target) ** 2, abs=1e-12)
-    assert slopes(loss, b) == pytest.approx([2 * (h - target), -2 * (h - target)], abs=1e-12)
-    assert squared(gap(target), tau=tau).item() == 0
-    assert squared(gap(0.0), tau=tau).item() == pytest.approx(1 / (4 * tau**2))
-
-
-@given(st.floats(-60, 0), st.floats(-60, 0), st.integers(1, 40), st.integers(1, 40), st.floats(0.02, 2))
-def test_ipo_per_token_divides_each_side_by_its_own_length(chosen, rejected, long, short, tau):
-    """(d(w) / |w| - d(l) / |l| - 1 / (2 tau))^2. Equal lengths n: token at n tau is sequence at tau, over n^2."""
-    b = batch([chosen, rejected], [-3.0, -5.0], length=[long, short])
-    expected = ((chosen + 3) / long - (rejected + 5) / short - 1 / (2 * tau)) ** 2
-    assert squared(b, tau=tau, average="token").item() == pytest.approx(expected, abs=1e-9)
-    even = replace(b, length=torch.full_like(b.length, long))
-    assert squared(even, tau=long * tau, average="token").item() == pytest.approx(
-        squared(even, tau=tau).item() / long**2, abs=1e-9
-    )
-
-
-# RRHF, SimPO, ORPO: log-probs per token, no reference
-
-
-@given(st.floats(-200, 0), st.floats(-200, 0), st.integers(1, 40), st.integers(1, 40))
-def test_rank_of_two_is_how_much_the_mean_log_prob_is_the_wrong_way_round(chosen, rejected, long, short):
-    """RRHF with k = 2: max(0, m(l) - m(w)), no margin; slopes -1 / |w| and 1 / |l|, or 0 when in order."""
-    wrong = rejected / short - chosen / long
-    assume(abs(wrong) > 1e-9)
-    b = batch([chosen, rejected], length=[long, short])
-    loss = rank(b)
-    assert loss.item() == pytest.approx(max(0.0, wrong), abs=1e-12)
-    assert slopes(loss, b) == pytest.approx([-1 / long, 1 / short] if wrong > 0 else [0, 0])
-
-
-@given(st.floats(-200, 0), st.floats(-200, 0), st.integers(1, 40), st.integers(1, 40), st.floats(0.1, 5))
-def test_simpo_without_a_margin_is_dpo_without_a_reference_on_averages(chosen, rejected, long, short, beta):
-    """gamma = 0: -ln s(beta (m(w) - m(l))). With one: slopes -beta s(gamma - beta g) / |w| and the other over |l|."""
-    b = batch([chosen, rejected], length=[long, short])
-    means = batch([chosen / long, rejected / short], [0.0, 0.0])
-    assert sigmoid_mean(b, beta=beta, gamma=0.0).item() == pytest.approx(sigmoid_norm(means, beta=beta).item())
-    wrong = beta * s(1.5 - beta * (chosen / long - rejected / short))
-    assert slopes(sigmoid_mean(b, beta=beta, gamma=1.5), b) == pytest.approx([-wrong / long, wrong / short], rel=1e-9)
-
-
-@given(st.floats(0.1, 5), st.floats(0, 5))
-def test_simpo_is_ln_2_where_the_margin_is_just_kept(beta, gamma):
-    """beta (m(w) - m(l)) = gamma: -ln s(0) = ln 2."""
-    b = batch([3 * gamma / beta - 6, -10.0], length=[3, 5])
-    assert sigmoid_mean(b, beta=beta, gamma=gamma).item() == pytest.approx(LN2, abs=1e-12)
+# ORPO
 
 
 def exact_orpo(chosen, rejected, weight):
@@ -350,14 +318,6 @@ def test_the_best_scores_of_two_items_give_back_their_share_of_wins(wins, losses
     assert slopes(games, b) == pytest.approx([0, 0], abs=1e-10)
     soft = sigmoid(batch([best, 0.0], label=[wins / (wins + losses)])).item()
     assert games.mean().item() == pytest.approx(soft, rel=1e-12)
-
-
-@given(st.floats(-60, 60), scales, shares)
-def test_sigmoid_is_dpo_beside_a_reference_of_zeros(h, beta, q):
-    """-q ln s(beta g) - (1 - q) ln s(-beta g), g = score(w) - score(l): shifts by 0 are log-probs."""
-    for label in (None, [q]):
-        plain = sigmoid(batch([h, 0.0], label=label), beta=beta).item()
-        assert plain == sigmoid_norm(gap(h, label=label), beta=beta).item()
 
 
 # KTO
