@@ -123,23 +123,28 @@ class Registry:
     def __init__(self, kind: str, *metadata: str) -> None:
         self.kind, self.metadata = kind, metadata
         self.entries: dict[str, Entry] = {}
+        self.aliases: dict[str, str] = {}  # other name -> name of the entry
 
-    def __call__(self, **metadata: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Raises TypeError if a fact is missing."""
+    def __call__(
+        self, *, aliases: tuple[str, ...] = (), **metadata: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Raises TypeError if a fact is missing. aliases: other names that recipes may use for the same entry."""
 
         def register(fn: Callable[..., Any]) -> Callable[..., Any]:
             if missing := [fact for fact in self.metadata if fact not in metadata]:
                 raise TypeError(f"{self.kind} {fn.__name__}: its decorator must say {', '.join(missing)}")
             entry = Entry(fn.__name__, fn, metadata)
             self.entries[fn.__name__] = entry
+            self.aliases |= dict.fromkeys(aliases, fn.__name__)
             setattr(fn, "entry", entry)  # noqa: B010 - functions have no such attribute for mypy
             return fn
 
         return register
 
     def find(self, name: str) -> Entry:
+        name = self.aliases.get(name, name)
         if name not in self.entries:
-            raise WinnowError(f"unknown {self.kind} {name!r}; {nearest(name, list(self.entries))}")
+            raise WinnowError(f"unknown {self.kind} {name!r}; {nearest(name, [*self.entries, *self.aliases])}")
         return self.entries[name]
 
     def bind(self, value: Any) -> Bound:

@@ -1,4 +1,4 @@
-"""Three stages in a row, draw -> rate -> keep, whose results depend on luck as a sampler's do on the hardware."""
+"""Three stages in a row, draw -> rate -> keep, whose results depend on luck as a sampler's depend on the hardware."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ keep: {use: toy_keep, from: {rewards: rate}}
 
 
 class Luck:
-    """What is no part of any key; `fail` ends a call of toy_keep."""
+    """What is no part of any key: a bonus on every reward, an error that ends toy_keep, and a record of the calls."""
 
     def __init__(self) -> None:
         self.bonus = 0.0
@@ -82,12 +82,12 @@ def toys() -> Iterator[Luck]:
 
 
 def candidate(prompt: str, n: int) -> dict:
-    own = dict(candidate_id=f"c{n}", k=n, token_ids=[n], text="c", logp_kind="none", n_tokens=1, finish_reason="stop")
-    return own | dict(prompt_id=prompt)
+    row = dict(candidate_id=f"c{n}", k=n, token_ids=[n], text="c", logp_kind="none", n_tokens=1, finish_reason="stop")
+    return row | dict(prompt_id=prompt)
 
 
 def recipe(folder: Path, name: str = "toy", **changes: str) -> Path:
-    """A recipe's file; `rate="with: {scale: 2.0}"` adds to the step."""
+    """Write a recipe's file; `rate="with: {scale: 2.0}"` adds to the step."""
     text = RECIPE
     for step, more in changes.items():
         text = text.replace(f"use: toy_{step}", f"use: toy_{step}, {more}")
@@ -100,10 +100,10 @@ def planned(file: Path, *sets: str) -> Plan:
 
 
 def make(plan: Plan, store: Store) -> list[str]:
-    """Which steps it made."""
-    watcher = Silent()
-    run(plan, store, LocalExecutor(), watcher)
-    return watcher.ran
+    """Run the plan, and return the steps that ran."""
+    reporter = Silent()
+    run(plan, store, LocalExecutor(), reporter)
+    return reporter.ran
 
 
 def step(plan: Plan, name: str) -> Step:
@@ -111,16 +111,19 @@ def step(plan: Plan, name: str) -> Step:
 
 
 class Raced(Store):
-    """Another run comes right after our nth look at the links: it links, and looks whether its first step is sealed."""
+    """Store to which another run comes right after our nth look at the links.
+
+    It links, and looks whether its first step is finished (`found`).
+    """
 
     def __init__(self, root: Location, plan: Plan, nth: int) -> None:
         super().__init__(root)
         self.plan, self.left, self.found = plan, nth, False
 
     def runs(self) -> dict[str, Json]:
-        seen = super().runs()
+        links = super().runs()
         self.left -= 1
         if self.left == 0:
             self.link_run("again", self.plan.steps)
             self.found = self.folder(step(self.plan, "draw")).manifest is not None
-        return seen
+        return links

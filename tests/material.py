@@ -1,7 +1,8 @@
-"""Examples of random tokens, and what the loop makes of them: for tests that need rows and no text."""
+"""Examples of random tokens, and short calls of training: for tests that need rows and no text."""
 
 import numpy as np
 import pyarrow as pa
+from safetensors.torch import load_file
 
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import Bound
@@ -12,23 +13,34 @@ from stages.network.packing import PromptGroup
 from stages.training.data import groups_of
 from stages.training.objectives import objective
 from stages.training.optimize import optimize
-from stages.training.terms import ObjectiveTerm
+from stages.training.terms import ObjectiveTerm, StepMetrics
 
-VOCABULARY = range(5, 250)  # ids that the tiny model has, special ones left out
+VOCABULARY = range(5, 250)  # ids that the tiny model has, without special ones
 
 
-def alone(rows):
-    """Each (prompt ids, response ids) as a group of its own."""
-    return [PromptGroup(prompt, [response]) for prompt, response in rows]
+def no_progress(done, total, unit):
+    pass
+
+
+def context(folder="unused", report_progress=no_progress):
+    return StageContext(folder, WarmCache(), report_progress)
 
 
 def bound(registry, name, **options):
-    """A registered function with the options given and its own defaults, checked."""
+    """Return a registered function with these options and its own defaults, checked."""
     return registry.bind({"name": name} | options)
 
 
+def alone(rows):
+    """Return each (prompt ids, response ids) as a group."""
+    return [PromptGroup(prompt, [response]) for prompt, response in rows]
+
+
+# Rows of `examples`
+
+
 def random_rows(seed=0, prompts=6):
-    """Rows of `examples`: prompt n has 2 + n % 3 responses, the first of them better than each other one.
+    """Return rows of `examples`: prompt n has 2 + n % 3 responses, the first of them better than each other one.
 
     Nothing is imitated, labelled, mismatched or cached yet.
     """
@@ -54,32 +66,38 @@ def response(name, ids, **fields):
     return {"candidate_id": name, "token_ids": ids, "weight": 0.0, "ref_logp": None, "desirable": None} | fields
 
 
-def imitate(rows, *places):
-    """The responses at these places are imitated, with weight 1."""
+def responses_of(rows):
+    """Return (prompt ids, response ids) of every response, in order."""
+    return [(row["prompt_ids"], response["token_ids"]) for row in rows for response in row["responses"]]
+
+
+def imitate(rows, *indices):
+    """Let the responses at these indices be imitated, with weight 1."""
     for row in rows:
-        for place in places:
-            row["responses"][place]["weight"] = 1.0
+        for index in indices:
+            row["responses"][index]["weight"] = 1.0
     return rows
 
 
 def labelled(rows):
-    """First responses are desirable, second ones not; as many of the next prompt's responses are read for KL."""
+    """Label first responses desirable, second ones not; add as many of the next prompt's responses, read for KL."""
     for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
         row["responses"][0]["desirable"], row["responses"][1]["desirable"] = 1, -1
-        row["responses"] += [response(each["candidate_id"], each["token_ids"], desirable=0)
-                             for each in other["responses"][:2]]  # fmt: skip
+        row["responses"] += [
+            response(mismatched["candidate_id"], mismatched["token_ids"], desirable=0)
+            for mismatched in other["responses"][:2]
+        ]
     return rows
 
 
 def cache(init, rows, spread=0.0, seed=0):
-    """Reference log-probs by the tiny model itself, each moved by up to `spread` nats."""
+    """Add reference log-probs by `init` itself, each moved by up to `spread` nats."""
     rng = np.random.default_rng(seed)
     network = load_network(init)
     for row in rows:
-        asked = [(row["prompt_ids"], each["token_ids"]) for each in row["responses"]]
-        found = read_rows(logp_of, network, asked, "float32", 1)
-        for each, logp in zip(row["responses"], found.tolist(), strict=True):
-            each["ref_logp"] = float(np.float32(logp + rng.uniform(-spread, spread)))
+        scores = read_rows(logp_of, network, responses_of([row]), "float32", 1)
+        for answer, logp in zip(row["responses"], scores.tolist(), strict=True):
+            answer["ref_logp"] = float(np.float32(logp + rng.uniform(-spread, spread)))
         row |= {"ref_model": init.digest, "ref_dtype": "float32"}
     return rows
 
@@ -88,29 +106,79 @@ def table(rows):
     return pa.Table.from_pylist(rows, schema=EXAMPLES)
 
 
-def leg_of(init, rows, name, *, nll_weight=0.0, nll_per="token", tokens_per_pass=60, batch_size=100, seed=0, **options):
-    """What `optimize` makes of the rows: small micro-batches, so that a wrong reduction shows."""
+# Training
+
+
+def term_of(
+    init, rows, name, *, nll_weight=0.0, nll_per="token", tokens_per_pass=60, batch_size=100, seed=0, **options
+):
+    """Return the loss term that `optimize` makes of the rows: small micro-batches, so that a wrong reduction shows."""
     loss = bound(objective, name, **options)
     groups = groups_of(table(rows), loss, nll_weight, init, "float32")
     return ObjectiveTerm(groups, loss, nll_weight, nll_per, batch_size, "float32", tokens_per_pass, seed, 0)
 
 
-def loss_of(leg, network, batch=None):
-    """The loss of one step over all groups, with gradient, and its metrics."""
-    batch = leg.groups if batch is None else batch
-    panel = leg.panel(batch)
-    return sum(leg.losses(network, batch, panel)), panel.entry()
+def loss_of(term, network, batch=None):
+    """Return the loss of one step over all groups (or a batch of them), with gradient, and its metrics."""
+    batch = term.groups if batch is None else batch
+    metrics = StepMetrics(batch, term.nll_per)
+    return sum(term.losses(network, batch, metrics)), metrics.means()
 
 
-def train(init, rows, folder, *, tell=lambda done, total, unit: None, inputs=None, **options):
-    """`optimize` with short defaults: (model, metrics as {(step, name): value}, its row of policies)."""
-    given = (
-        dict(objective="sigmoid_norm", learning_rate=1e-3, batch_size=4, warmup_ratio=0.0, lr_scheduler_type="constant")
-        | options
-    )
-    if not isinstance(given["objective"], Bound):
-        given["objective"] = bound(objective, given["objective"])
-    ctx = StageContext(folder, WarmCache(), tell)
-    made, policy, metrics, _ = optimize(init, table(rows), ctx, **(inputs or {}), **given)
+def run_optimize(init, rows, folder, *, report_progress=no_progress, inputs=None, **options):
+    """Call `optimize` with short defaults; rows are a list or a table of examples."""
+    defaults = dict(objective="sigmoid_norm", learning_rate=1e-3, batch_size=4, warmup_ratio=0.0)
+    options = defaults | dict(lr_scheduler_type="constant") | options
+    if not isinstance(options["objective"], Bound):
+        options["objective"] = bound(objective, options["objective"])
+    examples = rows if isinstance(rows, pa.Table) else table(rows)
+    return optimize(init, examples, context(folder, report_progress), **(inputs or {}), **options)
+
+
+def train(init, rows, folder, **options):
+    """Return the model, metrics as {(step, name): value}, and the row of policies of `run_optimize`."""
+    model, policy, metrics, _ = run_optimize(init, rows, folder, **options)
     values = {(row["step"], row["metric"]): row["value"] for row in metrics.to_pylist()}
-    return made, values, policy.to_pylist()[0]
+    return model, values, policy.to_pylist()[0]
+
+
+def train_speeds(init, rows, folder, **options):
+    """Return the model and {measure: [value per step]} of `run_optimize`."""
+    model, _, _, speeds = run_optimize(init, rows, folder, **options)
+    values: dict = {}
+    for row in speeds.to_pylist():
+        values.setdefault(row["measure"], []).append(row["value"])
+    return model, values
+
+
+def interrupt_at(step):
+    """Return a `progress` that ends the run after this step, as Ctrl-C does."""
+
+    def report_progress(done, total, unit):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return report_progress
+
+
+def weights_of(model):
+    """Return a saved model's tensors by name."""
+    return {name: value for file in model.folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def largest_difference(a, b):
+    """Return the largest difference between two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def relative_difference(a, b, start):
+    """Return |a - b| / |b - start|: how far apart two trainings from `start` ended, against how far they went.
+
+    AdamW divides an element's gradient by its own size, so where a gradient is rounding noise, another order of sums
+    may change that element by any share of a step. Norms are not ruled by one such element of a hundred thousand.
+    """
+    assert a.keys() == b.keys() == start.keys()
+    apart = sum(float((a[name] - b[name]).square().sum()) for name in a)
+    moved = sum(float((b[name] - start[name]).square().sum()) for name in a)
+    return (apart / moved) ** 0.5

@@ -1,6 +1,6 @@
-"""What a network says of responses to prompts: log-probs, scores, hidden states.
+"""Forward passes over responses to prompts: log-probs, scores, hidden states.
 
-A prompt is read once for all of its responses (`packing`, `shared_prefix`) by every network for which that is
+A prompt is read once for all of its responses (`packing`, `prefix_attention`) by every network for which that is
 exact; any other reads a padded row for each. `reference`, `reward`, `features` and `optimize` share this file, so
 that a cached number is the trainer's own.
 """
@@ -14,174 +14,174 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from schemas import WinnowError, WinnowWarning
 from stages.network.lm_head import lm_head_of, token_logp
-from stages.network.packing import Ids, PackedTokens, PromptGroup, PromptResponses, fill, pack, pad, split
+from stages.network.packing import (
+    Ids,
+    PackedTokens,
+    PromptGroup,
+    PromptResponses,
+    batch_by_tokens,
+    pack,
+    pad,
+    split_responses,
+)
 from stages.network.prefix_attention import NAME
 
 Row = tuple[Ids, Ids]
 Measure = Callable[[PreTrainedModel, Sequence[PromptResponses], str], Tensor]
 TRIAL = (PromptGroup([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), PromptGroup([1, 6], [[1, 8, 0], [3]]))
-TOLD: WeakSet[PreTrainedModel] = WeakSet()  # networks whose window was said to be too short
-KNOWN_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are `vocabulary.LMHead`'s
 CLOSE = 1e-4  # of the largest number: fp32 added up in another order
+LINEAR_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are those of `lm_head.LMHead`
+WARNED: WeakSet[PreTrainedModel] = WeakSet()  # networks whose window was reported as too short
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
+    """Return torch's autocast to bfloat16, switched off for float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def completion_logp(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> tuple[Tensor, Tensor]:
-    """Summed log-prob of each response given its prompt, and how many of its tokens are the likeliest.
+    """Return each response's summed log-prob given its prompt, and how many of its tokens are the likeliest.
 
-    Returns two fp32 vectors [N], over the responses of one group after the other. The head runs on response
-    positions only, if it is a linear layer; the softmax is in fp32 whatever the network runs in.
+    Both are fp32 [N], over the responses of one group after the other. The head runs on response positions only, if it
+    is a linear layer; the softmax is in fp32 whatever the network runs in.
     """
-    logp, hits, tokens = (_logp if network in KNOWN_HEADS else _own_logp)(network, groups, dtype)
-    return _sums(logp, tokens)[tokens.rows], _sums(hits.float(), tokens)[tokens.rows]
+    if network in LINEAR_HEADS:
+        states, tokens = hidden_states(network, groups, dtype)
+        predictors = states.index_select(0, tokens.predictors)  # whose gradients add up in a fixed order
+        logp, hits = token_logp(predictors.to(getattr(torch, dtype)), lm_head_of(network), tokens.targets)
+    else:
+        logits, tokens, positions = _full_logits(network, groups, dtype)
+        logits = logits[positions].float()
+        logp = -cross_entropy(logits, tokens.targets, reduction="none")
+        hits = logits.argmax(-1) == tokens.targets
+    return _response_sums(logp, tokens)[tokens.rows], _response_sums(hits.float(), tokens)[tokens.rows]
 
 
-def _logp(
-    network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str
-) -> tuple[Tensor, Tensor, PackedTokens]:
-    """Of every token [M], and is it the likeliest."""
-    states, tokens = read(network, groups, dtype)
-    asked = states.index_select(0, tokens.predictors)  # whose gradients add up in a fixed order
-    return *token_logp(asked.to(_precision(dtype)), lm_head_of(network), tokens.targets), tokens
-
-
-def _own_logp(
-    network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str
-) -> tuple[Tensor, Tensor, PackedTokens]:
-    """The same by the network's own way from states to logits, whatever it is; at all positions, padding too."""
-    logits, tokens, predictors = _own_logits(network, groups, dtype)
-    asked = logits[predictors].float()
-    return -cross_entropy(asked, tokens.targets, reduction="none"), asked.argmax(-1) == tokens.targets, tokens
-
-
-def _own_logits(
-    network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str
-) -> tuple[Tensor, PackedTokens, Tensor]:
-    """Logits [places, V], what stands where, and the places that predict each response token."""
-    tokens = pad(groups, network.device)
-    given, predictors = {"input_ids": tokens.ids}, tokens.predictors
-    if network.config.is_encoder_decoder:
-        given, predictors = _encoded(network, groups)
-    with autocast(dtype, network.device):
-        logits = network(**given, use_cache=False).logits
-    return logits.flatten(0, 1), tokens, predictors
-
-
-def _precision(dtype: str) -> torch.dtype:
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-
-
-def _encoded(network: PreTrainedModel, groups: Sequence[PromptResponses]) -> tuple[dict[str, Tensor], Tensor]:
-    """For an encoder-decoder: each response's prompt encoded, and the response, moved on by one, to decode."""
-    start = network.config.decoder_start_token_id
-    sides = (
-        [group.prompt for group in groups for _ in group.responses],
-        [[start, *response[:-1]] for group in groups for response in group.responses],
-    )
-    (prompts, mask), (inputs, real) = (_filled(side, network.device) for side in sides)
-    return {"input_ids": prompts, "attention_mask": mask, "decoder_input_ids": inputs}, real.flatten().nonzero()[:, 0]
-
-
-def _filled(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows filled up on the right, [N, W], and 1 where a token is."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+def logp_of(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+    """Return `completion_logp` without the hits, for `read_rows`."""
+    return completion_logp(network, groups, dtype)[0]
 
 
 def completion_scores(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
-    """The reward model's score of each response to its prompt, fp32 [N], with gradient.
+    """Return the reward model's score of each response to its prompt, fp32 [N], with gradient.
 
     Read at each response's own last token, which transformers would guess from the pad token's id. The head is
     in fp32 whatever the network runs in: bfloat16 would round a score of 10 to 1/16.
     """
-    states, tokens = read(network, groups, dtype, last=True)
-    scores: Tensor = network.score(states[_last(tokens)].float())
+    states, tokens = hidden_states(network, groups, dtype, last=True)
+    scores: Tensor = network.score(states[_last_positions(tokens)].float())
     return scores.squeeze(-1)[tokens.rows]
 
 
 def next_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
-    """Logits of what would follow each response, fp32 [N, V]."""
-    if network in KNOWN_HEADS:
-        states, tokens = read(network, groups, dtype, last=True)
-        logits = lm_head_of(network).logits(states[_last(tokens)].to(_precision(dtype)))
+    """Return logits of the token after each response, fp32 [N, V]."""
+    if network in LINEAR_HEADS:
+        states, tokens = hidden_states(network, groups, dtype, last=True)
+        logits = lm_head_of(network).logits(states[_last_positions(tokens)].to(getattr(torch, dtype)))
     else:
-        _refuse_encoder(network)
-        own, tokens, _ = _own_logits(network, groups, dtype)
-        logits = own[_last(tokens)].float()
+        _check_no_encoder(network)
+        all_logits, tokens, _ = _full_logits(network, groups, dtype)
+        logits = all_logits[_last_positions(tokens)].float()
     return logits[tokens.rows]
 
 
 def response_means(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
-    """Mean of the last hidden states over each response's tokens, fp32 [N, hidden]."""
-    states, tokens = read(network, groups, dtype, last=True)
-    return (_sums(states[tokens.places].float(), tokens) / tokens.lengths[:, None])[tokens.rows]
+    """Return the mean of the last hidden states over each response's tokens, fp32 [N, hidden]."""
+    states, tokens = hidden_states(network, groups, dtype, last=True)
+    return (_response_sums(states[tokens.positions].float(), tokens) / tokens.lengths[:, None])[tokens.rows]
 
 
-def read(
+def hidden_states(
     network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str, last: bool = False
 ) -> tuple[Tensor, PackedTokens]:
-    """Last hidden states [places, hidden], and what stands where."""
-    _refuse_encoder(network)
+    """Return last hidden states [positions, hidden], and which token each belongs to.
+
+    last: include those of each response's last token (see `pack`).
+    """
+    _check_no_encoder(network)
     tokens = pack(groups, network.device, last=last) if shares(network, groups) else pad(groups, network.device)
-    given = {} if tokens.layout is None else {"layout": tokens.layout, "attention_mask": _no_mask(network.device)}
+    options = {}
+    if tokens.layout is not None:
+        # A mask of four dimensions, so that transformers builds none of its own.
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=network.device)
+        options = {"layout": tokens.layout, "attention_mask": no_mask}
     with autocast(dtype, network.device):
         states = network.base_model(
-            input_ids=tokens.ids, position_ids=tokens.positions, use_cache=False, **given
+            input_ids=tokens.ids, position_ids=tokens.position_ids, use_cache=False, **options
         ).last_hidden_state
     return states.flatten(0, 1), tokens
 
 
-def _refuse_encoder(network: PreTrainedModel) -> None:
+def _full_logits(
+    network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str
+) -> tuple[Tensor, PackedTokens, Tensor]:
+    """Return the network's own logits at all positions [positions, V], tokens, and positions that predict responses.
+
+    Whatever it does between states and logits; padding included.
+    """
+    tokens, device = pad(groups, network.device), network.device
+    inputs, predictors = {"input_ids": tokens.ids}, tokens.predictors
+    if network.config.is_encoder_decoder:
+        # Each response's prompt is encoded, and the response, shifted by one, is decoded.
+        start = network.config.decoder_start_token_id
+        rows = [(group.prompt, response) for group in groups for response in group.responses]
+        prompts = [torch.tensor(prompt, device=device) for prompt, _ in rows]
+        shifted = [torch.tensor([start, *response[:-1]], device=device) for _, response in rows]
+        inputs = {
+            "input_ids": pad_sequence(prompts, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True),
+            "decoder_input_ids": pad_sequence(shifted, batch_first=True),
+        }
+        in_response = pad_sequence([torch.ones_like(ids) for ids in shifted], batch_first=True)
+        predictors = in_response.flatten().nonzero()[:, 0]
+    with autocast(dtype, device):
+        logits = network(**inputs, use_cache=False).logits
+    return logits.flatten(0, 1), tokens, predictors
+
+
+def _check_no_encoder(network: PreTrainedModel) -> None:
     if network.config.is_encoder_decoder:
         raise WinnowError(f"{type(network).__name__} is an encoder-decoder: it gives log-probs, and nothing else")
 
 
-def _no_mask(device: torch.device) -> Tensor:
-    """Of four dimensions, so that transformers builds none of its own."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-
-def _sums(values: Tensor, tokens: PackedTokens) -> Tensor:
-    """Of each response's tokens, [S, ...]."""
+def _response_sums(values: Tensor, tokens: PackedTokens) -> Tensor:
+    """Return [S, ...], the sum over each different response's tokens."""
     return torch.segment_reduce(values, "sum", lengths=tokens.lengths)
 
 
-def _last(tokens: PackedTokens) -> Tensor:
-    return tokens.places[tokens.lengths.cumsum(0) - 1]
+def _last_positions(tokens: PackedTokens) -> Tensor:
+    return tokens.positions[tokens.lengths.cumsum(0) - 1]
 
 
 def shares(network: PreTrainedModel, groups: Sequence[PromptResponses] = ()) -> bool:
-    """Is a prompt read once for all of its responses? Not by a network whose window is shorter than what it reads."""
+    """Return whether `network` reads a prompt once for all of its responses.
+
+    It does not where a row is longer than its attention window.
+    """
     if network.config._attn_implementation != NAME:
         return False
-    reach = max((len(group.prompt) + max(map(len, group.responses)) for group in groups), default=0)
-    if reach > (window := _window(network)) and network not in TOLD:
-        TOLD.add(network)
-        _say(network, f"where they reach beyond its window of {window} tokens")
-    return reach <= window
-
-
-def _window(network: PreTrainedModel) -> int:
-    """How far back every layer sees."""
     config = network.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min([size for size in sizes if size], default=1 << 60)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min([size for size in windows if size], default=1 << 60)  # how far back every layer attends
+    longest = max((len(group.prompt) + max(map(len, group.responses)) for group in groups), default=0)
+    if longest > window and network not in WARNED:
+        WARNED.add(network)
+        _warn_of_padded_rows(network, f"where they are longer than its window of {window} tokens")
+    return longest <= window
 
 
 @torch.no_grad()
 def share_prefixes(network: PreTrainedModel) -> None:
-    """From now on `network` reads a prompt once for all of its responses, if a trial shows the same numbers.
+    """Let `network` read a prompt once for all of its responses from now on, if a trial gives the same numbers.
 
-    A network whose attention has a state, a bias or a cap of its own fails it; it goes on with padded rows, and a
-    warning says so. If its head is more than a linear layer, it makes its own logits, too.
+    A trial, for a list of architectures would be outdated with every release of transformers. A network whose attention
+    has a state, a bias or a cap of its own fails it; it goes on with padded rows, and a warning says so. If its head is
+    more than a linear layer, its own logits are taken, too.
     """
     before = network.config._attn_implementation
     try:
@@ -189,65 +189,57 @@ def share_prefixes(network: PreTrainedModel) -> None:
             raise ValueError("it is an encoder-decoder")
         expected = _trial(network)
         if network.get_output_embeddings() is not None:
-            KNOWN_HEADS.add(network)
-            _agree(_trial(network), expected)
-    except Exception as error:  # whatever a model's code makes of what it does not know
-        KNOWN_HEADS.discard(network)
-        return _say(network, f"({type(error).__name__}: {error})")
+            LINEAR_HEADS.add(network)
+            _check_close(_trial(network), expected)
+    except Exception as error:  # a model's code may raise anything on what it does not know
+        LINEAR_HEADS.discard(network)
+        return _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
     try:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
             raise ValueError("its attention is not transformers' interface")
-        _agree(_trial(network), expected)
+        _check_close(_trial(network), expected)
     except Exception as error:
         network.set_attn_implementation(before)
-        _say(network, f"({type(error).__name__}: {error})")
+        _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
 
 
 def _trial(network: PreTrainedModel) -> list[Tensor]:
-    """Of each response, mean hidden states and, where there is a vocabulary, log-probs."""
+    """Return mean hidden states of some responses and, where there is a vocabulary, their log-probs."""
     logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, "float32")[0]]
     return [response_means(network, TRIAL, "float32"), *logp]
 
 
-def _agree(found: list[Tensor], expected: list[Tensor]) -> None:
-    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+def _check_close(values: list[Tensor], expected: list[Tensor]) -> None:
+    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, expected, strict=True))
     if not off <= CLOSE:
         raise ValueError(f"a trial is off by {off:.1e} of the largest number")
 
 
-def _say(network: PreTrainedModel, why: str) -> None:
-    said = f"{type(network).__name__} reads a prompt again for each of its responses {why}"
-    warnings.warn(said, WinnowWarning, stacklevel=3)
+def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
+    message = f"{type(network).__name__} reads a prompt again for each of its responses {why}"
+    warnings.warn(message, WinnowWarning, stacklevel=3)
 
 
 @torch.no_grad()
 def read_rows(measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int) -> np.ndarray:
-    """`measure` without gradients over any number of (prompt ids, response ids): fp32 [N, ...], in the order given."""
-    found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    asked = list(_by_prompt(rows).items())
-    groups = [PromptGroup(prompt, [rows[n][1] for n in which]) for prompt, which in asked]
+    """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order."""
+    # Responses by prompt, cut into parts that fit the budget alone: (group, indices of its rows).
+    rows_of_prompt: dict[tuple[int, ...], list[int]] = {}
+    for n, (prompt, _) in enumerate(rows):
+        rows_of_prompt.setdefault(tuple(prompt), []).append(n)
+    groups = [PromptGroup(prompt, [rows[n][1] for n in indices]) for prompt, indices in rows_of_prompt.items()]
     shared = shares(network, groups)
     parts = [
-        (PromptGroup(group.prompt, [group.responses[n] for n in part]), [which[n] for n in part])
-        for group, (_, which) in zip(groups, asked, strict=True)
-        for part in split(group, budget, shared)
+        (PromptGroup(group.prompt, [group.responses[m] for m in part]), [indices[m] for m in part])
+        for group, indices in zip(groups, rows_of_prompt.values(), strict=True)
+        for part in split_responses(group, budget, shared)
     ]
-    for batch in fill([group for group, _ in parts], budget, shared):
-        values = measure(network, [parts[n][0] for n in batch], dtype).cpu().numpy()
-        for place, value in zip([place for n in batch for place in parts[n][1]], values, strict=True):
-            found[place] = value
-    return np.array(found, dtype=np.float32)
 
-
-def _by_prompt(rows: Sequence[Row]) -> dict[tuple[int, ...], list[int]]:
-    """Where the responses to each prompt stand."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for n, (prompt, _) in enumerate(rows):
-        places.setdefault(tuple(prompt), []).append(n)
-    return places
-
-
-def logp_of(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
-    """`completion_logp` without the hits, for `read_rows`."""
-    return completion_logp(network, groups, dtype)[0]
+    # Batches of parts of similar length; their values go back to the rows' order.
+    values: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for batch in batch_by_tokens([group for group, _ in parts], budget, shared):
+        measured = measure(network, [parts[n][0] for n in batch], dtype).cpu().numpy()
+        for row, value in zip([row for n in batch for row in parts[n][1]], measured, strict=True):
+            values[row] = value
+    return np.array(values, dtype=np.float32)

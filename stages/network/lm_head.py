@@ -1,4 +1,4 @@
-"""Log-probs of given tokens from last hidden states: the head on the states asked for alone, a slice at a time."""
+"""Log-probs of target tokens from last hidden states: the head runs on those states alone, a slice at a time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ ELEMENTS = 1 << 21  # logits in memory at once: 8 MiB, which a processor's cache
 
 @dataclass(frozen=True)
 class LMHead:
-    """logits = cap(scale * (states weight^T + bias)), cap(x) = soft_cap tanh(x / soft_cap)."""
+    """Linear output layer: logits = cap(scale * (states weight^T + bias)), cap(x) = soft_cap tanh(x / soft_cap)."""
 
     weight: Tensor  # [V, hidden]
     bias: Tensor | None  # [V]
@@ -20,20 +20,20 @@ class LMHead:
     soft_cap: float | None
 
     def logits(self, states: Tensor) -> Tensor:
-        """[n, hidden] to fp32 [n, V]; the product is in the dtype of the states."""
-        weight, bias = (None if each is None else each.to(states.dtype) for each in (self.weight, self.bias))
-        logits = nn.functional.linear(states, weight, bias).float()  # type: ignore[arg-type]
+        """Return fp32 [n, V] of states [n, hidden]; the product is in the dtype of the states."""
+        bias = None if self.bias is None else self.bias.to(states.dtype)
+        logits = nn.functional.linear(states, self.weight.to(states.dtype), bias).float()
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """d logits / d (states weight^T + bias)."""
+        """Return d logits / d (states weight^T + bias)."""
         return self.scale if self.soft_cap is None else self.scale * (1 - (logits / self.soft_cap) ** 2)
 
 
 def lm_head_of(network: PreTrainedModel) -> LMHead:
-    """The network's output layer; raises ValueError where it is more than a linear one (with an adapter, say)."""
+    """Return the network's output layer; raises ValueError where it is more than a linear one (with a LoRA, say)."""
     layer, config = network.get_output_embeddings(), network.config.get_text_config()
     if type(layer) is not nn.Linear:
         raise ValueError(f"its head is a {type(layer).__name__} and not one linear layer")
@@ -42,10 +42,10 @@ def lm_head_of(network: PreTrainedModel) -> LMHead:
 
 
 def token_logp(states: Tensor, head: LMHead, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target | state), fp32 [n], and whether the target is the likeliest token, [n].
+    """Return log p(target | state), fp32 [n], and whether the target is the likeliest token, [n].
 
-    The softmax is in fp32; logits are made a slice at a time, and again in the backward pass instead of being
-    kept; the head's gradient adds up in fp32. Where targets repeat a state, so does the work.
+    The softmax is in fp32. Logits are computed a slice at a time, and again in the backward pass instead of being
+    stored. The head's gradient adds up in fp32: bfloat16 would round every slice.
     """
     return _TokenLogp.apply(states, head.weight, head.bias, head, targets)  # type: ignore[no-untyped-call,no-any-return]
 
@@ -56,16 +56,16 @@ class _TokenLogp(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, head: LMHead, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         logp, hits, lse = [], [], []
-        for part, wanted in zip(_slices(states, head), _slices(targets, head), strict=True):
-            logits = head.logits(part)
-            own = logits.gather(-1, wanted[:, None])[:, 0]
+        for state, target in zip(_slices(states, head), _slices(targets, head), strict=True):
+            logits = head.logits(state)
+            target_logit = logits.gather(-1, target[:, None])[:, 0]
             lse.append(logits.logsumexp(-1))
-            logp.append(own - lse[-1])
-            hits.append(own == logits.amax(-1))
+            logp.append(target_logit - lse[-1])
+            hits.append(target_logit == logits.amax(-1))
         ctx.save_for_backward(states, weight, bias, targets, torch.cat(lse))
         ctx.head = head
-        ctx.mark_non_differentiable(found := torch.cat(hits))
-        return torch.cat(logp), found
+        ctx.mark_non_differentiable(is_likeliest := torch.cat(hits))
+        return torch.cat(logp), is_likeliest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,25 +73,26 @@ class _TokenLogp(torch.autograd.Function):
         head: LMHead = ctx.head
         d_states = torch.empty_like(states)
         d_weight, d_bias = (  # none for a head that is frozen
-            torch.zeros_like(each, dtype=torch.float32) if needed else None
-            for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+            torch.zeros_like(tensor, dtype=torch.float32) if needed else None
+            for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
         low = weight.to(states.dtype)
-        parts = [_slices(each, head) for each in (states, targets, lse, grads[0], d_states)]
-        for part, wanted, total, grad, into in zip(*parts, strict=True):
-            logits = head.logits(part)
+        slices = [_slices(tensor, head) for tensor in (states, targets, lse, grads[0], d_states)]
+        for state, target, total, grad, d_state in zip(*slices, strict=True):
+            # d log softmax(logits)[target] / d logits = onehot(target) - softmax(logits)
+            logits = head.logits(state)
             slope = head.slope(logits)
             d_logits = logits.sub_(total[:, None]).exp_().mul_(-grad[:, None])
-            d_logits[torch.arange(len(part), device=part.device), wanted] += grad
+            d_logits[torch.arange(len(state), device=state.device), target] += grad
             d_logits *= slope
-            torch.mm(d_logits.to(low.dtype), low, out=into)
+            torch.mm(d_logits.to(low.dtype), low, out=d_state)
             if d_weight is not None:
-                d_weight.addmm_(d_logits.T, part.float())
+                d_weight.addmm_(d_logits.T, state.float())
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         return d_states, d_weight, d_bias, None, None
 
 
 def _slices(rows: Tensor, head: LMHead) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = rows.split(max(1, ELEMENTS // len(head.weight)))
-    return parts
+    slices: tuple[Tensor, ...] = rows.split(max(1, ELEMENTS // len(head.weight)))
+    return slices

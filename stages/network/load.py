@@ -1,11 +1,10 @@
-"""One network in memory: load it, save it."""
+"""Networks in memory: load one from a model's folder, save it to another."""
 
 import json
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -22,26 +21,31 @@ from transformers.utils.logging import disable_progress_bar
 from schemas import Model, WinnowError
 from stages.network.forward import share_prefixes
 
+Adapt = Callable[[PreTrainedModel], None]
 disable_progress_bar()  # of loading weights: a step has its own
 THREADS = torch.get_num_threads()
 CLASSIFIER = "ForSequenceClassification"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
-def load_network(
-    model: Model, *, train: bool = False, adapt: Callable[[PreTrainedModel], None] | None = None
-) -> PreTrainedModel:
-    """fp32 weights, dropout off either way (a policy that drops out does not equal its own reference).
+def load_network(model: Model, *, train: bool = False, adapt: Adapt | None = None) -> PreTrainedModel:
+    """Return the network with fp32 weights and dropout off (a policy that drops out does not equal its own reference).
 
-    adapt: what is done to the network before it is tried whether it can share prompts, such as `add_adapter`.
+    adapt: a change to the network before it is tried whether it can share prompts, such as `add_adapter`.
 
     Scoring runs on one thread of a CPU, so that a number does not depend on how many workers share the
     machine: parallelism is workers. Training takes all threads. Raises WinnowError for a classifier that
     is no reward model.
     """
     torch.set_num_threads(THREADS if train else 1)
-    auto = _kind(model)
-    network = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True, **_attention(model))
+    config = json.loads((model.folder / "config.json").read_text())
+    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    if is_reward_model(model):
+        auto = AutoModelForSequenceClassification
+    # transformers' fused attention ignores soft caps without a warning; its plain one does not.
+    capped = (config.get("text_config") or config).get("attn_logit_softcapping")
+    options = {"attn_implementation": "eager"} if capped else {}
+    network: PreTrainedModel = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True, **options)
     if is_reward_model(network):
         check_head(network)
     if adapt:
@@ -51,22 +55,8 @@ def load_network(
     return network
 
 
-def _kind(model: Model) -> Any:
-    if is_reward_model(model):
-        return AutoModelForSequenceClassification
-    config = json.loads((model.folder / "config.json").read_text())
-    return AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
-
-
-def _attention(model: Model) -> dict[str, str]:
-    """transformers' fused attention leaves soft caps out without a word; its plain one does not."""
-    config = json.loads((model.folder / "config.json").read_text())
-    capped = (config.get("text_config") or config).get("attn_logit_softcapping")
-    return {"attn_implementation": "eager"} if capped else {}
-
-
 def is_reward_model(model: Model | PreTrainedModel) -> bool:
-    """Does it end in a score and not in a vocabulary? Of a folder, by its config alone."""
+    """Return whether it ends in a score and not in a vocabulary; of a folder, by its config alone."""
     if isinstance(model, Model):
         names = json.loads((model.folder / "config.json").read_text()).get("architectures") or [""]
         return str(names[0]).endswith(CLASSIFIER)
@@ -74,7 +64,7 @@ def is_reward_model(model: Model | PreTrainedModel) -> bool:
 
 
 def check_head(network: PreTrainedModel) -> None:
-    """`completion_scores` reads one score off the last token: refuse encoders and classifiers of several classes."""
+    """Raise WinnowError for encoders and classifiers of several classes: one score is read off the last token."""
     if not hasattr(network, "score") or network.config.num_labels != 1:
         raise WinnowError(
             f"{type(network).__name__} with {network.config.num_labels} labels is no reward model: "
@@ -83,9 +73,9 @@ def check_head(network: PreTrainedModel) -> None:
 
 
 def checkpoint_layers(network: PreTrainedModel) -> None:
-    """From now on each layer keeps its inputs alone, and runs again in the backward pass: the same gradients.
+    """Let each layer store its inputs alone from now on, and run again in the backward pass: the same gradients.
 
-    transformers' own switch asks for training mode, which would turn dropout on.
+    transformers' own switch requires training mode, which would turn dropout on.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
@@ -97,9 +87,9 @@ def checkpoint_layers(network: PreTrainedModel) -> None:
 
 
 def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
-    """A plain Hugging Face folder: safetensors in the initial weights' dtype, and init's tokenizer.
+    """Write a plain Hugging Face folder: safetensors in the dtype of the initial weights, and init's tokenizer.
 
-    A LoRA is merged into its weights, and stands in the folder's `adapter/` besides, as peft reads it.
+    A LoRA is merged into its weights, and stored in the folder's `adapter/` as well, as peft reads it.
     """
     scratch = folder.with_name(".model")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -107,9 +97,9 @@ def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
         from stages.network.lora import unload_adapter
 
         unload_adapter(network, scratch / "adapter", init.digest)
-    stored = json.loads((init.folder / "config.json").read_text())
-    dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
-    network.generation_config = GenerationConfig()  # init's own is copied below; saving would judge its sampling
+    config = json.loads((init.folder / "config.json").read_text())
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    network.generation_config = GenerationConfig()  # init's is copied below; saving it would validate its sampling
     network.to(dtype).save_pretrained(scratch)
     (scratch / "generation_config.json").unlink(missing_ok=True)
     for file in init.folder.iterdir():

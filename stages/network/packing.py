@@ -1,7 +1,8 @@
-"""Prompts and responses as tokens of one forward pass: each prompt once, or, padded, a row a response."""
+"""Prompts and responses as tokens of one forward pass: each prompt once, or, padded, one row per response."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -14,10 +15,11 @@ from stages.network.prefix_attention import Layout, Tiles
 
 Ids = Sequence[int]
 Index = NDArray[np.int64]
+ToDevice = Callable[[Any], Tensor]
 
 
 class PromptResponses(Protocol):
-    """A prompt and some responses to it, in token ids, none empty."""
+    """Prompt and some responses to it, in token ids, none empty."""
 
     @property
     def prompt(self) -> Ids: ...
@@ -26,6 +28,8 @@ class PromptResponses(Protocol):
 
 
 class PromptGroup(NamedTuple):
+    """Plainest `PromptResponses`."""
+
     prompt: Ids
     responses: Sequence[Ids]
 
@@ -34,74 +38,85 @@ class PromptGroup(NamedTuple):
 class PackedTokens:
     """N responses to their prompts, S of them different, M tokens long together, as a network reads them.
 
-    A place is an index into the hidden states, their first two dimensions flattened.
+    A position is an index into the hidden states, their first two dimensions flattened.
     """
 
     ids: Tensor  # [1, T], or [S, T] if padded
-    positions: Tensor | None  # [1, T] each response's go on from its prompt's
+    position_ids: Tensor | None  # [1, T] each response's continue its prompt's; None if padded
     layout: Layout | None  # None if padded
-    predictors: Tensor  # [M] the place that predicts each token of each response: the one before it
+    predictors: Tensor  # [M] position that predicts each token of each response: the one before it
     targets: Tensor  # [M]
     lengths: Tensor  # [S] tokens of each response
-    places: Tensor  # [M] of the response tokens themselves; [M - S] if each last one was left out
+    positions: Tensor  # [M] of the response tokens themselves; [M - S] if each last one was not packed
     rows: Tensor  # [N] which of the S each is
 
 
 def pack(groups: Sequence[PromptResponses], device: torch.device | str = "cpu", *, last: bool = False) -> PackedTokens:
-    """All prompts, short ones first, then all responses in the same order: nothing twice, nothing filled up.
+    """Pack all prompts, short ones first, then all responses in the same order: nothing twice, nothing padded.
 
-    last: with each response's last token, from which no log-prob is read, but a reward model's score is.
+    last: include each response's last token, from which no log-prob is read, but a reward model's score is.
     """
+    to_device = partial(_to_device, device=device)
     order = sorted(range(len(groups)), key=lambda n: len(groups[n].prompt))
     unique = [list(dict.fromkeys(map(tuple, groups[n].responses))) for n in order]
-    prompt, said = _lengths([groups[n].prompt for n in order]), _lengths([each for of in unique for each in of])
-    kept = said if last else said - 1
-    owner = np.repeat(np.arange(len(groups)), _lengths(unique))
-    at, own = _starts(prompt), prompt.sum() + _starts(kept)
-    predictors = _ranges(own - 1, said)
-    predictors[_starts(said)] = (at + prompt - 1)[owner]
+    flat = [response for responses in unique for response in responses]
+    prompt_lengths, lengths = _lengths([groups[n].prompt for n in order]), _lengths(flat)
+    packed_lengths = lengths if last else lengths - 1
+    owner = np.repeat(np.arange(len(groups)), _lengths(unique))  # [S] which prompt each response answers
+    prompt_starts = _starts(prompt_lengths)
+    response_starts = prompt_lengths.sum() + _starts(packed_lengths)
+
+    # A response's first token is predicted by the last of its prompt, each other one by the token before it.
+    predictors = _ranges(response_starts - 1, lengths)
+    predictors[_starts(lengths)] = (prompt_starts + prompt_lengths - 1)[owner]
+
+    # Which different response each of the given ones is.
+    first = dict(zip(order, accumulate(map(len, unique), initial=0), strict=False))
+    row_of = {
+        n: {response: first[n] + m for m, response in enumerate(responses)}
+        for n, responses in zip(order, unique, strict=True)
+    }
+
+    from_start = _ranges(0 * prompt_starts, prompt_lengths)
+    from_prompt = _ranges(prompt_lengths[owner], packed_lengths)
     ids = [token for n in order for token in groups[n].prompt]
-    ids += [token for of in unique for each in of for token in (each if last else each[:-1])]
-    put = _Put(device)
+    ids += [token for response in flat for token in (response if last else response[:-1])]
     return PackedTokens(
-        ids=put(ids)[None],
-        positions=put(np.r_[_ranges(0 * at, prompt), _ranges(prompt[owner], kept)])[None],
-        layout=_layout(prompt, owner, kept, put),
-        predictors=put(predictors),
-        targets=put([token for of in unique for each in of for token in each]),
-        lengths=put(said),
-        places=put(_ranges(own, kept)),
-        rows=put(_rows(groups, order, unique)),
+        ids=to_device(ids)[None],
+        position_ids=to_device(np.r_[from_start, from_prompt])[None],
+        layout=_layout(prompt_lengths, owner, packed_lengths, to_device),
+        predictors=to_device(predictors),
+        targets=to_device([token for response in flat for token in response]),
+        lengths=to_device(lengths),
+        positions=to_device(_ranges(response_starts, packed_lengths)),
+        rows=to_device([row_of[n][tuple(response)] for n, group in enumerate(groups) for response in group.responses]),
     )
 
 
 def pad(groups: Sequence[PromptResponses], device: torch.device | str = "cpu") -> PackedTokens:
-    """A row for every response, filled up on the right, where causal attention never sees it."""
+    """Return one row per response, padded on the right, where causal attention never sees it."""
+    to_device = partial(_to_device, device=device)
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
-    said = _lengths([response for group in groups for response in group.responses])
-    total = _lengths(rows)
-    ids = np.zeros((len(rows), total.max()), dtype=np.int64)
+    lengths = _lengths([response for group in groups for response in group.responses])
+    row_lengths = _lengths(rows)
+    ids = np.zeros((len(rows), row_lengths.max()), dtype=np.int64)
     for row, values in zip(ids, rows, strict=True):
         row[: len(values)] = values
-    places = _ranges(np.arange(len(rows)) * ids.shape[1] + total - said, said)
-    put = _Put(device)
+    positions = _ranges(np.arange(len(rows)) * ids.shape[1] + row_lengths - lengths, lengths)
     return PackedTokens(
-        ids=put(ids),
-        positions=None,
+        ids=to_device(ids),
+        position_ids=None,
         layout=None,
-        predictors=put(places - 1),
-        targets=put(ids.flatten()[places]),
-        lengths=put(said),
-        places=put(places),
-        rows=put(np.arange(len(rows))),
+        predictors=to_device(positions - 1),
+        targets=to_device(ids.flatten()[positions]),
+        lengths=to_device(lengths),
+        positions=to_device(positions),
+        rows=to_device(np.arange(len(rows))),
     )
 
 
-class _Put(NamedTuple):
-    device: torch.device | str
-
-    def __call__(self, values: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
+def _to_device(values: Any, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
 
 def _lengths(parts: Sequence[Sequence[Any]]) -> Index:
@@ -113,52 +128,50 @@ def _starts(lengths: Index) -> Index:
 
 
 def _ranges(starts: Index, lengths: Index) -> Index:
-    """start, start + 1, ... of each length, one after the other."""
+    """Return start, start + 1, ... of each length, one after the other."""
     return np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())
 
 
-def _rows(groups: Sequence[PromptResponses], order: list[int], unique: list[list[tuple[int, ...]]]) -> list[int]:
-    """The place of each response as given among the different ones as packed."""
-    before = dict(zip(order, accumulate(map(len, unique), initial=0), strict=False))
-    known = {n: {each: before[n] + m for m, each in enumerate(of)} for n, of in zip(order, unique, strict=True)}
-    return [known[n][tuple(response)] for n, group in enumerate(groups) for response in group.responses]
-
-
-def _layout(prompt: Index, owner: Index, kept: Index, put: _Put) -> Layout:
-    """Prompts of one length go together, so that none is filled up: a filled key would need a mask."""
-    read = np.bincount(owner, kept, len(prompt)).astype(np.int64)
-    tiles: dict[str, list[Any]] = {"prompts": [], "readers": []}
-    for length in np.unique(prompt):
-        alike = prompt == length
-        tiles["prompts"].append(_tiles(_starts(prompt)[alike], prompt[alike], put))
-        tiles["readers"].append(_tiles(prompt.sum() + _starts(read)[alike], read[alike], put))
-    full = kept > 0
-    count = np.arange(len(prompt))
-    segments = np.r_[np.repeat(count, prompt), np.repeat(len(prompt) + np.arange(len(kept)), kept)]
-    asked = np.r_[np.repeat(count, prompt), np.repeat(owner, kept)]
+def _layout(prompt_lengths: Index, owner: Index, packed_lengths: Index, to_device: ToDevice) -> Layout:
+    """Prompts of one length go together, so that none is padded: a padded key would need a mask."""
+    prompts, first_response = np.arange(len(prompt_lengths)), prompt_lengths.sum()
+    tokens_of_prompt = np.bincount(owner, packed_lengths, len(prompt_lengths)).astype(np.int64)  # of all its responses
+    prompt_tiles: list[Any] = []
+    response_tiles: list[Tiles | None] = []
+    for length in np.unique(prompt_lengths):
+        alike = prompt_lengths == length
+        prompt_tiles.append(_tiles(_starts(prompt_lengths)[alike], prompt_lengths[alike], to_device))
+        starts = first_response + _starts(tokens_of_prompt)[alike]
+        response_tiles.append(_tiles(starts, tokens_of_prompt[alike], to_device))
+    # A response of one token is not packed at all if its last token is not.
+    packed = packed_lengths > 0
+    of_prompts = np.repeat(prompts, prompt_lengths)
+    of_responses = np.repeat(len(prompts) + np.arange(len(packed_lengths)), packed_lengths)
     return Layout(
-        **tiles,
-        segments=put(segments),
-        asked=put(asked),
-        responses=_tiles(prompt.sum() + _starts(kept)[full], kept[full], put),
+        prompts=prompt_tiles,
+        response_tokens=response_tiles,
+        responses=_tiles(first_response + _starts(packed_lengths)[packed], packed_lengths[packed], to_device),
+        segments=to_device(np.r_[of_prompts, of_responses]),
+        prompt_segments=to_device(np.r_[of_prompts, np.repeat(owner, packed_lengths)]),
     )
 
 
-def _tiles(starts: Index, lengths: Index, put: _Put) -> Tiles | None:
-    """Segments one after the other, a row each; None if there is no token."""
+def _tiles(starts: Index, lengths: Index, to_device: ToDevice) -> Tiles | None:
+    """Return segments that follow each other, one per row; None if there is no token."""
     if not lengths.sum():
         return None
     shape = len(lengths), int(lengths.max())
     if shape[0] * shape[1] == lengths.sum():
         return Tiles(shape, slice(int(starts[0]), int(starts[0] + lengths.sum())))
     steps = np.arange(shape[1])
-    real = steps < lengths[:, None]
-    return Tiles(shape, put(np.where(real, starts[:, None] + steps, 0).flatten()), put(real.flatten()).bool())
+    valid = steps < lengths[:, None]
+    tokens = np.where(valid, starts[:, None] + steps, 0).flatten()
+    return Tiles(shape, to_device(tokens), to_device(valid.flatten()).bool())
 
 
 @dataclass
 class PassSize:
-    """What a forward pass costs in tokens: those packed, or, padded, rows times the longest."""
+    """Cost of a forward pass in tokens: those packed, or, padded, rows times the longest."""
 
     shared: bool
     tokens: int = 0
@@ -167,12 +180,14 @@ class PassSize:
 
     @classmethod
     def of(cls, groups: Sequence[PromptResponses], shared: bool) -> "PassSize":
-        load = cls(shared)
+        """Return the cost of these groups in one pass."""
+        total = cls(shared)
         for group in groups:
-            load = load.add(group)
-        return load
+            total = total.add(group)
+        return total
 
     def add(self, group: PromptResponses) -> "PassSize":
+        """Return the cost with one more group."""
         lengths = [len(response) for response in group.responses]
         return PassSize(
             self.shared,
@@ -183,33 +198,35 @@ class PassSize:
 
     @property
     def size(self) -> int:
+        """Return the cost in tokens."""
         return self.tokens if self.shared else self.rows * self.width
 
 
-def fill(groups: Sequence[PromptResponses], budget: int, shared: bool) -> Iterator[list[int]]:
-    """Indices of groups of similar length in batches of `budget` tokens, or of one group."""
-    alone = [PassSize.of([group], shared) for group in groups]
+def batch_by_tokens(groups: Sequence[PromptResponses], budget: int, shared: bool) -> Iterator[list[int]]:
+    """Yield indices of groups of similar length in batches of at most `budget` tokens, or of one group."""
+    widths = [PassSize.of([group], shared).width for group in groups]
     batch: list[int] = []
-    load = PassSize(shared)
-    for n in sorted(range(len(groups)), key=lambda n: (alone[n].width, n)):
-        if batch and load.add(groups[n]).size > budget:
+    total = PassSize(shared)
+    for n in sorted(range(len(groups)), key=lambda n: (widths[n], n)):
+        if batch and total.add(groups[n]).size > budget:
             yield batch
-            batch, load = [], PassSize(shared)
+            batch, total = [], PassSize(shared)
         batch.append(n)
-        load = load.add(groups[n])
+        total = total.add(groups[n])
     if batch:
         yield batch
 
 
-def split(group: PromptResponses, budget: int, shared: bool) -> list[list[int]]:
-    """Indices of a group's responses in parts that fit, or of one response, in their order."""
+def split_responses(group: PromptResponses, budget: int, shared: bool) -> list[list[int]]:
+    """Return indices of a group's responses, in order, in parts of at most `budget` tokens, or of one response."""
     parts: list[list[int]] = []
-    load = PassSize(shared)
+    total = PassSize(shared)
     for n, response in enumerate(group.responses):
-        one = PromptGroup(group.prompt[len(group.prompt) * (shared and load.rows > 0) :], [response])
-        if not parts or load.add(one).size > budget:
+        # Shared, the prompt is counted with the first response of a part alone.
+        prompt = group.prompt[:0] if shared and total.rows else group.prompt
+        if not parts or total.add(PromptGroup(prompt, [response])).size > budget:
             parts.append([])
-            load, one = PassSize(shared), PromptGroup(group.prompt, [response])
+            prompt, total = group.prompt, PassSize(shared)
         parts[-1].append(n)
-        load = load.add(one)
+        total = total.add(PromptGroup(prompt, [response]))
     return parts

@@ -1,4 +1,4 @@
-"""What `optimize` needs of the steps that it is wired to: a plan whose data never make it is refused."""
+"""Plan-time check of `optimize` against the steps behind its inputs: a plan whose data are never made is refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,83 +9,84 @@ from stages.training.objectives import nll
 LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
 
 
-def optimize_needs(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    """Plan-time check: everything that a loss is a function of is made, and nothing that it would ignore.
+def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return the reasons why the data will not have all that a loss is a function of, or more than it reads.
 
-    But for a cached reference, which losses without one leave unread: one table of examples may serve both kinds.
+    A cached reference may be more: losses without one leave it unread, so that one table of examples serves both kinds.
     """
-    objective, weight = options["objective"], options["nll_weight"]
-    tables = dict.fromkeys(("examples", "heldout"), (objective, weight))
-    tables |= dict.fromkeys(("demonstrations", "heldout_demonstrations"), (LIKELIHOOD, 0.0))
-    problems = [
-        f"{name}: {problem}"
-        for name, (loss, nll_weight) in tables.items()
-        if name in wired and wired[name].stage == "examples"
-        for problem in _lacks(wired[name], loss, nll_weight)
-    ]
-    if options["nll_per"] == "response" and not (weight or objective.metadata["per"] == "likelihood" or options["mix"]):
-        problems.append("nll_per: response, and there is no likelihood to average; set nll_weight, or unset it")
-    if not options["lora_r"]:
-        given = [name for name in ("lora_alpha", "lora_target_modules") if options[name]]
-        problems += [f"{name}: {options[name]}, and all weights are trained; set lora_r, or unset it" for name in given]
-    ranks, size = options["world_size"], options["batch_size"]
-    if ranks > size:
-        problems.append(
-            f"world_size: {ranks}, and a step has {size} of what is shared; set world_size to {size} at most"
-        )
-    return problems + _mix(options["mix"], wired) + _reference(options, wired)
-
-
-def _lacks(examples: InputStep, objective: Bound, nll_weight: float) -> list[str]:
-    reads, per, name = objective.metadata["reads"], objective.metadata["per"], objective.name
-    made, inputs = examples.options, examples.inputs
-    imitates = made.get("imitate", "nothing")
-    likelihood = bool(nll_weight) or per == "likelihood"
-    labelled = made.get("desirable", "nothing") != "nothing"
-    read = imitates == "chosen" or made.get("desirable") == "pairs"
-    checks = {
-        f"objective {name} reads a reference; wire `reference` in it": ("ref" in reads, "reference" not in inputs),
-        f"objective {name} reads pairs; wire `pairs` in it": (per == "pairs", "pairs" not in inputs),
-        f"objective {name} reads no pairs; unwire `pairs` in it": (per != "pairs", "pairs" in inputs and not read),
-        "nll reads responses with a weight; set its `imitate`": (likelihood, imitates == "nothing"),
-        f"objective {name} reads no weights; unset its `imitate`": (not likelihood, imitates != "nothing"),
-        f"objective {name} reads unpaired labels; set its `desirable`": ("desirable" in reads, not labelled),
-        f"objective {name} reads no unpaired labels; unset its `desirable`": ("desirable" not in reads, labelled),
-        f"objective {name} reads mismatched rows; wire `mismatched` in it": ("kl" in reads, "mismatched" not in inputs),
-        f"objective {name} reads no mismatched rows; unwire them in it": ("kl" not in reads, "mismatched" in inputs),
-        f"objective {name} takes every label as certain; set its `labels: hard`": (
-            "label" not in reads,
-            made.get("labels", "hard") == "soft",
-        ),
-        f"objective {name} is the likelihood itself; set nll_weight to 0": (per == "likelihood", bool(nll_weight)),
-    }
-    return [problem for problem, both in checks.items() if all(both)]
-
-
-def _mix(mix: Bound | None, wired: Mapping[str, InputStep]) -> list[str]:
+    objective, nll_weight, mix = options["objective"], options["nll_weight"], options["mix"]
     problems = []
-    if (mix is None) != ("demonstrations" not in wired):
+    terms = dict.fromkeys(("examples", "heldout"), (objective, nll_weight))
+    terms |= dict.fromkeys(("demonstrations", "heldout_demonstrations"), (LIKELIHOOD, 0.0))
+    for name, (loss, weight) in terms.items():
+        if name in inputs and inputs[name].stage == "examples":
+            problems += [f"{name}: {problem}" for problem in _examples_problems(inputs[name], loss, weight)]
+
+    # Options that nothing reads.
+    if options["nll_per"] == "response" and not (nll_weight or objective.metadata["per"] == "likelihood" or mix):
+        problems.append("nll_per: response, and there is no likelihood to average; set nll_weight, or unset it")
+    for name in ("lora_alpha", "lora_target_modules"):
+        if options[name] and not options["lora_r"]:
+            problems.append(f"{name}: {options[name]}, and all weights are trained; set lora_r, or unset it")
+    if options["world_size"] > options["batch_size"]:
+        problems.append(
+            f"world_size: {options['world_size']}, and a step has {options['batch_size']} pairs (or labels, or "
+            f"responses) to share; set world_size to {options['batch_size']} at most"
+        )
+
+    # Inputs of a mix.
+    if (mix is None) != ("demonstrations" not in inputs):
         problems.append("`mix` and the input `demonstrations` go together: set both or neither")
     for name in ("heldout_demonstrations", "preference_optimum", "imitation_optimum"):
-        if name in wired and (mix is None or (name.endswith("optimum") and not mix.metadata["watches"])):
-            problems.append(f"{name} is wired, and mix {mix and mix.name} does not read it; unwire it")
+        if name in inputs and (mix is None or (name.endswith("optimum") and not mix.metadata["uses_losses"])):
+            problems.append(f"mix {mix and mix.name} does not read {name}; remove it from `from` (`{name}: null`)")
+
+    # The cached log-probs are those of `init` in the training's own arithmetic, or `reference: other` is set.
+    reads_reference = "ref" in objective.metadata["reads"]
+    if options["reference"] == "other" and not reads_reference:
+        problems.append(f"reference: other, and objective {objective.name} reads none; leave it at init")
+    reference = inputs["examples"].inputs.get("reference") if "examples" in inputs else None
+    if reads_reference and reference is not None and reference.stage == "reference":
+        if options["reference"] == "init" and reference.inputs.get("policy") != inputs.get("init"):
+            problems.append(
+                "init: training starts from another step than the one whose log-probs are cached; give "
+                "`reference.policy` and `init` the same step, or set `reference: other` to keep an older policy as "
+                "reference"
+            )
+        if reference.options and reference.options["dtype"] != options["dtype"]:
+            problems.append(
+                f"dtype: {options['dtype']}, and the reference is scored in {reference.options['dtype']}; "
+                "set both to the same"
+            )
     return problems
 
 
-def _reference(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    """The cached log-probs are those of `init` in the training's own arithmetic, or it is said that they are not."""
-    reads = "ref" in options["objective"].metadata["reads"]
-    if options["reference"] == "other" and not reads:
-        return [f"reference: other, and objective {options['objective'].name} reads none; leave it at init"]
-    cached = wired["examples"].inputs.get("reference") if "examples" in wired else None
-    if not reads or cached is None or cached.stage != "reference":
-        return []
-    problems = []
-    if options["reference"] == "init" and cached.inputs.get("policy") != wired.get("init"):
-        problems.append(
-            "init: training starts from another step than the one whose log-probs are cached; wire `reference.policy` "
-            "and `init` to the same step, or set `reference: other` to keep an older policy as reference"
-        )
-    if cached.options and cached.options["dtype"] != options["dtype"]:
-        problems.append(f"dtype: {options['dtype']}, and the reference is scored in {cached.options['dtype']}")
+def _examples_problems(examples: InputStep, objective: Bound, nll_weight: float) -> list[str]:
+    fields, per, name = objective.metadata["reads"], objective.metadata["per"], objective.name
+    options, inputs = examples.options, examples.inputs
+    imitates = options.get("imitate", "nothing") != "nothing"
+    labelled = options.get("desirable", "nothing") != "nothing"
+    pairs_used = per == "pairs" or options.get("imitate") == "chosen" or options.get("desirable") == "pairs"
+    likelihood = bool(nll_weight) or per == "likelihood"
+    checks = [
+        ("ref" in fields and "reference" not in inputs, "reads a reference; add `reference` to its inputs"),
+        (per == "pairs" and "pairs" not in inputs, "reads pairs; add `pairs` to its inputs"),
+        ("pairs" in inputs and not pairs_used, "reads no pairs; remove `pairs` from its inputs"),
+        (imitates and not likelihood, "reads no weights; unset its `imitate`"),
+        ("desirable" in fields and not labelled, "reads unpaired labels; set its `desirable`"),
+        (labelled and "desirable" not in fields, "reads no unpaired labels; unset its `desirable`"),
+        ("kl" in fields and "mismatched" not in inputs, "reads mismatched rows; add `mismatched` to its inputs"),
+        (
+            "mismatched" in inputs and "kl" not in fields,
+            "reads no mismatched rows; remove `mismatched` from its inputs",
+        ),
+        (
+            "label" not in fields and options.get("labels") == "soft",
+            "takes every label as certain; set its `labels: hard`",
+        ),
+        (per == "likelihood" and bool(nll_weight), "is the likelihood itself; set nll_weight to 0"),
+    ]
+    problems = [f"objective {name} {problem}" for applies, problem in checks if applies]
+    if likelihood and not imitates:
+        problems.append("nll reads responses with a weight; set its `imitate`")
     return problems

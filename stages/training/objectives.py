@@ -1,10 +1,10 @@
-"""Every loss, side by side: pure functions of a batch of completions. To add one, add a function here.
+"""Losses, side by side: pure functions of a batch of completions. To add one, add a function here.
 
-An objective returns one number a pair (per="pairs") or a row (per="rows", per="likelihood"); weighting and
-dividing by the whole step's count is the loop's, so accumulation does not change the loss. Docstrings
-say whether there is a reference, and whether log-probs are summed or averaged. `reads` names the fields
-of the batch, beyond log-probs and pairs, that the loss is a function of. What is imitated
-(`nll`) is data: the rows with weight > 0.
+An objective returns one number per pair (per="pairs") or per row (per="rows", per="likelihood"); weighting and
+dividing by the whole step's count is the loop's, so accumulation does not change the loss. Docstrings say whether
+there is a reference, and whether log-probs are summed or averaged. `reads` names the fields of the batch, beyond
+log-probs and pairs, that the loss is a function of. `aliases` are the papers' names, for recipes. Which responses are
+imitated (`nll`) is data: the rows with weight > 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 
 @dataclass(frozen=True)
 class Batch:
-    """A flat batch of completions, and pairs of indices into it."""
+    """Flat batch of N completions, with P pairs of indices into it."""
 
     logp: Tensor  # [N] summed log-prob under the policy, with gradient; the score of a reward model
     length: Tensor  # [N] completion tokens
@@ -34,41 +34,41 @@ class Batch:
     ref: Tensor | None = None  # [N] the same log-prob under the reference
     label: Tensor | None = None  # [P] P(chosen is better), if that is not always 1
     desirable: Tensor | None = None  # [N] 1 or -1, 0 where the row has no label
-    kl: Tensor | None = None  # [] mean shift of the whole step's mismatched rows, without gradient
+    kl: Tensor | None = None  # [] mean shift over the whole step's mismatched rows, without gradient
 
     @property
     def shift(self) -> Tensor:
-        """log policy - log reference, [N]."""
-        return self.logp - _given(self.ref, "a reference")
+        """Return log policy - log reference, [N]."""
+        return self.logp - _required(self.ref, "a reference")
 
     @property
     def mean(self) -> Tensor:
-        """Log-prob a token, [N]."""
+        """Return the log-prob per token, [N]."""
         return self.logp / self.length
 
     def gap(self, scores: Tensor) -> Tensor:
-        """chosen - rejected, [P]."""
+        """Return chosen - rejected, [P]."""
         return scores[self.chosen] - scores[self.rejected]
 
 
-def _given(field: Tensor | None, what: str) -> Tensor:
+def _required(field: Tensor | None, what: str) -> Tensor:
     if field is None:
         raise ValueError(f"this objective reads {what}, and the batch has none")
     return field
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """-log(1 + exp(-x)), without overflow."""
+    """Return -log(1 + exp(-x)), without overflow."""
     return -(-x).logaddexp(x.new_zeros(()))
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, exact near 0 and far from it; x is kept at least 1e-6 from 0."""
+    """Return log(1 - exp(x)) for x <= 0, exact near 0 and far from it; x is kept at least 1e-6 from 0."""
     near = x.clamp(max=-1e-6)
     return (-near.expm1()).log().where(near > -0.7, (-near.exp()).log1p())
 
 
-@objective(reads=("ref", "label"), per="pairs")
+@objective(reads=("ref", "label"), per="pairs", aliases=("dpo",))
 def sigmoid_norm(b: Batch, *, beta: Positive = 0.1, smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0) -> Tensor:
     """DPO: -log s(beta h), h the gap of shifts. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start.
 
@@ -87,7 +87,7 @@ def hinge_norm(b: Batch, *, gamma: Positive = 0.05) -> Tensor:
     return (1 - gamma * b.gap(b.shift)).clamp(min=0)
 
 
-@objective(reads=(), per="pairs")
+@objective(reads=(), per="pairs", aliases=("slic",))
 def hinge(b: Batch, *, delta: Positive = 1.0) -> Tensor:
     """SLiC-HF: max(0, delta - log p(chosen) + log p(rejected)). No reference, summed. arXiv:2305.10425.
 
@@ -96,25 +96,25 @@ def hinge(b: Batch, *, delta: Positive = 1.0) -> Tensor:
     return (delta - b.gap(b.logp)).clamp(min=0)
 
 
-@objective(reads=("ref", "length"), per="pairs")
+@objective(reads=("ref", "length"), per="pairs", aliases=("ipo",))
 def squared(b: Batch, *, tau: Positive = 0.1, average: Literal["sequence", "token"] = "sequence") -> Tensor:
     """IPO: (h - 1 / (2 tau))^2. Reference; arXiv:2310.12036, eq. 17.
 
-    sequence: h is the gap of summed shifts, as the paper writes it. token: of each side's shift by its own
-    length, as TRL does and says that the authors did; the target is then nats a token, and tau about |y|
-    times as large for the same pull.
+    sequence: h is the gap of summed shifts, as the paper writes it. token: of each side's shift divided by its own
+    length, as TRL does and says that the authors did; the target is then in nats per token, and tau about |y|
+    times as large for the same strength.
     """
     shift = b.shift if average == "sequence" else b.shift / b.length
     return (b.gap(shift) - 1 / (2 * tau)) ** 2
 
 
-@objective(reads=("length",), per="pairs")
+@objective(reads=("length",), per="pairs", aliases=("rrhf",))
 def rank(b: Batch) -> Tensor:
     """RRHF: max(0, mean log p(rejected) - mean log p(chosen)). No reference, averaged. arXiv:2304.05302, eq. 3."""
     return (-b.gap(b.mean)).clamp(min=0)
 
 
-@objective(reads=("label",), per="pairs")
+@objective(reads=("label",), per="pairs", aliases=("bradley_terry",))
 def sigmoid(b: Batch, *, beta: Positive = 1.0) -> Tensor:
     """-log s(beta (score(chosen) - score(rejected))). No reference, summed.
 
@@ -125,7 +125,7 @@ def sigmoid(b: Batch, *, beta: Positive = 1.0) -> Tensor:
     return -label * log_sigmoid(x) - (1 - label) * log_sigmoid(-x)
 
 
-@objective(reads=("length",), per="pairs")
+@objective(reads=("length",), per="pairs", aliases=("simpo",))
 def sigmoid_mean(b: Batch, *, beta: Positive = 2.0, gamma: NotNegative = 1.0) -> Tensor:
     """SimPO: -log s(beta (mean log p(chosen) - mean log p(rejected)) - gamma). No reference, averaged.
 
@@ -134,7 +134,7 @@ def sigmoid_mean(b: Batch, *, beta: Positive = 2.0, gamma: NotNegative = 1.0) ->
     return -log_sigmoid(beta * b.gap(b.mean) - gamma)
 
 
-@objective(reads=("length",), per="pairs")
+@objective(reads=("length",), per="pairs", aliases=("orpo",))
 def odds_ratio(b: Batch, *, weight: Positive = 0.1) -> Tensor:
     """ORPO: -weight log s(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), p = exp(mean log p).
 
@@ -148,15 +148,15 @@ def kto(b: Batch, *, beta: Positive = 0.1, desirable: Positive = 1.0, undesirabl
     """KTO: lambda (1 - s(beta (shift - z))) if desirable, lambda (1 - s(beta (z - shift))) if not.
 
     z = max(0, mean shift of responses under other prompts), over the whole step, without gradient.
-    Reference, summed. arXiv:2402.01306, eq. 8. One number a row; rows without a label have 0.
+    Reference, summed. arXiv:2402.01306, eq. 8. One number per row; rows without a label have 0.
     """
-    sign = _given(b.desirable, "unpaired labels").to(b.logp.dtype)
-    z = _given(b.kl, "mismatched rows").clamp(min=0)
+    sign = _required(b.desirable, "unpaired labels").to(b.logp.dtype)
+    z = _required(b.kl, "mismatched rows").clamp(min=0)
     weight = desirable * sign.clamp(min=0) - undesirable * sign.clamp(max=0)
     return weight * (sign * beta * (z - b.shift)).sigmoid()
 
 
 @objective(reads=("weight",), per="likelihood")
 def nll(b: Batch) -> Tensor:
-    """Weighted negative log-likelihood; `nll_per` of `optimize` says a mean over what. No reference."""
+    """Weighted negative log-likelihood, -w log p; `nll_per` of `optimize` says what the mean is over. No reference."""
     return -b.weight * b.logp

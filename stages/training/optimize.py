@@ -1,4 +1,4 @@
-"""Room 7: the loop, once, with one network in memory. It knows no method's name."""
+"""Stage `optimize`: training, with one network in memory. It knows no method's name."""
 
 from functools import partial
 from typing import Annotated, Literal
@@ -9,17 +9,17 @@ import pyarrow.compute as pc
 from pipeline import EXECUTION, Bound, Range, StageContext, stage
 from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
-from stages.training.checks import LIKELIHOOD, optimize_needs
+from stages.training.checks import LIKELIHOOD, check_optimize
+from stages.training.config import SPEED, TermData, TrainConfig
 from stages.training.mixing import mix as mixes
 from stages.training.objectives import objective as objectives
 
 Positive = Annotated[int, Range(gt=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
-SPEED = "speed/"  # begins the names of what the machine did
 LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=4, unsharded=True, check=optimize_needs)
+@stage(version=4, unsharded=True, check=check_optimize)
 def optimize(
     init: Model,
     examples: Examples,
@@ -54,97 +54,94 @@ def optimize(
 ) -> tuple[Model, Policies, Metrics, Speeds]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
-    A step takes whole groups until they hold batch_size pairs (labels for unpaired losses, weighted
-    responses for nll). Sums are divided by the number of pairs (labels; tokens or responses that are imitated,
-    as nll_per says) of the whole step, so accumulation changes nothing and weights keep their scale. If the
-    objective reads a reference, step 0 must have the loss that policy = reference gives, or training refuses
-    to start: a stale cache would train another objective. `reference: other` says that the cached policy is
-    not `init`, as when rounds go on from each other and the reference stays the SFT policy. A rerun goes on
-    from the last checkpoint, bit for bit on the same machine.
+    A step takes whole groups until they hold batch_size pairs (labels for unpaired losses, weighted responses for nll).
+    Sums are divided by the number of pairs (labels; tokens or responses that are imitated, as nll_per says) of the
+    whole step, so accumulation changes nothing and weights keep their scale. If the objective reads a reference, step
+    0 must have the loss that policy = reference gives, or training refuses to start: a stale cache would train another
+    objective. `reference: other` declares that the cached policy is not `init`, as when rounds continue from each other
+    and the reference stays the SFT policy. A rerun goes on from the last checkpoint, bit for bit on the same machine.
 
-    `lora_r` is the rank of what is trained beside each frozen layer that `lora_target_modules`
-    names (none: every linear layer but the head), times `lora_alpha` / rank (none: 2); 0 trains all weights.
-    `gradient_checkpointing` runs each layer again
-    in the backward pass instead of keeping its activations: less memory for the time of one more forward pass.
+    `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
+    but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
+    layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
+    pass.
 
-    `ranks` processes hold one network together, a piece each (FSDP2 under Ray Train; a GPU each where there are any),
-    and share the groups of each step: the same losses to rounding, and a death costs what was done since the last
+    `world_size` processes hold one network together, a shard each (FSDP2 under Ray Train; a GPU each where there are
+    any), and share the groups of each step: the same losses to rounding, and after a death they go on from the last
     checkpoint.
 
-    With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of
-    what the demonstrations imitate. There are as many steps as `epochs` over `examples` take; each side goes
-    through its own batches as often as its turn comes. `preference_optimum` and `imitation_optimum` are the
-    metrics of runs of one side alone, for a mix that watches how far each still is from its own best; the mean
-    loss of their last tenth counts, and 0 without them.
+    With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of what the
+    demonstrations imitate. There are as many steps as `epochs` over `examples` take; each term goes through its own
+    batches as often as its turn comes. `preference_optimum` and `imitation_optimum` are the metrics of runs of one
+    term alone, for a mix that reads how far each still is from its own best; the mean loss of their last tenth counts,
+    and 0 without them.
     """
     from stages.training.trainer import train
 
-    adapt = None
-    if lora_r:
-        from stages.network.lora import add_adapter
-
-        adapt = partial(add_adapter, rank=lora_r, alpha=lora_alpha, targets=lora_target_modules, seed=seed)
-    job = partial(
-        train,
-        init,
-        [(examples, heldout, objective, nll_weight), (demonstrations, heldout_demonstrations, LIKELIHOOD, 0.0)],
-        ctx.keep,
+    data = [TermData(examples, heldout, objective, nll_weight)]
+    if demonstrations is not None:
+        data.append(TermData(demonstrations, heldout_demonstrations, LIKELIHOOD))
+    config = TrainConfig(
+        nll_per=nll_per,
+        mix=mix,
+        optima=(_final_loss(preference_optimum, "loss"), _final_loss(imitation_optimum, "imitation/loss")),
         reference=reference,
-        of_leg=dict(nll_per=nll_per, batch_size=batch_size, dtype=dtype, tokens_per_pass=tokens_per_pass),
-        of_run=dict(
-            adapt=adapt,
-            gradient_checkpointing=gradient_checkpointing,
-            mix=mix,
-            optima=[_reached(preference_optimum, "loss"), _reached(imitation_optimum, "imitation/loss")],
-            gated="ref" in objective.metadata["reads"] and reference == "init",
-            learning_rate=learning_rate,
-            lr_scheduler_type=lr_scheduler_type,
-            warmup_ratio=warmup_ratio,
-            epochs=epochs,
-            max_grad_norm=max_grad_norm,
-            weight_decay=weight_decay,
-        ),
-        seed=seed,
+        learning_rate=learning_rate,
+        lr_scheduler_type=lr_scheduler_type,
+        warmup_ratio=warmup_ratio,
+        batch_size=batch_size,
+        epochs=epochs,
+        max_grad_norm=max_grad_norm,
+        weight_decay=weight_decay,
+        dtype=dtype,
+        lora_r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_target_modules=lora_target_modules,
+        tokens_per_pass=tokens_per_pass,
+        gradient_checkpointing=gradient_checkpointing,
         checkpoint_every=checkpoint_every,
+        seed=seed,
     )
+    job = partial(train, init, data, config, ctx.keep)
     if world_size == 1:
         outcome = job(ctx.progress)
     else:
         from pipeline.execution.distributed import run_distributed
 
         outcome = run_distributed(job, world_size, ctx)
+
+    # The policy's row; metrics, which the same inputs give again; speeds, which they do not.
     ctx.count(tokens=outcome["tokens"])
     loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
-    row = {
+    policy = {
         "init": init.digest,
         "objective": f"{loss}, {mix}" if mix else loss,
         **{name: outcome[name] for name in ("parameters", "steps", "tokens")},
     }
-    policy = pa.Table.from_pylist([row], schema=POLICIES)
-    return Model(ctx.folder / "model", ""), policy, *_history(outcome["history"])
-
-
-def _reached(metrics: pa.Table | None, name: str) -> float:
-    """The mean of a loss over the last tenth of its steps; 0 where no run is wired."""
-    if metrics is None:
-        return 0.0
-    rows = metrics.filter(pc.equal(metrics["metric"], name)).sort_by("step").column("value").to_pylist()
-    if not rows:
-        raise WinnowError(
-            f"the run wired as an optimum has no metric {name!r}; give it `mix: {{name: joint, weight: ...}}`"
-        )
-    last = rows[-max(1, round(LAST * len(rows))) :]
-    return float(sum(last) / len(last))
-
-
-def _history(entries: list[dict[str, float]]) -> tuple[pa.Table, pa.Table]:
-    """Metrics, which the same inputs make again, and speeds, which they do not."""
     metrics, speeds = [], []
-    for entry in entries:
-        step = int(entry["step"])
+    for entry in outcome["history"]:
+        step = int(entry.pop("step"))
         for name, value in entry.items():
             if name.startswith(SPEED):
                 speeds.append({"step": step, "measure": name.removeprefix(SPEED), "value": float(value)})
-            elif name != "step":
+            else:
                 metrics.append({"step": step, "metric": name, "value": float(value)})
-    return pa.Table.from_pylist(metrics, schema=METRICS), pa.Table.from_pylist(speeds, schema=SPEEDS)
+    return (
+        Model(ctx.folder / "model", ""),
+        pa.Table.from_pylist([policy], schema=POLICIES),
+        pa.Table.from_pylist(metrics, schema=METRICS),
+        pa.Table.from_pylist(speeds, schema=SPEEDS),
+    )
+
+
+def _final_loss(metrics: pa.Table | None, name: str) -> float:
+    """Return the mean of a loss over the last tenth of a run's steps; 0 without a run."""
+    if metrics is None:
+        return 0.0
+    losses = metrics.filter(pc.equal(metrics["metric"], name)).sort_by("step").column("value").to_pylist()
+    if not losses:
+        raise WinnowError(
+            f"the run that is given as an optimum has no metric {name!r}; give it `mix: {{name: joint, weight: ...}}`"
+        )
+    last = losses[-max(1, round(LAST * len(losses))) :]
+    return float(sum(last) / len(last))

@@ -1,4 +1,4 @@
-"""Room 6: log-probs under a frozen policy, cached: the reference is a column, not a second network."""
+"""Stage `reference`: log-probs under a frozen policy, cached. The reference is a column, not a second network."""
 
 from contextlib import closing
 from typing import Literal
@@ -24,11 +24,11 @@ def reference(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Reference:
-    """Score every candidate (or the selected ones) with the trainer's own forward: fp32 sums and token counts.
+    """Score every candidate (or the selected ones) with the trainer's own forward pass: fp32 sums and token counts.
 
-    `mismatched` candidates are scored besides, whatever was selected. One row a response, whatever pairs it
-    will stand in: neither another loss nor another pairing scores it again. Responses of equal tokens go
-    through the network once.
+    `mismatched` candidates are scored as well, whatever was selected. One row per response, whatever pairs it will
+    be in: neither another loss nor another pairing scores it again. Responses of equal tokens go through the network
+    once.
     """
     from stages.network.forward import logp_of, read_rows
     from stages.network.load import load_network
@@ -40,15 +40,16 @@ def reference(
     tables = [candidates] if mismatched is None else [candidates, mismatched]
     rows = [row for table in tables for row in table.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()]
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
+
+    # Once per prompt and token ids, whatever number of candidates have them.
     network = ctx.hold(load_network, policy)
-    inputs = {(row["prompt_id"], tuple(row["token_ids"])): n for n, row in enumerate(rows)}
-    unique = list(inputs)
-    asked = [(prompt_ids[prompt], ids) for prompt, ids in unique]
-    with closing(TokenCounter(network)) as reads:
-        scores = read_rows(logp_of, network, asked, dtype, BUDGET)
-    ctx.count(tokens=reads.tokens)
+    unique = list(dict.fromkeys((row["prompt_id"], tuple(row["token_ids"])) for row in rows))
+    with closing(TokenCounter(network)) as counter:
+        inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]
+        scores = read_rows(logp_of, network, inputs, dtype, BUDGET)
+    ctx.count(tokens=counter.tokens)
     logp = dict(zip(unique, scores.tolist(), strict=True))
-    made = [
+    scored = [
         {
             "prompt_id": row["prompt_id"],
             "candidate_id": row["candidate_id"],
@@ -60,4 +61,4 @@ def reference(
         }
         for row in rows
     ]
-    return pa.Table.from_pylist(made, schema=REFERENCE)
+    return pa.Table.from_pylist(scored, schema=REFERENCE)

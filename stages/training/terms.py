@@ -1,4 +1,4 @@
-"""One objective on one table of examples: its batches, its share of a step's loss, its metrics."""
+"""Loss term: one objective on one table of examples, with its batches, its share of a step's loss, its metrics."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,21 +14,21 @@ from pipeline import Bound
 from schemas import WinnowError
 from stages.network.forward import Row, completion_logp, completion_scores, read_rows, shares
 from stages.network.load import is_reward_model
-from stages.network.packing import PassSize, PromptGroup, PromptResponses, fill, split
-from stages.training.data import Group
+from stages.network.packing import PassSize, PromptGroup, PromptResponses, batch_by_tokens, split_responses
+from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
 from stages.training.objectives import Batch, nll
 
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
-EVEN = 1e-4  # nats: below this, rounding decides which of a pair is ahead
-IDLE = PromptGroup([0], [[0]])  # what a rank reads while others have one pass more
+TIE = 1e-4  # nats: below this, rounding decides which of a pair is ahead
+ONE_TOKEN = PromptGroup([0], [[0]])  # what a rank reads while others have one pass more
 
 
 @dataclass
 class ObjectiveTerm:
-    """`loss` is what the optimizer sees; everything else says on which rows, and what became of them."""
+    """`objective` + `nll_weight` * nll on `groups`. The objective is a formula; everything else is here."""
 
-    groups: list[Group]
+    groups: list[TrainingGroup]
     objective: Bound
     nll_weight: float
     nll_per: Literal["token", "response"]
@@ -36,293 +36,299 @@ class ObjectiveTerm:
     dtype: str
     tokens_per_pass: int
     seed: int
-    number: int  # which leg of the run: legs draw their batches apart
-    ranks: Distributed = field(default_factory=Distributed)
-    largest: int = 0  # tokens of the largest pass that has gone through, backward too
-    _drawn: list[list[Group]] = field(default_factory=list)
+    index: int  # of the term in its run: terms draw their batches from different streams
+    dist: Distributed = field(default_factory=Distributed)
+    largest_pass: int = 0  # tokens of the largest pass that has gone through, backward too
+    _batches: list[list[TrainingGroup]] = field(default_factory=list)
     _epochs: int = 0
 
     def steps(self, epochs: int) -> int:
-        """Batches in so many passes over the groups."""
+        """Return the number of batches in so many passes over the groups."""
         while self._epochs < epochs:
             self._draw_epoch()
-        return len(self._drawn)
+        return len(self._batches)
 
-    def batch(self, n: int) -> list[Group]:
-        """The n-th batch, from the seed alone: a resumed run draws the same. There is always another epoch."""
-        while len(self._drawn) <= n:
+    def batch(self, n: int) -> list[TrainingGroup]:
+        """Return the n-th batch, from the seed alone: a resumed run draws the same. There is always another epoch."""
+        while len(self._batches) <= n:
             self._draw_epoch()
-        return self._drawn[n]
+        return self._batches[n]
 
     def _draw_epoch(self) -> None:
-        order = np.random.default_rng([self.seed, self._epochs, self.number]).permutation(len(self.groups))
-        self._drawn += self._filled([self.groups[n] for n in order])
+        """Shuffle, and cut into batches of whole groups that hold batch_size of what the objective counts."""
+        per = self.objective.metadata["per"]
+        order = np.random.default_rng([self.seed, self._epochs, self.index]).permutation(len(self.groups))
+        groups = [self.groups[n] for n in order]
+        sizes = [
+            len(group.pairs) if per == "pairs" else group.labelled if per == "rows" else len(group.imitated)
+            for group in groups
+        ]
+        batch: list[TrainingGroup] = []
+        size, remaining = 0, sum(sizes)
+        for group, amount in zip(groups, sizes, strict=True):
+            batch.append(group)
+            size, remaining = size + amount, remaining - amount
+            if size >= self.batch_size and remaining:
+                self._batches.append(batch)
+                batch, size = [], 0
+        self._batches.append(batch)  # with the groups at the end that do not count, such as those only imitated
         self._epochs += 1
 
-    def _filled(self, groups: list[Group]) -> Iterator[list[Group]]:
-        """Whole groups until they hold batch_size of what the objective counts: pairs, labels or weighted responses."""
-        batch: list[Group] = []
-        size, left = 0, sum(map(self._size, groups))
-        for group in groups:
-            batch.append(group)
-            size, left = size + self._size(group), left - self._size(group)
-            if size >= self.batch_size and left:
-                yield batch
-                batch, size = [], 0
-        yield batch  # with the groups at the end that do not count, such as those that are only imitated
+    # Loss of a step
 
-    def _size(self, group: Group) -> int:
-        sizes = {
-            "pairs": len(group.pairs),
-            "rows": group.labelled,
-            "likelihood": len(group.imitated),
-        }
-        return sizes[self.objective.metadata["per"]]
+    def losses(self, network: PreTrainedModel, batch: list[TrainingGroup], metrics: "StepMetrics") -> Iterator[Tensor]:
+        """Yield the step's loss in shares, one forward pass of this rank each; their sum over ranks is the loss.
 
-    def losses(self, network: PreTrainedModel, batch: list[Group], panel: "StepMetrics") -> Iterator[Tensor]:
-        """The step's loss in shares, one forward pass each, of this rank; `panel` collects the metrics of all."""
+        `metrics` collects the metrics of all ranks.
+        """
         kl = self._kl(network, batch) if "kl" in self.objective.metadata["reads"] else None
-        shared = shares(network, batch)
-        passes = self.micro(network, batch)
-        parts = {n: split(each[0], self.tokens_per_pass, shared) for n, each in enumerate(passes) if len(each) == 1}
-        large = [n for n, each in parts.items() if len(each) > 1]
-        for micro in self.ranks.deal([each for n, each in enumerate(passes) if n not in large]):
-            if micro is None:
-                yield self._idle(network)
+        passes, shared = self.passes(network, batch), shares(network, batch)
+        parts = {
+            n: split_responses(groups[0], self.tokens_per_pass, shared)
+            for n, groups in enumerate(passes)
+            if len(groups) == 1
+        }
+        too_large = [n for n, part in parts.items() if len(part) > 1]
+        for groups in self.dist.passes_of_this_rank([groups for n, groups in enumerate(passes) if n not in too_large]):
+            if groups is None:
+                yield self._read_one_token(network)
                 continue
-            logp, hits = self._read(network, micro)
-            yield self._loss(micro, logp, hits, kl, panel)
-            self.largest = max(self.largest, PassSize.of(micro, shared).size)
-        for n in large:  # apart, since ranks must read the network as often as each other: they share its parts
-            yield from self._parts(network, passes[n][0], parts[n], kl, panel)
-        panel.sums = self.ranks.total(panel.sums)
+            logp, hits = self._logp_and_hits(network, groups)
+            yield self._loss(groups, logp, hits, kl, metrics)
+            self.largest_pass = max(self.largest_pass, PassSize.of(groups, shared).size)
+        # Apart, since ranks must read the network equally often: they share the parts of one group.
+        for n in too_large:
+            yield from self._losses_of_large_group(network, passes[n][0], parts[n], kl, metrics)
+        metrics.sums = self.dist.all_reduce_sums(metrics.sums)
 
     def _loss(
         self,
-        groups: list[Group],
+        groups: list[TrainingGroup],
         logp: Tensor,
         hits: Tensor,
         kl: Tensor | None,
-        panel: "StepMetrics",
+        metrics: "StepMetrics",
         share: float = 1.0,
     ) -> Tensor:
-        own = self._batch(groups, logp, kl)
-        weight = own.logp.new_tensor([weight for group in groups for weight in group.pair_weight])
-        values = self.objective(own) * (weight if self.objective.metadata["per"] == "pairs" else 1.0)
-        total: Tensor = values.sum() / panel.counts[self.objective.metadata["per"]]
+        """Return the groups' summed loss over the count of the whole step, so that accumulation changes nothing."""
+        batch, per = self._objective_batch(groups, logp, kl), self.objective.metadata["per"]
+        losses = self.objective(batch)
+        if per == "pairs":
+            losses = losses * logp.new_tensor([weight for group in groups for weight in group.pair_weight])
+        total: Tensor = losses.sum() / metrics.counts[per]
         if self.nll_weight:
-            total = total + self.nll_weight * nll(own).sum() / panel.counts["likelihood"]
-        panel.add(own, hits, total, share)
+            total = total + self.nll_weight * nll(batch).sum() / metrics.counts["likelihood"]
+        metrics.add(batch, hits, total, share)
         return total
 
-    def _parts(
-        self, network: PreTrainedModel, group: Group, parts: list[list[int]], kl: Tensor | None, panel: "StepMetrics"
+    def _losses_of_large_group(
+        self,
+        network: PreTrainedModel,
+        group: TrainingGroup,
+        parts: list[list[int]],
+        kl: Tensor | None,
+        metrics: "StepMetrics",
     ) -> Iterator[Tensor]:
-        """A group in several passes: all log-probs first, then each part's with d loss / d log-prob as its weight."""
+        """Yield shares of the loss of a group that takes several passes.
+
+        Its loss is a function of all of its log-probs: those are read first, without gradient; then each part is read
+        again with gradient, its log-probs weighted by d loss / d log-prob.
+        """
         pieces = [PromptGroup(group.prompt, [group.responses[n] for n in part]) for part in parts]
-        logp, hits = self._read_parts(network, pieces)
+        sizes = [len(part) for part in parts]
+        with torch.no_grad():
+            values = torch.zeros(2, sum(sizes), device=network.device)
+            tasks = list(zip(pieces, values.split(sizes, dim=1), strict=True))
+            for task in self.dist.passes_of_this_rank(tasks):
+                if task is None:
+                    self._read_one_token(network)
+                    continue
+                piece, values_of_piece = task
+                values_of_piece[:] = torch.stack(self._logp_and_hits(network, [piece]))
+            logp, hits = self.dist.all_reduce(values)
         with torch.enable_grad():
-            loss = self._loss([group], logp.requires_grad_(), hits, kl, panel, 1 / self.ranks.of)
+            loss = self._loss([group], logp.requires_grad_(), hits, kl, metrics, 1 / self.dist.world_size)
             (slope,) = torch.autograd.grad(loss, logp)
         if not torch.is_grad_enabled():
             yield loss.detach()
             return
-        slopes = slope.split([len(part) for part in parts])
-        for each in self.ranks.deal(list(zip(pieces, slopes, strict=True))):
-            if each is None:
-                yield self._idle(network)
+        for task in self.dist.passes_of_this_rank(list(zip(pieces, slope.split(sizes), strict=True))):
+            if task is None:
+                yield self._read_one_token(network)
                 continue
-            piece, weight = each
-            share = (self._read(network, [piece])[0] * weight).sum()
-            yield share - share.detach() + loss.detach() / len(pieces)
+            piece, slope_of_piece = task
+            weighted = (self._logp_and_hits(network, [piece])[0] * slope_of_piece).sum()
+            yield weighted - weighted.detach() + loss.detach() / len(pieces)
 
-    @torch.no_grad()
-    def _read_parts(self, network: PreTrainedModel, pieces: list[PromptGroup]) -> tuple[Tensor, Tensor]:
-        """Log-probs and hits of all responses, each piece read by one of the ranks."""
-        sizes = [len(piece.responses) for piece in pieces]
-        found = torch.zeros(2, sum(sizes), device=network.device)
-        for each in self.ranks.deal(list(zip(pieces, found.split(sizes, dim=1), strict=True))):
-            if each is None:
-                self._idle(network)
-                continue
-            piece, place = each
-            place[:] = torch.stack(self._read(network, [piece]))
-        logp, hits = self.ranks.sum(found)
-        return logp, hits
+    def passes(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> list[list[TrainingGroup]]:
+        """Return micro-batches: whole groups of similar length, up to tokens_per_pass, and a pass for every rank.
 
-    def _idle(self, network: PreTrainedModel) -> Tensor:
-        """0, and a token read: all ranks must read the network as often as each other."""
-        return 0.0 * self._read(network, [IDLE])[0].sum()
-
-    def panel(self, batch: list[Group]) -> "StepMetrics":
-        return StepMetrics(batch, self.nll_per)
-
-    @torch.no_grad()
-    def evaluate(self, network: PreTrainedModel, batch: list[Group]) -> dict[str, float]:
-        """Metrics without a gradient; raises WinnowError where the loss is not finite."""
-        panel = self.panel(batch)
-        for _ in self.losses(network, batch, panel):
-            pass
-        entry = panel.entry()
-        if not np.isfinite(entry["loss"]):
-            raise WinnowError(f"a loss that is looked at is not finite; rows: {self.culprits(network, batch)}")
-        return entry
-
-    def micro(self, network: PreTrainedModel, batch: list[Group]) -> list[list[Group]]:
-        """Whole groups of similar length, up to tokens_per_pass, and a pass for every rank if they suffice.
-
-        Passes of similar size stand together, for ranks wait for each other.
+        Passes of similar size are neighbours, for ranks wait for each other.
         """
-        shared = shares(network, batch)
+        shared, ranks = shares(network, batch), self.dist.world_size
         ordered = sorted(batch, key=lambda group: (PassSize.of([group], shared).width, group.prompt_id))
-        dealt = [ordered[n :: self.ranks.of] for n in range(self.ranks.of)]
-        passes = [[own[n] for n in chosen] for own in dealt for chosen in fill(own, self.tokens_per_pass, shared)]
+        passes = [
+            [groups[n] for n in indices]
+            for groups in (ordered[rank::ranks] for rank in range(ranks))
+            for indices in batch_by_tokens(groups, self.tokens_per_pass, shared)
+        ]
         return sorted(passes, key=lambda groups: PassSize.of(groups, shared).size)
 
-    def _read(self, network: PreTrainedModel, groups: Sequence[PromptResponses]) -> tuple[Tensor, Tensor]:
-        """Log-prob (or score) of every response, and how many of its tokens are the likeliest."""
+    def _logp_and_hits(self, network: PreTrainedModel, groups: Sequence[PromptResponses]) -> tuple[Tensor, Tensor]:
+        """Return log-prob (or score) of every response, and how many of its tokens are the likeliest."""
         if is_reward_model(network):
-            scores = self.ranks.run(network, lambda: completion_scores(network, groups, self.dtype))
+            scores = self.dist.run(network, lambda: completion_scores(network, groups, self.dtype))
             return scores, torch.zeros_like(scores)
-        return self.ranks.run(network, lambda: completion_logp(network, groups, self.dtype))
+        return self.dist.run(network, lambda: completion_logp(network, groups, self.dtype))
+
+    def _read_one_token(self, network: PreTrainedModel) -> Tensor:
+        """Return 0 after reading one token: all ranks must read the network equally often."""
+        return 0.0 * self._logp_and_hits(network, [ONE_TOKEN])[0].sum()
 
     @torch.no_grad()
-    def _logp(self, network: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
-        """Log-prob (or score) of each response to its prompt, in passes that each one of the ranks reads."""
-        turn = count()
+    def _logp_by_ranks(self, network: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
+        """Return log-prob (or score) of each response to its prompt, in passes that the ranks share."""
+        turns = count()
 
-        def in_turn(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
-            if next(turn) % self.ranks.of == self.ranks.number:
-                return self._read(network, groups)[0]
+        def read_in_turn(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+            if next(turns) % self.dist.world_size == self.dist.rank:
+                return self._logp_and_hits(network, groups)[0]
             return torch.zeros(sum(len(group.responses) for group in groups))
 
-        found = read_rows(in_turn, network, rows, self.dtype, self.tokens_per_pass)
-        if 0 < next(turn) % self.ranks.of <= self.ranks.number:
-            self._idle(network)
-        return self.ranks.sum(torch.from_numpy(found).to(network.device))
+        logp = read_rows(read_in_turn, network, rows, self.dtype, self.tokens_per_pass)
+        if 0 < next(turns) % self.dist.world_size <= self.dist.rank:
+            self._read_one_token(network)
+        return self.dist.all_reduce(torch.from_numpy(logp).to(network.device))
 
-    def _batch(self, groups: list[Group], logp: Tensor, kl: Tensor | None) -> Batch:
-        """What the objective is a function of."""
-        vector = logp.new_tensor
-        chosen, rejected = _indices(groups, logp.device)
-        reads = self.objective.metadata["reads"]
+    @torch.no_grad()
+    def _kl(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> Tensor:
+        """Return the mean shift of the step's mismatched rows, before any gradient: micro-batches do not change it."""
+        rows = [(group.prompt, ids) for group in batch for ids, _ in group.mismatched]
+        if not rows:
+            return torch.zeros((), device=network.device)
+        logp = self._logp_by_ranks(network, rows)
+        return (logp - logp.new_tensor([ref for group in batch for _, ref in group.mismatched])).mean()
+
+    def _objective_batch(self, groups: list[TrainingGroup], logp: Tensor, kl: Tensor | None) -> Batch:
+        """Return what the objective is a function of: the groups' rows and pairs, flat."""
+        fields, vector = self.objective.metadata["reads"], logp.new_tensor
+        starts = np.cumsum([0, *(len(group.responses) for group in groups)])
+        pairs = [(start + w, start + r) for start, group in zip(starts, groups, strict=False) for w, r in group.pairs]
+        index = torch.tensor(np.array(pairs, dtype=np.int64).reshape(-1, 2), device=logp.device)
+        signs = [sign for group in groups for sign in group.desirable or [0] * len(group.responses)]
         return Batch(
             logp=logp,
             length=vector([len(ids) for group in groups for ids in group.responses]),
             weight=vector([weight for group in groups for weight in group.weight]),
-            chosen=chosen,
-            rejected=rejected,
-            ref=vector([ref for group in groups for ref in group.ref or []]) if "ref" in reads else None,
-            label=vector([label for group in groups for label in group.label]) if "label" in reads else None,
-            desirable=vector(_signs(groups)) if "desirable" in reads else None,
+            chosen=index[:, 0],
+            rejected=index[:, 1],
+            ref=vector([ref for group in groups for ref in group.ref or []]) if "ref" in fields else None,
+            label=vector([label for group in groups for label in group.label]) if "label" in fields else None,
+            desirable=vector(signs) if "desirable" in fields else None,
             kl=kl,
         )
 
-    @torch.no_grad()
-    def _kl(self, network: PreTrainedModel, batch: list[Group]) -> Tensor:
-        """Mean shift of the step's mismatched rows, before any gradient: micro-batches do not change it."""
-        groups = [group for group in batch if group.mismatched]
-        rows = [(group.prompt, ids) for group in groups for ids, _ in group.mismatched]
-        if not rows:
-            return torch.zeros((), device=network.device)
-        logp = self._logp(network, rows)
-        return (logp - logp.new_tensor([ref for group in groups for _, ref in group.mismatched])).mean()
+    # Without gradients
 
     @torch.no_grad()
-    def gate(self, network: PreTrainedModel) -> None:
-        """Refuse to start unless the cached reference gives, row by row, the loss of policy = reference."""
-        first = self.batch(0)
-        kl = self._kl(network, first)
-        rows = [(group.prompt, ids) for group in first for ids in group.responses]
-        own = self._batch(first, self._logp(network, rows), kl)
-        found = self.objective(own)
-        expected = self.objective(replace(own, ref=own.logp, kl=torch.zeros_like(kl)))
-        drift, scale = found - expected, max(1.0, float(expected.abs().mean()))
-        mean, each = (bound * scale for bound in TOLERANCE[self.dtype])
-        if not (abs(float(drift.mean())) <= mean and float(drift.abs().mean()) <= each):
+    def evaluate(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> dict[str, float]:
+        """Return the metrics of a batch; raises WinnowError where the loss is not finite."""
+        metrics = StepMetrics(batch, self.nll_per)
+        for _ in self.losses(network, batch, metrics):
+            pass
+        means = metrics.means()
+        if not np.isfinite(means["loss"]):
+            rows = self.rows_not_finite(network, batch)
+            raise WinnowError(f"a loss measured without training is not finite; rows (prompt/candidate): {rows}")
+        return means
+
+    @torch.no_grad()
+    def check_reference(self, network: PreTrainedModel) -> None:
+        """Raise WinnowError unless the cached reference gives, row by row, the loss of policy = reference.
+
+        A stale cache would train another objective without any sign of it.
+        """
+        batch = self.batch(0)
+        kl = self._kl(network, batch)
+        rows = [(group.prompt, ids) for group in batch for ids in group.responses]
+        cached = self._objective_batch(batch, self._logp_by_ranks(network, rows), kl)
+        loss = self.objective(cached)
+        expected = self.objective(replace(cached, ref=cached.logp, kl=torch.zeros_like(kl)))
+        drift, scale = loss - expected, max(1.0, float(expected.abs().mean()))
+        tolerance, tolerance_per_pair = (bound * scale for bound in TOLERANCE[self.dtype])
+        # A NaN compares false with any bound, so the test must be for agreement and not for its opposite.
+        if not (abs(float(drift.mean())) <= tolerance and float(drift.abs().mean()) <= tolerance_per_pair):
             raise WinnowError(
-                f"step 0: the loss with the cached reference is {found.mean():.6f} ({drift.abs().mean():.6f} off a "
+                f"step 0: the loss with the cached reference is {loss.mean():.6f} ({drift.abs().mean():.6f} off per "
                 f"pair), and policy = reference must give {expected.mean():.6f}: the cache is stale (other weights, "
                 "chat template, truncation or dtype); run `reference` again with the weights that training starts from"
             )
 
     @torch.no_grad()
-    def culprits(self, network: PreTrainedModel, batch: list[Group]) -> str:
-        """The rows (prompt/candidate) whose log-prob is not finite; if none is, those of the whole step. 8 at most."""
-        bad = [
-            f"{group.prompt_id}/{name}"
-            for group in batch
-            for name, value in zip(group.names, self._read(network, [group])[0].tolist(), strict=True)
-            if not np.isfinite(value)
-        ]
-        names = bad or [f"{group.prompt_id}/{name}" for group in batch for name in group.names]
+    def rows_not_finite(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> str:
+        """Return rows (prompt/candidate) whose log-prob is not finite, all of the batch if none is; 8 at most."""
+        names = [f"{group.prompt_id}/{name}" for group in batch for name in group.names]
+        logp = [value for group in batch for value in self._logp_and_hits(network, [group])[0].tolist()]
+        names = [name for name, value in zip(names, logp, strict=True) if not np.isfinite(value)] or names
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _indices(groups: list[Group], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pairs as indices into the flat batch."""
-    starts = np.cumsum([0, *(len(group.responses) for group in groups)])
-    pairs = [(start + w, start + r) for start, group in zip(starts, groups, strict=False) for w, r in group.pairs]
-    index = torch.tensor(np.array(pairs, dtype=np.int64).reshape(-1, 2), device=device)
-    return index[:, 0], index[:, 1]
-
-
-def _signs(groups: list[Group]) -> list[int]:
-    return [sign for group in groups for sign in group.desirable or [0] * len(group.responses)]
-
-
 class StepMetrics:
-    """The same metrics for every method, summed over a step's micro-batches.
+    """Metrics, the same for every method, summed over a step's micro-batches.
 
     `counts` are what losses divide by: numbers of pairs, labels, tokens or responses, whatever their weights. A
-    sum of weights would take out again what a prompt's weights say beside another's.
+    sum of weights would cancel what one prompt's weights say beside another's.
     """
 
-    def __init__(self, batch: list[Group], nll_per: str) -> None:
+    def __init__(self, batch: list[TrainingGroup], nll_per: str) -> None:
         imitated = [length for group in batch for length in group.imitated]
+        signs = [sign for group in batch for sign in group.desirable or []]
         self.pairs = sum(len(group.pairs) for group in batch)
         self.tokens = sum(imitated)
+        self.desirable, self.undesirable = signs.count(1), signs.count(-1)
         self.counts = {
             "pairs": max(1, self.pairs),
             "rows": max(1, sum(group.labelled for group in batch)),
             "likelihood": max(1, self.tokens if nll_per == "token" else len(imitated)),
         }
-        self.sums = dict.fromkeys(("loss", "hits", "nll", "chosen", "rejected", "right", "gap", "good", "bad"), 0.0)
-        self.good = sum(sign > 0 for group in batch for sign in group.desirable or [])
-        self.bad = sum(sign < 0 for group in batch for sign in group.desirable or [])
+        names = ("loss", "hits", "nll", "chosen", "rejected", "right", "gap", "desirable", "undesirable")
+        self.sums = dict.fromkeys(names, 0.0)
         self.kl: float | None = None
 
     @torch.no_grad()
     def add(self, batch: Batch, hits: Tensor, total: Tensor, share: float) -> None:
-        """share: of rows that several ranks count."""
+        """Add a micro-batch. share: 1, or one over the number of ranks that all add the same rows."""
         gap = batch.gap(batch.logp if batch.ref is None else batch.shift)
-        for name, value in (
-            ("loss", total),
-            ("hits", (hits * (batch.weight > 0)).sum()),
-            ("nll", nll(batch).sum()),
-            ("chosen", batch.logp[batch.chosen].sum()),
-            ("rejected", batch.logp[batch.rejected].sum()),
-            ("right", torch.where(gap.abs() < EVEN, 0.5, (gap > 0).float()).sum()),
-            ("gap", gap.sum()),
-        ):
-            self.sums[name] += share * float(value)
+        values = {
+            "loss": total,
+            "hits": (hits * (batch.weight > 0)).sum(),
+            "nll": nll(batch).sum(),
+            "chosen": batch.logp[batch.chosen].sum(),
+            "rejected": batch.logp[batch.rejected].sum(),
+            "right": torch.where(gap.abs() < TIE, 0.5, (gap > 0).float()).sum(),
+            "gap": gap.sum(),
+        }
         if batch.desirable is not None:
-            self.sums["good"] += share * float(batch.shift[batch.desirable > 0].sum())
-            self.sums["bad"] += share * float(batch.shift[batch.desirable < 0].sum())
+            values["desirable"] = batch.shift[batch.desirable > 0].sum()
+            values["undesirable"] = batch.shift[batch.desirable < 0].sum()
+        for name, value in values.items():
+            self.sums[name] += share * float(value)
         self.kl = None if batch.kl is None else float(batch.kl)
 
-    def entry(self) -> dict[str, float]:
-        """Means; those that the batch has no rows for are left out."""
-        entry = {"loss": self.sums["loss"]}
+    def means(self) -> dict[str, float]:
+        """Return means by metric; without those that the batch has no rows for."""
+        means = {"loss": self.sums["loss"]}
         if self.pairs:
-            entry["pairs"] = self.pairs
-            for name, of in (("logp/chosen", "chosen"), ("logp/rejected", "rejected"), ("margin", "gap")):
-                entry[name] = self.sums[of] / self.pairs
-            entry["accuracy"] = self.sums["right"] / self.pairs
+            means["pairs"] = self.pairs
+            means["logp/chosen"] = self.sums["chosen"] / self.pairs
+            means["logp/rejected"] = self.sums["rejected"] / self.pairs
+            means["margin"] = self.sums["gap"] / self.pairs
+            means["accuracy"] = self.sums["right"] / self.pairs
         if self.tokens:
-            entry["nll"] = self.sums["nll"] / self.tokens
-            entry["token_accuracy"] = self.sums["hits"] / self.tokens
+            means["nll"] = self.sums["nll"] / self.tokens
+            means["token_accuracy"] = self.sums["hits"] / self.tokens
         if self.kl is not None:
-            entry |= {"shift/desirable": self.sums["good"] / max(1, self.good), "kl": self.kl}
-            entry["shift/undesirable"] = self.sums["bad"] / max(1, self.bad)
-        return entry
+            means["shift/desirable"] = self.sums["desirable"] / max(1, self.desirable)
+            means["kl"] = self.kl
+            means["shift/undesirable"] = self.sums["undesirable"] / max(1, self.undesirable)
+        return means

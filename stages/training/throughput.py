@@ -1,4 +1,4 @@
-"""What a step of training costs. What the machine did, and may do otherwise next time, begins with `speed/`."""
+"""Cost of a training step: tokens, time, memory, model flop utilisation. Metrics of the machine begin with `speed/`."""
 
 import resource
 import time
@@ -7,83 +7,84 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stages.training.data import Group
+from stages.training.config import SPEED
+from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
-from stages.training.optimize import SPEED
 
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16 flop/s, dense
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # bf16, dense
 
 
 class TokenCounter:
-    """Counts every token that goes through a network, padding too, from the moment that it is made."""
+    """Counter of all tokens that go through a network, padding included, from its construction on."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.tokens = 0
-        self.learnt = 0  # of them, those with gradients
+        self.trained_tokens = 0  # of them, those with gradients
         self._hook = network.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        ids = [*args[:1], kwargs.get("input_ids"), kwargs.get("decoder_input_ids")]
-        tokens = sum(each.numel() for each in ids if each is not None)
+        inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("decoder_input_ids")]
+        tokens = sum(ids.numel() for ids in inputs if ids is not None)
         self.tokens += tokens
-        self.learnt += tokens * torch.is_grad_enabled()
+        self.trained_tokens += tokens * torch.is_grad_enabled()
 
     def close(self) -> None:
+        """Stop counting."""
         self._hook.remove()
 
 
 class ThroughputMeter:
-    """What each step of a network's training takes, on all ranks together."""
+    """Meter of what each training step takes, over all ranks together."""
 
-    def __init__(self, network: PreTrainedModel, ranks: Distributed, gradient_checkpointing: bool = False) -> None:
-        self.network, self.ranks, self.gradient_checkpointing = network, ranks, gradient_checkpointing
-        self.reads = TokenCounter(network)
+    def __init__(self, network: PreTrainedModel, dist: Distributed, gradient_checkpointing: bool = False) -> None:
+        self.network, self.dist, self.gradient_checkpointing = network, dist, gradient_checkpointing
+        self.counter = TokenCounter(network)
 
     def start(self) -> None:
-        """A step begins."""
-        self._since, self._before = time.perf_counter(), (self.reads.tokens, self.reads.learnt)
+        """Begin a step."""
+        self._start = time.perf_counter()
+        self._tokens, self._trained_tokens = self.counter.tokens, self.counter.trained_tokens
 
-    def entry(self, groups: list[Group], tokens_per_pass: int) -> dict[str, float]:
-        """What became of a step's groups since `start`.
+    def metrics(self, groups: list[TrainingGroup], tokens_per_pass: int) -> dict[str, float]:
+        """Return the metrics of a step over these groups since `start`.
 
-        `tokens/saved` is against reading prompt and response again for each side of each pair, without padding.
+        `tokens/saved` is the share saved against reading prompt and response again for each side of each pair,
+        without padding. `mfu` is measured against bfloat16's peak, on devices whose peak is known.
         """
-        seconds = time.perf_counter() - self._since
-        own = {"read": float(self.reads.tokens - self._before[0]), "learnt": float(self.reads.learnt - self._before[1])}
-        read, learnt = self.ranks.total(own).values()
-        entry: dict[str, float] = {
+        seconds = time.perf_counter() - self._start
+        counts = self.dist.all_reduce_sums({
+            "read": float(self.counter.tokens - self._tokens),
+            "trained": float(self.counter.trained_tokens - self._trained_tokens),
+        })  # fmt: skip
+        device, read = self.network.device, counts["read"]
+        if device.type == "cuda":
+            peak_memory = torch.cuda.max_memory_allocated(device)
+            name = torch.cuda.get_device_name(device)
+            peak_flops = next((flops for kind, flops in PEAK_FLOPS.items() if kind in name), None)
+        else:
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak_flops = None
+        metrics: dict[str, float] = {
             "tokens/read": read,
-            "tokens/saved": 1 - read / sum(group.tokens_alone for group in groups),
+            "tokens/saved": 1 - read / sum(group.tokens_unshared for group in groups),
             "tokens_per_second": read / seconds,
-            "peak_memory_gb": self.ranks.most(self._peak_memory() / 1e9),
+            "peak_memory_gb": self.dist.all_reduce_max(peak_memory / 1e9),
             "tokens_per_pass": tokens_per_pass,
             "gradient_checkpointing": self.gradient_checkpointing,
-            "world_size": self.ranks.of,
+            "world_size": self.dist.world_size,
         }
         if pairs := sum(len(group.pairs) for group in groups):
-            entry["pairs_per_second"] = pairs / seconds
-        if peak := self._peak_flops():
-            entry["flop_utilisation"] = self.flops(read, learnt) / seconds / peak / self.ranks.of
-        return {SPEED + name: float(value) for name, value in entry.items()}
+            metrics["pairs_per_second"] = pairs / seconds
+        if peak_flops:
+            metrics["mfu"] = self.flops(read, counts["trained"]) / seconds / peak_flops / self.dist.world_size
+        return {SPEED + name: float(value) for name, value in metrics.items()}
 
-    def flops(self, read: float, learnt: float) -> float:
-        """What so many tokens take, `learnt` of them with gradients.
+    def flops(self, read: float, trained: float) -> float:
+        """Return the flop of reading so many tokens, `trained` of them with gradients.
 
-        2 a weight forward, 2 for the gradient of what goes into it, and 2 for its own if it is trained (6 N in
-        arXiv:2001.08361, section 2.1); layers that run again go forward twice. Attention is not counted.
+        2 per weight forward, 2 for the gradient of a layer's input, and 2 for the weight's own if it is trained (6 N in
+        arXiv:2001.08361, section 2.1); checkpointed layers go forward twice. Attention is not counted.
         """
-        every, trained = (int(self.network.num_parameters(only)) for only in (False, True))
-        return 2.0 * every * read + 2.0 * (every + trained + every * self.gradient_checkpointing) * learnt
-
-    def _peak_memory(self) -> int:
-        """Bytes that this rank has held at most: of its device since the run began, or of its process."""
-        if self.network.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.network.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _peak_flops(self) -> float | None:
-        """What the device could do a second in bfloat16, where that is known."""
-        if self.network.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.network.device)
-        return next((flops for known, flops in PEAK.items() if known in name), None)
+        weights, trained_weights = (int(self.network.num_parameters(only)) for only in (False, True))
+        again = weights * self.gradient_checkpointing
+        return 2.0 * weights * read + 2.0 * (weights + trained_weights + again) * trained

@@ -1,272 +1,228 @@
-"""The loop of `optimize`: one network, one or two objectives, steps, checkpoints. It knows no method's name."""
+"""Training loop of `optimize`: one network, one or two loss terms, steps, checkpoints. It knows no method's name."""
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from pipeline import Bound
 from pipeline.context import Mirror, ProgressCallback
 from schemas import Model, WinnowError, WinnowWarning
-from stages.network.load import checkpoint_layers, load_network, save_network
-from stages.training.checkpoints import Checkpoints, trained
-from stages.training.data import Group, groups_of
-from stages.training.distributed import Distributed, whole
-from stages.training.mixing import MixState
-from stages.training.terms import ObjectiveTerm
+from stages.network.load import Adapt, checkpoint_layers, load_network, save_network
+from stages.training.checkpoints import Checkpoints, trained_weights
+from stages.training.config import TermData, TrainConfig
+from stages.training.data import groups_of
+from stages.training.distributed import Distributed, full_tensor
+from stages.training.mixing import MixState, measure_now
+from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
 
-LEGS = ("", "imitation/")  # what their metrics' names begin with
-Side = tuple[pa.Table | None, pa.Table | None, Bound, float]  # rows, held-out rows, objective, nll_weight
+PREFIXES = ("", "imitation/")  # of the metrics of each term
 
 
 def train(
-    init: Model,
-    sides: list[Side],
-    keep: Mirror,
-    tell: ProgressCallback,
-    *,
-    reference: str,
-    of_leg: dict[str, Any],
-    of_run: dict[str, Any],
-    seed: int,
-    checkpoint_every: int,
+    init: Model, data: list[TermData], config: TrainConfig, mirror: Mirror, report_progress: ProgressCallback
 ) -> dict[str, Any]:
-    """A whole run, by this process or by each of its ranks: `model` in `keep.here`, and what became of it."""
-    ranks = Distributed()
-    legs, held = [], {}
-    for n, (rows, held_rows, loss, weight) in enumerate(sides):
-        if rows is not None:
-            groups = groups_of(rows, loss, weight, init, of_leg["dtype"], reference)
-            legs.append(ObjectiveTerm(groups, loss, weight, seed=seed, number=n, ranks=ranks, **of_leg))
-        if held_rows is not None:
-            held[n] = groups_of(held_rows, loss, weight, init, of_leg["dtype"], reference)
-    check_ranks(ranks.of, legs)
-    trainer = Trainer(init=init, legs=legs, seed=seed, ranks=ranks, **of_run)
-    trainer.fit(Checkpoints(keep), tell, checkpoint_every)
-    for n, groups in held.items():
-        entry = legs[n].evaluate(trainer.network, groups)
-        prefix = f"heldout/{LEGS[n]}"
-        trainer.history.append({"step": float(trainer.done)} | {prefix + name: v for name, v in entry.items()})
-    weights = trainer.save(keep.here / "model")
-    return {"parameters": weights, "steps": trainer.done, "tokens": trainer.tokens, "history": trainer.history}
+    """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
-
-def check_ranks(ranks: int, legs: list[ObjectiveTerm]) -> None:
-    """They share a step's groups: where there are fewer, some would only wait."""
-    for leg in legs:
-        groups = int(median(len(leg.batch(n)) for n in range(leg.steps(1))))
-        if groups < ranks:
-            raise WinnowError(
-                f"optimize.world_size: {ranks}, and half of the steps have {groups} prompts or fewer, which are what "
-                f"ranks share; set world_size to {groups}, or raise batch_size"
-            )
-
-
-@dataclass
-class Trainer:
-    """One run. `history` has one entry a step; `done` counts steps, `drawn` the batches that each leg has taken.
-
-    legs: the objective's, and, where a `mix` says how they share the steps, that of the demonstrations.
-    `gaps` are the legs' last known losses minus `optima`, which only a mix that watches them needs.
+    Called by one process or by every rank. An interrupted run goes on from its last checkpoint, bit for bit on the same
+    machine. Returns the policy's number of parameters, the steps, the tokens of its data, and the history: metrics per
+    step. Raises WinnowError for data that do not fit the objective, a stale reference, a loss that is not finite, and a
+    second lack of memory.
     """
-
-    init: Model
-    adapt: Callable[[PreTrainedModel], None] | None  # what is put into the network: a LoRA, which is trained alone
-    gradient_checkpointing: bool
-    legs: list[ObjectiveTerm]
-    mix: Bound | None
-    optima: list[float]
-    gated: bool  # does the first objective's cached reference belong to `init`, which step 0 must show?
-    learning_rate: float
-    lr_scheduler_type: str
-    warmup_ratio: float
-    epochs: int
-    max_grad_norm: float
-    weight_decay: float
-    seed: int
-    ranks: Distributed
-    network: PreTrainedModel = field(init=False)
-    meter: ThroughputMeter = field(init=False)
-    checkpoints: Checkpoints = field(init=False)
-    parameters: list[torch.nn.Parameter] = field(init=False)  # those that are trained
-    optimizer: torch.optim.Optimizer = field(init=False)
-    done: int = 0
-    drawn: list[int] = field(default_factory=lambda: [0, 0])
-    gaps: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    tokens: int = 0
-    halved: bool = False  # has `tokens_per_pass` been halved, for want of memory?
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def fit(self, checkpoints: Checkpoints, tell: ProgressCallback, checkpoint_every: int) -> None:
-        """Train `network`. Interrupted work goes on from the last of the checkpoints."""
-        self.checkpoints = checkpoints
-        if self.checkpoints.too_large(self.legs[0].tokens_per_pass):
-            self._halve()
-        self.network = load_network(self.init, train=True, adapt=self.adapt)
-        if self.gradient_checkpointing:
-            checkpoint_layers(self.network)
-        self.ranks.shard(self.network)
-        self.parameters = list(trained(self.network).values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+    # Data first: what cannot be trained on is refused before a weight is loaded.
+    dist = Distributed()
+    terms: list[ObjectiveTerm] = []
+    heldout = []
+    for index, rows in enumerate(data):
+        requirements = (rows.objective, rows.nll_weight, init, config.dtype, config.reference)
+        term = ObjectiveTerm(
+            groups_of(rows.examples, *requirements),
+            rows.objective,
+            rows.nll_weight,
+            nll_per=config.nll_per,
+            batch_size=config.batch_size,
+            dtype=config.dtype,
+            tokens_per_pass=config.tokens_per_pass,
+            seed=config.seed,
+            index=index,
+            dist=dist,
         )
-        steps = self.legs[0].steps(self.epochs)
-        self.checkpoints.restore(self)
-        self.meter = ThroughputMeter(self.network, self.ranks, self.gradient_checkpointing)
-        if self.done == 0:
-            self._begin()
-        while self.done < steps:
-            self._step(steps)
-            tell(self.done, steps, "steps")
-            if self.done % checkpoint_every == 0 and self.done < steps:
-                self.checkpoints.save(self)
+        terms.append(term)
+        heldout.append(None if rows.heldout is None else groups_of(rows.heldout, *requirements))
+    check_world_size(dist.world_size, terms)
+    steps = terms[0].steps(config.epochs)
+    checkpoints = Checkpoints(mirror, dist)
+    halved = checkpoints.ran_out_of_memory(config.tokens_per_pass)
+    if halved:
+        _halve_passes(terms)
 
-    def save(self, folder: Path) -> int:
-        """The trained policy, by the first rank, which then holds all of it; the number of its weights."""
-        if self.ranks.of == 1:
-            save_network(self.network, self.init, folder)
-            return int(self.network.num_parameters())
-        pieces = {}
-        for name, value in self.network.named_parameters():
-            piece = whole(value.detach())
-            if self.ranks.first:
-                pieces[name] = piece.cpu()
-        size = 0
-        if self.ranks.first:
-            network = load_network(self.init, train=True, adapt=self.adapt)
-            with torch.no_grad():
-                for name, value in network.named_parameters():
-                    value.copy_(pieces[name])
-            save_network(network, self.init, folder)
-            size = int(network.num_parameters())
-        self.ranks.wait()
-        return size
+    # One network and its optimizer, filled from the last checkpoint if there is one.
+    adapt: Adapt | None = None
+    if config.lora_r:
+        from stages.network.lora import add_adapter
 
-    def _begin(self) -> None:
-        if self.gated:
-            self.legs[0].gate(self.network)
-        if self.watches:
-            for n in range(len(self.legs)):
-                self._look(n)
+        rank, alpha, targets = config.lora_r, config.lora_alpha, config.lora_target_modules
+        adapt = partial(add_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
+    network = load_network(init, train=True, adapt=adapt)
+    if config.gradient_checkpointing:
+        checkpoint_layers(network)
+    dist.shard(network)
+    parameters = list(trained_weights(network).values())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    state = checkpoints.restore(network, optimizer)
+    meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
 
-    @property
-    def watches(self) -> bool:
-        return self.mix is not None and bool(self.mix.metadata["watches"])
+    def measure_gap(n: int) -> None:
+        """Measure a term's loss on the batch that it would take next, which is not counted as taken."""
+        loss = terms[n].evaluate(network, terms[n].batch(state.batches[n]))["loss"]
+        state.gaps[n] = loss - config.optima[n]
 
-    def _step(self, steps: int) -> None:
-        for setting in self.optimizer.param_groups:
-            setting["lr"] = self.learning_rate * self._scale(self.done, steps)
-        weights = self._weights(steps)
-        self.meter.start()
-        entry = self._in_memory(weights)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        entry |= {"grad_norm": float(whole(norm)), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if len(weights) > 1:
-            entry["preference_weight"] = weights[0]
-        self._check_finite(entry, weights)
-        groups = [group for _, batch in self._batches(weights) for group in batch]
-        entry |= self.meter.entry(groups, self.legs[0].tokens_per_pass)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        self.tokens += sum(group.tokens for group in groups)
-        self.drawn = [drawn + (weight > 0) for drawn, weight in zip(self.drawn, [*weights, 0.0], strict=False)]
-        self.history.append({"step": float(self.done)} | entry)
-        if self.watches and self.done % self.mix.options["refresh"] == 0:  # type: ignore[union-attr]
-            for n, weight in enumerate(weights):
-                if not weight:
-                    self._look(n)
+    if state.step == 0:
+        if "ref" in data[0].objective.metadata["reads"] and config.reference == "init":
+            terms[0].check_reference(network)
+        if config.mix and config.mix.metadata["uses_losses"]:
+            for n in range(len(terms)):
+                measure_gap(n)
 
-    def _weights(self, steps: int) -> list[float]:
-        if self.mix is None:
-            return [1.0]
-        preference = self.mix(MixState(self.done, steps, self.seed, *self.gaps))
-        return [preference, 1.0 - preference]
+    while state.step < steps:
+        # Learning rate and batches of this step. A term of weight 0 is neither drawn nor forwarded.
+        learning_rate = config.learning_rate * learning_rate_factor(state.step, steps, config)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate
+        weights = [1.0]
+        if config.mix:
+            weight = config.mix(MixState(state.step, steps, config.seed, *state.gaps))
+            weights = [weight, 1.0 - weight]
+        active = [n for n, weight in enumerate(weights) if weight]
+        batches = {n: terms[n].batch(state.batches[n]) for n in active}
 
-    def _in_memory(self, weights: list[float]) -> dict[str, float]:
-        """All gradients of a step. Out of memory once, it goes on with half of the tokens a pass; twice, it stops."""
+        # Forward and backward, a pass at a time; loss and metrics are those of the whole step on all ranks.
+        meter.start()
+        means = {}
         try:
-            return self._gradients(weights)
+            for n, batch in batches.items():
+                metrics = StepMetrics(batch, config.nll_per)
+                for loss in terms[n].losses(network, batch, metrics):
+                    (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
+                means[n] = metrics.means()
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not _is_out_of_memory(error):
                 raise
-        if self.halved:
-            halved = self.legs[0].tokens_per_pass
-            fits = min(max(leg.largest for leg in self.legs) or halved, halved // 2)
+            optimizer.zero_grad(set_to_none=True)
+            _note_out_of_memory(state.step, terms, checkpoints, halved)
+            if dist.world_size > 1:
+                raise RuntimeError("out of memory") from error  # other ranks wait for this one: all start again
+            halved = True
+            _halve_passes(terms)
+            continue  # the same step, once more
+
+        # Clip, refuse what is not finite, step. The optimizer's time is not the passes' and so not metered.
+        grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
+        if not all(map(math.isfinite, [grad_norm, *(means[n]["loss"] for n in active)])):
+            culprits = "; ".join(terms[n].rows_not_finite(network, batch) for n, batch in batches.items())
             raise WinnowError(
-                f"step {self.done}: out of memory again, with tokens_per_pass halved to {halved}; "
-                f"set `tokens_per_pass` to {fits}, or `gradient_checkpointing: true` if one row alone is too long"
+                f"step {state.step}: the loss or its gradient is not finite; rows (prompt/candidate): {culprits}; "
+                "try a lower learning_rate, or look at these rows in the store"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.checkpoints.remember(self.legs[0].tokens_per_pass)
-        self._halve()
-        if self.ranks.of > 1:
-            raise RuntimeError("out of memory")  # the others wait for this rank: all start again, with half
-        return self._in_memory(weights)
+        groups = [group for batch in batches.values() for group in batch]
+        speeds = meter.metrics(groups, terms[0].tokens_per_pass)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def _halve(self) -> None:
-        for leg in self.legs:
-            leg.tokens_per_pass = max(1, leg.tokens_per_pass // 2)
-        self.halved = True
-        said = f"out of memory: tokens_per_pass is {self.legs[0].tokens_per_pass} from now on"
-        warnings.warn(said, WinnowWarning, stacklevel=3)
+        # Metrics and progress.
+        state.step += 1
+        state.tokens += sum(group.tokens for group in groups)
+        entry = {"step": float(state.step)}
+        for n in active:
+            state.batches[n] += 1
+            state.gaps[n] = means[n]["loss"] - config.optima[n]
+            entry |= {PREFIXES[n] + name: value for name, value in means[n].items()}
+        entry |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        if config.mix:
+            entry["preference_weight"] = weights[0]
+        state.history.append(entry | speeds)
+        if measure_now(config.mix, state.step):
+            for n in set(range(len(terms))) - set(active):
+                measure_gap(n)
+        report_progress(state.step, steps, "steps")
+        if state.step % config.checkpoint_every == 0 and state.step < steps:
+            checkpoints.save(state, network, optimizer)
 
-    def _gradients(self, weights: list[float]) -> dict[str, float]:
-        entry: dict[str, float] = {}
-        for n, weight in enumerate(weights):
-            if weight:
-                entry |= {LEGS[n] + name: value for name, value in self._backward(n, weight).items()}
-        return entry
+    for term, held, prefix in zip(terms, heldout, PREFIXES, strict=False):
+        if held is not None:
+            means_of_heldout = {f"heldout/{prefix}{name}": v for name, v in term.evaluate(network, held).items()}
+            state.history.append({"step": float(state.step)} | means_of_heldout)
+    size = _save_policy(network, init, mirror.here / "model", dist, adapt)
+    return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
 
-    def _backward(self, n: int, weight: float) -> dict[str, float]:
-        """Gradients of one leg's loss on its next batch; its metrics."""
-        leg = self.legs[n]
-        batch = leg.batch(self.drawn[n])
-        panel = leg.panel(batch)
-        for loss in leg.losses(self.network, batch, panel):
-            (weight * loss * self.ranks.of).backward()  # gradients of ranks are averaged
-        entry = panel.entry()
-        self.gaps[n] = entry["loss"] - self.optima[n]
-        return entry
 
-    def _look(self, n: int) -> None:
-        """What the leg's loss is by now, on the batch that it would take next."""
-        leg = self.legs[n]
-        batch = leg.batch(self.drawn[n])
-        self.gaps[n] = leg.evaluate(self.network, batch)["loss"] - self.optima[n]
+def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
+    """Return the share of the learning rate at this step: linear warm-up, then constant or decay to zero."""
+    warmup = round(config.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    remaining = (steps - step) / max(1, steps - warmup)
+    factors = {"constant": 1.0, "linear": remaining, "cosine": (1 - math.cos(math.pi * remaining)) / 2}
+    return factors[config.lr_scheduler_type]
 
-    def _check_finite(self, entry: dict[str, float], weights: list[float]) -> None:
-        losses = [entry[prefix + "loss"] for prefix, weight in zip(LEGS, weights, strict=False) if weight]
-        if all(map(math.isfinite, [*losses, entry["grad_norm"]])):
-            return
-        rows = "; ".join(leg.culprits(self.network, batch) for leg, batch in self._batches(weights))
+
+def check_world_size(world_size: int, terms: list[ObjectiveTerm]) -> None:
+    """Raise WinnowError where most steps have fewer groups than there are ranks: some would only wait."""
+    for term in terms:
+        groups = int(median(len(term.batch(n)) for n in range(term.steps(1))))
+        if groups < world_size:
+            raise WinnowError(
+                f"optimize.world_size: {world_size}, and half of the steps have {groups} prompts or fewer, which are "
+                f"what ranks share; set world_size to {groups}, or raise batch_size"
+            )
+
+
+def _note_out_of_memory(step: int, terms: list[ObjectiveTerm], checkpoints: Checkpoints, halved: bool) -> None:
+    """Record it for a restart; raise WinnowError with what would fit if the passes were halved before."""
+    tokens_per_pass = terms[0].tokens_per_pass
+    if halved:
+        fits = min(max(term.largest_pass for term in terms) or tokens_per_pass, tokens_per_pass // 2)
         raise WinnowError(
-            f"step {self.done}: the loss or its gradient is not finite; rows (prompt/candidate): {rows}; "
-            "try a lower learning_rate, or look at these rows in the store"
+            f"step {step}: out of memory again, with tokens_per_pass halved to {tokens_per_pass}; set "
+            f"`tokens_per_pass` to {fits}, or `gradient_checkpointing: true` if one row alone is too long"
         )
-
-    def _batches(self, weights: list[float]) -> list[tuple[ObjectiveTerm, list[Group]]]:
-        """The legs that this step takes, and what of."""
-        each = zip(self.legs, self.drawn, weights, strict=False)
-        return [(leg, leg.batch(n)) for leg, n, weight in each if weight]
-
-    def _scale(self, step: int, steps: int) -> float:
-        """Linear warm-up, then constant, linear or cosine decay to zero."""
-        warm = round(self.warmup_ratio * steps)
-        if step < warm:
-            return (step + 1) / warm
-        left = (steps - step) / max(1, steps - warm)
-        return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[self.lr_scheduler_type]
+    checkpoints.note_out_of_memory(tokens_per_pass)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _halve_passes(terms: list[ObjectiveTerm]) -> None:
+    for term in terms:
+        term.tokens_per_pass = max(1, term.tokens_per_pass // 2)
+    message = f"out of memory: tokens_per_pass is {terms[0].tokens_per_pass} from now on"
+    warnings.warn(message, WinnowWarning, stacklevel=3)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
     """On a GPU there is a class for it; a CPU's allocator has only words."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _save_policy(network: PreTrainedModel, init: Model, folder: Path, dist: Distributed, adapt: Adapt | None) -> int:
+    """Save the trained policy from the first rank, which then holds all of it; return its number of weights."""
+    if dist.world_size == 1:
+        save_network(network, init, folder)
+        return int(network.num_parameters())
+    weights = {}
+    for name, shard in network.named_parameters():
+        weight = full_tensor(shard.detach())
+        if dist.rank == 0:
+            weights[name] = weight.cpu()
+    size = 0
+    if dist.rank == 0:
+        unsharded = load_network(init, train=True, adapt=adapt)
+        with torch.no_grad():
+            for name, parameter in unsharded.named_parameters():
+                parameter.copy_(weights[name])
+        save_network(unsharded, init, folder)
+        size = int(unsharded.num_parameters())
+    dist.barrier()
+    return size

@@ -25,13 +25,13 @@ Say = Callable[[str], None]
 ALONE = ("joint 1", "joint 0")
 MIXES = (*ALONE, "joint 0.5", "sequence 0.5", "alright 0.5", "maxright 0.5")
 OPTIMA = ("preference_optimum", "imitation_optimum")
-LEGS = {"examples": "preference_examples", "demonstrations": "demonstration_examples"}
+TERM_TABLES = {"examples": "preference_examples", "demonstrations": "demonstration_examples"}
 
 
 def measure(store: Store, worlds: list[Path], reporter: Reporter, groups: int, repeats: int, say: Say) -> pa.Table:
     """Seconds a step of every mix over the first `groups` groups of each side: medians over repeats, and spreads."""
     step = _optimize_step(store, worlds, reporter)
-    tables = {name: _rows(store, step.inputs[name], groups) for name in LEGS}
+    tables = {name: _rows(store, step.inputs[name], groups) for name in TERM_TABLES}
     init = store.folder(step.inputs["init"]).model()
     times: dict[str, list[list[float]]] = {name: [] for name in MIXES}
     turns: dict[str, tuple[int, int]] = {}
@@ -50,7 +50,7 @@ def _optimize_step(store: Store, worlds: list[Path], reporter: Reporter) -> Step
     """Makes what maxright's training reads, and nothing more; its `optimize` step, not run."""
     whole = plan_named("maxright", worlds, [])
     step = next(each for each in whole.steps if each.name == "optimize")
-    needed = {step.inputs[name] for name in (*LEGS, "init")}
+    needed = {step.inputs[name] for name in (*TERM_TABLES, "init")}
     upstream = [each for each in whole.steps if each in needed or any(_reads(wanted, each) for wanted in needed)]
     run(Plan("bench mixes", upstream), store, LocalExecutor(), reporter)
     return step

@@ -23,7 +23,7 @@ def no_sharing() -> Iterator[None]:
 
     def apart(network: Any, groups: Sequence[PromptResponses], dtype: str) -> Any:
         return completion_logp(
-            network, [PromptGroup(group.prompt, [each]) for group in groups for each in group.responses], dtype
+            network, [PromptGroup(group.prompt, [ids]) for group in groups for ids in group.responses], dtype
         )
 
     with patch.object(stages.training.terms, "completion_logp", apart):
@@ -35,10 +35,10 @@ def head_everywhere() -> Iterator[None]:
     """The head also runs on the positions that predict no response token, as if they were one more response."""
     import stages.network.forward
 
-    whole = stages.network.forward.read
+    hidden_states = stages.network.forward.hidden_states
 
     def everywhere(network: Any, groups: Any, dtype: str, last: bool = False) -> Any:
-        states, tokens = whole(network, groups, dtype, last)
+        states, tokens = hidden_states(network, groups, dtype, last)
         if last:
             return states, tokens  # for other things than log-probs
         rest = np.setdiff1d(np.arange(len(states)), tokens.predictors.numpy()).tolist()
@@ -53,7 +53,7 @@ def head_everywhere() -> Iterator[None]:
             lengths=and_rest(tokens.lengths, [len(rest)]),
         )
 
-    with patch.object(stages.network.forward, "read", everywhere):
+    with patch.object(stages.network.forward, "hidden_states", everywhere):
         yield
 
 

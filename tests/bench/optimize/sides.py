@@ -112,8 +112,8 @@ def ordered(setting: Setting) -> Iterator[dict[str, Any]]:
 
     loss = objective.bind({"name": "sigmoid_norm"})
     groups = groups_of(setting.examples, loss, 0.0, setting.world.init, setting.dtype)
-    leg = ObjectiveTerm(groups, loss, 0.0, "token", setting.pairs, setting.dtype, NEVER, 0, 0)
-    for group in (group for n in range(leg.steps(1)) for group in leg.batch(n)):
+    term = ObjectiveTerm(groups, loss, 0.0, "token", setting.pairs, setting.dtype, NEVER, seed=0, index=0)
+    for group in (group for n in range(term.steps(1)) for group in term.batch(n)):
         for chosen, rejected in group.pairs:
             yield {
                 "prompt_ids": group.prompt,

@@ -8,48 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
-from stages.network.forward import (
-    _own_logp,
-    _sums,
-    completion_logp,
-    next_logits,
-    response_means,
-    share_prefixes,
-    shares,
-)
-from stages.network.packing import PassSize, PromptGroup, fill, pack, pad, split
-from stages.network.prefix_attention import NAME, Merged, masked_attention
+from stages.network.forward import completion_logp, next_logits, response_means, share_prefixes, shares
+from stages.network.packing import PassSize, PromptGroup, batch_by_tokens, pack, pad, split_responses
+from stages.network.prefix_attention import NAME, MergedAttention, masked_attention
 from stages.training.distributed import Distributed
 from stages.training.throughput import ThroughputMeter
 
@@ -67,37 +32,51 @@ SIZES = dict(
 )
 GROUPED = SIZES | dict(num_key_value_heads=2)
 SHARING = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
-    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=16)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, head_dim=8)),
-    "gemma2, capped head": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=2.0)
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "llama, tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=16)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**GROUPED, head_dim=8)),
+    "gemma2, capped head": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=None, final_logit_softcapping=2.0)
     ),
-    "phi, biased head": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
-    "cohere, scaled head": lambda: CohereForCausalLM(CohereConfig(**SIZES)),
-    "granite, divided head": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
+    "phi, biased head": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES)),
+    "cohere, scaled head": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SIZES)),
+    "granite, divided head": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(**SIZES, logits_scaling=3.0)
+    ),
 }
 PLAIN = {
     "gemma2, capped attention": (
-        lambda: Gemma2ForCausalLM._from_config(Gemma2Config(**GROUPED, head_dim=8), attn_implementation="eager"),
+        lambda: transformers.Gemma2ForCausalLM._from_config(
+            transformers.Gemma2Config(**GROUPED, head_dim=8), attn_implementation="eager"
+        ),
         "softcap",
     ),
     "gpt-oss, sinks": (
-        lambda: GptOssForCausalLM._from_config(
-            GptOssConfig(**GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_scaling=None),
+        lambda: transformers.GptOssForCausalLM._from_config(
+            transformers.GptOssConfig(
+                **GROUPED, head_dim=8, num_local_experts=2, num_experts_per_tok=1, rope_scaling=None
+            ),
             attn_implementation="eager",
         ),
         "s_aux",
     ),
-    "mamba, a state": (lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32)), "Mamba"),
-    "bloom, alibi": (lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_head=4)), "Bloom"),
+    "mamba, a state": (
+        lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32)),
+        "Mamba",
+    ),
+    "bloom, alibi": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_head=4)
+        ),
+        "Bloom",
+    ),
 }
 
 
-def spread(network):
-    """Larger weights, so that predictions are far from uniform and every token matters."""
+def enlarged(network):
+    """The network with larger weights, so that predictions are far from uniform and every token matters."""
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in network.parameters():
@@ -105,34 +84,24 @@ def spread(network):
     return network.eval()
 
 
-def shared(make):
-    network = spread(make())
+def sharing(make):
+    network = enlarged(make())
     share_prefixes(network)
     return network
 
 
 @pytest.fixture(scope="module", params=SHARING)
 def network(request):
-    made = shared(SHARING[request.param])
-    assert shares(made)
-    return made
+    """A network that shares prompts."""
+    network = sharing(SHARING[request.param])
+    assert shares(network)
+    return network
 
 
-def test_filled_up_rows_weigh_nothing_however_large_the_scores():
-    """Scores of a hundred nats and more, ragged responses: what fills up a row must not overflow into its gradient."""
-    network = shared(SHARING["llama"])
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.mul_(4 if weight.dim() > 1 else 1)
-    rng = np.random.default_rng(0)
-
-    def some(least, most):
-        return rng.integers(3, VOCABULARY, rng.integers(least, most)).tolist()
-
-    asked = [PromptGroup(some(8, 9), [some(2, 13) for _ in range(6)]) for _ in range(4)]
-    ours = gradients(network, completion_logp(network, asked, "float32")[0])
-    for name, each in gradients(network, plain(network, asked)).items():
-        assert float((ours[name] - each).norm()) <= 1e-3 * float(each.norm()), name
+@pytest.fixture(scope="module")
+def llama():
+    """One that stands for all where the architecture does not matter."""
+    return sharing(SHARING["llama"])
 
 
 ids = st.integers(3, VOCABULARY - 1)
@@ -140,17 +109,16 @@ tokens = st.lists(ids, min_size=1, max_size=9)
 
 
 @st.composite
-def groups(draw):
+def prompt_groups(draw):
     """1 to 3 prompts with 1 to 16 ragged responses, equal ones and prefixes of others among them."""
-    made = []
+    groups = []
     for _ in range(draw(st.integers(1, 3))):
         responses = draw(st.lists(tokens, min_size=1, max_size=12))
         again = draw(st.lists(st.sampled_from(responses), max_size=2))
-        cut = [
-            each[: draw(st.integers(1, len(each)))] for each in draw(st.lists(st.sampled_from(responses), max_size=2))
-        ]
-        made.append(PromptGroup(draw(tokens), draw(st.permutations([*responses, *again, *cut]))))
-    return made
+        whole = draw(st.lists(st.sampled_from(responses), max_size=2))
+        cut = [response[: draw(st.integers(1, len(response)))] for response in whole]
+        groups.append(PromptGroup(draw(tokens), draw(st.permutations([*responses, *again, *cut]))))
+    return groups
 
 
 def slopes(count):
@@ -164,63 +132,85 @@ def gradients(network, logp):
     return {name: weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None}
 
 
-def plain(network, asked):
-    """transformers' own logits of one padded row a response."""
-    logp, _, rows = _own_logp(network, asked, "float32")
-    return _sums(logp, rows)
+def padded_logp(network, groups):
+    """Log-probs from transformers' own logits of one padded row per response."""
+    tokens = pad(groups)
+    logits = network(input_ids=tokens.ids, use_cache=False).logits.flatten(0, 1)[tokens.predictors]
+    logp = logits.float().log_softmax(-1).gather(1, tokens.targets[:, None])[:, 0]
+    return torch.stack([part.sum() for part in logp.split(tokens.lengths.tolist())])
 
 
 @settings(deadline=None, max_examples=12)
-@given(asked=groups())
-@example(asked=[PromptGroup([5], [[7]])])
-@example(asked=[PromptGroup([5, 6], [[7], [7], [8]])])
+@given(groups=prompt_groups())
+@example(groups=[PromptGroup([5], [[7]])])
+@example(groups=[PromptGroup([5, 6], [[7], [7], [8]])])
 @example(
-    asked=[
+    groups=[
         PromptGroup([5, 6], [[7, 8, 9], [7, 8], [7]]),
         PromptGroup([9, 4], [[3], [5, 5, 5, 5]]),
         PromptGroup([9], [[3]]),
     ]
 )
-def test_log_probs_and_all_gradients_are_those_of_plain_rows(network, asked):
+def test_log_probs_and_all_gradients_are_those_of_plain_rows(network, groups):
     """To 1e-5 relative, in fp32. A parameter's gradient that is small against the largest (queries and keys where
     there is one key have none at all) is rounding of larger numbers: it counts with half of the largest."""
-    found, expected = completion_logp(network, asked, "float32")[0], plain(network, asked)
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-    ours, theirs = gradients(network, found), gradients(network, expected)
+    logp, expected = completion_logp(network, groups, "float32")[0], padded_logp(network, groups)
+    assert torch.allclose(logp, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(network, logp), gradients(network, expected), 0.5)
+
+
+def assert_same_gradients(ours, theirs, share):
+    """To 1e-5 of each parameter's norm, or of this share of the largest norm."""
     assert ours.keys() == theirs.keys()
-    top = max(float(each.norm()) for each in theirs.values())
-    for name, each in theirs.items():
-        assert float((ours[name] - each).norm()) <= 1e-5 * max(float(each.norm()), 0.5 * top), name
+    largest = max(float(gradient.norm()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert float((ours[name] - gradient).norm()) <= 1e-5 * max(float(gradient.norm()), share * largest), name
 
 
-@settings(deadline=None, max_examples=10)
-@given(asked=groups())
-def test_other_readings_are_those_of_plain_rows(network, asked):
+def test_padding_weighs_nothing_however_large_the_scores():
+    """Scores of a hundred nats and more, ragged responses: what pads a row must not overflow into its gradient."""
+    network = sharing(SHARING["llama"])
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(4 if weight.dim() > 1 else 1)
+    rng = np.random.default_rng(0)
+
+    def some(least, most):
+        return rng.integers(3, VOCABULARY, rng.integers(least, most)).tolist()
+
+    groups = [PromptGroup(some(8, 9), [some(2, 13) for _ in range(6)]) for _ in range(4)]
+    ours = gradients(network, completion_logp(network, groups, "float32")[0])
+    for name, expected in gradients(network, padded_logp(network, groups)).items():
+        assert float((ours[name] - expected).norm()) <= 1e-3 * float(expected.norm()), name
+
+
+@settings(deadline=None, max_examples=5)
+@given(groups=prompt_groups())
+def test_other_forward_passes_are_those_of_plain_rows(network, groups):
     """Mean hidden states over a response, and the network's own logits of the token after it."""
-    means, logits = response_means(network, asked, "float32"), next_logits(network, asked, "float32")
-    rows = [(group.prompt, response) for group in asked for response in group.responses]
+    means, logits = response_means(network, groups, "float32"), next_logits(network, groups, "float32")
+    rows = [(group.prompt, response) for group in groups for response in group.responses]
     for mean, after, (prompt, response) in zip(means, logits, rows, strict=True):
-        seen = network(input_ids=torch.tensor([[*prompt, *response]]), output_hidden_states=True)
-        assert torch.allclose(after, seen.logits[0, -1], rtol=1e-4, atol=1e-4)
-        assert torch.allclose(mean, seen.hidden_states[-1][0, len(prompt) :].mean(0), rtol=1e-4, atol=1e-4)
+        plain = network(input_ids=torch.tensor([[*prompt, *response]]), output_hidden_states=True)
+        assert torch.allclose(after, plain.logits[0, -1], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(mean, plain.hidden_states[-1][0, len(prompt) :].mean(0), rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=20)
-@given(asked=groups(), heads=st.sampled_from([(4, 4), (4, 2)]))
-def test_the_mask_and_the_merge_are_one_attention(asked, heads):
-    """On a GPU a mask says who sees whom; on a CPU two parts are merged. Outputs and gradients agree."""
-    packed = pack(asked)
+@given(groups=prompt_groups(), heads=st.sampled_from([(4, 4), (4, 2)]))
+def test_the_mask_and_the_merge_are_one_attention(groups, heads):
+    """On a GPU a mask says which token attends to which; on a CPU two parts are merged. Outputs and gradients agree."""
+    packed = pack(groups)
     layout, count = packed.layout, packed.ids.shape[1]
     assert layout is not None
-    torch.manual_seed(0)
-    ends = []
-    for attend in (Merged.apply, masked_attention):
+    results = []
+    for attend in (MergedAttention.apply, masked_attention):
         torch.manual_seed(0)
         q, k, v = parts = [torch.randn(count, n, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1])]
         out = attend(q, k, v, layout, 0.5)
         (out * torch.randn_like(out)).sum().backward()
-        ends.append([out, *(part.grad for part in parts)])
-    for one, other in zip(*ends, strict=True):
+        results.append([out, *(part.grad for part in parts)])
+    for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -228,96 +218,98 @@ def test_the_mask_and_the_merge_are_one_attention(asked, heads):
 def test_networks_that_cannot_share_say_so_and_read_plain_rows(name):
     """A cap or a sink in attention, a state, a bias of positions: the trial, not a list of names, finds them out."""
     make, why = PLAIN[name]
-    network = spread(make())
-    with pytest.warns(UserWarning, match=f"reads a prompt again for each of its responses.*|{why}") as seen:
+    network = enlarged(make())
+    with pytest.warns(UserWarning, match=f"reads a prompt again for each of its responses.*|{why}") as caught:
         share_prefixes(network)
-    assert any(why in str(each.message) for each in seen)
+    assert any(why in str(warning.message) for warning in caught)
     assert not shares(network)
-    asked = [PromptGroup([5, 6], [[7, 8], [9]])]
-    assert torch.allclose(completion_logp(network, asked, "float32")[0], plain(network, asked), rtol=1e-6)
+    groups = [PromptGroup([5, 6], [[7, 8], [9]])]
+    assert torch.allclose(completion_logp(network, groups, "float32")[0], padded_logp(network, groups), rtol=1e-6)
     ThroughputMeter(network, Distributed())  # counts whatever way the network passes its tokens on
-    completion_logp(network, asked, "float32")[0].sum().backward()
+    completion_logp(network, groups, "float32")[0].sum().backward()
 
 
 def test_an_encoder_decoder_says_so_and_gives_its_own_log_probs():
     """T5: log p(y | x) is that of its cross-entropy on labels, one unpadded row at a time."""
     sizes = dict(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    network = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes)).eval()
+    network = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, **sizes)).eval()
     with pytest.warns(UserWarning, match="T5.*again for each.*encoder-decoder"):
         share_prefixes(network)
-    asked = [PromptGroup([5, 6, 9], [[7, 8], [9], [4, 4, 4, 1]]), PromptGroup([8], [[3, 1]])]
-    rows = [(group.prompt, response) for group in asked for response in group.responses]
-    found, hits = completion_logp(network, asked, "float32")
-    for value, right, (prompt, response) in zip(found, hits, rows, strict=True):
-        own = network(input_ids=torch.tensor([prompt]), labels=torch.tensor([response]))
-        assert value.item() == pytest.approx(-own.loss.item() * len(response), rel=1e-5)
-        assert right == (own.logits[0].argmax(-1) == torch.tensor(response)).sum()
+    groups = [PromptGroup([5, 6, 9], [[7, 8], [9], [4, 4, 4, 1]]), PromptGroup([8], [[3, 1]])]
+    rows = [(group.prompt, response) for group in groups for response in group.responses]
+    logp, hits = completion_logp(network, groups, "float32")
+    for value, right, (prompt, response) in zip(logp, hits, rows, strict=True):
+        plain = network(input_ids=torch.tensor([prompt]), labels=torch.tensor([response]))
+        assert value.item() == pytest.approx(-plain.loss.item() * len(response), rel=1e-5)
+        assert right == (plain.logits[0].argmax(-1) == torch.tensor(response)).sum()
 
 
-def test_a_window_shorter_than_the_reach_is_read_plainly_and_right():
-    """A window of 12 tokens: rows of 12 share their prompt, rows of 13 do not, and both are what plain rows give."""
-    network = shared(lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=12)))
+def test_rows_longer_than_the_window_are_read_plainly_and_right():
+    """A window of 12 tokens: rows of 12 share their prompt, rows of 13 do not, and both are what plain rows give.
+
+    It is said once.
+    """
+    network = sharing(lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=12)))
     short, long = [PromptGroup([5, 6, 7, 8], [[9] * 8, [10]])], [PromptGroup([5, 6, 7, 8], [[9] * 9, [10]])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert shares(network, short)
-    with pytest.warns(UserWarning, match="again for each of its responses where they reach beyond its window of 12"):
+    with pytest.warns(UserWarning, match="again for each of its responses where they are longer than its window of 12"):
         assert not shares(network, long)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not shares(network, long)  # said once
-    for asked in (short, long):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = completion_logp(network, asked, "float32")[0]
-        assert torch.allclose(found, plain(network, asked), rtol=1e-5, atol=1e-5)
+        for groups in (short, long):
+            logp = completion_logp(network, groups, "float32")[0]
+            assert torch.allclose(logp, padded_logp(network, groups), rtol=1e-5, atol=1e-5)
 
 
-def test_responses_do_not_see_each_other(network):
+def test_responses_do_not_attend_to_each_other(llama):
     """Changing one response leaves every other log-prob as it was."""
-    asked, other = (
-        PromptGroup([5, 6, 7], [[8, 9, 10], [11, 12]]),
-        PromptGroup([5, 6, 7], [[8, 9, 10], [20, 30, 40, 50]]),
+    one, two = (
+        completion_logp(llama, [PromptGroup([5, 6, 7], [[8, 9, 10], other])], "float32")[0]
+        for other in ([11, 12], [20, 30, 40, 50])
     )
-    one, two = (completion_logp(network, [each], "float32")[0] for each in (asked, other))
     assert one[0].item() == pytest.approx(two[0].item(), rel=1e-6)
     assert abs(one[1] - two[1]).item() > 1e-3
 
 
 @settings(deadline=None)
-@given(asked=groups())
-def test_nothing_is_packed_twice(asked):
+@given(groups=prompt_groups())
+def test_nothing_is_packed_twice(groups):
     """T = sum over prompts of P + sum over different responses of (R - 1); padded, N rows as wide as the longest."""
-    total = sum(len(group.prompt) + sum(len(each) - 1 for each in set(map(tuple, group.responses))) for group in asked)
-    packed, padded = pack(asked), pad(asked)
-    assert packed.ids.shape == (1, total)
-    rows = [len(group.prompt) + len(each) for group in asked for each in group.responses]
+    packed, padded = pack(groups), pad(groups)
+    unique = [{tuple(response) for response in group.responses} for group in groups]
+    lengths = [
+        len(group.prompt) + sum(len(ids) - 1 for ids in responses)
+        for group, responses in zip(groups, unique, strict=True)
+    ]
+    assert packed.ids.shape == (1, sum(lengths))
+    rows = [len(group.prompt) + len(response) for group in groups for response in group.responses]
     assert padded.ids.shape == (len(rows), max(rows))
     assert len(packed.rows) == len(rows)
 
 
 @settings(deadline=None)
-@given(asked=groups(), budget=st.integers(1, 80), is_shared=st.booleans())
-def test_fill_and_split_keep_the_budget_and_lose_nothing(asked, budget, is_shared):
+@given(groups=prompt_groups(), budget=st.integers(1, 80), shared=st.booleans())
+def test_batches_and_parts_keep_the_budget_and_lose_nothing(groups, budget, shared):
     """Every group in one batch, every response in one part; over the budget only what is one group, or one response."""
-    batches = list(fill(asked, budget, is_shared))
-    assert sorted(n for batch in batches for n in batch) == list(range(len(asked)))
+    batches = list(batch_by_tokens(groups, budget, shared))
+    assert sorted(n for batch in batches for n in batch) == list(range(len(groups)))
     for batch in batches:
-        assert len(batch) == 1 or PassSize.of([asked[n] for n in batch], is_shared).size <= budget
-    for group in asked:
-        parts = split(group, budget, is_shared)
+        assert len(batch) == 1 or PassSize.of([groups[n] for n in batch], shared).size <= budget
+    for group in groups:
+        parts = split_responses(group, budget, shared)
         assert [n for part in parts for n in part] == list(range(len(group.responses)))
         for part in parts:
-            whole = PromptGroup(group.prompt, [group.responses[n] for n in part])
-            assert len(part) == 1 or PassSize.of([whole], is_shared).size <= budget
+            piece = PromptGroup(group.prompt, [group.responses[n] for n in part])
+            assert len(part) == 1 or PassSize.of([piece], shared).size <= budget
 
 
-def test_the_trial_leaves_the_attention_in_place():
+def test_the_trial_leaves_plain_attention_as_it_was():
     """After sharing, a plain call of the network (generation, say) computes what it did before."""
-    network = spread(LlamaForCausalLM(LlamaConfig(**GROUPED)))
-    padded = dict(
-        input_ids=torch.tensor([[2, 2, 5, 6], [5, 6, 7, 8]]), attention_mask=torch.tensor([[0, 0, 1, 1], [1] * 4])
-    )
+    network = enlarged(transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)))
+    mask = torch.tensor([[0, 0, 1, 1], [1] * 4])
+    padded = dict(input_ids=torch.tensor([[2, 2, 5, 6], [5, 6, 7, 8]]), attention_mask=mask)
     before = network(**padded).logits
     share_prefixes(network)
     assert network.config._attn_implementation == NAME

@@ -9,19 +9,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from pipeline.context import StageContext, WarmCache
-from schemas import Model, WinnowError
+from schemas import WinnowError
 from schemas.tables import METRICS
 from stages.network.load import load_network
 from stages.network.models import reward_head
-from stages.training import trainer as training
-from stages.training.mixing import MixState, mix
+from stages.training import trainer
+from stages.training.mixing import MixState, measure_now, mix
 from stages.training.throughput import TokenCounter
-from tests.material import bound, cache, imitate, leg_of, loss_of, random_rows, table, train
+from tests.material import (
+    bound,
+    cache,
+    context,
+    imitate,
+    interrupt_at,
+    largest_difference,
+    loss_of,
+    random_rows,
+    table,
+    term_of,
+    train,
+    weights_of,
+)
 
-weights_of = st.floats(0, 1)
+weights = st.floats(0, 1)
 
 
 def weight(name, step=0, steps=100, seed=0, gaps=(0.0, 0.0), **options):
@@ -32,35 +43,36 @@ def weight(name, step=0, steps=100, seed=0, gaps=(0.0, 0.0), **options):
 # As functions
 
 
-@given(weights_of, st.integers(0, 99), st.integers(0, 2**31))
+@given(weights, st.integers(0, 99), st.integers(0, 2**31))
 def test_joint_is_the_same_in_every_step(share, step, seed):
     """lambda f_D + (1 - lambda) f_S."""
     assert weight("joint", step=step, seed=seed, weight=share) == share
 
 
-@given(st.integers(1, 500), weights_of)
+@given(st.integers(1, 500), weights)
 def test_sequence_imitates_first_and_then_prefers(steps, share):
     """0 for the first round((1 - w) steps), then 1; w = 0 never prefers, w = 1 always does."""
-    found = [weight("sequence", step=step, steps=steps, weight=share) for step in range(steps)]
+    values = [weight("sequence", step=step, steps=steps, weight=share) for step in range(steps)]
     first = round((1 - share) * steps)
-    assert found == [0.0] * first + [1.0] * (steps - first)
-    assert abs(sum(found) / steps - share) <= 1 / steps
+    assert values == [0.0] * first + [1.0] * (steps - first)
+    assert abs(sum(values) / steps - share) <= 1 / steps
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 1.0])
-def test_alright_prefers_that_often_in_the_long_run(share):
-    """n = 20,000 coins of probability w: within 5 standard deviations sqrt(w (1 - w) / n), and 0 or 1 each."""
-    n = 20_000
-    coins = [weight("alright", step=step, steps=n, seed=7, weight=share) for step in range(n)]
-    assert set(coins) <= {0.0, 1.0}
-    assert abs(np.mean(coins) - share) <= 5 * math.sqrt(share * (1 - share) / n)
-    runs = sum(a != b for a, b in pairwise(coins)) / n
-    assert abs(runs - 2 * share * (1 - share)) <= 5 / math.sqrt(n)  # neighbours are independent
+def test_alright_prefers_that_often_in_the_long_run():
+    """n = 5,000 coins of probability w: within 5 standard deviations sqrt(w (1 - w) / n), and 0 or 1 each."""
+    n = 5_000
+    for share in (0.0, 0.1, 0.5, 1.0):
+        alright = bound(mix, "alright", weight=share)
+        coins = [alright(MixState(step, n, 7)) for step in range(n)]
+        assert set(coins) <= {0.0, 1.0}
+        assert abs(np.mean(coins) - share) <= 5 * math.sqrt(share * (1 - share) / n)
+        runs = sum(a != b for a, b in pairwise(coins)) / n
+        assert abs(runs - 2 * share * (1 - share)) <= 5 / math.sqrt(n)  # neighbours are independent
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.tuples(st.floats(0, 9), st.floats(0, 9)), st.integers(1, 99))
 def test_the_coin_is_of_seed_and_step_alone(seed, step, gaps, steps):
-    """A resumed run, or another rank, tosses the same, whatever it has seen or has left."""
+    """A resumed run, or another rank, tosses the same, whatever it has seen."""
     assert weight("alright", step=step, seed=seed, gaps=gaps, steps=steps) == weight("alright", step=step, seed=seed)
 
 
@@ -70,7 +82,7 @@ def test_the_coins_of_another_seed_are_others():
     assert one != two
 
 
-@given(weights_of, st.floats(-1, 9), st.floats(-1, 9))
+@given(weights, st.floats(-1, 9), st.floats(-1, 9))
 def test_maxright_takes_the_larger_weighted_gap(share, preference, imitation):
     """argmax of lambda (f_D - f_D*) and (1 - lambda) (f_S - f_S*); on a tie, imitation."""
     expected = float(np.argmax([(1 - share) * imitation, share * preference]))  # the first of equals
@@ -95,170 +107,167 @@ def preferred(tiny):
 
 @pytest.fixture(scope="module")
 def demonstrated():
-    """One response a prompt to imitate: prompts p0 to p9."""
+    """One response per prompt to imitate: prompts p0 to p9."""
     return imitate([row | {"pairs": []} for row in random_rows(seed=2, prompts=10)], 0)
 
 
-def weights(model: Model):
-    return load_file(model.folder / "model.safetensors")
+@pytest.fixture(scope="module")
+def mixed(tiny, preferred, demonstrated):
+    """Training with a mix of this name."""
+
+    def run(folder, name, inputs=None, *, report_progress=lambda *_: None, seed=0, epochs=2, checkpoint_every=100,
+            **options):  # fmt: skip
+        return train(
+            tiny, preferred, folder, seed=seed, epochs=epochs, checkpoint_every=checkpoint_every, tokens_per_pass=120,
+            report_progress=report_progress, mix=bound(mix, name, **options),
+            inputs={"demonstrations": table(demonstrated)} | (inputs or {}),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def both_terms(tiny, preferred, demonstrated):
+    """The terms that `optimize` makes of both tables; the demonstrations are drawn from a stream of their own."""
+
+    def terms(seed=3):
+        options = dict(batch_size=4, tokens_per_pass=120)
+        preference = term_of(tiny, preferred, "sigmoid_norm", **options)
+        imitation = term_of(tiny, demonstrated, "nll", **options)
+        preference.seed, imitation.seed, imitation.index = seed, seed, 1
+        return [preference, imitation]
+
+    return terms
 
 
 def equal(a, b):
     """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return largest_difference(weights_of(a), weights_of(b)) == 0
 
 
-def mixed(init, preferred, demonstrated, folder, name, inputs=None, *, tell=lambda done, total, unit: None, seed=0,
-          epochs=2, checkpoint_every=100, **options):  # fmt: skip
-    given = dict(inputs={"demonstrations": table(demonstrated)} | (inputs or {}), mix=bound(mix, name, **options))
-    return train(init, preferred, folder, seed=seed, epochs=epochs, checkpoint_every=checkpoint_every, tell=tell,
-                 tokens_per_pass=120, **given)  # fmt: skip
-
-
-def both_sides(init, preferred, demonstrated, seed):
-    """The legs that `optimize` makes of them; the demonstrations' order has a seed of its own."""
-    given = dict(batch_size=4, tokens_per_pass=120)
-    preference, imitation = leg_of(init, preferred, "sigmoid_norm", **given), leg_of(init, demonstrated, "nll", **given)
-    preference.seed, imitation.seed, imitation.number = seed, seed, 1
-    return [preference, imitation]
-
-
-def taken(metrics, steps):
+def weights_taken(metrics, steps):
     return [metrics[step, "preference_weight"] for step in range(1, steps + 1)]
 
 
-def test_joint_with_weight_one_is_training_without_a_mix(tiny, preferred, demonstrated, tmp_path):
+def test_joint_with_weight_one_is_training_without_a_mix(tiny, preferred, mixed, tmp_path):
     """Nothing of the imitation is drawn or forwarded: the same weights bit for bit, the same metrics and tokens."""
     plain, expected, policy = train(tiny, preferred, tmp_path / "plain", epochs=2, tokens_per_pass=120)
-    made, found, mixed_policy = mixed(tiny, preferred, demonstrated, tmp_path / "mix", "joint", weight=1.0)
-    assert equal(weights(plain), weights(made))
-    assert {key: value for key, value in found.items() if key[1] != "preference_weight"} == expected
+    model, metrics, mixed_policy = mixed(tmp_path / "mix", "joint", weight=1.0)
+    assert equal(plain, model)
+    assert {key: value for key, value in metrics.items() if key[1] != "preference_weight"} == expected
     assert mixed_policy["tokens"] == policy["tokens"]
-    assert set(taken(found, policy["steps"])) == {1.0}
+    assert set(weights_taken(metrics, policy["steps"])) == {1.0}
 
 
-def test_joint_with_weight_zero_is_imitation_alone(tiny, preferred, demonstrated, tmp_path):
+def test_joint_with_weight_zero_is_imitation_alone(mixed, both_terms, tmp_path):
     """No preference metric appears; the likelihood of the demonstrations rises; steps are those of the examples."""
-    _, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, "joint", weight=0.0, epochs=4)
-    assert policy["steps"] == leg_of(tiny, preferred, "sigmoid_norm", batch_size=4).steps(4)
-    names = {name for _, name in found}
+    _, metrics, policy = mixed(tmp_path, "joint", weight=0.0, epochs=4)
+    assert policy["steps"] == both_terms()[0].steps(4)
+    names = {name for _, name in metrics}
     assert "imitation/loss" in names
     assert not {"loss", "margin", "accuracy"} & names
-    assert found[policy["steps"], "imitation/loss"] < 0.8 * found[1, "imitation/loss"]
+    assert metrics[policy["steps"], "imitation/loss"] < 0.8 * metrics[1, "imitation/loss"]
 
 
 def test_joint_is_the_weighted_sum_of_both_gradients(sharp, tmp_path):
-    """One step of clipped size: the norm is that of lambda grad f_D + (1 - lambda) grad f_S, computed apart."""
+    """One step: the norm is that of lambda grad f_D + (1 - lambda) grad f_S, computed separately."""
     preferred, demonstrated = cache(sharp, random_rows(seed=1)), imitate(random_rows(seed=2), 0)
     network = load_network(sharp)
     gradients = []
     for rows, name in ((preferred, "sigmoid_norm"), (demonstrated, "nll")):
-        loss, _ = loss_of(leg_of(sharp, rows, name), network)
+        loss, _ = loss_of(term_of(sharp, rows, name), network)
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
     inputs = {"demonstrations": table(demonstrated)}
-    _, found, _ = train(sharp, preferred, tmp_path, inputs=inputs, mix=bound(mix, "joint", weight=0.3), batch_size=100)
+    joint = bound(mix, "joint", weight=0.3)
+    _, metrics, _ = train(sharp, preferred, tmp_path, inputs=inputs, mix=joint, batch_size=100)
     expected = (0.3 * gradients[0] + 0.7 * gradients[1]).norm().item()
-    assert found[1, "grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert metrics[1, "grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sequence", "alright"])
-def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(
-    tiny, preferred, demonstrated, tmp_path, monkeypatch, name
-):
-    """A step has the metrics of the side it took, and its tokens; each side's batches come in their own order.
+def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, tmp_path, monkeypatch):
+    """A step has the metrics of the term it took, and its tokens; each term's batches come in their own order.
 
-    So the tokens of the run are those of the first n batches of each side, n times that it was taken; and of the
-    first preference batch once more, for the gate, those that the network reads, where no last one is.
+    So the tokens of the run are those of the first n batches of each term, n times that it was taken; and of the
+    first preference batch once more, for the check of the reference, those that the network reads (none's last).
     """
-    reads = []
+    for name in ("sequence", "alright"):
+        counters: list[TokenCounter] = []
 
-    def loaded(*args, **options):
-        network = load_network(*args, **options)
-        reads.append(TokenCounter(network))
-        return network
+        def load(*args, counters=counters, **options):
+            network = load_network(*args, **options)
+            counters.append(TokenCounter(network))
+            return network
 
-    monkeypatch.setattr(training, "load_network", loaded)
-    _, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, name, seed=3)
-    sides = taken(found, policy["steps"])
-    assert 0 < sum(sides) < len(sides)
-    for step, side in enumerate(sides, 1):
-        assert ((step, "loss") in found) == (side == 1.0)
-        assert ((step, "imitation/loss") in found) == (side == 0.0)
-    preference, imitation = both_sides(tiny, preferred, demonstrated, 3)
-    batches = [preference.batch(n) for n in range(int(sum(sides)))]
-    batches += [imitation.batch(n) for n in range(len(sides) - int(sum(sides)))]
-    assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
-    read = [group for batch in [preference.batch(0), *batches] for group in batch]
-    assert reads[0].tokens == sum(len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in read)
+        monkeypatch.setattr(trainer, "load_network", load)
+        _, metrics, policy = mixed(tmp_path / name, name, seed=3)
+        taken = weights_taken(metrics, policy["steps"])
+        assert 0 < sum(taken) < len(taken)
+        for step, preference in enumerate(taken, 1):
+            assert ((step, "loss") in metrics) == (preference == 1.0)
+            assert ((step, "imitation/loss") in metrics) == (preference == 0.0)
+        preference, imitation = both_terms()
+        batches = [preference.batch(n) for n in range(int(sum(taken)))]
+        batches += [imitation.batch(n) for n in range(len(taken) - int(sum(taken)))]
+        assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
+        groups = [group for batch in [preference.batch(0), *batches] for group in batch]
+        read = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
+        assert counters[0].tokens == sum(read)
 
 
-def test_sequence_goes_over_once(tiny, preferred, demonstrated, tmp_path):
+def test_sequence_goes_over_once(mixed, tmp_path):
     """w = 1/4 of the steps: three quarters of imitation, then a quarter of preference."""
-    _, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, "sequence", weight=0.25)
+    _, metrics, policy = mixed(tmp_path, "sequence", weight=0.25)
     first = round(0.75 * policy["steps"])
-    assert taken(found, policy["steps"]) == [0.0] * first + [1.0] * (policy["steps"] - first)
+    assert weights_taken(metrics, policy["steps"]) == [0.0] * first + [1.0] * (policy["steps"] - first)
 
 
-def stopped(at):
-    """A `progress` that ends the run after step `at`, as Ctrl-C does."""
-
-    def tell(done, total, unit):
-        if done == at:
-            raise KeyboardInterrupt
-
-    return tell
-
-
-@pytest.mark.parametrize(("name", "options"), [("alright", {}), ("maxright", {"refresh": 2, "weight": 0.9})])
-@pytest.mark.parametrize("at", [2, 5, 8])
-def test_a_mixed_run_that_was_stopped_ends_as_if_it_had_not_been(
-    tiny, preferred, demonstrated, tmp_path, name, options, at
-):
-    """A checkpoint every 3 steps has the batches that each side has drawn and the gaps last known: bit for bit."""
-    given = dict(name=name, seed=3, checkpoint_every=3) | options
-    straight, metrics, policy = mixed(tiny, preferred, demonstrated, tmp_path / "straight", **given)
-    with pytest.raises(KeyboardInterrupt):
-        mixed(tiny, preferred, demonstrated, tmp_path / "stopped", tell=stopped(at), **given)
-    again, metrics_again, policy_again = mixed(tiny, preferred, demonstrated, tmp_path / "stopped", **given)
-    assert equal(weights(straight), weights(again))
-    assert metrics_again == metrics
-    assert policy_again == policy
-    assert {0.0, 1.0} == set(taken(metrics, policy["steps"]))
+def test_an_interrupted_mixed_run_ends_as_if_it_had_not_been(mixed, tmp_path):
+    """A checkpoint every 3 steps has the batches that each term has taken and the last gaps: bit for bit."""
+    for name, extra in [("alright", {}), ("maxright", {"refresh": 2, "weight": 0.9})]:
+        options: dict = dict(name=name, seed=3, checkpoint_every=3) | extra
+        straight, *expected = mixed(tmp_path / name, **options)
+        assert set(weights_taken(expected[0], expected[1]["steps"])) == {0.0, 1.0}
+        for at in (2, 8):
+            with pytest.raises(KeyboardInterrupt):
+                mixed(tmp_path / f"{name} {at}", report_progress=interrupt_at(at), **options)
+            again, *rest = mixed(tmp_path / f"{name} {at}", **options)
+            assert equal(straight, again)
+            assert rest == expected
 
 
-class Plain:
-    """A training loop without a mix: AdamW, gradients clipped to 1, in each step the next batch of one side."""
+class PlainLoop:
+    """A training loop without a mix: AdamW, gradients clipped to 1, in each step the next batch of one term."""
 
-    def __init__(self, init, sides):
-        self.network, self.sides, self.drawn = load_network(init), sides, [0, 0]
+    def __init__(self, init, terms):
+        self.network, self.terms, self.batches = load_network(init), terms, [0, 0]
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
     def loss(self, n):
-        return loss_of(self.sides[n], self.network, self.sides[n].batch(self.drawn[n]))[0]
+        return loss_of(self.terms[n], self.network, self.terms[n].batch(self.batches[n]))[0]
 
-    def take(self, n):
+    def step(self, n):
         self.optimizer.zero_grad()
         loss = self.loss(n)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        self.drawn[n] += 1
+        self.batches[n] += 1
         return loss.item()
 
     def agrees(self, model):
-        saved = weights(model)
+        saved = weights_of(model)
         return all(torch.allclose(w, saved[name], atol=1e-6) for name, w in self.network.named_parameters())
 
 
-def alright_by_the_book(plain, steps, share, seed):
+def alright_by_the_book(loop, steps, share, seed):
     """i ~ Bernoulli(lambda): i = 1 is a step on f_D, i = 0 one on f_S, neither weighted. The preference weights."""
     coins = [float(np.random.default_rng([seed, step, 2]).random() < share) for step in range(steps)]
     for coin in coins:
-        plain.take(0 if coin else 1)
+        loop.step(0 if coin else 1)
     return coins
 
 
-def maxright_by_the_book(plain, steps, share, optima, refresh):
+def maxright_by_the_book(loop, steps, share, optima, refresh):
     """argmax of the stale weighted gaps, a plain step on it, its gap from that step's loss. The preference weights.
 
     The refresh differs: only what was not taken is measured again, after every `refresh` steps, on the batch
@@ -266,24 +275,24 @@ def maxright_by_the_book(plain, steps, share, optima, refresh):
     """
     factor, choices = [share, 1 - share], []
     with torch.no_grad():
-        stale = [factor[n] * (plain.loss(n).item() - optima[n]) for n in (0, 1)]
+        stale = [factor[n] * (loop.loss(n).item() - optima[n]) for n in (0, 1)]
     for step in range(1, steps + 1):
         chosen = 0 if stale[0] > stale[1] else 1
-        stale[chosen] = factor[chosen] * (plain.take(chosen) - optima[chosen])
+        stale[chosen] = factor[chosen] * (loop.step(chosen) - optima[chosen])
         choices.append(1.0 - chosen)
         if step % refresh == 0:
             other = 1 - chosen
             with torch.no_grad():
-                stale[other] = factor[other] * (plain.loss(other).item() - optima[other])
+                stale[other] = factor[other] * (loop.loss(other).item() - optima[other])
     return choices
 
 
-def test_alright_follows_its_pseudo_code(tiny, preferred, demonstrated, tmp_path):
-    """The same side in every step, and the same weights at the end."""
-    made, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, "alright", seed=3, weight=0.4)
-    plain = Plain(tiny, both_sides(tiny, preferred, demonstrated, 3))
-    assert taken(found, policy["steps"]) == alright_by_the_book(plain, policy["steps"], 0.4, 3)
-    assert plain.agrees(made)
+def test_alright_follows_its_pseudo_code(tiny, mixed, both_terms, tmp_path):
+    """The same term in every step, and the same weights at the end."""
+    model, metrics, policy = mixed(tmp_path, "alright", seed=3, weight=0.4)
+    loop = PlainLoop(tiny, both_terms())
+    assert weights_taken(metrics, policy["steps"]) == alright_by_the_book(loop, policy["steps"], 0.4, 3)
+    assert loop.agrees(model)
 
 
 def curve(values, name):
@@ -293,78 +302,106 @@ def curve(values, name):
     return pa.Table.from_pylist(rows, schema=METRICS)
 
 
-@pytest.mark.parametrize(
-    ("share", "refresh", "optima"), [(0.9, 3, (0.0, 0.0)), (0.8, 1, (0.25, 3.0)), (0.9, 5, (0.5, 2.0))]
-)
-def test_maxright_follows_its_pseudo_code(tiny, preferred, demonstrated, tmp_path, share, refresh, optima):
-    """The same side in every step; optima come from the metrics of single runs, the mean of their last tenth."""
-    options = dict(weight=share, refresh=refresh, seed=3, epochs=4)
-    inputs = {
-        "preference_optimum": curve([5.0] * 18 + [optima[0] + 0.1, optima[0] - 0.1], "loss"),
-        "imitation_optimum": curve([5.0] * 9 + [optima[1]], "imitation/loss"),
-    }
-    made, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, "maxright", inputs, **options)
-    plain = Plain(tiny, both_sides(tiny, preferred, demonstrated, 3))
-    expected = maxright_by_the_book(plain, policy["steps"], share, optima, refresh)
-    assert taken(found, policy["steps"]) == expected
-    assert plain.agrees(made)
-    assert {0.0, 1.0} == set(expected)
+def test_maxright_follows_its_pseudo_code(tiny, mixed, both_terms, tmp_path):
+    """The same term in every step; optima come from the metrics of single runs, the mean of their last tenth."""
+    for n, (share, refresh, optima) in enumerate([(0.9, 3, (0.0, 0.0)), (0.8, 1, (0.25, 3.0)), (0.9, 5, (0.5, 2.0))]):
+        inputs = {
+            "preference_optimum": curve([5.0] * 18 + [optima[0] + 0.1, optima[0] - 0.1], "loss"),
+            "imitation_optimum": curve([5.0] * 9 + [optima[1]], "imitation/loss"),
+        }
+        options = dict(weight=share, refresh=refresh, seed=3, epochs=4)
+        model, metrics, policy = mixed(tmp_path / str(n), "maxright", inputs, **options)
+        loop = PlainLoop(tiny, both_terms())
+        expected = maxright_by_the_book(loop, policy["steps"], share, optima, refresh)
+        assert weights_taken(metrics, policy["steps"]) == expected
+        assert loop.agrees(model)
+        assert {0.0, 1.0} == set(expected)
 
 
-def test_optima_move_the_choice(tiny, preferred, demonstrated, tmp_path):
+def test_optima_move_the_choice(mixed, tmp_path):
     """f_D = ln 2 at the start. With f_D* = 1.7 its gap is below 0: imitation is first; with f_S* = 99, preference."""
     for optima, first in (((1.7, 0.0), 0.0), ((0.0, 99.0), 1.0)):
         inputs = {
             "preference_optimum": curve([optima[0]], "loss"),
             "imitation_optimum": curve([optima[1]], "imitation/loss"),
         }
-        _, found, _ = mixed(tiny, preferred, demonstrated, tmp_path / str(first), "maxright", inputs, epochs=1)
-        assert found[1, "preference_weight"] == first
+        _, metrics, _ = mixed(tmp_path / str(first), "maxright", inputs, epochs=1)
+        assert metrics[1, "preference_weight"] == first
 
 
-def test_measuring_again_costs_no_training(tiny, preferred, demonstrated, tmp_path):
-    """Refreshed or not, a run that takes one side only ends with the same weights: a look leaves no gradient."""
+def test_measuring_again_costs_no_training(mixed, tmp_path):
+    """Measured again or not, a run that takes one term only ends with the same weights: that leaves no gradient."""
     inputs = {"imitation_optimum": curve([99.0], "imitation/loss")}
-    runs = [
-        mixed(tiny, preferred, demonstrated, tmp_path / str(refresh), "maxright", inputs, refresh=refresh)
-        for refresh in (1, 1000)
-    ]
-    assert equal(weights(runs[0][0]), weights(runs[1][0]))
-    assert runs[0][1] == runs[1][1]
+    one, other = (mixed(tmp_path / str(refresh), "maxright", inputs, refresh=refresh) for refresh in (1, 1000))
+    assert equal(one[0], other[0])
+    assert one[1] == other[1]
 
 
-def test_both_heldout_sets_are_measured(tiny, preferred, demonstrated, tmp_path):
+def test_a_mix_of_a_users_own_declares_what_it_needs(mixed, tmp_path):
+    """One that uses losses sees both before the first step, and again at the steps of the option that it names, if any.
+
+    The loop knows no option by name: here it is `patience`, and the other mix has none.
+    """
+    states: list[MixState] = []
+
+    @mix(uses_losses=True, measure_every="patience")
+    def patient(state: MixState, *, patience: int = 2) -> float:
+        states.append(state)
+        return 1.0
+
+    @mix(uses_losses=True)
+    def hasty(state: MixState) -> float:
+        states.append(state)
+        return 1.0
+
+    try:
+        assert [step for step in range(1, 8) if measure_now(bound(mix, "patient", patience=3), step)] == [3, 6]
+        changes = {}
+        for name in ("patient", "hasty"):
+            states.clear()
+            mixed(tmp_path / name, name)
+            gaps = [state.imitation_gap for state in states]
+            assert states[0].preference_gap == pytest.approx(math.log(2), abs=1e-5)
+            assert gaps[0] > 1
+            changes[name] = [state.step for state, before in zip(states[1:], gaps, strict=False)
+                             if state.imitation_gap != before]  # fmt: skip
+        assert changes == {"patient": list(range(2, len(states), 2)), "hasty": []}
+    finally:
+        for name in ("patient", "hasty"):
+            mix.entries.pop(name)
+
+
+def test_both_heldout_sets_are_measured(preferred, demonstrated, mixed, tmp_path):
     """At the last step, each under its own name."""
     inputs = {"heldout": table(preferred[:3]), "heldout_demonstrations": table(demonstrated[:3])}
-    _, found, policy = mixed(tiny, preferred, demonstrated, tmp_path, "alright", inputs, seed=3)
-    assert {"heldout/loss", "heldout/imitation/loss"} <= {name for step, name in found if step == policy["steps"]}
+    _, metrics, policy = mixed(tmp_path, "alright", inputs, seed=3)
+    assert {"heldout/loss", "heldout/imitation/loss"} <= {name for step, name in metrics if step == policy["steps"]}
 
 
-def test_a_loss_that_is_not_finite_names_the_rows_of_the_side_taken(tiny, preferred, demonstrated, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_rows_of_the_term_taken(tiny, preferred, demonstrated, tmp_path):
     """An absurd learning rate; imitation alone was taken, so its rows are named, p0 to p9."""
+    inputs = {"demonstrations": table(demonstrated)}
     with pytest.raises(WinnowError, match=r"step 1: .*not finite.*rows \(prompt/candidate\): (p\d/c\d\d(, )?)+ and"):
-        train(tiny, preferred, tmp_path, learning_rate=1e30, mix=bound(mix, "joint", weight=0.0),
-              inputs={"demonstrations": table(demonstrated)})  # fmt: skip
+        train(tiny, preferred, tmp_path, learning_rate=1e30, mix=bound(mix, "joint", weight=0.0), inputs=inputs)
 
 
 # A reward model
 
 
 def test_a_reward_model_learns_a_plain_preference(tiny, tmp_path):
-    """-ln s(r_w - r_l) on pairs whose sides end in different tokens: on held-out pairs, too, all are told apart.
+    """-ln s(r_w - r_l) on pairs whose sides end in different tokens: held-out pairs, too, are all ordered right.
 
     Scores are 0 at first, so the first loss is ln 2 and the accuracy one half.
     """
-    made = reward_head(tiny, StageContext(tmp_path / "head", WarmCache(), lambda done, total, unit: None))
+    head = reward_head(tiny, context(tmp_path / "head"))
     rows = random_rows(seed=4, prompts=60)
     for row in rows:
-        for n, each in enumerate(row["responses"]):
-            each["token_ids"] = [*each["token_ids"], 200 if n == 0 else 201]
-    held = {"heldout": table(rows[40:])}
-    options = dict(objective="sigmoid", learning_rate=3e-3, epochs=3, batch_size=8, inputs=held)
-    trained, found, policy = train(made, rows[:40], tmp_path / "train", **options)
-    assert found[1, "loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert found[1, "accuracy"] == 0.5
-    assert found[policy["steps"], "heldout/accuracy"] == 1.0
-    assert found[policy["steps"], "heldout/loss"] < 0.2
-    assert trained.folder.joinpath("model.safetensors").exists()
+        for n, response in enumerate(row["responses"]):
+            response["token_ids"] = [*response["token_ids"], 200 if n == 0 else 201]
+    options = dict(objective="sigmoid", learning_rate=3e-3, epochs=3, batch_size=8)
+    model, metrics, policy = train(head, rows[:40], tmp_path / "train", inputs={"heldout": table(rows[40:])}, **options)
+    assert metrics[1, "loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[1, "accuracy"] == 0.5
+    assert metrics[policy["steps"], "heldout/accuracy"] == 1.0
+    assert metrics[policy["steps"], "heldout/loss"] < 0.2
+    assert model.folder.joinpath("model.safetensors").exists()

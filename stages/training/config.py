@@ -1,0 +1,51 @@
+"""Options of one training run and the data of its loss terms, as `optimize` hands them to the trainer.
+
+Free of torch, so that a plan can read it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from pipeline import Bound
+
+SPEED = "speed/"  # prefix of metrics that depend on the machine and go to the table `speeds`
+
+
+@dataclass(frozen=True)
+class TermData:
+    """Rows of one loss term: a table of `examples`, held-out rows, and what is minimised on both."""
+
+    examples: pa.Table
+    heldout: pa.Table | None
+    objective: Bound
+    nll_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of `optimize` under the names that users write; its docstring says what they mean.
+
+    Typed, for fifteen options in a dict pass every type checker whatever they are called.
+    """
+
+    nll_per: Literal["token", "response"]
+    mix: Bound | None
+    optima: tuple[float, float]  # loss that each term reaches alone: preference, imitation
+    reference: Literal["init", "other"]
+    learning_rate: float
+    lr_scheduler_type: Literal["constant", "linear", "cosine"]
+    warmup_ratio: float
+    batch_size: int
+    epochs: int
+    max_grad_norm: float
+    weight_decay: float
+    dtype: Literal["float32", "bfloat16"]
+    lora_r: int
+    lora_alpha: float | None
+    lora_target_modules: list[str]
+    tokens_per_pass: int
+    gradient_checkpointing: bool
+    checkpoint_every: int
+    seed: int
