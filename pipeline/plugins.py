@@ -30,7 +30,7 @@ def load_plugins(files: Iterable[Path]) -> list[Path]:
     paths, problems = [], []
     _load_installed()
     for file in files:
-        path = file.expanduser().absolute()
+        path = file.absolute()
         try:
             load_source(path, path.read_text(encoding="utf-8"))
             paths.append(path)
@@ -77,6 +77,12 @@ def load_source(path: Path, source: str) -> Plugin:
         loading.reset(token)
     _plugins[plugin.digest] = plugin
     return plugin
+
+
+def unload_plugins() -> None:
+    """Remove the functions of all plugin files, for a notebook or a test whose next recipe uses their names."""
+    for plugin in list(_plugins.values()):
+        _forget(plugin)
 
 
 def _forget(plugin: Plugin) -> None:

@@ -114,7 +114,7 @@ class Entry:
         if self.plugin:
             return self.plugin.digest
         fn = inspect.unwrap(self.fn)
-        if fn.__module__.partition(".")[0] not in plugin_packages:
+        if str(fn.__module__).partition(".")[0] not in plugin_packages:  # code that is executed has none
             return None
         return sha256(Path(inspect.getfile(fn)).read_bytes()).hexdigest()
 

@@ -99,8 +99,8 @@ def stage(
             if optional:
                 hint = next(arm for arm in get_args(hint) if arm is not NoneType)
             inputs.append(Input(name, _table_schema(hint), optional))
-        returned = hints["return"]
-        outputs = [_table_schema(hint) for hint in (get_args(returned) if get_origin(returned) is tuple else [returned])]
+        returned = get_args(hints["return"]) if get_origin(hints["return"]) is tuple else (hints["return"],)
+        outputs = [_table_schema(hint) for hint in returned]
         tables = tuple(schema for schema in outputs if schema is not None)
         signature = StageSignature(
             version, unsharded, concurrent, tuple(inputs), tables, None in outputs, workspace, check

@@ -222,8 +222,8 @@ def _step_problems(
     """Return what is wrong with one step: the names and kinds of its inputs, and what its stage's own check finds."""
     problems = []
     stage, signature = entries[name].name, signature_of(entries[name])
-    required = {item.name: "a model" if item.kind == "model" else f"a table of {item.kind}" for item in signature.inputs}
     kinds = {item.name: item.kind for item in signature.inputs}
+    required = {item: "a model" if kind == "model" else f"a table of {kind}" for item, kind in kinds.items()}
     for item, source in sources.items():
         if item not in kinds:
             problems.append(f"{name}.from.{item}: {stage} has no such input; {nearest(item, list(kinds))}")

@@ -69,7 +69,7 @@ class Settings(BaseModel):
     about: str = ""
     plugins: list[str] = []
     rounds: Annotated[int | list[Any], BeforeValidator(_rounds)] = []
-    shards: int = Field(8, ge=1, le=99_999)
+    shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
 
 
@@ -231,7 +231,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
         raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
     folder = path.absolute().parent
     if isinstance(files := content.get("plugins"), list):  # always paths, with or without `./`
-        content["plugins"] = [str(folder / Path(file).expanduser()) if isinstance(file, str) else file for file in files]
+        content["plugins"] = [str(folder / file) if isinstance(file, str) else file for file in files]
     rooted: dict[str, Any] = _rooted(content, folder)
     return rooted
 
@@ -325,7 +325,7 @@ class Override:
 
 
 def _override(text: str) -> Override:
-    """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value`; values are YAML."""
+    """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value`; YAML values."""
     path, equals, value = text.partition("=")
     names = path.strip().split(".")
     if not equals or not all(names):
