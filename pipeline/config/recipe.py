@@ -120,19 +120,19 @@ def load_recipe(
         with _collected(problems):
             overrides.append(_override(text))
     replaced = {override.name: override.value for override in overrides if not override.path}
-    number = replaced.pop("rounds", None)
-    settings = Settings()
+    settings, overlaid = Settings(), list[Any]()
     with _collected(problems):
         values = {key: value for key, value in content.items() if key in NAMES} | replaced
-        settings = validated(Settings, {key: value for key, value in values.items() if value is not None})
+        settings = validated(
+            Settings, {key: value for key, value in values.items() if value is not None and key != "rounds"}
+        )
     with _collected(problems):
-        settings.rounds = _set_rounds(settings.rounds, number)
+        overlaid = _round_overlays(content.get("rounds"), replaced.get("rounds"))
 
     # Each round is the steps with the round's overlay over them. Only what an overlay breaks is reported as its own.
     steps: Steps = {str(key): body or {} for key, body in content.items() if key not in NAMES}
     step_problems = _step_problems(steps)
     problems += step_problems
-    overlaid = settings.rounds if isinstance(settings.rounds, list) else [{}] * settings.rounds
     rounds: list[Steps] = []
     for position, overlay in enumerate(overlaid, 1):
         place = f"rounds, entry {position}"
@@ -336,19 +336,24 @@ def _override(text: str) -> Override:
     return Override(text, names[0], tuple(names[1:]), parse(value, f"--set {text}"))
 
 
-def _set_rounds(written: int | list[Any], number: Any) -> int | list[Any]:
-    """Return the rounds with --set rounds=...: a number takes the first of a list, anything else replaces it."""
-    if number is None:
-        return written
-    rounds = validated(Settings, {"rounds": number}).rounds
-    if not isinstance(rounds, int) or not isinstance(written, list) or not written:
-        return rounds
-    if rounds > len(written):
-        raise WinnowError(
-            f"rounds: --set asks for {rounds}, and the recipe lists {len(written)}, an entry for each; "
-            f"ask for at most {len(written)}, or add an entry ({{}} for none) for each further round"
-        )
-    return written[:rounds]
+def _round_overlays(written: Any, replacement: Any) -> list[Any]:
+    """Return one overlay per round. Of --set rounds=..., a number takes the first of a list, a list replaces it."""
+    problems: list[str] = []
+    for value in (written, replacement):
+        if value is not None:
+            with _collected(problems):
+                validated(Settings, {"rounds": value})
+    if problems:
+        raise WinnowError(*problems)
+    if isinstance(replacement, int) and isinstance(written, list):
+        if replacement > len(written):
+            raise WinnowError(
+                f"rounds: --set asks for {replacement}, and the recipe lists {len(written)}, an entry for each; "
+                f"ask for at most {len(written)}, or add an entry ({{}} for none) for each further round"
+            )
+        return written[:replacement]
+    rounds = written if replacement is None else replacement
+    return [{}] * rounds if isinstance(rounds, int) else rounds or []
 
 
 def _set_option(override: Override, rounds: list[Steps], count: int) -> None:

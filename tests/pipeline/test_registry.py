@@ -57,7 +57,7 @@ def draw(
 
 @tools()
 def trace(size: float, *, shape: Annotated[Bound, shapes] = "circle") -> float:  # type: ignore[assignment]
-    return shape(size)  # type: ignore[no-any-return]
+    return shape(size)
 
 
 DRAW = tools.entries["draw"]
@@ -205,20 +205,20 @@ def test_a_decorator_with_metadata_of_its_own_has_three_forms():
 
 def test_a_registered_function_can_be_called_directly_with_what_a_recipe_would_write():
     """Names and mappings are bound, defaults too; what is bound already is passed on; mistakes have their place."""
-    assert trace(3.0) == trace(3.0, shape="disc") == 3.0  # type: ignore[arg-type]
-    assert trace(3.0, shape={"name": "square", "side": 2.0}) == 6.0  # type: ignore[arg-type]
+    assert trace(3.0) == trace(3.0, shape="disc") == 3.0
+    assert trace(3.0, shape={"name": "square", "side": 2.0}) == 6.0
     assert trace(3.0, shape=options(shape={"name": "circle", "radius": 2.0})["shape"]) == 6.0
-    canvas, shape, outline, width = draw("c", shape="circle", width="unchecked")  # type: ignore[arg-type]
+    canvas, shape, outline, width = draw("c", shape="circle", width="unchecked")
     assert (canvas, shape.options, outline, width) == ("c", {"radius": 1.0}, None, "unchecked")
     for wrong, words in (("cirkle", r"trace\.shape: unknown shape"), ({"name": "square"}, r"trace\.shape\.side: requ")):
         with pytest.raises(WinnowError, match=words):
-            trace(3.0, shape=wrong)  # type: ignore[arg-type]
+            trace(3.0, shape=wrong)
 
 
 def test_a_stage_can_be_called_directly():
     @stage(version=1)
     def toy_rank(prompts: Prompts, *, by: Annotated[Bound, shapes] = "square") -> Prompts:  # type: ignore[assignment]
-        return by.metadata["corners"]  # type: ignore[no-any-return]
+        return by.metadata["corners"]
 
     stages.forget(entry_of(toy_rank))
     assert toy_rank(None, by={"name": "square", "side": 1.0}) == 4

@@ -16,7 +16,7 @@ from pipeline import DataPath, ModelPath
 from pipeline.config.keys import canonical, differences, key_of
 from pipeline.config.plan import Plan, Step
 from stages.training.objectives import objective
-from tests.pipeline.config.test_recipe import own_world, plan_of
+from tests.pipeline.config.test_recipe import own_candidates_config, plan_of
 
 # Steps that are `like` another, and do not say this option themselves.
 CACHES = ("reference", "preference_reference")  # their dtype must be the trainer's, or the plan is refused
@@ -203,7 +203,7 @@ def test_a_changed_data_file_moves_what_reads_it(world: Path, tmp_path: Path):
 
 def test_two_processes_agree_on_every_key(world: Path):
     """With other hash seeds and from other folders: nothing of a process is in a key."""
-    own_world(world)
+    own_candidates_config(world)
     code = """
 import json, sys
 from pathlib import Path

@@ -52,7 +52,7 @@ def test_only_makes_one_step_and_from_makes_what_follows(store: Store, plan: Pla
 
 @pytest.mark.parametrize("option", ["only", "onward"])
 def test_what_a_part_reads_must_be_sealed(store: Store, plan: Plan, option: str):
-    with pytest.raises(WinnowError, match=r"toy: --\w+ keep: it reads rate, which is not sealed.*--set target=rate "):
+    with pytest.raises(WinnowError, match=r"toy: --\w+ keep: it reads rate, which is not finished.*--set target=rate "):
         rerun([plan], store, **{option: "keep"})
     assert not store.runs()
 
@@ -120,7 +120,7 @@ def test_force_is_refused_where_another_run_would_lose_its_ground(
     make(plan, store)
     make(other, store)
     before = store.sealed()
-    refused = rf"--force {name}: other would lose what it stands on.*winnow gc .*--forget other --yes`"
+    refused = rf"--force {name}: other needs what would be deleted.*winnow gc .*--forget other --yes`"
     with pytest.raises(WinnowError, match=refused):
         rerun([plan], store, force=name)
     assert store.sealed() == before
@@ -142,7 +142,7 @@ def test_a_run_that_came_since_the_checks_keeps_its_ground(tmp_path: Path, store
     again = rerun([plan], store, force="rate")
     make(planned(recipe(tmp_path, "other", keep="with: {above: 3.0}")), store)
     before = store.sealed()
-    with pytest.raises(WinnowError, match="other would lose what it stands on"):
+    with pytest.raises(WinnowError, match="other needs what would be deleted"):
         again.drop()
     assert store.sealed() == before
 
@@ -154,7 +154,7 @@ def test_a_run_that_comes_between_the_last_looks_and_the_drop(store: Store, plan
     before = store.sealed()
     raced = Raced(store.root, plan, nth)
     again = rerun([plan], raced, force="draw")
-    with pytest.raises(WinnowError, match="again would lose") if found else nullcontext():
+    with pytest.raises(WinnowError, match="again needs") if found else nullcontext():
         again.drop()
     assert raced.found is found
     assert store.sealed() == (before if found else [])
@@ -164,11 +164,11 @@ def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(sto
     """--only keep --force draw: rate would be gone. And a step that is being made is not taken away from its maker."""
     make(plan, store)
     before = store.sealed()
-    with pytest.raises(WinnowError, match="it reads rate, which is not sealed"):
+    with pytest.raises(WinnowError, match="it reads rate, which is not finished"):
         rerun([plan], store, only="keep", force="draw")
     claim = store.folder(step(plan, "keep")).claim()
     assert claim
-    with pytest.raises(WinnowError, match="another run is making toy_keep"):
+    with pytest.raises(WinnowError, match="another run is computing toy_keep"):
         rerun([plan], store, force="draw").drop()
     claim.release()
     assert store.sealed() == before

@@ -141,14 +141,14 @@ def test_an_optional_input_may_be_left_out(steps: dict):
 
 def test_a_circle_names_its_members(steps: dict):
     steps["prompts"]["from"]["tokenizer"] = "optimize"
-    found = [problem for problem in problems(steps) if "a circle" in problem]
+    found = [problem for problem in problems(steps) if "a cycle" in problem]
     assert len(found) >= 1
     assert "optimize -> examples -> prompts -> optimize" in found[0]
 
 
 def test_a_step_that_feeds_itself_is_a_circle(steps: dict):
     steps["select"]["from"]["rewards"] = "select"
-    assert any("a circle: select -> select" in problem for problem in problems(steps))
+    assert any("a cycle: select -> select" in problem for problem in problems(steps))
 
 
 def test_an_unneeded_step_may_lack_what_it_requires(steps: dict):
