@@ -30,10 +30,10 @@ Function = Callable[..., Any]
 EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """Return the hint that ends a message about an unknown name."""
+def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str:
+    """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given)."""
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names))}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(listed or names))}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Plugin:
     @cached_property
     def digest(self) -> str:
         return sha256(self.source.encode()).hexdigest()
+
+    def entry(self, kind: str, name: str) -> Entry:
+        return next(entry for _, entry in self.registered if (entry.kind, entry.name) == (kind, name))
 
     def __reduce__(self) -> tuple[Callable[..., Plugin], tuple[Path, str]]:
         from pipeline.plugins import load_source
@@ -125,12 +128,8 @@ class Entry:
 
     def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Any, ...]]:
         if self.plugin:
-            return _entry_in, (self.plugin, self.kind, self.name)
+            return Plugin.entry, (self.plugin, self.kind, self.name)
         return entry_of, (self.fn,)  # by reference: importing the function on a worker registers it there
-
-
-def _entry_in(plugin: Plugin, kind: str, name: str) -> Entry:
-    return next(entry for _, entry in plugin.registered if (entry.kind, entry.name) == (kind, name))
 
 
 def entry_of(fn: Function) -> Entry:
@@ -201,8 +200,9 @@ class Registry:
             for word in (name, *aliases):
                 owner = self.aliases.get(word, word if word in self.entries else None)
                 if owner and (plugin or owner != name):
-                    raise TypeError(f"{self.kind} {word!r} is already registered ({_origin(self.entries[owner])}); "
-                                    "choose another name")  # fmt: skip
+                    other = self.entries[owner]
+                    origin = other.plugin.path if other.plugin else other.fn.__module__
+                    raise TypeError(f"{self.kind} {word!r} is already registered, in {origin}; choose another name")
             if any(_names_registry(hint) for hint in _option_hints(fn).values()):
                 fn = _binding_options(fn)
             entry = Entry(name, fn, metadata, self.kind, aliases, None if plugin and plugin.installed else plugin)
@@ -234,10 +234,8 @@ class Registry:
         """Return the entry of a name or an alias. Raise WinnowError with the nearest name, or with all of them."""
         canonical = self.aliases.get(name, name)
         if canonical not in self.entries:
-            close = get_close_matches(str(name), [*self.entries, *self.aliases], n=1, cutoff=0.5)
-            names = (f"{name} ({', '.join(entry.aliases)})" if entry.aliases else name
-                     for name, entry in sorted(self.entries.items()))  # fmt: skip
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+            listed = [f"{name} ({', '.join(e.aliases)})" if e.aliases else name for name, e in self.entries.items()]
+            hint = nearest(name, [*self.entries, *self.aliases], listed)
             raise WinnowError(f"unknown {self.kind} {name!r}; {hint}")
         return self.entries[canonical]
 
@@ -253,10 +251,6 @@ class Registry:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.bind)
-
-
-def _origin(entry: Entry) -> str:
-    return str(entry.plugin.path) if entry.plugin else f"in {entry.fn.__module__}"
 
 
 def _names_registry(hint: Any) -> bool:

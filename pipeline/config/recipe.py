@@ -14,14 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from pipeline.config.rounds import Steps, split, unknown_step_hint, unroll, without_rounds
+from pipeline.config.rounds import Steps, round_overlays, split, unknown_step_hint, unroll, without_rounds
 from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-MAX_ROUNDS = 99
 MAX_FILES = 3  # a base, a method, and the user's own: a recipe must be readable at a glance
 SETTABLE = ("about", "rounds", "shards", "target")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
@@ -55,25 +54,17 @@ class StepBody(BaseModel):
     options: dict[Any, Any] | None = Field(None, alias="with", description="a mapping of options to values")
 
 
-def _rounds(value: Any) -> Any:
-    number = len(value) if isinstance(value, list) else value
-    if type(number) is not int or not 1 <= number <= MAX_ROUNDS:
-        raise ValueError(f"must be a number from 1 to {MAX_ROUNDS}, or a list with an overlay ({{}} for none) for each")
-    return value
-
-
 class Settings(BaseModel):
-    """Settings of a whole recipe; `extends` is resolved when its files are merged."""
+    """Settings of a whole recipe beside `extends`, which is resolved when files are merged, and `rounds`."""
 
     model_config = STRICT
     about: str = ""
     plugins: list[str] = []
-    rounds: Annotated[int | list[Any], BeforeValidator(_rounds)] = []
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
 
 
-NAMES = ("extends", *Settings.model_fields)
+NAMES = ("extends", "rounds", *Settings.model_fields)
 
 
 @dataclass
@@ -122,12 +113,12 @@ def load_recipe(
     replaced = {override.name: override.value for override in overrides if not override.path}
     settings, overlaid = Settings(), list[Any]()
     with _collected(problems):
-        values = {key: value for key, value in content.items() if key in NAMES} | replaced
+        values = content | replaced
         settings = validated(
-            Settings, {key: value for key, value in values.items() if value is not None and key != "rounds"}
+            Settings, {key: values[key] for key in Settings.model_fields if values.get(key) is not None}
         )
     with _collected(problems):
-        overlaid = _round_overlays(content.get("rounds"), replaced.get("rounds"))
+        overlaid = round_overlays(content.get("rounds"), replaced.get("rounds"))
 
     # Each round is the steps with the round's overlay over them. Only what an overlay breaks is reported as its own.
     steps: Steps = {str(key): body or {} for key, body in content.items() if key not in NAMES}
@@ -159,8 +150,14 @@ def load_recipe(
     # A step varies where a round names it, and where it is like a step that does.
     named = {step for overlay in overlaid for step in overlay} | {item.step for item in options if item.round}
     named |= {step for bodies in rounds for step in bodies if bodies[step] != rounds[0][step]}
+
+    # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
+    default_name = path.stem + "".join(f"[{text}]" for text in sets)
+    file_name = default_name.replace("/", "_").encode()[:150].decode(errors="ignore")
+    if file_name != default_name:
+        file_name += f"-{sha256(default_name.encode()).hexdigest()[:8]}"
     return Recipe(
-        name or _run_name(path.stem + "".join(f"[{text}]" for text in sets)),
+        name or file_name,
         settings.shards,
         settings.target,
         settings.about,
@@ -176,12 +173,6 @@ def _collected(problems: list[str]) -> Iterator[None]:
         yield
     except WinnowError as error:
         problems += error.problems
-
-
-def _run_name(name: str) -> str:
-    """Return the name, if a file can have it; else the beginning of it, made unique by a hash."""
-    plain = name.replace("/", "_").encode()[:150].decode(errors="ignore")
-    return name if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 # Layers.
@@ -312,16 +303,10 @@ class Override:
 
     text: str
     name: str
+    step: str
+    round: int | None
     path: tuple[str, ...]
     value: Any
-
-    @property
-    def step(self) -> str:
-        return split(self.name)[0]
-
-    @property
-    def round(self) -> int | None:
-        return split(self.name)[1]
 
 
 def _override(text: str) -> Override:
@@ -333,27 +318,7 @@ def _override(text: str) -> Override:
     if len(names) < 2 and names[0] not in SETTABLE:
         hint = nearest(names[0], list(SETTABLE))
         raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
-    return Override(text, names[0], tuple(names[1:]), parse(value, f"--set {text}"))
-
-
-def _round_overlays(written: Any, replacement: Any) -> list[Any]:
-    """Return one overlay per round. Of --set rounds=..., a number takes the first of a list, a list replaces it."""
-    problems: list[str] = []
-    for value in (written, replacement):
-        if value is not None:
-            with _collected(problems):
-                validated(Settings, {"rounds": value})
-    if problems:
-        raise WinnowError(*problems)
-    if isinstance(replacement, int) and isinstance(written, list):
-        if replacement > len(written):
-            raise WinnowError(
-                f"rounds: --set asks for {replacement}, and the recipe lists {len(written)}, an entry for each; "
-                f"ask for at most {len(written)}, or add an entry ({{}} for none) for each further round"
-            )
-        return written[:replacement]
-    rounds = written if replacement is None else replacement
-    return [{}] * rounds if isinstance(rounds, int) else rounds or []
+    return Override(text, names[0], *split(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
 
 
 def _set_option(override: Override, rounds: list[Steps], count: int) -> None:

@@ -10,7 +10,9 @@ import re
 from typing import Any
 
 from pipeline.registry import nearest
+from schemas import WinnowError
 
+MAX_ROUNDS = 99
 Steps = dict[str, dict[str, Any]]
 
 
@@ -30,6 +32,32 @@ def unknown_step_hint(name: str, steps: list[str], rounds: int) -> str:
     if 1 <= number <= rounds:
         return f"{step} is one step for all rounds; write {step!r}"
     return f"its rounds are 1 to {rounds}"
+
+
+def round_overlays(written: Any, replacement: Any = None) -> list[Any]:
+    """Return one overlay per round, none without rounds. Raise WinnowError for anything but a number or a list.
+
+    `replacement` is the value of --set: a number takes the first of a written list, anything else replaces it.
+    """
+    problems = []
+    for value in (written, replacement):
+        number = len(value) if isinstance(value, list) else value
+        if value is not None and (type(number) is not int or not 1 <= number <= MAX_ROUNDS):
+            problems.append(
+                f"rounds: must be a number from 1 to {MAX_ROUNDS}, or a list with an overlay ({{}} for none) for each, "
+                f"got {value!r}"
+            )
+    if not problems and isinstance(replacement, int) and isinstance(written, list):
+        if replacement <= len(written):
+            return written[:replacement]
+        problems.append(
+            f"rounds: --set asks for {replacement}, and the recipe lists {len(written)}, an entry for each; "
+            f"ask for at most {len(written)}, or add an entry ({{}} for none) for each further round"
+        )
+    if problems:
+        raise WinnowError(*problems)
+    rounds = written if replacement is None else replacement
+    return [{}] * rounds if isinstance(rounds, int) else rounds or []
 
 
 def unroll(rounds: list[Steps], named: set[str]) -> Steps:

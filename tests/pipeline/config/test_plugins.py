@@ -163,7 +163,7 @@ def test_a_plugin_that_cannot_be_loaded_says_where_and_why(tmp_path: Path):
 def test_a_name_that_is_taken_is_refused(tmp_path: Path):
     """A stage of ours, an alias, a function of another plugin: replacing one would change what other recipes mean."""
     words = refused(tmp_path, STAGES.replace("my_prompts", "prompts"))
-    assert "line 5: TypeError: stage 'prompts' is already registered (in stages.data.prompts)" in words
+    assert "line 5: TypeError: stage 'prompts' is already registered, in stages.data.prompts" in words
     words = refused(
         tmp_path, STAGES + RULES[RULES.index("@stage") :].replace("list[Annotated[Bound, sorting]]", "list")
     )

@@ -303,7 +303,7 @@ def test_rounds_are_a_number_or_a_list(tmp_path: Path):
         for text, sets in ((f"rounds: {value}", ()), ("", (f"rounds={value}",))):
             (line,) = problems(tmp_path, text, *sets)
             assert line.startswith("rounds: must be a number from 1 to 99, or a list with an overlay ({} for none)")
-            assert line.endswith(f"(got {yaml.safe_load(value)!r})")
+            assert line.endswith(f"got {yaml.safe_load(value)!r}")
 
 
 @pytest.mark.parametrize(
