@@ -2,7 +2,8 @@
 
 A recipe or config lists files under `plugins`; an installed package names a module by an entry point in the group
 `winnow.plugins`. The digest of the file is part of the key of each step that uses one of its functions, so an edit
-computes those steps again. What a plugin file imports from elsewhere is not followed, and must be installed.
+computes those steps again. A plugin registers functions that it defines itself; what it imports is not followed, and
+must be installed.
 """
 
 import linecache
@@ -57,7 +58,7 @@ def load_source(path: Path, source: str) -> Plugin:
         return _plugins[plugin.digest]
     for old in [old for old in _plugins.values() if old.path == path]:
         _forget(old)
-    module = module_from_spec(ModuleSpec(f"winnow_plugin_{plugin.digest[:16]}", None, origin=str(path)))
+    module = module_from_spec(ModuleSpec(plugin.module, None, origin=str(path)))
     module.__file__ = str(path)
     # Tracebacks and inspect read this: the file may have changed since, and a worker may not have it.
     linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
@@ -94,7 +95,7 @@ def _forget(plugin: Plugin) -> None:
 @cache  # once per process: scanning the installed packages takes tens of milliseconds
 def _load_installed() -> None:
     for point in entry_points(group=GROUP):
-        plugin = Plugin(Path(point.module), "", installed=True)
+        plugin = Plugin(Path(point.module), "", package=point.module.partition(".")[0])
         token = loading.set(plugin)
         try:
             point.load()
@@ -107,4 +108,4 @@ def _load_installed() -> None:
             ) from error
         finally:
             loading.reset(token)
-        plugin_packages.add(point.module.partition(".")[0])
+        plugin_packages.add(plugin.package)

@@ -60,12 +60,17 @@ class Plugin:
 
     path: Path
     source: str = field(repr=False)
-    installed: bool = False  # the module of an entry point: workers import it as they import us
+    package: str = ""  # of an entry point, which workers import as they import us
     registered: list[tuple[Registry, Entry]] = field(default_factory=list, repr=False)
 
     @cached_property
     def digest(self) -> str:
         return sha256(self.source.encode()).hexdigest()
+
+    @property
+    def module(self) -> str:
+        """Return the name of the module, which for a file is made of its content."""
+        return self.package or f"winnow_plugin_{self.digest[:16]}"
 
     def entry(self, kind: str, name: str) -> Entry:
         return next(entry for _, entry in self.registered if (entry.kind, entry.name) == (kind, name))
@@ -195,6 +200,8 @@ class Registry:
 
         def register(fn: Function) -> Function:
             name, plugin = fn.__name__, loading.get()
+            if plugin and str(fn.__module__).partition(".")[0] != plugin.module:
+                plugin = None  # a module of ours that the plugin is the first to import
             if missing := [item for item in self.metadata if item not in metadata]:
                 raise TypeError(f"{self.kind} {name}: its decorator must set {', '.join(missing)}")
             for word in (name, *aliases):
@@ -205,7 +212,7 @@ class Registry:
                     raise TypeError(f"{self.kind} {word!r} is already registered, in {origin}; choose another name")
             if any(_names_registry(hint) for hint in _option_hints(fn).values()):
                 fn = _binding_options(fn)
-            entry = Entry(name, fn, metadata, self.kind, aliases, None if plugin and plugin.installed else plugin)
+            entry = Entry(name, fn, metadata, self.kind, aliases, None if plugin and plugin.package else plugin)
             self.entries[name] = entry
             self.aliases |= dict.fromkeys(aliases, name)
             if plugin:
