@@ -89,13 +89,13 @@ def toy_evaluate(policy: Model, baseline: Candidates) -> Evaluations:
 
 @pytest.fixture(scope="module", autouse=True)
 def toys() -> Iterator[None]:
-    """The corridor in small, for as long as these tests run."""
-    whole: list[Callable[..., Any]] = [toy_start, toy_prompts, toy_train, toy_evaluate]
-    each: list[Callable[..., Any]] = [*whole, toy_draw, toy_keep]
-    for fn in each:
-        stage(version=1, unsharded=fn in whole)(fn)
+    """Register a small pipeline for as long as these tests run."""
+    unsharded: list[Callable[..., Any]] = [toy_start, toy_prompts, toy_train, toy_evaluate]
+    functions: list[Callable[..., Any]] = [*unsharded, toy_draw, toy_keep]
+    for fn in functions:
+        stage(version=1, unsharded=fn in unsharded)(fn)
     yield
-    for fn in each:
+    for fn in functions:
         stages.entries.pop(fn.__name__)
 
 
@@ -115,7 +115,7 @@ def problems(folder: Path, text: str = "", *sets: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
-def wires(made: Plan) -> dict[str, dict[str, str]]:
+def inputs(made: Plan) -> dict[str, dict[str, str]]:
     return {step.name: {wire: source.name for wire, source in step.inputs.items()} for step in made.steps}
 
 
@@ -130,26 +130,21 @@ def test_without_rounds_a_changing_wire_is_its_first(tmp_path: Path):
     """The base may say what rounds would do: a recipe without them is as if the wires said only `first`."""
     plain = LOOP.replace("{first: sft, then: optimize}", "sft").replace(", earlier: {first: null, then: keep}", "")
     changing = plan(tmp_path)
-    assert wires(changing)["sample"] == {"prompts": "prompts", "policy": "sft"}
-    assert wires(changing)["keep"] == {"candidates": "sample"}
+    assert inputs(changing)["sample"] == {"prompts": "prompts", "policy": "sft"}
+    assert inputs(changing)["keep"] == {"candidates": "sample"}
     assert keys(changing) == keys(plan(tmp_path, base=plain))
 
 
 def test_each_round_reads_the_one_before(tmp_path: Path):
     """Round 2 samples from round 1's policy and starts from it; what does not change is there once."""
-    found = wires(plan(tmp_path, "rounds: 3"))
-    assert sorted(found) == sorted([*SHARED, *(f"{name}@{n}" for name in VARYING for n in (1, 2, 3))])
-    assert found["sample@1"]["policy"] == found["optimize@1"]["init"] == "sft"
-    assert found["sample@2"]["policy"] == found["optimize@2"]["init"] == "optimize@1"
-    assert found["sample@3"]["policy"] == "optimize@2"
-    assert found["evaluate@3"] == {"policy": "optimize@3", "baseline": "baseline"}
-
-
-def test_null_is_no_wire_and_then_mixes_in_the_round_before(tmp_path: Path):
-    """SPIN trains on this round's data and the last's; its first round has no last one."""
-    found = wires(plan(tmp_path, "rounds: 2"))
-    assert found["keep@1"] == {"candidates": "sample@1"}
-    assert found["keep@2"] == {"candidates": "sample@2", "earlier": "keep@1"}
+    names = inputs(plan(tmp_path, "rounds: 3"))
+    assert sorted(names) == sorted([*SHARED, *(f"{name}@{n}" for name in VARYING for n in (1, 2, 3))])
+    assert names["sample@1"]["policy"] == names["optimize@1"]["init"] == "sft"
+    assert names["sample@2"]["policy"] == names["optimize@2"]["init"] == "optimize@1"
+    assert names["sample@3"]["policy"] == "optimize@2"
+    assert names["evaluate@3"] == {"policy": "optimize@3", "baseline": "baseline"}
+    assert names["keep@1"] == {"candidates": "sample@1"}, "null is no input"
+    assert names["keep@2"] == {"candidates": "sample@2", "earlier": "keep@1"}
 
 
 def test_the_target_is_that_of_every_round_the_last_one_last(tmp_path: Path):
@@ -177,7 +172,7 @@ def test_a_round_is_no_part_of_a_key(tmp_path: Path):
 def test_rest_improves_twice_on_the_samples_of_one_grow_step(tmp_path: Path):
     """ReST: round 2 samples from the SFT policy again, which is round 1's sample step, and only keeps fewer of it."""
     text = "rounds: [{}, {sample: {from: {policy: sft}}, keep: {with: {threshold: 0.9}}}, {}]"
-    found, names = keys(plan(tmp_path, text)), wires(plan(tmp_path, text))
+    found, names = keys(plan(tmp_path, text)), inputs(plan(tmp_path, text))
     assert found["sample@1"] == found["sample@2"] != found["sample@3"]
     assert found["keep@1"] != found["keep@2"]
     assert names["optimize@2"]["init"] == "optimize@1"
@@ -197,25 +192,16 @@ def test_an_overlay_makes_its_step_and_what_reads_it_differ_by_round(tmp_path: P
     assert len({steps[f"keep@{n}"].inputs["candidates"].key for n in (1, 2, 3)}) == 1
 
 
-def test_what_names_its_rounds_is_one_step(tmp_path: Path):
-    """A step that compares rounds 1 and 2 does not itself change from round to round."""
-    text = "rounds: 2\nboth: {use: toy_keep, from: {candidates: sample@1, earlier: sample@2}}\ntarget: both"
-    made = plan(tmp_path, text)
+def test_what_names_its_rounds_is_one_step_and_what_reads_a_changing_step_changes_with_it(tmp_path: Path):
+    """A step that compares rounds 1 and 2 does not itself change; an input without a round means this round's step."""
+    text = "rounds: 2\ntarget: both\nboth: {use: toy_keep, from: "
+    made = plan(tmp_path, text + "{candidates: sample@1, earlier: sample@2}}")
     assert [step.name for step in made.targets] == ["both"]
-    assert wires(made)["both"] == {"candidates": "sample@1", "earlier": "sample@2"}
-
-
-def test_what_reads_a_changing_step_changes_with_it(tmp_path: Path):
-    """A wire to a step that varies, without a round, means this round's: its reader varies as well."""
-    made = plan(
-        tmp_path, "rounds: 2\nboth: {use: toy_keep, from: {candidates: sample, earlier: baseline}}\ntarget: both"
-    )
-    assert wires(made)["both@2"] == {"candidates": "sample@2", "earlier": "baseline"}
-
-
-def test_then_may_name_what_all_rounds_share(tmp_path: Path):
-    found = wires(plan(tmp_path, "rounds: 3\nkeep: {from: {earlier: {first: null, then: baseline}}}"))
-    assert [found[f"keep@{n}"].get("earlier") for n in (1, 2, 3)] == [None, "baseline", "baseline"]
+    assert inputs(made)["both"] == {"candidates": "sample@1", "earlier": "sample@2"}
+    made = plan(tmp_path, text + "{candidates: sample, earlier: baseline}}")
+    assert inputs(made)["both@2"] == {"candidates": "sample@2", "earlier": "baseline"}
+    names = inputs(plan(tmp_path, "rounds: 3\nkeep: {from: {earlier: {first: null, then: baseline}}}"))
+    assert [names[f"keep@{n}"].get("earlier") for n in (1, 2, 3)] == [None, "baseline", "baseline"]
 
 
 @given(
@@ -245,16 +231,12 @@ def test_unrolled_wires_are_plain_and_lead_to_steps_that_are_there(count: int, d
 # --set.
 
 
-def thresholds(recipe: Recipe) -> list[float]:
-    return [recipe.steps[f"keep@{n}"].get("with", {}).get("threshold") for n in range(1, recipe.rounds + 1)]
-
-
 TWO = "keep: {with: {threshold: 0.5}}\nrounds: [{}, {keep: {with: {threshold: 0.8}}}]"
 
 
-@pytest.mark.parametrize(
-    ("sets", "expected"),
-    [
+def test_set_is_over_the_rounds_own_overlays(tmp_path: Path):
+    """A step in all rounds, or in one; the later one counts. `rounds` takes the first of a list, or replaces it."""
+    for sets, expected in (
         ((), [0.5, 0.8]),
         (("keep.threshold=1.0",), [1.0, 1.0]),
         (("keep@1.threshold=1.0",), [1.0, 0.8]),
@@ -263,14 +245,10 @@ TWO = "keep: {with: {threshold: 0.5}}\nrounds: [{}, {keep: {with: {threshold: 0.
         (("keep@2.threshold=2.0", "keep.threshold=1.0"), [1.0, 1.0]),
         (("rounds=1",), [0.5]),
         (("rounds=[{keep: {with: {threshold: 9.0}}}, {}, {}]",), [9.0, 0.5, 0.5]),
-    ],
-)
-def test_set_is_over_the_rounds_own_overlays(tmp_path: Path, sets: tuple[str, ...], expected: list[float]):
-    """A step in all rounds, or in one; the later one counts. `rounds` takes the first of a list, or replaces it."""
-    assert thresholds(load(tmp_path, TWO, *sets)) == expected
-
-
-def test_set_rounds_repeats_a_recipe_without_them(tmp_path: Path):
+    ):
+        recipe = load(tmp_path, TWO, *sets)
+        bodies = [recipe.steps[f"keep@{n}"] for n in range(1, recipe.rounds + 1)]
+        assert [body.get("with", {}).get("threshold") for body in bodies] == expected, sets
     assert keys(plan(tmp_path, "", "rounds=2")) == keys(plan(tmp_path, "rounds: 2"))
     assert keys(plan(tmp_path, "rounds: 2", "rounds=4")) == keys(plan(tmp_path, "rounds: 4"))
 
@@ -283,10 +261,10 @@ def test_set_of_one_round_moves_that_round_and_the_next(tmp_path: Path):
 
 
 def test_set_of_one_round_splits_a_shared_step(tmp_path: Path):
-    """Other prompts in round 2: prompts, and what reads them, are there once a round."""
-    found = wires(plan(tmp_path, "rounds: 2", "prompts@2.n=2"))
-    assert found["sample@2"]["prompts"] == "prompts@2"
-    assert found["evaluate@2"]["baseline"] == "baseline@2"
+    """Other prompts in round 2: prompts, and what reads them, exist once per round."""
+    names = inputs(plan(tmp_path, "rounds: 2", "prompts@2.n=2"))
+    assert names["sample@2"]["prompts"] == "prompts@2"
+    assert names["evaluate@2"]["baseline"] == "baseline@2"
 
 
 def test_a_path_in_a_rounds_overlay_is_beside_its_file(tmp_path: Path):
@@ -344,8 +322,8 @@ def test_a_mistake_about_rounds_says_where_what_and_what_to_write(tmp_path: Path
     assert [word for word in words if not any(word in problem for problem in found)] == []
 
 
-def test_then_makes_no_circle_and_a_wire_of_one_round_does(tmp_path: Path):
-    """keep reads the last round's keep: no circle. Sampling from this round's policy, made of it, is one; told once."""
+def test_then_makes_no_cycle_and_an_input_of_one_round_does(tmp_path: Path):
+    """keep reads the last round's keep: no cycle. Sampling from this round's policy is one, reported once."""
     assert plan(tmp_path, "rounds: 3").steps
     found = problems(tmp_path, "rounds: 3\nsample: {from: {policy: optimize}}")
     assert found == ("optimize.from: a cycle: optimize@1 -> keep@1 -> sample@1 -> optimize@1",)
@@ -389,11 +367,8 @@ def ask(store: Store, sql: str, *only) -> list[dict]:
 
 
 def test_a_run_with_rounds_goes_round(done: tuple[Store, list[str]]):
-    """Round 2's candidates were drawn by round 1's policy, `sft+4` (4 rows kept); mixed with round 1's, 8 rows."""
-    store, ran = done
-    assert [name for name in ran if name in SHARED] == [name for name in SHARED if name in ran] or len(ran) == len(
-        set(ran)
-    )
+    """Round 2's candidates were sampled from round 1's policy, `sft+4` (4 rows kept); mixed with round 1's, 8 rows."""
+    store, _ = done
     drawn = "SELECT DISTINCT round, text FROM candidates JOIN runs USING (stage, key) WHERE run = 'loop' AND step = "
     assert ask(store, f"{drawn} 'sample' ORDER BY ALL") == [dict(round=1, text="sft"), dict(round=2, text="sft+4")]
     counted = "SELECT round, count(*) AS n FROM candidates JOIN runs USING (stage, key) WHERE run = 'loop' AND step ="
@@ -420,12 +395,9 @@ def test_a_round_filters_every_view(done: tuple[Store, list[str]]):
     assert ask(done[0], count, "loop", 1)[0]["n"] == 4 + 4 + 4
     assert ask(done[0], count, "loop", 2)[0]["n"] == 4 + 4 + 8
     assert ask(done[0], "SELECT DISTINCT round FROM runs WHERE step = 'keep'", "loop", 2) == [dict(round=2)]
-
-
-@pytest.mark.parametrize(("run_name", "words"), [("loop", "no round 3; it has 1, 2"), ("plain", "it has no rounds")])
-def test_a_round_that_is_not_there_is_refused(done: tuple[Store, list[str]], run_name: str, words: str):
-    with pytest.raises(WinnowError, match=words):
-        open_catalog(done[0], run_name, 3)
+    for run_name, words in (("loop", "no round 3; it has 1, 2"), ("plain", "it has no rounds")):
+        with pytest.raises(WinnowError, match=words):
+            open_catalog(done[0], run_name, 3)
 
 
 def test_the_leaderboard_has_a_row_a_round_and_what_the_run_took(done: tuple[Store, list[str]]):
@@ -441,10 +413,12 @@ def test_the_leaderboard_has_a_row_a_round_and_what_the_run_took(done: tuple[Sto
         assert board[row]["own_seconds"] == f"{sum(seconds[key] for key in own):.1f}"
 
 
-@pytest.mark.parametrize("name", ["status", "evaluations_by_run"])
-def test_queries_name_the_round(done: tuple[Store, list[str]], name: str):
-    found = {row["step" if name == "status" else "run"] for row in ask(done[0], (QUERIES / f"{name}.sql").read_text())}
-    assert found >= ({"sample@1", "sample@2", "sample", "sft"} if name == "status" else {"loop@1", "loop@2", "plain"})
+def test_queries_name_the_round(done: tuple[Store, list[str]]):
+    for query_name, column, expected in (
+        ("status", "step", {"sample@1", "sample@2", "sample", "sft"}),
+        ("evaluations_by_run", "run", {"loop@1", "loop@2", "plain"}),
+    ):
+        assert {row[column] for row in ask(done[0], (QUERIES / f"{query_name}.sql").read_text())} >= expected
 
 
 def test_a_plan_is_shown_round_after_round(done: tuple[Store, list[str]], tmp_path: Path):
@@ -470,6 +444,6 @@ def test_trace_shows_the_last_round(done: tuple[Store, list[str]]):
 
 
 def test_spin_mixes_in_the_samples_of_the_round_before(world: Path):
-    found = wires(plan_of(world, recipe="spin"))
-    assert found["pool@1"] == {"candidates": "sample@1", "prompts": "prompts"}
-    assert found["pool@2"] == {"candidates": "sample@2", "prompts": "prompts", "earlier": "sample@1"}
+    names = inputs(plan_of(world, recipe="spin"))
+    assert names["pool@1"] == {"candidates": "sample@1", "prompts": "prompts"}
+    assert names["pool@2"] == {"candidates": "sample@2", "prompts": "prompts", "earlier": "sample@1"}
