@@ -320,10 +320,10 @@ def validated(model: type[M], content: Any, place: str = "", noun: str = "option
         fields = {field.alias or name: field.description for name, field in model.model_fields.items()}
         # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
         items = [item for item in error.errors() if item["type"] != "none_required"]
-        raise WinnowError(*(line for item in items for line in _problems(item, place, fields, noun))) from None
+        raise WinnowError(*(line for item in items for line in _error_lines(item, place, fields, noun))) from None
 
 
-def _problems(item: ErrorDetails, place: str, fields: dict[str, str | None], noun: str) -> list[str]:
+def _error_lines(item: ErrorDetails, place: str, fields: dict[str, str | None], noun: str) -> list[str]:
     """Return one error of pydantic as lines that name place, value, cause and cure."""
     # Names that pydantic gives to validators and alternatives are not places in a recipe.
     path = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "none", "["))]

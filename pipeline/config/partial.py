@@ -93,10 +93,10 @@ def rerun(
             if source.key not in computed and (source.key in keys or name in unfinished)
         ]
         if lacking:
-            targets = ", then ".join(f"--set target={source}" for source in lacking)
+            first = ", then ".join(f"--until {source}" for source in lacking)
             problems.append(
                 f"{plan.name}: {option} {name}: it reads {' and '.join(lacking)}, which "
-                f"{'are' if len(lacking) > 1 else 'is'} not finished; run with {targets} in place of {option} first, "
+                f"{'are' if len(lacking) > 1 else 'is'} not finished; run with {first} in place of {option} first, "
                 f"or omit {option}"
             )
     if problems:

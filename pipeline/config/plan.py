@@ -174,7 +174,7 @@ def make_plan(recipe: Recipe) -> Plan:
         inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
         checked[name] = InputStep(entries[name].name if name in entries else "", options.get(name, {}), inputs)
         if name in entries:
-            problems += _step_problems(name, entries, sources[name], options.get(name), inputs)
+            problems += _stage_problems(name, entries, sources[name], options.get(name), inputs)
     if recipe.rounds > 1 and order and not any("@" in name for name in order):
         problems.append(
             f"rounds: all {recipe.rounds} are the same, for nothing that {recipe.target!r} needs changes between them; "
@@ -212,7 +212,7 @@ def _inputs_first(targets: list[str], sources: dict[str, dict[str, str]], proble
     return order
 
 
-def _step_problems(
+def _stage_problems(
     name: str,
     entries: dict[str, Entry],
     sources: dict[str, str],

@@ -36,7 +36,7 @@ class ChangingInput(BaseModel):
     then: str | None = Field(description="the name of a step, or null for none")
 
 
-def _input(value: Any) -> Any:
+def _parse_input(value: Any) -> Any:
     if not isinstance(value, str | dict | None):
         raise ValueError("must be the name of a step, or {first: ..., then: ...}")
     return validated(ChangingInput, value, noun="key") if isinstance(value, dict) else value
@@ -48,7 +48,7 @@ class StepBody(BaseModel):
     model_config = STRICT
     use: str = Field("", description="the name of a stage")
     like: str | None = Field(None, description="the name of a step")
-    inputs: dict[str, Annotated[str | ChangingInput | None, PlainValidator(_input)]] | None = Field(
+    inputs: dict[str, Annotated[str | ChangingInput | None, PlainValidator(_parse_input)]] | None = Field(
         None, alias="from", description="a mapping of inputs to steps"
     )
     options: dict[Any, Any] | None = Field(None, alias="with", description="a mapping of options to values")
@@ -184,7 +184,7 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     What a method sets outranks what a config sets for all methods. What a recipe extends is looked for beside it, then
     in the folders of `library`. Plugins add up: each file lists those that it needs.
     """
-    files, contents = [path], [_read(path, "recipe")]
+    files, contents = [path], [_read_file(path, "recipe")]
     while (name := contents[0].get("extends")) is not None:
         folders = (files[0].parent, *library)
         file = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
@@ -196,9 +196,9 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
             raise WinnowError(f"extends: a cycle: {trail}; a name is looked for beside the file first")
         if len(files) == MAX_FILES:
             raise WinnowError(f"extends: {trail} is more than {MAX_FILES} files; extend {files[0].stem} instead")
-        files, contents = [file, *files], [_read(file, "recipe"), *contents]
+        files, contents = [file, *files], [_read_file(file, "recipe"), *contents]
     base, *methods = contents if len(contents) > 1 else [{}, *contents]
-    layers = [base, *(_read(overlay, "--config") for overlay in overlays), *methods]
+    layers = [base, *(_read_file(overlay, "--config") for overlay in overlays), *methods]
     plugins: list[Any] = []
     for layer in layers:
         listed = layer.get("plugins") or []
@@ -208,7 +208,7 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     return content | ({"plugins": plugins} if plugins else {})
 
 
-def _read(path: Path, what: str) -> dict[str, Any]:
+def _read_file(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
