@@ -72,8 +72,8 @@ def load_source(path: Path, source: str) -> Plugin:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines.append(error.lineno)
-        place = f"plugin {path}, line {lines[-1]}" if lines else f"plugin {path}"
-        raise WinnowError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        where = f"plugin {path}, line {lines[-1]}" if lines else f"plugin {path}"
+        raise WinnowError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     finally:
         loading.reset(token)
     _plugins[plugin.digest] = plugin

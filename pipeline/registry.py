@@ -126,9 +126,9 @@ class Entry:
             return None
         return sha256(Path(inspect.getfile(fn)).read_bytes()).hexdigest()
 
-    def validate(self, options: dict[str, Any], place: str) -> dict[str, Any]:
+    def validate(self, options: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Return every option with its value, defaults included. Raise WinnowError with all mistakes."""
-        values = validated(self.options, options, place)
+        values = validated(self.options, options, prefix)
         return {name: getattr(values, name) for name in self.options.model_fields}
 
     def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Any, ...]]:
@@ -308,7 +308,7 @@ def options_of(fn: Function, chosen: Callable[[Any], bool] = lambda hint: True) 
     return create_model(fn.__name__, __config__=config, **fields)
 
 
-def validated(model: type[M], content: Any, place: str = "", noun: str = "option") -> M:
+def validated(model: type[M], content: Any, prefix: str = "", noun: str = "option") -> M:
     """Return the content as an instance of a pydantic model.
 
     Raise WinnowError with one line per mistake: place, value, cause and cure. A field's `description` says what its
@@ -320,14 +320,14 @@ def validated(model: type[M], content: Any, place: str = "", noun: str = "option
         fields = {field.alias or name: field.description for name, field in model.model_fields.items()}
         # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
         items = [item for item in error.errors() if item["type"] != "none_required"]
-        raise WinnowError(*(line for item in items for line in _error_lines(item, place, fields, noun))) from None
+        raise WinnowError(*(line for item in items for line in _error_lines(item, prefix, fields, noun))) from None
 
 
-def _error_lines(item: ErrorDetails, place: str, fields: dict[str, str | None], noun: str) -> list[str]:
+def _error_lines(item: ErrorDetails, prefix: str, fields: dict[str, str | None], noun: str) -> list[str]:
     """Return one error of pydantic as lines that name place, value, cause and cure."""
     # Names that pydantic gives to validators and alternatives are not places in a recipe.
     path = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "none", "["))]
-    where, cause = ".".join([place, *path]).strip("."), item.get("ctx", {}).get("error")
+    where, cause = ".".join([prefix, *path]).strip("."), item.get("ctx", {}).get("error")
     description = fields.get(path[0]) if len(path) == 1 else None
     if isinstance(cause, WinnowError):  # of a nested function: its places continue ours
         nested = (problem.partition(": ") for problem in cause.problems)

@@ -36,10 +36,10 @@ def key_of(identity: Any) -> str:
     return sha256(encode(identity).encode()).hexdigest()[:16]
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Return the fields in which two identities differ, as `place: old -> new`; long values are cut."""
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return the fields in which two identities differ, as `path: old -> new`; long values are cut."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
-        return [line for name in names for line in differences(old.get(name), new.get(name), f"{place}.{name}")]
+        return [line for name in names for line in differences(old.get(name), new.get(name), f"{path}.{name}")]
     texts = (text if len(text) <= 40 else f"{text[:37]}..." for text in (encode(old), encode(new)))
-    return [] if old == new else [f"{place.lstrip('.')}: {' -> '.join(texts)}"]
+    return [] if old == new else [f"{path.lstrip('.')}: {' -> '.join(texts)}"]

@@ -120,7 +120,7 @@ def narrowed(
         for option, name, select in (
             ("--only", only, chosen),
             ("--from", onward, followers),
-            ("--until", until, _with_inputs),
+            ("--until", until, predecessors),
         )
         if name
     ]
@@ -157,7 +157,7 @@ def followers(plan: Plan, name: str) -> list[Step]:
     return [step for step in plan.steps if step.name in names]
 
 
-def _with_inputs(plan: Plan, name: str) -> list[Step]:
+def predecessors(plan: Plan, name: str) -> list[Step]:
     """Return a step and all that it is computed from."""
     names = {step.name for step in chosen(plan, name)}
     for step in reversed(plan.steps):
@@ -180,7 +180,7 @@ def _to_delete(plans: list[Plan], name: str, store: Store) -> list[StoredStep]:
     return [inventory.made[key] for key in followers_first(inputs) if key in keys and key in inventory.made]
 
 
-def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], place: str) -> None:
+def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], option: str) -> None:
     """Raise WinnowError where a run that is not among the plans needs a result that is to be deleted."""
     ours = {plan.name for plan in plans}
     others = [
@@ -193,6 +193,6 @@ def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], place: s
         command = shlex.join(["winnow", "gc", "--store", str(store.root), *forget, "--yes"])
         needs, recipes = ("need", "their recipes") if len(others) > 1 else ("needs", "its recipe")
         raise WinnowError(
-            f"{place}: {', '.join(others)} {needs} what would be deleted; add {recipes} to the command, or remove "
+            f"{option}: {', '.join(others)} {needs} what would be deleted; add {recipes} to the command, or remove "
             f"{'them' if len(others) > 1 else 'it'} from the store: `{command}`"
         )

@@ -109,7 +109,7 @@ def load_recipe(
     overrides: list[Override] = []
     for text in sets:
         with _collected(problems):
-            overrides.append(_override(text))
+            overrides.append(Override.parse(text))
     replaced = {override.name: override.value for override in overrides if not override.path}
     settings, overlaid = Settings(), list[Any]()
     with _collected(problems):
@@ -126,14 +126,14 @@ def load_recipe(
     problems += step_problems
     rounds: list[Steps] = []
     for position, overlay in enumerate(overlaid, 1):
-        place = f"rounds, entry {position}"
+        entry = f"rounds, entry {position}"
         if not isinstance(overlay, dict):
-            problems.append(f"{place}: must be a mapping of step names ({{}} for none), got {overlay!r}")
+            problems.append(f"{entry}: must be a mapping of step names ({{}} for none), got {overlay!r}")
             continue
         unknown = [step for step in overlay if step not in steps]
-        problems += [f"{place}: unknown step {step!r}; {nearest(str(step), list(steps))}" for step in unknown]
+        problems += [f"{entry}: unknown step {step!r}; {nearest(str(step), list(steps))}" for step in unknown]
         rounds.append(_merge(steps, {step: body for step, body in overlay.items() if step in steps}))
-        problems += [f"{place}: {line}" for line in _step_problems(rounds[-1]) if line not in step_problems]
+        problems += [f"{entry}: {line}" for line in _step_problems(rounds[-1]) if line not in step_problems]
     if problems:
         raise WinnowError(*problems)
 
@@ -142,7 +142,7 @@ def load_recipe(
     options = [override for override in overrides if override.path]
     for override in options:
         with _collected(problems):
-            _set_option(override, rounds, len(overlaid))
+            override.apply(rounds, len(overlaid))
     if problems:
         raise WinnowError(*problems)
     rounds = [{step: _with_like(step, bodies) for step in bodies} for bodies in rounds]
@@ -267,11 +267,11 @@ def _step_problems(steps: dict[str, Any]) -> list[str]:
                 if isinstance(source, ChangingInput)
                 for end in ("first", "then")
             }
-            unknown = {place: name for place, name in sources.items() if name and split(name)[0] not in names}
+            unknown = {where: name for where, name in sources.items() if name and split(name)[0] not in names}
             if body.like and body.like not in names:
                 unknown[f"{step}.like"] = body.like
             problems += [
-                f"{place}: no step {name!r} in this recipe; {nearest(name, names)}" for place, name in unknown.items()
+                f"{where}: no step {name!r} in this recipe; {nearest(name, names)}" for where, name in unknown.items()
             ]
     if problems:
         return problems
@@ -308,31 +308,30 @@ class Override:
     path: tuple[str, ...]
     value: Any
 
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value` (YAML)."""
+        path, equals, value = text.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise WinnowError(f"--set {text}: must be step.option=value")
+        if len(names) < 2 and names[0] not in SETTABLE:
+            hint = nearest(names[0], list(SETTABLE))
+            raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
+        return cls(text, names[0], *split(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
 
-def _override(text: str) -> Override:
-    """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value`; YAML values."""
-    path, equals, value = text.partition("=")
-    names = path.strip().split(".")
-    if not equals or not all(names):
-        raise WinnowError(f"--set {text}: must be step.option=value")
-    if len(names) < 2 and names[0] not in SETTABLE:
-        hint = nearest(names[0], list(SETTABLE))
-        raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
-    return Override(text, names[0], *split(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
-
-
-def _set_option(override: Override, rounds: list[Steps], count: int) -> None:
-    """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds."""
-    names, number = list(rounds[0]), override.round
-    if override.step not in names or (number is not None and not 1 <= number <= count):
-        hint = unknown_step_hint(override.name, names, count)
-        raise WinnowError(f"--set {override.text}: unknown step {override.name!r}; {hint}")
-    for steps in rounds if number is None else [rounds[number - 1]]:
-        parent: dict[str, Any] = steps
-        for name in (override.step, "with", *override.path[:-1]):
-            value = parent.get(name)
-            if not isinstance(value, str | dict | None):
-                raise WinnowError(f"--set {override.text}: {name} is {value!r}, which has no options of its own")
-            parent[name] = {"name": value} if isinstance(value, str) else dict(value or {})  # a function by its name
-            parent = parent[name]
-        parent[override.path[-1]] = override.value
+    def apply(self, rounds: list[Steps], count: int) -> None:
+        """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds."""
+        names = list(rounds[0])
+        if self.step not in names or (self.round is not None and not 1 <= self.round <= count):
+            hint = unknown_step_hint(self.name, names, count)
+            raise WinnowError(f"--set {self.text}: unknown step {self.name!r}; {hint}")
+        for steps in rounds if self.round is None else [rounds[self.round - 1]]:
+            parent: dict[str, Any] = steps
+            for name in (self.step, "with", *self.path[:-1]):
+                value = parent.get(name)
+                if not isinstance(value, str | dict | None):
+                    raise WinnowError(f"--set {self.text}: {name} is {value!r}, which has no options of its own")
+                parent[name] = {"name": value} if isinstance(value, str) else dict(value or {})  # a function's name
+                parent = parent[name]
+            parent[self.path[-1]] = self.value

@@ -36,12 +36,12 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def parse(text: str, place: str) -> Any:
-    """Return the content of a YAML text. Raise WinnowError that names the place."""
+def parse(text: str, source: str) -> Any:
+    """Return the content of a YAML text. Raise WinnowError that names the source."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
-        raise WinnowError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
+        raise WinnowError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def written(content: Any) -> str:
