@@ -103,12 +103,13 @@ def load_recipe(
 ) -> Recipe:
     """Return the recipe that its files and --set make together. Raise WinnowError with all mistakes."""
     content = merged(path, overlays, library)
+    set_problems: list[str] = []
     problems: list[str] = []
 
     # --set is read first: some of it changes settings, the rest changes options of steps.
     overrides: list[Override] = []
     for text in sets:
-        with _collected(problems):
+        with _collected(set_problems):
             overrides.append(Override.parse(text))
     replaced = {override.name: override.value for override in overrides if not override.path}
     settings, overlaid = Settings(), list[Any]()
@@ -135,16 +136,16 @@ def load_recipe(
         rounds.append(_merge(steps, {step: body for step, body in overlay.items() if step in steps}))
         problems += [f"{entry}: {line}" for line in _step_problems(rounds[-1]) if line not in step_problems]
     if problems:
-        raise WinnowError(*problems)
+        raise WinnowError(*set_problems, *problems)
 
     # --set outranks every file and every overlay, and `like` copies what --set has changed.
     rounds = rounds or [dict(steps)]
     options = [override for override in overrides if override.path]
     for override in options:
-        with _collected(problems):
+        with _collected(set_problems):
             override.apply(rounds, len(overlaid))
-    if problems:
-        raise WinnowError(*problems)
+    if set_problems:
+        raise WinnowError(*set_problems)
     rounds = [{step: _with_like(step, bodies) for step in bodies} for bodies in rounds]
 
     # A step varies where a round names it, and where it is like a step that does.

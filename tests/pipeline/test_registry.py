@@ -63,13 +63,13 @@ def trace(size: float, *, shape: Annotated[Bound, shapes] = "circle") -> float: 
 DRAW = tools.entries["draw"]
 
 
-def options(**given: Any) -> dict[str, Any]:
-    return DRAW.validate({"shape": "circle"} | given, "draw")
+def options(**values: Any) -> dict[str, Any]:
+    return DRAW.validate({"shape": "circle"} | values, "draw")
 
 
-def problems(**given: Any) -> tuple[str, ...]:
+def problems(**values: Any) -> tuple[str, ...]:
     with pytest.raises(WinnowError) as caught:
-        options(**given)
+        options(**values)
     return caught.value.problems
 
 
@@ -94,7 +94,7 @@ def test_a_function_by_name_has_its_defaults_its_options_and_its_metadata():
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("values", "words"),
     [
         ({"colour": "red"}, ["draw.colour: unknown option", "did you mean 'color'?"]),
         ({"zzzz": 1}, ["draw.zzzz: unknown option", "known: color, labels, note, outline, scale, shape, width"]),
@@ -122,17 +122,17 @@ def test_a_function_by_name_has_its_defaults_its_options_and_its_metadata():
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
-def test_a_mistake_is_one_line_with_place_value_and_cure(given: dict, words: list[str]):
-    found = problems(**given)
-    assert len(found) == 1
-    assert [word for word in words if word not in found[0]] == []
+def test_a_mistake_is_one_line_with_place_value_and_cure(values: dict, words: list[str]):
+    lines = problems(**values)
+    assert len(lines) == 1
+    assert [word for word in words if word not in lines[0]] == []
 
 
 def test_all_mistakes_of_one_call_come_at_once():
     """Nobody should correct a recipe one error at a time: five mistakes, two of them nested, five lines."""
-    found = problems(colour="red", width=0, scale="big", shape={"name": "square", "tilt": 99})
+    lines = problems(colour="red", width=0, scale="big", shape={"name": "square", "tilt": 99})
     places = ["draw.colour", "draw.scale", "draw.shape.side", "draw.shape.tilt", "draw.width"]
-    assert sorted(line.split(": ")[0] for line in found) == places
+    assert sorted(line.split(": ")[0] for line in lines) == places
     with pytest.raises(WinnowError, match=r"draw\.shape: required"):
         DRAW.validate({}, "draw")
 

@@ -232,9 +232,9 @@ def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_
     for failure, code in ((WinnowError("no"), 2), (OSError("disk"), 2), (KeyboardInterrupt(), 130)):
         luck.calls.clear()
         luck.fail = failure
-        got, said = winnow("run", file, "--force", "rate", "--set", "keep.above=-2.0")
+        got, output = winnow("run", file, "--force", "rate", "--set", "keep.above=-2.0")
         assert got == code
-        line = next(line for line in said.splitlines() if "resume with: " in line)
+        line = next(line for line in output.splitlines() if "resume with: " in line)
         words = shlex.split(line.partition("resume with: ")[2])
         assert words == ["winnow", "run", str(file), "--set", "keep.above=-2.0"]
         luck.fail = None
@@ -245,8 +245,8 @@ def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_
 
 def test_only_what_began_to_run_is_resumed(winnow, tmp_path: Path, luck: Luck):
     for words in (["--set", "rate.scale=high"], ["--only", "keep"], ["--force", "nothing"]):
-        code, said = winnow("run", recipe(tmp_path), *words)
-        assert (code, "resume" in said) == (2, False)
+        code, output = winnow("run", recipe(tmp_path), *words)
+        assert (code, "resume" in output) == (2, False)
 
 
 def test_the_command_is_quoted_and_forces_no_more():

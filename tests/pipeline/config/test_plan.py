@@ -51,10 +51,10 @@ def problems(steps: dict, target: str = "optimize") -> tuple[str, ...]:
     return caught.value.problems
 
 
-def only(found: tuple[str, ...], *words: str) -> None:
+def only(lines: tuple[str, ...], *words: str) -> None:
     """Assert that there is one problem, with all the words in it."""
-    assert len(found) == 1, found
-    assert [word for word in words if word not in found[0]] == []
+    assert len(lines) == 1, lines
+    assert [word for word in words if word not in lines[0]] == []
 
 
 def test_a_correct_recipe_plans_what_its_target_needs_in_an_order_that_can_run(steps: dict):
@@ -142,10 +142,10 @@ def test_an_unneeded_step_may_not_say_what_is_wrong(steps: dict):
     """A typo in a step that is not needed today is a typo all the same."""
     steps["ranker"] = {"use": "modle", "with": {}}
     steps["judge"] = {"with": {"dtpye": "float32"}}
-    found = problems(steps)
-    assert len(found) == 2
-    assert "ranker.use: unknown stage 'modle'" in found[0]
-    assert "judge.dtpye: unknown option" in found[1]
+    lines = problems(steps)
+    assert len(lines) == 2
+    assert "ranker.use: unknown stage 'modle'" in lines[0]
+    assert "judge.dtpye: unknown option" in lines[1]
 
 
 def test_all_mistakes_of_a_recipe_come_at_once(steps: dict):
@@ -157,11 +157,11 @@ def test_all_mistakes_of_a_recipe_come_at_once(steps: dict):
     steps["pair"]["with"]["rule"] = "neighbors"
     steps["examples"]["with"]["imitate"] = "best"
     del steps["optimize"]["with"]["objective"]
-    found = problems(steps)
+    lines = problems(steps)
     places = ["prompts.heldout", "sample.from.polcy", "reward.from.ranker", "select.rule.k", "pair.rule"]
     places += ["examples: imitate", "optimize.objective"]
-    assert [place for place in places if not any(line.startswith(place) for line in found)] == []
-    assert len(set(found)) == len(found)
+    assert [place for place in places if not any(line.startswith(place) for line in lines)] == []
+    assert len(set(lines)) == len(lines)
 
 
 def test_what_makes_no_sense_together_is_refused_at_plan_time(steps: dict):

@@ -129,9 +129,9 @@ def test_numbers_read_as_yaml_1_2_has_them(tmp_path: Path):
     floats = {"5e-7": 5e-7, "1E3": 1000.0, "-2.5e+2": -250.0, ".5": 0.5, "3.": 3.0, ".inf": math.inf,
               "-.inf": -math.inf, "1.0e-2": 0.01, "+4e1": 40.0}  # fmt: skip
     for text, value in floats.items():
-        found = options(load(tmp_path, f"a: {{with: {{learning_rate: {text}}}}}", f"a.again={text}"), "a")
-        assert found == {"learning_rate": value, "again": value}
-        assert all(type(number) is float for number in found.values())
+        values = options(load(tmp_path, f"a: {{with: {{learning_rate: {text}}}}}", f"a.again={text}"), "a")
+        assert values == {"learning_rate": value, "again": value}
+        assert all(type(number) is float for number in values.values())
     for text in ("1e", "e5", "1.2.3", "5", "v1e3", "'1e3'"):
         assert type(options(load(tmp_path, f"a: {{with: {{x: {text}}}}}"), "a")["x"]) is not float
 
@@ -272,10 +272,13 @@ def test_a_file_that_does_not_exist_is_named_as_what_it_was_given_as(tmp_path: P
         load_recipe(tmp_path / "recipe.yaml", (tmp_path / name,))
 
 
-def test_all_malformed_steps_are_reported_at_once(tmp_path: Path):
+def test_all_malformed_steps_and_all_mistakes_of_set_are_reported_at_once(tmp_path: Path):
     with pytest.raises(WinnowError) as caught:
         load(tmp_path, "shards: no\na: 3\nb: {whit: {}}\nc: {from: 1, with: 2}")
     assert len(caught.value.problems) == 5
+    with pytest.raises(WinnowError) as caught:
+        load(tmp_path, "select: {}", "selct.beta=1", "rewrd.x=2", "nonsense")
+    assert len(caught.value.problems) == 3
 
 
 def test_mistakes_of_several_recipes_come_together(tmp_path: Path):

@@ -1,7 +1,7 @@
 """Rounds: each round's policy is the next one's sampler, every round's tables stay, and what two rounds share is one.
 
-Unrolled, a recipe with rounds is an ordinary recipe: `sample@2` is a step like any other, and its key is made of its
-options and inputs alone. So a round is what its inputs make it, and no stage knows that there are rounds.
+Unrolled, a recipe with rounds is an ordinary recipe: `sample@2` is a step like any other, and its key consists of its
+options and inputs alone. So a round is what its inputs are, and no stage knows that there are rounds.
 """
 
 import io
@@ -88,7 +88,7 @@ def toy_evaluate(policy: Model, baseline: Candidates) -> Evaluations:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def toys() -> Iterator[None]:
+def _toy_stages() -> Iterator[None]:
     """Register a small pipeline for as long as these tests run."""
     unsharded: list[Callable[..., Any]] = [toy_start, toy_prompts, toy_train, toy_evaluate]
     functions: list[Callable[..., Any]] = [*unsharded, toy_draw, toy_keep]
@@ -115,12 +115,12 @@ def problems(folder: Path, text: str = "", *sets: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
-def inputs(made: Plan) -> dict[str, dict[str, str]]:
-    return {step.name: {wire: source.name for wire, source in step.inputs.items()} for step in made.steps}
+def inputs(loop: Plan) -> dict[str, dict[str, str]]:
+    return {step.name: {wire: source.name for wire, source in step.inputs.items()} for step in loop.steps}
 
 
-def keys(made: Plan) -> dict[str, str]:
-    return {step.name: step.key for step in made.steps}
+def keys(loop: Plan) -> dict[str, str]:
+    return {step.name: step.key for step in loop.steps}
 
 
 # Unrolling.
@@ -148,18 +148,18 @@ def test_each_round_reads_the_one_before(tmp_path: Path):
 
 
 def test_the_target_is_that_of_every_round_the_last_one_last(tmp_path: Path):
-    made = plan(tmp_path, "rounds: 3")
-    assert [step.name for step in made.targets] == ["evaluate@1", "evaluate@2", "evaluate@3"]
-    assert made.target.name == made.steps[-1].name == "evaluate@3"
-    place = {step.name: n for n, step in enumerate(made.steps)}
-    assert all(place[source.name] < place[step.name] for step in made.steps for source in step.inputs.values())
-    assert place["evaluate@1"] < place["sample@2"], "a round is measured before the next one begins"
+    loop = plan(tmp_path, "rounds: 3")
+    assert [step.name for step in loop.targets] == ["evaluate@1", "evaluate@2", "evaluate@3"]
+    assert loop.target.name == loop.steps[-1].name == "evaluate@3"
+    position = {step.name: n for n, step in enumerate(loop.steps)}
+    assert all(position[source.name] < position[step.name] for step in loop.steps for source in step.inputs.values())
+    assert position["evaluate@1"] < position["sample@2"], "a round is measured before the next one begins"
 
 
 def test_one_round_may_be_the_target(tmp_path: Path):
-    made = plan(tmp_path, "rounds: 3", "target=optimize@2")
-    assert [step.name for step in made.targets] == ["optimize@2"]
-    assert not [step.name for step in made.steps if step.name.endswith("@3")]
+    loop = plan(tmp_path, "rounds: 3", "target=optimize@2")
+    assert [step.name for step in loop.targets] == ["optimize@2"]
+    assert not [step.name for step in loop.steps if step.name.endswith("@3")]
 
 
 def test_a_round_is_no_part_of_a_key(tmp_path: Path):
@@ -172,22 +172,22 @@ def test_a_round_is_no_part_of_a_key(tmp_path: Path):
 def test_rest_improves_twice_on_the_samples_of_one_grow_step(tmp_path: Path):
     """ReST: round 2 samples from the SFT policy again, which is round 1's sample step, and only keeps fewer of it."""
     text = "rounds: [{}, {sample: {from: {policy: sft}}, keep: {with: {threshold: 0.9}}}, {}]"
-    found, names = keys(plan(tmp_path, text)), inputs(plan(tmp_path, text))
-    assert found["sample@1"] == found["sample@2"] != found["sample@3"]
-    assert found["keep@1"] != found["keep@2"]
+    key_by_step, names = keys(plan(tmp_path, text)), inputs(plan(tmp_path, text))
+    assert key_by_step["sample@1"] == key_by_step["sample@2"] != key_by_step["sample@3"]
+    assert key_by_step["keep@1"] != key_by_step["keep@2"]
     assert names["optimize@2"]["init"] == "optimize@1"
     by_name = keys(plan(tmp_path, text.replace("{sample: {from: {policy: sft}}, ", "{")
                         + "\nkeep: {from: {candidates: sample@1}}"))  # fmt: skip
-    assert by_name["keep@2"] == found["keep@2"], "the round may be named instead"
+    assert by_name["keep@2"] == key_by_step["keep@2"], "the round may be named instead"
 
 
 def test_an_overlay_makes_its_step_and_what_reads_it_differ_by_round(tmp_path: Path):
     """Without any `then`: three thresholds on one set of candidates, sampled once."""
     flat = LOOP.replace("{first: sft, then: optimize}", "sft").replace(", earlier: {first: null, then: keep}", "")
     text = "rounds: [{}, {keep: {with: {threshold: 0.8}}}, {keep: {with: {threshold: 0.9}}}]"
-    made = plan(tmp_path, text, base=flat)
-    assert {split(step.name)[0] for step in made.steps if "@" in step.name} == {"keep", "optimize", "evaluate"}
-    steps = {step.name: step for step in made.steps}
+    loop = plan(tmp_path, text, base=flat)
+    assert {split(step.name)[0] for step in loop.steps if "@" in step.name} == {"keep", "optimize", "evaluate"}
+    steps = {step.name: step for step in loop.steps}
     assert [steps[f"keep@{n}"].options["threshold"] for n in (1, 2, 3)] == [0.7, 0.8, 0.9]
     assert len({steps[f"keep@{n}"].inputs["candidates"].key for n in (1, 2, 3)}) == 1
 
@@ -195,11 +195,11 @@ def test_an_overlay_makes_its_step_and_what_reads_it_differ_by_round(tmp_path: P
 def test_what_names_its_rounds_is_one_step_and_what_reads_a_changing_step_changes_with_it(tmp_path: Path):
     """A step that compares rounds 1 and 2 does not itself change; an input without a round means this round's step."""
     text = "rounds: 2\ntarget: both\nboth: {use: toy_keep, from: "
-    made = plan(tmp_path, text + "{candidates: sample@1, earlier: sample@2}}")
-    assert [step.name for step in made.targets] == ["both"]
-    assert inputs(made)["both"] == {"candidates": "sample@1", "earlier": "sample@2"}
-    made = plan(tmp_path, text + "{candidates: sample, earlier: baseline}}")
-    assert inputs(made)["both@2"] == {"candidates": "sample@2", "earlier": "baseline"}
+    loop = plan(tmp_path, text + "{candidates: sample@1, earlier: sample@2}}")
+    assert [step.name for step in loop.targets] == ["both"]
+    assert inputs(loop)["both"] == {"candidates": "sample@1", "earlier": "sample@2"}
+    loop = plan(tmp_path, text + "{candidates: sample, earlier: baseline}}")
+    assert inputs(loop)["both@2"] == {"candidates": "sample@2", "earlier": "baseline"}
     names = inputs(plan(tmp_path, "rounds: 3\nkeep: {from: {earlier: {first: null, then: baseline}}}"))
     assert [names[f"keep@{n}"].get("earlier") for n in (1, 2, 3)] == [None, "baseline", "baseline"]
 
@@ -215,16 +215,16 @@ def test_unrolled_wires_are_plain_and_lead_to_steps_that_are_there(count: int, d
     for reader, source, then in drawn:
         wire = {"first": "s0", "then": f"s{source}"} if then else f"s{source}"
         steps[f"s{reader}"]["from"][f"i{source}{then}"] = wire
-    made = unroll([steps] * count, set())
-    per_round = {split(name)[0] for name in made if "@" in name}
-    for name, body in made.items():
+    loop = unroll([steps] * count, set())
+    per_round = {split(name)[0] for name in loop if "@" in name}
+    for name, body in loop.items():
         step, number = split(name)
         assert (number is not None) == (step in per_round)
         for wire, source in body["from"].items():
             back = 1 if wire.endswith("True") and number != 1 else 0
-            assert source in made
+            assert source in loop
             assert split(source)[1] in (None, (number or 0) - back)
-    assert all(len([name for name in made if split(name)[0] == step]) == (count if step in per_round else 1)
+    assert all(len([name for name in loop if split(name)[0] == step]) == (count if step in per_round else 1)
                for step in steps)  # fmt: skip
 
 
@@ -268,8 +268,8 @@ def test_set_of_one_round_splits_a_shared_step(tmp_path: Path):
 
 
 def test_a_path_in_a_rounds_overlay_is_beside_its_file(tmp_path: Path):
-    made = load(tmp_path, "rounds: [{}, {prompts: {with: {path: ./more.jsonl}}}]")
-    assert made.steps["prompts@2"]["with"] == {"path": str(tmp_path / "more.jsonl")}
+    loop = load(tmp_path, "rounds: [{}, {prompts: {with: {path: ./more.jsonl}}}]")
+    assert loop.steps["prompts@2"]["with"] == {"path": str(tmp_path / "more.jsonl")}
 
 
 # Mistakes.
@@ -318,22 +318,22 @@ def test_rounds_are_a_number_or_a_list(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_a_mistake_about_rounds_says_where_what_and_what_to_write(tmp_path: Path, text, sets, words):
-    found = problems(tmp_path, text, *sets)
-    assert [word for word in words if not any(word in problem for problem in found)] == []
+    lines = problems(tmp_path, text, *sets)
+    assert [word for word in words if not any(word in problem for problem in lines)] == []
 
 
 def test_then_makes_no_cycle_and_an_input_of_one_round_does(tmp_path: Path):
     """keep reads the last round's keep: no cycle. Sampling from this round's policy is one, reported once."""
     assert plan(tmp_path, "rounds: 3").steps
-    found = problems(tmp_path, "rounds: 3\nsample: {from: {policy: optimize}}")
-    assert found == ("optimize.from: a cycle: optimize@1 -> keep@1 -> sample@1 -> optimize@1",)
+    lines = problems(tmp_path, "rounds: 3\nsample: {from: {policy: optimize}}")
+    assert lines == ("optimize.from: a cycle: optimize@1 -> keep@1 -> sample@1 -> optimize@1",)
 
 
 def test_a_mistake_that_all_rounds_share_is_told_once(tmp_path: Path):
     """Under the name that stands in the recipe; that of one round with its round."""
     text = "sample: {with: {m: 1}}\nrounds: [{}, {keep: {with: {threshold: high}}}, {}]"
-    found = problems(tmp_path, text)
-    assert [problem.split(":")[0] for problem in found] == ["sample.m", "keep@2.threshold"]
+    lines = problems(tmp_path, text)
+    assert [problem.split(":")[0] for problem in lines] == ["sample.m", "keep@2.threshold"]
 
 
 def test_all_mistakes_come_at_once(tmp_path: Path):
@@ -343,8 +343,8 @@ def test_all_mistakes_come_at_once(tmp_path: Path):
 
 def test_a_check_sees_each_round_as_it_is_wired(tmp_path: Path):
     """What a stage requires of a wire must hold in every round: here round 1 has none, and the input is required."""
-    found = problems(tmp_path, "rounds: 2\nsample: {from: {policy: {first: null}}}")
-    assert found == ("sample@1.from.policy: required (a model): add `policy` under `from`",)
+    lines = problems(tmp_path, "rounds: 2\nsample: {from: {policy: {first: null}}}")
+    assert lines == ("sample@1.from.policy: required (a model): add `policy` under `from`",)
 
 
 # Running, and asking.
@@ -352,13 +352,13 @@ def test_a_check_sees_each_round_as_it_is_wired(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[str]]:
-    """The loop twice, then the plain recipe, then another with another lr, in one store; and what each step made."""
+    """The loop twice, then the plain recipe, then another with another lr, in one store; and the steps that ran."""
     folder = tmp_path_factory.mktemp("loop")
     store, watcher = Store(folder / "store"), Silent()
     for name, text in (("loop", "rounds: 2"), ("plain", ""), ("other", "optimize: {with: {learning_rate: 2.0}}")):
-        made = plan(folder, text)
-        made.name = name
-        run(made, store, LocalExecutor(), watcher)
+        loop = plan(folder, text)
+        loop.name = name
+        run(loop, store, LocalExecutor(), watcher)
     return store, watcher.ran
 
 
@@ -382,8 +382,8 @@ def test_what_rounds_and_runs_share_is_made_once(done: tuple[Store, list[str]]):
 
 
 def test_the_catalog_has_the_step_and_the_round_apart(done: tuple[Store, list[str]]):
-    found = ask(done[0], "SELECT step, round FROM runs WHERE run = 'loop' ORDER BY step, round NULLS FIRST")
-    assert [(row["step"], row["round"]) for row in found] == sorted(
+    rows = ask(done[0], "SELECT step, round FROM runs WHERE run = 'loop' ORDER BY step, round NULLS FIRST")
+    assert [(row["step"], row["round"]) for row in rows] == sorted(
         [*((name, None) for name in SHARED), *((name, n) for name in VARYING for n in (1, 2))], key=str
     )
     assert ask(done[0], "SELECT count(round) AS n FROM runs WHERE run = 'plain'") == [dict(n=0)]
