@@ -96,8 +96,8 @@ def stale_code(step: Step, manifest: Mapping[str, Any]) -> list[str]:
     versions = {entry.name: entry.version for entry in step.functions}
     return [
         f"{step.name}: `{name}` has changed since this result was computed, and its version is still {versions[name]}; "
-        "if results change, raise its version, or recompute this one with "
-        f"`--force {step.name}`; if not, raising it and `winnow adopt` keeps this result"
+        f"raise its version, or recompute this result with `--force {step.name}`; if the change does not alter it, "
+        "raise the version and keep it with `winnow adopt`"
         for name in changed
     ]
 
