@@ -341,5 +341,6 @@ def _error_lines(item: ErrorDetails, prefix: str, fields: dict[str, str | None],
         return [f"{where}: required, but not set" + (f"; it must be {description}" if description else "")]
     if cause:
         return [f"{where}: {cause} (got {item['input']!r})"]
-    message = f"must be {description}" if description else item["msg"].replace("Input should be", "must be")
+    message = item["msg"].replace("Input should be", "must be")
+    message = f"must be {description}" if description else message[0].lower() + message[1:]
     return [f"{where}: {message}, got {item['input']!r}"]
