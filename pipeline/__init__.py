@@ -1,7 +1,7 @@
-"""How things get made: options, keys, recipes, plans, the store, and the two ways to run.
+"""Recipes, plans, keys, the store, and the two executors.
 
-These names are what a stage is written with; they need nothing but pyarrow, so that a training machine
-may be bare. Planning and running (plan, recipe, run, catalog) are imported by their own names.
+The names below are those that stages are written with; importing them loads pyarrow and pydantic, no more. Planning and
+running (config, execution, sql, store) are imported by their own names.
 """
 
 from typing import TYPE_CHECKING
@@ -33,17 +33,17 @@ __all__ = [
 
 
 def open(store: "str | Location", run: str | None = None, round: int | None = None) -> "Catalog":
-    """A store to ask, in a folder or at a URL: `pipeline.open("demo/store").sql("SELECT …").arrow()`.
+    """Open a store, in a folder or at a URL, for queries: `pipeline.open("demo/store").sql("SELECT …").arrow()`.
 
-    An answer has `.arrow()`, `.pandas()`, `.polars()`. Raises WinnowError where nothing was ever made, or where the
-    store has no such run or round.
+    A result has `.arrow()`, `.pandas()`, `.polars()`. Raise WinnowError for a store without runs, and where it has no
+    such run or round.
     """
-    from pipeline.sql.catalog import open_catalog  # DuckDB is not on a bare machine
+    from pipeline.sql.catalog import open_catalog  # DuckDB is needed by queries alone
     from pipeline.store.store import Store
     from schemas import WinnowError
 
-    found = Store(store)
-    catalog = open_catalog(found, run, round)
+    opened = Store(store)
+    catalog = open_catalog(opened, run, round)
     if not catalog.runs:
-        raise WinnowError(f"{found.root}: no runs in this store; winnow run makes one")
+        raise WinnowError(f"{opened.root}: no runs in this store; `winnow run` adds one")
     return catalog

@@ -1,31 +1,39 @@
-"""Named functions whose keyword-only parameters are their typed options.
+"""Registries of functions by name; the keyword-only parameters of a function are its typed options.
 
-Stages, objectives, pair rules and engines are all this one idea: the signature is the schema, the
-documentation and the key. Options are checked by pydantic, strictly, when the recipe is read; it is
-imported only then, for running a stage does not need it.
+Stages, objectives, pair rules and engines are all registered in this way: the signature is the schema, the
+documentation and part of the key. Options are validated by pydantic, strictly, when a recipe is planned.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property, wraps
+from hashlib import sha256
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import core_schema
 
 from schemas import WinnowError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-    from pydantic_core import CoreSchema
+    from pydantic_core import CoreSchema, ErrorDetails
+
+M = TypeVar("M", bound=BaseModel)
+Function = Callable[..., Any]
+EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """The hint at the end of an unknown-name message."""
+def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str:
+    """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given)."""
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names))}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(listed or names))}"
 
 
 @dataclass(frozen=True)
@@ -44,16 +52,50 @@ class Range:
 
 
 Finite = Annotated[float, Range(gt=-float("inf"), lt=float("inf"))]
-EXECUTION = "how it runs, not what it makes: no part of the identity"  # in Annotated[...], beside the type
+
+
+@dataclass(eq=False)
+class Plugin:
+    """File of a user whose functions are registered when a plan is made (pipeline/plugins.py loads it)."""
+
+    path: Path
+    source: str = field(repr=False)
+    package: str = ""  # of an entry point, which workers import as they import us
+    registered: list[tuple[Registry, Entry]] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        return sha256(self.source.encode()).hexdigest()
+
+    @property
+    def module(self) -> str:
+        """Return the name of the module, which for a file is made of its content."""
+        return self.package or f"winnow_plugin_{self.digest[:16]}"
+
+    def entry(self, kind: str, name: str) -> Entry:
+        return next(entry for _, entry in self.registered if (entry.kind, entry.name) == (kind, name))
+
+    def __reduce__(self) -> tuple[Callable[..., Plugin], tuple[Path, str]]:
+        from pipeline.plugins import load_source
+
+        # A worker need not see the path, and if it does, the file may have changed since the plan was made.
+        return load_source, (self.path, self.source)
+
+
+loading: ContextVar[Plugin | None] = ContextVar("loading", default=None)  # the plugin whose module is executed now
+plugin_packages: set[str] = set()  # top-level packages of entry points in the group `winnow.plugins`
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered function and the metadata declared beside it."""
+    """Registered function with its metadata: what its decorator declares."""
 
     name: str
-    fn: Callable[..., Any]
+    fn: Function
     metadata: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    aliases: tuple[str, ...] = ()
+    plugin: Plugin | None = None
 
     @cached_property
     def options(self) -> type[BaseModel]:
@@ -61,36 +103,49 @@ class Entry:
 
     @cached_property
     def execution(self) -> frozenset[str]:
-        """Options marked EXECUTION."""
+        """Return the names of the options marked EXECUTION."""
         hints = _option_hints(self.fn)
         return frozenset(name for name, hint in hints.items() if EXECUTION in getattr(hint, "__metadata__", ()))
 
-    def validate(self, given: dict[str, Any], place: str) -> dict[str, Any]:
-        """Every option with its value, defaults included; raises WinnowError with all mistakes."""
-        from pydantic import ValidationError
+    @property
+    def version(self) -> int:
+        """Return the version that is part of the key: of a stage in its signature, of any other function beside it."""
+        version: int = getattr(self.metadata.get("signature"), "version", self.metadata.get("version", 1))
+        return version
 
-        try:
-            checked = self.options.model_validate(given)
-        except ValidationError as error:
-            names = list(self.options.model_fields)
-            items = [item for item in error.errors() if item["type"] != "none_required"]
-            lines = [line for item in items for line in _explain(item, place, names)]
-            raise WinnowError(*lines) from None
-        return {name: getattr(checked, name) for name in self.options.model_fields}
+    @property
+    def plugin_digest(self) -> str | None:
+        """Return the digest of the plugin file that registers this function, None for a function of ours.
 
-    def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Callable[..., Any]]]:
-        return entry_of, (self.fn,)  # to a worker by reference: importing the function registers it
+        Of an installed plugin it is the file that defines the function, whatever imported it first.
+        """
+        if self.plugin:
+            return self.plugin.digest
+        fn = inspect.unwrap(self.fn)
+        if str(fn.__module__).partition(".")[0] not in plugin_packages:  # code that is executed has none
+            return None
+        return sha256(Path(inspect.getfile(fn)).read_bytes()).hexdigest()
+
+    def validate(self, options: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """Return every option with its value, defaults included. Raise WinnowError with all mistakes."""
+        values = validated(self.options, options, prefix)
+        return {name: getattr(values, name) for name in self.options.model_fields}
+
+    def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Any, ...]]:
+        if self.plugin:
+            return Plugin.entry, (self.plugin, self.kind, self.name)
+        return entry_of, (self.fn,)  # by reference: importing the function on a worker registers it there
 
 
-def entry_of(fn: Callable[..., Any]) -> Entry:
-    """The entry that registering `fn` made."""
+def entry_of(fn: Function) -> Entry:
+    """Return the entry of a registered function."""
     entry: Entry = fn.entry  # type: ignore[attr-defined]
     return entry
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A registered function with its options filled in; call it with its positional arguments."""
+    """Registered function with its options filled in; call it with its positional arguments."""
 
     entry: Entry
     options: dict[str, Any]
@@ -107,105 +162,185 @@ class Bound:
         return self.entry.fn(*args, **self.options)
 
     def __hash__(self) -> int:
-        return hash(str(self))  # its options are a dict; bound functions of equal name and options are one value
+        return hash(str(self))  # the options are a dict; equal name and equal options are one value
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.name}({options})"
 
 
+def bound_entries(value: Any) -> Iterator[Entry]:
+    """Yield the entries of all functions bound in an option, however deeply nested."""
+    if isinstance(value, Bound):
+        yield value.entry
+        yield from bound_entries(value.options)
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from bound_entries(item)
+
+
 class Registry:
     """Functions of one kind by name. As an annotation, `Annotated[Bound, registry]` is an option type.
 
-    metadata: those that every entry must declare.
+    metadata: names that every decorator must declare.
     """
 
     def __init__(self, kind: str, *metadata: str) -> None:
         self.kind, self.metadata = kind, metadata
         self.entries: dict[str, Entry] = {}
-        self.aliases: dict[str, str] = {}  # other name -> name of the entry
+        self.aliases: dict[str, str] = {}  # alias -> name of the entry
 
-    def __call__(
-        self, *, aliases: tuple[str, ...] = (), **metadata: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Raises TypeError if a fact is missing. aliases: other names that recipes may use for the same entry."""
+    def __call__(self, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Callable[[Function], Function]:
+        """Return a decorator that registers a function by its name.
 
-        def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-            if missing := [fact for fact in self.metadata if fact not in metadata]:
-                raise TypeError(f"{self.kind} {fn.__name__}: its decorator must say {', '.join(missing)}")
-            entry = Entry(fn.__name__, fn, metadata)
-            self.entries[fn.__name__] = entry
-            self.aliases |= dict.fromkeys(aliases, fn.__name__)
+        Recipes may write an alias for the name; the key is the same. Raise TypeError for missing metadata and for a
+        name or alias of another function. A name may be registered again, as a reloaded module does, but not by a
+        plugin: it would silently replace what a recipe means.
+        """
+
+        def register(fn: Function) -> Function:
+            name, plugin = fn.__name__, loading.get()
+            if plugin and str(fn.__module__).partition(".")[0] != plugin.module:
+                plugin = None  # a module of ours that the plugin is the first to import
+            if missing := [item for item in self.metadata if item not in metadata]:
+                raise TypeError(f"{self.kind} {name}: its decorator must set {', '.join(missing)}")
+            for word in (name, *aliases):
+                owner = self.aliases.get(word, word if word in self.entries else None)
+                if owner and (plugin or owner != name):
+                    other = self.entries[owner]
+                    origin = other.plugin.path if other.plugin else other.fn.__module__
+                    raise TypeError(f"{self.kind} {word!r} is already registered, in {origin}; choose another name")
+            if any(_names_registry(hint) for hint in _option_hints(fn).values()):
+                fn = _binding_options(fn)
+            entry = Entry(name, fn, metadata, self.kind, aliases, None if plugin and plugin.package else plugin)
+            self.entries[name] = entry
+            self.aliases |= dict.fromkeys(aliases, name)
+            if plugin:
+                plugin.registered.append((self, entry))
             setattr(fn, "entry", entry)  # noqa: B010 - functions have no such attribute for mypy
             return fn
 
         return register
 
+    def decorator(self, **defaults: Any) -> Callable[..., Any]:
+        """Return a decorator with metadata of its own, used as `@verifiable` or as `@verifiable(version=3)`."""
+
+        def decorate(fn: Function | None = None, /, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Any:
+            register = self(aliases=aliases, **defaults | metadata)
+            return register if fn is None else register(fn)
+
+        return decorate
+
+    def forget(self, entry: Entry) -> None:
+        """Remove an entry and its aliases, unless its name belongs to another entry by now."""
+        if self.entries.get(entry.name) is entry:
+            del self.entries[entry.name]
+            self.aliases = {alias: name for alias, name in self.aliases.items() if name != entry.name}
+
     def find(self, name: str) -> Entry:
-        name = self.aliases.get(name, name)
-        if name not in self.entries:
-            raise WinnowError(f"unknown {self.kind} {name!r}; {nearest(name, [*self.entries, *self.aliases])}")
-        return self.entries[name]
+        """Return the entry of a name or an alias. Raise WinnowError with the nearest name, or with all of them."""
+        canonical = self.aliases.get(name, name)
+        if canonical not in self.entries:
+            listed = [f"{name} ({', '.join(e.aliases)})" if e.aliases else name for name, e in self.entries.items()]
+            hint = nearest(name, [*self.entries, *self.aliases], listed)
+            raise WinnowError(f"unknown {self.kind} {name!r}; {hint}")
+        return self.entries[canonical]
 
     def bind(self, value: Any) -> Bound:
-        """From a recipe: a name, or a mapping with `name` and options."""
+        """Return what a recipe names: a function by its name, or by a mapping with `name` and options."""
         if isinstance(value, Bound):
             return value
-        given = {"name": value} if isinstance(value, str) else value
-        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+        options = {"name": value} if isinstance(value, str) else value
+        if not isinstance(options, dict) or not isinstance(options.get("name"), str):
             raise WinnowError(f"must name one {self.kind}, or be a mapping with `name`; got {value!r}")
-        entry = self.find(given["name"])
-        return Bound(entry, entry.validate({k: v for k, v in given.items() if k != "name"}, ""))
+        entry = self.find(options["name"])
+        return Bound(entry, entry.validate({key: item for key, item in options.items() if key != "name"}, ""))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        from pydantic_core import core_schema
-
         return core_schema.no_info_plain_validator_function(self.bind)
 
 
-def _option_parameters(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _names_registry(hint: Any) -> bool:
+    return isinstance(hint, Registry) or any(_names_registry(part) for part in get_args(hint))
+
+
+def _binding_options(fn: Function) -> Function:
+    """Let a direct call from Python name functions as a recipe does: `compare(..., by="pairwise")`, defaults included.
+
+    Only functions with such options are wrapped. The wrapper has the name of what it wraps, so that both pickle by
+    reference; the runner's options are bound already, and pass through it unchanged.
+    """
+
+    @cache
+    def registry_options() -> type[BaseModel]:
+        return options_of(fn, _names_registry)
+
+    @wraps(fn)
+    def call(*args: Any, **options: Any) -> Any:
+        model = registry_options()
+        names = {name: options[name] for name in model.model_fields if name in options}
+        values = validated(model, names, fn.__name__)
+        return fn(*args, **options | {name: getattr(values, name) for name in model.model_fields})
+
+    return call
+
+
+def _option_hints(fn: Function) -> dict[str, Any]:
+    """Return the hints of the options alone: others may name types of libraries that planning does not import."""
+    fn = inspect.unwrap(fn)
+    annotations = {
+        name: item.annotation
+        for name, item in inspect.signature(fn).parameters.items()
+        if item.kind is item.KEYWORD_ONLY
+    }
+    return get_type_hints(SimpleNamespace(__annotations__=annotations), fn.__globals__, include_extras=True)
+
+
+def options_of(fn: Function, chosen: Callable[[Any], bool] = lambda hint: True) -> type[BaseModel]:
+    """Return a strict pydantic model of the keyword-only parameters; `chosen` selects them by their type."""
     parameters = inspect.signature(fn).parameters
-    return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-
-
-def _option_hints(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Only the options' hints: the others may name types of libraries that planning does not import."""
-    options = _option_parameters(fn)
-    own = SimpleNamespace(__annotations__={name: each.annotation for name, each in options.items()})
-    return get_type_hints(own, fn.__globals__, include_extras=True)
-
-
-def options_of(fn: Callable[..., Any]) -> type[BaseModel]:
-    """A strict pydantic model of the keyword-only parameters."""
-    from pydantic import ConfigDict, create_model
-
-    options, hints = _option_parameters(fn), _option_hints(fn)
     fields: dict[str, Any] = {
-        name: (hints[name], ... if each.default is each.empty else each.default) for name, each in options.items()
+        name: (hint, ... if parameters[name].default is inspect.Parameter.empty else parameters[name].default)
+        for name, hint in _option_hints(fn).items()
+        if chosen(hint)
     }
     config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, validate_default=True)
     return create_model(fn.__name__, __config__=config, **fields)
 
 
-def _explain(item: Any, place: str, names: list[str]) -> list[str]:
-    """One pydantic error as lines that name place, value, cause and cure."""
-    where = ".".join([place, *(str(part) for part in item["loc"] if not _branch(part))]).strip(".")
-    cause = item.get("ctx", {}).get("error")
-    if isinstance(cause, WinnowError):
-        return [_nested(where, problem) for problem in cause.problems]
+def validated(model: type[M], content: Any, prefix: str = "", noun: str = "option") -> M:
+    """Return the content as an instance of a pydantic model.
+
+    Raise WinnowError with one line per mistake: place, value, cause and cure. A field's `description` says what its
+    value must be, where pydantic's own words would not help; `noun` says what a field is to the user.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        fields = {field.alias or name: field.description for name, field in model.model_fields.items()}
+        # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
+        items = [item for item in error.errors() if item["type"] != "none_required"]
+        raise WinnowError(*(line for item in items for line in _error_lines(item, prefix, fields, noun))) from None
+
+
+def _error_lines(item: ErrorDetails, prefix: str, fields: dict[str, str | None], noun: str) -> list[str]:
+    """Return one error of pydantic as lines that name place, value, cause and cure."""
+    # Names that pydantic gives to validators and alternatives are not places in a recipe.
+    path = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "none", "["))]
+    where, cause = ".".join([prefix, *path]).strip("."), item.get("ctx", {}).get("error")
+    description = fields.get(path[0]) if len(path) == 1 else None
+    if isinstance(cause, WinnowError):  # of a nested function: its places continue ours
+        nested = (problem.partition(": ") for problem in cause.problems)
+        return [
+            f"{where}.{inner}: {rest}" if colon and " " not in inner else f"{where}: {inner}{colon}{rest}"
+            for inner, colon, rest in nested
+        ]
     if item["type"] == "extra_forbidden":
-        return [f"{where}: unknown option; {nearest(str(item['loc'][-1]), names)}"]
+        return [f"{where}: unknown {noun}; {nearest(path[-1], list(fields))}"]
     if item["type"] == "missing":
-        return [f"{where}: required, and the recipe does not set it"]
-    message = str(cause) if cause else item["msg"][0].lower() + item["msg"][1:]
-    return [f"{where}: {message} (got {item['input']!r})"]
-
-
-def _branch(part: Any) -> bool:
-    """Pydantic's own names of validators and union arms, which are no places in a recipe."""
-    return isinstance(part, str) and part.startswith(("function-", "none"))
-
-
-def _nested(where: str, problem: str) -> str:
-    inner, colon, rest = problem.partition(": ")
-    return f"{where}.{inner}: {rest}" if colon and " " not in inner else f"{where}: {problem}"
+        return [f"{where}: required, but not set" + (f"; it must be {description}" if description else "")]
+    if cause:
+        return [f"{where}: {cause} (got {item['input']!r})"]
+    message = item["msg"].replace("Input should be", "must be")
+    message = f"must be {description}" if description else message[0].lower() + message[1:]
+    return [f"{where}: {message}, got {item['input']!r}"]

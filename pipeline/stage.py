@@ -1,8 +1,8 @@
-"""A stage is a function from tables to tables.
+"""Stages: functions from tables to tables.
 
-Its positional parameters are its inputs (tables by their schema, or a Model), its keyword-only
-parameters are its options, its return annotation is its output. A `StageContext` parameter is injected
-and has no part in the identity.
+The positional parameters of a stage are its inputs (tables by their schema, or a Model), its keyword-only parameters
+are its options, its return annotation names its outputs. A `StageContext` parameter is filled in by the runner and is
+not part of the identity.
 """
 
 import inspect
@@ -22,7 +22,7 @@ stages = Registry("stage", "signature")
 
 @dataclass(frozen=True)
 class Input:
-    """One thing a stage reads: a table (by its schema) or a model (schema is None)."""
+    """Input of a stage: a table (by its schema) or a model (schema is None)."""
 
     name: str
     schema: pa.Schema | None
@@ -35,7 +35,7 @@ class Input:
 
 @dataclass(frozen=True)
 class InputStep:
-    """The step behind an input, as a plan-time check sees it; no options where they did not validate."""
+    """Step that an input comes from, as a stage's check sees it; without options if they did not validate."""
 
     stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -47,10 +47,10 @@ Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]
 
 @dataclass(frozen=True)
 class StageSignature:
-    """What the planner and the runner need to know of a stage, read once from its signature.
+    """Inputs, outputs and version of a stage, read once from its function for the planner and the runner.
 
-    An unsharded stage is called once with every row; any other once a shard, with that shard's rows. A
-    concurrent one works on several shards at once in threads of one process.
+    An unsharded stage is called once with every row; any other once per shard, with the rows of that shard. A
+    concurrent one is called for several shards at once, in threads of one process.
     """
 
     version: int
@@ -59,7 +59,7 @@ class StageSignature:
     inputs: tuple[Input, ...]
     outputs: tuple[pa.Schema, ...]
     makes_model: bool
-    workspace: str | None
+    workspace: str | None  # name of the StageContext parameter
     check: Check
 
     def makes(self, kind: str) -> bool:
@@ -68,7 +68,7 @@ class StageSignature:
         return any(schema.metadata[b"table"].decode() == kind for schema in self.outputs)
 
 
-def no_check(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
+def no_check(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     return []
 
 
@@ -79,10 +79,33 @@ def stage(
     concurrent: bool = False,
     check: Check = no_check,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a stage. Raise `version` when its results change; `check` refuses senseless recipes at plan time."""
+    """Return a decorator that registers a stage.
+
+    Raise `version` when its results change. `check` returns what is wrong with a combination of options and inputs,
+    at plan time.
+    """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return stages(signature=_signature(fn, version, unsharded, concurrent, check))(fn)
+        hints = get_type_hints(fn, include_extras=True)
+        inputs, workspace = [], None
+        for name, parameter in inspect.signature(fn).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                continue
+            hint = hints[name]
+            if hint is StageContext:
+                workspace = name
+                continue
+            optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
+            if optional:
+                hint = next(arm for arm in get_args(hint) if arm is not NoneType)
+            inputs.append(Input(name, _table_schema(hint), optional))
+        returned = get_args(hints["return"]) if get_origin(hints["return"]) is tuple else (hints["return"],)
+        outputs = [_table_schema(hint) for hint in returned]
+        tables = tuple(schema for schema in outputs if schema is not None)
+        signature = StageSignature(
+            version, unsharded, concurrent, tuple(inputs), tables, None in outputs, workspace, check
+        )
+        return stages(signature=signature)(fn)
 
     return register
 
@@ -92,36 +115,10 @@ def signature_of(entry: Entry) -> StageSignature:
     return signature
 
 
-def _signature(fn: Callable[..., Any], version: int, unsharded: bool, concurrent: bool, check: Check) -> StageSignature:
-    hints = get_type_hints(fn, include_extras=True)
-    inputs, workspace = [], None
-    for name, parameter in inspect.signature(fn).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            continue
-        if hints[name] is StageContext:
-            workspace = name
-        else:
-            inputs.append(_input(name, hints[name]))
-    outputs = _outputs(hints["return"])
-    tables = tuple(schema for schema in outputs if schema is not None)
-    return StageSignature(version, unsharded, concurrent, tuple(inputs), tables, None in outputs, workspace, check)
-
-
-def _input(name: str, hint: Any) -> Input:
-    optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
-    if optional:
-        hint = next(arm for arm in get_args(hint) if arm is not NoneType)
-    return Input(name, _schema(hint), optional)
-
-
-def _outputs(hint: Any) -> list[pa.Schema | None]:
-    arms = get_args(hint) if get_origin(hint) is tuple else (hint,)
-    return [_schema(arm) for arm in arms]
-
-
-def _schema(hint: Any) -> pa.Schema | None:
+def _table_schema(hint: Any) -> pa.Schema | None:
+    """Return the schema of a table's annotation, None for Model. Raise TypeError for anything else."""
     if hint is Model:
         return None
     if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], pa.Schema):
         return hint.__metadata__[0]
-    raise TypeError(f"a stage reads and makes tables and models, not {hint}")
+    raise TypeError(f"a stage reads and returns tables and models, not {hint}")

@@ -1,4 +1,4 @@
-"""Canonical JSON and its hash: the identity of a step. What has no stable bytes is refused."""
+"""Canonical JSON and its hash: the key of a step. Values without stable bytes are refused."""
 
 import json
 from hashlib import sha256
@@ -9,7 +9,10 @@ from pipeline.store.fingerprints import ContentPath
 
 
 def canonical(value: Any) -> Any:
-    """JSON-ready form with stable bytes; paths become digests, bound functions their name and options."""
+    """Return the value as JSON with stable bytes: a path is its content's digest, a function its name and options.
+
+    Raise TypeError for anything else that JSON does not have, such as a set, whose order is not stable.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, ContentPath):
@@ -29,18 +32,14 @@ def encode(identity: Any) -> str:
 
 
 def key_of(identity: Any) -> str:
-    """16 hex digits of the canonical identity."""
+    """Return 16 hex digits of the hash of a canonical identity."""
     return sha256(encode(identity).encode()).hexdigest()[:16]
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Which fields differ between two identities, as `place: old -> new`."""
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return the fields in which two identities differ, as `path: old -> new`; long values are cut."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
-        return [line for name in names for line in differences(old.get(name), new.get(name), f"{place}.{name}")]
-    return [] if old == new else [f"{place.lstrip('.')}: {_short(old)} -> {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = encode(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        return [line for name in names for line in differences(old.get(name), new.get(name), f"{path}.{name}")]
+    texts = (text if len(text) <= 40 else f"{text[:37]}..." for text in (encode(old), encode(new)))
+    return [] if old == new else [f"{path.lstrip('.')}: {' -> '.join(texts)}"]

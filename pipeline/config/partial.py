@@ -1,10 +1,9 @@
-"""One step alone, a step and what follows it, a step made again: parts of plans, checked before anything is touched."""
+"""Parts of plans: one step, a step with what follows or precedes it, a step again. Checked before anything changes."""
 
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split
@@ -14,159 +13,186 @@ from pipeline.store.inventory import Inventory, StoredStep, followers_first, lin
 from pipeline.store.store import Store
 from schemas import WinnowError
 
-Check = Callable[[], None]
-
 
 @dataclass(frozen=True)
 class Rerun:
-    """Plans with the steps to make, and the sealed or begun steps that go first because they are made again."""
+    """Plans with the steps to run, and the stored steps to delete first because they are to be computed again.
+
+    check: raises WinnowError where another run has come to need one of them.
+    """
 
     plans: list[Plan]
     gone: list[StoredStep]
-    check: Check
+    check: Callable[[], None]
 
     def to_make(self, store: Store) -> list[Step]:
-        """The steps that are not sealed, or not for long."""
-        gone = {made.key for made in self.gone}
-        wanted = [step for plan in self.plans for step in plan.wanted]
-        lacking = {step.key for step in unsealed(wanted, store)}
-        return [step for step in wanted if step.key in gone | lacking]
+        """Return the steps that are not finished, or that will be deleted."""
+        deleted = {stored.key for stored in self.gone}
+        steps = [step for plan in self.plans for step in plan.wanted]
+        unfinished = {step.key for step in unsealed(steps, store)}
+        return [step for step in steps if step.key in deleted | unfinished]
 
     def drop(self) -> None:
-        """Delete them, those that follow first: whenever this ends, no step stands on what is not there.
+        """Delete the stored steps, followers first: wherever this ends, no finished step lacks its inputs.
 
-        Raises WinnowError, with nothing deleted, where another run is making one of them, or reaches one by now.
+        Raise WinnowError, with nothing deleted, where another run computes one of them, or needs one by now.
         """
+
+        def is_needed() -> bool:
+            self.check()
+            return False
+
         with ExitStack() as claims:
-            for made in self.gone:
-                claim = made.folder.claim()
+            for stored in self.gone:
+                claim = stored.folder.claim()
                 if claim is None:
                     raise WinnowError(
-                        f"--force: another run is making {made.stage} {made.key}, which would be made again; "
+                        f"--force: another run is computing {stored.stage} {stored.key}, which would be deleted; "
                         "wait for it, or stop it"
                     )
                 claims.callback(claim.release)
-            remove([made.folder for made in self.gone], self._reached)
-
-    def _reached(self) -> bool:
-        self.check()
-        return False
+            remove([stored.folder for stored in self.gone], is_needed)
 
 
 def rerun(
-    plans: list[Plan], store: Store, only: str | None = None, onward: str | None = None, force: str | None = None
+    plans: list[Plan],
+    store: Store,
+    only: str | None = None,
+    onward: str | None = None,
+    force: str | None = None,
+    until: str | None = None,
 ) -> Rerun:
-    """What `--only`, `--from` (onward) and `--force` a step come to, several recipes at once; nothing is changed yet.
+    """Return what `--only`, `--from` (onward), `--until` and `--force` a step mean, for several recipes at once.
 
-    Raises WinnowError for unknown steps, for what they read and is not sealed, and where a run that is not among the
-    plans would lose what it stands on.
+    Nothing is changed yet. Raise WinnowError for unknown steps, for inputs that are not finished, and where a run that
+    is not among the plans would lose a result that it needs.
     """
-    parts = narrowed(plans, only, onward, force)
-    gone = _to_drop(plans, force, store) if force else []
-    keys = {made.key for made in gone}
-    check: Check = partial(_refuse_if_reached, store, plans, keys, f"--force {force}") if gone else _nothing
+    parts = narrowed(plans, only, onward, force, until)
+    gone = _to_delete(plans, force, store) if force else []
+    keys = {stored.key for stored in gone}
+
+    def check() -> None:
+        if keys:
+            _check_unneeded(store, plans, keys, f"--force {force}")
+
     check()
-    if only or onward:
-        _check_sealed(parts, f"--only {only}" if only else f"--from {onward}", store, keys)
+    if not (only or onward):  # a plan, and `--until`, contain all that their steps read
+        return Rerun(parts, gone, check)
+
+    # What the parts read must be finished, or computed by this part or an earlier one.
+    option, name = ("--only", only) if only else ("--from", onward)
+    computed: set[str] = set()
+    problems = []
+    for plan in parts:
+        computed |= {step.key for step in plan.wanted}
+        sources = {source.name: source for step in plan.wanted for source in step.inputs.values()}
+        unfinished = {step.name for step in unsealed(list(sources.values()), store)}
+        lacking = [
+            name
+            for name, source in sources.items()
+            if source.key not in computed and (source.key in keys or name in unfinished)
+        ]
+        if lacking:
+            first = ", then ".join(f"--until {source}" for source in lacking)
+            problems.append(
+                f"{plan.name}: {option} {name}: it reads {' and '.join(lacking)}, which "
+                f"{'are' if len(lacking) > 1 else 'is'} not finished; run with {first} in place of {option} first, "
+                f"or omit {option}"
+            )
+    if problems:
+        raise WinnowError(*problems)
     return Rerun(parts, gone, check)
 
 
 def narrowed(
-    plans: list[Plan], only: str | None = None, onward: str | None = None, force: str | None = None
+    plans: list[Plan],
+    only: str | None = None,
+    onward: str | None = None,
+    force: str | None = None,
+    until: str | None = None,
 ) -> list[Plan]:
-    """Plans with the steps that `--only` or `--from` leaves to make, without those that have none; needs no store.
+    """Return plans with the steps that `--only`, `--from` or `--until` selects, without those that have none of them.
 
-    Raises WinnowError for steps that no plan has.
+    Raise WinnowError for a step that no plan has, and for two of these options at once. No store is needed.
     """
-    if only and onward:
-        raise WinnowError(f"--only {only} --from {onward}: give one of them; --from makes what follows too")
-    for option, name in (("--only", only), ("--from", onward), ("--force", force)):
-        if name:
-            _check_known(plans, f"{option} {name}", name)
-    name, choose = (only, chosen) if only else (onward, followers)
-    return [replace(plan, part=steps) for plan in plans if (steps := choose(plan, name))] if name else plans
+    selections = [
+        (option, name, select)
+        for option, name, select in (
+            ("--only", only, chosen),
+            ("--from", onward, followers),
+            ("--until", until, predecessors),
+        )
+        if name
+    ]
+    if len(selections) > 1:
+        words = " ".join(f"{option} {name}" for option, name, _ in selections)
+        raise WinnowError(f"{words}: give one of them; --from runs what follows a step too, --until what it needs")
+    for option, name in [*((option, name) for option, name, _ in selections), ("--force", force)]:
+        if name and not any(chosen(plan, name) for plan in plans):
+            names = {word for plan in plans for step in plan.steps for word in (step.name, split(step.name)[0])}
+            recipes = " and ".join(plan.name for plan in plans)
+            raise WinnowError(f"{option} {name}: no step {name!r} in {recipes}; {nearest(name, sorted(names))}")
+    if not selections:
+        return plans
+    _, step, select = selections[0]
+    return [replace(plan, part=steps) for plan in plans if (steps := select(plan, step))]
 
 
 def unsealed(steps: list[Step], store: Store) -> list[Step]:
+    """Return the steps that are not finished in a store."""
     return [step for step in steps if store.folder(step).manifest is None]
 
 
-def _nothing() -> None: ...
-
-
 def chosen(plan: Plan, name: str) -> list[Step]:
-    """A step, or, by its name without a round, that of every round."""
+    """Return the step of this name, or, by a name without a round, that of every round."""
     return [step for step in plan.steps if name in (step.name, split(step.name)[0])]
 
 
 def followers(plan: Plan, name: str) -> list[Step]:
-    """A step, and all that is made of it."""
-    found = {step.name for step in chosen(plan, name)}
+    """Return a step and all that is computed from it."""
+    names = {step.name for step in chosen(plan, name)}
     for step in plan.steps:  # inputs come before what reads them
-        if any(source.name in found for source in step.inputs.values()):
-            found.add(step.name)
-    return [step for step in plan.steps if step.name in found]
+        if any(source.name in names for source in step.inputs.values()):
+            names.add(step.name)
+    return [step for step in plan.steps if step.name in names]
 
 
-def _check_known(plans: list[Plan], place: str, name: str) -> None:
-    if not any(chosen(plan, name) for plan in plans):
-        names = {word for plan in plans for step in plan.steps for word in (step.name, split(step.name)[0])}
-        which = " and ".join(plan.name for plan in plans)
-        raise WinnowError(f"{place}: no step {name!r} in {which}; {nearest(name, sorted(names))}")
+def predecessors(plan: Plan, name: str) -> list[Step]:
+    """Return a step and all that it is computed from."""
+    names = {step.name for step in chosen(plan, name)}
+    for step in reversed(plan.steps):
+        if step.name in names:
+            names |= {source.name for source in step.inputs.values()}
+    return [step for step in plan.steps if step.name in names]
 
 
-def _check_sealed(parts: list[Plan], place: str, store: Store, gone: set[str]) -> None:
-    """What parts of plans read besides; an earlier one may make what a later one reads."""
-    making: set[str] = set()
-    problems = []
-    for plan in parts:
-        making |= {step.key for step in plan.wanted}
-        read = {source.name: source for step in plan.wanted for source in step.inputs.values()}
-        lacking = [
-            name
-            for name, source in read.items()
-            if source.key not in making and (source.key in gone or store.folder(source).manifest is None)
-        ]
-        problems += [f"{plan.name}: {place}: {_lacks(place, lacking)}"] if lacking else []
-    if problems:
-        raise WinnowError(*problems)
-
-
-def _lacks(place: str, lacking: list[str]) -> str:
-    """What to do about what is not there."""
-    these, option = " and ".join(lacking), place.split()[0]
-    targets = ", then ".join(f"--set target={name}" for name in lacking)
-    return (
-        f"it reads {these}, which {'are' if len(lacking) > 1 else 'is'} not sealed; first, in place of {option}, "
-        f"{targets} makes what is missing; or leave {option} out"
-    )
-
-
-def _to_drop(plans: list[Plan], name: str, store: Store) -> list[StoredStep]:
-    """What lies in the store of this step and of all that follows from it, of whichever recipe; followers first."""
-    contents = Inventory(store)
-    inputs = {key: made.inputs for key, made in contents.made.items()}
+def _to_delete(plans: list[Plan], name: str, store: Store) -> list[StoredStep]:
+    """Return the stored results of a step and of all that follows from it, in whichever recipe; followers first."""
+    inventory = Inventory(store)
+    inputs = {key: stored.inputs for key, stored in inventory.made.items()}
     inputs |= {step.key: frozenset(s.key for s in step.inputs.values()) for plan in plans for step in plan.steps}
-    outside = contents.reached(tuple(plan.name for plan in plans))
+    needed_elsewhere = inventory.reached(tuple(plan.name for plan in plans))
     keys = {step.key for plan in plans for step in chosen(plan, name)}
-    keys |= {key for key, sources in inputs.items() if sources is None and key not in outside}  # it may follow too
+    # A result whose inputs are not known may follow from the step too.
+    keys |= {key for key, sources in inputs.items() if sources is None and key not in needed_elsewhere}
     while more := {key for key, sources in inputs.items() if sources and sources & keys} - keys:
         keys |= more
-    return [contents.made[key] for key in followers_first(inputs) if key in keys and key in contents.made]
+    return [inventory.made[key] for key in followers_first(inputs) if key in keys and key in inventory.made]
 
 
-def _refuse_if_reached(store: Store, plans: list[Plan], gone: set[str], place: str) -> None:
+def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], option: str) -> None:
+    """Raise WinnowError where a run that is not among the plans needs a result that is to be deleted."""
     ours = {plan.name for plan in plans}
     others = [
         run
         for run, steps in links(store).items()
-        if run not in ours and any(link["key"] in gone for link in steps.values())
+        if run not in ours and any(link["key"] in deleted for link in steps.values())
     ]
     if others:
-        many = len(others) > 1
         forget = [word for run in others for word in ("--forget", run)]
         command = shlex.join(["winnow", "gc", "--store", str(store.root), *forget, "--yes"])
+        needs, recipes = ("need", "their recipes") if len(others) > 1 else ("needs", "its recipe")
         raise WinnowError(
-            f"{place}: {', '.join(others)} would lose what {'they stand' if many else 'it stands'} on; name "
-            f"{'their recipes' if many else 'its recipe'} in the command too, or do without: `{command}`"
+            f"{option}: {', '.join(others)} {needs} what would be deleted; add {recipes} to the command, or remove "
+            f"{'them' if len(others) > 1 else 'it'} from the store: `{command}`"
         )

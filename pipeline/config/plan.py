@@ -1,21 +1,28 @@
-"""Recipe to steps with keys, inputs before consumers. All mistakes of a recipe are found here, at once."""
+"""Plans: a recipe's steps with keys, inputs before consumers. All mistakes of a recipe are found here, at once."""
 
+import ast
+import inspect
 import re
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.recipe import Recipe
-from pipeline.config.rounds import why_not
-from pipeline.registry import Entry, nearest
-from pipeline.stage import Input, InputStep, StageSignature, signature_of, stages
+from pipeline.config.rounds import unknown_step_hint
+from pipeline.plugins import load_plugins
+from pipeline.registry import Entry, bound_entries, nearest
+from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import WinnowError
 
 
 @dataclass(eq=False)
 class Step:
-    """One stage with its options and inputs; its key says where the result lives."""
+    """Stage with its options and inputs; its key says where the result is stored."""
 
     name: str
     entry: Entry
@@ -32,121 +39,171 @@ class Step:
         return self.entry.name
 
     @cached_property
+    def functions(self) -> list[Entry]:
+        """Return the stage and every registered function in the options that decide the result."""
+        options = {name: value for name, value in self.options.items() if name not in self.entry.execution}
+        return [self.entry, *bound_entries(options)]
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result, and nothing else."""
-        return {
+        """Return everything that decides the result, and nothing else.
+
+        The content of a plugin file is part of it: who edits their own function cannot be asked to raise a version.
+        """
+        identity = {
             "stage": self.entry.name,
             "version": self.shape.version,
             "shards": self.shards,
             "options": canonical({k: v for k, v in self.options.items() if k not in self.entry.execution}),
             "inputs": {name: step.key for name, step in self.inputs.items()},
         }
+        plugins = {f"{entry.kind} {entry.name}": entry.plugin_digest for entry in self.functions}
+        plugins = {name: digest for name, digest in plugins.items() if digest}
+        return identity | ({"plugins": plugins} if plugins else {})
 
     @cached_property
     def key(self) -> str:
         return key_of(self.identity)
 
-    @property
+    @cached_property
     def code(self) -> dict[str, str]:
-        """Return digests of the plugin functions that the step uses, by name: none yet."""
-        return {}
+        """Return a short digest of the source of each registered function of the step, by name; not part of the key.
+
+        Comments, layout, docstrings and decorators do not count. Functions that a registered function calls are not
+        followed, so an equal digest proves nothing; a different one is a reason to look at the version.
+        """
+        digests: dict[str, list[str]] = {}
+        for entry in self.functions:
+            try:
+                source = textwrap.dedent(inspect.getsource(inspect.unwrap(entry.fn)))
+                tree = ast.parse(source).body[0]
+            except (OSError, TypeError, SyntaxError, IndexError):  # no source, or a lambda in the middle of a line
+                continue
+            if isinstance(tree, ast.FunctionDef | ast.ClassDef):
+                tree.decorator_list = []
+                if ast.get_docstring(tree) is not None:
+                    tree.body = tree.body[1:]
+            digest = sha256(ast.dump(tree).encode()).hexdigest()[:12]
+            if digest not in (same_name := digests.setdefault(entry.name, [])):
+                same_name.append(digest)  # a stage and a rule may share a name
+        return {name: " ".join(sorted(same_name)) for name, same_name in digests.items()}
+
+
+def stale_code(step: Step, manifest: Mapping[str, Any]) -> list[str]:
+    """Return a line for each function of a finished step whose source is not what it was when the step ran."""
+    before: dict[str, str] = manifest.get("code") or {}
+    changed = [name for name, digest in step.code.items() if before.get(name, digest) != digest]
+    versions = {entry.name: entry.version for entry in step.functions}
+    return [
+        f"{step.name}: `{name}` has changed since this result was computed, and its version is still {versions[name]}; "
+        f"raise its version, or recompute this result with `--force {step.name}`; if the change does not alter it, "
+        "raise the version and keep it with `winnow adopt`"
+        for name in changed
+    ]
 
 
 @dataclass
 class Plan:
-    """The steps that a recipe's targets need, in the order in which they can run; a target a round."""
+    """Steps that a recipe's targets need, in an order in which they can run, and the target of each round."""
 
     name: str
     steps: list[Step] = field(default_factory=list)
     targets: list[Step] = field(default_factory=list)
-    part: list[Step] | None = None  # those to make, where not all are; what they read besides is sealed
+    part: list[Step] | None = None  # the steps to run, if not all; what else they read is finished
+    plugins: list[Path] = field(default_factory=list)  # files that must be shipped with the recipe
 
     @property
     def wanted(self) -> list[Step]:
+        """Return the steps to run, finished ones included."""
         return self.steps if self.part is None else self.part
 
     @property
     def target(self) -> Step:
-        """The last round's."""
+        """Return the target of the last round."""
         return self.targets[-1]
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Check every name, type, wire and option of the recipe; raises WinnowError with all mistakes."""
-    problems: list[str] = []
-    entries = {name: _entry(name, body, problems) for name, body in recipe.steps.items()}
-    wires = {name: _wires(name, body, recipe, problems) for name, body in recipe.steps.items()}
-    targets = _targets(recipe, problems)
-    needed = _order(targets, wires, problems)
-    order = _order([*(name for name in needed if reads_files(entries[name])), *targets], wires, problems)
-    options = {name: _options(name, recipe.steps[name], entries[name], name in order, problems) for name in entries}
-    wired: dict[str, InputStep] = {}
-    for name in order:
-        behind = {wire: wired[source] for wire, source in wires[name].items() if source in wired}
-        wired[name] = InputStep(entries[name].name if entries[name] else "", options[name] or {}, behind)  # type: ignore[union-attr]
-        _check_step(name, entries, wires[name], options[name], behind, problems)
-    problems += _idle_rounds(recipe, order)
-    if problems:
-        raise WinnowError(*_once(problems))
-    plan = Plan(recipe.name)
-    made: dict[str, Step] = {}
-    for name in order:
-        inputs = {wire: made[source] for wire, source in wires[name].items()}
-        made[name] = Step(name, entries[name], options[name], inputs, recipe.shards)  # type: ignore[arg-type]
-        plan.steps.append(made[name])
-    plan.targets = [made[name] for name in targets]
-    return plan
-
-
-def _entry(name: str, body: dict[str, Any], problems: list[str]) -> Entry | None:
-    use = body.get("use", name)
-    if use in stages.entries:
-        return stages.entries[use]
-    problems.append(f"{name}.use: unknown stage {use!r}; {nearest(use, list(stages.entries))}")
-    return None
-
-
-def _wires(name: str, body: dict[str, Any], recipe: Recipe, problems: list[str]) -> dict[str, str]:
-    wires = {wire: source for wire, source in (body.get("from") or {}).items() if source is not None}
-    for wire, source in wires.items():
-        if source not in recipe.steps:
-            hint = why_not(source, recipe.written, recipe.rounds)
-            problems.append(f"{name}.from.{wire}: no step {source!r} in this recipe; {hint}")
-    return {wire: source for wire, source in wires.items() if source in recipe.steps}
-
-
 def reads_files(entry: Entry | None) -> bool:
-    """No table, that is. Such steps run as early as they can: what is wrong with the data is said before training."""
+    """Return whether a stage reads no table. Such steps run first: errors in the data are reported before training."""
     return entry is not None and all(item.schema is None for item in signature_of(entry).inputs)
 
 
-def _targets(recipe: Recipe, problems: list[str]) -> list[str]:
-    if recipe.targets[-1] in recipe.steps:
-        return recipe.targets
-    hint = why_not(recipe.target, recipe.written, recipe.rounds)
-    problems.append(f"target: no step {recipe.target!r} in this recipe; {hint}")
-    return []
+def make_plan(recipe: Recipe) -> Plan:
+    """Return the checked plan of a recipe. Raise WinnowError with all mistakes in its names, types, inputs and options.
+
+    If a plugin cannot be loaded, that is the only mistake reported: most others would follow from it.
+    """
+    plan = Plan(recipe.name, plugins=load_plugins(recipe.plugins))
+    problems: list[str] = []
+
+    # Names: every step's stage, the steps that it reads, the targets.
+    entries: dict[str, Entry] = {}
+    sources: dict[str, dict[str, str]] = {}
+    for name, body in recipe.steps.items():
+        try:
+            entries[name] = stages.find(body.get("use", name))
+        except WinnowError as error:
+            problems += [f"{name}.use: {problem}" for problem in error.problems]
+        sources[name] = {}
+        for item, source in (body.get("from") or {}).items():
+            if source in recipe.steps:
+                sources[name][item] = source
+            elif source is not None:
+                hint = unknown_step_hint(source, recipe.step_names, recipe.rounds)
+                problems.append(f"{name}.from.{item}: no step {source!r} in this recipe; {hint}")
+    targets = recipe.targets
+    if targets[-1] not in recipe.steps:
+        hint = unknown_step_hint(recipe.target, recipe.step_names, recipe.rounds)
+        problems.append(f"target: no step {recipe.target!r} in this recipe; {hint}")
+        targets = []
+
+    # Order: what reads files first, then each round's target with all that it needs.
+    needed = _inputs_first(targets, sources, problems)
+    first = [name for name in needed if reads_files(entries.get(name))]
+    order = _inputs_first([*first, *targets], sources, problems)
+
+    # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
+    options: dict[str, dict[str, Any]] = {}
+    for name, entry in entries.items():
+        try:
+            options[name] = entry.validate(recipe.steps[name].get("with") or {}, name)
+        except WinnowError as error:
+            problems += [problem for problem in error.problems if name in order or ": required" not in problem]
+    checked: dict[str, InputStep] = {}
+    for name in order:
+        inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
+        checked[name] = InputStep(entries[name].name if name in entries else "", options.get(name, {}), inputs)
+        if name in entries:
+            problems += _stage_problems(name, entries, sources[name], options.get(name), inputs)
+    if recipe.rounds > 1 and order and not any("@" in name for name in order):
+        problems.append(
+            f"rounds: all {recipe.rounds} are the same, for nothing that {recipe.target!r} needs changes between them; "
+            "write an input as `from: {policy: {first: sft, then: optimize}}`, or an overlay for each round"
+        )
+    if problems:
+        raise WinnowError(*_without_rounds(problems))
+
+    steps: dict[str, Step] = {}
+    for name in order:
+        inputs_of_step = {item: steps[source] for item, source in sources[name].items()}
+        steps[name] = Step(name, entries[name], options[name], inputs_of_step, recipe.shards)
+    plan.steps = list(steps.values())
+    plan.targets = [steps[name] for name in targets]
+    return plan
 
 
-def _idle_rounds(recipe: Recipe, order: list[str]) -> list[str]:
-    """Several rounds in which the target is one and the same."""
-    if recipe.rounds < 2 or not order or any("@" in name for name in order):
-        return []
-    return [
-        f"rounds: {recipe.rounds} of the same, for nothing that {recipe.target!r} needs changes between them; wire "
-        "a step as `from: {policy: {first: sft, then: optimize}}`, or write an overlay for each round"
-    ]
+def _inputs_first(targets: list[str], sources: dict[str, dict[str, str]], problems: list[str]) -> list[str]:
+    """Return the targets and all that they need, depth first: a round is finished before the next one begins.
 
-
-def _order(targets: list[str], wires: dict[str, dict[str, str]], problems: list[str]) -> list[str]:
-    """Depth first from each target; a circle is a mistake that names its members."""
+    graphlib would sort by levels, which mixes the rounds. A cycle is a problem that names its members.
+    """
     order: list[str] = []
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         if name in trail:
-            problems.append(f"{name}.from: a circle: {' -> '.join([*trail[trail.index(name) :], name])}")
+            problems.append(f"{name}.from: a cycle: {' -> '.join([*trail[trail.index(name) :], name])}")
         elif name not in order:
-            for source in wires[name].values():
+            for source in sources[name].values():
                 visit(source, (*trail, name))
             order.append(name)
 
@@ -155,59 +212,38 @@ def _order(targets: list[str], wires: dict[str, dict[str, str]], problems: list[
     return order
 
 
-def _options(
-    name: str, body: dict[str, Any], entry: Entry | None, needed: bool, problems: list[str]
-) -> dict[str, Any] | None:
-    if entry is None:
-        return None
-    try:
-        return entry.validate(body.get("with") or {}, name)
-    except WinnowError as error:
-        # What an unneeded step lacks does not matter; what it says wrongly does.
-        problems += [problem for problem in error.problems if needed or ": required" not in problem]
-        return None
-
-
-def _check_step(
+def _stage_problems(
     name: str,
-    entries: dict[str, Entry | None],
-    wires: dict[str, str],
+    entries: dict[str, Entry],
+    sources: dict[str, str],
     options: dict[str, Any] | None,
-    wired: dict[str, InputStep],
-    problems: list[str],
-) -> None:
-    entry = entries[name]
-    if entry is None:
-        return
-    shape = signature_of(entry)
-    known = {item.name: item for item in shape.inputs}
-    for wire, source in wires.items():
-        if wire not in known:
-            problems.append(f"{name}.from.{wire}: {entry.name} has no such input; {nearest(wire, list(known))}")
-        else:
-            problems += _mismatch(name, known[wire], source, entries[source])
+    inputs: dict[str, InputStep],
+) -> list[str]:
+    """Return what is wrong with one step: the names and kinds of its inputs, and what its stage's own check finds."""
+    problems = []
+    stage, signature = entries[name].name, signature_of(entries[name])
+    kinds = {item.name: item.kind for item in signature.inputs}
+    required = {item: "a model" if kind == "model" else f"a table of {kind}" for item, kind in kinds.items()}
+    for item, source in sources.items():
+        if item not in kinds:
+            problems.append(f"{name}.from.{item}: {stage} has no such input; {nearest(item, list(kinds))}")
+        elif source in entries and not signature_of(entries[source]).makes(kinds[item]):
+            problems.append(
+                f"{name}.from.{item}: needs {required[item]}, and step {source!r} ({entries[source].name}) makes none"
+            )
     problems += [
-        f"{name}.from.{item.name}: required ({_phrase(item.kind)}), and the recipe does not wire it"
-        for item in shape.inputs
-        if not item.optional and item.name not in wires
+        f"{name}.from.{item.name}: required ({required[item.name]}): add `{item.name}` under `from`"
+        for item in signature.inputs
+        if not item.optional and item.name not in sources
     ]
     if options is not None:
-        problems += [f"{name}: {problem}" for problem in shape.check(options, wired)]
+        problems += [f"{name}: {problem}" for problem in signature.check(options, inputs)]
+    return problems
 
 
-def _mismatch(name: str, wire: Input, source: str, entry: Entry | None) -> list[str]:
-    if entry is None or signature_of(entry).makes(wire.kind):
-        return []
-    return [f"{name}.from.{wire.name}: needs {_phrase(wire.kind)}, and step {source!r} ({entry.name}) makes none"]
-
-
-def _phrase(kind: str) -> str:
-    return "a model" if kind == "model" else f"a table of {kind}"
-
-
-def _once(problems: list[str]) -> list[str]:
-    """A mistake that several rounds share is told once, of the step as the recipe names it."""
+def _without_rounds(problems: list[str]) -> list[str]:
+    """Return a mistake that several rounds share once, under the step's name as the recipe writes it."""
     alike: dict[str, list[str]] = {}
     for problem in dict.fromkeys(problems):
         alike.setdefault(re.sub(r"(?<=\w)@\d+\b", "", problem), []).append(problem)
-    return [re.sub(r"^(\w+)@\d+", r"\1", each[0]) if len(each) > 1 else each[0] for each in alike.values()]
+    return [re.sub(r"^(\w+)@\d+", r"\1", same[0]) if len(same) > 1 else same[0] for same in alike.values()]

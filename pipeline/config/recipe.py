@@ -1,27 +1,70 @@
-"""YAML to steps: what a recipe `extends`, a world's data and models between base and recipe, and --set overrides.
+"""Recipes: files are merged, then --set, then `like`, then the rounds are unrolled.
 
-A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs)
-and `with` (options); `like` takes all three from another step, and says only what differs. `shards`,
-`target`, `rounds`, `about` and `extends` are settings of the whole. `rounds` is a number of equal rounds,
-or a list of overlays, one a round (pipeline/config/rounds.py).
+A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
+(options); `like` takes all three from another step, and the step writes only what differs. `about`, `extends`,
+`plugins`, `rounds`, `shards` and `target` are settings of the whole recipe. `rounds` is a number of equal rounds, or a
+list of overlays, one per round (pipeline/config/rounds.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.config.overrides import Override, apply, overrides_of
-from pipeline.config.rounds import Steps, entries, first_only, malformed, malformed_wire, split, unroll
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from pipeline.config.rounds import Steps, round_overlays, split, unknown_step_hint, unroll, without_rounds
 from pipeline.config.yaml import parse
-from pipeline.registry import nearest
+from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTINGS = {"about": str, "extends": str, "shards": int, "target": str}
-ROUNDS = "rounds"  # a setting as well, of two types
-PARTS = ("use", "like", "from", "with")
-DEEPEST = 3  # a base, a method, and one's own: a recipe is read in one look
+MAX_FILES = 3  # a base, a method, and the user's own: a recipe must be readable at a glance
+SETTABLE = ("about", "rounds", "shards", "target")  # settings that --set may name
+STRICT = ConfigDict(strict=True, extra="forbid")
+
+# What a recipe may contain.
+
+
+class ChangingInput(BaseModel):
+    """Input that reads one step in round 1 and another, of the round before, in every later round."""
+
+    model_config = STRICT
+    first: str | None = Field(description="the name of a step, or null for none")
+    then: str | None = Field(description="the name of a step, or null for none")
+
+
+def _parse_input(value: Any) -> Any:
+    if not isinstance(value, str | dict | None):
+        raise ValueError("must be the name of a step, or {first: ..., then: ...}")
+    return validated(ChangingInput, value, noun="key") if isinstance(value, dict) else value
+
+
+class StepBody(BaseModel):
+    """Body of a step as a recipe writes it."""
+
+    model_config = STRICT
+    use: str = Field("", description="the name of a stage")
+    like: str | None = Field(None, description="the name of a step")
+    inputs: dict[str, Annotated[str | ChangingInput | None, PlainValidator(_parse_input)]] | None = Field(
+        None, alias="from", description="a mapping of inputs to steps"
+    )
+    options: dict[Any, Any] | None = Field(None, alias="with", description="a mapping of options to values")
+
+
+class Settings(BaseModel):
+    """Settings of a whole recipe beside `extends`, which is resolved when files are merged, and `rounds`."""
+
+    model_config = STRICT
+    about: str = ""
+    plugins: list[str] = []
+    shards: int = Field(default=8, ge=1, le=99_999)
+    target: str = "evaluate"
+
+
+NAMES = ("extends", "rounds", *Settings.model_fields)
 
 
 @dataclass
@@ -34,17 +77,21 @@ class Recipe:
     about: str = ""
     steps: Steps = field(default_factory=dict)
     rounds: int = 0
+    plugins: list[Path] = field(default_factory=list)
 
     @property
     def targets(self) -> list[str]:
-        """The target of every round, the last one last."""
-        each = [f"{self.target}@{number}" for number in range(1, self.rounds + 1)]
-        return [step for step in each if step in self.steps] or [self.target]
+        """Return the target of every round, that of the last round last."""
+        targets = [f"{self.target}@{number}" for number in range(1, self.rounds + 1)]
+        return [step for step in targets if step in self.steps] or [self.target]
 
     @property
-    def written(self) -> list[str]:
-        """The names of the steps as the recipe writes them."""
+    def step_names(self) -> list[str]:
+        """Return the names of the steps as the recipe writes them."""
         return list(dict.fromkeys(split(step)[0] for step in self.steps))
+
+
+# From files to a recipe.
 
 
 def load_recipe(
@@ -54,52 +101,115 @@ def load_recipe(
     name: str | None = None,
     library: tuple[Path, ...] = (),
 ) -> Recipe:
-    """What the files say together, then --set over it; raises WinnowError."""
-    run = name or _run_name(path.stem + "".join(f"[{item}]" for item in sets))
-    return _recipe(merged(path, overlays, library), sets, run, str(path))
+    """Return the recipe that its files and --set make together. Raise WinnowError with all mistakes."""
+    content = merged(path, overlays, library)
+    set_problems: list[str] = []
+    problems: list[str] = []
+
+    # --set is read first: some of it changes settings, the rest changes options of steps.
+    overrides: list[Override] = []
+    for text in sets:
+        with _collected(set_problems):
+            overrides.append(Override.parse(text))
+    replaced = {override.name: override.value for override in overrides if not override.path}
+    settings, overlaid = Settings(), list[Any]()
+    with _collected(problems):
+        values = content | replaced
+        settings = validated(
+            Settings, {key: values[key] for key in Settings.model_fields if values.get(key) is not None}
+        )
+    with _collected(problems):
+        overlaid = round_overlays(content.get("rounds"), replaced.get("rounds"))
+
+    # Each round is the steps with the round's overlay over them. Only what an overlay breaks is reported as its own.
+    steps: Steps = {str(key): body or {} for key, body in content.items() if key not in NAMES}
+    step_problems = _step_problems(steps)
+    problems += step_problems
+    rounds: list[Steps] = []
+    for position, overlay in enumerate(overlaid, 1):
+        entry = f"rounds, entry {position}"
+        if not isinstance(overlay, dict):
+            problems.append(f"{entry}: must be a mapping of step names ({{}} for none), got {overlay!r}")
+            continue
+        unknown = [step for step in overlay if step not in steps]
+        problems += [f"{entry}: unknown step {step!r}; {nearest(str(step), list(steps))}" for step in unknown]
+        rounds.append(_merge(steps, {step: body for step, body in overlay.items() if step in steps}))
+        problems += [f"{entry}: {line}" for line in _step_problems(rounds[-1]) if line not in step_problems]
+    if problems:
+        raise WinnowError(*set_problems, *problems)
+
+    # --set outranks every file and every overlay, and `like` copies what --set has changed.
+    rounds = rounds or [dict(steps)]
+    options = [override for override in overrides if override.path]
+    for override in options:
+        with _collected(set_problems):
+            override.apply(rounds, len(overlaid))
+    if set_problems:
+        raise WinnowError(*set_problems)
+    rounds = [{step: _with_like(step, bodies) for step in bodies} for bodies in rounds]
+
+    # A step varies where a round names it, and where it is like a step that does.
+    named = {step for overlay in overlaid for step in overlay} | {item.step for item in options if item.round}
+    named |= {step for bodies in rounds for step in bodies if bodies[step] != rounds[0][step]}
+
+    # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
+    default_name = path.stem + "".join(f"[{text}]" for text in sets)
+    file_name = default_name.replace("/", "_").encode()[:150].decode(errors="ignore")
+    if file_name != default_name:
+        file_name += f"-{sha256(default_name.encode()).hexdigest()[:8]}"
+    return Recipe(
+        name or file_name,
+        settings.shards,
+        settings.target,
+        settings.about,
+        unroll(rounds, named) if overlaid else without_rounds(rounds[0]),
+        len(overlaid),
+        [Path(file) for file in settings.plugins],
+    )
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except WinnowError as error:
+        problems += error.problems
+
+
+# Layers.
 
 
 def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Base, world, method, the recipe that extends it, each over the one before: what one file would have to say.
+    """Return base, configs, method, and the recipe that extends it, each over the one before, as one file would be.
 
-    What a method says of itself outranks what a world says of all methods. What a recipe extends is looked
-    for beside it, then in the folders of `library`.
+    What a method sets outranks what a config sets for all methods. What a recipe extends is looked for beside it, then
+    in the folders of `library`. Plugins add up: each file lists those that it needs.
     """
-    base, *methods = _lineage(path, library)
-    layers = [base, *(_read(overlay, "--config") for overlay in overlays), *methods]
-    whole: dict[str, Any] = reduce(_merge, layers, {})
-    return {name: value for name, value in whole.items() if name != "extends"}
-
-
-def _lineage(path: Path, library: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The base, an empty one if there is none, what extends it, and the recipe last."""
-    files, recipes = [path], [_read(path, "recipe")]
-    while (name := recipes[0].get("extends")) is not None:
-        file = _extended(name, (files[0].parent, *library))
-        trail = " -> ".join(each.stem for each in (*reversed(files), file))
+    files, contents = [path], [_read_file(path, "recipe")]
+    while (name := contents[0].get("extends")) is not None:
+        folders = (files[0].parent, *library)
+        file = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
+        if file is None:
+            hint = nearest(str(name), sorted({file.stem for folder in folders for file in folder.glob("*.yaml")}))
+            raise WinnowError(f"extends: no recipe {name!r} in {' or '.join(map(str, folders))}; {hint}")
+        trail = " -> ".join(file.stem for file in (*reversed(files), file))
         if file in files:
-            raise WinnowError(f"extends: a circle: {trail}; a name is looked for beside the file first")
-        if len(files) == DEEPEST:
-            raise WinnowError(f"extends: {trail} is more than {DEEPEST} files; extend {files[0].stem} instead")
-        files, recipes = [file, *files], [_read(file, "recipe"), *recipes]
-    return recipes if len(recipes) > 1 else [{}, *recipes]
+            raise WinnowError(f"extends: a cycle: {trail}; a name is looked for beside the file first")
+        if len(files) == MAX_FILES:
+            raise WinnowError(f"extends: {trail} is more than {MAX_FILES} files; extend {files[0].stem} instead")
+        files, contents = [file, *files], [_read_file(file, "recipe"), *contents]
+    base, *methods = contents if len(contents) > 1 else [{}, *contents]
+    layers = [base, *(_read_file(overlay, "--config") for overlay in overlays), *methods]
+    plugins: list[Any] = []
+    for layer in layers:
+        listed = layer.get("plugins") or []
+        plugins += [item for item in (listed if isinstance(listed, list) else [listed]) if item not in plugins]
+    content: dict[str, Any] = reduce(_merge, layers, {})
+    content = {name: value for name, value in content.items() if name not in ("extends", "plugins")}
+    return content | ({"plugins": plugins} if plugins else {})
 
 
-def _extended(name: Any, folders: tuple[Path, ...]) -> Path:
-    found = [path for folder in folders if (path := folder / f"{name}.yaml").exists()]
-    if not found:
-        known = nearest(str(name), sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
-        raise WinnowError(f"extends: no recipe {name!r} in {' or '.join(map(str, folders))}; {known}")
-    return found[0]
-
-
-def _run_name(name: str) -> str:
-    """The name, if a file can have it; else a part of it, told apart from others by a hash."""
-    plain = name.replace("/", "_").encode()[:150].decode(errors="ignore")
-    return name if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _read(path: Path, what: str) -> dict[str, Any]:
+def _read_file(path: Path, what: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -111,12 +221,15 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     content = parse(text, f"{what} {path}")
     if not isinstance(content, dict):
         raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
-    rooted: dict[str, Any] = _rooted(content, path.absolute().parent)
+    folder = path.absolute().parent
+    if isinstance(files := content.get("plugins"), list):  # always paths, with or without `./`
+        content["plugins"] = [str(folder / file) if isinstance(file, str) else file for file in files]
+    rooted: dict[str, Any] = _rooted(content, folder)
     return rooted
 
 
 def _rooted(content: Any, folder: Path) -> Any:
-    """`./data.jsonl` in a recipe file means beside that file, wherever the command runs."""
+    """Return the content with `./data.jsonl` as a path beside its file, wherever the command runs."""
     if isinstance(content, dict):
         return {name: _rooted(value, folder) for name, value in content.items()}
     if isinstance(content, list):
@@ -127,7 +240,7 @@ def _rooted(content: Any, folder: Path) -> Any:
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """Mappings merge; anything else replaces. A step with another `use`, or a function with another name, is new."""
+    """Merge mappings; anything else replaces. A step with another `use`, or a function with another name, is new."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     if any(name in above and above[name] != below.get(name, above[name]) for name in ("use", "name")):
@@ -135,110 +248,91 @@ def _merge(below: Any, above: Any) -> Any:
     return below | {name: _merge(below.get(name), value) for name, value in above.items()}
 
 
-def _recipe(merged: dict[str, Any], sets: tuple[str, ...], name: str, place: str) -> Recipe:
-    """What the files say, checked; then each round's overlay over it, then --set."""
-    told: list[str] = []
-    overrides = overrides_of(sets, [*(key for key in SETTINGS if key != "extends"), ROUNDS], told)
-    whole = {each.name: each.value for each in overrides if not each.path}
-    settings = {key: value for key, value in (merged | whole).items() if key in SETTINGS and value is not None}
-    steps = {str(key): body or {} for key, body in merged.items() if key not in (*SETTINGS, ROUNDS)}
-    problems = [*_misset(settings, place), *_malformed(steps)]
-    overlays = _overlays(merged.get(ROUNDS), whole.get(ROUNDS), steps, problems)
+def _step_problems(steps: dict[str, Any]) -> list[str]:
+    """Return everything that is wrong with steps as they are written, before any stage is asked."""
+    problems, names = [], list(steps)
+    for step, content in steps.items():
+        if "@" in step:
+            problems.append(f"{step}: a step's name must not contain '@', which marks a round; change it in `rounds`")
+            continue
+        if not isinstance(content, dict):
+            hint = f" ({nearest(step, list(NAMES))})" if isinstance(content, str | int) else ""
+            problems.append(f"{step}: must be a mapping with use, like, from, with; got {content!r}{hint}")
+            continue
+        with _collected(problems):
+            body = validated(StepBody, content, step, noun="key")
+            # `first` and `then` are checked here, as a plan without rounds never sees `then`; plain inputs by the plan.
+            sources = {
+                f"{step}.from.{name}.{end}": getattr(source, end)
+                for name, source in (body.inputs or {}).items()
+                if isinstance(source, ChangingInput)
+                for end in ("first", "then")
+            }
+            unknown = {where: name for where, name in sources.items() if name and split(name)[0] not in names}
+            if body.like and body.like not in names:
+                unknown[f"{step}.like"] = body.like
+            problems += [
+                f"{where}: no step {name!r} in this recipe; {nearest(name, names)}" for where, name in unknown.items()
+            ]
     if problems:
-        raise WinnowError(*told, *problems)
-    made = _unrolled(steps, overlays, [each for each in overrides if each.path], told)
-    return Recipe(name=name, steps=made, rounds=len(overlays), **settings)
+        return problems
+    for step in steps:
+        chain: list[str] = []
+        while (model := steps[chain[-1] if chain else step].get("like")) and model not in chain:
+            chain.append(model)
+        if step in chain:
+            problems.append(f"{step}.like: a cycle: {' -> '.join([step, *chain])}")
+    return problems
 
 
-def _overlays(written: Any, asked: Any, steps: Steps, problems: list[str]) -> list[Steps]:
-    """One a round; none where the recipe has no rounds."""
-    if miscounted := malformed(written, asked):
-        problems += miscounted
-        return []
-    overlays = entries(written, asked)
-    problems += [problem for number, overlay in enumerate(overlays, 1) for problem in _mislaid(number, overlay, steps)]
-    return overlays
-
-
-def _unrolled(steps: Steps, overlays: list[Steps], overrides: list[Override], told: list[str]) -> Steps:
-    """--set, then `like`, then rounds; raises WinnowError with what was told before and what is wrong here."""
-    rounds: list[Steps] = [_merge(steps, overlay) for overlay in overlays or [{}]]
-    problems = apply(overrides, rounds, len(overlays))
-    if told or problems:
-        raise WinnowError(*told, *problems)
-    alike = [{step: _alike(step, each) for step in each} for each in rounds]
-    if not overlays:
-        return first_only(alike[0])
-    named = {step for overlay in overlays for step in overlay} | {each.step for each in overrides if each.round}
-    differ = {step for each in alike for step in each if each[step] != alike[0][step]}  # through what they are like
-    return unroll(alike, named | differ)
-
-
-def _alike(step: str, steps: Steps) -> dict[str, Any]:
-    """The step's body over that of the step which it is like, --set included."""
-    body = {part: value for part, value in steps[step].items() if part != "like"}
+def _with_like(step: str, steps: Steps) -> dict[str, Any]:
+    """Return the step's body over that of the step that it is like."""
+    body = {key: value for key, value in steps[step].items() if key != "like"}
     model = steps[step].get("like")
     if model is None:
         return body
-    whole: dict[str, Any] = _merge({"use": model} | _alike(model, steps), body)
-    return whole
+    content: dict[str, Any] = _merge({"use": model} | _with_like(model, steps), body)
+    return content
 
 
-def _models(step: str, steps: Steps) -> list[str]:
-    """The steps that it is like, the nearest first; a circle ends where it closes."""
-    found: list[str] = []
-    while isinstance(model := (steps.get(step) or {}).get("like"), str) and model not in found:
-        found.append(model)
-        step = model
-    return found
+# --set.
 
 
-def _misset(settings: dict[str, Any], place: str) -> list[str]:
-    problems = [
-        f"{place}: {key} must be {SETTINGS[key].__name__}, got {value!r}"
-        for key, value in settings.items()
-        if type(value) is not SETTINGS[key]
-    ]
-    if type(settings.get("shards")) is int and not 1 <= settings["shards"] <= 99_999:
-        problems.append(f"{place}: shards must be from 1 to 99999, got {settings['shards']}")
-    return problems
+@dataclass(frozen=True)
+class Override:
+    """Value of --set: for a setting (no path), for an option of a step in every round, or in one (`step@2`)."""
 
+    text: str
+    name: str
+    step: str
+    round: int | None
+    path: tuple[str, ...]
+    value: Any
 
-def _mislaid(number: int, overlay: Any, steps: Steps) -> list[str]:
-    """What is wrong with a round's overlay, and was not before it was laid over the steps."""
-    place = f"rounds, entry {number}"
-    if not isinstance(overlay, dict):
-        return [f"{place}: must be a mapping of step names ({{}} for none), got {overlay!r}"]
-    unknown = [step for step in overlay if step not in steps]
-    known, before = {step: body for step, body in overlay.items() if step in steps}, _malformed(steps)
-    new = [problem for problem in _malformed(_merge(steps, known)) if problem not in before]
-    return [f"{place}: unknown step {step!r}; {nearest(str(step), list(steps))}" for step in unknown] + [
-        f"{place}: {problem}" for problem in new
-    ]
+    @classmethod
+    def parse(cls, text: str) -> "Override":
+        """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value` (YAML)."""
+        path, equals, value = text.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise WinnowError(f"--set {text}: must be step.option=value")
+        if len(names) < 2 and names[0] not in SETTABLE:
+            hint = nearest(names[0], list(SETTABLE))
+            raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
+        return cls(text, names[0], *split(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
 
-
-def _malformed(steps: Steps) -> list[str]:
-    """What cannot be read as steps, all of it."""
-    names = list(steps)
-    problems = [problem for step, body in steps.items() for problem in _malformed_step(step, body, names)]
-    return problems or [f"{step}.like: a circle" for step in steps if step in _models(step, steps)]
-
-
-def _malformed_step(step: str, body: Any, steps: list[str]) -> list[str]:
-    if "@" in step:
-        return [f"{step}: a step's name may not hold '@', which stands for a round; change a round in `rounds`"]
-    if not isinstance(body, dict):
-        hint = f" ({nearest(step, [*SETTINGS, ROUNDS])})" if isinstance(body, str | int) else ""
-        return [f"{step}: must be a mapping with use, like, from, with; got {body!r}{hint}"]
-    problems = [f"{step}.{part}: unknown; {nearest(str(part), list(PARTS))}" for part in body if part not in PARTS]
-    for part in ("from", "with"):
-        if not isinstance(body.get(part) or {}, dict):
-            problems.append(f"{step}.{part}: must be a mapping, got {body[part]!r}")
-    wires = body.get("from")
-    for wire, source in wires.items() if isinstance(wires, dict) else ():
-        problems += malformed_wire(f"{step}.from.{wire}", source, steps)
-    if (model := body.get("like")) is not None and model not in steps:
-        problems.append(f"{step}.like: no step {model!r} in this recipe; {nearest(str(model), steps)}")
-    if not isinstance(body.get("use", ""), str):
-        problems.append(f"{step}.use: must be the name of a stage, got {body['use']!r}")
-    return problems
+    def apply(self, rounds: list[Steps], count: int) -> None:
+        """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds."""
+        names = list(rounds[0])
+        if self.step not in names or (self.round is not None and not 1 <= self.round <= count):
+            hint = unknown_step_hint(self.name, names, count)
+            raise WinnowError(f"--set {self.text}: unknown step {self.name!r}; {hint}")
+        for steps in rounds if self.round is None else [rounds[self.round - 1]]:
+            parent: dict[str, Any] = steps
+            for name in (self.step, "with", *self.path[:-1]):
+                value = parent.get(name)
+                if not isinstance(value, str | dict | None):
+                    raise WinnowError(f"--set {self.text}: {name} is {value!r}, which has no options of its own")
+                parent[name] = {"name": value} if isinstance(value, str) else dict(value or {})  # a function's name
+                parent = parent[name]
+            parent[self.path[-1]] = self.value

@@ -16,9 +16,9 @@ from pipeline import DataPath, ModelPath
 from pipeline.config.keys import canonical, differences, key_of
 from pipeline.config.plan import Plan, Step
 from stages.training.objectives import objective
-from tests.pipeline.config.test_recipe import own_world, plan_of
+from tests.pipeline.config.test_recipe import own_candidates_config, plan_of
 
-# Steps that are `like` another, and do not say this option themselves.
+# Steps that are `like` another, and do not set this option themselves.
 CACHES = ("reference", "preference_reference")  # their dtype must be the trainer's, or the plan is refused
 ALIKE = {"optimize": ("only_preferences", "only_demonstrations"), "compare": ("compare_all",)}
 # Another value for an option of each stage that has one; pair's are checked against its wires.
@@ -57,34 +57,21 @@ def depends(step: Step, name: str) -> bool:
     return step.name == name or any(depends(source, name) for source in step.inputs.values())
 
 
-@pytest.mark.parametrize(
-    "value",
-    [{1, 2}, object(), Path("/tmp"), b"bytes", np.float64, np.int64(3), np.ones(2), 1j, {3: "x"}, len, [{"a": {1}}]],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_has_no_stable_bytes_is_refused(value):
-    """A set's order, an object's address, a folder's place: none of them may decide where a result lives."""
-    with pytest.raises(TypeError, match="has no stable bytes"):
-        canonical(value)
+def test_what_has_no_stable_bytes_is_refused():
+    """A set's order, an object's address, a folder's path: none of them may decide where a result is stored."""
+    values = [{1, 2}, object(), Path("/tmp"), b"bytes", np.float64, np.int64(3), np.ones(2), 1j, {3: "x"}, len]
+    for value in [*values, [{"a": {1}}]]:
+        with pytest.raises(TypeError, match="has no stable bytes"):
+            canonical(value)
 
 
-def test_order_of_writing_does_not_matter():
+def test_different_values_have_different_keys_and_the_order_of_writing_does_not_matter():
+    """beta = infinity is plain sampling, so it must have a key of its own, the same each time."""
     assert key_of(canonical({"a": 1, "b": [1, 2]})) == key_of(canonical({"b": (1, 2), "a": 1}))
     assert key_of(canonical([1, 2])) != key_of(canonical([2, 1]))
-
-
-@pytest.mark.parametrize(
-    ("one", "other"), [(1, "1"), (1, 1.5), (None, "null"), (True, "true"), ("", None), ([], {}), ([1], 1), (0.0, "0.0")]
-)
-def test_different_values_have_different_keys(one, other):
-    assert key_of(canonical({"x": one})) != key_of(canonical({"x": other}))
-
-
-def test_infinity_is_a_value_like_any_other():
-    """beta = infinity is plain sampling, so it must have a key of its own, the same each time."""
-    keys = [key_of(canonical({"beta": beta})) for beta in (math.inf, math.inf, -math.inf, 1e308)]
-    assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
+    pairs = [(1, "1"), (1, 1.5), (None, "null"), (True, "true"), ("", None), ([], {}), ([1], 1), (0.0, "0.0")]
+    for one, other in [*pairs, (math.inf, -math.inf), (math.inf, 1e308)]:
+        assert key_of(canonical({"x": one})) == key_of(canonical({"x": one})) != key_of(canonical({"x": other}))
 
 
 def test_a_function_is_its_name_and_all_its_options():
@@ -131,38 +118,37 @@ def test_a_model_is_its_weights_config_and_tokenizer(tmp_path: Path):
     assert key_of(canonical(ModelPath(str(moved)))) != key
 
 
-def test_differences_name_the_field_and_both_values():
+def test_differences_name_the_field_and_both_values_and_cut_long_ones():
     old = {"version": 1, "options": {"k": 8, "objective": {"name": "hinge", "delta": 1.0}}, "inputs": {"a": "x"}}
     new = {"version": 1, "options": {"k": 4, "objective": {"name": "hinge", "delta": 2.0}}, "inputs": {"a": "x"}}
     assert differences(old, new) == ["options.k: 8 -> 4", "options.objective.delta: 1.0 -> 2.0"]
     assert differences(old, old) == []
     assert differences({"a": 1}, {}) == ["a: 1 -> null"]
-
-
-def test_long_values_are_cut_in_differences():
     assert all(len(line) < 120 for line in differences({"text": "x" * 1000}, {"text": "y" * 1000}))
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
-def test_one_option_moves_its_step_and_what_is_made_from_it(recipe: str, world: Path):
-    """And nothing else: a new beta must not throw away the candidates, nor a new seed of evaluation the policy."""
-    before = plan_of(recipe, world)
-    for step in before.steps:
-        if not CHANGES.get(step.entry.name) or step.name.partition("@")[0] in CACHES:
-            continue
-        sets = f"{step.name}.{CHANGES[step.entry.name]}"
-        if step.options[CHANGES[step.entry.name].split("=")[0]] == "heldout":
-            continue
-        after = keys_of(plan_of(recipe, world, sets))
-        moved = {name for name, key in keys_of(before).items() if after[name] != key}
-        changed = {step.name, *ALIKE.get(step.name, ())}
-        expected = {other.name for other in before.steps if any(depends(other, name) for name in changed)}
-        assert moved == expected, sets
+def test_one_option_moves_its_step_and_what_is_computed_from_it(world: Path):
+    """And nothing else: a new beta must not discard the candidates, nor a new seed of evaluation the policy.
 
-
-def test_every_stage_of_the_recipes_is_varied_above(world: Path):
-    used = {step.entry.name for recipe in recipes.names() for step in plan_of(recipe, world).steps}
-    assert used - {"pair"} <= CHANGES.keys()
+    In each recipe, those steps that no recipe before it has with the same options and the same followers.
+    """
+    tried = set()
+    for recipe in recipes.names():
+        before = plan_of(recipe, world)
+        assert {step.stage for step in before.steps} - {"pair"} <= CHANGES.keys(), "every stage is varied"
+        for step in before.steps:
+            changed = {step.name, *ALIKE.get(step.name, ())}
+            expected = {other.name for other in before.steps if any(depends(other, name) for name in changed)}
+            change = CHANGES.get(step.stage)
+            case = (step.key, *sorted(other.key for other in before.steps if other.name in expected))
+            if not change or step.name.partition("@")[0] in CACHES or case in tried:
+                continue
+            if step.options[change.split("=")[0]] == "heldout":
+                continue
+            tried.add(case)
+            after = keys_of(plan_of(recipe, world, f"{step.name}.{change}"))
+            moved = {name for name, key in keys_of(before).items() if after[name] != key}
+            assert moved == expected, (recipe, step.name, change)
 
 
 def test_methods_share_what_they_have_in_common(world: Path):
@@ -185,17 +171,14 @@ def test_shards_are_part_of_every_key(world: Path):
     assert not set(few.values()) & set(many.values())
 
 
-def test_where_things_lie_is_not_part_of_a_key(world: Path, tmp_path: Path):
-    """The whole world copied to another folder: the same keys."""
+def test_the_content_of_data_files_is_part_of_a_key_and_their_path_is_not(world: Path, tmp_path: Path):
+    """All files copied to another folder: the same keys. One prompt more: other keys for what reads the prompts."""
     moved = Path(shutil.copytree(world, tmp_path / "moved"))
-    assert keys_of(plan_of("rso", moved)) == keys_of(plan_of("rso", world))
-
-
-def test_a_changed_data_file_moves_what_reads_it(world: Path, tmp_path: Path):
-    moved = Path(shutil.copytree(world, tmp_path / "moved"))
+    before = keys_of(plan_of("rso", world))
+    assert keys_of(plan_of("rso", moved)) == before
     with (moved / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": "One more."}\n')
-    before, after = keys_of(plan_of("rso", world)), keys_of(plan_of("rso", moved))
+    after = keys_of(plan_of("rso", moved))
     assert after["prompts"] != before["prompts"]
     assert after["sample"] != before["sample"]
     assert {name: after[name] for name in ("sft", "ranker")} == {name: before[name] for name in ("sft", "ranker")}
@@ -203,7 +186,7 @@ def test_a_changed_data_file_moves_what_reads_it(world: Path, tmp_path: Path):
 
 def test_two_processes_agree_on_every_key(world: Path):
     """With other hash seeds and from other folders: nothing of a process is in a key."""
-    own_world(world)
+    own_candidates_config(world)
     code = """
 import json, sys
 from pathlib import Path
