@@ -1,4 +1,4 @@
-"""Every room, in the order in which a prompt walks through them: importing this registers all stages."""
+"""Modules of all stages, in the order of the pipeline: importing this registers every stage."""
 
 from stages.data import own_candidates, preferences, prompts
 from stages.evaluation import evaluate
