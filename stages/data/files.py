@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from pipeline import DataPath, InputStep, StageContext
 from schemas import WinnowError
 from schemas.ids import Message
+from stages.data.rows import Row
 
-Row = dict[str, Any]
 Prompt = str | list[Message]
 JSONL, PARQUET, CSV = (".jsonl", ".ndjson"), ".parquet", ".csv"
 FILE_SUFFIXES = (*JSONL, PARQUET, CSV, *(f"{suffix}.gz" for suffix in (*JSONL, CSV)))

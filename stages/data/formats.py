@@ -20,13 +20,13 @@ from stages.data.files import (
     DataSource,
     MissingColumnError,
     Prompt,
-    Row,
     as_prompt,
     messages_of,
     prompt_of,
     reply_of,
     text_of,
 )
+from stages.data.rows import Row
 
 preference_reader = Registry("reader", "columns")
 

@@ -9,10 +9,11 @@ import pyarrow as pa
 from pipeline import DataPath, InputStep, Range, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
-from stages.data.files import DataSource, Row, prompt_of, reply_of
+from stages.data.files import DataSource, prompt_of, reply_of
 from stages.data.formats import check_source, read_columns
 from stages.data.preferences import ResponseTable
 from stages.data.prompts import DataEncoder, HeldoutShare
+from stages.data.rows import Row
 
 
 def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

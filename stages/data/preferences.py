@@ -9,9 +9,10 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, Range, StageContext, stage
 from schemas import Candidates, Model, Pairs, Prompts, candidate_id
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS
-from stages.data.files import DataSource, Prompt, Row
+from stages.data.files import DataSource, Prompt
 from stages.data.formats import check_source, columns_of, preference_reader, read_with
 from stages.data.prompts import DataEncoder, HeldoutShare
+from stages.data.rows import Row
 
 
 def _check_preferences(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -8,8 +8,9 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, Range, StageContext, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import PROMPTS
-from stages.data.files import DataSource, Prompt, Row, prompt_of, reply_of
+from stages.data.files import DataSource, Prompt, prompt_of, reply_of
 from stages.data.formats import check_source, columns_of, preference_reader, read_columns, read_with
+from stages.data.rows import Row
 from stages.limits import context_length
 
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]
