@@ -69,7 +69,7 @@ class DataSource:
         Columns are looked up in a file's schema or first rows; folders and data sets are only opened by the stage.
         """
         if (self.path is None) == (self.dataset is None):
-            return ["set either `path` (a file or folder) or `dataset` (a name on the hub)"]
+            return ["give either `path` (a file or folder) or `dataset` (a name on the hub)"]
         if self.path is None:
             # A name on the hub is no identity: what it holds may change, and the step's key would not.
             missing = self.revision is None
@@ -83,7 +83,7 @@ class DataSource:
             return [f"subset {self.subset!r}: path {path} is one file; only folders and data sets have subsets"]
         if not path.name.endswith(FILE_SUFFIXES):
             suffixes = ", ".join(FILE_SUFFIXES)
-            return [f"path {path}: must be {suffixes}, or a folder that datasets.load_dataset reads"]
+            return [f"path {path}: this stage reads {suffixes} and folders that datasets.load_dataset takes"]
         names = column_names(path)
         if not names:
             return [f"{path.name}: no rows; in JSONL, each row is one JSON object on its own line"]

@@ -25,7 +25,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
             "other, as in `--set own_candidates.probability=null`"
         )
     elif not reward and not probability:
-        problems.append("set either the `reward` column or the `probability` column (of beating a fixed baseline)")
+        problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
     scores = [column for column in (reward, probability) if column]
     return problems + check_source(options, [options["prompt"], options["response"], *scores])
 

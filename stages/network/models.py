@@ -28,7 +28,7 @@ def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]
     if adapter is None or adapter.base in (None, path.digest):
         return []
     return [
-        f"adapter: it was trained from the policy {adapter.base[:12]}, but path holds {path.digest[:12]}; set path to "
+        f"adapter: it was trained from the policy {adapter.base[:12]}, and path holds {path.digest[:12]}; set path to "
         "the model folder of the step that was its run's `init` (the column `init` of `policies` has the digest)"
     ]
 

@@ -156,7 +156,7 @@ def test_one_source_is_required_at_plan_time(tmp_path):
         (DataSource(), "either"),
         (DataSource(folder, "a/b", "main"), "either"),
         (DataSource(dataset="a/b"), "needs `revision`"),
-        (DataSource(excel), "must be .jsonl"),
+        (DataSource(excel), "reads .jsonl"),
         (DataSource(empty), "empty: a folder without data files (.arrow, "),
     ]:
         assert words in source.check([])[0]
