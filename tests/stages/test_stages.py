@@ -86,10 +86,10 @@ def selections_of(rewards, draws=None):
     return pa.Table.from_pylist(rows, schema=SELECTIONS)
 
 
-def pairs_of(places, prompt="a"):
+def pairs_of(sides, prompt="a"):
     """[(k of the chosen, k of the rejected)]."""
     common = dict(prompt_id=prompt, gap=1.0, weight=1.0, rule="matches")
-    rows = [common | dict(chosen_id=f"{prompt}-{i}", rejected_id=f"{prompt}-{j}") for i, j in places]
+    rows = [common | dict(chosen_id=f"{prompt}-{i}", rejected_id=f"{prompt}-{j}") for i, j in sides]
     return pa.Table.from_pylist(rows, schema=PAIRS)
 
 
@@ -333,15 +333,15 @@ def scores_of(prompts, candidates):
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)).filter(lambda p: p[0] != p[1]), min_size=1, max_size=9))
-def test_indices_point_at_the_responses_of_the_pairs_and_unused_rows_are_dropped(places):
+def test_indices_point_at_the_responses_of_the_pairs_and_unused_rows_are_dropped(sides):
     """responses[chosen].candidate_id is the pair's chosen_id; only responses in some pair are there, each once."""
     prompts, candidates = prompts_of("a"), candidates_of({"a": 7})
-    table = examples(prompts, context(), candidates, pairs_of(places), reference=scores_of(prompts, candidates))
+    table = examples(prompts, context(), candidates, pairs_of(sides), reference=scores_of(prompts, candidates))
     (group,) = conform(table, EXAMPLES).to_pylist()
     names = [response["candidate_id"] for response in group["responses"]]
-    assert sorted(names) == sorted({f"a-{n}" for place in places for n in place})
+    assert sorted(names) == sorted({f"a-{n}" for side in sides for n in side})
     indices = [(names[pair["chosen"]], names[pair["rejected"]]) for pair in group["pairs"]]
-    assert indices == [(f"a-{i}", f"a-{j}") for i, j in places]
+    assert indices == [(f"a-{i}", f"a-{j}") for i, j in sides]
     for response in group["responses"]:
         k = int(response["candidate_id"][2:])
         assert response["token_ids"] == [20 + k, 30 + k, 1]

@@ -74,8 +74,8 @@ def write_rows(folder, kind, rows, name="in"):
 
 def pairs_in(tables):
     """Counter of (prompt, chosen, rejected) texts; the tables hold to their schemas."""
-    asked, answers, pairs = (conform(t, s) for t, s in zip(tables, (PROMPTS, CANDIDATES, PAIRS), strict=True))
-    prompt = {row["prompt_id"]: row["text"] for row in asked.to_pylist()}
+    prompt_table, answers, pairs = (conform(t, s) for t, s in zip(tables, (PROMPTS, CANDIDATES, PAIRS), strict=True))
+    prompt = {row["prompt_id"]: row["text"] for row in prompt_table.to_pylist()}
     text = {row["candidate_id"]: row["text"] for row in answers.to_pylist()}
     rows = pairs.to_pylist()
     return Counter((prompt[row["prompt_id"]], text[row["chosen_id"]], text[row["rejected_id"]]) for row in rows)
@@ -423,8 +423,8 @@ def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_p
         path = folder if kind == "folder" else file
         with pytest.raises(WinnowError, match=words):
             preferences(tiny, ctx, path=DataPath(str(path)))
-        found = problems(preferences, path)
-        assert not found if kind == "folder" else re.search(words, found[0])
+        listed = problems(preferences, path)
+        assert not listed if kind == "folder" else re.search(words, listed[0])
 
 
 def test_unpaired_labels_enter_as_candidates_with_rewards(tiny, ctx, tmp_path):
