@@ -1,5 +1,5 @@
-"""The rooms. `stages.all` lists them all; a room can also be imported alone.
+"""Stages of the pipeline, by topic. `stages.all` imports them all; a stage can also be imported alone.
 
-Torch, transformers and vLLM are imported where work begins (inside a stage): a recipe is planned in a
-moment, on a machine that may have none of them.
+Torch, transformers and vLLM are imported inside the stages, where they run: a recipe is planned in a moment, on a
+machine that may have none of them.
 """

@@ -1,4 +1,4 @@
-"""What a model takes, read from its config alone, before any weight is loaded."""
+"""Limits of a model, read from its config alone, before any weight is loaded."""
 
 import json
 from collections.abc import Sequence
@@ -6,22 +6,22 @@ from pathlib import Path
 
 from schemas import Model, WinnowError
 
-BUDGET = 16_384  # tokens a forward pass of scoring
+BUDGET = 16_384  # tokens in a forward pass of scoring, which keeps no activations; training has its own option
 
 
 def context_length(folder: Path) -> int:
-    """Longest sequence that the model in this folder takes, in tokens."""
+    """Return the length of the longest sequence that the model in this folder reads, in tokens."""
     config = json.loads((folder / "config.json").read_text())
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
 
 
 def check_ids(model: Model, what: str, ids: Sequence[Sequence[int]]) -> None:
-    """Refuse ids that the model has no embedding for, before any weight is loaded."""
+    """Raise WinnowError if `ids` (of the rows named by `what`) contain one that the model has no embedding for."""
     config = json.loads((model.folder / "config.json").read_text())
     vocabulary = config.get("vocab_size", 1 << 30)
     highest = max((max(row) for row in ids if len(row)), default=0)
     if highest >= vocabulary:
         raise WinnowError(
-            f"{what} hold token id {highest}, and model {model.digest[:12]} knows ids below {vocabulary}: "
-            "they were made with another tokenizer; wire `tokenizer` and the policy to the same model"
+            f"{what} hold token id {highest}, but model {model.digest[:12]} has only ids below {vocabulary}: they come "
+            "from another tokenizer; set `tokenizer` and the policy to the same model under `from`"
         )

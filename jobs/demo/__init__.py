@@ -1,4 +1,4 @@
-"""The demo world: everything that the main job needs, made on the spot."""
+"""Data, gold reward and configs of `winnow demo`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reading what people bring: JSONL, Parquet, CSV, or a `datasets` data set, row by row, never all or nothing."""
+"""Files and data sets brought by users: JSONL, Parquet, CSV or a `datasets` data set, read and rejected row by row."""
 
 import csv
 import gzip
@@ -7,9 +7,8 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,17 +18,18 @@ import pyarrow.parquet as pq
 from pipeline import DataPath, InputStep, StageContext
 from schemas import WinnowError
 from schemas.ids import Message
+from stages.data.rows import Row
 
-Row = dict[str, Any]
 Prompt = str | list[Message]
-LINES, PARQUET, CSV = (".jsonl", ".ndjson"), ".parquet", ".csv"
-READERS = (*LINES, PARQUET, CSV, *(f"{kind}.gz" for kind in (*LINES, CSV)))
-# What `datasets` finds in a folder by itself, packed or not.
-IN_FOLDERS = {*LINES, PARQUET, CSV, ".json", ".arrow", ".tsv", ".txt", ".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4"}
-HEAD = 1000  # rows of a JSONL file in which each column must stand once
-DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error)
-# First bytes of what often stands under another name.
-FOREIGN = {
+JSONL, PARQUET, CSV = (".jsonl", ".ndjson"), ".parquet", ".csv"
+FILE_SUFFIXES = (*JSONL, PARQUET, CSV, *(f"{suffix}.gz" for suffix in (*JSONL, CSV)))
+# Files that `datasets` finds in a folder by itself, compressed or not.
+ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
+FOLDER_SUFFIXES = {*JSONL, PARQUET, CSV, ".json", ".arrow", ".tsv", ".txt", *ARCHIVE_SUFFIXES}
+HEAD_ROWS = 1000  # of a JSONL file: a column that none of them has does not exist
+READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error)
+# First bytes of files that often carry a wrong name, and what to do about each.
+FOREIGN_CONTENT = {
     b"version https://git-lfs": "a Git LFS pointer and not the data; fetch the file itself with `git lfs pull`",
     b"<!doctype": "a web page; download the file itself, which may need a login",
     b"<html": "a web page; download the file itself, which may need a login",
@@ -44,143 +44,155 @@ FOREIGN = {
 
 
 class MissingColumnError(WinnowError):
-    """A file or data set lacks a column as a whole; `have` are those that it has."""
+    """Error of a file or data set that lacks a column in every row; `columns` are those that it has."""
 
-    have: Sequence[str] = ()
+    columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where rows come from, as the options of a stage say it."""
+class DataSource:
+    """Origin of rows: a file, a folder, or a data set on the hub. The fields are options of the stages that read it."""
 
     path: DataPath | None = None
     dataset: str | None = None
     revision: str | None = None
     subset: str | None = None
-    part: str = "train"
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Source":
-        return cls(*(options[name] for name in ("path", "dataset", "revision", "subset", "part")))
+    dataset_split: str = "train"
 
     @property
     def file(self) -> Path | None:
         return self.path.path if self.path is not None and self.path.path.is_file() else None
 
-    def rows(self, ctx: StageContext, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """Rows with the place each stood at; what cannot be read goes to the rejects.
+    def check(self, columns: Sequence[str]) -> list[str]:
+        """Return the problems known when a recipe is planned; raise WinnowError for a file that cannot be read.
 
-        Raises MissingColumnError if all of it lacks one of `columns`, WinnowError if it cannot be read to its end.
+        Columns are looked up in a file's schema or first rows; folders and data sets are only opened by the stage.
         """
+        if (self.path is None) == (self.dataset is None):
+            return ["give either `path` (a file or folder) or `dataset` (a name on the hub)"]
+        if self.path is None:
+            # A name on the hub is no identity: what it holds may change, and the step's key would not.
+            missing = self.revision is None
+            return [f"dataset {self.dataset!r} needs `revision`, which fixes its content"] if missing else []
+        path = self.path.path
         if self.file is None:
-            name, rows = str(self.path or self.dataset), self._from_datasets(columns)
+            has_files = _is_saved_dataset(path) or any(file.suffix in FOLDER_SUFFIXES for file in path.rglob("*"))
+            suffixes = ", ".join(sorted(FOLDER_SUFFIXES))
+            return [] if has_files else [f"path {path}: a folder without data files ({suffixes})"]
+        if self.subset is not None:
+            return [f"subset {self.subset!r}: path {path} is one file; only folders and data sets have subsets"]
+        if not path.name.endswith(FILE_SUFFIXES):
+            suffixes = ", ".join(FILE_SUFFIXES)
+            return [f"path {path}: this stage reads {suffixes} and folders that datasets.load_dataset takes"]
+        names = column_names(path)
+        if not names:
+            return [f"{path.name}: no rows; in JSONL, each row is one JSON object on its own line"]
+        _require_columns(names, columns, path.name)
+        return []
+
+    def rows(self, ctx: StageContext, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """Yield (location, row), the location as `name:line` or `name:row`; a row that cannot be read is rejected.
+
+        Raises MissingColumnError if all rows lack one of `columns`, WinnowError if the file is damaged.
+        """
+        file = self.file
+        if file is None:
+            name, rows = str(self.path or self.dataset), self._dataset_rows(columns)
         else:
-            name, rows = self.file.name, _from_file(ctx, self.file, columns)
-        place = "its start"
+            name, suffix = file.name, _data_suffix(file)
+            if names := column_names(file):
+                _require_columns(names, columns, name)
+            if suffix == PARQUET:
+                rows = _parquet_rows(ctx, file, columns)
+            else:
+                rows = _csv_rows(ctx, file) if suffix == CSV else _jsonl_rows(ctx, file)
+        location = "its start"
         try:
-            for place, row in rows:
-                yield place, row
-        except DAMAGE as error:
+            for location, row in rows:
+                yield location, row
+        except READ_ERRORS as error:
             cure = "it is damaged or cut short; fetch or write it again"
-            raise WinnowError(f"{name}: cannot be read on after {place} ({error}): {cure}") from None
+            raise WinnowError(f"{name}: cannot be read on after {location} ({error}): {cure}") from None
 
-    def _from_datasets(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """A hub name, a folder of data files, or what `save_to_disk` wrote."""
-        name = str(self.path or self.dataset)
-        rows = self._load(name)
-        _require(rows.column_names, columns, name)
-        for number, row in enumerate(rows):
-            yield f"{Path(name).name}:{number}", row
-
-    def _load(self, name: str) -> Any:
+    def _dataset_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+        """Yield the rows of a hub data set, of a folder of data files, or of a folder written by `save_to_disk`."""
         import datasets
 
+        name = str(self.path or self.dataset)
         try:
-            if _saved(Path(name)):
+            if _is_saved_dataset(Path(name)):
                 loaded: Any = datasets.load_from_disk(name)
             else:
-                loaded = datasets.load_dataset(name, revision=self.revision, **self._subset(name))
-        except Exception as error:
-            raise WinnowError(f"dataset {name}, split {self.part!r}: {_root_of(error)}") from None
-        if not isinstance(loaded, dict):
-            return loaded
-        if self.part not in loaded:
-            has = ", ".join(map(repr, loaded))
-            raise WinnowError(f"dataset {name}: no split {self.part!r}; it has {has}: set `part` to one of them")
-        return loaded[self.part]
-
-    def _subset(self, name: str) -> dict[str, str]:
-        """A configuration where the data set has one of that name, else a folder in it."""
-        import datasets
-
-        if self.subset is None:
-            return {}
-        named = self.subset in datasets.get_dataset_config_names(name, revision=self.revision)
-        return {"name" if named else "data_dir": self.subset}
-
-
-def one_source(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    """Plan-time check: a path or a data set's name, not both; a hub name needs a revision to be an identity."""
-    path, dataset = options["path"], options["dataset"]
-    if (path is None) == (dataset is None):
-        return ["give either `path` (a file or folder) or `dataset` (a hub name)"]
-    if dataset is not None and options["revision"] is None:
-        return [f"dataset {dataset!r} needs `revision`: a name alone says nothing about the content"]
-    return _readable(path.path, options["subset"]) if path is not None else []
+                subset: dict[str, str] = {}
+                if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
+                    configurations = datasets.get_dataset_config_names(name, revision=self.revision)
+                    subset = {"name" if self.subset in configurations else "data_dir": self.subset}
+                loaded = datasets.load_dataset(name, revision=self.revision, **subset)
+        except Exception as error:  # `datasets` passes on what its readers raise, which may be anything
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # the last one says what is wrong, the first that something is
+                cause = cause.__cause__
+            message = f"dataset {name}, split {self.dataset_split!r}: {type(cause).__name__}: {cause}"
+            if "scripts are no longer supported" in message:
+                message += "; the hub also has it as Parquet: set `revision: refs/convert/parquet`, and `subset`"
+            raise WinnowError(message) from None
+        if isinstance(loaded, dict):
+            if self.dataset_split not in loaded:
+                splits = ", ".join(map(repr, loaded))
+                cure = f"it has {splits}; set `dataset_split` to one of them"
+                raise WinnowError(f"dataset {name}: no split {self.dataset_split!r}: {cure}")
+            loaded = loaded[self.dataset_split]
+        _require_columns(loaded.column_names, columns, name)
+        for number, row in enumerate(loaded):
+            yield f"{Path(name).name}:{number}", row
 
 
-def _readable(path: Path, subset: str | None) -> list[str]:
-    if path.is_file() and subset is not None:
-        return [f"subset {subset!r}: path {path} is one file; subsets are of folders and data sets"]
-    if path.is_file() and not path.name.endswith(READERS):
-        return [f"path {path}: reads {', '.join(READERS)} and folders that datasets.load_dataset takes"]
-    if path.is_dir() and not _saved(path) and not any(file.suffix in IN_FOLDERS for file in path.rglob("*")):
-        return [f"path {path}: a folder without data files ({', '.join(sorted(IN_FOLDERS))})"]
-    return []
-
-
-def has_columns(options: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    """Plan-time check of a file's head; folders and data sets are looked at later. Raises WinnowError."""
-    file = Source.of(options).file
-    if file is None:
-        return []
-    have = columns_in(file)
-    if not have:
-        return [f"{file.name}: no row in it, and a row of JSONL is one JSON object on a line"]
-    _require(have, columns, file.name)
-    return []
-
-
-def gives_demonstrations(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    """Plan-time check of a stage that reads demonstrations: the step behind `prompts` names a column of them."""
-    step = wired.get("prompts")
+def gives_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Check at plan time that the step behind `prompts` has demonstrations; return the problem if it has none."""
+    step = inputs.get("prompts")
     if step is None or not step.options or step.options.get("demonstration"):
         return []
-    cure = "wire it to a step of stage prompts that names their column in `demonstration`"
-    return [f"demonstrations are read from `prompts`, and {step.stage} gives none; {cure}"]
+    cure = "set `prompts` under `from` to a step of stage prompts that has the option `demonstration`"
+    return [f"demonstrations are read from `prompts`, but stage {step.stage} provides none: {cure}"]
 
 
-def columns_in(file: Path) -> list[str]:
-    """Names in a file's schema, header, or first rows; raises WinnowError for what is no such file."""
-    kind = _kind_of(file)
+def column_names(file: Path) -> list[str]:
+    """Return the names in a file's schema, header, or first rows; raise WinnowError if it is of another kind."""
+    suffix = _data_suffix(file)
     try:
-        _refuse_foreign(file)
-        if kind == PARQUET:
+        with file.open("rb") as stream:
+            head = stream.read(64).lstrip(b" \r\n\t").lower()
+        foreign = dict(FOREIGN_CONTENT)
+        foreign.pop({PARQUET: b"PAR1", ".gz": b"\x1f\x8b"}.get(file.suffix, b""), None)
+        if file.suffix in JSONL:
+            foreign[b"["] = "one JSON list; write one object per line"
+        for magic, description in foreign.items():
+            if head.startswith(magic.lower()):
+                raise WinnowError(f"{file.name}: this is {description}")
+        if suffix == PARQUET:
             return list(pq.read_schema(file).names)
-        if kind == CSV:
-            with closing(_text(file)) as lines:
+        if suffix == CSV:
+            with closing(_open_text(file)) as lines:
                 return next(csv.reader(lines), [])
-        with closing(_bytes(file)) as lines:
-            rows = filter(None, map(_object, lines))
-            return list(dict.fromkeys(name for row in islice(rows, HEAD) for name in row))
-    except DAMAGE as error:
-        what = {PARQUET: "a whole Parquet file", CSV: "a whole CSV file"}.get(kind, "a whole JSONL file")
+        # In JSONL a column exists where some row has it; lines that cannot be read are the stage's to reject.
+        names: dict[str, None] = {}
+        rows = 0
+        with closing(_open_bytes(file)) as lines:
+            for line in lines:
+                with suppress(ValueError):
+                    names |= dict.fromkeys(_parse_json_line(line))
+                    rows += 1
+                if rows == HEAD_ROWS:
+                    break
+        return list(names)
+    except READ_ERRORS as error:
+        kind = {PARQUET: "Parquet", CSV: "CSV"}.get(suffix, "JSONL")
         cure = "it is of another kind, damaged, or cut short; fetch or write it again"
-        raise WinnowError(f"{file.name}: not {what} ({error}): {cure}") from None
+        raise WinnowError(f"{file.name}: not a complete {kind} file ({error}): {cure}") from None
 
 
 def text_of(row: Row, name: str) -> str:
-    """The row's text in a column; raises ValueError with the reason for the rejects table."""
+    """Return the text in a column of the row; raise ValueError with the reason for the rejects table."""
     value = row.get(name)
     if value is None:
         raise ValueError(f"no {name}")
@@ -195,149 +207,117 @@ def text_of(row: Row, name: str) -> str:
     return value
 
 
-def prompt_of(row: Row, name: str) -> Prompt:
-    """A plain string, or chat messages with a role and a content each; raises ValueError."""
-    return as_prompt(messages_of(row, name)) if isinstance(row.get(name), list) else text_of(row, name)
-
-
-def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> str:
-    """Text, or the text of one assistant's turn in a list of messages; raises ValueError.
-
-    Where the turns of `prompt` stand before it, as in data sets that repeat them, they are taken off.
-    """
-    if not isinstance(row.get(name), list):
-        return text_of(row, name)
-    turns = messages_of(row, name)
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    if turns[: len(before)] == before:
-        turns = turns[len(before) :]
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        raise ValueError(f"{name} is not one assistant turn")
-    return turns[0]["content"]
-
-
 def messages_of(row: Row, name: str) -> list[Message]:
-    """Chat messages with a role and a content each; raises ValueError."""
+    """Return the chat messages in a column, each with a role and a content; raise ValueError."""
     values = row.get(name)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{name} is not text" if values is not None else f"no {name}")
     if not values:
         raise ValueError(f"empty {name}")
-    return [{"role": text_of(each, "role"), "content": text_of(each, "content")} for each in values]
+    return [{"role": text_of(message, "role"), "content": text_of(message, "content")} for message in values]
+
+
+def prompt_of(row: Row, name: str) -> Prompt:
+    """Return the prompt in a column, as a string or as chat messages; raise ValueError."""
+    return as_prompt(messages_of(row, name)) if isinstance(row.get(name), list) else text_of(row, name)
 
 
 def as_prompt(messages: list[Message]) -> Prompt:
-    """One user's message is its text: a chat template makes the same tokens of both, so they are one prompt."""
-    return messages[0]["content"] if [each["role"] for each in messages] == ["user"] else messages
+    """Return a single user message as its text: a chat template gives both the same tokens, so they are one prompt."""
+    return messages[0]["content"] if [message["role"] for message in messages] == ["user"] else messages
 
 
-def _require(have: Sequence[str], columns: Sequence[str], what: str) -> None:
-    if missing := [column for column in columns if column not in have]:
-        names = ", ".join(map(repr, missing))
-        error = MissingColumnError(f"{what}: no column {names}; it has {', '.join(map(repr, have))}")
-        error.have = have
+def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> str:
+    """Return the response in a column: text, or messages that end in one assistant turn; raise ValueError.
+
+    Some data sets repeat the turns of `prompt` before it; these are removed.
+    """
+    if not isinstance(row.get(name), list):
+        return text_of(row, name)
+    messages = messages_of(row, name)
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    if messages[: len(before)] == before:
+        messages = messages[len(before) :]
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise ValueError(f"{name} is not one assistant turn")
+    return messages[0]["content"]
+
+
+def _require_columns(names: Sequence[str], columns: Sequence[str], file: str) -> None:
+    if missing := [column for column in columns if column not in names]:
+        lacking, existing = (", ".join(map(repr, group)) for group in (missing, names))
+        error = MissingColumnError(f"{file}: no column {lacking}; it has {existing}")
+        error.columns = names
         raise error
 
 
-def _root_of(error: BaseException) -> str:
-    """The cause at the bottom, for `datasets` says what went wrong there and not at the top."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    said = f"{type(error).__name__}: {error}"
-    if "scripts are no longer supported" in said:
-        said += "; the hub keeps such a data set as Parquet, too: set `revision: refs/convert/parquet`, and `subset`"
-    return said
-
-
-def _saved(folder: Path) -> bool:
-    """Did `save_to_disk` write it?"""
+def _is_saved_dataset(folder: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` wrote the folder."""
     return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
-def _kind_of(file: Path) -> str:
+def _data_suffix(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix
 
 
-def _bytes(file: Path) -> BinaryIO:
+def _open_bytes(file: Path) -> BinaryIO:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
-def _text(file: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_bytes(file), encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _open_text(file: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open_bytes(file), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _refuse_foreign(file: Path) -> None:
-    with file.open("rb") as start:
-        head = start.read(64).lstrip(b" \r\n\t").lower()
-    due = {PARQUET: b"PAR1", ".gz": b"\x1f\x8b"}.get(file.suffix)
-    lists = {b"[": "one JSON list; write one object a line"} if file.suffix in LINES else {}
-    for magic, what in (FOREIGN | lists).items():
-        if magic != due and head.startswith(magic.lower()):
-            raise WinnowError(f"{file.name}: this is {what}")
-
-
-def _from_file(ctx: StageContext, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    if have := columns_in(file):
-        _require(have, columns, file.name)
-    read = {PARQUET: _from_parquet, CSV: _from_csv}.get(_kind_of(file))
-    return read(ctx, file, columns) if read else _from_jsonl(ctx, file)
-
-
-def _from_jsonl(ctx: StageContext, file: Path) -> Iterator[tuple[str, Row]]:
-    with closing(_bytes(file)) as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{file.name}:{number}"
-            if not line.strip():
-                continue
-            row = _decode(ctx, place, line)
-            if row is not None:
-                yield place, row
-
-
-def _decode(ctx: StageContext, place: str, line: bytes) -> Row | None:
+def _parse_json_line(line: bytes) -> Row:
+    """Return the JSON object on a line; raise ValueError(reason, detail)."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        ctx.reject("bad UTF-8", place=place, detail=str(error))
+        raise ValueError("bad UTF-8", str(error)) from None
     except (ValueError, RecursionError) as error:
-        ctx.reject("not JSON", place=place, detail=str(error))
-    else:
-        if isinstance(row, dict):
-            return row
-        ctx.reject("not a JSON object", place=place, detail=repr(row))
-    return None
+        raise ValueError("not JSON", str(error)) from None
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object", repr(row))
+    return row
 
 
-def _object(line: bytes) -> Row | None:
-    """The JSON object that a line is, if it is one."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+def _jsonl_rows(ctx: StageContext, file: Path) -> Iterator[tuple[str, Row]]:
+    with closing(_open_bytes(file)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            location = f"{file.name}:{number}"
+            try:
+                row = _parse_json_line(line)
+            except ValueError as error:
+                reason, detail = error.args
+                ctx.reject(reason, place=location, detail=detail)
+            else:
+                yield location, row
 
 
-def _from_csv(ctx: StageContext, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _csv_rows(ctx: StageContext, file: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
-    with closing(_text(file)) as lines:
+    with closing(_open_text(file)) as lines:
         reader = csv.DictReader(lines)
         for row in reader:
-            place = f"{file.name}:{reader.line_num}"
-            if any("\udc80" <= letter <= "\udcff" for letter in "".join(map(str, row.values()))):
-                ctx.reject("bad UTF-8", place=place, detail=ascii(row))
+            location = f"{file.name}:{reader.line_num}"
+            # Bytes that are not UTF-8 were escaped to these, so that one bad row does not end the file.
+            if any("\udc80" <= character <= "\udcff" for character in "".join(map(str, row.values()))):
+                ctx.reject("bad UTF-8", place=location, detail=ascii(row))
             else:
-                yield place, row
+                yield location, row
 
 
-def _from_parquet(ctx: StageContext, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+def _parquet_rows(ctx: StageContext, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
     number = 0
     # Writers other than Arrow keep checksums of pages: where they do, damage is found that would read as other text.
-    source = pq.ParquetFile(file, page_checksum_verification=True)
-    for batch in source.iter_batches(batch_size=4096, columns=list(columns)):
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
         for n in range(batch.num_rows):
-            place = f"{file.name}:{number + n}"
+            location = f"{file.name}:{number + n}"
             try:
-                yield place, {name: batch.column(name)[n].as_py() for name in columns}
+                yield location, {name: batch.column(name)[n].as_py() for name in columns}
             except UnicodeDecodeError as error:
-                ctx.reject("bad UTF-8", place=place, detail=str(error))
+                ctx.reject("bad UTF-8", place=location, detail=str(error))
         number += batch.num_rows

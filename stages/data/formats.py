@@ -1,298 +1,276 @@
 """Formats of preference data, each a reader. To add a format, add a function here.
 
-A reader is given one row and returns its Comparison, or raises ValueError with the reason for the rejects table.
-`columns` names what it reads, options in braces, so that a file without them is refused by name. Where `together`
-names a column, a reader is given two rows that follow each other and agree in it, or the one that has no such
-neighbour. What is lost in a tie, an empty reply or a reply of several turns is counted with its reason.
+A reader takes one row and returns a `PreferencePair`, or raises ValueError with the reason for the rejects table.
+`columns` names the columns it needs (options in braces), so that a file without them is refused with their names. With
+`together: COLUMN`, a reader takes two consecutive rows that are equal in that column, or one row without such a
+neighbour. Ties, empty responses and responses of several turns are rejected, each with its reason.
 """
 
 import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pipeline import Bound, Registry, StageContext
 from schemas import WinnowError
 from schemas.ids import Message
 from stages.data.files import (
+    DataSource,
     MissingColumnError,
     Prompt,
-    Row,
-    Source,
     as_prompt,
-    has_columns,
     messages_of,
-    one_source,
     prompt_of,
     reply_of,
     text_of,
 )
+from stages.data.rows import Row
 
 preference_reader = Registry("reader", "columns")
 
-TURN = re.compile(r"\n\n(Human|Assistant):")
-REPLY = "\n\nAssistant:"
-STEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ASSISTANT = "\n\nAssistant:"
+HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
-SIDE = {"helpful": "better_response_id", "safer": "safer_response_id"}
-# Data sets next to these that hold no pairs, by columns that tell them.
+SAFERLHF_LABELS = {"helpful": "better_response_id", "safer": "safer_response_id"}
+# Data sets published beside preference data that hold no pairs, by columns that identify them.
 NOT_PAIRS = [
     (
         {"prompt", "completion", "label"},
-        "TRL's unpaired format, which has no pairs; it is read by stage own_candidates, as candidates with rewards, "
-        "with `response: completion, reward: label`",
+        "TRL's unpaired format, which has no pairs; stage own_candidates reads it as candidates with rewards: set "
+        "`response: completion, reward: label`",
     ),
     (
         {"transcript", "min_harmlessness_score_transcript"},
-        "hh-rlhf's red-team-attempts, which are no preferences; take another folder of it, such as harmless-base",
+        "hh-rlhf's red-team-attempts, which has no preferences; use another folder of it, such as harmless-base",
     ),
     (
         {"info", "summary"},
-        "summarize_from_feedback's axis, ratings of single summaries; take `subset: comparisons`",
+        "summarize_from_feedback's axis, ratings of single summaries; set `subset: comparisons`",
     ),
 ]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One reply preferred to another."""
+class PreferencePair:
+    """Two responses to a prompt, one of them preferred."""
 
-    prompt: Prompt  # its content is its id
+    prompt: Prompt  # its id is a hash of this content
     chosen: str
     rejected: str
-    plain: str | None = None  # the prompt for a tokenizer without chat template; a reply follows after a space
+    plain: str | None = None  # the prompt for a tokenizer without chat template; a response follows after a space
 
 
 @preference_reader(columns=("{prompt}", "{chosen}", "{rejected}"))
-def columns(row: Row, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected") -> Comparison:
-    """A column each, as text or as messages: TRL's preference format with explicit prompt."""
-    asked = prompt_of(row, prompt)
-    return Comparison(asked, reply_of(row, chosen, asked), reply_of(row, rejected, asked))
+def columns(row: Row, *, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected") -> PreferencePair:
+    """Read a column each, as text or as messages: TRL's preference format with explicit prompt."""
+    content = prompt_of(row, prompt)
+    return PreferencePair(content, reply_of(row, chosen, content), reply_of(row, rejected, content))
 
 
 @preference_reader(columns=("chosen", "rejected"))
-def implicit_prompt(row: Row) -> Comparison:
-    """TRL's preference format with implicit prompt: both sides begin with it.
+def implicit_prompt(row: Row) -> PreferencePair:
+    """Read TRL's preference format with implicit prompt, in which both sides begin with it.
 
-    Messages: the turns that both share. Text: the characters that both share, back to a white space, so that no
-    word is cut; replies that begin with the same words lose these to the prompt. Transcripts are left to `hh`.
+    In messages, the prompt is the turns that both share. In text, it is the characters that both share, back to a white
+    space, so that no word is cut; responses that begin with the same words lose these to the prompt. Transcripts of
+    hh-rlhf are rejected; reader `hh` reads them.
     """
     if isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list):
-        return _by_turns(row)
+        pair: PreferencePair = ultrafeedback_binarized(row)  # turns are shared or not, as in that data set
+        return pair
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
-    if REPLY in chosen and REPLY in rejected:
+    if HH_ASSISTANT in chosen and HH_ASSISTANT in rejected:
         raise ValueError("a transcript, which reader hh reads")
-    shared = chosen[: _shared(chosen, rejected)]
-    end = max((n for n, letter in enumerate(shared) if letter.isspace()), default=0)
+    shared = chosen[: _shared_prefix_length(chosen, rejected)]
+    end = max((n for n, character in enumerate(shared) if character.isspace()), default=0)
     if not shared[:end].strip():
         raise ValueError("chosen and rejected share no prompt")
-    return Comparison(shared[:end], _filled(chosen[end:], "chosen"), _filled(rejected[end:], "rejected"))
+    replies = {"chosen": chosen[end:], "rejected": rejected[end:]}
+    return PreferencePair(shared[:end], text_of(replies, "chosen"), text_of(replies, "rejected"))
 
 
-def _by_turns(row: Row) -> Comparison:
+@preference_reader(columns=("chosen", "rejected"))
+def ultrafeedback_binarized(row: Row) -> PreferencePair:
+    """Read HuggingFaceH4/ultrafeedback_binarized (split train_prefs): the prompt's turns stand in both lists."""
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
-    prompt = chosen[: min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
+    # Where the lists are equal, the last turn is still the response: the pair is then rejected as identical.
+    prompt = chosen[: min(_shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
     if not prompt:
         raise ValueError("chosen and rejected share no prompt")
-    return Comparison(as_prompt(prompt), reply_of(row, "chosen", prompt), reply_of(row, "rejected", prompt))
+    return PreferencePair(as_prompt(prompt), reply_of(row, "chosen", prompt), reply_of(row, "rejected", prompt))
 
 
 @preference_reader(columns=("chosen", "rejected"))
-def ultrafeedback_binarized(row: Row) -> Comparison:
-    """HuggingFaceH4/ultrafeedback_binarized (part train_prefs): the user's turn and the reply in both lists."""
-    return _by_turns(row)
+def hh(row: Row) -> PreferencePair:
+    r"""Read Anthropic/hh-rlhf, arXiv:2204.05862: transcripts of `\n\nHuman: ` and `\n\nAssistant: ` turns.
 
-
-@preference_reader(columns=("chosen", "rejected"))
-def hh(row: Row) -> Comparison:
-    r"""Anthropic/hh-rlhf, arXiv:2204.05862: transcripts of `\n\nHuman: ` and `\n\nAssistant: ` turns.
-
-    The prompt ends at the last `\n\nAssistant:` that both share, for the longest shared prefix runs into the reply
-    where both begin alike. It becomes chat messages; a tokenizer without chat template reads the transcript as it is.
+    The prompt ends at the last `\n\nAssistant:` that both share, because the longest shared prefix would run into
+    responses that begin alike. It becomes chat messages; a tokenizer without chat template gets the transcript itself.
     """
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
-    end = chosen.rfind(REPLY, 0, _shared(chosen, rejected))
+    end = chosen.rfind(HH_ASSISTANT, 0, _shared_prefix_length(chosen, rejected))
     if end < 0:
         raise ValueError("chosen and rejected share no Assistant turn")
-    before, *turns = TURN.split(chosen[:end])
+    before, *turns = HH_TURN.split(chosen[:end])
     if before.strip() or not turns:
         raise ValueError("the transcript does not begin with a turn")
-    start = end + len(REPLY)
-    winner, loser = _one_turn(chosen[start:], "chosen"), _one_turn(rejected[start:], "rejected")
-    return Comparison(as_prompt(_turns(turns)), winner, loser, plain=chosen[:start])
+    start = end + len(HH_ASSISTANT)
+    replies = {"chosen": chosen[start:], "rejected": rejected[start:]}
+    for name, reply in replies.items():
+        if HH_TURN.search(reply):
+            raise ValueError(f"{name} is not one assistant turn")
+        replies[name] = text_of(replies, name).strip()
+    return PreferencePair(as_prompt(_messages(turns)), **replies, plain=chosen[:start])
 
 
 @preference_reader(columns=("info", "summaries", "choice"))
-def summarize_from_feedback(row: Row) -> Comparison:
-    """openai/summarize_from_feedback, subset comparisons, arXiv:2009.01325: Reddit posts, and CNN/DM articles."""
-    info, summaries, choice = _fields(row, "info"), row.get("summaries"), _index(row, "choice")
-    if not isinstance(summaries, list) or len(summaries) != 2:
+def summarize_from_feedback(row: Row) -> PreferencePair:
+    """Read openai/summarize_from_feedback, subset comparisons, arXiv:2009.01325: Reddit posts and CNN/DM articles."""
+    info, summaries = row.get("info"), row.get("summaries")
+    if not isinstance(info, dict):
+        raise ValueError("no info")
+    choice = _index(row, "choice")
+    if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(item, dict) for item in summaries):
         raise ValueError("summaries are not two")
-    chosen, rejected = (_text_after_space(summaries[n]) for n in (choice, 1 - choice))
+    chosen, rejected = (text_of(summaries[n], "text").strip() for n in (choice, 1 - choice))
     title = f"TITLE: {text_of(info, 'title')}"
     if info.get("article"):
         prompt = f"{title}\n\n{text_of(info, 'article')}\n\nTL;DR:"
     else:
         prompt = f"SUBREDDIT: r/{text_of(info, 'subreddit')}\n\n{title}\n\nPOST: {text_of(info, 'post')}\n\nTL;DR:"
-    return Comparison(prompt, chosen, rejected, plain=prompt)
+    return PreferencePair(prompt, chosen, rejected, plain=prompt)
 
 
-@preference_reader(
-    columns=("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"),
-)
-def pku_saferlhf(row: Row, *, prefer: Literal["helpful", "safer"]) -> Comparison:
-    """PKU-Alignment/PKU-SafeRLHF, arXiv:2406.15513: two labels a row, of which `prefer` says whose pairs are meant."""
-    best = _index(row, SIDE[prefer])
-    sides = (text_of(row, f"response_{n}") for n in (best, 1 - best))
-    return Comparison(text_of(row, "prompt"), *sides)
+@preference_reader(columns=("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"))
+def pku_saferlhf(row: Row, *, prefer: Literal["helpful", "safer"]) -> PreferencePair:
+    """Read PKU-Alignment/PKU-SafeRLHF, arXiv:2406.15513: each row has two labels, and `prefer` selects one of them."""
+    chosen = _index(row, SAFERLHF_LABELS[prefer])
+    responses = (text_of(row, f"response_{n}") for n in (chosen, 1 - chosen))
+    return PreferencePair(text_of(row, "prompt"), *responses)
 
 
 Rating = Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
 
 
 @preference_reader(columns=("prompt", "response", "{by}"), together="prompt")
-def helpsteer2(*rows: Row, by: Rating = "helpfulness") -> Comparison:
-    """nvidia/HelpSteer2, arXiv:2406.08673: ratings; the two rows of a prompt follow each other."""
+def helpsteer2(*rows: Row, by: Rating = "helpfulness") -> PreferencePair:
+    """Read nvidia/HelpSteer2, arXiv:2406.08673: ratings by `by`; the two rows of a prompt follow each other."""
     if len(rows) == 1:
         raise ValueError("no second response to this prompt beside it")
     first, second = rows
-    gap = _number(second, by) - _number(first, by)
-    return _by_sign(_steer_prompt(first), text_of(first, "response"), text_of(second, "response"), gap, by)
+    difference = _number(second, by) - _number(first, by)
+    responses = text_of(first, "response"), text_of(second, "response")
+    return _pair_by_sign(_helpsteer_prompt(first), *responses, difference, by)
 
 
 @preference_reader(columns=("prompt", "response_1", "response_2", "preference_strength"))
-def helpsteer2_preference(row: Row) -> Comparison:
-    """nvidia/HelpSteer2, subset preference, arXiv:2410.01257: below 0 the first response is better."""
-    sides = text_of(row, "response_1"), text_of(row, "response_2")
-    return _by_sign(_steer_prompt(row), *sides, _number(row, "preference_strength"), "preference_strength")
+def helpsteer2_preference(row: Row) -> PreferencePair:
+    """Read nvidia/HelpSteer2, subset preference, arXiv:2410.01257: below 0 the first response is better."""
+    responses = text_of(row, "response_1"), text_of(row, "response_2")
+    strength = _number(row, "preference_strength")
+    return _pair_by_sign(_helpsteer_prompt(row), *responses, strength, "preference_strength")
 
 
 @preference_reader(columns=("context", "response1", "response2", "overall_preference"))
-def helpsteer3(row: Row) -> Comparison:
-    """nvidia/HelpSteer3, subset preference, arXiv:2505.11475: below 0 the first response is better."""
-    sides = text_of(row, "response1"), text_of(row, "response2")
-    return _by_sign(prompt_of(row, "context"), *sides, _number(row, "overall_preference"), "overall_preference")
+def helpsteer3(row: Row) -> PreferencePair:
+    """Read nvidia/HelpSteer3, subset preference, arXiv:2505.11475: below 0 the first response is better."""
+    responses = text_of(row, "response1"), text_of(row, "response2")
+    strength = _number(row, "overall_preference")
+    return _pair_by_sign(prompt_of(row, "context"), *responses, strength, "overall_preference")
 
 
-# What a stage does with a reader
+# Reading and checking, for the stages
 
 
 def columns_of(reader: Bound) -> list[str]:
+    """Return the columns that a reader needs with its options."""
     return [name.format(**reader.options) for name in reader.metadata["columns"]]
 
 
-def read(ctx: StageContext, source: Source, reader: Bound) -> Iterator[tuple[str, list[Row]]]:
-    """The rows that the reader is given at once, with the place of the first."""
-    rows, together = read_columns(ctx, source, columns_of(reader)), reader.metadata.get("together")
-    return ((place, [row]) for place, row in rows) if together is None else _couples(rows, together)
-
-
-def read_columns(ctx: StageContext, source: Source, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """`source.rows` with advice."""
-    with _advice():
-        yield from source.rows(ctx, columns)
-
-
 def check_source(options: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """Plan-time check of a stage that reads people's data: one source, and if it is a file, one with these columns."""
+    """Check at plan time that a stage has one source of data and, if it is a file, that it has these columns."""
+    source = DataSource(**{field.name: options[field.name] for field in fields(DataSource)})
     try:
-        with _advice():
-            return one_source(options, {}) or has_columns(options, columns)
+        with _suggesting_readers():
+            return source.check(columns)
     except WinnowError as error:
         return list(error.problems)
 
 
+def read_columns(ctx: StageContext, source: DataSource, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """Yield (location, row) of `source.rows`; a missing column is reported with the readers that fit."""
+    with _suggesting_readers():
+        yield from source.rows(ctx, columns)
+
+
+def read_with(ctx: StageContext, source: DataSource, reader: Bound) -> Iterator[tuple[str, list[Row]]]:
+    """Yield (location of the first row, the rows that one call of `reader` takes)."""
+    rows, together = read_columns(ctx, source, columns_of(reader)), reader.metadata.get("together")
+    if together is None:
+        return ((location, [row]) for location, row in rows)
+    return couple_neighbours(rows, together)
+
+
+def couple_neighbours(rows: Iterator[tuple[str, Row]], column: str) -> Iterator[tuple[str, list[Row]]]:
+    """Yield consecutive rows two by two where they are equal in `column`, and any other row alone."""
+    previous: tuple[str, Row] | None = None
+    for location, row in rows:
+        if previous is None:
+            previous = location, row
+        elif previous[1].get(column) == row.get(column):
+            yield previous[0], [previous[1], row]
+            previous = None
+        else:
+            yield previous[0], [previous[1]]
+            previous = location, row
+    if previous is not None:
+        yield previous[0], [previous[1]]
+
+
 @contextmanager
-def _advice() -> Iterator[None]:
-    """Where a column is missing: what the file may be, and the next move."""
+def _suggesting_readers() -> Iterator[None]:
+    """Add to the error of a missing column what the file may be, and which readers can read it."""
     try:
         yield
     except MissingColumnError as error:
-        raise WinnowError(f"{error}{_next_move(set(error.have))}") from None
+        existing = set(error.columns)
+        for signature, description in NOT_PAIRS:
+            if signature <= existing:
+                raise WinnowError(f"{error}. This is {description}") from None
+        fitting = []
+        for entry in preference_reader.entries.values():
+            defaults = {name: field.default for name, field in entry.options.model_fields.items()}
+            if set(columns_of(Bound(entry, defaults))) <= existing:
+                fitting.append(entry.name)
+        suggestion = f"; set `reader` to {' or '.join(fitting)} for these" if fitting else ""
+        raise WinnowError(f"{error}{suggestion}") from None
 
 
-def _next_move(have: set[str]) -> str:
-    for tell, what in NOT_PAIRS:
-        if tell <= have:
-            return f". This is {what}"
-    bounds = (Bound(entry, _defaults(entry.options)) for entry in preference_reader.entries.values())
-    fitting = [bound.name for bound in bounds if set(columns_of(bound)) <= have]
-    return f"; `reader` can be {' or '.join(fitting)} for these" if fitting else ""
+# Helpers of readers; each raises ValueError with the reason for the rejects table
 
 
-def _defaults(options: Any) -> dict[str, Any]:
-    return {name: field.default for name, field in options.model_fields.items()}
+def _shared_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    different = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(different, min(len(first), len(second)))
 
 
-def _couples(rows: Iterator[tuple[str, Row]], name: str) -> Iterator[tuple[str, list[Row]]]:
-    """Two by two where neighbours agree in a column, else one."""
-    held: tuple[str, Row] | None = None
-    for place, row in rows:
-        if held is None:
-            held = place, row
-        elif held[1].get(name) == row.get(name):
-            yield held[0], [held[1], row]
-            held = None
-        else:
-            yield held[0], [held[1]]
-            held = place, row
-    if held is not None:
-        yield held[0], [held[1]]
-
-
-# What readers share; each raises ValueError
-
-
-def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the longest shared prefix."""
-    unequal = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(unequal, min(len(one), len(other)))
-
-
-def _turns(parts: list[str]) -> list[Message]:
-    """Names and texts in turn."""
-    turns = [{"role": ROLES[name], "content": text.strip()} for name, text in zip(parts[::2], parts[1::2], strict=True)]
-    if not all(turn["content"] for turn in turns):
+def _messages(parts: list[str]) -> list[Message]:
+    """Return [role, text, role, text, ...] as messages."""
+    messages = [
+        {"role": ROLES[role], "content": text.strip()} for role, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    if not all(message["content"] for message in messages):
         raise ValueError("empty turn in the prompt")
-    return turns
+    return messages
 
 
-def _one_turn(text: str, name: str) -> str:
-    if TURN.search(text):
-        raise ValueError(f"{name} is not one assistant turn")
-    return _filled(text, name).strip()
-
-
-def _filled(text: str, name: str) -> str:
-    return text_of({name: text}, name)
-
-
-def _steer_prompt(row: Row) -> Prompt:
-    """HelpSteer2 writes the turns of a long prompt into one text, the first without a mark."""
+def _helpsteer_prompt(row: Row) -> Prompt:
+    """Return the prompt; HelpSteer2 writes the turns of a long one into one text, the first without a marker."""
     prompt = text_of(row, "prompt")
-    return as_prompt(_turns(["User", *STEER_TURN.split(prompt)])) if STEER_TURN.search(prompt) else prompt
-
-
-def _text_after_space(summary: Any) -> str:
-    if not isinstance(summary, dict):
-        raise ValueError("summaries are not two")
-    return text_of(summary, "text").strip()
-
-
-def _fields(row: Row, name: str) -> Row:
-    value = row.get(name)
-    if not isinstance(value, dict):
-        raise ValueError(f"no {name}")
-    return value
-
-
-def _index(row: Row, name: str) -> int:
-    value = _number(row, name)
-    if value not in (0, 1):
-        raise ValueError(f"{name} is neither 0 nor 1")
-    return int(value)
+    return as_prompt(_messages(["User", *HELPSTEER_TURN.split(prompt)])) if HELPSTEER_TURN.search(prompt) else prompt
 
 
 def _number(row: Row, name: str) -> float:
@@ -305,8 +283,15 @@ def _number(row: Row, name: str) -> float:
     return value
 
 
-def _by_sign(prompt: Prompt, first: str, second: str, sign: float, name: str) -> Comparison:
-    """Below 0 the first is better; a tie has no better side."""
+def _index(row: Row, name: str) -> int:
+    value = _number(row, name)
+    if value not in (0, 1):
+        raise ValueError(f"{name} is neither 0 nor 1")
+    return int(value)
+
+
+def _pair_by_sign(prompt: Prompt, first: str, second: str, sign: float, name: str) -> PreferencePair:
+    """Return the pair whose first response is chosen where `sign` is below 0; a tie has no better side."""
     if sign == 0:
         raise ValueError(f"tie in {name}")
-    return Comparison(prompt, *((first, second) if sign < 0 else (second, first)))
+    return PreferencePair(prompt, *((first, second) if sign < 0 else (second, first)))

@@ -1,4 +1,4 @@
-"""Candidates that another system made, with a reward or a win probability each: they enter at `select`."""
+"""Stage own_candidates: responses of another system with a reward or a win probability each, ready for `select`."""
 
 import math
 from collections.abc import Mapping
@@ -9,25 +9,28 @@ import pyarrow as pa
 from pipeline import DataPath, InputStep, Range, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
-from stages.data.files import Source, prompt_of, reply_of
+from stages.data.files import DataSource, prompt_of, reply_of
 from stages.data.formats import check_source, read_columns
-from stages.data.preferences import Pool
-from stages.data.prompts import PromptReader, Share
+from stages.data.preferences import ResponseTable
+from stages.data.prompts import DataEncoder, HeldoutShare
+from stages.data.rows import Row
 
 
-def _one_score(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    named = {name: options[name] for name in ("reward", "probability")}
-    if None not in named.values():
-        both = " and ".join(f"`{name}` is {column!r}" for name, column in named.items())
-        problems = [f"{both}, and one of them is read; unset the other: `--set own_candidates.probability=null`"]
-    elif not any(named.values()):
-        problems = ["name either the `reward` column or the `probability` column (of beating a fixed baseline)"]
-    else:
-        problems = []
-    return problems + check_source(options, [options["prompt"], options["response"], *filter(None, named.values())])
+def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    reward, probability = options["reward"], options["probability"]
+    problems = []
+    if reward is not None and probability is not None:
+        problems.append(
+            f"`reward` is {reward!r} and `probability` is {probability!r}, but only one of them can be read; unset the "
+            "other, as in `--set own_candidates.probability=null`"
+        )
+    elif not reward and not probability:
+        problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
+    scores = [column for column in (reward, probability) if column]
+    return problems + check_source(options, [options["prompt"], options["response"], *scores])
 
 
-@stage(version=2, unsharded=True, check=_one_score)
+@stage(version=2, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,
@@ -36,41 +39,45 @@ def own_candidates(
     dataset: str | None = None,
     revision: str | None = None,
     subset: str | None = None,
-    part: str = "train",
+    dataset_split: str = "train",
     prompt: str = "prompt",
     response: str = "response",
     reward: str | None = None,
     probability: str | None = None,
-    heldout: Share = 0.0,
+    heldout: HeldoutShare = 0.0,
     max_tokens: Annotated[int, Range(gt=0)] = 1024,
 ) -> tuple[Prompts, Candidates, Rewards]:
-    """One row of the file is one candidate. A probability becomes its logit, the reward of arXiv:2309.06657.
+    """Read one candidate per row. A probability p becomes its logit ln(p / (1 - p)), the reward of arXiv:2309.06657.
 
-    Left out, with reason: a reward that is not finite, a probability outside the open interval (0, 1)
-    (its logit is infinite), an empty response, an empty or too long prompt. Equal responses of one
-    prompt stay apart: their number is what the sampling policy said about them.
+    Rejected, with a reason: a reward that is not finite, a probability outside the open interval (0, 1)
+    (its logit is infinite), an empty response, an empty or too long prompt. Equal responses to one prompt stay
+    separate candidates: how often one occurs is an estimate of its probability under the sampling policy.
     """
-    from stages.data.tokenizer import Tokenizer
-
-    score = reward or probability or ""
-    pool = Pool(PromptReader(Tokenizer(tokenizer), ctx, heldout, max_tokens))
-    rewards: list[dict[str, Any]] = []
-    source = Source(path, dataset, revision, subset, part)
-    for place, row in read_columns(ctx, source, [prompt, response, score]):
+    column = reward or probability or ""
+    source = DataSource(path, dataset, revision, subset, dataset_split)
+    responses = ResponseTable(DataEncoder(tokenizer, heldout, max_tokens))
+    rewards: list[Row] = []
+    for location, row in read_columns(ctx, source, [prompt, response, column]):
         try:
-            value = _logit(row.get(score)) if probability else _finite(row.get(score))
-            asked = prompt_of(row, prompt)
-            name = pool.prompt(asked)
-            candidate = pool.response(name, reply_of(row, response, asked), again=True)
+            value = _finite_number(row.get(column))
+            if probability:
+                if value in (0.0, 1.0):
+                    raise ValueError(f"probability is exactly {value:.0f}")
+                if not 0 < value < 1:
+                    raise ValueError("probability is not in (0, 1)")
+                value = math.log(value) - math.log1p(-value)
+            content = prompt_of(row, prompt)
+            name = responses.add_prompt(content)
+            candidate = responses.add_response(name, reply_of(row, response, content), repeated=True)
         except ValueError as error:
-            ctx.reject(str(error), place=place, detail=repr(row.get(score)))
+            ctx.reject(str(error), place=location, detail=repr(row.get(column)))
             continue
         rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
-    ordered = sorted(rewards, key=lambda row: (row["prompt_id"], row["candidate_id"]))
-    return *pool.tables(), pa.Table.from_pylist(ordered, schema=REWARDS)
+    rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
+    return *responses.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)
 
 
-def _finite(value: Any) -> float:
+def _finite_number(value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -78,12 +85,3 @@ def _finite(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError("reward is not finite")
     return number
-
-
-def _logit(value: Any) -> float:
-    p = _finite(value)
-    if p in (0.0, 1.0):
-        raise ValueError(f"probability is exactly {p:.0f}")
-    if not 0 < p < 1:
-        raise ValueError("probability is not in (0, 1)")
-    return math.log(p) - math.log1p(-p)

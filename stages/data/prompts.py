@@ -1,7 +1,6 @@
-"""Room 1: prompts, from text to ids, once and for all."""
+"""Stage prompts: texts of users become token ids here, once, and every later stage reads the ids."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -9,24 +8,24 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, Range, StageContext, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import PROMPTS
-from stages.data.files import Prompt, Row, Source, prompt_of, reply_of
-from stages.data.formats import check_source, columns_of, preference_reader, read, read_columns
+from stages.data.files import DataSource, Prompt, prompt_of, reply_of
+from stages.data.formats import check_source, columns_of, preference_reader, read_columns, read_with
+from stages.data.rows import Row
 from stages.limits import context_length
 
-Share = Annotated[float, Range(ge=0, lt=1)]
-Rows = Iterator[tuple[str, list[Row]]]  # the place of the first, and all that are read at once
-PromptGroup = tuple[Prompt, str | None, str]  # the prompt, its plain form, and a demonstration
-Ask = Callable[..., PromptGroup]
+HeldoutShare = Annotated[float, Range(ge=0, lt=1)]
 
 
-def _check(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    reader, shown = options["reader"], options["demonstration"]
-    if reader is not None and shown not in (None, "chosen"):
-        return [f"demonstration: with a reader it is the chosen reply; set it to chosen, or to null (got {shown!r})"]
-    return check_source(options, columns_of(reader) if reader else _columns(options["prompt"], shown))
+def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    reader, demonstration = options["reader"], options["demonstration"]
+    if reader is None:
+        return check_source(options, [options["prompt"], *([demonstration] if demonstration else [])])
+    if demonstration not in (None, "chosen"):
+        return [f"demonstration: with a reader it is the chosen response; set chosen or null (got {demonstration!r})"]
+    return check_source(options, columns_of(reader))
 
 
-@stage(version=3, unsharded=True, check=_check)
+@stage(version=3, unsharded=True, check=_check_prompts)
 def prompts(
     tokenizer: Model,
     ctx: StageContext,
@@ -35,87 +34,82 @@ def prompts(
     dataset: str | None = None,
     revision: str | None = None,
     subset: str | None = None,
-    part: str = "train",
+    dataset_split: str = "train",
     prompt: str = "prompt",
     demonstration: str | None = None,
     reader: Annotated[Bound, preference_reader] | None = None,
-    heldout: Share = 0.2,
+    heldout: HeldoutShare = 0.2,
     max_tokens: Annotated[int, Range(gt=0)] = 1024,
 ) -> Prompts:
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
-    With a `reader`, they are the prompts of pairs in its format, and `demonstration: chosen` their chosen replies.
-    A prompt is held out by hash of its id: with one `heldout` share it is on the same side in every file.
-    Prompts longer than `max_tokens` or the model's context are left out. So is a demonstration that does not fit, for
-    cut it would have no EOS; its prompt stays.
+    With a `reader`, they are the prompts of pairs in its format, and `demonstration: chosen` their chosen responses.
+    A prompt is held out by hash of its id: with one `heldout` share it is in the same split in every file.
+    Prompts longer than `max_tokens` or the model's context are rejected. So is a demonstration that does not fit,
+    because cutting it would remove its EOS; its prompt stays.
     """
-    from stages.data.tokenizer import Tokenizer
-
-    entry = PromptReader(Tokenizer(tokenizer), ctx, heldout, max_tokens)
-    source = Source(path, dataset, revision, subset, part)
+    source = DataSource(path, dataset, revision, subset, dataset_split)
+    encoder = DataEncoder(tokenizer, heldout, max_tokens)
     if reader is None:
-        rows: Rows = ((place, [row]) for place, row in read_columns(ctx, source, _columns(prompt, demonstration)))
-        ask: Ask = partial(_ask_columns, prompt=prompt, demonstration=demonstration)
+        columns = [prompt, *([demonstration] if demonstration else [])]
+        groups: Iterator[tuple[str, list[Row]]] = (
+            (location, [row]) for location, row in read_columns(ctx, source, columns)
+        )
     else:
-        form = preference_reader.bind(reader)
-        rows, ask = read(ctx, source, form), partial(_ask_reader, form, demonstration)
-    found = (entry.read(place, group, ask) for place, group in rows)
-    made = sorted(filter(None, found), key=lambda row: row["prompt_id"])
-    return pa.Table.from_pylist(made, schema=PROMPTS)
+        reader = preference_reader.bind(reader)
+        groups = read_with(ctx, source, reader)
 
-
-def _columns(prompt: str, demonstration: str | None) -> list[str]:
-    return [prompt, *([demonstration] if demonstration else [])]
-
-
-def _ask_columns(row: Row, *, prompt: str, demonstration: str | None) -> PromptGroup:
-    content = prompt_of(row, prompt)
-    return content, None, reply_of(row, demonstration, content) if demonstration else ""
-
-
-def _ask_reader(reader: Bound, demonstration: str | None, *rows: Row) -> PromptGroup:
-    made = reader(*rows)
-    return made.prompt, made.plain, made.chosen if demonstration else ""
-
-
-class PromptReader:
-    """Rows of somebody's file to a row of `prompts`, or to the rejects."""
-
-    def __init__(self, tokenizer: Any, ctx: StageContext, heldout: float, max_tokens: int) -> None:
-        self.tokenizer, self.ctx, self.heldout, self.max_tokens = tokenizer, ctx, heldout, max_tokens
-        self.context = context_length(tokenizer.folder)
-        self.seen: set[str] = set()
-
-    def read(self, place: str, rows: list[Row], ask: Ask) -> dict[str, Any] | None:
+    prompts_by_id: dict[str, Row] = {}
+    for location, rows in groups:
         try:
-            content, plain, text = ask(*rows)
-            made = self.prompt_row(content, plain)
-            ids, finish = self.response_ids(made["token_ids"], text, plain=plain is not None)
+            # The row's texts, in the format of its file.
+            if reader is None:
+                content, plain = prompt_of(rows[0], prompt), None
+                response = reply_of(rows[0], demonstration, content) if demonstration else None
+            else:
+                pair = reader(*rows)
+                content, plain = pair.prompt, pair.plain
+                response = pair.chosen if demonstration else None
+
+            # Their ids, by the rules of the model's tokenizer.
+            row = encoder.prompt_row(content, plain)
+            if response is not None:
+                ids, finish_reason = encoder.response_ids(row["token_ids"], response, plain=plain is not None)
         except ValueError as error:
-            self.ctx.reject(str(error), place=place, detail=repr(rows[0]))
-            return None
-        if made["prompt_id"] in self.seen:
-            self.ctx.reject("duplicate prompt", place=place, detail=made["text"], prompt=made["prompt_id"])
-            return None
-        self.seen.add(made["prompt_id"])
-        if finish == "length":
-            self.ctx.reject("demonstration too long", place=place, detail=text, prompt=made["prompt_id"])
-        elif text:
-            made |= {"demonstration": text, "demonstration_ids": ids}
-        return made
+            ctx.reject(str(error), place=location, detail=repr(rows[0]))
+            continue
 
-    def response_ids(self, prompt: list[int], text: str, *, plain: bool = False) -> tuple[list[int], str]:
-        """Cut to max_tokens, and to what the model has room for after the prompt."""
-        most = min(self.max_tokens, self.context - len(prompt))
-        made: tuple[list[int], str] = self.tokenizer.response_ids(text, most, plain=plain)
-        return made
+        name = row["prompt_id"]
+        if name in prompts_by_id:
+            ctx.reject("duplicate prompt", place=location, detail=row["text"], prompt=name)
+            continue
+        if response is not None and finish_reason == "length":
+            ctx.reject("demonstration too long", place=location, detail=response, prompt=name)
+        elif response is not None:
+            row |= {"demonstration": response, "demonstration_ids": ids}
+        prompts_by_id[name] = row
+    return pa.Table.from_pylist([row for _, row in sorted(prompts_by_id.items())], schema=PROMPTS)
 
-    def prompt_row(self, content: Prompt, plain: str | None = None) -> dict[str, Any]:
-        """`plain` is read where there is no chat template. Raises ValueError with the reason to leave the row out."""
+
+class DataEncoder:
+    """Texts of users to rows with token ids, within the limits of a step and of the model's context."""
+
+    def __init__(self, model: Model, heldout: float, max_tokens: int) -> None:
+        from stages.data.tokenizer import Tokenizer
+
+        self.tokenizer = Tokenizer(model)
+        self.context = context_length(model.folder)
+        self.heldout, self.max_tokens = heldout, max_tokens
+
+    def prompt_row(self, content: Prompt, plain: str | None = None) -> Row:
+        """Return the row of `prompts`, without a demonstration; raise ValueError with the reason to reject it.
+
+        `plain` is the prompt for a tokenizer without chat template.
+        """
         from stages.data.tokenizer import readable
 
         ids = self.tokenizer.prompt_ids(content, plain)
-        if len(ids) > min(self.max_tokens, self.context - 1):
+        if len(ids) > min(self.max_tokens, self.context - 1):  # room for one token of a response
             raise ValueError("prompt too long")
         name = prompt_id(content)
         return {
@@ -126,3 +120,8 @@ class PromptReader:
             "demonstration": None,
             "demonstration_ids": None,
         }
+
+    def response_ids(self, prompt_ids: list[int], text: str, *, plain: bool = False) -> tuple[list[int], str]:
+        """Return (ids, finish_reason), cut to max_tokens and to what the model has room for after the prompt."""
+        limit = min(self.max_tokens, self.context - len(prompt_ids))
+        return self.tokenizer.response_ids(text, limit, plain=plain)

@@ -1,4 +1,4 @@
-"""Rows of a table by prompt: the unit that every room thinks in."""
+"""Rows of a table by prompt and by id, for the stages that treat one prompt at a time."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -10,33 +10,33 @@ import pyarrow as pa
 from schemas import WinnowError
 
 Row = dict[str, Any]
-LEAST = 2.0**-150  # a weight that is not above it is 0 as float32, which `examples` keeps
+LEAST = 2.0**-150  # a weight of at most this is 0 as float32, the type of weights in `examples`
+
+
+class ById(dict[str, Any]):
+    """Values by id; a missing id means that a recipe combines tables of different origin."""
+
+    def __missing__(self, name: str) -> Any:
+        raise WinnowError(f"no row has the id {name}: the inputs of this step must be tables of one origin")
 
 
 def by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:
-    """Groups in order of prompt id; within one, the table's order."""
+    """Yield (prompt id, its rows in the table's order), in order of prompt id."""
     rows = sorted(table.to_pylist(), key=lambda row: str(row["prompt_id"]))
     for prompt, group in groupby(rows, key=lambda row: str(row["prompt_id"])):
         yield prompt, list(group)
 
 
-def texts_of(table: pa.Table, name: str) -> dict[str, str]:
-    """Id to text."""
-    return column_by(table, name, "text")
-
-
-class ById(dict[str, Any]):
-    """Values by id; an id that is not there means that a recipe wired tables of different origin."""
-
-    def __missing__(self, name: str) -> Any:
-        raise WinnowError(f"no row has the id {name}: wire the inputs of this step to tables of one origin")
-
-
 def column_by(table: pa.Table, name: str, column: str) -> ById:
-    """One column by an id column."""
+    """Return {value of the id column `name`: value of `column`}."""
     return ById(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))
 
 
+def texts_of(table: pa.Table, name: str) -> dict[str, str]:
+    """Return {value of the id column `name`: text}."""
+    return column_by(table, name, "text")
+
+
 def cutoff(group: list[Row], threshold: float | None) -> float:
-    """The reward that parts good from bad: the threshold, or the group's mean (exact: equal rewards do meet it)."""
+    """Return the reward that separates good from bad: the threshold, or the mean (exact: equal rewards do meet it)."""
     return mean(row["reward"] for row in group) if threshold is None else threshold

@@ -1,4 +1,4 @@
-"""Where a policy comes from: a folder that the user has, or, for demos and trials, fresh random weights."""
+"""Stages that provide a model: a folder of the user, a reward model to train, or, for demos, random weights."""
 
 import json
 import shutil
@@ -9,21 +9,21 @@ from typing import Annotated, Any
 from pipeline import AdapterPath, DataPath, InputStep, ModelPath, Range, StageContext, stage
 from pipeline.store.fingerprints import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
-from stages.data.files import Source
+from stages.data.files import DataSource
 
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
-SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-TURNS = ("<|user|>", "<|assistant|>")
-CHAT = (
+SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+ROLE_TOKENS = ("<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-Positive = Annotated[int, Range(gt=0)]
+PositiveInt = Annotated[int, Range(gt=0)]
 
 
-def its_own_base(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    """Plan-time check: an adapter that was trained here belongs to one policy alone, and its config says to which."""
+def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Compare the base in an adapter's config with `path`: an adapter trained here belongs to one policy only."""
     path, adapter = options["path"], options["adapter"]
     if adapter is None or adapter.base in (None, path.digest):
         return []
@@ -33,14 +33,19 @@ def its_own_base(options: dict[str, Any], wired: Mapping[str, InputStep]) -> lis
     ]
 
 
-@stage(version=1, unsharded=True, check=its_own_base)
+@stage(version=1, unsharded=True, check=_check_adapter_base)
 def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = None) -> Model:
-    """Take a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
+    """Copy a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
 
-    adapter: a LoRA trained on it, by peft; one from another base of the same shapes is only known if its config has the
-    digest of its own, as ours have. It is merged in fp32 and kept in the folder's dtype: from here on the
-    policy is both together, for sampling, as reference and to train. Its tokenizer, if it has one, is the policy's.
+    adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
+    contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in the folder's dtype: from
+    here on the policy is both together, for sampling, as reference and to train. If the adapter's folder has a
+    tokenizer, it is the policy's.
     """
+    from transformers import AutoConfig
+
+    from stages.data.tokenizer import Tokenizer
+
     folder = ctx.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -48,12 +53,25 @@ def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = N
     for n, file in enumerate(files):
         ctx.progress(n, len(files), "files")
         shutil.copyfile(file, folder / file.name)
-    base = Model(folder, path.digest)
-    return _usable(base if adapter is None else _merged(base, adapter.path))
+    policy = Model(folder, path.digest)
+    if adapter is not None:
+        policy = _merge_into_base(policy, adapter.path)
+
+    # Refuse now what would fail after hours: a config or tokenizer that does not load, ids without embedding.
+    try:
+        vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
+        ids = len(Tokenizer(policy).inner)
+    except WinnowError:
+        raise
+    except Exception as error:  # the libraries raise anything from KeyError to OSError here
+        raise WinnowError(f"model: its folder cannot be used ({type(error).__name__}: {error})") from None
+    if ids > vocabulary:
+        raise WinnowError(f"model: its tokenizer has {ids} ids, but its network only {vocabulary}")
+    return policy
 
 
-def _merged(base: Model, adapter: Path) -> Model:
-    """In the base's own folder."""
+def _merge_into_base(base: Model, adapter: Path) -> Model:
+    """Merge the adapter in the base's own folder, and take its tokenizer if it has one."""
     from stages.network.load import load_network, save_network
     from stages.network.lora import merge_adapter
 
@@ -63,50 +81,29 @@ def _merged(base: Model, adapter: Path) -> Model:
     except WinnowError:
         raise
     except Exception as error:  # peft and torch raise anything from TypeError to RuntimeError here
-        lines = str(error).splitlines() or [""]  # of which torch has one for every weight
+        lines = str(error).splitlines() or [""]  # torch writes one for every weight
         raise WinnowError(f"adapter: it does not fit its base ({type(error).__name__}: {lines[0]})") from None
-    made = save_network(network, base, base.folder)
+    merged = save_network(network, base, base.folder)
+
+    # All files of one tokenizer: a chat template of one with the vocabulary of the other would belong to neither.
     if any((adapter / name).is_file() for name in TOKENIZER_FILES):
-        _take_tokenizer(adapter, made.folder)
-    return made
-
-
-def _take_tokenizer(source: Path, folder: Path) -> None:
-    """All of it: a chat template of the one beside the vocabulary of the other would be neither's."""
-    for file in _tokenizer_files(folder):
-        file.unlink()
-    for file in _tokenizer_files(source):
-        shutil.copyfile(file, folder / file.name)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    """What is neither weights nor a config."""
-    return [file for file in model_files(folder) if ".safetensors" not in file.name and file.name not in CONFIGS]
-
-
-def _usable(model: Model) -> Model:
-    """Refuse now what would fail after hours: a tokenizer or config that does not load, ids without embedding."""
-    from transformers import AutoConfig
-
-    from stages.data.tokenizer import Tokenizer
-
-    try:
-        vocabulary = AutoConfig.from_pretrained(model.folder, local_files_only=True).vocab_size
-        known = len(Tokenizer(model).inner)
-    except WinnowError:
-        raise
-    except Exception as error:  # the libraries raise anything from KeyError to OSError here
-        raise WinnowError(f"model: its folder cannot be used ({type(error).__name__}: {error})") from None
-    if known > vocabulary:
-        raise WinnowError(f"model: its tokenizer has {known} ids, and its network only {vocabulary}")
-    return model
+        base_files, adapter_files = (
+            [file for file in model_files(folder) if ".safetensors" not in file.name and file.name not in CONFIGS]
+            for folder in (merged.folder, adapter)
+        )
+        for file in base_files:
+            file.unlink()
+        for file in adapter_files:
+            shutil.copyfile(file, merged.folder / file.name)
+    return merged
 
 
 @stage(version=1, unsharded=True)
 def reward_head(policy: Model, ctx: StageContext) -> Model:
-    """The policy as a reward model to train: its own weights, and in the vocabulary's place one score, 0 at first.
+    """Turn a policy into a reward model to train: its weights, with one score (0 at first) in place of the vocabulary.
 
-    An `AutoModelForSequenceClassification` folder with one label, its score read at a response's last token.
+    The result is an `AutoModelForSequenceClassification` folder with one label; the score is that of a response's last
+    token.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -114,7 +111,7 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     from stages.network.load import check_head, is_reward_model, load_network, save_network
 
     if is_reward_model(policy):
-        raise WinnowError("reward_head: this model ends in a score already; leave the step out")
+        raise WinnowError("reward_head: this model ends in a score already; remove the step")
     config = AutoConfig.from_pretrained(policy.folder, num_labels=1, local_files_only=True)
     try:
         with torch.device("meta"):  # the policy's own layers take its place: one network in memory
@@ -129,69 +126,57 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     return save_network(network, policy, ctx.folder / "model")
 
 
-def _heads_divide(options: dict[str, Any], wired: Mapping[str, InputStep]) -> list[str]:
-    if options["hidden"] % options["heads"]:
-        return [f"hidden {options['hidden']} is not a multiple of heads {options['heads']}"]
-    return []
+def _check_heads(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    hidden, heads = options["hidden"], options["heads"]
+    return [f"hidden {hidden} is not a multiple of heads {heads}"] if hidden % heads else []
 
 
-@stage(version=1, unsharded=True, check=_heads_divide)
+@stage(version=1, unsharded=True, check=_check_heads)
 def untrained(
     ctx: StageContext,
     *,
     corpus: DataPath,
     columns: list[str],
-    vocabulary: Positive = 512,
+    vocabulary: PositiveInt = 512,
     marks: list[str] = [],  # noqa: B006 - read, never written
-    hidden: Positive = 128,
-    layers: Positive = 4,
-    heads: Positive = 4,
-    context: Positive = 256,
+    hidden: PositiveInt = 128,
+    layers: PositiveInt = 4,
+    heads: PositiveInt = 4,
+    context: PositiveInt = 256,
     seed: int = 0,
 ) -> Model:
-    """A small Llama with random weights and a byte-level BPE tokenizer trained on columns of `corpus`.
+    """Make a small Llama with random weights and a byte-level BPE tokenizer trained on columns of `corpus`.
 
     `marks` are texts that become one token each, such as the ranker's `[RESPONSE A]`.
     """
-    texts = [str(row[name]) for _, row in Source(corpus).rows(ctx, columns) for name in columns]
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    texts = [str(row[name]) for _, row in DataSource(corpus).rows(ctx, columns) for name in columns]
     if not texts:
-        raise WinnowError(f"untrained: {corpus} holds no text in {', '.join(columns)}")
+        raise WinnowError(f"untrained: {corpus} has no text in {', '.join(columns)}")
     folder = ctx.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    size = _save_tokenizer(folder, texts, vocabulary, marks, context)
-    _save_llama(folder, size, hidden, layers, heads, context, seed)
-    return Model(folder, "")
 
-
-def _save_tokenizer(folder: Path, texts: list[str], vocabulary: int, marks: list[str], context: int) -> int:
-    """Byte-level BPE: every text has ids, and frequent words are one token. Returns the number of ids."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
+    # Bytes as alphabet, so that every text has ids; frequent words become one token.
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[*SPECIAL.values(), *TURNS, *marks],
+        special_tokens=[*SPECIAL_TOKENS.values(), *ROLE_TOKENS, *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
-    outer = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=context, **SPECIAL)
-    outer.chat_template = CHAT
-    outer.save_pretrained(folder)
-    return int(inner.get_vocab_size())
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=context, **SPECIAL_TOKENS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
 
-
-def _save_llama(folder: Path, size: int, hidden: int, layers: int, heads: int, context: int, seed: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     config = LlamaConfig(
-        vocab_size=size,
+        vocab_size=int(bpe.get_vocab_size()),
         hidden_size=hidden,
         intermediate_size=hidden * 3,
         num_hidden_layers=layers,
@@ -204,16 +189,15 @@ def _save_llama(folder: Path, size: int, hidden: int, layers: int, heads: int, c
         tie_word_embeddings=True,
         initializer_range=hidden**-0.5,  # Llama's 0.02 is for thousands of dimensions: a small net would not learn
     )
+    disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = LlamaForCausalLM(config)
     network.save_pretrained(folder)
-    _check_special(folder)
 
-
-def _check_special(folder: Path) -> None:
-    """The config's ids above are the tokenizer's: special tokens are trained first, in this order."""
-    saved = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    found = [token["content"] for token in sorted(saved, key=lambda token: token["id"])[:3]]
-    if found != list(SPECIAL.values()):
-        raise WinnowError(f"untrained: special tokens came out as {found}")
+    # The config's ids above must be the tokenizer's: special tokens are trained first, in this order.
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    first = [token["content"] for token in sorted(added, key=lambda token: token["id"])[: len(SPECIAL_TOKENS)]]
+    if first != list(SPECIAL_TOKENS.values()):
+        raise WinnowError(f"untrained: the first special tokens are {first}, not {list(SPECIAL_TOKENS.values())}")
+    return Model(folder, "")

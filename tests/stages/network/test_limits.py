@@ -1,4 +1,4 @@
-"""What a model, its folder or a second run can do to a run: each said early, or made harmless."""
+"""Unusual models, model folders, data and second runs: each is refused early, or made harmless."""
 
 import json
 import shutil
@@ -14,21 +14,21 @@ from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
-from pipeline.store.fingerprints import DataPath, ModelPath, model_digest
+from pipeline.store.fingerprints import ModelPath, model_digest
 from pipeline.store.store import Store
 from schemas import Model, WinnowError
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
+from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker
 from stages.sampling.engines import Request, Sampling, open_engine
 from stages.sampling.sample import sample
-from tests.conftest import write_jsonl
 from tests.runs import RECIPES, Silent, plan_of
-from tests.stages.data.test_files import reasons
+from tests.stages.data.test_files import jsonl, reasons
 
 
 @pytest.fixture
@@ -41,55 +41,52 @@ def odd(tiny: Model, tmp_path: Path) -> Model:
 
 
 def test_the_folders_own_sampling_defaults_do_not_bend_the_law(tiny, odd):
-    ask = [Request([0, 5, 9, 5, 9, 5, 9], seed) for seed in range(30)]
+    requests = [Request([0, 5, 9, 5, 9, 5, 9], seed) for seed in range(30)]
     plain, bent = (
-        open_engine("transformers", each.folder, "float32").generate(ask, Sampling(1.0, 0, 10, (1,)))
-        for each in (tiny, odd)
+        open_engine("transformers", model.folder, "float32").generate(requests, Sampling(1.0, 0, 10, (1,)))
+        for model in (tiny, odd)
     )
-    assert [made.token_ids for made in plain] == [made.token_ids for made in bent]
+    assert [completion.token_ids for completion in plain] == [completion.token_ids for completion in bent]
 
 
 def test_a_trained_policy_is_saved_whatever_the_folders_generation_config_says(odd, tmp_path):
     """transformers refuses to save a temperature without sampling: a finished training must not be lost by it."""
-    made = save_network(load_network(odd), odd, tmp_path / "out" / "model")
-    assert json.loads((made.folder / "generation_config.json").read_text())["top_p"] == 0.9
+    saved = save_network(load_network(odd), odd, tmp_path / "out" / "model")
+    assert json.loads((saved.folder / "generation_config.json").read_text())["top_p"] == 0.9
 
 
-def test_a_draw_ends_at_the_eos_of_training_and_at_the_folders_own(odd):
-    from stages.data.tokenizer import Tokenizer
-
+def test_a_draw_ends_at_the_eos_of_training_and_at_that_of_the_folder(odd):
     assert Tokenizer(odd).stop == (1, 77)
 
 
 def test_one_row_that_is_too_long_does_not_end_a_run(tiny, ctx, tmp_path):
-    """Context 128: a long prompt is left out, a long response is cut to what the prompt leaves, without EOS."""
+    """Context 128: a long prompt is rejected, a long response is cut to what the prompt leaves, without EOS."""
     rows = [
         {"prompt": "Oslo " * 200, "chosen": "Yes.", "rejected": "No."},
         {"prompt": "Book a boat.", "chosen": "Paris " * 200, "rejected": "No."},
     ]
-    asked, candidates, pairs = preferences(tiny, ctx, path=DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows))))
+    table, candidates, pairs = preferences(tiny, ctx, path=jsonl(tmp_path, rows))
     assert [reason for _, reason in reasons(ctx)] == ["prompt too long"]
     long = max(candidates.to_pylist(), key=lambda row: row["n_tokens"])
-    assert long["n_tokens"] + len(asked.column("token_ids")[0]) == 128
+    assert long["n_tokens"] + len(table.column("token_ids")[0]) == 128
     assert long["finish_reason"] == "length"
     assert pairs.num_rows == 1
 
 
-@pytest.mark.parametrize("text", ["book <|eos|> now", "<|assistant|>Sure", "a <|bos|>"])
-def test_a_special_token_written_out_in_data_does_not_become_a_control_token(tiny, ctx, tmp_path, text):
-    rows = [{"prompt": text}, {"prompt": "Book a boat."}]
-    made = prompts(tiny, ctx, path=DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows))))
-    assert made.num_rows == 1
-    assert "special token" in reasons(ctx)[0][1]
+def test_a_special_token_written_out_in_data_does_not_become_a_control_token(tiny, ctx, tmp_path):
+    texts = ["book <|eos|> now", "<|assistant|>Sure", "a <|bos|>", "Book a boat."]
+    table = prompts(tiny, ctx, path=jsonl(tmp_path, [{"prompt": text} for text in texts]))
+    assert table.column("text").to_pylist() == texts[3:]
+    tokens = ("<|eos|>", "<|assistant|>", "<|bos|>")
+    assert [reason for _, reason in reasons(ctx)] == [f"special token {token} in the text" for token in tokens]
 
 
-def test_messages_that_the_chat_template_refuses_are_left_out(tiny, ctx, tmp_path):
+def test_messages_that_the_chat_template_refuses_are_rejected(tiny, ctx, tmp_path):
     folder = Path(shutil.copytree(tiny.folder, tmp_path / "strict"))
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     (folder / "chat_template.jinja").write_text(strict)
     rows: list[dict] = [{"prompt": [{"role": "system", "content": "Be kind."}]}, {"prompt": "Book a boat."}]
-    path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows)))
-    assert prompts(Model(folder, "x"), ctx, path=path).num_rows == 1
+    assert prompts(Model(folder, "x"), ctx, path=jsonl(tmp_path, rows)).num_rows == 1
     assert "no system role" in reasons(ctx)[0][1]
 
 
@@ -99,15 +96,15 @@ def one_prompt() -> pa.Table:
 
 
 def test_an_evaluation_keeps_empty_responses_and_training_data_does_not(tiny, ctx):
-    """A model that ends at once: 40 draws of which those with no text are left out, or counted, as asked."""
+    """Of 400 short draws, those without text are counted with `keep_empty`, and else rejected."""
     table = one_prompt()
     options = dict(engine="transformers", n=400, temperature=2.0, top_k=0, max_tokens=2)
-    kept = sample(table, tiny, ctx, **options, keep_empty=True)
-    assert kept.num_rows == 400
+    complete = sample(table, tiny, ctx, **options, keep_empty=True)
+    assert complete.num_rows == 400
     assert not ctx.rejects.num_rows
-    dropped = sample(table, tiny, ctx, **options)
-    assert dropped.num_rows + ctx.rejects.num_rows == 400
-    assert ctx.rejects.num_rows == kept.column("text").to_pylist().count("")
+    filled = sample(table, tiny, ctx, **options)
+    assert filled.num_rows + ctx.rejects.num_rows == 400
+    assert ctx.rejects.num_rows == complete.column("text").to_pylist().count("")
 
 
 def test_responses_without_an_opponent_are_counted(tiny, ctx):
@@ -116,22 +113,21 @@ def test_responses_without_an_opponent_are_counted(tiny, ctx):
         rows = [common | {"candidate_id": f"{name}{k}", "k": k, "text": "a boat"} for k in range(draws)]
         return pa.Table.from_pylist(rows, schema=CANDIDATES)
 
-    table = one_prompt()
-    made = judge(table, candidates(5, "a"), candidates(2, "b"), ctx, tiny, by=ranker.bind("pairwise"))
-    assert made.num_rows == 2
+    table = judge(one_prompt(), candidates(5, "a"), candidates(2, "b"), ctx, tiny, by=ranker.bind("pairwise"))
+    assert table.num_rows == 2
     assert [reason for _, reason in reasons(ctx)] == ["no baseline response with this k"] * 3
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "config.json"])
-def test_a_model_folder_that_does_not_load_is_refused_when_it_is_taken_in(tiny, ctx, tmp_path, file):
-    folder = Path(shutil.copytree(tiny.folder, tmp_path / "broken"))
-    (folder / file).write_text("{}")
-    with pytest.raises(WinnowError, match="its folder cannot be used"):
-        model(ctx, path=ModelPath(str(folder)))
+def test_a_model_folder_that_does_not_load_is_refused_when_it_is_copied(tiny, ctx, tmp_path):
+    for file in ("tokenizer.json", "config.json"):
+        folder = Path(shutil.copytree(tiny.folder, tmp_path / file))
+        (folder / file).write_text("{}")
+        with pytest.raises(WinnowError, match="its folder cannot be used"):
+            model(ctx, path=ModelPath(str(folder)))
 
 
 def test_two_runs_at_once_make_each_step_once(world, tmp_path):
-    """The second waits for the first, step by step, and finds it made."""
+    """The second waits for the first, step by step, and uses its result."""
     plans = [plan_of(world, "target=demonstrations") for _ in range(2)]
     watchers = [Silent(), Silent()]
     threads = [
@@ -150,24 +146,24 @@ def test_options_that_only_say_how_a_step_runs_are_no_part_of_its_key(world):
     assert len(keys) == 1
 
 
-def test_all_mistakes_of_set_are_told_at_once(world):
+def test_all_mistakes_of_set_are_reported_at_once(world):
     sets = ("selct.beta=1", "rewrd.x=2", "nonsense")
     with pytest.raises(WinnowError) as caught:
         load_recipe(RECIPES / "rso.yaml", (world / "demo.yaml",), sets)
     assert len(caught.value.problems) == 3
 
 
-@pytest.mark.parametrize("ours", ["_base", "rso"])
-def test_a_recipe_of_ones_own_can_extend_ours(world, tmp_path, ours):
-    own = tmp_path / "mine.yaml"
-    own.write_text(f"extends: {ours}\nselect: {{with: {{rule: {{k: 2}}}}}}\n")
-    plan = make_plan(load_recipe(own, (world / "demo.yaml",), library=(RECIPES,)))
-    assert next(step for step in plan.steps if step.name == "select").options["rule"].options["k"] == 2
+def test_a_recipe_of_a_user_can_extend_ours(world, tmp_path):
+    for recipe in ("_base", "rso"):
+        file = tmp_path / "mine.yaml"
+        file.write_text(f"extends: {recipe}\nselect: {{with: {{rule: {{k: 2}}}}}}\n")
+        plan = make_plan(load_recipe(file, (world / "demo.yaml",), library=(RECIPES,)))
+        assert next(step for step in plan.steps if step.name == "select").options["rule"].options["k"] == 2
 
 
 def test_a_store_that_cannot_be_written_ends_with_a_message(world, monkeypatch, capsys):
-    words = ["winnow", "run", "rso", "--config", str(world / "demo.yaml"), "--store", "/proc/nowhere"]
-    monkeypatch.setattr(sys, "argv", words)
+    arguments = ["winnow", "run", "rso", "--config", str(world / "demo.yaml"), "--store", "/proc/nowhere"]
+    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "/proc/nowhere" in capsys.readouterr().err.replace("\n", "")
