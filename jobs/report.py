@@ -27,7 +27,7 @@ CURVES = [
     "pairs_per_second",
     "tokens_per_second",
     "peak_memory_gb",
-    "flop_utilisation",
+    "mfu",
 ]
 HISTOGRAM_COLORS = {"all candidates": "#9aa5b1", "kept": "#2f6f4f"}  # by `what` of reward_histogram.sql
 

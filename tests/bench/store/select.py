@@ -112,7 +112,6 @@ def compile_rule(folder: Path) -> None:
 
 
 def _laws(python: int, ours: int) -> Seconds:
-    from stages.selection import kernels as rejection
     from stages.selection.rules import selection_rule
 
     rewards = np.random.default_rng(0).normal(size=(ours, DRAWS))
@@ -122,7 +121,7 @@ def _laws(python: int, ours: int) -> Seconds:
     rule(_groups(rewards[:1]))  # compiles
     return Seconds(
         _seconds(lambda: [algorithm_1(each, KEPT, BETA) for each in named]) / python,
-        _seconds(lambda: rejection.rejection_sample(groups.values, groups.starts, groups.seeds, KEPT, betas)) / ours,
+        _seconds(lambda: kernels.algorithm_1_batch(groups.values, groups.starts, groups.seeds, KEPT, betas)) / ours,
         _seconds(lambda: rule(groups)) / ours,
     )
 

@@ -19,8 +19,8 @@ from stages.network.packing import PassSize
 from stages.training.distributed import Distributed
 from stages.training.objectives import objective
 from stages.training.optimize import optimize
-from stages.training.trainer import check_ranks
-from tests.material import bound, cache, imitate, labelled, leg_of, random_rows, table, train
+from stages.training.trainer import check_world_size
+from tests.material import bound, cache, imitate, labelled, random_rows, table, term_of, train
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -29,10 +29,10 @@ def test_every_pass_counts_once_and_all_ranks_do_as_many():
     """Each pass belongs to one rank; where there are fewer passes than turns, the last ranks have none."""
     for passes, world_size in [(0, 1), (3, 1), (1, 2), (5, 2), (6, 3), (7, 4)]:
         dealt = []
-        for number in range(world_size):
+        for rank in range(world_size):
             dist = Distributed()
-            dist.of, dist.number = world_size, number
-            dealt.append(list(dist.deal(list(range(passes)))))
+            dist.world_size, dist.rank = world_size, rank
+            dealt.append(list(dist.passes_of_this_rank(list(range(passes)))))
         assert len({len(turns) for turns in dealt}) == 1
         for n in range(passes):
             assert sum(turns.count(n) for turns in dealt) == 1
@@ -44,9 +44,9 @@ def test_every_pass_counts_once_and_all_ranks_do_as_many():
 @pytest.mark.parametrize("tokens_per_pass", [1, 60, 10_000])
 def test_ranks_share_a_step_that_fits_one_pass(sharp, world_size, tokens_per_pass):
     """Every group in one pass, a pass for each rank while groups last, none above the budget but of one group."""
-    leg = leg_of(sharp, random_rows(prompts=7), "hinge", tokens_per_pass=tokens_per_pass)
-    leg.ranks.of = world_size
-    passes = leg.micro(load_network(sharp), leg.groups)
+    term = term_of(sharp, random_rows(prompts=7), "hinge", tokens_per_pass=tokens_per_pass)
+    term.dist.world_size = world_size
+    passes = term.passes(load_network(sharp), term.groups)
     sizes = [PassSize.of(groups, True).size for groups in passes]
     assert sorted(group.prompt_id for groups in passes for group in groups) == [f"p{n}" for n in range(7)]
     assert len(passes) >= min(world_size, 7)
@@ -57,12 +57,12 @@ def test_ranks_share_a_step_that_fits_one_pass(sharp, world_size, tokens_per_pas
 
 def test_more_ranks_than_a_step_has_groups_are_refused(sharp):
     """Steps of 4 pairs have 2 groups, mostly: two ranks share them, a third would wait."""
-    leg = leg_of(sharp, random_rows(prompts=7), "hinge", batch_size=4)
-    sizes = sorted(len(leg.batch(n)) for n in range(leg.steps(1)))
+    term = term_of(sharp, random_rows(prompts=7), "hinge", batch_size=4)
+    sizes = sorted(len(term.batch(n)) for n in range(term.steps(1)))
     assert sizes[len(sizes) // 2] == 2
-    check_ranks(2, [leg])
+    check_world_size(2, [term])
     with pytest.raises(WinnowError, match=r"optimize.world_size: 3\b.*set world_size to 2"):
-        check_ranks(3, [leg])
+        check_world_size(3, [term])
 
 
 def test_more_ranks_than_the_cluster_has_room_for_are_refused():

@@ -395,6 +395,8 @@ class ScriptedEngine:
         texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
         return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]
 
+    def close(self): ...
+
 
 def scripted_judge(model, answer, votes=8, threshold=0.0):
     engine = ScriptedEngine(Tokenizer(model), answer)

@@ -19,7 +19,7 @@ from schemas.tables import CANDIDATES, FEATURES, HEADS, JUDGEMENTS, METRICS, PAI
 from stages.evaluation.evaluate import evaluate
 from stages.head.features import features
 from stages.head.relu import ReluHead, matrix, relu_head_of
-from stages.head.train import Sides, head, head_reward, last_layer, preference_head
+from stages.head.train import PairFeatures, head, head_reward, last_layer, preference_head
 from stages.network.forward import completion_logp, read_rows, response_means
 from stages.network.load import load_network
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
@@ -172,7 +172,7 @@ def test_the_last_layer_is_at_the_minimum_of_the_preference_loss(seed):
     And it is reached from anywhere, for L is strictly convex.
     """
     rng = np.random.default_rng(seed)
-    sides = Sides(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), rng.uniform(0.1, 2, 30))
+    sides = PairFeatures(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)), rng.uniform(0.1, 2, 30))
     neurons = ReluHead(rng.normal(size=(5, 3)), rng.normal(size=5), rng.normal(size=5))
     a = last_layer(neurons, sides, 2.5, 1.5, 1e-2).outer
     gaps = np.maximum(sides.chosen @ neurons.inner.T + neurons.bias, 0) - np.maximum(
@@ -190,7 +190,10 @@ def test_a_weight_of_two_is_the_pair_twice(spec):
     rng, bound = np.random.default_rng(0), head.bind(spec)
     chosen, rejected = rng.normal(size=(2, 20, 3))
     twice = [*range(20), *range(5)]
-    sides = Sides(chosen[twice], rejected[twice], np.ones(25)), Sides(chosen, rejected, np.repeat([2.0, 1.0], [5, 15]))
+    sides = (
+        PairFeatures(chosen[twice], rejected[twice], np.ones(25)),
+        PairFeatures(chosen, rejected, np.repeat([2.0, 1.0], [5, 15])),
+    )
     first, second = (bound(side, lambda *progress: None)[0].score(chosen) for side in sides)
     assert first == pytest.approx(second, abs=1e-3)
 
@@ -234,11 +237,11 @@ def linear(*weights):
 def test_a_candidates_reward_is_its_score():
     ctx = new_context()
     table = features_of({"p-0": [1, 2], "p-1": [-3, 0.5], "p-2": [np.nan, 0]})
-    rewards = conform(head_reward(table, linear(2, -1).table(), ctx), REWARDS).to_pylist()
+    rewards = conform(head_reward(table, linear(2, -1).to_table(), ctx), REWARDS).to_pylist()
     assert {row["candidate_id"]: row["reward"] for row in rewards} == {"p-0": 0.0, "p-1": -6.5}
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["features not finite"]
     with pytest.raises(WinnowError, match="features have 2 numbers, and the head reads 3"):
-        head_reward(features_of({"p-0": [1, 2]}), linear(1, 1, 1).table(), ctx)
+        head_reward(features_of({"p-0": [1, 2]}), linear(1, 1, 1).to_table(), ctx)
 
 
 # Steering.
@@ -344,13 +347,13 @@ def test_stronger_steering_scores_higher(sharp, opinion, ctx):
     prompts = prompts_of(["p", "q"])
     means = []
     for strength in (0.0, 2.0, 20.0):
-        candidates = sample(prompts, sharp, ctx, opinion.table(), n=16, max_tokens=8, steer=strength, **UNCUT)
+        candidates = sample(prompts, sharp, ctx, opinion.to_table(), n=16, max_tokens=8, steer=strength, **UNCUT)
         means.append(opinion.score(matrix(features(prompts, candidates, sharp, ctx))).mean())
     assert means[0] < means[1] < means[2]
 
 
 def test_logp_kind_names_the_law_of_a_log_prob(sharp, opinion, ctx):
-    cut, heads = UNCUT | {"temperature": 0.7}, opinion.table()
+    cut, heads = UNCUT | {"temperature": 0.7}, opinion.to_table()
     for head_table, options, kind in ((None, UNCUT, "exact"), (heads, UNCUT, "steered"), (heads, cut, "raw")):
         candidates = sample(prompts_of(["p"]), sharp, ctx, head_table, n=2, max_tokens=4, **options)
         assert set(candidates["logp_kind"].to_pylist()) == {kind}
@@ -359,7 +362,7 @@ def test_logp_kind_names_the_law_of_a_log_prob(sharp, opinion, ctx):
 def steered_kl(sharp, opinion, ctx, **options):
     """log q - log p of each draw, as `evaluate` has it: q the steered law, p the policy it started from."""
     prompts = prompts_of(["p"])
-    candidates = sample(prompts, sharp, ctx, opinion.table(), **UNCUT, **options)
+    candidates = sample(prompts, sharp, ctx, opinion.to_table(), **UNCUT, **options)
     ids = zip(candidates["k"].to_pylist(), candidates["candidate_id"].to_pylist(), strict=True)
     rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0) for k, name in ids]
     judgements = pa.Table.from_pylist(rows, schema=JUDGEMENTS)

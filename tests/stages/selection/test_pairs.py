@@ -180,7 +180,7 @@ def test_a_pool_needs_prompts_with_demonstrations():
     assert check({}, {"prompts": InputStep("prompts")}) == check({}, {}) == []
     for step in (InputStep("prompts", {"demonstration": None}), InputStep("preferences", {"chosen": "chosen"})):
         (problem,) = check({}, {"prompts": step})
-        assert f"{step.stage} gives none; wire it to a step of stage prompts" in problem
+        assert f"{step.stage} provides none" in problem
 
 
 def borrowed(model, counts, selections=None, ids=None, ctx=None):
@@ -263,7 +263,7 @@ def test_labels_of_pairs():
 
 def test_pairs_of_another_origin_are_refused_by_name():
     """Not a KeyError: which id, and what to wire."""
-    with pytest.raises(WinnowError, match="no row has the id a-7: wire the inputs of this step to tables of one orig"):
+    with pytest.raises(WinnowError, match="no row has the id a-7"):
         examples(prompts_of("a"), space(), candidates_of({"a": 2}), pairs_of([(0, 7)]))
 
 
