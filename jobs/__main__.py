@@ -53,7 +53,7 @@ def winnow(
 
 
 def main() -> None:
-    """Run the command line. End with exit code 2 and the message, without a traceback, if users can correct the error."""
+    """Run the command line; an error that users can correct ends it with exit code 2 and no traceback."""
     warnings.showwarning = _show_warning
     try:
         app()

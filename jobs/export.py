@@ -29,7 +29,7 @@ BATCH = 4096  # pairs whose texts are in memory at once
 HEX = "0123456789abcdef"
 TABLES_READ = ("examples", "prompts", "pairs", "rewards")
 
-# One slice of prompts; the name of a table in braces is a condition. `position` orders duplicates of a pair in the data.
+# One slice of prompts; a table's name in braces is a condition. `position` orders duplicates of a pair in the data.
 PAIRS = """
 WITH flat AS (
     SELECT prompt_id, prompt_ids, responses, unnest(pairs) AS pair, generate_subscripts(pairs, 1) AS position
@@ -70,7 +70,7 @@ class PairSource:
 
 @dataclass
 class ExportResult:
-    """Counts of an export: pairs written, rejects by reason, pairs whose weight or label is not 1, longest in tokens."""
+    """Counts of pairs: written, rejects by reason, with a weight or label other than 1, tokens of the longest."""
 
     out: Path
     source: PairSource

@@ -27,5 +27,5 @@ def profile_path(profile: str) -> Path:
 
 
 def load(profile: str | None) -> Profile:
-    """Return the resources per stage; without a profile, stages share what Ray has. Raise WinnowError with all mistakes."""
+    """Return the resources per stage; without a profile, stages share what Ray has. Raise WinnowError for mistakes."""
     return load_profile(profile_path(profile), list(registry.entries)) if profile else Profile()

@@ -31,7 +31,7 @@ def table() -> pa.Table:
 
 
 def statement(typed: str) -> str:
-    """Return the SQL of a shipped query if its bare name is typed, else what is typed. Raise WinnowError for other words."""
+    """Return the SQL of a shipped query if its name is typed, else the text. Raise WinnowError for any other word."""
     word = typed.strip().removesuffix(";").rstrip()
     if word in names():
         return text(word)

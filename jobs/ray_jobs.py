@@ -84,8 +84,8 @@ class RayJobs(JobSubmissionClient):
         for library, (theirs, ours) in versions.items():
             if theirs != ours:
                 raise self._error(
-                    f"this cluster runs {library} {theirs}, and this environment has {library} {ours}; start the cluster "
-                    f"from an environment made like this one (make setup), or use one here with {library} {theirs}"
+                    f"this cluster runs {library} {theirs}, and this environment has {library} {ours}; start the "
+                    f"cluster from an environment made like this one (make setup), or use one here with {library} {theirs}"
                 )
 
     def _error(self, problem: str) -> WinnowError:

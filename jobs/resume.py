@@ -36,7 +36,7 @@ def command(words: list[str]) -> str:
 
 
 def without_force(words: list[str]) -> list[str]:
-    """Return the words without --force: its results were deleted when the run began, and forcing again undoes the run."""
+    """Return the words without --force: it deleted results when the run began, and would now undo the run's own."""
     return [
         word
         for before, word in zip(["", *words], words, strict=False)

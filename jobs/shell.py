@@ -22,55 +22,11 @@ from pipeline.store.storage import cache
 from schemas import TABLES, WinnowError
 
 COMMANDS = (".tables", ".queries", ".help", ".quit")
-KEYWORDS = [
-    "SELECT",
-    "DISTINCT",
-    "FROM",
-    "WHERE",
-    "GROUP",
-    "ORDER",
-    "BY",
-    "HAVING",
-    "LIMIT",
-    "JOIN",
-    "LEFT",
-    "USING",
-    "ON",
-    "AS",
-    "AND",
-    "OR",
-    "NOT",
-    "IN",
-    "IS",
-    "NULL",
-    "LIKE",
-    "BETWEEN",
-    "CASE",
-    "WHEN",
-    "THEN",
-    "ELSE",
-    "END",
-    "WITH",
-    "UNION",
-    "ALL",
-    "OVER",
-    "PARTITION",
-    "QUALIFY",
-    "UNNEST",
-    "COUNT",
-    "SUM",
-    "AVG",
-    "MIN",
-    "MAX",
-    "MEDIAN",
-    "QUANTILE_CONT",
-    "DESC",
-    "ASC",
-    "DESCRIBE",
-    "SUMMARIZE",
-    "SHOW",
-    "TABLES",
-]
+KEYWORDS = (
+    "SELECT DISTINCT FROM WHERE GROUP ORDER BY HAVING LIMIT JOIN LEFT USING ON AS AND OR NOT IN IS NULL LIKE BETWEEN "
+    "CASE WHEN THEN ELSE END WITH UNION ALL OVER PARTITION QUALIFY UNNEST COUNT SUM AVG MIN MAX MEDIAN QUANTILE_CONT "
+    "DESC ASC DESCRIBE SUMMARIZE SHOW TABLES"
+)
 HELP = """A statement is one SELECT (also FROM, WITH, DESCRIBE, SUMMARIZE, SHOW TABLES), ended by a semicolon.
 The name of a shipped query runs that query. Tab completes, Ctrl-C cancels.
   .tables          tables, their rows, and what one row is
@@ -176,11 +132,11 @@ def column_table(name: str) -> pa.Table:
 def completions() -> list[str]:
     """Return what Tab completes: dot commands, tables, their columns, shipped queries, SQL keywords."""
     columns = {column.name for schema in VIEWS.values() for column in schema}
-    return [*COMMANDS, *sorted({*VIEWS, *columns, *queries.names()}), *KEYWORDS]
+    return [*COMMANDS, *sorted({*VIEWS, *columns, *queries.names()}), *KEYWORDS.split()]
 
 
 def split(text: str) -> tuple[list[str], str]:
-    """Return the complete statements, and the rest; a command, or the name of a shipped query, is complete by its line."""
+    """Return the complete statements, and the rest; a command, or a shipped query's name, is complete by its line."""
     if text.lstrip().startswith(".") or text.strip() in queries.names():
         return [text], ""
     ready, statement = [], ""

@@ -84,9 +84,7 @@ class Comparison:
         left, right = self.left.steps, self.right.steps
         for name in left:
             if name in right:
-                self._compare(
-                    name, left[name], right[name], lambda a, b: bool(self.left.names(a) & self.right.names(b))
-                )
+                self._compare(name, left[name], right[name], self._same_name)
         for side, names in ((self.left, left.keys() - right.keys()), (self.right, right.keys() - left.keys())):
             if names:
                 self.differences.append(f"only in {side.argument}: {', '.join(sorted(names))}")
@@ -106,6 +104,9 @@ class Comparison:
             if self._same_stage(source, other["inputs"].get(input_name)):
                 source_name = min(self.left.names(source), default=f"{name}.{input_name}")
                 self.compare_steps(source_name, source, other["inputs"][input_name])
+
+    def _same_name(self, left: str, right: str) -> bool:
+        return bool(self.left.names(left) & self.right.names(right))
 
     def _same_stage(self, left: str, right: str | None) -> bool:
         """Return whether both are finished results of one stage, so that more can be said than that they differ."""

@@ -43,7 +43,7 @@ def adopt(
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
 ) -> None:
-    """Register files from elsewhere as the result of a step. They are checked first; the manifest names their origin."""
+    """Register files from elsewhere as the result of a step, after checking them. The manifest names their origin."""
     from jobs.adopt import adopt
 
     adopted, manifest = adopt(plan_named(recipe, configs, sets), step, path, Store(store))

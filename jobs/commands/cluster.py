@@ -80,7 +80,7 @@ def submit(
 
     # The job runs `winnow run` with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
-    flags = [("--set", item) for item in sets]
+    flags: list[tuple[str, str | None]] = [("--set", item) for item in sets]
     flags += [("--only", only), ("--until", until), ("--from", onward), ("--force", force)]
     flags += [("--workers", str(workers)), ("--store", location), ("--address", "auto")]
     with TemporaryDirectory() as folder:
