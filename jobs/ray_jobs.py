@@ -85,7 +85,8 @@ class RayJobs(JobSubmissionClient):
             if theirs != ours:
                 raise self._error(
                     f"this cluster runs {library} {theirs}, and this environment has {library} {ours}; start the "
-                    f"cluster from an environment made like this one (make setup), or use one here with {library} {theirs}"
+                    "cluster from an environment made like this one (make setup), or use one here with "
+                    f"{library} {theirs}"
                 )
 
     def _error(self, problem: str) -> WinnowError:
