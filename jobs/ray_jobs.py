@@ -77,6 +77,8 @@ class RayJobs(JobSubmissionClient):
                     ".".join(v.split(".")[:2]) for v in (metadata["pythonVersion"], platform.python_version())
                 ),
             }
+        except WinnowError:  # a ValueError too
+            raise
         except (RuntimeError, ValueError, TypeError, LookupError):
             raise self._error(
                 f"answers, but not as a Ray dashboard: another port of Ray, or another program; {PORT}"
