@@ -159,7 +159,8 @@ def options_markdown(entry: Entry) -> str:
     """Return a Markdown table of the options of a stage or function, or a sentence if it has none."""
     rows = []
     for name, field in entry.options.model_fields.items():
-        default = "required" if field.is_required() else f"`{json.dumps(field.default, default=str)}`"
+        value = json.dumps(field.default, default=str).replace("Infinity", ".inf")  # as YAML writes it
+        default = "required" if field.is_required() else f"`{value}`"
         note = " (not part of the key)" if name in entry.execution else ""
         rows.append({
             "option": f"`{name}`",
@@ -193,10 +194,9 @@ def describe_type(hint: Any, metadata: tuple[Any, ...] = ()) -> str:
     text = PATHS.get(hint) or str(getattr(hint, "__name__", hint))
     symbols = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     limits = [(symbols[name], value) for item in bounds for name, value in vars(item).items() if value is not None]
+    finite = "finite " if any(abs(value) == float("inf") for _, value in limits) else ""
     words = [f"{symbol} {value:g}" for symbol, value in limits if abs(value) != float("inf")]
-    if any(abs(value) == float("inf") for _, value in limits):
-        words.append("finite")
-    return f"{text} {', '.join(words)}".strip()
+    return f"{finite}{text} {', '.join(words)}".strip()
 
 
 def docstring(entry: Entry) -> str:

@@ -29,7 +29,7 @@ def test_every_recipe_says_what_it_is_and_what_it_optimises():
 def test_the_type_of_an_option_in_words():
     assert describe_type(Annotated[int, Range(gt=0)]) == "int > 0"
     assert describe_type(Annotated[float, Range(ge=0, lt=1)] | None) == "float ≥ 0, < 1 or null"
-    assert describe_type(Finite) == "float finite"
+    assert describe_type(Finite) == "finite float"
     assert describe_type(Literal["vllm", "fake"]) == "`vllm` or `fake`"
     assert describe_type(dict[str, list[int]]) == "mapping of str to list of int"
     assert describe_type(list[Annotated[Bound, selection_rule]]) == "list of selection rule"
