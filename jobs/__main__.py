@@ -33,8 +33,8 @@ INTERRUPTED = 130  # typer's exit code for Ctrl-C
 _show_python_warning = warnings.showwarning
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(show: bool) -> None:
+    if show:
         try:
             number = version("winnow-pipeline")
         except PackageNotFoundError:  # a copy of the packages, as on a cluster

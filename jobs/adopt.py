@@ -58,13 +58,13 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
     if len(steps) > 1:
         raise WinnowError(f"adopt {name}: give the round too: {', '.join(step.name for step in steps)}")
     step, source = steps[0], parse_location(path)
-    folder, place = store.folder(step), f"adopt {step.name}: {path}"
+    folder, where = store.folder(step), f"adopt {step.name}: {path}"
     _check_vacant(step, folder)
     if folder.path in (source, *source.parents):
-        raise WinnowError(f"{place}: is inside the folder of the step itself; move it elsewhere first")
-    artifact = _read_artifact(step, path, place)
+        raise WinnowError(f"{where}: is inside the folder of the step itself; move it elsewhere first")
+    artifact = _read_artifact(step, path, where)
     if problems := list(_problems(step, artifact, store)):
-        raise WinnowError(*(f"{place}: {problem}" for problem in problems))
+        raise WinnowError(*(f"{where}: {problem}" for problem in problems))
 
     store.check()
     store.link_run(plan.name, plan.steps)
@@ -102,19 +102,19 @@ def _check_vacant(step: Step, folder: StepFolder) -> None:
         )
 
 
-def _read_artifact(step: Step, path: str, place: str) -> Artifact:
+def _read_artifact(step: Step, path: str, where: str) -> Artifact:
     """Read a step's folder of a store, Parquet files, a model folder, or the last two in one folder."""
     location = parse_location(path)
     source = StepFolder(location)
     manifest = None if isinstance(location, Path) and not location.is_dir() else source.manifest
     if manifest is not None:
-        return _read_step(step, source, manifest, place)
+        return _read_step(step, source, manifest, where)
     if not isinstance(location, Path):
-        raise WinnowError(f"{place}: no finished step is there; copy other files to this machine first")
+        raise WinnowError(f"{where}: no finished step is there; copy other files to this machine first")
     if not location.exists():
-        raise WinnowError(f"{place}: no such file or folder")
+        raise WinnowError(f"{where}: no such file or folder")
     if any(location.glob("part-*.json")):
-        raise WinnowError(f"{place}: a step that is not finished; finish its run first")
+        raise WinnowError(f"{where}: a step that is not finished; finish its run first")
 
     # One Parquet file per table, or all files that begin with the table's name.
     tables, problems, missing = {}, [], []
@@ -129,10 +129,10 @@ def _read_artifact(step: Step, path: str, place: str) -> Artifact:
         try:
             tables[name] = pa.concat_tables([schema.empty_table(), *(_read_parquet(file, schema) for file in files)])
         except WinnowError as error:
-            problems += [f"{place}: {problem}" for problem in error.problems]
+            problems += [f"{where}: {problem}" for problem in error.problems]
     if missing:
         files_like = f"{missing[0]}.parquet, {missing[0]}-00001.parquet"
-        raise WinnowError(f"{place}: lacks {', '.join(missing)} (files like {files_like})")
+        raise WinnowError(f"{where}: lacks {', '.join(missing)} (files like {files_like})")
     if problems:
         raise WinnowError(*problems)
     parts = deal(tables, step.shards)
@@ -143,19 +143,19 @@ def _read_artifact(step: Step, path: str, place: str) -> Artifact:
         try:
             model = ModelPath(str(location / "model" if beside else location)).path
         except ValueError as error:
-            raise WinnowError(f"{place}: {error}") from None
+            raise WinnowError(f"{where}: {error}") from None
     origin = {"from": location.name, "identity": None, "digest": digest_of(location)}
     return Artifact(parts.__getitem__, model, origin)
 
 
-def _read_step(step: Step, source: StepFolder, manifest: Json, place: str) -> Artifact:
+def _read_step(step: Step, source: StepFolder, manifest: Json, where: str) -> Artifact:
     """Read a finished step, part by part if both have as many: the prompt id alone decides a row's part."""
     if not manifest.keys() >= MANIFEST_FIELDS:
-        raise WinnowError(f"{place}: its manifest.json is not a step's; move it elsewhere to adopt the other files")
+        raise WinnowError(f"{where}: its manifest.json is not a step's; move it elsewhere to adopt the other files")
     outputs = [table_name(schema) for schema in step.shape.outputs] + ["model"] * step.shape.makes_model
     available = set(manifest["rows"]) | ({"model"} if manifest["model"] else set())
     if missing := [kind for kind in outputs if kind not in available]:
-        raise WinnowError(f"{place}: {manifest['stage']} has no {' and no '.join(missing)}")
+        raise WinnowError(f"{where}: {manifest['stage']} has no {' and no '.join(missing)}")
     schemas = [*step.shape.outputs, REJECTS]
 
     def part(shard: int | None) -> Tables:
@@ -169,7 +169,7 @@ def _read_step(step: Step, source: StepFolder, manifest: Json, place: str) -> Ar
     }
     model = source.model().folder if step.shape.makes_model else None
     if model and model_digest(model) != manifest["model"]:
-        raise WinnowError(f"{place}: its model is not the one that its manifest names; use the original folder")
+        raise WinnowError(f"{where}: its model is not the one that its manifest names; use the original folder")
     if manifest["identity"]["shards"] == step.shards:
         return Artifact(part, model, origin)
     return Artifact(deal(part(None), step.shards).__getitem__, model, origin)
@@ -215,8 +215,8 @@ def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
         for column in table.column_names:
             if column == "candidate_id" and step.shape.makes("candidates"):
                 continue  # they are new
-            source, known = _input_ids(step, column, store)
-            unknown = [] if known is None else table.filter(pc.invert(pc.is_in(table[column], known)))[column]
+            source, input_ids = _input_ids(step, column, store)
+            unknown = [] if input_ids is None else table.filter(pc.invert(pc.is_in(table[column], input_ids)))[column]
             if len(unknown):
                 yield (
                     f"{len(unknown):,} of {table.num_rows:,} rows of {name} have a {column} that is not among those of "

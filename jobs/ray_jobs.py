@@ -34,6 +34,7 @@ SILENCE = 60.0  # seconds without a line of the log until the stream counts as l
 PATIENCE = 5  # polls of a job that is stopping, before a message says so
 CHATTY = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")  # under ray
 PORT = "the head prints its dashboard's URL when it starts, with port 8265 by default"
+NOT_RAY = f"answers, but not as a Ray dashboard: another port of Ray, or another program; {PORT}"
 
 
 def dashboard_url(address: str | None) -> tuple[str, str]:
@@ -80,9 +81,7 @@ class RayJobs(JobSubmissionClient):
         except WinnowError:  # a ValueError too
             raise
         except (RuntimeError, ValueError, TypeError, LookupError):
-            raise self._error(
-                f"answers, but not as a Ray dashboard: another port of Ray, or another program; {PORT}"
-            ) from None
+            raise self._error(NOT_RAY) from None
         for library, (theirs, ours) in versions.items():
             if theirs != ours:
                 raise self._error(
@@ -104,16 +103,16 @@ class RayJobs(JobSubmissionClient):
             response: requests.Response = super()._do_request(method, endpoint, timeout=limit, **options)
         except AuthenticationError as error:
             file = os.environ.get("RAY_AUTH_TOKEN_PATH")
-            place = (
+            location = (
                 f"{file}, which RAY_AUTH_TOKEN_PATH names instead of ~/.ray/auth_token" if file else "~/.ray/auth_token"
             )
             raise self._error(
                 f"{error.message.splitlines()[0]}; this cluster requires a token: put the one with which its head was "
-                f"started (`ray get-auth-token` prints it there) into RAY_AUTH_TOKEN or {place}"
+                f"started (`ray get-auth-token` prints it there) into RAY_AUTH_TOKEN or {location}"
             ) from None
         except (requests.ConnectionError, requests.Timeout) as error:
             if "BadStatusLine" in str(error) or "Connection reset" in str(error):  # a server, but not of HTTP
-                raise ValueError("not HTTP") from None
+                raise self._error(NOT_RAY) from None
             reason = "timed out" if isinstance(error, requests.Timeout) else _innermost(error)
             override = f"; {self.source} named it, and outranks --address" if self.source in OVERRIDES else ""
             raise self._error(
@@ -121,12 +120,9 @@ class RayJobs(JobSubmissionClient):
             ) from None
         if response.status_code >= 400 and response.status_code != 404:
             text = last_line(response.text)[:300]
-            hint = (
-                "; if it is just starting, try again in a moment"
-                if response.status_code in (429, 502, 503, 504)
-                else ""
-            )
-            raise self._error(f"answers {response.status_code} {response.reason}{f' ({text})' if text else ''}{hint}")
+            problem = f"answers {response.status_code} {response.reason}{f' ({text})' if text else ''}"
+            busy = response.status_code in (429, 502, 503, 504)
+            raise self._error(f"{problem}; if it is just starting, try again in a moment" if busy else problem)
         return response
 
     def nodes(self) -> Nodes:

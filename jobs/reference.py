@@ -145,7 +145,8 @@ def stage_page(entry: Entry, level: str = "#") -> str:
     lines += ["", options_markdown(entry)]
     for option, field in entry.options.model_fields.items():
         for registry in _registries_in(Annotated[field.annotation, None, *field.metadata]):
-            rows = [{option: _with_aliases(item), "about": first_line(item)} for item in _by_name(registry)]
+            rows = [{option: ", ".join(f"`{name}`" for name in (item.name, *item.aliases)), "about": first_line(item)}
+                    for _, item in sorted(registry.entries.items())]  # fmt: skip
             lines += ["", markdown_table(rows)]
     return "\n".join(lines)
 
@@ -210,14 +211,6 @@ def first_line(entry: Entry) -> str:
     return docstring(entry).partition("\n")[0]
 
 
-def _by_name(registry: Registry) -> list[Entry]:
-    return [entry for _, entry in sorted(registry.entries.items())]
-
-
-def _with_aliases(entry: Entry) -> str:
-    return ", ".join(f"`{name}`" for name in (entry.name, *entry.aliases))
-
-
 def _is_ours(entry: Entry) -> bool:
     return entry.fn.__module__.split(".")[0] in ("stages", "jobs")
 
@@ -245,7 +238,7 @@ def stages_markdown() -> str:
     pages = [markdown_table(index), *(stage_page(entry, "###") for entry in entries)]
     for kind, registry in sorted(registries().items()):
         pages.append(f"## Functions: {kind}")
-        pages += [function_page(entry, kind, "###") for entry in _by_name(registry) if _is_ours(entry)]
+        pages += [function_page(entry, kind, "###") for _, entry in sorted(registry.entries.items()) if _is_ours(entry)]
     return "\n\n".join(pages)
 
 

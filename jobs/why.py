@@ -1,7 +1,7 @@
 """Explanation of why two runs, or two steps, differ: the fields where a difference arises, not what follows from it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.config.keys import differences
@@ -138,16 +138,15 @@ class Comparison:
         return min(side.names(key), default=f"{stage} {key}")
 
     def lines(self) -> list[str]:
+        """Return the differences, and what can be said of the other steps, as lines for people."""
         lines = list(self.differences)
         if self.only_through_inputs:
             lines.append(f"only through their inputs: {', '.join(self.only_through_inputs)}")
         if self.unfinished:
             lines.append(f"not finished on both sides, so that they cannot be compared: {', '.join(self.unfinished)}")
         lines = lines or [f"no difference: {self.left.argument} and {self.right.argument} have the same keys"]
-        return lines + list(self._adopted())
-
-    def _adopted(self) -> Iterator[str]:
         for side in (self.left, self.right):
             for name, key in side.steps.items():
                 if source := self.manifests.get(key, {}).get("adopted"):
-                    yield f"{side.argument}: {name} is adopted from {source['from']}"
+                    lines.append(f"{side.argument}: {name} is adopted from {source['from']}")
+        return lines

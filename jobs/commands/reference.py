@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.markdown import Markdown
 
 from jobs.commands.app import console
 from jobs.console import as_table
@@ -25,5 +24,7 @@ def options(
     if name is None:
         console.print(as_table(stage_table()))
         return
+    from rich.markdown import Markdown
+
     for page in option_pages(name):
         console.print(Markdown(page))

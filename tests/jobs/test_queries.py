@@ -33,7 +33,8 @@ COLUMNS = {
     "cost": "run stage steps rows rejects seconds wall_seconds gpu_seconds cpu_seconds share tokens ranker_calls",
     "curves": "run step metric value",
     "disagreements": "run prompt_id responses proxy_win gold_win too_kind gold_gain text",
-    "duplicates": "run step prompts candidates different duplicates prompts_with_duplicates prompts_all_alike most_of_one",
+    "duplicates": "run step prompts candidates different duplicates prompts_with_duplicates prompts_all_alike "
+    "most_of_one",
     "evaluations_by_run": "run metric value low high",
     "heldout": "run step metric value",
     "leaderboard": "run gold_win proxy_win gold_reward kl_nats tokens prompts seconds own_seconds",
