@@ -108,13 +108,11 @@ def registries() -> dict[str, Registry]:
 
 
 def _registries_in(hint: Any) -> Iterator[Registry]:
-    for arg in get_args(hint):
+    for arg in get_args(hint):  # the metadata of Annotated among them
         if isinstance(arg, Registry):
             yield arg
         else:
             yield from _registries_in(arg)
-    if get_origin(hint) is Annotated:
-        yield from (item for item in hint.__metadata__ if isinstance(item, Registry))
 
 
 def option_pages(name: str) -> list[str]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from rich.console import Console
 
 from jobs import queries
@@ -43,7 +43,7 @@ class Shell:
         self, catalog: Catalog, show: Callable[[Answer], None], console: Console, error_console: Console
     ) -> None:
         self.catalog, self.show, self.console, self.error_console = catalog, show, console, error_console
-        self.interactive = sys.stdin.isatty()
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()  # else prompts would be in the output
         self.errors = 0
 
     def run(self) -> None:
@@ -55,11 +55,16 @@ class Shell:
 
     def _typed(self) -> Iterator[str]:
         """Yield complete statements from a terminal, with completion and a history that is kept between sessions."""
-        history = cache() / "sql_history"
-        history.parent.mkdir(parents=True, exist_ok=True)
+        file = cache() / "sql_history"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            history: History = FileHistory(str(file))
+        except OSError:  # a home that cannot be written to: the shell works without it
+            history = InMemoryHistory()
         session: PromptSession[str] = PromptSession(
             "winnow> ",
-            history=FileHistory(str(history)),
+            history=history,
             completer=WordCompleter(completions(), ignore_case=True, pattern=re.compile(r"\.?\w+")),
             complete_while_typing=False,
             # Enter ends the input once nothing is left over, and else begins a line.

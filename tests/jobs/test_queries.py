@@ -53,7 +53,7 @@ COLUMNS = {
     "slow_steps": "run step stage key seconds wall_seconds busy rows_per_second tokens_per_second bytes",
     "status": "run step stage key state rows rejects seconds tokens ranker_calls",
     "two_losses": "policy preference_loss imitation_loss preference_accuracy",
-    "unpaired": "run prompt_id candidates kept spread left_out text",
+    "unpaired": "run prompt_id candidates kept spread reject_reasons text",
 }
 # Two prompts to train on and one that is held out; four candidates of p, of which two are duplicates, and two of q.
 TEXTS = {"p": "train", "q": "train", "h": "heldout"}
@@ -314,9 +314,9 @@ def test_status_shows_steps_that_are_not_finished(tmp_path: Path):
 def test_an_unpaired_prompt_says_why(store: Store):
     """q was scored and kept, and its pair was a tie; h is held out, p has pairs."""
     rows = rows_of(store, "unpaired")
-    assert [(row["prompt_id"], row["candidates"], row["kept"], row["spread"], row["left_out"]) for row in rows] == [
-        ("q", 2, 1, 0.0, "tie")
-    ]
+    assert [
+        (row["prompt_id"], row["candidates"], row["kept"], row["spread"], row["reject_reasons"]) for row in rows
+    ] == [("q", 2, 1, 0.0, "tie")]
 
 
 def test_evaluations_and_leaderboard_have_the_best_round_first(store: Store):

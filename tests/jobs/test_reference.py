@@ -47,6 +47,7 @@ def test_the_commands(winnow):
     facts = ["rewards (table rewards)", "table selections", "rule", "required", "selection rule", "rejection_sample"]
     assert code == 0
     assert [fact for fact in facts if fact not in text] == []
+    assert text.count("rejection_sample") == 1
     code, text = winnow("options", "rejection_sample")
     assert code == 0
     assert [fact for fact in ("arXiv:2309.06657", "beta", "int > 0", "float ≥ 0 or null") if fact not in text] == []
