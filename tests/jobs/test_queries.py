@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -139,14 +140,14 @@ def test_every_query_says_in_its_first_line_what_it_answers():
         assert queries.about(name)[-1] in ".?"
 
 
-@pytest.mark.parametrize("name", queries.names())
-def test_every_query_has_its_columns_on_any_store(tmp_path: Path, store: Store, name: str):
+def test_every_query_has_its_columns_on_any_store(tmp_path: Path, store: Store):
     """Also on an empty store, with the same types but no row."""
-    full = query(open_catalog(store), queries.text(name))
-    empty = query(open_catalog(Store(tmp_path / "nothing")), queries.text(name))
-    assert full.column_names == empty.column_names == COLUMNS[name].split()
-    assert empty.schema.equals(full.schema)
-    assert empty.num_rows == 0 < full.num_rows
+    catalog, nothing = open_catalog(store), open_catalog(Store(tmp_path / "nothing"))
+    for name in queries.names():
+        full, empty = query(catalog, queries.text(name)), query(nothing, queries.text(name))
+        assert full.column_names == empty.column_names == COLUMNS[name].split()
+        assert empty.schema.equals(full.schema)
+        assert empty.num_rows == 0 < full.num_rows, name
 
 
 def test_a_bare_name_is_a_query_and_a_misspelt_one_is_refused():
@@ -157,31 +158,76 @@ def test_a_bare_name_is_a_query_and_a_misspelt_one_is_refused():
         queries.statement("leaderbord")
 
 
-def test_acceptance_has_the_hardest_prompt_first(store: Store):
-    first, second = rows_of(store, "acceptance")
-    assert (first["prompt_id"], first["kept"], first["passes"], first["mean_reward"]) == ("p", 2, 3, 2.5)
-    assert (second["prompt_id"], second["acceptance"], second["ess"]) == ("q", 1.0, 2.0)
+# What is known of the store above: a query, a row of its answer (by some of its values), and other values of that row.
+KNOWN: list[tuple[str, dict, dict]] = [
+    ("acceptance", dict(prompt_id="p"), dict(kept=2, passes=3, mean_reward=2.5)),
+    ("acceptance", dict(prompt_id="q"), dict(acceptance=1.0, ess=2.0)),
+    # The expected maximum. p has 0, 1, 2, 5: the mean is 2, the best of two (1 + 2 + 2 + 3 * 5) / 6; q has 3, 3.
+    ("best_of", dict(n=1), dict(prompts=2, best=(2 + 3) / 2)),
+    ("best_of", dict(n=2), dict(prompts=2, best=(20 / 6 + 3) / 2)),
+    ("best_of", dict(n=4), dict(prompts=1, best=5)),
+    # Two responses: proxy 1 and 1, gold 0 and one half; the gold reward lost 2 and 0.
+    ("disagreements", dict(prompt_id="h"), dict(run="rso@1", responses=2, text="text h", too_kind=0.75, gold_gain=-1)),
+    # a and b are duplicates among six candidates of two prompts.
+    ("duplicates", dict(step="sample"), dict(prompts=2, candidates=6, different=5, duplicates=1 / 6)),
+    ("duplicates", dict(step="sample"), dict(prompts_with_duplicates=1, prompts_all_alike=0, most_of_one=2)),
+    # d (3 tokens) over a (1), and b (1) over c (2): the longer one of two was chosen once of twice.
+    ("length_bias", {}, dict(pairs=2, chosen_tokens=2.0, rejected_tokens=1.5, longer_chosen=0.5, gap_and_length=1)),
+    ("lengths", dict(step="sample", finish_reason="length"), dict(n=1, most=3, share=1 / 6)),
+    ("lengths", dict(step="sample", finish_reason="stop"), dict(n=5, most=2)),
+    # Gaps of 3 and 0.05 nats; near ties are below a tenth.
+    ("pair_gaps", {}, dict(rule="matches", pairs=2, prompts=1, near_ties=0.5, median=1.525, mean_gap=1.525)),
+    ("pair_gaps", {}, dict(chosen_better=(1 / (1 + math.exp(-3)) + 1 / (1 + math.exp(-0.05))) / 2)),
+    # (2 - 0) / 2 and (3 + 1) / 2: half the difference of both orders; a sign and a zero differ too.
+    ("position_bias", {}, dict(n=2, bias=1.5, mean_difference=3.0, flipped=1.0)),
+    # d beats a, as 5 > 0; b loses to a, against 1 > 0; e and f have equal rewards, which are omitted.
+    ("ranker_agreement", dict(nats_apart="1 to 2"), dict(comparisons=1, agree=0.0)),
+    ("ranker_agreement", dict(nats_apart="2 or more"), dict(comparisons=1, agree=1.0)),
+    # Of the reference alone: d - a = 2 nats, b - c = -2.
+    ("reference_margin", {}, dict(pairs=2, mean_margin=0.0, already_right=0.5, model="sft", spread=math.sqrt(8))),
+    ("rejects", dict(step="pair"), dict(reason="tie", n=1, first_place="pair")),
+    ("rejects", dict(step="prompts"), dict(reason="too long", n=1, first_place="line 3")),
+    ("rounds", dict(round=1), dict(gold_win=0.6, kl=6.0, gained=None)),
+    ("rounds", dict(round=2), dict(run="rso", gained=0.2)),
+    ("selection", {}, dict(prompts=2, kept=3, passes=3, mean_reward_kept=8 / 3, mean_reward_all=14 / 6)),
+    # q was scored and selected, and its pair was a tie; h is held out, p has pairs.
+    ("unpaired", {}, dict(prompt_id="q", candidates=2, kept=1, spread=0.0, reject_reasons="tie")),
+    ("heldout", dict(metric="loss"), dict(value=0.4)),
+    ("heldout", dict(metric="accuracy"), dict(value=0.4)),
+    ("two_losses", {}, dict(policy="rso", preference_loss=0.4, imitation_loss=0.4, preference_accuracy=0.4)),
+]
+# Number of rows of some answers, and a column of all rows in order.
+COUNTS = {"acceptance": 2, "best_of": 3, "ranker_agreement": 2, "rejects": 2, "rounds": 2, "unpaired": 1, "heldout": 2}
+ORDERED = {
+    "acceptance": ("prompt_id", ["p", "q"]),  # the hardest prompt first
+    "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@1", "rso@1"]),
+    "leaderboard": ("gold_win", ["80.0 % [70.0, 90.0]", "60.0 % [50.0, 70.0]"]),  # the best round first
+    "rejects": ("step", ["pair", "prompts"]),
+}
 
 
-def test_best_of_is_the_expected_maximum(store: Store):
-    """p has 0, 1, 2, 5: the mean is 2, the best of two is (1 + 2 + 2 + 3 * 5) / 6, of four 5; q has 3, 3."""
-    best = {row["n"]: (row["prompts"], row["best"]) for row in rows_of(store, "best_of")}
-    assert best == {
-        1: (2, pytest.approx((2 + 3) / 2)),
-        2: (2, pytest.approx((20 / 6 + 3) / 2)),
-        4: (1, pytest.approx(5)),
-    }
+def test_answers_on_a_known_store(store: Store):
+    for name, values, expected in KNOWN:
+        row = next(row for row in rows_of(store, name) if values.items() <= row.items())
+        assert {column: row[column] for column in expected} == pytest.approx(expected), name
+    assert {name: len(rows_of(store, name)) for name in COUNTS} == COUNTS
+    for name, (column, expected) in ORDERED.items():
+        assert [row[column] for row in rows_of(store, name)] == expected, name
 
 
-def test_cost_says_where_the_time_went(store: Store):
-    """100 s of training and 10 s of sampling, on two GPUs; nine other steps took 1.5 s, two of them evaluations."""
-    rows = {row["stage"]: row for row in rows_of(store, "cost")}
-    total = sum(row["gpu_seconds"] for row in rows.values())
-    assert next(iter(rows)) == "optimize"
-    assert rows["sample"]["gpu_seconds"] == 2 * rows["sample"]["cpu_seconds"] == 2 * rows["sample"]["seconds"]
-    assert rows["evaluate"]["steps"] == 2
-    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-    assert rows["optimize"]["share"] == pytest.approx(rows["optimize"]["gpu_seconds"] / total)
+def test_cost_and_slow_steps_say_where_the_time_went(store: Store):
+    """100 s of training, and 10 s of sampling by two workers in 5 s, on two GPUs; nine other steps took 1.5 s each."""
+    cost = {row["stage"]: row for row in rows_of(store, "cost")}
+    total = sum(row["gpu_seconds"] for row in cost.values())
+    assert next(iter(cost)) == "optimize"
+    assert cost["sample"]["gpu_seconds"] == 2 * cost["sample"]["cpu_seconds"] == 2 * cost["sample"]["seconds"]
+    assert cost["evaluate"]["steps"] == 2
+    assert sum(row["share"] for row in cost.values()) == pytest.approx(1)
+    assert cost["optimize"]["share"] == pytest.approx(cost["optimize"]["gpu_seconds"] / total)
+    rows = rows_of(store, "slow_steps")
+    assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
+    row = next(row for row in rows if row["step"] == "sample")
+    assert (row["busy"], row["rows_per_second"]) == (row["seconds"] / 5.0, 6 / row["seconds"])
 
 
 def test_curves_have_metrics_and_speeds_but_nothing_held_out(store: Store):
@@ -192,144 +238,38 @@ def test_curves_have_metrics_and_speeds_but_nothing_held_out(store: Store):
     ]
 
 
-def test_disagreements_are_what_the_ranker_likes_and_gold_does_not(store: Store):
-    """Two responses: proxy 1 and 1, gold 0 and one half; the gold reward lost 2 and 0."""
-    row = rows_of(store, "disagreements")[0]
-    assert (row["run"], row["prompt_id"], row["responses"], row["text"]) == ("rso@1", "h", 2, "text h")
-    assert (row["too_kind"], row["gold_gain"]) == (0.75, -1.0)
-
-
-def test_duplicates_are_equal_tokens_of_one_prompt(store: Store):
-    """a and b are duplicates among six candidates of two prompts; the held-out responses have none."""
-    row = next(row for row in rows_of(store, "duplicates") if row["step"] == "sample")
-    assert (row["prompts"], row["candidates"], row["different"], row["prompts_with_duplicates"]) == (2, 6, 5, 1)
-    assert row["duplicates"] == pytest.approx(1 / 6)
-    assert (row["prompts_all_alike"], row["most_of_one"]) == (0, 2)
-
-
-def test_length_bias_counts_how_often_the_longer_one_was_chosen(store: Store):
-    """d (3 tokens) over a (1), and b (1) over c (2): the longer one of two was chosen once of twice."""
-    row = rows_of(store, "length_bias")[0]
-    assert (row["pairs"], row["chosen_tokens"], row["rejected_tokens"], row["longer_chosen"]) == (2, 2.0, 1.5, 0.5)
-    assert row["gap_and_length"] == pytest.approx(1)
-
-
-def test_lengths_say_how_responses_end(store: Store):
-    rows = {row["finish_reason"]: row for row in rows_of(store, "lengths") if row["step"] == "sample"}
-    assert {reason: (row["n"], row["most"]) for reason, row in rows.items()} == {"length": (1, 3), "stop": (5, 2)}
-    assert rows["length"]["share"] == pytest.approx(1 / 6)
-
-
-def test_pair_gaps_are_nats_and_near_ties_are_below_a_tenth(store: Store):
-    row = rows_of(store, "pair_gaps")[0]
-    assert (row["rule"], row["pairs"], row["prompts"], row["near_ties"]) == ("matches", 2, 1, 0.5)
-    assert row["median"] == row["mean_gap"] == pytest.approx(1.525)
-    assert row["chosen_better"] == pytest.approx((1 / (1 + math.exp(-3)) + 1 / (1 + math.exp(-0.05))) / 2)
-
-
-def test_position_bias_is_half_the_difference_of_both_orders(store: Store):
-    """(2 - 0) / 2 and (3 + 1) / 2; the second changes its sign, and a sign and a zero differ too."""
-    row = rows_of(store, "position_bias")[0]
-    assert (row["n"], row["bias"], row["mean_difference"], row["flipped"]) == (2, 1.5, 3.0, 1.0)
-
-
-def test_ranker_agreement_leaves_out_equal_rewards(store: Store):
-    """d beats a, as 5 > 0; b loses to a, against 1 > 0; e and f have one reward, which says nothing."""
-    rows = {row["nats_apart"]: (row["comparisons"], row["agree"]) for row in rows_of(store, "ranker_agreement")}
-    assert rows == {"1 to 2": (1, 0.0), "2 or more": (1, 1.0)}
-
-
-def test_reference_margin_is_of_the_reference_alone(store: Store):
-    """d - a = 2 nats, b - c = -2: the reference has one of two right."""
-    row = rows_of(store, "reference_margin")[0]
-    assert (row["pairs"], row["mean_margin"], row["already_right"], row["model"]) == (2, 0.0, 0.5, "sft")
-    assert row["spread"] == pytest.approx(math.sqrt(8))
-
-
 def test_rewards_and_lengths_are_correlated_within_prompts_and_over_all(store: Store):
-    """As numpy has it: within prompts, both are measured from the mean of the prompt."""
-    import numpy as np
-
+    """As numpy computes it: within prompts, both are measured from the mean of the prompt."""
     length = np.array([len(tokens) for tokens in TOKENS.values()], dtype=float)
     reward = np.array(list(SCORES.values()))
     is_p = np.array([name in "abcd" for name in TOKENS])
-    centred = [x - np.where(is_p, x[is_p].mean(), x[~is_p].mean()) for x in (length, reward)]
+    x, y = (values - np.where(is_p, values[is_p].mean(), values[~is_p].mean()) for values in (length, reward))
     row = rows_of(store, "reward_by_length")[0]
     assert (row["prompts"], row["candidates"]) == (2, 6)
     assert row["overall"] == pytest.approx(np.corrcoef(length, reward)[0, 1])
-    assert row["within_prompts"] == pytest.approx(centred[0] @ centred[1] / math.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))  # fmt: skip # noqa: E501
+    assert row["within_prompts"] == pytest.approx(x @ y / math.sqrt((x @ x) * (y @ y)))
 
 
 def test_the_histogram_counts_every_reward_once(store: Store):
     """Six rewards from 0 to 5 in bins of a tenth; the largest is in the last bin, not in another."""
     rows = rows_of(store, "reward_histogram")
-    every = [row for row in rows if row["what"] == "all candidates"]
-    assert [(row["low"], row["n"]) for row in every] == [
+    assert [(row["low"], row["n"]) for row in rows if row["what"] == "all candidates"] == [
         (pytest.approx(low), n) for low, n in ((0, 1), (1, 1), (2, 1), (3, 2), (4.9, 1))
     ]
     assert sum(row["n"] for row in rows if row["what"] == "kept") == 3
 
 
-def test_rejects_are_counted_by_step_and_reason(store: Store):
-    rejects = [(row["step"], row["reason"], row["n"], row["first_place"]) for row in rows_of(store, "rejects")]
-    assert rejects == [("pair", "tie", 1, "pair"), ("prompts", "too long", 1, "line 3")]
-
-
-def test_responses_stand_beside_the_baseline(store: Store):
-    row = query(open_catalog(store, "rso", 2), queries.text("responses")).to_pylist()
-    assert row == [dict(prompt="text h", baseline="base", response="ours", gold_baseline=3.0, gold=1.0)]
-
-
-def test_rounds_say_what_each_gained(store: Store):
-    first, second = rows_of(store, "rounds")
-    assert (first["gold_win"], first["kl"], first["gained"]) == (0.6, 6.0, None)
-    assert (second["run"], second["round"], second["gained"]) == ("rso", 2, pytest.approx(0.2))
-
-
-def test_selection_is_averaged_over_selected_rows(store: Store):
-    row = rows_of(store, "selection")[0]
-    assert (row["prompts"], row["kept"], row["passes"]) == (2, 3, 3)
-    assert row["mean_reward_kept"] == pytest.approx(8 / 3)
-    assert row["mean_reward_all"] == pytest.approx(14 / 6)
-
-
-def test_slow_steps_are_ordered_by_seconds_of_work(store: Store):
-    """Two workers at once: ten seconds of work in five."""
-    rows = rows_of(store, "slow_steps")
-    assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
-    row = next(row for row in rows if row["step"] == "sample")
-    assert (row["busy"], row["rows_per_second"]) == (row["seconds"] / 5.0, 6 / row["seconds"])
+def test_responses_are_beside_the_baseline(store: Store):
+    rows = query(open_catalog(store, "rso", 2), queries.text("responses")).to_pylist()
+    assert rows == [dict(prompt="text h", baseline="base", response="ours", gold_baseline=3.0, gold=1.0)]
 
 
 def test_status_shows_steps_that_are_not_finished(tmp_path: Path):
     store = Store(tmp_path / "store")
     put(store, "prompts", "1", [table(PROMPTS)])
     link(store, "one", prompts=("prompts", "1"), later=("select", "4444"))
-    assert {row["step"]: row["state"] for row in rows_of(store, "status")} == {
-        "prompts": "finished",
-        "later": "not finished",
-    }
-
-
-def test_an_unpaired_prompt_says_why(store: Store):
-    """q was scored and kept, and its pair was a tie; h is held out, p has pairs."""
-    rows = rows_of(store, "unpaired")
-    assert [
-        (row["prompt_id"], row["candidates"], row["kept"], row["spread"], row["reject_reasons"]) for row in rows
-    ] == [("q", 2, 1, 0.0, "tie")]
-
-
-def test_evaluations_and_leaderboard_have_the_best_round_first(store: Store):
-    assert [row["run"] for row in rows_of(store, "leaderboard")] == ["rso@2", "rso@1"]
-    assert [row["run"] for row in rows_of(store, "evaluations_by_run")] == ["rso@2", "rso@2", "rso@1", "rso@1"]
-    assert rows_of(store, "leaderboard")[0]["gold_win"] == "80.0 % [70.0, 90.0]"
-
-
-def test_held_out_losses_of_a_policy(store: Store):
-    assert {row["metric"]: row["value"] for row in rows_of(store, "heldout")} == {"loss": 0.4, "accuracy": 0.4}
-    assert rows_of(store, "two_losses") == [
-        dict(policy="rso", preference_loss=0.4, imitation_loss=0.4, preference_accuracy=0.4)
-    ]
+    states = {row["step"]: row["state"] for row in rows_of(store, "status")}
+    assert states == {"prompts": "finished", "later": "not finished"}
 
 
 def test_every_query_runs_on_a_whole_run(finished: Path):
