@@ -63,7 +63,7 @@ def submit(
     """Run recipes on a Ray cluster, and follow the log. The cluster must see the data, models and store."""
     from jobs.ray_jobs import RayJobs
 
-    # Everything that can be checked here is checked before the cluster is asked.
+    # Everything that can be checked here is checked before the first request to the cluster.
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
     plans = recipes.plans(recipe, configs, sets)
