@@ -96,7 +96,7 @@ class RayJobs(JobSubmissionClient):
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         """Send a request with a time limit, which Ray's client does not set: a head without power never answers.
 
-        Status 404 is left to the caller, for it also says that a package is not uploaded yet.
+        Status 404 of a package or a job is left to the caller: it also says that the package is not uploaded yet.
         """
         limit = UPLOAD_TIMEOUT if method in ("PUT", "POST") else TIMEOUT
         try:
@@ -118,7 +118,10 @@ class RayJobs(JobSubmissionClient):
             raise self._error(
                 f"does not answer ({reason}); is the cluster up, and reachable from here? {PORT}{override}"
             ) from None
-        if response.status_code >= 400 and response.status_code != 404:
+        if response.status_code == 404:
+            if not endpoint.startswith(("/api/packages/", "/api/jobs/")) or endpoint == "/api/jobs/":
+                raise self._error(NOT_RAY)
+        elif response.status_code >= 400:
             text = last_line(response.text)[:300]
             problem = f"answers {response.status_code} {response.reason}{f' ({text})' if text else ''}"
             busy = response.status_code in (429, 502, 503, 504)
