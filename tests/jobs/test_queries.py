@@ -211,8 +211,8 @@ def test_answers_on_a_known_store(store: Store):
         row = next(row for row in rows_of(store, name) if values.items() <= row.items())
         assert {column: row[column] for column in expected} == pytest.approx(expected), name
     assert {name: len(rows_of(store, name)) for name in COUNTS} == COUNTS
-    for name, (column, expected) in ORDERED.items():
-        assert [row[column] for row in rows_of(store, name)] == expected, name
+    for name, (column, cells) in ORDERED.items():
+        assert [row[column] for row in rows_of(store, name)] == cells, name
 
 
 def test_cost_and_slow_steps_say_where_the_time_went(store: Store):
