@@ -96,15 +96,15 @@ def stage_entries() -> list[Entry]:
 
 def registries() -> dict[str, Registry]:
     """Return the registries of the functions that an option of a stage or of another function can name, by kind."""
-    found: dict[str, Registry] = {}
+    by_kind: dict[str, Registry] = {}
     entries = list(stages.entries.values())
     for entry in entries:
         for field in entry.options.model_fields.values():
             for registry in _registries_in(Annotated[field.annotation, None, *field.metadata]):
-                if registry.kind not in found:
-                    found[registry.kind] = registry
+                if registry.kind not in by_kind:
+                    by_kind[registry.kind] = registry
                     entries += registry.entries.values()
-    return found
+    return by_kind
 
 
 def _registries_in(hint: Any) -> Iterator[Registry]:
@@ -121,14 +121,14 @@ def option_pages(name: str) -> list[str]:
     Raise WinnowError with the nearest name if there are none.
     """
     pages = [stage_page(entry) for entry in stages.entries.values() if name == entry.name]
-    known = list(stages.entries)
+    all_names = list(stages.entries)
     for registry in registries().values():
         for entry in registry.entries.values():
-            known += [entry.name, *entry.aliases]
+            all_names += [entry.name, *entry.aliases]
             if name in (entry.name, *entry.aliases):
                 pages.append(function_page(entry, registry.kind))
     if not pages:
-        raise WinnowError(f"options {name}: no stage or registered function {name!r}; {nearest(name, known)}")
+        raise WinnowError(f"options {name}: no stage or registered function {name!r}; {nearest(name, all_names)}")
     return pages
 
 

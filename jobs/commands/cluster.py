@@ -118,8 +118,8 @@ def stop(job: JobName, address: Address = None) -> None:
     from jobs.ray_jobs import RayJobs
 
     ended = RayJobs(address).stop(job, _say)
-    kept = f"; its finished parts are kept; {RESUBMIT}" if ended.status == "STOPPED" else ""
-    _say(f"{job}: {ended.status.lower()}{kept}")
+    note = f"; its finished parts are kept; {RESUBMIT}" if ended.status == "STOPPED" else ""
+    _say(f"{job}: {ended.status.lower()}{note}")
 
 
 def unfinished_steps(parts: list[Plan], force: str | None, store: Store) -> list[Step]:
