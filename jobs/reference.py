@@ -235,8 +235,8 @@ def stages_markdown() -> str:
     index = [{"stage": f"[`{entry.name}`](#{entry.name})", "about": first_line(entry)} for entry in entries]
     pages = [markdown_table(index), *(stage_page(entry, "###") for entry in entries)]
     for kind, registry in sorted(registries().items()):
-        pages.append(f"## Functions: {kind}")
-        pages += [function_page(entry, kind, "###") for _, entry in sorted(registry.entries.items()) if _is_ours(entry)]
+        if functions := [entry for _, entry in sorted(registry.entries.items()) if _is_ours(entry)]:
+            pages += [f"## Functions: {kind}", *(function_page(entry, kind, "###") for entry in functions)]
     return "\n\n".join(pages)
 
 
