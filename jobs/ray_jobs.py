@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -122,7 +123,7 @@ class RayJobs(JobSubmissionClient):
             if not endpoint.startswith(("/api/packages/", "/api/jobs/")) or endpoint == "/api/jobs/":
                 raise self._error(NOT_RAY)
         elif response.status_code >= 400:
-            text = last_line(response.text)[:300]
+            text = _last_line(response.text)[:300]
             problem = f"answers {response.status_code} {response.reason}{f' ({text})' if text else ''}"
             busy = response.status_code in (429, 502, 503, 504)
             raise self._error(f"{problem}; if it is just starting, try again in a moment" if busy else problem)
@@ -191,7 +192,7 @@ class RayJobs(JobSubmissionClient):
             except (WinnowError, RuntimeError, ValueError) as error:
                 if name in [job.submission_id for job in self.jobs()]:
                     continue  # another user was faster
-                raise error if isinstance(error, WinnowError) else self._error(last_line(str(error))) from None
+                raise error if isinstance(error, WinnowError) else self._error(_last_line(str(error))) from None
             return name, None
 
     def log(self, name: str) -> str:
@@ -204,7 +205,7 @@ class RayJobs(JobSubmissionClient):
         try:
             yield
         except RuntimeError as error:
-            raise self._error(last_line(str(error))) from None
+            raise self._error(_last_line(str(error))) from None
 
     def follow(self, name: str, write: Callable[[str], Any]) -> JobDetails:
         """Write the log as it grows, and return the job when it has ended. Raise WinnowError if the cluster is lost.
@@ -266,7 +267,20 @@ class RayJobs(JobSubmissionClient):
         return job
 
 
-def last_line(text: str) -> str:
+def failure_reason(job: JobDetails) -> str:
+    """Return why a job failed, as far as its log does not say it; empty if it does."""
+    code = job.driver_exit_code
+    if code is None:
+        return f": {_last_line(job.message)}" if job.status == "FAILED" and job.message else ""
+    if code == 127:
+        return ": no python3 there; start Ray from its environment, activated"
+    number = -code if code < 0 else code - 128  # a signal, as a process of Ray or a shell reports it
+    if number not in signal.valid_signals():
+        return ""
+    return f": killed by signal {number}{' (out of memory?)' if number == signal.SIGKILL else ''}"
+
+
+def _last_line(text: str) -> str:
     """Return the last line with a word: of a traceback, the error; Ray ends it with a line of one period."""
     lines = (line.strip() for line in reversed(text.splitlines()))
     return next((line for line in lines if re.match(r"\w", line)), "")

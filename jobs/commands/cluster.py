@@ -1,7 +1,6 @@
 """Commands for a Ray cluster: submit, logs, stop."""
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +32,6 @@ from pipeline.store.store import Store
 from schemas import WinnowError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails
-
     from jobs.ray_jobs import RayJobs
 
 Address = Annotated[str | None, typer.Option(help="URL of the cluster's dashboard, like http://head:8265")]
@@ -138,6 +135,8 @@ def unfinished_steps(parts: list[Plan], force: str | None, store: Store) -> list
 
 def _follow(cluster: "RayJobs", name: str, advice: str) -> None:
     """Follow a job to its end, and exit with 1 unless it succeeds. Ctrl-C ends the following, not the job."""
+    from jobs.ray_jobs import failure_reason
+
     try:
         job = cluster.follow(name, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
@@ -148,23 +147,8 @@ def _follow(cluster: "RayJobs", name: str, advice: str) -> None:
         milliseconds = (job.end_time or job.start_time or 0) - (job.start_time or 0)
         _say(f"{name}: succeeded in {milliseconds / 1000:,.0f} s")
         return
-    _say(f"{name}: {job.status.lower()}{_failure(job)}; {advice}")
+    _say(f"{name}: {job.status.lower()}{failure_reason(job)}; {advice}")
     raise typer.Exit(1)
-
-
-def _failure(job: "JobDetails") -> str:
-    """Return why a job failed, as far as its log does not say it."""
-    from jobs.ray_jobs import last_line
-
-    code = job.driver_exit_code
-    if code is None:
-        return f": {last_line(job.message)}" if job.status == "FAILED" and job.message else ""
-    if code == 127:
-        return ": no python3 there; start Ray from its environment, activated"
-    number = -code if code < 0 else code - 128  # a signal, as a process of Ray or a shell reports it
-    if number not in signal.valid_signals():
-        return ""
-    return f": killed by signal {number}{' (out of memory?)' if number == signal.SIGKILL else ''}"
 
 
 def _command(verb: str, name: str, cluster: "RayJobs") -> str:
