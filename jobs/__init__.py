@@ -1,1 +1,1 @@
-"""What people run: the command, recipes, the demo world, reports."""
+"""Command `winnow`, with recipes, profiles, queries, the demo, and reports."""

@@ -1,41 +1,77 @@
-"""The command `winnow`."""
+"""Entry point of the command `winnow`: registers the commands, and prints errors without a traceback."""
 
 import warnings
-from typing import TextIO
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, TextIO
 
-import jobs.commands.artifacts
-import jobs.commands.cluster
-import jobs.commands.export
-import jobs.commands.query
-import jobs.commands.run  # noqa: F401
-from jobs.commands.app import app, complaints
-from jobs.resume import advice
+import typer
+
+from jobs.commands.app import app, error_console
+from jobs.commands.artifacts import adopt, gc, ls, why
+from jobs.commands.cluster import logs, stop, submit
+from jobs.commands.export import export
+from jobs.commands.query import report, sql, status, trace
+from jobs.commands.reference import options, recipes
+from jobs.commands.run import demo, paper, plan, run
+from jobs.resume import resume_notes
+from pipeline.execution.run import commit
 from schemas import WinnowError, WinnowWarning
 
-INTERRUPTED = 130  # typer's exit code for ctrl-c
-AGAIN = "the same command goes on from them"
-_python = warnings.showwarning
+# Groups and commands as `--help` lists them: in the order of use.
+GROUPS = {
+    "Run": (demo, plan, run),
+    "Ask": (status, sql, trace, report, ls, why),
+    "Data": (export, adopt, gc),
+    "Cluster": (submit, logs, stop),
+    "Reference": (recipes, options, paper),
+}
+for group, commands in GROUPS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(command)
+
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
+_show_python_warning = warnings.showwarning
+
+
+def _print_version(show: bool) -> None:
+    if show:
+        try:
+            number = version("winnow-pipeline")
+        except PackageNotFoundError:  # a copy of the packages, as on a cluster
+            number = "(not installed)"
+        typer.echo(f"winnow {number}, commit {commit() or 'unknown'}")
+        raise typer.Exit
+
+
+@app.callback()
+def winnow(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Print the version, or run a command."""
 
 
 def main() -> None:
-    """Errors that people can mend end with their message and exit code 2; never a traceback."""
-    warnings.showwarning = _warn
+    """Run the command line; an error that users can correct ends it with exit code 2 and no traceback."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except WinnowError as error:
-        _complain(*error.problems, *advice(error))
+        _print_problems(*error.problems, *resume_notes(error))
         raise SystemExit(2) from None
     except OSError as error:
-        again = advice(error)  # of a run; other commands make nothing that could be kept
-        _complain(f"{error}; finished parts are kept" if again else str(error), *again)
+        notes = resume_notes(error)  # of a run; other commands compute nothing that could be kept
+        _print_problems(f"{error}; finished parts are kept" if notes else str(error), *notes)
         raise SystemExit(2) from None
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _complain("interrupted; finished parts are kept", *(advice(end) or [AGAIN]), style="")
+    except SystemExit as error:
+        if error.code == INTERRUPTED:
+            notes = resume_notes(error) or ["the same command continues from them"]
+            _print_problems("interrupted; finished parts are kept", *notes, style="")
         raise
 
 
-def _warn(
+def _show_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -43,16 +79,16 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Ours without a file and a line of Python, which are nothing to those who read it."""
+    """Print our warnings without file and line of Python, which mean nothing to users."""
     if issubclass(category, WinnowWarning):
-        _complain(str(message), style="yellow")
+        _print_problems(str(message), style="yellow")
     else:
-        _python(message, category, filename, lineno, file, line)
+        _show_python_warning(message, category, filename, lineno, file, line)
 
 
-def _complain(*problems: str, style: str = "red") -> None:
+def _print_problems(*problems: str, style: str = "red") -> None:
     for problem in problems:
-        complaints.print(f"winnow: {problem}", style=style, highlight=False, markup=False)
+        error_console.print(f"winnow: {problem}", style=style, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What people see while a run works and when it ends."""
+"""Output to the terminal: the progress of a run, Arrow tables, JSON."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pipeline.config.plan import Step
 
-QUIET_SECONDS = 10.0
+QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 
 
 class _Rate(ProgressColumn):
@@ -25,29 +25,22 @@ class _Rate(ProgressColumn):
 
 
 @dataclass
-class _Step:
-    """A step at work as people see it."""
+class RunningStep:
+    """Progress of a step: parts of all runs, and `done` of `total` units, of which `initial` were done at the start."""
 
     task: TaskID
     parts: int
-    finished: int
-    begun: float
+    finished_parts: int
+    initial: float
     started: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
-    done: float = 0.0
-    total: float = 0.0
-    unit: str = "parts"
-
-    @property
-    def pace(self) -> str:
-        rate = (self.done - self.begun) / max(1e-9, time.monotonic() - self.started)
-        done = f"{self.done:,.1f}".removesuffix(".0")
-        pace = f", {rate:,.2f}/s, {(self.total - self.done) / rate:,.0f} s left" if rate else ""
-        return f"{done}/{self.total:,.0f} {self.unit}{pace}"
+    last_line: float = field(default_factory=time.monotonic)
 
 
 class ProgressReporter:
-    """A bar for each step at work, a line for each finished one; lines now and then where there is no terminal."""
+    """Listener to a run that shows a bar per running step and a line per finished one.
+
+    Without a terminal it prints a line about a running step now and then.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -62,106 +55,102 @@ class ProgressReporter:
             disable=not console.is_terminal,
         )
         self.interrupted = False
-        self.steps: dict[str, _Step] = {}
+        self.steps: dict[str, RunningStep] = {}
 
     def interrupt(self, *signal: Any) -> None:
-        """On Ctrl-C. Raised again at the next report: an exception in a finalizer is swallowed by Python."""
+        """Handle Ctrl-C. It is raised again at the next report, because Python swallows exceptions in finalizers."""
         self.interrupted = True
         raise KeyboardInterrupt
 
-    def _go_on(self) -> None:
+    def _print(self, step: Step, text: str) -> None:
+        self._raise_if_interrupted()
+        self.console.print(f"  {step.name:<16} {text}", highlight=False)
+
+    def _raise_if_interrupted(self) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
 
-    def _line(self, step: Step, text: str) -> None:
-        self._go_on()
-        self.console.print(f"  {step.name:<16} {text}", highlight=False)
-
     def step_cached(self, step: Step) -> None:
-        self._line(step, f"[dim]cached {step.key}[/]")
+        self._print(step, f"[dim]cached {step.key}[/]")
 
     def step_waiting(self, step: Step, why: str) -> None:
-        self._line(step, f"[yellow]waiting[/] {step.key}: {why}")
+        self._print(step, f"[yellow]waiting[/] {step.key}: {why}")
 
     def step_started(self, step: Step, done: int, total: int) -> None:
-        again = f" ({done} of {total} parts are there)" if done else ""
-        self._line(step, f"[cyan]running[/] {step.key}{again}")
+        before = f" ({done} of {total} parts are finished)" if done else ""
+        self._print(step, f"[cyan]running[/] {step.key}{before}")
         self.bar.start()
         task = self.bar.add_task(step.name, total=total, completed=done, unit="parts")
-        self.steps[step.name] = _Step(task, total, done, float(done))
+        self.steps[step.name] = RunningStep(task, total, done, float(done))
 
     def part_finished(self, step: Step) -> None:
-        self._go_on()
-        seen = self.steps[step.name]
-        seen.finished += 1
-        if seen.parts > 1:
-            self._show(step.name, seen.finished, seen.parts, "parts")
+        self._raise_if_interrupted()
+        running = self.steps[step.name]
+        running.finished_parts += 1
+        if running.parts > 1:
+            self._show(step.name, running.finished_parts, running.parts, "parts")
 
     def progress(self, step: Step, done: float, total: float, unit: str) -> None:
-        """A step of one part shows its own units; of many, how far the parts at work are."""
-        self._go_on()
-        seen = self.steps[step.name]
-        if seen.parts > 1:
-            self._show(step.name, min(seen.finished + done / total, seen.parts), seen.parts, "parts")
+        """Show the units of a step with one part, or of several parts how far the running ones are."""
+        self._raise_if_interrupted()
+        running = self.steps[step.name]
+        if running.parts > 1:
+            parts = min(running.finished_parts + done / total, running.parts)
+            self._show(step.name, parts, running.parts, "parts")
         else:
             self._show(step.name, done, total, unit)
 
     def _show(self, name: str, done: float, total: float, unit: str) -> None:
-        seen = self.steps[name]
-        seen.done, seen.total, seen.unit = done, total, unit
-        self.bar.update(seen.task, completed=done, total=total, unit=unit)
-        if not self.console.is_terminal and done < total and time.monotonic() - seen.told > QUIET_SECONDS:
-            seen.told = time.monotonic()
-            self.console.print(f"    {name}: {seen.pace}", highlight=False)
+        running, now = self.steps[name], time.monotonic()
+        self.bar.update(running.task, completed=done, total=total, unit=unit)
+        if self.console.is_terminal or done >= total or now - running.last_line <= QUIET_SECONDS:
+            return
+        running.last_line = now
+        rate = (done - running.initial) / max(1e-9, now - running.started)
+        pace = f", {rate:,.2f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
+        count = f"{done:,.1f}".removesuffix(".0")
+        self.console.print(f"    {name}: {count}/{total:,.0f} {unit}{pace}", highlight=False)
 
     def prompt_rejected(self, step: Step, prompt: str, words: str) -> None:
-        self._line(step, f"[red]left out[/] prompt {prompt}: it killed its worker each time ({escape(words)})")
+        self._print(step, f"[red]rejected[/] prompt {prompt}: it killed its worker each time ({escape(words)})")
 
     def step_finished(self, step: Step, manifest: dict[str, Any]) -> None:
         self.bar.remove_task(self.steps.pop(step.name).task)
-        self._line(step, f"[green]made[/] {_made(manifest)}")
+        seconds = manifest["wall_seconds"]
+        facts = [", ".join(f"{n:,} {name}" for name, n in manifest["rows"].items() if name != "rejects")]
+        facts.append(f"{seconds:,.1f} s")
+        facts += [f"{n:,} {name.replace('_', ' ')} ({n / max(seconds, 1e-9):,.0f}/s)"
+                  for name, n in manifest["counters"].items()]  # fmt: skip
+        if rejects := ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items())):
+            facts.append(f"[yellow]rejected: {rejects}[/]")
+        self._print(step, f"[green]finished[/] {'; '.join(fact for fact in facts if fact)}")
 
     def close(self) -> None:
         self.bar.stop()
 
 
-def _made(manifest: dict[str, Any]) -> str:
-    rows = ", ".join(f"{n:,} {name}" for name, n in manifest["rows"].items() if name != "rejects")
-    seconds = manifest["wall_seconds"]
-    words = [rows, f"{seconds:,.1f} s"]
-    words += [f"{n:,} {name.replace('_', ' ')} ({n / max(seconds, 1e-9):,.0f}/s)"
-              for name, n in manifest["counters"].items()]  # fmt: skip
-    left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items()))
-    return "; ".join(word for word in words if word) + (f"; [yellow]left out: {left_out}[/]" if left_out else "")
-
-
-def as_table(answer: pa.Table, title: str | None = None) -> Table:
-    """An Arrow table for the terminal; floats with four digits."""
-    table = Table(title=title and escape(title), title_justify="left")
-    for name in answer.column_names:
-        table.add_column(escape(name))
-    for row in answer.to_pylist():
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
-    return table
+def as_table(table: pa.Table, title: str | None = None) -> Table:
+    """Return an Arrow table for the terminal; floats have four significant digits."""
+    result = Table(title=title and escape(title), title_justify="left")
+    for name in table.column_names:
+        result.add_column(escape(name))
+    for row in table.to_pylist():
+        cells = ("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        result.add_row(*(Text(cell) for cell in cells))
+    return result
 
 
 def as_json(value: Any) -> str:
-    """JSON of anything that SQL answers with; a date or an id is its text, and what JSON has no number for is null."""
+    """Return JSON of any result of SQL: a date or an id is its text, a number that JSON does not have is null."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, default=_json_default, allow_nan=False)
     except ValueError:
-        plain = json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
-        return json.dumps(plain, ensure_ascii=False)
+        finite = json.loads(json.dumps(value, default=_json_default), parse_constant=lambda name: None)
+        return json.dumps(finite, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
-    """DuckDB's sums of integers are decimals."""
+def _json_default(value: Any) -> Any:
+    """Return what JSON can hold. DuckDB's sums of integers are decimals."""
     if not isinstance(value, Decimal):
         return str(value)
     return float(value) if value.as_tuple().exponent else int(value)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)

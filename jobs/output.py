@@ -1,14 +1,13 @@
-"""How an answer is written: a table for people, CSV, JSON lines, or Parquet; to the terminal or to a file."""
+"""Results of SQL as a table for people, CSV, JSON lines, or Parquet; to the terminal or to a file."""
 
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from jobs.console import as_json, as_table
 from pipeline.sql.catalog import Answer, Catalog
 from schemas import WinnowError
 
-MOST = 1000  # rows of a table: nobody reads more
+MAX_TABLE_ROWS = 1000  # nobody reads more
 
 
 class Format(StrEnum):
@@ -28,34 +27,40 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
-def format_of(asked: Format | None, out: Path | None) -> Format:
-    """As asked, or as the file's name ends."""
-    endings = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".parquet": Format.parquet}
-    return asked or endings.get(out.suffix if out else "", Format.table)
+SUFFIXES = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".parquet": Format.parquet}
 
 
-def write(answer: Answer, format: Format, out: Path | None, console: Console) -> None:
-    """To a file, whole or not at all, or to the terminal. CSV, JSON and Parquet are written as they come."""
+def format_of(format: Format | None, out: Path | None) -> Format:
+    """Return the format that is set, or that of the file's suffix, or a table."""
+    return format or SUFFIXES.get(out.suffix if out else "", Format.table)
+
+
+def write(result: Answer, format: Format, out: Path | None, console: Console) -> None:
+    """Write a result to the terminal, or to a file: completely, or not at all. All formats but tables are streamed."""
     if out is None:
-        _to_terminal(answer, format, console)
+        if format is Format.parquet:
+            raise WinnowError("--format parquet: needs a file; add --out FILE")
+        _write_text(result, format, sys.stdout, console)
         return
     if not out.absolute().parent.is_dir():
-        raise WinnowError(f"--out {out}: there is no folder {out.parent}; make it first")
+        raise WinnowError(f"--out {out}: no such folder {out.parent}; create it first")
     if out.exists() and not out.is_file():
-        raise WinnowError(f"--out {out}: is no file; name one, or leave it away for the terminal")
-    with _scratch(out.resolve()) as scratch:
+        raise WinnowError(f"--out {out}: is not a file; name one, or omit --out for the terminal")
+    target = out.resolve()
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")  # another name until the file is complete
+    try:
         if format is Format.parquet:
-            _parquet(answer, scratch)
-            return
-        with scratch.open("w", encoding="utf-8", newline="") as file:
-            if format is Format.table:
-                _table(answer, Console(file=file, soft_wrap=True, width=console.width))
-            else:
-                _lines(answer, format, file)
+            _write_parquet(result, scratch)
+        else:
+            with scratch.open("w", encoding="utf-8", newline="") as file:
+                _write_text(result, format, file, Console(file=file, soft_wrap=True, width=console.width))
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
-    """StepSpec on a catalog that Ctrl-C ends at once: DuckDB itself looks for signals only now and then."""
+    """Call `work` on a catalog so that Ctrl-C ends it at once; DuckDB itself looks for signals only now and then."""
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(work)
         try:
@@ -67,36 +72,26 @@ def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
             raise
 
 
-def _to_terminal(answer: Answer, format: Format, console: Console) -> None:
-    if format is Format.parquet:
-        raise WinnowError("--format parquet: is for a file; say which by --out FILE")
+def _write_text(result: Answer, format: Format, file: TextIO, console: Console) -> None:
     if format is Format.table:
-        _table(answer, console)
-    else:
-        _lines(answer, format, sys.stdout)
-
-
-def _table(answer: Answer, console: Console) -> None:
-    rows = answer.head(MOST + 1)
-    console.print(as_table(rows.slice(0, MOST)))
-    if rows.num_rows > MOST:
-        more = f"{answer.count() - MOST:,} more rows; --format csv, json or parquet gives all of them"
-        console.print(more, highlight=False)
-
-
-def _lines(answer: Answer, format: Format, file: TextIO) -> None:
-    lines = csv.writer(file, lineterminator="\n")
+        rows = result.head(MAX_TABLE_ROWS + 1)
+        console.print(as_table(rows.slice(0, MAX_TABLE_ROWS)))
+        if rows.num_rows > MAX_TABLE_ROWS:
+            more = f"{result.count() - MAX_TABLE_ROWS:,} more rows; --format csv, json or parquet gives all of them"
+            console.print(more, highlight=False)
+        return
+    writer = csv.writer(file, lineterminator="\n")
     if format is Format.csv:
-        lines.writerow(answer.columns)
-    for row in (row for batch in answer.batches() for row in batch.to_pylist()):
+        writer.writerow(result.columns)
+    for row in (row for batch in result.batches() for row in batch.to_pylist()):
         if format is Format.csv:
-            lines.writerow([as_json(value) if isinstance(value, list | dict) else value for value in row.values()])
+            writer.writerow([as_json(value) if isinstance(value, list | dict) else value for value in row.values()])
         else:
             file.write(as_json(row) + "\n")
 
 
-def _parquet(answer: Answer, file: Path) -> None:
-    batches: Iterator[Any] = answer.batches()
+def _write_parquet(result: Answer, file: Path) -> None:
+    batches = result.batches()
     first = next(batches)
     try:
         with pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
@@ -104,14 +99,3 @@ def _parquet(answer: Answer, file: Path) -> None:
                 writer.write_batch(batch)
     except pa.ArrowNotImplementedError as error:
         raise WinnowError(f"--format parquet: {error}; CAST that column to another type in the statement") from None
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """Another name until the file is whole."""
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        yield scratch
-        scratch.replace(out)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ def names() -> list[str]:
 
 
 def profile_path(profile: str) -> Path:
-    """A profile of ours by name, or any YAML file."""
+    """Return the file of a shipped profile, or the YAML file itself. Raise WinnowError for an unknown name."""
     path = Path(profile)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -26,5 +26,5 @@ def profile_path(profile: str) -> Path:
 
 
 def load(profile: str | None) -> Profile:
-    """What each stage is given; of no profile, what Ray has, shared. Raises WinnowError with all that is wrong."""
+    """Return the resources per stage; without a profile, stages share what Ray has. Raise WinnowError for mistakes."""
     return load_profile(profile_path(profile), list(registry.entries)) if profile else Profile()

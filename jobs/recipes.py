@@ -10,7 +10,7 @@ from pipeline.registry import nearest
 from schemas import WinnowError
 
 FOLDER = Path(__file__).parent / "recipes"
-WORLD = "--config: not given; `--config world.yaml` says where your data and models are, and README shows one"
+NO_CONFIG = "--config: not set; `--config my.yaml` names your data and models, and the README shows one"
 
 
 def names() -> list[str]:
@@ -18,7 +18,7 @@ def names() -> list[str]:
 
 
 def recipe_path(recipe: str) -> Path:
-    """A recipe of ours by name, or any YAML file."""
+    """Return the file of a shipped recipe, or the YAML file itself. Raise WinnowError for an unknown name."""
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -27,24 +27,24 @@ def recipe_path(recipe: str) -> Path:
     return FOLDER / f"{recipe}.yaml"
 
 
-def plan_named(recipe: str, worlds: list[Path], sets: list[str], name: str | None = None) -> Plan:
-    """The plan of one recipe on a world, under a run name of its own if given."""
-    loaded = load_recipe(recipe_path(recipe), tuple(worlds), tuple(sets), name, (FOLDER,))
+def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | None = None) -> Plan:
+    """Return the plan of one recipe with configs, under a run name if given. Raise WinnowError with all mistakes."""
+    loaded = load_recipe(recipe_path(recipe), tuple(configs), tuple(sets), name, (FOLDER,))
     try:
         return make_plan(loaded)
     except WinnowError as error:
-        lacks = not worlds and any(": required" in problem for problem in error.problems)
-        raise WinnowError(*error.problems, *([WORLD] if lacks else [])) from None
+        incomplete = not configs and any(": required" in problem for problem in error.problems)
+        raise WinnowError(*error.problems, *([NO_CONFIG] if incomplete else [])) from None
 
 
-def plans(recipes: list[str], worlds: list[Path], sets: list[str]) -> list[Plan]:
-    """Every recipe planned on the same world, before anything runs; raises WinnowError with all mistakes of all."""
-    made, problems = [], []
+def plans(recipes: list[str], configs: list[Path], sets: list[str]) -> list[Plan]:
+    """Return the plans of all recipes with the same configs. Raise WinnowError with the mistakes of all of them."""
+    result, problems = [], []
     for recipe in recipes:
         try:
-            made.append(plan_named(recipe, worlds, sets))
+            result.append(plan_named(recipe, configs, sets))
         except WinnowError as error:
             problems += [f"{recipe}: {problem}" for problem in error.problems]
     if problems:
         raise WinnowError(*problems)
-    return made
+    return result

@@ -1,4 +1,4 @@
-"""The command line that goes on where a run failed: the same one, without what has happened already."""
+"""Command line that continues a run that failed: the same one, without what has happened already."""
 
 import os
 import shlex
@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 RESUME = "resume with: "
-SUBMITTED = "WINNOW_SUBMITTED"  # in a job: the command that submitted it
+SUBMITTED = "WINNOW_SUBMITTED"  # environment variable of a job: the command that submitted it
 
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Whatever ends the run early says how to go on, in a note that main() prints, or Python below its traceback."""
+    """Add a note with the command that continues to whatever ends the run early.
+
+    main() prints the note, and Python prints it below a traceback.
+    """
     try:
         yield
     except BaseException as error:
@@ -21,15 +24,19 @@ def resumable() -> Iterator[None]:
 
 
 def command(words: list[str]) -> str:
-    """Quoted for a shell, and forcing no more."""
-    if told := os.environ.get(SUBMITTED):
-        return told  # a job's own command line is of copies that are gone with it
-    me, *rest = words
-    return shlex.join([*_called(me), *unforced(rest)])
+    """Return the command line quoted for a shell, without --force; in a job, the command that submitted it.
+
+    A job's own command line names copies that are deleted with it. `python -m jobs` stays as it was called.
+    """
+    if submitted := os.environ.get(SUBMITTED):
+        return submitted
+    program, *rest = words
+    python = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    return shlex.join([*(python if program.endswith("__main__.py") else [program]), *without_force(rest)])
 
 
-def unforced(words: list[str]) -> list[str]:
-    """Without --force: what it dropped is gone once the run began, so to force again would undo the run's work."""
+def without_force(words: list[str]) -> list[str]:
+    """Return the words without --force: it deleted results when the run began, and would now undo the run's own."""
     return [
         word
         for before, word in zip(["", *words], words, strict=False)
@@ -37,15 +44,8 @@ def unforced(words: list[str]) -> list[str]:
     ]
 
 
-def _called(me: str) -> list[str]:
-    """`winnow` as it was called, or `python -m jobs`."""
-    if not me.endswith("__main__.py"):
-        return [me]
-    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-
-
-def advice(error: BaseException | None) -> list[str]:
-    """How to go on, of an error or of what it came from: Ctrl-C reaches main() as an exit that followed from it."""
+def resume_notes(error: BaseException | None) -> list[str]:
+    """Return the notes of an error, or of its context: Ctrl-C reaches main() as an exit that followed from it."""
     while error is not None:
         if notes := [note for note in getattr(error, "__notes__", []) if note.startswith(RESUME)]:
             return notes

@@ -1,12 +1,15 @@
-"""`winnow sql` without a statement: statements from a terminal or a pipe, one after another on one catalog."""
+"""Shell of `winnow sql`: statements from a terminal or a pipe, one after another on one catalog."""
 
 import re
 import sqlite3
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 
 import pyarrow as pa
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from rich.console import Console
 
 from jobs import queries
@@ -15,123 +18,137 @@ from jobs.output import interruptible
 from pipeline.registry import nearest
 from pipeline.sql.catalog import Answer, Catalog
 from pipeline.sql.views import VIEWS
+from pipeline.store.storage import cache
 from schemas import TABLES, WinnowError
 
+COMMANDS = (".tables", ".queries", ".help", ".quit")
+KEYWORDS = (
+    "SELECT DISTINCT FROM WHERE GROUP ORDER BY HAVING LIMIT JOIN LEFT USING ON AS AND OR NOT IN IS NULL LIKE BETWEEN "
+    "CASE WHEN THEN ELSE END WITH UNION ALL OVER PARTITION QUALIFY UNNEST COUNT SUM AVG MIN MAX MEDIAN QUANTILE_CONT "
+    "DESC ASC DESCRIBE SUMMARIZE SHOW TABLES"
+)
 HELP = """A statement is one SELECT (also FROM, WITH, DESCRIBE, SUMMARIZE, SHOW TABLES), ended by a semicolon.
-The name of a shipped query is that query. Ctrl-C cancels.
-  .tables          tables, their rows, and what a row of each is
+The name of a shipped query runs that query. Tab completes, Ctrl-C cancels.
+  .tables          tables, their rows, and what one row is
   .tables NAME     columns of one table, and what they mean
   .queries         shipped queries, and what they answer
-  .help            this
+  .help            this text
   .quit            end (also Ctrl-D)"""
 
 
 class Shell:
-    """Errors end a statement and not the shell; `failed` counts them."""
+    """Loop over statements and commands. An error ends the statement, not the shell; `errors` counts them."""
 
-    def __init__(self, catalog: Catalog, tell: Callable[[Answer], None], console: Console, complaints: Console) -> None:
-        self.catalog, self.tell, self.console, self.complaints = catalog, tell, console, complaints
-        self.interactive = sys.stdin.isatty()
-        self.failed = 0
+    def __init__(
+        self, catalog: Catalog, show: Callable[[Answer], None], console: Console, error_console: Console
+    ) -> None:
+        self.catalog, self.show, self.console, self.error_console = catalog, show, console, error_console
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()  # else prompts would be in the output
+        self.errors = 0
 
     def run(self) -> None:
-        """Until .quit or the end of the input, whose last statement needs no semicolon."""
-        if self.interactive:
-            self._greet()
-        text = ""
+        """Read until .quit or the end of the input, whose last statement needs no semicolon."""
+        for text in self._typed() if self.interactive else self._piped():
+            if text.strip() == ".quit":
+                return
+            self.execute(text)
+
+    def _typed(self) -> Iterator[str]:
+        """Yield complete statements from a terminal, with completion and a history that is kept between sessions."""
+        file = cache() / "sql_history"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            history: History = FileHistory(str(file))
+        except OSError:  # a home that cannot be written to: the shell works without it
+            history = InMemoryHistory()
+        session: PromptSession[str] = PromptSession(
+            "winnow> ",
+            history=history,
+            completer=WordCompleter(completions(), ignore_case=True, pattern=re.compile(r"\.?\w+")),
+            complete_while_typing=False,
+            # Enter ends the input once nothing is left over, and else begins a line.
+            multiline=Condition(lambda: bool(split(session.default_buffer.text + "\n")[1])),
+            prompt_continuation="   ...> ",
+        )
+        runs, steps = len(self.catalog.runs), len(self.catalog.manifests)
+        self.console.print(f"{self.catalog.root}: {runs} runs, {steps} steps; .help lists commands", highlight=False)
         while True:
             try:
-                line = input(self._prompt(text))
+                text = session.prompt()
             except EOFError:
-                break
-            except KeyboardInterrupt:
-                text = self._cancelled()
-                continue
-            if not text and line.strip() == ".quit":
                 return
-            ready, text = split(f"{text}{line}\n")
-            for each in ready:
-                self.ask(each)
+            except KeyboardInterrupt:
+                self.console.print("cancelled")
+                continue
+            yield from split(text + "\n")[0]
+
+    def _piped(self) -> Iterator[str]:
+        text = ""
+        for line in sys.stdin:
+            ready, text = split(f"{text}{line.rstrip(chr(10))}\n")
+            yield from ready
         if text:
-            self.ask(text)
+            yield text
 
-    def _greet(self) -> None:
-        with suppress(ImportError):
-            import readline  # noqa: F401 - line editing and this session's history; none is kept
-
-        runs, steps = len(self.catalog.runs), len(self.catalog.manifests)
-        self.console.print(f"{self.catalog.root}: {runs} runs, {steps} steps; .help says what to do", highlight=False)
-
-    def _prompt(self, text: str) -> str:
-        return ("   ...> " if text else "winnow> ") if self.interactive else ""
-
-    def _cancelled(self) -> str:
-        """Nothing is left of what was typed; a pipe has nobody who would go on."""
-        if not self.interactive:
-            raise KeyboardInterrupt
-        self.console.print("cancelled")
-        return ""
-
-    def ask(self, text: str) -> None:
-        """One statement or command, with its answer or its error."""
+    def execute(self, text: str) -> None:
+        """Print the result, or the error, of one statement or command."""
         try:
             if text.lstrip().startswith("."):
-                self._command(*text.split())
+                self._run_command(*text.split())
             else:
                 statement = queries.statement(text)
-                interruptible(self.catalog, lambda: self.tell(self.catalog.sql(statement)))
+                interruptible(self.catalog, lambda: self.show(self.catalog.sql(statement)))
         except KeyboardInterrupt:
-            self._cancelled()
+            if not self.interactive:  # nobody at a pipe would continue
+                raise
+            self.console.print("cancelled")
         except WinnowError as error:
-            self.failed += 1
-            self.complaints.print("\n".join(error.problems), style="red", highlight=False, markup=False)
+            self.errors += 1
+            self.error_console.print("\n".join(error.problems), style="red", highlight=False, markup=False)
 
-    def _command(self, name: str, *words: str) -> None:
+    def _run_command(self, name: str, *words: str) -> None:
         if name == ".help":
             self.console.print(HELP, highlight=False, markup=False)
         elif name == ".queries":
-            self.console.print(as_table(shipped()))
+            self.console.print(as_table(queries.table()))
         elif name == ".tables":
-            self.console.print(as_table(_columns(words[0]) if words else _tables(self.catalog)))
+            self.console.print(as_table(column_table(words[0]) if words else self._tables()))
         else:
             raise WinnowError(f"sql: no command {name}; .help lists them")
 
-
-def split(text: str) -> tuple[list[str], str]:
-    """Statements that are complete, and what is left; a command, or the name of a shipped query, is one by its line."""
-    if text.lstrip().startswith(".") or text.strip() in queries.names():
-        return [text], ""
-    ready, begun = [], ""
-    for piece in text.split(";")[:-1]:
-        begun += piece + ";"
-        if sqlite3.complete_statement(begun):  # knows quotes and comments as every SQL has them
-            ready.append(begun)
-            begun = ""
-    rest = begun + text.rpartition(";")[2]
-    return ready, rest if re.sub("--.*", "", rest).strip() else ""
+    def _tables(self) -> pa.Table:
+        rows = {name: sum(item["rows"].get(name, 0) for item in self.catalog.manifests) for name in TABLES}
+        rows |= {"runs": sum(len(steps) for steps in self.catalog.runs.values()), "steps": len(self.catalog.manifests)}
+        about = {name: VIEWS[name].metadata[b"about"].decode() for name in rows}
+        return pa.Table.from_pylist([{"table": name, "rows": n, "about": about[name]} for name, n in rows.items()])
 
 
-def shipped() -> pa.Table:
-    rows = [{"query": name, "answers": queries.about(name)} for name in queries.names()]
-    return pa.Table.from_pylist(rows)
-
-
-def _tables(catalog: Catalog) -> pa.Table:
-    def counted(name: str) -> int:
-        return sum(manifest["rows"].get(name, 0) for manifest in catalog.manifests)
-
-    rows = {name: counted(name) for name in TABLES}
-    rows |= {"runs": sum(len(steps) for steps in catalog.runs.values()), "steps": len(catalog.manifests)}
-    told = [{"table": name, "rows": n, "about": _text(VIEWS[name].metadata[b"about"])} for name, n in rows.items()]
-    return pa.Table.from_pylist(told)
-
-
-def _columns(name: str) -> pa.Table:
+def column_table(name: str) -> pa.Table:
+    """Return the columns of one table with type and meaning. Raise WinnowError for an unknown table."""
     if name not in VIEWS:
         raise WinnowError(f"sql: no table {name!r}; {nearest(name, list(VIEWS))}")
-    fields = [(field.name, str(field.type), _text(field.metadata[b"meaning"])) for field in VIEWS[name]]
-    return pa.Table.from_pylist([dict(zip(("column", "type", "meaning"), field, strict=True)) for field in fields])
+    return pa.Table.from_pylist([
+        {"column": column.name, "type": str(column.type), "meaning": column.metadata[b"meaning"].decode()}
+        for column in VIEWS[name]
+    ])  # fmt: skip
 
 
-def _text(value: bytes) -> str:
-    return value.decode()
+def completions() -> list[str]:
+    """Return what Tab completes: dot commands, tables, their columns, shipped queries, SQL keywords."""
+    columns = {column.name for schema in VIEWS.values() for column in schema}
+    return [*COMMANDS, *sorted({*VIEWS, *columns, *queries.names()}), *KEYWORDS.split()]
+
+
+def split(text: str) -> tuple[list[str], str]:
+    """Return the complete statements, and the rest; a command, or a shipped query's name, is complete by its line."""
+    if text.lstrip().startswith(".") or text.strip() in queries.names():
+        return [text], ""
+    ready, statement = [], ""
+    for piece in text.split(";")[:-1]:
+        statement += piece + ";"
+        if sqlite3.complete_statement(statement):  # knows quotes and comments as every SQL has them
+            ready.append(statement)
+            statement = ""
+    rest = statement + text.rpartition(";")[2]
+    return ready, rest if re.sub("--.*", "", rest).strip() else ""

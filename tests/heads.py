@@ -1,4 +1,4 @@
-"""A Ray head of our own, made by `ray start`: on the loopback address, on free ports, with a token, and gone after."""
+"""Ray head started by `ray start` on the loopback address, on free ports, with a token; killed at the end."""
 
 import json
 import os
@@ -21,40 +21,42 @@ BIN = Path(sys.executable).parent
 
 
 def free_ports(count: int) -> list[int]:
-    """All held until all are found, so that no two are one."""
-    with ExitStack() as held:
-        found = [held.enter_context(closing(socket.socket())) for _ in range(count)]
-        for each in found:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in found]
+    """Return different free ports: all are bound until the last is found."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
 
 
 @dataclass(frozen=True)
 class Head:
+    """Running head: URL of its dashboard, address of its GCS, the home folder of its user, its token."""
+
     url: str
     gcs: str
     home: Path
     token: str
 
     def winnow(self, *words: str | Path, token: str | None = "") -> subprocess.CompletedProcess:
-        """The command as a user runs it who was given the token, or another one, or none."""
+        """Run the command as a user with the head's token, or with another one, or with None."""
         return subprocess.run(self.command(*words), env=self.env(token), capture_output=True, text=True, check=False)
 
-    def following(self, *words: str | Path) -> subprocess.Popen:
-        """The same, while it runs."""
+    def start(self, *words: str | Path) -> subprocess.Popen:
+        """Start the same command, and return the process."""
         return subprocess.Popen(self.command(*words), env=self.env(), stdout=subprocess.PIPE, text=True)
 
     def command(self, *words: str | Path) -> list[str]:
         return [sys.executable, "-m", "jobs", *map(str, words)]
 
     def env(self, token: str | None = "") -> dict[str, str]:
-        given = self.token if token == "" else token
+        token = self.token if token == "" else token
         clean = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-        own = {"HOME": str(self.home), "PYTHONPATH": str(ROOT)}
-        return clean | own | ({"RAY_AUTH_TOKEN": given} if given else {})
+        changes = {"HOME": str(self.home), "PYTHONPATH": str(ROOT)}
+        return clean | changes | ({"RAY_AUTH_TOKEN": token} if token else {})
 
     def nodes(self) -> int:
-        """That are up; 0 before anything answers."""
+        """Return how many nodes are up; 0 before anything answers."""
         request = Request(f"{self.url}/api/v0/nodes", headers={"Authorization": f"Bearer {self.token}"})
         with suppress(OSError, KeyError, TypeError), urlopen(request, timeout=5) as answer:
             return len(json.load(answer)["data"]["result"]["result"])
@@ -63,7 +65,7 @@ class Head:
 
 @contextmanager
 def ray_head(cpus: int = 2) -> Iterator[Head]:
-    """Started by its full name, with no environment on the PATH; every process of it is killed at the end."""
+    """Yield a head that was started by its full name, with no environment on the PATH."""
     gcs, dashboard, client, agent = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="head-", ignore_cleanup_errors=True) as folder:  # sockets have short names
         head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder) / "home", secrets.token_hex(16))
@@ -86,15 +88,15 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
                 time.sleep(0.2)
             yield head
         finally:
-            end(process)
+            kill_tree(process)
 
 
-def end(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen) -> None:
     """Kill a process and all that it started."""
     with suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for each in family:
+        processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for item in processes:
             with suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(family, timeout=10)
+                item.kill()
+        psutil.wait_procs(processes, timeout=10)
     process.wait()

@@ -1,1 +1,1 @@
-"""What `winnow` can be told to do, a module a kind."""
+"""Commands of `winnow`, one module per group; jobs/__main__.py registers them."""

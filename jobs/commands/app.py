@@ -1,4 +1,4 @@
-"""What every command shares: the app, how it prints, and the options that several take."""
+"""Consoles of `winnow`, and the parameters that several commands share."""
 
 import sys
 from pathlib import Path
@@ -10,33 +10,37 @@ from rich.console import Console
 from pipeline.store.store import Store
 from schemas import WinnowError
 
+# A Typer without commands: jobs/__main__.py adds them, in the order of use.
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Sample, rank, optimize: an offline pipeline from preferences to a better policy.",
 )
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-complaints = Console(soft_wrap=True, stderr=True)
+error_console = Console(soft_wrap=True, stderr=True)
 QUERIES = Path(__file__).parent.parent / "queries"
 STORE = "store"
+
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
-On = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
+Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
-StorePath = Annotated[str, typer.Option("--store", help="where artifacts live: a folder, or s3://bucket/folder")]
-Workers = Annotated[int, typer.Option(help="Ray workers a step, where the profile does not say", min=1)]
-ProfileName = Annotated[str | None, typer.Option("--profile", help="resources a stage: a profile's name, or a file")]
-Only = Annotated[str | None, typer.Option(help="this step alone; what it reads must be sealed")]
-Onward = Annotated[str | None, typer.Option("--from", help="this step, and what is made of it")]
-Force = Annotated[str | None, typer.Option(help="make this step again, and what was made of it")]
-RunName = Annotated[str | None, typer.Option("--run", help="only this run's rows")]
+StorePath = Annotated[str, typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder")]
+Workers = Annotated[int, typer.Option(help="Ray workers per step, unless the profile sets them", min=1)]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="resources per stage: a profile's name, or a file")]
+Only = Annotated[str | None, typer.Option(help="run this step alone; its inputs must be finished")]
+Until = Annotated[str | None, typer.Option(help="run this step and what it needs")]
+Onward = Annotated[str | None, typer.Option("--from", help="run this step and all that follow from it")]
+Force = Annotated[str | None, typer.Option(help="run this step again, and all that follow from it")]
+RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alone")]
+On = Configs  # former name
 
 
-def used(folder: str) -> Store:
-    """A store to look at; raises WinnowError where nothing was ever made."""
+def existing_store(folder: str) -> Store:
+    """Return a store to read. Raise WinnowError if the folder does not exist or holds no runs."""
     store = Store(folder)
     if isinstance(store.root, Path) and not store.root.is_dir():
-        raise WinnowError(f"--store {folder}: there is no such folder in {store.root.parent}; winnow run makes one")
+        raise WinnowError(f"--store {folder}: no such folder in {store.root.parent}; `winnow run` creates it")
     if not store.runs():
-        raise WinnowError(f"--store {folder}: no runs in this folder; winnow run makes one")
+        raise WinnowError(f"--store {folder}: no runs in this folder; `winnow run` creates them")
     return store

@@ -1,4 +1,4 @@
-"""Commands that look: status, sql, trace, report."""
+"""Commands that read a store: status, sql, trace, report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,80 +6,74 @@ from typing import Annotated
 import typer
 
 from jobs import queries
-from jobs.commands.app import STORE, RunName, StorePath, app, complaints, console, used
+from jobs.commands.app import STORE, RunName, StorePath, console, error_console, existing_store
 from jobs.console import as_table
 from jobs.output import Format, format_of, interruptible, write
 from pipeline.sql.catalog import open_catalog, query
 from schemas import WinnowError
 
 
-@app.command()
 def status(
     store: StorePath = STORE,
     address: Annotated[
-        str | None, typer.Option(help="the jobs of this cluster instead, by its dashboard's URL")
+        str | None, typer.Option(help="list the jobs of this cluster instead, by its dashboard's URL")
     ] = None,
 ) -> None:
-    """What the store holds: runs, their steps, rows, seconds. Or a cluster's jobs."""
+    """Show the runs of a store with their steps, rows and seconds, or the jobs of a cluster."""
     if address:
-        from jobs.submit import listing
+        from jobs.ray_jobs import RayJobs
 
-        console.print(as_table(listing(address)))
-        return
-    answer = query(open_catalog(used(store)), queries.text("status"))
-    console.print(as_table(answer))
+        table = RayJobs(address).jobs_table()
+    else:
+        table = query(open_catalog(existing_store(store)), queries.text("status"))
+    console.print(as_table(table))
 
 
-@app.command()
 def sql(
     statement: Annotated[
         str | None, typer.Argument(help="one SELECT over the tables, `runs` and `steps`; or a shipped query's name")
     ] = None,
     store: StorePath = STORE,
     run: RunName = None,
-    format: Annotated[Format | None, typer.Option(help="of the answer; else as --out ends, or a table")] = None,
-    out: Annotated[Path | None, typer.Option(help="a file for the answer")] = None,
+    format: Annotated[Format | None, typer.Option(help="of the result; else by the suffix of --out, or table")] = None,
+    out: Annotated[Path | None, typer.Option(help="a file for the result")] = None,
     db: Annotated[Path | None, typer.Option(help="a new DuckDB file with all rows, to use elsewhere")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="name the shipped queries")] = False,
+    list_queries: Annotated[bool, typer.Option("--list", help="list the shipped queries")] = False,
 ) -> None:
-    """Ask the store anything: a view for every table, read-only, confined to the store. A shell without a statement."""
-    if listed:
-        from jobs.shell import shipped
-
-        console.print(as_table(shipped()))
+    """Query the store: a view of every table, read-only, confined to the store. A shell if no statement is given."""
+    if list_queries:
+        console.print(as_table(queries.table()))
         return
     if (statement is None and out) or (statement is not None and db):
-        raise WinnowError("sql: --out is for the answer to a statement, --db for a whole store without one")
-    catalog, chosen = open_catalog(used(store), run), format_of(format, out)
+        raise WinnowError("sql: --out takes the result of a statement, --db a whole store without one")
+    catalog, output_format = open_catalog(existing_store(store), run), format_of(format, out)
     if db:
         catalog.export(db)
         console.print(f"wrote {db} ({db.stat().st_size / 1e6:,.1f} MB)", highlight=False)
     elif statement is None:
         from jobs.shell import Shell
 
-        shell = Shell(catalog, lambda answer: write(answer, chosen, None, console), console, complaints)
+        shell = Shell(catalog, lambda result: write(result, output_format, None, console), console, error_console)
         shell.run()
-        if shell.failed and not shell.interactive:
+        if shell.errors and not shell.interactive:
             raise typer.Exit(2)
     else:
         text = queries.statement(statement)
-        interruptible(catalog, lambda: write(catalog.sql(text), chosen, out, console))
+        interruptible(catalog, lambda: write(catalog.sql(text), output_format, out, console))
 
 
-@app.command()
 def trace(
     run: Annotated[str, typer.Argument(help="a run's name")],
     prompt: Annotated[str | None, typer.Argument(help="prompt id, or its beginning; the first by default")] = None,
     store: StorePath = STORE,
     round: Annotated[int | None, typer.Option(help="of a run with rounds; the last by default")] = None,
 ) -> None:
-    """Print one prompt's whole life in a run."""
+    """Print everything that happened to one prompt in a run."""
     from jobs.trace import life
 
-    life(used(store), run, prompt or "", console, round)
+    life(existing_store(store), run, prompt or "", console, round)
 
 
-@app.command()
 def report(
     store: StorePath = STORE,
     out: Annotated[Path | None, typer.Option(help="the page; report.html in the store, or here for a bucket")] = None,
@@ -87,7 +81,7 @@ def report(
     """Write one self-contained HTML page about all runs of the store."""
     from jobs.report import write_report
 
-    found = used(store)
-    page = out or (found.root / "report.html" if isinstance(found.root, Path) else Path("report.html"))
-    write_report(found, page)
+    source = existing_store(store)
+    page = out or (source.root / "report.html" if isinstance(source.root, Path) else Path("report.html"))
+    write_report(source, page)
     console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)

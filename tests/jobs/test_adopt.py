@@ -1,4 +1,4 @@
-"""What was made elsewhere becomes a step's sealed result: all is checked before anything is written."""
+"""Files from elsewhere become the finished result of a step: everything is checked before anything is written."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def plan(tmp_path: Path, luck: Luck) -> Plan:
 
 
 def rows(n: int = 12, **changes: object) -> list[dict]:
-    """Rewards as another system might have made them: without the columns that may be null."""
+    """Return rewards as another system might write them: without the columns that may be null."""
     return [dict(prompt_id=prompt_id(f"prompt {k}"), candidate_id=f"c{k}", reward=7.0 + k) | changes for k in range(n)]
 
 
@@ -53,23 +53,23 @@ def parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def nothing_of(store: Store, plan: Plan, name: str) -> bool:
-    return not local(store.folder(step(plan, name)).path).exists()
+def has_folder(store: Store, plan: Plan, name: str) -> bool:
+    return local(store.folder(step(plan, name)).path).exists()
 
 
-def test_a_file_becomes_the_step_and_what_follows_is_made_of_it(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
-    """Rows are dealt to shards by prompt; the run goes on from them; plan, why and gc know where they are from."""
+def test_a_file_becomes_the_step_and_later_steps_read_it(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
+    """Rows are dealt to shards by prompt; the run continues from them; plan, why and gc know where they came from."""
     make(planned(recipe(tmp_path), "target=draw"), store)
-    made, manifest = adopt(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)
-    folder = store.folder(made)
+    adopted, manifest = adopt(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)
+    folder = store.folder(adopted)
     for shard in range(SHARDS):
-        own = folder.read(REWARDS, shard)["prompt_id"].to_pylist()
-        assert {shard_of(name, SHARDS) for name in own} <= {shard}
+        ids = folder.read(REWARDS, shard)["prompt_id"].to_pylist()
+        assert {shard_of(name, SHARDS) for name in ids} <= {shard}
     assert sorted(folder.read(REWARDS)["reward"].to_pylist()) == [7.0 + n for n in range(12)]
-    assert manifest["identity"] == made.identity
+    assert manifest["identity"] == adopted.identity
     assert manifest["adopted"]["from"] == "ours.parquet"
     assert str(tmp_path) not in json.dumps(manifest)
-    assert "adopted from ours.parquet" in status(made, plan.name, store)
+    assert "adopted from ours.parquet" in status(adopted, plan.name, store)
     assert [item.path for item in garbage(store).garbage] == []
     luck.calls.clear()
     assert make(plan, store) == ["keep"]
@@ -77,78 +77,76 @@ def test_a_file_becomes_the_step_and_what_follows_is_made_of_it(tmp_path: Path, 
 
 
 def test_a_folder_of_files_of_every_table(tmp_path: Path, store: Store, plan: Plan):
-    """Several files of a table; another table's, whose name begins alike, is not taken for one."""
+    """Several files of a table; a file of another table, whose name begins alike, is not one of them."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     names = [prompt_id(str(n)) for n in range(5)]
     prompts = [dict(prompt_id=name, text="p", token_ids=[n], split="train") for n, name in enumerate(names)]
     pq.write_table(pa.Table.from_pylist(prompts[:2], PROMPTS), folder / "prompts-00000.parquet")
     pq.write_table(pa.Table.from_pylist(prompts[2:], PROMPTS), folder / "prompts-00001.parquet")
-    drawn = [candidate(name, n) for n, name in enumerate(names)]
-    pq.write_table(pa.Table.from_pylist(drawn, CANDIDATES), folder / "candidates.parquet")
+    candidates = [candidate(name, n) for n, name in enumerate(names)]
+    pq.write_table(pa.Table.from_pylist(candidates, CANDIDATES), folder / "candidates.parquet")
     parquet(folder / "promptsof.parquet", [{"x": 1}])
     _, manifest = adopt(plan, "draw", str(folder), store)
     assert manifest["rows"] == {"prompts": 5, "candidates": 5, "rejects": 0}
     (folder / "candidates.parquet").unlink()
-    with pytest.raises(WinnowError, match=r"lacks candidates \(files as candidates\.parquet"):
+    with pytest.raises(WinnowError, match=r"lacks candidates \(files like candidates\.parquet"):
         adopt(planned(recipe(tmp_path), "draw.rows=3"), "draw", str(folder), store)
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        (rows()[:1] * 2 + rows()[2:], r"1 rows of rewards have a candidate_id that another row has"),
-        (rows()[:11] + rows(13)[12:], r"1 of 12 rows of rewards have a prompt_id .* not among those of draw"),
-        ([*rows(11), rows(12)[11] | {"candidate_id": "cx"}], r"1 of 12 rows .* candidate_id .* draw, such as cx"),
-        ([*rows(11), rows(12)[11] | {"reward": math.nan}], r"1 rows of rewards\.reward are no finite number"),
-        ([*rows(11), rows(12)[11] | {"reward": math.inf}], r"1 rows of rewards\.reward are no finite number"),
-        ([*rows(11), rows(12)[11] | {"reward": None}], r"column 'reward' has 1 nulls"),
-        (rows(12, reward="high"), r"column 'reward' is string, must be double"),
-        (rows(12, score=1.0), r"unknown column 'score'"),
-        (rows(0), r"rate: every row of rewards was left out"),
-        ([{"prompt_id": "x"}], r"column 'candidate_id' is missing"),
-    ],
-    ids=["twice", "foreign prompt", "foreign candidate", "nan", "inf", "null", "type", "column", "empty", "missing"],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_written(
-    tmp_path: Path, store: Store, plan: Plan, changed: list[dict], said: str
-):
+MISTAKES = [
+    (rows()[:1] * 2 + rows()[2:], r"1 rows of rewards have a candidate_id that another row has"),
+    (rows()[:11] + rows(13)[12:], r"1 of 12 rows of rewards have a prompt_id .* not among those of draw"),
+    ([*rows(11), rows(12)[11] | {"candidate_id": "cx"}], r"1 of 12 rows .* candidate_id .* draw, such as cx"),
+    ([*rows(11), rows(12)[11] | {"reward": math.nan}], r"1 rows of rewards\.reward are not finite"),
+    ([*rows(11), rows(12)[11] | {"reward": math.inf}], r"1 rows of rewards\.reward are not finite"),
+    ([*rows(11), rows(12)[11] | {"reward": None}], r"column 'reward' has 1 nulls"),
+    (rows(12, reward="high"), r"column 'reward' is string, must be double"),
+    (rows(12, score=1.0), r"unknown column 'score'"),
+    (rows(0), r"rate: .*rewards"),
+    ([{"prompt_id": "x"}], r"column 'candidate_id' is missing"),
+]
+
+
+def test_rows_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, store: Store, plan: Plan):
+    """Duplicate and unknown ids, numbers that are not finite, wrong types and columns, no rows at all."""
     make(planned(recipe(tmp_path), "target=draw"), store)
-    with pytest.raises(WinnowError, match=said):
-        adopt(plan, "rate", str(parquet(tmp_path / "wrong.parquet", changed)), store)
-    assert nothing_of(store, plan, "rate")
+    for wrong, match in MISTAKES:
+        with pytest.raises(WinnowError, match=match):
+            adopt(plan, "rate", str(parquet(tmp_path / "wrong.parquet", wrong)), store)
+        assert not has_folder(store, plan, "rate")
     assert "toy" not in store.runs()
 
 
-def test_a_step_whose_inputs_are_not_sealed_can_be_adopted(tmp_path: Path, store: Store, plan: Plan):
-    """Nothing to check its ids against: what it was made of may lie elsewhere."""
+def test_a_step_whose_inputs_are_not_finished_can_be_adopted(tmp_path: Path, store: Store, plan: Plan):
+    """There is nothing to check its ids against: its inputs may be elsewhere."""
     assert adopt(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)[1]["rows"]["rewards"] == 12
 
 
-def test_what_is_there_already_stays(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
-    """Sealed, half made by a run, or at work; what an adoption left when it was cut short is taken up."""
+def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
+    """Finished, half computed by a run, or running; the remains of an interrupted adoption are replaced."""
     file = str(parquet(tmp_path / "ours.parquet", rows()))
     folder = store.folder(step(plan, "rate"))
     claim = folder.claim()
     assert claim
-    with pytest.raises(WinnowError, match="another run is making it"):
+    with pytest.raises(WinnowError, match="another run is computing it"):
         adopt(plan, "rate", file, store)
     claim.release()
     _, manifest = adopt(plan, "rate", file, store)
     folder.manifest_path.unlink()
     assert adopt(plan, "rate", file, store)[1]["files"] == manifest["files"]
-    with pytest.raises(WinnowError, match="sealed already"):
+    with pytest.raises(WinnowError, match="finished already"):
         adopt(plan, "rate", file, store)
     shutil.rmtree(local(folder.path))
     make(planned(recipe(tmp_path), "target=rate"), store)
     folder.manifest_path.unlink()
     (local(folder.path) / "part-00001.json").unlink()
-    with pytest.raises(WinnowError, match=r"2 of 3 parts are made already; winnow run --only rate"):
+    with pytest.raises(WinnowError, match=r"2 of 3 parts are finished already; winnow run --only rate"):
         adopt(plan, "rate", file, store)
 
 
 def test_a_step_of_another_store_keeps_its_identity(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
-    """Made with another option, and in other parts: the rows are the same, and the manifest says what they were."""
+    """Computed with another option, and in other parts: the rows are the same, and the manifest says what they were."""
     elsewhere = Store(tmp_path / "elsewhere")
     old = planned(recipe(tmp_path, "old", rate="with: {scale: 2.0}"))
     make(old, elsewhere)
@@ -161,26 +159,26 @@ def test_a_step_of_another_store_keeps_its_identity(tmp_path: Path, store: Store
     file.write_text(file.read_text().replace("shards: 3", "shards: 5"))
     five = planned(file)
     adopt(five, "rate", str(source.path), store)
-    both = [store.folder(step(each, "rate")).read(REWARDS).sort_by("candidate_id") for each in (plan, five)]
+    both = [store.folder(step(item, "rate")).read(REWARDS).sort_by("candidate_id") for item in (plan, five)]
     assert both[0].equals(both[1])
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
-    with pytest.raises(WinnowError, match="none of a step's"):
+    with pytest.raises(WinnowError, match="is not a step's"):
         adopt(plan, "keep", str(tmp_path), store)
-    with pytest.raises(WinnowError, match="toy_rate made no selections"):
+    with pytest.raises(WinnowError, match="toy_rate has no selections"):
         adopt(plan, "keep", str(source.path), store)
     source.manifest_path.unlink()
-    with pytest.raises(WinnowError, match="a step that is not sealed"):
+    with pytest.raises(WinnowError, match="a step that is not finished"):
         adopt(planned(recipe(tmp_path), "rate.scale=3.0"), "rate", str(source.path), store)
 
 
 def test_a_model_folder(tmp_path: Path, store: Store, tiny: Model):
-    """Its files are copied, its digest is theirs; a folder that is none is told by what it lacks."""
+    """Its files are copied, its digest is theirs; the error for another folder says what it lacks."""
     with toy_stages():
         plan = make_plan(Recipe("m", shards=1, target="m", steps={"m": {"use": "toy_model"}}))
         shutil.copytree(tiny.folder, tmp_path / "model")
         (tmp_path / "model" / "optimizer.pt").write_bytes(b"x")
-        made, manifest = adopt(plan, "m", str(tmp_path / "model"), store)
-        model = store.folder(made).model()
+        adopted, manifest = adopt(plan, "m", str(tmp_path / "model"), store)
+        model = store.folder(adopted).model()
         assert manifest["model"] == model.digest == model_digest(model.folder) == tiny.digest
         assert not (model.folder / "optimizer.pt").exists()
         (tmp_path / "model" / "config.json").unlink()
@@ -190,29 +188,29 @@ def test_a_model_folder(tmp_path: Path, store: Store, tiny: Model):
 
 
 def test_every_step_of_a_real_run_can_be_adopted(world: Path, finished: Path, tmp_path: Path):
-    """Of RSO on the tiny world: the same bytes under the same keys, and nothing that no check of ours takes."""
+    """Of RSO on tiny data: the same bytes under the same keys, and every real result passes the checks."""
     plan, old, new = plan_of(world), Store(finished), Store(tmp_path / "new")
-    for each in plan.steps:
-        adopt(plan, each.name, str(old.folder(each).path), new)
+    for item in plan.steps:
+        adopt(plan, item.name, str(old.folder(item).path), new)
     assert digests(plan, new) == digests(plan, old)
-    for each in plan.steps:
-        assert new.folder(each).manifest["model"] == old.folder(each).manifest["model"]
+    for item in plan.steps:
+        assert new.folder(item).manifest["model"] == old.folder(item).manifest["model"]
 
 
 def test_the_command(winnow, tmp_path: Path, luck: Luck):
-    """A stage whose results did not change got an option: its old result is taken, and told to be what it was."""
+    """A stage whose results did not change got an option: its old result is adopted, and what it was is printed."""
     file = recipe(tmp_path)
     assert winnow("run", file)[0] == 0
     old = next(Path("store/toy_rate").iterdir())
-    code, said = winnow("adopt", file, "rate", old, "--set", "rate.scale=1.5")
-    assert code == 0
-    assert "adopted rate" in said
-    assert "though it was made with options.scale: 1.0 -> 1.5" in said
+    code, text = winnow("adopt", file, "rate", old, "--set", "rate.scale=1.5")
+    assert (code, "adopted rate" in text) == (0, True)
+    assert "although it was computed with options.scale: 1.0 -> 1.5" in text
     assert "adopted from toy_rate/" in winnow("plan", file, "--set", "rate.scale=1.5")[1]
     assert f"toy_rate/{old.name}" in winnow("ls", "toy[rate.scale=1.5]")[1]
-    code, said = winnow("adopt", file, "rat", old)
-    assert (code, "did you mean 'rate'" in said) == (2, True)
-    code, said = winnow("adopt", file, "keep", "nowhere")
-    assert (code, "sealed already" in said) == (2, True)
-    code, said = winnow("adopt", file, "keep", "nowhere", "--set", "keep.above=9.0")
-    assert (code, "no such file or folder" in said) == (2, True)
+    for words, match in [
+        (("rat", old), "did you mean 'rate'"),
+        (("keep", "nowhere"), "finished already"),
+        (("keep", "nowhere", "--set", "keep.above=9.0"), "no such file or folder"),
+    ]:
+        code, text = winnow("adopt", file, *words)
+        assert (code, match in text) == (2, True), text

@@ -1,4 +1,4 @@
-"""What a run trained on, carried out to other trainers: TRL's own code reads the files, and nothing of it is copied."""
+"""Pairs of a run as files for other trainers: TRL's own code reads them, and nothing of it is copied here."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from jobs import export as exporting
-from jobs.export import export
-from jobs.export_formats import CUT, OTHER, SIDES, Format, Left, messages_of, trl
+from jobs.export import export_pairs, slices
+from jobs.export_formats import CUT, OTHER_TOKENS, SIDES, Format, Reject, messages_of, trl
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.execution.executor import LocalExecutor
@@ -42,14 +42,14 @@ RUNS = {
 
 
 class Cached(DPOTrainer):
-    """TRL 1.16 reads both columns, but would first compute them again and then refuse two of one name."""
+    """TRL 1.16 reads both columns, but would first compute them again, and then refuse two of one name."""
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return dataset
 
 
-def trainer(kind, data, policy, folder, **options):
-    """A trainer with the policy as its model and no reference; everything else is TRL's."""
+def make_trainer(kind, data, policy, folder, **options):
+    """Return a trainer with the policy as its model and no reference; everything else is TRL's."""
     args = DPOConfig(
         output_dir=str(folder), precompute_ref_log_probs=True, beta=1.0, bf16=False, use_cpu=True, max_steps=1,
         per_device_train_batch_size=4, learning_rate=1e-6, logging_steps=1, report_to="none", disable_tqdm=True,
@@ -60,11 +60,11 @@ def trainer(kind, data, policy, folder, **options):
     return kind(model=model, ref_model=None, args=args, train_dataset=data, processing_class=tokenizer)
 
 
-def losses(made):
-    """Of every batch, before the first step."""
-    made.model.eval()
+def losses(trainer):
+    """Return the loss of every batch before the first step."""
+    trainer.model.eval()
     with torch.no_grad():
-        return [made.compute_loss(made.model, batch).item() for batch in made.get_train_dataloader()]
+        return [trainer.compute_loss(trainer.model, batch).item() for batch in trainer.get_train_dataloader()]
 
 
 def rows_of(file):
@@ -73,7 +73,7 @@ def rows_of(file):
 
 @pytest.fixture(scope="module")
 def store(world, finished, tmp_path_factory):
-    """The finished store with RSO's run `run`, and runs of other recipes as far as their pairs."""
+    """Return the finished store with RSO's run `run`, and runs of other recipes until their pairs."""
     root = tmp_path_factory.mktemp("export") / "store"
     shutil.copytree(finished, root)
     for name, (recipe, *sets) in RUNS.items():
@@ -84,7 +84,7 @@ def store(world, finished, tmp_path_factory):
 
 
 def retokenised(model, folder, *, bos):
-    """The model with a tokenizer without chat template, which starts every text with BOS or none."""
+    """Return the model with a tokenizer without chat template, which starts texts with BOS or without."""
     shutil.copytree(model.folder, folder)
     (folder / "chat_template.jinja").unlink()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -97,7 +97,7 @@ def retokenised(model, folder, *, bos):
 
 @pytest.fixture(scope="module", params=["no BOS", "BOS"])
 def plain(request, world, sharp, tmp_path_factory):
-    """DPO's pairs from a policy of plain texts; one response in three runs on from the prompt's last word."""
+    """Return DPO's pairs of a policy without chat template, and their number; one in three begins without a space."""
     folder = tmp_path_factory.mktemp("plain")
     retokenised(sharp, folder / "model", bos=request.param == "BOS")
     slots = [("boat", city, day) for city in ("Oslo", "Rome") for day in ("Monday", "Friday", "Sunday")]
@@ -120,79 +120,79 @@ def plain(request, world, sharp, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["run", "dpo", "twice"])
-def test_the_first_step_of_trl_is_ln_2_from_our_log_probs(name, store, tmp_path):
-    """-ln s(beta ((lp - ref)(w) - (lp - ref)(l))) = -ln s(0) = ln 2 where the policy is the reference.
+def test_the_first_loss_of_trl_is_ln_2_from_our_log_probs(name, store, tmp_path):
+    """-ln s(beta ((lp - ref)(w) - (lp - ref)(l))) = -ln s(0) = ln 2 if the policy is the reference.
 
-    Of RSO's own samples, of the pairs that people brought, and of a second round, whose reference is the first's
-    policy. Every batch, and the step that TRL logs.
+    For RSO's own samples, for the pairs of a data set, and for a second round, whose reference is the first round's
+    policy; in every batch. With one nat more on each chosen reference it is ln(1 + e) = 1.31326: TRL reads our column.
+    TRL's stock class, which would compute the columns again, refuses them.
     """
-    made = export(store, name, "trl", tmp_path / "pairs.parquet")
-    data = Dataset.from_parquet(str(made.out), cache_dir=str(tmp_path))
+    result = export_pairs(store, name, "trl", tmp_path / "pairs.parquet")
+    data = Dataset.from_parquet(str(result.out), cache_dir=str(tmp_path))
     assert data.column_names == ["prompt", "chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps"]
-    theirs = trainer(Cached, data, made.source.policy, tmp_path)
-    assert theirs.ref_model is None
-    assert len(theirs.train_dataset) == made.rows > 3
-    assert losses(theirs) == pytest.approx([LN2] * math.ceil(made.rows / 4), abs=1e-4)
-    theirs.train()
-    assert theirs.state.log_history[0]["loss"] == pytest.approx(LN2, abs=1e-4)
+    trainer = make_trainer(Cached, data, result.source.policy, tmp_path)
+    assert trainer.ref_model is None
+    assert len(trainer.train_dataset) == result.rows > 3
+    assert losses(trainer) == pytest.approx([LN2] * math.ceil(result.rows / 4), abs=1e-4)
+    if name == "run":
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(LN2, abs=1e-4)
+    if name == "dpo":
+        table = pq.read_table(result.out).to_pydict()
+        shifted = [value + 1 for value in table["ref_chosen_logps"]]
+        data = Dataset.from_dict(table | {"ref_chosen_logps": shifted})
+        found = losses(make_trainer(Cached, data, result.source.policy, tmp_path))
+        assert found == pytest.approx([math.log(1 + math.e)] * len(found), abs=1e-4)
+        with pytest.raises(ValueError, match="duplicated"):
+            make_trainer(DPOTrainer, data, result.source.policy, tmp_path)
 
 
 def test_plain_text_prompts_give_ln_2_and_no_second_bos(plain, tmp_path):
-    """Nor is there a prompt whose last word the response goes on with: TRL would tokenise both as one."""
-    store, brought = plain
-    made = export(store, "plain", "trl", tmp_path / "pairs.jsonl")
-    assert 0 < made.rows == brought - made.left[OTHER]
-    assert "Assistant: Gladly" in "".join(row["prompt"] + row["chosen"] for row in rows_of(made.out))
-    left = rows_of(made.rejects)
-    assert [row["reason"] for row in left] == [OTHER] * made.left[OTHER]
-    assert "chosen: ble for two" in [row["detail"] for row in left]
-    theirs = trainer(Cached, Dataset.from_json(str(made.out), cache_dir=str(tmp_path)), made.source.policy, tmp_path)
-    assert losses(theirs) == pytest.approx([LN2] * math.ceil(made.rows / 4), abs=1e-4)
+    """A prompt whose last word the response continues is rejected: TRL would tokenise both as one word."""
+    store, pairs = plain
+    result = export_pairs(store, "plain", "trl", tmp_path / "pairs.jsonl")
+    assert 0 < result.rows == pairs - result.rejects[OTHER_TOKENS]
+    assert "Assistant: Gladly" in "".join(row["prompt"] + row["chosen"] for row in rows_of(result.out))
+    rejects = rows_of(result.rejects_file)
+    assert [row["reason"] for row in rejects] == [OTHER_TOKENS] * result.rejects[OTHER_TOKENS]
+    assert "chosen: ble for two" in [row["detail"] for row in rejects]
+    data = Dataset.from_json(str(result.out), cache_dir=str(tmp_path))
+    trainer = make_trainer(Cached, data, result.source.policy, tmp_path)
+    assert losses(trainer) == pytest.approx([LN2] * math.ceil(result.rows / 4), abs=1e-4)
 
 
-def test_it_is_our_column_that_trl_reads(store, tmp_path):
-    """One nat more on each chosen reference: ln(1 + e) = 1.31326 in place of ln 2. And the stock class refuses both."""
-    made = export(store, "dpo", "trl", tmp_path / "pairs.parquet")
-    table = pq.read_table(made.out)
-    changed = [each + 1 for each in table["ref_chosen_logps"].to_pylist()]
-    data = Dataset.from_dict(table.to_pydict() | {"ref_chosen_logps": changed})
-    found = losses(trainer(Cached, data, made.source.policy, tmp_path))
-    assert found == pytest.approx([math.log(1 + math.e)] * len(found), abs=1e-4)
-    with pytest.raises(ValueError, match="duplicated"):
-        trainer(DPOTrainer, data, made.source.policy, tmp_path)
-
-
-def any_ids(tokens, rng):
-    """A prompt and two responses: written texts, or ids in any order, with EOS or cut."""
+def any_ids(tokenizer, rng):
+    """Return a prompt and two responses: texts, or ids in any order, with EOS or cut."""
     slot = ("boat", rng.choice(["Oslo", "Rome"]), rng.choice(["Monday", "Friday"]))
-    written = [tokens.encode(f" {answer(*slot)}"), tokens.encode(" Um.")]
-    noise = [[rng.randrange(len(tokens.inner)) for _ in range(rng.randrange(6))] for _ in SIDES]
-    ends = [[tokens.stop[0]] * (rng.random() < 0.9) for _ in SIDES]
+    texts = [tokenizer.encode(f" {answer(*slot)}"), tokenizer.encode(" Um.")]
+    noise = [[rng.randrange(len(tokenizer.inner)) for _ in range(rng.randrange(6))] for _ in SIDES]
+    ends = [[tokenizer.stop[0]] * (rng.random() < 0.9) for _ in SIDES]
     chosen, rejected = (
-        (ids if rng.random() < 0.7 else other) + end for ids, other, end in zip(written, noise, ends, strict=True)
+        (ids if rng.random() < 0.7 else other) + end for ids, other, end in zip(texts, noise, ends, strict=True)
     )
-    prompt = tokens.prompt_ids(ask(*slot)) + (noise[0] if rng.random() < 0.1 else [])
+    prompt = tokenizer.prompt_ids(ask(*slot)) + (noise[0] if rng.random() < 0.1 else [])
     return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 @pytest.mark.parametrize("kind", ["template", "no BOS", "BOS"])
-def test_what_is_written_is_read_by_trl_as_the_ids_that_were_scored(kind, tiny, tmp_path):
-    """TRL's own preparation of 300 rows gives back their ids, all of them; and not everything is left out."""
-    tokens = Tokenizer(tiny if kind == "template" else retokenised(tiny, tmp_path / "model", bos=kind == "BOS"))
+def test_trl_reads_the_ids_that_were_scored(kind, tiny, tmp_path):
+    """TRL's own preparation of 300 rows gives all their ids back; and not everything is rejected."""
+    tokenizer = Tokenizer(tiny if kind == "template" else retokenised(tiny, tmp_path / "model", bos=kind == "BOS"))
     rng = random.Random(0)
-    rows = [any_ids(tokens, rng) for _ in range(300)]
+    rows = [any_ids(tokenizer, rng) for _ in range(300)]
     refs = {"text": "", "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
-    answers = list(trl([row | refs for row in rows], tokens))
-    kept = [(row, answer) for row, answer in zip(rows, answers, strict=True) if not isinstance(answer, Left)]
-    theirs = object.__new__(DPOTrainer)
-    theirs._tokenizer = tokens.inner
+    items = list(trl([row | refs for row in rows], tokenizer))
+    accepted = [(row, item) for row, item in zip(rows, items, strict=True) if not isinstance(item, Reject)]
+    trainer = object.__new__(DPOTrainer)
+    trainer._tokenizer = tokenizer.inner
     args = DPOConfig(output_dir=str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none")
-    read = theirs._prepare_dataset(Dataset.from_list([answer for _, answer in kept]), tokens.inner, args, "train")
-    assert [{name: each[name] for name in row} for (row, _), each in zip(kept, read, strict=True)] == [
-        row for row, _ in kept
+    data = Dataset.from_list([item for _, item in accepted])
+    read = trainer._prepare_dataset(data, tokenizer.inner, args, "train")
+    assert [{name: item[name] for name in row} for (row, _), item in zip(accepted, read, strict=True)] == [
+        row for row, _ in accepted
     ]
-    assert len(kept) > 50
-    assert {answer.reason for answer in answers if isinstance(answer, Left)} == {CUT, OTHER}
+    assert len(accepted) > 50
+    assert {item.reason for item in items if isinstance(item, Reject)} == {CUT, OTHER_TOKENS}
 
 
 # Nothing lost, nothing doubled
@@ -200,17 +200,17 @@ def test_what_is_written_is_read_by_trl_as_the_ids_that_were_scored(kind, tiny, 
 
 @pytest.mark.parametrize("format", ["trl", "openai-messages", "jsonl"])
 def test_every_pair_is_in_the_file_or_in_the_rejects(format, store, tmp_path):
-    """In the order of their ids; the rejects' reasons are those that are told."""
-    everything = rows_of(export(store, "run", "jsonl", tmp_path / "all.jsonl").out)
+    """In the order of their ids; the counts by reason are those of the rejects."""
+    everything = rows_of(export_pairs(store, "run", "jsonl", tmp_path / "all.jsonl").out)
     keys = [(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in everything]
     assert keys == sorted(keys)
     assert sum(len(row["pairs"]) for row in examples_of(store, "run")) == len(keys)
-    made = export(store, "run", format, tmp_path / "pairs.jsonl")
-    left = rows_of(made.rejects) if made.left else []
-    assert len(rows_of(made.out)) == made.rows == len(keys) - len(left)
-    assert Counter(row["reason"] for row in left) == made.left
-    assert {(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in left} <= set(keys)
-    assert made.rejects.exists() == bool(made.left)
+    result = export_pairs(store, "run", format, tmp_path / "pairs.jsonl")
+    rejects = rows_of(result.rejects_file) if result.rejects else []
+    assert len(rows_of(result.out)) == result.rows == len(keys) - len(rejects)
+    assert Counter(row["reason"] for row in rejects) == result.rejects
+    assert {(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in rejects} <= set(keys)
+    assert result.rejects_file.exists() == bool(result.rejects)
 
 
 def examples_of(store, name):
@@ -220,8 +220,8 @@ def examples_of(store, name):
     return store.at(link["stage"], link["key"]).read(EXAMPLES).to_pylist()
 
 
-def test_plain_rows_hold_what_the_policy_was_trained_on(store, tmp_path):
-    """Ids, weights, labels and references are those of the examples; rewards those of the two responses."""
+def test_plain_rows_hold_the_training_data_of_the_policy(store, tmp_path):
+    """Ids, weights, labels and references are those of the examples; rewards are those of the two responses."""
     trained = [
         (group["prompt_ids"], chosen["token_ids"], rejected["token_ids"], chosen["ref_logp"], rejected["ref_logp"],
          pair["weight"], pair["label"])
@@ -230,38 +230,38 @@ def test_plain_rows_hold_what_the_policy_was_trained_on(store, tmp_path):
         for chosen, rejected in [(group["responses"][pair["chosen"]], group["responses"][pair["rejected"]])]
     ]  # fmt: skip
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "weight", "label")
-    rows = rows_of(export(store, "run", "jsonl", tmp_path / "pairs.jsonl").out)
+    rows = rows_of(export_pairs(store, "run", "jsonl", tmp_path / "pairs.jsonl").out)
     assert sorted(tuple(row[name] for name in names) for row in rows) == sorted(trained)
     assert all(row["gap"] > 0 and row["rule"] == "matches" and row["chosen_reward"] is not None for row in rows)
 
 
 @pytest.mark.parametrize("file", ["pairs.parquet", "pairs.jsonl"])
 def test_the_same_run_gives_the_same_bytes_in_slices_of_any_size(file, store, tmp_path, monkeypatch):
-    whole = export(store, "dpo", "trl", tmp_path / "whole" / file)
-    monkeypatch.setattr(exporting, "SLICE", whole.rows // 2)
-    assert len(exporting._slices(whole.rows)) == 16
-    sliced = export(store, "dpo", "trl", tmp_path / "sliced" / file)
-    if file.endswith(".parquet"):  # whose row groups are the slices'
-        assert pq.read_table(sliced.out).equals(pq.read_table(whole.out))
+    single = export_pairs(store, "dpo", "trl", tmp_path / "single" / file)
+    again = export_pairs(store, "dpo", "trl", tmp_path / "again" / file)
+    assert again.out.read_bytes() == single.out.read_bytes()
+    monkeypatch.setattr(exporting, "SLICE", single.rows // 2)
+    assert len(slices(single.rows)) == 16
+    sliced = export_pairs(store, "dpo", "trl", tmp_path / "sliced" / file)
+    if file.endswith(".parquet"):  # whose row groups are the slices
+        assert pq.read_table(sliced.out).equals(pq.read_table(single.out))
     else:
-        assert sliced.out.read_bytes() == whole.out.read_bytes()
-    monkeypatch.undo()
-    assert export(store, "dpo", "trl", tmp_path / "again" / file).out.read_bytes() == whole.out.read_bytes()
+        assert sliced.out.read_bytes() == single.out.read_bytes()
 
 
 def test_a_round_is_exported_by_its_number_and_the_last_one_without(store, tmp_path):
     """Round 1 of two is the run of one round: the same key, and the same bytes."""
-    said = {
-        number: export(store, "twice", "jsonl", tmp_path / f"{number}.jsonl", round=number).out.read_bytes()
+    files = {
+        number: export_pairs(store, "twice", "jsonl", tmp_path / f"{number}.jsonl", round=number).out.read_bytes()
         for number in (1, 2, None)
     }
-    assert said[None] == said[2] != said[1]
-    assert said[1] == export(store, "run", "jsonl", tmp_path / "run.jsonl").out.read_bytes()
+    assert files[None] == files[2] != files[1]
+    assert files[1] == export_pairs(store, "run", "jsonl", tmp_path / "run.jsonl").out.read_bytes()
 
 
 def test_held_out_pairs_are_those_that_the_policy_was_measured_on(store, tmp_path):
-    train = rows_of(export(store, "alright", "jsonl", tmp_path / "train.jsonl").out)
-    heldout = rows_of(export(store, "alright", "jsonl", tmp_path / "heldout.jsonl", "heldout").out)
+    train = rows_of(export_pairs(store, "alright", "jsonl", tmp_path / "train.jsonl").out)
+    heldout = rows_of(export_pairs(store, "alright", "jsonl", tmp_path / "heldout.jsonl", "heldout").out)
     assert heldout
     assert not {row["prompt_id"] for row in heldout} & {row["prompt_id"] for row in train}
 
@@ -270,17 +270,17 @@ def test_held_out_pairs_are_those_that_the_policy_was_measured_on(store, tmp_pat
 
 
 def test_openai_gets_messages_and_texts_that_end(store, tmp_path):
-    made = export(store, "dpo", "openai-messages", tmp_path / "pairs.jsonl")
-    for row in rows_of(made.out):
+    result = export_pairs(store, "dpo", "openai-messages", tmp_path / "pairs.jsonl")
+    for row in rows_of(result.out):
         assert list(row) == ["input", "preferred_output", "non_preferred_output"]
-        (asked,) = row["input"]["messages"]
-        assert asked["role"] == "user"
-        assert re.fullmatch(r"Please book .* Hello\.", asked["content"])
+        (message,) = row["input"]["messages"]
+        assert message["role"] == "user"
+        assert re.fullmatch(r"Please book .* Hello\.", message["content"])
         assert row["preferred_output"][0]["content"].startswith("Gladly. I have booked a")
         assert [row[f"{side}_output"][0]["role"] for side in ("preferred", "non_preferred")] == ["assistant"] * 2
 
 
-turns = st.lists(
+conversations = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text("ab: \nuser", min_size=1)}
     ),
@@ -288,74 +288,58 @@ turns = st.lists(
 )
 
 
-@given(messages=turns)
-def test_a_prompts_messages_are_told_from_its_text_or_not_at_all(messages):
-    """The id is the content's hash: what is found is the prompt itself, whatever its text looks like."""
+@given(messages=conversations)
+def test_messages_are_recovered_from_their_text_or_not_at_all(messages):
+    """The id is the hash of the content: what is recovered is the prompt itself, whatever its text looks like."""
     assert messages_of(prompt_id(messages), readable(messages)) in (messages, None)
     text = readable(messages)
     assert messages_of(prompt_id(text), text) == [{"role": "user", "content": text}]
 
 
-def test_turns_of_a_conversation_are_found_again():
-    said = [
+def test_turns_of_a_conversation_are_recovered():
+    turns = [
         {"role": "system", "content": "Be brief.\nNote: no lists"},
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"},
         {"role": "user", "content": "user of what?"},
     ]
-    assert messages_of(prompt_id(said), readable(said)) == said
+    assert messages_of(prompt_id(turns), readable(turns)) == turns
 
 
 # The command
 
 
-def exported(winnow, *words):
-    """Exit code, and what was said in one line."""
-    code, said = winnow("export", *words)
-    return code, " ".join(said.split())
-
-
 def test_the_command_says_what_is_in_the_file_and_what_is_not(winnow, store, tmp_path):
-    """SimPO caches no reference: the columns are not there, and that is said. What was left out earlier is gone."""
+    """SimPO caches no reference: the columns are absent, and that is printed. An old rejects file is removed."""
     out = tmp_path / "pairs.parquet"
-    out.with_name("pairs.parquet.rejects.jsonl").write_text("of another time\n")
-    words = ("--run", "simpo", "--format", "trl", "--out", out, "--store", store.root)
-    code, said = exported(winnow, *words)
-    table = pq.read_table(out)
+    rejects = out.with_name("pairs.parquet.rejects.jsonl")
+    rejects.write_text("of another time\n")
+    code, text = winnow("export", "--run", "simpo", "--format", "trl", "--out", out, "--store", store.root)
+    text, table = " ".join(text.split()), pq.read_table(out)
     assert (code, table.column_names) == (0, ["prompt", "chosen", "rejected"])
-    assert f"wrote {out}: {table.num_rows} pairs of run simpo, step examples" in said
-    assert "ref_chosen_logps and ref_rejected_logps are absent" in said
-    left = out.with_name("pairs.parquet.rejects.jsonl")
-    assert ("left out:" in said) == left.exists()
-    assert not left.exists() or "of another time" not in left.read_text()
+    assert f"wrote {out}: {table.num_rows} pairs of run simpo, step examples" in text
+    assert "ref_chosen_logps and ref_rejected_logps are absent" in text
+    assert ("rejected: " in text) == rejects.exists()
+    assert not rejects.exists() or "of another time" not in rejects.read_text()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--run", "rnu"], ["no run 'rnu'", "did you mean 'run'?"]),
-        (["--run", "raft"], ["run raft: no pairs", "rso or dpo"]),
-        (["--run", "run", "--round", "2"], ["run run: no round 2", "leave --round out"]),
-        (["--run", "twice", "--round", "3"], ["run twice: no round 3; its rounds are 1 to 2"]),
-        (["--run", "run", "--split", "heldout"], ["no held-out examples", "wire `heldout`"]),
-        (["--run", "run", "--out", "pairs.csv"], ["--out pairs.csv: trl is written as .parquet or .jsonl"]),
-    ],
-)
-def test_what_cannot_be_exported_is_told_and_leaves_no_file(winnow, words, said, store, tmp_path):
-    given = ["--format", "trl", "--store", store.root, *(["--out", "pairs.jsonl"] if "--out" not in words else [])]
-    code, text = exported(winnow, *words, *given)
-    assert code == 2
-    assert all(part in text for part in said), text
+def test_what_cannot_be_exported_is_an_error_and_leaves_no_file(winnow, store, tmp_path, monkeypatch):
+    """Unknown runs and rounds, runs without pairs, a wrong suffix; and a format that would reject every pair."""
+    for words, facts in [
+        ("--run rnu", ["no run 'rnu'", "did you mean 'run'?"]),
+        ("--run raft", ["run raft: no pairs", "rso or dpo"]),
+        ("--run run --round 2", ["run run: no round 2", "omit --round"]),
+        ("--run twice --round 3", ["run twice: no round 3; its rounds are 1 to 2"]),
+        ("--run run --split heldout", ["no held-out examples", "add `heldout` under `from`"]),
+        ("--run run --out pairs.csv", ["--out pairs.csv: trl is written as .parquet or .jsonl"]),
+    ]:
+        out = [] if "--out" in words else ["--out", "pairs.jsonl"]
+        code, text = winnow("export", *words.split(), *out, "--format", "trl", "--store", store.root)
+        assert (code, [fact for fact in facts if fact not in " ".join(text.split())]) == (2, []), text
+    form = Format(
+        (".jsonl",), lambda rows, tokens: trl([row | {"chosen_ids": row["chosen_ids"][:-1]} for row in rows], tokens)
+    )
+    monkeypatch.setattr(exporting, "FORMATS", {"trl": form})
+    with pytest.raises(WinnowError, match=r"trl would reject all of its pairs \(\d+ cut at max_tokens\)"):
+        export_pairs(store, "run", "trl", tmp_path / "pairs.jsonl")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_of_which_nothing_would_be_left_writes_nothing(store, tmp_path, monkeypatch):
-    """Every response cut: the pairs are there as ids alone."""
-    monkeypatch.setattr(exporting, "FORMATS", {"trl": Format((".jsonl",), all_cut)})
-    with pytest.raises(WinnowError, match=r"all its pairs would be left out of trl \(\d+ cut at max_tokens\)"):
-        export(store, "run", "trl", tmp_path / "pairs.jsonl")
-    assert list(tmp_path.iterdir()) == []
-
-
-def all_cut(rows, tokens):
-    return trl([row | {"chosen_ids": row["chosen_ids"][:-1]} for row in rows], tokens)

@@ -1,4 +1,4 @@
-"""`winnow sql`: answers in every format, to the terminal and to files, and the shell."""
+"""`winnow sql`: results in every format, to the terminal and to files, and the shell."""
 
 import csv
 import io
@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import jobs.__main__  # noqa: F401 - registers every command
 from jobs import queries
 from jobs.commands.app import app
-from jobs.output import MOST
-from jobs.shell import split
+from jobs.output import MAX_TABLE_ROWS
+from jobs.shell import completions, split
 from pipeline.store.store import Store
 from tests.catalogs import link, put, rewards
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = Store(tmp_path_factory.mktemp("asked") / "store")
+    store = Store(tmp_path_factory.mktemp("sql") / "store")
     put(store, "reward", "1", [rewards(0.5, 1.5)])
     link(store, "one", reward=("reward", "1"))
     return store
@@ -57,29 +57,29 @@ def test_every_format_has_the_same_rows_in_a_file(store: Store, tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_what_fails_leaves_no_file_and_what_was_there(store: Store, tmp_path: Path):
+def test_a_failure_leaves_no_file_and_keeps_an_old_one(store: Store, tmp_path: Path):
     """A column that Parquet has no type for is found when the file is written."""
     (tmp_path / "answer").write_text("mine")
     for statement in ("SELECT INTERVAL 3 DAYS AS span", "SELECT error('stop') FROM rewards", "DROP TABLE runs"):
         code, text = sql(store, statement, "--format", "parquet", "--out", tmp_path / "answer")
         assert code == 2, text
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
-    assert "is no file" in sql(store, "SELECT 1", "--out", tmp_path)[1]
-    assert "is no file" in sql(store, "SELECT 1", "--out", "/dev/null")[1]
+    assert "is not a file" in sql(store, "SELECT 1", "--out", tmp_path)[1]
+    assert "is not a file" in sql(store, "SELECT 1", "--out", "/dev/null")[1]
     assert sql(store, "SELECT 7 AS n", "--out", tmp_path / "n.csv") == (0, "")
     assert (tmp_path / "n.csv").read_text() == "n\n7\n", "as the name ends"
-    assert "there is no folder" in sql(store, "SELECT 1", "--out", tmp_path / "no" / "answer")[1]
-    assert "say which by --out" in sql(store, "SELECT 1", "--format", "parquet")[1]
+    assert "no such folder" in sql(store, "SELECT 1", "--out", tmp_path / "no" / "answer")[1]
+    assert "add --out FILE" in sql(store, "SELECT 1", "--format", "parquet")[1]
 
 
-def test_a_long_table_says_how_many_rows_it_leaves_out(store: Store, tmp_path: Path):
+def test_a_long_table_says_how_many_rows_it_omits(store: Store, tmp_path: Path):
     """Five million rows: the table has the first ones in order, a file all of them."""
     many = "SELECT 5000000 - range AS n FROM range(5000000) ORDER BY n"
     code, text = sql(store, many)
     assert code == 0
-    assert f"{5_000_000 - MOST:,} more rows" in text
-    assert f"│ {MOST} " in text
-    assert f"│ {MOST + 1} " not in text
+    assert f"{5_000_000 - MAX_TABLE_ROWS:,} more rows" in text
+    assert f"│ {MAX_TABLE_ROWS} " in text
+    assert f"│ {MAX_TABLE_ROWS + 1} " not in text
     assert sql(store, many, "--format", "parquet", "--out", tmp_path / "many.parquet")[0] == 0
     assert pq.read_metadata(tmp_path / "many.parquet").num_rows == 5_000_000
 
@@ -97,14 +97,14 @@ def test_a_query_by_its_name(store: Store):
     assert all(name in text for name in queries.names())
 
 
-def test_db_exports_what_the_store_has(store: Store, tmp_path: Path):
+def test_db_exports_the_whole_store(store: Store, tmp_path: Path):
     file = tmp_path / "out.duckdb"
     assert "wrote" in sql(store, "--db", file)[1]
     with duckdb.connect(str(file)) as copy:
         assert copy.sql("SELECT sum(reward) FROM rewards").fetchall() == [(2.0,)]
-    assert "is there already" in sql(store, "--db", file)[1]
+    assert "already" in sql(store, "--db", file)[1]
     for words in (["SELECT 1", "--db", tmp_path / "x"], ["--out", tmp_path / "x"]):
-        assert "--db for a whole store without one" in sql(store, *words)[1]
+        assert "--db a whole store without one" in sql(store, *words)[1]
 
 
 def test_statements_end_by_a_semicolon_that_is_not_in_quotes():
@@ -127,54 +127,70 @@ def test_statements_from_a_pipe(store: Store):
     assert sql(store, typed="") == (0, "")
 
 
-def test_the_shells_commands(store: Store):
+def test_the_commands_of_the_shell(store: Store):
     code, text = sql(store, typed=".tables\n.tables rewards\n.tables steps\n.queries\n.help\nreward_histogram\n")
-    assert code == 0
-    said = ["one row a candidate", "the same logit with the baseline read first", "hash of the stage", "best_of"]
-    said += [".quit", "all candidates"]
-    assert [word for word in said if word not in text] == []
+    facts = ["reward", "candidate", "hash of the stage", "best_of", ".quit", "all candidates"]
+    assert (code, [fact for fact in facts if fact not in text]) == (0, [])
     assert "no table 'rewads'; did you mean 'rewards'?" in sql(store, typed=".tables rewads\n")[1]
     assert "no command .shell; .help" in sql(store, typed=".shell ls\n")[1]
 
 
+def test_tab_completes_tables_columns_queries_keywords_and_commands():
+    assert {"rewards", "candidate_id", "leaderboard", "SELECT", ".tables"} <= set(completions())
+
+
+class Terminal:
+    """`winnow sql` at a terminal of its own."""
+
+    def __init__(self, store: Store, cache: Path) -> None:
+        self.fd, terminal = pty.openpty()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobs", "sql", "--store", str(store.root), "--format", "csv"],
+            stdin=terminal, stdout=terminal, stderr=terminal, env=environment | {"WINNOW_CACHE": str(cache)},
+        )  # fmt: skip
+        os.close(terminal)
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def wait_for(self, words: str) -> str:
+        """Return what the terminal shows up to these words."""
+        text, end = "", time.monotonic() + 60
+        while words not in text:
+            assert select.select([self.fd], [], [], max(0, end - time.monotonic()))[0], text
+            text += os.read(self.fd, 4096).decode(errors="replace")
+        return text
+
+    def close(self) -> None:
+        self.type(".quit\r")
+        assert self.process.wait(timeout=30) == 0
+        os.close(self.fd)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a terminal and signals")
-def test_ctrl_c_cancels_a_statement_and_not_the_shell(store: Store):
-    """At a real terminal: once while DuckDB works on what would take years, once in a statement half typed."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "jobs", "sql", "--store", str(store.root), "--format", "csv"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True
-    ) as shell:
-        os.close(theirs)
-        wait_for(ours, "winnow> ")
-        os.write(ours, b"SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range + b.range = 7;\n")
-        time.sleep(1)
-        cancel(shell, ours)
-        os.write(ours, b"SELECT half\n")
-        wait_for(ours, "...> ")
-        cancel(shell, ours)
-        os.write(ours, b"SELECT 40 + 2 AS a;\n")
-        assert "42" in wait_for(ours, "42")
-        os.write(ours, b".quit\n")
-        assert shell.wait(timeout=30) == 0
-    os.close(ours)
-
-
-def cancel(shell: subprocess.Popen, terminal: int) -> None:
-    """Pressed again where nothing comes of it: readline sleeps on where a signal falls between its prompt and its wait
-    for a key, until the next of either."""
-    for _ in range(12):
-        shell.send_signal(signal.SIGINT)
-        if select.select([terminal], [], [], 5)[0]:
-            break
-    assert "cancelled" in wait_for(terminal, "winnow> ")
-
-
-def wait_for(terminal: int, words: str) -> str:
-    """What the terminal says up to these words."""
-    said, end = "", time.monotonic() + 60
-    while words not in said:
-        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], said
-        said += os.read(terminal, 4096).decode()
-    return said
+def test_the_shell_at_a_terminal(store: Store, tmp_path: Path):
+    """Ctrl-C cancels a statement, running or half typed, but not the shell; Tab completes; history is kept."""
+    shell = Terminal(store, tmp_path / "cache")
+    shell.wait_for("winnow>")
+    shell.type("SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range + b.range = 7;\r")
+    time.sleep(1)
+    shell.process.send_signal(signal.SIGINT)  # a terminal sends it only to the session that it controls
+    shell.wait_for("cancelled")
+    shell.wait_for("winnow>")
+    shell.type("SELECT half\r")
+    shell.wait_for("...>")
+    shell.type("\x03")
+    shell.wait_for("cancelled")
+    shell.wait_for("winnow>")
+    shell.type("SELECT 40\r")
+    shell.wait_for("...>")
+    shell.type("+ 2 AS a;\r")
+    shell.wait_for("42")
+    shell.wait_for("winnow>")
+    shell.type("leaderb\t")
+    shell.wait_for("oard")
+    shell.type("\r")
+    shell.wait_for("run,gold_win")
+    shell.close()
+    assert "+ 2 AS a;" in (tmp_path / "cache" / "sql_history").read_text()

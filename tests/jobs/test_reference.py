@@ -1,0 +1,56 @@
+"""Reference of recipes, stages and options: what `winnow recipes` and `winnow options` print, and the READMEs."""
+
+from typing import Annotated, Literal
+
+import pytest
+
+from jobs.recipes import names
+from jobs.reference import README_BLOCKS, ROOT, describe_type, recipe_table, stage_table, with_blocks
+from pipeline import Bound, Finite, Range
+from stages.selection.rules import selection_rule
+
+
+@pytest.mark.parametrize("readme", sorted({file for file, _ in README_BLOCKS.values()}))
+def test_the_generated_blocks_are_up_to_date(readme: str):
+    """`python -m jobs.reference --write` brings them up to date."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert with_blocks(readme, text) == text
+
+
+def test_every_recipe_says_what_it_is_and_what_it_optimises():
+    """The objective is that of the policy that is evaluated: none if it is the SFT policy itself."""
+    rows = {row["recipe"]: row for row in recipe_table().to_pylist()}
+    assert sorted(rows) == names()
+    assert all(row["about"] for row in rows.values())
+    expected = {"rso": "sigmoid_norm", "raft": "nll", "sft": "none", "cvx_dpo": "convex_relu (head)"}
+    assert {name: rows[name]["objective"] for name in expected} == expected
+
+
+def test_the_type_of_an_option_in_words():
+    assert describe_type(Annotated[int, Range(gt=0)]) == "int > 0"
+    assert describe_type(Annotated[float, Range(ge=0, lt=1)] | None) == "float ≥ 0, < 1 or null"
+    assert describe_type(Finite) == "finite float"
+    assert describe_type(Literal["vllm", "fake"]) == "`vllm` or `fake`"
+    assert describe_type(dict[str, list[int]]) == "mapping of str to list of int"
+    assert describe_type(list[Annotated[Bound, selection_rule]]) == "list of selection rule"
+
+
+def test_the_commands(winnow):
+    """A stage has inputs, outputs, options, and the functions that its options name, which have pages of their own."""
+    code, text = winnow("recipes")
+    assert code == 0
+    assert all(name in text for name in names())
+    code, text = winnow("options")
+    assert code == 0
+    assert all(row["stage"] in text for row in stage_table().to_pylist())
+    code, text = winnow("options", "select")
+    facts = ["rewards (table rewards)", "table selections", "rule", "required", "selection rule", "rejection_sample"]
+    assert code == 0
+    assert [fact for fact in facts if fact not in text] == []
+    assert text.count("rejection_sample") == 1
+    code, text = winnow("options", "rejection_sample")
+    assert code == 0
+    assert [fact for fact in ("arXiv:2309.06657", "beta", "int > 0", "float ≥ 0 or null") if fact not in text] == []
+    code, text = winnow("options", "rejection_sampel")
+    assert code == 2
+    assert "did you mean 'rejection_sample'?" in text
