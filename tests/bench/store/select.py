@@ -19,6 +19,7 @@ from pipeline.execution.tasks import execute, step_spec
 from pipeline.store.storage import delete
 from pipeline.store.store import Store
 from schemas.tables import SELECTIONS
+from stages.selection import kernels
 from stages.selection.groups import RewardGroups
 from tests.bench.page import resident, spread
 from tests.bench.store import Sizes
