@@ -15,10 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config.partial import chosen
+from pipeline.config.partial import matching
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.run import record_of
-from pipeline.execution.tasks import ResourceTime, deal, fail_if_nothing_left, folder_here, keep_model, part_record
+from pipeline.execution.tasks import (
+    ResourceTime,
+    check_not_empty,
+    local_folder,
+    part_record,
+    split_by_shard,
+    store_model,
+)
 from pipeline.registry import nearest
 from pipeline.store.fingerprints import ModelPath, digest_of, model_digest, model_files
 from pipeline.store.storage import delete, parse_location
@@ -50,7 +57,7 @@ class Artifact:
 
 def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
     """Return the step and its new manifest. Raise WinnowError, with nothing written, for all that does not fit."""
-    steps = chosen(plan, name)
+    steps = matching(plan, name)
     if not steps:
         raise WinnowError(
             f"adopt: no step {name!r} in {plan.name}; {nearest(name, [step.name for step in plan.steps])}"
@@ -68,7 +75,7 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
 
     store.check()
     store.link_run(plan.name, plan.steps)
-    claim = folder.claim()
+    claim = folder.try_lock()
     if claim is None:
         raise WinnowError(f"adopt {step.name}: another run is computing it; wait for it, or stop it")
     try:
@@ -76,11 +83,11 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
         delete(folder.path)  # the remains of an adoption that was interrupted
         model = None
         if artifact.model:
-            with folder_here(folder) as local:
+            with local_folder(folder) as local:
                 (local / "model").mkdir(parents=True)  # new: the step's folder has just been deleted
                 for file in model_files(artifact.model):
                     shutil.copyfile(file, local / "model" / file.name)
-                model = keep_model(folder, local / "model")
+                model = store_model(folder, local / "model")
         for shard in range(step.shards):
             tables = artifact.part(shard)
             record = part_record(tables, {}, ResourceTime()) | {"adopted": artifact.origin["from"]}
@@ -118,10 +125,10 @@ def _read_artifact(step: Step, path: str, where: str) -> Artifact:
 
     # One Parquet file per table, or all files that begin with the table's name.
     tables, problems, missing = {}, [], []
-    for schema in [*step.shape.outputs, REJECTS]:
+    for schema in [*step.signature.outputs, REJECTS]:
         name = table_name(schema)
         if location.is_file():  # a file is the only table of the step, whatever its name
-            files = [location] if schema is not REJECTS and len(step.shape.outputs) == 1 else []
+            files = [location] if schema is not REJECTS and len(step.signature.outputs) == 1 else []
         else:
             files = sorted(file for file in location.glob(f"{name}*.parquet") if file.name[len(name)] in ".-_")
         if not files and schema is not REJECTS:
@@ -135,10 +142,10 @@ def _read_artifact(step: Step, path: str, where: str) -> Artifact:
         raise WinnowError(f"{where}: lacks {', '.join(missing)} (files like {files_like})")
     if problems:
         raise WinnowError(*problems)
-    parts = deal(tables, step.shards)
+    parts = split_by_shard(tables, step.shards)
 
     model = None
-    if step.shape.makes_model:
+    if step.signature.makes_model:
         beside = not (location / "config.json").is_file() and (location / "model").is_dir()
         try:
             model = ModelPath(str(location / "model" if beside else location)).path
@@ -152,11 +159,11 @@ def _read_step(step: Step, source: StepFolder, manifest: Json, where: str) -> Ar
     """Read a finished step, part by part if both have as many: the prompt id alone decides a row's part."""
     if not manifest.keys() >= MANIFEST_FIELDS:
         raise WinnowError(f"{where}: its manifest.json is not a step's; move it elsewhere to adopt the other files")
-    outputs = [table_name(schema) for schema in step.shape.outputs] + ["model"] * step.shape.makes_model
+    outputs = [table_name(schema) for schema in step.signature.outputs] + ["model"] * step.signature.makes_model
     available = set(manifest["rows"]) | ({"model"} if manifest["model"] else set())
     if missing := [kind for kind in outputs if kind not in available]:
         raise WinnowError(f"{where}: {manifest['stage']} has no {' and no '.join(missing)}")
-    schemas = [*step.shape.outputs, REJECTS]
+    schemas = [*step.signature.outputs, REJECTS]
 
     def part(shard: int | None) -> Tables:
         return {table_name(schema): conform(source.read(schema, shard), schema) for schema in schemas}
@@ -167,12 +174,12 @@ def _read_step(step: Step, source: StepFolder, manifest: Json, where: str) -> Ar
         "identity": manifest["identity"],
         "digest": sha256(f"{files}{manifest['model']}".encode()).hexdigest(),
     }
-    model = source.model().folder if step.shape.makes_model else None
+    model = source.model().folder if step.signature.makes_model else None
     if model and model_digest(model) != manifest["model"]:
         raise WinnowError(f"{where}: its model is not the one that its manifest names; use the original folder")
     if manifest["identity"]["shards"] == step.shards:
         return Artifact(part, model, origin)
-    return Artifact(deal(part(None), step.shards).__getitem__, model, origin)
+    return Artifact(split_by_shard(part(None), step.shards).__getitem__, model, origin)
 
 
 def _read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
@@ -193,7 +200,7 @@ def _read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
 def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
     """Yield what schemas do not check: duplicate or unknown ids, numbers that are not finite."""
     not_finite, rows, reasons = Counter[str](), Counter[str](), Counter[str]()
-    ids: dict[str, list[pa.Table]] = {table_name(schema): [] for schema in step.shape.outputs}
+    ids: dict[str, list[pa.Table]] = {table_name(schema): [] for schema in step.signature.outputs}
     for shard in range(step.shards):
         tables = artifact.part(shard)
         reasons.update(tables["rejects"]["reason"].to_pylist())
@@ -213,7 +220,7 @@ def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
             if duplicates:
                 yield f"{duplicates:,} rows of {name} have a {column} that another row has"
         for column in table.column_names:
-            if column == "candidate_id" and step.shape.makes("candidates"):
+            if column == "candidate_id" and step.signature.makes("candidates"):
                 continue  # they are new
             source, input_ids = _input_ids(step, column, store)
             unknown = [] if input_ids is None else table.filter(pc.invert(pc.is_in(table[column], input_ids)))[column]
@@ -222,7 +229,7 @@ def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
                     f"{len(unknown):,} of {table.num_rows:,} rows of {name} have a {column} that is not among those of "
                     f"{source}, such as {unknown[0]}"
                 )
-    fail_if_nothing_left(step.name, step.options, {"rows": rows, "rejects": reasons, "model": artifact.model})
+    check_not_empty(step.name, step.options, {"rows": rows, "rejects": reasons, "model": artifact.model})
 
 
 def _input_ids(step: Step, column: str, store: Store) -> tuple[str, pa.ChunkedArray | None]:
@@ -232,7 +239,7 @@ def _input_ids(step: Step, column: str, store: Store) -> tuple[str, pa.ChunkedAr
     """
     split = step.options.get("split")
     ids_by_source: dict[str, pa.ChunkedArray] = {}
-    for item in step.shape.inputs:
+    for item in step.signature.inputs:
         source = step.inputs.get(item.name)
         if item.schema is None or source is None or column not in item.schema.names:
             continue

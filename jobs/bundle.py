@@ -12,7 +12,7 @@ from jobs import profiles, recipes
 from pipeline.config.keys import key_of
 from pipeline.config.plan import Plan
 from pipeline.config.recipe import merged
-from pipeline.config.yaml import written
+from pipeline.config.yaml import dump
 from pipeline.execution.run import PACKAGES, SHIPPED, commit
 from pipeline.registry import Bound
 from pipeline.store.fingerprints import ContentPath
@@ -27,7 +27,7 @@ PROFILE = f"{FOLDER}/profile.yml"  # no recipe can have this name: those end in 
 
 def plan_key(plans: list[Plan]) -> str:
     """Return 8 hex digits that identify everything that the plans compute, inputs included."""
-    return key_of(sorted({step.key for plan in plans for step in plan.wanted}))[:8]
+    return key_of(sorted({step.key for plan in plans for step in plan.steps_to_run}))[:8]
 
 
 def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | None) -> list[str]:
@@ -58,7 +58,7 @@ def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | No
             copy.parent.mkdir(parents=True)
             shutil.copyfile(file, copy)
             content["plugins"][number] = str(copy.relative_to(folder / FOLDER))
-        (folder / word).write_text(written(content), encoding="utf-8")
+        (folder / word).write_text(dump(content), encoding="utf-8")
         words.append(word)
     if profile:
         shutil.copyfile(profiles.profile_path(profile), folder / PROFILE)

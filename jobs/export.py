@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from jobs.console import as_json
 from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row
-from pipeline.config.rounds import split as step_and_round
+from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
@@ -135,7 +135,7 @@ def find_pairs(store: Store, run: str, split: Split, round: int | None) -> PairS
     if run not in runs:
         raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, list(runs))}")
     lineage = Lineage(store, runs[run])
-    numbers = sorted({number for _, number in map(step_and_round, lineage.links) if number}, reverse=True)
+    numbers = sorted({number for _, number in map(split_round, lineage.links) if number}, reverse=True)
     if round is not None and round not in numbers:
         available = f"its rounds are 1 to {numbers[0]}" if numbers else "it has no rounds; omit --round"
         raise WinnowError(f"run {run}: no round {round}; {available}")
@@ -146,7 +146,7 @@ def find_pairs(store: Store, run: str, split: Split, round: int | None) -> PairS
             problem = (
                 "its policy has no held-out examples; add `heldout` under `from` of optimize, or export --split train"
             )
-        elif {"optimize", "examples"} & {step_and_round(name)[0] for name in lineage.links}:
+        elif {"optimize", "examples"} & {split_round(name)[0] for name in lineage.links}:
             problem = "its examples are not finished yet; the same winnow run continues with them"
         else:
             problem = "no pairs, because it trains no policy on examples; export a run of a recipe that does, like rso"
@@ -192,7 +192,7 @@ class Lineage:
         """Return name and key of what the policy reads; before it is trained, of the step `examples`."""
 
         def key_of(step: str) -> str | None:  # in this round, or of all rounds
-            names = [name for name in self.links if step_and_round(name) in ((step, round), (step, None))]
+            names = [name for name in self.links if split_round(name) in ((step, round), (step, None))]
             return self.links[names[0]]["key"] if names else None
 
         policy = self.manifest(key_of("optimize"))

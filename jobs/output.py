@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import as_json, as_table
-from pipeline.sql.catalog import Answer, Catalog
+from pipeline.sql.catalog import Catalog, QueryResult
 from schemas import WinnowError
 
 MAX_TABLE_ROWS = 1000  # nobody reads more
@@ -35,7 +35,7 @@ def format_of(format: Format | None, out: Path | None) -> Format:
     return format or SUFFIXES.get(out.suffix if out else "", Format.table)
 
 
-def write(result: Answer, format: Format, out: Path | None, console: Console) -> None:
+def write(result: QueryResult, format: Format, out: Path | None, console: Console) -> None:
     """Write a result to the terminal, or to a file: completely, or not at all. All formats but tables are streamed."""
     if out is None:
         if format is Format.parquet:
@@ -72,7 +72,7 @@ def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
             raise
 
 
-def _write_text(result: Answer, format: Format, file: TextIO, console: Console) -> None:
+def _write_text(result: QueryResult, format: Format, file: TextIO, console: Console) -> None:
     if format is Format.table:
         rows = result.head(MAX_TABLE_ROWS + 1)
         console.print(as_table(rows.slice(0, MAX_TABLE_ROWS)))
@@ -90,7 +90,7 @@ def _write_text(result: Answer, format: Format, file: TextIO, console: Console) 
             file.write(as_json(row) + "\n")
 
 
-def _write_parquet(result: Answer, file: Path) -> None:
+def _write_parquet(result: QueryResult, file: Path) -> None:
     batches = result.batches()
     first = next(batches)
     try:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from jobs.recipes import FOLDER, names
 from pipeline.config.recipe import merged
-from pipeline.config.rounds import split
+from pipeline.config.rounds import split_round
 from pipeline.registry import Entry, Range, Registry, nearest
 from pipeline.sql.views import VIEWS
 from pipeline.stage import signature_of, stages
@@ -58,7 +58,7 @@ def _objective(content: dict[str, Any]) -> str:
     for step in needed:
         sources = [source for value in part(step, "from").values()
                    for source in (value.values() if isinstance(value, dict) else [value])]  # fmt: skip
-        needed += [name for source in sources if source and (name := split(source)[0]) not in needed]
+        needed += [name for source in sources if source and (name := split_round(source)[0]) not in needed]
     if "optimize" in needed:
         options = part("optimize", "with")
         mix, weight = options.get("mix"), options.get("nll_weight")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs import queries
-from pipeline.config.rounds import split
+from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
 
@@ -37,9 +37,9 @@ def write_report(store: Store, out: Path) -> None:
     catalog = open_catalog(store)
     sections = []
     for run, steps in catalog.runs.items():
-        rounds: list[int | None] = [*sorted({number for step in steps if (number := split(step)[1])})]
+        rounds: list[int | None] = [*sorted({number for step in steps if (number := split_round(step)[1])})]
         for round in rounds or [None]:
-            of_run = catalog.of(run, round)
+            of_run = catalog.for_run(run, round)
             sections.append(
                 {
                     "name": run if round is None else f"{run}@{round}",

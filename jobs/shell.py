@@ -16,7 +16,7 @@ from jobs import queries
 from jobs.console import as_table
 from jobs.output import interruptible
 from pipeline.registry import nearest
-from pipeline.sql.catalog import Answer, Catalog
+from pipeline.sql.catalog import Catalog, QueryResult
 from pipeline.sql.views import VIEWS
 from pipeline.store.storage import cache
 from schemas import TABLES, WinnowError
@@ -40,7 +40,7 @@ class Shell:
     """Loop over statements and commands. An error ends the statement, not the shell; `errors` counts them."""
 
     def __init__(
-        self, catalog: Catalog, show: Callable[[Answer], None], console: Console, error_console: Console
+        self, catalog: Catalog, show: Callable[[QueryResult], None], console: Console, error_console: Console
     ) -> None:
         self.catalog, self.show, self.console, self.error_console = catalog, show, console, error_console
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()  # else prompts would be in the output

@@ -9,7 +9,7 @@ from rich.tree import Tree
 
 from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
-from pipeline.config.rounds import split
+from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.stage import signature_of
 from pipeline.store.inventory import Inventory, followers_first
@@ -35,7 +35,7 @@ def plan_tree(plan: Plan, store: Store) -> Tree:
             parent.add(f"[dim]{step.name}{'' if step.name == name else f' = {name}'} (above)[/]")
             return
         names_by_key[step.key] = step.name
-        stage = "" if split(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
+        stage = "" if split_round(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
         branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status(step, plan.name, store)}")
         for source in step.inputs.values():
             add(branch, source)
@@ -79,7 +79,7 @@ def runs_table(store: Store) -> pa.Table:
     keys = {run: {link["key"] for link in steps.values()} for run, steps in inventory.runs.items()}
     rows = []
     for run, run_keys in keys.items():
-        steps = [inventory.made[key] for key in run_keys if key in inventory.made]
+        steps = [inventory.steps[key] for key in run_keys if key in inventory.steps]
         other_keys = {key for other, others in keys.items() if other != run for key in others}
         finished = [step.manifest for step in steps if step.manifest]
         rows.append({
@@ -98,7 +98,7 @@ def steps_table(store: Store, run: str) -> pa.Table:
     if run not in inventory.runs:
         raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, list(inventory.runs))}")
     links = inventory.runs[run]
-    steps = {link["key"]: inventory.made.get(link["key"]) for link in links.values()}
+    steps = {link["key"]: inventory.steps.get(link["key"]) for link in links.values()}
     order = followers_first({key: step.inputs if step else None for key, step in steps.items()})[::-1]
     shards = next((step.manifest["identity"]["shards"] for step in steps.values() if step and step.manifest), None)
     rows = []

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from jobs.console import as_table
 from pipeline.sql.catalog import open_catalog, query
-from pipeline.sql.views import text
+from pipeline.sql.views import sql_literal
 from pipeline.store.store import Store
 from schemas import WinnowError
 
@@ -38,7 +38,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def life(store: Store, run: str, prefix: str, console: Console, round: int | None = None) -> None:
+def trace_prompt(store: Store, run: str, prefix: str, console: Console, round: int | None = None) -> None:
     """Print the prompt whose id begins with `prefix`; without a prefix, the first prompt that reached the last stage.
 
     In one round, by default the last, where the run has rounds. Raises WinnowError if no prompt of the run, or more
@@ -50,7 +50,7 @@ def life(store: Store, run: str, prefix: str, console: Console, round: int | Non
     if not round:  # the last round with a finished step
         (row,) = query(all_rounds, "SELECT max(round) AS last FROM runs JOIN steps USING (stage, key)").to_pylist()
         round = row["last"]
-    catalog = all_rounds.of(run, round)
+    catalog = all_rounds.for_run(run, round)
 
     prompts = query(
         catalog,
@@ -69,6 +69,6 @@ def life(store: Store, run: str, prefix: str, console: Console, round: int | Non
     console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
     console.print(prompt["text"], markup=False, highlight=False)
     for title, sql in SECTIONS:
-        rows = query(catalog, sql.format(where=f"prompt_id = {text(prompt['prompt_id'])}"))
+        rows = query(catalog, sql.format(where=f"prompt_id = {sql_literal(prompt['prompt_id'])}"))
         if rows.num_rows:
             console.print(as_table(rows, title))

@@ -71,7 +71,7 @@ class WarmCache:
         self._lock = RLock()  # two parts that run at once want one engine
         self.clock = WorkerClock()
 
-    def hold(self, open_it: Callable[..., T], *args: Any) -> T:
+    def open_once(self, open_it: Callable[..., T], *args: Any) -> T:
         """Return `open_it(*args)`, called once for each function and arguments; args must be hashable."""
         key = (open_it.__module__, open_it.__qualname__, args)
         with self._lock:
@@ -121,10 +121,10 @@ class StageContext:
         location: Location | None = None,
     ) -> None:
         self.folder = folder
-        self.hold = cache.hold
+        self.open_once = cache.open_once
         self.progress = progress
         self.resources = resources
-        self.keep = Mirror(folder, location or folder)
+        self.mirror = Mirror(folder, location or folder)
         self.counters: Counter[str] = Counter()
         self._rejects: list[dict[str, str | None]] = []
 

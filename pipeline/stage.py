@@ -59,7 +59,7 @@ class StageSignature:
     inputs: tuple[Input, ...]
     outputs: tuple[pa.Schema, ...]
     makes_model: bool
-    workspace: str | None  # name of the StageContext parameter
+    context_parameter: str | None  # name of the StageContext parameter
     check: Check
 
     def makes(self, kind: str) -> bool:
@@ -87,13 +87,13 @@ def stage(
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         hints = get_type_hints(fn, include_extras=True)
-        inputs, workspace = [], None
+        inputs, context_parameter = [], None
         for name, parameter in inspect.signature(fn).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 continue
             hint = hints[name]
             if hint is StageContext:
-                workspace = name
+                context_parameter = name
                 continue
             optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
             if optional:
@@ -103,7 +103,7 @@ def stage(
         outputs = [_table_schema(hint) for hint in returned]
         tables = tuple(schema for schema in outputs if schema is not None)
         signature = StageSignature(
-            version, unsharded, concurrent, tuple(inputs), tables, None in outputs, workspace, check
+            version, unsharded, concurrent, tuple(inputs), tables, None in outputs, context_parameter, check
         )
         return stages(signature=signature)(fn)
 

@@ -58,7 +58,7 @@ class Head:
     def nodes(self) -> int:
         """Return how many nodes are up; 0 before anything answers."""
         request = Request(f"{self.url}/api/v0/nodes", headers={"Authorization": f"Bearer {self.token}"})
-        with suppress(OSError, KeyError, TypeError), urlopen(request, timeout=5) as answer:
+        with suppress(OSError, KeyError, TypeError, ValueError), urlopen(request, timeout=5) as answer:
             return len(json.load(answer)["data"]["result"]["result"])
         return 0
 

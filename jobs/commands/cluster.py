@@ -24,7 +24,7 @@ from jobs.commands.app import (
     console,
 )
 from jobs.resume import without_force
-from pipeline.config.partial import followers, narrowed, unsealed
+from pipeline.config.partial import followers, narrowed, unfinished
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.ray_executor import check_fits
 from pipeline.store.storage import parse_location
@@ -50,7 +50,7 @@ def submit(
     workers: Workers = 2,
     only: Only = None,
     until: Until = None,
-    onward: Onward = None,
+    from_step: Onward = None,
     force: Force = None,
     attach: Annotated[
         bool, typer.Option("--attach", help="follow the job that computes the same, if one is running")
@@ -64,7 +64,7 @@ def submit(
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
     plans = recipes.plans(recipe, configs, sets)
-    parts = narrowed(plans, only, onward, force, until=until)
+    parts = narrowed(plans, only, from_step, force, until=until)
     steps = unfinished_steps(parts, force, Store(store))
     bundle.check_paths(plans)
     resources = profiles.load(profile)
@@ -78,7 +78,7 @@ def submit(
     # The job runs `winnow run` with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
     flags: list[tuple[str, str | None]] = [("--set", item) for item in sets]
-    flags += [("--only", only), ("--until", until), ("--from", onward), ("--force", force)]
+    flags += [("--only", only), ("--until", until), ("--from", from_step), ("--force", force)]
     flags += [("--workers", str(workers)), ("--store", location), ("--address", "auto")]
     with TemporaryDirectory() as folder:
         packed = bundle.pack(Path(folder), recipe, configs, profile)
@@ -124,10 +124,10 @@ def unfinished_steps(parts: list[Plan], force: str | None, store: Store) -> list
 
     If the store cannot be read from here, where its credentials need not be, these are all steps.
     """
-    steps = [step for plan in parts for step in plan.wanted]
+    steps = [step for plan in parts for step in plan.steps_to_run]
     forced = {step.key for plan in parts for step in (followers(plan, force) if force else [])}
     try:
-        missing = {step.key for step in unsealed(steps, store)}
+        missing = {step.key for step in unfinished(steps, store)}
     except (OSError, WinnowError):
         return steps
     return [step for step in steps if step.key in forced | missing]

@@ -69,9 +69,9 @@ def trace(
     round: Annotated[int | None, typer.Option(help="of a run with rounds; the last by default")] = None,
 ) -> None:
     """Print everything that happened to one prompt in a run."""
-    from jobs.trace import life
+    from jobs.trace import trace_prompt
 
-    life(existing_store(store), run, prompt or "", console, round)
+    trace_prompt(existing_store(store), run, prompt or "", console, round)
 
 
 def report(

@@ -88,24 +88,24 @@ def run(
     profile: ProfileName = None,
     only: Only = None,
     until: Until = None,
-    onward: Onward = None,
+    from_step: Onward = None,
     force: Force = None,
 ) -> None:
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
     if address and executor is ExecutorName.in_process:
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
     target = Store(store)
-    selection = rerun(recipes.plans(recipe, configs, sets), target, only, onward, force, until=until)
+    selection = rerun(recipes.plans(recipe, configs, sets), target, only, from_step, force, until=until)
     resources = profiles.load(profile)
     chosen: Executor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
         chosen = RayExecutor(workers, address, resources)
         target.check()
-        chosen.check(selection.to_make(target))
+        chosen.check(selection.to_run(target))
     # Results to compute again are deleted only now that all checks are over.
-    for step in selection.gone:
+    for step in selection.to_delete:
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)
-    selection.drop()
+    selection.delete()
     _run_plans(selection.plans, target, chosen)
     _print_summary(target, [item.name for item in selection.plans])
     if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)

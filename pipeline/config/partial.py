@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from pipeline.config.plan import Plan, Step
-from pipeline.config.rounds import split
+from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.store.gc import remove
 from pipeline.store.inventory import Inventory, StoredStep, followers_first, links
@@ -22,17 +22,17 @@ class Rerun:
     """
 
     plans: list[Plan]
-    gone: list[StoredStep]
+    to_delete: list[StoredStep]
     check: Callable[[], None]
 
-    def to_make(self, store: Store) -> list[Step]:
+    def to_run(self, store: Store) -> list[Step]:
         """Return the steps that are not finished, or that will be deleted."""
-        deleted = {stored.key for stored in self.gone}
-        steps = [step for plan in self.plans for step in plan.wanted]
-        unfinished = {step.key for step in unsealed(steps, store)}
-        return [step for step in steps if step.key in deleted | unfinished]
+        deleted = {stored.key for stored in self.to_delete}
+        steps = [step for plan in self.plans for step in plan.steps_to_run]
+        missing = {step.key for step in unfinished(steps, store)}
+        return [step for step in steps if step.key in deleted | missing]
 
-    def drop(self) -> None:
+    def delete(self) -> None:
         """Delete the stored steps, followers first: wherever this ends, no finished step lacks its inputs.
 
         Raise WinnowError, with nothing deleted, where another run computes one of them, or needs one by now.
@@ -43,54 +43,54 @@ class Rerun:
             return False
 
         with ExitStack() as claims:
-            for stored in self.gone:
-                claim = stored.folder.claim()
+            for stored in self.to_delete:
+                claim = stored.folder.try_lock()
                 if claim is None:
                     raise WinnowError(
                         f"--force: another run is computing {stored.stage} {stored.key}, which would be deleted; "
                         "wait for it, or stop it"
                     )
                 claims.callback(claim.release)
-            remove([stored.folder for stored in self.gone], is_needed)
+            remove([stored.folder for stored in self.to_delete], is_needed)
 
 
 def rerun(
     plans: list[Plan],
     store: Store,
     only: str | None = None,
-    onward: str | None = None,
+    from_step: str | None = None,
     force: str | None = None,
     until: str | None = None,
 ) -> Rerun:
-    """Return what `--only`, `--from` (onward), `--until` and `--force` a step mean, for several recipes at once.
+    """Return what `--only`, `--from` (from_step), `--until` and `--force` a step mean, for several recipes at once.
 
     Nothing is changed yet. Raise WinnowError for unknown steps, for inputs that are not finished, and where a run that
     is not among the plans would lose a result that it needs.
     """
-    parts = narrowed(plans, only, onward, force, until)
-    gone = _to_delete(plans, force, store) if force else []
-    keys = {stored.key for stored in gone}
+    parts = narrowed(plans, only, from_step, force, until)
+    to_delete = _to_delete(plans, force, store) if force else []
+    keys = {stored.key for stored in to_delete}
 
     def check() -> None:
         if keys:
             _check_unneeded(store, plans, keys, f"--force {force}")
 
     check()
-    if not (only or onward):  # a plan, and `--until`, contain all that their steps read
-        return Rerun(parts, gone, check)
+    if not (only or from_step):  # a plan, and `--until`, contain all that their steps read
+        return Rerun(parts, to_delete, check)
 
     # What the parts read must be finished, or computed by this part or an earlier one.
-    option, name = ("--only", only) if only else ("--from", onward)
+    option, name = ("--only", only) if only else ("--from", from_step)
     computed: set[str] = set()
     problems = []
     for plan in parts:
-        computed |= {step.key for step in plan.wanted}
-        sources = {source.name: source for step in plan.wanted for source in step.inputs.values()}
-        unfinished = {step.name for step in unsealed(list(sources.values()), store)}
+        computed |= {step.key for step in plan.steps_to_run}
+        sources = {source.name: source for step in plan.steps_to_run for source in step.inputs.values()}
+        missing = {step.name for step in unfinished(list(sources.values()), store)}
         lacking = [
             name
             for name, source in sources.items()
-            if source.key not in computed and (source.key in keys or name in unfinished)
+            if source.key not in computed and (source.key in keys or name in missing)
         ]
         if lacking:
             first = ", then ".join(f"--until {source}" for source in lacking)
@@ -101,13 +101,13 @@ def rerun(
             )
     if problems:
         raise WinnowError(*problems)
-    return Rerun(parts, gone, check)
+    return Rerun(parts, to_delete, check)
 
 
 def narrowed(
     plans: list[Plan],
     only: str | None = None,
-    onward: str | None = None,
+    from_step: str | None = None,
     force: str | None = None,
     until: str | None = None,
 ) -> list[Plan]:
@@ -118,8 +118,8 @@ def narrowed(
     selections = [
         (option, name, select)
         for option, name, select in (
-            ("--only", only, chosen),
-            ("--from", onward, followers),
+            ("--only", only, matching),
+            ("--from", from_step, followers),
             ("--until", until, predecessors),
         )
         if name
@@ -128,8 +128,8 @@ def narrowed(
         words = " ".join(f"{option} {name}" for option, name, _ in selections)
         raise WinnowError(f"{words}: give one of them; --from runs what follows a step too, --until what it needs")
     for option, name in [*((option, name) for option, name, _ in selections), ("--force", force)]:
-        if name and not any(chosen(plan, name) for plan in plans):
-            names = {word for plan in plans for step in plan.steps for word in (step.name, split(step.name)[0])}
+        if name and not any(matching(plan, name) for plan in plans):
+            names = {word for plan in plans for step in plan.steps for word in (step.name, split_round(step.name)[0])}
             recipes = " and ".join(plan.name for plan in plans)
             raise WinnowError(f"{option} {name}: no step {name!r} in {recipes}; {nearest(name, sorted(names))}")
     if not selections:
@@ -138,19 +138,19 @@ def narrowed(
     return [replace(plan, part=steps) for plan in plans if (steps := select(plan, step))]
 
 
-def unsealed(steps: list[Step], store: Store) -> list[Step]:
+def unfinished(steps: list[Step], store: Store) -> list[Step]:
     """Return the steps that are not finished in a store."""
     return [step for step in steps if store.folder(step).manifest is None]
 
 
-def chosen(plan: Plan, name: str) -> list[Step]:
+def matching(plan: Plan, name: str) -> list[Step]:
     """Return the step of this name, or, by a name without a round, that of every round."""
-    return [step for step in plan.steps if name in (step.name, split(step.name)[0])]
+    return [step for step in plan.steps if name in (step.name, split_round(step.name)[0])]
 
 
 def followers(plan: Plan, name: str) -> list[Step]:
     """Return a step and all that is computed from it."""
-    names = {step.name for step in chosen(plan, name)}
+    names = {step.name for step in matching(plan, name)}
     for step in plan.steps:  # inputs come before what reads them
         if any(source.name in names for source in step.inputs.values()):
             names.add(step.name)
@@ -159,7 +159,7 @@ def followers(plan: Plan, name: str) -> list[Step]:
 
 def predecessors(plan: Plan, name: str) -> list[Step]:
     """Return a step and all that it is computed from."""
-    names = {step.name for step in chosen(plan, name)}
+    names = {step.name for step in matching(plan, name)}
     for step in reversed(plan.steps):
         if step.name in names:
             names |= {source.name for source in step.inputs.values()}
@@ -169,15 +169,15 @@ def predecessors(plan: Plan, name: str) -> list[Step]:
 def _to_delete(plans: list[Plan], name: str, store: Store) -> list[StoredStep]:
     """Return the stored results of a step and of all that follows from it, in whichever recipe; followers first."""
     inventory = Inventory(store)
-    inputs = {key: stored.inputs for key, stored in inventory.made.items()}
+    inputs = {key: stored.inputs for key, stored in inventory.steps.items()}
     inputs |= {step.key: frozenset(s.key for s in step.inputs.values()) for plan in plans for step in plan.steps}
     needed_elsewhere = inventory.reached(tuple(plan.name for plan in plans))
-    keys = {step.key for plan in plans for step in chosen(plan, name)}
+    keys = {step.key for plan in plans for step in matching(plan, name)}
     # A result whose inputs are not known may follow from the step too.
     keys |= {key for key, sources in inputs.items() if sources is None and key not in needed_elsewhere}
     while more := {key for key, sources in inputs.items() if sources and sources & keys} - keys:
         keys |= more
-    return [inventory.made[key] for key in followers_first(inputs) if key in keys and key in inventory.made]
+    return [inventory.steps[key] for key in followers_first(inputs) if key in keys and key in inventory.steps]
 
 
 def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], option: str) -> None:

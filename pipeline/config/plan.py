@@ -31,7 +31,7 @@ class Step:
     shards: int
 
     @property
-    def shape(self) -> StageSignature:
+    def signature(self) -> StageSignature:
         return signature_of(self.entry)
 
     @property
@@ -52,7 +52,7 @@ class Step:
         """
         identity = {
             "stage": self.entry.name,
-            "version": self.shape.version,
+            "version": self.signature.version,
             "shards": self.shards,
             "options": canonical({k: v for k, v in self.options.items() if k not in self.entry.execution}),
             "inputs": {name: step.key for name, step in self.inputs.items()},
@@ -113,7 +113,7 @@ class Plan:
     plugins: list[Path] = field(default_factory=list)  # files that must be shipped with the recipe
 
     @property
-    def wanted(self) -> list[Step]:
+    def steps_to_run(self) -> list[Step]:
         """Return the steps to run, finished ones included."""
         return self.steps if self.part is None else self.part
 

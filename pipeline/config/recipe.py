@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from pipeline.config.rounds import Steps, round_overlays, split, unknown_step_hint, unroll, without_rounds
+from pipeline.config.rounds import Steps, round_overlays, split_round, unknown_step_hint, unroll, without_rounds
 from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
@@ -88,7 +88,7 @@ class Recipe:
     @property
     def step_names(self) -> list[str]:
         """Return the names of the steps as the recipe writes them."""
-        return list(dict.fromkeys(split(step)[0] for step in self.steps))
+        return list(dict.fromkeys(split_round(step)[0] for step in self.steps))
 
 
 # From files to a recipe.
@@ -268,7 +268,7 @@ def _step_problems(steps: dict[str, Any]) -> list[str]:
                 if isinstance(source, ChangingInput)
                 for end in ("first", "then")
             }
-            unknown = {where: name for where, name in sources.items() if name and split(name)[0] not in names}
+            unknown = {where: name for where, name in sources.items() if name and split_round(name)[0] not in names}
             if body.like and body.like not in names:
                 unknown[f"{step}.like"] = body.like
             problems += [
@@ -319,7 +319,7 @@ class Override:
         if len(names) < 2 and names[0] not in SETTABLE:
             hint = nearest(names[0], list(SETTABLE))
             raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
-        return cls(text, names[0], *split(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
+        return cls(text, names[0], *split_round(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
 
     def apply(self, rounds: list[Steps], count: int) -> None:
         """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds."""

@@ -16,7 +16,7 @@ MAX_ROUNDS = 99
 Steps = dict[str, dict[str, Any]]
 
 
-def split(name: str) -> tuple[str, int | None]:
+def split_round(name: str) -> tuple[str, int | None]:
     """Return step and round: `select@2` is step select in round 2; a step without rounds has None."""
     match = re.fullmatch(r"(.+)@([0-9]+)", name)
     return (match[1], int(match[2])) if match else (name, None)
@@ -24,7 +24,7 @@ def split(name: str) -> tuple[str, int | None]:
 
 def unknown_step_hint(name: str, steps: list[str], rounds: int) -> str:
     """Return why no step has this name, and what to write; `steps` are the names as the recipe writes them."""
-    step, number = split(name)
+    step, number = split_round(name)
     if number is None or step not in steps:
         return nearest(step, steps)
     if not rounds:

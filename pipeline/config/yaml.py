@@ -44,6 +44,6 @@ def parse(text: str, source: str) -> Any:
         raise WinnowError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def written(content: Any) -> str:
+def dump(content: Any) -> str:
     """Return text that `parse` reads as the same content."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)

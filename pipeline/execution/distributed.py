@@ -42,9 +42,9 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     folder = ctx.folder
-    if folder != ctx.keep.there and sum(node["Alive"] for node in ray.nodes()) > 1:
+    if folder != ctx.mirror.there and sum(node["Alive"] for node in ray.nodes()) > 1:
         raise WinnowError(
-            f"world_size: ranks on several nodes write one checkpoint, and the store, {ctx.keep.there}, is not a disk "
+            f"world_size: ranks on several nodes write one checkpoint, and the store, {ctx.mirror.there}, is not a "
             "that all of them see; use a store on a shared disk, or set world_size to 1"
         )
     resources = resources_per_rank(ctx.resources, world_size, ray.cluster_resources())

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import Executor
 from pipeline.execution.schedule import Reporter, Scheduler
-from pipeline.execution.tasks import StepSpec, fail_if_nothing_left
+from pipeline.execution.tasks import StepSpec, check_not_empty
 from pipeline.store.store import Json, Store
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
@@ -34,9 +34,7 @@ def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> Non
 
     def seal(step: Step, spec: StepSpec, seconds: float) -> Json:
         record = record_of(step, seconds)
-        return spec.out.seal(
-            record, spec.shards, lambda manifest: fail_if_nothing_left(step.name, step.options, manifest)
-        )
+        return spec.out.seal(record, spec.shards, lambda manifest: check_not_empty(step.name, step.options, manifest))
 
     store.check()
     store.link_run(plan.name, plan.steps)

@@ -13,8 +13,8 @@ from typing import Protocol
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import Executor
 from pipeline.execution.retries import Retries
-from pipeline.execution.tasks import StepSpec, Task, TaskResult, by_prompt, step_spec
-from pipeline.store.store import Claim, Json, Store
+from pipeline.execution.tasks import StepSpec, Task, TaskResult, is_split_by_prompt, step_spec
+from pipeline.store.store import Json, StepLock, Store
 from schemas import WinnowError
 
 POLL_SECONDS = 0.2
@@ -44,7 +44,7 @@ class RunningStep:
 
     step: Step
     spec: StepSpec
-    claim: Claim
+    claim: StepLock
     retries: Retries
     todo: deque[Task]
     finished_parts: set[int]
@@ -57,11 +57,11 @@ class Scheduler:
 
     def __init__(self, plan: Plan, store: Store, executor: Executor, reporter: Reporter, seal: Seal) -> None:
         self.store, self.executor, self.reporter, self.seal = store, executor, reporter, seal
-        self.waiting = list(plan.wanted)
+        self.waiting = list(plan.steps_to_run)
         self.running: dict[str, RunningStep] = {}  # by key, which is the name of the step's folder
-        keys = {step.key for step in plan.wanted}
+        keys = {step.key for step in plan.steps_to_run}
         # Keys of finished steps. Of a partial rerun, inputs outside of the plan are finished, which was checked before
-        self.finished = {source.key for step in plan.wanted for source in step.inputs.values()} - keys
+        self.finished = {source.key for step in plan.steps_to_run for source in step.inputs.values()} - keys
         self.reported_waiting: set[str] = set()
 
     def run(self) -> None:
@@ -92,7 +92,7 @@ class Scheduler:
                 continue
             folder = self.store.folder(step)
             is_finished = folder.manifest is not None
-            claim = None if is_finished else folder.claim()
+            claim = None if is_finished else folder.try_lock()
             if claim and folder.manifest is not None:  # another run finished it before we had the claim
                 claim.release()
                 is_finished = True
@@ -124,12 +124,14 @@ class Scheduler:
 
     def _inputs_finished(self, step: Step, task: Task) -> bool:
         """Return whether all that a task reads is finished: its part of each input, or the whole input."""
-        for item in step.shape.inputs:
+        for item in step.signature.inputs:
             source = step.inputs.get(item.name)
             if source is None or source.key in self.finished:
                 continue
             running = self.running[source.key]
-            reads_part = by_prompt(item) and not step.shape.unsharded and not running.spec.signature.unsharded
+            reads_part = (
+                is_split_by_prompt(item) and not step.signature.unsharded and not running.spec.signature.unsharded
+            )
             if not reads_part or task.shard not in running.finished_parts:
                 return False
         return True

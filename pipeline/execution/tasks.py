@@ -18,7 +18,7 @@ from pipeline.registry import Entry
 from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
-from pipeline.store.storage import copy_here, send
+from pipeline.store.storage import download, send
 from pipeline.store.store import StepFolder, Store, model_name
 from schemas import Model, WinnowError, conform, shard_of, table_name
 from schemas.tables import REJECTS
@@ -73,9 +73,9 @@ class StepSpec:
             elif item.schema is None:
                 inputs[item.name] = self.sources[item.name].model()
             else:
-                shard = task.shard if by_prompt(item) and not self.signature.unsharded else None
+                shard = task.shard if is_split_by_prompt(item) and not self.signature.unsharded else None
                 table = self.sources[item.name].read(item.schema, shard)
-                if task.span and by_prompt(item):
+                if task.span and is_split_by_prompt(item):
                     prompts = self.prompts(task.shard)[slice(*task.span)]
                     table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
                 inputs[item.name] = table
@@ -85,7 +85,7 @@ class StepSpec:
         """Return the ids of a part's prompts in order, over all inputs: what a span counts."""
         prompts = set[str]()
         for item in self.signature.inputs:
-            if by_prompt(item) and item.name in self.sources:
+            if is_split_by_prompt(item) and item.name in self.sources:
                 table = self.sources[item.name].read(item.schema, shard)
                 prompts.update(pc.unique(table["prompt_id"]).to_pylist())
         return sorted(prompts)
@@ -106,7 +106,7 @@ def step_spec(step: Step, store: Store) -> StepSpec:
     return StepSpec(step.name, step.entry, step.options, sources, store.folder(step), step.shards)
 
 
-def by_prompt(item: Input) -> bool:
+def is_split_by_prompt(item: Input) -> bool:
     """Return whether an input's rows are split by prompt; any other table is in part 0, and every call reads it all."""
     return item.schema is not None and "prompt_id" in item.schema.names
 
@@ -147,16 +147,18 @@ def execute(
 ) -> None:
     """Run one task: read its inputs, call the stage, check the tables against their schemas, and write them."""
     signature = spec.signature
-    with cache.clock.share() as seconds, folder_here(spec.out) as folder:
+    with cache.clock.share() as seconds, local_folder(spec.out) as folder:
         ctx = StageContext(folder, cache, progress, resources, spec.out.path)
         inputs = spec.inputs(task)
         rows = [
-            inputs[item.name].num_rows for item in signature.inputs if by_prompt(item) and item.name in spec.sources
+            inputs[item.name].num_rows
+            for item in signature.inputs
+            if is_split_by_prompt(item) and item.name in spec.sources
         ]
         if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
             results: list[Any] = [schema.empty_table() for schema in signature.outputs]
         else:
-            context = {signature.workspace: ctx} if signature.workspace else {}
+            context = {signature.context_parameter: ctx} if signature.context_parameter else {}
             result = spec.entry.fn(**inputs, **context, **spec.options)
             results = [item for item in (result if isinstance(result, tuple) else (result,))
                        if not isinstance(item, Model)]  # fmt: skip
@@ -167,9 +169,9 @@ def execute(
         cost = ResourceTime.of(spec, resources, seconds())
         if signature.unsharded:
             # The model, and the tables split by prompt: part i of every table holds the same prompts
-            digest = keep_model(spec.out, ctx.folder / "model") if signature.makes_model else None
+            digest = store_model(spec.out, ctx.folder / "model") if signature.makes_model else None
             parts = []
-            for shard, part in enumerate(deal(tables, spec.shards)):
+            for shard, part in enumerate(split_by_shard(tables, spec.shards)):
                 if shard == 0:
                     record = part_record(part, ctx.counters, cost) | {"model": digest}
                 else:
@@ -183,7 +185,7 @@ def execute(
 
 
 @contextmanager
-def folder_here(out: StepFolder) -> Iterator[Path]:
+def local_folder(out: StepFolder) -> Iterator[Path]:
     """Yield the folder for a stage's own files: the step's, or a temporary one if that is in an object store.
 
     The checkpoint that an earlier attempt left in the object store is copied into it.
@@ -193,11 +195,11 @@ def folder_here(out: StepFolder) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
         if (out.path / "checkpoint").exists():
-            copy_here(out.path / "checkpoint", Path(folder) / "checkpoint")
+            download(out.path / "checkpoint", Path(folder) / "checkpoint")
         yield Path(folder)
 
 
-def keep_model(out: StepFolder, folder: Path) -> str:
+def store_model(out: StepFolder, folder: Path) -> str:
     """Copy a model to its step's folder, if that is in an object store, and return the model's digest."""
     digest = model_digest(folder)
     if not isinstance(out.path, Path):
@@ -212,7 +214,7 @@ def part_record(tables: dict[str, pa.Table], counters: Mapping[str, int], cost: 
     return times | {"counters": dict(counters), "rejects": dict(reasons)}
 
 
-def deal(tables: dict[str, pa.Table], shards: int) -> list[dict[str, pa.Table]]:
+def split_by_shard(tables: dict[str, pa.Table], shards: int) -> list[dict[str, pa.Table]]:
     """Split tables into parts by prompt; part 0 has the rejects, and all tables whose rows belong to no prompt."""
     shard_of_row = {}
     for name, table in tables.items():
@@ -253,7 +255,7 @@ def join(spec: StepSpec, shard: int, pieces: list[Task], last_words: dict[str, s
     spec.out.write_part(shard, tables, part_record(tables, counters, cost) | {"inputs": spec.source_keys()})
 
 
-def fail_if_nothing_left(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:
+def check_not_empty(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raise WinnowError for a step with an empty table: a stage that rejects every row has failed."""
     rows = {table: count for table, count in manifest["rows"].items() if table != "rejects"}
     if manifest["model"] or (all(rows.values()) if manifest["rejects"] else any(rows.values())):

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow as pa
 
-from pipeline.config.rounds import split
+from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.sql.views import (
     VIEWS,
     address,
     null_columns,
-    quoted,
     run_rows,
+    sql_identifier,
+    sql_literal,
     stage_versions,
     step_rows,
     table_files,
-    text,
     view,
 )
 from pipeline.store.storage import Location
@@ -106,9 +106,6 @@ class QueryResult:
         return total
 
 
-Answer = QueryResult  # former name
-
-
 @dataclass(frozen=True)
 class Catalog:
     """Views over finished steps; the files of a table are opened when a statement names it, and not before.
@@ -123,7 +120,7 @@ class Catalog:
     manifests: list[Json]
     evolved: bool
 
-    def of(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
+    def for_run(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
         """Return the catalog of one run or several, or of one round with the steps that all rounds share.
 
         Raises WinnowError for an unknown run or round, with the known ones.
@@ -136,11 +133,11 @@ class Catalog:
                 raise WinnowError(f"no run {name!r} in {self.root}; {nearest(name, list(self.runs))}")
         runs = {name: self.runs[name] for name in names}
         if round is not None:
-            rounds = sorted({number for steps in runs.values() for step in steps if (number := split(step)[1])})
+            rounds = sorted({number for steps in runs.values() for step in steps if (number := split_round(step)[1])})
             if round not in rounds:
                 raise WinnowError(f"run {run}: no round {round}; it has {', '.join(map(str, rounds)) or 'no rounds'}")
             runs = {
-                name: {step: link for step, link in steps.items() if split(step)[1] in (None, round)}
+                name: {step: link for step, link in steps.items() if split_round(step)[1] in (None, round)}
                 for name, steps in runs.items()
             }
         keys = {link["key"] for steps in runs.values() for link in steps.values()}
@@ -175,9 +172,9 @@ class Catalog:
         """
         connection = _confined_connection(self.root, ":memory:")
         for name in TABLES:
-            message = text(f"write the name {name} in full in the statement: its files are opened by that name")
+            message = sql_literal(f"write the name {name} in full in the statement: its files are opened by that name")
             placeholder = f"SELECT {null_columns(name)} WHERE error({message})::BOOLEAN"
-            connection.execute(f"CREATE VIEW {quoted(name)} AS {placeholder}")
+            connection.execute(f"CREATE VIEW {sql_identifier(name)} AS {placeholder}")
         _create_runs_and_steps(connection, self)
         return connection
 
@@ -197,14 +194,14 @@ class Catalog:
                 connection.execute("CREATE SCHEMA files")
                 for name in TABLES:
                     _open_view(connection, "files", name, self)
-                    connection.execute(f"CREATE TABLE {quoted(name)} AS FROM files.{quoted(name)}")
+                    connection.execute(f"CREATE TABLE {sql_identifier(name)} AS FROM files.{sql_identifier(name)}")
                 connection.execute("DROP SCHEMA files CASCADE")
                 for name, schema in VIEWS.items():
-                    table = quoted(name)
-                    connection.execute(f"COMMENT ON TABLE {table} IS {text(schema.metadata[b'about'].decode())}")
+                    table = sql_identifier(name)
+                    connection.execute(f"COMMENT ON TABLE {table} IS {sql_literal(schema.metadata[b'about'].decode())}")
                     for field in schema:
-                        meaning = text(field.metadata[b"meaning"].decode())
-                        connection.execute(f"COMMENT ON COLUMN {table}.{quoted(field.name)} IS {meaning}")
+                        meaning = sql_literal(field.metadata[b"meaning"].decode())
+                        connection.execute(f"COMMENT ON COLUMN {table}.{sql_identifier(field.name)} IS {meaning}")
             os.link(scratch, file)  # unlike a rename, fails if another process has created the file meanwhile
         finally:
             scratch.unlink(missing_ok=True)
@@ -215,7 +212,7 @@ def open_catalog(store: Store, run: str | list[str] | None = None, round: int | 
     """Return the catalog of all finished steps, of one run or several, or of one round with what all rounds share."""
     manifests = store.sealed()
     evolved = len(stage_versions(manifests)) > len({manifest["stage"] for manifest in manifests})
-    return Catalog(store.root, store.runs(), manifests, evolved).of(run, round)
+    return Catalog(store.root, store.runs(), manifests, evolved).for_run(run, round)
 
 
 def query(catalog: Catalog, sql: str) -> pa.Table:
@@ -237,9 +234,9 @@ def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, ca
     if files:
         body = view(name, catalog.manifests, catalog.evolved)
         connection.register("incoming", pa.table({"file": files}))
-        connection.execute(f"SET VARIABLE {quoted(name)} = (SELECT list(file) FROM incoming)")
+        connection.execute(f"SET VARIABLE {sql_identifier(name)} = (SELECT list(file) FROM incoming)")
         connection.unregister("incoming")
-    connection.execute(f"CREATE OR REPLACE VIEW {schema}.{quoted(name)} AS {body}")
+    connection.execute(f"CREATE OR REPLACE VIEW {schema}.{sql_identifier(name)} AS {body}")
 
 
 def _confined_connection(root: Location, database: str) -> duckdb.DuckDBPyConnection:
@@ -249,8 +246,8 @@ def _confined_connection(root: Location, database: str) -> duckdb.DuckDBPyConnec
         connection.register_filesystem(root.fs)
     spill = Path(tempfile.gettempdir()) / f"winnow-{secrets.token_hex(8)}"
     for setting in (
-        f"allowed_directories=[{text(address(root) + '/')}]",
-        f"temp_directory={text(str(spill))}",
+        f"allowed_directories=[{sql_literal(address(root) + '/')}]",
+        f"temp_directory={sql_literal(str(spill))}",
         "enable_external_access=false",
         "python_enable_replacements=false",
         "autoinstall_known_extensions=false",

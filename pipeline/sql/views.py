@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.config.rounds import split
+from pipeline.config.rounds import split_round
 from pipeline.store.storage import Location
 from pipeline.store.store import Json, table_of
 from schemas import TABLES
@@ -102,16 +102,16 @@ def view(name: str, manifests: list[Json], evolved: bool) -> str:
     for column_name in columns:
         values = {manifest[column_name] for manifest in writers}
         if len(values) == 1:  # a constant, which DuckDB need not carry through joins and groups
-            columns[column_name] = text(values.pop())
+            columns[column_name] = sql_literal(values.pop())
     return (
-        f"SELECT *, {columns['stage']} AS stage, {columns['key']} AS key FROM read_parquet(getvariable({text(name)}), "
+        f"SELECT *, {columns['stage']} AS stage, {columns['key']} AS key FROM read_parquet(getvariable({sql_literal(name)}), "
         f"hive_partitioning=false, union_by_name={str(union_by_name).lower()})"
     )
 
 
 def null_columns(name: str) -> str:
     """Return a SELECT list with the columns of a view, all null: for a view without rows."""
-    return ", ".join(f"NULL::{sql_type(field.type)} AS {quoted(field.name)}" for field in VIEWS[name])
+    return ", ".join(f"NULL::{sql_type(field.type)} AS {sql_identifier(field.name)}" for field in VIEWS[name])
 
 
 def sql_type(kind: pa.DataType) -> str:
@@ -119,18 +119,18 @@ def sql_type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"{sql_type(kind.value_type)}[]"
     if pa.types.is_struct(kind):
-        return f"STRUCT({', '.join(f'{quoted(field.name)} {sql_type(field.type)}' for field in kind)})"
+        return f"STRUCT({', '.join(f'{sql_identifier(field.name)} {sql_type(field.type)}' for field in kind)})"
     if pa.types.is_map(kind):
         return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
     return SQL_TYPES[str(kind)]
 
 
-def quoted(name: str) -> str:
+def sql_identifier(name: str) -> str:
     """Return a name as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
-def text(value: str) -> str:
+def sql_literal(value: str) -> str:
     """Return a string as an SQL literal."""
     return "'" + value.replace("'", "''") + "'"
 
@@ -140,7 +140,7 @@ def run_rows(runs: dict[str, Json]) -> pa.Table:
     rows = []
     for run, steps in runs.items():
         for name, link in steps.items():
-            step, round = split(name)
+            step, round = split_round(name)
             rows.append({"run": run, "step": step, "round": round, **link})
     return pa.Table.from_pylist(rows, RUNS)
 

@@ -85,7 +85,6 @@ class Inventory:
             key: StoredStep(stage, key, store.at(stage, key), files, finished.get(key))
             for (stage, key), files in files_by_step.items()
         }
-        self.made = self.steps  # former name
 
     def reached(self, without: tuple[str, ...] = ()) -> set[str]:
         """Return the keys that runs link to, except the runs in `without`."""

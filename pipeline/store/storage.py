@@ -194,7 +194,7 @@ def send(source: Path, target: Location) -> None:
                 target.fs.put_file(str(file), (target / file.relative_to(source)).path)
 
 
-def copy_here(source: Location, target: Path) -> None:
+def download(source: Location, target: Path) -> None:
     """Download a folder from an object store, all of it or nothing; leave `target` as it is if it exists already."""
     assert not isinstance(source, Path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.{get_ident()}")

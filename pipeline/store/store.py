@@ -24,9 +24,9 @@ from pipeline.store.manifests import FORMAT, checked_format, checked_manifest, c
 from pipeline.store.storage import (
     Location,
     cache,
-    copy_here,
     create,
     delete,
+    download,
     parse_location,
     read,
     read_all,
@@ -131,7 +131,7 @@ class StepFolder:
             return Model(self.path / "model", digest)
         copy = cache() / "models" / digest
         if not copy.exists():
-            copy_here(self.path / model_name(digest), copy)
+            download(self.path / model_name(digest), copy)
         return Model(copy, digest)
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
@@ -221,8 +221,6 @@ class StepFolder:
         file.close()  # `gc` deleted it between open and flock: lock the file that other runs see
         return self.try_lock()
 
-    claim = try_lock  # former name
-
 
 class StepLock:
     """Lock of a step; it ends with the process at the latest."""
@@ -233,9 +231,6 @@ class StepLock:
     def release(self) -> None:
         if self.file:
             self.file.close()
-
-
-Claim = StepLock  # former name
 
 
 class Store:

@@ -147,7 +147,7 @@ class DataSource:
             yield f"{Path(name).name}:{number}", row
 
 
-def gives_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Check at plan time that the step behind `prompts` has demonstrations; return the problem if it has none."""
     step = inputs.get("prompts")
     if step is None or not step.options or step.options.get("demonstration"):

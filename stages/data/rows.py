@@ -10,31 +10,31 @@ import pyarrow as pa
 from schemas import WinnowError
 
 Row = dict[str, Any]
-LEAST = 2.0**-150  # a weight of at most this is 0 as float32, the type of weights in `examples`
+SMALLEST_WEIGHT = 2.0**-150  # a weight of at most this is 0 as float32, the type of weights in `examples`
 
 
-class ById(dict[str, Any]):
+class RowsById(dict[str, Any]):
     """Values by id; a missing id means that a recipe combines tables of different origin."""
 
     def __missing__(self, name: str) -> Any:
         raise WinnowError(f"no row has the id {name}: the inputs of this step must be tables of one origin")
 
 
-def by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:
+def rows_by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:
     """Yield (prompt id, its rows in the table's order), in order of prompt id."""
     rows = sorted(table.to_pylist(), key=lambda row: str(row["prompt_id"]))
     for prompt, group in groupby(rows, key=lambda row: str(row["prompt_id"])):
         yield prompt, list(group)
 
 
-def column_by(table: pa.Table, name: str, column: str) -> ById:
+def column_by_id(table: pa.Table, name: str, column: str) -> RowsById:
     """Return {value of the id column `name`: value of `column`}."""
-    return ById(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))
+    return RowsById(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))
 
 
-def texts_of(table: pa.Table, name: str) -> dict[str, str]:
+def text_by_id(table: pa.Table, name: str) -> dict[str, str]:
     """Return {value of the id column `name`: text}."""
-    return column_by(table, name, "text")
+    return column_by_id(table, name, "text")
 
 
 def cutoff(group: list[Row], threshold: float | None) -> float:

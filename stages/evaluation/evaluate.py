@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline import Bound, Range, Registry, stage
 from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
 from schemas.tables import EVALUATIONS, OUTCOMES
-from stages.data.rows import column_by, texts_of
+from stages.data.rows import column_by_id, text_by_id
 
 gold_reward = Registry("gold reward")
 Gold = Annotated[Bound, gold_reward]
@@ -37,13 +37,13 @@ def evaluate(
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
     (steered, for which `policy_logp` is not read). It is null otherwise.
     """
-    prompt_texts = texts_of(prompts, "prompt_id")
-    response_texts = texts_of(pa.concat_tables([baseline, candidates]), "candidate_id")
-    lengths = column_by(candidates, "candidate_id", "n_tokens")
+    prompt_texts = text_by_id(prompts, "prompt_id")
+    response_texts = text_by_id(pa.concat_tables([baseline, candidates]), "candidate_id")
+    lengths = column_by_id(candidates, "candidate_id", "n_tokens")
     logp_kinds = candidates.column("logp_kind").unique().to_pylist()
     draw_logp = {"exact": policy_logp, "steered": candidates}.get(logp_kinds[0]) if len(logp_kinds) == 1 else None
     policy_scores, baseline_scores = (
-        {} if table is None else column_by(table, "candidate_id", "logp") for table in (draw_logp, baseline_logp)
+        {} if table is None else column_by_id(table, "candidate_id", "logp") for table in (draw_logp, baseline_logp)
     )
 
     outcomes = []

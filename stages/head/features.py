@@ -7,8 +7,8 @@ import pyarrow as pa
 from pipeline import StageContext, stage
 from schemas import Candidates, Features, Model, Prompts
 from schemas.tables import FEATURES
-from stages.data.rows import column_by
-from stages.limits import BUDGET, check_ids
+from stages.data.rows import column_by_id
+from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 
 
 @stage(version=2)
@@ -29,7 +29,7 @@ def features(
     from stages.network.forward import read_rows, response_means
     from stages.network.load import load_network
 
-    prompt_ids = column_by(prompts, "prompt_id", "token_ids")
+    prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     rows = []
     for row in candidates.to_pylist():
         if row["token_ids"]:
@@ -41,9 +41,9 @@ def features(
     responses = [(row["prompt_id"], tuple(row["token_ids"])) for row in rows]
     unique = list(dict.fromkeys(responses))
     ctx.count(tokens=sum(len(prompt_ids[prompt]) + len(token_ids) for prompt, token_ids in unique))
-    network = ctx.hold(load_network, policy)
+    network = ctx.open_once(load_network, policy)
     sequences = [(prompt_ids[prompt], token_ids) for prompt, token_ids in unique]
-    means = read_rows(response_means, network, sequences, dtype, BUDGET)
+    means = read_rows(response_means, network, sequences, dtype, SCORING_TOKENS_PER_PASS)
     mean_by_response = dict(zip(unique, means, strict=True))
     vectors = [
         {"prompt_id": row["prompt_id"], "candidate_id": row["candidate_id"], "features": mean_by_response[response]}

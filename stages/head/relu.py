@@ -53,13 +53,13 @@ class ReluHead:
         return pa.table(columns, schema=HEADS)
 
 
-def relu_head_of(heads: pa.Table) -> ReluHead:
+def read_relu_head(heads: pa.Table) -> ReluHead:
     """Read a head from a table of heads, neurons in order."""
     columns = heads.sort_by("neuron").to_pydict()
     return ReluHead(*(np.array(columns[name], dtype=np.float64) for name in ("inner", "bias", "outer")))
 
 
-def matrix(features: pa.Table) -> np.ndarray:
+def feature_matrix(features: pa.Table) -> np.ndarray:
     """Return the features of a table's rows, float64 [N, d]."""
     vectors = features.column("features").combine_chunks()
     values: np.ndarray = vectors.flatten().to_numpy().astype(np.float64)

@@ -14,9 +14,9 @@ import pyarrow as pa
 from pipeline import Bound, Finite, Range, Registry, StageContext, stage
 from schemas import Features, Heads, Metrics, Pairs, Prompts, Rewards, WinnowError, WinnowWarning
 from schemas.tables import METRICS, REWARDS
-from stages.data.rows import column_by
+from stages.data.rows import column_by_id
 from stages.head.convex import ProgressCallback, draw_gates, loss, recover, solve
-from stages.head.relu import ReluHead, matrix, relu_head_of
+from stages.head.relu import ReluHead, feature_matrix, read_relu_head
 
 head = Registry("head")
 Count = Annotated[int, Range(gt=0)]
@@ -148,8 +148,8 @@ def preference_head(
     from threadpoolctl import threadpool_limits
 
     # Look up the features of each split's pairs; reject pairs that teach nothing.
-    split_of = column_by(prompts, "prompt_id", "split")
-    x = matrix(features)
+    split_of = column_by_id(prompts, "prompt_id", "split")
+    x = feature_matrix(features)
     is_finite = np.isfinite(x).all(axis=1)
     row_of = {candidate: row for row, candidate in enumerate(features.column("candidate_id").to_pylist())}
     pairs_by_split = {}
@@ -212,9 +212,9 @@ def _measure(trained: ReluHead, pairs: PairFeatures) -> dict[str, float]:
 @stage(version=1)
 def head_reward(features: Features, heads: Heads, ctx: StageContext) -> Rewards:
     """Score candidates by the head, in the head's own unit: any selection can re-rank with these rewards."""
-    x = matrix(features)
+    x = feature_matrix(features)
     is_finite = np.isfinite(x)
-    scores = relu_head_of(heads).score(np.where(is_finite, x, 0.0))
+    scores = read_relu_head(heads).score(np.where(is_finite, x, 0.0))
     ids = features.select(["prompt_id", "candidate_id"]).to_pylist()
     rewards: list[dict[str, Any]] = []
     for row, usable, score in zip(ids, is_finite.all(axis=1), scores, strict=True):

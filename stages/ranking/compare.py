@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
-from stages.data.rows import Row, by_prompt, texts_of
+from stages.data.rows import Row, rows_by_prompt, text_by_id
 from stages.ranking.base import averaged, both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -48,11 +48,11 @@ def compare(
     The first two are from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425; all_pairs suits `score`.
     A prompt with one candidate, or with only one that the ranker can read, is rejected.
     """
-    opened = ctx.hold(open_ranker, by, ranker)
-    contexts, texts = texts_of(prompts, "prompt_id"), texts_of(candidates, "candidate_id")
+    opened = ctx.open_once(open_ranker, by, ranker)
+    contexts, texts = text_by_id(prompts, "prompt_id"), text_by_id(candidates, "candidate_id")
     table, order = (candidates, "k") if selections is None else (selections, "draw")
     rows: list[Row] = []
-    for prompt, group in by_prompt(table):
+    for prompt, group in rows_by_prompt(table):
         context = contexts[prompt]
 
         # Players, less those too long for the ranker: every two fit once the two longest do.

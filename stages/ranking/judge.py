@@ -8,7 +8,7 @@ import pyarrow as pa
 from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
-from stages.data.rows import Row, by_prompt, texts_of
+from stages.data.rows import Row, rows_by_prompt, text_by_id
 from stages.ranking.base import averaged, both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -25,11 +25,11 @@ def judge(
     by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
 ) -> Judgements:
     """Compute logit P(candidate beats the baseline's response with the same k), both orders averaged."""
-    opened = ctx.hold(open_ranker, by, ranker)
-    contexts = texts_of(prompts, "prompt_id")
+    opened = ctx.open_once(open_ranker, by, ranker)
+    contexts = text_by_id(prompts, "prompt_id")
     opponents = {(row["prompt_id"], row["k"]): row for row in baseline.to_pylist()}
     rows: list[Row] = []
-    for prompt, group in by_prompt(candidates):
+    for prompt, group in rows_by_prompt(candidates):
         context = contexts[prompt]
 
         # Pairs of equal k that the ranker can read.

@@ -25,7 +25,7 @@ def ranker_examples(
     """Write one group per pair: its texts in an order flipped at random by hash of the pair, and the label token."""
     from stages.ranking.pairwise import RankerPrompt
 
-    ranker_prompt = ctx.hold(RankerPrompt, tokenizer)
+    ranker_prompt = ctx.open_once(RankerPrompt, tokenizer)
     max_prompt_tokens = context_length(tokenizer.folder) - 1  # the answer is one token
     contexts = {row["prompt_id"]: row["text"] for row in prompts.to_pylist() if row["split"] == split}
     texts = dict(zip(*(candidates.column(name).to_pylist() for name in ("candidate_id", "text")), strict=True))

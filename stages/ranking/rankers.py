@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 
 from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
-from stages.limits import BUDGET
+from stages.limits import SCORING_TOKENS_PER_PASS
 from stages.ranking.base import Ranker, Scorer
 
 Precision = Literal["float32", "bfloat16"]
@@ -57,7 +57,7 @@ def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657."""
     from stages.ranking.pairwise import PairwiseRanker
 
-    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, BUDGET)
+    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, SCORING_TOKENS_PER_PASS)
 
 
 @ranker(reads_model=True, version=2)
@@ -69,7 +69,7 @@ def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """
     from stages.ranking.pointwise import PointwiseRanker
 
-    return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype, BUDGET)
+    return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype, SCORING_TOKENS_PER_PASS)
 
 
 QUESTION = """\

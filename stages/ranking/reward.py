@@ -8,7 +8,7 @@ import pyarrow as pa
 from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
-from stages.data.rows import Row, by_prompt, texts_of
+from stages.data.rows import Row, rows_by_prompt, text_by_id
 from stages.ranking.base import Scorer, TextPair, averaged, both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -32,10 +32,10 @@ def reward(
     A reward model or a program scores each candidate alone: that score is the reward, and there is no baseline.
     A reward that is not finite is rejected.
     """
-    opened = ctx.hold(open_ranker, by, ranker)
-    contexts = texts_of(prompts, "prompt_id")
+    opened = ctx.open_once(open_ranker, by, ranker)
+    contexts = text_by_id(prompts, "prompt_id")
     rows: list[Row] = []
-    for prompt, group in by_prompt(candidates):
+    for prompt, group in rows_by_prompt(candidates):
         context = contexts[prompt]
         # By hash, so that neither the other prompts of the shard nor their order move the baseline.
         baseline = None if isinstance(opened, Scorer) else group[seed_for(seed, "baseline", prompt) % len(group)]

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pipeline import Bound, Range, Registry, StageContext, stage
 from schemas import Comparisons, Rewards, WinnowError
 from schemas.tables import REWARDS
-from stages.data.rows import Row, by_prompt
+from stages.data.rows import Row, rows_by_prompt
 
 score_method = Registry("score method")
 REWARD_DECIMALS = 8  # of a reward, nats: numbers that only rounding tells apart are a tie
@@ -79,7 +79,7 @@ def score(
     from scipy.sparse.csgraph import connected_components
 
     rows: list[Row] = []
-    for prompt, group in by_prompt(comparisons):
+    for prompt, group in rows_by_prompt(comparisons):
         # Graph with candidates as nodes, in order of id, and comparisons as edges.
         names = np.array(sorted({match[side] for match in group for side in ("left_id", "right_id")}))
         edges = np.searchsorted(names, [(match["left_id"], match["right_id"]) for match in group])

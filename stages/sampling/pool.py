@@ -8,12 +8,12 @@ import pyarrow.compute as pc
 from pipeline import StageContext, stage
 from schemas import Candidates, Model, Prompts, Selections, candidate_id
 from schemas.tables import CANDIDATES
-from stages.data.files import gives_demonstrations
-from stages.data.rows import Row, by_prompt, column_by
+from stages.data.files import check_demonstrations
+from stages.data.rows import Row, column_by_id, rows_by_prompt
 from stages.limits import context_length
 
 
-@stage(version=2, check=gives_demonstrations)
+@stage(version=2, check=check_demonstrations)
 def pool(
     candidates: Candidates, ctx: StageContext, prompts: Prompts | None = None, earlier: Candidates | None = None
 ) -> Candidates:
@@ -46,11 +46,11 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: Stage
     Rejected are a prompt alone in its shard, which has no other to borrow from, and a response that is too long for
     the context after this prompt.
     """
-    prompt_ids = column_by(prompts, "prompt_id", "token_ids")
+    prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     used_ids = set(candidates["candidate_id"].to_pylist())
     if selections is not None:
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
-    groups = list(by_prompt(candidates))
+    groups = list(rows_by_prompt(candidates))
     max_tokens = context_length(policy.folder)
     rows: list[Row] = []
     for (prompt, responses), (other_prompt, other_responses) in zip(groups, groups[1:] + groups[:1], strict=True):

@@ -11,7 +11,7 @@ from pipeline import InputStep, Range, StageContext, stage
 from schemas import Candidates, Heads, Model, Prompts, candidate_id, seed_for
 from schemas.tables import CANDIDATES
 from stages.data.rows import Row
-from stages.head.relu import relu_head_of
+from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
@@ -64,7 +64,7 @@ def sample(
     """
     from stages.data.tokenizer import Tokenizer
 
-    tokenizer = ctx.hold(Tokenizer, policy)
+    tokenizer = ctx.open_once(Tokenizer, policy)
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
 
@@ -83,9 +83,9 @@ def sample(
     # One request per draw.
     draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in fitting for k in range(n)]
     requests = [Request(row["token_ids"], draw_seed) for row, _, draw_seed in draws]
-    steering = Steering(relu_head_of(head), steer, steer_top, steer_every) if head is not None else None
+    steering = Steering(read_relu_head(head), steer, steer_top, steer_every) if head is not None else None
     sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop, steering)
-    generator = ctx.hold(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel)
+    generator = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel)
     completions = generator.generate(requests, sampling, lambda done: ctx.progress(done, len(draws), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
 

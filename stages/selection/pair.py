@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline import Bound, Finite, InputStep, Range, Registry, StageContext, stage
 from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
-from stages.data.rows import LEAST, ById, Row, by_prompt, cutoff
+from stages.data.rows import SMALLEST_WEIGHT, Row, RowsById, cutoff, rows_by_prompt
 
 pair_rule = Registry("pair rule", "reads")
 
@@ -161,11 +161,11 @@ def pair(
     Rejected, with reason, because nothing can be learnt from them: ties, pairs of identical tokens, prompts without
     a pair; and with `finished` pairs with a truncated response, whose missing end may be what tells them apart.
     """
-    candidate_by_id = ById((row["candidate_id"], row) for row in candidates.to_pylist())
+    candidate_by_id = RowsById((row["candidate_id"], row) for row in candidates.to_pylist())
     table = rule.metadata["reads"]
     source = {"selections": selections, "comparisons": comparisons, "candidates": candidates}[table]
     pairs = []
-    for prompt, rows in by_prompt(source):
+    for prompt, rows in rows_by_prompt(source):
         if table == "selections":
             rows = [candidate_by_id[row["candidate_id"]] | row for row in rows]
         preferences = list(rule(rows))
@@ -182,7 +182,7 @@ def pair(
                 reason = "empty response"
             elif finished and any(response["finish_reason"] == "length" for response in responses):
                 reason = "cut at max_tokens"
-            elif not weight > LEAST:  # 0 in float32; a nan, too, is no weight
+            elif not weight > SMALLEST_WEIGHT:  # 0 in float32; a nan, too, is no weight
                 reason = "weight 0"
             if reason:
                 ctx.reject(reason, place=rule.name, prompt=prompt, candidate=chosen_id, detail=rejected_id)

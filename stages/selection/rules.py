@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from pipeline import Bound, Finite, Range, Registry
-from stages.data.rows import LEAST
+from stages.data.rows import SMALLEST_WEIGHT
 from stages.selection.groups import REWARDS_DIFFER, Floats, Ints, Mask, RewardGroups, temperature
 from stages.selection.normalisers import normaliser
 
@@ -192,5 +192,5 @@ def _select_rows(groups: RewardGroups, mask: Mask, **fields: Any) -> Selection:
 
 def _select_weighted(groups: RewardGroups, weight: Floats, betas: Floats, ess: Floats) -> Selection:
     """Return the rows whose weight training, in float32, can tell from 0."""
-    mask = weight > LEAST
+    mask = weight > SMALLEST_WEIGHT
     return _select_rows(groups, mask, weight=weight[mask], beta=betas, ess=ess)

@@ -13,8 +13,8 @@ import pyarrow as pa
 from pipeline import Bound, Finite, InputStep, StageContext, stage
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import EXAMPLES
-from stages.data.files import gives_demonstrations
-from stages.data.rows import ById, Row, by_prompt, cutoff
+from stages.data.files import check_demonstrations
+from stages.data.rows import Row, RowsById, cutoff, rows_by_prompt
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
 Desirable = Literal["nothing", "pairs", "rewards"]
@@ -40,7 +40,7 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
         if options[option] == value and needed not in inputs:
             problems.append(f"{option}: {value} reads {needed}; add `{needed}` under `from`")
     if imitate == "demonstration":
-        problems += gives_demonstrations(options, inputs)
+        problems += check_demonstrations(options, inputs)
     if options["threshold"] is not None and desirable != "rewards":
         problems.append("threshold divides rewards; set `desirable: rewards`, or unset it")
     if options["labels"] == "soft" and "pairs" in inputs and inputs["pairs"].stage == "preferences":
@@ -90,7 +90,7 @@ def examples(
     (the sigmoid of its gap). Raises WinnowError if a reference log-prob is of other tokens than those to train on.
     """
     candidates_by_prompt, pairs_by_prompt, selections_by_prompt, reference_by_prompt, mismatched_by_prompt = (
-        {} if table is None else dict(by_prompt(table))
+        {} if table is None else dict(rows_by_prompt(table))
         for table in (candidates, pairs, selections, reference, mismatched)
     )
     groups = []
@@ -121,7 +121,7 @@ def examples(
         if imitate == "demonstration" and prompt["demonstration_ids"]:
             demonstration = {"candidate_id": "demonstration", "token_ids": prompt["demonstration_ids"]}
             rows.append(_response_row(prompt, demonstration, None, 1.0, None))
-        index = ById((row["candidate_id"], n) for n, row in enumerate(rows))
+        index = RowsById((row["candidate_id"], n) for n, row in enumerate(rows))
         if rows:
             rows += [_response_row(prompt, row, scores, 0.0, 0) for row in mismatched_by_prompt.get(name, [])]
         pair_rows = [

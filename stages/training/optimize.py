@@ -102,7 +102,7 @@ def optimize(
         checkpoint_every=checkpoint_every,
         seed=seed,
     )
-    job = partial(train, init, data, config, ctx.keep)
+    job = partial(train, init, data, config, ctx.mirror)
     if world_size == 1:
         outcome = job(ctx.progress)
     else:

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 from pipeline import StageContext, stage
 from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
 from schemas.tables import REFERENCE
-from stages.data.rows import column_by
-from stages.limits import BUDGET, check_ids
+from stages.data.rows import column_by_id
+from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 
 
 @stage(version=2)
@@ -36,17 +36,17 @@ def reference(
 
     if selections is not None:
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
-    prompt_ids = column_by(prompts, "prompt_id", "token_ids")
+    prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     tables = [candidates] if mismatched is None else [candidates, mismatched]
     rows = [row for table in tables for row in table.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()]
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
 
     # Once per prompt and token ids, whatever number of candidates have them.
-    network = ctx.hold(load_network, policy)
+    network = ctx.open_once(load_network, policy)
     unique = list(dict.fromkeys((row["prompt_id"], tuple(row["token_ids"])) for row in rows))
     with closing(TokenCounter(network)) as counter:
         inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]
-        scores = read_rows(logp_of, network, inputs, dtype, BUDGET)
+        scores = read_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS)
     ctx.count(tokens=counter.tokens)
     logp = dict(zip(unique, scores.tolist(), strict=True))
     scored = [

@@ -127,7 +127,7 @@ def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luc
     """Finished, half computed by a run, or running; the remains of an interrupted adoption are replaced."""
     file = str(parquet(tmp_path / "ours.parquet", rows()))
     folder = store.folder(step(plan, "rate"))
-    claim = folder.claim()
+    claim = folder.try_lock()
     assert claim
     with pytest.raises(WinnowError, match="another run is computing it"):
         adopt(plan, "rate", file, store)

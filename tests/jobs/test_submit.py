@@ -23,7 +23,7 @@ from jobs import bundle, ray_jobs, recipes
 from jobs.commands.cluster import unfinished_steps
 from jobs.ray_jobs import RayJobs, dashboard_url
 from pipeline.config.partial import narrowed
-from pipeline.config.yaml import parse, written
+from pipeline.config.yaml import dump, parse
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import PACKAGES, run
 from pipeline.store.store import Store
@@ -61,7 +61,7 @@ contents = st.recursive(values, lambda item: st.lists(item) | st.dictionaries(st
 )
 def test_yaml_that_is_written_is_read_unchanged(content):
     """By our reader too, which takes more for a number than plain PyYAML does."""
-    assert parse(written(content), "here") == content
+    assert parse(dump(content), "here") == content
 
 
 def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(world, tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ class FakeJob:
         request.close_connection = True
 
     def follow(self) -> tuple[str, str]:
-        """Return what was written, and the status or the error."""
+        """Return what was dump, and the status or the error."""
         texts: list[str] = []
         with dashboard(self.answers) as url:
             try:

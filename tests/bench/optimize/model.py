@@ -101,14 +101,16 @@ class World:
 
     def make_examples(self, shape: Shape, dtype: str, groups: int) -> None:
         """Random tokens and winners; log-probs by the model itself, as `reference` would cache them."""
-        from stages.limits import BUDGET
+        from stages.limits import SCORING_TOKENS_PER_PASS
         from stages.network.forward import logp_of, read_rows
         from stages.network.load import load_network
 
         rng = np.random.default_rng(0)
         rows = [self._row(shape, n, rng) for n in range(groups)]
         asked = [(row["prompt_ids"], each["token_ids"]) for row in rows for each in row["responses"]]
-        found = iter(read_rows(logp_of, load_network(self.init, train=True), asked, dtype, BUDGET).tolist())
+        found = iter(
+            read_rows(logp_of, load_network(self.init, train=True), asked, dtype, SCORING_TOKENS_PER_PASS).tolist()
+        )
         for row in rows:
             row |= {"ref_model": self.init.digest, "ref_dtype": dtype}
             for each in row["responses"]:

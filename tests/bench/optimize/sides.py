@@ -147,16 +147,16 @@ def sweep(side: Callable[[Setting], Run], setting: Setting, sizes: list[int]) ->
 
 def our_reference(setting: Setting) -> float:
     """Responses scored a second, by what the stage `reference` does with its rows, on all threads."""
-    from stages.limits import BUDGET
+    from stages.limits import SCORING_TOKENS_PER_PASS
     from stages.network.forward import logp_of, read_rows
     from stages.network.load import load_network
 
     network = load_network(setting.world.init, train=True)
     rows = [(row["prompt_ids"], each["token_ids"]) for row in setting.examples.to_pylist() for each in row["responses"]]
     first = setting.groups * setting.shape.responses
-    read_rows(logp_of, network, rows[:first], setting.dtype, BUDGET)
+    read_rows(logp_of, network, rows[:first], setting.dtype, SCORING_TOKENS_PER_PASS)
     start = time.perf_counter()
-    read_rows(logp_of, network, rows[first:], setting.dtype, BUDGET)
+    read_rows(logp_of, network, rows[first:], setting.dtype, SCORING_TOKENS_PER_PASS)
     return (len(rows) - first) / (time.perf_counter() - start)
 
 

@@ -96,9 +96,9 @@ def _killed(folder: Path, root: Path, seconds: float) -> str:
     """The step that a run was at when it was killed; one that had ended by then is none, and is tried again."""
     while True:
         alive = killed_apart(seconds, _run, folder, root, ready=READY)
-        unsealed = [step.name for step in _plan(folder).steps if Store(root).folder(step).manifest is None]
-        if alive and unsealed:
-            return unsealed[0]
+        unfinished = [step.name for step in _plan(folder).steps if Store(root).folder(step).manifest is None]
+        if alive and unfinished:
+            return unfinished[0]
         shutil.rmtree(root, ignore_errors=True)
         seconds *= EARLIER
 

@@ -102,7 +102,7 @@ def _tables(step: Step, part: int) -> Tables:
         schema.metadata[b"table"].decode(): _rows(schema)
         if part == 0 or "prompt_id" in schema.names
         else schema.empty_table()
-        for schema in step.shape.outputs
+        for schema in step.signature.outputs
     }
 
 

@@ -106,7 +106,7 @@ def _opened(plan: Plan, folder: Path, executor: LocalExecutor) -> Any:
     made = next(step for step in plan.steps if step.name == "policy")
     options, policy = plan.target.options, Store(folder / "store").folder(made).model()
     given = options["engine"], policy.folder, options["dtype"], Resources().tensor_parallel
-    return executor.warm.hold(open_engine, *given)
+    return executor.warm.open_once(open_engine, *given)
 
 
 def _asked(folder: Path) -> list[dict[str, list[int]]]:

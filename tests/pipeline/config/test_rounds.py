@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jobs import tables as show
-from jobs.trace import life
+from jobs.trace import trace_prompt
 from pipeline import StageContext, stage
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.config.rounds import split, unroll
+from pipeline.config.rounds import split_round, unroll
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
@@ -186,7 +186,7 @@ def test_an_overlay_makes_its_step_and_what_reads_it_differ_by_round(tmp_path: P
     flat = LOOP.replace("{first: sft, then: optimize}", "sft").replace(", earlier: {first: null, then: keep}", "")
     text = "rounds: [{}, {keep: {with: {threshold: 0.8}}}, {keep: {with: {threshold: 0.9}}}]"
     loop = plan(tmp_path, text, base=flat)
-    assert {split(step.name)[0] for step in loop.steps if "@" in step.name} == {"keep", "optimize", "evaluate"}
+    assert {split_round(step.name)[0] for step in loop.steps if "@" in step.name} == {"keep", "optimize", "evaluate"}
     steps = {step.name: step for step in loop.steps}
     assert [steps[f"keep@{n}"].options["threshold"] for n in (1, 2, 3)] == [0.7, 0.8, 0.9]
     assert len({steps[f"keep@{n}"].inputs["candidates"].key for n in (1, 2, 3)}) == 1
@@ -216,15 +216,15 @@ def test_unrolled_wires_are_plain_and_lead_to_steps_that_are_there(count: int, d
         wire = {"first": "s0", "then": f"s{source}"} if then else f"s{source}"
         steps[f"s{reader}"]["from"][f"i{source}{then}"] = wire
     loop = unroll([steps] * count, set())
-    per_round = {split(name)[0] for name in loop if "@" in name}
+    per_round = {split_round(name)[0] for name in loop if "@" in name}
     for name, body in loop.items():
-        step, number = split(name)
+        step, number = split_round(name)
         assert (number is not None) == (step in per_round)
         for wire, source in body["from"].items():
             back = 1 if wire.endswith("True") and number != 1 else 0
             assert source in loop
-            assert split(source)[1] in (None, (number or 0) - back)
-    assert all(len([name for name in loop if split(name)[0] == step]) == (count if step in per_round else 1)
+            assert split_round(source)[1] in (None, (number or 0) - back)
+    assert all(len([name for name in loop if split_round(name)[0] == step]) == (count if step in per_round else 1)
                for step in steps)  # fmt: skip
 
 
@@ -439,7 +439,7 @@ def test_trace_shows_the_last_round(done: tuple[Store, list[str]]):
     """A prompt's life in round 2; a run without rounds says nothing of them."""
     for name, expected in (("loop", "train, 1 tokens, round 2)"), ("plain", "train, 1 tokens)")):
         out = Console(file=io.StringIO(), width=200)
-        life(done[0], name, "", out)
+        trace_prompt(done[0], name, "", out)
         assert expected in out.file.getvalue()  # type: ignore[attr-defined]
 
 

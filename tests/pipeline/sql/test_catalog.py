@@ -86,7 +86,7 @@ def test_a_catalog_of_some_runs_has_their_rows_only(store: Store):
         ("two", dict(p=prompts, r=0, runs=["two"], s=1)),
         (["one", "two"], dict(p=prompts, r=2, runs=["one", "two"], s=2)),
     ):
-        assert rows(store, count, run) == query(catalog.of(run), count).to_pylist() == [expected]
+        assert rows(store, count, run) == query(catalog.for_run(run), count).to_pylist() == [expected]
     with pytest.raises(WinnowError, match=r"no run 'three' in .*; known: one, two"):
         open_catalog(store, "three")
     with pytest.raises(WinnowError, match=r"no run 'tow' in .*; did you mean 'two'"):

@@ -514,7 +514,7 @@ def test_options_of_a_ranker_are_checked_at_plan_time():
 
 def test_a_ranker_is_opened_once_for_equal_options():
     cache = WarmCache()
-    first, same, other = (cache.hold(open_ranker, bound("brevity", words=n), None) for n in (3, 3, 4))
+    first, same, other = (cache.open_once(open_ranker, bound("brevity", words=n), None) for n in (3, 3, 4))
     assert first is same
     assert first is not other
 

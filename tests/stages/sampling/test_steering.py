@@ -18,7 +18,7 @@ from schemas import WinnowError, conform
 from schemas.tables import CANDIDATES, FEATURES, HEADS, JUDGEMENTS, METRICS, PAIRS, REWARDS
 from stages.evaluation.evaluate import evaluate
 from stages.head.features import features
-from stages.head.relu import ReluHead, matrix, relu_head_of
+from stages.head.relu import ReluHead, feature_matrix, read_relu_head
 from stages.head.train import PairFeatures, head, head_reward, last_layer, preference_head
 from stages.network.forward import completion_logp, read_rows, response_means
 from stages.network.load import load_network
@@ -139,7 +139,7 @@ def test_the_logistic_head_is_scikit_learns_on_standardised_rows():
     z = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
     fit = LogisticRegression(C=0.5).fit(z, np.tile([1, -1], 40))
     heads, _ = trained(vectors, {"name": "logistic", "C": 0.5})
-    assert relu_head_of(heads).score(x) == pytest.approx(fit.decision_function(z), abs=1e-3)
+    assert read_relu_head(heads).score(x) == pytest.approx(fit.decision_function(z), abs=1e-3)
 
 
 def test_heldout_pairs_do_not_train():
@@ -160,7 +160,7 @@ def test_a_head_scores_raw_features_whatever_their_scale(seed, spec):
     vectors = quadrants(20, seed)
     scale, shift = 2.0 ** rng.integers(-3, 4, 4), rng.integers(-8, 8, 4)
     moved = {name: scale * x.astype(np.float32) + shift for name, x in vectors.items()}
-    scores = [relu_head_of(trained(x, spec)[0]).score(stored(x)) for x in (vectors, moved)]
+    scores = [read_relu_head(trained(x, spec)[0]).score(stored(x)) for x in (vectors, moved)]
     assert scores[0] == pytest.approx(scores[1], abs=2e-2)
 
 
@@ -348,7 +348,7 @@ def test_stronger_steering_scores_higher(sharp, opinion, ctx):
     means = []
     for strength in (0.0, 2.0, 20.0):
         candidates = sample(prompts, sharp, ctx, opinion.to_table(), n=16, max_tokens=8, steer=strength, **UNCUT)
-        means.append(opinion.score(matrix(features(prompts, candidates, sharp, ctx))).mean())
+        means.append(opinion.score(feature_matrix(features(prompts, candidates, sharp, ctx))).mean())
     assert means[0] < means[1] < means[2]
 
 

@@ -18,7 +18,7 @@ from pipeline.store.fingerprints import DataPath, model_digest
 from schemas import Model, WinnowError
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages.data.preferences import preferences
-from stages.limits import BUDGET
+from stages.limits import SCORING_TOKENS_PER_PASS
 from stages.network.load import load_network
 from stages.training import objectives, trainer
 from stages.training.distributed import Distributed
@@ -471,7 +471,7 @@ def test_the_reference_counts_the_tokens_that_it_reads(tiny, preferred, monkeypa
         lengths[row["prompt_id"]][1].append(len(row["token_ids"]))
     packed = sum(prompt + sum(responses) - len(responses) for prompt, responses in lengths.values())
     padded = max(prompt + max(responses) for prompt, responses in lengths.values()) * candidates.num_rows
-    assert padded < BUDGET
+    assert padded < SCORING_TOKENS_PER_PASS
     assert ctx.counters["tokens"] == 2 * (packed if sharing else padded)
 
 
