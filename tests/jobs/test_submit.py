@@ -26,6 +26,7 @@ from pipeline.config.partial import narrowed
 from pipeline.config.yaml import parse, written
 from pipeline.execution.executors import LocalExecutor
 from pipeline.execution.run import PACKAGES, run
+from pipeline.plugins import unload_plugins
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.chain import planned, recipe, toys
@@ -102,11 +103,14 @@ def test_plugins_are_shipped(world, tmp_path, monkeypatch):
     )
     (tmp_path / "mine.yaml").write_text("extends: rso\nplugins: [./rules.py]\npair: {with: {rule: shipped_rule}}\n")
     name, configs, folder = str(tmp_path / "mine.yaml"), [world / "demo.yaml"], tmp_path / "bundle"
-    original = recipes.plans([name], configs, [])
-    words = bundle.pack(folder, [name], configs, None)
-    (tmp_path / "rules.py").unlink()
-    monkeypatch.chdir(folder)
-    assert bundle.plan_key(recipes.plans(words, [], [])) == bundle.plan_key(original)
+    try:
+        original = recipes.plans([name], configs, [])
+        words = bundle.pack(folder, [name], configs, None)
+        (tmp_path / "rules.py").unlink()
+        monkeypatch.chdir(folder)
+        assert bundle.plan_key(recipes.plans(words, [], [])) == bundle.plan_key(original)
+    finally:
+        unload_plugins()
 
 
 def test_code_is_shipped_and_nothing_else(world, tmp_path, monkeypatch):
