@@ -26,7 +26,6 @@ from pipeline.config.partial import narrowed
 from pipeline.config.yaml import parse, written
 from pipeline.execution.executors import LocalExecutor
 from pipeline.execution.run import PACKAGES, run
-from pipeline.plugins import unload_plugins
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.chain import planned, recipe, toys
@@ -97,6 +96,8 @@ def test_relative_paths(world, tmp_path, monkeypatch):
 
 def test_plugins_are_shipped(world, tmp_path, monkeypatch):
     """A plugin that the recipe or a config lists is found beside the shipped recipe, with the same keys."""
+    from pipeline.plugins import unload_plugins
+
     (tmp_path / "rules.py").write_text(
         "from stages.selection.pair import pair_rule\n\n\n"
         "@pair_rule(reads='comparisons')\ndef shipped_rule(group):\n    return []\n"
