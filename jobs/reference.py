@@ -132,8 +132,11 @@ def option_pages(name: str) -> list[str]:
     return pages
 
 
-def stage_page(entry: Entry, level: str = "#") -> str:
-    """Return Markdown of a stage: docstring, inputs, outputs, options, and the functions that they can name."""
+def stage_page(entry: Entry, level: str = "#", plugins: bool = True) -> str:
+    """Return Markdown of a stage: docstring, inputs, outputs, options, and the functions that they can name.
+
+    Functions of plugins are listed if `plugins`.
+    """
     signature = signature_of(entry)
     inputs = [f"`{i.name}` ({'model' if i.schema is None else f'table `{i.kind}`'}{', optional' if i.optional else ''})"
               for i in signature.inputs]  # fmt: skip
@@ -144,7 +147,7 @@ def stage_page(entry: Entry, level: str = "#") -> str:
     for option, field in entry.options.model_fields.items():
         for registry in _registries_in(Annotated[field.annotation, None, *field.metadata]):
             rows = [{option: ", ".join(f"`{name}`" for name in (item.name, *item.aliases)), "about": first_line(item)}
-                    for _, item in sorted(registry.entries.items())]  # fmt: skip
+                    for _, item in sorted(registry.entries.items()) if plugins or _is_ours(item)]  # fmt: skip
             lines += ["", markdown_table(rows)]
     return "\n".join(lines)
 
@@ -233,7 +236,7 @@ def stages_markdown() -> str:
     """Return every stage of this package, then every function that an option can name, by kind."""
     entries = [entry for entry in stage_entries() if _is_ours(entry)]
     index = [{"stage": f"[`{entry.name}`](#{entry.name})", "about": first_line(entry)} for entry in entries]
-    pages = [markdown_table(index), *(stage_page(entry, "###") for entry in entries)]
+    pages = [markdown_table(index), *(stage_page(entry, "###", plugins=False) for entry in entries)]
     for kind, registry in sorted(registries().items()):
         if functions := [entry for _, entry in sorted(registry.entries.items()) if _is_ours(entry)]:
             pages += [f"## Functions: {kind}", *(function_page(entry, kind, "###") for entry in functions)]

@@ -96,17 +96,22 @@ def test_relative_paths(world, tmp_path, monkeypatch):
 
 def test_plugins_are_shipped(world, tmp_path, monkeypatch):
     """A plugin that the recipe or a config lists is found beside the shipped recipe, with the same keys."""
+    from pipeline.plugins import unload_plugins
+
     (tmp_path / "rules.py").write_text(
         "from stages.selection.pair import pair_rule\n\n\n"
         "@pair_rule(reads='comparisons')\ndef shipped_rule(group):\n    return []\n"
     )
     (tmp_path / "mine.yaml").write_text("extends: rso\nplugins: [./rules.py]\npair: {with: {rule: shipped_rule}}\n")
     name, configs, folder = str(tmp_path / "mine.yaml"), [world / "demo.yaml"], tmp_path / "bundle"
-    original = recipes.plans([name], configs, [])
-    words = bundle.pack(folder, [name], configs, None)
-    (tmp_path / "rules.py").unlink()
-    monkeypatch.chdir(folder)
-    assert bundle.plan_key(recipes.plans(words, [], [])) == bundle.plan_key(original)
+    try:
+        original = recipes.plans([name], configs, [])
+        words = bundle.pack(folder, [name], configs, None)
+        (tmp_path / "rules.py").unlink()
+        monkeypatch.chdir(folder)
+        assert bundle.plan_key(recipes.plans(words, [], [])) == bundle.plan_key(original)
+    finally:
+        unload_plugins()
 
 
 def test_code_is_shipped_and_nothing_else(world, tmp_path, monkeypatch):
