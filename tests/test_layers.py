@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ["schemas", "pipeline", "stages", "jobs"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
-RAY = {f"pipeline/execution/{name}.py" for name in ("actors", "distributed", "ray_executor")} | {"jobs/submit.py"}
+RAY = {f"pipeline/execution/{name}.py" for name in ("actors", "distributed", "ray_executor")} | {"jobs/ray_jobs.py"}
 VLLM = {"stages/sampling/engines/vllm.py"}
 TORCH = {
     f"stages/network/{name}.py"

@@ -32,7 +32,7 @@ from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
 from jobs.resume import resumable
-from jobs.tables import plan_tree
+from jobs.tables import changed_code, plan_tree
 from pipeline.config.partial import rerun
 from pipeline.config.plan import Plan, reads_files
 from pipeline.execution.executor import Executor, LocalExecutor
@@ -71,6 +71,7 @@ def plan(recipe: Recipes, configs: Configs = [], sets: Sets = [], store: StorePa
     """Print each recipe's tree of steps: keys, what is cached, what will run and why. Runs nothing."""
     for item in recipes.plans(recipe, configs, sets):
         console.print(plan_tree(item, Store(store)), highlight=False, soft_wrap=True)
+        _print_changed_code(item, Store(store))
 
 
 def run(
@@ -133,7 +134,14 @@ def _run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
         for plan in plans:
             console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
             _warn_of_other_data(plan, store)
+            _print_changed_code(plan, store)
             run_plan(plan, store, executor, reporter)
+
+
+def _print_changed_code(plan: Plan, store: Store) -> None:
+    """Print which cached results were computed by other code of the same version, and what to do."""
+    for line in changed_code(plan, store):
+        console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 
 
 def _warn_of_other_data(plan: Plan, store: Store) -> None:

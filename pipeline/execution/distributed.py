@@ -45,7 +45,7 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     if folder != ctx.mirror.there and sum(node["Alive"] for node in ray.nodes()) > 1:
         raise WinnowError(
             f"world_size: ranks on several nodes write one checkpoint, and the store, {ctx.mirror.there}, is not a "
-            "that all of them see; use a store on a shared disk, or set world_size to 1"
+            "disk that all of them see; use a store on a shared disk, or set world_size to 1"
         )
     resources = resources_per_rank(ctx.resources, world_size, ray.cluster_resources())
     for name in (OUTCOME, WARNINGS):

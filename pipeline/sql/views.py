@@ -104,8 +104,9 @@ def view(name: str, manifests: list[Json], evolved: bool) -> str:
         if len(values) == 1:  # a constant, which DuckDB need not carry through joins and groups
             columns[column_name] = sql_literal(values.pop())
     return (
-        f"SELECT *, {columns['stage']} AS stage, {columns['key']} AS key FROM read_parquet(getvariable({sql_literal(name)}), "
-        f"hive_partitioning=false, union_by_name={str(union_by_name).lower()})"
+        f"SELECT *, {columns['stage']} AS stage, {columns['key']} AS key "
+        f"FROM read_parquet(getvariable({sql_literal(name)}), hive_partitioning=false, "
+        f"union_by_name={str(union_by_name).lower()})"
     )
 
 

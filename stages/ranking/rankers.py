@@ -5,7 +5,7 @@ with `@verifiable`, a program from prompt and response to a score. Options are k
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -22,13 +22,9 @@ Precision = Literal["float32", "bfloat16"]
 ranker = Registry("ranker", "reads_model")
 
 
-def verifiable(program: Callable[..., float] | None = None, *, version: int = 1) -> Callable[..., Any]:
-    """Register a program as a ranker: `@verifiable`, `@verifiable()` or `@verifiable(version=3)`.
-
-    program: from (prompt, response) to a score. version: part of its key; raise it when the scores change.
-    """
-    register = ranker(reads_model=False, program=True, version=version)
-    return register if program is None else register(program)
+# A program from (prompt, response) to a score, registered as a ranker: `@verifiable` or `@verifiable(version=3)`. The
+# version is part of the key; raise it when the scores change.
+verifiable = ranker.decorator(reads_model=False, program=True)
 
 
 def _even(votes: int) -> int:
