@@ -15,7 +15,7 @@ from functools import cache, cached_property, wraps
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_args, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import core_schema
@@ -179,6 +179,15 @@ def bound_entries(value: Any) -> Iterator[Entry]:
             yield from bound_entries(item)
 
 
+class RegistryDecorator(Protocol):
+    """Decorator with or without arguments."""
+
+    @overload
+    def __call__(self, fn: Function, /) -> Function: ...
+    @overload
+    def __call__(self, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Callable[[Function], Function]: ...
+
+
 class Registry:
     """Functions of one kind by name. As an annotation, `Annotated[Bound, registry]` is an option type.
 
@@ -222,7 +231,7 @@ class Registry:
 
         return register
 
-    def decorator(self, **defaults: Any) -> Callable[..., Any]:
+    def decorator(self, **defaults: Any) -> RegistryDecorator:
         """Return a decorator with metadata of its own, used as `@verifiable` or as `@verifiable(version=3)`."""
 
         def decorate(fn: Function | None = None, /, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Any:

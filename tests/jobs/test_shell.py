@@ -164,7 +164,7 @@ class Terminal:
         return text
 
     def cancel(self, press: Callable[[], None]) -> None:
-        """Press Ctrl-C, and again while nothing happens: a key may come before the shell reads keys, a signal too early."""
+        """Press Ctrl-C, and again while nothing happens: keys and signals may come too early."""
         for _ in range(30):
             press()
             if select.select([self.fd], [], [], 2)[0]:

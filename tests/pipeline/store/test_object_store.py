@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
@@ -179,7 +180,11 @@ def test_ray_workers_write_the_same_bytes_to_a_bucket(bucket: str, cache: Path, 
             name = str(file.relative_to(folder)).replace("model/", f"model-{digest[:16]}/", 1)
             replace(store.folder(step).path / name, file.read_bytes())
     reporter = Silent()
-    run(plan, store, RayExecutor(2), reporter)
+    ray.shutdown()  # a Ray of another test has no credentials: workers have the environment in which Ray started
+    try:
+        run(plan, store, RayExecutor(2), reporter)
+    finally:
+        ray.shutdown()  # nor should other tests get one that has them
     assert set(reporter.ran) == to_make
     assert files(store) == files(reference)
     assert store.folder(plan.target).read(EVALUATIONS).num_rows >= 5

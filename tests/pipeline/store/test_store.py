@@ -319,7 +319,7 @@ def test_a_damaged_table_of_a_finished_step_is_named_when_it_is_read(complete: S
         damage(file)
     with pytest.raises(WinnowError, match=rf"{source.path}: table prompts .* --force STEP"):
         make(complete, plan({"leave_out": 5}))
-    rerun([plan()], complete, force="source").drop()
+    rerun([plan()], complete, force="source").delete()
     make(complete)
     assert contents(complete) == before
 
