@@ -294,3 +294,22 @@ def test_brackets_of_a_table_are_printed():
     out = io.StringIO()
     Console(file=out, width=80).print(as_table(pa.table({"low [high]": ["[x]"]}), "median [least, most]"))
     assert missing(["median [least, most]", "low [high]", "[x]"], out.getvalue()) == []
+
+
+def test_plan_and_run_say_which_code_changed_without_its_version(winnow, world, finished, tmp_path):
+    """`matches` had another source when `pair` ran: its name, its version and the ways out; nothing reruns."""
+    shutil.copytree(finished, tmp_path / "store")
+    (manifest,) = (tmp_path / "store").glob("pair/*/manifest.json")
+    content = json.loads(manifest.read_text())
+    assert content["code"]["matches"] != "0" * 12
+    words = ("rso", "--config", world / "demo.yaml", "--store", tmp_path / "store")
+    assert "code changed" not in winnow("plan", *words)[1]
+    content["code"]["matches"] = "0" * 12
+    manifest.write_text(json.dumps(content))
+    for command in ("plan", "run"):
+        code, text = winnow(command, *words)
+        assert code == 0
+        (line,) = (line for line in text.splitlines() if "code changed" in line)
+        for fact in ("pair", "`matches`", "version is still 1", "--force pair", "winnow adopt"):
+            assert fact in line
+        assert "running" not in text
