@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny model of random weights, and a tiny world on disk, both made on the spot."""
+"""Shared by all tests: a tiny model of random weights, and a tiny data set on disk, both made on the spot."""
 
 import json
 import os
@@ -58,9 +58,9 @@ def ctx(tmp_path: Path) -> StageContext:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with demonstrations, prompts, preferences, and the world.yaml that names them."""
-    folder = tmp_path_factory.mktemp("world")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demonstrations, prompts, preferences, and the demo.yaml that names them."""
+    folder = tmp_path_factory.mktemp("data_dir")
     slots = [(thing, city, day) for thing in WORDS for city in CITIES for day in DAYS]
     write_jsonl(
         folder / "demonstrations.jsonl",
@@ -82,12 +82,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def tiny(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A two-layer Llama with random weights and a tokenizer of its own."""
     space = StageContext(tmp_path_factory.mktemp("tiny"), WarmCache(), lambda done, total, unit: None)
     made = untrained(
         space,
-        corpus=DataPath(str(world / "demonstrations.jsonl")),
+        corpus=DataPath(str(data_dir / "demonstrations.jsonl")),
         columns=["prompt", "demonstration"],
         vocabulary=400,
         marks=MARKS,
@@ -118,10 +118,10 @@ def sharp(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="session")
-def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of an undisturbed run of RSO on the tiny world, in process."""
+def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of an undisturbed run of RSO on the tiny data set, in process."""
     root = tmp_path_factory.mktemp("finished")
-    run(plan_of(world), Store(root), LocalExecutor(), Silent())
+    run(plan_of(data_dir), Store(root), LocalExecutor(), Silent())
     return root
 
 

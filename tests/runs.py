@@ -35,6 +35,6 @@ class Silent:
         self.ran.append(step.name)
 
 
-def plan_of(world: Path, *sets: str, recipe: str = "rso") -> Plan:
-    """Return the plan of a recipe on the data of fixture `world`, with `--set` options."""
-    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (world / "demo.yaml",), sets, name="run"))
+def plan_of(data_dir: Path, *sets: str, recipe: str = "rso") -> Plan:
+    """Return the plan of a recipe on the data of fixture `data_dir`, with `--set` options."""
+    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (data_dir / "demo.yaml",), sets, name="run"))

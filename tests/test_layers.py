@@ -87,13 +87,13 @@ def test_no_module_is_named_utils():
     assert not [file for file in FILES if file.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
-def test_planning_imports_nothing_heavy(world: Path):
+def test_planning_imports_nothing_heavy(data_dir: Path):
     """A recipe is planned in a moment, on a machine that may have neither torch nor vLLM nor Ray."""
     code = f"""
 import sys
 import stages.all, jobs.recipes
 from pathlib import Path
-made = jobs.recipes.plans(["rso", "ipo"], [Path({str(world / "demo.yaml")!r})], [])
+made = jobs.recipes.plans(["rso", "ipo"], [Path({str(data_dir / "demo.yaml")!r})], [])
 assert all(step.key for plan in made for step in plan.steps)
 print(sorted(name for name in {HEAVY!r} if name in sys.modules))
 """

@@ -11,10 +11,10 @@ from tests.runs import Silent
 
 
 @pytest.fixture(scope="module")
-def rows(world, finished, tmp_path_factory):
+def rows(data_dir, finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("bench") / "store"
     shutil.copytree(finished, root)
-    table = measure(Store(root), [world / "demo.yaml"], Silent(), 40, 2, lambda said: None)
+    table = measure(Store(root), [data_dir / "demo.yaml"], Silent(), 40, 2, lambda said: None)
     return {row["mix"]: row for row in table.to_pylist()}
 
 

@@ -51,7 +51,7 @@ def here(function, *args, ready=()):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The world of the kills, made once."""
+    """The data_dir of the kills, made once."""
     folder = tmp_path_factory.mktemp("small")
     make_policy(folder, 64, 1)
     write_prompts(folder, 40)
@@ -379,7 +379,7 @@ def test_a_part_that_fails_is_on_the_page_and_the_others_go_on(tmp_path, monkeyp
     assert pages[0] == ""
     assert "another beta" in pages[1]
     assert "not done yet: rerun" in pages[1]
-    for name, at in (("select", "select, 2 prompts, made"), ("rerun", "rerun, world")):
+    for name, at in (("select", "select, 2 prompts, made"), ("rerun", "rerun, data_dir")):
         row = f"| {at} | MemoryError: no room [/here] \\| at all |"
         assert f"## {name}: what failed\n\n| at | what failed |\n| --- | --- |\n{row}" in page.read_text()
         assert f"failed: {at}" in done.output

@@ -187,9 +187,9 @@ def test_a_model_folder(tmp_path: Path, store: Store, tiny: Model):
             adopt(again, "m", str(tmp_path / "model"), store)
 
 
-def test_every_step_of_a_real_run_can_be_adopted(world: Path, finished: Path, tmp_path: Path):
+def test_every_step_of_a_real_run_can_be_adopted(data_dir: Path, finished: Path, tmp_path: Path):
     """Of RSO on tiny data: the same bytes under the same keys, and every real result passes the checks."""
-    plan, old, new = plan_of(world), Store(finished), Store(tmp_path / "new")
+    plan, old, new = plan_of(data_dir), Store(finished), Store(tmp_path / "new")
     for item in plan.steps:
         adopt(plan, item.name, str(old.folder(item).path), new)
     assert digests(plan, new) == digests(plan, old)

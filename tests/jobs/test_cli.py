@@ -97,10 +97,10 @@ MISTAKES = [
 ]
 
 
-def test_a_mistake_in_a_recipe_names_place_value_and_cure(winnow, world: Path):
+def test_a_mistake_in_a_recipe_names_place_value_and_cure(winnow, data_dir: Path):
     """All recipes are checked, and nothing has run."""
     for words, facts in MISTAKES:
-        code, text = winnow(*words.split(), "--config", world / "demo.yaml")
+        code, text = winnow(*words.split(), "--config", data_dir / "demo.yaml")
         assert (code, missing(facts, text)) == (2, []), words
     assert not Path("store").exists()
 
@@ -120,7 +120,7 @@ def test_a_mistake_in_the_command_line_has_no_traceback(winnow):
         assert (code, missing(facts, text.lower())) == (2, []), words
 
 
-def test_missing_data_models_and_configs_are_named(winnow, world: Path, small: Path, tmp_path: Path):
+def test_missing_data_models_and_configs_are_named(winnow, data_dir: Path, small: Path, tmp_path: Path):
     """Data and models are the user's: the message says which steps need them, and how to give them."""
     code, text = winnow("plan", "rso")
     facts = ["sft.path: required", "prompts: give either `path`", "`--config my.yaml` names your data and models"]
@@ -128,7 +128,7 @@ def test_missing_data_models_and_configs_are_named(winnow, world: Path, small: P
     code, text = winnow("plan", "rso", "--config", "nowhere.yaml")
     assert (code, missing(["--config nowhere.yaml"], text)) == (2, [])
 
-    moved = Path(shutil.copytree(world, tmp_path / "moved"))
+    moved = Path(shutil.copytree(data_dir, tmp_path / "moved"))
     (moved / "prompts.jsonl").unlink()
     code, text = winnow("run", "rso", "--config", moved / "demo.yaml")
     assert (code, missing([f"prompts.path: no such file or folder: {moved / 'prompts.jsonl'}"], text)) == (2, [])
@@ -154,11 +154,11 @@ def test_a_store_without_runs_is_an_error(winnow):
 # plan and run
 
 
-def test_plan_prints_every_step_with_its_key(winnow, world: Path):
+def test_plan_prints_every_step_with_its_key(winnow, data_dir: Path):
     """All steps of all recipes; nothing is created by looking."""
-    code, text = winnow("plan", "rso", "dpo", "--config", world / "demo.yaml")
+    code, text = winnow("plan", "rso", "dpo", "--config", data_dir / "demo.yaml")
     assert code == 0
-    for plan in recipes.plans(["rso", "dpo"], [world / "demo.yaml"], []):
+    for plan in recipes.plans(["rso", "dpo"], [data_dir / "demo.yaml"], []):
         assert f"{plan.name}  ({len(plan.steps)} steps)" in text
         for step in plan.steps:
             line = next(line for line in text.splitlines() if step.key in line)
@@ -193,10 +193,10 @@ def test_run_until_a_step(winnow, small: Path):
     assert ("finished" in text, "not run" in text) == (True, True)
 
 
-def test_a_run_that_evaluates_nothing_prints_no_leaderboard(winnow, finished: Path, world: Path, tmp_path: Path):
+def test_a_run_that_evaluates_nothing_prints_no_leaderboard(winnow, finished: Path, data_dir: Path, tmp_path: Path):
     """The evaluations of other runs are no answer to it; a run that evaluates is shown beside them."""
     shutil.copytree(finished, tmp_path / "store")
-    words = ("run", "rso", "--config", world / "demo.yaml")
+    words = ("run", "rso", "--config", data_dir / "demo.yaml")
     assert "leaderboard" not in winnow(*words, "--set", "target=prompts")[1]
     text = winnow(*words)[1]
     assert missing(["leaderboard", "│ run "], text) == []
@@ -214,9 +214,9 @@ def test_an_override_can_be_longer_than_a_file_name(winnow, small: Path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_an_interrupted_run_says_so_and_keeps_finished_parts(tmp_path: Path, world: Path):
+def test_an_interrupted_run_says_so_and_keeps_finished_parts(tmp_path: Path, data_dir: Path):
     """Ctrl-C gives exit code 130, as in every shell, the command that continues, and no traceback."""
-    command = [sys.executable, "-u", "-m", "jobs", "run", "rso", "--config", str(world / "demo.yaml")]
+    command = [sys.executable, "-u", "-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -296,13 +296,13 @@ def test_brackets_of_a_table_are_printed():
     assert missing(["median [least, most]", "low [high]", "[x]"], out.getvalue()) == []
 
 
-def test_plan_and_run_say_which_code_changed_without_its_version(winnow, world, finished, tmp_path):
+def test_plan_and_run_say_which_code_changed_without_its_version(winnow, data_dir, finished, tmp_path):
     """`matches` had another source when `pair` ran: its name, its version and the ways out; nothing reruns."""
     shutil.copytree(finished, tmp_path / "store")
     (manifest,) = (tmp_path / "store").glob("pair/*/manifest.json")
     content = json.loads(manifest.read_text())
     assert content["code"]["matches"] != "0" * 12
-    words = ("rso", "--config", world / "demo.yaml", "--store", tmp_path / "store")
+    words = ("rso", "--config", data_dir / "demo.yaml", "--store", tmp_path / "store")
     assert "code changed" not in winnow("plan", *words)[1]
     content["code"]["matches"] = "0" * 12
     manifest.write_text(json.dumps(content))

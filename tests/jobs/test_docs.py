@@ -66,14 +66,14 @@ def test_the_configs_of_the_pages_name_steps_of_the_base():
         assert set(yaml.safe_load(config)) <= set(base)
 
 
-def test_the_plugin_of_the_stages_page_works_in_the_recipe_of_the_recipes_page(world: Path, tmp_path: Path):
+def test_the_plugin_of_the_stages_page_works_in_the_recipe_of_the_recipes_page(data_dir: Path, tmp_path: Path):
     """The loss is ln 2 where policy and reference agree; the best of three is paired with each of the others."""
     (python,) = blocks(ROOT / "stages" / "README.md", "python")
     (tmp_path / "my_code.py").write_text(python)
     recipe = blocks(ROOT / "jobs" / "recipes" / "README.md", "yaml")[1]
     (tmp_path / "mine.yaml").write_text(recipe + "plugins: [./my_code.py]\n")
     sets = ["optimize.objective=mean_norm", "pair.rule=best_vs_rest"]
-    (plan,) = plans([str(tmp_path / "mine.yaml")], [world / "demo.yaml"], sets)
+    (plan,) = plans([str(tmp_path / "mine.yaml")], [data_dir / "demo.yaml"], sets)
     steps = {step.name: step for step in plan.steps}
     assert steps["select"].options["rule"].options["beta"] == 0.1
 

@@ -72,12 +72,12 @@ def rows_of(file):
 
 
 @pytest.fixture(scope="module")
-def store(world, finished, tmp_path_factory):
+def store(data_dir, finished, tmp_path_factory):
     """Return the finished store with RSO's run `run`, and runs of other recipes until their pairs."""
     root = tmp_path_factory.mktemp("export") / "store"
     shutil.copytree(finished, root)
     for name, (recipe, *sets) in RUNS.items():
-        plan = plan_of(world, *sets, recipe=recipe)
+        plan = plan_of(data_dir, *sets, recipe=recipe)
         plan.name = name
         run(plan, Store(root), LocalExecutor(), Silent())
     return Store(root)
@@ -96,7 +96,7 @@ def retokenised(model, folder, *, bos):
 
 
 @pytest.fixture(scope="module", params=["no BOS", "BOS"])
-def plain(request, world, sharp, tmp_path_factory):
+def plain(request, data_dir, sharp, tmp_path_factory):
     """Return DPO's pairs of a policy without chat template, and their number; one in three begins without a space."""
     folder = tmp_path_factory.mktemp("plain")
     retokenised(sharp, folder / "model", bos=request.param == "BOS")

@@ -65,15 +65,15 @@ def objectives(plans):
     return {name: (step.options["objective"].name, step.options["objective"].options) for name, step in steps.items()}
 
 
-def test_both_normalised_losses_take_the_same_gamma_and_the_hinge_its_margin(world):
+def test_both_normalised_losses_take_the_same_gamma_and_the_hinge_its_margin(data_dir):
     """Whatever the objective of the configuration is; and --set still takes precedence over the table."""
     for gamma in (1.0, 0.05, 1e-5):
-        by_run = objectives(paper_plans([world / "demo.yaml"], [], gamma))
+        by_run = objectives(paper_plans([data_dir / "demo.yaml"], [], gamma))
         assert len(by_run) == 15
         for name, (loss, options) in by_run.items():
             expected = {"hinge": ("delta", 1.0), "hinge_norm": ("gamma", gamma), "sigmoid_norm": ("beta", gamma)}[loss]
             assert expected in options.items(), name
-    changed = objectives(paper_plans([world / "demo.yaml"], ["optimize.objective={name: hinge, delta: 2.0}"]))
+    changed = objectives(paper_plans([data_dir / "demo.yaml"], ["optimize.objective={name: hinge, delta: 2.0}"]))
     assert {options["delta"] for _, options in changed.values()} == {2.0}
 
 
@@ -115,12 +115,12 @@ def test_a_conclusion_compares_prompts_that_both_cells_have():
 
 
 @pytest.fixture(scope="module")
-def measured(world, finished, tmp_path_factory):
+def measured(data_dir, finished, tmp_path_factory):
     """A store with all cells of table 2, and those of table 1 that are among them; and which steps each ran."""
     root = tmp_path_factory.mktemp("paper") / "store"
     shutil.copytree(finished, root)
     ran = {}
-    for plan in paper_plans([world / "demo.yaml"], ["optimize.epochs=1"]):
+    for plan in paper_plans([data_dir / "demo.yaml"], ["optimize.epochs=1"]):
         if "hinge" not in plan.name and "direct" not in plan.name:
             watcher = Silent()
             run(plan, Store(root), LocalExecutor(), watcher)
@@ -152,12 +152,12 @@ def test_cells_share_all_that_is_the_same(measured):
     assert ran["paper sft 8 first-round"] == ran["paper rso 8 first-round"] == []
 
 
-def test_a_run_with_rounds_counts_by_its_last(world, finished, tmp_path):
+def test_a_run_with_rounds_counts_by_its_last(data_dir, finished, tmp_path):
     """Of the wins of round 1 and 2, the cell's are those of 2."""
     root = tmp_path / "store"
     shutil.copytree(finished, root)
     store = Store(root)
-    plan = plan_of(world, "optimize.epochs=1", "optimize@2.epochs=4", recipe="raft")
+    plan = plan_of(data_dir, "optimize.epochs=1", "optimize@2.epochs=4", recipe="raft")
     plan.name = "paper rso 8 first-round"
     run(plan, store, LocalExecutor(), Silent())
     sql = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes GROUP BY stage, key"

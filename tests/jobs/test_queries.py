@@ -273,7 +273,7 @@ def test_status_shows_steps_that_are_not_finished(tmp_path: Path):
 
 
 def test_every_query_runs_on_a_whole_run(finished: Path):
-    """Of RSO on the tiny world; those that ask for what it has no rows of answer with none."""
+    """Of RSO on the tiny data set; those that ask for what it has no rows of answer with none."""
     catalog = open_catalog(Store(finished))
     none = {"rejects", "rounds", "two_losses", "unpaired"}
     assert {name for name in queries.names() if not query(catalog, queries.text(name)).num_rows} <= none

@@ -21,7 +21,7 @@ BOTH = "Preferences and demonstrations in one run"
 
 
 @pytest.fixture(scope="module")
-def mixed(world, finished, tmp_path_factory):
+def mixed(data_dir, finished, tmp_path_factory):
     """A store with MAXRIGHT beside a plain run, two steered policies, and one with steering 0."""
     root = tmp_path_factory.mktemp("mixed") / "store"
     shutil.copytree(finished, root)
@@ -31,7 +31,7 @@ def mixed(world, finished, tmp_path_factory):
         ("logistic_head", "logistic_head"),
         ("unsteered", "cvx_dpo", "eval_sample.steer=0.0"),
     ):
-        plan = plan_of(world, *sets, recipe=recipe)
+        plan = plan_of(data_dir, *sets, recipe=recipe)
         plan.name = name
         run(plan, Store(root), LocalExecutor(), Silent())
     return Store(root)

@@ -64,9 +64,9 @@ def test_yaml_that_is_written_is_read_unchanged(content):
     assert parse(dump(content), "here") == content
 
 
-def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(world, tmp_path, monkeypatch):
+def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(data_dir, tmp_path, monkeypatch):
     """One file, without what the recipe extends and without its config, is the same recipe."""
-    configs = [world / "demo.yaml"]
+    configs = [data_dir / "demo.yaml"]
     for n, (name, *sets) in enumerate([
         ("rso", "select.rule.beta=0.05", "shards=2"), ("ipo", "about='a/b [c] 5e-7'"), ("rest",),
         ("raft", "optimize@2.learning_rate=5e-7"), ("spin", "rounds=3"), ("alright",), ("cvx_rerank",),
@@ -82,9 +82,9 @@ def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(world, tmp_pat
         assert bundle.plan_key([shipped]) == bundle.plan_key([original])
 
 
-def test_relative_paths(world, tmp_path, monkeypatch):
+def test_relative_paths(data_dir, tmp_path, monkeypatch):
     """`./data.jsonl` in a file is relative to that file, wherever it is named from; that of --set is refused."""
-    monkeypatch.chdir(world)
+    monkeypatch.chdir(data_dir)
     original = recipes.plans(["rso"], [Path("demo.yaml")], [])
     bundle.check_paths(original)
     words = bundle.pack(tmp_path, ["rso"], [Path("demo.yaml")], None)
@@ -94,7 +94,7 @@ def test_relative_paths(world, tmp_path, monkeypatch):
     assert bundle.plan_key(recipes.plans(words, [], [])) == bundle.plan_key(original)
 
 
-def test_plugins_are_shipped(world, tmp_path, monkeypatch):
+def test_plugins_are_shipped(data_dir, tmp_path, monkeypatch):
     """A plugin that the recipe or a config lists is found beside the shipped recipe, with the same keys."""
     from pipeline.plugins import unload_plugins
 
@@ -103,7 +103,7 @@ def test_plugins_are_shipped(world, tmp_path, monkeypatch):
         "@pair_rule(reads='comparisons')\ndef shipped_rule(group):\n    return []\n"
     )
     (tmp_path / "mine.yaml").write_text("extends: rso\nplugins: [./rules.py]\npair: {with: {rule: shipped_rule}}\n")
-    name, configs, folder = str(tmp_path / "mine.yaml"), [world / "demo.yaml"], tmp_path / "bundle"
+    name, configs, folder = str(tmp_path / "mine.yaml"), [data_dir / "demo.yaml"], tmp_path / "bundle"
     try:
         original = recipes.plans([name], configs, [])
         words = bundle.pack(folder, [name], configs, None)
@@ -114,9 +114,9 @@ def test_plugins_are_shipped(world, tmp_path, monkeypatch):
         unload_plugins()
 
 
-def test_code_is_shipped_and_nothing_else(world, tmp_path, monkeypatch):
+def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     """Neither tests nor benchmarks nor data; a bundle above Ray's limit names its largest files."""
-    words = bundle.pack(tmp_path / "out", ["rso", "ipo"], [world / "demo.yaml"], "laptop")
+    words = bundle.pack(tmp_path / "out", ["rso", "ipo"], [data_dir / "demo.yaml"], "laptop")
     paths = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     files = {file.relative_to(tmp_path / "out").as_posix() for file in paths}
     assert {file.split("/")[0] for file in files} == {*PACKAGES, "submission", "commit.txt"}
@@ -126,10 +126,10 @@ def test_code_is_shipped_and_nothing_else(world, tmp_path, monkeypatch):
     assert sum(file.stat().st_size for file in paths) < 5e6
     (tmp_path / "rso.yaml").write_text("extends: _base\n")
     with pytest.raises(WinnowError, match=r"two recipes are named rso\.yaml"):
-        bundle.pack(tmp_path / "two", ["rso", str(tmp_path / "rso.yaml")], [world / "demo.yaml"], None)
+        bundle.pack(tmp_path / "two", ["rso", str(tmp_path / "rso.yaml")], [data_dir / "demo.yaml"], None)
     monkeypatch.setattr(bundle, "LIMIT", 10_000)
     with pytest.raises(WinnowError, match=r"accepts 0\.0 MiB; the largest files: .*only code is sent"):
-        bundle.pack(tmp_path / "large", ["rso"], [world / "demo.yaml"], None)
+        bundle.pack(tmp_path / "large", ["rso"], [data_dir / "demo.yaml"], None)
 
 
 def test_a_job_is_named_after_the_steps_that_it_runs(tmp_path):
@@ -267,8 +267,8 @@ def test_the_token_is_sent_to_this_host_alone(monkeypatch, tmp_path):
             assert tokens[-2:] == ["Bearer from file", None]
 
 
-def test_an_unknown_step_is_refused_before_the_cluster_is_asked(winnow, world):
-    words = ("submit", "rso", "--config", world / "demo.yaml", "--address", "http://nowhere:1", "--force", "selct")
+def test_an_unknown_step_is_refused_before_the_cluster_is_asked(winnow, data_dir):
+    words = ("submit", "rso", "--config", data_dir / "demo.yaml", "--address", "http://nowhere:1", "--force", "selct")
     code, text = winnow(*words)
     assert code == 2
     assert "--force selct: no step 'selct' in rso" in text

@@ -30,29 +30,29 @@ SHORT = ("optimize.epochs=2", "optimize.checkpoint_every=100")
 DATA = Path(__file__).parents[1] / "data"
 
 
-def run_recipe(world, root, recipe, *sets):
+def run_recipe(data_dir, root, recipe, *sets):
     """Run a recipe under its own name; return its plan and the steps that were executed."""
-    plan, reporter = plan_of(world, *sets, recipe=recipe), Silent()
+    plan, reporter = plan_of(data_dir, *sets, recipe=recipe), Silent()
     plan.name = recipe
     run(plan, Store(root), LocalExecutor(), reporter)
     return plan, reporter.ran
 
 
 @pytest.fixture(scope="module")
-def store(world, finished, tmp_path_factory) -> Path:
+def store(data_dir, finished, tmp_path_factory) -> Path:
     """RSO's finished store and, in it, one complete run per shape of data."""
     root = tmp_path_factory.mktemp("shapes") / "store"
     shutil.copytree(finished, root)
     for recipe in SHAPES.values():
-        assert not (SHARED | {"sample", "reward"}) & set(run_recipe(world, root, recipe, *SHORT)[1])
+        assert not (SHARED | {"sample", "reward"}) & set(run_recipe(data_dir, root, recipe, *SHORT)[1])
     return root
 
 
-def test_the_pipeline_runs_on_real_vllm(world, finished, tmp_path):
+def test_the_pipeline_runs_on_real_vllm(data_dir, finished, tmp_path):
     """From the SFT policy, as it was saved here, to a measured one: 6 draws per prompt, all seeds different."""
     root = tmp_path / "store"
     shutil.copytree(finished, root)
-    plan, _ = run_recipe(world, root, "rso", "sample.engine=vllm", "sample.n=6", *SHORT)
+    plan, _ = run_recipe(data_dir, root, "rso", "sample.engine=vllm", "sample.n=6", *SHORT)
     folders = {step.name: Store(root).folder(step) for step in plan.steps}
     candidates = folders["sample"].read(CANDIDATES)
     assert set(pc.value_counts(candidates.column("prompt_id")).field("counts").to_pylist()) == {6}
@@ -104,20 +104,20 @@ def test_candidates_of_another_system_enter_at_select(tmp_path, winnow):
     assert manifests["optimize"]["model"]
 
 
-def test_human_pairs_are_trained_on_as_they_came(world, store):
+def test_human_pairs_are_trained_on_as_they_came(data_dir, store):
     """DPO's direct: one pair per preference row, chosen first, and the reference covers both sides."""
-    plan = plan_of(world, recipe="dpo")
+    plan = plan_of(data_dir, recipe="dpo")
     folder = Store(store).folder(next(step for step in plan.steps if step.name == "preferences"))
     texts = {row["candidate_id"]: row["text"] for row in folder.read(CANDIDATES).to_pylist()}
-    rows = [json.loads(line) for line in (world / "preferences.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (data_dir / "preferences.jsonl").read_text().splitlines()]
     sides = {(texts[row["chosen_id"]], texts[row["rejected_id"]]) for row in folder.read(PAIRS).to_pylist()}
     assert sides == {(row["chosen"], row["rejected"]) for row in rows}
 
 
 @pytest.mark.parametrize("recipe", [name for name in names() if name not in ("own_candidates", *SHAPES.values())])
-def test_every_recipe_is_trained(world, store, recipe):
+def test_every_recipe_is_trained(data_dir, store, recipe):
     """The other recipes, up to the policy or head of their last round; shared steps are taken from the store."""
     target = "preference_head" if recipe == "logistic_head" else "optimize"
-    plan, executed = run_recipe(world, store, recipe, f"target={target}", *SHORT)
+    plan, executed = run_recipe(data_dir, store, recipe, f"target={target}", *SHORT)
     assert not SHARED & set(executed)
     assert all(Store(store).folder(step).manifest for step in plan.targets)

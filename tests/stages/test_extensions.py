@@ -111,14 +111,16 @@ PAIRS_OF_SELECTIONS = "pair: {from: {selections: select, comparisons: null}}\n"
 
 
 @pytest.mark.parametrize("recipe", SETS)
-def test_functions_of_a_plugin_run_from_data_to_leaderboard(recipe, world, finished, winnow, tmp_path):
+def test_functions_of_a_plugin_run_from_data_to_leaderboard(recipe, data_dir, finished, winnow, tmp_path):
     """One each: reader, program, ranker, scale, selection rule, pair rule, objective, mix, head, gold reward."""
     store = tmp_path / "store"
     shutil.copytree(finished, store)
-    for file in world.glob("*.jsonl"):
+    for file in data_dir.glob("*.jsonl"):
         shutil.copyfile(file, tmp_path / file.name)
     (tmp_path / "my_code.py").write_text(PLUGIN)
-    config = "plugins: [./my_code.py]\n" + (world / "demo.yaml").read_text().replace("gold: concierge", "gold: my_gold")
+    config = "plugins: [./my_code.py]\n" + (data_dir / "demo.yaml").read_text().replace(
+        "gold: concierge", "gold: my_gold"
+    )
     (tmp_path / "my.yaml").write_text(config)
     own = WITHOUT_RANKER + (PAIRS_OF_SELECTIONS if recipe == "rso" else "")
     (tmp_path / f"my_{recipe}.yaml").write_text(f"extends: {recipe}\n{own}")

@@ -49,7 +49,7 @@ class Killed:
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
     whole: list[tuple[float, Digests]] = []  # of an undisturbed run
-    yield Task(("kills", "world"), 10, partial(apart, _world, folder))
+    yield Task(("kills", "data_dir"), 10, partial(apart, _world, folder))
     yield Task(("kills", "undisturbed"), 10, lambda: whole.append(_undisturbed(folder)))
     rng = np.random.default_rng(0)
     for n, share in enumerate(rng.uniform(size=sizes.kills)):

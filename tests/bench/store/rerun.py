@@ -41,7 +41,7 @@ class Made:
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
-    yield Task(("rerun", "world"), 10, partial(apart, _world, folder, sizes.parts))
+    yield Task(("rerun", "data_dir"), 10, partial(apart, _world, folder, sizes.parts))
     yield Task(("rerun", "store"), sizes.steps * sizes.parts / 3000, partial(_store, folder, sizes))
     for repeat in range(REPEATS):
         for name in CASES:

@@ -33,7 +33,7 @@ Paced = tuple[int, float]  # tokens, and the seconds that they took
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
-    yield Task(("sample", "world"), 10, partial(apart, prepare, folder, sizes, PARTS))
+    yield Task(("sample", "data_dir"), 10, partial(apart, prepare, folder, sizes, PARTS))
     for repeat in range(sizes.repeats):
         call = partial(apart, _sides, folder, repeat)
         yield Task(("sample", "sides", str(repeat)), 10 + len(order(repeat)) * cost(sizes), call)

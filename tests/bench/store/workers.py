@@ -30,7 +30,7 @@ CREWS = {"one worker, pinned to one core": 1, "two workers on all cores": 2}
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
-    yield Task(("workers", "world"), 10, partial(apart, prepare, folder, sizes, PARTS))
+    yield Task(("workers", "data_dir"), 10, partial(apart, prepare, folder, sizes, PARTS))
     for turn in range(RUNS * sizes.repeats):
         for name in list(CREWS)[:: 1 if turn % 2 == 0 else -1]:
             call = partial(apart, _crew, folder, CREWS[name])

@@ -127,14 +127,14 @@ def test_differences_name_the_field_and_both_values_and_cut_long_ones():
     assert all(len(line) < 120 for line in differences({"text": "x" * 1000}, {"text": "y" * 1000}))
 
 
-def test_one_option_moves_its_step_and_what_is_computed_from_it(world: Path):
+def test_one_option_moves_its_step_and_what_is_computed_from_it(data_dir: Path):
     """And nothing else: a new beta must not discard the candidates, nor a new seed of evaluation the policy.
 
     In each recipe, those steps that no recipe before it has with the same options and the same followers.
     """
     tried = set()
     for recipe in recipes.names():
-        before = plan_of(recipe, world)
+        before = plan_of(recipe, data_dir)
         assert {step.stage for step in before.steps} - {"pair"} <= CHANGES.keys(), "every stage is varied"
         for step in before.steps:
             changed = {step.name, *ALIKE.get(step.name, ())}
@@ -146,15 +146,15 @@ def test_one_option_moves_its_step_and_what_is_computed_from_it(world: Path):
             if step.options[change.split("=")[0]] == "heldout":
                 continue
             tried.add(case)
-            after = keys_of(plan_of(recipe, world, f"{step.name}.{change}"))
+            after = keys_of(plan_of(recipe, data_dir, f"{step.name}.{change}"))
             moved = {name for name, key in keys_of(before).items() if after[name] != key}
             assert moved == expected, (recipe, step.name, change)
 
 
-def test_methods_share_what_they_have_in_common(world: Path):
+def test_methods_share_what_they_have_in_common(data_dir: Path):
     """RSO, IPO, RAFT's first round and SLiC draw and score the same candidates: one bill for all."""
     plans = {
-        name: {step.removesuffix("@1"): key for step, key in keys_of(plan_of(name, world)).items()}
+        name: {step.removesuffix("@1"): key for step, key in keys_of(plan_of(name, data_dir)).items()}
         for name in ("rso", "ipo", "raft", "slic_sample_rank", "dpo", "sft")
     }
     for name in ("ipo", "raft", "slic_sample_rank"):
@@ -165,16 +165,16 @@ def test_methods_share_what_they_have_in_common(world: Path):
     assert len({keys["evaluate"] for keys in plans.values()}) == len(plans)
 
 
-def test_shards_are_part_of_every_key(world: Path):
+def test_shards_are_part_of_every_key(data_dir: Path):
     """Parts of another number hold other prompts, so no step may be taken for the other's."""
-    few, many = keys_of(plan_of("rso", world)), keys_of(plan_of("rso", world, "shards=4"))
+    few, many = keys_of(plan_of("rso", data_dir)), keys_of(plan_of("rso", data_dir, "shards=4"))
     assert not set(few.values()) & set(many.values())
 
 
-def test_the_content_of_data_files_is_part_of_a_key_and_their_path_is_not(world: Path, tmp_path: Path):
+def test_the_content_of_data_files_is_part_of_a_key_and_their_path_is_not(data_dir: Path, tmp_path: Path):
     """All files copied to another folder: the same keys. One prompt more: other keys for what reads the prompts."""
-    moved = Path(shutil.copytree(world, tmp_path / "moved"))
-    before = keys_of(plan_of("rso", world))
+    moved = Path(shutil.copytree(data_dir, tmp_path / "moved"))
+    before = keys_of(plan_of("rso", data_dir))
     assert keys_of(plan_of("rso", moved)) == before
     with (moved / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": "One more."}\n')
@@ -184,9 +184,9 @@ def test_the_content_of_data_files_is_part_of_a_key_and_their_path_is_not(world:
     assert {name: after[name] for name in ("sft", "ranker")} == {name: before[name] for name in ("sft", "ranker")}
 
 
-def test_two_processes_agree_on_every_key(world: Path):
+def test_two_processes_agree_on_every_key(data_dir: Path):
     """With other hash seeds and from other folders: nothing of a process is in a key."""
-    own_candidates_config(world)
+    own_candidates_config(data_dir)
     code = """
 import json, sys
 from pathlib import Path
@@ -196,7 +196,7 @@ from tests.pipeline.config.test_recipe import plan_of
 print(json.dumps({name: keys_of(plan_of(name, Path(sys.argv[1]))) for name in recipes.names()}))
 """
     environment = os.environ | {"PYTHONHASHSEED": "4711", "PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run([sys.executable, "-c", code, str(world)], cwd="/", env=environment, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code, str(data_dir)], cwd="/", env=environment, capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {name: keys_of(plan_of(name, world)) for name in recipes.names()}
+    assert json.loads(done.stdout) == {name: keys_of(plan_of(name, data_dir)) for name in recipes.names()}

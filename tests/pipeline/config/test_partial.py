@@ -256,9 +256,9 @@ def test_the_command_is_quoted_and_forces_no_more():
     assert command(["/bin/winnow", "run", "rso", "--force=x"]) == "/bin/winnow run rso"
 
 
-def test_a_command_of_python_m_is_that_again(tmp_path: Path, world: Path):
+def test_a_command_of_python_m_is_that_again(tmp_path: Path, data_dir: Path):
     """In a process of its own: what is printed is what was typed, to the interpreter."""
-    words = ["-m", "jobs", "run", "rso", "--config", str(world / "demo.yaml"), "--set", "target=demonstrations"]
+    words = ["-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml"), "--set", "target=demonstrations"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "locks").write_text("in the way")

@@ -46,9 +46,9 @@ def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
 
 
 @pytest.mark.parametrize("recipe", recipes.names())
-def test_every_recipe_of_ours_plans_on_the_tiny_world(recipe: str, world: Path):
+def test_every_recipe_of_ours_plans_on_the_tiny_world(recipe: str, data_dir: Path):
     """Inputs come before their consumers, the target is last, and the method says what it is in one line."""
-    plan = plan_of(recipe, world)
+    plan = plan_of(recipe, data_dir)
     position = {step.name: n for n, step in enumerate(plan.steps)}
     assert all(position[source.name] < position[step.name] for step in plan.steps for source in step.inputs.values())
     last = f"@{len(plan.targets)}" if len(plan.targets) > 1 else ""
@@ -56,9 +56,9 @@ def test_every_recipe_of_ours_plans_on_the_tiny_world(recipe: str, world: Path):
     assert load_recipe(recipes.recipe_path(recipe)).about
 
 
-def test_own_candidates_enter_at_select(world: Path):
+def test_own_candidates_enter_at_select(data_dir: Path):
     """Nothing is sampled or ranked: the rewards are the user's."""
-    plan = plan_of("own_candidates", world)
+    plan = plan_of("own_candidates", data_dir)
     assert [step.name for step in plan.steps if step.stage in ("sample", "reward", "compare")] == []
     assert plan.target.inputs["init"].stage == "untrained"
 
@@ -116,10 +116,11 @@ def test_what_is_extended_exists_and_is_near_and_makes_no_cycle(tmp_path: Path, 
         load_recipe(tmp_path / "own.yaml")
 
 
-def test_null_removes_an_input(world: Path):
+def test_null_removes_an_input(data_dir: Path):
     """dpo.yaml has `selections: null`: its reference has no such input, while rso's has."""
     dpo, rso = (
-        next(step for step in plan_of(name, world).steps if step.name == "reference").inputs for name in ("dpo", "rso")
+        next(step for step in plan_of(name, data_dir).steps if step.name == "reference").inputs
+        for name in ("dpo", "rso")
     )
     assert set(rso) == {*dpo, "selections"} == {"prompts", "candidates", "policy", "selections"}
 
@@ -147,9 +148,9 @@ def test_dot_slash_is_beside_the_file_that_says_it(tmp_path: Path, monkeypatch: 
     assert options(recipe, "b") == {"path": str(tmp_path / "data" / "data.jsonl")}
 
 
-def test_the_same_recipe_makes_the_same_plan_from_any_folder(world: Path, monkeypatch: pytest.MonkeyPatch):
-    keys = [step.key for step in plan_of("rso", world).steps]
-    monkeypatch.chdir(world)
+def test_the_same_recipe_makes_the_same_plan_from_any_folder(data_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    keys = [step.key for step in plan_of("rso", data_dir).steps]
+    monkeypatch.chdir(data_dir)
     again = make_plan(load_recipe(recipes.recipe_path("rso"), (Path("demo.yaml"),)))
     assert [step.key for step in again.steps] == keys
 

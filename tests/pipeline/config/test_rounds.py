@@ -443,7 +443,7 @@ def test_trace_shows_the_last_round(done: tuple[Store, list[str]]):
         assert expected in out.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_spin_mixes_in_the_samples_of_the_round_before(world: Path):
-    names = inputs(plan_of(world, recipe="spin"))
+def test_spin_mixes_in_the_samples_of_the_round_before(data_dir: Path):
+    names = inputs(plan_of(data_dir, recipe="spin"))
     assert names["pool@1"] == {"candidates": "sample@1", "prompts": "prompts"}
     assert names["pool@2"] == {"candidates": "sample@2", "prompts": "prompts", "earlier": "sample@1"}

@@ -40,9 +40,9 @@ def cluster_of(nodes: int) -> Iterator[Cluster]:
 
 
 @contextmanager
-def driver(cluster: Cluster, world: Path, store: Store) -> Iterator[subprocess.Popen]:
+def driver(cluster: Cluster, data_dir: Path, store: Store) -> Iterator[subprocess.Popen]:
     """Start `winnow run` in a process of its own, which is killed at the end if it has not ended."""
-    command = [sys.executable, "-m", "jobs", "run", RECIPES / "rso.yaml", "--config", world / "demo.yaml"]
+    command = [sys.executable, "-m", "jobs", "run", RECIPES / "rso.yaml", "--config", data_dir / "demo.yaml"]
     command += ["--set", "target=select", "--store", store.root, "--workers", "2", "--address", cluster.address]
     with subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -74,17 +74,17 @@ def busy_nodes(cluster: Cluster) -> list[Any]:
 
 
 @pytest.mark.timeout(300)
-def test_a_node_the_driver_and_the_head_die(world, finished, tmp_path):
+def test_a_node_the_driver_and_the_head_die(data_dir, finished, tmp_path):
     """A node in `sample`, the driver in `reward`, then the head and with it the cluster; each time what was finished
     stays as it was, and what is missing is made: no row is lost, doubled or different."""
-    plan = plan_of(world, "target=select")
+    plan = plan_of(data_dir, "target=select")
     store = without(finished, plan, "sample", tmp_path / "store")
     sample, reward = (local(store.folder(step).path) for step in plan.steps if step.name in ("sample", "reward"))
 
     def times() -> dict[Path, int]:
         return {file: file.stat().st_mtime_ns for folder in (sample, reward) for file in folder.glob("*.parquet")}
 
-    with cluster_of(3) as cluster, driver(cluster, world, store) as process:
+    with cluster_of(3) as cluster, driver(cluster, data_dir, store) as process:
         (victim, *_) = wait_for(lambda: busy_nodes(cluster), process)
         assert not (sample / "manifest.json").exists()
         cluster.remove_node(victim, allow_graceful=False)
@@ -94,7 +94,7 @@ def test_a_node_the_driver_and_the_head_die(world, finished, tmp_path):
         assert not (reward / "manifest.json").exists()
         assert "killed its worker" not in process.stdout.read()
         before = times()
-    with cluster_of(1) as another, driver(another, world, store) as process:
+    with cluster_of(1) as another, driver(another, data_dir, store) as process:
         assert process.wait(timeout=120) == 0, process.stdout.read()
     assert before
     assert times().items() >= before.items()

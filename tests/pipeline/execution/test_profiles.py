@@ -83,8 +83,8 @@ def test_profiles_that_ship_are_valid_and_others_are_named():
         ({"gpus": 1, "accelerator_type": "A100"}, [SERVER], "A100: no"),
     ],
 )
-def test_a_stage_that_needs_more_than_the_cluster_has(world, body, nodes, message):
-    plan, profile = plan_of(world), Profile(stages={"sample": Resources(**body)})
+def test_a_stage_that_needs_more_than_the_cluster_has(data_dir, body, nodes, message):
+    plan, profile = plan_of(data_dir), Profile(stages={"sample": Resources(**body)})
     if message is None:
         check_fits(profile, plan.steps_to_run, nodes)
         return
@@ -94,8 +94,8 @@ def test_a_stage_that_needs_more_than_the_cluster_has(world, body, nodes, messag
     check_fits(Profile(stages=profile.stages, autoscaling=True), plan.steps_to_run, nodes)  # it may grow
 
 
-def test_ranks_are_counted_as_workers_and_stages_outside_of_the_plan_are_not(world):
-    plan = plan_of(world, "optimize.world_size=4")
+def test_ranks_are_counted_as_workers_and_stages_outside_of_the_plan_are_not(data_dir):
+    plan = plan_of(data_dir, "optimize.world_size=4")
     profile = Profile(stages={"optimize": Resources(cpus=1), "features": Resources(gpus=99)})
     check_fits(profile, plan.steps_to_run, [LAPTOP, LAPTOP])
     with pytest.raises(WinnowError, match="optimize: 4 workers with 1 CPU each, and the cluster has room for 2"):

@@ -45,8 +45,8 @@ def without(finished: Path, plan: Plan, first: str, root: Path) -> Store:
     return store
 
 
-def test_a_second_run_runs_nothing_and_a_manifest_records_how_its_step_was_made(world, finished):
-    plan, reporter = plan_of(world), Silent()
+def test_a_second_run_runs_nothing_and_a_manifest_records_how_its_step_was_made(data_dir, finished):
+    plan, reporter = plan_of(data_dir), Silent()
     run(plan, Store(finished), LocalExecutor(), reporter)
     assert reporter.ran == []
     manifest = Store(finished).folder(plan.target).manifest
@@ -57,18 +57,18 @@ def test_a_second_run_runs_nothing_and_a_manifest_records_how_its_step_was_made(
     assert str(finished) not in json.dumps(manifest)
 
 
-def test_another_beta_runs_select_and_what_follows_but_neither_sample_nor_reward(world, finished, tmp_path):
+def test_another_beta_runs_select_and_what_follows_but_neither_sample_nor_reward(data_dir, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "store")
     reporter = Silent()
-    run(plan_of(world, "select.rule.beta=0.05"), Store(tmp_path / "store"), LocalExecutor(), reporter)
+    run(plan_of(data_dir, "select.rule.beta=0.05"), Store(tmp_path / "store"), LocalExecutor(), reporter)
     assert reporter.ran[0] == "select"
     assert {"compare", "pair", "reference", "examples", "optimize", "evaluate"} <= set(reporter.ran)
     assert not {"sample", "reward", "sft", "ranker", "eval_baseline"} & set(reporter.ran)
 
 
-def test_ranker_calls_are_those_of_table_7(world, finished):
+def test_ranker_calls_are_those_of_table_7(data_dir, finished):
     """n - 1 for the reward of n candidates, k / 2 for first-round ranking of k (Table 7 of arXiv:2309.06657)."""
-    steps = {step.name: Store(finished).folder(step) for step in plan_of(world).steps}
+    steps = {step.name: Store(finished).folder(step) for step in plan_of(data_dir).steps}
     sampled = steps["sample"].read(CANDIDATES).column("prompt_id").value_counts().to_pylist()
     selected = steps["select"].read(SELECTIONS).column("prompt_id").value_counts().to_pylist()
     calls = {name: steps[name].manifest["counters"]["ranker_calls"] for name in ("reward", "compare")}
@@ -85,9 +85,9 @@ def test_ranker_calls_are_those_of_table_7(world, finished):
     ],
     ids=["three workers", "one engine"],
 )
-def test_ray_writes_the_bytes_of_the_run_in_process(world, finished, tmp_path, first, target, executor):
+def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path, first, target, executor):
     """Given the same inputs, under any number of workers and of parts at once in each of them."""
-    plan = plan_of(world, f"target={target}")
+    plan = plan_of(data_dir, f"target={target}")
     store = without(finished, plan, first, tmp_path / "store")
     reporter = Silent()
     run(plan, store, executor, reporter)
@@ -96,17 +96,17 @@ def test_ray_writes_the_bytes_of_the_run_in_process(world, finished, tmp_path, f
 
 
 @pytest.mark.parametrize("victim", ["reward", "optimize"])
-def test_kill_9_loses_only_parts_in_flight(world, finished, tmp_path, victim):
+def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path, victim):
     """Killed after its first part (or checkpoint), run again: finished parts untouched, the same bytes.
 
     `sample` is killed in test_cluster.
     """
-    plan = plan_of(world)
+    plan = plan_of(data_dir)
     store = without(finished, plan, victim, tmp_path / "store")
     folder = local(store.folder(next(step for step in plan.steps if step.name == victim)).path)
 
     # The command in a process of its own, killed as soon as the step has something to lose
-    command = [sys.executable, "-m", "jobs", "run", str(RECIPES / "rso.yaml"), "--config", str(world / "demo.yaml")]
+    command = [sys.executable, "-m", "jobs", "run", str(RECIPES / "rso.yaml"), "--config", str(data_dir / "demo.yaml")]
     command += ["--store", str(store.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 120

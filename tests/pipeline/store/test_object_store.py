@@ -167,9 +167,9 @@ def test_a_url_that_cannot_be_read_is_refused():
         assert "secret" not in str(refused.value)
 
 
-def test_ray_workers_write_the_same_bytes_to_a_bucket(bucket: str, cache: Path, world: Path, finished: Path):
+def test_ray_workers_write_the_same_bytes_to_a_bucket(bucket: str, cache: Path, data_dir: Path, finished: Path):
     """From pairs to a trained model, given the other steps of a run in a folder: every table and the model."""
-    plan, store, reference = plan_of(world), Store(f"{bucket}/ray"), Store(finished)
+    plan, store, reference = plan_of(data_dir), Store(f"{bucket}/ray"), Store(finished)
     to_make = {"pair", "examples", "optimize"}
     for step in plan.steps:
         if step.name in to_make:

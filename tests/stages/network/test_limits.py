@@ -126,9 +126,9 @@ def test_a_model_folder_that_does_not_load_is_refused_when_it_is_copied(tiny, ct
             model(ctx, path=ModelPath(str(folder)))
 
 
-def test_two_runs_at_once_make_each_step_once(world, tmp_path):
+def test_two_runs_at_once_make_each_step_once(data_dir, tmp_path):
     """The second waits for the first, step by step, and uses its result."""
-    plans = [plan_of(world, "target=demonstrations") for _ in range(2)]
+    plans = [plan_of(data_dir, "target=demonstrations") for _ in range(2)]
     watchers = [Silent(), Silent()]
     threads = [
         threading.Thread(target=run, args=(plan, Store(tmp_path), LocalExecutor(), watcher))
@@ -141,28 +141,28 @@ def test_two_runs_at_once_make_each_step_once(world, tmp_path):
     assert sorted(watchers[0].ran + watchers[1].ran) == ["base", "demonstrations"]
 
 
-def test_options_that_only_say_how_a_step_runs_are_no_part_of_its_key(world):
-    keys = {plan_of(world, f"optimize.tokens_per_pass={size}").target.key for size in (1000, 9000)}
+def test_options_that_only_say_how_a_step_runs_are_no_part_of_its_key(data_dir):
+    keys = {plan_of(data_dir, f"optimize.tokens_per_pass={size}").target.key for size in (1000, 9000)}
     assert len(keys) == 1
 
 
-def test_all_mistakes_of_set_are_reported_at_once(world):
+def test_all_mistakes_of_set_are_reported_at_once(data_dir):
     sets = ("selct.beta=1", "rewrd.x=2", "nonsense")
     with pytest.raises(WinnowError) as caught:
-        load_recipe(RECIPES / "rso.yaml", (world / "demo.yaml",), sets)
+        load_recipe(RECIPES / "rso.yaml", (data_dir / "demo.yaml",), sets)
     assert len(caught.value.problems) == 3
 
 
-def test_a_recipe_of_a_user_can_extend_ours(world, tmp_path):
+def test_a_recipe_of_a_user_can_extend_ours(data_dir, tmp_path):
     for recipe in ("_base", "rso"):
         file = tmp_path / "mine.yaml"
         file.write_text(f"extends: {recipe}\nselect: {{with: {{rule: {{k: 2}}}}}}\n")
-        plan = make_plan(load_recipe(file, (world / "demo.yaml",), library=(RECIPES,)))
+        plan = make_plan(load_recipe(file, (data_dir / "demo.yaml",), library=(RECIPES,)))
         assert next(step for step in plan.steps if step.name == "select").options["rule"].options["k"] == 2
 
 
-def test_a_store_that_cannot_be_written_ends_with_a_message(world, monkeypatch, capsys):
-    arguments = ["winnow", "run", "rso", "--config", str(world / "demo.yaml"), "--store", "/proc/nowhere"]
+def test_a_store_that_cannot_be_written_ends_with_a_message(data_dir, monkeypatch, capsys):
+    arguments = ["winnow", "run", "rso", "--config", str(data_dir / "demo.yaml"), "--store", "/proc/nowhere"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="2"):
         command.main()

@@ -245,7 +245,7 @@ def test_an_adapter_of_another_depth_is_refused_as_far_as_it_can_be_known(sharp,
         model(ctx, path=ModelPath(str(other)), adapter=AdapterPath(str(peft_folder)))
 
 
-def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sharp, rows, ctx, world, tmp_path):
+def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sharp, rows, ctx, data_dir, tmp_path):
     """Its config has that policy's digest: any other is refused when planned; on its own, it makes what its run made.
 
     peft reads and saves it again.
@@ -255,9 +255,11 @@ def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sh
     adapter = trained.folder / "adapter"
     with pytest.raises(WinnowError, match=f"sft: adapter: .*from the policy {init.digest[:12]}, and path holds"):
         planned(
-            world, tmp_path, {"sft": {"with": {"path": str(trained.folder), "adapter": str(adapter)}, "use": "model"}}
+            data_dir,
+            tmp_path,
+            {"sft": {"with": {"path": str(trained.folder), "adapter": str(adapter)}, "use": "model"}},
         )
-    planned(world, tmp_path, {"sft": {"with": {"path": str(sharp.folder), "adapter": str(adapter)}, "use": "model"}})
+    planned(data_dir, tmp_path, {"sft": {"with": {"path": str(sharp.folder), "adapter": str(adapter)}, "use": "model"}})
     merged = model(ctx, path=ModelPath(str(sharp.folder)), adapter=AdapterPath(str(adapter)))
     assert largest_difference(weights_of(merged), weights_of(trained)) == 0
     again = PeftModel.from_pretrained(load_network(sharp), str(adapter))
@@ -265,7 +267,7 @@ def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sh
     assert AdapterPath(str(tmp_path / "again")).base == init.digest
 
 
-def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(world, tmp_path, peft_folder):
+def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(data_dir, tmp_path, peft_folder):
     """A pickle, another kind of adapter, a folder of something else: with its path, before anything runs."""
     config, weight = peft_folder / "adapter_config.json", peft_folder / "adapter_model.safetensors"
     text, tensors = config.read_text(), weight.read_bytes()
@@ -273,7 +275,7 @@ def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(world, tm
     def assert_refused(*facts):
         steps = {"sft": {"use": "model", "with": {"path": str(peft_folder), "adapter": str(peft_folder)}}}
         with pytest.raises(WinnowError) as caught:
-            planned(world, tmp_path, steps)
+            planned(data_dir, tmp_path, steps)
         assert all(fact in str(caught.value) for fact in facts)
 
     config.write_text(text.replace('"LORA"', '"IA3"'))
@@ -353,12 +355,12 @@ def test_layers_that_run_again_give_the_same_gradients(sharp, rows):
         assert size_again < size / 2
 
 
-def test_gradient_checkpointing_is_no_part_of_the_result(sharp, rows, world, tmp_path):
+def test_gradient_checkpointing_is_no_part_of_the_result(sharp, rows, data_dir, tmp_path):
     """The same weights, and the same key: it says how, not what."""
     runs, keys = [], []
     for way in (False, True):
         runs.append(train(sharp, rows, tmp_path / str(way), gradient_checkpointing=way, epochs=2)[0])
-        plan = planned(world, tmp_path, {"optimize": {"with": {"gradient_checkpointing": way}}})
+        plan = planned(data_dir, tmp_path, {"optimize": {"with": {"gradient_checkpointing": way}}})
         keys.append([step.key for step in plan.steps])
     assert largest_difference(weights_of(runs[0]), weights_of(runs[1])) == 0
     assert keys[0] == keys[1]

@@ -165,8 +165,8 @@ def test_what_does_not_fit_is_known_beforehand(ranker):
 
 
 @pytest.fixture(scope="module")
-def labelled(tiny, world):
-    return preferences(tiny, new_context(), path=DataPath(str(world / "preferences.jsonl")), heldout=0.3)
+def labelled(tiny, data_dir):
+    return preferences(tiny, new_context(), path=DataPath(str(data_dir / "preferences.jsonl")), heldout=0.3)
 
 
 def examples_of(tables, tiny, ctx, **options):

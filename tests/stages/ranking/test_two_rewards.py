@@ -12,10 +12,10 @@ from tests.runs import Silent, plan_of
 
 
 @pytest.fixture(scope="module")
-def catalog(world, finished, tmp_path_factory):
+def catalog(data_dir, finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("two") / "store"
     shutil.copytree(finished, root)
-    plan, watcher = plan_of(world, recipe="rso_two_rewards"), Silent()
+    plan, watcher = plan_of(data_dir, recipe="rso_two_rewards"), Silent()
     plan.name = "two"
     run(plan, Store(root), LocalExecutor(), watcher)
     assert not {"sample", "reward", "compare"} & set(watcher.ran), "these steps are rso's"

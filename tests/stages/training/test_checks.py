@@ -14,18 +14,18 @@ SOFT = {"examples": {"with": {"labels": "soft"}}}
 DEMONSTRATIONS = {"demonstrations": "demonstration_examples"}
 
 
-def planned(world, tmp_path, steps):
+def planned(data_dir, tmp_path, steps):
     """The plan of a recipe that extends ours by `steps`."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"extends": "_base", **steps}))
-    return recipes.plan_named(str(path), [world / "demo.yaml"], [])
+    return recipes.plan_named(str(path), [data_dir / "demo.yaml"], [])
 
 
 def optimize(inputs=None, **options):
     return {"optimize": ({"from": inputs} if inputs else {}) | ({"with": options} if options else {})}
 
 
-def test_a_recipe_whose_data_lack_what_its_loss_reads(world, tmp_path):
+def test_a_recipe_whose_data_lack_what_its_loss_reads(data_dir, tmp_path):
     """All problems of a recipe are in one message: which table, what is missing or too much, and a cure."""
     for steps, problems in [
         ({"examples": {"from": {"reference": None}}}, ["examples: objective sigmoid_norm reads a reference"]),
@@ -62,11 +62,11 @@ def test_a_recipe_whose_data_lack_what_its_loss_reads(world, tmp_path):
         (optimize(lora_target_modules=["q_proj"]), ["lora_target_modules", "all weights are trained"]),
     ]:
         with pytest.raises(WinnowError) as caught:
-            planned(world, tmp_path, steps)
+            planned(data_dir, tmp_path, steps)
         assert all(problem in str(caught.value) for problem in problems), (steps, str(caught.value))
 
 
-def test_what_carries_data_on_is_no_mistake(world, tmp_path):
+def test_what_carries_data_on_is_no_mistake(data_dir, tmp_path):
     """Weights that pairs or the imitation carry on; a LoRA with its options; an optimum of a mix that reads losses."""
     imitation = {"examples": {"from": {"selections": "select"}, "with": {"imitate": "selected"}}}
     for steps in (
@@ -75,29 +75,29 @@ def test_what_carries_data_on_is_no_mistake(world, tmp_path):
         optimize(lora_alpha=8.0, lora_r=4),
         optimize(DEMONSTRATIONS | {"preference_optimum": "sft"}, mix="maxright"),
     ):
-        assert planned(world, tmp_path, steps).target
+        assert planned(data_dir, tmp_path, steps).target
 
 
-def test_the_reference_of_rounds_may_stay_the_sft_policy(world, tmp_path):
+def test_the_reference_of_rounds_may_stay_the_sft_policy(data_dir, tmp_path):
     """`reference: other` keeps one reference for all rounds; its key is one, whatever the policy that is trained."""
     steps = {"rounds": 2, "reference": {"from": {"policy": "sft"}}} | optimize(reference="other")
-    by_name = {step.name: step for step in planned(world, tmp_path, steps).steps}
+    by_name = {step.name: step for step in planned(data_dir, tmp_path, steps).steps}
     assert by_name["reference@1"].inputs["policy"] is by_name["reference@2"].inputs["policy"]
     assert by_name["optimize@2"].inputs["init"] is by_name["optimize@1"]
 
 
-def test_a_demonstration_that_the_data_set_has_not(world, tmp_path):
+def test_a_demonstration_that_the_data_set_has_not(data_dir, tmp_path):
     """By recipes that imitate it, or sample beside it."""
     overlay = tmp_path / "bare.yaml"
     overlay.write_text("prompts: {with: {demonstration: null}}\ndemonstrations: {with: {demonstration: null}}\n")
     for recipe in ("spin", "click", "alright"):
         with pytest.raises(WinnowError, match="demonstration"):
-            recipes.plan_named(recipe, [world / "demo.yaml", overlay], [])
+            recipes.plan_named(recipe, [data_dir / "demo.yaml", overlay], [])
 
 
-def test_an_option_of_a_step_of_the_base_fits_every_recipe(world, tmp_path):
+def test_an_option_of_a_step_of_the_base_fits_every_recipe(data_dir, tmp_path):
     """A step that a recipe makes by another stage has a name of its own, so that a config may say `reward: ...`."""
     overlay = tmp_path / "both.yaml"
     overlay.write_text("reward: {with: {orders: one}}\ncompare: {with: {orders: one}}\n")
     for recipe in sorted({*recipes.names()} - {"own_candidates"}):
-        assert recipes.plan_named(recipe, [world / "demo.yaml", overlay], []).steps
+        assert recipes.plan_named(recipe, [data_dir / "demo.yaml", overlay], []).steps
