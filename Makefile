@@ -33,7 +33,7 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest --numprocesses 2 --dist loadfile  # by file: a file's tests share costly fixtures
+	.venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder  # by file: its tests share costly fixtures
 
 demo: setup
 	.venv/bin/winnow demo

@@ -109,7 +109,7 @@ class Mirror:
 class StageContext:
     """Context that a stage may ask for: a folder, a cache, rejects, counters, progress, its worker's resources.
 
-    Files that must survive this machine (a checkpoint) are in `folder`; call `keep` with their names.
+    Files that must survive this machine (a checkpoint) are in `folder`; call `mirror` with their names.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Registries of functions by name; the keyword-only parameters of a function are its typed options.
 
-Stages, objectives, pair rules and engines are all registered in this way: the signature is the schema, the
+Stages, objectives, rankers and rules are all registered in this way: the signature is the schema, the
 documentation and part of the key. Options are validated by pydantic, strictly, when a recipe is planned.
 """
 

@@ -1,6 +1,6 @@
 """Run tasks in Ray actors: join a cluster, check that a profile fits it, and share its resources among steps.
 
-Besides this file, actors.py, distributed.py and jobs/submit.py, nothing knows Ray.
+Besides this file, actors.py, distributed.py and jobs/ray_jobs.py, nothing knows Ray.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Estimates of log Z = log E exp(reward / beta) of a prompt from its N sampled candidates (methods 9.2).
+"""Estimates of log Z = log E exp(reward / beta) of a prompt from its N sampled candidates.
 
 To add one, add a function here. It takes the groups and their temperatures [G] and returns log Z - max / beta, [G]:
 relative to the largest exponent, so that nothing overflows. Metadata: `zero`, it has a limit at beta = 0; `pooled`,

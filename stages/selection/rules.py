@@ -69,7 +69,7 @@ def rejection_sample(
 def gumbel_top_k(groups: RewardGroups, *, k: Count = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None) -> Selection:
     """Select the k largest r / beta + Gumbel noise: draws without replacement, each in proportion to exp(r / beta).
 
-    Unlike Algorithm 1 it does not favour the estimated maximum (methods 15.1a). beta = 0 and infinity are exact.
+    Unlike Algorithm 1 it does not favour the estimated maximum. beta = 0 and infinity are exact.
     """
     from stages.selection.kernels import gumbel_top_k_batch
 
