@@ -47,7 +47,7 @@ def token_logp(states: Tensor, head: LMHead, targets: Tensor) -> tuple[Tensor, T
     The softmax is in fp32. Logits are computed a slice at a time, and again in the backward pass instead of being
     stored. The head's gradient adds up in fp32: bfloat16 would round every slice.
     """
-    return _TokenLogp.apply(states, head.weight, head.bias, head, targets)  # type: ignore[no-untyped-call,no-any-return]
+    return _TokenLogp.apply(states, head.weight, head.bias, head, targets)  # type: ignore[no-untyped-call]
 
 
 class _TokenLogp(torch.autograd.Function):
