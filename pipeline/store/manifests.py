@@ -86,6 +86,7 @@ def checked_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     """
     folder = manifest["folder"]
     path = f"{folder}/manifest.json"
+    checked_format(path, manifest)
     try:
         validated(Manifest, manifest)
     except WinnowError as error:
