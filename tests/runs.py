@@ -28,7 +28,7 @@ class Silent:
     def part_finished(self, step): ...
     def progress(self, step, done, total, unit): ...
 
-    def prompt_rejected(self, step, prompt, words):
+    def prompt_rejected(self, step, prompt, message):
         self.rejected.append(prompt)
 
     def step_finished(self, step, manifest):

@@ -8,9 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.executor import Executor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.schedule import Reporter, Scheduler
-from pipeline.execution.tasks import StepSpec, check_not_empty
 from pipeline.store.store import Json, Store
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
@@ -29,16 +28,11 @@ LIBRARIES = (  # those that decide results
 )
 
 
-def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> None:
+def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -> None:
     """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
-
-    def seal(step: Step, spec: StepSpec, seconds: float) -> Json:
-        record = record_of(step, seconds)
-        return spec.out.seal(record, spec.shards, lambda manifest: check_not_empty(step.name, step.options, manifest))
-
     store.check()
     store.link_run(plan.name, plan.steps)
-    Scheduler(plan, store, executor, reporter, seal).run()
+    Scheduler(plan, store, executor, reporter, record_of).run()
     store.link_run(plan.name, plan.steps)  # again: another process may have removed the run meanwhile
 
 
