@@ -83,10 +83,6 @@ class StepSpec:
         cost = {"seconds": seconds, "gpu_seconds": total * gpus, "cpu_seconds": total * cpus}
         return {name: round(value, 3) for name, value in cost.items()}
 
-    def source_keys(self) -> dict[str, str]:
-        """Return the keys of the inputs: recorded with each part, before there is a manifest to record them."""
-        return {name: source.path.name for name, source in self.sources.items()}
-
 
 def step_spec(step: Step, store: Store) -> StepSpec:
     """Return what workers need of a step whose inputs and result are in this store."""
@@ -117,6 +113,7 @@ def execute(
 ) -> None:
     """Run one task: read its inputs, call the stage, check the tables against their schemas, and write them."""
     signature = spec.signature
+    keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
     with cache.clock.share() as seconds, local_folder(spec.out) as folder:
         ctx = StageContext(folder, cache, progress, resources, spec.out.path)
 
@@ -154,12 +151,11 @@ def execute(
             parts = []
             for shard, part in enumerate(split_by_shard(tables, spec.shards)):
                 record = part_record(part, ctx.counters, cost) | {"model": digest} if shard == 0 else part_record(part)
-                parts.append((part, record | {"inputs": spec.source_keys()}))
+                parts.append((part, record | {"inputs": keys}))
             spec.out.write_whole(parts)
             return
     out = spec.out if task.span is None else spec.piece(task)
-    record = part_record(tables, ctx.counters, cost) | {"inputs": spec.source_keys()}
-    out.write_part(task.shard, tables, record)
+    out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost) | {"inputs": keys})
 
 
 @contextmanager
@@ -228,7 +224,8 @@ def join(spec: StepSpec, shard: int, pieces: list[Task], poison: dict[str, str])
     ]
     tables["rejects"] = pa.concat_tables([tables["rejects"], pa.Table.from_pylist(rejects, schema=REJECTS)])
     record = add_records([*records, {"counters": {}, "rejects": {POISON: len(poison)}}])
-    spec.out.write_part(shard, tables, record | {"inputs": spec.source_keys()})
+    keys = {name: source.path.name for name, source in spec.sources.items()}
+    spec.out.write_part(shard, tables, record | {"inputs": keys})
 
 
 def check_not_empty(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:

@@ -69,7 +69,8 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
             else:
                 busy.add(key)
     else:
-        busy = {key for key, step in steps.items() if not step.manifest and step.modified > recent}
+        unfinished = {key: step.files.values() for key, step in steps.items() if not step.manifest}
+        busy = {key for key, files in unfinished.items() if any(file.modified > recent for file in files)}
 
     # Steps that no run reaches, each before those that it was made from: whenever the deletion stops, no finished
     # step has lost its inputs.

@@ -29,11 +29,6 @@ class StoredStep:
         return sum(file.bytes for file in self.files.values())
 
     @property
-    def modified(self) -> float:
-        """Return the time of the last write to any of its files, in seconds since 1970."""
-        return max(file.modified for file in self.files.values())
-
-    @property
     def parts(self) -> list[str]:
         """Return the names of the sidecars, one per finished part."""
         return [name for name in self.files if SIDECAR.fullmatch(name)]
