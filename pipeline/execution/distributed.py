@@ -36,7 +36,7 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     All ranks must see the folder of `ctx`; its resources are those of one rank. torch.distributed is initialized
     before `job` is called. Raise WinnowError if a rank raises one, or if ranks died as often as a part may fail.
     """
-    connect()
+    nodes = connect()
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -45,7 +45,7 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     folder = ctx.folder
-    if folder != ctx.mirror.there and sum(node["Alive"] for node in ray.nodes()) > 1:
+    if folder != ctx.mirror.there and len(nodes) > 1:
         raise WinnowError(
             f"world_size: ranks on several nodes write one checkpoint, and the store, {ctx.mirror.there}, is not a "
             "disk that all of them see; use a store on a shared disk, or set world_size to 1"

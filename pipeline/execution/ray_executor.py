@@ -40,8 +40,7 @@ class RayExecutor(LocalExecutor):
     def check(self, steps: list[Step]) -> None:
         """Raise WinnowError if the cluster cannot be joined, and for every stage that needs more than it has."""
         if self.address or self.profile != Profile():
-            connect(self.address)
-            check_fits(self.profile, steps, living_nodes())
+            check_fits(self.profile, steps, connect(self.address))
 
     def request_workers(self, spec: StepSpec, ready: int) -> None:
         """Start workers for the tasks that are ready; without any, free what another step waits for."""
@@ -49,11 +48,11 @@ class RayExecutor(LocalExecutor):
             return
         resources = self.profile.of(spec.entry.name)
         if spec.out not in self.pools:
-            connect(self.address)
+            nodes = connect(self.address)
             parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
-            options, max_size = actor_options(resources, living_nodes(), min(self.workers, parts), reads_model)
+            options, max_size = actor_options(resources, nodes, min(self.workers, parts), reads_model)
             has = resources.model_copy(update={"cpus": options["num_cpus"], "gpus": options["num_gpus"]})
             self.pools[spec.out] = ActorPool(spec, has, options, max_size)
         pool = self.pools[spec.out]
@@ -170,11 +169,11 @@ def _phrase(kind: str, amount: float) -> str:
     return f"{amount:g} {kind}"
 
 
-def connect(address: str | None = None) -> None:
-    """Join Ray, once per process: the cluster at `address`, or a local one, which ends with this process.
+def connect(address: str | None = None) -> Nodes:
+    """Join Ray, once per process, and return what each living node has.
 
-    Raise WinnowError if it cannot be joined. Call this before any `import ray`, which reads its settings from the
-    environment.
+    That is the cluster at `address`, or a local one, which ends with this process. Raise WinnowError if it cannot be
+    joined. Call this before any `import ray`, which reads its settings from the environment.
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -182,9 +181,8 @@ def connect(address: str | None = None) -> None:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody reads them, and they slow each process
     import ray
 
-    if ray.is_initialized():
-        return
-    if address not in (None, "auto"):
+    is_new = not ray.is_initialized()
+    if is_new and address not in (None, "auto"):
         # Where nothing answers, Ray itself would try again for minutes
         host, _, port = str(address).rpartition(":")
         try:
@@ -196,7 +194,8 @@ def connect(address: str | None = None) -> None:
             ) from None
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        if is_new:
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         option = f"--address {address}" if address else "--executor ray"
         lines = " ".join(str(error).strip().splitlines()[:3])
@@ -204,10 +203,4 @@ def connect(address: str | None = None) -> None:
             f"{option}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
             "RAY_AUTH_MODE=token in the environment)"
         ) from None
-
-
-def living_nodes() -> Nodes:
-    """Return what each living node of the joined cluster has."""
-    import ray
-
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,7 +1,8 @@
 """Decide which tasks of which steps can run now.
 
 Tasks of a later step start as soon as the parts that they read are finished, if the executor has room. What is missing
-is read from the store when a step starts, so a run that died goes on, and another run's parts count.
+is read from the store when a step starts, so a run that died goes on, and another run's parts count. What happens when
+a task fails is drawn in retries.py.
 """
 
 import time
