@@ -132,9 +132,7 @@ def create(path: Location, content: bytes) -> bool:
         try:
             path.fs.pipe_file(path.path, content, mode="create")
             return True
-        except FileExistsError:
-            return False
-        except OSError:  # S3 answers two simultaneous writers with a conflict error of its own
+        except OSError:  # FileExistsError, or the conflict with which S3 answers two simultaneous writers
             if path.exists():
                 return False
             raise

@@ -135,7 +135,7 @@ class StepFolder:
         """Write all tables of all parts that one call made, then one sidecar for all."""
         self._write(WHOLE, dict(enumerate(parts)))
 
-    def _write(self, sidecar: str, parts: dict[int, tuple[dict[str, pa.Table], Json]]) -> None:
+    def _write(self, sidecar_name: str, parts: dict[int, tuple[dict[str, pa.Table], Json]]) -> None:
         records = []
         for shard, (tables, record) in parts.items():
             files = []
@@ -148,10 +148,9 @@ class StepFolder:
                 replace(self.path / name, content)
                 files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
             records.append({"shard": shard, "files": files, **record})
-        content_of_sidecar = {"parts": records} if sidecar == WHOLE else records[0]
-        is_new = write_json(self.path / sidecar, content_of_sidecar, overwrite=False)
-        if not is_new and any(self.sidecar(shard) is None for shard in parts):
-            write_json(self.path / sidecar, content_of_sidecar)  # the one that exists is damaged
+        path, sidecar = self.path / sidecar_name, {"parts": records} if sidecar_name == WHOLE else records[0]
+        if not write_json(path, sidecar, overwrite=False) and any(self.sidecar(shard) is None for shard in parts):
+            write_json(path, sidecar)  # the one that exists is damaged
 
     def seal(self, record: Json, shards: int, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
