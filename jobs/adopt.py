@@ -19,7 +19,6 @@ from pipeline.config.partial import matching
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.run import record_of
 from pipeline.execution.tasks import (
-    ResourceTime,
     check_not_empty,
     local_folder,
     part_record,
@@ -90,7 +89,7 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
                 model = store_model(folder, local / "model")
         for shard in range(step.shards):
             tables = artifact.part(shard)
-            record = part_record(tables, {}, ResourceTime()) | {"adopted": artifact.origin["from"]}
+            record = part_record(tables) | {"adopted": artifact.origin["from"]}
             folder.write_part(shard, tables, record | ({"model": model} if shard == 0 else {}))
         record = record_of(step, 0.0) | {"adopted": artifact.origin}
         return step, folder.seal(record, step.shards, lambda manifest: None)

@@ -111,8 +111,8 @@ class ProgressReporter:
         count = f"{done:,.1f}".removesuffix(".0")
         self.console.print(f"    {name}: {count}/{total:,.0f} {unit}{pace}", highlight=False)
 
-    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None:
-        self._print(step, f"[red]rejected[/] prompt {prompt}: it killed its worker each time ({escape(words)})")
+    def prompt_rejected(self, step: Step, prompt: str, message: str) -> None:
+        self._print(step, f"[red]rejected[/] prompt {prompt}: it killed its worker each time ({escape(message)})")
 
     def step_finished(self, step: Step, manifest: dict[str, Any]) -> None:
         self.bar.remove_task(self.steps.pop(step.name).task)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from pipeline.config.keys import differences
 from pipeline.registry import nearest
-from pipeline.store.inventory import links, manifests
 from pipeline.store.store import Json, Store
 from schemas import WinnowError
 
@@ -33,7 +32,7 @@ def why(store: Store, one: str, other: str) -> list[str]:
     Both arguments are runs, or both are steps (`run/step`, a key or its beginning). Raise WinnowError for unknown
     names.
     """
-    finished, runs = manifests(store), links(store)
+    finished, runs = {manifest["key"]: manifest for manifest in store.sealed()}, store.runs()
     left, right = (_side(argument, runs, finished) for argument in (one, other))
     if left.is_run != right.is_run:
         raise WinnowError(f"why {one} {other}: a run and a step; give two runs, or two steps as run/step or by key")

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Any, NamedTuple, TypeVar
@@ -27,40 +27,32 @@ class Progress(NamedTuple):
     unit: str
 
 
+@dataclass
 class WorkerClock:
     """Time of one worker, divided among the parts that run on it at once: their shares add up to its busy time."""
 
-    def __init__(self) -> None:
-        self._shares: dict[object, float] = {}
-        self._lock = Lock()
-        self._updated = time.perf_counter()
+    _parts: int = 0
+    _seconds_per_part: float = 0.0  # the integral of 1 / parts over time; a part's share is what it grows meanwhile
+    _updated: float = 0.0
+    _lock: Any = field(default_factory=Lock)
 
     @contextmanager
     def share(self) -> Iterator[Callable[[], float]]:
         """Measure what runs inside; yield a function that returns the seconds that were its share until now."""
-        part = object()
-
-        def seconds() -> float:
-            with self._lock:
-                self._update()
-                return self._shares[part]
-
-        with self._lock:
-            self._update()
-            self._shares[part] = 0.0
+        start = self._advance(1)
         try:
-            yield seconds
+            yield lambda: self._advance(0) - start
         finally:
-            with self._lock:
-                self._update()
-                del self._shares[part]
+            self._advance(-1)
 
-    def _update(self) -> None:
-        """Divide the time since the last update, always before the number of parts changes."""
-        now = time.perf_counter()
-        for part in self._shares:
-            self._shares[part] += (now - self._updated) / len(self._shares)
-        self._updated = now
+    def _advance(self, parts: int) -> float:
+        with self._lock:
+            now = time.perf_counter()
+            if self._parts:
+                self._seconds_per_part += (now - self._updated) / self._parts
+            self._updated = now
+            self._parts += parts
+            return self._seconds_per_part
 
 
 class WarmCache:
@@ -77,8 +69,7 @@ class WarmCache:
         with self._lock:
             if key not in self._held:
                 self._held[key] = open_it(*args)
-        opened: T = self._held[key]
-        return opened
+        return self._held[key]
 
     def close(self) -> None:
         """Close all that is open and can be closed."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import load_recipe
+from pipeline.execution.schedule import Reporter
 from pipeline.store.storage import Location
 
 ROOT = Path(__file__).parent.parent
@@ -16,19 +17,13 @@ def local(location: Location) -> Path:
     return location
 
 
-class Silent:
+class Silent(Reporter):
     """Reporter that remembers which steps ran, and which prompts were rejected because they killed workers."""
 
     def __init__(self):
         self.ran, self.rejected = [], []
 
-    def step_cached(self, step): ...
-    def step_started(self, step, done, total): ...
-    def step_waiting(self, step, why): ...
-    def part_finished(self, step): ...
-    def progress(self, step, done, total, unit): ...
-
-    def prompt_rejected(self, step, prompt, words):
+    def prompt_rejected(self, step, prompt, message):
         self.rejected.append(prompt)
 
     def step_finished(self, step, manifest):

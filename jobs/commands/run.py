@@ -35,7 +35,7 @@ from jobs.resume import resumable
 from jobs.tables import changed_code, plan_tree
 from pipeline.config.partial import rerun
 from pipeline.config.plan import Plan, reads_files
-from pipeline.execution.executor import Executor, LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run as run_plan
 from pipeline.sql.catalog import open_catalog, query
@@ -98,7 +98,7 @@ def run(
     target = Store(store)
     selection = rerun(recipes.plans(recipe, configs, sets), target, only, from_step, force, until=until)
     resources = profiles.load(profile)
-    chosen: Executor = LocalExecutor(resources)
+    chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
         chosen = RayExecutor(workers, address, resources)
         target.check()
@@ -127,7 +127,7 @@ def paper(
         console.print(as_table(table, title))
 
 
-def _run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
+def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
     reporter = ProgressReporter(console)
     signal.signal(signal.SIGINT, reporter.interrupt)
     with resumable(), closing(reporter):

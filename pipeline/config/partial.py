@@ -9,7 +9,7 @@ from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.store.gc import remove
-from pipeline.store.inventory import Inventory, StoredStep, followers_first, links
+from pipeline.store.inventory import Inventory, StoredStep, followers_first
 from pipeline.store.store import Store
 from schemas import WinnowError
 
@@ -185,7 +185,7 @@ def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], option: 
     ours = {plan.name for plan in plans}
     others = [
         run
-        for run, steps in links(store).items()
+        for run, steps in store.runs().items()
         if run not in ours and any(link["key"] in deleted for link in steps.values())
     ]
     if others:

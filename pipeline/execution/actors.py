@@ -21,17 +21,16 @@ class StageWorker:
         self.spec, self.resources, self.cache = spec, resources, WarmCache()
         self.progress_by_task: dict[Task, Progress] = {}
 
-    def ready(self) -> None:
-        """Answer once the actor is placed and up."""
-
     def run_task(self, task: Task) -> None:
         """Run a task to its end."""
-
-        def report(done: float, total: float, unit: str) -> None:
-            self.progress_by_task[task] = Progress(done, total, unit)
-
         try:
-            execute(self.spec, task, self.cache, report, self.resources)
+            execute(
+                self.spec,
+                task,
+                self.cache,
+                lambda *progress: self.progress_by_task.update({task: Progress(*progress)}),
+                self.resources,
+            )
         finally:
             self.progress_by_task.pop(task, None)
 
@@ -60,7 +59,7 @@ class ActorPool:
         import ray
 
         self.spec, self.resources, self.options, self.max_size = spec, resources, options, max_size
-        # Tasks have their own threads, so that `ready` and `progress` are answered while they run. Ray never restarts
+        # Tasks have their own threads, so that `progress` is answered while they run. Ray never restarts
         # an actor or retries a task: a prompt that kills its worker would kill one after the other, without end.
         groups = {"tasks": resources.in_flight if spec.signature.concurrent else 1}
         remote: Any = ray.remote  # its types lack concurrency groups
@@ -74,16 +73,11 @@ class ActorPool:
         """Return the number of tasks that are with an actor."""
         return sum(len(actor.tasks) for actor in self.actors)
 
-    @property
-    def is_starting(self) -> bool:
-        """Return whether an actor is not up yet: it may be waiting for room."""
-        return any(actor.starting is not None for actor in self.actors)
-
     def grow(self, ready: int) -> None:
         """Start actors for tasks that could run now."""
         while len(self.actors) < min(self.max_size, ready + self.running):
             handle = self.actor_class.remote(self.spec, self.resources)
-            self.actors.append(PooledActor(handle, handle.ready.remote()))
+            self.actors.append(PooledActor(handle, handle.__ray_ready__.remote()))
 
     def shrink(self, size: int) -> None:
         """Kill idle actors until there are `size`, those that are not up yet first."""
@@ -102,11 +96,6 @@ class ActorPool:
         actor.exclusive = exclusive
         actor.tasks[actor.handle.run_task.options(concurrency_group="tasks").remote(task)] = task
         return True
-
-    def references(self) -> list[Any]:
-        """Return Ray's references to what can happen next: an actor is up, a task ends."""
-        starting = [actor.starting for actor in self.actors if actor.starting is not None]
-        return starting + [reference for actor in self.actors for reference in actor.tasks]
 
     def collect(self, ready: set[Any]) -> list[TaskResult]:
         """Return the tasks whose references are ready; raise WinnowError if workers never start."""

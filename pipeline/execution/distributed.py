@@ -3,55 +3,62 @@
 If a process dies, all end and all start again: what they had done is in the checkpoints that they read.
 """
 
-import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.context import ProgressCallback, StageContext
+from pipeline.context import Progress, ProgressCallback, StageContext
 from pipeline.execution.ray_executor import connect
 from pipeline.execution.retries import MAX_ATTEMPTS
 from pipeline.resources import Resources
-from pipeline.store.store import read_json, write_json
+from pipeline.store.storage import replace
 from schemas import WinnowError, WinnowWarning
 
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
 Job = Callable[[ProgressCallback], dict[str, Any]]
-POLL_SECONDS = 0.5
-# Files in the step's folder by which the first rank talks to this process
-OUTCOME = "outcome.json"
-PROGRESS = "progress.json"
-WARNINGS = "warnings.txt"  # one per line
+REPORT_SECONDS = 0.5  # between two reports of progress
+# In the step's folder; scratch files of pipeline.store.store
+REFUSAL = "refusal.txt"  # message of the WinnowError that a rank raised
 RAY_TRAIN = "ray_train"  # folder of Ray Train's own records
+STARTED = "started"  # report of the first rank at the beginning of each attempt
 RESTARTED = "a rank died or was out of memory; all go on from the last checkpoint"
 
 
 def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, Any]:
-    """Run `job` on `world_size` ranks and return what that of rank 0 returns, which must be plain enough for JSON.
+    """Run `job` on `world_size` ranks and return what that of rank 0 returns.
 
     All ranks must see the folder of `ctx`; its resources are those of one rank. torch.distributed is initialized
     before `job` is called. Raise WinnowError if a rank raises one, or if ranks died as often as a part may fail.
     """
-    connect()
+    nodes = connect()
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     folder = ctx.folder
-    if folder != ctx.mirror.there and sum(node["Alive"] for node in ray.nodes()) > 1:
+    if folder != ctx.mirror.there and len(nodes) > 1:
         raise WinnowError(
             f"world_size: ranks on several nodes write one checkpoint, and the store, {ctx.mirror.there}, is not a "
             "disk that all of them see; use a store on a shared disk, or set world_size to 1"
         )
     resources = resources_per_rank(ctx.resources, world_size, ray.cluster_resources())
-    for name in (OUTCOME, WARNINGS):
-        (folder / name).unlink(missing_ok=True)
+    refusal = folder / REFUSAL
+    refusal.unlink(missing_ok=True)
+    # On this node: one that dies with a rank takes no reports with it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    train: Any = partial(_train_on_rank, job, refusal, queue)  # Ray's types are those of its older API: no results
     trainer = TorchTrainer(
-        _train_loop(job, folder),
+        train,
         torch_config=TorchConfig(backend="nccl" if resources["GPU"] else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=world_size,
@@ -64,23 +71,27 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
             failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
         ),
     )
+    # Reports are forwarded from a thread: fit() does not return until the end
+    forwarder = threading.Thread(target=_forward_reports, args=(queue, ctx.progress), daemon=True)
+    forwarder.start()
+    result: Any = None
     failure: Exception | None = None
-    with _forward_reports(folder, ctx.progress):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            failure = error
-    outcome: dict[str, Any] = read_json(folder / OUTCOME) or {}
-    if refused := outcome.get("refused"):
-        raise WinnowError(refused)
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        failure = error
+    finally:
+        queue.put(None)
+        forwarder.join()
+        queue.shutdown(force=True)
+    if refusal.exists():
+        raise WinnowError(refusal.read_text())
     if failure:
         last = str(failure).strip().splitlines()[-1]
         raise WinnowError(
             f"training on {world_size} ranks failed {MAX_ATTEMPTS} times; last error: {last}"
         ) from failure
-    shutil.rmtree(folder / RAY_TRAIN, ignore_errors=True)
-    (folder / WARNINGS).unlink(missing_ok=True)
-    return outcome
+    return result.return_value
 
 
 def resources_per_rank(resources: Resources, world_size: int, cluster: dict[str, float]) -> dict[str, float]:
@@ -104,78 +115,47 @@ def resources_per_rank(resources: Resources, world_size: int, cluster: dict[str,
     return needs
 
 
-def _train_loop(job: Job, folder: Path) -> Callable[[], None]:
-    """Return the function that each rank runs."""
+def _train_on_rank(job: Job, refusal: Path, queue: "Queue") -> dict[str, Any] | None:
+    """Run the job on this rank. The first rank puts its attempts, progress and warnings into the queue."""
+    import ray.train
 
-    def train() -> None:
-        import ray.train
-
-        if "refused" in (read_json(folder / OUTCOME) or {}):
-            return  # a rank raised a WinnowError, and Ray Train started all again: another attempt would not help
-        is_first = ray.train.get_context().get_world_rank() == 0
-        written = 0.0
-
-        def report(done: float, total: float, unit: str) -> None:
-            nonlocal written
-            if is_first and time.monotonic() - written > POLL_SECONDS:
-                written = time.monotonic()
-                write_json(folder / PROGRESS, {"done": done, "total": total, "unit": unit})
-
-        if is_first:
-            _write_warnings(folder / WARNINGS)
-        try:
-            outcome = job(report)
-        except WinnowError as error:
-            write_json(folder / OUTCOME, {"refused": str(error)})
-            raise  # so that Ray ends the other ranks, which may be waiting for this one
-        if is_first:
-            write_json(folder / OUTCOME, outcome)
-
-    return train
-
-
-def _write_warnings(path: Path) -> None:
-    """Write this process's WinnowWarnings to a file from now on, the first that this is not the first attempt."""
-    attempt = path.read_text().count(RESTARTED) + 2 if path.exists() else 1
-    path.touch()
+    if refusal.exists():
+        return None  # a rank raised a WinnowError, and Ray Train started all again: another attempt would not help
+    is_first = ray.train.get_context().get_world_rank() == 0
+    reported = 0.0
     show_other = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
+    def report_progress(*progress: Any) -> None:
+        nonlocal reported
+        if is_first and time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            queue.put(Progress(*progress))
+
+    def show_warning(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
         if issubclass(category, WinnowWarning):
-            with path.open("a") as file:
-                file.write(f"{message}\n")
+            queue.put(str(message))
         else:
             show_other(message, category, *location, **options)
 
-    warnings.showwarning = show
-    if attempt > 1:
-        show(f"{RESTARTED}, for attempt {attempt} of {MAX_ATTEMPTS}", WinnowWarning)
-
-
-@contextmanager
-def _forward_reports(folder: Path, progress: ProgressCallback) -> Iterator[None]:
-    """Forward what the first rank writes, from a thread: Ray Train's own call does not return until the end."""
-    over = threading.Event()
-    forwarded = 0
-
-    def forward_warnings() -> None:
-        nonlocal forwarded
-        lines = (folder / WARNINGS).read_text().splitlines() if (folder / WARNINGS).exists() else []
-        for line in lines[forwarded:]:
-            warnings.warn(line, WinnowWarning, stacklevel=2)
-        forwarded = len(lines)
-
-    def forward() -> None:
-        while not over.wait(POLL_SECONDS):
-            if report := read_json(folder / PROGRESS):
-                progress(report["done"], report["total"], report["unit"])
-            forward_warnings()
-
-    thread = threading.Thread(target=forward, daemon=True)
-    thread.start()
+    if is_first:
+        queue.put(STARTED)
+        warnings.showwarning = show_warning
     try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        forward_warnings()  # those that came after the thread's last look
+        return job(report_progress)
+    except WinnowError as error:
+        replace(refusal, str(error).encode())
+        raise  # so that Ray ends the other ranks, which may be waiting for this one
+
+
+def _forward_reports(queue: "Queue", progress: ProgressCallback) -> None:
+    """Forward what the first rank puts into the queue, until None."""
+    attempts = 0
+    while (report := queue.get()) is not None:
+        if isinstance(report, Progress):
+            progress(*report)
+            continue
+        if report == STARTED:
+            attempts += 1
+            report = f"{RESTARTED}, for attempt {attempts} of {MAX_ATTEMPTS}" if attempts > 1 else None
+        if report:
+            warnings.warn(report, WinnowWarning, stacklevel=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.plan import Step
 from pipeline.execution.actors import ActorPool
-from pipeline.execution.executor import LocalExecutor, StepProgress, StepStalled
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import StepFolder
@@ -20,8 +20,11 @@ from schemas import WinnowError
 Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
 
 
-class RayExecutor:
+class RayExecutor(LocalExecutor):
     """Runs each step in a pool of actors, which ends with the step, and with it the memory of its engines.
+
+    Distributed training goes to Ray by itself (distributed.py): its one task runs in this process, as those of
+    LocalExecutor do, because an actor would hold what its ranks need.
 
     `address` is a cluster's, "auto" for the one that this process belongs to, or None for a local one that ends with
     this process. `workers` is the number of a step's workers if its profile has none.
@@ -30,54 +33,53 @@ class RayExecutor:
     overlaps = True
 
     def __init__(self, workers: int, address: str | None = None, profile: Profile = Profile()) -> None:  # noqa: B008
-        self.workers, self.address, self.profile = workers, address, profile
-        self.on_progress: StepProgress = lambda spec, progress: None
-        self.on_stall: StepStalled = lambda spec, reason: None
-        # Distributed training goes to Ray by itself (distributed.py): it is started from this process, because an
-        # actor would hold what its ranks need
-        self.local = LocalExecutor(profile)
+        super().__init__(profile)
+        self.workers, self.address = workers, address
         self.pools: dict[StepFolder, ActorPool] = {}
 
     def check(self, steps: list[Step]) -> None:
         """Raise WinnowError if the cluster cannot be joined, and for every stage that needs more than it has."""
         if self.address or self.profile != Profile():
-            connect(self.address)
-            check_fits(self.profile, steps, living_nodes())
+            check_fits(self.profile, steps, connect(self.address))
 
     def request_workers(self, spec: StepSpec, ready: int) -> None:
         """Start workers for the tasks that are ready; without any, free what another step waits for."""
-        if self.local.next or spec.world_size > 1 or (not ready and spec.out not in self.pools):
+        if self.next or spec.world_size > 1 or (not ready and spec.out not in self.pools):
             return
         resources = self.profile.of(spec.entry.name)
         if spec.out not in self.pools:
-            connect(self.address)
+            nodes = connect(self.address)
             parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
-            options, max_size = actor_options(resources, living_nodes(), min(self.workers, parts), reads_model)
+            options, max_size = actor_options(resources, nodes, min(self.workers, parts), reads_model)
             has = resources.model_copy(update={"cpus": options["num_cpus"], "gpus": options["num_gpus"]})
             self.pools[spec.out] = ActorPool(spec, has, options, max_size)
         pool = self.pools[spec.out]
         pool.grow(ready)
-        if not ready and any(other.is_starting for other in self.pools.values() if other is not pool):
+        others = [other for other in self.pools.values() if other is not pool]
+        # An actor of another step that is not up yet may be waiting for room
+        if not ready and any(actor.starting for other in others for actor in other.actors):
             busy = any(other.running for other in self.pools.values())
             pool.shrink(resources.min_workers if busy else 0)
 
     def submit(self, spec: StepSpec, task: Task, exclusive: bool) -> bool:
         """Give a task to an actor; nothing is started while distributed training waits for the cluster to empty."""
-        if self.local.next:
+        if self.next:
             return False
         if spec.world_size > 1:
-            return self.local.submit(spec, task, exclusive)
+            return super().submit(spec, task, exclusive)
         return self.pools[spec.out].submit(task, exclusive)
 
     def wait(self, seconds: float) -> list[TaskResult]:
-        if self.local.next and not any(pool.running for pool in self.pools.values()):
+        if self.next and not any(pool.running for pool in self.pools.values()):
             for pool in self.pools.values():  # the ranks need the room of all that is idle
                 pool.shrink(0)
-            self.local.on_progress = self.on_progress
-            return self.local.wait(0)
-        references = [reference for pool in self.pools.values() for reference in pool.references()]
+            return super().wait(0)
+        actors = [actor for pool in self.pools.values() for actor in pool.actors]
+        # What can happen next: an actor is up, or a task ends
+        references = [actor.starting for actor in actors if actor.starting]
+        references += [reference for actor in actors for reference in actor.tasks]
         if not references:
             time.sleep(seconds)
             return []
@@ -97,13 +99,13 @@ class RayExecutor:
     def end(self, spec: StepSpec) -> None:
         if pool := self.pools.pop(spec.out, None):
             pool.close()
-        self.local.end(spec)
+        super().end(spec)
 
     def close(self) -> None:
         for pool in self.pools.values():
             pool.close()
         self.pools.clear()
-        self.local.close()
+        super().close()
 
 
 def actor_options(resources: Resources, nodes: Nodes, workers: int, reads_model: bool) -> tuple[dict[str, Any], int]:
@@ -167,11 +169,11 @@ def _phrase(kind: str, amount: float) -> str:
     return f"{amount:g} {kind}"
 
 
-def connect(address: str | None = None) -> None:
-    """Join Ray, once per process: the cluster at `address`, or a local one, which ends with this process.
+def connect(address: str | None = None) -> Nodes:
+    """Join Ray, once per process, and return what each living node has.
 
-    Raise WinnowError if it cannot be joined. Call this before any `import ray`, which reads its settings from the
-    environment.
+    That is the cluster at `address`, or a local one, which ends with this process. Raise WinnowError if it cannot be
+    joined. Call this before any `import ray`, which reads its settings from the environment.
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -179,9 +181,8 @@ def connect(address: str | None = None) -> None:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody reads them, and they slow each process
     import ray
 
-    if ray.is_initialized():
-        return
-    if address not in (None, "auto"):
+    is_new = not ray.is_initialized()
+    if is_new and address not in (None, "auto"):
         # Where nothing answers, Ray itself would try again for minutes
         host, _, port = str(address).rpartition(":")
         try:
@@ -193,7 +194,8 @@ def connect(address: str | None = None) -> None:
             ) from None
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        if is_new:
+            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         option = f"--address {address}" if address else "--executor ray"
         lines = " ".join(str(error).strip().splitlines()[:3])
@@ -201,10 +203,4 @@ def connect(address: str | None = None) -> None:
             f"{option}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
             "RAY_AUTH_MODE=token in the environment)"
         ) from None
-
-
-def living_nodes() -> Nodes:
-    """Return what each living node of the joined cluster has."""
-    import ray
-
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

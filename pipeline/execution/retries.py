@@ -3,6 +3,16 @@
 A part has three attempts, each on a fresh worker. Then it is halved, and a half that fails is halved again, so that
 one bad prompt costs about log2 of the part's prompts in workers; a prompt that fails three times alone is rejected.
 If nothing of a step has ever succeeded, the prompts are not the cause, and the step fails.
+
+    a task fails
+     |- WinnowError (user error, not retried) -------------------------> the run fails    (schedule.py)
+     |- a part or a prompt, before its third failure ------------------> the same task again
+     |- OSError, ImportError, or an unsharded stage: third failure ----> the step fails
+     |- a part of several prompts: third failure; a piece: first ------> its two halves, each a task
+     `- a prompt alone: third failure ---------------------------------> rejected; too many of them: the step fails
+    a task succeeds
+     |- a part --------------------------------------------------------> the part is finished
+     `- a piece: once no other piece is open --------------------------> the pieces are joined to the part
 """
 
 from collections import Counter, defaultdict
@@ -15,20 +25,20 @@ MAX_POISON_PROMPTS = 8  # rejected per step; beyond that the cause is elsewhere
 
 
 class Retries:
-    """Attempts of one step's tasks: the only state of a run that is not in the store."""
+    """Attempts of one step's tasks: the only state of a run that is not in the store.
+
+    After a crash of the run, a part that was being bisected starts again as a whole, with three attempts: the pieces
+    of it that were finished are forgotten.
+    """
 
     def __init__(self, spec: StepSpec) -> None:
         self.spec = spec
         self.poison: dict[str, str] = {}  # prompts that killed their workers, with the last message
         self._any_success = False
-        self._attempts: Counter[Task] = Counter()
+        self.attempts: Counter[Task] = Counter()  # that failed
         self._finished_pieces: dict[int, set[Task]] = defaultdict(set)
         self._open_pieces: dict[int, set[Task]] = defaultdict(set)
         self._prompts: dict[int, list[str]] = {}
-
-    def is_suspect(self, task: Task) -> bool:
-        """Return whether a task must be alone on its worker: it, or its part, failed before and may kill it again."""
-        return task.span is not None or self._attempts[task] > 0
 
     def succeeded(self, task: Task) -> bool:
         """Record a success and return whether its part is finished."""
@@ -47,10 +57,10 @@ class Retries:
         # Of a traceback, the last line has the cause; of that line the beginning, for some are long
         lines = str(error).strip().splitlines()
         message = lines[-1].strip()[:200] if lines else type(error).__name__
-        self._attempts[task] += 1
+        self.attempts[task] += 1
         no_prompt_is_guilty = isinstance(error, OSError | ImportError)
         bisecting = task.span is not None and task.span[1] - task.span[0] > 1
-        if self._attempts[task] < (1 if bisecting and not no_prompt_is_guilty else MAX_ATTEMPTS):
+        if self.attempts[task] < (1 if bisecting and not no_prompt_is_guilty else MAX_ATTEMPTS):
             return [task], False
 
         # The prompts of the task. A stage that is called once is not bisected: its result is not a union over prompts
@@ -85,6 +95,6 @@ class Retries:
         if not self._any_success:
             message = next(iter(self.poison.values()))
             raise WinnowError(f"{self.spec.name}: no task of this step ever succeeded; last error: {message}")
-        last_words = {prompt: self.poison[prompt] for prompt in self._prompts[shard] if prompt in self.poison}
-        join(self.spec, shard, sorted(self._finished_pieces[shard], key=lambda task: task.span or (0, 0)), last_words)
+        poison = {prompt: self.poison[prompt] for prompt in self._prompts[shard] if prompt in self.poison}
+        join(self.spec, shard, sorted(self._finished_pieces[shard], key=lambda task: task.span or (0, 0)), poison)
         return True

@@ -2,15 +2,15 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.executor import Executor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.schedule import Reporter, Scheduler
-from pipeline.execution.tasks import StepSpec, check_not_empty
 from pipeline.store.store import Json, Store
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
@@ -29,21 +29,20 @@ LIBRARIES = (  # those that decide results
 )
 
 
-def run(plan: Plan, store: Store, executor: Executor, reporter: Reporter) -> None:
+def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -> None:
     """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
-
-    def seal(step: Step, spec: StepSpec, seconds: float) -> Json:
-        record = record_of(step, seconds)
-        return spec.out.seal(record, spec.shards, lambda manifest: check_not_empty(step.name, step.options, manifest))
-
     store.check()
     store.link_run(plan.name, plan.steps)
-    Scheduler(plan, store, executor, reporter, seal).run()
+    Scheduler(plan, store, executor, reporter, record_of).run()
     store.link_run(plan.name, plan.steps)  # again: another process may have removed the run meanwhile
 
 
 def record_of(step: Step, seconds: float) -> Json:
     """Return what a manifest records of a step besides its files; `seconds` is the time from its first task on."""
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "stage": step.entry.name,
         "key": step.key,
@@ -52,21 +51,9 @@ def record_of(step: Step, seconds: float) -> Json:
         "wall_seconds": round(seconds, 3),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
-        "libraries": installed_versions(),
+        "libraries": versions,
         "commit": commit(),
     }
-
-
-@lru_cache
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the installed libraries that decide results."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 @lru_cache
@@ -78,12 +65,11 @@ def commit() -> str | None:
     root = Path(__file__).parents[2]
     if (shipped := root / SHIPPED).exists():
         return shipped.read_text() or None
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
+    outputs = []
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *PACKAGES) else "")
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *PACKAGES]):
+            git = subprocess.run(["git", "-C", str(root), *command], check=True, capture_output=True, text=True)
+            outputs.append(git.stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         return None
+    return outputs[0] + "+" * bool(outputs[1])

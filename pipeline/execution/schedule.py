@@ -1,24 +1,25 @@
 """Decide which tasks of which steps can run now.
 
 Tasks of a later step start as soon as the parts that they read are finished, if the executor has room. What is missing
-is read from the store when a step starts, so a run that died goes on, and another run's parts count.
+is read from the store when a step starts, so a run that died goes on, and another run's parts count. What happens when
+a task fails is drawn in retries.py.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from pipeline.config.plan import Plan, Step
-from pipeline.execution.executor import Executor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.retries import Retries
-from pipeline.execution.tasks import StepSpec, Task, TaskResult, is_split_by_prompt, step_spec
+from pipeline.execution.tasks import StepSpec, Task, TaskResult, check_not_empty, is_split_by_prompt, step_spec
 from pipeline.store.store import Json, StepLock, Store
 from schemas import WinnowError
 
 POLL_SECONDS = 0.2
-Seal = Callable[[Step, StepSpec, float], Json]
 
 
 class Reporter(Protocol):
@@ -26,7 +27,7 @@ class Reporter(Protocol):
 
     A step is cached if it is finished in the store already; it is reported as waiting once. It starts with `done` of
     `total` parts finished by an earlier run, and it is finished once its manifest is written. A prompt is rejected
-    here if it killed each of its workers, the last one with `words`.
+    here if it killed each of its workers, the last one with `message`.
     """
 
     def step_cached(self, step: Step) -> None: ...
@@ -34,7 +35,7 @@ class Reporter(Protocol):
     def step_started(self, step: Step, done: int, total: int) -> None: ...
     def part_finished(self, step: Step) -> None: ...
     def progress(self, step: Step, done: float, total: float, unit: str) -> None: ...
-    def prompt_rejected(self, step: Step, prompt: str, words: str) -> None: ...
+    def prompt_rejected(self, step: Step, prompt: str, message: str) -> None: ...
     def step_finished(self, step: Step, manifest: Json) -> None: ...
 
 
@@ -53,10 +54,20 @@ class RunningStep:
 
 
 class Scheduler:
-    """Runs one plan on one executor. `seal` writes the manifest of a step, given the seconds that it took."""
+    """Runs one plan on one executor.
 
-    def __init__(self, plan: Plan, store: Store, executor: Executor, reporter: Reporter, seal: Seal) -> None:
-        self.store, self.executor, self.reporter, self.seal = store, executor, reporter, seal
+    `record_of` returns what a manifest records of a step besides its parts, given the seconds that it took.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        executor: LocalExecutor,
+        reporter: Reporter,
+        record_of: Callable[[Step, float], Json],
+    ) -> None:
+        self.store, self.executor, self.reporter, self.record_of = store, executor, reporter, record_of
         self.waiting = list(plan.steps_to_run)
         self.running: dict[str, RunningStep] = {}  # by key, which is the name of the step's folder
         keys = {step.key for step in plan.steps_to_run}
@@ -66,12 +77,11 @@ class Scheduler:
 
     def run(self) -> None:
         """Run all steps to their end; raise WinnowError at the first that fails."""
-
-        def step_of(spec: StepSpec) -> Step:
-            return self.running[spec.out.path.name].step
-
-        self.executor.on_progress = lambda spec, progress: self.reporter.progress(step_of(spec), *progress)
-        self.executor.on_stall = lambda spec, reason: self._report_waiting(step_of(spec), reason)
+        steps = self.running
+        self.executor.on_progress = lambda spec, progress: self.reporter.progress(
+            steps[spec.out.path.name].step, *progress
+        )
+        self.executor.on_stall = lambda spec, reason: self._report_waiting(steps[spec.out.path.name].step, reason)
         try:
             while self.waiting or self.running:
                 self._start_steps()
@@ -105,9 +115,10 @@ class Scheduler:
             else:
                 self.waiting.remove(step)
                 spec = step_spec(step, self.store)
-                todo = deque(spec.tasks())
-                parts = 1 if spec.signature.unsharded else spec.shards
-                finished_parts = set(range(parts)) - {task.shard for task in todo}
+                missing, parts = set(folder.missing(step.shards)), step.shards
+                if spec.signature.unsharded:  # one call computes all parts
+                    missing, parts = {0} if missing else set(), 1
+                todo, finished_parts = deque(map(Task, sorted(missing))), set(range(parts)) - missing
                 self.running[step.key] = RunningStep(step, spec, claim, Retries(spec), todo, finished_parts)
                 self.reporter.step_started(step, len(finished_parts), parts)
 
@@ -117,7 +128,8 @@ class Scheduler:
             ready = [task for task in running.todo if self._inputs_finished(running.step, task)]
             self.executor.request_workers(running.spec, len(ready))
             for task in ready:
-                if self.executor.submit(running.spec, task, exclusive=running.retries.is_suspect(task)):
+                failed_before = task.span is not None or running.retries.attempts[task] > 0
+                if self.executor.submit(running.spec, task, exclusive=failed_before):  # it may kill its worker again
                     running.todo.remove(task)
                     running.running_tasks += 1
                     running.started = running.started or time.perf_counter()
@@ -140,7 +152,7 @@ class Scheduler:
         """Record the end of a task, and retry it or reject its prompt if it failed."""
         running = self.running[result.spec.out.path.name]
         running.running_tasks -= 1
-        if isinstance(result.error, WinnowError):  # a mistake that the user can mend: no attempt would change it
+        if isinstance(result.error, WinnowError):  # user error: not retried
             raise result.error
         retries = running.retries
         rejected_before = set(retries.poison)
@@ -163,7 +175,11 @@ class Scheduler:
                 continue
             self.executor.end(running.spec)
             seconds = time.perf_counter() - running.started if running.started else 0.0
-            manifest = self.seal(running.step, running.spec, seconds)
+            manifest = running.spec.out.seal(
+                self.record_of(running.step, seconds),
+                running.step.shards,
+                partial(check_not_empty, running.step.name, running.step.options),
+            )
             self.finished.add(key)
             del self.running[key]
             running.claim.release()

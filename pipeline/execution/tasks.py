@@ -4,7 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
 from pipeline.store.storage import download, send
-from pipeline.store.store import StepFolder, Store, model_name
+from pipeline.store.store import Json, StepFolder, Store, add_records, model_name
 from schemas import Model, WinnowError, conform, shard_of, table_name
 from schemas.tables import REJECTS
 
 POISON = "killed its worker"  # reason of a reject: stored in tables
+NO_COST = {"seconds": 0.0, "gpu_seconds": 0.0, "cpu_seconds": 0.0}
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,7 @@ class StepSpec:
     @property
     def world_size(self) -> int:
         """Return the number of processes that train together: above 1, the stage starts them itself."""
-        size: int = self.options.get("world_size", 1)
-        return size
-
-    def tasks(self) -> list[Task]:
-        """Return the tasks not done yet: one per missing part, or one for an unsharded stage."""
-        missing = self.out.missing(self.shards)
-        return [Task(0)] if missing and self.signature.unsharded else [Task(shard) for shard in missing]
-
-    def inputs(self, task: Task) -> dict[str, Any]:
-        """Read the arguments of the stage's function by name: tables, models, None for optional ones."""
-        inputs: dict[str, Any] = {}
-        for item in self.signature.inputs:
-            if item.name not in self.sources:
-                inputs[item.name] = None
-            elif item.schema is None:
-                inputs[item.name] = self.sources[item.name].model()
-            else:
-                shard = task.shard if is_split_by_prompt(item) and not self.signature.unsharded else None
-                table = self.sources[item.name].read(item.schema, shard)
-                if task.span and is_split_by_prompt(item):
-                    prompts = self.prompts(task.shard)[slice(*task.span)]
-                    table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
-                inputs[item.name] = table
-        return inputs
+        return self.options.get("world_size", 1)
 
     def prompts(self, shard: int) -> list[str]:
         """Return the ids of a part's prompts in order, over all inputs: what a span counts."""
@@ -95,9 +73,15 @@ class StepSpec:
         first, last = task.span or (0, 0)
         return StepFolder(self.out.path / "pieces" / f"{task.shard:05d}.{first}-{last}")
 
-    def source_keys(self) -> dict[str, str]:
-        """Return the keys of the inputs: recorded with each part, before there is a manifest to record them."""
-        return {name: source.path.name for name, source in self.sources.items()}
+    def cost(self, resources: Resources, seconds: float) -> dict[str, float]:
+        """Return the seconds of a task, and those times the GPUs and the CPUs of all processes that train together.
+
+        A worker of unknown size (in this process, without a profile) counts as one CPU.
+        """
+        gpus, cpus = resources.gpus or 0.0, 1.0 if resources.cpus is None else resources.cpus
+        total = seconds * self.world_size
+        cost = {"seconds": seconds, "gpu_seconds": total * gpus, "cpu_seconds": total * cpus}
+        return {name: round(value, 3) for name, value in cost.items()}
 
 
 def step_spec(step: Step, store: Store) -> StepSpec:
@@ -120,24 +104,6 @@ class TaskResult:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
-class ResourceTime:
-    """Seconds of a worker, and those times its GPUs and its CPUs.
-
-    A worker of unknown size (in this process, without a profile) counts as one CPU.
-    """
-
-    seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    @classmethod
-    def of(cls, spec: StepSpec, resources: Resources, seconds: float) -> "ResourceTime":
-        """Return the cost of a task; of distributed training, `resources` are those of one of its processes."""
-        gpus, cpus = resources.gpus or 0.0, 1.0 if resources.cpus is None else resources.cpus
-        return cls(seconds, seconds * spec.world_size * gpus, seconds * spec.world_size * cpus)
-
-
 def execute(
     spec: StepSpec,
     task: Task,
@@ -147,14 +113,26 @@ def execute(
 ) -> None:
     """Run one task: read its inputs, call the stage, check the tables against their schemas, and write them."""
     signature = spec.signature
+    keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
     with cache.clock.share() as seconds, local_folder(spec.out) as folder:
         ctx = StageContext(folder, cache, progress, resources, spec.out.path)
-        inputs = spec.inputs(task)
-        rows = [
-            inputs[item.name].num_rows
-            for item in signature.inputs
-            if is_split_by_prompt(item) and item.name in spec.sources
-        ]
+
+        # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
+        inputs: dict[str, Any] = {}
+        rows = []
+        for item in signature.inputs:
+            source, is_split = spec.sources.get(item.name), is_split_by_prompt(item)
+            if source is None or item.schema is None:
+                inputs[item.name] = source.model() if source else None
+                continue
+            table = source.read(item.schema, task.shard if is_split and not signature.unsharded else None)
+            if task.span and is_split:
+                prompts = spec.prompts(task.shard)[slice(*task.span)]
+                table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
+            if is_split:
+                rows.append(table.num_rows)
+            inputs[item.name] = table
+
         if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
             results: list[Any] = [schema.empty_table() for schema in signature.outputs]
         else:
@@ -166,22 +144,18 @@ def execute(
             table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
         }
         tables["rejects"] = ctx.rejects
-        cost = ResourceTime.of(spec, resources, seconds())
+        cost = spec.cost(resources, seconds())
         if signature.unsharded:
             # The model, and the tables split by prompt: part i of every table holds the same prompts
             digest = store_model(spec.out, ctx.folder / "model") if signature.makes_model else None
             parts = []
             for shard, part in enumerate(split_by_shard(tables, spec.shards)):
-                if shard == 0:
-                    record = part_record(part, ctx.counters, cost) | {"model": digest}
-                else:
-                    record = part_record(part, {}, ResourceTime())
-                parts.append((part, record | {"inputs": spec.source_keys()}))
+                record = part_record(part, ctx.counters, cost) | {"model": digest} if shard == 0 else part_record(part)
+                parts.append((part, record | {"inputs": keys}))
             spec.out.write_whole(parts)
             return
     out = spec.out if task.span is None else spec.piece(task)
-    record = part_record(tables, ctx.counters, cost) | {"inputs": spec.source_keys()}
-    out.write_part(task.shard, tables, record)
+    out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost) | {"inputs": keys})
 
 
 @contextmanager
@@ -207,11 +181,12 @@ def store_model(out: StepFolder, folder: Path) -> str:
     return digest
 
 
-def part_record(tables: dict[str, pa.Table], counters: Mapping[str, int], cost: ResourceTime) -> dict[str, Any]:
+def part_record(
+    tables: dict[str, pa.Table], counters: Mapping[str, int] = {}, cost: Mapping[str, float] = NO_COST
+) -> Json:
     """Return what a part's sidecar records besides its files."""
     reasons = Counter(tables["rejects"].column("reason").to_pylist())
-    times = {name: round(seconds, 3) for name, seconds in asdict(cost).items()}
-    return times | {"counters": dict(counters), "rejects": dict(reasons)}
+    return {**cost, "counters": dict(counters), "rejects": dict(reasons)}
 
 
 def split_by_shard(tables: dict[str, pa.Table], shards: int) -> list[dict[str, pa.Table]]:
@@ -230,10 +205,10 @@ def split_by_shard(tables: dict[str, pa.Table], shards: int) -> list[dict[str, p
     ]
 
 
-def join(spec: StepSpec, shard: int, pieces: list[Task], last_words: dict[str, str]) -> None:
+def join(spec: StepSpec, shard: int, pieces: list[Task], poison: dict[str, str]) -> None:
     """Write a part from its pieces, in order, and a reject for each prompt that killed its workers.
 
-    `last_words` has those prompts, each with the last message of its last worker.
+    `poison` has those prompts, each with the last message of its last worker.
     """
     folders = [spec.piece(task) for task in pieces]
     records = [folder.sidecar(shard) or {} for folder in folders]
@@ -244,15 +219,13 @@ def join(spec: StepSpec, shard: int, pieces: list[Task], last_words: dict[str, s
         for schema in (*spec.signature.outputs, REJECTS)
     }
     rejects = [
-        dict(prompt_id=prompt, candidate_id=None, place=f"part {shard}", reason=POISON, detail=words[:500])
-        for prompt, words in sorted(last_words.items())
+        dict(prompt_id=prompt, candidate_id=None, place=f"part {shard}", reason=POISON, detail=message[:500])
+        for prompt, message in sorted(poison.items())
     ]
     tables["rejects"] = pa.concat_tables([tables["rejects"], pa.Table.from_pylist(rejects, schema=REJECTS)])
-    counters: Counter[str] = sum((Counter(record["counters"]) for record in records), Counter())
-    cost = ResourceTime(
-        **{field.name: sum(record.get(field.name, 0.0) for record in records) for field in fields(ResourceTime)}
-    )
-    spec.out.write_part(shard, tables, part_record(tables, counters, cost) | {"inputs": spec.source_keys()})
+    record = add_records([*records, {"counters": {}, "rejects": {POISON: len(poison)}}])
+    keys = {name: source.path.name for name, source in spec.sources.items()}
+    spec.out.write_part(shard, tables, record | {"inputs": keys})
 
 
 def check_not_empty(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:

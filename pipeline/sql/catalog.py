@@ -34,7 +34,7 @@ from pipeline.sql.views import (
     view,
 )
 from pipeline.store.storage import Location
-from pipeline.store.store import CURE, Json, Store
+from pipeline.store.store import REPAIR_HINT, Json, Store
 from schemas import TABLES, WinnowError
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _as_winnow_error() -> Iterator[None]:
             f"sql: {error}\nOnly files in the store can be read, and not through a link that leads out of it"
         ) from None
     except duckdb.IOException as error:
-        raise WinnowError(f"sql: {error}\nA file that a manifest lists is missing or damaged; {CURE}") from None
+        raise WinnowError(f"sql: {error}\nA file that a manifest lists is missing or damaged; {REPAIR_HINT}") from None
     except duckdb.Error as error:
         raise WinnowError(f"sql: {error}\n{HINT}") from None
     except RuntimeError as error:

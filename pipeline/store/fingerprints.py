@@ -7,13 +7,13 @@ from contextlib import suppress
 from functools import lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+from safetensors import SafetensorError, safe_open
 
 from pipeline.store.storage import cache, replace
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
-    from pydantic_core import CoreSchema
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -46,9 +46,7 @@ class ContentPath:
         return str(self.path)
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema(strict=True))
 
 
@@ -83,8 +81,11 @@ class AdapterPath(ContentPath):
             raise ValueError(f"adapter folder {self.path} has no {', no '.join(missing)}")
         if (kind := self._config().get("peft_type")) != "LORA":
             raise ValueError(f"adapter folder {self.path} holds a {kind}; only a LORA can be merged")
-        if not _is_complete_safetensors(self.path / ADAPTER_WEIGHTS):
-            raise ValueError(f"{self.path / ADAPTER_WEIGHTS} is truncated or not a safetensors file; copy it again")
+        weights = self.path / ADAPTER_WEIGHTS
+        try:  # a file that an interrupted copy cut short would otherwise fail only on a GPU
+            safe_open(weights, framework="np")
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is truncated or not a safetensors file ({error}); copy it again") from None
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -103,22 +104,6 @@ class AdapterPath(ContentPath):
         return model_digest(self.path)
 
 
-def _is_complete_safetensors(file: Path) -> bool:
-    """Return whether a file is as long as its header says; the first 8 bytes are the length of the header.
-
-    A file that an interrupted copy cut short would otherwise fail only on a GPU, when its weights are loaded.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            tensors = json.loads(stream.read(min(length, size)))
-            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-    return bool(8 + length + max(ends, default=0) == size)
-
-
 def model_files(folder: Path) -> list[Path]:
     """Return the files that determine what a model computes, sorted by name."""
     return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
@@ -126,18 +111,16 @@ def model_files(folder: Path) -> list[Path]:
 
 def model_digest(folder: Path) -> str:
     """Return the digest of a model folder: weights, config, tokenizer and chat template, and no other file."""
-    return _digest_of_files(folder, model_files(folder))
+    return digest_of(folder, model_files(folder))
 
 
-def digest_of(path: Path) -> str:
-    """Return the digest of a file's bytes, or of all files in a folder with their relative names; 64 hex digits."""
+def digest_of(path: Path, files: list[Path] | None = None) -> str:
+    """Return the digest of a file's bytes, or of files (all) in a folder with their relative names; 64 hex digits."""
     if path.is_file():
         return _digest_of_file(path, _file_state(path))
-    return _digest_of_files(path, sorted(file for file in path.rglob("*") if file.is_file()))
-
-
-def _digest_of_files(folder: Path, files: list[Path]) -> str:
-    lines = (f"{file.relative_to(folder).as_posix()} {digest_of(file)}\n" for file in files)
+    if files is None:
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = (f"{file.relative_to(path).as_posix()} {digest_of(file)}\n" for file in files)
     return sha256("".join(lines).encode()).hexdigest()
 
 
@@ -153,21 +136,17 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
 
     That of a large file is cached on disk, so that a model of many gigabytes is read once and not for every plan.
     """
-    if state[0] < LARGE_FILE:
-        return _read_digest(path)
+    is_large = state[0] >= LARGE_FILE
     entry = cache() / "digests" / f"{sha256(str(path).encode()).hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no entry, or a damaged one
-        cached = json.loads(entry.read_text())
-        if cached["state"] == list(state):
-            return str(cached["digest"])
+    if is_large:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no entry, or a damaged one
+            cached = json.loads(entry.read_text())
+            if cached["state"] == list(state):
+                return str(cached["digest"])
     settled = time.time_ns() - max(state[1:3]) > SETTLED_AFTER
-    digest = _read_digest(path)
-    if settled and _file_state(path) == state:  # else it may have changed while it was read
+    with path.open("rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    if is_large and settled and _file_state(path) == state:  # else it may have changed while it was read
         with suppress(OSError):  # without room for the entry, the file is read again next time
             replace(entry, json.dumps({"path": str(path), "state": state, "digest": digest}).encode())
     return digest
-
-
-def _read_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.registry import nearest
-from pipeline.store.inventory import KEY, SIDECAR, Inventory, followers_first, links
+from pipeline.store.inventory import KEY, SIDECAR, Inventory, followers_first
 from pipeline.store.storage import create, delete, read, sizes
 from pipeline.store.store import LOCKS, RUNS, StepFolder, Store
 from schemas import WinnowError
@@ -59,12 +59,18 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
         )
 
     # An object store has no locks: there, a step that was written to lately counts as being made.
-    steps = inventory.steps
+    steps, recent = inventory.steps, time.time() - STALE_SECONDS
     if isinstance(store.root, Path):
+        busy = set()
         names = [path.partition("/")[2] for path in inventory.files if path.startswith(f"{LOCKS}/")]
-        busy = {name for name in names if KEY.fullmatch(name) and _is_locked(store, name)}
+        for key in filter(KEY.fullmatch, names):
+            if lock := store.at(LOCKS, key).try_lock():
+                lock.release()
+            else:
+                busy.add(key)
     else:
-        busy = {key for key, step in steps.items() if not step.manifest and _is_recent(step.modified)}
+        unfinished = {key: step.files.values() for key, step in steps.items() if not step.manifest}
+        busy = {key for key, files in unfinished.items() if any(file.modified > recent for file in files)}
 
     # Steps that no run reaches, each before those that it was made from: whenever the deletion stops, no finished
     # step has lost its inputs.
@@ -85,23 +91,13 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
     # Locks that no process holds, and scratch files of processes that died before they renamed them.
     for path, file in inventory.files.items():
         folder, _, name = path.rpartition("/")
-        if _is_recent(file.modified) or path.partition("/")[2].partition("/")[0] in loose:
+        if file.modified > recent or path.partition("/")[2].partition("/")[0] in loose:
             continue
         if folder == LOCKS and name not in busy and (KEY.fullmatch(name) or name.startswith(".trial-")):
             items.append(GarbageItem(path, "no process holds this lock", file.bytes))
         elif SCRATCH.fullmatch(name) and (folder in (LOCKS, RUNS) or folder.partition("/")[2] in steps):
             items.append(GarbageItem(path, "scratch file that was never renamed", file.bytes))
     return GarbageReport(items, unlinked)
-
-
-def _is_recent(moment: float) -> bool:
-    return time.time() - moment < STALE_SECONDS
-
-
-def _is_locked(store: Store, key: str) -> bool:
-    if lock := store.at(LOCKS, key).try_lock():
-        lock.release()
-    return lock is None
 
 
 def sweep(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
@@ -128,15 +124,15 @@ def sweep(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> 
                 if deleted:
                     delete(folder.path / rest[0])
             else:
-                deleted = remove([folder], partial(_is_reached, store, key))
+                deleted = remove([folder], partial(_is_linked, store, key))
         finally:
             lock.release()
         if deleted:
             yield item
 
 
-def _is_reached(store: Store, key: str) -> bool:
-    return any(link["key"] == key for steps in links(store).values() for link in steps.values())
+def _is_linked(store: Store, key: str) -> bool:
+    return any(link["key"] == key for steps in store.runs().values() for link in steps.values())
 
 
 def remove(folders: list[StepFolder], reached: Callable[[], bool]) -> bool:

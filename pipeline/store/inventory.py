@@ -29,11 +29,6 @@ class StoredStep:
         return sum(file.bytes for file in self.files.values())
 
     @property
-    def modified(self) -> float:
-        """Return the time of the last write to any of its files, in seconds since 1970."""
-        return max(file.modified for file in self.files.values())
-
-    @property
     def parts(self) -> list[str]:
         """Return the names of the sidecars, one per finished part."""
         return [name for name in self.files if SIDECAR.fullmatch(name)]
@@ -73,14 +68,14 @@ class Inventory:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.files = walk(store.root)
-        self.runs = links(store)
+        self.runs = store.runs()
         files_by_step: dict[tuple[str, str], dict[str, File]] = {}
         for path, file in self.files.items():  # anything else in the store's folder is not ours
             stage, _, rest = path.partition("/")
             key, _, name = rest.partition("/")
             if name and KEY.fullmatch(key) and stage not in (LOCKS, RUNS):
                 files_by_step.setdefault((stage, key), {})[name] = file
-        finished = manifests(store)
+        finished = {manifest["key"]: manifest for manifest in store.sealed()}
         self.steps = {
             key: StoredStep(stage, key, store.at(stage, key), files, finished.get(key))
             for (stage, key), files in files_by_step.items()
@@ -99,13 +94,3 @@ def followers_first(inputs: Mapping[str, Collection[str] | None]) -> list[str]:
     graph = {key: sources for key, sources in inputs.items() if sources is not None}
     inputs_first = [key for key in TopologicalSorter(graph).static_order() if key in graph]
     return [key for key, sources in inputs.items() if sources is None] + inputs_first[::-1]
-
-
-def manifests(store: Store) -> dict[str, Json]:
-    """Return the manifests of all finished steps by key."""
-    return {manifest["key"]: manifest for manifest in store.sealed()}
-
-
-def links(store: Store) -> dict[str, dict[str, Json]]:
-    """Return run -> step -> stage and key."""
-    return store.runs()

@@ -6,8 +6,9 @@ here, so that no statement and no path is ever made of an unchecked one.
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, RootModel, StringConstraints
 
+from pipeline.registry import validated
 from schemas import WinnowError
 
 FORMAT = 1  # of manifests; a manifest with a larger number was written by a later version of this code
@@ -63,7 +64,8 @@ class StepLink(StrictModel):
     key: str
 
 
-RUN = TypeAdapter(dict[str, StepLink])
+class RunLinks(RootModel[dict[str, StepLink]]):
+    """Steps of a run by name."""
 
 
 def checked_format(path: Any, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +86,12 @@ def checked_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     """
     folder = manifest["folder"]
     path = f"{folder}/manifest.json"
+    checked_format(path, manifest)
     try:
-        Manifest.model_validate(manifest)
-    except ValidationError as error:
-        raise WinnowError(f"{path}: not a valid manifest ({_reason(error)}); delete its folder and run again") from None
+        validated(Manifest, manifest)
+    except WinnowError as error:
+        reason = f"{error.problems[0]:.200}"
+        raise WinnowError(f"{path}: not a valid manifest ({reason}); delete its folder and run again") from None
     if [manifest["stage"], manifest["key"]] != folder.rstrip("/").split("/")[-2:]:
         raise WinnowError(
             f"{path}: it belongs to {manifest['stage']}/{manifest['key']}; move its folder there, or delete it"
@@ -101,12 +105,7 @@ def checked_run(name: str, steps: Any) -> dict[str, dict[str, str]]:
     These names are data and not paths: any string is accepted, and SQL gets them as values.
     """
     try:
-        return {step: link.model_dump() for step, link in RUN.validate_python(steps).items()}
-    except ValidationError as error:
-        raise WinnowError(f"run {name!r}: its file in runs/ is not valid ({_reason(error)}); delete it") from None
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"])) or "file"
-    return f"{field}: {first['msg']}, got {first['input']!r:.80}"
+        return validated(RunLinks, steps).model_dump()
+    except WinnowError as error:
+        reason = f"{error.problems[0]:.200}"
+        raise WinnowError(f"run {name!r}: its file in runs/ is not valid ({reason}); delete it") from None

@@ -8,6 +8,7 @@ the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS) and are never written an
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Location = Union[Path, "UPath"]
+READERS = 16  # files that are read at once: an object store answers many requests in the time of one
 
 
 def parse_location(url: str | Location) -> Location:
@@ -61,28 +63,19 @@ def _as_os_error(location: Location) -> Iterator[None]:
 
 def read(path: Location) -> bytes:
     with _as_os_error(path):
-        return path.read_bytes()
+        return path.read_bytes() if isinstance(path, Path) else path.fs.cat_file(path.path)
 
 
 def read_all(folder: Location, pattern: str) -> dict[Location, bytes]:
-    """Return the files below a folder that match a glob pattern, by path, sorted; an object store gets one request."""
+    """Return the files below a folder that match a glob pattern, by path, sorted; several are read at once."""
     with _as_os_error(folder):
-        paths: list[Location] = list(folder.glob(pattern))
-        paths.sort(key=str)
-        contents: dict[Location, bytes] = {}
-        if isinstance(folder, Path) or not paths:
-            for path in paths:
-                with suppress(FileNotFoundError):  # deleted since the listing
-                    contents[path] = path.read_bytes()
-            return contents
-        # not cat(), which takes the brackets in a run's name for a pattern
-        keys = [path.path for path in paths if not isinstance(path, Path)]
-        for path, content in zip(paths, folder.fs.cat_ranges(keys, None, None, on_error="return"), strict=True):
-            if isinstance(content, bytes):
-                contents[path] = content
-            elif not isinstance(content, FileNotFoundError):
-                raise content
-        return contents
+        paths: list[Location] = sorted(folder.glob(pattern), key=str)
+    contents: dict[Location, bytes] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for path, content in [(path, pool.submit(read, path)) for path in paths]:
+            with suppress(FileNotFoundError):  # deleted since the listing
+                contents[path] = content.result()
+    return contents
 
 
 def sizes(folder: Location) -> dict[str, int]:
@@ -129,19 +122,17 @@ def walk(folder: Location) -> dict[str, File]:
 def create(path: Location, content: bytes) -> bool:
     """Write a new file atomically; return False, and write nothing, if it exists already."""
     if isinstance(path, Path):
-        with _scratch_file(path, content) as scratch:
-            try:
-                os.link(scratch, path)  # unlike a rename, fails if the name is taken
-                return True
-            except FileExistsError:
-                return False
+        try:
+            with complete_file(path, overwrite=False) as scratch:
+                scratch.write_bytes(content)
+            return True
+        except FileExistsError:
+            return False
     with _as_os_error(path):
         try:
             path.fs.pipe_file(path.path, content, mode="create")
             return True
-        except FileExistsError:
-            return False
-        except OSError:  # S3 answers two simultaneous writers with a conflict error of its own
+        except OSError:  # FileExistsError, or the conflict with which S3 answers two simultaneous writers
             if path.exists():
                 return False
             raise
@@ -150,21 +141,27 @@ def create(path: Location, content: bytes) -> bool:
 def replace(path: Location, content: bytes) -> None:
     """Write a file atomically, whether it exists or not."""
     if isinstance(path, Path):
-        with _scratch_file(path, content) as scratch:
-            scratch.replace(path)
+        with complete_file(path) as scratch:
+            scratch.write_bytes(content)
         return
     with _as_os_error(path):
         path.fs.pipe_file(path.path, content)
 
 
 @contextmanager
-def _scratch_file(path: Path, content: bytes) -> Iterator[Path]:
-    """Write `content` beside `path`, under a name that no other process or thread uses; delete it in the end."""
+def complete_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """Yield the path to write a file to: it appears as `path` when the block ends, and not at all if that raises.
+
+    Without `overwrite`, raise FileExistsError if `path` exists by then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")  # no other process or thread uses it
     try:
-        scratch.write_bytes(content)
         yield scratch
+        if overwrite:
+            scratch.replace(path)
+        else:
+            os.link(scratch, path)  # unlike a rename, fails if the name is taken
     finally:
         scratch.unlink(missing_ok=True)
 

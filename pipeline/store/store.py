@@ -11,11 +11,11 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,24 +35,17 @@ from pipeline.store.storage import (
 )
 from schemas import TABLES, Model, WinnowError, table_name
 
+if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
+    from pipeline.config.plan import Step
+
 Json = dict[str, Any]
 
 LOCKS, RUNS = "locks", "runs"  # folders beside those of the stages
-WHOLE = "part-whole.json"  # one file for all parts, so that the results of two calls are never mixed
+SIDECAR = "part-{:05d}.json"
+WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
-LEFTOVERS = ("progress.json", "outcome.json", "checkpoint", "pieces")  # of making a step; a finished one needs none
-CURE = "put the file back, or make its step and all that depend on it again: `winnow run RECIPE --force STEP`"
-
-
-class StepRef(Protocol):
-    """Step of a plan as the store sees it: its name in the run, its stage and its key."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def stage(self) -> str: ...
-    @property
-    def key(self) -> str: ...
+LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train")  # scratch files, removed when the step is finished
+REPAIR_HINT = "put the file back, or make its step and all that depend on it again: `winnow run RECIPE --force STEP`"
 
 
 @dataclass(frozen=True)
@@ -71,32 +64,32 @@ class StepFolder:
         manifest = read_json(self.manifest_path)
         return manifest and checked_format(self.manifest_path, manifest)
 
-    def sidecar(self, shard: int) -> Json | None:
-        """Return the record of a finished part, or None while the part is not finished."""
-        return self._finished_part(shard, sizes(self.path))
+    def sidecar(self, shard: int, file_sizes: dict[str, int] | None = None) -> Json | None:
+        """Return the record of a finished part, or None if it, or a file that it lists, is missing or damaged.
 
-    def missing(self, shards: int) -> list[int]:
-        """Return the numbers of the parts that are not finished."""
-        file_sizes = sizes(self.path)
-        return [shard for shard in range(shards) if self._finished_part(shard, file_sizes) is None]
-
-    def _finished_part(self, shard: int, file_sizes: dict[str, int]) -> Json | None:
-        if not file_sizes.keys() & {WHOLE, _sidecar_name(shard)}:
+        `file_sizes` of this folder spare a listing where many parts are looked up.
+        """
+        file_sizes = sizes(self.path) if file_sizes is None else file_sizes
+        if not file_sizes.keys() & {WHOLE, SIDECAR.format(shard)}:
             return None
         try:
-            record = self._recorded_part(shard)
+            record = self._read_sidecar(shard)
         except WinnowError:  # a sidecar that lost its content in a power cut
             return None
         if record and all(file_sizes.get(file["file"]) == file["bytes"] for file in record["files"]):
             return record
         return None
 
-    def _recorded_part(self, shard: int) -> Json | None:
-        """Return what a sidecar says of a part, whether the files that it lists exist or not."""
-        if record := read_json(self.path / _sidecar_name(shard)):
+    def _read_sidecar(self, shard: int) -> Json | None:
+        if record := read_json(self.path / SIDECAR.format(shard)):
             return record
         record = read_json(self.path / WHOLE)
         return record["parts"][shard] if record else None
+
+    def missing(self, shards: int) -> list[int]:
+        """Return the numbers of the parts that are not finished."""
+        file_sizes = sizes(self.path)
+        return [shard for shard in range(shards) if self.sidecar(shard, file_sizes) is None]
 
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
         """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
@@ -105,7 +98,7 @@ class StepFolder:
         store fails, which may succeed when it is tried again.
         """
         name = table_name(schema)
-        record = (self.manifest if shard is None else self._recorded_part(shard)) or {"files": []}
+        record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
         files = [file["file"] for file in record["files"] if table_of(file) == name]
         if not files:
             raise WinnowError(f"{self.path}: table {name} is not finished; run the recipe again")
@@ -118,7 +111,7 @@ class StepFolder:
             except (OSError, pa.ArrowInvalid) as error:
                 if content is None and not isinstance(error, FileNotFoundError):
                     raise
-                raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {CURE}") from None
+                raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
         return pa.concat_tables(tables).combine_chunks()
 
     def model(self) -> Model:
@@ -136,29 +129,28 @@ class StepFolder:
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
         """Write all tables of one part, then its sidecar, unless another run's sidecar exists already."""
-        self._write_sidecar(_sidecar_name(shard), self._write_tables(shard, tables, record), [shard])
+        self._write(SIDECAR.format(shard), {shard: (tables, record)})
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
         """Write all tables of all parts that one call made, then one sidecar for all."""
-        records = [self._write_tables(shard, tables, record) for shard, (tables, record) in enumerate(parts)]
-        self._write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+        self._write(WHOLE, dict(enumerate(parts)))
 
-    def _write_tables(self, shard: int, tables: dict[str, pa.Table], record: Json) -> Json:
-        files = []
-        for table, rows in tables.items():
-            buffer = io.BytesIO()
-            pq.write_table(rows, buffer, compression="zstd", row_group_size=8192, use_dictionary=DICTIONARY_COLUMNS)
-            content = buffer.getvalue()
-            digest = sha256(content).hexdigest()
-            name = f"{table}-{shard:05d}.{digest[:12]}.parquet"
-            replace(self.path / name, content)
-            files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
-        return {"shard": shard, "files": files, **record}
-
-    def _write_sidecar(self, name: str, content: Json, shards: Iterable[int]) -> None:
-        path = self.path / name
-        if not create(path, _encoded(content)) and any(self.sidecar(shard) is None for shard in shards):
-            replace(path, _encoded(content))  # the one that exists is damaged
+    def _write(self, sidecar_name: str, parts: dict[int, tuple[dict[str, pa.Table], Json]]) -> None:
+        records = []
+        for shard, (tables, record) in parts.items():
+            files = []
+            for table, rows in tables.items():
+                buffer = io.BytesIO()
+                pq.write_table(rows, buffer, compression="zstd", row_group_size=8192, use_dictionary=DICTIONARY_COLUMNS)
+                content = buffer.getvalue()
+                digest = sha256(content).hexdigest()
+                name = f"{table}-{shard:05d}.{digest[:12]}.parquet"
+                replace(self.path / name, content)
+                files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
+            records.append({"shard": shard, "files": files, **record})
+        path, sidecar = self.path / sidecar_name, {"parts": records} if sidecar_name == WHOLE else records[0]
+        if not write_json(path, sidecar, overwrite=False) and any(self.sidecar(shard) is None for shard in parts):
+            write_json(path, sidecar)  # the one that exists is damaged
 
     def seal(self, record: Json, shards: int, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
@@ -168,7 +160,7 @@ class StepFolder:
         file_sizes = sizes(self.path)
         parts: list[Json] = []
         for shard in range(shards):
-            if (part := self._finished_part(shard, file_sizes)) is None:
+            if (part := self.sidecar(shard, file_sizes)) is None:
                 raise WinnowError(f"{self.path}: part {shard} is not finished; run again")
             parts.append(part)
 
@@ -178,21 +170,16 @@ class StepFolder:
         for file in files:
             rows[table_of(file)] += file["rows"]
             size[table_of(file)] += file["bytes"]
-        counters: Counter[str] = sum((Counter(part["counters"]) for part in parts), Counter())
         manifest = record | {
             "format": FORMAT,
             "rows": {name: rows[name] for name in TABLES if name in rows},
             "bytes": {name: size[name] for name in TABLES if name in size},
-            "seconds": round(sum(part["seconds"] for part in parts), 3),
-            "gpu_seconds": round(sum(part.get("gpu_seconds", 0.0) for part in parts), 3),
-            "cpu_seconds": round(sum(part.get("cpu_seconds", 0.0) for part in parts), 3),
-            "counters": dict(sorted(counters.items())),
-            "rejects": dict(sum((Counter(part["rejects"]) for part in parts), Counter())),
+            **add_records(parts),
             "model": parts[0].get("model"),
             "files": files,
         }
         check(manifest)
-        if not create(self.manifest_path, _encoded(manifest)):
+        if not write_json(self.manifest_path, manifest, overwrite=False):
             manifest = self.manifest or manifest
         for leftover in LEFTOVERS:
             delete(self.path / leftover)
@@ -222,11 +209,11 @@ class StepFolder:
         return self.try_lock()
 
 
+@dataclass(frozen=True)
 class StepLock:
     """Lock of a step; it ends with the process at the latest."""
 
-    def __init__(self, file: IO[str] | None) -> None:
-        self.file = file
+    file: IO[str] | None
 
     def release(self) -> None:
         if self.file:
@@ -241,21 +228,17 @@ class Store:
         if isinstance(self.root, Path) and self.root.is_file():
             raise WinnowError(f"--store {self.root}: is a file; give a folder or a URL such as s3://bucket/store")
 
-    def folder(self, step: StepRef) -> StepFolder:
+    def folder(self, step: "Step") -> StepFolder:
         return self.at(step.stage, step.key)
 
     def at(self, stage: str, key: str) -> StepFolder:
         return StepFolder(self.root / stage / key)
 
-    def manifest_at(self, stage: str, key: str) -> Json | None:
-        return self.at(stage, key).manifest
-
     def sealed(self) -> list[Json]:
         """Return the checked manifests of all finished steps, sorted by path, each with its `folder`."""
         manifests = []
         for path, content in read_all(self.root, "*/*/manifest.json").items():
-            manifest = checked_format(path, _decoded(path, content))
-            manifests.append(checked_manifest(manifest | {"folder": str(path.parent)}))
+            manifests.append(checked_manifest(_decoded(path, content) | {"folder": str(path.parent)}))
         return manifests
 
     def runs(self) -> dict[str, Json]:
@@ -267,7 +250,7 @@ class Store:
         """Return step name -> stage and key of a run; empty if there is no such run."""
         return checked_run(name, read_json(self.root / RUNS / f"{name}.json") or {})
 
-    def link_run(self, name: str, steps: Sequence[StepRef]) -> None:
+    def link_run(self, name: str, steps: "Sequence[Step]") -> None:
         content = {step.name: {"stage": step.stage, "key": step.key} for step in steps}
         write_json(self.root / RUNS / f"{name}.json", content)
 
@@ -295,9 +278,25 @@ def model_name(digest: str) -> str:
     return f"model-{digest[:16]}"
 
 
-def write_json(path: Location, content: Any) -> None:
-    """Write a JSON file atomically."""
-    replace(path, _encoded(content))
+def add_records(records: list[Json]) -> Json:
+    """Return the sums over the records of parts: seconds of workers, counters, and rejects by reason."""
+    total: Json = {
+        name: round(sum(record.get(name, 0.0) for record in records), 3)
+        for name in ("seconds", "gpu_seconds", "cpu_seconds")
+    }
+    for name in ("counters", "rejects"):
+        counts: Counter[str] = sum((Counter(record[name]) for record in records), Counter())
+        total[name] = dict(sorted(counts.items()))
+    return total
+
+
+def write_json(path: Location, content: Any, overwrite: bool = True) -> bool:
+    """Write a JSON file atomically; without `overwrite`, return False, and write nothing, if it exists already."""
+    encoded = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    if not overwrite:
+        return create(path, encoded)
+    replace(path, encoded)
+    return True
 
 
 def read_json(path: Location) -> Json | None:
@@ -308,10 +307,6 @@ def read_json(path: Location) -> Json | None:
         return None
 
 
-def _encoded(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
 def _decoded(path: Location, content: bytes) -> Json:
     try:
         decoded = json.loads(content)
@@ -320,10 +315,6 @@ def _decoded(path: Location, content: bytes) -> Json:
     if not isinstance(decoded, dict):
         raise WinnowError(f"{path}: cannot be read (it is not a JSON object); delete it and run again")
     return decoded
-
-
-def _sidecar_name(shard: int) -> str:
-    return f"part-{shard:05d}.json"
 
 
 def table_of(file: Json) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.plan import Plan
-from pipeline.execution.executor import Executor, LocalExecutor
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.execution.tasks import StepSpec
 from pipeline.resources import Resources
@@ -126,7 +126,7 @@ def _bare(llm: Any, asked: list[dict[str, list[int]]], **given: Any) -> Paced:
     return sum(len(output.token_ids) for answer in answers for output in answer.outputs), seconds
 
 
-def _stage(plan: Plan, folder: Path, executor: Executor) -> Paced:
+def _stage(plan: Plan, folder: Path, executor: LocalExecutor) -> Paced:
     """From sealed prompts to sealed candidates, Parquet and all; leaves nothing of it."""
     out = Store(folder / "store").folder(plan.target)
     start = time.perf_counter()

@@ -11,7 +11,7 @@ from pipeline.context import WorkerClock
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import actor_options
 from pipeline.execution.run import run
-from pipeline.execution.tasks import ResourceTime, step_spec
+from pipeline.execution.tasks import step_spec
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
 from tests.chain import SHARDS, planned, recipe, step, toys
@@ -51,8 +51,8 @@ def test_cost_is_seconds_times_what_a_worker_has(tmp_path: Path):
         (Resources(cpus=8, gpus=2), 2, 8),
         (Resources(cpus=0, gpus=0.5), 0.5, 0),
     ]:
-        assert ResourceTime.of(spec, resources, 10.0) == ResourceTime(10.0, 10.0 * gpus, 10.0 * cpus)
-        assert ResourceTime.of(distributed, resources, 10.0) == ResourceTime(10.0, 40.0 * gpus, 40.0 * cpus)
+        assert list(spec.cost(resources, 10.0).values()) == [10.0, 10.0 * gpus, 10.0 * cpus]
+        assert list(distributed.cost(resources, 10.0).values()) == [10.0, 40.0 * gpus, 40.0 * cpus]
 
 
 def test_a_manifest_has_the_cost_of_all_its_parts(tmp_path: Path):

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -27,13 +28,13 @@ def model(tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """The files that were read, in order."""
-    paths, plain = [], fingerprints._read_digest
+    paths, plain = [], fingerprints.file_digest
 
-    def read_digest(path):
-        paths.append(path)
-        return plain(path)
+    def read_digest(file, algorithm):
+        paths.append(Path(file.name))
+        return plain(file, algorithm)
 
-    monkeypatch.setattr(fingerprints, "_read_digest", read_digest)
+    monkeypatch.setattr(fingerprints, "file_digest", read_digest)
     return paths
 
 

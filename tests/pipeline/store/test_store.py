@@ -172,7 +172,7 @@ def test_the_manifest_is_right(complete: Store):
     assert manifest["python"] == sys.version.split()[0]
     links = complete.runs()["toy"]
     assert set(links) == {"source", "grade"}
-    assert complete.manifest_at(**links["grade"]) == manifest
+    assert complete.at(**links["grade"]).manifest == manifest
 
 
 def test_the_manifest_has_the_commit_of_the_code(complete: Store):
