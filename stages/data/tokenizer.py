@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas import Model, WinnowError
-from stages.data.files import Prompt
+from stages.data.texts import Prompt
 
 
 class Tokenizer:
