@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -11,24 +10,24 @@ from pipeline import StageContext
 TextPair = tuple[str, str]
 
 
-class Ranker(Protocol):
+class Ranker(ABC):
     """Judge of two responses to one prompt.
 
     symmetric: reading a pair in the other order gives the same answer, so it is read in one order only.
     """
 
-    symmetric: bool
+    symmetric = False
 
+    @abstractmethod
     def fits(self, context: str, first: str, second: str) -> bool:
         """Return whether prompt and responses together are something that the ranker can read."""
-        ...
 
+    @abstractmethod
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N]."""
-        ...
 
 
-class Scorer(ABC):
+class Scorer(Ranker):
     """Ranker with a score for each response alone: the logit of a pair is the difference of its scores."""
 
     symmetric = True

@@ -5,13 +5,12 @@ from functools import partial
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
-from stages.data.rows import Row, rows_by_prompt, text_by_id
+from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
 from stages.ranking.base import averaged, both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -71,13 +70,9 @@ def compare(
             text_pairs = [(texts[left], texts[right]) for left, right in pairs]
             return list(averaged(*both_orders(opened, context, text_pairs, orders)))
 
-        for match in RULES[rule](players, prefer):
-            if np.isfinite(match["logit"]):
-                rows.append(dict(prompt_id=prompt) | match)
-            else:
-                ids = dict(prompt=prompt, candidate=match["left_id"], detail=match["right_id"])
-                ctx.reject("logit is not finite", place=f"round={match['round']}", **ids)
-    return pa.Table.from_pylist(rows, schema=COMPARISONS)
+        rows += [dict(prompt_id=prompt) | match for match in RULES[rule](players, prefer)]
+    table = pa.Table.from_pylist(rows, schema=COMPARISONS)
+    return reject_not_finite(table, "logit", ctx, place="comparisons", candidate="left_id")
 
 
 def knock_out(players: list[str], prefer: Prefer, most: int | None = None) -> Iterator[dict[str, Any]]:

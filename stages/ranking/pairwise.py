@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from schemas import Model
 from stages.data.tokenizer import Tokenizer
-from stages.limits import context_length
+from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import next_logits, read_rows
 from stages.network.load import load_network
 from stages.network.packing import PromptResponses
+from stages.ranking.base import Ranker, TextPair
 
 LABELS = ("A", "B")
 
@@ -33,12 +34,10 @@ class RankerPrompt:
         return self.tokenizer.with_bos([token for piece in pieces for token in self.tokenizer.encode(piece)])
 
 
-class PairwiseRanker:
-    """Trained pairwise ranker in memory."""
+class PairwiseRanker(Ranker):
+    """Trained pairwise ranker in memory. budget: tokens in a forward pass."""
 
-    symmetric = False
-
-    def __init__(self, model: Model, dtype: str, budget: int) -> None:
+    def __init__(self, model: Model, dtype: str, budget: int = SCORING_TOKENS_PER_PASS) -> None:
         self.prompt = RankerPrompt(model)
         self.network = load_network(model)
         self.context = context_length(model.folder)
@@ -47,7 +46,7 @@ class PairwiseRanker:
     def fits(self, context: str, first: str, second: str) -> bool:
         return len(self.prompt.ids(context, first, second)) <= self.context
 
-    def logits(self, context: str, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N].
 
         The beginning that all pairs share (the context; and the baseline, if it is read first) goes through the
@@ -63,9 +62,6 @@ class PairwiseRanker:
         shared = common_prefix_length(rows)
         split_rows = [(row[:shared], row[shared:]) for row in rows]
         return read_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
-
-    def close(self) -> None:
-        del self.network
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:

@@ -44,7 +44,7 @@ class Steering:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of all requests of a call; temperature > 0, top_k = 0 means no cut. vLLM cannot steer."""
+    """Sampling parameters of all requests of a call; temperature > 0, top_k = 0 disables top-k. vLLM cannot steer."""
 
     temperature: float
     top_k: int
@@ -54,12 +54,12 @@ class Sampling:
 
     @property
     def uncut(self) -> bool:
-        """Return whether draws are from the softmax as it is, so that a log-prob can be that of the law drawn from."""
+        """Return whether draws are from the plain softmax, so that `logp` can be under the sampling distribution."""
         return self.temperature == 1.0 and self.top_k == 0
 
     @property
     def logp_kind(self) -> LogpKind:
-        """Return whose log-prob a completion has: of the law drawn from (exact, steered), or of the policy (raw)."""
+        """Return the distribution of `logp`: the sampling distribution (exact, steered) or the policy's (raw)."""
         if not self.uncut:
             return "raw"
         return "exact" if self.steering is None else "steered"
@@ -69,7 +69,8 @@ class Sampling:
 class Completion:
     """Response to one request; token_ids end with a stop id if finish_reason is stop.
 
-    logp is the policy's own, before temperature, top-k and steering; but of an uncut steered draw, the steered law's.
+    logp is under the policy, before temperature, top-k and steering; if `logp_kind` is steered, it is under the steered
+    distribution.
     """
 
     token_ids: list[int]

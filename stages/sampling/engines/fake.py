@@ -1,4 +1,4 @@
-"""Engine without a network, for plumbing and tests: nonsense at once, the same for the same prompt and seed."""
+"""Engine without a network, for dry runs and tests: random tokens, the same for the same prompt and seed."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class FakeEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        """Draw 1 to max_tokens tokens, each uniform over all ids, then drop stop ids; logp is the uniform law's."""
+        """Draw 1 to max_tokens uniform tokens, then drop stop ids; logp is under the uniform distribution."""
         completions = []
         for request in requests:
             rng = np.random.default_rng(seed_for(request.seed, token_digest(request.prompt_ids, [])))

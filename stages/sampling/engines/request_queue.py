@@ -83,11 +83,31 @@ class RequestQueue:
         return [call.completions[index] for index in range(len(requests))]
 
     def _step(self) -> None:
-        """Make one step for all calls. Only for the thread that set `stepping`."""
+        """Abort and add requests, then make one step for all calls. Only for the thread that set `stepping`."""
         finished: dict[str, Completion] = {}
         failure: BaseException | None = None
         try:
-            self._exchange_requests()
+            with self.condition:
+                # Abort what abandoned calls still have in the engine.
+                orphans = [request_id for request_id, (call, _) in self.running.items() if call in self.abandoned]
+                self.abandoned.clear()
+                if orphans:
+                    self.engine.abort(orphans)
+                for request_id in orphans:
+                    del self.running[request_id]
+
+                # Add waiting requests while the window has room.
+                for call in self.calls:
+                    while call.waiting and len(self.running) < self.window:
+                        index, request = call.waiting.popleft()
+                        request_id = next(self.request_ids)
+                        try:
+                            self.engine.add(request_id, request, call.sampling)
+                        except Exception as error:  # raised in the thread that asked, which need not be this one
+                            call.error = error
+                            call.waiting.clear()
+                        else:
+                            self.running[request_id] = call, index
             if self.running:
                 finished = self.engine.step()
         except BaseException as error:
@@ -102,25 +122,3 @@ class RequestQueue:
                     call.completions[index] = completion
                 self.stepping, self.failure = False, failure
                 self.condition.notify_all()
-
-    def _exchange_requests(self) -> None:
-        """Abort the requests of abandoned calls, then add waiting ones while the window has room."""
-        with self.condition:
-            orphans = [request_id for request_id, (call, _) in self.running.items() if call in self.abandoned]
-            self.abandoned.clear()
-            if orphans:
-                self.engine.abort(orphans)
-            for request_id in orphans:
-                del self.running[request_id]
-
-            for call in self.calls:
-                while call.waiting and len(self.running) < self.window:
-                    index, request = call.waiting.popleft()
-                    request_id = next(self.request_ids)
-                    try:
-                        self.engine.add(request_id, request, call.sampling)
-                    except Exception as error:  # raised in the thread that asked, which need not be this one
-                        call.error = error
-                        call.waiting.clear()
-                    else:
-                        self.running[request_id] = call, index

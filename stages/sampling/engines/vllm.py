@@ -56,7 +56,7 @@ class VllmEngine:
                 max_num_batched_tokens=max(STEP_TOKENS, context_length(folder)) if on_cpu else None,
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
-                generation_config="vllm",  # the folder's own sampling defaults would change the law
+                generation_config="vllm",  # the folder's own sampling defaults would change draws
             )
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.queue = RequestQueue(_SteppableVllm(self.llm.llm_engine), window=2 * MAX_SEQUENCES)

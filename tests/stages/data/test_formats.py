@@ -413,7 +413,7 @@ def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_p
         (UNPAIRED, "TRL's unpaired format, which has no pairs; stage own_candidates reads it"),
         (AXIS, "axis, ratings of single summaries; set `subset: comparisons`"),
         (HH, "no column 'prompt'; it has 'chosen', 'rejected'; .*set `reader` to implicit_prompt or ultra.* or hh"),
-        (PKU, "no column 'chosen', 'rejected'; it has .*; in stage preferences or prompts, set `reader` to pku_saferlhf for these"),
+        (PKU, "no column 'chosen', 'rejected'; it has .*; in stage preferences .* to pku_saferlhf for these"),
         (rated("a", "Yes.", 3), "set `reader` to helpsteer2 for these"),
         ({"prompt": "Hi", "other": 1}, "no column 'chosen', 'rejected'; it has 'prompt', 'other'$"),
     ]):  # fmt: skip

@@ -24,7 +24,6 @@ from stages.network.forward import completion_logp, read_rows, response_means
 from stages.network.load import load_network
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 from stages.sampling.engines.steering import Guide
-from stages.sampling.engines.transformers import gumbel_noise
 from stages.sampling.sample import sample
 from stages.selection.pair import pair, pair_rule
 from stages.training.reference import reference
@@ -299,7 +298,8 @@ def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, o
             prefix = completion.token_ids[:step]
             logits = next_token_logits(network, request.prompt_ids, prefix)
             if step % every:
-                assert token == (logits / 0.8 + gumbel_noise(request.seed, step, len(logits))).argmax()
+                noise = np.random.Generator(np.random.Philox(key=[request.seed, step])).gumbel(size=len(logits))
+                assert token == (logits / 0.8 + noise.astype(np.float32)).argmax()
                 continue
             tokens = np.argsort(-logits)[:top]
             best = continuation_scores(network, opinion, request.prompt_ids, prefix, tokens).argmax()
