@@ -160,7 +160,7 @@ def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep
 
 def column_names(file: Path) -> list[str]:
     """Return the names in a file's schema, header, or first rows; raise WinnowError if it is of another kind."""
-    suffix = _data_suffix(file)
+    suffix = Path(file.name.removesuffix(".gz")).suffix
     try:
         with file.open("rb") as stream:
             head = stream.read(64).lstrip(b" \r\n\t").lower()
@@ -187,7 +187,7 @@ def column_names(file: Path) -> list[str]:
 
 def _file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
     """Yield (location, row) of a file: all columns of JSONL and CSV, `columns` of Parquet."""
-    suffix = _data_suffix(file)
+    suffix = Path(file.name.removesuffix(".gz")).suffix
     if suffix == PARQUET:
         number = 0
         # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
@@ -252,10 +252,6 @@ def _require_columns(names: Sequence[str], columns: Sequence[str], file: str) ->
 def _is_saved_dataset(folder: Path) -> bool:
     """Return whether `Dataset.save_to_disk` wrote the folder."""
     return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-
-
-def _data_suffix(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix
 
 
 def _open(file: Path, mode: str, **text: str) -> IO[Any]:

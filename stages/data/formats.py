@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, Literal
 
 from pipeline import Bound, Registry
@@ -180,18 +181,9 @@ def columns_of(reader: Bound) -> list[str]:
 
 def couple_neighbours(rows: Iterator[tuple[str, Row]], column: str) -> Iterator[tuple[str, list[Row]]]:
     """Yield consecutive rows two by two where they are equal in `column`, and any other row alone."""
-    previous: tuple[str, Row] | None = None
-    for location, row in rows:
-        if previous is None:
-            previous = location, row
-        elif previous[1].get(column) == row.get(column):
-            yield previous[0], [previous[1], row]
-            previous = None
-        else:
-            yield previous[0], [previous[1]]
-            previous = location, row
-    if previous is not None:
-        yield previous[0], [previous[1]]
+    for _, group in groupby(rows, key=lambda item: item[1].get(column)):
+        while couple := list(islice(group, 2)):
+            yield couple[0][0], [row for _, row in couple]
 
 
 # Helpers of readers; each raises ValueError with the reason for the rejects table

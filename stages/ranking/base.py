@@ -65,17 +65,14 @@ def fits_or_reject(
 
 def both_orders(
     ranker: Ranker, context: str, pairs: Sequence[TextPair], orders: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return logit P(first beats second), read as (first, second) and as (second, first); None if the latter is not.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return logit P(first beats second): the mean of both orders, read as (first, second), and as (second, first).
 
-    The second order is read only for `orders` "both" and a ranker that is not symmetric.
+    The second order is read only for `orders` "both" and a ranker that is not symmetric; else the last is None.
     """
     forward = ranker.logits(context, pairs)
     if orders == "one" or ranker.symmetric:
-        return forward, None
-    return forward, -ranker.logits(context, [(second, first) for first, second in pairs])
-
-
-def averaged(forward: np.ndarray, backward: np.ndarray | None) -> np.ndarray:
-    """Return the mean of the two orders: of logits, not of probabilities, as it cancels a position bias exactly."""
-    return forward if backward is None else (forward + backward) / 2
+        return forward, forward, None
+    backward = -ranker.logits(context, [(second, first) for first, second in pairs])
+    # The mean of logits, not of probabilities: it cancels a position bias exactly.
+    return (forward + backward) / 2, forward, backward

@@ -11,7 +11,7 @@ from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
-from stages.ranking.base import averaged, both_orders, fits_or_reject
+from stages.ranking.base import both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -68,7 +68,8 @@ def compare(
         def prefer(pairs: list[IdPair], context: str = context) -> list[float]:
             ctx.count(ranker_calls=len(pairs))
             text_pairs = [(texts[left], texts[right]) for left, right in pairs]
-            return list(averaged(*both_orders(opened, context, text_pairs, orders)))
+            mean, *_ = both_orders(opened, context, text_pairs, orders)
+            return mean.tolist()
 
         rows += [dict(prompt_id=prompt) | match for match in RULES[rule](players, prefer)]
     table = pa.Table.from_pylist(rows, schema=COMPARISONS)

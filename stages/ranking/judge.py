@@ -8,7 +8,7 @@ from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
-from stages.ranking.base import averaged, both_orders, fits_or_reject
+from stages.ranking.base import both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -43,7 +43,7 @@ def judge(
 
         ctx.count(ranker_calls=len(matches))
         text_pairs = [(row["text"], opponent["text"]) for row, opponent in matches]
-        logits = averaged(*both_orders(opened, context, text_pairs, "both"))
+        logits, *_ = both_orders(opened, context, text_pairs, "both")
         for (row, opponent), logit in zip(matches, logits.tolist(), strict=True):
             ids = dict(prompt_id=prompt, k=row["k"], candidate_id=row["candidate_id"])
             rows.append(ids | dict(baseline_id=opponent["candidate_id"], logit=logit))

@@ -9,7 +9,7 @@ from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
-from stages.ranking.base import Scorer, TextPair, averaged, both_orders, fits_or_reject
+from stages.ranking.base import Scorer, TextPair, both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -54,9 +54,9 @@ def reward(
             ctx.count(ranker_calls=len(scores))  # by text: equal texts are one call
             columns = {"reward": np.array([scores[text] for _, text in pairs])}
         else:
-            forward, backward = both_orders(opened, context, pairs, orders)
+            mean, forward, backward = both_orders(opened, context, pairs, orders)
             ctx.count(ranker_calls=len(pairs))
-            columns = {"reward": -averaged(forward, backward)}
+            columns = {"reward": -mean}
             if not opened.symmetric:
                 columns["logit_ab"] = -forward
             if backward is not None:

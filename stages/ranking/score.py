@@ -42,17 +42,15 @@ def bradley_terry(
 
     incidence, wins = _incidence(edges), expit(logits)
 
-    def gradient(theta: np.ndarray) -> np.ndarray:
-        return incidence.T @ (expit(incidence @ theta) - wins) + ridge * theta
-
-    def hessian(theta: np.ndarray) -> np.ndarray:
+    def gradient_and_hessian(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = expit(incidence @ theta)
-        return incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * np.eye(len(theta))
+        hessian = incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * np.eye(len(theta))
+        return incidence.T @ (p - wins) + ridge * theta, hessian
 
     # The loss is strictly convex, so its minimum is the one root of its gradient. Solvers that look at the loss itself
     # (`minimize`, trust-exact) stop where its differences are rounding, 1e-8 of a gradient: too far for exact ties.
     options = dict(xtol=1e-14, ftol=1e-14, maxiter=MAX_EVALUATIONS)
-    solution = root(gradient, np.zeros(incidence.shape[1]), jac=hessian, method="lm", options=options)
+    solution = root(gradient_and_hessian, np.zeros(incidence.shape[1]), jac=True, method="lm", options=options)
     if not solution.success:
         raise WinnowError(f"bradley_terry: no maximum with `ridge` {ridge} ({solution.message}): set a larger `ridge`")
     return solution.x - solution.x.mean()

@@ -1,9 +1,10 @@
 """Interface of the engines that generate text: token ids in, token ids out, one seed per request."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from schemas import WinnowError
 from stages.head.relu import ReluHead
@@ -53,14 +54,9 @@ class Sampling:
     steering: Steering | None = None
 
     @property
-    def uncut(self) -> bool:
-        """Return whether draws are from the plain softmax, so that `logp` can be under the sampling distribution."""
-        return self.temperature == 1.0 and self.top_k == 0
-
-    @property
     def logp_kind(self) -> LogpKind:
         """Return the distribution of `logp`: the sampling distribution (exact, steered) or the policy's (raw)."""
-        if not self.uncut:
+        if self.temperature != 1.0 or self.top_k != 0:
             return "raw"
         return "exact" if self.steering is None else "steered"
 
@@ -78,16 +74,17 @@ class Completion:
     finish_reason: str
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Generator of completions. Threads may call `generate` at once."""
 
+    @abstractmethod
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
         """Return one completion per request, in their order; call `progress` now and then with the number done."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free what outlives the object: nothing, by default."""
 
 
 def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1) -> Engine:

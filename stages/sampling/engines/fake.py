@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from schemas import seed_for, token_digest
-from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
+from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 
 STOP_SHARE = 0.9  # of responses shorter than max_tokens
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Engine that needs neither torch nor weights, only the vocabulary size in the folder's config."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,5 +34,3 @@ class FakeEngine:
             completions.append(Completion(ids, logp, "stop" if stopped else "length"))
         progress(len(completions))
         return completions
-
-    def close(self) -> None: ...

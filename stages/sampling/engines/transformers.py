@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
+from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
 
 BATCH_ROWS = 256
@@ -41,12 +41,12 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
         noise = np.stack([generator.gumbel(size=warped.shape[-1]).astype(np.float32) for generator in generators])
         noisy = warped + torch.from_numpy(noise).to(warped.device)
         tokens = noisy.argmax(-1, keepdim=True)
-        logits = steered if self.sampling.uncut else scores
+        logits = scores if self.sampling.logp_kind == "raw" else steered
         self.logp.append(logits.log_softmax(-1).gather(-1, tokens).squeeze(-1))
         return noisy
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Engine that batches rows of equal prompt length, so that nothing is padded, for one caller at a time."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
@@ -101,6 +101,3 @@ class TransformersEngine:
             reason = "length" if length is None else "stop"
             completions.append(Completion(row[:length], float(logp[:length].sum()), reason))
         return completions
-
-    def close(self) -> None:
-        del self.network

@@ -22,7 +22,7 @@ from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS, REWARDS
 from stages.data.preferences import preferences
 from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network
-from stages.ranking.base import averaged, both_orders
+from stages.ranking.base import Ranker, both_orders
 from stages.ranking.compare import compare
 from stages.ranking.judge import judge
 from stages.ranking.llm_judge import LlmJudge, vote_logit, win_share
@@ -31,7 +31,7 @@ from stages.ranking.ranker_examples import ranker_examples
 from stages.ranking.rankers import brevity, open_ranker, pattern, verifiable
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
-from stages.sampling.engines import Completion, Request, ignore_progress
+from stages.sampling.engines import Completion, Engine, Request, ignore_progress
 
 CONTEXT = "Please book a boat for two on Monday in Oslo."
 GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
@@ -73,7 +73,7 @@ def test_shared_prefix_logits_are_those_of_plain_forwards(ranker):
         expected = [plain(ranker, CONTEXT, *pair) for pair in pairs]
         assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(expected, rel=0, abs=1e-4)
     assert ranker.logits(CONTEXT, [(GOOD, f"{n} boats") for n in range(10)]).std() > 1e-2
-    assert averaged(*both_orders(ranker, CONTEXT, [], "both")).shape == (0,)
+    assert both_orders(ranker, CONTEXT, [], "both")[0].shape == (0,)
 
 
 @settings(deadline=None, max_examples=25)
@@ -86,7 +86,7 @@ def test_a_logit_depends_on_its_pair_alone(ranker, context, pairs, budget):
     assert logits.tolist() == pytest.approx(expected, rel=0, abs=1e-4)
 
 
-class Biased:
+class Biased(Ranker):
     """A ranker with a preference for the first position: logits = truth + bias. Eighths, so that sums are exact."""
 
     def __init__(self, strength, bias, symmetric=False):
@@ -109,8 +109,8 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
     strength = {str(n): value for n, value in enumerate(strengths)}
     pairs = [(a, b) for a in strength for b in strength]
     truth = [strength[a] - strength[b] for a, b in pairs]
-    assert averaged(*both_orders(Biased(strength, bias), "", pairs, "both")).tolist() == truth
-    alone, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
+    assert both_orders(Biased(strength, bias), "", pairs, "both")[0].tolist() == truth
+    alone, _, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
     assert alone.tolist() == [gap + bias for gap in truth]
     assert nothing is None
 
@@ -118,7 +118,7 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
 def test_a_symmetric_ranker_is_read_once():
     """Its other order says nothing new: one call, and no second logit to average with."""
     opened = Biased({"a": 1.0, "b": 0.5}, 0.0, symmetric=True)
-    forward, backward = both_orders(opened, "", [("a", "b")], "both")
+    _, forward, backward = both_orders(opened, "", [("a", "b")], "both")
     assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
 
 
@@ -372,7 +372,7 @@ def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
         assert abs(logit) <= np.log(2 * votes + 1) + 1e-12
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Engine whose answer is a function of the question's text."""
 
     def __init__(self, tokenizer, answer):
@@ -382,8 +382,6 @@ class ScriptedEngine:
         self.requests += requests
         texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
         return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]
-
-    def close(self): ...
 
 
 def scripted_judge(model, answer):
