@@ -99,7 +99,7 @@ class DataSource:
                 yield location, row
         except READ_ERRORS as error:
             cure = "it is damaged or cut short; fetch or write it again"
-            raise WinnowError(f"{name}: cannot be read on after {location} ({error}): {cure}") from None
+            raise WinnowError(f"{name}: cannot be read after {location} ({error}): {cure}") from None
 
     def reader_rows(self, ctx: StageContext, reader: Bound) -> Iterator[tuple[str, list[Row]]]:
         """Yield (location of the first row, the rows that one call of the preference reader takes)."""

@@ -83,7 +83,7 @@ def implicit_prompt(row: Row) -> PreferencePair:
 
 @preference_reader(columns=("chosen", "rejected"))
 def ultrafeedback_binarized(row: Row) -> PreferencePair:
-    """Read HuggingFaceH4/ultrafeedback_binarized (split train_prefs): the prompt's turns stand in both lists."""
+    """Read HuggingFaceH4/ultrafeedback_binarized (split train_prefs): both lists contain the prompt's turns."""
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     # Where the lists are equal, the last turn is still the response: the pair is then rejected as identical.
     prompt = chosen[: min(_shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
@@ -171,7 +171,7 @@ def helpsteer3(row: Row) -> PreferencePair:
     return _pair_by_sign(prompt_of(row, "context"), *responses, strength, "overall_preference")
 
 
-# For the stages that read
+# Functions for stages that read such files
 
 
 def columns_of(reader: Bound) -> list[str]:

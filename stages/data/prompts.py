@@ -1,4 +1,4 @@
-"""Stage prompts: texts of users become token ids here, once, and every later stage reads the ids."""
+"""Stage prompts: users' texts are tokenised once, here; every later stage reads the ids."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping

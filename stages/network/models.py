@@ -57,7 +57,7 @@ def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = N
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path)
 
-    # Refuse now what would fail after hours: a config or tokenizer that does not load, ids without embedding.
+    # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
         vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
         ids = len(Tokenizer(policy).inner)

@@ -11,7 +11,7 @@ TextPair = tuple[str, str]
 
 
 class Ranker(ABC):
-    """Judge of two responses to one prompt.
+    """Ranker of two responses to one prompt.
 
     symmetric: reading a pair in the other order gives the same answer, so it is read in one order only.
     """
@@ -20,7 +20,7 @@ class Ranker(ABC):
 
     @abstractmethod
     def fits(self, context: str, first: str, second: str) -> bool:
-        """Return whether prompt and responses together are something that the ranker can read."""
+        """Return whether the ranker can read prompt and responses together."""
 
     @abstractmethod
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
@@ -33,7 +33,7 @@ class Scorer(Ranker):
     symmetric = True
 
     def can_score(self, context: str, text: str) -> bool:
-        """Return whether the response to this prompt is something that the scorer can read: anything, by default."""
+        """Return whether the scorer can read the response to this prompt: always, by default."""
         return True
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Scorer(Ranker):
         return all(self.can_score(context, text) for text in {first, second})
 
     def scores(self, context: str, texts: Sequence[str]) -> dict[str, float]:
-        """Return scores by text. Equal texts are scored once, in sorted order, so that no order changes a bit."""
+        """Return scores by text. Equal texts are scored once, in sorted order, so that their order has no effect."""
         unique = sorted(set(texts))
         return dict(zip(unique, self.score(context, unique).tolist(), strict=True))
 

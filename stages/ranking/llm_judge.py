@@ -71,9 +71,9 @@ class LlmJudge(Ranker):
 
 
 def win_share(answer: str, flipped: bool) -> float:
-    """Return 1 if the answer votes for the text that stands first (second if flipped), 0 if not, 1/2 if undecided.
+    """Return 1 if the answer votes for the first text (the second if flipped), 0 if not, 1/2 if undecided.
 
-    Its vote is the one letter, A or B, that stands alone on the last line; both or neither is undecided.
+    Its vote is the single letter A or B on the last line, as a word; both or neither is undecided.
     """
     lines = answer.strip().splitlines()
     letters = set(LETTER.findall(lines[-1])) if lines else set()

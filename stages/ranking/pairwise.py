@@ -2,7 +2,7 @@
 
 `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`, answer `A` or `B` (sec. 3.1 of arXiv:2309.06657). The text
 is tokenised in pieces, here and nowhere else, so that training and scoring read the same ids and equal
-beginnings are equal ids.
+prefixes have equal ids.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class PairwiseRanker(Ranker):
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N].
 
-        The beginning that all pairs share (the context; and the baseline, if it is read first) goes through the
+        The prefix that all pairs share (the context; and the baseline, if it is read first) goes through the
         network once. A batch holds pairs of one prompt only, so that a number does not depend on what else was scored.
         """
 
@@ -65,10 +65,10 @@ class PairwiseRanker(Ranker):
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:
-    """Return the length of the longest common beginning that leaves every row at least one token."""
+    """Return the length of the longest common prefix that leaves every row at least one token."""
     if not rows:
         return 0
-    # Rows in lexicographic order: what the least and the greatest share, all share.
+    # In lexicographic order, a prefix of the least and the greatest row is one of all.
     low, high = min(rows), max(rows)
     longest = min(len(row) for row in rows) - 1
     return next((n for n in range(longest) if low[n] != high[n]), longest)

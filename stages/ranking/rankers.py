@@ -98,14 +98,14 @@ def llm_judge(
 
     A vote is the one letter A or B on the last line of an answer; anything else is half a vote for each response.
     If the share of votes is within `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not
-    public: `template` is ours. To let the model reason before the letter, ask for it there and raise `max_tokens`.
+    public: the default `template` is another. To let the model reason first, ask for it there and raise `max_tokens`.
     """
     from stages.data.tokenizer import Tokenizer
     from stages.ranking.llm_judge import LlmJudge
     from stages.sampling.engines import open_engine
 
     folder = _with_output(model, "vocabulary", "llm_judge").folder
-    try:  # of the template itself: else every question would be rejected, as if no response fitted
+    try:  # checked here: else every question would be rejected, as if no response fitted
         Tokenizer(model).prompt_ids(template)
     except ValueError as error:
         raise WinnowError(

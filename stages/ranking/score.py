@@ -34,8 +34,8 @@ def bradley_terry(
     """Maximise the likelihood of soft wins P = s(logit) under P(i beats j) = s(theta_i - theta_j).
 
     Minimises -sum [P log s(d) + (1 - P) log s(-d)] + ridge / 2 |theta|^2, d = theta_left - theta_right; the ridge
-    keeps the unbeaten finite and sum theta = 0. Takes and returns what `least_squares` does; raises WinnowError if
-    it does not converge.
+    keeps undefeated candidates finite and sum theta = 0. Takes and returns what `least_squares` does; raises
+    WinnowError if it does not converge.
     """
     from scipy.optimize import root
     from scipy.special import expit

@@ -41,8 +41,7 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: Stage
     """Pair each prompt with responses of the next prompt of its shard, in order of ids, at most as many as its own.
 
     KTO estimates its KL from them, one per row of the batch (arXiv:2402.01306), and takes 0 if a batch has none.
-    Rejected are a prompt alone in its shard, which has no other to borrow from, and a response that is too long for
-    the context after this prompt.
+    Rejected are the only prompt of a shard, and a response that is too long for the context after this prompt.
     """
     prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     used_ids = set(candidates["candidate_id"].to_pylist())

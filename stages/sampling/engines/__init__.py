@@ -14,7 +14,7 @@ EngineProgress = Callable[[int], None]
 
 
 class DeadEngineError(RuntimeError):
-    """Failure of a step, after which this engine gives no more; a new one in another process may succeed."""
+    """Failure of a step that leaves the engine unusable; a new engine in another process may succeed."""
 
 
 def ignore_progress(done: int) -> None:
@@ -33,7 +33,7 @@ class Request:
 class Steering:
     """Guided decoding: at every `every`-th token, `strength` times a head's score is added to the `top` logits.
 
-    The head reads the features that `stages.head.features` makes, of the response so far with each of the `top`
+    The head scores the features that `stages.head.features` computes, of the response so far with each of the `top`
     likeliest tokens at its end; its scores are scaled to 0..1 over these tokens.
     """
 

@@ -1,6 +1,7 @@
 """Engine on Hugging Face `generate`: slow, the reference for the others, and the one that can be steered."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -16,6 +17,7 @@ from stages.sampling.engines.steering import steered_ids
 BATCH_ROWS = 256
 
 
+@dataclass
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Logits processor that adds each row's own seeded Gumbel noise: the argmax is a draw from the warped softmax.
 
@@ -23,15 +25,16 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     log-prob of each step's tokens: under the sampling distribution at temperature 1 without top-k, else the policy.
     """
 
-    def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling) -> None:
-        self.seeds, self.prompt_length, self.sampling = seeds, prompt_length, sampling
-        self.logp: list[Tensor] = []
+    seeds: Sequence[int]
+    prompt_length: int
+    sampling: Sampling
+    logp: list[Tensor] = field(default_factory=list)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.noisy(input_ids.shape[1] - self.prompt_length, scores.float(), scores.float())
 
     def noisy(self, step: int, scores: Tensor, steered: Tensor) -> Tensor:
-        """Return `steered`, warped and cut, plus noise; all fp32 [N, V]. Without steering, `steered` is `scores`."""
+        """Return `steered` after temperature and top-k plus noise, all fp32 [N, V]; `steered` may be `scores`."""
         warped = steered / self.sampling.temperature
         if 0 < self.sampling.top_k < warped.shape[-1]:
             threshold = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]

@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -12,24 +12,24 @@ from threading import Thread
 from typing import Any
 
 from stages.limits import context_length
-from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
-from stages.sampling.engines.request_queue import RequestQueue
+from stages.sampling.engines import Completion, Request, Sampling
+from stages.sampling.engines.request_queue import QueuedEngine
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards: leave its threads alone
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards, on all of its threads
 }
 LLVMLITE = "llvmlite.binding.ffi"
 MAX_SEQUENCES = 512  # that run at once; as many again wait in the engine, so that the end of one leaves no gap
 STEP_TOKENS = 16_384  # of a step on a CPU; raised to the context length, for one whole prompt must fit
 
 
-class VllmEngine(Engine):
+class VllmEngine(QueuedEngine):
     """Engine that makes one vLLM request per draw, each with its own seed: more draws later are a pure extension.
 
-    `add`, `step` and `abort` are the loop of `LLM.generate` in pieces, for the queue.
+    `add`, `step` and `abort` are the parts of the loop of `LLM.generate`.
     """
 
     def __init__(self, folder: Path, dtype: str, tensor_parallel: int = 1) -> None:
@@ -37,6 +37,7 @@ class VllmEngine(Engine):
 
         from stages.network.load import THREADS
 
+        super().__init__(window=2 * MAX_SEQUENCES)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         on_cpu = not torch.cuda.is_available()
@@ -64,12 +65,6 @@ class VllmEngine(Engine):
             )
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
-        self.queue = RequestQueue(self, window=2 * MAX_SEQUENCES)
-
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
-    ) -> list[Completion]:
-        return self.queue.generate(requests, sampling, progress)
 
     def add(self, request_id: str, request: Request, sampling: Sampling) -> None:
         from vllm import SamplingParams
@@ -109,13 +104,13 @@ class VllmEngine(Engine):
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.queue  # the queue refers back to this engine
+        del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
 
 
 def _wake_when_engine_dies(client: Any) -> None:
-    """Put an error in the answer queue when a subprocess engine ends: vLLM 0.32 would wait for an answer for ever."""
+    """Put an error in the answer queue when a subprocess engine ends: vLLM 0.32 would wait indefinitely."""
     from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
 
