@@ -32,16 +32,12 @@ class Scorer(Ranker):
 
     symmetric = True
 
-    def can_score(self, context: str, text: str) -> bool:
-        """Return whether the scorer can read the response to this prompt: always, by default."""
-        return True
-
     @abstractmethod
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
         """Return one score per text, float64 [N]."""
 
     def fits(self, context: str, first: str, second: str) -> bool:
-        return all(self.can_score(context, text) for text in {first, second})
+        return True
 
     def scores(self, context: str, texts: Sequence[str]) -> dict[str, float]:
         """Return scores by text. Equal texts are scored once, in sorted order, so that their order has no effect."""

@@ -25,10 +25,10 @@ class PointwiseRanker(Scorer):
         """Return prompt and response ids; raise ValueError if a text has a special token of the model written out."""
         return self.tokenizer.prompt_ids(context), self.tokenizer.response_ids(text, self.context)[0]
 
-    def can_score(self, context: str, text: str) -> bool:
-        """Return whether the text is short enough, and free of special tokens, which would read as control tokens."""
+    def fits(self, context: str, first: str, second: str) -> bool:
+        """Return whether both are short enough, and free of special tokens, which would read as control tokens."""
         try:
-            return sum(map(len, self.ids(context, text))) <= self.context
+            return all(sum(map(len, self.ids(context, text))) <= self.context for text in {first, second})
         except ValueError:
             return False
 

@@ -21,7 +21,8 @@ def least_squares(edges: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
     edges: int [M, 2], indices of left and right, connected. logits: float64 [M]. Returns theta [N], nats.
     """
-    incidence = _incidence(edges)
+    identity = np.eye(edges.max() + 1)
+    incidence = identity[edges[:, 0]] - identity[edges[:, 1]]  # [M, N]: 1 at the left of a comparison, -1 at its right
     laplacian = incidence.T @ incidence
     # Constants are the Laplacian's null space: adding 1 / n to every entry makes it regular, and sum theta = 0.
     return np.linalg.solve(laplacian + 1 / len(laplacian), incidence.T @ logits)
@@ -40,17 +41,18 @@ def bradley_terry(
     from scipy.optimize import root
     from scipy.special import expit
 
-    incidence, wins = _incidence(edges), expit(logits)
+    identity, wins = np.eye(edges.max() + 1), expit(logits)
+    incidence = identity[edges[:, 0]] - identity[edges[:, 1]]  # [M, N]: 1 at the left of a comparison, -1 at its right
 
     def gradient_and_hessian(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = expit(incidence @ theta)
-        hessian = incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * np.eye(len(theta))
+        hessian = incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * identity
         return incidence.T @ (p - wins) + ridge * theta, hessian
 
     # The loss is strictly convex, so its minimum is the one root of its gradient. Solvers that look at the loss itself
     # (`minimize`, trust-exact) stop where its differences are rounding, 1e-8 of a gradient: too far for exact ties.
     options = dict(xtol=1e-14, ftol=1e-14, maxiter=MAX_EVALUATIONS)
-    solution = root(gradient_and_hessian, np.zeros(incidence.shape[1]), jac=True, method="lm", options=options)
+    solution = root(gradient_and_hessian, np.zeros(len(identity)), jac=True, method="lm", options=options)
     if not solution.success:
         raise WinnowError(f"bradley_terry: no maximum with `ridge` {ridge} ({solution.message}): set a larger `ridge`")
     return solution.x - solution.x.mean()
@@ -92,12 +94,3 @@ def score(
         for name, value in zip(names[largest].tolist(), theta.tolist(), strict=True):
             rows.append(dict(prompt_id=prompt, candidate_id=name, reward=value))
     return pa.Table.from_pylist(rows, schema=REWARDS)
-
-
-def _incidence(edges: np.ndarray) -> np.ndarray:
-    """Return the incidence matrix [M, N]: 1 at the left of a comparison, -1 at its right."""
-    incidence = np.zeros((len(edges), edges.max() + 1))
-    comparison = np.arange(len(edges))
-    incidence[comparison, edges[:, 0]] += 1
-    incidence[comparison, edges[:, 1]] -= 1
-    return incidence
