@@ -6,9 +6,8 @@ from pathlib import Path
 
 from schemas import Model, WinnowError
 
-SCORING_TOKENS_PER_PASS = (
-    16_384  # tokens in a forward pass of scoring, which keeps no activations; training has its own option
-)
+# Tokens in a forward pass of scoring, which keeps no activations; training has its own option.
+SCORING_TOKENS_PER_PASS = 16_384
 
 
 def context_length(folder: Path) -> int:

@@ -2,31 +2,32 @@
 
 import csv
 import gzip
-import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import DataPath, InputStep, StageContext
+from pipeline import Bound, DataPath, InputStep, StageContext
 from schemas import WinnowError
-from schemas.ids import Message
+from stages.data.formats import NOT_PAIRS, columns_of, couple_neighbours, preference_reader
 from stages.data.rows import Row
 
-Prompt = str | list[Message]
 JSONL, PARQUET, CSV = (".jsonl", ".ndjson"), ".parquet", ".csv"
 FILE_SUFFIXES = (*JSONL, PARQUET, CSV, *(f"{suffix}.gz" for suffix in (*JSONL, CSV)))
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
 FOLDER_SUFFIXES = {*JSONL, PARQUET, CSV, ".json", ".arrow", ".tsv", ".txt", *ARCHIVE_SUFFIXES}
 HEAD_ROWS = 1000  # of a JSONL file: a column that none of them has does not exist
+# Bytes of a CSV file that are not UTF-8 are escaped as surrogates, so that one bad row does not end the file.
+CSV_TEXT: dict[str, str] = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
 READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error)
 # First bytes of files that often carry a wrong name, and what to do about each.
 FOREIGN_CONTENT = {
@@ -43,12 +44,6 @@ FOREIGN_CONTENT = {
 }
 
 
-class MissingColumnError(WinnowError):
-    """Error of a file or data set that lacks a column in every row; `columns` are those that it has."""
-
-    columns: Sequence[str] = ()
-
-
 @dataclass(frozen=True)
 class DataSource:
     """Origin of rows: a file, a folder, or a data set on the hub. The fields are options of the stages that read it."""
@@ -58,10 +53,6 @@ class DataSource:
     revision: str | None = None
     subset: str | None = None
     dataset_split: str = "train"
-
-    @property
-    def file(self) -> Path | None:
-        return self.path.path if self.path is not None and self.path.path.is_file() else None
 
     def check(self, columns: Sequence[str]) -> list[str]:
         """Return the problems known when a recipe is planned; raise WinnowError for a file that cannot be read.
@@ -75,7 +66,7 @@ class DataSource:
             missing = self.revision is None
             return [f"dataset {self.dataset!r} needs `revision`, which fixes its content"] if missing else []
         path = self.path.path
-        if self.file is None:
+        if not path.is_file():
             has_files = _is_saved_dataset(path) or any(file.suffix in FOLDER_SUFFIXES for file in path.rglob("*"))
             suffixes = ", ".join(sorted(FOLDER_SUFFIXES))
             return [] if has_files else [f"path {path}: a folder without data files ({suffixes})"]
@@ -93,26 +84,29 @@ class DataSource:
     def rows(self, ctx: StageContext, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Yield (location, row), the location as `name:line` or `name:row`; a row that cannot be read is rejected.
 
-        Raises MissingColumnError if all rows lack one of `columns`, WinnowError if the file is damaged.
+        Raises WinnowError if all rows lack one of `columns`, or the file is damaged.
         """
-        file = self.file
-        if file is None:
+        if self.path is None or not self.path.path.is_file():
             name, rows = str(self.path or self.dataset), self._dataset_rows(columns)
         else:
-            name, suffix = file.name, _data_suffix(file)
-            if names := column_names(file):
+            name = self.path.path.name
+            if names := column_names(self.path.path):
                 _require_columns(names, columns, name)
-            if suffix == PARQUET:
-                rows = _parquet_rows(ctx, file, columns)
-            else:
-                rows = _csv_rows(ctx, file) if suffix == CSV else _jsonl_rows(ctx, file)
+            rows = _file_rows(self.path.path, columns, ctx.reject)
         location = "its start"
         try:
             for location, row in rows:
                 yield location, row
         except READ_ERRORS as error:
             cure = "it is damaged or cut short; fetch or write it again"
-            raise WinnowError(f"{name}: cannot be read on after {location} ({error}): {cure}") from None
+            raise WinnowError(f"{name}: cannot be read after {location} ({error}): {cure}") from None
+
+    def reader_rows(self, ctx: StageContext, reader: Bound) -> Iterator[tuple[str, list[Row]]]:
+        """Yield (location of the first row, the rows that one call of the preference reader takes)."""
+        rows, together = self.rows(ctx, columns_of(reader)), reader.metadata.get("together")
+        if together is None:
+            return ((location, [row]) for location, row in rows)
+        return couple_neighbours(rows, together)
 
     def _dataset_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Yield the rows of a hub data set, of a folder of data files, or of a folder written by `save_to_disk`."""
@@ -147,6 +141,14 @@ class DataSource:
             yield f"{Path(name).name}:{number}", row
 
 
+def check_source(options: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """Check at plan time that a stage has one source of data and, if it is a file, that it has these columns."""
+    try:
+        return DataSource(**{field.name: options[field.name] for field in fields(DataSource)}).check(columns)
+    except WinnowError as error:
+        return list(error.problems)
+
+
 def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Check at plan time that the step behind `prompts` has demonstrations; return the problem if it has none."""
     step = inputs.get("prompts")
@@ -158,7 +160,7 @@ def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep
 
 def column_names(file: Path) -> list[str]:
     """Return the names in a file's schema, header, or first rows; raise WinnowError if it is of another kind."""
-    suffix = _data_suffix(file)
+    suffix = Path(file.name.removesuffix(".gz")).suffix
     try:
         with file.open("rb") as stream:
             head = stream.read(64).lstrip(b" \r\n\t").lower()
@@ -172,83 +174,79 @@ def column_names(file: Path) -> list[str]:
         if suffix == PARQUET:
             return list(pq.read_schema(file).names)
         if suffix == CSV:
-            with closing(_open_text(file)) as lines:
+            with closing(_open(file, "rt", **CSV_TEXT)) as lines:
                 return next(csv.reader(lines), [])
         # In JSONL a column exists where some row has it; lines that cannot be read are the stage's to reject.
-        names: dict[str, None] = {}
-        rows = 0
-        with closing(_open_bytes(file)) as lines:
-            for line in lines:
-                with suppress(ValueError):
-                    names |= dict.fromkeys(_parse_json_line(line))
-                    rows += 1
-                if rows == HEAD_ROWS:
-                    break
-        return list(names)
+        rows = _file_rows(file, [], reject=lambda *args, **kwargs: None)
+        return list(dict.fromkeys(name for _, row in islice(rows, HEAD_ROWS) for name in row))
     except READ_ERRORS as error:
         kind = {PARQUET: "Parquet", CSV: "CSV"}.get(suffix, "JSONL")
         cure = "it is of another kind, damaged, or cut short; fetch or write it again"
         raise WinnowError(f"{file.name}: not a complete {kind} file ({error}): {cure}") from None
 
 
-def text_of(row: Row, name: str) -> str:
-    """Return the text in a column of the row; raise ValueError with the reason for the rejects table."""
-    value = row.get(name)
-    if value is None:
-        raise ValueError(f"no {name}")
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not text")
-    if not value.strip():
-        raise ValueError(f"empty {name}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can write and no tokenizer reads
-        raise ValueError(f"{name} is not valid Unicode") from None
-    return value
-
-
-def messages_of(row: Row, name: str) -> list[Message]:
-    """Return the chat messages in a column, each with a role and a content; raise ValueError."""
-    values = row.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise ValueError(f"{name} is not text" if values is not None else f"no {name}")
-    if not values:
-        raise ValueError(f"empty {name}")
-    return [{"role": text_of(message, "role"), "content": text_of(message, "content")} for message in values]
-
-
-def prompt_of(row: Row, name: str) -> Prompt:
-    """Return the prompt in a column, as a string or as chat messages; raise ValueError."""
-    return as_prompt(messages_of(row, name)) if isinstance(row.get(name), list) else text_of(row, name)
-
-
-def as_prompt(messages: list[Message]) -> Prompt:
-    """Return a single user message as its text: a chat template gives both the same tokens, so they are one prompt."""
-    return messages[0]["content"] if [message["role"] for message in messages] == ["user"] else messages
-
-
-def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> str:
-    """Return the response in a column: text, or messages that end in one assistant turn; raise ValueError.
-
-    Some data sets repeat the turns of `prompt` before it; these are removed.
-    """
-    if not isinstance(row.get(name), list):
-        return text_of(row, name)
-    messages = messages_of(row, name)
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    if messages[: len(before)] == before:
-        messages = messages[len(before) :]
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise ValueError(f"{name} is not one assistant turn")
-    return messages[0]["content"]
+def _file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
+    """Yield (location, row) of a file: all columns of JSONL and CSV, `columns` of Parquet."""
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    if suffix == PARQUET:
+        number = 0
+        # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
+            for n in range(batch.num_rows):
+                location = f"{file.name}:{number + n}"
+                try:
+                    yield location, {name: batch.column(name)[n].as_py() for name in columns}
+                except UnicodeDecodeError as error:
+                    reject("bad UTF-8", place=location, detail=str(error))
+            number += batch.num_rows
+    elif suffix == CSV:
+        csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
+        with closing(_open(file, "rt", **CSV_TEXT)) as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                location = f"{file.name}:{reader.line_num}"
+                if any("\udc80" <= character <= "\udcff" for character in "".join(map(str, row.values()))):
+                    reject("bad UTF-8", place=location, detail=ascii(row))
+                else:
+                    yield location, row
+    else:
+        with closing(_open(file, "rb")) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                location = f"{file.name}:{number}"
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    reject("bad UTF-8", place=location, detail=str(error))
+                except (ValueError, RecursionError) as error:
+                    reject("not JSON", place=location, detail=str(error))
+                else:
+                    if isinstance(row, dict):
+                        yield location, row
+                    else:
+                        reject("not a JSON object", place=location, detail=repr(row))
 
 
 def _require_columns(names: Sequence[str], columns: Sequence[str], file: str) -> None:
-    if missing := [column for column in columns if column not in names]:
-        lacking, existing = (", ".join(map(repr, group)) for group in (missing, names))
-        error = MissingColumnError(f"{file}: no column {lacking}; it has {existing}")
-        error.columns = names
-        raise error
+    """Raise WinnowError for missing columns, with what the file may be, or the readers that can read it."""
+    missing = [column for column in columns if column not in names]
+    if not missing:
+        return
+    lacking, existing = (", ".join(map(repr, group)) for group in (missing, names))
+    problem = f"{file}: no column {lacking}; it has {existing}"
+    for signature, description in NOT_PAIRS:
+        if signature <= set(names):
+            raise WinnowError(f"{problem}. This is {description}")
+    fitting = []
+    for entry in preference_reader.entries.values():
+        defaults = {name: field.default for name, field in entry.options.model_fields.items()}
+        if set(columns_of(Bound(entry, defaults))) <= set(names):
+            fitting.append(entry.name)
+    if fitting:
+        problem += f"; in stage preferences or prompts, set `reader` to {' or '.join(fitting)} for these"
+    raise WinnowError(problem)
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -256,68 +254,6 @@ def _is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
 
 
-def _data_suffix(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix
-
-
-def _open_bytes(file: Path) -> BinaryIO:
-    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
-
-
-def _open_text(file: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_open_bytes(file), encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _parse_json_line(line: bytes) -> Row:
-    """Return the JSON object on a line; raise ValueError(reason, detail)."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError("bad UTF-8", str(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON", str(error)) from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object", repr(row))
-    return row
-
-
-def _jsonl_rows(ctx: StageContext, file: Path) -> Iterator[tuple[str, Row]]:
-    with closing(_open_bytes(file)) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            location = f"{file.name}:{number}"
-            try:
-                row = _parse_json_line(line)
-            except ValueError as error:
-                reason, detail = error.args
-                ctx.reject(reason, place=location, detail=detail)
-            else:
-                yield location, row
-
-
-def _csv_rows(ctx: StageContext, file: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
-    with closing(_open_text(file)) as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            location = f"{file.name}:{reader.line_num}"
-            # Bytes that are not UTF-8 were escaped to these, so that one bad row does not end the file.
-            if any("\udc80" <= character <= "\udcff" for character in "".join(map(str, row.values()))):
-                ctx.reject("bad UTF-8", place=location, detail=ascii(row))
-            else:
-                yield location, row
-
-
-def _parquet_rows(ctx: StageContext, file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    number = 0
-    # Writers other than Arrow keep checksums of pages: where they do, damage is found that would read as other text.
-    parquet = pq.ParquetFile(file, page_checksum_verification=True)
-    for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
-        for n in range(batch.num_rows):
-            location = f"{file.name}:{number + n}"
-            try:
-                yield location, {name: batch.column(name)[n].as_py() for name in columns}
-            except UnicodeDecodeError as error:
-                ctx.reject("bad UTF-8", place=location, detail=str(error))
-        number += batch.num_rows
+def _open(file: Path, mode: str, **text: str) -> IO[Any]:
+    opener: Callable[..., IO[Any]] = gzip.open if file.suffix == ".gz" else open
+    return opener(file, mode, **text)

@@ -9,24 +9,14 @@ neighbour. Ties, empty responses and responses of several turns are rejected, ea
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, Literal
 
-from pipeline import Bound, Registry, StageContext
-from schemas import WinnowError
+from pipeline import Bound, Registry
 from schemas.ids import Message
-from stages.data.files import (
-    DataSource,
-    MissingColumnError,
-    Prompt,
-    as_prompt,
-    messages_of,
-    prompt_of,
-    reply_of,
-    text_of,
-)
 from stages.data.rows import Row
+from stages.data.texts import Prompt, as_prompt, messages_of, number_of, prompt_of, reply_of, text_of
 
 preference_reader = Registry("reader", "columns")
 
@@ -79,8 +69,7 @@ def implicit_prompt(row: Row) -> PreferencePair:
     hh-rlhf are rejected; reader `hh` reads them.
     """
     if isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list):
-        pair: PreferencePair = ultrafeedback_binarized(row)  # turns are shared or not, as in that data set
-        return pair
+        return ultrafeedback_binarized(row)  # turns are shared or not, as in that data set
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if HH_ASSISTANT in chosen and HH_ASSISTANT in rejected:
         raise ValueError("a transcript, which reader hh reads")
@@ -94,7 +83,7 @@ def implicit_prompt(row: Row) -> PreferencePair:
 
 @preference_reader(columns=("chosen", "rejected"))
 def ultrafeedback_binarized(row: Row) -> PreferencePair:
-    """Read HuggingFaceH4/ultrafeedback_binarized (split train_prefs): the prompt's turns stand in both lists."""
+    """Read HuggingFaceH4/ultrafeedback_binarized (split train_prefs): both lists contain the prompt's turns."""
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     # Where the lists are equal, the last turn is still the response: the pair is then rejected as identical.
     prompt = chosen[: min(_shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
@@ -182,7 +171,7 @@ def helpsteer3(row: Row) -> PreferencePair:
     return _pair_by_sign(prompt_of(row, "context"), *responses, strength, "overall_preference")
 
 
-# Reading and checking, for the stages
+# Functions for stages that read such files
 
 
 def columns_of(reader: Bound) -> list[str]:
@@ -190,63 +179,11 @@ def columns_of(reader: Bound) -> list[str]:
     return [name.format(**reader.options) for name in reader.metadata["columns"]]
 
 
-def check_source(options: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """Check at plan time that a stage has one source of data and, if it is a file, that it has these columns."""
-    source = DataSource(**{field.name: options[field.name] for field in fields(DataSource)})
-    try:
-        with _suggesting_readers():
-            return source.check(columns)
-    except WinnowError as error:
-        return list(error.problems)
-
-
-def read_columns(ctx: StageContext, source: DataSource, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) of `source.rows`; a missing column is reported with the readers that fit."""
-    with _suggesting_readers():
-        yield from source.rows(ctx, columns)
-
-
-def read_with(ctx: StageContext, source: DataSource, reader: Bound) -> Iterator[tuple[str, list[Row]]]:
-    """Yield (location of the first row, the rows that one call of `reader` takes)."""
-    rows, together = read_columns(ctx, source, columns_of(reader)), reader.metadata.get("together")
-    if together is None:
-        return ((location, [row]) for location, row in rows)
-    return couple_neighbours(rows, together)
-
-
 def couple_neighbours(rows: Iterator[tuple[str, Row]], column: str) -> Iterator[tuple[str, list[Row]]]:
     """Yield consecutive rows two by two where they are equal in `column`, and any other row alone."""
-    previous: tuple[str, Row] | None = None
-    for location, row in rows:
-        if previous is None:
-            previous = location, row
-        elif previous[1].get(column) == row.get(column):
-            yield previous[0], [previous[1], row]
-            previous = None
-        else:
-            yield previous[0], [previous[1]]
-            previous = location, row
-    if previous is not None:
-        yield previous[0], [previous[1]]
-
-
-@contextmanager
-def _suggesting_readers() -> Iterator[None]:
-    """Add to the error of a missing column what the file may be, and which readers can read it."""
-    try:
-        yield
-    except MissingColumnError as error:
-        existing = set(error.columns)
-        for signature, description in NOT_PAIRS:
-            if signature <= existing:
-                raise WinnowError(f"{error}. This is {description}") from None
-        fitting = []
-        for entry in preference_reader.entries.values():
-            defaults = {name: field.default for name, field in entry.options.model_fields.items()}
-            if set(columns_of(Bound(entry, defaults))) <= existing:
-                fitting.append(entry.name)
-        suggestion = f"; set `reader` to {' or '.join(fitting)} for these" if fitting else ""
-        raise WinnowError(f"{error}{suggestion}") from None
+    for _, group in groupby(rows, key=lambda item: item[1].get(column)):
+        while couple := list(islice(group, 2)):
+            yield couple[0][0], [row for _, row in couple]
 
 
 # Helpers of readers; each raises ValueError with the reason for the rejects table
@@ -274,10 +211,7 @@ def _helpsteer_prompt(row: Row) -> Prompt:
 
 
 def _number(row: Row, name: str) -> float:
-    try:
-        value = float(row.get(name))  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} is not a number") from None
+    value = number_of(row, name)
     if not math.isfinite(value):
         raise ValueError(f"{name} is not a number")
     return value

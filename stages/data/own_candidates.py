@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
 
-from pipeline import DataPath, InputStep, Range, StageContext, stage
+from pipeline import DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
-from stages.data.files import DataSource, prompt_of, reply_of
-from stages.data.formats import check_source, read_columns
-from stages.data.preferences import ResponseTable
-from stages.data.prompts import DataEncoder, HeldoutShare
+from stages.data.files import DataSource, check_source
+from stages.data.prompts import DataTables
 from stages.data.rows import Row
+from stages.data.texts import number_of, prompt_of, reply_of
+from stages.options import Count, HeldoutShare
 
 
 def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -45,7 +45,7 @@ def own_candidates(
     reward: str | None = None,
     probability: str | None = None,
     heldout: HeldoutShare = 0.0,
-    max_tokens: Annotated[int, Range(gt=0)] = 1024,
+    max_tokens: Count = 1024,
 ) -> tuple[Prompts, Candidates, Rewards]:
     """Read one candidate per row. A probability p becomes its logit ln(p / (1 - p)), the reward of arXiv:2309.06657.
 
@@ -55,11 +55,13 @@ def own_candidates(
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    responses = ResponseTable(DataEncoder(tokenizer, heldout, max_tokens))
+    data = DataTables(tokenizer, heldout, max_tokens)
     rewards: list[Row] = []
-    for location, row in read_columns(ctx, source, [prompt, response, column]):
+    for location, row in source.rows(ctx, [prompt, response, column]):
         try:
-            value = _finite_number(row.get(column))
+            value = number_of(row, column, called="reward")
+            if not math.isfinite(value):
+                raise ValueError("reward is not finite")
             if probability:
                 if value in (0.0, 1.0):
                     raise ValueError(f"probability is exactly {value:.0f}")
@@ -67,21 +69,11 @@ def own_candidates(
                     raise ValueError("probability is not in (0, 1)")
                 value = math.log(value) - math.log1p(-value)
             content = prompt_of(row, prompt)
-            name = responses.add_prompt(content)
-            candidate = responses.add_response(name, reply_of(row, response, content), repeated=True)
+            name = data.add_prompt(content)
+            candidate = data.add_response(name, reply_of(row, response, content), repeated=True)
         except ValueError as error:
             ctx.reject(str(error), place=location, detail=repr(row.get(column)))
             continue
         rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
-    return *responses.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)
-
-
-def _finite_number(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError("reward is not a number") from None
-    if not math.isfinite(number):
-        raise ValueError("reward is not finite")
-    return number
+    return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)

@@ -1,13 +1,15 @@
 """Rows of a table by prompt and by id, for the stages that treat one prompt at a time."""
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Container, Iterator
+from itertools import count, groupby
 from statistics import mean
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from schemas import WinnowError
+from pipeline import StageContext
+from schemas import WinnowError, candidate_id
 
 Row = dict[str, Any]
 SMALLEST_WEIGHT = 2.0**-150  # a weight of at most this is 0 as float32, the type of weights in `examples`
@@ -40,3 +42,36 @@ def text_by_id(table: pa.Table, name: str) -> dict[str, str]:
 def cutoff(group: list[Row], threshold: float | None) -> float:
     """Return the reward that separates good from bad: the threshold, or the mean (exact: equal rewards do meet it)."""
     return mean(row["reward"] for row in group) if threshold is None else threshold
+
+
+def imported_candidate(
+    prompt: str, ids: list[int], text: str, used_ids: Container[str] = (), *, k: int = 0, finish_reason: str = "given"
+) -> Row:
+    """Return the row of a candidate that no policy drew here: it has neither log-prob nor seed.
+
+    Its id counts the copies of its tokens: it is the first one that is not in `used_ids`.
+    """
+    copies = (candidate_id(prompt, ids, copy) for copy in count())
+    return {
+        "prompt_id": prompt,
+        "candidate_id": next(copy for copy in copies if copy not in used_ids),
+        "k": k,
+        "token_ids": ids,
+        "text": text,
+        "logp": None,
+        "logp_kind": "none",
+        "n_tokens": len(ids),
+        "finish_reason": finish_reason,
+        "seed": None,
+    }
+
+
+def reject_not_finite(
+    table: pa.Table, column: str, ctx: StageContext, *, place: str, candidate: str = "candidate_id"
+) -> pa.Table:
+    """Return the rows in which `column` is finite; the others are rejected with all of their values as detail."""
+    finite = pc.is_finite(table[column])
+    for row in table.filter(pc.invert(finite)).to_pylist():
+        ids = dict(prompt=row["prompt_id"], candidate=row[candidate])
+        ctx.reject(f"{column} is not finite", place=place, detail=str(row), **ids)
+    return table.filter(finite)

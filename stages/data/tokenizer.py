@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from schemas import Model, WinnowError
-from stages.data.files import Prompt
+from stages.data.texts import Prompt
 
 
 class Tokenizer:
@@ -40,7 +40,7 @@ class Tokenizer:
         return self.with_bos(self.encode(prompt))
 
     def response_ids(self, text: str, most: int, *, plain: bool = False) -> tuple[list[int], str]:
-        """Return (ids with one EOS, "stop"), or (the first `most` ids, "length"): cut, it has no EOS, for it goes on.
+        """Return (ids with one EOS, "stop"), or (the first `most` ids, "length"): truncated, without EOS.
 
         With `plain`, the prompt also has a form for tokenizers without chat template, which ends in a marker: without a
         template, the response follows it after a space. Raises ValueError for special tokens in the text.

@@ -4,12 +4,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pipeline import AdapterPath, DataPath, InputStep, ModelPath, Range, StageContext, stage
+from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, stage
 from pipeline.store.fingerprints import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
 from stages.data.files import DataSource
+from stages.options import Count
 
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
@@ -19,7 +20,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PositiveInt = Annotated[int, Range(gt=0)]
 
 
 def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -57,7 +57,7 @@ def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = N
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path)
 
-    # Refuse now what would fail after hours: a config or tokenizer that does not load, ids without embedding.
+    # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
         vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
         ids = len(Tokenizer(policy).inner)
@@ -137,12 +137,12 @@ def untrained(
     *,
     corpus: DataPath,
     columns: list[str],
-    vocabulary: PositiveInt = 512,
+    vocabulary: Count = 512,
     marks: list[str] = [],  # noqa: B006 - read, never written
-    hidden: PositiveInt = 128,
-    layers: PositiveInt = 4,
-    heads: PositiveInt = 4,
-    context: PositiveInt = 256,
+    hidden: Count = 128,
+    layers: Count = 4,
+    heads: Count = 4,
+    context: Count = 256,
     seed: int = 0,
 ) -> Model:
     """Make a small Llama with random weights and a byte-level BPE tokenizer trained on columns of `corpus`.

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -11,41 +10,37 @@ from pipeline import StageContext
 TextPair = tuple[str, str]
 
 
-class Ranker(Protocol):
-    """Judge of two responses to one prompt.
+class Ranker(ABC):
+    """Ranker of two responses to one prompt.
 
     symmetric: reading a pair in the other order gives the same answer, so it is read in one order only.
     """
 
-    symmetric: bool
+    symmetric = False
 
+    @abstractmethod
     def fits(self, context: str, first: str, second: str) -> bool:
-        """Return whether prompt and responses together are something that the ranker can read."""
-        ...
+        """Return whether the ranker can read prompt and responses together."""
 
+    @abstractmethod
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N]."""
-        ...
 
 
-class Scorer(ABC):
+class Scorer(Ranker):
     """Ranker with a score for each response alone: the logit of a pair is the difference of its scores."""
 
     symmetric = True
-
-    def can_score(self, context: str, text: str) -> bool:
-        """Return whether the response to this prompt is something that the scorer can read: anything, by default."""
-        return True
 
     @abstractmethod
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
         """Return one score per text, float64 [N]."""
 
     def fits(self, context: str, first: str, second: str) -> bool:
-        return all(self.can_score(context, text) for text in {first, second})
+        return True
 
     def scores(self, context: str, texts: Sequence[str]) -> dict[str, float]:
-        """Return scores by text. Equal texts are scored once, in sorted order, so that no order changes a bit."""
+        """Return scores by text. Equal texts are scored once, in sorted order, so that their order has no effect."""
         unique = sorted(set(texts))
         return dict(zip(unique, self.score(context, unique).tolist(), strict=True))
 
@@ -66,17 +61,14 @@ def fits_or_reject(
 
 def both_orders(
     ranker: Ranker, context: str, pairs: Sequence[TextPair], orders: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return logit P(first beats second), read as (first, second) and as (second, first); None if the latter is not.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return logit P(first beats second): the mean of both orders, read as (first, second), and as (second, first).
 
-    The second order is read only for `orders` "both" and a ranker that is not symmetric.
+    The second order is read only for `orders` "both" and a ranker that is not symmetric; else the last is None.
     """
     forward = ranker.logits(context, pairs)
     if orders == "one" or ranker.symmetric:
-        return forward, None
-    return forward, -ranker.logits(context, [(second, first) for first, second in pairs])
-
-
-def averaged(forward: np.ndarray, backward: np.ndarray | None) -> np.ndarray:
-    """Return the mean of the two orders: of logits, not of probabilities, as it cancels a position bias exactly."""
-    return forward if backward is None else (forward + backward) / 2
+        return forward, forward, None
+    backward = -ranker.logits(context, [(second, first) for first, second in pairs])
+    # The mean of logits, not of probabilities: it cancels a position bias exactly.
+    return (forward + backward) / 2, forward, backward

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import InputStep, StageContext, stage
 from schemas import Rewards
 from schemas.tables import REWARDS
-from stages.data.rows import Row
+from stages.data.rows import Row, reject_not_finite
 
 
 def _check_weights(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -47,14 +47,12 @@ def combine(
     }
     rows: list[Row] = []
     for key in sorted(set().union(*rewards_by_input.values())):
-        ids = dict(place="rewards", prompt=key[0], candidate=key[1])
         addends = {name: rewards[key] for name, rewards in rewards_by_input.items() if key in rewards}
-        total = sum(weights[name] * value for name, value in addends.items())
         if missing := [name for name in rewards_by_input if name not in addends]:
-            ctx.reject("no reward from every ranker", detail=f"none from {', '.join(missing)}", **ids)
-        elif not math.isfinite(total):
-            ctx.reject("reward is not finite", detail=str(addends), **ids)
-        else:
-            row = dict(prompt_id=key[0], candidate_id=key[1], reward=total)
-            rows.append(row | dict(components=list(addends.items())))
-    return pa.Table.from_pylist(rows, schema=REWARDS)
+            detail = f"none from {', '.join(missing)}"
+            ctx.reject("no reward from every ranker", place="rewards", prompt=key[0], candidate=key[1], detail=detail)
+            continue
+        total = sum(weights[name] * value for name, value in addends.items())
+        row = dict(prompt_id=key[0], candidate_id=key[1], reward=total)
+        rows.append(row | dict(components=list(addends.items())))
+    return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="rewards")

@@ -1,18 +1,16 @@
-"""Stage `compare`: the ranker on pairs of one prompt's candidates, mostly of the few that were selected."""
+"""Stage `compare`: logits of the ranker on pairs of a prompt's candidates, mostly of the few that were selected."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
-from stages.data.rows import Row, rows_by_prompt, text_by_id
-from stages.ranking.base import averaged, both_orders, fits_or_reject
+from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
+from stages.ranking.base import both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -55,7 +53,7 @@ def compare(
     for prompt, group in rows_by_prompt(table):
         context = contexts[prompt]
 
-        # Players, less those too long for the ranker: every two fit once the two longest do.
+        # Candidates that fit the ranker: every two fit once the two longest do.
         players = [row["candidate_id"] for row in sorted(group, key=lambda row: row[order])]
         while len(players) > 1:
             longest, second = sorted(players, key=lambda player: (-len(texts[player]), player))[:2]
@@ -69,42 +67,29 @@ def compare(
         def prefer(pairs: list[IdPair], context: str = context) -> list[float]:
             ctx.count(ranker_calls=len(pairs))
             text_pairs = [(texts[left], texts[right]) for left, right in pairs]
-            return list(averaged(*both_orders(opened, context, text_pairs, orders)))
+            mean, *_ = both_orders(opened, context, text_pairs, orders)
+            return mean.tolist()
 
-        for match in RULES[rule](players, prefer):
-            if np.isfinite(match["logit"]):
-                rows.append(dict(prompt_id=prompt) | match)
-            else:
-                ids = dict(prompt=prompt, candidate=match["left_id"], detail=match["right_id"])
-                ctx.reject("logit is not finite", place=f"round={match['round']}", **ids)
-    return pa.Table.from_pylist(rows, schema=COMPARISONS)
+        rows += [dict(prompt_id=prompt) | match for match in matches_of(rule, players, prefer)]
+    table = pa.Table.from_pylist(rows, schema=COMPARISONS)
+    return reject_not_finite(table, "logit", ctx, place="comparisons", candidate="left_id")
 
 
-def knock_out(players: list[str], prefer: Prefer, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the matches of a knock-out of neighbours, of at most `most` rounds.
+def matches_of(rule: str, players: list[str], prefer: Prefer) -> Iterator[Row]:
+    """Yield the matches of one prompt's candidates, without `prompt_id`.
 
-    Winners go on, and an odd last player has a bye. prefer: logits P(left beats right) of a round's pairs.
+    In a tournament winners advance, and an odd last player has a bye; first_round is its first round.
+    prefer: logits P(left beats right) of the pairs of a tournament round.
     """
-    round_number = 0
-    while len(players) > 1 and (most is None or round_number < most):
-        pairs = list(zip(players[0::2], players[1::2], strict=False))
+    tournament_round = 0
+    while len(players) > 1:
+        neighbours = zip(players[0::2], players[1::2], strict=False)
+        pairs = list(combinations(players, 2) if rule == "all_pairs" else neighbours)
         logits = prefer(pairs)
         for (left, right), logit in zip(pairs, logits, strict=True):
-            yield dict(left_id=left, right_id=right, logit=float(logit), round=round_number)
+            yield dict(left_id=left, right_id=right, logit=logit, round=tournament_round)
+        if rule != "tournament":
+            break
         winners = [left if logit >= 0 else right for (left, right), logit in zip(pairs, logits, strict=True)]
         players = winners + players[2 * len(pairs) :]
-        round_number += 1
-
-
-def round_robin(players: list[str], prefer: Prefer) -> Iterator[dict[str, Any]]:
-    """Yield the matches of everyone against everyone, once."""
-    pairs = list(combinations(players, 2))
-    for (left, right), logit in zip(pairs, prefer(pairs), strict=True):
-        yield dict(left_id=left, right_id=right, logit=float(logit), round=0)
-
-
-RULES: dict[str, Callable[[list[str], Prefer], Iterator[dict[str, Any]]]] = {
-    "first_round": partial(knock_out, most=1),
-    "tournament": knock_out,
-    "all_pairs": round_robin,
-}
+        tournament_round += 1

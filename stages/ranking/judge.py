@@ -2,14 +2,13 @@
 
 from typing import Annotated
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
-from stages.data.rows import Row, rows_by_prompt, text_by_id
-from stages.ranking.base import averaged, both_orders, fits_or_reject
+from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
+from stages.ranking.base import both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -44,11 +43,8 @@ def judge(
 
         ctx.count(ranker_calls=len(matches))
         text_pairs = [(row["text"], opponent["text"]) for row, opponent in matches]
-        logits = averaged(*both_orders(opened, context, text_pairs, "both"))
+        logits, *_ = both_orders(opened, context, text_pairs, "both")
         for (row, opponent), logit in zip(matches, logits.tolist(), strict=True):
-            if np.isfinite(logit):
-                ids = dict(prompt_id=prompt, k=row["k"], candidate_id=row["candidate_id"])
-                rows.append(ids | dict(baseline_id=opponent["candidate_id"], logit=logit))
-            else:
-                ctx.reject("logit is not finite", place=f"k={row['k']}", prompt=prompt, candidate=row["candidate_id"])
-    return pa.Table.from_pylist(rows, schema=JUDGEMENTS)
+            ids = dict(prompt_id=prompt, k=row["k"], candidate_id=row["candidate_id"])
+            rows.append(ids | dict(baseline_id=opponent["candidate_id"], logit=logit))
+    return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")

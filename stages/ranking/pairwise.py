@@ -2,7 +2,7 @@
 
 `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`, answer `A` or `B` (sec. 3.1 of arXiv:2309.06657). The text
 is tokenised in pieces, here and nowhere else, so that training and scoring read the same ids and equal
-beginnings are equal ids.
+prefixes have equal ids.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from schemas import Model
 from stages.data.tokenizer import Tokenizer
-from stages.limits import context_length
+from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import next_logits, read_rows
 from stages.network.load import load_network
 from stages.network.packing import PromptResponses
+from stages.ranking.base import Ranker, TextPair
 
 LABELS = ("A", "B")
 
@@ -33,12 +34,10 @@ class RankerPrompt:
         return self.tokenizer.with_bos([token for piece in pieces for token in self.tokenizer.encode(piece)])
 
 
-class PairwiseRanker:
-    """Trained pairwise ranker in memory."""
+class PairwiseRanker(Ranker):
+    """Trained pairwise ranker in memory. budget: tokens in a forward pass."""
 
-    symmetric = False
-
-    def __init__(self, model: Model, dtype: str, budget: int) -> None:
+    def __init__(self, model: Model, dtype: str, budget: int = SCORING_TOKENS_PER_PASS) -> None:
         self.prompt = RankerPrompt(model)
         self.network = load_network(model)
         self.context = context_length(model.folder)
@@ -47,10 +46,10 @@ class PairwiseRanker:
     def fits(self, context: str, first: str, second: str) -> bool:
         return len(self.prompt.ids(context, first, second)) <= self.context
 
-    def logits(self, context: str, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N].
 
-        The beginning that all pairs share (the context; and the baseline, if it is read first) goes through the
+        The prefix that all pairs share (the context; and the baseline, if it is read first) goes through the
         network once. A batch holds pairs of one prompt only, so that a number does not depend on what else was scored.
         """
 
@@ -64,15 +63,12 @@ class PairwiseRanker:
         split_rows = [(row[:shared], row[shared:]) for row in rows]
         return read_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
 
-    def close(self) -> None:
-        del self.network
-
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:
-    """Return the length of the longest common beginning that leaves every row at least one token."""
+    """Return the length of the longest common prefix that leaves every row at least one token."""
     if not rows:
         return 0
-    # Rows in lexicographic order: what the least and the greatest share, all share.
+    # In lexicographic order, a prefix of the least and the greatest row is one of all.
     low, high = min(rows), max(rows)
     longest = min(len(row) for row in rows) - 1
     return next((n for n in range(longest) if low[n] != high[n]), longest)

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline import StageContext, stage
 from schemas import Candidates, Examples, Model, Pairs, Prompts, seed_for
 from schemas.tables import EXAMPLES
-from stages.data.rows import Row
+from stages.data.rows import Row, text_by_id
 from stages.limits import context_length
 
 
@@ -28,7 +28,7 @@ def ranker_examples(
     ranker_prompt = ctx.open_once(RankerPrompt, tokenizer)
     max_prompt_tokens = context_length(tokenizer.folder) - 1  # the answer is one token
     contexts = {row["prompt_id"]: row["text"] for row in prompts.to_pylist() if row["split"] == split}
-    texts = dict(zip(*(candidates.column(name).to_pylist() for name in ("candidate_id", "text")), strict=True))
+    texts = text_by_id(candidates, "candidate_id")
     rows: list[Row] = []
     for pair in pairs.to_pylist():
         prompt, chosen, rejected = pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]

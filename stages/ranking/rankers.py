@@ -15,12 +15,10 @@ from pydantic import AfterValidator
 
 from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
-from stages.limits import SCORING_TOKENS_PER_PASS
+from stages.options import Count, Precision, Temperature
 from stages.ranking.base import Ranker, Scorer
 
-Precision = Literal["float32", "bfloat16"]
 ranker = Registry("ranker", "reads_model")
-
 
 # A program from (prompt, response) to a score, registered as a ranker: `@verifiable` or `@verifiable(version=3)`. The
 # version is part of the key; raise it when the scores change.
@@ -53,7 +51,7 @@ def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657."""
     from stages.ranking.pairwise import PairwiseRanker
 
-    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, SCORING_TOKENS_PER_PASS)
+    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype)
 
 
 @ranker(reads_model=True, version=2)
@@ -65,7 +63,7 @@ def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """
     from stages.ranking.pointwise import PointwiseRanker
 
-    return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype, SCORING_TOKENS_PER_PASS)
+    return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype)
 
 
 QUESTION = """\
@@ -90,8 +88,8 @@ def llm_judge(
     template: Annotated[str, AfterValidator(_template)] = QUESTION,
     votes: Annotated[int, Range(gt=0), AfterValidator(_even)] = 8,
     threshold: Annotated[float, Range(ge=0, lt=0.5)] = 0.0,
-    temperature: Annotated[float, Range(gt=0, le=2)] = 0.7,
-    max_tokens: Annotated[int, Range(gt=0)] = 8,
+    temperature: Temperature = 0.7,
+    max_tokens: Count = 8,
     engine: Literal["vllm", "transformers"] = "vllm",
     dtype: Precision = "float32",
     seed: int = 0,
@@ -100,21 +98,21 @@ def llm_judge(
 
     A vote is the one letter A or B on the last line of an answer; anything else is half a vote for each response.
     If the share of votes is within `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not
-    public: `template` is ours. To let the model reason before the letter, ask for it there and raise `max_tokens`.
+    public: the default `template` is another. To let the model reason first, ask for it there and raise `max_tokens`.
     """
     from stages.data.tokenizer import Tokenizer
-    from stages.ranking.llm_judge import LlmJudge, VotingPrompt
+    from stages.ranking.llm_judge import LlmJudge
     from stages.sampling.engines import open_engine
 
     folder = _with_output(model, "vocabulary", "llm_judge").folder
-    try:  # of the template itself: else every question would be rejected, as if no response fitted
+    try:  # checked here: else every question would be rejected, as if no response fitted
         Tokenizer(model).prompt_ids(template)
     except ValueError as error:
         raise WinnowError(
             f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
         ) from None
-    prompt = VotingPrompt(template, votes, threshold, seed)
-    return LlmJudge(model, open_engine(engine, folder, dtype), prompt, temperature, max_tokens)
+    opened = open_engine(engine, folder, dtype)
+    return LlmJudge(model, opened, template, votes, threshold, temperature, max_tokens, seed)
 
 
 @verifiable(version=2)
@@ -141,8 +139,7 @@ class ProgramScorer(Scorer):
 
 def open_ranker(by: Bound, model: Model | None) -> Ranker:
     """Load the ranker that the option `by` names; a stage holds it in memory for all of its shards."""
-    opened: Ranker = ProgramScorer(by) if by.metadata.get("program") else by(model)
-    return opened
+    return ProgramScorer(by) if by.metadata.get("program") else by(model)
 
 
 def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

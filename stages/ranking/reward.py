@@ -8,8 +8,8 @@ import pyarrow as pa
 from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
-from stages.data.rows import Row, rows_by_prompt, text_by_id
-from stages.ranking.base import Scorer, TextPair, averaged, both_orders, fits_or_reject
+from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
+from stages.ranking.base import Scorer, TextPair, both_orders, fits_or_reject
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -54,9 +54,9 @@ def reward(
             ctx.count(ranker_calls=len(scores))  # by text: equal texts are one call
             columns = {"reward": np.array([scores[text] for _, text in pairs])}
         else:
-            forward, backward = both_orders(opened, context, pairs, orders)
+            mean, forward, backward = both_orders(opened, context, pairs, orders)
             ctx.count(ranker_calls=len(pairs))
-            columns = {"reward": -averaged(forward, backward)}
+            columns = {"reward": -mean}
             if not opened.symmetric:
                 columns["logit_ab"] = -forward
             if backward is not None:
@@ -67,11 +67,7 @@ def reward(
             rewarded.append(dict(candidate_id=baseline["candidate_id"], reward=0.0))
         for n, row in enumerate(compared):
             numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}  # + 0.0: no -0.0 in a table
-            if np.isfinite(numbers["reward"]):
-                rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
-            else:
-                ids = dict(place="candidates", prompt=prompt, candidate=row["candidate_id"])
-                ctx.reject("reward is not finite", detail=str(numbers["reward"]), **ids)
+            rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
         ids = dict(prompt_id=prompt, baseline_id=None if baseline is None else baseline["candidate_id"])
         rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
-    return pa.Table.from_pylist(rows, schema=REWARDS)
+    return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")

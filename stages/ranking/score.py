@@ -12,9 +12,7 @@ from stages.data.rows import Row, rows_by_prompt
 
 score_method = Registry("score method")
 REWARD_DECIMALS = 8  # of a reward, nats: numbers that only rounding tells apart are a tie
-STEP_TOLERANCE = 1e-8  # nats, of the last Newton step; the error left is its square
-MAX_NEWTON_STEPS = 200  # ten are usual
-LOSS_ROUNDING = 1e-9  # of a loss: near the minimum, a good step may seem to go up by this
+MAX_EVALUATIONS = 1000  # of the gradient; a few dozen are usual
 
 
 @score_method()
@@ -23,44 +21,41 @@ def least_squares(edges: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
     edges: int [M, 2], indices of left and right, connected. logits: float64 [M]. Returns theta [N], nats.
     """
-    incidence = _incidence(edges)
+    identity = np.eye(edges.max() + 1)
+    incidence = identity[edges[:, 0]] - identity[edges[:, 1]]  # [M, N]: 1 at the left of a comparison, -1 at its right
     laplacian = incidence.T @ incidence
     # Constants are the Laplacian's null space: adding 1 / n to every entry makes it regular, and sum theta = 0.
-    theta: np.ndarray = np.linalg.solve(laplacian + 1 / len(laplacian), incidence.T @ logits)
-    return theta
+    return np.linalg.solve(laplacian + 1 / len(laplacian), incidence.T @ logits)
 
 
-@score_method()
+@score_method(version=2)
 def bradley_terry(
     edges: np.ndarray, logits: np.ndarray, *, ridge: Annotated[float, Range(ge=1e-6)] = 1e-2
 ) -> np.ndarray:
-    """Maximise the likelihood of soft wins P = s(logit) under P(i beats j) = s(theta_i - theta_j), by Newton.
+    """Maximise the likelihood of soft wins P = s(logit) under P(i beats j) = s(theta_i - theta_j).
 
     Minimises -sum [P log s(d) + (1 - P) log s(-d)] + ridge / 2 |theta|^2, d = theta_left - theta_right; the ridge
-    keeps the unbeaten finite and sum theta = 0. A step that does not go down is halved. Takes and returns what
-    `least_squares` does; raises WinnowError if Newton does not converge.
+    keeps undefeated candidates finite and sum theta = 0. Takes and returns what `least_squares` does; raises
+    WinnowError if it does not converge.
     """
-    incidence, wins = _incidence(edges), _sigmoid(logits)
+    from scipy.optimize import root
+    from scipy.special import expit
 
-    def loss(theta: np.ndarray) -> float:
-        d = incidence @ theta
-        return float(np.sum(np.logaddexp(0, d) - wins * d) + ridge / 2 * theta @ theta)
+    identity, wins = np.eye(edges.max() + 1), expit(logits)
+    incidence = identity[edges[:, 0]] - identity[edges[:, 1]]  # [M, N]: 1 at the left of a comparison, -1 at its right
 
-    theta = np.zeros(incidence.shape[1])
-    for _ in range(MAX_NEWTON_STEPS):
-        p = _sigmoid(incidence @ theta)
-        gradient = incidence.T @ (p - wins) + ridge * theta
-        hessian = incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * np.eye(len(theta))
-        step = np.linalg.solve(hessian, gradient)
-        while loss(theta - step) > loss(theta) + LOSS_ROUNDING and np.abs(step).max() > STEP_TOLERANCE:
-            step = step / 2
-        theta = theta - step
-        if np.abs(step).max() <= STEP_TOLERANCE:
-            centred: np.ndarray = theta - theta.mean()
-            return centred
-    raise WinnowError(
-        f"bradley_terry: no maximum after {MAX_NEWTON_STEPS} Newton steps with `ridge` {ridge}: set a larger `ridge`"
-    )
+    def gradient_and_hessian(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p = expit(incidence @ theta)
+        hessian = incidence.T @ (incidence * (p * (1 - p))[:, None]) + ridge * identity
+        return incidence.T @ (p - wins) + ridge * theta, hessian
+
+    # The loss is strictly convex, so its minimum is the one root of its gradient. Solvers that look at the loss itself
+    # (`minimize`, trust-exact) stop where its differences are rounding, 1e-8 of a gradient: too far for exact ties.
+    options = dict(xtol=1e-14, ftol=1e-14, maxiter=MAX_EVALUATIONS)
+    solution = root(gradient_and_hessian, np.zeros(len(identity)), jac=True, method="lm", options=options)
+    if not solution.success:
+        raise WinnowError(f"bradley_terry: no maximum with `ridge` {ridge} ({solution.message}): set a larger `ridge`")
+    return solution.x - solution.x.mean()
 
 
 @stage(version=1)
@@ -99,17 +94,3 @@ def score(
         for name, value in zip(names[largest].tolist(), theta.tolist(), strict=True):
             rows.append(dict(prompt_id=prompt, candidate_id=name, reward=value))
     return pa.Table.from_pylist(rows, schema=REWARDS)
-
-
-def _incidence(edges: np.ndarray) -> np.ndarray:
-    """Return the incidence matrix [M, N]: 1 at the left of a comparison, -1 at its right."""
-    incidence = np.zeros((len(edges), edges.max() + 1))
-    comparison = np.arange(len(edges))
-    incidence[comparison, edges[:, 0]] += 1
-    incidence[comparison, edges[:, 1]] -= 1
-    return incidence
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    result: np.ndarray = np.exp(-np.logaddexp(0, -x))
-    return result

@@ -1,15 +1,13 @@
 """Stages `pool` and `mismatch`: candidates of other origins (an earlier round, demonstrations, another prompt)."""
 
-from itertools import count
-
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import StageContext, stage
-from schemas import Candidates, Model, Prompts, Selections, candidate_id
+from schemas import Candidates, Model, Prompts, Selections
 from schemas.tables import CANDIDATES
 from stages.data.files import check_demonstrations
-from stages.data.rows import Row, column_by_id, rows_by_prompt
+from stages.data.rows import Row, column_by_id, imported_candidate, rows_by_prompt
 from stages.limits import context_length
 
 
@@ -29,7 +27,7 @@ def pool(
             continue
         if prompt["demonstration_ids"]:
             demonstration = prompt["demonstration_ids"], prompt["demonstration"]
-            rows.append(_unsampled_candidate(prompt["prompt_id"], *demonstration, sampled_ids))
+            rows.append(imported_candidate(prompt["prompt_id"], *demonstration, sampled_ids))
         else:
             ctx.reject("no demonstration", place="prompts", prompt=prompt["prompt_id"], detail=prompt["text"])
     unique = {row["candidate_id"]: row for row in rows}
@@ -43,8 +41,7 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: Stage
     """Pair each prompt with responses of the next prompt of its shard, in order of ids, at most as many as its own.
 
     KTO estimates its KL from them, one per row of the batch (arXiv:2402.01306), and takes 0 if a batch has none.
-    Rejected are a prompt alone in its shard, which has no other to borrow from, and a response that is too long for
-    the context after this prompt.
+    Rejected are the only prompt of a shard, and a response that is too long for the context after this prompt.
     """
     prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     used_ids = set(candidates["candidate_id"].to_pylist())
@@ -62,23 +59,6 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: Stage
                 ids = dict(prompt=prompt, candidate=other["candidate_id"])
                 ctx.reject("mismatched response too long", place="candidates", **ids)
                 continue
-            rows.append(_unsampled_candidate(prompt, other["token_ids"], other["text"], used_ids))
+            rows.append(imported_candidate(prompt, other["token_ids"], other["text"], used_ids))
             used_ids.add(rows[-1]["candidate_id"])
     return pa.Table.from_pylist(rows, schema=CANDIDATES)
-
-
-def _unsampled_candidate(prompt: str, ids: list[int], text: str, used_ids: set[str]) -> Row:
-    """Return a candidate that no policy drew, with the id of the first copy of its tokens that is not in `used_ids`."""
-    copies = (candidate_id(prompt, ids, copy) for copy in count())
-    return {
-        "prompt_id": prompt,
-        "candidate_id": next(copy for copy in copies if copy not in used_ids),
-        "k": 0,
-        "token_ids": ids,
-        "text": text,
-        "logp": None,
-        "logp_kind": "none",
-        "n_tokens": len(ids),
-        "finish_reason": "given",
-        "seed": None,
-    }

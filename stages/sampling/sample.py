@@ -13,6 +13,7 @@ from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
+from stages.options import Count, Precision, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
@@ -41,26 +42,26 @@ def sample(
     *,
     split: Literal["train", "heldout"] = "train",
     engine: Literal["vllm", "transformers", "fake"] = "vllm",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    n: Annotated[int, Range(gt=0)] = 64,
-    temperature: Annotated[float, Range(gt=0, le=2)] = 0.7,
+    dtype: Precision = "float32",
+    n: Count = 64,
+    temperature: Temperature = 0.7,
     top_k: Annotated[int, Range(ge=0)] = 40,
-    max_tokens: Annotated[int, Range(gt=0)] = 128,
+    max_tokens: Count = 128,
     keep_empty: bool = False,
     seed: int = 0,
     steer: Annotated[float, Range(ge=0)] = 2.0,
-    steer_top: Annotated[int, Range(gt=0)] = 15,
-    steer_every: Annotated[int, Range(gt=0)] = 5,
+    steer_top: Count = 15,
+    steer_every: Count = 5,
 ) -> Candidates:
-    """Draw n responses of up to max_tokens tokens; top_k = 0 means no cut (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
+    """Draw n responses of at most max_tokens; top_k = 0 disables top-k (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
 
     The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
-    hardware, so what is promised is the law and the seeds; the ids are stored, and all later stages start from them.
-    An empty response teaches nothing and is rejected, unless `keep_empty`: an evaluation must count it.
+    hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
+    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them.
 
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
-    step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 without a cut, `logp` is then
-    the log-prob under the steered law, which is what KL to another policy needs.
+    step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 with top-k disabled, `logp` is
+    then the log-prob under the steered distribution, which is what KL to another policy needs.
     """
     from stages.data.tokenizer import Tokenizer
 

@@ -28,7 +28,7 @@ from schemas.tables import (
     SELECTIONS,
 )
 from stages.evaluation.evaluate import evaluate
-from stages.ranking.compare import compare, knock_out
+from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
@@ -180,7 +180,7 @@ def test_a_knock_out_finds_the_best_in_k_minus_1_calls(strengths):
         calls.extend(pairs)
         return [strength[a] - strength[b] for a, b in pairs]
 
-    matches = list(knock_out(list(strength), prefer))
+    matches = list(matches_of("tournament", list(strength), prefer))
     assert len(matches) == len(calls) == k - 1
     losers = [match["right_id"] if match["logit"] >= 0 else match["left_id"] for match in matches]
     assert sorted(losers) == sorted(set(strength) - {best})

@@ -1,9 +1,10 @@
 """Interface of the engines that generate text: token ids in, token ids out, one seed per request."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from schemas import WinnowError
 from stages.head.relu import ReluHead
@@ -13,7 +14,7 @@ EngineProgress = Callable[[int], None]
 
 
 class DeadEngineError(RuntimeError):
-    """Failure of a step, after which this engine gives no more; a new one in another process may succeed."""
+    """Failure of a step that leaves the engine unusable; a new engine in another process may succeed."""
 
 
 def ignore_progress(done: int) -> None:
@@ -32,7 +33,7 @@ class Request:
 class Steering:
     """Guided decoding: at every `every`-th token, `strength` times a head's score is added to the `top` logits.
 
-    The head reads the features that `stages.head.features` makes, of the response so far with each of the `top`
+    The head scores the features that `stages.head.features` computes, of the response so far with each of the `top`
     likeliest tokens at its end; its scores are scaled to 0..1 over these tokens.
     """
 
@@ -44,7 +45,7 @@ class Steering:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of all requests of a call; temperature > 0, top_k = 0 means no cut. vLLM cannot steer."""
+    """Sampling parameters of all requests of a call; temperature > 0, top_k = 0 disables top-k. vLLM cannot steer."""
 
     temperature: float
     top_k: int
@@ -53,14 +54,9 @@ class Sampling:
     steering: Steering | None = None
 
     @property
-    def uncut(self) -> bool:
-        """Return whether draws are from the softmax as it is, so that a log-prob can be that of the law drawn from."""
-        return self.temperature == 1.0 and self.top_k == 0
-
-    @property
     def logp_kind(self) -> LogpKind:
-        """Return whose log-prob a completion has: of the law drawn from (exact, steered), or of the policy (raw)."""
-        if not self.uncut:
+        """Return the distribution of `logp`: the sampling distribution (exact, steered) or the policy's (raw)."""
+        if self.temperature != 1.0 or self.top_k != 0:
             return "raw"
         return "exact" if self.steering is None else "steered"
 
@@ -69,7 +65,8 @@ class Sampling:
 class Completion:
     """Response to one request; token_ids end with a stop id if finish_reason is stop.
 
-    logp is the policy's own, before temperature, top-k and steering; but of an uncut steered draw, the steered law's.
+    logp is under the policy, before temperature, top-k and steering; if `logp_kind` is steered, it is under the steered
+    distribution.
     """
 
     token_ids: list[int]
@@ -77,16 +74,17 @@ class Completion:
     finish_reason: str
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Generator of completions. Threads may call `generate` at once."""
 
+    @abstractmethod
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
         """Return one completion per request, in their order; call `progress` now and then with the number done."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free what outlives the object: nothing, by default."""
 
 
 def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1) -> Engine:

@@ -1,4 +1,4 @@
-"""Engine without a network, for plumbing and tests: nonsense at once, the same for the same prompt and seed."""
+"""Engine without a network, for dry runs and tests: random tokens, the same for the same prompt and seed."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from schemas import seed_for, token_digest
-from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
+from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 
 STOP_SHARE = 0.9  # of responses shorter than max_tokens
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Engine that needs neither torch nor weights, only the vocabulary size in the folder's config."""
 
     def __init__(self, folder: Path) -> None:
@@ -21,7 +21,7 @@ class FakeEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        """Draw 1 to max_tokens tokens, each uniform over all ids, then drop stop ids; logp is the uniform law's."""
+        """Draw 1 to max_tokens uniform tokens, then drop stop ids; logp is under the uniform distribution."""
         completions = []
         for request in requests:
             rng = np.random.default_rng(seed_for(request.seed, token_digest(request.prompt_ids, [])))
@@ -34,5 +34,3 @@ class FakeEngine:
             completions.append(Completion(ids, logp, "stop" if stopped else "length"))
         progress(len(completions))
         return completions
-
-    def close(self) -> None: ...

@@ -1,25 +1,21 @@
 """Queue in front of one engine that several threads share: their requests run in one batch."""
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Condition
-from typing import Protocol
 
-from stages.sampling.engines import Completion, DeadEngineError, EngineProgress, Request, Sampling
-
-
-class SteppableEngine(Protocol):
-    """Engine that one thread at a time moves on, step by step."""
-
-    def add(self, request_id: str, request: Request, sampling: Sampling) -> None: ...
-
-    def step(self) -> dict[str, Completion]:
-        """Move every running request on, and return those that are done, which then leave the engine."""
-        ...
-
-    def abort(self, request_ids: list[str]) -> None: ...
+from stages.sampling.engines import (
+    Completion,
+    DeadEngineError,
+    Engine,
+    EngineProgress,
+    Request,
+    Sampling,
+    ignore_progress,
+)
 
 
 @dataclass(eq=False)
@@ -32,16 +28,17 @@ class GenerateCall:
     error: Exception | None = None  # of a request that the engine would not add
 
 
-class RequestQueue:
-    """Shares one engine between threads without a thread of its own.
+class QueuedEngine(Engine):
+    """Engine that several threads share: their requests run in one batch, without a thread of its own.
 
     A thread in `generate` that finds the engine idle makes a step for all; the others wait for the end of that step.
-    Requests of the oldest call are added first, and at most `window` are in the engine. So while one call runs out,
-    the next already fills the batch, and the engine has work while a thread is busy with its completions.
+    Requests of the oldest call are added first, and at most `window` are in the engine. So the last requests of one
+    call are batched with the first of the next, and the engine is busy while a thread is not. Subclasses define `add`,
+    `step` and `abort`, which one thread at a time calls.
     """
 
-    def __init__(self, engine: SteppableEngine, window: int) -> None:
-        self.engine, self.window = engine, window
+    def __init__(self, window: int) -> None:
+        self.window = window
         self.condition = Condition()  # guards all below; the engine itself belongs to the thread that set `stepping`
         self.stepping = False
         self.failure: BaseException | None = None
@@ -50,7 +47,21 @@ class RequestQueue:
         self.running: dict[str, tuple[GenerateCall, int]] = {}  # by request id: what is in the engine, and its index
         self.request_ids = map(str, count())
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress) -> list[Completion]:
+    @abstractmethod
+    def add(self, request_id: str, request: Request, sampling: Sampling) -> None:
+        """Start a request."""
+
+    @abstractmethod
+    def step(self) -> dict[str, Completion]:
+        """Advance every running request; return the completions of finished ones, which leave the engine."""
+
+    @abstractmethod
+    def abort(self, request_ids: list[str]) -> None:
+        """Remove running requests."""
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
+    ) -> list[Completion]:
         """Return completions in the order of the requests.
 
         Raises what the engine raises for a request of this call. Once a step has failed in one thread, raises
@@ -83,13 +94,33 @@ class RequestQueue:
         return [call.completions[index] for index in range(len(requests))]
 
     def _step(self) -> None:
-        """Make one step for all calls. Only for the thread that set `stepping`."""
+        """Abort and add requests, then make one step for all calls. Only for the thread that set `stepping`."""
         finished: dict[str, Completion] = {}
         failure: BaseException | None = None
         try:
-            self._exchange_requests()
+            with self.condition:
+                # Abort what abandoned calls still have in the engine.
+                orphans = [request_id for request_id, (call, _) in self.running.items() if call in self.abandoned]
+                self.abandoned.clear()
+                if orphans:
+                    self.abort(orphans)
+                for request_id in orphans:
+                    del self.running[request_id]
+
+                # Add waiting requests while the window has room.
+                for call in self.calls:
+                    while call.waiting and len(self.running) < self.window:
+                        index, request = call.waiting.popleft()
+                        request_id = next(self.request_ids)
+                        try:
+                            self.add(request_id, request, call.sampling)
+                        except Exception as error:  # raised in the thread that asked, which need not be this one
+                            call.error = error
+                            call.waiting.clear()
+                        else:
+                            self.running[request_id] = call, index
             if self.running:
-                finished = self.engine.step()
+                finished = self.step()
         except BaseException as error:
             # An interrupt too leaves the engine in the middle of a step, so that nothing it returns later can be
             # trusted: no thread may go on with it.
@@ -102,25 +133,3 @@ class RequestQueue:
                     call.completions[index] = completion
                 self.stepping, self.failure = False, failure
                 self.condition.notify_all()
-
-    def _exchange_requests(self) -> None:
-        """Abort the requests of abandoned calls, then add waiting ones while the window has room."""
-        with self.condition:
-            orphans = [request_id for request_id, (call, _) in self.running.items() if call in self.abandoned]
-            self.abandoned.clear()
-            if orphans:
-                self.engine.abort(orphans)
-            for request_id in orphans:
-                del self.running[request_id]
-
-            for call in self.calls:
-                while call.waiting and len(self.running) < self.window:
-                    index, request = call.waiting.popleft()
-                    request_id = next(self.request_ids)
-                    try:
-                        self.engine.add(request_id, request, call.sampling)
-                    except Exception as error:  # raised in the thread that asked, which need not be this one
-                        call.error = error
-                        call.waiting.clear()
-                    else:
-                        self.running[request_id] = call, index

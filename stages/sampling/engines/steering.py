@@ -1,4 +1,4 @@
-"""Guided decoding with a preference head: likely next tokens are scored, and those that the head prefers gain.
+"""Guided decoding with a preference head, which scores likely next tokens and raises the logits of those it prefers.
 
 COALA's guidance (arXiv:2605.23244): every few tokens, the head scores the prefix with each of the top tokens at
 its end, and strength times the score, scaled to 0..1 over them, is added to their logits before temperature.
@@ -49,7 +49,7 @@ class Guide:
         head.check_width(network.config.hidden_size)
         self.network, self.steering = network, steering
         self.cache = DynamicCache(config=network.config)
-        if any(self.cache.is_sliding):  # its cache cannot be cropped back after a trial
+        if any(self.cache.is_sliding):  # its cache cannot be cropped back
             raise WinnowError("sample: a model with sliding windows cannot be steered; remove `head` under `from`")
         self.inner, self.bias, self.outer = (
             torch.from_numpy(array).to(network.device) for array in (head.inner, head.bias, head.outer)
@@ -81,5 +81,4 @@ class Guide:
             past_key_values=self.cache,
         )
         self.cache.crop(-m)
-        hidden: Tensor = output.last_hidden_state.float()
-        return hidden
+        return output.last_hidden_state.float()

@@ -1,6 +1,7 @@
 """Engine on Hugging Face `generate`: slow, the reference for the others, and the one that can be steered."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -10,46 +11,45 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
+from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
 
 BATCH_ROWS = 256
 
 
+@dataclass
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Logits processor that adds each row's own seeded Gumbel noise: the argmax is a draw from the warped softmax.
 
-    The noise of step t comes from (seed, t), so that a draw does not depend on which batch it is in. `logp` has,
-    for each step, the log-prob of the token drawn: under the law drawn from if that is uncut, else the policy's.
+    The noise of step t comes from (seed, t), so that a draw does not depend on which batch it is in. `logp` has the
+    log-prob of each step's tokens: under the sampling distribution at temperature 1 without top-k, else the policy.
     """
 
-    def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling) -> None:
-        self.seeds, self.prompt_length, self.sampling = seeds, prompt_length, sampling
-        self.logp: list[Tensor] = []
+    seeds: Sequence[int]
+    prompt_length: int
+    sampling: Sampling
+    logp: list[Tensor] = field(default_factory=list)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.noisy(input_ids.shape[1] - self.prompt_length, scores.float(), scores.float())
 
     def noisy(self, step: int, scores: Tensor, steered: Tensor) -> Tensor:
-        """Return `steered`, warped and cut, plus noise; all fp32 [N, V]. Without steering, `steered` is `scores`."""
+        """Return `steered` after temperature and top-k plus noise, all fp32 [N, V]; `steered` may be `scores`."""
         warped = steered / self.sampling.temperature
         if 0 < self.sampling.top_k < warped.shape[-1]:
             threshold = warped.topk(self.sampling.top_k, dim=-1).values[:, -1:]
             warped = warped.masked_fill(warped < threshold, -torch.inf)
-        noise = np.stack([gumbel_noise(seed, step, warped.shape[-1]) for seed in self.seeds])
-        noisy: Tensor = warped + torch.from_numpy(noise).to(warped.device)
+        # A counter-based generator keyed by (seed, step): no state is carried from one step to the next.
+        generators = [np.random.Generator(np.random.Philox(key=[seed, step])) for seed in self.seeds]
+        noise = np.stack([generator.gumbel(size=warped.shape[-1]).astype(np.float32) for generator in generators])
+        noisy = warped + torch.from_numpy(noise).to(warped.device)
         tokens = noisy.argmax(-1, keepdim=True)
-        law = steered if self.sampling.uncut else scores
-        self.logp.append(law.log_softmax(-1).gather(-1, tokens).squeeze(-1))
+        logits = scores if self.sampling.logp_kind == "raw" else steered
+        self.logp.append(logits.log_softmax(-1).gather(-1, tokens).squeeze(-1))
         return noisy
 
 
-def gumbel_noise(seed: int, step: int, size: int) -> np.ndarray:
-    """Return the noise of one draw at one step, fp32 [size], from a counter-based generator keyed by (seed, step)."""
-    return np.random.Generator(np.random.Philox(key=[seed, step])).gumbel(size=size).astype(np.float32)
-
-
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Engine that batches rows of equal prompt length, so that nothing is padded, for one caller at a time."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
@@ -57,7 +57,7 @@ class TransformersEngine:
         torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
         kwargs = dict(dtype=getattr(torch, dtype), local_files_only=True)
         self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        self.network.generation_config = GenerationConfig()  # its penalties and minima would change the law
+        self.network.generation_config = GenerationConfig()  # its penalties and minima would change the distribution
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.lock = Lock()
 
@@ -104,6 +104,3 @@ class TransformersEngine:
             reason = "length" if length is None else "stop"
             completions.append(Completion(row[:length], float(logp[:length].sum()), reason))
         return completions
-
-    def close(self) -> None:
-        del self.network

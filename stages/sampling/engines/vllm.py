@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -12,27 +12,32 @@ from threading import Thread
 from typing import Any
 
 from stages.limits import context_length
-from stages.sampling.engines import Completion, EngineProgress, Request, Sampling, ignore_progress
-from stages.sampling.engines.request_queue import RequestQueue
+from stages.sampling.engines import Completion, Request, Sampling
+from stages.sampling.engines.request_queue import QueuedEngine
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards: leave its threads alone
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards, on all of its threads
 }
+LLVMLITE = "llvmlite.binding.ffi"
 MAX_SEQUENCES = 512  # that run at once; as many again wait in the engine, so that the end of one leaves no gap
 STEP_TOKENS = 16_384  # of a step on a CPU; raised to the context length, for one whole prompt must fit
 
 
-class VllmEngine:
-    """Engine that makes one vLLM request per draw, each with its own seed: more draws later are a pure extension."""
+class VllmEngine(QueuedEngine):
+    """Engine that makes one vLLM request per draw, each with its own seed: more draws later are a pure extension.
+
+    `add`, `step` and `abort` are the parts of the loop of `LLM.generate`.
+    """
 
     def __init__(self, folder: Path, dtype: str, tensor_parallel: int = 1) -> None:
         import torch
 
         from stages.network.load import THREADS
 
+        super().__init__(window=2 * MAX_SEQUENCES)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         on_cpu = not torch.cuda.is_available()
@@ -40,7 +45,7 @@ class VllmEngine:
             # In this process the engine starts in seconds. On a GPU it is a subprocess, whose end frees the memory.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         torch.set_num_threads(THREADS)
-        with _module_hidden("llvmlite.binding.ffi"), _stderr_held_back():
+        with _quiet_start():
             from vllm import LLM
 
             self.llm: Any = LLM(
@@ -56,31 +61,9 @@ class VllmEngine:
                 max_num_batched_tokens=max(STEP_TOKENS, context_length(folder)) if on_cpu else None,
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
-                generation_config="vllm",  # the folder's own sampling defaults would change the law
+                generation_config="vllm",  # the folder's own sampling defaults would change draws
             )
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
-        self.queue = RequestQueue(_SteppableVllm(self.llm.llm_engine), window=2 * MAX_SEQUENCES)
-
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
-    ) -> list[Completion]:
-        return self.queue.generate(requests, sampling, progress)
-
-    def close(self) -> None:
-        """Free the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.queue
-        cleanup_dist_env_and_memory()
-        gc.collect()
-
-
-class _SteppableVllm:
-    """Adapter of an `LLMEngine` (untyped, as vLLM is) to `SteppableEngine`: the loop of `LLM.generate` in pieces."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
     def add(self, request_id: str, request: Request, sampling: Sampling) -> None:
@@ -102,11 +85,11 @@ class _SteppableVllm:
             )
         params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
         params.seed = request.seed
-        self.engine.add_request(request_id, tokens_input(list(request.prompt_ids)), params)
+        self.llm.llm_engine.add_request(request_id, tokens_input(list(request.prompt_ids)), params)
 
     def step(self) -> dict[str, Completion]:
         completions = {}
-        for answer in self.engine.step():
+        for answer in self.llm.llm_engine.step():
             if answer.finished:
                 output = answer.outputs[0]
                 ids, reason = list(output.token_ids), str(output.finish_reason)
@@ -114,11 +97,20 @@ class _SteppableVllm:
         return completions
 
     def abort(self, request_ids: list[str]) -> None:
-        self.engine.abort_request(request_ids)
+        self.llm.llm_engine.abort_request(request_ids)
+
+    def close(self) -> None:
+        """Free the weights and the KV cache; vLLM keeps both until its engine core is shut down."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
 
 
 def _wake_when_engine_dies(client: Any) -> None:
-    """Put an error in the answer queue when a subprocess engine ends: vLLM 0.32 would wait for an answer for ever."""
+    """Put an error in the answer queue when a subprocess engine ends: vLLM 0.32 would wait indefinitely."""
     from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -131,8 +123,12 @@ def _wake_when_engine_dies(client: Any) -> None:
 
 
 @contextmanager
-def _stderr_held_back() -> Iterator[None]:
-    """Hold back what start-up prints, from C++ too, and print it only if start-up fails."""
+def _quiet_start() -> Iterator[None]:
+    """Hold back what start-up prints, from C++ too, and print it only if start-up fails.
+
+    Hide llvmlite's lazy library too: vLLM calls `vars` on everything in every loaded module, and it has no dict.
+    """
+    llvmlite = sys.modules.pop(LLVMLITE, None)
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as log:
@@ -146,14 +142,5 @@ def _stderr_held_back() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-
-
-@contextmanager
-def _module_hidden(name: str) -> Iterator[None]:
-    """Hide a loaded module: vLLM calls `vars` on everything in every one, and llvmlite's lazy library has no dict."""
-    module = sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        if module is not None:
-            sys.modules[name] = module
+            if llvmlite is not None:
+                sys.modules[LLVMLITE] = llvmlite

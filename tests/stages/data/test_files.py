@@ -21,10 +21,11 @@ from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
 from schemas import Model, WinnowError, conform
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS, REWARDS
-from stages.data.files import DataSource, text_of
+from stages.data.files import DataSource
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
+from stages.data.texts import text_of
 from stages.data.tokenizer import Tokenizer, readable
 from tests.conftest import write_jsonl
 

@@ -412,8 +412,8 @@ def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_p
         (RED_TEAM, "red-team-attempts, which has no preferences; use another folder"),
         (UNPAIRED, "TRL's unpaired format, which has no pairs; stage own_candidates reads it"),
         (AXIS, "axis, ratings of single summaries; set `subset: comparisons`"),
-        (HH, "no column 'prompt'; it has 'chosen', 'rejected'; set `reader` to implicit_prompt or ultra.* or hh"),
-        (PKU, "no column 'chosen', 'rejected'; it has .*; set `reader` to pku_saferlhf for these"),
+        (HH, "no column 'prompt'; it has 'chosen', 'rejected'; .*set `reader` to implicit_prompt or ultra.* or hh"),
+        (PKU, "no column 'chosen', 'rejected'; it has .*; in stage preferences .* to pku_saferlhf for these"),
         (rated("a", "Yes.", 3), "set `reader` to helpsteer2 for these"),
         ({"prompt": "Hi", "other": 1}, "no column 'chosen', 'rejected'; it has 'prompt', 'other'$"),
     ]):  # fmt: skip
@@ -475,7 +475,7 @@ def test_damage_behind_a_good_head_ends_the_reading_with_its_location(ctx, tmp_p
     start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     path.write_bytes(data[: start - 40] + bytes(4000) + data[start + 3960 :])
     rows = list[Any]()
-    with pytest.raises(WinnowError, match=r"cannot be read on after in.parquet:4095 .*fetch or write it again"):
+    with pytest.raises(WinnowError, match=r"cannot be read after in.parquet:4095 .*fetch or write it again"):
         rows.extend(DataSource(DataPath(str(path))).rows(ctx, ["prompt"]))
     assert len(rows) == 4096
 
@@ -483,7 +483,7 @@ def test_damage_behind_a_good_head_ends_the_reading_with_its_location(ctx, tmp_p
     lines = "".join(json.dumps({"prompt": f"{n} {n * 7919 % 10007}"}) + "\n" for n in range(20_000))
     compressed = gzip.compress(lines.encode())
     path.write_bytes(compressed[: len(compressed) // 2])
-    with pytest.raises(WinnowError, match=r"cannot be read on after in\.jsonl\.gz:\d{4,} .*cut short"):
+    with pytest.raises(WinnowError, match=r"cannot be read after in\.jsonl\.gz:\d{4,} .*cut short"):
         list(DataSource(DataPath(str(path))).rows(ctx, ["prompt"]))
 
 

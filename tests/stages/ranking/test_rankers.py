@@ -22,16 +22,16 @@ from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS, REWARDS
 from stages.data.preferences import preferences
 from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network
-from stages.ranking.base import averaged, both_orders
+from stages.ranking.base import Ranker, both_orders
 from stages.ranking.compare import compare
 from stages.ranking.judge import judge
-from stages.ranking.llm_judge import LlmJudge, VotingPrompt, verdict, win_share
+from stages.ranking.llm_judge import LlmJudge, vote_logit, win_share
 from stages.ranking.pairwise import LABELS, PairwiseRanker, RankerPrompt, common_prefix_length
 from stages.ranking.ranker_examples import ranker_examples
 from stages.ranking.rankers import brevity, open_ranker, pattern, verifiable
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
-from stages.sampling.engines import Completion, Request, ignore_progress
+from stages.sampling.engines import Completion, Engine, Request, ignore_progress
 
 CONTEXT = "Please book a boat for two on Monday in Oslo."
 GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
@@ -73,7 +73,7 @@ def test_shared_prefix_logits_are_those_of_plain_forwards(ranker):
         expected = [plain(ranker, CONTEXT, *pair) for pair in pairs]
         assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(expected, rel=0, abs=1e-4)
     assert ranker.logits(CONTEXT, [(GOOD, f"{n} boats") for n in range(10)]).std() > 1e-2
-    assert averaged(*both_orders(ranker, CONTEXT, [], "both")).shape == (0,)
+    assert both_orders(ranker, CONTEXT, [], "both")[0].shape == (0,)
 
 
 @settings(deadline=None, max_examples=25)
@@ -86,7 +86,7 @@ def test_a_logit_depends_on_its_pair_alone(ranker, context, pairs, budget):
     assert logits.tolist() == pytest.approx(expected, rel=0, abs=1e-4)
 
 
-class Biased:
+class Biased(Ranker):
     """A ranker with a preference for the first position: logits = truth + bias. Eighths, so that sums are exact."""
 
     def __init__(self, strength, bias, symmetric=False):
@@ -109,8 +109,8 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
     strength = {str(n): value for n, value in enumerate(strengths)}
     pairs = [(a, b) for a in strength for b in strength]
     truth = [strength[a] - strength[b] for a, b in pairs]
-    assert averaged(*both_orders(Biased(strength, bias), "", pairs, "both")).tolist() == truth
-    alone, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
+    assert both_orders(Biased(strength, bias), "", pairs, "both")[0].tolist() == truth
+    alone, _, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
     assert alone.tolist() == [gap + bias for gap in truth]
     assert nothing is None
 
@@ -118,7 +118,7 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
 def test_a_symmetric_ranker_is_read_once():
     """Its other order says nothing new: one call, and no second logit to average with."""
     opened = Biased({"a": 1.0, "b": 0.5}, 0.0, symmetric=True)
-    forward, backward = both_orders(opened, "", [("a", "b")], "both")
+    _, forward, backward = both_orders(opened, "", [("a", "b")], "both")
     assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
 
 
@@ -343,7 +343,8 @@ def test_all_pairs_reads_everyone_against_everyone_once(texts, rng):
 # An LLM as judge
 
 
-def test_a_verdict_is_the_one_letter_on_the_last_line():
+def test_a_vote_is_the_one_letter_on_the_last_line_and_goes_to_its_text():
+    """Flipped, B is the text that stood first; without one letter it is half a vote for each."""
     letters = {
         "A": "A",
         "[[B]]": "B",
@@ -351,24 +352,18 @@ def test_a_verdict_is_the_one_letter_on_the_last_line():
         "Response B is better.": "B",
         "A names no city.\nB does.\n\nB\n": "B",
     }
-    undecided = ("A is better than B", "B\nNo, wait", "AB", "a", "Both are fine", "")
-    for answer, letter in (letters | dict.fromkeys(undecided)).items():
-        assert verdict(answer) == letter
-
-
-def test_a_vote_goes_to_the_text_and_not_to_the_letter():
-    """Flipped, B is the text that stood first; without a verdict it is half a vote for each."""
-    assert [win_share(letter, flipped) for flipped in (False, True) for letter in "AB"] == [1, 0, 0, 1]
-    assert win_share("neither", False) == win_share("", True) == 0.5
+    for answer, letter in letters.items():
+        assert [win_share(answer, flipped) for flipped in (False, True)] == [letter == "A", letter == "B"]
+    for answer in ("A is better than B", "B\nNo, wait", "AB", "a", "Both are fine", ""):
+        assert win_share(answer, False) == win_share(answer, True) == 0.5
 
 
 @given(st.integers(1, 20).map(lambda n: 2 * n), st.data(), st.floats(0, 0.49))
 def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
     """log (w + 1/2) / (v - w + 1/2), w = wins, odd in w - v / 2, rising with w; 0 where |w / v - 1/2| <= threshold."""
-    prompt = VotingPrompt("{prompt}{a}{b}", votes, threshold, 0)
     wins = data.draw(st.integers(0, 2 * votes)) / 2
-    logit = prompt.logit(wins)
-    assert logit == -prompt.logit(votes - wins)
+    logit = vote_logit(wins, votes, threshold)
+    assert logit == -vote_logit(votes - wins, votes, threshold)
     if abs(wins / votes - 0.5) <= threshold:
         assert logit == 0
     else:
@@ -377,37 +372,37 @@ def test_votes_become_a_finite_antisymmetric_logit(votes, data, threshold):
         assert abs(logit) <= np.log(2 * votes + 1) + 1e-12
 
 
-def test_half_of_the_votes_have_the_order_flipped_and_all_have_their_own_seed():
-    """Eight votes: four read (low, high), four (high, low)."""
-    votes = VotingPrompt("{prompt}|{a}|{b}", 8, 0.0, 3).votes_on("x", "lo", "hi")
-    assert [(vote.question, vote.flipped) for vote in votes] == [("x|lo|hi", False), ("x|hi|lo", True)] * 4
-    assert len({vote.seed for vote in votes}) == 8
-
-
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Engine whose answer is a function of the question's text."""
 
     def __init__(self, tokenizer, answer):
-        self.tokenizer, self.answer, self.requests = tokenizer, answer, 0
+        self.tokenizer, self.answer, self.requests = tokenizer, answer, []
 
     def generate(self, requests, sampling, progress=ignore_progress):
-        self.requests += len(requests)
+        self.requests += requests
         texts = [self.answer(self.tokenizer.decode(list(request.prompt_ids))) for request in requests]
         return [Completion(self.tokenizer.encode(text), 0.0, "stop") for text in texts]
 
-    def close(self): ...
 
-
-def scripted_judge(model, answer, votes=8, threshold=0.0):
+def scripted_judge(model, answer):
     engine = ScriptedEngine(Tokenizer(model), answer)
-    return LlmJudge(model, engine, VotingPrompt("{prompt} 1: {a} 2: {b}", votes, threshold, 0), 1.0, 4), engine
+    return LlmJudge(model, engine, "{prompt} 1: {a} 2: {b}", 8, 0.0, 1.0, 4, 0), engine
+
+
+def test_half_of_the_votes_have_the_order_flipped_and_all_have_their_own_seed(tiny):
+    """Eight votes: four read (low, high), four (high, low)."""
+    opened, engine = scripted_judge(tiny, lambda question: "A")
+    opened.logits("x", [("lo", "hi")])
+    straight, flipped = (opened.tokenizer.prompt_ids(text) for text in ("x 1: hi 2: lo", "x 1: lo 2: hi"))
+    assert [request.prompt_ids for request in engine.requests] == [straight, flipped] * 4
+    assert len({request.seed for request in engine.requests}) == 8
 
 
 def test_a_judge_that_always_says_a_prefers_nobody(tiny):
     """Four votes each way: P = 1/2, logit 0, whatever the texts. One order alone would have given log 17."""
     opened, engine = scripted_judge(tiny, lambda question: "A")
     assert opened.logits(CONTEXT, [(GOOD, BAD), (LONG, GOOD)]).tolist() == [0.0, 0.0]
-    assert engine.requests == 16
+    assert len(engine.requests) == 16
     undecided, _ = scripted_judge(tiny, lambda question: "I cannot say.")
     assert undecided.logits("x", [(GOOD, BAD)]).tolist() == [0.0]
 
@@ -422,7 +417,7 @@ def test_a_judge_that_is_sure_gives_all_votes_to_one_text(tiny):
     forward, back, duplicate, same = opened.logits("x", [(GOOD, BAD), (BAD, GOOD), (GOOD, BAD), (BAD, BAD)])
     assert forward == duplicate == -back == pytest.approx(np.log(17))
     assert same == 0
-    assert engine.requests == 8
+    assert len(engine.requests) == 8
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +454,8 @@ def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
             ids = opened.tokenizer.prompt_ids(template.format(prompt="Hi", a=a, b=b))
             request = Request(ids, seed_for(5, "vote", "Hi", low, high, n))
             (answer,) = opened.engine.generate([request], opened.sampling)
-            letter = verdict(opened.tokenizer.decode(answer.token_ids))
-            wins += 0.5 if letter is None else {"A": a, "B": b}[letter] == first
+            share = win_share(opened.tokenizer.decode(answer.token_ids), flipped=False)  # for `a`
+            wins += share if a == first else 1 - share
         assert logit == pytest.approx(np.log((wins + 0.5) / (8 - wins + 0.5)), abs=1e-12)
     assert len(set(logits.tolist())) > 3, "hardly any vote had a verdict: this test has seen nothing"
     assert opened.logits("Hi", [(b, a) for a, b in pairs]).tolist() == (-logits).tolist()

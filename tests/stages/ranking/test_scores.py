@@ -1,4 +1,4 @@
-"""Scores from many comparisons, and sums of several rankers: oracles, and the laws of both."""
+"""Scores from many comparisons, and sums of several rankers: oracles, and the properties of both."""
 
 import re
 from itertools import combinations

@@ -14,7 +14,7 @@ from schemas import WinnowError
 from stages.network.forward import completion_logp
 from stages.network.load import load_network
 from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling, ignore_progress, open_engine
-from stages.sampling.engines.request_queue import RequestQueue
+from stages.sampling.engines.request_queue import QueuedEngine
 from tests.material import alone
 from tests.stages.selection.test_kernels import follows
 
@@ -67,8 +67,8 @@ def test_first_tokens_follow_the_warped_softmax(engine, tiny):
     with torch.inference_mode():
         logits = load_network(tiny)(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1].double().numpy()
     top = np.argsort(-logits)[:6]
-    law = np.exp(logits[top] / 0.7) / np.exp(logits[top] / 0.7).sum()
-    assert follows(counts, dict(zip(top.tolist(), law, strict=True))) > 1e-4
+    expected = np.exp(logits[top] / 0.7) / np.exp(logits[top] / 0.7).sum()
+    assert follows(counts, dict(zip(top.tolist(), expected, strict=True))) > 1e-4
 
 
 def test_a_stop_id_that_the_folder_does_not_name_ends_a_response(engine):
@@ -129,8 +129,8 @@ def test_the_queue_on_vllm_gives_what_its_own_generate_gives(engine):
     from vllm import SamplingParams, TokensPrompt
 
     requests = [Request(PROMPTS[n % 3], n) for n in range(60)]
-    law = dict(temperature=0.7, top_k=20, max_tokens=12, stop_token_ids=[1])
-    parameters = [SamplingParams(**law, seed=request.seed, logprobs=0, detokenize=False) for request in requests]
+    options = dict(temperature=0.7, top_k=20, max_tokens=12, stop_token_ids=[1])
+    parameters = [SamplingParams(**options, seed=request.seed, logprobs=0, detokenize=False) for request in requests]
     prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
     outputs = [answer.outputs[0] for answer in engine.llm.generate(prompts, parameters, use_tqdm=False)]
     expected = [(list(output.token_ids), output.cumulative_logprob, output.finish_reason) for output in outputs]
@@ -155,37 +155,38 @@ def test_a_model_on_one_gpu_is_not_spread_over_two(tiny):
         open_engine("transformers", tiny.folder, "float32", tensor_parallel=2)
 
 
-class ScriptedEngine:
-    """Steppable engine that answers a request with its seed, after as many steps as its prompt has ids.
+class ScriptedEngine(QueuedEngine):
+    """Engine that answers a request with its seed, after as many steps as its prompt has ids.
 
     It records how many requests each step had, and asserts that no two threads use it at once.
     """
 
-    def __init__(self, failure=None):
-        self.failure, self.lock, self.batch_sizes = failure, threading.Lock(), []
-        self.running, self.added, self.aborted = {}, [], set()
+    def __init__(self, window, step_failure=None):
+        super().__init__(window)
+        self.step_failure, self.lock, self.batch_sizes = step_failure, threading.Lock(), []
+        self.states, self.added, self.aborted = {}, [], set()
 
     def add(self, request_id, request, sampling):
         with self.exclusively():
             if request.seed < 0:
                 raise ValueError("no such seed")
-            self.running[request_id] = [len(request.prompt_ids), request.seed]
+            self.states[request_id] = [len(request.prompt_ids), request.seed]
             self.added.append(request.seed)
 
     def step(self):
         with self.exclusively():
-            self.batch_sizes.append(len(self.running))
+            self.batch_sizes.append(len(self.states))
             time.sleep(0.0005)  # other threads run
-            if self.failure and len(self.batch_sizes) == 20:
-                raise self.failure
-            for state in self.running.values():
+            if self.step_failure and len(self.batch_sizes) == 20:
+                raise self.step_failure
+            for state in self.states.values():
                 state[0] -= 1
-            ended = [request_id for request_id, (steps, _) in self.running.items() if steps == 0]
-            return {name: Completion([self.running.pop(name)[1]], 0.0, "stop") for name in ended}
+            ended = [request_id for request_id, (steps, _) in self.states.items() if steps == 0]
+            return {name: Completion([self.states.pop(name)[1]], 0.0, "stop") for name in ended}
 
     def abort(self, request_ids):
         with self.exclusively():
-            self.aborted |= {self.running.pop(request_id)[1] for request_id in request_ids}
+            self.aborted |= {self.states.pop(request_id)[1] for request_id in request_ids}
 
     def exclusively(self):
         assert self.lock.acquire(blocking=False), "two threads at once"
@@ -197,21 +198,20 @@ def requests_of(lengths, first_seed=0):
     return [Request([0] * length, first_seed + n) for n, length in enumerate(lengths)]
 
 
-def generating(queue, requests, progress=ignore_progress):
+def generating(engine, requests, progress=ignore_progress):
     """Return a call for `in_threads` that returns the seeds answered."""
-    return lambda: [answer.token_ids[0] for answer in queue.generate(requests, SAMPLING, progress)]
+    return lambda: [answer.token_ids[0] for answer in engine.generate(requests, SAMPLING, progress)]
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=30), min_size=1, max_size=4), st.integers(1, 12))
 @settings(max_examples=25)
 def test_every_thread_gets_its_answers_in_order_and_the_window_holds(lengths_by_thread, window):
-    engine = ScriptedEngine()
-    queue = RequestQueue(engine, window)
+    engine = ScriptedEngine(window)
     calls = [requests_of(lengths, 1000 * n) for n, lengths in enumerate(lengths_by_thread)]
-    answers = in_threads(*(generating(queue, requests) for requests in calls))
+    answers = in_threads(*(generating(engine, requests) for requests in calls))
     assert answers == [[request.seed for request in requests] for requests in calls]
     assert max(engine.batch_sizes, default=0) <= window
-    assert not engine.running
+    assert not engine.states
 
 
 def test_the_oldest_call_goes_first_and_a_younger_one_fills_the_window():
@@ -219,35 +219,33 @@ def test_the_oldest_call_goes_first_and_a_younger_one_fills_the_window():
 
     No tail between windows or calls: the engine has fewer than 8 only in the last 10 steps.
     """
-    engine, first_started = ScriptedEngine(), threading.Event()
-    queue = RequestQueue(engine, 8)
+    engine, first_started = ScriptedEngine(8), threading.Event()
     lengths = [1 + n % 10 for n in range(200)]
     older, younger = requests_of(lengths), requests_of(lengths[:100], 1000)
 
     def second_call():
         first_started.wait()
-        return queue.generate(younger, SAMPLING, ignore_progress)
+        return engine.generate(younger, SAMPLING, ignore_progress)
 
-    in_threads(generating(queue, older, lambda done: first_started.set()), second_call)
+    in_threads(generating(engine, older, lambda done: first_started.set()), second_call)
     assert engine.added == [*range(200), *range(1000, 1100)]
     assert set(engine.batch_sizes[:-10]) == {8}
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_a_step_that_fails_ends_every_call_and_all_later_ones(failure):
-    """The thread that stepped raises the failure itself, the others DeadEngineError: nobody waits for ever."""
-    queue = RequestQueue(ScriptedEngine(failure), 16)
-    results = in_threads(*(generating(queue, requests_of([9] * 100, 100 * n)) for n in range(3)))
+    """The thread that stepped raises the failure itself, the others DeadEngineError: nobody waits indefinitely."""
+    engine = ScriptedEngine(16, failure)
+    results = in_threads(*(generating(engine, requests_of([9] * 100, 100 * n)) for n in range(3)))
     names = sorted(type(error).__name__ for error in results)
     assert names == sorted(["DeadEngineError"] * 2 + [type(failure).__name__])
     with pytest.raises(DeadEngineError, match=type(failure).__name__):
-        queue.generate(requests_of([1]), SAMPLING, ignore_progress)
+        engine.generate(requests_of([1]), SAMPLING, ignore_progress)
 
 
 def test_the_requests_of_an_interrupted_thread_are_aborted():
     """The other thread goes on alone, and gets all its answers."""
-    engine = ScriptedEngine()
-    queue = RequestQueue(engine, 8)
+    engine = ScriptedEngine(8)
 
     def interrupt(done):
         if done > 3:
@@ -255,21 +253,21 @@ def test_the_requests_of_an_interrupted_thread_are_aborted():
 
     lengths = [1 + n % 7 for n in range(50)]
     interrupted, answers = in_threads(
-        generating(queue, requests_of(lengths), interrupt), generating(queue, requests_of(lengths, 1000))
+        generating(engine, requests_of(lengths), interrupt), generating(engine, requests_of(lengths, 1000))
     )
     assert isinstance(interrupted, KeyboardInterrupt)
     assert answers == list(range(1000, 1050))
-    queue.generate(requests_of([1]), SAMPLING, ignore_progress)
-    assert not engine.running
+    engine.generate(requests_of([1]), SAMPLING, ignore_progress)
+    assert not engine.states
     assert engine.aborted
     assert engine.aborted < set(range(50))
 
 
 def test_a_request_that_cannot_be_added_fails_its_own_call_only():
-    queue = RequestQueue(ScriptedEngine(), 8)
+    engine = ScriptedEngine(8)
     answers, error = in_threads(
-        generating(queue, requests_of([5] * 50, 1000)),
-        generating(queue, [*requests_of([5] * 50), Request([0], -1)]),
+        generating(engine, requests_of([5] * 50, 1000)),
+        generating(engine, [*requests_of([5] * 50), Request([0], -1)]),
     )
     assert answers == list(range(1000, 1050))
     assert isinstance(error, ValueError)

@@ -24,7 +24,6 @@ from stages.network.forward import completion_logp, read_rows, response_means
 from stages.network.load import load_network
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 from stages.sampling.engines.steering import Guide
-from stages.sampling.engines.transformers import gumbel_noise
 from stages.sampling.sample import sample
 from stages.selection.pair import pair, pair_rule
 from stages.training.reference import reference
@@ -299,7 +298,8 @@ def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, o
             prefix = completion.token_ids[:step]
             logits = next_token_logits(network, request.prompt_ids, prefix)
             if step % every:
-                assert token == (logits / 0.8 + gumbel_noise(request.seed, step, len(logits))).argmax()
+                noise = np.random.Generator(np.random.Philox(key=[request.seed, step])).gumbel(size=len(logits))
+                assert token == (logits / 0.8 + noise.astype(np.float32)).argmax()
                 continue
             tokens = np.argsort(-logits)[:top]
             best = continuation_scores(network, opinion, request.prompt_ids, prefix, tokens).argmax()
@@ -308,8 +308,8 @@ def test_a_large_strength_draws_the_top_token_that_the_head_likes_best(engine, o
     assert steered > 5, "the head agreed with the policy throughout: this test shows nothing"
 
 
-def law(network, steering, prompt, prefix):
-    """Log-probs [V] of the next token under the steered law."""
+def steered_logps(network, steering, prompt, prefix):
+    """Log-probs [V] of the next token under the steered distribution."""
     logits = next_token_logits(network, prompt, prefix)
     if len(prefix) % steering.every == 0:
         top = np.argsort(-logits)[: steering.top]
@@ -319,13 +319,15 @@ def law(network, steering, prompt, prefix):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_log_prob_of_an_uncut_steered_draw_is_that_of_the_steered_law(engine, opinion, sharp, every):
+def test_the_log_prob_of_an_uncut_steered_draw_is_that_of_the_steered_distribution(engine, opinion, sharp, every):
     """log q(y) = sum_t log softmax(logits + strength * share)[y_t], each step again and without a cache."""
     network, steering = load_network(sharp), Steering(opinion, 3.0, 15, every)
     completions = engine.generate(requests_of(6), Sampling(1.0, 0, 8, (1,), steering))
     for request, completion in zip(requests_of(6), completions, strict=True):
         ids = completion.token_ids
-        logps = [law(network, steering, request.prompt_ids, ids[:step])[token] for step, token in enumerate(ids)]
+        logps = [
+            steered_logps(network, steering, request.prompt_ids, ids[:step])[token] for step, token in enumerate(ids)
+        ]
         assert completion.logp == pytest.approx(sum(logps), abs=1e-3)
 
 
@@ -352,7 +354,7 @@ def test_stronger_steering_scores_higher(sharp, opinion, ctx):
     assert means[0] < means[1] < means[2]
 
 
-def test_logp_kind_names_the_law_of_a_log_prob(sharp, opinion, ctx):
+def test_logp_kind_names_the_distribution_of_a_log_prob(sharp, opinion, ctx):
     cut, heads = UNCUT | {"temperature": 0.7}, opinion.to_table()
     for head_table, options, kind in ((None, UNCUT, "exact"), (heads, UNCUT, "steered"), (heads, cut, "raw")):
         candidates = sample(prompts_of(["p"]), sharp, ctx, head_table, n=2, max_tokens=4, **options)
@@ -360,7 +362,7 @@ def test_logp_kind_names_the_law_of_a_log_prob(sharp, opinion, ctx):
 
 
 def steered_kl(sharp, opinion, ctx, **options):
-    """log q - log p of each draw, as `evaluate` has it: q the steered law, p the policy it started from."""
+    """log q - log p of each draw, as `evaluate` has it: q the steered distribution, p the policy it started from."""
     prompts = prompts_of(["p"])
     candidates = sample(prompts, sharp, ctx, opinion.to_table(), **UNCUT, **options)
     ids = zip(candidates["k"].to_pylist(), candidates["candidate_id"].to_pylist(), strict=True)
@@ -379,11 +381,11 @@ def test_steering_of_no_strength_has_no_kl(sharp, opinion, ctx):
     assert kl == pytest.approx(0, abs=1e-4)
 
 
-def test_kl_of_a_steered_policy_is_that_of_the_two_laws(sharp, opinion, ctx):
+def test_kl_of_a_steered_policy_is_that_of_the_two_distributions(sharp, opinion, ctx):
     """One token, by enumeration: KL = sum_v q_v (log q_v - log p_v), in 2,000 draws to four standard errors."""
     ratios, kl = steered_kl(sharp, opinion, ctx, n=2000, max_tokens=1, steer=2.0)
     network, prompt = load_network(sharp), prompts_of(["p"])["token_ids"][0].as_py()
-    q, p = (law(network, Steering(opinion, strength, 15, 1), prompt, []) for strength in (2.0, 0.0))
+    q, p = (steered_logps(network, Steering(opinion, strength, 15, 1), prompt, []) for strength in (2.0, 0.0))
     exact = (np.exp(q) * (q - p)).sum()
     assert exact > 0.1
     assert kl == pytest.approx(ratios.mean())

@@ -1,0 +1,12 @@
+"""Types of options that several stages share, with their bounds, which are checked when a recipe is planned."""
+
+from typing import Annotated, Literal
+
+from pipeline import Range
+
+Count = Annotated[int, Range(gt=0)]
+Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
+Share = Annotated[float, Range(ge=0, le=1)]
+HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
+Temperature = Annotated[float, Range(gt=0, le=2)]
+Precision = Literal["float32", "bfloat16"]
