@@ -8,7 +8,7 @@ it reads all prompts together, at one temperature.
 import numpy as np
 
 from pipeline import Registry
-from stages.selection.groups import Floats, RewardGroups, divide_gap
+from stages.selection.groups import Floats, RewardGroups, divide
 
 normaliser = Registry("normaliser", "zero", "pooled")
 MAX_EXPONENT = 1e4
@@ -19,8 +19,7 @@ MAX_STEPS, MIN_GAIN, MIN_STEP_SIZE = 100, 1e-18, 1e-9  # of Newton's method
 @normaliser(zero=True, pooled=False)
 def empirical(groups: RewardGroups, beta: Floats) -> Floats:
     """Return L_N = log of the mean of exp(reward / beta): biased downward (Jensen)."""
-    log_mean: Floats = np.log(groups.mean(np.exp(groups.exponent(beta))))
-    return log_mean
+    return np.log(groups.mean(np.exp(groups.exponent(beta))))
 
 
 @normaliser(zero=False, pooled=False)
@@ -34,20 +33,19 @@ def jackknife(groups: RewardGroups, beta: Floats) -> Floats:
     # Log of the sum of the others' weights, [N]. Without the (first) best candidate the difference sum - weight would
     # cancel: there the others are summed relative to the second best.
     rows = np.arange(len(weight))
-    best = np.minimum.reduceat(np.where(groups.gap == 0, rows, len(rows)), groups.starts[:-1])
-    other_gaps = groups.gap.copy()
-    other_gaps[best] = -np.inf
-    second = groups.max(other_gaps)
-    other_weights = np.exp(divide_gap(other_gaps - groups.broadcast(second), groups.broadcast(beta)))
-    other_weights[best] = 0.0
+    best = np.minimum.reduceat(np.where(groups.below_max == 0, rows, len(rows)), groups.starts[:-1])
+    others = groups.below_max.copy()
+    others[best] = -np.inf
+    second = groups.max(others)
+    others_weight = np.exp(divide(others - groups.broadcast(second), groups.broadcast(beta)))
+    others_weight[best] = 0.0
     sums = groups.broadcast(groups.sum(weight)) - weight
-    sums[best] = groups.sum(other_weights)
+    sums[best] = groups.sum(others_weight)
     log_sums: Floats = np.log(sums)
-    log_sums[best] += divide_gap(second, beta)
+    log_sums[best] += divide(second, beta)
 
     leave_one_out = log_sums - groups.broadcast(np.log(n - 1.0))
-    log_z: Floats = n * empirical(groups, beta) - (n - 1) * groups.mean(leave_one_out)
-    return log_z
+    return n * empirical(groups, beta) - (n - 1) * groups.mean(leave_one_out)
 
 
 @normaliser(zero=False, pooled=True)

@@ -21,8 +21,7 @@ MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
-    problems: list[str] = rule.metadata["check"](rule.options) if "check" in rule.metadata else []
-    return problems
+    return rule.metadata["check"](rule.options) if "check" in rule.metadata else []
 
 
 @stage(version=2, check=_check_rule)
@@ -40,17 +39,14 @@ def select(
     """
     rows, prompts, groups = _group_rewards(rewards, ctx, seed)
 
-    # Reject prompts without what the scale, then the rule, requires (two different rewards, say).
-    for function in (scale, rule):
-        if "needs" not in function.metadata:
-            continue
-        requirement = function.metadata["needs"]
-        usable = requirement.is_met(groups)
+    # Reject prompts without two different rewards, if the scale or the rule needs them; the first one is the place.
+    needy = [function.name for function in (scale, rule) if function.metadata.get("needs_spread")]
+    usable = groups.range > 0
+    if needy and not usable.all():
         for prompt in prompts[~usable]:
-            ctx.reject(requirement.reason, place=function.name, prompt=prompt)
-        if not usable.all():
-            rows, prompts = rows.filter(pa.array(groups.broadcast(usable))), prompts[usable]
-            groups = groups.filter(usable)
+            ctx.reject("one candidate, or all rewards equal", place=needy[0], prompt=prompt)
+        rows, prompts = rows.filter(pa.array(groups.broadcast(usable))), prompts[usable]
+        groups = groups.filter(usable)
     if not len(prompts):
         return SELECTIONS.empty_table()
 
