@@ -81,11 +81,6 @@ class RewardGroups:
         """Return (reward - max) / beta, [G] -> [N]; exact at beta 0 (0 for the best, else -inf) and infinity (0)."""
         return divide(self.below_max, self.broadcast(beta))
 
-    def filter(self, mask: Mask) -> "RewardGroups":
-        """Return the prompts where `mask` [G] is true."""
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes[mask])])
-        return RewardGroups(self.values[self.broadcast(mask)], starts, self.seeds[mask])
-
     def effective_sample_size(self, weight: Floats) -> Floats:
         """Return (sum w)^2 / sum w^2 per prompt, in candidates, [N] -> [G]."""
         return self.sum(weight) ** 2 / self.sum(weight**2)

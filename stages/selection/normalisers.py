@@ -64,16 +64,13 @@ def gumbel(groups: RewardGroups, beta: Floats) -> Floats:
     half_variance = groups.sum(centred**2) / (2 * (groups.sizes - 1))
     top = groups.max(centred)
     log_sum = top + np.log(groups.sum(np.exp(centred - groups.broadcast(top))))
-    features = np.stack([_scale_to_unit(groups.mean(groups.values)), _scale_to_unit(half_variance)])
+    # Features centred, with largest deviation 1, so that theta moves along them in steps of the data's own size
+    features = np.stack([groups.mean(groups.values), half_variance])
+    features -= features.mean(axis=1, keepdims=True)
+    largest = np.abs(features).max(axis=1, keepdims=True)
+    features /= np.where(largest > 0, largest, 1.0)
     log_mean = log_sum - np.log(len(centred)) - half_variance
     return half_variance + _fit_correction(log_mean, features, groups.sizes / len(centred)) - top
-
-
-def _scale_to_unit(x: Floats) -> Floats:
-    """Return x centred, with largest deviation 1, so that theta moves along it in steps of the data's own size."""
-    centred: Floats = x - x.mean()
-    largest = np.abs(centred).max()
-    return centred / largest if largest > 0 else centred
 
 
 def _fit_correction(log_mean: Floats, features: Floats, share: Floats) -> Floats:
