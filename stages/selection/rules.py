@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline import Bound, Finite, Range, Registry
 from stages.data.rows import SMALLEST_WEIGHT
-from stages.selection.groups import Floats, Ints, Mask, RewardGroups, temperature
+from stages.selection.groups import Floats, Ints, RewardGroups, temperature
 from stages.selection.normalisers import normaliser
 
 selection_rule = Registry("selection rule")
@@ -109,7 +109,8 @@ def everything(groups: RewardGroups) -> Selection:
 @selection_rule()
 def above(groups: RewardGroups, *, threshold: Finite) -> Selection:
     """Select rewards strictly above the threshold: the filter of ReST's Improve step (arXiv:2308.08998)."""
-    return _select_rows(groups, groups.values > threshold, empty_reason="nothing above the threshold")
+    is_above = groups.values > threshold
+    return _select_weighted(groups, is_above.astype(np.float64), empty_reason="nothing above the threshold")
 
 
 def _check_softmax_weights(options: dict[str, Any]) -> list[str]:
@@ -144,7 +145,8 @@ def softmax_weights(
     betas = temperature(groups, beta, ess, kl)
     exponent = groups.exponent(betas)
     weight = np.exp(exponent - groups.broadcast(normaliser(groups, betas)))
-    return _select_weighted(groups, np.minimum(weight, clip), betas, groups.effective_sample_size(np.exp(exponent)))
+    ess_before_clip = groups.effective_sample_size(np.exp(exponent))
+    return _select_weighted(groups, np.minimum(weight, clip), beta=betas, ess=ess_before_clip)
 
 
 @selection_rule(version=3, weighs=True, needs_spread=True)
@@ -154,7 +156,8 @@ def advantage_weights(groups: RewardGroups, *, beta: Positive, clip: Positive = 
     with np.errstate(over="ignore"):
         advantage = (groups.values - groups.broadcast(groups.mean(groups.values))) / beta
         weight = np.minimum(np.exp(advantage), clip)
-    return _select_weighted(groups, weight, betas, groups.effective_sample_size(np.exp(groups.exponent(betas))))
+    ess_before_clip = groups.effective_sample_size(np.exp(groups.exponent(betas)))
+    return _select_weighted(groups, weight, beta=betas, ess=ess_before_clip)
 
 
 @selection_rule(version=3, weighs=True, needs_spread=True)
@@ -177,17 +180,12 @@ def chi_square(groups: RewardGroups, *, beta: NotNegative) -> Selection:
             break
         positive = remaining
     weight = np.where(positive, x - level, 0.0)
-    return _select_weighted(groups, weight, betas, groups.effective_sample_size(weight))
+    return _select_weighted(groups, weight, beta=betas, ess=groups.effective_sample_size(weight))
 
 
-def _select_rows(groups: RewardGroups, mask: Mask, **fields: Any) -> Selection:
-    """Return the rows of `mask` [N], in the order of the candidates' ids."""
-    n_before: Ints = np.cumsum(mask) - mask
-    draw = n_before - groups.broadcast(n_before[groups.starts[:-1]])
-    return Selection(np.flatnonzero(mask), draw[mask], **fields)
-
-
-def _select_weighted(groups: RewardGroups, weight: Floats, betas: Floats, ess: Floats) -> Selection:
-    """Return the rows whose weight training, in float32, can tell from 0."""
+def _select_weighted(groups: RewardGroups, weight: Floats, **fields: Any) -> Selection:
+    """Return the rows whose weight training, in float32, can tell from 0, in the order of the candidates' ids."""
     mask = weight > SMALLEST_WEIGHT
-    return _select_rows(groups, mask, weight=weight[mask], beta=betas, ess=ess)
+    n_before: Ints = np.cumsum(mask) - mask
+    draw: Ints = n_before - groups.broadcast(n_before[groups.starts[:-1]])
+    return Selection(np.flatnonzero(mask), draw[mask], weight=weight[mask], **fields)
