@@ -341,8 +341,8 @@ def test_an_unknown_part_is_rejected():
         StoreBenchmark(SMALL, ["sleep"])
 
 
-def test_the_command_writes_its_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(beta, "run_in_process", run_here)
+def test_the_command_writes_its_page(tmp_path):
+    """With tasks in new processes, which import nothing but what the task names."""
     words = ["store", "--only", "beta", "--prompts", "200", "--parts", "2", "--out", str(tmp_path / "page.md")]
     result = CliRunner().invoke(cli.bench, words)
     assert result.exit_code == 0, result.output

@@ -69,8 +69,6 @@ def plan(folder: Path) -> Plan:
 
 
 def run_plan(folder: Path, store: Path) -> None:
-    import jobs.recipes  # noqa: F401 - registers every stage
-
     run(plan(folder), Store(store), LocalExecutor(), Silent())
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+import jobs.recipes  # noqa: F401 - registers every stage, in every process
 from pipeline.config.plan import Plan, Step, make_plan
 from pipeline.config.recipe import Recipe
 from pipeline.context import StageContext, WarmCache

@@ -54,8 +54,6 @@ def prepare(folder: Path, sizes: Sizes, parts: int) -> None:
 
 
 def plan_to(folder: Path, target: str, parts: int, engine: str = "vllm") -> Plan:
-    import jobs.recipes  # noqa: F401 - registers every stage
-
     return pipeline_plan(folder, target, parts, engine=engine, **SAMPLING)
 
 

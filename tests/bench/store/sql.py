@@ -53,8 +53,6 @@ def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
 
 def _write_store(folder: Path, sizes: Sizes) -> int:
     """Write the steps of one run and return the bytes of the store."""
-    import stages.all  # noqa: F401 - registers every stage
-
     counts = list(split_evenly(sizes.prompts, sizes.parts))
     large = [Part(count, DRAWS, n) for n, count in enumerate(counts)]
     heldout, baseline = (Part(HELDOUT_PROMPTS, HELDOUT_DRAWS, 1_000_000, version) for version in (1, 2))
@@ -172,15 +170,14 @@ def difference(ours: pa.Table, bare: pa.Table) -> str:
     if ours.shape != bare.shape:
         return f"{ours.shape} rows and columns against {bare.shape}"
     different = []
-    for name, left, right in zip(ours.column_names, ours.columns, bare.columns, strict=True):
-        if left.type != right.type:
-            different.append(name)
-        elif pa.types.is_floating(left.type):
-            a, b = (pc.fill_null(column, 0.0).to_numpy() for column in (left, right))
-            is_close = np.allclose(a, b, rtol=RTOL, atol=ATOL, equal_nan=True)
-            if not is_close or not left.is_null().equals(right.is_null()):
-                different.append(name)
-        elif not left.equals(right):
+    for name, a, b in zip(ours.column_names, ours.columns, bare.columns, strict=True):
+        is_equal = a.type == b.type
+        if is_equal and pa.types.is_floating(a.type):
+            x, y = (pc.fill_null(column, 0.0).to_numpy() for column in (a, b))
+            is_equal = np.allclose(x, y, rtol=RTOL, atol=ATOL, equal_nan=True) and a.is_null().equals(b.is_null())
+        elif is_equal:
+            is_equal = a.equals(b)
+        if not is_equal:
             different.append(name)
     return f"other values in {', '.join(different)}" if different else ""
 

@@ -40,7 +40,7 @@ def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
 
 @dataclass(frozen=True)
 class WorkersRun:
-    """One run of the stage; `parts` has, for each part, the time at which it was finished and its tokens."""
+    """Run of the stage; `parts` has, for each part, the time at which it was finished and its tokens."""
 
     parts: list[tuple[float, int]]
     seconds: float  # from start to end, engines opened included
