@@ -12,7 +12,6 @@ from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, text_by_id
 
 gold_reward = Registry("gold reward")
-Gold = Annotated[Bound, gold_reward]
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens")
 
 
@@ -25,7 +24,7 @@ def evaluate(
     policy_logp: Reference | None = None,
     baseline_logp: Reference | None = None,
     *,
-    gold: Gold | None = None,
+    gold: Annotated[Bound, gold_reward] | None = None,
     resamples: Annotated[int, Range(gt=0)] = 2000,
     seed: int = 0,
 ) -> tuple[Outcomes, Evaluations]:
