@@ -1,59 +1,14 @@
 """Data model of the pipeline: the tables (the data dictionary), ids, models, errors, and the check of a table."""
 
-from schemas.check import conform
-from schemas.columns import table_name
-from schemas.errors import WinnowError, WinnowWarning
-from schemas.ids import candidate_id, prompt_id, seed_for, shard_of, split_of, token_digest
-from schemas.model import Model
-from schemas.tables import (
-    TABLES,
-    Candidates,
-    Comparisons,
-    Evaluations,
-    Examples,
-    Features,
-    Heads,
-    Judgements,
-    Metrics,
-    Outcomes,
-    Pairs,
-    Policies,
-    Prompts,
-    Reference,
-    Rejects,
-    Rewards,
-    Selections,
-    Speeds,
-)
-
-__all__ = [
-    "TABLES",
-    "Candidates",
-    "Comparisons",
-    "Evaluations",
-    "Examples",
-    "Features",
-    "Heads",
-    "Judgements",
-    "Metrics",
-    "Model",
-    "Outcomes",
-    "Pairs",
-    "Policies",
-    "Prompts",
-    "Reference",
-    "Rejects",
-    "Rewards",
-    "Selections",
-    "Speeds",
-    "WinnowError",
-    "WinnowWarning",
-    "candidate_id",
-    "conform",
-    "prompt_id",
-    "seed_for",
-    "shard_of",
-    "split_of",
-    "table_name",
-    "token_digest",
-]
+from schemas.check import conform as conform
+from schemas.columns import table_name as table_name
+from schemas.errors import WinnowError as WinnowError
+from schemas.errors import WinnowWarning as WinnowWarning
+from schemas.ids import candidate_id as candidate_id
+from schemas.ids import prompt_id as prompt_id
+from schemas.ids import seed_for as seed_for
+from schemas.ids import shard_of as shard_of
+from schemas.ids import split_of as split_of
+from schemas.ids import token_digest as token_digest
+from schemas.model import Model as Model
+from schemas.tables import *  # noqa: F403 - every table, and the annotations that name them

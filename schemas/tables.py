@@ -259,29 +259,8 @@ REJECTS = table(
     column("detail", pa.string(), "the value that caused the reject"),
 )
 
-# In the order in which a prompt passes through them: the order of lists, pages and manifests.
-TABLES: dict[str, pa.Schema] = {
-    table_name(schema): schema
-    for schema in (
-        PROMPTS,
-        CANDIDATES,
-        REWARDS,
-        SELECTIONS,
-        COMPARISONS,
-        PAIRS,
-        REFERENCE,
-        EXAMPLES,
-        POLICIES,
-        METRICS,
-        SPEEDS,
-        FEATURES,
-        HEADS,
-        JUDGEMENTS,
-        OUTCOMES,
-        EVALUATIONS,
-        REJECTS,
-    )
-}
+# All of the above, in the order in which a prompt passes through them: the order of lists, pages and manifests.
+TABLES: dict[str, pa.Schema] = {table_name(item): item for item in globals().values() if isinstance(item, pa.Schema)}
 
 # Annotations of a stage's inputs and outputs: `def rank(candidates: Candidates) -> Rewards`.
 Prompts = Annotated[pa.Table, PROMPTS]

@@ -1,6 +1,5 @@
 """Stage `evaluate`: win rates with intervals, KL and length; and the gold reward, which no other stage may read."""
 
-from collections import defaultdict
 from typing import Annotated
 
 import numpy as np
@@ -13,11 +12,10 @@ from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, text_by_id
 
 gold_reward = Registry("gold reward")
-Gold = Annotated[Bound, gold_reward]
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens")
 
 
-@stage(version=1, unsharded=True)
+@stage(version=2, unsharded=True)
 def evaluate(
     prompts: Prompts,
     candidates: Candidates,
@@ -26,7 +24,7 @@ def evaluate(
     policy_logp: Reference | None = None,
     baseline_logp: Reference | None = None,
     *,
-    gold: Gold | None = None,
+    gold: Annotated[Bound, gold_reward] | None = None,
     resamples: Annotated[int, Range(gt=0)] = 2000,
     seed: int = 0,
 ) -> tuple[Outcomes, Evaluations]:
@@ -60,20 +58,19 @@ def evaluate(
             outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
         outcomes.append(outcome)
 
-    # Average per prompt first, so that prompts with more responses do not weigh more.
-    rng = np.random.default_rng(seed)
+    # Average per prompt first, so that prompts with more responses do not weigh more. In one thread and in the order of
+    # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
+    table = pa.Table.from_pylist(outcomes, OUTCOMES)
+    by_prompt = table.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
+    by_prompt, rng = by_prompt.sort_by("prompt_id"), np.random.default_rng(seed)
     evaluations = []
     for metric in METRICS:
-        values_by_prompt: dict[str, list[float]] = defaultdict(list)
-        for outcome in outcomes:
-            if outcome.get(metric) is not None:
-                values_by_prompt[outcome["prompt_id"]].append(outcome[metric])
-        if values_by_prompt:
-            means = np.array([np.mean(values_by_prompt[prompt]) for prompt in sorted(values_by_prompt)])
+        means = by_prompt.column(f"{metric}_mean").drop_null().to_numpy()
+        if len(means):
             low, high = bootstrap_interval(means, resamples, rng)
             row = {"metric": metric, "value": float(means.mean()), "low": low, "high": high, "n": len(means)}
             evaluations.append(row)
-    return pa.Table.from_pylist(outcomes, OUTCOMES), pa.Table.from_pylist(evaluations, EVALUATIONS)
+    return table, pa.Table.from_pylist(evaluations, EVALUATIONS)
 
 
 def _win_score(margin: float) -> float:

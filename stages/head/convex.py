@@ -14,11 +14,11 @@ gate, and each block of v satisfies the cone of that gate. At the optimum it is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 Array = np.ndarray
-Operator = Callable[[Array], Array]
 ProgressCallback = Callable[[float, float, str], None]
 ROUNDING = 1e-14  # relative error of a solve below which conjugate gradients cannot go
 MAX_CG_ITERATIONS = 1000
@@ -32,7 +32,7 @@ def draw_gates(X: Array, count: int, rng: np.random.Generator) -> Array:
 
 
 class Program:
-    """Convex program: its objective, and the operators F (predictions) and G (constraints) with their adjoints."""
+    """Convex program: its data, and the operators F (predictions) and G (constraints) with their adjoints."""
 
     def __init__(self, X: Array, y: Array, gates: Array, beta: float) -> None:
         self.X, self.y, self.beta = X, y, beta
@@ -42,8 +42,7 @@ class Program:
 
     def predict(self, u: Array) -> Array:
         """Return F u = sum_i D_i X (v_i - w_i), [2, P, d] -> [n]."""
-        predictions: Array = (((u[0] - u[1]) @ self.X.T) * self.gates).sum(0)
-        return predictions
+        return (((u[0] - u[1]) @ self.X.T) * self.gates).sum(0)
 
     def predict_adjoint(self, r: Array) -> Array:
         """Return F^T r, [n] -> [2, P, d]."""
@@ -52,18 +51,11 @@ class Program:
 
     def constrain(self, u: Array) -> Array:
         """Return G u = (2 D_i - I) X v_i, [2, P, d] -> [2, P, n]; not negative where the constraints hold."""
-        constraints: Array = self.signs * (u @ self.X.T)
-        return constraints
+        return self.signs * (u @ self.X.T)
 
     def constrain_adjoint(self, s: Array) -> Array:
         """Return G^T s, [2, P, n] -> [2, P, d]. G^T G is X^T X on every block, because signs square to 1."""
-        blocks: Array = (self.signs * s) @ self.X
-        return blocks
-
-    def objective(self, u: Array) -> float:
-        """Return 1/2 ||F u - y||^2 + beta sum ||u_i||."""
-        error = self.predict(u) - self.y
-        return float(error @ error / 2 + self.beta * np.linalg.norm(u, axis=-1).sum())
+        return (self.signs * s) @ self.X
 
 
 @dataclass(frozen=True)
@@ -114,6 +106,8 @@ class Admm:
     """ADMM on the splitting u = v, G u = s with scaled multipliers dual_v, dual_s. Boyd et al. 2011, sec. 3."""
 
     def __init__(self, program: Program, rank: int, rng: np.random.Generator) -> None:
+        from scipy.sparse.linalg import LinearOperator
+
         self.program, self.rank, self.rng = program, rank, rng
         blocks = (2, len(program.gates), program.X.shape[1])
         self.u, self.v, self.dual_v = (np.zeros(blocks) for _ in range(3))
@@ -122,21 +116,26 @@ class Admm:
         self.y_norm = float(np.linalg.norm(program.y))
         self.Fty_norm = max(float(np.linalg.norm(self.Fty)), TINY)
         self.rho, self.primal, self.dual = 1.0, np.inf, np.inf
-        self.precondition = nystrom(self.curvature, blocks, rank, rng)
+        size = self.u.size
+        self.system = LinearOperator((size, size), lambda x: x + self.curvature(x), dtype=float)
+        self.inverse = nystrom(self.curvature, size, rank, rng)
 
-    def curvature(self, u: Array) -> Array:
-        """Return G^T G u + F^T F u / rho; the linear system of each iteration is I plus this."""
-        p = self.program
-        product: Array = u @ p.gram + p.predict_adjoint(p.predict(u)) / self.rho
-        return product
+    def curvature(self, x: Array) -> Array:
+        """Return G^T G u + F^T F u / rho for u flat; the linear system of each iteration is I plus this."""
+        p, u = self.program, x.reshape(self.u.shape)
+        return (u @ p.gram + p.predict_adjoint(p.predict(u)) / self.rho).ravel()
 
     def step(self) -> None:
         """Run one iteration: u by a linear solve, v and s by their proximal maps, then the multipliers."""
+        from scipy.sparse.linalg import cg
+
         p = self.program
         # u: the solve starts from the last one, and its error is a tenth of what the worse residual allows.
         target = self.Fty / self.rho + self.v - self.dual_v + p.constrain_adjoint(self.s - self.dual_s)
         error = 0.1 * min(self.primal * self.y_norm, self.dual * self.Fty_norm / self.rho, 0.01 * self.y_norm)
-        self.u = conjugate_gradients(lambda x: x + self.curvature(x), target, self.u, self.precondition, error)
+        limits = {"rtol": ROUNDING, "atol": error, "maxiter": MAX_CG_ITERATIONS}
+        u, _ = cg(self.system, target.ravel(), self.u.ravel(), M=self.inverse, **limits)
+        self.u = u.reshape(self.u.shape)
         # v and s
         Gu = p.constrain(self.u)
         v, s = shrink(self.u + self.dual_v, p.beta / self.rho), np.maximum(Gu + self.dual_s, 0)
@@ -156,25 +155,26 @@ class Admm:
         self.rho *= ratio
         self.dual_v /= ratio
         self.dual_s /= ratio
-        self.precondition = nystrom(self.curvature, self.u.shape, self.rank, self.rng)
+        self.inverse = nystrom(self.curvature, self.u.size, self.rank, self.rng)
 
 
 def shrink(z: Array, amount: float) -> Array:
     """Reduce each block's norm by `amount`, to at least 0: the proximal map of amount * ||.||."""
     norms = np.linalg.norm(z, axis=-1, keepdims=True)
-    shrunk: Array = z * np.maximum(1 - amount / np.maximum(norms, TINY), 0)
-    return shrunk
+    return z * np.maximum(1 - amount / np.maximum(norms, TINY), 0)
 
 
-def nystrom(curvature: Operator, shape: tuple[int, ...], rank: int, rng: np.random.Generator) -> Operator:
-    """Return an approximate inverse of I + M from `rank` products with M (Frangella et al. 2021, arXiv:2110.02820).
+def nystrom(curvature: Callable[[Array], Array], size: int, rank: int, rng: np.random.Generator) -> Any:
+    """Return an approximate inverse of I + M [size, size] from `rank` products with M, as a LinearOperator of scipy.
 
-    M ~ U diag(e) U^T, and x -> (e_r + 1) U (e + 1)^-1 U^T x + x - U U^T x. The damping is 1, because the identity
-    is already in the operator; the shift that keeps the sketch positive is of the size of float64's rounding.
+    Frangella et al. 2021, arXiv:2110.02820: M ~ U diag(e) U^T, and x -> (e_r + 1) U (e + 1)^-1 U^T x + x - U U^T x.
+    The damping is 1, because the identity is already in the operator; the shift that keeps the sketch positive is of
+    the size of float64's rounding.
     """
-    size = int(np.prod(shape))
+    from scipy.sparse.linalg import LinearOperator
+
     test = np.linalg.qr(rng.normal(size=(size, min(rank, size))))[0]
-    image = np.stack([curvature(column.reshape(shape)).ravel() for column in test.T], axis=1)
+    image = np.stack([curvature(column) for column in test.T], axis=1)
     shift = np.finfo(float).eps * np.sqrt(size) * np.linalg.norm(image)
     image = image + shift * test
     core = test.T @ image
@@ -182,34 +182,7 @@ def nystrom(curvature: Operator, shape: tuple[int, ...], rank: int, rng: np.rand
     U, singular, _ = np.linalg.svd(root, full_matrices=False)
     e = np.maximum(singular**2 - shift, 0)
     gain = (e[-1] + 1) / (e + 1) - 1
-
-    def precondition(x: Array) -> Array:
-        flat = x.ravel()
-        product: Array = (flat + U @ (gain * (U.T @ flat))).reshape(shape)
-        return product
-
-    return precondition
-
-
-def conjugate_gradients(operator: Operator, b: Array, start: Array, precondition: Operator, error: float) -> Array:
-    """Return x with ||A x - b|| <= error, or as near as rounding permits; A positive definite, arrays of one shape."""
-    x = start.copy()
-    residual = b - operator(x)
-    error = max(error, ROUNDING * float(np.linalg.norm(b)))
-    direction = np.zeros_like(b)
-    last_product = np.inf
-    for _ in range(MAX_CG_ITERATIONS):
-        if np.linalg.norm(residual) <= error:
-            break
-        z = precondition(residual)
-        product = np.vdot(residual, z)
-        direction = z + product / last_product * direction
-        image = operator(direction)
-        step = product / np.vdot(direction, image)
-        x += step * direction
-        residual -= step * image
-        last_product = product
-    return x
+    return LinearOperator((size, size), lambda x: x + U @ (gain * (U.T @ x)), dtype=float)
 
 
 def recover(v: Array) -> tuple[Array, Array]:

@@ -1,7 +1,6 @@
 """Preference head: a two-layer ReLU network that scores features."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +19,12 @@ class ReluHead:
 
     def activations(self, x: np.ndarray) -> np.ndarray:
         """Return the hidden layer's outputs, [N, d] -> [N, m]."""
-        activations: np.ndarray = np.maximum(x @ self.inner.T + self.bias, 0.0)
-        return activations
+        return np.maximum(x @ self.inner.T + self.bias, 0.0)
 
     def score(self, x: np.ndarray) -> np.ndarray:
         """Return the scores, [N, d] -> [N]. Raises WinnowError if d is not the head's width."""
         self.check_width(x.shape[1])
-        scores: np.ndarray = self.activations(x) @ self.outer
-        return scores
+        return self.activations(x) @ self.outer
 
     def check_width(self, width: int) -> None:
         """Raise WinnowError if the head does not read features of this width."""
@@ -37,19 +34,10 @@ class ReluHead:
                 "use the policy that the head was trained on for both"
             )
 
-    def fold_standardisation(self, mean: np.ndarray, sd: np.ndarray) -> Self:
-        """Return the head that scores raw x as this one scores (x - mean) / sd; mean and sd are [d]."""
-        inner = self.inner / sd
-        return type(self)(inner, self.bias - inner @ mean, self.outer)
-
     def to_table(self) -> pa.Table:
         """Return the head as a table of heads, one row per neuron."""
-        columns = {
-            "neuron": range(len(self.outer)),
-            "inner": self.inner.tolist(),
-            "bias": self.bias,
-            "outer": self.outer,
-        }
+        neurons = range(len(self.outer))
+        columns = {"neuron": neurons, "inner": self.inner.tolist(), "bias": self.bias, "outer": self.outer}
         return pa.table(columns, schema=HEADS)
 
 
@@ -62,5 +50,5 @@ def read_relu_head(heads: pa.Table) -> ReluHead:
 def feature_matrix(features: pa.Table) -> np.ndarray:
     """Return the features of a table's rows, float64 [N, d]."""
     vectors = features.column("features").combine_chunks()
-    values: np.ndarray = vectors.flatten().to_numpy().astype(np.float64)
+    values = vectors.flatten().to_numpy().astype(np.float64)
     return values.reshape(len(vectors), len(values) // max(len(vectors), 1))

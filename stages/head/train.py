@@ -188,7 +188,8 @@ def preference_head(
     standardised = PairFeatures((train.chosen - mean) / sd, (train.rejected - mean) / sd, train.weight)
     with threadpool_limits(1):  # the order of a sum, and so its last bits, would depend on the number of threads
         trained, figures = head(standardised, ctx.progress)
-    trained = trained.fold_standardisation(mean, sd)
+    inner = trained.inner / sd  # fold the standardisation in: inner . (x - mean) / sd
+    trained = ReluHead(inner, trained.bias - inner @ mean, trained.outer)
 
     heldout = {f"heldout/{name}": value for name, value in _measure(trained, pairs_by_split["heldout"]).items()}
     metrics = _measure(trained, train) | figures | heldout

@@ -4,7 +4,6 @@ Each result for a prompt depends on that prompt alone, to the last bit: sums run
 differences of running totals over the shard, whose rounding would depend on the prompts before.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -21,10 +20,10 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 LOG_BETA_MIN, LOG_BETA_MAX, BISECTIONS = -40.0, 20.0, 52
 
 
-def divide_gap(gap: Floats, beta: Floats) -> Floats:
-    """Return gap / beta, with 0 / 0 = 0."""
+def divide(difference: Floats, beta: Floats) -> Floats:
+    """Return difference / beta, with 0 / 0 = 0."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.where(gap == 0, 0.0, gap / beta)
+        return np.where(difference == 0, 0.0, difference / beta)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class RewardGroups:
         return self.max(self.values) - self.min(self.values)
 
     @cached_property
-    def gap(self) -> Floats:
+    def below_max(self) -> Floats:
         """Return reward - max of its prompt, [N]; never above 0."""
         return self.values - self.broadcast(self.max(self.values))
 
@@ -79,33 +78,12 @@ class RewardGroups:
         return np.arange(len(self.values)) - self.broadcast(self.starts[:-1])
 
     def exponent(self, beta: Floats) -> Floats:
-        """Return gap / beta, [G] -> [N]; exact at beta = 0 (0 for the best, -inf otherwise) and infinity (all 0)."""
-        return divide_gap(self.gap, self.broadcast(beta))
-
-    def filter(self, mask: Mask) -> "RewardGroups":
-        """Return the prompts where `mask` [G] is true."""
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes[mask])])
-        return RewardGroups(self.values[self.broadcast(mask)], starts, self.seeds[mask])
+        """Return (reward - max) / beta, [G] -> [N]; exact at beta 0 (0 for the best, else -inf) and infinity (0)."""
+        return divide(self.below_max, self.broadcast(beta))
 
     def effective_sample_size(self, weight: Floats) -> Floats:
         """Return (sum w)^2 / sum w^2 per prompt, in candidates, [N] -> [G]."""
         return self.sum(weight) ** 2 / self.sum(weight**2)
-
-    def kl_from_uniform(self, weight: Floats) -> Floats:
-        """Return sum p log(n p) with p = w / sum w per prompt, in nats, [N] -> [G]."""
-        p = weight / self.broadcast(self.sum(weight))
-        return self.sum(p * np.log(np.where(p > 0, p * self.broadcast(self.sizes), 1.0)))
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """Condition of a scale or a selection rule on a prompt; a prompt that fails it is rejected with this reason."""
-
-    reason: str
-    is_met: Callable[[RewardGroups], Mask]  # [G]
-
-
-REWARDS_DIFFER = Requirement("one candidate, or all rewards equal", lambda groups: groups.range > 0)
 
 
 def temperature(groups: RewardGroups, beta: float | None, ess: float | None, kl: float | None) -> Floats:
@@ -116,23 +94,23 @@ def temperature(groups: RewardGroups, beta: float | None, ess: float | None, kl:
     """
     if beta is not None:
         return np.full(len(groups.sizes), beta)
-    is_too_cold: Callable[[Floats], Mask]
-    if ess is not None:
-        is_too_cold = lambda weight: groups.effective_sample_size(weight) < ess  # noqa: E731
-    elif kl is not None:
-        is_too_cold = lambda weight: groups.kl_from_uniform(weight) > kl  # noqa: E731
-    else:
-        raise ValueError("a temperature needs one of beta, ess and kl")
 
-    def is_too_cold_at(log_beta: Floats) -> Mask:
-        return is_too_cold(np.exp(groups.exponent(np.exp(log_beta) * groups.range)))
+    def is_too_cold(log_beta: Floats) -> Mask:
+        weight = np.exp(groups.exponent(np.exp(log_beta) * groups.range))
+        if ess is not None:
+            return groups.effective_sample_size(weight) < ess
+        if kl is None:
+            raise ValueError("a temperature needs one of beta, ess and kl")
+        # KL from the uniform distribution over the prompt's n candidates: sum p log(n p), in nats
+        p = weight / groups.broadcast(groups.sum(weight))
+        return groups.sum(p * np.log(np.where(p > 0, p * groups.broadcast(groups.sizes), 1.0))) > kl
 
     # Bisection on log(beta / range) for all prompts at once: ess rises with beta, KL falls.
     low, high = (np.full(len(groups.sizes), bound) for bound in (LOG_BETA_MIN, LOG_BETA_MAX))
-    is_reachable = is_too_cold_at(low)
+    is_reachable = is_too_cold(low)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        too_cold = is_too_cold_at(middle)
+        too_cold = is_too_cold(middle)
         low, high = np.where(too_cold, middle, low), np.where(too_cold, high, middle)
     betas = np.where(is_reachable, np.exp(high) * groups.range, 0.0)
     betas = np.where(groups.range > 0, betas, np.inf)

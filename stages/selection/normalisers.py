@@ -8,7 +8,7 @@ it reads all prompts together, at one temperature.
 import numpy as np
 
 from pipeline import Registry
-from stages.selection.groups import Floats, RewardGroups, divide_gap
+from stages.selection.groups import Floats, RewardGroups, divide
 
 normaliser = Registry("normaliser", "zero", "pooled")
 MAX_EXPONENT = 1e4
@@ -19,8 +19,7 @@ MAX_STEPS, MIN_GAIN, MIN_STEP_SIZE = 100, 1e-18, 1e-9  # of Newton's method
 @normaliser(zero=True, pooled=False)
 def empirical(groups: RewardGroups, beta: Floats) -> Floats:
     """Return L_N = log of the mean of exp(reward / beta): biased downward (Jensen)."""
-    log_mean: Floats = np.log(groups.mean(np.exp(groups.exponent(beta))))
-    return log_mean
+    return np.log(groups.mean(np.exp(groups.exponent(beta))))
 
 
 @normaliser(zero=False, pooled=False)
@@ -34,23 +33,22 @@ def jackknife(groups: RewardGroups, beta: Floats) -> Floats:
     # Log of the sum of the others' weights, [N]. Without the (first) best candidate the difference sum - weight would
     # cancel: there the others are summed relative to the second best.
     rows = np.arange(len(weight))
-    best = np.minimum.reduceat(np.where(groups.gap == 0, rows, len(rows)), groups.starts[:-1])
-    other_gaps = groups.gap.copy()
-    other_gaps[best] = -np.inf
-    second = groups.max(other_gaps)
-    other_weights = np.exp(divide_gap(other_gaps - groups.broadcast(second), groups.broadcast(beta)))
-    other_weights[best] = 0.0
+    best = np.minimum.reduceat(np.where(groups.below_max == 0, rows, len(rows)), groups.starts[:-1])
+    others = groups.below_max.copy()
+    others[best] = -np.inf
+    second = groups.max(others)
+    others_weight = np.exp(divide(others - groups.broadcast(second), groups.broadcast(beta)))
+    others_weight[best] = 0.0
     sums = groups.broadcast(groups.sum(weight)) - weight
-    sums[best] = groups.sum(other_weights)
+    sums[best] = groups.sum(others_weight)
     log_sums: Floats = np.log(sums)
-    log_sums[best] += divide_gap(second, beta)
+    log_sums[best] += divide(second, beta)
 
     leave_one_out = log_sums - groups.broadcast(np.log(n - 1.0))
-    log_z: Floats = n * empirical(groups, beta) - (n - 1) * groups.mean(leave_one_out)
-    return log_z
+    return n * empirical(groups, beta) - (n - 1) * groups.mean(leave_one_out)
 
 
-@normaliser(zero=False, pooled=True)
+@normaliser(version=2, zero=False, pooled=True)
 def gumbel(groups: RewardGroups, beta: Floats) -> Floats:
     """Fit log Z by Gumbel regression (XQL, arXiv:2301.02328): h(x) = beta log Z as one function of all prompts.
 
@@ -66,17 +64,13 @@ def gumbel(groups: RewardGroups, beta: Floats) -> Floats:
     half_variance = groups.sum(centred**2) / (2 * (groups.sizes - 1))
     top = groups.max(centred)
     log_sum = top + np.log(groups.sum(np.exp(centred - groups.broadcast(top))))
-    features = np.stack([_scale_to_unit(groups.mean(groups.values)), _scale_to_unit(half_variance)])
+    # Features centred, with largest deviation 1, so that theta moves along them in steps of the data's own size
+    features = np.stack([groups.mean(groups.values), half_variance])
+    features -= features.mean(axis=1, keepdims=True)
+    largest = np.abs(features).max(axis=1, keepdims=True)
+    features /= np.where(largest > 0, largest, 1.0)
     log_mean = log_sum - np.log(len(centred)) - half_variance
-    log_z: Floats = half_variance + _fit_correction(log_mean, features, groups.sizes / len(centred)) - top
-    return log_z
-
-
-def _scale_to_unit(x: Floats) -> Floats:
-    """Return x centred, with largest deviation 1, so that theta moves along it in steps of the data's own size."""
-    centred: Floats = x - x.mean()
-    largest = np.abs(centred).max()
-    return centred / largest if largest > 0 else centred
+    return half_variance + _fit_correction(log_mean, features, groups.sizes / len(centred)) - top
 
 
 def _fit_correction(log_mean: Floats, features: Floats, share: Floats) -> Floats:
@@ -84,23 +78,25 @@ def _fit_correction(log_mean: Floats, features: Floats, share: Floats) -> Floats
 
     log_mean: log of each prompt's part of mean exp(z_0); features: [2, G]; share: each prompt's part of the rows. The
     best a is known, log mean exp(z). What is left, log mean exp(z) - mean z, is convex in d and does not overflow.
-    Damped Newton.
+
+    Damped Newton of our own: scipy's trust-exact accepts no step whose gain is below the rounding of the loss, and so
+    ends up to 1e-6 from the minimum; far from the mean it is not there after 300 steps.
     """
+    from scipy.special import logsumexp
 
     def project(d: Floats) -> Floats:
         # d . features of each prompt, [G], by numpy's own sums, whose bits do not depend on BLAS threads
-        projection: Floats = (d[:, None] * features).sum(axis=0)
-        return projection
+        return (d[:, None] * features).sum(axis=0)
 
     def loss(d: Floats) -> float:
         along = project(d)
-        return _log_sum_exp(log_mean - along) + float((share * along).sum() + RIDGE / 2 * (d * d).sum())
+        return float(logsumexp(log_mean - along) + (share * along).sum() + RIDGE / 2 * (d * d).sum())
 
     d = np.zeros(len(features))
     for _ in range(MAX_STEPS):
         # The Hessian is the covariance of the features under the weights exp(z).
         logs = log_mean - project(d)
-        weight = np.exp(logs - _log_sum_exp(logs))
+        weight = np.exp(logs - logsumexp(logs))
         mean = (weight * features).sum(axis=1)
         gradient = (share * features).sum(axis=1) - mean + RIDGE * d
         centred = features - mean[:, None]
@@ -114,8 +110,4 @@ def _fit_correction(log_mean: Floats, features: Floats, share: Floats) -> Floats
             break
         d = d - size * step
     along = project(d)
-    return along + _log_sum_exp(log_mean - along)
-
-
-def _log_sum_exp(x: Floats) -> float:
-    return float(x.max() + np.log(np.exp(x - x.max()).sum()))
+    return along + logsumexp(log_mean - along)

@@ -2,10 +2,11 @@
 
 A rule gets one prompt's rows of the table that its metadata `reads` names, and yields preferences. Rows of
 selections carry the columns of their candidates too (`logp`, `n_tokens`, `finish_reason`, ...). Metadata `source`
-(a `CandidateSource`) says which candidates the rule can read; `weighs`, that it passes the selection's weights on.
+maps the step of the candidates to what must change for the rule to read them, None if nothing; `weighs` says that it
+passes the selection's weights on.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations, product
 from typing import Annotated, Any, NamedTuple
 
@@ -29,24 +30,18 @@ class Preference(NamedTuple):
     weight: float = 1.0
 
 
-class CandidateSource(NamedTuple):
-    """Plan-time condition on the step that produces a rule's candidates, and what to do if it is not met."""
-
-    is_met: Callable[[InputStep], bool]
-    remedy: str
-
-
-def _is_sampled(step: InputStep) -> bool:
-    """Return whether an engine draws the candidates, which records their log-probs; also through a `pool`."""
+def require_sampled(step: InputStep) -> str | None:
+    """Return the remedy unless an engine draws the candidates, which records their log-probs; also through a `pool`."""
     if step.stage == "pool" and (candidates := step.inputs.get("candidates")):
-        return _is_sampled(candidates)
-    return step.stage not in ("own_candidates", "preferences", "mismatch")
+        return require_sampled(candidates)
+    is_sampled = step.stage not in ("own_candidates", "preferences", "mismatch")
+    return None if is_sampled else "the rule reads their log-probs: use candidates of a `sample` step"
 
 
-SAMPLED = CandidateSource(_is_sampled, "the rule reads their log-probs: use candidates of a `sample` step")
-POOLED_WITH_PROMPTS = CandidateSource(
-    lambda step: step.stage == "pool" and "prompts" in step.inputs, "use a `pool` step that has `prompts` under `from`"
-)
+def require_pooled_prompts(step: InputStep) -> str | None:
+    """Return the remedy unless a `pool` adds the demonstrations of `prompts` to the candidates."""
+    is_pooled = step.stage == "pool" and "prompts" in step.inputs
+    return None if is_pooled else "use a `pool` step that has `prompts` under `from`"
 
 
 def _prefer_higher_reward(a: Row, b: Row, weight: float = 1.0) -> Preference:
@@ -101,7 +96,7 @@ def all_pairs(rows: list[Row]) -> Iterator[Preference]:
             yield _prefer_higher_reward(a, b, a["weight"] * b["weight"])
 
 
-@pair_rule(reads="selections", source=SAMPLED)
+@pair_rule(reads="selections", source=require_sampled)
 def next_likelier_loser(rows: list[Row], *, threshold: Finite | None = None) -> Iterator[Preference]:
     """Yield each bad response against the likeliest good one that is less likely than it: CLICK (arXiv:2306.03350).
 
@@ -122,7 +117,7 @@ def next_likelier_loser(rows: list[Row], *, threshold: Finite | None = None) -> 
             yield _prefer_higher_reward(max(less_likely, key=lambda row: row["logp"]), bad)
 
 
-@pair_rule(reads="candidates", source=POOLED_WITH_PROMPTS)
+@pair_rule(reads="candidates", source=require_pooled_prompts)
 def demonstration_vs_sample(rows: list[Row]) -> Iterator[Preference]:
     """Yield the pooled demonstration against each of the policy's own candidates: SPIN (arXiv:2401.01335)."""
     demonstrations = [row for row in rows if row["finish_reason"] == "given"]
@@ -141,8 +136,8 @@ def _check_inputs(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         if name in inputs and name != table:
             problems.append(f"rule {rule.name} does not read {name}: remove it (`{name}: null` under `from`)")
     step = inputs.get("candidates")
-    if source and step and step.stage and not source.is_met(step):  # an unknown stage is already a problem of the plan
-        problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {source.remedy}")
+    if source and step and step.stage and (remedy := source(step)):  # an unknown stage is already a problem of the plan
+        problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {remedy}")
     return problems
 
 

@@ -1,8 +1,10 @@
 """Selection rules: which candidates of a prompt are kept, and with what weight. To add a rule, add a function here.
 
 A rule gets the rewards of every prompt of the shard at once (`RewardGroups`) and returns the rows to keep
-(`Selection`). Metadata: `needs` is a `Requirement` on the prompt; `check` reads the rule's options at plan time and
-returns the problems; `weighs` marks rules whose weights must reach training.
+(`Selection`). Metadata: with `needs_spread` it gets no prompt whose rewards are all equal; `check` reads the rule's
+options at plan time and returns the problems; `weighs` marks rules whose weights must reach training.
+
+The sampling loops, Algorithm 1 of RSO among them, are compiled and stand in kernels.py.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import numpy as np
 
 from pipeline import Bound, Finite, Range, Registry
 from stages.data.rows import SMALLEST_WEIGHT
-from stages.selection.groups import REWARDS_DIFFER, Floats, Ints, Mask, RewardGroups, temperature
+from stages.selection.groups import Floats, Ints, RewardGroups, temperature
 from stages.selection.normalisers import normaliser
 
 selection_rule = Registry("selection rule")
@@ -27,7 +29,7 @@ Kl = Annotated[float, Range(gt=0, lt=float("inf"))] | None
 
 @dataclass(frozen=True)
 class Selection:
-    """M selected rows, prompt by prompt in order of their draw, with figures of the G prompts."""
+    """M selected rows, prompt by prompt in order of their draw, and per-prompt statistics, [G]."""
 
     index: Ints  # [M] rows of the groups
     draw: Ints  # [M] order within the prompt, from 0
@@ -58,11 +60,15 @@ def rejection_sample(
     Each pass accepts with probability exp((r - max) / beta), max over the candidates that remain. Exact limits:
     beta = 0 keeps the k best, ties at random; beta = infinity any k.
     """
+    from stages.selection.kernels import algorithm_1_batch
+
     betas = temperature(groups, beta, ess, kl)
     weight = np.exp(groups.exponent(betas))
-    index, draw, rounds = _run_algorithm_1(groups, k, betas)
-    acceptance, effective_sample_size = groups.mean(weight), groups.effective_sample_size(weight)
-    return Selection(index, draw, round=rounds, beta=betas, acceptance=acceptance, ess=effective_sample_size)
+    chosen, rounds = algorithm_1_batch(groups.values, groups.starts, groups.seeds, k, betas)
+    prompt, draw = np.nonzero(chosen >= 0)
+    index, turn = chosen[prompt, draw], rounds[prompt, draw]
+    acceptance, ess_reached = groups.mean(weight), groups.effective_sample_size(weight)
+    return Selection(index, draw, round=turn, beta=betas, acceptance=acceptance, ess=ess_reached)
 
 
 @selection_rule(check=_check_temperature)
@@ -83,15 +89,15 @@ def gumbel_top_k(groups: RewardGroups, *, k: Count = 8, beta: Beta = None, ess: 
 @selection_rule()
 def best_of(groups: RewardGroups, *, k: Count = 1) -> Selection:
     """Select the k best, best first; ties at random."""
-    index, draw, _ = _run_algorithm_1(groups, k, np.zeros(len(groups.sizes)))
-    return Selection(index, draw)
+    limit = rejection_sample(groups, k=k, beta=0.0)
+    return Selection(limit.index, limit.draw)
 
 
 @selection_rule()
 def plain(groups: RewardGroups, *, k: Count = 8) -> Selection:
     """Select any k, in random order: samples of the policy that drew the candidates."""
-    index, draw, _ = _run_algorithm_1(groups, k, np.full(len(groups.sizes), np.inf))
-    return Selection(index, draw)
+    limit = rejection_sample(groups, k=k, beta=np.inf)
+    return Selection(limit.index, limit.draw)
 
 
 @selection_rule()
@@ -103,7 +109,8 @@ def everything(groups: RewardGroups) -> Selection:
 @selection_rule()
 def above(groups: RewardGroups, *, threshold: Finite) -> Selection:
     """Select rewards strictly above the threshold: the filter of ReST's Improve step (arXiv:2308.08998)."""
-    return _select_rows(groups, groups.values > threshold, empty_reason="nothing above the threshold")
+    is_above = groups.values > threshold
+    return _select_weighted(groups, is_above.astype(np.float64), empty_reason="nothing above the threshold")
 
 
 def _check_softmax_weights(options: dict[str, Any]) -> list[str]:
@@ -116,7 +123,7 @@ def _check_softmax_weights(options: dict[str, Any]) -> list[str]:
     return problems
 
 
-@selection_rule(version=3, weighs=True, needs=REWARDS_DIFFER, check=_check_softmax_weights)
+@selection_rule(version=3, weighs=True, needs_spread=True, check=_check_softmax_weights)
 def softmax_weights(
     groups: RewardGroups,
     *,
@@ -138,20 +145,22 @@ def softmax_weights(
     betas = temperature(groups, beta, ess, kl)
     exponent = groups.exponent(betas)
     weight = np.exp(exponent - groups.broadcast(normaliser(groups, betas)))
-    return _select_weighted(groups, np.minimum(weight, clip), betas, groups.effective_sample_size(np.exp(exponent)))
+    ess_before_clip = groups.effective_sample_size(np.exp(exponent))
+    return _select_weighted(groups, np.minimum(weight, clip), beta=betas, ess=ess_before_clip)
 
 
-@selection_rule(version=3, weighs=True, needs=REWARDS_DIFFER)
+@selection_rule(version=3, weighs=True, needs_spread=True)
 def advantage_weights(groups: RewardGroups, *, beta: Positive, clip: Positive = 20.0) -> Selection:
     """Select all candidates with the weight min(clip, exp((r - mean) / beta)): AWR, arXiv:1910.00177."""
     betas = np.full(len(groups.sizes), beta)
     with np.errstate(over="ignore"):
         advantage = (groups.values - groups.broadcast(groups.mean(groups.values))) / beta
         weight = np.minimum(np.exp(advantage), clip)
-    return _select_weighted(groups, weight, betas, groups.effective_sample_size(np.exp(groups.exponent(betas))))
+    ess_before_clip = groups.effective_sample_size(np.exp(groups.exponent(betas)))
+    return _select_weighted(groups, weight, beta=betas, ess=ess_before_clip)
 
 
-@selection_rule(version=3, weighs=True, needs=REWARDS_DIFFER)
+@selection_rule(version=3, weighs=True, needs_spread=True)
 def chi_square(groups: RewardGroups, *, beta: NotNegative) -> Selection:
     """Select positive weights max(r - lambda, 0) / beta, with lambda such that their mean is 1 per prompt.
 
@@ -171,26 +180,12 @@ def chi_square(groups: RewardGroups, *, beta: NotNegative) -> Selection:
             break
         positive = remaining
     weight = np.where(positive, x - level, 0.0)
-    return _select_weighted(groups, weight, betas, groups.effective_sample_size(weight))
+    return _select_weighted(groups, weight, beta=betas, ess=groups.effective_sample_size(weight))
 
 
-def _run_algorithm_1(groups: RewardGroups, k: int, betas: Floats) -> tuple[Ints, Ints, Ints]:
-    """Return index, draw and round of the accepted candidates, [M] each."""
-    from stages.selection.kernels import algorithm_1_batch
-
-    chosen, rounds = algorithm_1_batch(groups.values, groups.starts, groups.seeds, k, betas)
-    prompt, draw = np.nonzero(chosen >= 0)
-    return chosen[prompt, draw], draw, rounds[prompt, draw]
-
-
-def _select_rows(groups: RewardGroups, mask: Mask, **fields: Any) -> Selection:
-    """Return the rows of `mask` [N], in the order of the candidates' ids."""
-    n_before: Ints = np.cumsum(mask) - mask
-    draw = n_before - groups.broadcast(n_before[groups.starts[:-1]])
-    return Selection(np.flatnonzero(mask), draw[mask], **fields)
-
-
-def _select_weighted(groups: RewardGroups, weight: Floats, betas: Floats, ess: Floats) -> Selection:
-    """Return the rows whose weight training, in float32, can tell from 0."""
+def _select_weighted(groups: RewardGroups, weight: Floats, **fields: Any) -> Selection:
+    """Return the rows whose weight training, in float32, can tell from 0, in the order of the candidates' ids."""
     mask = weight > SMALLEST_WEIGHT
-    return _select_rows(groups, mask, weight=weight[mask], beta=betas, ess=ess)
+    n_before: Ints = np.cumsum(mask) - mask
+    draw: Ints = n_before - groups.broadcast(n_before[groups.starts[:-1]])
+    return Selection(np.flatnonzero(mask), draw[mask], weight=weight[mask], **fields)

@@ -1,13 +1,13 @@
 """Scales on which a selection rule reads the rewards. To add a scale, add a function here.
 
 A scale maps the rewards [N] of `RewardGroups`, prompt by prompt, to values [N] that never fall where the reward
-rises. Metadata `needs`: a `Requirement` on the prompt; prompts that fail it are rejected with its reason.
+rises. Metadata `needs_spread`: prompts whose rewards are all equal are rejected before.
 """
 
 import numpy as np
 
 from pipeline import Registry
-from stages.selection.groups import REWARDS_DIFFER, Floats, RewardGroups
+from stages.selection.groups import Floats, RewardGroups
 
 reward_scale = Registry("reward scale")
 
@@ -18,27 +18,25 @@ def raw(groups: RewardGroups) -> Floats:
     return groups.values
 
 
-@reward_scale(needs=REWARDS_DIFFER)
+@reward_scale(needs_spread=True)
 def unit(groups: RewardGroups) -> Floats:
     """Return (r - min) / (max - min) per prompt: 0 worst, 1 best. ReST's normalisation (arXiv:2308.08998)."""
     return (groups.values - groups.broadcast(groups.min(groups.values))) / groups.broadcast(groups.range)
 
 
-@reward_scale(needs=REWARDS_DIFFER)
+@reward_scale(needs_spread=True)
 def standardized(groups: RewardGroups) -> Floats:
     """Return (r - mean) / sd per prompt; the sd divides by n."""
     values = unit(groups)  # first, so that no square underflows
     centred = values - groups.broadcast(groups.mean(values))
     sd = np.sqrt(groups.mean(centred**2))
-    scores: Floats = centred / groups.broadcast(sd)
-    return scores
+    return centred / groups.broadcast(sd)
 
 
 @reward_scale()
 def probability(groups: RewardGroups) -> Floats:
     """Return 1 / (1 + exp(-r)), for a reward that is the logit of beating the baseline."""
-    probabilities: Floats = np.exp(-np.logaddexp(0.0, -groups.values))
-    return probabilities
+    return np.exp(-np.logaddexp(0.0, -groups.values))
 
 
 @reward_scale()

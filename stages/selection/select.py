@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Rewards, Selections, seed_for
@@ -21,8 +20,7 @@ MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
-    problems: list[str] = rule.metadata["check"](rule.options) if "check" in rule.metadata else []
-    return problems
+    return rule.metadata["check"](rule.options) if "check" in rule.metadata else []
 
 
 @stage(version=2, check=_check_rule)
@@ -38,19 +36,41 @@ def select(
 
     Rejected, with reason: rewards that are not finite, and prompts that the scale or the rule cannot use.
     """
-    rows, prompts, groups = _group_rewards(rewards, ctx, seed)
+    # Reject rewards that are not finite.
+    rows = rewards.select(["prompt_id", "candidate_id", "reward"]).combine_chunks()
+    finite = pc.and_(pc.is_finite(rows.column("reward")), pc.less(pc.abs(rows.column("reward")), MAX_REWARD))
+    if not pc.all(finite).as_py():
+        for row in rows.filter(pc.invert(finite)).to_pylist():
+            reason = "reward is too large" if np.isfinite(row["reward"]) else "reward is not finite"
+            ids = {"prompt": row["prompt_id"], "candidate": row["candidate_id"]}
+            ctx.reject(reason, place="rewards", detail=str(row["reward"]), **ids)
+        rows = rows.filter(finite).combine_chunks()
 
-    # Reject prompts without what the scale, then the rule, requires (two different rewards, say).
-    for function in (scale, rule):
-        if "needs" not in function.metadata:
-            continue
-        requirement = function.metadata["needs"]
-        usable = requirement.is_met(groups)
+    # Order by prompt and candidate, as `reward` leaves its rows: a check of neighbours nearly always saves the sort.
+    if rows.num_rows > 1:
+        prompt, candidate = (rows.column(name).chunk(0) for name in ("prompt_id", "candidate_id"))
+        same_prompt, next_prompt = pc.equal(prompt[:-1], prompt[1:]), pc.less(prompt[:-1], prompt[1:])
+        ordered = pc.or_(next_prompt, pc.and_(same_prompt, pc.less_equal(candidate[:-1], candidate[1:])))
+        if not pc.all(ordered).as_py():
+            rows = rows.sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
+
+    # Group by prompt. Each has its own seed, so that its draw does not depend on the shard's other prompts.
+    runs = pc.run_end_encode(rows.column("prompt_id").combine_chunks())
+    prompts = np.array(runs.values.to_pylist(), dtype=object)
+    starts = np.concatenate([np.zeros(1, np.int64), np.asarray(runs.run_ends, dtype=np.int64)])
+    seeds = np.array([seed_for(seed, "select", prompt) for prompt in prompts], dtype=np.uint64)
+    groups = RewardGroups(rows.column("reward").to_numpy(), starts, seeds)
+
+    # Reject prompts without two different rewards, if the scale or the rule needs them; the first one is the place.
+    needy = [function.name for function in (scale, rule) if function.metadata.get("needs_spread")]
+    usable = groups.range > 0
+    if needy and not usable.all():
         for prompt in prompts[~usable]:
-            ctx.reject(requirement.reason, place=function.name, prompt=prompt)
-        if not usable.all():
-            rows, prompts = rows.filter(pa.array(groups.broadcast(usable))), prompts[usable]
-            groups = groups.filter(usable)
+            ctx.reject("one candidate, or all rewards equal", place=needy[0], prompt=prompt)
+        keep = groups.broadcast(usable)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups.sizes[usable])])
+        rows, prompts = rows.filter(pa.array(keep)), prompts[usable]
+        groups = RewardGroups(groups.values[keep], starts, groups.seeds[usable])
     if not len(prompts):
         return SELECTIONS.empty_table()
 
@@ -70,32 +90,3 @@ def select(
         per_prompt = getattr(selection, name)
         columns[name] = pa.nulls(size, pa.float64()) if per_prompt is None else pa.array(per_prompt[prompt_of_row])
     return pa.table([columns[name] for name in SELECTIONS.names], names=SELECTIONS.names)
-
-
-def _group_rewards(
-    rewards: pa.Table, ctx: StageContext, seed: int
-) -> tuple[pa.Table, NDArray[np.object_], RewardGroups]:
-    """Return the usable rows in order of prompt and candidate, the prompt ids [G], and the rewards as groups."""
-    rows = rewards.select(["prompt_id", "candidate_id", "reward"]).combine_chunks()
-    usable = pc.and_(pc.is_finite(rows.column("reward")), pc.less(pc.abs(rows.column("reward")), MAX_REWARD))
-    if not pc.all(usable).as_py():
-        for row in rows.filter(pc.invert(usable)).to_pylist():
-            reason = "reward is too large" if np.isfinite(row["reward"]) else "reward is not finite"
-            ids = {"prompt": row["prompt_id"], "candidate": row["candidate_id"]}
-            ctx.reject(reason, place="rewards", detail=str(row["reward"]), **ids)
-        rows = rows.filter(usable).combine_chunks()
-
-    # `reward` leaves rows in this order, so that a check of neighbours nearly always saves the sort.
-    if rows.num_rows > 1:
-        prompt, candidate = (rows.column(name).chunk(0) for name in ("prompt_id", "candidate_id"))
-        same_prompt, next_prompt = pc.equal(prompt[:-1], prompt[1:]), pc.less(prompt[:-1], prompt[1:])
-        ordered = pc.or_(next_prompt, pc.and_(same_prompt, pc.less_equal(candidate[:-1], candidate[1:])))
-        if not pc.all(ordered).as_py():
-            rows = rows.sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
-
-    # Each prompt has its own seed, so that its draw does not depend on the shard's other prompts.
-    runs = pc.run_end_encode(rows.column("prompt_id").combine_chunks())
-    prompts = runs.values.to_pylist()
-    starts = np.concatenate([np.zeros(1, np.int64), np.asarray(runs.run_ends, dtype=np.int64)])
-    seeds = np.array([seed_for(seed, "select", prompt) for prompt in prompts], dtype=np.uint64)
-    return rows, np.array(prompts, dtype=object), RewardGroups(rows.column("reward").to_numpy(), starts, seeds)

@@ -1,1 +1,1 @@
-"""Slow proofs: what a claim of the README costs or gains, measured on the machine at hand."""
+"""Benchmarks: what claims of the README cost or gain, measured on this machine."""

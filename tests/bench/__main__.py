@@ -1,4 +1,4 @@
-"""Slow proofs, measured on this machine."""
+"""Command line of the benchmarks: `python -m tests.bench mixes|optimize|store`."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ from tests.bench.optimize import SHAPES
 from tests.bench.store import PARTS, Sizes
 
 SIZES = Sizes()
-bench = typer.Typer(help="Slow proofs, measured on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmarks, measured on this machine.", no_args_is_help=True)
 
 
 @bench.command()
@@ -26,14 +26,14 @@ def mixes(
     groups: Annotated[int, typer.Option(help="groups of each side", min=64)] = 2048,
     repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = 3,
 ) -> None:
-    """Seconds a step of ALRIGHT, MAXRIGHT, the mixture and the sequence, against one objective alone."""
+    """Measure seconds per step of ALRIGHT, MAXRIGHT, the mixture and the sequence, against one objective alone."""
     from tests.bench.mixes import measure
 
-    watcher = ProgressReporter(console)
+    reporter = ProgressReporter(console)
     try:
-        table = measure(Store(store), on, watcher, groups, repeats, console.print)
+        table = measure(Store(store), on, reporter, groups, repeats, console.print)
     finally:
-        watcher.close()
+        reporter.close()
     console.print(as_table(table, "a step of each mix: median over repeats [least, most]"))
 
 
@@ -47,19 +47,19 @@ def optimize(
     threads: Annotated[int, typer.Option(help="of either side", min=1)] = os.cpu_count() or 1,
     out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
 ) -> None:
-    """Pairs a second and memory of `optimize` and `reference` beside TRL's DPOTrainer, and what each idea is worth."""
+    """Compare `optimize` and `reference` with TRL's DPOTrainer in pairs per second and memory, and ablate each idea."""
     from tests.bench.optimize.measure import Bench, apart
     from tests.bench.optimize.model import World, parse
     from tests.bench.optimize.tables import page, tables
 
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder), vocabulary)
-        made = Bench(world, [parse(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
-        made.run(apart(threads), console.print)
-        for title, table in tables(made).items():
+        benchmark = Bench(world, [parse(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
+        benchmark.run(apart(threads), console.print)
+        for title, table in tables(benchmark).items():
             console.print(as_table(table, title))
         if out:
-            out.write_text(page(made, threads))
+            out.write_text(page(benchmark, threads))
 
 
 @bench.command()
@@ -74,30 +74,25 @@ def store(
     repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = SIZES.repeats,
     out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
 ) -> None:
-    """What `select`, `sample`, a rerun, a changed beta and SQL take at the size of real runs; runs that are killed."""
-    from tests.bench.store.measure import Bench
+    """Measure `select`, `sample`, a rerun, a changed beta, SQL and killed runs at the size of real runs."""
+    from tests.bench.store.measure import StoreBenchmark
 
-    made = Bench(Sizes(prompts, steps, parts, sampled, hidden, kills, repeats), only.split(","))
+    benchmark = StoreBenchmark(Sizes(prompts, steps, parts, sampled, hidden, kills, repeats), only.split(","))
     if out:
-        _check_writable(out)
-    made.run(partial(console.print, markup=False, highlight=False), lambda: _write(out, made.page()))
-    for title, table in made.tables().items():
+        try:  # before an hour is spent on measuring
+            out.open("a").close()
+        except OSError as error:
+            raise WinnowError(f"--out {out}: {error.strerror}; name a file in an existing folder") from None
+
+    def write_page() -> None:
+        if out:
+            out.write_text(benchmark.page())
+
+    benchmark.run(partial(console.print, markup=False, highlight=False), write_page)
+    for title, table in benchmark.tables().items():
         console.print(as_table(table, title))
-    if made.failed:
+    if benchmark.failures:
         raise typer.Exit(1)
-
-
-def _check_writable(out: Path) -> None:
-    """Raises WinnowError before anything is measured."""
-    try:
-        out.open("a").close()
-    except OSError as error:
-        raise WinnowError(f"--out {out}: {error.strerror}; give a file in a folder that is there") from None
-
-
-def _write(out: Path | None, page: str) -> None:
-    if out:
-        out.write_text(page)
 
 
 if __name__ == "__main__":

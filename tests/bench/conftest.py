@@ -1,4 +1,4 @@
-"""Marks every test in this folder: they test the benchmarks, which no user runs, and are slow."""
+"""Mark every test in this folder: they test the benchmarks, which no user runs, and are slow."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The slow proofs run as they say; what they measure is for a quiet machine, and no claim here."""
+"""`mixes` measures what it states; speeds are for a quiet machine, and no claim here."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from tests.runs import Silent
 def rows(data_dir, finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("bench") / "store"
     shutil.copytree(finished, root)
-    table = measure(Store(root), [data_dir / "demo.yaml"], Silent(), 40, 2, lambda said: None)
+    table = measure(Store(root), [data_dir / "demo.yaml"], Silent(), 40, 2, lambda line: None)
     return {row["mix"]: row for row in table.to_pylist()}
 
 

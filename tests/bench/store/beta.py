@@ -1,4 +1,4 @@
-"""A changed beta at the size of a large run: what of it needs no model, against the sampling that is not repeated."""
+"""A changed beta at the size of a large run: its steps without a model, against the sampling that is not repeated."""
 
 import time
 from collections.abc import Iterator
@@ -12,56 +12,58 @@ from pipeline.execution.run import run
 from pipeline.store.store import Store
 from tests.bench.page import resident
 from tests.bench.store import Sizes
-from tests.bench.store.model import DRAWN, Part, Quiet, seal, shares, step
-from tests.bench.store.parts import Found, Row, Task, Told, Verdict, apart
-from tests.bench.store.sample import rate
+from tests.bench.store.model import SAMPLING, Part, make_step, seal_step, split_evenly
+from tests.bench.store.parts import Results, Row, Summary, Task, Verdict, run_in_process
+from tests.bench.store.sample import stage_rate
 from tests.bench.store.select import compile_rule
+from tests.runs import Silent
 
-DRAWS, TOKENS = DRAWN["n"], DRAWN["max_tokens"]
-MEASURED = 2  # parts, of which all others take as long
-SHARE, ASKED = 0.02, 1_000_000
+DRAWS, TOKENS = SAMPLING["n"], SAMPLING["max_tokens"]
+MEASURED = 2  # parts; each of the others takes as long
+MAX_SHARE, FULL_SIZE = 0.02, 1_000_000
 TITLE = "another beta: what of it needs no model, each step with all of its parts"
 
 
 @dataclass(frozen=True)
-class Run:
+class BetaRun:
     seconds: dict[str, float]  # by step
     gibibytes: float
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
     cost = sizes.prompts / 10_000 * MEASURED / sizes.parts
-    yield Task(("beta", "made"), 3 * cost, partial(apart, _make, folder, sizes))
-    yield Task(("beta", "run"), 20 * cost, partial(apart, _again, folder, sizes))
+    yield Task(("beta", "made"), 3 * cost, partial(run_in_process, _write_inputs, folder, sizes))
+    yield Task(("beta", "run"), 20 * cost, partial(run_in_process, _measure_beta, folder))
 
 
-def _plan(parts: int) -> Plan:
-    """Pairs by the rewards themselves: a ranker's matches would need the ranker, and `reference` the policy."""
-    prompts, candidates, rewards = step("prompts", parts), step("sample", parts), _rewards(parts)
-    chosen = step("select", parts, inputs={"rewards": rewards}, rule={"name": "rejection_sample", "beta": 0.25})
-    pairs = step("pair", parts, inputs={"candidates": candidates, "selections": chosen}, rule="neighbours")
-    groups = step("examples", parts, inputs={"prompts": prompts, "candidates": candidates, "pairs": pairs})
-    again = [chosen, pairs, groups]
-    return Plan("beta", [prompts, candidates, rewards, *again], [groups], again)
+def _plan() -> Plan:
+    """Return a plan whose pairs come from the rewards: matches would need the ranker, and `reference` the policy."""
+    prompts, candidates = make_step("prompts", MEASURED), make_step("sample", MEASURED)
+    rewards = make_step("reward", MEASURED, by={"name": "brevity", "words": 1})
+    rule = {"name": "rejection_sample", "beta": 0.25}
+    selections = make_step("select", MEASURED, inputs={"rewards": rewards}, rule=rule)
+    inputs = {"candidates": candidates, "selections": selections}
+    pairs = make_step("pair", MEASURED, inputs=inputs, rule="neighbours")
+    inputs = {"prompts": prompts, "candidates": candidates, "pairs": pairs}
+    examples = make_step("examples", MEASURED, inputs=inputs)
+    computed = [selections, pairs, examples]
+    return Plan("beta", [prompts, candidates, rewards, *computed], [examples], computed)
 
 
-def _rewards(parts: int) -> Step:
-    return step("reward", parts, by={"name": "brevity", "words": 1})
+def _write_inputs(folder: Path, sizes: Sizes) -> None:
+    prompts, candidates, rewards, *_ = _plan().steps
+    counts = list(split_evenly(sizes.prompts * MEASURED // sizes.parts, MEASURED))
+    parts = [Part(count, DRAWS, n) for n, count in enumerate(counts)]
+    seal_step(Store(folder), prompts, lambda n: {"prompts": parts[n].prompt_table()})
+    seal_step(Store(folder), candidates, lambda n: {"candidates": parts[n].candidates()})
+    seal_step(Store(folder), rewards, lambda n: {"rewards": parts[n].rewards()})
 
 
-def _make(folder: Path, sizes: Sizes) -> None:
-    prompts, candidates, rewards, *_ = _plan(MEASURED).steps
-    counts = list(shares(sizes.prompts * MEASURED // sizes.parts, MEASURED))
-    made = [Part(count, DRAWS, n) for n, count in enumerate(counts)]
-    seal(Store(folder), prompts, lambda n: {"prompts": made[n].about_prompts()})
-    seal(Store(folder), candidates, lambda n: {"candidates": made[n].candidates()})
-    seal(Store(folder), rewards, lambda n: {"rewards": made[n].rewards()})
-
-
-class Clock(Quiet):
-    """Seconds of each step."""
+class StepTimer(Silent):
+    """Reporter that measures the seconds of each step."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
@@ -70,27 +72,26 @@ class Clock(Quiet):
         self.seconds[step.name], self.last = now - self.last, now
 
 
-def _again(folder: Path, sizes: Sizes) -> Run:
+def _measure_beta(folder: Path) -> BetaRun:
     compile_rule(folder)
-    clock = Clock()
-    run(_plan(MEASURED), Store(folder), LocalExecutor(), clock)
-    return Run(clock.seconds, resident("VmHWM") * 1e6 / 2**30)
+    timer = StepTimer()
+    run(_plan(), Store(folder), LocalExecutor(), timer)
+    return BetaRun(timer.seconds, resident("VmHWM") * 1e6 / 2**30)
 
 
-def told(sizes: Sizes, found: Found) -> Told:
-    made: Run = found["beta", "run"]
-    whole = {name: seconds * sizes.parts / MEASURED for name, seconds in made.seconds.items()}
-    total = sum(whole.values())
-    tokens = sizes.prompts * DRAWS * TOKENS
-    rows: list[Row] = [{"step": name, "seconds": f"{each:,.0f}"} for name, each in whole.items()]
+def summarize(sizes: Sizes, results: Results) -> Summary:
+    measured: BetaRun = results["beta", "run"]
+    scaled = {name: seconds * sizes.parts / MEASURED for name, seconds in measured.seconds.items()}
+    total = sum(scaled.values())
+    rows: list[Row] = [{"step": name, "seconds": f"{seconds:,.0f}"} for name, seconds in scaled.items()]
     rows.append({"step": "all", "seconds": f"{total:,.0f}"})
-    tables = {f"{TITLE}, scaled from {MEASURED} of {sizes.parts}; {made.gibibytes:.2f} GiB": rows}
-    measured = rate(sizes, found)
-    if measured is None:
-        return Told([], tables)
-    sampling = tokens / measured
+    tables = {f"{TITLE}, scaled from {MEASURED} of {sizes.parts}; {measured.gibibytes:.2f} GiB": rows}
+    rate = stage_rate(sizes, results)
+    if rate is None:
+        return Summary([], tables)
+    sampling = sizes.prompts * DRAWS * TOKENS / rate
     what = (
         f"another beta at {sizes.prompts:,} prompts, in shares of sampling them ({sampling / 3600:,.0f} hours): "
-        f"{', '.join(whole)}, scaled from {MEASURED} of {sizes.parts} parts; what needs a model is not in it"
+        f"{', '.join(scaled)}, scaled from {MEASURED} of {sizes.parts} parts; what needs a model is not in it"
     )
-    return Told([Verdict.most(what, total / sampling, SHARE, sizes.prompts == ASKED)], tables)
+    return Summary([Verdict.at_most(what, total / sampling, MAX_SHARE, sizes.prompts == FULL_SIZE)], tables)

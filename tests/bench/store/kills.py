@@ -1,4 +1,4 @@
-"""Runs killed at a random moment and run again: every one must end like one that nobody disturbed."""
+"""Runs killed at a random moment and run again: every one must end like an undisturbed run."""
 
 import shutil
 import time
@@ -14,12 +14,13 @@ import numpy as np
 from pipeline.config.plan import Plan
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
-from pipeline.store.store import StepFolder, Store, read_json
+from pipeline.store.store import Store, read_json
 from tests.bench.store import Sizes
-from tests.bench.store.model import Quiet, corridor, make_policy, write_prompts
-from tests.bench.store.parts import Found, Row, Task, Told, Verdict, apart, failure, killed_apart, one_line
+from tests.bench.store.model import make_policy, pipeline_plan, write_prompts
+from tests.bench.store.parts import Results, Row, Summary, Task, Verdict, failure, kill_after, one_line, run_in_process
+from tests.runs import Silent
 
-READY = (
+PRELOAD = (
     "jobs.recipes",
     "pyarrow.parquet",
     "stages.data.tokenizer",
@@ -27,130 +28,129 @@ READY = (
     "transformers.generation",
 )
 PROMPTS, SHARDS, DRAWS = 400, 8, 16
-ASKED = 100
-EARLIER = 0.8  # of the moment, for another try, where the run had ended before
-Parts = dict[Path, list[tuple[str, int, int]]]
+FULL_SIZE = 100
+EARLIER = 0.8  # of the time before the kill, for another try if the run had ended by then
+PartFiles = dict[Path, list[tuple[str, int, int]]]
 Digests = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
-class Killed:
-    """step: the first that was not sealed then; touched: finished parts that were made again.
+class Kill:
+    """Result of one kill.
 
-    wrong: how the run that went on failed, if it did, which then is not the same as an undisturbed one.
+    step: the first that was not sealed then; parts: those finished then; rewritten: those of them that were computed
+    again. same: the run that went on ended like an undisturbed one; error: how it failed, if it did.
     """
 
     step: str
     parts: int
-    touched: int
+    rewritten: int
     same: bool
-    wrong: str = ""
+    error: str = ""
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
-    whole: list[tuple[float, Digests]] = []  # of an undisturbed run
-    yield Task(("kills", "data_dir"), 10, partial(apart, _world, folder))
-    yield Task(("kills", "undisturbed"), 10, lambda: whole.append(_undisturbed(folder)))
+    undisturbed: list[tuple[float, Digests]] = []  # filled by the second task
+    yield Task(("kills", "data_dir"), 10, partial(run_in_process, write_inputs, folder))
+    yield Task(("kills", "undisturbed"), 10, lambda: undisturbed.append(_run_undisturbed(folder)))
     rng = np.random.default_rng(0)
     for n, share in enumerate(rng.uniform(size=sizes.kills)):
-        yield Task(("kills", str(n)), 3, lambda n=n, share=share: _one(folder, n, share, *whole[0]))  # type: ignore[misc]
+        call = lambda n=n, share=share: measure_kill(folder, n, share, *undisturbed[0])  # noqa: E731
+        yield Task(("kills", str(n)), 3, call)
 
 
-def _world(folder: Path) -> None:
+def write_inputs(folder: Path) -> None:
     make_policy(folder, 64, 1)
     write_prompts(folder, PROMPTS)
 
 
-def _plan(folder: Path) -> Plan:
-    return corridor(folder, "examples", SHARDS, engine="fake", n=DRAWS, max_tokens=32)
+def plan(folder: Path) -> Plan:
+    return pipeline_plan(folder, "examples", SHARDS, engine="fake", n=DRAWS, max_tokens=32)
 
 
-def _run(folder: Path, store: Path) -> None:
-    import jobs.recipes  # noqa: F401 - registers every stage
-
-    run(_plan(folder), Store(store), LocalExecutor(), Quiet())
+def run_plan(folder: Path, store: Path) -> None:
+    run(plan(folder), Store(store), LocalExecutor(), Silent())
 
 
-def _undisturbed(folder: Path) -> tuple[float, Digests]:
-    """Seconds, of a second run: the first one compiles."""
-    apart(_run, folder, folder / "first", ready=READY)
+def _run_undisturbed(folder: Path) -> tuple[float, Digests]:
+    """Return seconds and digests of a second run: the first one compiles."""
+    run_in_process(run_plan, folder, folder / "first", preload=PRELOAD)
     start = time.perf_counter()
-    apart(_run, folder, folder / "whole", ready=READY)
-    return time.perf_counter() - start, _digests(folder, folder / "whole")
+    run_in_process(run_plan, folder, folder / "undisturbed", preload=PRELOAD)
+    return time.perf_counter() - start, digests(folder, folder / "undisturbed")
 
 
-def _one(folder: Path, n: int, share: float, seconds: float, whole: Digests) -> Killed:
+def measure_kill(folder: Path, n: int, share: float, seconds: float, undisturbed: Digests) -> Kill:
+    """Kill a run after this share of an undisturbed one's seconds, run it again, and compare."""
     root = folder / str(n)
-    step = _killed(folder, root, share * seconds)
-    parts, touched, same, wrong = _parts(root), 0, False, ""
+    step = kill_run(folder, root, share * seconds)
+    parts, rewritten, same, error = finished_parts(root), 0, False, ""
     try:
-        apart(_run, folder, root, ready=READY)
-        touched, same = _touched(parts, _parts(root)), _digests(folder, root) == whole
-    except Exception as error:
-        wrong = one_line(error)
+        run_in_process(run_plan, folder, root, preload=PRELOAD)
+        rewritten, same = count_rewritten(parts, finished_parts(root)), digests(folder, root) == undisturbed
+    except Exception as exception:
+        error = one_line(exception)
     shutil.rmtree(root, ignore_errors=True)
-    return Killed(step, len(parts), touched, same, wrong)
+    return Kill(step, len(parts), rewritten, same, error)
 
 
-def _killed(folder: Path, root: Path, seconds: float) -> str:
-    """The step that a run was at when it was killed; one that had ended by then is none, and is tried again."""
+def kill_run(folder: Path, root: Path, seconds: float) -> str:
+    """Kill a run after `seconds` and return its unfinished step; one that has ended by then is tried again, earlier."""
     while True:
-        alive = killed_apart(seconds, _run, folder, root, ready=READY)
-        unfinished = [step.name for step in _plan(folder).steps if Store(root).folder(step).manifest is None]
+        alive = kill_after(seconds, run_plan, folder, root, preload=PRELOAD)
+        unfinished = [step.name for step in plan(folder).steps if Store(root).folder(step).manifest is None]
         if alive and unfinished:
             return unfinished[0]
         shutil.rmtree(root, ignore_errors=True)
         seconds *= EARLIER
 
 
-def _parts(root: Path) -> Parts:
-    """Every finished part by its sidecar, and what tells whether a table of it was written again."""
-    return {sidecar: list(_stamps(sidecar)) for sidecar in root.glob("*/*/part-*.json")}
+def finished_parts(root: Path) -> PartFiles:
+    """Return name, time and inode of each table file of every finished part, by the part's sidecar.
+
+    They show whether a file was written again. A sidecar itself is written once and never again, its tables are not.
+    """
+    parts: PartFiles = {}
+    for sidecar in root.glob("*/*/part-*.json"):
+        record, parts[sidecar] = read_json(sidecar) or {"files": []}, []
+        for file in (file for part in record.get("parts", [record]) for file in part["files"]):
+            stat = (sidecar.parent / file["file"]).stat()
+            parts[sidecar].append((file["file"], stat.st_mtime_ns, stat.st_ino))
+    return parts
 
 
-def _stamps(sidecar: Path) -> Iterator[tuple[str, int, int]]:
-    """A sidecar itself is made once and never again: the tables that it lists are not."""
-    record = read_json(sidecar) or {"files": []}
-    for file in (file for part in record.get("parts", [record]) for file in part["files"]):
-        found = (sidecar.parent / file["file"]).stat()
-        yield file["file"], found.st_mtime_ns, found.st_ino
+def count_rewritten(before: PartFiles, after: PartFiles) -> int:
+    return sum(after.get(part) != files for part, files in before.items())
 
 
-def _touched(before: Parts, after: Parts) -> int:
-    return sum(after.get(part) != stamps for part, stamps in before.items())
+def digests(folder: Path, root: Path) -> Digests:
+    """Return every step's files: name, by the manifest, and digest, by the bytes on disk."""
+    digests_by_step: Digests = {}
+    for step in plan(folder).steps:
+        step_folder = Store(root).folder(step)
+        files = [file["file"] for file in (step_folder.manifest or {"files": []})["files"]]
+        digests_by_step[step.name] = [
+            (file, sha256((step_folder.path / file).read_bytes()).hexdigest()) for file in files
+        ]
+    return digests_by_step
 
 
-def _digests(folder: Path, root: Path) -> Digests:
-    """Of every file of every step: its name, by the manifest, and what it holds, by its bytes."""
-    return {step.name: list(_contents(Store(root).folder(step))) for step in _plan(folder).steps}
-
-
-def _contents(step: StepFolder) -> Iterator[tuple[str, str]]:
-    for file in (step.manifest or {"files": []})["files"]:
-        yield file["file"], sha256((step.path / file["file"]).read_bytes()).hexdigest()
-
-
-def told(sizes: Sizes, found: Found) -> Told:
-    done = {n: found["kills", str(n)] for n in range(sizes.kills) if ("kills", str(n)) in found}
-    kills: list[Killed] = list(done.values())
-    same, touched = sum(kill.same for kill in kills), sum(kill.touched for kill in kills)
-    kept = same == sizes.kills and not touched
+def summarize(sizes: Sizes, results: Results) -> Summary:
+    kills: dict[int, Kill] = {n: results["kills", str(n)] for n in range(sizes.kills) if ("kills", str(n)) in results}
+    same, rewritten = sum(kill.same for kill in kills.values()), sum(kill.rewritten for kill in kills.values())
+    is_met = same == sizes.kills and not rewritten
     what = "runs killed and run again that ended like an undisturbed one"
-    verdict = Verdict(what, f"{same} of {sizes.kills}", f"all of {ASKED}", kept if sizes.kills >= ASKED else None)
-    rows: list[Row] = [
-        {"at work on": step, "kills": count, "finished parts then": _range(kills, step)}
-        for step, count in Counter(kill.step for kill in kills).most_common()
-    ]
-    title = f"kill -9 of {len(kills)} runs at work; finished parts made again: {touched}"
-    return Told([verdict], {title: rows}, [failure(f"kill {n}", _why(kill)) for n, kill in done.items() if _why(kill)])
-
-
-def _why(kill: Killed) -> str:
-    if kill.wrong or not kill.same:
-        return kill.wrong or "ended otherwise than an undisturbed run"
-    return f"{kill.touched} finished parts were made again" if kill.touched else ""
-
-
-def _range(kills: list[Killed], step: str) -> str:
-    parts = [kill.parts for kill in kills if kill.step == step]
-    return f"{min(parts)} to {max(parts)}"
+    full_size = sizes.kills >= FULL_SIZE
+    verdict = Verdict(what, f"{same} of {sizes.kills}", f"all of {FULL_SIZE}", is_met if full_size else None)
+    rows: list[Row] = []
+    for step, count in Counter(kill.step for kill in kills.values()).most_common():
+        parts = [kill.parts for kill in kills.values() if kill.step == step]
+        rows.append({"at work on": step, "kills": count, "finished parts then": f"{min(parts)} to {max(parts)}"})
+    failures = []
+    for n, kill in kills.items():
+        if kill.error or not kill.same:
+            failures.append(failure(f"kill {n}", kill.error or "ended otherwise than an undisturbed run"))
+        elif kill.rewritten:
+            failures.append(failure(f"kill {n}", f"{kill.rewritten} finished parts were made again"))
+    title = f"kill -9 of {len(kills)} runs at work; finished parts made again: {rewritten}"
+    return Summary([verdict], {title: rows}, failures)

@@ -1,4 +1,4 @@
-"""What a part of the benchmark is: tasks to do one after the other, and what they came to."""
+"""Interface of a part of the benchmark: tasks that run one after the other, and a summary of their results."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from tests.bench.store import Sizes
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
-Found = dict[Key, Any]
+Results = dict[Key, Any]  # results of tasks by their key
 
 
 @dataclass(frozen=True)
 class Task:
-    """`cost`: seconds, about; only for the time left."""
+    """Call to measure. `cost` is an estimate of its seconds, which only the forecast of the remaining time uses."""
 
     key: Key
     cost: float
@@ -29,34 +29,34 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A promise, what was found, and whether it is kept: None where it was measured at another size."""
+    """Target, the value measured, and whether it is met: None if it was measured at another size than the target's."""
 
     what: str
-    found: str
+    measured: str
     promised: str
     met: bool | None
 
     @classmethod
-    def most(cls, what: str, found: float, promised: float, asked: bool) -> "Verdict":
-        return cls(what, f"{found:,.3g}", f"at most {promised:,.3g}", found <= promised if asked else None)
+    def at_most(cls, what: str, value: float, bound: float, full_size: bool) -> "Verdict":
+        return cls(what, f"{value:,.3g}", f"at most {bound:,.3g}", value <= bound if full_size else None)
 
     @classmethod
-    def least(cls, what: str, found: float, promised: float, asked: bool) -> "Verdict":
-        return cls(what, f"{found:,.3g}", f"at least {promised:,.3g}", found >= promised if asked else None)
+    def at_least(cls, what: str, value: float, bound: float, full_size: bool) -> "Verdict":
+        return cls(what, f"{value:,.3g}", f"at least {bound:,.3g}", value >= bound if full_size else None)
 
     @property
     def row(self) -> Row:
         met = {True: "yes", False: "no", None: "at another size"}[self.met]
-        return {"what": self.what, "found": self.found, "promised": self.promised, "met": met}
+        return {"what": self.what, "found": self.measured, "promised": self.promised, "met": met}
 
 
 @dataclass
-class Told:
-    """What a part came to; `failed`: what went wrong in it, and did not end it."""
+class Summary:
+    """Verdicts and tables of a part, and failures that did not end it."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     tables: dict[str, list[Row]] = field(default_factory=dict)
-    failed: list[Row] = field(default_factory=list)
+    failures: list[Row] = field(default_factory=list)
 
 
 def failure(at: str, what: str) -> Row:
@@ -67,22 +67,22 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
-class Measures(Protocol):
-    """A part: what it does in a folder of its own, and what came of it (of other parts, too, if they ran)."""
+class BenchmarkPart(Protocol):
+    """Module of a part: its tasks in a folder of its own, and their summary, which may read other parts' results."""
 
     def tasks(self, sizes: Sizes, folder: Path) -> Iterator[Task]: ...
-    def told(self, sizes: Sizes, found: Found) -> Told: ...
+    def summarize(self, sizes: Sizes, results: Results) -> Summary: ...
 
 
-def apart(function: Callable[..., Any], *args: Any, ready: tuple[str, ...] = ()) -> Any:
-    """What a function returns in a process of its own, which is new, or forked off one that has imported `ready`."""
-    with ProcessPoolExecutor(1, mp_context=_context(ready)) as pool:
+def run_in_process(function: Callable[..., Any], *args: Any, preload: tuple[str, ...] = ()) -> Any:
+    """Return the function's result from a process of its own: a new one, or a fork of one that imported `preload`."""
+    with ProcessPoolExecutor(1, mp_context=_process_context(preload)) as pool:
         return pool.submit(function, *args).result()
 
 
-def killed_apart(seconds: float, function: Callable[..., Any], *args: Any, ready: tuple[str, ...]) -> bool:
-    """Let it run for so long in a process of its own, then kill -9; False if it had ended before."""
-    process = _context(ready).Process(target=function, args=args)  # type: ignore[attr-defined]
+def kill_after(seconds: float, function: Callable[..., Any], *args: Any, preload: tuple[str, ...]) -> bool:
+    """Run the function in a process of its own and kill it (-9) after `seconds`; return False if it ended before."""
+    process = _process_context(preload).Process(target=function, args=args)  # type: ignore[attr-defined]
     process.start()
     process.join(seconds)
     alive = process.is_alive()
@@ -93,10 +93,10 @@ def killed_apart(seconds: float, function: Callable[..., Any], *args: Any, ready
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the processes apart and raises SystemExit, so that whatever was begun is cleaned up."""
+def exit_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM end the child processes and raise SystemExit, so that temporary folders are removed."""
 
-    def end(*told: Any) -> None:
+    def end(*_: Any) -> None:
         for child in active_children():
             child.terminate()
         raise SystemExit(128 + signal.SIGTERM)
@@ -108,9 +108,9 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _context(ready: tuple[str, ...]) -> BaseContext:
-    if not ready:
+def _process_context(preload: tuple[str, ...]) -> BaseContext:
+    if not preload:
         return get_context("spawn")
     server = get_context("forkserver")
-    server.set_forkserver_preload(list(ready))
+    server.set_forkserver_preload(list(preload))
     return server

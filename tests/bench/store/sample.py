@@ -1,4 +1,4 @@
-"""`sample` beside a bare vLLM `generate` on the same engine and prompts."""
+"""`sample` against a bare vLLM `generate` on the same engine and prompts."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,147 +19,144 @@ from schemas.tables import PROMPTS
 from stages.sampling.engines import open_engine
 from tests.bench.page import spread
 from tests.bench.store import Sizes
-from tests.bench.store.model import DRAWN, Quiet, corridor, make_policy, write_prompts
-from tests.bench.store.parts import Found, Row, Task, Told, Verdict, apart
+from tests.bench.store.model import SAMPLING, make_policy, pipeline_plan, write_prompts
+from tests.bench.store.parts import Results, Row, Summary, Task, Verdict, run_in_process
+from tests.runs import Silent
 
 PARTS = 2  # of the run: the engine drains after each
-SHARE = 0.95
-WARM = 16  # prompts that an engine answers before the clock: more draws than it runs at once
+MIN_SHARE = 0.95
+WARM_UP = 16  # prompts that an engine answers before the clock starts: more draws than it runs at once
 LAYERS = 4
-ASKED = 96  # prompts from which on start and end of a run count for little
+FULL_SIZE = 96  # prompts from which on start and end of a run count for little
 SIDES = ("a bare generate", "the stage", "a bare generate without seeds and log-probs")
-SAME: dict[str, Any] = {"seed": 0, "logprobs": 0, "flat_logprobs": True}  # what the stage asks of each draw
-Paced = tuple[int, float]  # tokens, and the seconds that they took
+BARE, STAGE, BARE_FASTER = SIDES
+STAGE_SETTINGS: dict[str, Any] = {"seed": 0, "logprobs": 0, "flat_logprobs": True}  # that the stage sets for each draw
+Pass = tuple[int, float]  # tokens, and the seconds that they took
 
 
 def tasks(sizes: Sizes, folder: Path) -> Iterator[Task]:
-    yield Task(("sample", "data_dir"), 10, partial(apart, prepare, folder, sizes, PARTS))
+    yield Task(("sample", "data_dir"), 10, partial(run_in_process, prepare, folder, sizes, PARTS))
     for repeat in range(sizes.repeats):
-        call = partial(apart, _sides, folder, repeat)
-        yield Task(("sample", "sides", str(repeat)), 10 + len(order(repeat)) * cost(sizes), call)
+        call = partial(run_in_process, _measure_sides, folder, repeat)
+        yield Task(("sample", "sides", str(repeat)), 10 + len(order(repeat)) * sampling_seconds(sizes), call)
 
 
-def cost(sizes: Sizes) -> float:
-    """Seconds that all draws take on all cores, about."""
-    return float(sizes.sampled * DRAWN["n"] * DRAWN["max_tokens"] / 6000)
+def sampling_seconds(sizes: Sizes) -> float:
+    """Estimate the seconds that all draws take on all cores."""
+    return float(sizes.sampled * SAMPLING["n"] * SAMPLING["max_tokens"] / 6000)
 
 
 def prepare(folder: Path, sizes: Sizes, parts: int) -> None:
-    """A model, prompts, and a store in which what comes before `sample` is sealed, in so many parts."""
+    """Write a model, prompts, and a store in which the steps before `sample` are sealed in `parts` parts."""
     make_policy(folder, sizes.hidden, LAYERS)
     write_prompts(folder, sizes.sampled)
-    run(planned(folder, "prompts", parts), Store(folder / "store"), LocalExecutor(), Quiet())
+    run(plan_to(folder, "prompts", parts), Store(folder / "store"), LocalExecutor(), Silent())
 
 
-def planned(folder: Path, target: str, parts: int, engine: str = "vllm") -> Plan:
-    import jobs.recipes  # noqa: F401 - registers every stage
-
-    return corridor(folder, target, parts, engine=engine, **DRAWN)
+def plan_to(folder: Path, target: str, parts: int, engine: str = "vllm") -> Plan:
+    return pipeline_plan(folder, target, parts, engine=engine, **SAMPLING)
 
 
-class Selection(LocalExecutor):
-    """Keeps its engine from run to run, until it is let go: opening it is not what is measured."""
+class WarmExecutor(LocalExecutor):
+    """Executor that keeps its engine from run to run, until it is closed by hand: opening it is not measured."""
 
-    def end(self, work: StepSpec) -> None: ...
+    def end(self, spec: StepSpec) -> None: ...
 
     def close(self) -> None:
         self.next.clear()
 
 
-def _sides(folder: Path, repeat: int) -> dict[str, float]:
-    """Tokens a second of each, on one engine; the stage's with its whole run around."""
-    executor = Selection()
-    plan = planned(folder, "sample", PARTS)
-    engine, asked = _opened(plan, folder, executor), _asked(folder)
-    calls: dict[str, Callable[[], Paced]] = {
-        SIDES[0]: lambda: _bare(engine.llm, asked, **SAME),
-        SIDES[1]: lambda: _stage(plan, folder, executor),
-        SIDES[2]: lambda: _bare(engine.llm, asked),
+def _measure_sides(folder: Path, repeat: int) -> dict[str, float]:
+    """Return tokens per second of each side, all on one engine; the stage's include its whole run."""
+    executor, plan = WarmExecutor(), plan_to(folder, "sample", PARTS)
+    engine = open_stage_engine(plan, folder, executor)
+    table = Store(folder / "store").folder(plan_to(folder, "prompts", PARTS).target).read(PROMPTS)
+    prompts = [{"prompt_token_ids": ids} for ids in table["token_ids"].to_pylist()]
+    calls: dict[str, Callable[[], Pass]] = {
+        BARE: lambda: _run_bare(engine.llm, prompts, **STAGE_SETTINGS),
+        STAGE: lambda: run_stage(plan, folder, executor),
+        BARE_FASTER: lambda: _run_bare(engine.llm, prompts),
     }
-    _bare(engine.llm, asked[:WARM], **SAME)
-    made = _rates(order(repeat), calls, engine.llm.reset_prefix_cache)
+    _run_bare(engine.llm, prompts[:WARM_UP], **STAGE_SETTINGS)
+    rates = pass_rates(order(repeat), calls, engine.llm.reset_prefix_cache)
     executor.warm.close()
-    return made
+    return rates
 
 
 def order(repeat: int) -> list[str]:
-    """There and back: an engine may slow as it runs, and the mean place of all is the same.
+    """Return the sides there and back: an engine may slow as it runs, and so all have the same mean position.
 
-    The ends are of the side without a promise, the others take turns to be the outer one.
+    The ends are of the side without a target; the others take turns to be the outer one.
     """
-    there = [SIDES[2], *SIDES[:2][:: 1 if repeat % 2 == 0 else -1]]
+    there = [BARE_FASTER, *SIDES[:2][:: 1 if repeat % 2 == 0 else -1]]
     return there + there[::-1]
 
 
-def _rates(sides: list[str], calls: Mapping[str, Callable[[], Paced]], before: Callable[[], Any]) -> dict[str, float]:
-    """All tokens over all seconds of each, called in this order."""
-    passes = dict[str, list[Paced]]()
+def pass_rates(
+    sides: list[str], calls: Mapping[str, Callable[[], Pass]], before: Callable[[], Any]
+) -> dict[str, float]:
+    """Call the sides in this order, and return all tokens over all seconds of each."""
+    passes = dict[str, list[Pass]]()
     for side in sides:
         before()
         passes.setdefault(side, []).append(calls[side]())
-    sums = {side: np.sum(each, axis=0) for side, each in passes.items()}
+    sums = {side: np.sum(results, axis=0) for side, results in passes.items()}
     return {side: float(tokens / seconds) for side, (tokens, seconds) in sums.items()}
 
 
-def _opened(plan: Plan, folder: Path, executor: LocalExecutor) -> Any:
-    """The engine that the stage will ask for."""
-    made = next(step for step in plan.steps if step.name == "policy")
-    options, policy = plan.target.options, Store(folder / "store").folder(made).model()
-    given = options["engine"], policy.folder, options["dtype"], Resources().tensor_parallel
-    return executor.warm.open_once(open_engine, *given)
+def open_stage_engine(plan: Plan, folder: Path, executor: LocalExecutor) -> Any:
+    """Open the engine that the stage will use, in the executor's cache."""
+    step = next(step for step in plan.steps if step.name == "policy")
+    options, policy = plan.target.options, Store(folder / "store").folder(step).model()
+    arguments = options["engine"], policy.folder, options["dtype"], Resources().tensor_parallel
+    return executor.warm.open_once(open_engine, *arguments)
 
 
-def _asked(folder: Path) -> list[dict[str, list[int]]]:
-    """The prompts as vLLM takes them."""
-    prompts = Store(folder / "store").folder(planned(folder, "prompts", PARTS).target).read(PROMPTS)
-    return [{"prompt_token_ids": ids} for ids in prompts["token_ids"].to_pylist()]
-
-
-def _bare(llm: Any, asked: list[dict[str, list[int]]], **given: Any) -> Paced:
-    """As one writes it: all prompts in one call, n draws each."""
+def _run_bare(llm: Any, prompts: list[dict[str, list[int]]], **settings: Any) -> Pass:
+    """Sample as a script would: all prompts in one call, n draws each."""
     from vllm import SamplingParams
 
-    params = SamplingParams(detokenize=False, stop_token_ids=[1], skip_clone=True, **DRAWN, **given)
+    params = SamplingParams(detokenize=False, stop_token_ids=[1], skip_clone=True, **SAMPLING, **settings)
     start = time.perf_counter()
-    answers = llm.generate(asked, params, use_tqdm=False)
+    answers = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     return sum(len(output.token_ids) for answer in answers for output in answer.outputs), seconds
 
 
-def _stage(plan: Plan, folder: Path, executor: LocalExecutor) -> Paced:
-    """From sealed prompts to sealed candidates, Parquet and all; leaves nothing of it."""
-    out = Store(folder / "store").folder(plan.target)
+def run_stage(plan: Plan, folder: Path, executor: LocalExecutor) -> Pass:
+    """Run the stage from sealed prompts to sealed candidates, Parquet included, and delete its result."""
+    output = Store(folder / "store").folder(plan.target)
     start = time.perf_counter()
-    run(plan, Store(folder / "store"), executor, Quiet())
+    run(plan, Store(folder / "store"), executor, Silent())
     seconds = time.perf_counter() - start
-    tokens: int = (out.manifest or {})["counters"]["tokens"]
-    delete(out.path)
+    tokens: int = (output.manifest or {})["counters"]["tokens"]
+    delete(output.path)
     return tokens, seconds
 
 
-def rate(sizes: Sizes, found: Found) -> float | None:
-    """Tokens a second of the stage, if they were measured."""
-    sides = _repeats(sizes, found)
-    return float(np.median([side[SIDES[1]] for side in sides])) if sides else None
+def stage_rate(sizes: Sizes, results: Results) -> float | None:
+    """Return the stage's tokens per second, None if they were not measured."""
+    rates = _rates_by_repeat(sizes, results)
+    return float(np.median([by_side[STAGE] for by_side in rates])) if rates else None
 
 
-def told(sizes: Sizes, found: Found) -> Told:
-    """Nothing if it was not measured, because something failed before."""
-    sides = _repeats(sizes, found)
-    if not sides:
-        return Told()
-    shares = {side: [each[side] / each[SIDES[0]] for each in sides] for side in SIDES}
-    what = f"sample: tokens a second against {SIDES[0]} with the same settings"
-    drawn = f"{sizes.sampled} prompts x {DRAWN['n']} draws of {DRAWN['max_tokens']} tokens"
-    title = f"{drawn} in {PARTS} parts, one engine, opened before; Parquet included"
-    rows = [_side(side, [each[side] for each in sides], shares[side]) for side in SIDES]
-    share = float(np.median(shares[SIDES[1]]))
-    return Told([Verdict.least(what, share, SHARE, sizes.sampled >= ASKED)], {title: rows})
+def summarize(sizes: Sizes, results: Results) -> Summary:
+    """Return an empty summary if nothing was measured, because something failed before."""
+    rates = _rates_by_repeat(sizes, results)
+    if not rates:
+        return Summary()
+    shares = {side: [by_side[side] / by_side[BARE] for by_side in rates] for side in SIDES}
+    what = f"sample: tokens a second against {BARE} with the same settings"
+    draws = f"{sizes.sampled} prompts x {SAMPLING['n']} draws of {SAMPLING['max_tokens']} tokens"
+    title = f"{draws} in {PARTS} parts, one engine, opened before; Parquet included"
+    rows: list[Row] = []
+    for side in SIDES:
+        tokens_per_second = spread([by_side[side] for by_side in rates], 0)
+        rows.append({"side": side, "tokens a second": tokens_per_second, "beside the first": spread(shares[side])})
+    share = float(np.median(shares[STAGE]))
+    return Summary([Verdict.at_least(what, share, MIN_SHARE, sizes.sampled >= FULL_SIZE)], {title: rows})
 
 
-def _repeats(sizes: Sizes, found: Found) -> list[dict[str, float]]:
-    return [found[key] for repeat in range(sizes.repeats) if (key := ("sample", "sides", str(repeat))) in found]
-
-
-def _side(side: str, rates: list[float], shares: list[float]) -> Row:
-    return {"side": side, "tokens a second": spread(rates, 0), "beside the first": spread(shares)}
+def _rates_by_repeat(sizes: Sizes, results: Results) -> list[dict[str, float]]:
+    keys = [("sample", "sides", str(repeat)) for repeat in range(sizes.repeats)]
+    return [results[key] for key in keys if key in results]
