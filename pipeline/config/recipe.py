@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from pipeline.config.rounds import Steps, round_overlays, split_round, unknown_step_hint, unroll, without_rounds
-from pipeline.config.yaml import parse
+from pipeline.config.yaml import parse, read_yaml
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
@@ -210,22 +210,13 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
 
 
 def _read_file(path: Path, what: str) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise WinnowError(f"{what} {path}: there is no such file in {path.resolve().parent}") from None
-    except IsADirectoryError:
-        raise WinnowError(f"{what} {path}: is a folder; name a YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WinnowError(f"{what} {path}: cannot be read ({error})") from None
-    content = parse(text, f"{what} {path}")
+    content = read_yaml(path, what)
     if not isinstance(content, dict):
         raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
     folder = path.absolute().parent
     if isinstance(files := content.get("plugins"), list):  # always paths, with or without `./`
         content["plugins"] = [str(folder / file) if isinstance(file, str) else file for file in files]
-    rooted: dict[str, Any] = _rooted(content, folder)
-    return rooted
+    return _rooted(content, folder)
 
 
 def _rooted(content: Any, folder: Path) -> Any:
@@ -291,8 +282,7 @@ def _with_like(step: str, steps: Steps) -> dict[str, Any]:
     model = steps[step].get("like")
     if model is None:
         return body
-    content: dict[str, Any] = _merge({"use": model} | _with_like(model, steps), body)
-    return content
+    return _merge({"use": model} | _with_like(model, steps), body)
 
 
 # --set.
