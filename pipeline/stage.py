@@ -68,16 +68,12 @@ class StageSignature:
         return any(schema.metadata[b"table"].decode() == kind for schema in self.outputs)
 
 
-def no_check(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    return []
-
-
 def stage(
     *,
     version: int,
     unsharded: bool = False,
     concurrent: bool = False,
-    check: Check = no_check,
+    check: Check = lambda options, inputs: [],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
