@@ -97,8 +97,7 @@ class Entry:
     @property
     def version(self) -> int:
         """Return the version that is part of the key: of a stage in its signature, of any other function beside it."""
-        version: int = getattr(self.metadata.get("signature"), "version", self.metadata.get("version", 1))
-        return version
+        return getattr(self.metadata.get("signature"), "version", self.metadata.get("version", 1))
 
     @property
     def plugin_digest(self) -> str | None:
@@ -126,8 +125,7 @@ class Entry:
 
 def entry_of(fn: Function) -> Entry:
     """Return the entry of a registered function."""
-    entry: Entry = fn.entry  # type: ignore[attr-defined]
-    return entry
+    return fn.entry  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

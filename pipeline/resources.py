@@ -78,14 +78,15 @@ def load_profile(path: Path, stages: list[str]) -> Profile:
     content = read_yaml(path, "profile") or {}
     if not isinstance(content, dict):
         raise WinnowError(f"profile {path}: must be a mapping of stages, got {content!r}")
-    known = ["default", "autoscaling", *stages]
-    problems = [f"{name}: unknown stage; {nearest(str(name), known)}" for name in content if name not in known]
+    names = ["default", "autoscaling", *stages]
+    problems = [f"{name}: unknown stage; {nearest(str(name), names)}" for name in content if name not in names]
 
     # The default first: its problems are reported once, not again for each stage that inherits them
     default: dict[str, Any] = {}
     resources: dict[str, Any] = {}
-    names = [name for name in content if name != "autoscaling"]
-    for name in sorted(names, key=lambda name: name != "default"):
+    for name in sorted(content, key=lambda name: name != "default"):
+        if name == "autoscaling":
+            continue
         body = {} if content[name] is None else content[name]
         try:
             if not isinstance(body, dict):

@@ -107,8 +107,7 @@ def stage(
 
 
 def signature_of(entry: Entry) -> StageSignature:
-    signature: StageSignature = entry.metadata["signature"]
-    return signature
+    return entry.metadata["signature"]
 
 
 def _table_schema(hint: Any) -> pa.Schema | None:

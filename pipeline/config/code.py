@@ -22,7 +22,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceModule:
     """Top level of a module: the statement that defines each name, and the dotted name behind each import."""
 
@@ -55,42 +55,36 @@ def code_digests(fn: Callable[..., Any]) -> dict[str, str]:
     followed: it says how and where a stage runs. What is only known when a function runs, such as the method of an
     argument, is followed if its class is named somewhere on the way. Empty without source, as for a lambda.
     """
-    fn = inspect.unwrap(fn)
+    fn = getattr(inspect.unwrap(fn), "py_func", inspect.unwrap(fn))  # numba's dispatchers have that
     module = _source_module(fn.__module__) or SourceModule(fn.__module__, fn.__module__, "", {}, {})
     node = module.definitions.get(fn.__name__)
     first_lines = {item.lineno for item in (node, *getattr(node, "decorator_list", ())) if item}
-    if fn.__code__.co_firstlineno not in first_lines:  # in a notebook, in a function, or redefined further down
+    if getattr(getattr(fn, "__code__", None), "co_firstlineno", None) not in first_lines:
+        # A class, or a function in a notebook, in another function, or redefined further down
         try:
             node = ast.parse(textwrap.dedent(inspect.getsource(fn))).body[0]
-        except (OSError, SyntaxError, IndexError):
+        except (OSError, TypeError, SyntaxError, IndexError):
             return {}
     if not isinstance(node, DEFINITIONS):
         return {}
-    digest, names = _digest(node, module)
+    digest, uses = _digest(node, module)
+    names = list(uses)
     packages = {fn.__module__.partition(".")[0], "stages", "schemas"}
     digests: dict[str, str] = {}
     while names:
         dotted = names.pop()
-        found = _find(dotted) if dotted.partition(".")[0] in packages else None
-        if found is None:
-            continue
-        owner, name = found
-        package, label, definition = owner.name.partition(".")[0], f"{owner.label}.{name}", owner.definitions[name]
-        tables = package == "schemas" and isinstance(definition, ASSIGNMENTS)
-        if definition is not node and label not in digests and package in packages and not tables:
-            digests[label], further = _definition_digest(owner.name, name)
-            names = [*names, *further]
+        if dotted.partition(".")[0] in packages and (definition := _find(dotted)):
+            owner, name = definition
+            package, label, used = owner.name.partition(".")[0], f"{owner.label}.{name}", owner.definitions[name]
+            is_table = package == "schemas" and isinstance(used, ASSIGNMENTS)
+            if package in packages and label not in digests and used is not node and not is_table:
+                digests[label], uses = _digest(used, owner)
+                names += uses
     return {fn.__name__: digest} | dict(sorted(digests.items()))
 
 
 @cache
-def _definition_digest(module: str, name: str) -> tuple[str, list[str]]:
-    source = _source_module(module)
-    assert source is not None  # `_find` returned it
-    return _digest(source.definitions[name], source)
-
-
-def _digest(node: ast.stmt, module: SourceModule) -> tuple[str, list[str]]:
+def _digest(node: ast.stmt, module: SourceModule) -> tuple[str, tuple[str, ...]]:
     """Return the digest of a definition and the dotted names that it uses.
 
     Comments, layout, docstrings and its own decorators, which hold its version, do not count. It is one pass over the
@@ -137,7 +131,7 @@ def _digest(node: ast.stmt, module: SourceModule) -> tuple[str, list[str]]:
         origin = imports.get(first) or (f"{module.name}.{first}" if first in module.definitions else None)
         if origin:
             names.append(f"{origin}{dot}{rest}")
-    return sha256("\n".join(parts).encode()).hexdigest()[:12], names
+    return sha256("\n".join(parts).encode()).hexdigest()[:12], tuple(names)
 
 
 @cache

@@ -63,7 +63,7 @@ def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
             (folder / f"{name}.py").write_text(text.replace(old, new) if name == file and old else text)
         for name in [name for name in sys.modules if name.startswith("late_package")]:
             monkeypatch.delitem(sys.modules, name)
-        for cached in (code._source_module, code._find, code._definition_digest, code_digests):
+        for cached in (code._source_module, code._find, code._digest, code_digests):
             cached.cache_clear()
         linecache.clearcache()
         invalidate_caches()
@@ -75,7 +75,13 @@ def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
 
 def test_all_that_a_function_uses_is_followed_and_nothing_is_imported_for_it(digests: Callable[..., dict[str, str]]):
     """Through its module, other modules, late imports, re-exports, classes, constants and dicts; each once."""
-    assert list(digests()) == ["rule", *sorted(USES)]
+    for _ in range(2):
+        assert list(digests()) == ["rule", *sorted(USES)]
+    rules = sys.modules["late_package.rules"]
+    helper = code_digests(rules.helper)
+    assert list(helper) == ["helper", "late_package.rules.LIMIT", "late_package.rules.Sized"]
+    assert code_digests(rules.rule)["late_package.rules.helper"] == helper["helper"]
+    assert code_digests(lambda: None) == {}
     assert "late_package.late" not in sys.modules
 
 
