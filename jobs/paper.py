@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
 from jobs.recipes import plan_named
 from pipeline.config.plan import Plan
+from pipeline.config.yaml import read_yaml
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from stages.evaluation.evaluate import bootstrap_interval
@@ -36,14 +35,9 @@ class Cell:
         return f"paper {' '.join(self.labels.values())}"
 
 
-def _read_paper_yaml() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(PAPER_YAML.read_text(encoding="utf-8"))
-    return content
-
-
 def cells() -> list[Cell]:
     """Return every cell of paper.yaml, in order."""
-    content = _read_paper_yaml()
+    content = read_yaml(PAPER_YAML, "tables of the paper")
     all_cells = []
     for table in ("table 1", "table 2"):
         for row in content[table]:
@@ -120,7 +114,7 @@ def conclusions(wins: Wins) -> list[dict[str, str]]:
     """
     all_cells = cells()
     rows = []
-    for claim in _read_paper_yaml()["claims"]:
+    for claim in read_yaml(PAPER_YAML, "tables of the paper")["claims"]:
         ((label, value),) = claim["better"].items()
         for cell in all_cells:
             if cell.table != claim["table"] or cell.labels[label] != value:

@@ -195,7 +195,12 @@ def describe_type(hint: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "null"
     text = PATHS.get(hint) or str(getattr(hint, "__name__", hint))
     symbols = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    limits = [(symbols[name], value) for item in bounds for name, value in vars(item).items() if value is not None]
+    limits = [
+        (symbol, value)
+        for item in bounds
+        for name, symbol in symbols.items()
+        if (value := getattr(item, name)) is not None
+    ]
     finite = "finite " if any(abs(value) == float("inf") for _, value in limits) else ""
     words = [f"{symbol} {value:g}" for symbol, value in limits if abs(value) != float("inf")]
     return f"{finite}{text} {', '.join(words)}".strip()

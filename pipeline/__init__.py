@@ -35,7 +35,7 @@ __all__ = [
 def open(store: "str | Location", run: str | None = None, round: int | None = None) -> "Catalog":
     """Open a store, in a folder or at a URL, for queries: `pipeline.open("demo/store").sql("SELECT …").arrow()`.
 
-    A result has `.arrow()`, `.pandas()`, `.polars()`. Raise WinnowError for a store without runs, and where it has no
+    A result has `.arrow()` and `.pandas()`. Raise WinnowError for a store without runs, and where it has no
     such run or round.
     """
     from pipeline.sql.catalog import open_catalog  # DuckDB is needed by queries alone

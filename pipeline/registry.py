@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_args, get_type_hints, overload
 
+from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import core_schema
 
@@ -36,21 +37,7 @@ def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(listed or names))}"
 
 
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number: `Annotated[float, Range(gt=0)]`."""
-
-    gt: float | None = None
-    ge: float | None = None
-    lt: float | None = None
-    le: float | None = None
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        bounds = {name: bound for name, bound in vars(self).items() if bound is not None}
-        schema: CoreSchema = {**handler(source), **bounds}
-        return schema
-
-
+Range = Interval  # bounds of a number: `Annotated[float, Range(gt=0)]`
 Finite = Annotated[float, Range(gt=-float("inf"), lt=float("inf"))]
 
 
@@ -110,8 +97,7 @@ class Entry:
     @property
     def version(self) -> int:
         """Return the version that is part of the key: of a stage in its signature, of any other function beside it."""
-        version: int = getattr(self.metadata.get("signature"), "version", self.metadata.get("version", 1))
-        return version
+        return getattr(self.metadata.get("signature"), "version", self.metadata.get("version", 1))
 
     @property
     def plugin_digest(self) -> str | None:
@@ -139,8 +125,7 @@ class Entry:
 
 def entry_of(fn: Function) -> Entry:
     """Return the entry of a registered function."""
-    entry: Entry = fn.entry  # type: ignore[attr-defined]
-    return entry
+    return fn.entry  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.registry import nearest
+from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -25,7 +25,7 @@ class Resources(BaseModel):
 
     cpus: Amount | None = None
     gpus: Amount | None = None
-    memory: Amount | None = Field(default=None, description="GiB")
+    memory: Amount | None = Field(default=None, description="a finite number of GiB, at least 0")
     accelerator_type: str | None = Field(default=None, description="Ray's name of an accelerator, such as H100")
     min_workers: int = Field(default=0, ge=0)
     max_workers: int | None = Field(default=None, ge=1)
@@ -37,7 +37,7 @@ class Resources(BaseModel):
     def check_share_of_gpu(cls, gpus: float | None) -> float | None:
         """Raise WinnowError for 1.5 GPUs: Ray gives whole ones, or a share of one."""
         if gpus and gpus > 1 and not gpus.is_integer():
-            raise WinnowError("must be a whole number, or a share below 1")
+            raise WinnowError(f"must be a whole number, or a share below 1, got {gpus}")
         return gpus
 
     @model_validator(mode="after")
@@ -73,57 +73,33 @@ def load_profile(path: Path, stages: list[str]) -> Profile:
 
     Raise WinnowError with all problems of the file; `stages` are the names that it may use.
     """
-    from pipeline.config.yaml import parse  # PyYAML may be missing on a training machine, which reads no profile
+    from pipeline.config.yaml import read_yaml  # PyYAML may be missing on a training machine, which reads no profile
 
-    try:
-        content = parse(path.read_text(encoding="utf-8"), f"profile {path}") or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise WinnowError(f"profile {path}: cannot be read ({error})") from None
+    content = read_yaml(path, "profile") or {}
     if not isinstance(content, dict):
         raise WinnowError(f"profile {path}: must be a mapping of stages, got {content!r}")
-    bodies = {str(name): {} if body is None else body for name, body in content.items() if name != "autoscaling"}
-    problems = [
-        f"{name}: unknown stage; {nearest(name, ['default', 'autoscaling', *stages])}"
-        for name in bodies
-        if name not in ("default", *stages)
-    ]
+    names = ["default", "autoscaling", *stages]
+    problems = [f"{name}: unknown stage; {nearest(str(name), names)}" for name in content if name not in names]
 
     # The default first: its problems are reported once, not again for each stage that inherits them
     default: dict[str, Any] = {}
-    resources: dict[str, Resources] = {}
-    for name in sorted(bodies, key=lambda name: name != "default"):
-        body = bodies[name]
+    resources: dict[str, Any] = {}
+    for name in sorted(content, key=lambda name: name != "default"):
+        if name == "autoscaling":
+            continue
+        body = {} if content[name] is None else content[name]
         try:
-            resources[name] = Resources.model_validate(default | body if isinstance(body, dict) else body)
-        except ValidationError as error:
-            problems += [f"{name}{problem}" for problem in _explain(error)]
-        else:
+            if not isinstance(body, dict):
+                raise WinnowError(f"{name}: must be a mapping of resources, got {body!r}")
+            resources[str(name)] = validated(Resources, default | body, str(name), noun="resource")
             default = body if name == "default" else default
+        except WinnowError as error:
+            problems += error.problems
     try:
-        autoscaling = content.get("autoscaling", False)
-        profile = Profile(default=resources.pop("default", Resources()), stages=resources, autoscaling=autoscaling)
-    except ValidationError as error:
-        problems += [problem.removeprefix(".") for problem in _explain(error)]
+        base, autoscaling = resources.pop("default", Resources()), content.get("autoscaling", False)
+        profile = validated(Profile, {"default": base, "stages": resources, "autoscaling": autoscaling})
+    except WinnowError as error:
+        problems += error.problems
     if problems:
         raise WinnowError(*(f"profile {path}: {problem}" for problem in problems))
     return profile
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """Return pydantic's errors as lines `.field: problem, got value (meaning of the field)`."""
-    lines = []
-    for details in error.errors():
-        field = str(details["loc"][0]) if details["loc"] else ""
-        prefix = f".{field}" if field else ""
-        cause: Any = details.get("ctx", {}).get("error")
-        if details["type"] == "extra_forbidden":
-            lines.append(f"{prefix}: unknown; {nearest(field, list(Resources.model_fields))}")
-        elif details["type"] == "model_type":
-            lines.append(f"{prefix}: must be a mapping of resources, got {details['input']!r}")
-        elif isinstance(cause, WinnowError) and not field:
-            lines += [f".{problem}" for problem in cause.problems]
-        else:
-            message = str(cause) if cause else details["msg"].replace("Input should", "must")
-            about = Resources.model_fields[field].description if field in Resources.model_fields else None
-            lines.append(f"{prefix}: {message}, got {details['input']!r}{f' ({about})' if about else ''}")
-    return lines

@@ -68,16 +68,12 @@ class StageSignature:
         return any(schema.metadata[b"table"].decode() == kind for schema in self.outputs)
 
 
-def no_check(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    return []
-
-
 def stage(
     *,
     version: int,
     unsharded: bool = False,
     concurrent: bool = False,
-    check: Check = no_check,
+    check: Check = lambda options, inputs: [],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
@@ -111,8 +107,7 @@ def stage(
 
 
 def signature_of(entry: Entry) -> StageSignature:
-    signature: StageSignature = entry.metadata["signature"]
-    return signature
+    return entry.metadata["signature"]
 
 
 def _table_schema(hint: Any) -> pa.Schema | None:

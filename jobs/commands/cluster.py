@@ -24,7 +24,7 @@ from jobs.commands.app import (
     console,
 )
 from jobs.resume import without_force
-from pipeline.config.partial import followers, narrowed, unfinished
+from pipeline.config.partial import Part, followers, narrowed, unfinished
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.ray_executor import check_fits
 from pipeline.store.storage import parse_location
@@ -64,7 +64,8 @@ def submit(
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
     plans = recipes.plans(recipe, configs, sets)
-    parts = narrowed(plans, only, from_step, force, until=until)
+    part = Part(only, until, from_step, force)
+    parts = narrowed(plans, part)
     steps = unfinished_steps(parts, force, Store(store))
     bundle.check_paths(plans)
     resources = profiles.load(profile)
@@ -77,12 +78,11 @@ def submit(
 
     # The job runs `winnow run` with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
-    flags: list[tuple[str, str | None]] = [("--set", item) for item in sets]
-    flags += [("--only", only), ("--until", until), ("--from", from_step), ("--force", force)]
-    flags += [("--workers", str(workers)), ("--store", location), ("--address", "auto")]
+    flags = [("--set", item) for item in sets]
+    flags += [*part.options.items(), ("--workers", str(workers)), ("--store", location), ("--address", "auto")]
     with TemporaryDirectory() as folder:
         packed = bundle.pack(Path(folder), recipe, configs, profile)
-        words = ["run", *packed, *(word for flag, value in flags if value for word in (flag, value))]
+        words = ["run", *packed, *(word for flag, value in flags for word in (flag, value))]
         name, running = cluster.submit(Path(folder), words, recipes=names, plan=plan, store=location, resume=resume)
 
     if running and not attach:

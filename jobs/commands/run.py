@@ -33,7 +33,7 @@ from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
 from jobs.resume import resumable
 from jobs.tables import changed_code, plan_tree
-from pipeline.config.partial import rerun
+from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
@@ -96,13 +96,13 @@ def run(
     if address and executor is ExecutorName.in_process:
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
     target = Store(store)
-    selection = rerun(recipes.plans(recipe, configs, sets), target, only, from_step, force, until=until)
+    selection = rerun(recipes.plans(recipe, configs, sets), target, Part(only, until, from_step, force))
     resources = profiles.load(profile)
     chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
         chosen = RayExecutor(workers, address, resources)
         target.check()
-        chosen.check(selection.to_run(target))
+        chosen.check(selection.to_run())
     # Results to compute again are deleted only now that all checks are over.
     for step in selection.to_delete:
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)

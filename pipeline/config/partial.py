@@ -1,7 +1,6 @@
 """Parts of plans: one step, a step with what follows or precedes it, a step again. Checked before anything changes."""
 
 import shlex
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -15,22 +14,54 @@ from schemas import WinnowError
 
 
 @dataclass(frozen=True)
-class Rerun:
-    """Plans with the steps to run, and the stored steps to delete first because they are to be computed again.
+class Part:
+    """Options that say which steps of several recipes a command runs; at most one of the first three is set."""
 
-    check: raises WinnowError where another run has come to need one of them.
-    """
+    only: str | None = None
+    until: str | None = None
+    from_step: str | None = None
+    force: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Return the name of a step by each option that is set, as the command line has them."""
+        names = {"--only": self.only, "--until": self.until, "--from": self.from_step, "--force": self.force}
+        return {option: name for option, name in names.items() if name}
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """Plans with the steps to run, and the stored steps to delete first because they are to be computed again."""
 
     plans: list[Plan]
     to_delete: list[StoredStep]
-    check: Callable[[], None]
+    store: Store
+    recipes: list[str]  # all of the command, also those without a step to run
+    force: str | None
 
-    def to_run(self, store: Store) -> list[Step]:
+    def to_run(self) -> list[Step]:
         """Return the steps that are not finished, or that will be deleted."""
         deleted = {stored.key for stored in self.to_delete}
         steps = [step for plan in self.plans for step in plan.steps_to_run]
-        missing = {step.key for step in unfinished(steps, store)}
+        missing = {step.key for step in unfinished(steps, self.store)}
         return [step for step in steps if step.key in deleted | missing]
+
+    def check(self) -> None:
+        """Raise WinnowError where a run of another recipe needs a result that is to be deleted."""
+        deleted = {stored.key for stored in self.to_delete}
+        others = [
+            run
+            for run, steps in (self.store.runs() if deleted else {}).items()
+            if run not in self.recipes and any(link["key"] in deleted for link in steps.values())
+        ]
+        if others:
+            forget = [word for run in others for word in ("--forget", run)]
+            command = shlex.join(["winnow", "gc", "--store", str(self.store.root), *forget, "--yes"])
+            needs, recipes = ("need", "their recipes") if len(others) > 1 else ("needs", "its recipe")
+            raise WinnowError(
+                f"--force {self.force}: {', '.join(others)} {needs} what would be deleted; add {recipes} to the "
+                f"command, or remove {'them' if len(others) > 1 else 'it'} from the store: `{command}`"
+            )
 
     def delete(self) -> None:
         """Delete the stored steps, followers first: wherever this ends, no finished step lacks its inputs.
@@ -54,33 +85,22 @@ class Rerun:
             remove([stored.folder for stored in self.to_delete], is_needed)
 
 
-def rerun(
-    plans: list[Plan],
-    store: Store,
-    only: str | None = None,
-    from_step: str | None = None,
-    force: str | None = None,
-    until: str | None = None,
-) -> Rerun:
-    """Return what `--only`, `--from` (from_step), `--until` and `--force` a step mean, for several recipes at once.
+def rerun(plans: list[Plan], store: Store, part: Part = Part()) -> Rerun:
+    """Return what a part means for several recipes at once.
 
     Nothing is changed yet. Raise WinnowError for unknown steps, for inputs that are not finished, and where a run that
     is not among the plans would lose a result that it needs.
     """
-    parts = narrowed(plans, only, from_step, force, until)
-    to_delete = _to_delete(plans, force, store) if force else []
-    keys = {stored.key for stored in to_delete}
-
-    def check() -> None:
-        if keys:
-            _check_unneeded(store, plans, keys, f"--force {force}")
-
-    check()
-    if not (only or from_step):  # a plan, and `--until`, contain all that their steps read
-        return Rerun(parts, to_delete, check)
+    parts = narrowed(plans, part)
+    to_delete = _to_delete(plans, part.force, store) if part.force else []
+    result = Rerun(parts, to_delete, store, [plan.name for plan in plans], part.force)
+    result.check()
+    if not (part.only or part.from_step):  # a plan, and `--until`, contain all that their steps read
+        return result
 
     # What the parts read must be finished, or computed by this part or an earlier one.
-    option, name = ("--only", only) if only else ("--from", from_step)
+    option, step_name = next(iter(part.options.items()))
+    deleted = {stored.key for stored in to_delete}
     computed: set[str] = set()
     problems = []
     for plan in parts:
@@ -90,52 +110,39 @@ def rerun(
         lacking = [
             name
             for name, source in sources.items()
-            if source.key not in computed and (source.key in keys or name in missing)
+            if source.key not in computed and (source.key in deleted or name in missing)
         ]
         if lacking:
             first = ", then ".join(f"--until {source}" for source in lacking)
             problems.append(
-                f"{plan.name}: {option} {name}: it reads {' and '.join(lacking)}, which "
+                f"{plan.name}: {option} {step_name}: it reads {' and '.join(lacking)}, which "
                 f"{'are' if len(lacking) > 1 else 'is'} not finished; run with {first} in place of {option} first, "
                 f"or omit {option}"
             )
     if problems:
         raise WinnowError(*problems)
-    return Rerun(parts, to_delete, check)
+    return result
 
 
-def narrowed(
-    plans: list[Plan],
-    only: str | None = None,
-    from_step: str | None = None,
-    force: str | None = None,
-    until: str | None = None,
-) -> list[Plan]:
-    """Return plans with the steps that `--only`, `--from` or `--until` selects, without those that have none of them.
+def narrowed(plans: list[Plan], part: Part) -> list[Plan]:
+    """Return plans with the steps of a part, without those that have none of them.
 
-    Raise WinnowError for a step that no plan has, and for two of these options at once. No store is needed.
+    Raise WinnowError for a step that no plan has, and for two options at once that select steps. No store is needed.
     """
-    selections = [
-        (option, name, select)
-        for option, name, select in (
-            ("--only", only, matching),
-            ("--from", from_step, followers),
-            ("--until", until, predecessors),
-        )
-        if name
-    ]
+    selections = {option: name for option, name in part.options.items() if option != "--force"}
     if len(selections) > 1:
-        words = " ".join(f"{option} {name}" for option, name, _ in selections)
+        words = " ".join(f"{option} {name}" for option, name in selections.items())
         raise WinnowError(f"{words}: give one of them; --from runs what follows a step too, --until what it needs")
-    for option, name in [*((option, name) for option, name, _ in selections), ("--force", force)]:
-        if name and not any(matching(plan, name) for plan in plans):
+    for option, name in part.options.items():
+        if not any(matching(plan, name) for plan in plans):
             names = {word for plan in plans for step in plan.steps for word in (step.name, split_round(step.name)[0])}
             recipes = " and ".join(plan.name for plan in plans)
             raise WinnowError(f"{option} {name}: no step {name!r} in {recipes}; {nearest(name, sorted(names))}")
     if not selections:
         return plans
-    _, step, select = selections[0]
-    return [replace(plan, part=steps) for plan in plans if (steps := select(plan, step))]
+    ((option, name),) = selections.items()
+    select = {"--only": matching, "--until": predecessors, "--from": followers}[option]
+    return [replace(plan, part=steps) for plan in plans if (steps := select(plan, name))]
 
 
 def unfinished(steps: list[Step], store: Store) -> list[Step]:
@@ -178,21 +185,3 @@ def _to_delete(plans: list[Plan], name: str, store: Store) -> list[StoredStep]:
     while more := {key for key, sources in inputs.items() if sources and sources & keys} - keys:
         keys |= more
     return [inventory.steps[key] for key in followers_first(inputs) if key in keys and key in inventory.steps]
-
-
-def _check_unneeded(store: Store, plans: list[Plan], deleted: set[str], option: str) -> None:
-    """Raise WinnowError where a run that is not among the plans needs a result that is to be deleted."""
-    ours = {plan.name for plan in plans}
-    others = [
-        run
-        for run, steps in store.runs().items()
-        if run not in ours and any(link["key"] in deleted for link in steps.values())
-    ]
-    if others:
-        forget = [word for run in others for word in ("--forget", run)]
-        command = shlex.join(["winnow", "gc", "--store", str(store.root), *forget, "--yes"])
-        needs, recipes = ("need", "their recipes") if len(others) > 1 else ("needs", "its recipe")
-        raise WinnowError(
-            f"{option}: {', '.join(others)} {needs} what would be deleted; add {recipes} to the command, or remove "
-            f"{'them' if len(others) > 1 else 'it'} from the store: `{command}`"
-        )

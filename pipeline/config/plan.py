@@ -1,16 +1,13 @@
 """Plans: a recipe's steps with keys, inputs before consumers. All mistakes of a recipe are found here, at once."""
 
-import ast
-import inspect
 import re
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.code import code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import unknown_step_hint
@@ -67,39 +64,43 @@ class Step:
 
     @cached_property
     def code(self) -> dict[str, str]:
-        """Return a short digest of the source of each registered function of the step, by name; not part of the key.
+        """Return a short digest of the source of each registered function of the step, and of all that these use.
 
-        Comments, layout, docstrings and decorators do not count. Functions that a registered function calls are not
-        followed, so an equal digest proves nothing; a different one is a reason to look at the version.
+        By name, and by `module.name` (pipeline/config/code.py). It is not part of the key: most changes of code change
+        no result. A different digest is a reason to look at the version.
         """
-        digests: dict[str, list[str]] = {}
+        digests: dict[str, set[str]] = {}  # a stage and a rule may share a name
         for entry in self.functions:
-            try:
-                source = textwrap.dedent(inspect.getsource(inspect.unwrap(entry.fn)))
-                tree = ast.parse(source).body[0]
-            except (OSError, TypeError, SyntaxError, IndexError):  # no source, or a lambda in the middle of a line
-                continue
-            if isinstance(tree, ast.FunctionDef | ast.ClassDef):
-                tree.decorator_list = []
-                if ast.get_docstring(tree) is not None:
-                    tree.body = tree.body[1:]
-            digest = sha256(ast.dump(tree).encode()).hexdigest()[:12]
-            if digest not in (same_name := digests.setdefault(entry.name, [])):
-                same_name.append(digest)  # a stage and a rule may share a name
+            for name, digest in code_digests(entry.fn).items():
+                digests.setdefault(name, set()).add(digest)
         return {name: " ".join(sorted(same_name)) for name, same_name in digests.items()}
 
 
 def stale_code(step: Step, manifest: Mapping[str, Any]) -> list[str]:
-    """Return a line for each function of a finished step whose source is not what it was when the step ran."""
+    """Return a line for each function of a finished step whose source, or what it uses, has changed since then.
+
+    A manifest from before `code`, or from before that held what a function uses, says nothing about it. What only
+    moved to another module has not changed.
+    """
     before: dict[str, str] = manifest.get("code") or {}
-    changed = [name for name, digest in step.code.items() if before.get(name, digest) != digest]
-    versions = {entry.name: entry.version for entry in step.functions}
-    return [
-        f"{step.name}: `{name}` has changed since this result was computed, and its version is still {versions[name]}; "
-        f"raise its version, or recompute this result with `--force {step.name}`; if the change does not alter it, "
-        "raise the version and keep it with `winnow adopt`"
-        for name in changed
-    ]
+    records_uses = any("." in name for name in before)
+    changed = {
+        name
+        for name, digest in step.code.items()
+        if (before[name] != digest if name in before else records_uses and digest not in before.values())
+    }
+    lines = []
+    for entry in step.functions:
+        uses = ", ".join(sorted(changed & code_digests(entry.fn).keys() - {entry.name}))
+        if uses or entry.name in changed:
+            what = f"`{entry.name}`" if entry.name in changed else f"what `{entry.name}` uses"
+            lines.append(
+                f"{step.name}: {what} has changed{f' ({uses})' if uses else ''} since this result was computed, and "
+                f"its version is still {entry.version}; raise its version, or recompute this result with "
+                f"`--force {step.name}`; if the change does not alter it, raise the version and keep it with "
+                "`winnow adopt`"
+            )
+    return list(dict.fromkeys(lines))
 
 
 @dataclass

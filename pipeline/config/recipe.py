@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from pipeline.config.rounds import Steps, round_overlays, split_round, unknown_step_hint, unroll, without_rounds
-from pipeline.config.yaml import parse
+from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
+from pipeline.config.yaml import parse, read_yaml
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-MAX_FILES = 3  # a base, a method, and the user's own: a recipe must be readable at a glance
+MAX_FILES = 3  # depth of `extends`: a base, a method, and the user's own
 SETTABLE = ("about", "rounds", "shards", "target")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -101,7 +101,32 @@ def load_recipe(
     name: str | None = None,
     library: tuple[Path, ...] = (),
 ) -> Recipe:
-    """Return the recipe that its files and --set make together. Raise WinnowError with all mistakes."""
+    """Return the recipe that its files and --set make together. Raise WinnowError with all mistakes.
+
+    A base with
+
+        sft: {use: model}
+        sample: {from: {policy: sft}}
+        pair: {from: {candidates: sample}, with: {rule: matches, seed: 0}}
+        optimize: {from: {init: sft, examples: pair}}
+
+    a recipe that extends it with
+
+        rounds: 2
+        sample: {from: {policy: {first: sft, then: optimize}}}
+        again: {like: pair, with: {seed: 1}}
+
+    and `--set pair@2.seed=5` make the steps `sft`, `optimize@1`, `optimize@2` and
+
+        sample@1: {use: sample, from: {policy: sft}}
+        sample@2: {use: sample, from: {policy: optimize@1}}
+        pair@1:   {use: pair, from: {candidates: sample@1}, with: {rule: matches, seed: 0}}
+        pair@2:   {use: pair, from: {candidates: sample@2}, with: {rule: matches, seed: 5}}
+        again@1:  {use: pair, from: {candidates: sample@1}, with: {rule: matches, seed: 1}}
+        again@2:  {use: pair, from: {candidates: sample@2}, with: {rule: matches, seed: 1}}
+
+    Files are merged by `merged`, `like` is resolved by `_with_like`, rounds by `unroll` (pipeline/config/rounds.py).
+    """
     content = merged(path, overlays, library)
     set_problems: list[str] = []
     problems: list[str] = []
@@ -148,9 +173,8 @@ def load_recipe(
         raise WinnowError(*set_problems)
     rounds = [{step: _with_like(step, bodies) for step in bodies} for bodies in rounds]
 
-    # A step varies where a round names it, and where it is like a step that does.
     named = {step for overlay in overlaid for step in overlay} | {item.step for item in options if item.round}
-    named |= {step for bodies in rounds for step in bodies if bodies[step] != rounds[0][step]}
+    unrolled = unroll(rounds, named) if overlaid else {step: resolved(body) for step, body in rounds[0].items()}
 
     # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
     default_name = path.stem + "".join(f"[{text}]" for text in sets)
@@ -162,7 +186,7 @@ def load_recipe(
         settings.shards,
         settings.target,
         settings.about,
-        unroll(rounds, named) if overlaid else without_rounds(rounds[0]),
+        unrolled,
         len(overlaid),
         [Path(file) for file in settings.plugins],
     )
@@ -210,22 +234,13 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
 
 
 def _read_file(path: Path, what: str) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise WinnowError(f"{what} {path}: there is no such file in {path.resolve().parent}") from None
-    except IsADirectoryError:
-        raise WinnowError(f"{what} {path}: is a folder; name a YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WinnowError(f"{what} {path}: cannot be read ({error})") from None
-    content = parse(text, f"{what} {path}")
+    content = read_yaml(path, what)
     if not isinstance(content, dict):
         raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
     folder = path.absolute().parent
     if isinstance(files := content.get("plugins"), list):  # always paths, with or without `./`
         content["plugins"] = [str(folder / file) if isinstance(file, str) else file for file in files]
-    rooted: dict[str, Any] = _rooted(content, folder)
-    return rooted
+    return _rooted(content, folder)
 
 
 def _rooted(content: Any, folder: Path) -> Any:
@@ -291,8 +306,7 @@ def _with_like(step: str, steps: Steps) -> dict[str, Any]:
     model = steps[step].get("like")
     if model is None:
         return body
-    content: dict[str, Any] = _merge({"use": model} | _with_like(model, steps), body)
-    return content
+    return _merge({"use": model} | _with_like(model, steps), body)
 
 
 # --set.

@@ -61,34 +61,38 @@ def round_overlays(written: Any, replacement: Any = None) -> list[Any]:
 
 
 def unroll(rounds: list[Steps], named: set[str]) -> Steps:
-    """Return the steps of all rounds as one mapping; `named` are those that an overlay or --set of one round names."""
+    """Return the steps of all rounds as one mapping, those that vary once per round, as `step@1`, `step@2`, ...
+
+    `rounds` are the steps of each round with its overlay over them; `named` are those that the overlay or a --set of
+    one round names. With `rounds: [{}, {select: {with: {seed: 1}}}]`, `select` is unrolled because it is named, and so
+    is `pair`, which reads it; `sample` stays one step unless its policy is `{first: sft, then: optimize}`.
+    """
+    # What varies: what is named, what is like it, what has an input that changes, and then whatever reads any of them.
+    varying = named | {step for steps in rounds for step in steps if steps[step] != rounds[0][step]}
     inputs = [
         (step, source)
         for steps in rounds
         for step, body in steps.items()
         for source in (body.get("from") or {}).values()
     ]
-    # What varies, and then whatever reads it, until nothing is added.
-    varying = named | {step for step, source in inputs if isinstance(source, dict)}
+    varying |= {step for step, source in inputs if isinstance(source, dict)}
     while more := {step for step, source in inputs if isinstance(source, str) and source in varying} - varying:
         varying |= more
     unrolled: Steps = {}
     for number, steps in enumerate(rounds, 1):
         for step, body in steps.items():
             if step in varying:
-                unrolled[f"{step}@{number}"] = _resolved(body | {"use": body.get("use", step)}, number, varying)
+                unrolled[f"{step}@{number}"] = resolved(body | {"use": body.get("use", step)}, number, varying)
             else:
-                unrolled[step] = _resolved(body, number, varying)
+                unrolled[step] = resolved(body, number, varying)
     return unrolled
 
 
-def without_rounds(steps: Steps) -> Steps:
-    """Return the steps of a recipe that has no rounds: an input that changes from round to round is its `first`."""
-    return {step: _resolved(body, 1, set()) for step, body in steps.items()}
+def resolved(body: dict[str, Any], number: int = 1, varying: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
+    """Return the step with the name of one step, or None, for each input: what this round reads.
 
-
-def _resolved(body: dict[str, Any], number: int, varying: set[str]) -> dict[str, Any]:
-    """Return the step with the name of one step, or None, for each input: what this round reads."""
+    Without rounds, an input that changes from round to round is its `first`.
+    """
     inputs: dict[str, str | None] = {}
     for name, source in (body.get("from") or {}).items():
         read_from = number

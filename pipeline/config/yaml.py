@@ -1,6 +1,7 @@
 """YAML of recipes, profiles and --set: read and written."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -42,6 +43,19 @@ def parse(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         raise WinnowError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return the content of a YAML file. Raise WinnowError that says what the file is to the user: a recipe, ..."""
+    source = f"{what} {path}"
+    try:
+        return parse(path.read_text(encoding="utf-8"), source)
+    except FileNotFoundError:
+        raise WinnowError(f"{source}: there is no such file in {path.resolve().parent}") from None
+    except IsADirectoryError:
+        raise WinnowError(f"{source}: is a folder; name a YAML file in it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise WinnowError(f"{source}: cannot be read ({error})") from None
 
 
 def dump(content: Any) -> str:

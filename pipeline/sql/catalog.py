@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
@@ -52,37 +51,15 @@ class QueryResult:
 
     @property
     def columns(self) -> list[str]:
-        """Return the column names, made distinct by a number: a join has the joined column of both sides."""
-        names = self.relation.columns
-        distinct: list[str] = []
-        for name in names:
-            unique, number = name, 1
-            while unique in distinct or (number > 1 and unique in names):
-                number += 1
-                unique = f"{name}_{number}"
-            distinct.append(unique)
-        return distinct
+        return self.relation.columns
 
     def arrow(self) -> pa.Table:
         with _as_winnow_error():
-            return self.relation.to_arrow_table().rename_columns(self.columns)
+            return self.relation.to_arrow_table()
 
     def pandas(self) -> "pandas.DataFrame":
-        try:
-            import pandas  # DuckDB's own error does not say what to install
-        except ImportError:
-            raise _not_installed("pandas") from None
         with _as_winnow_error():
-            frame: pandas.DataFrame = self.relation.df().set_axis(self.columns, axis=1)
-        return frame
-
-    def polars(self) -> Any:
-        """Return a polars.DataFrame."""
-        try:
-            polars = import_module("polars")  # not installed where types are checked
-        except ImportError:
-            raise _not_installed("polars") from None
-        return polars.from_arrow(self.arrow())
+            return self.relation.df()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows in batches, so that the result need not fit into memory; the first one is empty.
@@ -91,19 +68,17 @@ class QueryResult:
         """
         with _as_winnow_error():
             reader = self.relation.to_arrow_reader(BATCH_ROWS)
-            yield pa.RecordBatch.from_pylist([], reader.schema).rename_columns(self.columns)
-            for batch in reader:
-                yield batch.rename_columns(self.columns)
+            yield pa.RecordBatch.from_pylist([], reader.schema)
+            yield from reader
 
     def head(self, rows: int) -> pa.Table:
         with _as_winnow_error():
-            return self.relation.limit(rows).to_arrow_table().rename_columns(self.columns)
+            return self.relation.limit(rows).to_arrow_table()
 
     def count(self) -> int:
         """Return the number of rows, which DuckDB may know without computing them."""
         with _as_winnow_error():
-            total: int = self.relation.count("*").to_arrow_table()[0][0].as_py()
-        return total
+            return self.relation.count("*").to_arrow_table()[0][0].as_py()
 
 
 @dataclass(frozen=True)
@@ -153,7 +128,8 @@ class Catalog:
             for name in self._unopened & set(re.findall(r"\w+", statement.lower())):
                 _open_view(self._connection, "main", name, self)
                 self._unopened.remove(name)
-            return QueryResult(self._connection.sql(statements[0].query))
+            # The projection makes names distinct: a join has the joined column of both sides.
+            return QueryResult(self._connection.sql(statements[0].query).project("*"))
 
     def interrupt(self) -> None:
         """Stop the statement that another thread is running on this catalog."""
@@ -173,7 +149,7 @@ class Catalog:
         connection = _confined_connection(self.root, ":memory:")
         for name in TABLES:
             message = sql_literal(f"write the name {name} in full in the statement: its files are opened by that name")
-            placeholder = f"SELECT {null_columns(name)} WHERE error({message})::BOOLEAN"
+            placeholder = f"SELECT {null_columns(name, connection)} WHERE error({message})::BOOLEAN"
             connection.execute(f"CREATE VIEW {sql_identifier(name)} AS {placeholder}")
         _create_runs_and_steps(connection, self)
         return connection
@@ -230,7 +206,7 @@ def _create_runs_and_steps(connection: duckdb.DuckDBPyConnection, catalog: Catal
 def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, catalog: Catalog) -> None:
     """Create the view of a table over its files or, if it has no rows yet, an empty view with the same columns."""
     files = table_files(name, catalog.manifests, address(catalog.root))
-    body = f"SELECT {null_columns(name)} WHERE false"
+    body = f"SELECT {null_columns(name, connection)} WHERE false"
     if files:
         body = view(name, catalog.manifests, catalog.evolved)
         connection.register("incoming", pa.table({"file": files}))
@@ -275,7 +251,3 @@ def _as_winnow_error() -> Iterator[None]:
         if "interrupted" not in str(error):
             raise
         raise KeyboardInterrupt from None
-
-
-def _not_installed(library: str) -> WinnowError:
-    return WinnowError(f"sql: {library} is not installed; run `pip install {library}`, or use .arrow()")

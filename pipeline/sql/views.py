@@ -6,6 +6,7 @@ here before it becomes part of a statement.
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -14,6 +15,9 @@ from pipeline.store.storage import Location
 from pipeline.store.store import Json, table_of
 from schemas import TABLES
 from schemas.columns import column, table
+
+if TYPE_CHECKING:
+    import duckdb
 
 STAGE = column("stage", pa.string(), "name of the stage that made the row")
 KEY = column("key", pa.string(), "hash of the stage, its options and its inputs; joins all tables to runs and steps")
@@ -47,14 +51,6 @@ STEPS = table(
     column("model", pa.string(), "digest of the model that it made", nullable=True),
 )
 VIEWS = {name: schema.append(STAGE).append(KEY) for name, schema in TABLES.items()} | {"runs": RUNS, "steps": STEPS}
-SQL_TYPES = {
-    "string": "VARCHAR",
-    "int8": "TINYINT",
-    "int32": "INTEGER",
-    "int64": "BIGINT",
-    "float": "FLOAT",
-    "double": "DOUBLE",
-}
 
 
 def table_files(name: str, manifests: list[Json], root: str) -> list[str]:
@@ -110,20 +106,11 @@ def view(name: str, manifests: list[Json], evolved: bool) -> str:
     )
 
 
-def null_columns(name: str) -> str:
+def null_columns(name: str, connection: "duckdb.DuckDBPyConnection") -> str:
     """Return a SELECT list with the columns of a view, all null: for a view without rows."""
-    return ", ".join(f"NULL::{sql_type(field.type)} AS {sql_identifier(field.name)}" for field in VIEWS[name])
-
-
-def sql_type(kind: pa.DataType) -> str:
-    """Return DuckDB's name for an Arrow type of the data dictionary."""
-    if pa.types.is_list(kind):
-        return f"{sql_type(kind.value_type)}[]"
-    if pa.types.is_struct(kind):
-        return f"STRUCT({', '.join(f'{sql_identifier(field.name)} {sql_type(field.type)}' for field in kind)})"
-    if pa.types.is_map(kind):
-        return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
-    return SQL_TYPES[str(kind)]
+    relation = connection.from_arrow(VIEWS[name].empty_table())
+    columns = zip(relation.columns, relation.types, strict=True)
+    return ", ".join(f"NULL::{kind} AS {sql_identifier(column)}" for column, kind in columns)
 
 
 def sql_identifier(name: str) -> str:

@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails
 from jobs import bundle, ray_jobs, recipes
 from jobs.commands.cluster import unfinished_steps
 from jobs.ray_jobs import RayJobs, dashboard_url
-from pipeline.config.partial import narrowed
+from pipeline.config.partial import Part, narrowed
 from pipeline.config.yaml import dump, parse
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import PACKAGES, run
@@ -136,7 +136,7 @@ def test_a_job_is_named_after_the_steps_that_it_runs(tmp_path):
     """One step alone is another job than the whole run; followed in its place, it would end too soon."""
     with toys():
         plan = planned(recipe(tmp_path))
-        keys = [bundle.plan_key(narrowed([plan], only=only)) for only in (None, "draw", "rate")]
+        keys = [bundle.plan_key(narrowed([plan], Part(only=only))) for only in (None, "draw", "rate")]
     assert len(set(keys)) == 3
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from jobs.resume import command
 from jobs.why import why
-from pipeline.config.partial import rerun
+from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.store.storage import delete
 from pipeline.store.store import Store
@@ -44,19 +44,19 @@ def rewards(store: Store, plan: Plan, name: str = "rate") -> list[float]:
 
 
 def test_only_runs_one_step_from_what_follows_and_until_what_it_needs(store: Store, plan: Plan):
-    assert make(rerun([plan], store, until="rate").plans[0], store) == ["draw", "rate"]
-    assert make(rerun([plan], store, until="draw").plans[0], store) == []
-    rerun([plan], store, force="draw").delete()
-    assert make(rerun([plan], store, only="draw").plans[0], store) == ["draw"]
-    assert make(rerun([plan], store, only="draw").plans[0], store) == []
-    assert make(rerun([plan], store, from_step="rate").plans[0], store) == ["rate", "keep"]
+    assert make(rerun([plan], store, Part(until="rate")).plans[0], store) == ["draw", "rate"]
+    assert make(rerun([plan], store, Part(until="draw")).plans[0], store) == []
+    rerun([plan], store, Part(force="draw")).delete()
+    assert make(rerun([plan], store, Part(only="draw")).plans[0], store) == ["draw"]
+    assert make(rerun([plan], store, Part(only="draw")).plans[0], store) == []
+    assert make(rerun([plan], store, Part(from_step="rate")).plans[0], store) == ["rate", "keep"]
     assert set(store.runs()["toy"]) == {"draw", "rate", "keep"}, "the run is linked to all of its steps"
 
 
 def test_what_a_part_reads_must_be_finished(store: Store, plan: Plan):
     for option in ("only", "from_step"):
         with pytest.raises(WinnowError, match=r"toy: --\w+ keep: it reads rate, which is not finished.*--until rate "):
-            rerun([plan], store, **{option: "keep"})
+            rerun([plan], store, Part(**{option: "keep"}))
     assert not store.runs()
 
 
@@ -72,9 +72,9 @@ def test_until_keeps_only_the_recipes_that_have_the_step_and_goes_with_force(
     (tmp_path / "other.yaml").write_text(text)
     other = planned(tmp_path / "other.yaml")
     make(plan, store)
-    parts = rerun([plan, other], store, until="keep", force="rate")
+    parts = rerun([plan, other], store, Part(until="keep", force="rate"))
     assert [[step.name for step in part.steps_to_run] for part in parts.plans] == [["draw", "rate", "keep"]]
-    assert [step.name for step in parts.to_run(store)] == ["rate", "keep"]
+    assert [step.name for step in parts.to_run()] == ["rate", "keep"]
 
 
 def test_an_earlier_recipe_of_the_command_may_make_what_a_later_one_reads(
@@ -82,29 +82,29 @@ def test_an_earlier_recipe_of_the_command_may_make_what_a_later_one_reads(
 ):
     """rate of both is one step: made by the first, read by the second."""
     other = planned(recipe(tmp_path, "other", keep="with: {above: 3.0}"))
-    make(rerun([plan], store, only="draw").plans[0], store)
-    parts = rerun([plan, other], store, from_step="rate").plans
+    make(rerun([plan], store, Part(only="draw")).plans[0], store)
+    parts = rerun([plan, other], store, Part(from_step="rate")).plans
     assert [make(part, store) for part in parts] == [["rate", "keep"], ["keep"]]
 
 
 def test_unknown_steps_and_contradictions_are_refused(store: Store, plan: Plan):
     for option in ("only", "from_step", "until", "force"):
         with pytest.raises(WinnowError, match=r"no step 'rat' in toy; did you mean 'rate'\?"):
-            rerun([plan], store, **{option: "rat"})
+            rerun([plan], store, Part(**{option: "rat"}))
     for options in (("only", "from_step"), ("only", "until"), ("from_step", "until")):
         with pytest.raises(WinnowError, match=r"--\w+ rate --\w+ rate: give one of them"):
-            rerun([plan], store, **dict.fromkeys(options, "rate"))
+            rerun([plan], store, Part(**dict.fromkeys(options, "rate")))
 
 
 def test_a_step_by_its_bare_name_is_that_of_every_round(tmp_path: Path, luck: Luck, store: Store):
     file = recipe(tmp_path)
     file.write_text(file.read_text() + "rounds: [{rate: {with: {scale: 1.0}}}, {rate: {with: {scale: 2.0}}}]\n")
     plan = planned(file)
-    make(rerun([plan], store, only="draw").plans[0], store)
-    assert make(rerun([plan], store, only="rate").plans[0], store) == ["rate@1", "rate@2"]
-    assert make(rerun([plan], store, until="keep@1").plans[0], store) == ["keep@1"]
-    assert make(rerun([plan], store, from_step="rate@2").plans[0], store) == ["keep@2"]
-    assert {made.key for made in rerun([plan], store, force="rate@2").to_delete} == {
+    make(rerun([plan], store, Part(only="draw")).plans[0], store)
+    assert make(rerun([plan], store, Part(only="rate")).plans[0], store) == ["rate@1", "rate@2"]
+    assert make(rerun([plan], store, Part(until="keep@1")).plans[0], store) == ["keep@1"]
+    assert make(rerun([plan], store, Part(from_step="rate@2")).plans[0], store) == ["keep@2"]
+    assert {made.key for made in rerun([plan], store, Part(force="rate@2")).to_delete} == {
         step(plan, name).key for name in ("rate@2", "keep@2")
     }
 
@@ -115,7 +115,7 @@ def test_force_makes_a_step_again_and_what_was_made_of_it(store: Store, plan: Pl
     draws = store.folder(step(plan, "draw")).manifest
     luck.bonus = 100.0
     assert make(plan, store) == []
-    forced = rerun([plan], store, force="rate")
+    forced = rerun([plan], store, Part(force="rate"))
     assert min(rewards(store, plan)) == 0.0, "nothing is touched before drop()"
     forced.delete()
     assert make(forced.plans[0], store) == ["rate", "keep"]
@@ -130,7 +130,7 @@ def test_force_drops_what_no_run_names_any_more_too(tmp_path: Path, store: Store
     changed = planned(file, "keep.above=3.0")
     make(changed, store)
     (local(store.root) / "runs" / f"{changed.name}.json").unlink()
-    rerun([plan], store, force="rate").delete()
+    rerun([plan], store, Part(force="rate")).delete()
     assert [manifest["stage"] for manifest in store.sealed()] == ["toy_draw"]
 
 
@@ -144,24 +144,24 @@ def test_force_is_refused_where_another_run_would_lose_its_ground(
     before = store.sealed()
     refused = rf"--force {name}: other needs what would be deleted.*winnow gc .*--forget other --yes`"
     with pytest.raises(WinnowError, match=refused):
-        rerun([plan], store, force=name)
+        rerun([plan], store, Part(force=name))
     assert store.sealed() == before
-    assert rerun([plan], store, force="keep").to_delete, "its own keep is nobody else's"
-    rerun([plan, other], store, force=name).delete()
+    assert rerun([plan], store, Part(force="keep")).to_delete, "its own keep is nobody else's"
+    rerun([plan, other], store, Part(force=name)).delete()
     assert len(store.sealed()) == ["draw", "rate"].index(name)
 
 
 def test_what_is_finished_needs_no_machine_unless_it_is_computed_again(store: Store, plan: Plan, luck: Luck):
     """What a cluster must have room for: another beta needs no GPUs for the sampler."""
-    assert rerun([plan], store).to_run(store) == plan.steps
+    assert rerun([plan], store).to_run() == plan.steps
     make(plan, store)
-    assert rerun([plan], store).to_run(store) == []
-    assert [step.name for step in rerun([plan], store, force="rate").to_run(store)] == ["rate", "keep"]
+    assert rerun([plan], store).to_run() == []
+    assert [step.name for step in rerun([plan], store, Part(force="rate")).to_run()] == ["rate", "keep"]
 
 
 def test_a_run_that_came_since_the_checks_keeps_its_ground(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
     make(plan, store)
-    again = rerun([plan], store, force="rate")
+    again = rerun([plan], store, Part(force="rate"))
     make(planned(recipe(tmp_path, "other", keep="with: {above: 3.0}")), store)
     before = store.sealed()
     with pytest.raises(WinnowError, match="other needs what would be deleted"):
@@ -175,7 +175,7 @@ def test_a_run_that_comes_between_the_last_looks_and_the_drop(store: Store, plan
     make(plan, store)
     before = store.sealed()
     raced = Raced(store.root, plan, nth)
-    again = rerun([plan], raced, force="draw")
+    again = rerun([plan], raced, Part(force="draw"))
     with pytest.raises(WinnowError, match="again needs") if found else nullcontext():
         again.delete()
     assert raced.found is found
@@ -187,11 +187,11 @@ def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(sto
     make(plan, store)
     before = store.sealed()
     with pytest.raises(WinnowError, match="it reads rate, which is not finished"):
-        rerun([plan], store, only="keep", force="draw")
+        rerun([plan], store, Part(only="keep", force="draw"))
     claim = store.folder(step(plan, "keep")).try_lock()
     assert claim
     with pytest.raises(WinnowError, match="another run is computing toy_keep"):
-        rerun([plan], store, force="draw").delete()
+        rerun([plan], store, Part(force="draw")).delete()
     claim.release()
     assert store.sealed() == before
 
@@ -215,7 +215,7 @@ def test_a_drop_that_is_cut_short_leaves_no_step_on_missing_ground(
         count = 0
         make(plan, store)
         try:
-            rerun([plan], store, force="draw").delete()
+            rerun([plan], store, Part(force="draw")).delete()
         except KeyboardInterrupt:
             sealed = {manifest["key"] for manifest in store.sealed()}
             for manifest in store.sealed():
@@ -300,7 +300,7 @@ def test_why_names_steps_that_one_run_lacks_and_inputs_from_elsewhere(tmp_path: 
 def test_why_says_what_it_cannot_know(store: Store, plan: Plan, tmp_path: Path, luck: Luck):
     make(plan, store)
     other = planned(recipe(tmp_path, "other", rate="with: {scale: 2.0}"))
-    make(rerun([other], store, only="draw").plans[0], store)
+    make(rerun([other], store, Part(only="draw")).plans[0], store)
     (line,) = why(store, "toy", "other")
     assert line.endswith("keep, rate")
     for wrong, words in {

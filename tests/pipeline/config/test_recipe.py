@@ -8,6 +8,7 @@ import pytest
 from jobs import recipes
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.yaml import parse
 from schemas import WinnowError
 from tests.conftest import write_jsonl
 
@@ -54,6 +55,16 @@ def test_every_recipe_of_ours_plans_on_the_tiny_world(recipe: str, data_dir: Pat
     last = f"@{len(plan.targets)}" if len(plan.targets) > 1 else ""
     assert plan.target.name == ("optimize" if recipe == "own_candidates" else "evaluate") + last
     assert load_recipe(recipes.recipe_path(recipe)).about
+
+
+def test_the_example_of_load_recipe_is_what_it_makes(tmp_path: Path):
+    """The indented blocks of its docstring are a base, a recipe that extends it, and steps."""
+    base, recipe, steps = (text for text in load_recipe.__doc__.split("\n\n") if text.startswith(" " * 8))
+    (tmp_path / "base.yaml").write_text(base)
+    loaded = load(tmp_path, "        extends: base\n" + recipe, "pair@2.seed=5").steps
+    expected = parse(steps, "steps")
+    assert {name: loaded[name] for name in expected} == expected
+    assert loaded.keys() - expected == {"sft", "optimize@1", "optimize@2"}
 
 
 def test_own_candidates_enter_at_select(data_dir: Path):

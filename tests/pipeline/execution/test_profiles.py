@@ -33,13 +33,13 @@ MISTAKES = {
     "[1, 2]": "must be a mapping of stages, got [1, 2]",
     "sampel: {gpus: 1}": "sampel: unknown stage; did you mean 'sample'?",
     "sample: 3": "sample: must be a mapping of resources, got 3",
-    "sample: {gpu: 1}": "sample.gpu: unknown; did you mean 'gpus'?",
+    "sample: {gpu: 1}": "sample.gpu: unknown resource; did you mean 'gpus'?",
     "sample: {gpus: 1.5}": "sample.gpus: must be a whole number, or a share below 1, got 1.5",
     "sample: {cpus: true}": "sample.cpus: must be a valid number, got True",
-    "sample: {memory: .inf}": "sample.memory: must be a finite number, got inf (GiB)",
+    "sample: {memory: .inf}": "sample.memory: must be a finite number of GiB, at least 0, got inf",
     "sample: {max_workers: 0}": "sample.max_workers: must be greater than or equal to 1, got 0",
     "sample: {tensor_parallel: true}": "sample.tensor_parallel: must be a valid integer, got True",
-    "sample: {accelerator_type: 1}": "got 1 (Ray's name of an accelerator, such as H100)",
+    "sample: {accelerator_type: 1}": "accelerator_type: must be Ray's name of an accelerator, such as H100, got 1",
     "default: {min_workers: 4}\nsample: {max_workers: 2}": "sample.min_workers: must be <= max_workers (2), got 4",
     "default: {gpus: 1}\nsample: {tensor_parallel: 4}": "sample.gpus: must be >= tensor_parallel (4), got 1",
     "sample: {tensor_parallel: 4}": "sample.gpus: must be >= tensor_parallel (4), got no value",
@@ -66,7 +66,7 @@ def test_profiles_that_ship_are_valid_and_others_are_named():
         assert profiles.load(name).of("optimize").cpus
     with pytest.raises(WinnowError, match="did you mean 'laptop'"):
         profiles.load("labtop")
-    with pytest.raises(WinnowError, match=r"nowhere\.yaml: cannot be read"):
+    with pytest.raises(WinnowError, match=r"nowhere\.yaml: there is no such file"):
         profiles.load("nowhere.yaml")
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import StageContext, stage
-from pipeline.config.partial import rerun
+from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.execution.executor import LocalExecutor
@@ -319,7 +319,7 @@ def test_a_damaged_table_of_a_finished_step_is_named_when_it_is_read(complete: S
         damage(file)
     with pytest.raises(WinnowError, match=rf"{source.path}: table prompts .* --force STEP"):
         make(complete, plan({"leave_out": 5}))
-    rerun([plan()], complete, force="source").delete()
+    rerun([plan()], complete, Part(force="source")).delete()
     make(complete)
     assert contents(complete) == before
 
