@@ -9,9 +9,7 @@ import typer
 from jobs.commands.app import app, error_console
 from jobs.commands.artifacts import adopt, gc, ls, why
 from jobs.commands.cluster import logs, stop, submit
-from jobs.commands.export import export
-from jobs.commands.query import report, sql, status, trace
-from jobs.commands.reference import options, recipes
+from jobs.commands.query import export, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run
 from jobs.resume import resume_notes
 from pipeline.execution.run import commit

@@ -33,7 +33,6 @@ Until = Annotated[str | None, typer.Option(help="run this step and what it needs
 Onward = Annotated[str | None, typer.Option("--from", help="run this step and all that follow from it")]
 Force = Annotated[str | None, typer.Option(help="run this step again, and all that follow from it")]
 RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alone")]
-On = Configs  # former name
 
 
 def existing_store(folder: str) -> Store:
