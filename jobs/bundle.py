@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import profiles, recipes
+from jobs import recipes
 from pipeline.config.keys import key_of
 from pipeline.config.plan import Plan
 from pipeline.config.recipe import merged
@@ -61,7 +61,7 @@ def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | No
         (folder / word).write_text(dump(content), encoding="utf-8")
         words.append(word)
     if profile:
-        shutil.copyfile(profiles.profile_path(profile), folder / PROFILE)
+        shutil.copyfile(recipes.profile_path(profile), folder / PROFILE)
         words += ["--profile", PROFILE]
 
     sizes = {file.relative_to(folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}

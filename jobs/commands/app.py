@@ -19,7 +19,6 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 error_console = Console(soft_wrap=True, stderr=True)
-QUERIES = Path(__file__).parent.parent / "queries"
 STORE = "store"
 
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]

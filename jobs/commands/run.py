@@ -12,9 +12,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jobs import profiles, recipes
+from jobs import queries, recipes, resume
 from jobs.commands.app import (
-    QUERIES,
     STORE,
     Configs,
     Force,
@@ -31,7 +30,6 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
-from jobs.resume import resumable
 from jobs.tables import changed_code, plan_tree
 from pipeline.config.partial import rerun
 from pipeline.config.plan import Plan, reads_files
@@ -97,7 +95,7 @@ def run(
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
     target = Store(store)
     selection = rerun(recipes.plans(recipe, configs, sets), target, only, from_step, force, until=until)
-    resources = profiles.load(profile)
+    resources = recipes.load_resources(profile)
     chosen: Executor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
         chosen = RayExecutor(workers, address, resources)
@@ -130,12 +128,14 @@ def paper(
 def _run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
     reporter = ProgressReporter(console)
     signal.signal(signal.SIGINT, reporter.interrupt)
-    with resumable(), closing(reporter):
+    resume.started = True
+    with closing(reporter):
         for plan in plans:
             console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
             _warn_of_other_data(plan, store)
             _print_changed_code(plan, store)
             run_plan(plan, store, executor, reporter)
+    resume.started = False
 
 
 def _print_changed_code(plan: Plan, store: Store) -> None:
@@ -173,7 +173,7 @@ def _print_summary(store: Store, runs: list[str]) -> None:
         "rejects": "rejected, by step and reason",
     }
     for name, title in titles.items():
-        sql = (QUERIES / f"{name}.sql").read_text()
+        sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
             console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
 
