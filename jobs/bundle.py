@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import recipes
+from jobs.tables import format_size
 from pipeline.config.keys import key_of
 from pipeline.config.plan import Plan
 from pipeline.config.recipe import merged
@@ -68,15 +69,11 @@ def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | No
     if (total := sum(sizes.values())) > LIMIT:
         largest = sorted(sizes, key=lambda file: -sizes[file])[:3]
         raise WinnowError(
-            f"submission: {_mib(total)}, and Ray's Jobs API accepts {_mib(LIMIT)}; the largest files: "
-            + ", ".join(f"{file} ({_mib(sizes[file])})" for file in largest)
+            f"submission: {format_size(total)}, and Ray's Jobs API accepts {format_size(LIMIT)}; the largest files: "
+            + ", ".join(f"{file} ({format_size(sizes[file])})" for file in largest)
             + "; only code is sent: move other files out of these folders"
         )
     return words
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def check_paths(plans: list[Plan]) -> None:

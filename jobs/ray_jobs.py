@@ -31,6 +31,7 @@ UPLOAD_TIMEOUT = 300.0  # seconds for the upload of the code, and for the head t
 POLL = 1.0  # seconds between two requests for the status of a job
 LONG_LOG = 2**20  # characters of a log for which twice as long is waited
 PATIENCE = 5  # polls of a job that is stopping before a message says so, or that fail before a job counts as lost
+JOB_LIST = pa.schema([(name, pa.string()) for name in ("job", "status", "recipe", "store", "started", "seconds")])
 CHATTY = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")  # under ray
 PORT = "the head prints its dashboard's URL when it starts, with port 8265 by default"
 NOT_RAY = f"answers, but not as a Ray dashboard: another port of Ray, or another program; {PORT}"
@@ -151,17 +152,18 @@ class RayJobs(JobSubmissionClient):
 
     def jobs_table(self) -> pa.Table:
         """Return our jobs as a table, the latest last."""
-        columns: dict[str, list[Any]] = {
-            name: [] for name in ("job", "status", "recipe", "store", "started", "seconds")
-        }
+        rows = []
         for job in self.jobs():
             metadata, started = job.metadata or {}, (job.start_time or 0) / 1000
-            seconds = round((job.end_time / 1000 if job.end_time else time.time()) - started)
-            row = (job.submission_id, str(job.status), metadata.get("winnow_recipe"), metadata.get("winnow_store"),
-                   f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}", seconds)  # fmt: skip
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value)
-        return pa.table(columns)
+            rows.append({
+                "job": job.submission_id,
+                "status": str(job.status),
+                "recipe": metadata.get("winnow_recipe"),
+                "store": metadata.get("winnow_store"),
+                "started": f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}",
+                "seconds": str(round((job.end_time / 1000 if job.end_time else time.time()) - started)),
+            })  # fmt: skip
+        return pa.Table.from_pylist(rows, JOB_LIST)
 
     def submit(
         self, folder: Path, words: list[str], *, recipes: str, plan: str, store: str, resume: str
@@ -196,7 +198,7 @@ class RayJobs(JobSubmissionClient):
             return name, None
 
     def log(self, name: str) -> str:
-        """Return the whole log so far. Raise WinnowError if it is lost, as that of a node that is gone."""
+        """Return the whole log so far. Raise WinnowError if it is lost, as with the node that had it."""
         with self._runtime_errors():
             return self.get_job_logs(name)
 

@@ -30,9 +30,9 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
-from jobs.tables import changed_code, plan_tree
+from jobs.tables import plan_tree
 from pipeline.config.partial import rerun
-from pipeline.config.plan import Plan, reads_files
+from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.execution.executor import Executor, LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run as run_plan
@@ -140,7 +140,8 @@ def _run_plans(plans: list[Plan], store: Store, executor: Executor) -> None:
 
 def _print_changed_code(plan: Plan, store: Store) -> None:
     """Print which cached results were computed by other code of the same version, and what to do."""
-    for line in changed_code(plan, store):
+    manifests = [(step, store.folder(step).manifest) for step in plan.steps]
+    for line in [line for step, manifest in manifests if manifest for line in stale_code(step, manifest)]:
         console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 
 

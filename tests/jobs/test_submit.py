@@ -123,7 +123,7 @@ def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     with pytest.raises(WinnowError, match=r"two recipes are named rso\.yaml"):
         bundle.pack(tmp_path / "two", ["rso", str(tmp_path / "rso.yaml")], [data_dir / "demo.yaml"], None)
     monkeypatch.setattr(bundle, "LIMIT", 10_000)
-    with pytest.raises(WinnowError, match=r"accepts 0\.0 MiB; the largest files: .*only code is sent"):
+    with pytest.raises(WinnowError, match=r"accepts 9\.8 KiB; the largest files: .*only code is sent"):
         bundle.pack(tmp_path / "large", ["rso"], [data_dir / "demo.yaml"], None)
 
 
