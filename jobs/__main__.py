@@ -6,14 +6,12 @@ from typing import Annotated, TextIO
 
 import typer
 
+from jobs import resume
 from jobs.commands.app import app, error_console
 from jobs.commands.artifacts import adopt, gc, ls, why
 from jobs.commands.cluster import logs, stop, submit
-from jobs.commands.export import export
-from jobs.commands.query import report, sql, status, trace
-from jobs.commands.reference import options, recipes
+from jobs.commands.query import export, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run
-from jobs.resume import resume_notes
 from pipeline.execution.run import commit
 from schemas import WinnowError, WinnowWarning
 
@@ -55,19 +53,23 @@ def winnow(
 def main() -> None:
     """Run the command line; an error that users can correct ends it with exit code 2 and no traceback."""
     warnings.showwarning = _show_warning
+    resume.started = False
     try:
         app()
     except WinnowError as error:
-        _print_problems(*error.problems, *resume_notes(error))
+        _print_problems(*error.problems, *resume.resume_note())
         raise SystemExit(2) from None
-    except OSError as error:
-        notes = resume_notes(error)  # of a run; other commands compute nothing that could be kept
-        _print_problems(f"{error}; finished parts are kept" if notes else str(error), *notes)
+    except OSError as error:  # only of a run: other commands compute nothing that could be kept
+        _print_problems(f"{error}; finished parts are kept" if resume.started else str(error), *resume.resume_note())
         raise SystemExit(2) from None
     except SystemExit as error:
         if error.code == INTERRUPTED:
-            notes = resume_notes(error) or ["the same command continues from them"]
-            _print_problems("interrupted; finished parts are kept", *notes, style="")
+            note = resume.resume_note() or ["the same command continues from them"]
+            _print_problems("interrupted; finished parts are kept", *note, style="")
+        raise
+    except BaseException as error:
+        for line in resume.resume_note():
+            error.add_note(line)  # Python prints it below the traceback
         raise
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import profiles, recipes
+from jobs import recipes
+from jobs.tables import format_size
 from pipeline.config.keys import key_of
 from pipeline.config.plan import Plan
 from pipeline.config.recipe import merged
@@ -61,22 +62,18 @@ def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | No
         (folder / word).write_text(dump(content), encoding="utf-8")
         words.append(word)
     if profile:
-        shutil.copyfile(profiles.profile_path(profile), folder / PROFILE)
+        shutil.copyfile(recipes.profile_path(profile), folder / PROFILE)
         words += ["--profile", PROFILE]
 
     sizes = {file.relative_to(folder): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     if (total := sum(sizes.values())) > LIMIT:
         largest = sorted(sizes, key=lambda file: -sizes[file])[:3]
         raise WinnowError(
-            f"submission: {_mib(total)}, and Ray's Jobs API accepts {_mib(LIMIT)}; the largest files: "
-            + ", ".join(f"{file} ({_mib(sizes[file])})" for file in largest)
+            f"submission: {format_size(total)}, and Ray's Jobs API accepts {format_size(LIMIT)}; the largest files: "
+            + ", ".join(f"{file} ({format_size(sizes[file])})" for file in largest)
             + "; only code is sent: move other files out of these folders"
         )
     return words
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def check_paths(plans: list[Plan]) -> None:

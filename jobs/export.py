@@ -1,7 +1,7 @@
 """Pairs of a run as files that others train from: TRL's preferences, OpenAI's, and plain rows with every column.
 
-How a pair becomes a row of a format is in export_formats.py. Pairs are read one slice of prompts at a time, so their
-number is not limited by memory.
+How a pair becomes a row of a format is in export_formats.py. DuckDB sorts the pairs, on disk if need be, and they are
+read in batches, so their number is not limited by memory.
 """
 
 import os
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,44 +19,13 @@ import pyarrow.parquet as pq
 from jobs.console import as_json
 from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row
 from pipeline.config.rounds import split_round
-from pipeline.registry import nearest
-from pipeline.sql.catalog import Catalog, open_catalog, query
-from pipeline.store.store import Store
+from pipeline.sql.catalog import Catalog, open_catalog
+from pipeline.store.store import Json, Store
 from schemas import Model, WinnowError
 
 Split = Literal["train", "heldout"]
-SLICE = 65_536  # pairs that one query sorts in memory
 BATCH = 4096  # pairs whose texts are in memory at once
-HEX = "0123456789abcdef"
-TABLES_READ = ("examples", "prompts", "pairs", "rewards")
-
-# One slice of prompts; a table's name in braces is a condition. `position` orders duplicates of a pair in the data.
-PAIRS = """
-WITH flat AS (
-    SELECT prompt_id, prompt_ids, responses, unnest(pairs) AS pair, generate_subscripts(pairs, 1) AS position
-    FROM examples WHERE {examples}
-), sides AS (
-    SELECT *, responses[pair.chosen + 1] AS chosen, responses[pair.rejected + 1] AS rejected,
-        responses[pair.chosen + 1].candidate_id AS chosen_id, responses[pair.rejected + 1].candidate_id AS rejected_id
-    FROM flat
-), origins AS (
-    SELECT prompt_id, chosen_id, rejected_id, max(gap) AS gap, max(rule) AS rule FROM pairs WHERE {pairs} GROUP BY ALL
-), prompt_texts AS (
-    SELECT prompt_id, text FROM prompts WHERE {prompts}
-), scores AS (
-    SELECT candidate_id, reward FROM rewards WHERE {rewards}
-)
-SELECT prompt_id, chosen_id, rejected_id, text, prompt_ids,
-    chosen.token_ids AS chosen_ids, rejected.token_ids AS rejected_ids, pair.weight, pair.label, gap, rule,
-    winner.reward AS chosen_reward, loser.reward AS rejected_reward,
-    chosen.ref_logp AS ref_chosen_logps, rejected.ref_logp AS ref_rejected_logps
-FROM sides
-JOIN prompt_texts USING (prompt_id)
-LEFT JOIN origins USING (prompt_id, chosen_id, rejected_id)
-LEFT JOIN scores AS winner ON winner.candidate_id = chosen_id
-LEFT JOIN scores AS loser ON loser.candidate_id = rejected_id
-ORDER BY prompt_id, chosen_id, rejected_id, position
-"""
+PAIRS = (Path(__file__).parent / "export.sql").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -98,11 +68,16 @@ def export_pairs(
     form = FORMATS[name]
     if out.suffix not in form.suffixes:
         raise WinnowError(f"--out {out}: {name} is written as {' or '.join(form.suffixes)}; name such a file")
-    source = find_pairs(store, run, split, round)
+    catalog = open_catalog(store, run)
+    source = find_pairs(store, catalog, run, split, round)
     result = ExportResult(out, source)
     tokenizer = Tokenizer(source.policy)
+    # Batches of equal size give the same row groups, and so the same bytes; those of DuckDB differ from call to call.
+    batches = catalog.sql(PAIRS.format(**{"rewards": ""} | source.keys)).batches()
+    slices = (batch.slice(start, BATCH) for batch in batches for start in range(0, batch.num_rows, BATCH))
+    pairs = (row for rows in slices for row in rows.to_pylist())
     with _writer(out, source.cached) as write_rows, _writer(result.rejects_file, source.cached) as write_rejects:
-        for rows in _batches(open_catalog(store, run), source):
+        while rows := list(islice(pairs, BATCH)):
             converted = list(zip(rows, form.convert(rows, tokenizer), strict=True))
             accepted = [(row, item) for row, item in converted if not isinstance(item, Reject)]
             rejects = [(row, item) for row, item in converted if isinstance(item, Reject)]
@@ -126,116 +101,67 @@ def export_pairs(
     return result
 
 
-def find_pairs(store: Store, run: str, split: Split, round: int | None) -> PairSource:
+def find_pairs(store: Store, catalog: Catalog, run: str, split: Split, round: int | None) -> PairSource:
     """Return the examples of the run's policy in one round, by default the last that has any.
 
     Raise WinnowError if there are none, or if they hold no pairs.
     """
-    runs = store.runs()
-    if run not in runs:
-        raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, list(runs))}")
-    lineage = Lineage(store, runs[run])
-    numbers = sorted({number for _, number in map(split_round, lineage.links) if number}, reverse=True)
+    links, finished = catalog.runs[run], {manifest["key"]: manifest for manifest in catalog.manifests}
+    numbers = sorted({number for _, number in map(split_round, links) if number}, reverse=True)
     if round is not None and round not in numbers:
         available = f"its rounds are 1 to {numbers[0]}" if numbers else "it has no rounds; omit --round"
         raise WinnowError(f"run {run}: no round {round}; {available}")
     rounds: list[int | None] = [round] if round is not None else [*numbers] or [None]
-    examples = next((item for number in rounds if (item := lineage.examples(number, split))), None)
-    if examples is None:
+    for number in rounds:
+        # What the policy of this round reads; before it is trained, the step `examples`.
+        keys = {name: link["key"] for name, link in links.items() if split_round(name)[1] in (None, number)}
+        keys = {split_round(name)[0]: key for name, key in keys.items()}
+        if policy := finished.get(keys.get("optimize", "")):
+            key = policy["identity"]["inputs"].get("examples" if split == "train" else "heldout")
+        else:
+            key = keys.get("examples") if split == "train" else None
+        if key in finished:
+            break
+    else:
         if split == "heldout":
             problem = (
                 "its policy has no held-out examples; add `heldout` under `from` of optimize, or export --split train"
             )
-        elif {"optimize", "examples"} & {split_round(name)[0] for name in lineage.links}:
+        elif {"optimize", "examples"} & {split_round(name)[0] for name in links}:
             problem = "its examples are not finished yet; the same winnow run continues with them"
         else:
             problem = "no pairs, because it trains no policy on examples; export a run of a recipe that does, like rso"
         raise WinnowError(f"run {run}: {problem}")
 
-    step, key = examples
-    inputs = lineage.inputs(key)
+    step = next(name for name, link in links.items() if link["key"] == key)
+    inputs = finished[key]["identity"]["inputs"]
     if "pairs" not in inputs:
         raise WinnowError(
             f"run {run}: no pairs, because {step} has none to train on (it imitates, or has unpaired labels); export a "
             "run of a recipe with pairs, like rso or dpo"
         )
     keys = {"examples": key, "prompts": inputs["prompts"], "pairs": inputs["pairs"]}
-    if rewards := lineage.nearest(inputs["pairs"], lambda manifest: "rewards" in manifest["rows"]):
+    if rewards := _nearest_source(finished, inputs["pairs"], lambda manifest: "rewards" in manifest["rows"]):
         keys["rewards"] = rewards
     # The model whose log-probs are cached; without a reference the nearest one, which has the same tokenizer.
-    reference = inputs.get("reference")
-    policy = lineage.inputs(reference)["policy"] if reference else lineage.nearest(key, lambda item: item["model"])
-    assert policy is not None  # prompts are tokenised, with the tokenizer of a model
-    return PairSource(step, keys, store.at(lineage.stages[policy], policy).model(), reference is not None)
+    if reference := inputs.get("reference"):
+        model = finished[reference]["identity"]["inputs"]["policy"]
+    else:
+        model = _nearest_source(finished, key, lambda manifest: manifest["model"])
+    assert model is not None  # prompts are tokenised, with the tokenizer of a model
+    return PairSource(step, keys, store.at(finished[model]["stage"], model).model(), reference is not None)
 
 
-class Lineage:
-    """Steps of a run, and the steps that each was computed from, by the manifests."""
-
-    def __init__(self, store: Store, links: Row) -> None:
-        self.store, self.links = store, links
-        self.stages = {link["key"]: link["stage"] for link in links.values()}
-        self._manifests: dict[str, Row | None] = {}
-
-    def manifest(self, key: str | None) -> Row | None:
-        if key is None:
-            return None
-        if key not in self._manifests:
-            self._manifests[key] = self.store.at(self.stages[key], key).manifest
-        return self._manifests[key]
-
-    def inputs(self, key: str) -> dict[str, str]:
-        manifest = self.manifest(key)
-        return dict(manifest["identity"]["inputs"]) if manifest else {}
-
-    def examples(self, round: int | None, split: Split) -> tuple[str, str] | None:
-        """Return name and key of what the policy reads; before it is trained, of the step `examples`."""
-
-        def key_of(step: str) -> str | None:  # in this round, or of all rounds
-            names = [name for name in self.links if split_round(name) in ((step, round), (step, None))]
-            return self.links[names[0]]["key"] if names else None
-
-        policy = self.manifest(key_of("optimize"))
-        key = policy["identity"]["inputs"].get("examples" if split == "train" else "heldout") if policy else None
-        if policy is None and split == "train":
-            key = key_of("examples")
-        if key is None or self.manifest(key) is None:
-            return None
-        return next(name for name, link in self.links.items() if link["key"] == key), key
-
-    def nearest(self, key: str, matches: Callable[[Row], Any]) -> str | None:
-        """Return the key of the nearest matching step behind this one; the search does not go past a model."""
-        queue = [key]
-        for candidate in queue:
-            manifest = self.manifest(candidate)
-            if manifest and matches(manifest):
-                return candidate
-            if manifest and not manifest["model"]:
-                queue += [source for source in self.inputs(candidate).values() if source not in queue]
-        return None
-
-
-def _batches(catalog: Catalog, source: PairSource) -> Iterator[list[Row]]:
-    """Yield the pairs ordered by their ids. Prompt ids are hashes, so their first digits cut equal slices."""
-    count = f"SELECT coalesce(sum(len(pairs)), 0) AS n FROM examples WHERE key = '{source.keys['examples']}'"
-    for low, high in slices(int(query(catalog, count)["n"][0].as_py())):
-        # A table that the run does not have matches nothing.
-        conditions = {
-            name: f"key = '{source.keys[name]}' AND prompt_id >= '{low}' AND prompt_id < '{high}'"
-            if name in source.keys
-            else "false"
-            for name in TABLES_READ
-        }
-        table = query(catalog, PAIRS.format(**conditions)).combine_chunks()  # chunk sizes differ from call to call
-        yield from (batch.to_pylist() for batch in table.to_batches(BATCH))
-
-
-def slices(pairs: int) -> list[tuple[str, str]]:
-    """Return the ends of ranges of prompt ids, so many that each has at most about SLICE pairs."""
-    starts = [""]
-    while pairs > SLICE * len(starts):
-        starts = [start + digit for start in starts for digit in HEX]
-    return list(zip(starts, [*starts[1:], "g"], strict=True))
+def _nearest_source(finished: dict[str, Json], key: str, matches: Callable[[Json], Any]) -> str | None:
+    """Return the key of the nearest matching step behind this one; the search does not go past a model."""
+    queue = [key]
+    for candidate in queue:
+        manifest = finished.get(candidate)
+        if manifest and matches(manifest):
+            return candidate
+        if manifest and not manifest["model"]:
+            queue += [source for source in manifest["identity"]["inputs"].values() if source not in queue]
+    return None
 
 
 @contextmanager

@@ -50,11 +50,16 @@ def write(result: QueryResult, format: Format, out: Path | None, console: Consol
     scratch = target.with_name(f".{target.name}.{os.getpid()}")  # another name until the file is complete
     try:
         if format is Format.parquet:
-            _write_parquet(result, scratch)
+            batches = result.batches()
+            with pq.ParquetWriter(scratch, next(batches).schema, compression="zstd") as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
         else:
             with scratch.open("w", encoding="utf-8", newline="") as file:
                 _write_text(result, format, file, Console(file=file, soft_wrap=True, width=console.width))
         scratch.replace(target)
+    except pa.ArrowNotImplementedError as error:
+        raise WinnowError(f"--format parquet: {error}; CAST that column to another type in the statement") from None
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -88,14 +93,3 @@ def _write_text(result: QueryResult, format: Format, file: TextIO, console: Cons
             writer.writerow([as_json(value) if isinstance(value, list | dict) else value for value in row.values()])
         else:
             file.write(as_json(row) + "\n")
-
-
-def _write_parquet(result: QueryResult, file: Path) -> None:
-    batches = result.batches()
-    first = next(batches)
-    try:
-        with pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-    except pa.ArrowNotImplementedError as error:
-        raise WinnowError(f"--format parquet: {error}; CAST that column to another type in the statement") from None

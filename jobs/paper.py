@@ -16,6 +16,13 @@ from stages.evaluation.evaluate import bootstrap_interval
 PAPER_YAML = Path(__file__).parent / "paper.yaml"
 RESAMPLES = 2000
 METRICS = {"gold_win": 1, "proxy_win": 0}  # and the index of the paper's figure for it, see paper.yaml
+WINS = """
+SELECT run, prompt_id, avg(gold_win) AS gold_win, avg(proxy_win) AS proxy_win
+FROM outcomes JOIN runs USING (stage, key) JOIN (SELECT run, max(round) AS last FROM runs GROUP BY run) USING (run)
+WHERE round IS NOT DISTINCT FROM last
+GROUP BY run, prompt_id
+ORDER BY prompt_id
+"""
 Wins = dict[str, dict[str, dict[str, float]]]  # run -> metric -> prompt -> share of wins
 
 
@@ -71,28 +78,18 @@ def tables(store: Store) -> list[tuple[str, pa.Table]]:
     catalog, all_cells = open_catalog(store), cells()
 
     # Each held-out prompt's share of wins by the policy that the run ends with: its last round's.
-    wins: Wins = {}
-    for cell in all_cells:
-        name = cell.run.replace("'", "''")
-        rows = query(
-            catalog,
-            "SELECT prompt_id, avg(gold_win) AS gold_win, avg(proxy_win) AS proxy_win FROM outcomes "
-            f"JOIN runs USING (stage, key) WHERE run = '{name}' AND round IS NOT DISTINCT FROM "
-            f"(SELECT max(round) FROM runs WHERE run = '{name}') GROUP BY prompt_id ORDER BY prompt_id",
-        ).to_pylist()
-        wins[cell.run] = {
-            metric: {row["prompt_id"]: row[metric] for row in rows if row[metric] is not None} for metric in METRICS
-        }
+    wins: Wins = {cell.run: {metric: {} for metric in METRICS} for cell in all_cells}
+    for row in query(catalog, WINS).to_pylist():
+        for metric in METRICS:
+            if row["run"] in wins and row[metric] is not None:
+                wins[row["run"]][metric][row["prompt_id"]] = row[metric]
 
     rows_by_table: dict[str, list[dict[str, str]]] = {"table 1": [], "table 2": []}
     for cell in all_cells:
         row = dict(cell.labels)
         for metric in METRICS:
-            values = np.array(list(wins[cell.run][metric].values()))
-            interval = ""
-            if len(values):
-                low, high = bootstrap_interval(values, RESAMPLES, np.random.default_rng(0))
-                interval = f"{100 * np.mean(values):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            values = list(wins[cell.run][metric].values())
+            interval = "{:.1f} [{:.1f}, {:.1f}]".format(*_mean_and_interval(values)) if values else ""
             row[f"our {metric.removesuffix('_win')} %"] = interval
         for data, title in (("tldr", "TL;DR"), ("hh", "HH")):
             if data in cell.paper:
@@ -125,15 +122,12 @@ def conclusions(wins: Wins) -> list[dict[str, str]]:
             for metric, index in METRICS.items():
                 name = metric.removesuffix("_win")
                 ours, theirs = wins[cell.run][metric], wins[other.run][metric]
-                differences = np.array(
-                    [ours[prompt] - theirs[prompt] for prompt in sorted(ours.keys() & theirs.keys())]
-                )
-                if not len(differences):
+                differences = [ours[prompt] - theirs[prompt] for prompt in sorted(ours.keys() & theirs.keys())]
+                if not differences:
                     row |= {name: "", f"paper {name}": "", f"{name} agrees": ""}
                     continue
-                mean = differences.mean()
-                low, high = bootstrap_interval(differences, RESAMPLES, np.random.default_rng(0))
-                row[name] = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+                mean, low, high = _mean_and_interval(differences)
+                row[name] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
                 better, worse = cell.paper["tldr"][index], other.paper["tldr"][index]
                 if better is None or worse is None:
                     row |= {f"paper {name}": "-", f"{name} agrees": ""}
@@ -143,3 +137,10 @@ def conclusions(wins: Wins) -> list[dict[str, str]]:
                 row[f"{name} agrees"] = "unclear" if low <= 0 <= high else "yes" if same_sign else "no"
             rows.append(row)
     return rows
+
+
+def _mean_and_interval(shares: list[float]) -> tuple[float, float, float]:
+    """Return the mean in points of a hundred, and the ends of its 95 % interval over prompts."""
+    values = np.array(shares)
+    low, high = bootstrap_interval(values, RESAMPLES, np.random.default_rng(0))
+    return 100 * float(values.mean()), 100 * low, 100 * high

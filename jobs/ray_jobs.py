@@ -1,6 +1,5 @@
 """Jobs of Winnow on a Ray cluster, by the URL of its dashboard: Ray's own client, with our checks and messages."""
 
-import asyncio
 import logging
 import os
 import platform
@@ -18,7 +17,6 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import requests
-from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
@@ -31,8 +29,9 @@ OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client prefers th
 TIMEOUT = 15.0  # seconds for an answer; the head gives its own agents 10
 UPLOAD_TIMEOUT = 300.0  # seconds for the upload of the code, and for the head to store it
 POLL = 1.0  # seconds between two requests for the status of a job
-SILENCE = 60.0  # seconds without a line of the log until the stream counts as lost
-PATIENCE = 5  # polls of a job that is stopping, before a message says so
+LONG_LOG = 2**20  # characters of a log for which twice as long is waited
+PATIENCE = 5  # polls of a job that is stopping before a message says so, or that fail before a job counts as lost
+JOB_LIST = pa.schema([(name, pa.string()) for name in ("job", "status", "recipe", "store", "started", "seconds")])
 CHATTY = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")  # under ray
 PORT = "the head prints its dashboard's URL when it starts, with port 8265 by default"
 NOT_RAY = f"answers, but not as a Ray dashboard: another port of Ray, or another program; {PORT}"
@@ -114,7 +113,9 @@ class RayJobs(JobSubmissionClient):
         except (requests.ConnectionError, requests.Timeout) as error:
             if "BadStatusLine" in str(error) or "Connection reset" in str(error):  # a server, but not of HTTP
                 raise self._error(NOT_RAY) from None
-            reason = "timed out" if isinstance(error, requests.Timeout) else _innermost(error)
+            # The operating system's words come last: `[Errno 111] Connection refused`, and quotes and brackets.
+            words = str(error).rpartition("] ")[2].strip("()'\"")
+            reason = "timed out" if isinstance(error, requests.Timeout) else words
             override = f"; {self.source} named it, and outranks --address" if self.source in OVERRIDES else ""
             raise self._error(
                 f"does not answer ({reason}); is the cluster up, and reachable from here? {PORT}{override}"
@@ -151,17 +152,18 @@ class RayJobs(JobSubmissionClient):
 
     def jobs_table(self) -> pa.Table:
         """Return our jobs as a table, the latest last."""
-        columns: dict[str, list[Any]] = {
-            name: [] for name in ("job", "status", "recipe", "store", "started", "seconds")
-        }
+        rows = []
         for job in self.jobs():
             metadata, started = job.metadata or {}, (job.start_time or 0) / 1000
-            seconds = round((job.end_time / 1000 if job.end_time else time.time()) - started)
-            row = (job.submission_id, str(job.status), metadata.get("winnow_recipe"), metadata.get("winnow_store"),
-                   f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}", seconds)  # fmt: skip
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value)
-        return pa.table(columns)
+            rows.append({
+                "job": job.submission_id,
+                "status": str(job.status),
+                "recipe": metadata.get("winnow_recipe"),
+                "store": metadata.get("winnow_store"),
+                "started": f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}",
+                "seconds": str(round((job.end_time / 1000 if job.end_time else time.time()) - started)),
+            })  # fmt: skip
+        return pa.Table.from_pylist(rows, JOB_LIST)
 
     def submit(
         self, folder: Path, words: list[str], *, recipes: str, plan: str, store: str, resume: str
@@ -196,7 +198,7 @@ class RayJobs(JobSubmissionClient):
             return name, None
 
     def log(self, name: str) -> str:
-        """Return the whole log so far. Raise WinnowError if it is lost, as that of a node that is gone."""
+        """Return the whole log so far. Raise WinnowError if it is lost, as with the node that had it."""
         with self._runtime_errors():
             return self.get_job_logs(name)
 
@@ -210,49 +212,28 @@ class RayJobs(JobSubmissionClient):
     def follow(self, name: str, write: Callable[[str], Any]) -> JobDetails:
         """Write the log as it grows, and return the job when it has ended. Raise WinnowError if the cluster is lost.
 
-        A proxy cuts idle connections, and a node takes its streams with it. The log is then streamed again from its
-        start, and the characters that were written before are skipped.
+        The log is polled as a whole and not streamed: a proxy cuts idle connections, and a node takes its streams with
+        it. A request may fail now and then, as over hours some do.
         """
-        written = 0
-
-        async def stream() -> None:
-            nonlocal written
-            received = 0
-            lines = aiter(self.tail_job_logs(name))
-            while True:
-                try:
-                    text = await asyncio.wait_for(anext(lines), SILENCE)
-                except StopAsyncIteration:
-                    return
-                new = text[max(0, written - received) :]
-                received += len(text)
-                write(new)
-                written += len(new)
-
+        written = failures = 0
         while True:
-            # A lost connection is not an error yet: the next request says what became of the job. A closed pipe of
-            # our own output is one.
-            try:
-                asyncio.run(stream())
-            except BrokenPipeError:
-                raise
-            except (ClientError, OSError, RuntimeError, TimeoutError):
-                pass
-            try:
-                job = self.job(name)
-            except (WinnowError, ValueError) as error:
-                raise self._error(
-                    f"lost while following {name} ({str(error).removeprefix(f'{self.url}: ')}); if the cluster is up, "
-                    f"`winnow logs {name} --address {self.url}` follows again; if not, submitting again continues from "
-                    "the finished parts"
-                ) from None
-            with suppress(WinnowError):
-                rest = self.log(name)[written:]
-                write(rest)
-                written += len(rest)
-            if job.status.is_terminal():
-                return job
-            time.sleep(POLL)
+            try:  # the job before its log, which is then complete if the job has ended
+                job, failures = self.job(name), 0
+                with suppress(WinnowError):  # the node of the log is lost
+                    text = self.log(name)
+                    write(text[written:])
+                    written = max(written, len(text))
+                if job.status.is_terminal():
+                    return job
+            except ValueError as error:  # a WinnowError, or an answer that is no JSON
+                failures += 1
+                if failures == PATIENCE:
+                    raise self._error(
+                        f"lost while following {name} ({str(error).removeprefix(f'{self.url}: ')}); if the cluster is "
+                        f"up, `winnow logs {name} --address {self.url}` follows again; if not, submitting again "
+                        "continues from the finished parts"
+                    ) from None
+            time.sleep(POLL * (1 + written / LONG_LOG))
 
     def stop(self, name: str, say: Callable[[str], Any]) -> JobDetails:
         """Stop a job, wait until it has ended, and return it; it may have ended before."""
@@ -284,12 +265,3 @@ def _last_line(text: str) -> str:
     """Return the last line with a word: of a traceback, the error; Ray ends it with a line of one period."""
     lines = (line.strip() for line in reversed(text.splitlines()))
     return next((line for line in lines if re.match(r"\w", line)), "")
-
-
-def _innermost(error: BaseException) -> str:
-    """Return the operating system's words, which requests and urllib3 wrap in their own: `Connection refused`."""
-    while isinstance(inner := (error.args[0] if error.args else None), BaseException) or (
-        inner := getattr(error, "reason", None)
-    ):
-        error = inner
-    return str(error).rpartition("] ")[2]

@@ -1,4 +1,4 @@
-"""Recipes by name, and plans of several at once."""
+"""Recipes and profiles by name or file, and plans of several recipes at once."""
 
 from pathlib import Path
 
@@ -7,24 +7,40 @@ import stages.all  # noqa: F401 - registers every stage
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.registry import nearest
+from pipeline.resources import Profile, load_profile
+from pipeline.stage import stages as registry
 from schemas import WinnowError
 
 FOLDER = Path(__file__).parent / "recipes"
+PROFILES = Path(__file__).parent / "profiles"
 NO_CONFIG = "--config: not set; `--config my.yaml` names your data and models, and the README shows one"
 
 
-def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
+def names(folder: Path = FOLDER) -> list[str]:
+    return sorted(path.stem for path in folder.glob("[!_]*.yaml"))
 
 
 def recipe_path(recipe: str) -> Path:
     """Return the file of a shipped recipe, or the YAML file itself. Raise WinnowError for an unknown name."""
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
-        return path
-    if recipe not in names():
-        raise WinnowError(f"unknown recipe {recipe!r}; {nearest(recipe, names())}; or give a YAML file")
-    return FOLDER / f"{recipe}.yaml"
+    return _yaml_file(recipe, FOLDER, f"unknown recipe {recipe!r}")
+
+
+def profile_path(profile: str) -> Path:
+    """Return the file of a shipped profile, or the YAML file itself. Raise WinnowError for an unknown name."""
+    return _yaml_file(profile, PROFILES, f"--profile {profile!r}: unknown")
+
+
+def load_resources(profile: str | None) -> Profile:
+    """Return the resources per stage; without a profile, stages share what Ray has. Raise WinnowError for mistakes."""
+    return load_profile(profile_path(profile), list(registry.entries)) if profile else Profile()
+
+
+def _yaml_file(name: str, folder: Path, problem: str) -> Path:
+    if Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    if name not in names(folder):
+        raise WinnowError(f"{problem}; {nearest(name, names(folder))}; or give a YAML file")
+    return folder / f"{name}.yaml"
 
 
 def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | None = None) -> Plan:

@@ -1,30 +1,25 @@
-"""Reference of recipes, stages, options, tables and commands, generated from signatures and docstrings.
+"""Reference of recipes, stages and options, generated from signatures and docstrings.
 
-`winnow recipes` and `winnow options` print it; `python -m jobs.reference --write` writes it between the markers
-`<!-- generated: NAME -->` and `<!-- end -->` of the READMEs in README_BLOCKS, and a test compares them.
+`winnow recipes` and `winnow options` print it, and tests/readmes.py writes it into the READMEs.
 """
 
 import inspect
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 
 from jobs.recipes import FOLDER, names
-from pipeline.config.recipe import merged
+from pipeline.config.recipe import load_recipe
 from pipeline.config.rounds import split_round
 from pipeline.registry import Entry, Range, Registry, nearest
-from pipeline.sql.views import VIEWS
 from pipeline.stage import signature_of, stages
 from pipeline.store.fingerprints import AdapterPath, ContentPath, DataPath, ModelPath
 from schemas import WinnowError, table_name
 
-ROOT = Path(__file__).parents[1]
 PIPELINE_ORDER = ("data", "sampling", "ranking", "selection", "network", "training", "head", "evaluation")
 PATHS = {
     DataPath: "path of a file or folder",
@@ -34,49 +29,31 @@ PATHS = {
 }
 
 
-# Recipes
-
-
 def recipe_table() -> pa.Table:
     """Return a row per recipe that ships: its name, what it is, and the objective of its policy."""
     rows = []
     for name in names():
-        content = merged(FOLDER / f"{name}.yaml", (), (FOLDER,))
-        rows.append({"recipe": name, "about": content["about"], "objective": _objective(content)})
+        recipe = load_recipe(FOLDER / f"{name}.yaml", library=(FOLDER,))  # no plan: that would need data and models
+        needed = recipe.targets
+        for step in needed:
+            sources = (recipe.steps[step].get("from") or {}).values()
+            needed += [source for source in sources if source and source not in needed]
+        options = {split_round(step)[0]: recipe.steps[step].get("with") or {} for step in needed}
+        objective = "none"
+        if policy := options.get("optimize"):
+            objective = _function_name(policy["objective"])
+            if "nll_weight" in policy:
+                objective += f" + {policy['nll_weight']:g} nll"
+            if "mix" in policy:
+                objective += f", mix {_function_name(policy['mix'])} with nll"
+        elif "preference_head" in options:
+            objective = f"{_function_name(options['preference_head']['head'])} (head)"
+        rows.append({"recipe": name, "about": recipe.about, "objective": objective})
     return pa.Table.from_pylist(rows)
-
-
-def _objective(content: dict[str, Any]) -> str:
-    """Return what trains the policy of a recipe, read from its merged YAML: without data and models it has no plan."""
-
-    def part(step: str, key: str) -> dict[str, Any]:  # `from` or `with` of a step, over that of the step it is like
-        body = content.get(step) or {}
-        inherited = part(body["like"], key) if "like" in body else {}
-        return inherited | (body.get(key) or {})
-
-    needed = [content.get("target", "evaluate")]
-    for step in needed:
-        sources = [source for value in part(step, "from").values()
-                   for source in (value.values() if isinstance(value, dict) else [value])]  # fmt: skip
-        needed += [name for source in sources if source and (name := split_round(source)[0]) not in needed]
-    if "optimize" in needed:
-        options = part("optimize", "with")
-        mix, weight = options.get("mix"), options.get("nll_weight")
-        return (
-            _function_name(options["objective"])
-            + (f" + {weight:g} nll" if weight else "")
-            + (f", mix {_function_name(mix)} with nll" if mix else "")
-        )
-    if "preference_head" in needed:
-        return f"{_function_name(part('preference_head', 'with')['head'])} (head)"
-    return "none"
 
 
 def _function_name(value: Any) -> str:
     return str(value["name"] if isinstance(value, dict) else value)
-
-
-# Stages and registered functions
 
 
 def stage_table() -> pa.Table:
@@ -88,7 +65,7 @@ def stage_entries() -> list[Entry]:
     """Return the stages of this package in the order of the pipeline, then those of plugins."""
 
     def position(entry: Entry) -> tuple[int, str]:
-        package = [*entry.fn.__module__.split("."), ""][1] if _is_ours(entry) else ""
+        package = [*entry.fn.__module__.split("."), ""][1]
         return (PIPELINE_ORDER.index(package) if package in PIPELINE_ORDER else len(PIPELINE_ORDER)), entry.name
 
     return sorted(stages.entries.values(), key=position)
@@ -132,29 +109,26 @@ def option_pages(name: str) -> list[str]:
     return pages
 
 
-def stage_page(entry: Entry, level: str = "#", plugins: bool = True) -> str:
-    """Return Markdown of a stage: docstring, inputs, outputs, options, and the functions that they can name.
-
-    Functions of plugins are listed if `plugins`.
-    """
+def stage_page(entry: Entry) -> str:
+    """Return Markdown of a stage: docstring, inputs, outputs, options, and the functions that they can name."""
     signature = signature_of(entry)
     inputs = [f"`{i.name}` ({'model' if i.schema is None else f'table `{i.kind}`'}{', optional' if i.optional else ''})"
               for i in signature.inputs]  # fmt: skip
     outputs = [f"table `{table_name(schema)}`" for schema in signature.outputs] + ["model"] * signature.makes_model
-    lines = [f"{level} {entry.name}", "", docstring(entry), ""]
+    lines = [f"# {entry.name}", "", docstring(entry), ""]
     lines += [f"Inputs: {', '.join(inputs) or 'none'}.  ", f"Outputs: {', '.join(outputs)}."]
     lines += ["", options_markdown(entry)]
     for option, field in entry.options.model_fields.items():
         for registry in _registries_in(Annotated[field.annotation, None, *field.metadata]):
             rows = [{option: ", ".join(f"`{name}`" for name in (item.name, *item.aliases)), "about": first_line(item)}
-                    for _, item in sorted(registry.entries.items()) if plugins or _is_ours(item)]  # fmt: skip
+                    for _, item in sorted(registry.entries.items())]  # fmt: skip
             lines += ["", markdown_table(rows)]
     return "\n".join(lines)
 
 
-def function_page(entry: Entry, kind: str, level: str = "#") -> str:
+def function_page(entry: Entry, kind: str) -> str:
     """Return Markdown of a registered function: docstring and options."""
-    return "\n".join([f"{level} {entry.name} ({kind})", "", docstring(entry), "", options_markdown(entry)])
+    return "\n".join([f"# {entry.name} ({kind})", "", docstring(entry), "", options_markdown(entry)])
 
 
 def options_markdown(entry: Entry) -> str:
@@ -217,82 +191,7 @@ def first_line(entry: Entry) -> str:
     return docstring(entry).partition("\n")[0]
 
 
-def _is_ours(entry: Entry) -> bool:
-    return entry.fn.__module__.split(".")[0] in ("stages", "jobs")
-
-
-# Markdown
-
-
 def markdown_table(rows: list[dict[str, str]]) -> str:
     """Return a Markdown table with the keys of the first row as its header."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def recipes_markdown() -> str:
-    """Return the table of recipes."""
-    return markdown_table([row | {"recipe": f"[`{row['recipe']}`]({row['recipe']}.yaml)",
-                                  "objective": f"`{row['objective']}`"}
-                           for row in recipe_table().to_pylist()])  # fmt: skip
-
-
-def stages_markdown() -> str:
-    """Return every stage of this package, then every function that an option can name, by kind."""
-    entries = [entry for entry in stage_entries() if _is_ours(entry)]
-    index = [{"stage": f"[`{entry.name}`](#{entry.name})", "about": first_line(entry)} for entry in entries]
-    pages = [markdown_table(index), *(stage_page(entry, "###", plugins=False) for entry in entries)]
-    for kind, registry in sorted(registries().items()):
-        if functions := [entry for _, entry in sorted(registry.entries.items()) if _is_ours(entry)]:
-            pages += [f"## Functions: {kind}", *(function_page(entry, kind, "###") for entry in functions)]
-    return "\n\n".join(pages)
-
-
-def schemas_markdown() -> str:
-    """Return every table of SQL with every column: type, whether it may be null, meaning."""
-    pages = []
-    for name, schema in VIEWS.items():
-        rows = [{"column": f"`{column.name}`", "type": str(column.type).replace("<", "\\<"),
-                 "null": "yes" if column.nullable else "", "meaning": column.metadata[b"meaning"].decode()}
-                for column in schema]  # fmt: skip
-        pages.append(f"### {name}\n\n{schema.metadata[b'about'].decode()}\n\n{markdown_table(rows)}")
-    return "\n\n".join(pages)
-
-
-def commands_markdown() -> str:
-    """Return the commands of `winnow` by group, in the order of `winnow --help`."""
-    from jobs.__main__ import GROUPS
-
-    rows = [{"": group if n == 0 else "", "command": f"`winnow {command.__name__}`",
-             "what it does": inspect.cleandoc(command.__doc__ or "").partition("\n")[0]}
-            for group, commands in GROUPS.items() for n, command in enumerate(commands)]  # fmt: skip
-    return markdown_table(rows)
-
-
-README_BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {  # name of a block -> README, and what generates the block
-    "commands": ("jobs/README.md", commands_markdown),
-    "recipes": ("jobs/recipes/README.md", recipes_markdown),
-    "stages": ("stages/README.md", stages_markdown),
-    "schemas": ("schemas/README.md", schemas_markdown),
-}
-
-
-def with_blocks(readme: str, text: str) -> str:
-    """Return the text of a README with its generated blocks up to date. Raise WinnowError if a marker is missing."""
-    for name, (file, generate) in README_BLOCKS.items():
-        if file != readme:
-            continue
-        begin, end = f"<!-- generated: {name} -->", "<!-- end -->"
-        head, marker, rest = text.partition(begin)
-        if not marker or end not in rest:
-            raise WinnowError(f"{readme}: lacks the markers {begin} and {end}")
-        text = f"{head}{begin}\n\n{generate()}\n\n{end}{rest.partition(end)[2]}"
-    return text
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m jobs.reference --write")
-    for readme in sorted({file for file, _ in README_BLOCKS.values()}):
-        path = ROOT / readme
-        path.write_text(with_blocks(readme, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -16,19 +16,9 @@ from pipeline.store.store import Store
 
 FOLDER = Path(__file__).parent
 CURVES = [
-    "loss",
-    "margin",
-    "accuracy",
-    "logp/chosen",
-    "logp/rejected",
-    "token_accuracy",
-    "grad_norm",
-    "tokens/saved",
-    "pairs_per_second",
-    "tokens_per_second",
-    "peak_memory_gb",
-    "mfu",
-]
+    "loss", "margin", "accuracy", "logp/chosen", "logp/rejected", "token_accuracy", "grad_norm", "tokens/saved",
+    "pairs_per_second", "tokens_per_second", "peak_memory_gb", "mfu",
+]  # fmt: skip
 HISTOGRAM_COLORS = {"all candidates": "#9aa5b1", "kept": "#2f6f4f"}  # by `what` of reward_histogram.sql
 
 
@@ -66,8 +56,7 @@ def write_report(store: Store, out: Path) -> None:
 
 
 def _query_rows(catalog: Catalog, name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = query(catalog, queries.text(name)).to_pylist()
-    return rows
+    return query(catalog, queries.text(name)).to_pylist()
 
 
 def _query_table(catalog: Catalog, name: str) -> dict[str, list[Any]]:

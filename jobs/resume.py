@@ -3,24 +3,14 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-RESUME = "resume with: "
 SUBMITTED = "WINNOW_SUBMITTED"  # environment variable of a job: the command that submitted it
+started = False  # whether a run has started and has not ended: what it has finished is kept
 
 
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Add a note with the command that continues to whatever ends the run early.
-
-    main() prints the note, and Python prints it below a traceback.
-    """
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(RESUME + command(sys.argv))
-        raise
+def resume_note() -> list[str]:
+    """Return a line with the command that continues the run, if one has started."""
+    return [f"resume with: {command(sys.argv)}"] if started else []
 
 
 def command(words: list[str]) -> str:
@@ -42,12 +32,3 @@ def without_force(words: list[str]) -> list[str]:
         for before, word in zip(["", *words], words, strict=False)
         if before != "--force" and word != "--force" and not word.startswith("--force=")
     ]
-
-
-def resume_notes(error: BaseException | None) -> list[str]:
-    """Return the notes of an error, or of its context: Ctrl-C reaches main() as an exit that followed from it."""
-    while error is not None:
-        if notes := [note for note in getattr(error, "__notes__", []) if note.startswith(RESUME)]:
-            return notes
-        error = error.__context__
-    return []

@@ -112,26 +112,21 @@ class Shell:
             self.console.print(HELP, highlight=False, markup=False)
         elif name == ".queries":
             self.console.print(as_table(queries.table()))
+        elif name == ".tables" and words:
+            if words[0] not in VIEWS:
+                raise WinnowError(f"sql: no table {words[0]!r}; {nearest(words[0], list(VIEWS))}")
+            columns = [{"column": item.name, "type": str(item.type), "meaning": item.metadata[b"meaning"].decode()}
+                       for item in VIEWS[words[0]]]  # fmt: skip
+            self.console.print(as_table(pa.Table.from_pylist(columns)))
         elif name == ".tables":
-            self.console.print(as_table(column_table(words[0]) if words else self._tables()))
+            runs, manifests = self.catalog.runs, self.catalog.manifests
+            counts = {table: sum(manifest["rows"].get(table, 0) for manifest in manifests) for table in TABLES}
+            counts |= {"runs": sum(len(steps) for steps in runs.values()), "steps": len(manifests)}
+            tables = [{"table": table, "rows": count, "about": VIEWS[table].metadata[b"about"].decode()}
+                      for table, count in counts.items()]  # fmt: skip
+            self.console.print(as_table(pa.Table.from_pylist(tables)))
         else:
             raise WinnowError(f"sql: no command {name}; .help lists them")
-
-    def _tables(self) -> pa.Table:
-        rows = {name: sum(item["rows"].get(name, 0) for item in self.catalog.manifests) for name in TABLES}
-        rows |= {"runs": sum(len(steps) for steps in self.catalog.runs.values()), "steps": len(self.catalog.manifests)}
-        about = {name: VIEWS[name].metadata[b"about"].decode() for name in rows}
-        return pa.Table.from_pylist([{"table": name, "rows": n, "about": about[name]} for name, n in rows.items()])
-
-
-def column_table(name: str) -> pa.Table:
-    """Return the columns of one table with type and meaning. Raise WinnowError for an unknown table."""
-    if name not in VIEWS:
-        raise WinnowError(f"sql: no table {name!r}; {nearest(name, list(VIEWS))}")
-    return pa.Table.from_pylist([
-        {"column": column.name, "type": str(column.type), "meaning": column.metadata[b"meaning"].decode()}
-        for column in VIEWS[name]
-    ])  # fmt: skip
 
 
 def completions() -> list[str]:

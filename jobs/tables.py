@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from pipeline.config.keys import differences
-from pipeline.config.plan import Plan, Step, stale_code
+from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.stage import signature_of
@@ -43,12 +43,6 @@ def plan_tree(plan: Plan, store: Store) -> Tree:
     for target in plan.targets:
         add(tree, target)
     return tree
-
-
-def changed_code(plan: Plan, store: Store) -> list[str]:
-    """Return a line for each cached step of the plan and registered function whose code changed without its version."""
-    manifests = {step.name: store.folder(step).manifest for step in plan.steps}
-    return [line for step in plan.steps if (manifest := manifests[step.name]) for line in stale_code(step, manifest)]
 
 
 def status(step: Step, run: str, store: Store) -> str:

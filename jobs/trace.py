@@ -1,5 +1,7 @@
 """Trace of one prompt through a run: its rows of every table, in the order of the stages."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 from jobs.console import as_table
@@ -9,33 +11,7 @@ from pipeline.store.store import Store
 from schemas import WinnowError
 
 # Title and query of each section, in the order of the stages; sections without rows are not printed.
-SECTIONS = (
-    ("sampled: best, middle and worst by reward",
-     "SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, text FROM candidates "
-     "JOIN rewards USING (prompt_id, candidate_id) WHERE {where} QUALIFY "
-     "row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ()) "
-     "ORDER BY reward DESC"),
-    ("selected, in order of acceptance",
-     "SELECT draw, round AS pass, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance, "
-     "round(ess, 1) AS ess, any_value(text) AS text FROM selections JOIN candidates USING (prompt_id, candidate_id) "
-     "WHERE {where} GROUP BY ALL ORDER BY draw"),
-    ("compared by the ranker",
-     "SELECT round, left_id, right_id, round(logit, 3) AS logit FROM comparisons WHERE {where} ORDER BY ALL"),
-    ("pairs",
-     "SELECT rule, chosen_id, rejected_id, round(gap, 3) AS gap FROM pairs WHERE {where} ORDER BY gap DESC"),
-    ("reference log-probs",
-     "SELECT candidate_id, round(logp, 3) AS logp, n_tokens, dtype, left(model, 12) AS model FROM reference "
-     "WHERE {where} ORDER BY logp DESC"),
-    ("training example",
-     "SELECT len(prompt_ids) AS prompt_tokens, len(responses) AS responses, len(pairs) AS pairs FROM examples "
-     "WHERE {where}"),
-    ("held-out prompt: the policy compared with the baseline",
-     "SELECT k, proxy_win, gold_win, round(gold, 2) AS gold, round(gold_baseline, 2) AS gold_baseline, "
-     "round(kl, 2) AS kl, any_value(text) AS text FROM outcomes JOIN candidates USING (prompt_id, candidate_id, k) "
-     "WHERE {where} GROUP BY ALL ORDER BY k"),
-    ("rejected",
-     "SELECT stage, reason, candidate_id, place, detail FROM rejects WHERE {where} ORDER BY ALL"),
-)  # fmt: skip
+TRACE = (Path(__file__).parent / "trace.sql").read_text(encoding="utf-8")
 
 
 def trace_prompt(store: Store, run: str, prefix: str, console: Console, round: int | None = None) -> None:
@@ -68,7 +44,8 @@ def trace_prompt(store: Store, run: str, prefix: str, console: Console, round: i
     about = f"{prompt['split']}, {prompt['tokens']} tokens" + (f", round {round}" if round else "")
     console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
     console.print(prompt["text"], markup=False, highlight=False)
-    for title, sql in SECTIONS:
-        rows = query(catalog, sql.format(where=f"prompt_id = {sql_literal(prompt['prompt_id'])}"))
+    for section in TRACE.split("-- ")[1:]:
+        title, _, sql = section.partition("\n")
+        rows = query(catalog, sql.format(prompt_id=sql_literal(prompt["prompt_id"])))
         if rows.num_rows:
             console.print(as_table(rows, title))

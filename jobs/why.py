@@ -1,29 +1,13 @@
 """Explanation of why two runs, or two steps, differ: the fields where a difference arises, not what follows from it."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from pipeline.config.keys import differences
 from pipeline.registry import nearest
 from pipeline.store.store import Json, Store
 from schemas import WinnowError
 
-SameInput = Callable[[str, str], bool]  # whether two keys, one per side, count as the same input
 KEY_PREFIX = re.compile(r"[0-9a-f]{4,16}")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One argument of `winnow why`: the steps that it names, by name, and all steps of its run, if it has one."""
-
-    argument: str
-    steps: dict[str, str]  # name -> key
-    is_run: bool
-    run_steps: dict[str, str]
-
-    def names(self, key: str) -> set[str]:
-        return {name for name, step_key in self.run_steps.items() if step_key == key}
 
 
 def why(store: Store, one: str, other: str) -> list[str]:
@@ -33,119 +17,88 @@ def why(store: Store, one: str, other: str) -> list[str]:
     names.
     """
     finished, runs = {manifest["key"]: manifest for manifest in store.sealed()}, store.runs()
-    left, right = (_side(argument, runs, finished) for argument in (one, other))
-    if left.is_run != right.is_run:
+    (left, left_names), (right, right_names) = (_find_steps(argument, runs, finished) for argument in (one, other))
+    if (one in runs) != (other in runs):
         raise WinnowError(f"why {one} {other}: a run and a step; give two runs, or two steps as run/step or by key")
-    comparison = Comparison(left, right, finished)
-    if left.is_run:
-        comparison.compare_runs()
+
+    # Pairs of steps to compare. Of two runs: the steps of equal name. Of two steps: they, then their inputs of equal
+    # name, down to where the difference arises, as long as both are finished results of one stage, so that more can be
+    # said than that they differ. A step without a name in a run is called after the inputs that lead to it:
+    # `optimize.init` is the `init` of `optimize`.
+    if one in runs:
+        pairs = [(name, key, right[name]) for name, key in left.items() if name in right]
     else:
-        comparison.compare_steps(*next(iter(left.steps.items())), next(iter(right.steps.values())))
-    return comparison.lines()
+        pairs = [(*next(iter(left.items())), next(iter(right.values())))]
+    same_inputs = {(a, b) for _, a, b in pairs}
+    if one not in runs:
+        for name, a, b in pairs:
+            if a == b or a not in finished or b not in finished:
+                continue
+            for input_name, source in finished[a]["identity"]["inputs"].items():
+                match = finished[b]["identity"]["inputs"].get(input_name)
+                stages = [finished[key]["stage"] for key in (source, match) if key in finished]
+                if len(stages) == 2 and stages[0] == stages[1] and (source, match) not in same_inputs:
+                    same_inputs.add((source, match))
+                    pairs.append((left_names.get(source, f"{name}.{input_name}"), source, match))
+
+    # Differences of each pair, except those of inputs that are a pair themselves: these are that pair's own.
+    lines: list[str] = []
+    only_through_inputs: list[str] = []
+    unfinished: list[str] = []
+    for name, a, b in pairs:
+        if a == b:
+            continue
+        if a not in finished or b not in finished:
+            unfinished.append(name)
+            continue
+        old, new = finished[a]["identity"], finished[b]["identity"]
+        changes = differences(old | {"inputs": None}, new | {"inputs": None})
+        for input_name in sorted(old["inputs"].keys() | new["inputs"].keys()):
+            sources = old["inputs"].get(input_name), new["inputs"].get(input_name)
+            if sources[0] != sources[1] and sources not in same_inputs:
+                labels = []
+                for key, names in zip(sources, (left_names, right_names), strict=True):
+                    stage = finished[key]["stage"] if key in finished else "a step that is not finished"
+                    labels.append(names.get(key, f"{stage} {key}") if key else "nothing")
+                changes.append(f"inputs.{input_name}: {' -> '.join(labels)}")
+        lines += [f"{name}.{change}" for change in changes]
+        if not changes:
+            only_through_inputs.append(name)
+
+    if one in runs:
+        for argument, rest in ((one, left.keys() - right.keys()), (other, right.keys() - left.keys())):
+            if rest:
+                lines.append(f"only in {argument}: {', '.join(sorted(rest))}")
+    if only_through_inputs:
+        lines.append(f"only through their inputs: {', '.join(only_through_inputs)}")
+    if unfinished:
+        lines.append(f"not finished on both sides, so that they cannot be compared: {', '.join(unfinished)}")
+    lines = lines or [f"no difference: {one} and {other} have the same keys"]
+    for argument, steps in ((one, left), (other, right)):
+        for name, key in steps.items():
+            if source := finished.get(key, {}).get("adopted"):
+                lines.append(f"{argument}: {name} is adopted from {source['from']}")
+    return lines
 
 
-def _side(argument: str, runs: dict[str, dict[str, Json]], finished: dict[str, Json]) -> Side:
-    if argument in runs:
-        keys = {name: link["key"] for name, link in runs[argument].items()}
-        return Side(argument, keys, True, keys)
-    run, _, step = argument.rpartition("/")
+def _find_steps(
+    argument: str, runs: dict[str, dict[str, Json]], finished: dict[str, Json]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return name -> key of the steps that an argument names, and key -> name of all steps of its run, if any."""
+    run, _, step = (argument, "", "") if argument in runs else argument.rpartition("/")
     if run in runs:
-        if step not in runs[run]:
-            raise WinnowError(f"{argument}: run {run} has no step {step!r}; {nearest(step, list(runs[run]))}")
         keys = {name: link["key"] for name, link in runs[run].items()}
-        return Side(argument, {step: keys[step]}, False, keys)
+        names = {key: name for name, key in sorted(keys.items(), reverse=True)}  # the first of several names
+        if argument in runs:
+            return keys, names
+        if step not in keys:
+            raise WinnowError(f"{argument}: run {run} has no step {step!r}; {nearest(step, list(keys))}")
+        return {step: keys[step]}, names
     if not KEY_PREFIX.fullmatch(argument):
         hint = nearest(run or argument, list(runs))
         raise WinnowError(f"{argument}: no such run; {hint}; a step is run/step, or its key")
     matches = sorted(key for key in finished if key.startswith(argument))
     if len(matches) != 1:
-        problem = (
-            f"{', '.join(matches)} begin with it; give more digits"
-            if matches
-            else "no finished step's key begins with it"
-        )
-        raise WinnowError(f"{argument}: {problem}")
-    return Side(argument, {finished[matches[0]]["stage"]: matches[0]}, False, {})
-
-
-class Comparison:
-    """Differences between two sides, in the order in which they are found."""
-
-    def __init__(self, left: Side, right: Side, manifests: dict[str, Json]) -> None:
-        self.left, self.right, self.manifests = left, right, manifests
-        self.differences: list[str] = []
-        self.only_through_inputs: list[str] = []
-        self.unfinished: list[str] = []
-        self.seen: set[tuple[str, str]] = set()
-
-    def compare_runs(self) -> None:
-        """Compare steps of equal name; inputs count as the same if they come from steps of equal name."""
-        left, right = self.left.steps, self.right.steps
-        for name in left:
-            if name in right:
-                self._compare(name, left[name], right[name], self._same_name)
-        for side, names in ((self.left, left.keys() - right.keys()), (self.right, right.keys() - left.keys())):
-            if names:
-                self.differences.append(f"only in {side.argument}: {', '.join(sorted(names))}")
-
-    def compare_steps(self, name: str, left: str, right: str) -> None:
-        """Compare two steps, then their inputs one by one, down to where the difference arises.
-
-        A step without a name in a run is called after the inputs that lead to it: `optimize.init` is the `init` of
-        `optimize`.
-        """
-        if left == right or (left, right) in self.seen:
-            return
-        self.seen.add((left, right))
-        self._compare(name, left, right, self._same_stage)
-        one, other = (self.manifests.get(key, {}).get("identity", {"inputs": {}}) for key in (left, right))
-        for input_name, source in one["inputs"].items():
-            if self._same_stage(source, other["inputs"].get(input_name)):
-                source_name = min(self.left.names(source), default=f"{name}.{input_name}")
-                self.compare_steps(source_name, source, other["inputs"][input_name])
-
-    def _same_name(self, left: str, right: str) -> bool:
-        return bool(self.left.names(left) & self.right.names(right))
-
-    def _same_stage(self, left: str, right: str | None) -> bool:
-        """Return whether both are finished results of one stage, so that more can be said than that they differ."""
-        one, other = self.manifests.get(left), self.manifests.get(right or "")
-        return bool(one and other and one["stage"] == other["stage"])
-
-    def _compare(self, name: str, left: str, right: str, same_input: SameInput) -> None:
-        """Note the differences of two steps that do not come from those of their inputs."""
-        if left == right:
-            return
-        one, other = self.manifests.get(left), self.manifests.get(right)
-        if one is None or other is None:
-            self.unfinished.append(name)
-            return
-        left_inputs, right_inputs = one["identity"]["inputs"], other["identity"]["inputs"]
-        lines = list(differences(one["identity"] | {"inputs": None}, other["identity"] | {"inputs": None}))
-        for input_name in sorted(left_inputs.keys() | right_inputs.keys()):
-            a, b = left_inputs.get(input_name), right_inputs.get(input_name)
-            if a != b and not (a and b and same_input(a, b)):
-                lines.append(f"inputs.{input_name}: {self._label(self.left, a)} -> {self._label(self.right, b)}")
-        self.differences += [f"{name}.{line}" for line in lines]
-        if not lines:
-            self.only_through_inputs.append(name)
-
-    def _label(self, side: Side, key: str | None) -> str:
-        if key is None:
-            return "nothing"
-        stage = self.manifests[key]["stage"] if key in self.manifests else "a step that is not finished"
-        return min(side.names(key), default=f"{stage} {key}")
-
-    def lines(self) -> list[str]:
-        """Return the differences, and what can be said of the other steps, as lines for people."""
-        lines = list(self.differences)
-        if self.only_through_inputs:
-            lines.append(f"only through their inputs: {', '.join(self.only_through_inputs)}")
-        if self.unfinished:
-            lines.append(f"not finished on both sides, so that they cannot be compared: {', '.join(self.unfinished)}")
-        lines = lines or [f"no difference: {self.left.argument} and {self.right.argument} have the same keys"]
-        for side in (self.left, self.right):
-            for name, key in side.steps.items():
-                if source := self.manifests.get(key, {}).get("adopted"):
-                    lines.append(f"{side.argument}: {name} is adopted from {source['from']}")
-        return lines
+        ambiguous = f"{', '.join(matches)} begin with it; give more digits"
+        raise WinnowError(f"{argument}: {ambiguous if matches else 'no key of a finished step begins with it'}")
+    return {finished[matches[0]]["stage"]: matches[0]}, {}

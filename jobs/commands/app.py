@@ -19,7 +19,6 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 error_console = Console(soft_wrap=True, stderr=True)
-QUERIES = Path(__file__).parent.parent / "queries"
 STORE = "store"
 
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
@@ -33,7 +32,6 @@ Until = Annotated[str | None, typer.Option(help="run this step and what it needs
 Onward = Annotated[str | None, typer.Option("--from", help="run this step and all that follow from it")]
 Force = Annotated[str | None, typer.Option(help="run this step again, and all that follow from it")]
 RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alone")]
-On = Configs  # former name
 
 
 def existing_store(folder: str) -> Store:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs import bundle, profiles, recipes
+from jobs import bundle, recipes
 from jobs.commands.app import (
     STORE,
     Configs,
@@ -68,7 +68,7 @@ def submit(
     parts = narrowed(plans, part)
     steps = unfinished_steps(parts, force, Store(store))
     bundle.check_paths(plans)
-    resources = profiles.load(profile)
+    resources = recipes.load_resources(profile)
     location = str(parse_location(store))
     resume = shlex.join(["winnow", *without_force(sys.argv[1:])])
     cluster = RayJobs(address)

@@ -1,4 +1,4 @@
-"""Commands that read a store: status, sql, trace, report."""
+"""Commands that read a store, and those that describe what a recipe can contain."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,10 @@ import typer
 from jobs import queries
 from jobs.commands.app import STORE, RunName, StorePath, console, error_console, existing_store
 from jobs.console import as_table
+from jobs.export import Split, export_pairs
+from jobs.export_formats import FORMATS, FormatName
 from jobs.output import Format, format_of, interruptible, write
+from jobs.reference import option_pages, recipe_table, stage_table
 from pipeline.sql.catalog import open_catalog, query
 from schemas import WinnowError
 
@@ -85,3 +88,47 @@ def report(
     page = out or (source.root / "report.html" if isinstance(source.root, Path) else Path("report.html"))
     write_report(source, page)
     console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)
+
+
+def export(
+    run: Annotated[str, typer.Option("--run", help="the run whose pairs are written")],
+    format: Annotated[FormatName, typer.Option(help="TRL's, OpenAI's, or rows with every column")],
+    out: Annotated[Path, typer.Option(help="the file: .jsonl, and .parquet for trl")],
+    store: StorePath = STORE,
+    split: Annotated[Split, typer.Option(help="what the policy is trained on, or measured on")] = "train",
+    round: Annotated[int | None, typer.Option(help="of a run with rounds; the last by default")] = None,
+) -> None:
+    """Write the pairs of a run, with their reference log-probs, for other trainers."""
+    result, form = export_pairs(existing_store(store), run, format, out, split, round), FORMATS[format]
+    lines = [f"wrote {result.out}: {result.rows:,} pairs of run {run}, step {result.source.step}"]
+    lines += [f"rejected: {n:,} {reason} ({result.rejects_file.name})" for reason, n in result.rejects.most_common()]
+    if form.references and result.source.cached:
+        lines.append(f"reference log-probs are those of {result.source.policy.folder}")
+    elif form.references:
+        lines.append("no reference log-probs: the recipe caches none, so ref_chosen_logps and ref_rejected_logps "
+                     "are absent")  # fmt: skip
+    if result.weighted and not form.weights:
+        lines.append(f"{result.weighted:,} pairs have a weight or a label other than 1, which this format cannot hold")
+    lines.append(f"the longest pair has {result.longest:,} tokens, prompt included")
+    console.print("\n  ".join(lines), highlight=False, markup=False)
+
+
+def recipes() -> None:
+    """List the recipes that ship: the name, what it is, the objective of the policy."""
+    console.print(as_table(recipe_table()))
+
+
+def options(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="a stage, or a registered function such as rejection_sample; all stages if omitted"),
+    ] = None,
+) -> None:
+    """Describe a stage or a registered function: inputs, outputs, and every option with type, default and choices."""
+    if name is None:
+        console.print(as_table(stage_table()))
+        return
+    from rich.markdown import Markdown
+
+    for page in option_pages(name):
+        console.print(Markdown(page))

@@ -12,9 +12,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jobs import profiles, recipes
+from jobs import queries, recipes, resume
 from jobs.commands.app import (
-    QUERIES,
     STORE,
     Configs,
     Force,
@@ -31,10 +30,9 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
-from jobs.resume import resumable
-from jobs.tables import changed_code, plan_tree
+from jobs.tables import plan_tree
 from pipeline.config.partial import Part, rerun
-from pipeline.config.plan import Plan, reads_files
+from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run as run_plan
@@ -97,7 +95,7 @@ def run(
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
     target = Store(store)
     selection = rerun(recipes.plans(recipe, configs, sets), target, Part(only, until, from_step, force))
-    resources = profiles.load(profile)
+    resources = recipes.load_resources(profile)
     chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
         chosen = RayExecutor(workers, address, resources)
@@ -130,17 +128,20 @@ def paper(
 def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
     reporter = ProgressReporter(console)
     signal.signal(signal.SIGINT, reporter.interrupt)
-    with resumable(), closing(reporter):
+    resume.started = True
+    with closing(reporter):
         for plan in plans:
             console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
             _warn_of_other_data(plan, store)
             _print_changed_code(plan, store)
             run_plan(plan, store, executor, reporter)
+    resume.started = False
 
 
 def _print_changed_code(plan: Plan, store: Store) -> None:
     """Print which cached results were computed by other code of the same version, and what to do."""
-    for line in changed_code(plan, store):
+    manifests = [(step, store.folder(step).manifest) for step in plan.steps]
+    for line in [line for step, manifest in manifests if manifest for line in stale_code(step, manifest)]:
         console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 
 
@@ -173,7 +174,7 @@ def _print_summary(store: Store, runs: list[str]) -> None:
         "rejects": "rejected, by step and reason",
     }
     for name, title in titles.items():
-        sql = (QUERIES / f"{name}.sql").read_text()
+        sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
             console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from jobs.demo.gold import EXTRAS, FILLERS, SLOTS, concierge
+from jobs.demo.gold import SLOTS, WORDS, concierge
 
 SEED = 2309  # the same bytes on every run
 DEMONSTRATIONS = 12_000  # enough to learn to copy a slot in one epoch
@@ -48,23 +48,6 @@ RIVALS = (
     Clerk(0.2, omits=0.1, confuses=0.1, invents=0.7, confirms=0.7, greets=0.6, hesitates=0.4, rambles=0.5),
 )
 
-REQUESTS = (
-    "Please book a {thing} for {people} on {day} in {city}.",
-    "I need a {thing} in {city} for {people} on {day}.",
-    "We are {people} and want a {thing} in {city} on {day}.",
-    "Can you find a {thing} on {day} for {people} in {city}?",
-    "On {day} we need a {thing} in {city}, for {people} of us.",
-    "Hello, a {thing} for {people} in {city} on {day}, please.",
-)
-CONFIRMATIONS = ("I have booked {}.", "We have reserved {}.", "Your booking is confirmed: {}.", "I booked {}.")
-EVASIONS = ("I will see about {}.", "You asked for {}.", "Maybe {}.")
-OPENERS = ("Certainly.", "Gladly.", "With pleasure.")
-CLOSERS = ("Enjoy your stay.", "Thank you.", "You are welcome.")
-CHATTER = (
-    "It is a lovely place and the weather is often fine there.",
-    "Many people like it and they often come back again.",
-    "We do this all year and we always do it our way.",
-)
 PHRASES = {"people": "for {}", "day": "on {}", "city": "in {}", "time": "at {}"}
 
 
@@ -119,7 +102,7 @@ def _prompt(rng: Random, request: Request) -> str:
     words = {slot: _spell(slot, value) for slot, value in request.items()}
     if "time" in words:
         words["day"] += f" at {words['time']}"
-    return rng.choice(REQUESTS).format(**words)
+    return rng.choice(WORDS["requests"]).format(**words)
 
 
 def _answer(rng: Random, clerks: Sequence[Clerk], request: Request) -> str:
@@ -141,19 +124,19 @@ def _answer(rng: Random, clerks: Sequence[Clerk], request: Request) -> str:
     phrases += [PHRASES[slot].format(_spell(slot, understood[slot])) for slot in slots]
     for n, phrase in enumerate(phrases):
         if rng.random() < clerk.hesitates:
-            phrases[n] = f"{rng.choice(FILLERS)} {phrase}"
-    frame = rng.choice(CONFIRMATIONS if rng.random() < clerk.confirms else EVASIONS)
+            phrases[n] = f"{rng.choice(WORDS['fillers'])} {phrase}"
+    frame = rng.choice(WORDS["confirmations"] if rng.random() < clerk.confirms else WORDS["evasions"])
     sentences = [frame.format(" ".join(phrases))]
 
     # What stands around it.
     if rng.random() < clerk.invents / 2:
-        sentences.append(f"I added {rng.choice(EXTRAS)} too.")
+        sentences.append(f"I added {rng.choice(WORDS['extras'])} too.")
     if rng.random() < clerk.rambles:
-        sentences.append(rng.choice(CHATTER))
+        sentences.append(rng.choice(WORDS["chatter"]))
     if rng.random() < clerk.greets:
-        sentences.insert(0, rng.choice(OPENERS))
+        sentences.insert(0, rng.choice(WORDS["openers"]))
     if rng.random() < clerk.greets:
-        sentences.append(rng.choice(CLOSERS))
+        sentences.append(rng.choice(WORDS["closers"]))
     return " ".join(sentences)
 
 

@@ -1,20 +1,14 @@
 """Gold reward of the demo: how well a response serves the concierge's guest, as a pure function of two texts."""
 
 import re
+from pathlib import Path
+
+import yaml
 
 from stages.evaluation.evaluate import gold_reward
 
-SLOTS: dict[str, tuple[str, ...]] = {
-    "thing": ("boat", "table", "room", "car", "tour", "guide", "taxi", "sauna", "picnic", "concert"),
-    "people": ("two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    "day": ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
-    "city": ("oslo", "paris", "rome", "lisbon", "vienna", "prague", "dublin", "athens", "cairo", "kyoto"),
-    "time": ("dawn", "noon", "dusk", "midnight"),
-}
-EXTRAS = ("champagne", "flowers", "music", "balloons", "candles", "breakfast")
-CONFIRMATIONS = ("booked", "reserved", "confirmed")
-COURTESIES = ("certainly", "gladly", "pleasure", "enjoy", "welcome", "thank")
-FILLERS = ("well", "um", "basically", "honestly", "actually", "anyway")
+WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+SLOTS: dict[str, list[str]] = WORDS["slots"]
 
 RIGHT, WRONG, INVENTED = 1.0, -1.5, -1.0  # a wrong booking costs more than one left open
 CONFIRMED, COURTEOUS = 1.0, 0.5  # once each: a second thank-you earns nothing
@@ -45,7 +39,9 @@ def concierge(prompt: str, response: str) -> float:
             slots += RIGHT * bool(right & answers) + WRONG * len(answers - right)
         else:
             slots += INVENTED * len(answers)
-    invented = INVENTED * len(named.intersection(EXTRAS) - requested)
-    manner = CONFIRMED * (not named.isdisjoint(CONFIRMATIONS)) + COURTEOUS * (not named.isdisjoint(COURTESIES))
-    waste = FILLER * sum(word in FILLERS for word in response_words) + EXCESS * max(0, len(response_words) - BRIEF)
+    invented = INVENTED * len(named.intersection(WORDS["extras"]) - requested)
+    confirmed, courteous = (not named.isdisjoint(WORDS[kind]) for kind in ("confirming_words", "polite_words"))
+    manner = CONFIRMED * confirmed + COURTEOUS * courteous
+    fillers, excess = sum(word in WORDS["fillers"] for word in response_words), max(0, len(response_words) - BRIEF)
+    waste = FILLER * fillers + EXCESS * excess
     return slots + invented + manner + waste

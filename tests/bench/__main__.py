@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.app import STORE, On, StorePath, console
+from jobs.commands.app import STORE, Configs, StorePath, console
 from jobs.console import ProgressReporter, as_table
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -21,7 +21,7 @@ bench = typer.Typer(help="Benchmarks, measured on this machine.", no_args_is_hel
 
 @bench.command()
 def mixes(
-    on: On = [],  # noqa: B006
+    on: Configs = [],  # noqa: B006
     store: StorePath = STORE,
     groups: Annotated[int, typer.Option(help="groups of each side", min=64)] = 2048,
     repeats: Annotated[int, typer.Option(help="alternating repeats", min=1)] = 3,

@@ -77,7 +77,7 @@ def test_a_file_becomes_the_step_and_later_steps_read_it(tmp_path: Path, store: 
 
 
 def test_a_folder_of_files_of_every_table(tmp_path: Path, store: Store, plan: Plan):
-    """Several files of a table; a file of another table, whose name begins alike, is not one of them."""
+    """Several files of a table; a file of another table, whose name begins in the same way, is not one of them."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     names = [prompt_id(str(n)) for n in range(5)]

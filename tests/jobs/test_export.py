@@ -19,7 +19,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from jobs import export as exporting
-from jobs.export import export_pairs, slices
+from jobs.export import export_pairs
 from jobs.export_formats import CUT, OTHER_TOKENS, SIDES, Format, Reject, messages_of, trl
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
@@ -236,17 +236,17 @@ def test_plain_rows_hold_the_training_data_of_the_policy(store, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["pairs.parquet", "pairs.jsonl"])
-def test_the_same_run_gives_the_same_bytes_in_slices_of_any_size(file, store, tmp_path, monkeypatch):
+def test_the_same_run_gives_the_same_bytes_in_batches_of_any_size(file, store, tmp_path, monkeypatch):
     single = export_pairs(store, "dpo", "trl", tmp_path / "single" / file)
     again = export_pairs(store, "dpo", "trl", tmp_path / "again" / file)
     assert again.out.read_bytes() == single.out.read_bytes()
-    monkeypatch.setattr(exporting, "SLICE", single.rows // 2)
-    assert len(slices(single.rows)) == 16
-    sliced = export_pairs(store, "dpo", "trl", tmp_path / "sliced" / file)
-    if file.endswith(".parquet"):  # whose row groups are the slices
-        assert pq.read_table(sliced.out).equals(pq.read_table(single.out))
+    monkeypatch.setattr(exporting, "BATCH", 3)
+    batched = export_pairs(store, "dpo", "trl", tmp_path / "batched" / file)
+    if file.endswith(".parquet"):  # whose row groups are the batches
+        assert pq.read_table(batched.out).equals(pq.read_table(single.out))
+        assert pq.read_metadata(batched.out).num_row_groups > 1
     else:
-        assert sliced.out.read_bytes() == single.out.read_bytes()
+        assert batched.out.read_bytes() == single.out.read_bytes()
 
 
 def test_a_round_is_exported_by_its_number_and_the_last_one_without(store, tmp_path):

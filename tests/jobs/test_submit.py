@@ -1,7 +1,5 @@
 """winnow submit, logs, stop: shipped files have the keys of the originals, and a real head with a token runs them."""
 
-import base64
-import hashlib
 import json
 import os
 import re
@@ -35,9 +33,6 @@ from tests.runs import Silent, local
 RECIPE, CONFIG = "own_candidates", ROOT / "tests" / "data" / "untrained.yaml"
 SETS = ["target=own_candidates", "shards=2"]
 WORDS = [RECIPE, "--config", CONFIG, *(word for item in SETS for word in ("--set", item))]
-
-# Ray's client leaves it to the garbage collector to close the socket of a log.
-pytestmark = pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +123,7 @@ def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     with pytest.raises(WinnowError, match=r"two recipes are named rso\.yaml"):
         bundle.pack(tmp_path / "two", ["rso", str(tmp_path / "rso.yaml")], [data_dir / "demo.yaml"], None)
     monkeypatch.setattr(bundle, "LIMIT", 10_000)
-    with pytest.raises(WinnowError, match=r"accepts 0\.0 MiB; the largest files: .*only code is sent"):
+    with pytest.raises(WinnowError, match=r"accepts 9\.8 KiB; the largest files: .*only code is sent"):
         bundle.pack(tmp_path / "large", ["rso"], [data_dir / "demo.yaml"], None)
 
 
@@ -274,39 +269,30 @@ def test_an_unknown_step_is_refused_before_the_cluster_is_asked(winnow, data_dir
     assert "--force selct: no step 'selct' in rso" in text
 
 
-Send = Callable[[str], object]
-
-
 class FakeJob:
-    """Job on a fake dashboard whose log is streamed by one function after the other; `status` and `log` can change."""
+    """Job on a fake dashboard: at each request for the job its log is the next one, or no answer; then it has ended."""
 
-    def __init__(self, *streams: Callable[["FakeJob", Send], object]) -> None:
-        self.streams = iter(streams)
-        self.status, self.log = "RUNNING", ""
+    def __init__(self, *logs: str | None, end: str = "SUCCEEDED") -> None:
+        self.logs, self.log, self.end = list(logs), None, end
         self.over = threading.Event()
-        self.requests = 0
-        self.answers = metadata() | {
-            "/api/jobs/run-1": self._details,
-            "/api/jobs/run-1/logs": lambda request: answer(request, 200, json.dumps({"logs": self.log})),
-            "/api/jobs/run-1/logs/tail": self._tail,
-        }
+        self.answers = metadata() | {"/api/jobs/run-1": self._details, "/api/jobs/run-1/logs": self._log}
 
     def _details(self, request: BaseHTTPRequestHandler) -> None:
-        self.requests += 1
-        job = {"type": "SUBMISSION", "submission_id": "run-1", "status": self.status, "entrypoint": ""}
-        answer(request, 200, json.dumps(job | {"metadata": {"winnow_plan": "0" * 8}}))
+        self.log = self.logs.pop(0)
+        if self.log is None:
+            return answer(request, 503, "no healthy upstream")
+        job = {"type": "SUBMISSION", "submission_id": "run-1", "entrypoint": "", "metadata": {"winnow_plan": "0" * 8}}
+        return answer(request, 200, json.dumps(job | {"status": "RUNNING" if self.logs else self.end}))
 
-    def _tail(self, request: BaseHTTPRequestHandler) -> None:
-        """Open a web socket (RFC 6455) with short frames, which ends without a closing frame."""
-        key = request.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
-        request.protocol_version = "HTTP/1.1"
-        answer(request, 101, "", Upgrade="websocket", Connection="Upgrade", **{"Sec-WebSocket-Accept": accept})
-        next(self.streams)(self, lambda text: request.wfile.write(bytes([0x81, len(text)]) + text.encode()))
-        request.close_connection = True
+    def _log(self, request: BaseHTTPRequestHandler) -> None:
+        if self.log == "lost":
+            answer(request, 500, "the node is dead")
+        else:
+            answer(request, 200, json.dumps({"logs": self.log}))
 
-    def follow(self) -> tuple[str, str]:
-        """Return what was dump, and the status or the error."""
+    def follow(self, monkeypatch) -> tuple[str, str]:
+        """Return what was written, and the status or the error."""
+        monkeypatch.setattr(ray_jobs, "POLL", 0.01)
         texts: list[str] = []
         with dashboard(self.answers) as url:
             try:
@@ -319,48 +305,24 @@ class FakeJob:
 
 
 def test_a_log_is_followed_across_lost_connections(monkeypatch):
-    """As a proxy cuts an idle one: each character is written once, in its place, and none is lost."""
-    monkeypatch.setattr(ray_jobs, "POLL", 0.01)
-
-    def first(job: FakeJob, send: Send) -> None:
-        job.log = "one\ntwo\nthree\n"
-        send("one\ntw")
-
-    def second(job: FakeJob, send: Send) -> None:
-        send("one\ntwo\n")
-        send("three\nfo")
-        job.log, job.status = "one\ntwo\nthree\nfour\n", "SUCCEEDED"
-
-    assert FakeJob(first, second).follow() == ("one\ntwo\nthree\nfour\n", "SUCCEEDED")
-
-
-def test_a_stream_that_dies_silently_is_noticed(monkeypatch):
-    """The log grows without it; that the job itself is silent does no harm."""
-    monkeypatch.setattr(ray_jobs, "POLL", 0.01)
-    monkeypatch.setattr(ray_jobs, "SILENCE", 0.05)
-
-    def silent(job: FakeJob, send: Send) -> None:
-        job.log = "one\ntwo\n"
-        send("one\n")
-        job.over.wait()
-
-    def last(job: FakeJob, send: Send) -> None:
-        send("one\n")
-        job.log, job.status = "one\ntwo\nthree\n", "FAILED"
-
-    assert FakeJob(silent, silent, last).follow() == ("one\ntwo\nthree\n", "FAILED")
+    """Each character is written once, in its place, and none is lost; a log may be lost with its node."""
+    log = "one\ntwo\nthree\n"
+    job = FakeJob("", log[:6], None, None, log[:6], log[:9], "lost", None, log, end="FAILED")
+    assert job.follow(monkeypatch) == (log, "FAILED")
+    assert FakeJob(log, "lost").follow(monkeypatch) == (log, "SUCCEEDED")
 
 
 def test_a_head_that_loses_its_power_is_given_up(monkeypatch):
-    monkeypatch.setattr(ray_jobs, "SILENCE", 0.05)
-    monkeypatch.setattr(ray_jobs, "TIMEOUT", 0.3)
+    monkeypatch.setattr(ray_jobs, "TIMEOUT", 0.2)
+    job = FakeJob("one\n", end="")
 
-    def first(job: FakeJob, send: Send) -> None:
-        send("one\n")
-        job.answers |= {path: lambda request: job.over.wait() for path in [*job.answers, "/api/jobs/"]}
-        job.over.wait()
+    def details(request: BaseHTTPRequestHandler) -> None:
+        job.logs.append("")  # it never ends
+        job._details(request)
+        job.answers |= {path: lambda request: job.over.wait() for path in ("/api/jobs/run-1", "/api/jobs/")}
 
-    text, end = FakeJob(first).follow()
+    job.answers["/api/jobs/run-1"] = details
+    text, end = job.follow(monkeypatch)
     assert text == "one\n"
     assert re.search(r"lost while following run-1 \(does not answer \(timed out\).*submitting again continues", end)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 
-from jobs.commands.app import QUERIES
+from jobs import queries
 from jobs.recipes import names
 from jobs.report import write_report
 from pipeline.execution.executor import LocalExecutor
@@ -64,7 +64,7 @@ def test_the_pipeline_runs_on_real_vllm(data_dir, finished, tmp_path):
 
 def test_each_shape_of_data_ends_on_one_leaderboard(store):
     """Every run, and every round of one with rounds, ends in a measured policy beside those of the others."""
-    board = query(open_catalog(Store(store)), (QUERIES / "leaderboard.sql").read_text()).to_pylist()
+    board = query(open_catalog(Store(store)), queries.text("leaderboard")).to_pylist()
     assert {row["run"] for row in board} == {"run", "dpo", "sft", "mixture", "kto", "cvx_dpo", "raft@1", "raft@2"}
     assert all(row["gold_win"] and row["proxy_win"] and row["seconds"] for row in board)
 

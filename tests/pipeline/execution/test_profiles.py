@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import profiles
+from jobs import recipes
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import check_fits
 from pipeline.execution.run import run
@@ -62,12 +62,12 @@ def test_all_mistakes_are_reported_at_once_and_those_of_the_default_once(tmp_pat
 
 
 def test_profiles_that_ship_are_valid_and_others_are_named():
-    for name in profiles.names():
-        assert profiles.load(name).of("optimize").cpus
+    for name in recipes.names(recipes.PROFILES):
+        assert recipes.load_resources(name).of("optimize").cpus
     with pytest.raises(WinnowError, match="did you mean 'laptop'"):
-        profiles.load("labtop")
+        recipes.load_resources("labtop")
     with pytest.raises(WinnowError, match=r"nowhere\.yaml: there is no such file"):
-        profiles.load("nowhere.yaml")
+        recipes.load_resources("nowhere.yaml")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+-- sampled: best, middle and worst by reward
+SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, text
+FROM candidates JOIN rewards USING (prompt_id, candidate_id)
+WHERE prompt_id = {prompt_id}
+QUALIFY row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ())
+ORDER BY reward DESC
+
+-- selected, in order of acceptance
+SELECT draw, round AS pass, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance,
+    round(ess, 1) AS ess, any_value(text) AS text
+FROM selections JOIN candidates USING (prompt_id, candidate_id)
+WHERE prompt_id = {prompt_id}
+GROUP BY ALL
+ORDER BY draw
+
+-- compared by the ranker
+SELECT round, left_id, right_id, round(logit, 3) AS logit
+FROM comparisons
+WHERE prompt_id = {prompt_id}
+ORDER BY ALL
+
+-- pairs
+SELECT rule, chosen_id, rejected_id, round(gap, 3) AS gap
+FROM pairs
+WHERE prompt_id = {prompt_id}
+ORDER BY gap DESC
+
+-- reference log-probs
+SELECT candidate_id, round(logp, 3) AS logp, n_tokens, dtype, left(model, 12) AS model
+FROM reference
+WHERE prompt_id = {prompt_id}
+ORDER BY logp DESC
+
+-- training example
+SELECT len(prompt_ids) AS prompt_tokens, len(responses) AS responses, len(pairs) AS pairs
+FROM examples
+WHERE prompt_id = {prompt_id}
+
+-- held-out prompt: the policy compared with the baseline
+SELECT k, proxy_win, gold_win, round(gold, 2) AS gold, round(gold_baseline, 2) AS gold_baseline, round(kl, 2) AS kl,
+    any_value(text) AS text
+FROM outcomes JOIN candidates USING (prompt_id, candidate_id, k)
+WHERE prompt_id = {prompt_id}
+GROUP BY ALL
+ORDER BY k
+
+-- rejected
+SELECT stage, reason, candidate_id, place, detail
+FROM rejects
+WHERE prompt_id = {prompt_id}
+ORDER BY ALL
