@@ -16,7 +16,7 @@ from stages.data.tokenizer import Tokenizer
 from stages.limits import context_length
 from stages.network.forward import next_logits, read_rows
 from stages.network.load import load_network
-from stages.network.packing import PromptResponses
+from stages.network.packing import PromptGroup
 
 LABELS = ("A", "B")
 
@@ -54,7 +54,7 @@ class PairwiseRanker:
         network once. A batch holds pairs of one prompt only, so that a number does not depend on what else was scored.
         """
 
-        def label_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+        def label_logits(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
             logits = next_logits(network, groups, dtype)
             return logits[:, a] - logits[:, b]
 

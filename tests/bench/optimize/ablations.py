@@ -19,9 +19,9 @@ def no_sharing() -> Iterator[None]:
     """A prompt is read again for each of its responses: K (P + R) tokens a group."""
     import stages.training.terms
     from stages.network.forward import completion_logp
-    from stages.network.packing import PromptGroup, PromptResponses
+    from stages.network.packing import PromptGroup
 
-    def apart(network: Any, groups: Sequence[PromptResponses], dtype: str) -> Any:
+    def apart(network: Any, groups: Sequence[PromptGroup], dtype: str) -> Any:
         return completion_logp(
             network, [PromptGroup(group.prompt, [ids]) for group in groups for ids in group.responses], dtype
         )

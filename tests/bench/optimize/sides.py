@@ -84,7 +84,7 @@ def ours(setting: Setting, ablation: str = "none") -> Run:
     watch = Watch()
     change, table_of = ABLATIONS[ablation]
     with tempfile.TemporaryDirectory() as folder, change(), warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*reads a prompt again")  # it would be another measurement
+        warnings.filterwarnings("error", ".*computes a prompt again")  # it would be another measurement
         space = StageContext(Path(folder), WarmCache(), lambda done, total, unit: watch.step())
         trained, _, metrics, *_ = optimize(
             setting.world.init,
@@ -107,13 +107,12 @@ def ours(setting: Setting, ablation: str = "none") -> Run:
 
 def ordered(setting: Setting) -> Iterator[dict[str, Any]]:
     """One of TRL's examples a pair, in the order in which our steps take their groups."""
-    from stages.training.data import groups_of
-    from stages.training.terms import ObjectiveTerm
+    from stages.training.data import BatchSampler, groups_of
 
     loss = objective.bind({"name": "sigmoid_norm"})
     groups = groups_of(setting.examples, loss, 0.0, setting.world.init, setting.dtype)
-    term = ObjectiveTerm(groups, loss, 0.0, "token", setting.pairs, setting.dtype, NEVER, seed=0, index=0)
-    for group in (group for n in range(term.steps(1)) for group in term.batch(n)):
+    batches = BatchSampler(groups, "pairs", setting.pairs, seed=0, index=0)
+    for group in (group for n in range(batches.steps(1)) for group in batches[n]):
         for chosen, rejected in group.pairs:
             yield {
                 "prompt_ids": group.prompt,

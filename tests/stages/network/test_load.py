@@ -96,7 +96,7 @@ def test_logp_adds_up_along_a_response(network):
         assert sum(parts) == pytest.approx(total, rel=LIMIT, abs=LIMIT)
 
 
-def test_hits_count_the_tokens_that_greedy_decoding_would_write(network):
+def test_n_correct_counts_the_tokens_that_greedy_decoding_would_write(network):
     """The greedy continuation has all its tokens counted; with one token changed, that one is not."""
     prompt = [5, 17, 200]
     greedy: list[int] = []
@@ -104,8 +104,8 @@ def test_hits_count_the_tokens_that_greedy_decoding_would_write(network):
         for _ in range(6):
             greedy.append(int(network(input_ids=torch.tensor([prompt + greedy])).logits[0, -1].argmax()))
     broken = [*greedy[:-1], (greedy[-1] + 1) % network.config.vocab_size]
-    _, hits = completion_logp(network, alone([(prompt, greedy), (prompt, broken)]), "float32")
-    assert hits.tolist() == [6, 5]
+    _, n_correct = completion_logp(network, alone([(prompt, greedy), (prompt, broken)]), "float32")
+    assert n_correct.tolist() == [6, 5]
 
 
 @few

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipeline import AdapterPath, ModelPath
 from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
-from stages.network.forward import completion_logp, logp_of, read_rows, share_prefixes, shares
+from stages.network.forward import completion_logp, logp_of, read_rows, share_prefixes, uses_shared_prefix
 from stages.network.load import checkpoint_layers, load_network, save_network
 from stages.network.lora import add_adapter
 from stages.network.models import model
@@ -71,14 +71,14 @@ def test_a_prompt_is_shared_by_its_responses_with_adapters_in_every_layer(name):
     network = enlarged(SHARING[name]())
     adapter()(network)
     share_prefixes(network)
-    assert shares(network)
+    assert uses_shared_prefix(network)
     groups = [
         PromptGroup([5, 9, 30, 7], [[11, 12], [20, 30, 40, 50, 7, 8, 9], [3]]),
         PromptGroup([6], [[4], [8, 8, 8, 60]]),
     ]
-    shared, expected = completion_logp(network, groups, "float32")[0], padded_logp(network, groups)
-    assert torch.allclose(shared, expected, rtol=1e-5, atol=1e-5)
-    ours = gradients(network, shared)
+    packed, expected = completion_logp(network, groups, "float32")[0], padded_logp(network, groups)
+    assert torch.allclose(packed, expected, rtol=1e-5, atol=1e-5)
+    ours = gradients(network, packed)
     assert_same_gradients(ours, gradients(network, expected), 0.1)
     assert ours.keys() == {name for name, _ in network.named_parameters() if "lora_" in name}
 
@@ -89,12 +89,12 @@ def test_a_head_with_an_adapter_is_read_the_plain_way(sharp, rows, tmp_path):
     untied.config.tie_word_embeddings = False
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     init = save_network(untied, sharp, tmp_path / "untied")
-    with pytest.warns(UserWarning, match="reads a prompt again.*its head is a Linear"):
+    with pytest.warns(UserWarning, match="computes a prompt again.*its head is a Linear"):
         network = load_network(init, adapt=adapter(targets=["lm_head", "q_proj"]))
-    assert not shares(network)
+    assert not uses_shared_prefix(network)
     adapted = logp(network, rows)
     merged = load_network(save_network(network, init, tmp_path / "merged"))
-    assert shares(merged)
+    assert uses_shared_prefix(merged)
     assert adapted == pytest.approx(logp(merged, rows), rel=1e-4)
 
 

@@ -60,12 +60,12 @@ ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), gather=identity, gathe
 def trainer(cls, **attributes):
     """A trainer of TRL's that has what its loss reads and nothing else: no data, no optimizer, no processes."""
     instance = object.__new__(cls)
-    shared = dict(
+    defaults = dict(
         accelerator=ONE_PROCESS, aux_loss_enabled=False, model=SimpleNamespace(training=False), label_smoothing=0.0,
         precompute_ref_logps=True, is_encoder_decoder=False, _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0, args=SimpleNamespace(max_length=None, center_rewards_coefficient=None),
     )  # fmt: skip
-    vars(instance).update(shared | attributes)
+    vars(instance).update(defaults | attributes)
     return instance
 
 
@@ -102,10 +102,10 @@ def responses(draw):
     n = 2 * draw(st.integers(1, 4))
     length = draw(st.lists(st.integers(1, 20), min_size=n, max_size=n))
     mean = draw(st.lists(st.floats(-5, -0.01), min_size=n, max_size=n))
-    shift = draw(st.lists(st.floats(-30, 30), min_size=n, max_size=n))
+    logratio = draw(st.lists(st.floats(-30, 30), min_size=n, max_size=n))
     size = torch.tensor(length, dtype=torch.float64)
     logp = size * torch.tensor(mean, dtype=torch.float64)
-    return size, logp.requires_grad_(), logp.detach() - torch.tensor(shift, dtype=torch.float64)
+    return size, logp.requires_grad_(), logp.detach() - torch.tensor(logratio, dtype=torch.float64)
 
 
 def flat(size, logp, ref=None, **fields):
@@ -140,19 +140,19 @@ def same(ours, theirs, logp, tolerance=1e-6):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def bends(gap, beta):
-    """Is a pair at the bend of max(0, 1 - beta gap), where any slope between the two is right?"""
-    return bool(((1 - beta * gap).abs() < 1e-9).any())
+def bends(margin, beta):
+    """Is a pair at the bend of max(0, 1 - beta margin), where any slope between the two is right?"""
+    return bool(((1 - beta * margin).abs() < 1e-9).any())
 
 
 @few
 @given(rows=responses(), beta=st.floats(0.01, 1))
 def test_dpo_hinge_and_ipo(rows, beta):
     """A mean over pairs of -ln s(beta h), max(0, 1 - beta h), (h per token - 1 / (2 beta))^2; TRL's DPO on averages is
-    our sigmoid_mean of shifts."""
+    our sigmoid_mean of logratios."""
     size, logp, ref = rows
     b = flat(size, logp, ref)
-    assume(not bends(b.gap(b.shift), beta))
+    assume(not bends(b.margin(b.logratio), beta))
     log_probs, mask = padded(size, logp)
     chosen, rejected = ref.chunk(2)
     inputs = dict(input_ids=mask, attention_mask=mask, completion_mask=mask, ref_chosen_logps=chosen,
@@ -161,7 +161,7 @@ def test_dpo_hinge_and_ipo(rows, beta):
         "sigmoid": sigmoid_norm(b, beta=beta),
         "hinge": hinge_norm(b, gamma=beta),
         "ipo": squared(b, tau=beta, average="token"),
-        "sigmoid_norm": sigmoid_mean(flat(b.length, b.shift), beta=beta, gamma=0.0),
+        "sigmoid_norm": sigmoid_mean(flat(b.length, b.logratio), beta=beta, gamma=0.0),
     }.items():
         same(ours.mean(), dpo(beta, (theirs, 1.0)).compute_loss(FixedNetwork(log_probs), inputs), logp)
 
@@ -173,7 +173,7 @@ def test_conservative_dpo(rows, beta, smoothing):
     size, logp, ref = rows
     theirs = cpo("sigmoid", beta, label_smoothing=smoothing)
     b = flat(size, logp, ref)
-    same(sigmoid_norm(b, beta=beta, smoothing=smoothing).mean(), theirs.cpo_loss(*b.shift.chunk(2))[0].mean(), logp)
+    same(sigmoid_norm(b, beta=beta, smoothing=smoothing).mean(), theirs.cpo_loss(*b.logratio.chunk(2))[0].mean(), logp)
     soft = flat(size, logp, label=torch.full((len(logp) // 2,), 1 - smoothing, dtype=torch.float64))
     same(sigmoid(soft, beta=beta).mean(), theirs.cpo_loss(*logp.chunk(2))[0].mean(), logp)
 
@@ -193,7 +193,7 @@ def test_slic(rows, beta):
     """CPO's hinge: relu(1 - beta (lp(w) - lp(l))) = beta max(0, 1 / beta - lp(w) + lp(l))."""
     size, logp, _ = rows
     b = flat(size, logp)
-    assume(not bends(b.gap(b.logp), beta))
+    assume(not bends(b.margin(b.logp), beta))
     theirs = cpo("hinge", beta).cpo_loss(*logp.chunk(2))[0]
     same(beta * hinge(b, delta=1 / beta).mean(), theirs.mean(), logp)
 
