@@ -52,7 +52,7 @@ class ObjectiveTerm:
         oversized: list[tuple[TrainingGroup, list[list[int]]]] = []
         for micro_batch in self.micro_batches(network, batch):
             parts = split_responses(micro_batch[0], self.tokens_per_pass, shared_prefix)
-            if len(micro_batch) == 1 and len(parts) > 1:
+            if len(parts) > 1:  # such a group is a micro-batch alone
                 oversized.append((micro_batch[0], parts))
             else:
                 micro_batches.append(micro_batch)

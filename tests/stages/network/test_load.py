@@ -40,8 +40,8 @@ def network(tiny):
 def naive(network, prompt, response):
     """sum_t log softmax(logits at position |x| + t - 1)[y_t]: one row, no padding, no window, float64 softmax."""
     logits = network(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0].double()
-    table = logits.log_softmax(-1)
-    return sum(float(table[len(prompt) + t - 1, token]) for t, token in enumerate(response))
+    logp = logits.log_softmax(-1)
+    return sum(float(logp[len(prompt) + t - 1, token]) for t, token in enumerate(response))
 
 
 @torch.inference_mode()
@@ -73,7 +73,7 @@ def test_the_first_response_token_is_predicted_from_the_last_prompt_token(networ
     """log p(y_1 | x) = log softmax(logits at the last prompt position)[y_1], and summed over y_1 it is 1.
 
     One position early or late, sum_v p(v) would not be 1 over the vocabulary of one-token responses: each row
-    would read the distribution of another prefix. A later token cannot change it; the prompt's last can.
+    would have the distribution of another prefix. A later token cannot change it; the prompt's last can.
     """
     prompt = [7, 40, 91, 13]
     vocabulary = network.config.vocab_size
@@ -117,7 +117,7 @@ def test_read_rows_is_completion_logp_in_the_order_given(network, rows, budget):
     assert scores.tolist() == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in scored(network, rows)]
 
 
-def test_bfloat16_reads_with_an_fp32_softmax(network):
+def test_bfloat16_has_an_fp32_softmax(network):
     """autocast moves the logits by a few parts in 2^8, and the sum stays fp32: near the fp32 number, and not equal."""
     row = ([7, 40, 91], [13, 60, 4, 88])
     with torch.inference_mode():

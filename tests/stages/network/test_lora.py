@@ -83,7 +83,7 @@ def test_a_prompt_is_shared_by_its_responses_with_adapters_in_every_layer(name):
     assert ours.keys() == {name for name, _ in network.named_parameters() if "lora_" in name}
 
 
-def test_a_head_with_an_adapter_is_read_the_plain_way(sharp, rows, tmp_path):
+def test_a_head_with_an_adapter_gets_padded_rows(sharp, rows, tmp_path):
     """It is more than a linear layer then; the numbers are still those of the merged network."""
     untied = load_network(sharp)
     untied.config.tie_word_embeddings = False
@@ -327,7 +327,7 @@ def test_only_the_layers_that_are_named_are_trained(sharp, rows, tmp_path):
 
 def metrics_gradients_and_stored_bytes(network, term):
     """Loss metrics, gradients, and bytes of activations that autograd stores for the backward pass."""
-    own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
     stored = {}
 
     def store(tensor):
@@ -338,7 +338,7 @@ def metrics_gradients_and_stored_bytes(network, term):
         loss, metrics = loss_of(term, network)
     loss.backward()
     grads = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
-    return metrics, grads, sum(size for address, size in stored.items() if address not in own)
+    return metrics, grads, sum(size for address, size in stored.items() if address not in weights)
 
 
 def test_layers_that_run_again_give_the_same_gradients(sharp, rows):

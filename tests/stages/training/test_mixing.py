@@ -68,6 +68,8 @@ def test_alright_prefers_that_often_in_the_long_run():
         assert abs(np.mean(coins) - lam) <= 5 * math.sqrt(lam * (1 - lam) / n)
         runs = sum(a != b for a, b in pairwise(coins)) / n
         assert abs(runs - 2 * lam * (1 - lam)) <= 5 / math.sqrt(n)  # neighbours are independent
+    one, two = ([weight("alright", step=step, seed=seed) for step in range(200)] for seed in (0, 1))
+    assert one != two  # equal with probability 2^-200
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.tuples(st.floats(0, 9), st.floats(0, 9)), st.integers(1, 99))
@@ -78,21 +80,11 @@ def test_the_coin_is_of_seed_and_step_alone(seed, step, excess, steps):
     )
 
 
-def test_the_coins_of_another_seed_are_others():
-    """Two of 200 coins are equal with probability 2^-200."""
-    one, two = ([weight("alright", step=step, seed=seed) for step in range(200)] for seed in (0, 1))
-    assert one != two
-
-
 @given(weights, st.floats(-1, 9), st.floats(-1, 9))
 def test_maxright_takes_the_larger_weighted_excess(lam, preference, imitation):
-    """argmax of lambda (f_D - f_D*) and (1 - lambda) (f_S - f_S*); on a tie, imitation."""
+    """argmax of lambda (f_D - f_D*) and (1 - lambda) (f_S - f_S*); on a tie, imitation: 0.25 * 3 = 0.75 * 1."""
     expected = float(np.argmax([(1 - lam) * imitation, lam * preference]))  # the first of equals
     assert weight("maxright", excess=(preference, imitation), weight=lam) == expected
-
-
-def test_maxright_on_a_tie_imitates():
-    """0.5 * 2 against 0.5 * 2, and 0.25 * 3 against 0.75 * 1."""
     assert weight("maxright", excess=(2.0, 2.0)) == 0.0
     assert weight("maxright", excess=(3.0, 1.0), weight=0.25) == 0.0
     assert weight("maxright", excess=(3.1, 1.0), weight=0.25) == 1.0
@@ -188,7 +180,7 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
     """A step has the metrics of the term it took, and its tokens; each term's batches come in their own order.
 
     So the tokens of the run are those of the first n batches of each term, n times that it was taken; and of the
-    first preference batch once more, for the check of the reference, those that the network reads (none's last).
+    first preference batch once more, for the check of the reference. No response's last token goes forward.
     """
     for name in ("sequence", "alright"):
         counters: list[TokenCounter] = []
@@ -210,8 +202,8 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
         batches += [imitation.batches[n] for n in range(len(taken) - int(sum(taken)))]
         assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
         groups = [group for batch in [preference.batches[0], *batches] for group in batch]
-        read = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
-        assert counters[0].tokens == sum(read)
+        forwarded = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
+        assert counters[0].tokens == sum(forwarded)
 
 
 def test_sequence_goes_over_once(mixed, tmp_path):

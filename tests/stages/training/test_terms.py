@@ -1,4 +1,4 @@
-"""A step's loss against its formula, written as loops over pairs and rows with log-probs read token by token."""
+"""A step's loss against its formula, written as loops over pairs and rows with log-probs computed token by token."""
 
 import math
 from typing import get_type_hints
@@ -37,16 +37,16 @@ def network(sharp):
 
 @pytest.fixture(scope="module")
 def logp(network):
-    """log p(response | prompt), token after token, one row at a time, in double precision."""
+    """Return log p(response | prompt), token after token, one row at a time, in double precision."""
 
-    def read(row, response):
+    def logp_of_row(row, response):
         ids = [*row["prompt_ids"], *response["token_ids"]]
         with torch.inference_mode():
             scores = network(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         start = len(row["prompt_ids"])
         return sum(scores[position - 1, ids[position]].item() for position in range(start, len(ids)))
 
-    return read
+    return logp_of_row
 
 
 def sides(row):
@@ -187,12 +187,12 @@ def test_training_by_kto_is_the_same_in_any_micro_batches(sharp, network, tmp_pa
         folder = tmp_path / str(tokens_per_pass)
         runs.append(train(sharp, rows, folder, objective="kto", epochs=2, tokens_per_pass=tokens_per_pass))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
-    (fine, metrics, _), (whole, expected, policy) = runs
+    (fine, metrics, _), (coarse, expected, policy) = runs
     assert metrics[1, "loss"] == pytest.approx(0.5, abs=1e-5)
     assert abs(expected[policy["steps"], "kl"]) > 1e-2
     for step in range(1, policy["steps"] + 1):
         assert metrics[step, "kl"] == pytest.approx(expected[step, "kl"], abs=1e-3)
-    assert relative_difference(weights_of(fine), weights_of(whole), weights_of(sharp)) < 3e-4
+    assert relative_difference(weights_of(fine), weights_of(coarse), weights_of(sharp)) < 3e-4
 
 
 def test_kto_counts_its_batches_in_labels(sharp):
@@ -202,7 +202,7 @@ def test_kto_counts_its_batches_in_labels(sharp):
     assert all(len(group.mismatched) == 2 for group in term.groups)
 
 
-def test_the_gate_of_kto_reads_its_mismatched_rows_too(sharp, network):
+def test_the_reference_check_of_kto_includes_its_mismatched_rows(sharp, network):
     """Policy = reference gives kl 0 and D / 2, U / 2; a mismatched reference that is 5 nats low gives another loss."""
     rows = cache(sharp, labelled(random_rows()))
     check_reference(term_of(sharp, rows, "kto"), network)
