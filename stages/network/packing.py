@@ -161,64 +161,42 @@ def _tiles(starts: Index, lengths: Index, to_device: ToDevice) -> Tiles | None:
     return Tiles(shape, to_device(tokens), to_device(valid.flatten()).bool())
 
 
-@dataclass
-class PassSize:
-    """Cost of a forward pass in tokens: those packed, or, padded, rows times the longest."""
+def longest_row(group: PromptGroup) -> int:
+    """Return the tokens of the prompt with its longest response."""
+    return len(group.prompt) + max(map(len, group.responses))
 
-    shared_prefix: bool
-    tokens: int = 0
-    rows: int = 0
-    width: int = 0
 
-    @classmethod
-    def of(cls, groups: Sequence[PromptGroup], shared_prefix: bool) -> "PassSize":
-        """Return the cost of these groups in one pass."""
-        total = cls(shared_prefix)
-        for group in groups:
-            total = total.add(group)
-        return total
-
-    def add(self, group: PromptGroup) -> "PassSize":
-        """Return the cost with one more group."""
-        lengths = [len(response) for response in group.responses]
-        return PassSize(
-            self.shared_prefix,
-            self.tokens + len(group.prompt) + sum(lengths),
-            self.rows + len(lengths),
-            max(self.width, len(group.prompt) + max(lengths)),
-        )
-
-    @property
-    def size(self) -> int:
-        """Return the cost in tokens."""
-        return self.tokens if self.shared_prefix else self.rows * self.width
+def forward_tokens(groups: Sequence[PromptGroup], shared_prefix: bool) -> int:
+    """Return the tokens of a forward pass: those packed, or, padded, rows times the longest."""
+    if shared_prefix:
+        return sum(len(group.prompt) + sum(map(len, group.responses)) for group in groups)
+    return sum(len(group.responses) for group in groups) * max(map(longest_row, groups))
 
 
 def batch_by_tokens(groups: Sequence[PromptGroup], budget: int, shared_prefix: bool) -> Iterator[list[int]]:
     """Yield indices of groups of similar length in batches of at most `budget` tokens, or of one group."""
-    widths = [PassSize.of([group], shared_prefix).width for group in groups]
     batch: list[int] = []
-    total = PassSize(shared_prefix)
-    for n in sorted(range(len(groups)), key=lambda n: (widths[n], n)):
-        if batch and total.add(groups[n]).size > budget:
+    packed = rows = 0
+    for n in sorted(range(len(groups)), key=lambda n: (longest_row(groups[n]), n)):
+        tokens, responses = forward_tokens([groups[n]], True), len(groups[n].responses)
+        size = packed + tokens if shared_prefix else (rows + responses) * longest_row(groups[n])
+        if batch and size > budget:
             yield batch
-            batch, total = [], PassSize(shared_prefix)
+            batch, packed, rows = [], 0, 0
         batch.append(n)
-        total = total.add(groups[n])
+        packed, rows = packed + tokens, rows + responses
     if batch:
         yield batch
 
 
 def split_responses(group: PromptGroup, budget: int, shared_prefix: bool) -> list[list[int]]:
     """Return indices of a group's responses, in order, in parts of at most `budget` tokens, or of one response."""
+    if forward_tokens([group], shared_prefix) <= budget:
+        return [list(range(len(group.responses)))]
     parts: list[list[int]] = []
-    total = PassSize(shared_prefix)
-    for n, response in enumerate(group.responses):
-        # A shared prompt is counted with the first response of a part alone.
-        prompt = group.prompt[:0] if shared_prefix and total.rows else group.prompt
-        if not parts or total.add(PromptGroup(prompt, [response])).size > budget:
+    for n in range(len(group.responses)):
+        extended = [group.responses[m] for m in (*parts[-1], n)] if parts else []
+        if not parts or forward_tokens([PromptGroup(group.prompt, extended)], shared_prefix) > budget:
             parts.append([])
-            prompt, total = group.prompt, PassSize(shared_prefix)
         parts[-1].append(n)
-        total = total.add(PromptGroup(prompt, [response]))
     return parts

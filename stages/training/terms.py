@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from schemas import Model, WinnowError
 from stages.network.forward import Row, completion_logp, completion_scores, read_rows, uses_shared_prefix
 from stages.network.load import is_reward_model
-from stages.network.packing import PassSize, PromptGroup, batch_by_tokens, split_responses
+from stages.network.packing import PromptGroup, batch_by_tokens, forward_tokens, longest_row, split_responses
 from stages.training.config import TermData, TrainConfig
 from stages.training.data import BatchSampler, TrainingGroup, groups_of
 from stages.training.distributed import Distributed
@@ -62,7 +62,7 @@ class ObjectiveTerm:
                 continue
             logp, n_correct = self._forward(network, groups)
             yield self._loss(groups, logp, n_correct, kl, metrics)
-            self.largest_micro_batch = max(self.largest_micro_batch, PassSize.of(groups, shared_prefix).size)
+            self.largest_micro_batch = max(self.largest_micro_batch, forward_tokens(groups, shared_prefix))
         # Apart, because ranks must do equally many forward passes: they divide the parts of one group among them.
         for group, parts in oversized:
             yield from self._losses_of_oversized_group(network, group, parts, kl, metrics)
@@ -74,13 +74,13 @@ class ObjectiveTerm:
         Micro-batches of similar size are neighbours, for ranks wait for each other.
         """
         shared_prefix, ranks = uses_shared_prefix(network, batch), self.dist.world_size
-        ordered = sorted(batch, key=lambda group: (PassSize.of([group], shared_prefix).width, group.prompt_id))
+        ordered = sorted(batch, key=lambda group: (longest_row(group), group.prompt_id))
         micro_batches = [
             [groups[n] for n in indices]
             for groups in (ordered[rank::ranks] for rank in range(ranks))
             for indices in batch_by_tokens(groups, self.tokens_per_pass, shared_prefix)
         ]
-        return sorted(micro_batches, key=lambda groups: PassSize.of(groups, shared_prefix).size)
+        return sorted(micro_batches, key=lambda groups: forward_tokens(groups, shared_prefix))
 
     def _forward(self, network: PreTrainedModel, groups: Sequence[PromptGroup]) -> tuple[Tensor, Tensor]:
         """Return log-prob (or score) of every response, and how many of its tokens greedy decoding would give."""
@@ -229,16 +229,16 @@ class StepMetrics:
     def __init__(self, batch: list[TrainingGroup], nll_per: str) -> None:
         imitated = [length for group in batch for length in group.imitated]
         signs = [sign for group in batch for sign in group.desirable or []]
-        self.pairs = sum(len(group.pairs) for group in batch)
-        self.tokens = sum(imitated)
-        self.desirable, self.undesirable = signs.count(1), signs.count(-1)
+        self.pairs, tokens = sum(len(group.pairs) for group in batch), sum(imitated)
         self.counts = {
             "pairs": max(1, self.pairs),
             "rows": max(1, sum(group.labelled for group in batch)),
-            "likelihood": max(1, self.tokens if nll_per == "token" else len(imitated)),
+            "likelihood": max(1, tokens if nll_per == "token" else len(imitated)),
         }
-        names = ("loss", "n_correct", "nll", "chosen", "rejected", "accuracy", "margin", "desirable", "undesirable")
-        self.sums = dict.fromkeys(names, 0.0)
+        self.divisors = dict.fromkeys(("logp/chosen", "logp/rejected", "margin", "accuracy"), self.pairs)
+        self.divisors |= dict.fromkeys(("nll", "token_accuracy"), tokens)
+        self.desirable, self.undesirable = max(1, signs.count(1)), max(1, signs.count(-1))
+        self.sums = dict.fromkeys(("loss", *self.divisors, "shift/desirable", "shift/undesirable"), 0.0)
         self.kl: float | None = None
 
     @torch.no_grad()
@@ -247,34 +247,26 @@ class StepMetrics:
         margin = batch.margin(batch.logp if batch.ref is None else batch.logratio)
         values = {
             "loss": total,
-            "n_correct": (n_correct * (batch.weight > 0)).sum(),
-            "nll": nll(batch).sum(),
-            "chosen": batch.logp[batch.chosen].sum(),
-            "rejected": batch.logp[batch.rejected].sum(),
-            "accuracy": torch.where(margin.abs() < TIE, 0.5, (margin > 0).float()).sum(),
+            "logp/chosen": batch.logp[batch.chosen].sum(),
+            "logp/rejected": batch.logp[batch.rejected].sum(),
             "margin": margin.sum(),
+            "accuracy": torch.where(margin.abs() < TIE, 0.5, (margin > 0).float()).sum(),
+            "nll": nll(batch).sum(),
+            "token_accuracy": (n_correct * (batch.weight > 0)).sum(),
         }
         if batch.desirable is not None:
-            values["desirable"] = batch.logratio[batch.desirable > 0].sum()
-            values["undesirable"] = batch.logratio[batch.desirable < 0].sum()
+            values["shift/desirable"] = batch.logratio[batch.desirable > 0].sum()
+            values["shift/undesirable"] = batch.logratio[batch.desirable < 0].sum()
         for name, value in values.items():
             self.sums[name] += rank_scale * float(value)
         self.kl = None if batch.kl is None else float(batch.kl)
 
     def means(self) -> dict[str, float]:
         """Return means by metric; without those that the batch has no rows for."""
-        means = {"loss": self.sums["loss"]}
-        if self.pairs:
-            means["pairs"] = self.pairs
-            means["logp/chosen"] = self.sums["chosen"] / self.pairs
-            means["logp/rejected"] = self.sums["rejected"] / self.pairs
-            means["margin"] = self.sums["margin"] / self.pairs
-            means["accuracy"] = self.sums["accuracy"] / self.pairs
-        if self.tokens:
-            means["nll"] = self.sums["nll"] / self.tokens
-            means["token_accuracy"] = self.sums["n_correct"] / self.tokens
+        means = {"loss": self.sums["loss"]} | ({"pairs": self.pairs} if self.pairs else {})
+        means |= {name: self.sums[name] / count for name, count in self.divisors.items() if count}
         if self.kl is not None:
-            means["shift/desirable"] = self.sums["desirable"] / max(1, self.desirable)
+            means["shift/desirable"] = self.sums["shift/desirable"] / self.desirable
             means["kl"] = self.kl
-            means["shift/undesirable"] = self.sums["undesirable"] / max(1, self.undesirable)
+            means["shift/undesirable"] = self.sums["shift/undesirable"] / self.undesirable
         return means

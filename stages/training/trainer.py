@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
 from pipeline.context import Mirror, ProgressCallback
@@ -214,17 +215,12 @@ def _save_policy(network: PreTrainedModel, init: Model, folder: Path, dist: Dist
     if dist.world_size == 1:
         save_network(network, init, folder)
         return int(network.num_parameters())
-    weights = {}
-    for name, shard in network.named_parameters():
-        weight = full_tensor(shard.detach())
-        if dist.rank == 0:
-            weights[name] = weight.cpu()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(network, options=options)  # empty on other ranks
     size = 0
     if dist.rank == 0:
         unsharded = load_network(init, train=True, adapt=adapt)
-        with torch.no_grad():
-            for name, parameter in unsharded.named_parameters():
-                parameter.copy_(weights[name])
+        unsharded.load_state_dict(weights)
         save_network(unsharded, init, folder)
         size = int(unsharded.num_parameters())
     dist.barrier()

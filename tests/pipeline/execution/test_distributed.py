@@ -15,7 +15,7 @@ from pipeline.execution.distributed import resources_per_rank
 from pipeline.resources import Resources
 from schemas import WinnowError, WinnowWarning
 from stages.network.load import load_network
-from stages.network.packing import PassSize
+from stages.network.packing import forward_tokens
 from stages.training.distributed import Distributed
 from stages.training.objectives import objective
 from stages.training.optimize import optimize
@@ -47,7 +47,7 @@ def test_ranks_share_a_step_that_fits_one_pass(sharp, world_size, tokens_per_pas
     term = term_of(sharp, random_rows(prompts=7), "hinge", tokens_per_pass=tokens_per_pass)
     term.dist.world_size = world_size
     passes = term.micro_batches(load_network(sharp), term.groups)
-    sizes = [PassSize.of(groups, True).size for groups in passes]
+    sizes = [forward_tokens(groups, True) for groups in passes]
     assert sorted(group.prompt_id for groups in passes for group in groups) == [f"p{n}" for n in range(7)]
     assert len(passes) >= min(world_size, 7)
     assert all(len(groups) == 1 or size <= tokens_per_pass for groups, size in zip(passes, sizes, strict=True))
