@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import Bound
 from schemas.tables import EXAMPLES
-from stages.network.forward import logp_of, read_rows
+from stages.network.forward import forward_rows, logp_of
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
 from stages.training.config import TermData, TrainConfig
@@ -83,7 +83,7 @@ def imitate(rows, *indices):
 
 
 def labelled(rows):
-    """Label first responses desirable, second ones not; add as many of the next prompt's responses, read for KL."""
+    """Label first responses desirable, second ones not; add as many of the next prompt's responses, for KL."""
     for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
         row["responses"][0]["desirable"], row["responses"][1]["desirable"] = 1, -1
         row["responses"] += [
@@ -98,7 +98,7 @@ def cache(init, rows, spread=0.0, seed=0):
     rng = np.random.default_rng(seed)
     network = load_network(init)
     for row in rows:
-        scores = read_rows(logp_of, network, responses_of([row]), "float32", 1)
+        scores = forward_rows(logp_of, network, responses_of([row]), "float32", 1)
         for answer, logp in zip(row["responses"], scores.tolist(), strict=True):
             answer["ref_logp"] = float(np.float32(logp + rng.uniform(-spread, spread)))
         row |= {"ref_model": init.digest, "ref_dtype": "float32"}

@@ -24,6 +24,7 @@ from stages.network.packing import (
     PackedTokens,
     PromptGroup,
     batch_by_tokens,
+    longest_row,
     pack,
     pad,
     split_responses,
@@ -62,7 +63,7 @@ def completion_logp(network: PreTrainedModel, groups: Sequence[PromptGroup], dty
 
 
 def logp_of(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
-    """Return the log-probs of `completion_logp` alone, for `read_rows`."""
+    """Return the log-probs of `completion_logp` alone, for `forward_rows`."""
     return completion_logp(network, groups, dtype)[0]
 
 
@@ -167,7 +168,7 @@ def uses_shared_prefix(network: PreTrainedModel, groups: Sequence[PromptGroup] =
     config = network.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     window = min([size for size in windows if size], default=1 << 60)  # how far back every layer attends
-    longest = max((len(group.prompt) + max(map(len, group.responses)) for group in groups), default=0)
+    longest = max(map(longest_row, groups), default=0)
     if longest > window and network not in WARNED:
         WARNED.add(network)
         _warn_of_padded_rows(network, f"where they are longer than its window of {window} tokens")
@@ -221,7 +222,9 @@ def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
 
 
 @torch.no_grad()
-def read_rows(measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int) -> np.ndarray:
+def forward_rows(
+    measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int
+) -> np.ndarray:
     """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order."""
     # Responses by prompt, cut into parts that fit the budget alone: (group, indices of its rows).
     rows_of_prompt: dict[tuple[int, ...], list[int]] = {}

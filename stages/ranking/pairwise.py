@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from schemas import Model
 from stages.data.tokenizer import Tokenizer
 from stages.limits import context_length
-from stages.network.forward import next_logits, read_rows
+from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
 
@@ -62,7 +62,7 @@ class PairwiseRanker:
         rows = [self.prompt.ids(context, first, second) for first, second in pairs]
         shared = common_prefix_length(rows)
         split_rows = [(row[:shared], row[shared:]) for row in rows]
-        return read_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
+        return forward_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
 
     def close(self) -> None:
         del self.network

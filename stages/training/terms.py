@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas import Model, WinnowError
-from stages.network.forward import Row, completion_logp, completion_scores, read_rows, uses_shared_prefix
+from stages.network.forward import Row, completion_logp, completion_scores, forward_rows, uses_shared_prefix
 from stages.network.load import is_reward_model
 from stages.network.packing import PromptGroup, batch_by_tokens, forward_tokens, longest_row, split_responses
 from stages.training.config import TermData, TrainConfig
@@ -193,7 +193,7 @@ class ObjectiveTerm:
                 return self._forward(network, groups)[0]
             return torch.zeros(sum(len(group.responses) for group in groups))
 
-        logp = read_rows(forward_in_turn, network, rows, self.dtype, self.tokens_per_pass)
+        logp = forward_rows(forward_in_turn, network, rows, self.dtype, self.tokens_per_pass)
         if 0 < next(turns) % self.dist.world_size <= self.dist.rank:
             self._dummy_forward(network)
         return self.dist.all_reduce(torch.from_numpy(logp).to(network.device))

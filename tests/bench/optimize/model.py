@@ -103,7 +103,7 @@ class BenchData:
     def make_examples(self, shape: Shape, dtype: str, groups: int) -> None:
         """Write groups of random tokens and winners, with log-probs by the model itself, as `reference` caches them."""
         from stages.limits import SCORING_TOKENS_PER_PASS
-        from stages.network.forward import logp_of, read_rows
+        from stages.network.forward import forward_rows, logp_of
         from stages.network.load import load_network
 
         rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ class BenchData:
             rows.append({"prompt_id": f"p{n:04}", "prompt_ids": prompt, "responses": responses, "pairs": pairs})
         inputs = [(row["prompt_ids"], response["token_ids"]) for row in rows for response in row["responses"]]
         network = load_network(self.init, train=True)
-        logp = iter(read_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS).tolist())
+        logp = iter(forward_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS).tolist())
         for row in rows:
             row |= {"ref_model": self.init.digest, "ref_dtype": dtype}
             for response in row["responses"]:

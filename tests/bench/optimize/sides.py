@@ -148,16 +148,16 @@ def sweep(side: Callable[[Setting], Run], setting: Setting, sizes: list[int]) ->
 def our_reference(setting: Setting) -> float:
     """Return responses scored per second by the forward pass of the stage `reference`, on all threads."""
     from stages.limits import SCORING_TOKENS_PER_PASS
-    from stages.network.forward import logp_of, read_rows
+    from stages.network.forward import forward_rows, logp_of
     from stages.network.load import load_network
 
     network = load_network(setting.data.init, train=True)
     examples = setting.examples.to_pylist()
     rows = [(row["prompt_ids"], response["token_ids"]) for row in examples for response in row["responses"]]
     first = setting.groups * setting.shape.responses
-    read_rows(logp_of, network, rows[:first], setting.dtype, SCORING_TOKENS_PER_PASS)
+    forward_rows(logp_of, network, rows[:first], setting.dtype, SCORING_TOKENS_PER_PASS)
     start = time.perf_counter()
-    read_rows(logp_of, network, rows[first:], setting.dtype, SCORING_TOKENS_PER_PASS)
+    forward_rows(logp_of, network, rows[first:], setting.dtype, SCORING_TOKENS_PER_PASS)
     return (len(rows) - first) / (time.perf_counter() - start)
 
 

@@ -14,7 +14,7 @@ from pipeline.store.fingerprints import ModelPath, model_digest
 from schemas import Model, WinnowError
 from stages.data.tokenizer import Tokenizer
 from stages.limits import check_ids, context_length
-from stages.network.forward import completion_logp, logp_of, read_rows
+from stages.network.forward import completion_logp, forward_rows, logp_of
 from stages.network.load import load_network, save_network
 from tests.material import alone
 
@@ -98,9 +98,9 @@ def test_n_correct_counts_the_tokens_that_greedy_decoding_would_write(network):
 
 @few
 @given(rows=rows_of, budget=st.integers(1, 120))
-def test_read_rows_is_completion_logp_in_the_order_given(network, rows, budget):
+def test_forward_rows_is_completion_logp_in_the_order_of_rows(network, rows, budget):
     """Whatever the budget cuts into batches."""
-    scores = read_rows(logp_of, network, rows, "float32", budget)
+    scores = forward_rows(logp_of, network, rows, "float32", budget)
     assert scores.dtype == np.float32
     assert scores.tolist() == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in scored(network, rows)]
 

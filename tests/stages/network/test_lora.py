@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipeline import AdapterPath, ModelPath
 from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
-from stages.network.forward import completion_logp, logp_of, read_rows, share_prefixes, uses_shared_prefix
+from stages.network.forward import completion_logp, forward_rows, logp_of, share_prefixes, uses_shared_prefix
 from stages.network.load import checkpoint_layers, load_network, save_network
 from stages.network.lora import add_adapter
 from stages.network.models import model
@@ -62,7 +62,7 @@ def adapter(seed=0, targets=(), rank=RANK):
 
 
 def logp(network, rows):
-    return read_rows(logp_of, network, responses_of(rows), "float32", 60)
+    return forward_rows(logp_of, network, responses_of(rows), "float32", 60)
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma3", "phi, biased head"])
@@ -342,7 +342,7 @@ def metrics_gradients_and_stored_bytes(network, term):
 
 
 def test_layers_that_run_again_give_the_same_gradients(sharp, rows):
-    """Bit for bit, with groups whole and in several passes; and less is stored for the backward pass."""
+    """Bit for bit, with groups in one forward pass and in several; and less is stored for the backward pass."""
     for adapt, tokens_per_pass in [(None, 100), (adapter(), 15)]:
         term = term_of(sharp, rows, "sigmoid_norm", tokens_per_pass=tokens_per_pass)
         plain, checkpointed = (load_network(sharp, train=True, adapt=adapt) for _ in range(2))

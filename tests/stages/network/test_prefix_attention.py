@@ -92,7 +92,7 @@ def sharing(make):
 
 @pytest.fixture(scope="module", params=SHARING)
 def network(request):
-    """A network that computes a prompt once for its responses."""
+    """Return a network that computes a prompt once for its responses."""
     network = sharing(SHARING[request.param])
     assert uses_shared_prefix(network)
     return network
@@ -219,7 +219,7 @@ def test_networks_that_cannot_share_prefixes_say_so_and_use_padded_rows(name):
     assert not uses_shared_prefix(network)
     groups = [PromptGroup([5, 6], [[7, 8], [9]])]
     assert torch.allclose(completion_logp(network, groups, "float32")[0], padded_logp(network, groups), rtol=1e-6)
-    ThroughputMeter(network, Distributed())  # counts whatever way the network passes its tokens on
+    ThroughputMeter(network, Distributed())  # counts however the network passes its tokens on
     completion_logp(network, groups, "float32")[0].sum().backward()
 
 

@@ -70,7 +70,7 @@ def pair(h, **fields):
 
 
 def slopes(losses, b):
-    """dL/dlp, a number a row."""
+    """Return dL/dlp per row."""
     return torch.autograd.grad(losses.sum(), b.logp)[0].tolist()
 
 
