@@ -67,8 +67,3 @@ class Distributed:
         """Wait until all ranks are here."""
         if self.world_size > 1:
             torch_dist.barrier()
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which each rank may hold a shard; all ranks must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pipeline.context import Mirror, ProgressCallback
@@ -18,7 +19,7 @@ from schemas import Model, WinnowError, WinnowWarning
 from stages.network.load import Adapt, checkpoint_layers, load_network, save_network
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
 from stages.training.config import TermData, TrainConfig
-from stages.training.distributed import Distributed, full_tensor
+from stages.training.distributed import Distributed
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
@@ -112,7 +113,8 @@ def train_policy(
             continue  # the same step, once more
 
         # Clip, refuse what is not finite, step. The optimizer's time is not metered: it is not the micro-batches'.
-        grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not all(map(math.isfinite, [grad_norm, *(means[n]["loss"] for n in active)])):
             culprits = "; ".join(terms[n].rows_not_finite(network, batch) for n, batch in batches.items())
             raise WinnowError(

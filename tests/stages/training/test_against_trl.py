@@ -280,9 +280,14 @@ def same_step(loss, network, other, other_network, tolerance=1e-5):
 def test_a_step_of_dpo(sharp, ours, theirs):
     """Token ids through both collators, networks and reductions, with the likelihood of the chosen.
 
-    TRL's `sft` term is a mean over the chosen tokens of its pairs; here every chosen response is in one pair.
+    A group of one prompt with several responses is its pairs one by one. TRL's `sft` term is a mean over the chosen
+    tokens of its pairs; there every chosen response is in one pair.
     """
-    rows = [row | {"pairs": row["pairs"][:1]} for row in cache(sharp, random_rows(), spread=4.0)]
+    every_pair = cache(sharp, random_rows(), spread=4.0)
+    inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(every_pair)))
+    loss, _ = loss_of(term_of(sharp, every_pair, "sigmoid_norm", beta=0.1), ours)
+    same_step(loss, ours, dpo(0.1, ("sigmoid", 1.0)).compute_loss(theirs, inputs), theirs)
+    rows = [row | {"pairs": row["pairs"][:1]} for row in every_pair]
     inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(rows)))
     cases: list[tuple[str, dict, str]] = [
         ("sigmoid_norm", {"beta": 0.1}, "sigmoid"),
@@ -293,14 +298,6 @@ def test_a_step_of_dpo(sharp, ours, theirs):
         other = dpo(0.1, (trl_name, 1.0), ("sft", 0.3)).compute_loss(theirs, inputs)
         loss, _ = loss_of(term_of(sharp, imitate(rows, 0), name, nll_weight=0.3, **options), ours)
         same_step(loss, ours, other, theirs)
-
-
-def test_a_step_of_dpo_with_many_pairs_per_prompt(sharp, ours, theirs):
-    """A group of one prompt with several responses is its pairs one by one."""
-    rows = cache(sharp, random_rows(), spread=4.0)
-    inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(rows)))
-    loss, _ = loss_of(term_of(sharp, rows, "sigmoid_norm", beta=0.1), ours)
-    same_step(loss, ours, dpo(0.1, ("sigmoid", 1.0)).compute_loss(theirs, inputs), theirs)
 
 
 def test_a_step_of_kto(sharp, ours, theirs):

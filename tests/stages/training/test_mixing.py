@@ -194,6 +194,9 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
         _, metrics, policy = mixed(tmp_path / name, name, seed=3)
         taken = weights_taken(metrics, policy["steps"])
         assert 0 < sum(taken) < len(taken)
+        if name == "sequence":
+            first = round(0.5 * policy["steps"])
+            assert taken == [0.0] * first + [1.0] * (policy["steps"] - first)
         for step, preference in enumerate(taken, 1):
             assert ((step, "loss") in metrics) == (preference == 1.0)
             assert ((step, "imitation/loss") in metrics) == (preference == 0.0)
@@ -204,13 +207,6 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
         groups = [group for batch in [preference.batches[0], *batches] for group in batch]
         forwarded = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
         assert counters[0].tokens == sum(forwarded)
-
-
-def test_sequence_goes_over_once(mixed, tmp_path):
-    """w = 1/4 of the steps: three quarters of imitation, then a quarter of preference."""
-    _, metrics, policy = mixed(tmp_path, "sequence", weight=0.25)
-    first = round(0.75 * policy["steps"])
-    assert weights_taken(metrics, policy["steps"]) == [0.0] * first + [1.0] * (policy["steps"] - first)
 
 
 def test_an_interrupted_mixed_run_ends_as_if_it_had_not_been(mixed, tmp_path):

@@ -1,6 +1,7 @@
 """A step's loss against its formula, written as loops over pairs and rows with log-probs computed token by token."""
 
 import math
+from itertools import pairwise
 from typing import get_type_hints
 
 import pytest
@@ -238,17 +239,19 @@ def test_nll_per_token_or_per_response(sharp, network, logp):
         assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_term_always_has_another_batch(sharp):
-    """Batches of the n-th epoch come from the seed alone, in any order of calls; each epoch has every group once."""
+def test_each_epoch_has_every_group_once_in_batches_from_the_seed_alone(sharp):
+    """A batch is whole groups until they hold batch_size pairs, the last of an epoch the rest; in any order of calls."""
     rows = cache(sharp, random_rows(prompts=7))
-    one, two = (term_of(sharp, rows, "sigmoid_norm", batch_size=3, seed=5).batches for _ in range(2))
-    steps = one.steps(3)
-    forward = [[group.prompt_id for group in one[n]] for n in range(steps)]
-    backward = [[group.prompt_id for group in two[n]] for n in reversed(range(steps))]
+    one, two = (term_of(sharp, rows, "sigmoid_norm", batch_size=4, seed=5).batches for _ in range(2))
+    per_epoch = [one.steps(epochs) for epochs in (1, 2, 3)]
+    forward, backward = [one[n] for n in range(per_epoch[-1])], [two[n] for n in reversed(range(per_epoch[-1]))]
     assert forward == backward[::-1]
-    seen = [name for names in forward for name in names]
-    assert all(sorted(seen[7 * k : 7 * k + 7]) == [f"p{n}" for n in range(7)] for k in range(3))
-    assert len(seen) == 21
+    for start, end in pairwise([0, *per_epoch]):
+        epoch = forward[start:end]
+        assert sorted(group.prompt_id for batch in epoch for group in batch) == [f"p{n}" for n in range(7)]
+        sizes = [[len(group.pairs) for group in batch] for batch in epoch]
+        assert all(sum(batch) >= 4 > sum(batch[:-1]) for batch in sizes[:-1])
+        assert sum(sizes[-1][:-1]) < 4
 
 
 def test_the_config_has_the_types_of_the_options():

@@ -259,17 +259,6 @@ def test_the_schedule_has_its_shape(tiny, imitated, tmp_path):
         assert min(rates) > 0
 
 
-def test_every_group_is_seen_once_per_epoch(tiny, cached, tmp_path):
-    """A step is whole groups until they hold batch_size pairs, the last of an epoch what is left: none twice."""
-    sizes = [len(row["pairs"]) for row in cached.to_pylist()]
-    _, metrics, policy = train(tiny, cached, tmp_path, epochs=2)
-    seen = [metrics[step, "pairs"] for step in range(1, policy["steps"] + 1)]
-    assert sum(seen) == 2 * sum(sizes)
-    assert sum(sizes) in np.cumsum(seen)
-    assert all(size < 4 + max(sizes) for size in seen)
-    assert sum(size < 4 for size in seen) <= 2
-
-
 def test_the_seed_orders_the_groups_and_nothing_else_moves(tiny, cached, tmp_path):
     """Equal seeds: bit for bit the same weights, of shuffled rows too. Another seed: another order."""
     shuffled = cached.take(pa.array(np.random.default_rng(0).permutation(len(cached))))
