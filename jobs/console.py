@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config.plan import Step
+from pipeline.execution.schedule import Reporter
 
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 
@@ -36,7 +37,7 @@ class RunningStep:
     last_line: float = field(default_factory=time.monotonic)
 
 
-class ProgressReporter:
+class ProgressReporter(Reporter):
     """Listener to a run that shows a bar per running step and a line per finished one.
 
     Without a terminal it prints a line about a running step now and then.

@@ -29,7 +29,7 @@ keep: {use: toy_keep, from: {rewards: rate}}
 
 
 class Luck:
-    """What is no part of any key: a bonus on every reward, an error that ends toy_keep, and a record of the calls."""
+    """Influences outside of any key: a bonus on every reward, an error that ends toy_keep; and a record of calls."""
 
     def __init__(self) -> None:
         self.bonus = 0.0
@@ -46,8 +46,8 @@ def toys() -> Iterator[Luck]:
         luck.calls.append("draw")
         names = [prompt_id(f"prompt {n}") for n in range(rows)]
         prompts = [dict(prompt_id=name, text="p", token_ids=[n], split="train") for n, name in enumerate(names)]
-        drawn = [candidate(name, n) for n, name in enumerate(names)]
-        return pa.Table.from_pylist(prompts, PROMPTS), pa.Table.from_pylist(drawn, CANDIDATES)
+        candidates = [candidate(name, n) for n, name in enumerate(names)]
+        return pa.Table.from_pylist(prompts, PROMPTS), pa.Table.from_pylist(candidates, CANDIDATES)
 
     @stage(version=1)
     def toy_rate(candidates: Candidates, ctx: StageContext, *, scale: float = 1.0) -> Rewards:
@@ -87,7 +87,7 @@ def candidate(prompt: str, n: int) -> dict:
 
 
 def recipe(folder: Path, name: str = "toy", **changes: str) -> Path:
-    """Write a recipe's file; `rate="with: {scale: 2.0}"` adds to the step."""
+    """Write the file of a recipe; `rate="with: {scale: 2.0}"` adds to that step."""
     text = RECIPE
     for step, more in changes.items():
         text = text.replace(f"use: toy_{step}", f"use: toy_{step}, {more}")
@@ -111,19 +111,19 @@ def step(plan: Plan, name: str) -> Step:
 
 
 class Raced(Store):
-    """Store to which another run comes right after our nth look at the links.
+    """Store to which another run links itself right after our nth call of `runs`.
 
-    It links, and looks whether its first step is finished (`found`).
+    `found` is whether it then finds its first step finished.
     """
 
     def __init__(self, root: Location, plan: Plan, nth: int) -> None:
         super().__init__(root)
-        self.plan, self.left, self.found = plan, nth, False
+        self.plan, self.calls_left, self.found = plan, nth, False
 
     def runs(self) -> dict[str, Json]:
         links = super().runs()
-        self.left -= 1
-        if self.left == 0:
+        self.calls_left -= 1
+        if self.calls_left == 0:
             self.link_run("again", self.plan.steps)
             self.found = self.folder(step(self.plan, "draw")).manifest is not None
         return links

@@ -1,5 +1,8 @@
 """Examples of random tokens, and short calls of training: for tests that need rows and no text."""
 
+from dataclasses import fields
+from inspect import signature
+
 import numpy as np
 import pyarrow as pa
 from safetensors.torch import load_file
@@ -7,10 +10,10 @@ from safetensors.torch import load_file
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import Bound
 from schemas.tables import EXAMPLES
-from stages.network.forward import logp_of, read_rows
+from stages.network.forward import forward_rows, logp_of
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
-from stages.training.data import groups_of
+from stages.training.config import TermData, TrainConfig
 from stages.training.objectives import objective
 from stages.training.optimize import optimize
 from stages.training.terms import ObjectiveTerm, StepMetrics
@@ -80,7 +83,7 @@ def imitate(rows, *indices):
 
 
 def labelled(rows):
-    """Label first responses desirable, second ones not; add as many of the next prompt's responses, read for KL."""
+    """Label first responses desirable, second ones not; add as many of the next prompt's responses, for KL."""
     for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
         row["responses"][0]["desirable"], row["responses"][1]["desirable"] = 1, -1
         row["responses"] += [
@@ -95,7 +98,7 @@ def cache(init, rows, spread=0.0, seed=0):
     rng = np.random.default_rng(seed)
     network = load_network(init)
     for row in rows:
-        scores = read_rows(logp_of, network, responses_of([row]), "float32", 1)
+        scores = forward_rows(logp_of, network, responses_of([row]), "float32", 1)
         for answer, logp in zip(row["responses"], scores.tolist(), strict=True):
             answer["ref_logp"] = float(np.float32(logp + rng.uniform(-spread, spread)))
         row |= {"ref_model": init.digest, "ref_dtype": "float32"}
@@ -110,19 +113,27 @@ def table(rows):
 
 
 def term_of(
-    init, rows, name, *, nll_weight=0.0, nll_per="token", tokens_per_pass=60, batch_size=100, seed=0, **options
+    init, rows, name, *, nll_weight=0.0, nll_per="token", tokens_per_pass=60, batch_size=100, seed=0, index=0, **options
 ):
     """Return the loss term that `optimize` makes of the rows: small micro-batches, so that a wrong reduction shows."""
-    loss = bound(objective, name, **options)
-    groups = groups_of(table(rows), loss, nll_weight, init, "float32")
-    return ObjectiveTerm(groups, loss, nll_weight, nll_per, batch_size, "float32", tokens_per_pass, seed, 0)
+    data = TermData(table(rows), None, bound(objective, name, **options), nll_weight)
+    config = config_of(nll_per=nll_per, tokens_per_pass=tokens_per_pass, batch_size=batch_size, seed=seed)
+    return ObjectiveTerm(data, init, config, index)
+
+
+def config_of(**options):
+    """Return the options of `optimize` with its own defaults."""
+    defaults = {name: option.default for name, option in signature(optimize).parameters.items()}
+    return TrainConfig(
+        **{option.name: options.get(option.name, defaults[option.name]) for option in fields(TrainConfig)}
+    )
 
 
 def loss_of(term, network, batch=None):
     """Return the loss of one step over all groups (or a batch of them), with gradient, and its metrics."""
     batch = term.groups if batch is None else batch
     metrics = StepMetrics(batch, term.nll_per)
-    return sum(term.losses(network, batch, metrics)), metrics.means()
+    return sum(term.micro_batch_losses(network, batch, metrics)), metrics.means()
 
 
 def run_optimize(init, rows, folder, *, report_progress=no_progress, inputs=None, **options):
@@ -176,7 +187,7 @@ def relative_difference(a, b, start):
     """Return |a - b| / |b - start|: how far apart two trainings from `start` ended, against how far they went.
 
     AdamW divides an element's gradient by its own size, so where a gradient is rounding noise, another order of sums
-    may change that element by any share of a step. Norms are not ruled by one such element of a hundred thousand.
+    may change that element by any fraction of a step. Norms are not ruled by one such element of a hundred thousand.
     """
     assert a.keys() == b.keys() == start.keys()
     apart = sum(float((a[name] - b[name]).square().sum()) for name in a)

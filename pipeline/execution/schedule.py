@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import LocalExecutor
@@ -22,8 +21,8 @@ from schemas import WinnowError
 POLL_SECONDS = 0.2
 
 
-class Reporter(Protocol):
-    """Listener to a run, for the users who watch it.
+class Reporter:
+    """Listener to a run, for the users who watch it; this one ignores what it hears.
 
     A step is cached if it is finished in the store already; it is reported as waiting once. It starts with `done` of
     `total` parts finished by an earlier run, and it is finished once its manifest is written. A prompt is rejected

@@ -26,7 +26,7 @@ def features(
     arXiv:2605.23244 counts both). Responses of equal tokens go through the network once. Responses without tokens,
     which have no mean, are rejected.
     """
-    from stages.network.forward import read_rows, response_means
+    from stages.network.forward import forward_rows, response_means
     from stages.network.load import load_network
 
     prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
@@ -43,7 +43,7 @@ def features(
     ctx.count(tokens=sum(len(prompt_ids[prompt]) + len(token_ids) for prompt, token_ids in unique))
     network = ctx.open_once(load_network, policy)
     sequences = [(prompt_ids[prompt], token_ids) for prompt, token_ids in unique]
-    means = read_rows(response_means, network, sequences, dtype, SCORING_TOKENS_PER_PASS)
+    means = forward_rows(response_means, network, sequences, dtype, SCORING_TOKENS_PER_PASS)
     mean_by_response = dict(zip(unique, means, strict=True))
     vectors = [
         {"prompt_id": row["prompt_id"], "candidate_id": row["candidate_id"], "features": mean_by_response[response]}

@@ -1,8 +1,8 @@
 """Forward passes over responses to prompts: log-probs, scores, hidden states.
 
-A prompt is read once for all of its responses (`packing`, `prefix_attention`) by every network for which that is
-exact; any other reads a padded row for each. `reference`, `reward`, `features` and `optimize` share this file, so
-that a cached number is the trainer's own.
+A prompt is computed once for all of its responses (`packing`, `prefix_attention`) by every network for which that is
+exact; for any other, each response is a padded row. `reference`, `reward`, `features` and `optimize` all use this file,
+so that a cached number is the trainer's own.
 """
 
 import warnings
@@ -23,8 +23,8 @@ from stages.network.packing import (
     Ids,
     PackedTokens,
     PromptGroup,
-    PromptResponses,
     batch_by_tokens,
+    longest_row,
     pack,
     pad,
     split_responses,
@@ -32,7 +32,7 @@ from stages.network.packing import (
 from stages.network.prefix_attention import NAME
 
 Row = tuple[Ids, Ids]
-Measure = Callable[[PreTrainedModel, Sequence[PromptResponses], str], Tensor]
+Measure = Callable[[PreTrainedModel, Sequence[PromptGroup], str], Tensor]
 TRIAL = (PromptGroup([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), PromptGroup([1, 6], [[1, 8, 0], [3]]))
 CLOSE = 1e-4  # of the largest number: fp32 added up in another order
 LINEAR_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are those of `lm_head.LMHead`
@@ -44,8 +44,8 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def completion_logp(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> tuple[Tensor, Tensor]:
-    """Return each response's summed log-prob given its prompt, and how many of its tokens are the likeliest.
+def completion_logp(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> tuple[Tensor, Tensor]:
+    """Return each response's summed log-prob given its prompt, and how many of its tokens greedy decoding would give.
 
     Both are fp32 [N], over the responses of one group after the other. The head runs on response positions only, if it
     is a linear layer; the softmax is in fp32 whatever the network runs in.
@@ -53,32 +53,31 @@ def completion_logp(network: PreTrainedModel, groups: Sequence[PromptResponses],
     if network in LINEAR_HEADS:
         states, tokens = hidden_states(network, groups, dtype)
         predictors = states.index_select(0, tokens.predictors)  # whose gradients add up in a fixed order
-        logp, hits = token_logp(predictors.to(getattr(torch, dtype)), lm_head_of(network), tokens.targets)
+        logp, is_correct = token_logp(predictors.to(getattr(torch, dtype)), lm_head_of(network), tokens.targets)
     else:
         logits, tokens, positions = _full_logits(network, groups, dtype)
         logits = logits[positions].float()
         logp = -cross_entropy(logits, tokens.targets, reduction="none")
-        hits = logits.argmax(-1) == tokens.targets
-    return _response_sums(logp, tokens)[tokens.rows], _response_sums(hits.float(), tokens)[tokens.rows]
+        is_correct = logits.argmax(-1) == tokens.targets
+    return _response_sums(logp, tokens)[tokens.rows], _response_sums(is_correct.float(), tokens)[tokens.rows]
 
 
-def logp_of(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
-    """Return `completion_logp` without the hits, for `read_rows`."""
+def logp_of(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
+    """Return the log-probs of `completion_logp` alone, for `forward_rows`."""
     return completion_logp(network, groups, dtype)[0]
 
 
-def completion_scores(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+def completion_scores(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
     """Return the reward model's score of each response to its prompt, fp32 [N], with gradient.
 
     Read at each response's own last token, which transformers would guess from the pad token's id. The head is
     in fp32 whatever the network runs in: bfloat16 would round a score of 10 to 1/16.
     """
     states, tokens = hidden_states(network, groups, dtype, last=True)
-    scores: Tensor = network.score(states[_last_positions(tokens)].float())
-    return scores.squeeze(-1)[tokens.rows]
+    return network.score(states[_last_positions(tokens)].float()).squeeze(-1)[tokens.rows]
 
 
-def next_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+def next_logits(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
     """Return logits of the token after each response, fp32 [N, V]."""
     if network in LINEAR_HEADS:
         states, tokens = hidden_states(network, groups, dtype, last=True)
@@ -90,21 +89,22 @@ def next_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dty
     return logits[tokens.rows]
 
 
-def response_means(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+def response_means(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
     """Return the mean of the last hidden states over each response's tokens, fp32 [N, hidden]."""
     states, tokens = hidden_states(network, groups, dtype, last=True)
     return (_response_sums(states[tokens.positions].float(), tokens) / tokens.lengths[:, None])[tokens.rows]
 
 
 def hidden_states(
-    network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str, last: bool = False
+    network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str, last: bool = False
 ) -> tuple[Tensor, PackedTokens]:
     """Return last hidden states [positions, hidden], and which token each belongs to.
 
     last: include those of each response's last token (see `pack`).
     """
     _check_no_encoder(network)
-    tokens = pack(groups, network.device, last=last) if shares(network, groups) else pad(groups, network.device)
+    shared_prefix = uses_shared_prefix(network, groups)
+    tokens = pack(groups, network.device, last=last) if shared_prefix else pad(groups, network.device)
     options = {}
     if tokens.layout is not None:
         # A mask of four dimensions, so that transformers builds none of its own.
@@ -118,7 +118,7 @@ def hidden_states(
 
 
 def _full_logits(
-    network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str
+    network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str
 ) -> tuple[Tensor, PackedTokens, Tensor]:
     """Return the network's own logits at all positions [positions, V], tokens, and positions that predict responses.
 
@@ -158,8 +158,8 @@ def _last_positions(tokens: PackedTokens) -> Tensor:
     return tokens.positions[tokens.lengths.cumsum(0) - 1]
 
 
-def shares(network: PreTrainedModel, groups: Sequence[PromptResponses] = ()) -> bool:
-    """Return whether `network` reads a prompt once for all of its responses.
+def uses_shared_prefix(network: PreTrainedModel, groups: Sequence[PromptGroup] = ()) -> bool:
+    """Return whether `network` computes a prompt once for all of its responses.
 
     It does not where a row is longer than its attention window.
     """
@@ -168,7 +168,7 @@ def shares(network: PreTrainedModel, groups: Sequence[PromptResponses] = ()) -> 
     config = network.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     window = min([size for size in windows if size], default=1 << 60)  # how far back every layer attends
-    longest = max((len(group.prompt) + max(map(len, group.responses)) for group in groups), default=0)
+    longest = max(map(longest_row, groups), default=0)
     if longest > window and network not in WARNED:
         WARNED.add(network)
         _warn_of_padded_rows(network, f"where they are longer than its window of {window} tokens")
@@ -177,7 +177,7 @@ def shares(network: PreTrainedModel, groups: Sequence[PromptResponses] = ()) -> 
 
 @torch.no_grad()
 def share_prefixes(network: PreTrainedModel) -> None:
-    """Let `network` read a prompt once for all of its responses from now on, if a trial gives the same numbers.
+    """Let `network` compute a prompt once for all of its responses from now on, if a trial gives the same numbers.
 
     A trial, for a list of architectures would be outdated with every release of transformers. A network whose attention
     has a state, a bias or a cap of its own fails it; it goes on with padded rows, and a warning says so. If its head is
@@ -217,28 +217,30 @@ def _check_close(values: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
-    message = f"{type(network).__name__} reads a prompt again for each of its responses {why}"
+    message = f"{type(network).__name__} computes a prompt again for each of its responses {why}"
     warnings.warn(message, WinnowWarning, stacklevel=3)
 
 
 @torch.no_grad()
-def read_rows(measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int) -> np.ndarray:
+def forward_rows(
+    measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int
+) -> np.ndarray:
     """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order."""
     # Responses by prompt, cut into parts that fit the budget alone: (group, indices of its rows).
     rows_of_prompt: dict[tuple[int, ...], list[int]] = {}
     for n, (prompt, _) in enumerate(rows):
         rows_of_prompt.setdefault(tuple(prompt), []).append(n)
     groups = [PromptGroup(prompt, [rows[n][1] for n in indices]) for prompt, indices in rows_of_prompt.items()]
-    shared = shares(network, groups)
+    shared_prefix = uses_shared_prefix(network, groups)
     parts = [
         (PromptGroup(group.prompt, [group.responses[m] for m in part]), [indices[m] for m in part])
         for group, indices in zip(groups, rows_of_prompt.values(), strict=True)
-        for part in split_responses(group, budget, shared)
+        for part in split_responses(group, budget, shared_prefix)
     ]
 
     # Batches of parts of similar length; their values go back to the rows' order.
     values: list[np.ndarray] = [np.empty(0)] * len(rows)
-    for batch in batch_by_tokens([group for group, _ in parts], budget, shared):
+    for batch in batch_by_tokens([group for group, _ in parts], budget, shared_prefix):
         measured = measure(network, [parts[n][0] for n in batch], dtype).cpu().numpy()
         for row, value in zip([row for n in batch for row in parts[n][1]], measured, strict=True):
             values[row] = value

@@ -55,17 +55,17 @@ class _TokenLogp(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, head: LMHead, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logp, hits, lse = [], [], []
+        logp, is_correct, lse = [], [], []
         for state, target in zip(_slices(states, head), _slices(targets, head), strict=True):
             logits = head.logits(state)
             target_logit = logits.gather(-1, target[:, None])[:, 0]
             lse.append(logits.logsumexp(-1))
             logp.append(target_logit - lse[-1])
-            hits.append(target_logit == logits.amax(-1))
+            is_correct.append(target_logit == logits.amax(-1))
         ctx.save_for_backward(states, weight, bias, targets, torch.cat(lse))
         ctx.head = head
-        ctx.mark_non_differentiable(is_likeliest := torch.cat(hits))
-        return torch.cat(logp), is_likeliest
+        ctx.mark_non_differentiable(correct := torch.cat(is_correct))
+        return torch.cat(logp), correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,5 +94,4 @@ class _TokenLogp(torch.autograd.Function):
 
 
 def _slices(rows: Tensor, head: LMHead) -> tuple[Tensor, ...]:
-    slices: tuple[Tensor, ...] = rows.split(max(1, ELEMENTS // len(head.weight)))
-    return slices
+    return rows.split(max(1, ELEMENTS // len(head.weight)))

@@ -31,7 +31,7 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 def load_network(model: Model, *, train: bool = False, adapt: Adapt | None = None) -> PreTrainedModel:
     """Return the network with fp32 weights and dropout off (a policy that drops out does not equal its own reference).
 
-    adapt: a change to the network before it is tried whether it can share prompts, such as `add_adapter`.
+    adapt: a change to the network, such as `add_adapter`, before the trial whether prompts can be shared.
 
     Scoring runs on one thread of a CPU, so that a number does not depend on how many workers share the
     machine: parallelism is workers. Training takes all threads. Raises WinnowError for a classifier that

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +18,9 @@ Index = NDArray[np.int64]
 ToDevice = Callable[[Any], Tensor]
 
 
-class PromptResponses(Protocol):
+@dataclass(frozen=True)
+class PromptGroup:
     """Prompt and some responses to it, in token ids, none empty."""
-
-    @property
-    def prompt(self) -> Ids: ...
-    @property
-    def responses(self) -> Sequence[Ids]: ...
-
-
-class PromptGroup(NamedTuple):
-    """Plainest `PromptResponses`."""
 
     prompt: Ids
     responses: Sequence[Ids]
@@ -36,7 +28,7 @@ class PromptGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """N responses to their prompts, S of them different, M tokens long together, as a network reads them.
+    """N responses to their prompts, S of them different, M tokens long together, as a network takes them.
 
     A position is an index into the hidden states, their first two dimensions flattened.
     """
@@ -51,10 +43,10 @@ class PackedTokens:
     rows: Tensor  # [N] which of the S each is
 
 
-def pack(groups: Sequence[PromptResponses], device: torch.device | str = "cpu", *, last: bool = False) -> PackedTokens:
+def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, last: bool = False) -> PackedTokens:
     """Pack all prompts, short ones first, then all responses in the same order: nothing twice, nothing padded.
 
-    last: include each response's last token, from which no log-prob is read, but a reward model's score is.
+    last: include each response's last token, which no log-prob needs, but a reward model's score does.
     """
     to_device = partial(_to_device, device=device)
     order = sorted(range(len(groups)), key=lambda n: len(groups[n].prompt))
@@ -93,7 +85,7 @@ def pack(groups: Sequence[PromptResponses], device: torch.device | str = "cpu", 
     )
 
 
-def pad(groups: Sequence[PromptResponses], device: torch.device | str = "cpu") -> PackedTokens:
+def pad(groups: Sequence[PromptGroup], device: torch.device | str = "cpu") -> PackedTokens:
     """Return one row per response, padded on the right, where causal attention never sees it."""
     to_device = partial(_to_device, device=device)
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
@@ -169,64 +161,42 @@ def _tiles(starts: Index, lengths: Index, to_device: ToDevice) -> Tiles | None:
     return Tiles(shape, to_device(tokens), to_device(valid.flatten()).bool())
 
 
-@dataclass
-class PassSize:
-    """Cost of a forward pass in tokens: those packed, or, padded, rows times the longest."""
-
-    shared: bool
-    tokens: int = 0
-    rows: int = 0
-    width: int = 0
-
-    @classmethod
-    def of(cls, groups: Sequence[PromptResponses], shared: bool) -> "PassSize":
-        """Return the cost of these groups in one pass."""
-        total = cls(shared)
-        for group in groups:
-            total = total.add(group)
-        return total
-
-    def add(self, group: PromptResponses) -> "PassSize":
-        """Return the cost with one more group."""
-        lengths = [len(response) for response in group.responses]
-        return PassSize(
-            self.shared,
-            self.tokens + len(group.prompt) + sum(lengths),
-            self.rows + len(lengths),
-            max(self.width, len(group.prompt) + max(lengths)),
-        )
-
-    @property
-    def size(self) -> int:
-        """Return the cost in tokens."""
-        return self.tokens if self.shared else self.rows * self.width
+def longest_row(group: PromptGroup) -> int:
+    """Return the tokens of the prompt with its longest response."""
+    return len(group.prompt) + max(map(len, group.responses))
 
 
-def batch_by_tokens(groups: Sequence[PromptResponses], budget: int, shared: bool) -> Iterator[list[int]]:
+def forward_tokens(groups: Sequence[PromptGroup], shared_prefix: bool) -> int:
+    """Return the tokens of a forward pass: those packed, or, padded, rows times the longest."""
+    if shared_prefix:
+        return sum(len(group.prompt) + sum(map(len, group.responses)) for group in groups)
+    return sum(len(group.responses) for group in groups) * max(map(longest_row, groups))
+
+
+def batch_by_tokens(groups: Sequence[PromptGroup], budget: int, shared_prefix: bool) -> Iterator[list[int]]:
     """Yield indices of groups of similar length in batches of at most `budget` tokens, or of one group."""
-    widths = [PassSize.of([group], shared).width for group in groups]
     batch: list[int] = []
-    total = PassSize(shared)
-    for n in sorted(range(len(groups)), key=lambda n: (widths[n], n)):
-        if batch and total.add(groups[n]).size > budget:
+    packed = rows = 0
+    for n in sorted(range(len(groups)), key=lambda n: (longest_row(groups[n]), n)):
+        tokens, responses = forward_tokens([groups[n]], True), len(groups[n].responses)
+        size = packed + tokens if shared_prefix else (rows + responses) * longest_row(groups[n])
+        if batch and size > budget:
             yield batch
-            batch, total = [], PassSize(shared)
+            batch, packed, rows = [], 0, 0
         batch.append(n)
-        total = total.add(groups[n])
+        packed, rows = packed + tokens, rows + responses
     if batch:
         yield batch
 
 
-def split_responses(group: PromptResponses, budget: int, shared: bool) -> list[list[int]]:
+def split_responses(group: PromptGroup, budget: int, shared_prefix: bool) -> list[list[int]]:
     """Return indices of a group's responses, in order, in parts of at most `budget` tokens, or of one response."""
+    if forward_tokens([group], shared_prefix) <= budget:
+        return [list(range(len(group.responses)))]
     parts: list[list[int]] = []
-    total = PassSize(shared)
-    for n, response in enumerate(group.responses):
-        # Shared, the prompt is counted with the first response of a part alone.
-        prompt = group.prompt[:0] if shared and total.rows else group.prompt
-        if not parts or total.add(PromptGroup(prompt, [response])).size > budget:
+    for n in range(len(group.responses)):
+        extended = [group.responses[m] for m in (*parts[-1], n)] if parts else []
+        if not parts or forward_tokens([PromptGroup(group.prompt, extended)], shared_prefix) > budget:
             parts.append([])
-            prompt, total = group.prompt, PassSize(shared)
         parts[-1].append(n)
-        total = total.add(PromptGroup(prompt, [response]))
     return parts

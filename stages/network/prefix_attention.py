@@ -3,7 +3,7 @@
 A packed sequence holds all prompts, then all responses. A token attends to its own segment up to itself and, if it is
 in a response, to all of its prompt. The two parts of a response's attention are computed separately and merged by
 their log-sum-exps, as ring attention does (arXiv:2310.01889): no mask, no copy of a prompt's keys, no padding outside
-this file. The backward pass of each part, given the merged output and log-sum-exp, is its share of the whole gradient.
+this file. The backward pass of each part, given the merged output and log-sum-exp, is its part of the whole gradient.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,7 @@ class Tiles:
         rows = packed[self.tokens] if isinstance(self.tokens, slice) else packed.index_select(0, self.tokens)
         if self.valid is not None and padding is not None:
             rows[~self.valid] = padding
-        tiles: Tensor = rows.unflatten(0, self.shape).transpose(1, 2)
-        return tiles
+        return rows.unflatten(0, self.shape).transpose(1, 2)
 
     def scatter(self, packed: Tensor, tiles: Tensor) -> None:
         """Write tiles back to their tokens."""
@@ -51,10 +50,6 @@ class Tiles:
             packed[self.tokens] = values
         else:
             packed.index_copy_(0, self.tokens[self.valid], values[self.valid])
-
-    def scatter_add(self, packed: Tensor, tiles: Tensor) -> None:
-        """Add tiles to their tokens. No token is in two tiles, so no sum depends on an order."""
-        self.scatter(packed, self.gather(packed) + tiles)
 
 
 @dataclass(frozen=True)
@@ -100,10 +95,9 @@ def shared_prefix_attention(
     query: [1, H, T, D], key and value: [1, H or fewer, T, D]. Returns [1, T, H, D].
     """
     if layout is None:
-        plain: tuple[Tensor, None] = sdpa_attention_forward(
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-        return plain
     if any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise ValueError(f"its attention has more than keys and queries: one of {', '.join(UNSUPPORTED)}")
     device = query.device.type
@@ -141,10 +135,10 @@ class MergedAttention(torch.autograd.Function):
                 queries.scatter(out, part)
                 queries.scatter(lse, part_lse)
                 continue
-            # Softmax over both sets of keys from the softmax over each: weights are exp(its log-sum-exp - the joint).
-            own_lse = queries.gather(lse)
-            joint = torch.logaddexp(own_lse, part_lse)
-            weights = [(x - joint).exp()[..., None] for x in (own_lse, part_lse)]
+            # Softmax over both sets of keys from the softmax over each: weights are exp(log-sum-exp - the joint one).
+            segment_lse = queries.gather(lse)
+            joint = torch.logaddexp(segment_lse, part_lse)
+            weights = [(x - joint).exp()[..., None] for x in (segment_lse, part_lse)]
             merged = queries.gather(out) * weights[0] + part * weights[1]
             queries.scatter(out, merged.to(out.dtype))
             queries.scatter(lse, joint)
@@ -162,15 +156,16 @@ class MergedAttention(torch.autograd.Function):
             part = _flash_backward(queries.gather(grads[0]), *inputs, *outputs, 0.0, causal, scale=ctx.scale)
             for total, tiles, grad in ((dq, queries, part[0]), (dk, keys, part[1]), (dv, keys, part[2])):
                 heads = total.shape[1]
-                if grad.shape[1] != heads:  # sum over the query heads that share a key
+                if grad.shape[1] != heads:  # sum over the query heads of a key
                     grad = grad.unflatten(1, (heads, -1)).sum(2)
-                # The causal parts come first, and have every token once.
-                (tiles.scatter if causal else tiles.scatter_add)(total, grad)
+                # The causal parts come first, and have every token once. Later parts add to them; no token is in two
+                # tiles of a part, so no sum depends on an order.
+                tiles.scatter(total, grad if causal else tiles.gather(total) + grad)
         return dq, dk, dv, None, None
 
 
 def _attention_inputs(q: Tensor, k: Tensor, v: Tensor, queries: Tiles, keys: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """With grouped queries, repeat each key for the heads that share it; the copies live for this part only."""
+    """With grouped queries, repeat each key for the heads that use it; the copies live for this part only."""
     heads_per_key = q.shape[1] // k.shape[1]
     key, value = keys.gather(k), keys.gather(v)
     if heads_per_key > 1:

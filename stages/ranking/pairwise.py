@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from schemas import Model
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
-from stages.network.forward import next_logits, read_rows
+from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
-from stages.network.packing import PromptResponses
+from stages.network.packing import PromptGroup
 from stages.ranking.base import Ranker, TextPair
 
 LABELS = ("A", "B")
@@ -53,7 +53,7 @@ class PairwiseRanker(Ranker):
         network once. A batch holds pairs of one prompt only, so that a number does not depend on what else was scored.
         """
 
-        def label_logits(network: PreTrainedModel, groups: Sequence[PromptResponses], dtype: str) -> Tensor:
+        def label_logits(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
             logits = next_logits(network, groups, dtype)
             return logits[:, a] - logits[:, b]
 
@@ -61,7 +61,7 @@ class PairwiseRanker(Ranker):
         rows = [self.prompt.ids(context, first, second) for first, second in pairs]
         shared = common_prefix_length(rows)
         split_rows = [(row[:shared], row[shared:]) for row in rows]
-        return read_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
+        return forward_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from schemas import Model
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
-from stages.network.forward import completion_scores, read_rows
+from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import load_network
 from stages.ranking.base import Scorer
 
@@ -34,4 +34,4 @@ class PointwiseRanker(Scorer):
 
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
         rows = [self.ids(context, text) for text in texts]
-        return read_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
+        return forward_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)

@@ -3,8 +3,6 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -25,12 +23,12 @@ CHECKPOINTS = 2  # so that there is one left where the last is incomplete
 class TrainState:
     """Progress of a run beside weights and moments: JSON in a checkpoint.
 
-    The order of the data needs no place in it, for it follows from the seed and the batches taken.
+    It does not hold the order of the data, which follows from the seed and the batches taken.
     """
 
     step: int = 0
-    batches: list[int] = field(default_factory=lambda: [0, 0])  # taken by each term
-    gaps: list[float] = field(default_factory=lambda: [0.0, 0.0])  # each term's last loss minus its optimum
+    batches_taken: list[int] = field(default_factory=lambda: [0, 0])  # by each term
+    excess_losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # each term's last loss minus its optimum
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # one entry per step
 
@@ -49,6 +47,8 @@ class Checkpoints:
 
     def __init__(self, mirror: Mirror, dist: Distributed) -> None:
         self.mirror, self.dist, self.folder = mirror, dist, mirror.here / "checkpoint"
+        # Torch warns of a run without other processes, which is what most runs are.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
     def ran_out_of_memory(self, tokens_per_pass: int) -> bool:
         """Return whether this run, before it was restarted, was out of memory with as many tokens per pass."""
@@ -68,9 +68,8 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         self.dist.barrier()
-        with _without_warning_of_one_process():
-            writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-            save(_tensors(network, optimizer), storage_writer=writer, no_dist=self.dist.world_size == 1)
+        writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+        save(_tensors(network, optimizer), storage_writer=writer, no_dist=self.dist.world_size == 1)
         if self.dist.rank == 0:
             files = {file.name: file.stat().st_size for file in scratch.iterdir()}
             (scratch / "state.json").write_text(json.dumps(asdict(state) | {"files": files}))
@@ -102,7 +101,7 @@ class Checkpoints:
         for weight in trained_weights(network).values():  # what Adam makes at its first step, to be filled
             count = torch.zeros((), dtype=torch.float32, device=weight.device)
             optimizer.state[weight] = {"step": count} | {name: torch.zeros_like(weight) for name in MOMENTS}
-        with torch.no_grad(), _without_warning_of_one_process():
+        with torch.no_grad():
             reader = HuggingFaceStorageReader(str(folder))
             load(_tensors(network, optimizer), storage_reader=reader, no_dist=self.dist.world_size == 1)
         return TrainState(**state)
@@ -116,11 +115,3 @@ def _tensors(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict
         for kind, value in optimizer.state[weight].items():
             tensors[f"moments.{name}.{kind}"] = value
     return tensors
-
-
-@contextmanager
-def _without_warning_of_one_process() -> Iterator[None]:
-    """Torch warns of a run without other processes, which is what most runs are."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield

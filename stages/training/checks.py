@@ -1,4 +1,4 @@
-"""Plan-time check of `optimize` against the steps behind its inputs: a plan whose data are never made is refused."""
+"""What a loss reads, checked against the steps that a plan has and against the tables that training gets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,34 @@ from pipeline import Bound, InputStep
 from stages.training.objectives import nll
 
 LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
+# What a loss may read, by the input or the option of `examples` that provides it.
+INPUTS = {"reference": "a reference", "pairs": "pairs", "mismatched": "mismatched rows"}
+OPTIONS = {"imitate": "responses with a weight", "desirable": "unpaired labels"}
+
+
+def data_needs(objective: Bound, nll_weight: float) -> dict[str, bool]:
+    """Return by input and option of `examples` whether objective + nll_weight * nll reads what it provides."""
+    fields, per = objective.metadata["reads"], objective.metadata["per"]
+    return {
+        "reference": "ref" in fields,
+        "pairs": per == "pairs",
+        "imitate": bool(nll_weight) or per == "likelihood",
+        "desirable": "desirable" in fields or per == "rows",
+        "mismatched": "kl" in fields,
+    }
+
+
+def missing_data(objective: Bound, nll_weight: float, present: dict[str, bool], soft_labels: bool) -> list[str]:
+    """Return what the loss reads and the examples, planned or in a table, lack."""
+    problems = []
+    for name, needed in data_needs(objective, nll_weight).items():
+        if needed and not present[name]:
+            reader = "nll" if name == "imitate" else f"objective {objective.name}"
+            cure = f"add `{name}` to the inputs of `examples`" if name in INPUTS else f"set `{name}` in `examples`"
+            problems.append(f"{reader} reads {(INPUTS | OPTIONS)[name]}, and the examples have none; {cure}")
+    if soft_labels and "label" not in objective.metadata["reads"]:
+        problems.append(f"objective {objective.name} takes every label as certain; set `labels: hard` in `examples`")
+    return problems
 
 
 def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -19,8 +47,21 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     terms = dict.fromkeys(("examples", "heldout"), (objective, nll_weight))
     terms |= dict.fromkeys(("demonstrations", "heldout_demonstrations"), (LIKELIHOOD, 0.0))
     for name, (loss, weight) in terms.items():
-        if name in inputs and inputs[name].stage == "examples":
-            problems += [f"{name}: {problem}" for problem in _examples_problems(inputs[name], loss, weight)]
+        if name not in inputs or inputs[name].stage != "examples":
+            continue
+        planned = inputs[name].options
+        present = {source: source in inputs[name].inputs for source in INPUTS}
+        present |= {option: planned.get(option, "nothing") != "nothing" for option in OPTIONS}
+        data_problems = missing_data(loss, weight, present, planned.get("labels") == "soft")
+        needs = data_needs(loss, weight)
+        needs["reference"] = True  # or not: see above
+        needs["pairs"] |= planned.get("imitate") == "chosen" or planned.get("desirable") == "pairs"
+        for surplus in (key for key in needs if present[key] and not needs[key]):
+            cure = f"remove `{surplus}` from the inputs" if surplus in INPUTS else f"unset `{surplus}`"
+            data_problems.append(f"objective {loss.name} reads no {(INPUTS | OPTIONS)[surplus]}; {cure}")
+        if weight and loss.metadata["per"] == "likelihood":
+            data_problems.append(f"objective {loss.name} is the likelihood itself; set nll_weight to 0")
+        problems += [f"{name}: {problem}" for problem in data_problems]
 
     # Options that nothing reads.
     if options["nll_per"] == "response" and not (nll_weight or objective.metadata["per"] == "likelihood" or mix):
@@ -58,35 +99,4 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
                 f"dtype: {options['dtype']}, and the reference is scored in {reference.options['dtype']}; "
                 "set both to the same"
             )
-    return problems
-
-
-def _examples_problems(examples: InputStep, objective: Bound, nll_weight: float) -> list[str]:
-    fields, per, name = objective.metadata["reads"], objective.metadata["per"], objective.name
-    options, inputs = examples.options, examples.inputs
-    imitates = options.get("imitate", "nothing") != "nothing"
-    labelled = options.get("desirable", "nothing") != "nothing"
-    pairs_used = per == "pairs" or options.get("imitate") == "chosen" or options.get("desirable") == "pairs"
-    likelihood = bool(nll_weight) or per == "likelihood"
-    checks = [
-        ("ref" in fields and "reference" not in inputs, "reads a reference; add `reference` to its inputs"),
-        (per == "pairs" and "pairs" not in inputs, "reads pairs; add `pairs` to its inputs"),
-        ("pairs" in inputs and not pairs_used, "reads no pairs; remove `pairs` from its inputs"),
-        (imitates and not likelihood, "reads no weights; unset its `imitate`"),
-        ("desirable" in fields and not labelled, "reads unpaired labels; set its `desirable`"),
-        (labelled and "desirable" not in fields, "reads no unpaired labels; unset its `desirable`"),
-        ("kl" in fields and "mismatched" not in inputs, "reads mismatched rows; add `mismatched` to its inputs"),
-        (
-            "mismatched" in inputs and "kl" not in fields,
-            "reads no mismatched rows; remove `mismatched` from its inputs",
-        ),
-        (
-            "label" not in fields and options.get("labels") == "soft",
-            "takes every label as certain; set its `labels: hard`",
-        ),
-        (per == "likelihood" and bool(nll_weight), "is the likelihood itself; set nll_weight to 0"),
-    ]
-    problems = [f"objective {name} {problem}" for applies, problem in checks if applies]
-    if likelihood and not imitates:
-        problems.append("nll reads responses with a weight; set its `imitate`")
     return problems

@@ -1,4 +1,4 @@
-"""Options of one training run and the data of its loss terms, as `optimize` hands them to the trainer.
+"""Options of a training run and the data of its loss terms, as `optimize` passes them to the trainer.
 
 Free of torch, so that a plan can read it.
 """
@@ -21,18 +21,18 @@ class TermData:
     heldout: pa.Table | None
     objective: Bound
     nll_weight: float = 0.0
+    optimum: float = 0.0  # loss that the term reaches alone
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of `optimize` under the names that users write; its docstring says what they mean.
+    """Options of `optimize` under the names and with the types of its signature; its docstring says what they mean.
 
-    Typed, for fifteen options in a dict pass every type checker whatever they are called.
+    A dataclass, because type checkers cannot see into a dict of options.
     """
 
     nll_per: Literal["token", "response"]
     mix: Bound | None
-    optima: tuple[float, float]  # loss that each term reaches alone: preference, imitation
     reference: Literal["init", "other"]
     learning_rate: float
     lr_scheduler_type: Literal["constant", "linear", "cosine"]

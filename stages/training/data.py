@@ -1,35 +1,34 @@
-"""Training groups, one per prompt, read from `examples` and checked against objective and model before any weight."""
+"""Training groups, one per prompt, read from `examples` and checked before any weight is loaded, and their batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound
 from schemas import Model, WinnowError
 from stages.limits import check_ids, context_length
+from stages.network.packing import PromptGroup
+from stages.training.checks import missing_data
 
 
 @dataclass(frozen=True)
-class TrainingGroup:
-    """Prompt with N responses, P pairs of indices into them, and rows that are read for the KL estimate alone."""
+class TrainingGroup(PromptGroup):
+    """Prompt with N responses, P pairs of indices into them, and mismatched rows, which only KTO's KL estimate uses.
+
+    KTO's unpaired labels: a response is desirable (1), undesirable (-1), or has no label (0).
+    """
 
     prompt_id: str
-    prompt: list[int]
     names: list[str]  # candidate ids, [N]
-    responses: list[list[int]]  # [N]
-    weight: list[float]  # [N]
+    weight: list[float]  # [N] of the likelihood
     ref: list[float] | None  # [N]
-    desirable: list[int] | None  # [N] 1 or -1, 0 where there is no label
+    desirable: list[int] | None  # [N]
     pairs: list[tuple[int, int]]  # [P] chosen, rejected
     pair_weight: list[float]  # [P]
     label: list[float]  # [P]
     mismatched: list[tuple[list[int], float]]  # other prompts' responses, and their reference log-prob
-
-    @property
-    def longest_row(self) -> int:
-        """Return the tokens of the prompt with its longest response."""
-        return len(self.prompt) + max(map(len, [*self.responses, *(ids for ids, _ in self.mismatched)]))
 
     @property
     def tokens(self) -> int:
@@ -38,7 +37,7 @@ class TrainingGroup:
 
     @property
     def tokens_unshared(self) -> int:
-        """Return the tokens of prompt and response, read again for each side of each pair, without padding."""
+        """Return the tokens of prompt and response for each side of each pair, without padding."""
         sides = [self.responses[n] for pair in self.pairs for n in pair] or self.responses
         return sum(len(self.prompt) + len(ids) for ids in [*sides, *(ids for ids, _ in self.mismatched)])
 
@@ -64,10 +63,10 @@ def groups_of(
     from stages.network.load import is_reward_model
 
     rows = sorted(examples.to_pylist(), key=lambda row: (row["prompt_id"], row["prompt_ids"]))
-    name, fields, per = objective.name, objective.metadata["reads"], objective.metadata["per"]
+    fields, per = objective.metadata["reads"], objective.metadata["per"]
     problems = []
     if is_reward_model(init) and (per != "pairs" or nll_weight or not {*fields} <= {"label"}):
-        problems.append(f"objective {name} reads log-probs, and a reward model gives scores; use `sigmoid`")
+        problems.append(f"objective {objective.name} reads log-probs, and a reward model gives scores; use `sigmoid`")
     empty = [
         row["prompt_id"] for row in rows if not all([row["prompt_ids"], *(r["token_ids"] for r in row["responses"])])
     ]
@@ -80,44 +79,53 @@ def groups_of(
         raise WinnowError(*problems)
     groups = [_training_group(row, "ref" in fields) for row in rows]
     check_ids(init, "examples", [ids for group in groups for ids in (group.prompt, *group.responses)])
-
-    # What the loss is a function of must be in the table, and nothing that it would silently ignore.
-    longest, limit = max((group.longest_row for group in groups), default=0), context_length(init.folder)
-    if longest > limit:
+    longest = max((len(row["prompt_ids"]) + len(r["token_ids"]) for row in rows for r in row["responses"]), default=0)
+    if longest > (limit := context_length(init.folder)):
         problems.append(f"examples have rows of {longest} tokens, and the model takes {limit}")
+
+    # What the loss is a function of must be in the table, and nothing that it would silently ignore. A response that
+    # is merely imitated needs no reference.
+    compared = [
+        response
+        for row in rows
+        for n, response in enumerate(row["responses"])
+        if response["desirable"] is not None or any(n in (pair["chosen"], pair["rejected"]) for pair in row["pairs"])
+    ]
+    present = {
+        "reference": all(response["ref_logp"] is not None for response in compared),
+        "pairs": any(group.pairs for group in groups),
+        "desirable": any(group.labelled for group in groups),
+        "mismatched": any(group.mismatched for group in groups),
+        "imitate": any(group.imitated for group in groups),
+    }
+    soft_labels = any(label != 1 for group in groups for label in group.label)
+    problems += missing_data(objective, nll_weight, present, soft_labels)
+
+    # The cached log-probs must be those of `init`, in the training's arithmetic.
     if "ref" in fields:
-        problems += _reference_problems(rows, init if reference == "init" else None, dtype)
-    if per == "pairs" and not any(group.pairs for group in groups):
-        problems.append(f"objective {name} reads pairs, and the examples have none; add `pairs` to their inputs")
-    if (nll_weight or per == "likelihood") and not any(group.imitated for group in groups):
-        problems.append("nll reads responses with a weight, and the examples have none; set `imitate` in `examples`")
-    if per == "rows" and not any(group.labelled for group in groups):
-        problems.append(f"objective {name} reads unpaired labels, and the examples have none; set `desirable`")
-    if "kl" in fields and not any(group.mismatched for group in groups):
-        problems.append(f"objective {name} reads mismatched rows, and the examples have none; add `mismatched`")
-    if "label" not in fields and any(label != 1 for group in groups for label in group.label):
-        problems.append(f"objective {name} takes every label as certain; set `labels: hard` in `examples`")
+        cached = [row for row in rows if any(response["ref_logp"] is not None for response in row["responses"])]
+        models = {row["ref_model"] for row in cached} if reference == "init" else set()
+        if others := sorted(str(model)[:12] for model in models - {init.digest}):
+            problems.append(
+                f"the cached reference was scored by weights {', '.join(others)}, and training starts from "
+                f"{init.digest[:12]}: give `reference.policy` and `optimize.init` the same step, or set "
+                "`optimize.reference: other`"
+            )
+        if others := sorted(map(str, {row["ref_dtype"] for row in cached} - {dtype})):
+            problems.append(
+                f"the cached reference was scored in {', '.join(others)}, and training runs in {dtype}: "
+                "set `dtype` of `reference` and `optimize` to the same"
+            )
     if problems:
         raise WinnowError(*problems)
     return groups
 
 
 def _training_group(row: dict[str, Any], needs_reference: bool) -> TrainingGroup:
-    """Raise WinnowError if a log-prob that the loss compares with a reference has none.
-
-    A response that is merely imitated needs none.
-    """
     responses = [response for response in row["responses"] if response["desirable"] != 0]
     mismatched = [response for response in row["responses"] if response["desirable"] == 0]
     index = {response["candidate_id"]: n for n, response in enumerate(responses)}
     names = [response["candidate_id"] for response in row["responses"]]
-    pairs = [(index[names[pair["chosen"]]], index[names[pair["rejected"]]]) for pair in row["pairs"]]
-    compared = [responses[n] for pair in pairs for n in pair]
-    compared += [response for response in row["responses"] if response["desirable"] is not None]
-    if needs_reference and any(response["ref_logp"] is None for response in compared):
-        raise WinnowError(
-            "the objective reads a reference, and the examples have none; add `reference` to the inputs of `examples`"
-        )
     labelled = any(response["desirable"] for response in responses)
     return TrainingGroup(
         prompt_id=row["prompt_id"],
@@ -127,27 +135,53 @@ def _training_group(row: dict[str, Any], needs_reference: bool) -> TrainingGroup
         weight=[response["weight"] for response in responses],
         ref=[response["ref_logp"] or 0.0 for response in responses] if needs_reference else None,
         desirable=[response["desirable"] or 0 for response in responses] if labelled else None,
-        pairs=pairs,
+        pairs=[(index[names[pair["chosen"]]], index[names[pair["rejected"]]]) for pair in row["pairs"]],
         pair_weight=[pair["weight"] for pair in row["pairs"]],
         label=[pair["label"] for pair in row["pairs"]],
         mismatched=[(response["token_ids"], response["ref_logp"] or 0.0) for response in mismatched],
     )
 
 
-def _reference_problems(rows: list[dict[str, Any]], init: Model | None, dtype: str) -> list[str]:
-    """Return why the cached log-probs are not those of `init` (of any policy, if None) in the training's arithmetic."""
-    cached = [row for row in rows if any(response["ref_logp"] is not None for response in row["responses"])]
-    problems = []
-    models = {row["ref_model"] for row in cached}
-    if init and (others := sorted(str(model)[:12] for model in models - {init.digest})):
-        problems.append(
-            f"the cached reference was scored by weights {', '.join(others)}, and training starts from "
-            f"{init.digest[:12]}: give `reference.policy` and `optimize.init` the same step, or set "
-            "`optimize.reference: other`"
-        )
-    if others := sorted(map(str, {row["ref_dtype"] for row in cached} - {dtype})):
-        problems.append(
-            f"the cached reference was scored in {', '.join(others)}, and training runs in {dtype}: "
-            "set `dtype` of `reference` and `optimize` to the same"
-        )
-    return problems
+@dataclass
+class BatchSampler:
+    """Endless sequence of batches, from the seed alone: a resumed run, and every rank, draws the same.
+
+    A batch is whole groups until they hold `batch_size` of what the objective counts.
+    """
+
+    groups: list[TrainingGroup]
+    per: str  # what the objective counts: pairs, rows (with a label) or likelihood (responses that are imitated)
+    batch_size: int
+    seed: int
+    index: int  # of the loss term in its run: terms draw their batches from different streams
+    _batches: list[list[TrainingGroup]] = field(default_factory=list)
+    _epochs: int = 0
+
+    def steps(self, epochs: int) -> int:
+        """Return the number of batches in so many epochs."""
+        while self._epochs < epochs:
+            self._draw_epoch()
+        return len(self._batches)
+
+    def __getitem__(self, n: int) -> list[TrainingGroup]:
+        while len(self._batches) <= n:
+            self._draw_epoch()
+        return self._batches[n]
+
+    def _draw_epoch(self) -> None:
+        order = np.random.default_rng([self.seed, self._epochs, self.index]).permutation(len(self.groups))
+        groups = [self.groups[n] for n in order]
+        sizes = [
+            len(group.pairs) if self.per == "pairs" else group.labelled if self.per == "rows" else len(group.imitated)
+            for group in groups
+        ]
+        batch: list[TrainingGroup] = []
+        size, remaining = 0, sum(sizes)
+        for group, amount in zip(groups, sizes, strict=True):
+            batch.append(group)
+            size, remaining = size + amount, remaining - amount
+            if size >= self.batch_size and remaining:
+                self._batches.append(batch)
+                batch, size = [], 0
+        self._batches.append(batch)  # with the groups at the end that do not count, such as those only imitated
+        self._epochs += 1

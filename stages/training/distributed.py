@@ -1,8 +1,8 @@
-"""Processes that train one network together, as the loop sees them: who reads what, and what it adds up to."""
+"""Processes that train one network together (FSDP2): which micro-batches are whose, and sums over all of them."""
 
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -40,13 +40,13 @@ class Distributed:
         register_fsdp_forward_method(network, "run")
 
     def run(self, network: PreTrainedModel, forward: Callable[[], T]) -> T:
-        """Call `forward`, which reads the network, with its weights gathered: all ranks must, equally often."""
+        """Call `forward` with the weights that it uses gathered: a collective, so all ranks must, equally often."""
         return forward() if self.world_size == 1 else network.run(forward)
 
-    def passes_of_this_rank(self, passes: list[T]) -> Iterator[T | None]:
-        """Yield this rank's passes; None where other ranks have one more, so that all make as many."""
-        for n in range(self.rank, -(-len(passes) // self.world_size) * self.world_size, self.world_size):
-            yield passes[n] if n < len(passes) else None
+    def items_of_this_rank(self, items: list[T]) -> Iterator[T | None]:
+        """Yield this rank's items; None where other ranks have one more, so that all yield as many."""
+        for n in range(self.rank, -(-len(items) // self.world_size) * self.world_size, self.world_size):
+            yield items[n] if n < len(items) else None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -54,27 +54,16 @@ class Distributed:
             torch_dist.all_reduce(tensor)
         return tensor
 
-    def all_reduce_sums(self, values: dict[str, float]) -> dict[str, float]:
-        """Return the sum of each value over all ranks."""
-        return dict(zip(values, self.all_reduce(self._exchangeable(list(values.values()))).tolist(), strict=True))
-
-    def all_reduce_max(self, value: float) -> float:
-        """Return the largest of all ranks' values."""
-        tensor = self._exchangeable([value])
-        if self.world_size > 1:
-            torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX)
-        return float(tensor)
-
-    def _exchangeable(self, values: list[float]) -> Tensor:
-        on_gpus = self.world_size > 1 and torch_dist.get_backend() == "nccl"
-        return torch.tensor(values, dtype=torch.float64, device="cuda" if on_gpus else "cpu")
+    def all_reduce_values(self, values: list[float], op: Any = torch_dist.ReduceOp.SUM) -> list[float]:
+        """Return the sum (or `op`) of each value over all ranks, in float64."""
+        if self.world_size == 1:
+            return values
+        device = "cuda" if torch_dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        torch_dist.all_reduce(tensor, op)
+        return tensor.tolist()
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world_size > 1:
             torch_dist.barrier()
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which each rank may hold a shard; all ranks must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

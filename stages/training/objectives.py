@@ -33,11 +33,11 @@ class Batch:
     rejected: Tensor  # [P]
     ref: Tensor | None = None  # [N] the same log-prob under the reference
     label: Tensor | None = None  # [P] P(chosen is better), if that is not always 1
-    desirable: Tensor | None = None  # [N] 1 or -1, 0 where the row has no label
-    kl: Tensor | None = None  # [] mean shift over the whole step's mismatched rows, without gradient
+    desirable: Tensor | None = None  # [N] KTO's unpaired label: 1 desirable, -1 undesirable, 0 none
+    kl: Tensor | None = None  # [] KTO's KL estimate z0 before its clamp: mean logratio of the step's mismatched rows
 
     @property
-    def shift(self) -> Tensor:
+    def logratio(self) -> Tensor:
         """Return log policy - log reference, [N]."""
         return self.logp - _required(self.ref, "a reference")
 
@@ -46,7 +46,7 @@ class Batch:
         """Return the log-prob per token, [N]."""
         return self.logp / self.length
 
-    def gap(self, scores: Tensor) -> Tensor:
+    def margin(self, scores: Tensor) -> Tensor:
         """Return chosen - rejected, [P]."""
         return scores[self.chosen] - scores[self.rejected]
 
@@ -70,12 +70,12 @@ def log1mexp(x: Tensor) -> Tensor:
 
 @objective(reads=("ref", "label"), per="pairs", aliases=("dpo",))
 def sigmoid_norm(b: Batch, *, beta: Positive = 0.1, smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0) -> Tensor:
-    """DPO: -log s(beta h), h the gap of shifts. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start.
+    """DPO: -log s(beta h), h the margin of logratios. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start.
 
     With q = P(chosen is better), from labels and `smoothing` (cDPO): -q log s(beta h) - (1 - q) log s(-beta h),
     least at h = log(q / (1 - q)) / beta.
     """
-    x = beta * b.gap(b.shift)
+    x = beta * b.margin(b.logratio)
     label = 1.0 if b.label is None else b.label
     q = label * (1 - smoothing) + (1 - label) * smoothing
     return -q * log_sigmoid(x) - (1 - q) * log_sigmoid(-x)
@@ -84,34 +84,34 @@ def sigmoid_norm(b: Batch, *, beta: Positive = 0.1, smoothing: Annotated[float, 
 @objective(reads=("ref",), per="pairs")
 def hinge_norm(b: Batch, *, gamma: Positive = 0.05) -> Tensor:
     """RSO's hinge on normalised likelihood: max(0, 1 - gamma h). Reference, summed. arXiv:2309.06657."""
-    return (1 - gamma * b.gap(b.shift)).clamp(min=0)
+    return (1 - gamma * b.margin(b.logratio)).clamp(min=0)
 
 
 @objective(reads=(), per="pairs", aliases=("slic",))
 def hinge(b: Batch, *, delta: Positive = 1.0) -> Tensor:
     """SLiC-HF: max(0, delta - log p(chosen) + log p(rejected)). No reference, summed. arXiv:2305.10425.
 
-    CLICK (arXiv:2306.03350) is the same loss with a margin of 15 to 20 nats.
+    CLICK (arXiv:2306.03350) is the same loss with a delta of 15 to 20 nats.
     """
-    return (delta - b.gap(b.logp)).clamp(min=0)
+    return (delta - b.margin(b.logp)).clamp(min=0)
 
 
 @objective(reads=("ref", "length"), per="pairs", aliases=("ipo",))
 def squared(b: Batch, *, tau: Positive = 0.1, average: Literal["sequence", "token"] = "sequence") -> Tensor:
     """IPO: (h - 1 / (2 tau))^2. Reference; arXiv:2310.12036, eq. 17.
 
-    sequence: h is the gap of summed shifts, as the paper writes it. token: of each side's shift divided by its own
-    length, as TRL does and says that the authors did; the target is then in nats per token, and tau about |y|
+    sequence: h is the margin of summed logratios, as the paper writes it. token: of each side's logratio divided by
+    its own length, as TRL does and says that the authors did; the target is then in nats per token, and tau about |y|
     times as large for the same strength.
     """
-    shift = b.shift if average == "sequence" else b.shift / b.length
-    return (b.gap(shift) - 1 / (2 * tau)) ** 2
+    logratio = b.logratio if average == "sequence" else b.logratio / b.length
+    return (b.margin(logratio) - 1 / (2 * tau)) ** 2
 
 
 @objective(reads=("length",), per="pairs", aliases=("rrhf",))
 def rank(b: Batch) -> Tensor:
     """RRHF: max(0, mean log p(rejected) - mean log p(chosen)). No reference, averaged. arXiv:2304.05302, eq. 3."""
-    return (-b.gap(b.mean)).clamp(min=0)
+    return (-b.margin(b.mean)).clamp(min=0)
 
 
 @objective(reads=("label",), per="pairs", aliases=("bradley_terry",))
@@ -120,7 +120,7 @@ def sigmoid(b: Batch, *, beta: Positive = 1.0) -> Tensor:
 
     On a reward model, whose score stands for the log-prob: Bradley-Terry maximum likelihood.
     """
-    x = beta * b.gap(b.logp)
+    x = beta * b.margin(b.logp)
     label = 1.0 if b.label is None else b.label
     return -label * log_sigmoid(x) - (1 - label) * log_sigmoid(-x)
 
@@ -131,7 +131,7 @@ def sigmoid_mean(b: Batch, *, beta: Positive = 2.0, gamma: NotNegative = 1.0) ->
 
     arXiv:2405.14734, eq. 6; the paper tunes gamma / beta, 0.5 here.
     """
-    return -log_sigmoid(beta * b.gap(b.mean) - gamma)
+    return -log_sigmoid(beta * b.margin(b.mean) - gamma)
 
 
 @objective(reads=("length",), per="pairs", aliases=("orpo",))
@@ -140,20 +140,20 @@ def odds_ratio(b: Batch, *, weight: Positive = 0.1) -> Tensor:
 
     No reference, averaged. arXiv:2403.07691, eq. 7; its likelihood term is nll_weight 1 on the chosen.
     """
-    return -weight * log_sigmoid(b.gap(b.mean - log1mexp(b.mean)))
+    return -weight * log_sigmoid(b.margin(b.mean - log1mexp(b.mean)))
 
 
 @objective(reads=("ref", "desirable", "kl"), per="rows")
 def kto(b: Batch, *, beta: Positive = 0.1, desirable: Positive = 1.0, undesirable: Positive = 1.0) -> Tensor:
-    """KTO: lambda (1 - s(beta (shift - z))) if desirable, lambda (1 - s(beta (z - shift))) if not.
+    """KTO: lambda (1 - s(beta (logratio - z0))) if desirable, lambda (1 - s(beta (z0 - logratio))) if not.
 
-    z = max(0, mean shift of responses under other prompts), over the whole step, without gradient.
+    z0 = max(0, mean logratio of responses under other prompts), over the whole step, without gradient.
     Reference, summed. arXiv:2402.01306, eq. 8. One number per row; rows without a label have 0.
     """
     sign = _required(b.desirable, "unpaired labels").to(b.logp.dtype)
-    z = _required(b.kl, "mismatched rows").clamp(min=0)
+    z0 = _required(b.kl, "mismatched rows").clamp(min=0)
     weight = desirable * sign.clamp(min=0) - undesirable * sign.clamp(max=0)
-    return weight * (sign * beta * (z - b.shift)).sigmoid()
+    return weight * (sign * beta * (z0 - b.logratio)).sigmoid()
 
 
 @objective(reads=("weight",), per="likelihood")

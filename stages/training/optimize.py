@@ -1,5 +1,6 @@
-"""Stage `optimize`: training, with one network in memory. It knows no method's name."""
+"""Stage `optimize`: training, with one network in memory. Method-agnostic: the losses are in `objectives`."""
 
+from dataclasses import fields
 from functools import partial
 from typing import Annotated, Literal
 
@@ -11,12 +12,12 @@ from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
 from stages.training.checks import LIKELIHOOD, check_optimize
 from stages.training.config import SPEED, TermData, TrainConfig
+from stages.training.mixing import UnitInterval
 from stages.training.mixing import mix as mixes
 from stages.training.objectives import objective as objectives
 
 Positive = Annotated[int, Range(gt=0)]
-Share = Annotated[float, Range(ge=0, le=1)]
-LAST = 0.1  # share of a run's steps whose mean loss is taken for what its objective alone can reach
+LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
 @stage(version=4, unsharded=True, check=check_optimize)
@@ -37,7 +38,7 @@ def optimize(
     reference: Literal["init", "other"] = "init",
     learning_rate: Annotated[float, Range(gt=0)],
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear",
-    warmup_ratio: Share = 0.1,
+    warmup_ratio: UnitInterval = 0.1,
     batch_size: Positive = 32,
     epochs: Positive = 1,
     max_grad_norm: Annotated[float, Range(gt=0)] = 1.0,
@@ -59,50 +60,31 @@ def optimize(
     whole step, so accumulation changes nothing and weights keep their scale. If the objective reads a reference, step
     0 must have the loss that policy = reference gives, or training refuses to start: a stale cache would train another
     objective. `reference: other` declares that the cached policy is not `init`, as when rounds continue from each other
-    and the reference stays the SFT policy. A rerun goes on from the last checkpoint, bit for bit on the same machine.
+    and the reference stays the SFT policy. A rerun resumes from the last checkpoint, bit for bit on the same machine.
 
     `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
     layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
     pass.
 
-    `world_size` processes hold one network together, a shard each (FSDP2 under Ray Train; a GPU each where there are
-    any), and share the groups of each step: the same losses to rounding, and after a death they go on from the last
-    checkpoint.
+    `world_size` processes shard one network (FSDP2 under Ray Train, one GPU each where there are any) and divide the
+    groups of each step among them: the same losses to rounding, and if one dies all resume from the last checkpoint.
 
-    With `demonstrations`, `mix` says in each step how much is the objective and how much the likelihood of what the
-    demonstrations imitate. There are as many steps as `epochs` over `examples` take; each term goes through its own
-    batches as often as its turn comes. `preference_optimum` and `imitation_optimum` are the metrics of runs of one
-    term alone, for a mix that reads how far each still is from its own best; the mean loss of their last tenth counts,
-    and 0 without them.
+    With `demonstrations`, `mix` returns per step the weight of the objective against the likelihood of what the
+    demonstrations imitate. There are as many steps as `epochs` over `examples` take; each term draws its next batch in
+    the steps that give it a weight. `preference_optimum` and `imitation_optimum` are the metrics of runs of one term
+    alone, for a mix that reads each term's excess loss over its own optimum: the mean loss of the last tenth of that
+    run's steps, and 0 without one.
     """
-    from stages.training.trainer import train
+    options = locals()  # by name
+    from stages.training.trainer import train_policy
 
-    data = [TermData(examples, heldout, objective, nll_weight)]
+    config = TrainConfig(**{option.name: options[option.name] for option in fields(TrainConfig)})
+    data = [TermData(examples, heldout, objective, nll_weight, _final_loss(preference_optimum, "loss"))]
     if demonstrations is not None:
-        data.append(TermData(demonstrations, heldout_demonstrations, LIKELIHOOD))
-    config = TrainConfig(
-        nll_per=nll_per,
-        mix=mix,
-        optima=(_final_loss(preference_optimum, "loss"), _final_loss(imitation_optimum, "imitation/loss")),
-        reference=reference,
-        learning_rate=learning_rate,
-        lr_scheduler_type=lr_scheduler_type,
-        warmup_ratio=warmup_ratio,
-        batch_size=batch_size,
-        epochs=epochs,
-        max_grad_norm=max_grad_norm,
-        weight_decay=weight_decay,
-        dtype=dtype,
-        lora_r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_target_modules=lora_target_modules,
-        tokens_per_pass=tokens_per_pass,
-        gradient_checkpointing=gradient_checkpointing,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
-    job = partial(train, init, data, config, ctx.mirror)
+        optimum = _final_loss(imitation_optimum, "imitation/loss")
+        data.append(TermData(demonstrations, heldout_demonstrations, LIKELIHOOD, optimum=optimum))
+    job = partial(train_policy, init, data, config, ctx.mirror)
     if world_size == 1:
         outcome = job(ctx.progress)
     else:

@@ -30,7 +30,7 @@ def reference(
     be in: neither another loss nor another pairing scores it again. Responses of equal tokens go through the network
     once.
     """
-    from stages.network.forward import logp_of, read_rows
+    from stages.network.forward import forward_rows, logp_of
     from stages.network.load import load_network
     from stages.training.throughput import TokenCounter
 
@@ -46,7 +46,7 @@ def reference(
     unique = list(dict.fromkeys((row["prompt_id"], tuple(row["token_ids"])) for row in rows))
     with closing(TokenCounter(network)) as counter:
         inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]
-        scores = read_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS)
+        scores = forward_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS)
     ctx.count(tokens=counter.tokens)
     logp = dict(zip(unique, scores.tolist(), strict=True))
     scored = [

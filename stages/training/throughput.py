@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed import ReduceOp
 from transformers import PreTrainedModel
 
 from stages.training.config import SPEED
@@ -48,15 +49,13 @@ class ThroughputMeter:
     def metrics(self, groups: list[TrainingGroup], tokens_per_pass: int) -> dict[str, float]:
         """Return the metrics of a step over these groups since `start`.
 
-        `tokens/saved` is the share saved against reading prompt and response again for each side of each pair,
-        without padding. `mfu` is measured against bfloat16's peak, on devices whose peak is known.
+        `tokens/saved` is the fraction saved against prompt and response for each side of each pair, without padding.
+        `mfu` is measured against bfloat16's peak, on devices whose peak is known.
         """
         seconds = time.perf_counter() - self._start
-        counts = self.dist.all_reduce_sums({
-            "read": float(self.counter.tokens - self._tokens),
-            "trained": float(self.counter.trained_tokens - self._trained_tokens),
-        })  # fmt: skip
-        device, read = self.network.device, counts["read"]
+        counts = [self.counter.tokens - self._tokens, self.counter.trained_tokens - self._trained_tokens]
+        forwarded, trained = self.dist.all_reduce_values([*map(float, counts)])
+        device = self.network.device
         if device.type == "cuda":
             peak_memory = torch.cuda.max_memory_allocated(device)
             name = torch.cuda.get_device_name(device)
@@ -65,10 +64,10 @@ class ThroughputMeter:
             peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             peak_flops = None
         metrics: dict[str, float] = {
-            "tokens/read": read,
-            "tokens/saved": 1 - read / sum(group.tokens_unshared for group in groups),
-            "tokens_per_second": read / seconds,
-            "peak_memory_gb": self.dist.all_reduce_max(peak_memory / 1e9),
+            "tokens/read": forwarded,
+            "tokens/saved": 1 - forwarded / sum(group.tokens_unshared for group in groups),
+            "tokens_per_second": forwarded / seconds,
+            "peak_memory_gb": self.dist.all_reduce_values([peak_memory / 1e9], ReduceOp.MAX)[0],
             "tokens_per_pass": tokens_per_pass,
             "gradient_checkpointing": self.gradient_checkpointing,
             "world_size": self.dist.world_size,
@@ -76,15 +75,15 @@ class ThroughputMeter:
         if pairs := sum(len(group.pairs) for group in groups):
             metrics["pairs_per_second"] = pairs / seconds
         if peak_flops:
-            metrics["mfu"] = self.flops(read, counts["trained"]) / seconds / peak_flops / self.dist.world_size
+            metrics["mfu"] = self.flops(forwarded, trained) / seconds / peak_flops / self.dist.world_size
         return {SPEED + name: float(value) for name, value in metrics.items()}
 
-    def flops(self, read: float, trained: float) -> float:
-        """Return the flop of reading so many tokens, `trained` of them with gradients.
+    def flops(self, forwarded: float, trained: float) -> float:
+        """Return the flop of a forward pass over so many tokens, `trained` of them with gradients.
 
         2 per weight forward, 2 for the gradient of a layer's input, and 2 for the weight's own if it is trained (6 N in
         arXiv:2001.08361, section 2.1); checkpointed layers go forward twice. Attention is not counted.
         """
         weights, trained_weights = (int(self.network.num_parameters(only)) for only in (False, True))
         again = weights * self.gradient_checkpointing
-        return 2.0 * weights * read + 2.0 * (weights + trained_weights + again) * trained
+        return 2.0 * weights * forwarded + 2.0 * (weights + trained_weights + again) * trained

@@ -1,65 +1,52 @@
-"""Training loop of `optimize`: one network, one or two loss terms, steps, checkpoints. It knows no method's name."""
+"""Training loop of `optimize`: one network, one or two loss terms, steps, checkpoints. Method-agnostic."""
 
 import math
 import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pipeline.context import Mirror, ProgressCallback
 from schemas import Model, WinnowError, WinnowWarning
 from stages.network.load import Adapt, checkpoint_layers, load_network, save_network
-from stages.training.checkpoints import Checkpoints, trained_weights
+from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
 from stages.training.config import TermData, TrainConfig
-from stages.training.data import groups_of
-from stages.training.distributed import Distributed, full_tensor
-from stages.training.mixing import MixState, measure_now
+from stages.training.distributed import Distributed
+from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
 
 PREFIXES = ("", "imitation/")  # of the metrics of each term
+TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
 
 
-def train(
+def train_policy(
     init: Model, data: list[TermData], config: TrainConfig, mirror: Mirror, report_progress: ProgressCallback
 ) -> dict[str, Any]:
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
-    Called by one process or by every rank. An interrupted run goes on from its last checkpoint, bit for bit on the same
+    Called by one process or by every rank. An interrupted run resumes from its last checkpoint, bit for bit on the same
     machine. Returns the policy's number of parameters, the steps, the tokens of its data, and the history: metrics per
-    step. Raises WinnowError for data that do not fit the objective, a stale reference, a loss that is not finite, and a
-    second lack of memory.
+    step. Raises WinnowError for data that do not fit the objective, a stale reference, a loss that is not finite, and
+    out of memory again after halving.
     """
     # Data first: what cannot be trained on is refused before a weight is loaded.
     dist = Distributed()
-    terms: list[ObjectiveTerm] = []
-    heldout = []
-    for index, rows in enumerate(data):
-        requirements = (rows.objective, rows.nll_weight, init, config.dtype, config.reference)
-        term = ObjectiveTerm(
-            groups_of(rows.examples, *requirements),
-            rows.objective,
-            rows.nll_weight,
-            nll_per=config.nll_per,
-            batch_size=config.batch_size,
-            dtype=config.dtype,
-            tokens_per_pass=config.tokens_per_pass,
-            seed=config.seed,
-            index=index,
-            dist=dist,
-        )
-        terms.append(term)
-        heldout.append(None if rows.heldout is None else groups_of(rows.heldout, *requirements))
+    terms = [ObjectiveTerm(term_data, init, config, index, dist) for index, term_data in enumerate(data)]
     check_world_size(dist.world_size, terms)
-    steps = terms[0].steps(config.epochs)
+    steps = terms[0].batches.steps(config.epochs)
     checkpoints = Checkpoints(mirror, dist)
     halved = checkpoints.ran_out_of_memory(config.tokens_per_pass)
     if halved:
-        _halve_passes(terms)
+        _halve_tokens_per_pass(terms)
 
     # One network and its optimizer, filled from the last checkpoint if there is one.
     adapt: Adapt | None = None
@@ -76,18 +63,13 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     state = checkpoints.restore(network, optimizer)
     meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
+    if state.step == 0 and "ref" in terms[0].objective.metadata["reads"] and config.reference == "init":
+        check_reference(terms[0], network)
 
-    def measure_gap(n: int) -> None:
-        """Measure a term's loss on the batch that it would take next, which is not counted as taken."""
-        loss = terms[n].evaluate(network, terms[n].batch(state.batches[n]))["loss"]
-        state.gaps[n] = loss - config.optima[n]
-
-    if state.step == 0:
-        if "ref" in data[0].objective.metadata["reads"] and config.reference == "init":
-            terms[0].check_reference(network)
-        if config.mix and config.mix.metadata["uses_losses"]:
-            for n in range(len(terms)):
-                measure_gap(n)
+    mix = config.mix
+    if state.step == 0 and mix and mix.metadata["uses_losses"]:
+        _measure_excess_losses(range(len(terms)), terms, network, state)
+    measure_every = mix.options[mix.metadata["measure_every"]] if mix and "measure_every" in mix.metadata else 0
 
     while state.step < steps:
         # Learning rate and batches of this step. A term of weight 0 is neither drawn nor forwarded.
@@ -95,34 +77,44 @@ def train(
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate
         weights = [1.0]
-        if config.mix:
-            weight = config.mix(MixState(state.step, steps, config.seed, *state.gaps))
+        if mix:
+            weight = mix(MixState(state.step, steps, config.seed, *state.excess_losses))
             weights = [weight, 1.0 - weight]
         active = [n for n, weight in enumerate(weights) if weight]
-        batches = {n: terms[n].batch(state.batches[n]) for n in active}
+        batches = {n: terms[n].batches[state.batches_taken[n]] for n in active}
 
-        # Forward and backward, a pass at a time; loss and metrics are those of the whole step on all ranks.
+        # Forward and backward, a micro-batch at a time; loss and metrics are those of the whole step on all ranks.
         meter.start()
         means = {}
         try:
             for n, batch in batches.items():
                 metrics = StepMetrics(batch, config.nll_per)
-                for loss in terms[n].losses(network, batch, metrics):
+                for loss in terms[n].micro_batch_losses(network, batch, metrics):
                     (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
                 means[n] = metrics.means()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            # On a GPU there is a class for it; a CPU's allocator has only words.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             optimizer.zero_grad(set_to_none=True)
-            _note_out_of_memory(state.step, terms, checkpoints, halved)
+            tokens_per_pass = terms[0].tokens_per_pass
+            if halved:
+                largest = max(term.largest_micro_batch for term in terms) or tokens_per_pass
+                raise WinnowError(
+                    f"step {state.step}: out of memory again, with tokens_per_pass halved to {tokens_per_pass}; set "
+                    f"`tokens_per_pass` to {min(largest, tokens_per_pass // 2)}, or `gradient_checkpointing: true` if "
+                    "one row alone is too long"
+                ) from error
+            checkpoints.note_out_of_memory(tokens_per_pass)
             if dist.world_size > 1:
                 raise RuntimeError("out of memory") from error  # other ranks wait for this one: all start again
             halved = True
-            _halve_passes(terms)
+            _halve_tokens_per_pass(terms)
             continue  # the same step, once more
 
-        # Clip, refuse what is not finite, step. The optimizer's time is not the passes' and so not metered.
-        grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
+        # Clip, refuse what is not finite, step. The optimizer's time is not metered: it is not the micro-batches'.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not all(map(math.isfinite, [grad_norm, *(means[n]["loss"] for n in active)])):
             culprits = "; ".join(terms[n].rows_not_finite(network, batch) for n, batch in batches.items())
             raise WinnowError(
@@ -139,30 +131,29 @@ def train(
         state.tokens += sum(group.tokens for group in groups)
         entry = {"step": float(state.step)}
         for n in active:
-            state.batches[n] += 1
-            state.gaps[n] = means[n]["loss"] - config.optima[n]
+            state.batches_taken[n] += 1
+            state.excess_losses[n] = means[n]["loss"] - terms[n].optimum
             entry |= {PREFIXES[n] + name: value for name, value in means[n].items()}
         entry |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        if config.mix:
+        if mix:
             entry["preference_weight"] = weights[0]
         state.history.append(entry | speeds)
-        if measure_now(config.mix, state.step):
-            for n in set(range(len(terms))) - set(active):
-                measure_gap(n)
+        if measure_every and state.step % measure_every == 0:
+            _measure_excess_losses(set(range(len(terms))) - set(active), terms, network, state)
         report_progress(state.step, steps, "steps")
         if state.step % config.checkpoint_every == 0 and state.step < steps:
             checkpoints.save(state, network, optimizer)
 
-    for term, held, prefix in zip(terms, heldout, PREFIXES, strict=False):
-        if held is not None:
-            means_of_heldout = {f"heldout/{prefix}{name}": v for name, v in term.evaluate(network, held).items()}
-            state.history.append({"step": float(state.step)} | means_of_heldout)
+    for term, prefix in zip(terms, PREFIXES, strict=False):
+        if term.heldout is not None:
+            heldout = {f"heldout/{prefix}{name}": v for name, v in term.evaluate(network, term.heldout).items()}
+            state.history.append({"step": float(state.step)} | heldout)
     size = _save_policy(network, init, mirror.here / "model", dist, adapt)
     return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
 
 
 def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the share of the learning rate at this step: linear warm-up, then constant or decay to zero."""
+    """Return the fraction of the learning rate at this step: linear warm-up, then constant or decay to zero."""
     warmup = round(config.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -174,7 +165,7 @@ def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
 def check_world_size(world_size: int, terms: list[ObjectiveTerm]) -> None:
     """Raise WinnowError where most steps have fewer groups than there are ranks: some would only wait."""
     for term in terms:
-        groups = int(median(len(term.batch(n)) for n in range(term.steps(1))))
+        groups = int(median(len(term.batches[n]) for n in range(term.batches.steps(1))))
         if groups < world_size:
             raise WinnowError(
                 f"optimize.world_size: {world_size}, and half of the steps have {groups} prompts or fewer, which are "
@@ -182,28 +173,43 @@ def check_world_size(world_size: int, terms: list[ObjectiveTerm]) -> None:
             )
 
 
-def _note_out_of_memory(step: int, terms: list[ObjectiveTerm], checkpoints: Checkpoints, halved: bool) -> None:
-    """Record it for a restart; raise WinnowError with what would fit if the passes were halved before."""
-    tokens_per_pass = terms[0].tokens_per_pass
-    if halved:
-        fits = min(max(term.largest_pass for term in terms) or tokens_per_pass, tokens_per_pass // 2)
+@torch.no_grad()
+def check_reference(term: ObjectiveTerm, network: PreTrainedModel) -> None:
+    """Raise WinnowError unless the cached reference gives, row by row, the loss of policy = reference.
+
+    A stale cache would train another objective without any sign of it.
+    """
+    batch = term.batches[0]
+    kl = term.kl_estimate(network, batch)
+    rows = [(group.prompt, ids) for group in batch for ids in group.responses]
+    cached = term.objective_batch(batch, term.logp_by_ranks(network, rows), kl)
+    loss = term.objective(cached)
+    expected = term.objective(replace(cached, ref=cached.logp, kl=torch.zeros_like(kl)))
+    drift, scale = loss - expected, max(1.0, float(expected.abs().mean()))
+    tolerance, tolerance_per_pair = (bound * scale for bound in TOLERANCE[term.dtype])
+    # A NaN compares false with any bound, so the test must be for agreement and not for its opposite.
+    if not (abs(float(drift.mean())) <= tolerance and float(drift.abs().mean()) <= tolerance_per_pair):
         raise WinnowError(
-            f"step {step}: out of memory again, with tokens_per_pass halved to {tokens_per_pass}; set "
-            f"`tokens_per_pass` to {fits}, or `gradient_checkpointing: true` if one row alone is too long"
+            f"step 0: the loss with the cached reference is {loss.mean():.6f} ({drift.abs().mean():.6f} off per "
+            f"pair), and policy = reference must give {expected.mean():.6f}: the cache is stale (other weights, "
+            "chat template, truncation or dtype); run `reference` again with the weights that training starts from"
         )
-    checkpoints.note_out_of_memory(tokens_per_pass)
 
 
-def _halve_passes(terms: list[ObjectiveTerm]) -> None:
+def _measure_excess_losses(
+    indices: Iterable[int], terms: list[ObjectiveTerm], network: PreTrainedModel, state: TrainState
+) -> None:
+    """Measure the loss of some terms on the batch that each takes next, without counting it as taken."""
+    for n in indices:
+        loss = terms[n].evaluate(network, terms[n].batches[state.batches_taken[n]])["loss"]
+        state.excess_losses[n] = loss - terms[n].optimum
+
+
+def _halve_tokens_per_pass(terms: list[ObjectiveTerm]) -> None:
     for term in terms:
         term.tokens_per_pass = max(1, term.tokens_per_pass // 2)
     message = f"out of memory: tokens_per_pass is {terms[0].tokens_per_pass} from now on"
     warnings.warn(message, WinnowWarning, stacklevel=3)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU there is a class for it; a CPU's allocator has only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _save_policy(network: PreTrainedModel, init: Model, folder: Path, dist: Distributed, adapt: Adapt | None) -> int:
@@ -211,17 +217,12 @@ def _save_policy(network: PreTrainedModel, init: Model, folder: Path, dist: Dist
     if dist.world_size == 1:
         save_network(network, init, folder)
         return int(network.num_parameters())
-    weights = {}
-    for name, shard in network.named_parameters():
-        weight = full_tensor(shard.detach())
-        if dist.rank == 0:
-            weights[name] = weight.cpu()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(network, options=options)  # empty on other ranks
     size = 0
     if dist.rank == 0:
         unsharded = load_network(init, train=True, adapt=adapt)
-        with torch.no_grad():
-            for name, parameter in unsharded.named_parameters():
-                parameter.copy_(weights[name])
+        unsharded.load_state_dict(weights)
         save_network(unsharded, init, folder)
         size = int(unsharded.num_parameters())
     dist.barrier()

@@ -48,14 +48,14 @@ def optimize(
     out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
 ) -> None:
     """Compare `optimize` and `reference` with TRL's DPOTrainer in pairs per second and memory, and ablate each idea."""
-    from tests.bench.optimize.measure import Bench, apart
-    from tests.bench.optimize.model import World, parse
+    from tests.bench.optimize.measure import Bench, new_process
+    from tests.bench.optimize.model import BenchData, parse_shape
     from tests.bench.optimize.tables import page, tables
 
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder), vocabulary)
-        benchmark = Bench(world, [parse(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
-        benchmark.run(apart(threads), console.print)
+        data = BenchData(Path(folder), vocabulary)
+        benchmark = Bench(data, [parse_shape(shape) for shape in shapes.split(",")], dtypes.split(","), steps, repeats)
+        benchmark.run(new_process(threads), console.print)
         for title, table in tables(benchmark).items():
             console.print(as_table(table, title))
         if out:

@@ -9,7 +9,7 @@ from schemas import WinnowError
 from tests.bench.optimize import sides
 from tests.bench.optimize.ablations import ABLATIONS
 from tests.bench.optimize.measure import PARITY, WAYS, Bench
-from tests.bench.optimize.model import Shape, World, a_row_a_pair, matches, parse
+from tests.bench.optimize.model import BenchData, Shape, matches, one_pair_per_group, parse_shape
 from tests.bench.optimize.tables import page, tables
 
 SMALL = Shape(prompt=9, response=5, responses=4, pairs=3)
@@ -22,7 +22,7 @@ def here(function, *args):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """All tasks on a tiny model, in this process, which their memory does not count in."""
-    made = Bench(World(tmp_path_factory.mktemp("bench"), 300, 64, 2, 64), [SMALL], ["float32"], 1, 2)
+    made = Bench(BenchData(tmp_path_factory.mktemp("bench"), 300, 64, 2, 64), [SMALL], ["float32"], 1, 2)
     made.run(here, lambda said: None)
     return made
 
@@ -34,7 +34,7 @@ def test_both_sides_train_the_same_policy(bench):
     assert float(row["final weights"]) < 1e-4
     assert float(row["their change"]) < 1e-3
     assert row["met"] == "yes"
-    ours, theirs = (bench.found["parity", side, str(SMALL)].losses for side in ("ours", "TRL"))
+    ours, theirs = (bench.results["parity", side, str(SMALL)].losses for side in ("ours", "TRL"))
     assert len(ours) == len(theirs) == PARITY
     assert ours[0] == pytest.approx(np.log(2), abs=1e-5)
     assert np.ptp(ours) > 3e-4
@@ -43,7 +43,7 @@ def test_both_sides_train_the_same_policy(bench):
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_trains_the_same_policy_at_another_cost(bench, name):
     """On one step of all groups, where the order of the rows says nothing."""
-    setting = sides.Setting(bench.world, SMALL, "float32", PARITY, 2, 0)
+    setting = sides.Setting(bench.data, SMALL, "float32", PARITY, 2, 0)
     assert sides.ours(setting, name).losses == pytest.approx(sides.trl(setting).losses, rel=1e-5)
 
 
@@ -72,8 +72,8 @@ def test_pairs_are_matches():
 
 
 def test_a_row_a_pair_has_the_same_pairs(bench):
-    table = bench.world.examples(SMALL, "float32", 3)
-    rows = a_row_a_pair(table).to_pylist()
+    table = bench.data.examples(SMALL, "float32", 3)
+    rows = one_pair_per_group(table).to_pylist()
     assert [[each["candidate_id"] for each in row["responses"]] for row in rows] == [
         [row["responses"][pair[side]]["candidate_id"] for side in ("chosen", "rejected")]
         for row in table.to_pylist()
@@ -84,12 +84,12 @@ def test_a_row_a_pair_has_the_same_pairs(bench):
 @pytest.mark.parametrize("text", ["512/64/8", "512/64/8/x", "512/64/8/8", "0/64/8/4", ""])
 def test_a_shape_that_is_none_is_refused(text):
     with pytest.raises(WinnowError, match="--shapes"):
-        parse(text)
+        parse_shape(text)
 
 
 def test_a_dtype_that_is_none_is_refused(tmp_path):
     with pytest.raises(WinnowError, match="float8"):
-        Bench(World(tmp_path, 300), [SMALL], ["float8"], 1, 1)
+        Bench(BenchData(tmp_path, 300), [SMALL], ["float8"], 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_a_dtype_that_is_none_is_refused(tmp_path):
 )
 def test_what_is_timed_keeps_to_the_memory_promised_if_anything_does(tmp_path, plain, gradient_checkpointing, chosen):
     """At 256/256/8/4 at most 0.7 of what TRL's fastest has, which is 647 MB here, and not the 400 of its leanest."""
-    shape = parse("256/256/8/4")
-    bench = Bench(World(tmp_path, 300, 64, 2, 64), [shape], ["bfloat16"], 1, 1)
+    shape = parse_shape("256/256/8/4")
+    bench = Bench(BenchData(tmp_path, 300, 64, 2, 64), [shape], ["bfloat16"], 1, 1)
     tried = {
         "ours": {1: (3.8, plain), 2: (3.5, 1200.0)},
         "ours, gradient_checkpointing": {1: (2.8, gradient_checkpointing), 2: (2.9, 640.0)},
         "TRL": {1: (1.5, 647.0), 2: (1.4, 400.0)},
     }
-    bench.found = {("sizes", way, str(shape), "bfloat16"): sizes for way, sizes in tried.items()}
+    bench.results = {("sizes", way, str(shape), "bfloat16"): sizes for way, sizes in tried.items()}
     setting = bench.setting(shape, "ours")
     way = "ours, gradient_checkpointing" if setting.gradient_checkpointing else "ours"
     assert (setting.gradient_checkpointing, tried[way][setting.size][0]) == chosen

@@ -273,7 +273,8 @@ class FakeJob:
     """Job on a fake dashboard: at each request for the job its log is the next one, or no answer; then it has ended."""
 
     def __init__(self, *logs: str | None, end: str = "SUCCEEDED") -> None:
-        self.logs, self.log, self.end = list(logs), None, end
+        self.logs, self.end = list(logs), end
+        self.log: str | None = None
         self.over = threading.Event()
         self.answers = metadata() | {"/api/jobs/run-1": self._details, "/api/jobs/run-1/logs": self._log}
 

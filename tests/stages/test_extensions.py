@@ -73,13 +73,13 @@ def my_pairs(rows) -> Iterator[Preference]:
 @objective(reads=("ref", "length"), per="pairs", aliases=("mine",))
 def my_objective(b: Batch, *, beta: float = 2.0):
     """DPO on log-ratios per token."""
-    return -log_sigmoid(beta * b.gap(b.shift / b.length))
+    return -log_sigmoid(beta * b.margin(b.logratio / b.length))
 
 
 @mix(uses_losses=True)
 def my_mix(state, *, floor: float = 0.5):
     """Take the preference objective while its loss is the larger one, at least with this weight."""
-    return 1.0 if state.preference_gap > state.imitation_gap else floor
+    return 1.0 if state.preference_excess > state.imitation_excess else floor
 
 
 @head()

@@ -1,4 +1,4 @@
-"""What both sides train on: a random Llama, and groups of random tokens of one shape, with a cached reference."""
+"""Data of both sides: a random Llama, and groups of random tokens of one shape, with a cached reference."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
 from schemas.tables import EXAMPLES
 
-ROOM = 16  # pairs that a step holds at least
-GROUPS = 4  # groups that it holds at least
+MIN_PAIRS = 16  # per step
+MIN_GROUPS = 4  # per step
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,27 @@ class Shape:
 
     @property
     def group_tokens(self) -> int:
-        """Of a group, nothing read twice."""
+        """Return the tokens of a group, the prompt once."""
         return self.prompt + self.responses * self.response
 
     @property
     def pair_tokens(self) -> int:
-        """Of a pair, each side with a prompt of its own."""
+        """Return the tokens of a pair, the prompt once per side."""
         return 2 * (self.prompt + self.response)
 
     @property
     def groups(self) -> int:
-        """In a step."""
-        return max(GROUPS, -(-ROOM // self.pairs))
+        """Return the groups of a step."""
+        return max(MIN_GROUPS, -(-MIN_PAIRS // self.pairs))
 
     @property
     def matches(self) -> str:
+        """Return the name of the ranking that compares a group's responses in so many pairs."""
         return {1: "one pair", self.responses // 2: "first round"}.get(self.pairs, "tournament")
 
 
-def parse(text: str) -> Shape:
-    """`prompt/response/responses/pairs`; raises WinnowError."""
+def parse_shape(text: str) -> Shape:
+    """Parse `prompt/response/responses/pairs`; raises WinnowError."""
     try:
         shape = Shape(*map(int, text.split("/")))
     except (TypeError, ValueError):
@@ -61,8 +62,8 @@ def parse(text: str) -> Shape:
 
 
 @dataclass(frozen=True)
-class World:
-    """A folder with one model and, for every shape and dtype, a table of examples."""
+class BenchData:
+    """Folder with one model and, for every shape and dtype, a table of examples."""
 
     folder: Path
     vocabulary: int
@@ -81,7 +82,7 @@ class World:
         return self.folder / f"{shape}".replace("/", "-") / f"{dtype}.parquet"
 
     def make_model(self) -> None:
-        """Head and embeddings are one: at a vocabulary of 8192, 3.1 of 13.8 million weights."""
+        """Save a random Llama with tied embeddings: at a vocabulary of 8192, 3.1 of 13.8 million weights."""
         from transformers import LlamaConfig, LlamaForCausalLM, set_seed
         from transformers.utils.logging import disable_progress_bar
 
@@ -100,51 +101,51 @@ class World:
         LlamaForCausalLM(config).save_pretrained(self.folder / "model")
 
     def make_examples(self, shape: Shape, dtype: str, groups: int) -> None:
-        """Random tokens and winners; log-probs by the model itself, as `reference` would cache them."""
+        """Write groups of random tokens and winners, with log-probs by the model itself, as `reference` caches them."""
         from stages.limits import SCORING_TOKENS_PER_PASS
-        from stages.network.forward import logp_of, read_rows
+        from stages.network.forward import forward_rows, logp_of
         from stages.network.load import load_network
 
         rng = np.random.default_rng(0)
-        rows = [self._row(shape, n, rng) for n in range(groups)]
-        asked = [(row["prompt_ids"], each["token_ids"]) for row in rows for each in row["responses"]]
-        found = iter(
-            read_rows(logp_of, load_network(self.init, train=True), asked, dtype, SCORING_TOKENS_PER_PASS).tolist()
-        )
+        rows: list[dict[str, Any]] = []
+        for n in range(groups):
+            prompt = rng.integers(1, self.vocabulary, shape.prompt).tolist()
+            responses = [
+                {
+                    "candidate_id": f"c{n}-{k}",
+                    "token_ids": rng.integers(1, self.vocabulary, shape.response).tolist(),
+                    "weight": 0.0,
+                }
+                for k in range(shape.responses)
+            ]
+            pairs = [
+                {"chosen": chosen, "rejected": rejected, "weight": 1.0, "label": 1.0}
+                for (chosen, rejected), _ in zip(matches(shape.responses, rng), range(shape.pairs), strict=False)
+            ]
+            rows.append({"prompt_id": f"p{n:04}", "prompt_ids": prompt, "responses": responses, "pairs": pairs})
+        inputs = [(row["prompt_ids"], response["token_ids"]) for row in rows for response in row["responses"]]
+        network = load_network(self.init, train=True)
+        logp = iter(forward_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS).tolist())
         for row in rows:
             row |= {"ref_model": self.init.digest, "ref_dtype": dtype}
-            for each in row["responses"]:
-                each["ref_logp"] = next(found)
+            for response in row["responses"]:
+                response["ref_logp"] = next(logp)
         self._file(shape, dtype).parent.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows, schema=EXAMPLES), self._file(shape, dtype))
 
-    def _row(self, shape: Shape, n: int, rng: np.random.Generator) -> dict[str, Any]:
-        def ids(length: int) -> list[int]:
-            return rng.integers(1, self.vocabulary, length).tolist()
-
-        names = [f"c{n}-{k}" for k in range(shape.responses)]
-        return {
-            "prompt_id": f"p{n:04}",
-            "prompt_ids": ids(shape.prompt),
-            "responses": [{"candidate_id": each, "token_ids": ids(shape.response), "weight": 0.0} for each in names],
-            "pairs": [
-                {"chosen": chosen, "rejected": rejected, "weight": 1.0, "label": 1.0}
-                for (chosen, rejected), _ in zip(matches(shape.responses, rng), range(shape.pairs), strict=False)
-            ],
-        }
-
 
 def matches(players: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """(winner, loser) round after round, the winners going on."""
-    left = list(range(players))
-    while len(left) > 1:
-        rounds = [(a, b) if rng.random() < 0.5 else (b, a) for a, b in zip(left[::2], left[1::2], strict=False)]
+    """Yield (winner, loser) of a knock-out tournament, round after round."""
+    remaining = list(range(players))
+    while len(remaining) > 1:
+        neighbours = zip(remaining[::2], remaining[1::2], strict=False)
+        rounds = [(a, b) if rng.random() < 0.5 else (b, a) for a, b in neighbours]
         yield from rounds
-        left = [winner for winner, _ in rounds] + left[2 * len(rounds) :]
+        remaining = [winner for winner, _ in rounds] + remaining[2 * len(rounds) :]
 
 
-def a_row_a_pair(examples: pa.Table) -> pa.Table:
-    """The same pairs, each as a group of its own."""
+def one_pair_per_group(examples: pa.Table) -> pa.Table:
+    """Return the same pairs, each as a separate group."""
     rows = [
         row
         | {

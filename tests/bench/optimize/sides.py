@@ -1,4 +1,4 @@
-"""One run of one side in the process that it is called in: what a step takes, and what it comes to."""
+"""One run of one side in the calling process: seconds and memory per step, and losses."""
 
 import ctypes
 import tempfile
@@ -12,30 +12,31 @@ from typing import Any
 from pipeline.context import StageContext, WarmCache
 from stages.training.objectives import objective
 from tests.bench.optimize.ablations import ABLATIONS
-from tests.bench.optimize.model import Shape, World
+from tests.bench.optimize.model import BenchData, Shape
 from tests.bench.page import resident
 
 BETA = 0.1
 LR = 1e-4
 NEVER = 1_000_000_000
-SCORED = (1, 2, 4)  # pairs that TRL scores at a time
+SCORING_BATCHES = (1, 2, 4)  # pairs that TRL scores at a time
 
 
 @dataclass(frozen=True)
 class Setting:
-    """steps: timed ones, after one of warm-up. size: groups a forward pass of ours, pairs of TRL's.
+    """Options of one run.
 
-    gradient_checkpointing: of ours, whether activations are made again in the backward pass.
+    steps: timed ones, after one of warm-up. size: our groups per forward pass, or TRL's pairs. gradient_checkpointing:
+    for our side only.
     """
 
-    world: World
+    data: BenchData
     shape: Shape
     dtype: str
-    groups: int  # a step
+    groups: int  # per step
     size: int
     steps: int
     gradient_checkpointing: bool = False
-    keep: Path | None = None  # where the final weights go
+    weights: Path | None = None  # where to save the final weights
 
     @property
     def pairs(self) -> int:
@@ -43,12 +44,12 @@ class Setting:
 
     @property
     def examples(self) -> Any:
-        return self.world.examples(self.shape, self.dtype, self.groups * (self.steps + 1))
+        return self.data.examples(self.shape, self.dtype, self.groups * (self.steps + 1))
 
 
 @dataclass(frozen=True)
 class Run:
-    seconds: float  # a step, mean of the timed ones
+    seconds: float  # per step, mean of the timed ones
     megabytes: float
     losses: list[float]
 
@@ -57,9 +58,9 @@ class Run:
 class Watch:
     """Seconds and memory of all steps but the first.
 
-    The memory is the highest resident set since the first step ended, less the resident set there: gradients are
-    freed by then, weights and AdamW's moments are there, and what the C library keeps of freed memory is handed
-    back. So it counts activations, gradients and whatever else a step needs besides model and optimizer.
+    The memory is the highest resident set since the first step ended, less the resident set at that time: gradients
+    are freed by then, weights and AdamW's moments are allocated, and freed memory is returned by the C library. So it
+    counts activations, gradients and whatever else a step needs besides model and optimizer.
     """
 
     ticks: list[float] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Watch:
     def step(self) -> None:
         if not self.ticks:
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+            Path("/proc/self/clear_refs").write_text("5")  # resets the highest so far
             self.start = resident("VmRSS")
         self.ticks.append(time.perf_counter())
 
@@ -78,18 +79,18 @@ class Watch:
 
 
 def ours(setting: Setting, ablation: str = "none") -> Run:
-    """The stage `optimize` itself, on the table of examples."""
+    """Run the stage `optimize` itself on the table of examples."""
     from stages.training.optimize import optimize
 
     watch = Watch()
-    change, table_of = ABLATIONS[ablation]
-    with tempfile.TemporaryDirectory() as folder, change(), warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*reads a prompt again")  # it would be another measurement
-        space = StageContext(Path(folder), WarmCache(), lambda done, total, unit: watch.step())
+    patched, table_of = ABLATIONS[ablation]
+    with tempfile.TemporaryDirectory() as folder, patched(), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*computes a prompt again")  # it would be another measurement
+        ctx = StageContext(Path(folder), WarmCache(), lambda done, total, unit: watch.step())
         trained, _, metrics, *_ = optimize(
-            setting.world.init,
+            setting.data.init,
             table_of(setting.examples),
-            space,
+            ctx,
             objective=objective.bind({"name": "sigmoid_norm", "beta": BETA}),
             learning_rate=LR,
             warmup_ratio=0.0,
@@ -100,20 +101,19 @@ def ours(setting: Setting, ablation: str = "none") -> Run:
             checkpoint_every=NEVER,
         )
         run = watch.run([row["value"] for row in metrics.to_pylist() if row["metric"] == "loss"])
-        if setting.keep:
-            (trained.folder / "model.safetensors").rename(setting.keep)
+        if setting.weights:
+            (trained.folder / "model.safetensors").rename(setting.weights)
     return run
 
 
 def ordered(setting: Setting) -> Iterator[dict[str, Any]]:
-    """One of TRL's examples a pair, in the order in which our steps take their groups."""
-    from stages.training.data import groups_of
-    from stages.training.terms import ObjectiveTerm
+    """Yield TRL's example of each pair, in the order in which our steps take their groups."""
+    from stages.training.data import BatchSampler, groups_of
 
     loss = objective.bind({"name": "sigmoid_norm"})
-    groups = groups_of(setting.examples, loss, 0.0, setting.world.init, setting.dtype)
-    term = ObjectiveTerm(groups, loss, 0.0, "token", setting.pairs, setting.dtype, NEVER, seed=0, index=0)
-    for group in (group for n in range(term.steps(1)) for group in term.batch(n)):
+    groups = groups_of(setting.examples, loss, 0.0, setting.data.init, setting.dtype)
+    batches = BatchSampler(groups, "pairs", setting.pairs, seed=0, index=0)
+    for group in (group for n in range(batches.steps(1)) for group in batches[n]):
         for chosen, rejected in group.pairs:
             yield {
                 "prompt_ids": group.prompt,
@@ -131,42 +131,43 @@ def trl(setting: Setting) -> Run:
 
 
 def sweep(side: Callable[[Setting], Run], setting: Setting, sizes: list[int]) -> dict[int, tuple[float, float]]:
-    """Pairs a second and megabytes at each size, from one step after one of warm-up.
+    """Return pairs per second and megabytes at each size, from one step after one of warm-up.
 
-    Upwards until two are slower than the best.
+    Stops once two sizes in a row are slower than the best.
     """
-    found: dict[int, tuple[float, float]] = {}
+    measured: dict[int, tuple[float, float]] = {}
     for size in sizes:
         run = side(replace(setting, size=size, steps=1))
-        found[size] = setting.pairs / run.seconds, run.megabytes
-        speeds = [speed for speed, _ in found.values()]
+        measured[size] = setting.pairs / run.seconds, run.megabytes
+        speeds = [speed for speed, _ in measured.values()]
         if len(speeds) > 2 and max(speeds[-2:]) < max(speeds):
             break
-    return found
+    return measured
 
 
 def our_reference(setting: Setting) -> float:
-    """Responses scored a second, by what the stage `reference` does with its rows, on all threads."""
+    """Return responses scored per second by the forward pass of the stage `reference`, on all threads."""
     from stages.limits import SCORING_TOKENS_PER_PASS
-    from stages.network.forward import logp_of, read_rows
+    from stages.network.forward import forward_rows, logp_of
     from stages.network.load import load_network
 
-    network = load_network(setting.world.init, train=True)
-    rows = [(row["prompt_ids"], each["token_ids"]) for row in setting.examples.to_pylist() for each in row["responses"]]
+    network = load_network(setting.data.init, train=True)
+    examples = setting.examples.to_pylist()
+    rows = [(row["prompt_ids"], response["token_ids"]) for row in examples for response in row["responses"]]
     first = setting.groups * setting.shape.responses
-    read_rows(logp_of, network, rows[:first], setting.dtype, SCORING_TOKENS_PER_PASS)
+    forward_rows(logp_of, network, rows[:first], setting.dtype, SCORING_TOKENS_PER_PASS)
     start = time.perf_counter()
-    read_rows(logp_of, network, rows[first:], setting.dtype, SCORING_TOKENS_PER_PASS)
+    forward_rows(logp_of, network, rows[first:], setting.dtype, SCORING_TOKENS_PER_PASS)
     return (len(rows) - first) / (time.perf_counter() - start)
 
 
 def trl_reference(setting: Setting) -> float:
-    """The same responses a second, by TRL's `precompute_ref_log_probs` over the pairs that they stand in.
+    """Return the same responses per second, scored by TRL's `precompute_ref_log_probs` over their pairs.
 
-    Counted like ours: a response once, however often TRL scores it. At the batch size that makes it fastest here.
+    Counted like ours: a response once, however often TRL scores it. At TRL's fastest batch size.
     """
     from tests.bench.optimize.trl_side import precompute
 
     pairs = list(ordered(setting))
-    covered = setting.groups * setting.steps * setting.shape.responses
-    return covered / min(precompute(replace(setting, size=size), pairs) for size in SCORED)
+    responses = setting.groups * setting.steps * setting.shape.responses
+    return responses / min(precompute(replace(setting, size=size), pairs) for size in SCORING_BATCHES)

@@ -1,4 +1,4 @@
-"""TRL's `DPOTrainer` at its best settings on a CPU, on token ids that are given."""
+"""TRL's `DPOTrainer` at its best settings on a CPU, on prepared token ids."""
 
 import tempfile
 import time
@@ -23,11 +23,11 @@ logging.disable_progress_bar()
 datasets.disable_progress_bars()
 
 
-class Given(DPOTrainer):
-    """Takes token ids and reference log-probs as they are, and keeps the loss of every pass."""
+class PreparedDPOTrainer(DPOTrainer):
+    """Trainer that takes token ids and reference log-probs as they are, and records the loss of every micro-batch."""
 
     def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
-        self.passes: list[Any] = []
+        self.losses: list[Any] = []
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, *rest: Any) -> Any:
@@ -35,12 +35,12 @@ class Given(DPOTrainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        self.passes.append(loss.detach())
+        self.losses.append(loss.detach())
         return loss
 
 
-class Tick(TrainerCallback):  # type: ignore[misc]
-    """After a step its gradients are freed."""
+class StepTimer(TrainerCallback):  # type: ignore[misc]
+    """Callback that ends a step once its gradients are freed."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -52,41 +52,40 @@ class Tick(TrainerCallback):  # type: ignore[misc]
 def train(setting: Setting, pairs: list[dict[str, Any]], watch: Watch, beta: float, lr: float) -> Run:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         trainer = _trainer(folder, setting, pairs, beta, lr)
-        trainer.add_callback(Tick(watch))
+        trainer.add_callback(StepTimer(watch))
         trainer.train()
-    passes = [float(loss) for loss in trainer.passes]
-    each = setting.pairs // setting.size
-    run = watch.run([sum(passes[n : n + each]) / each for n in range(0, len(passes), each)])
-    if setting.keep:
-        trainer.model.save_pretrained(scratch := setting.keep.with_suffix(""))
-        (scratch / "model.safetensors").rename(setting.keep)
+    losses = [float(loss) for loss in trainer.losses]
+    accumulated = setting.pairs // setting.size
+    run = watch.run([sum(losses[n : n + accumulated]) / accumulated for n in range(0, len(losses), accumulated)])
+    if setting.weights:
+        trainer.model.save_pretrained(scratch := setting.weights.with_suffix(""))
+        (scratch / "model.safetensors").rename(setting.weights)
     return run
 
 
 def precompute(setting: Setting, pairs: list[dict[str, Any]]) -> float:
-    """Seconds of TRL's own pass over all steps' pairs but the first's, which warm it up."""
-    kept = ("prompt_ids", "chosen_ids", "rejected_ids")
-    given = [{name: pair[name] for name in kept} for pair in pairs]
+    """Return the seconds in which TRL scores the pairs of all steps but the first, which is the warm-up."""
+    rows = [{name: pair[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         trainer = _trainer(folder, setting, pairs[: setting.pairs], 0.1, 0.0)
-        for part in (given[: setting.pairs], given[setting.pairs :]):
-            rows = datasets.Dataset.from_list(part)
+        for part in (rows[: setting.pairs], rows[setting.pairs :]):
+            dataset = datasets.Dataset.from_list(part)
             start = time.perf_counter()
-            DPOTrainer._precompute_ref_logps(trainer, rows, "train", setting.size)
+            DPOTrainer._precompute_ref_logps(trainer, dataset, "train", setting.size)
         return time.perf_counter() - start
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What TRL and its libraries warn of is their own."""
+    """Silence warnings of TRL and its libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _trainer(folder: str, setting: Setting, pairs: list[dict[str, Any]], beta: float, lr: float) -> Given:
+def _trainer(folder: str, setting: Setting, pairs: list[dict[str, Any]], beta: float, lr: float) -> PreparedDPOTrainer:
     model = AutoModelForCausalLM.from_pretrained(
-        setting.world.init.folder, dtype="float32", attn_implementation="sdpa", local_files_only=True
+        setting.data.init.folder, dtype="float32", attn_implementation="sdpa", local_files_only=True
     )
     args = DPOConfig(
         output_dir=folder,
@@ -115,12 +114,12 @@ def _trainer(folder: str, setting: Setting, pairs: list[dict[str, Any]], beta: f
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
     )
-    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
-    trainer = Given(
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    trainer = PreparedDPOTrainer(
         model=model,
         args=args,
         train_dataset=datasets.Dataset.from_list(pairs),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>"),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

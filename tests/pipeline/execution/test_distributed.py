@@ -15,7 +15,7 @@ from pipeline.execution.distributed import resources_per_rank
 from pipeline.resources import Resources
 from schemas import WinnowError, WinnowWarning
 from stages.network.load import load_network
-from stages.network.packing import PassSize
+from stages.network.packing import forward_tokens
 from stages.training.distributed import Distributed
 from stages.training.objectives import objective
 from stages.training.optimize import optimize
@@ -32,7 +32,7 @@ def test_every_pass_counts_once_and_all_ranks_do_as_many():
         for rank in range(world_size):
             dist = Distributed()
             dist.world_size, dist.rank = world_size, rank
-            dealt.append(list(dist.passes_of_this_rank(list(range(passes)))))
+            dealt.append(list(dist.items_of_this_rank(list(range(passes)))))
         assert len({len(turns) for turns in dealt}) == 1
         for n in range(passes):
             assert sum(turns.count(n) for turns in dealt) == 1
@@ -46,8 +46,8 @@ def test_ranks_share_a_step_that_fits_one_pass(sharp, world_size, tokens_per_pas
     """Every group in one pass, a pass for each rank while groups last, none above the budget but of one group."""
     term = term_of(sharp, random_rows(prompts=7), "hinge", tokens_per_pass=tokens_per_pass)
     term.dist.world_size = world_size
-    passes = term.passes(load_network(sharp), term.groups)
-    sizes = [PassSize.of(groups, True).size for groups in passes]
+    passes = term.micro_batches(load_network(sharp), term.groups)
+    sizes = [forward_tokens(groups, True) for groups in passes]
     assert sorted(group.prompt_id for groups in passes for group in groups) == [f"p{n}" for n in range(7)]
     assert len(passes) >= min(world_size, 7)
     assert all(len(groups) == 1 or size <= tokens_per_pass for groups, size in zip(passes, sizes, strict=True))
@@ -58,7 +58,7 @@ def test_ranks_share_a_step_that_fits_one_pass(sharp, world_size, tokens_per_pas
 def test_more_ranks_than_a_step_has_groups_are_refused(sharp):
     """Steps of 4 pairs have 2 groups, mostly: two ranks share them, a third would wait."""
     term = term_of(sharp, random_rows(prompts=7), "hinge", batch_size=4)
-    sizes = sorted(len(term.batch(n)) for n in range(term.steps(1)))
+    sizes = sorted(len(term.batches[n]) for n in range(term.batches.steps(1)))
     assert sizes[len(sizes) // 2] == 2
     check_world_size(2, [term])
     with pytest.raises(WinnowError, match=r"optimize.world_size: 3\b.*set world_size to 2"):

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,13 @@ def model(tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """The files that were read, in order."""
-    paths, plain = [], fingerprints.file_digest
+    paths, plain = [], file_digest
 
     def read_digest(file, algorithm):
         paths.append(Path(file.name))
         return plain(file, algorithm)
 
-    monkeypatch.setattr(fingerprints, "file_digest", read_digest)
+    monkeypatch.setattr("pipeline.store.fingerprints.file_digest", read_digest)
     return paths
 
 

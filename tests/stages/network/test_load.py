@@ -14,7 +14,7 @@ from pipeline.store.fingerprints import ModelPath, model_digest
 from schemas import Model, WinnowError
 from stages.data.tokenizer import Tokenizer
 from stages.limits import check_ids, context_length
-from stages.network.forward import completion_logp, logp_of, read_rows
+from stages.network.forward import completion_logp, forward_rows, logp_of
 from stages.network.load import load_network, save_network
 from tests.material import alone
 
@@ -40,8 +40,8 @@ def network(tiny):
 def naive(network, prompt, response):
     """sum_t log softmax(logits at position |x| + t - 1)[y_t]: one row, no padding, no window, float64 softmax."""
     logits = network(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0].double()
-    table = logits.log_softmax(-1)
-    return sum(float(table[len(prompt) + t - 1, token]) for t, token in enumerate(response))
+    logp = logits.log_softmax(-1)
+    return sum(float(logp[len(prompt) + t - 1, token]) for t, token in enumerate(response))
 
 
 @torch.inference_mode()
@@ -50,30 +50,18 @@ def scored(network, rows):
 
 
 @few
-@given(rows=rows_of)
-def test_completion_logp_is_the_naive_sum(network, rows):
-    """Any mixture of lengths in one padded batch gives each row's own sum."""
-    assert scored(network, rows) == [pytest.approx(naive(network, *row), rel=LIMIT, abs=LIMIT) for row in rows]
-
-
-@few
-@given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=20, max_size=60), ids), order=st.randoms())
-def test_a_number_does_not_depend_on_its_batch(network, rows, long, order):
-    """Alone, shuffled, or beside a much longer row (more padding, a wider window): the same to 1e-5 nats."""
-    separate = [scored(network, [row])[0] for row in rows]
-    indices = list(range(len(rows)))
-    order.shuffle(indices)
-    shuffled = scored(network, [rows[n] for n in indices])
-    assert shuffled == [pytest.approx(separate[n], rel=LIMIT, abs=LIMIT) for n in indices]
-    beside = scored(network, [*rows, long])[:-1]
-    assert beside == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in separate]
+@given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=20, max_size=60), ids))
+def test_completion_logp_is_the_naive_sum(network, rows, long):
+    """Each row has its sum in any mixture of lengths: alone, or beside a much longer one (padding, a wider window)."""
+    for batch in (rows, [*rows, long], [rows[0]]):
+        assert scored(network, batch) == [pytest.approx(naive(network, *row), rel=LIMIT, abs=LIMIT) for row in batch]
 
 
 def test_the_first_response_token_is_predicted_from_the_last_prompt_token(network):
     """log p(y_1 | x) = log softmax(logits at the last prompt position)[y_1], and summed over y_1 it is 1.
 
     One position early or late, sum_v p(v) would not be 1 over the vocabulary of one-token responses: each row
-    would read the distribution of another prefix. A later token cannot change it; the prompt's last can.
+    would have the distribution of another prefix. A later token cannot change it; the prompt's last can.
     """
     prompt = [7, 40, 91, 13]
     vocabulary = network.config.vocab_size
@@ -96,7 +84,7 @@ def test_logp_adds_up_along_a_response(network):
         assert sum(parts) == pytest.approx(total, rel=LIMIT, abs=LIMIT)
 
 
-def test_hits_count_the_tokens_that_greedy_decoding_would_write(network):
+def test_n_correct_counts_the_tokens_that_greedy_decoding_would_write(network):
     """The greedy continuation has all its tokens counted; with one token changed, that one is not."""
     prompt = [5, 17, 200]
     greedy: list[int] = []
@@ -104,20 +92,20 @@ def test_hits_count_the_tokens_that_greedy_decoding_would_write(network):
         for _ in range(6):
             greedy.append(int(network(input_ids=torch.tensor([prompt + greedy])).logits[0, -1].argmax()))
     broken = [*greedy[:-1], (greedy[-1] + 1) % network.config.vocab_size]
-    _, hits = completion_logp(network, alone([(prompt, greedy), (prompt, broken)]), "float32")
-    assert hits.tolist() == [6, 5]
+    _, n_correct = completion_logp(network, alone([(prompt, greedy), (prompt, broken)]), "float32")
+    assert n_correct.tolist() == [6, 5]
 
 
 @few
 @given(rows=rows_of, budget=st.integers(1, 120))
-def test_read_rows_is_completion_logp_in_the_order_given(network, rows, budget):
+def test_forward_rows_is_completion_logp_in_the_order_of_rows(network, rows, budget):
     """Whatever the budget cuts into batches."""
-    scores = read_rows(logp_of, network, rows, "float32", budget)
+    scores = forward_rows(logp_of, network, rows, "float32", budget)
     assert scores.dtype == np.float32
     assert scores.tolist() == [pytest.approx(value, rel=LIMIT, abs=LIMIT) for value in scored(network, rows)]
 
 
-def test_bfloat16_reads_with_an_fp32_softmax(network):
+def test_bfloat16_has_an_fp32_softmax(network):
     """autocast moves the logits by a few parts in 2^8, and the sum stays fp32: near the fp32 number, and not equal."""
     row = ([7, 40, 91], [13, 60, 4, 88])
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipeline import AdapterPath, ModelPath
 from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
-from stages.network.forward import completion_logp, logp_of, read_rows, share_prefixes, shares
+from stages.network.forward import completion_logp, forward_rows, logp_of, share_prefixes, uses_shared_prefix
 from stages.network.load import checkpoint_layers, load_network, save_network
 from stages.network.lora import add_adapter
 from stages.network.models import model
@@ -62,7 +62,7 @@ def adapter(seed=0, targets=(), rank=RANK):
 
 
 def logp(network, rows):
-    return read_rows(logp_of, network, responses_of(rows), "float32", 60)
+    return forward_rows(logp_of, network, responses_of(rows), "float32", 60)
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma3", "phi, biased head"])
@@ -71,30 +71,30 @@ def test_a_prompt_is_shared_by_its_responses_with_adapters_in_every_layer(name):
     network = enlarged(SHARING[name]())
     adapter()(network)
     share_prefixes(network)
-    assert shares(network)
+    assert uses_shared_prefix(network)
     groups = [
         PromptGroup([5, 9, 30, 7], [[11, 12], [20, 30, 40, 50, 7, 8, 9], [3]]),
         PromptGroup([6], [[4], [8, 8, 8, 60]]),
     ]
-    shared, expected = completion_logp(network, groups, "float32")[0], padded_logp(network, groups)
-    assert torch.allclose(shared, expected, rtol=1e-5, atol=1e-5)
-    ours = gradients(network, shared)
+    packed, expected = completion_logp(network, groups, "float32")[0], padded_logp(network, groups)
+    assert torch.allclose(packed, expected, rtol=1e-5, atol=1e-5)
+    ours = gradients(network, packed)
     assert_same_gradients(ours, gradients(network, expected), 0.1)
     assert ours.keys() == {name for name, _ in network.named_parameters() if "lora_" in name}
 
 
-def test_a_head_with_an_adapter_is_read_the_plain_way(sharp, rows, tmp_path):
+def test_a_head_with_an_adapter_gets_padded_rows(sharp, rows, tmp_path):
     """It is more than a linear layer then; the numbers are still those of the merged network."""
     untied = load_network(sharp)
     untied.config.tie_word_embeddings = False
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
     init = save_network(untied, sharp, tmp_path / "untied")
-    with pytest.warns(UserWarning, match="reads a prompt again.*its head is a Linear"):
+    with pytest.warns(UserWarning, match="computes a prompt again.*its head is a Linear"):
         network = load_network(init, adapt=adapter(targets=["lm_head", "q_proj"]))
-    assert not shares(network)
+    assert not uses_shared_prefix(network)
     adapted = logp(network, rows)
     merged = load_network(save_network(network, init, tmp_path / "merged"))
-    assert shares(merged)
+    assert uses_shared_prefix(merged)
     assert adapted == pytest.approx(logp(merged, rows), rel=1e-4)
 
 
@@ -327,7 +327,7 @@ def test_only_the_layers_that_are_named_are_trained(sharp, rows, tmp_path):
 
 def metrics_gradients_and_stored_bytes(network, term):
     """Loss metrics, gradients, and bytes of activations that autograd stores for the backward pass."""
-    own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
     stored = {}
 
     def store(tensor):
@@ -338,11 +338,11 @@ def metrics_gradients_and_stored_bytes(network, term):
         loss, metrics = loss_of(term, network)
     loss.backward()
     grads = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
-    return metrics, grads, sum(size for address, size in stored.items() if address not in own)
+    return metrics, grads, sum(size for address, size in stored.items() if address not in weights)
 
 
 def test_layers_that_run_again_give_the_same_gradients(sharp, rows):
-    """Bit for bit, with groups whole and in several passes; and less is stored for the backward pass."""
+    """Bit for bit, with groups in one forward pass and in several; and less is stored for the backward pass."""
     for adapt, tokens_per_pass in [(None, 100), (adapter(), 15)]:
         term = term_of(sharp, rows, "sigmoid_norm", tokens_per_pass=tokens_per_pass)
         plain, checkpointed = (load_network(sharp, train=True, adapt=adapt) for _ in range(2))

@@ -20,7 +20,7 @@ from stages.evaluation.evaluate import evaluate
 from stages.head.features import features
 from stages.head.relu import ReluHead, feature_matrix, read_relu_head
 from stages.head.train import PairFeatures, head, head_reward, last_layer, preference_head
-from stages.network.forward import completion_logp, read_rows, response_means
+from stages.network.forward import completion_logp, forward_rows, response_means
 from stages.network.load import load_network
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 from stages.sampling.engines.steering import Guide
@@ -279,7 +279,7 @@ def test_steering_of_no_strength_draws_what_the_unsteered_engine_draws(engine, o
 def continuation_scores(network, head, prompt, prefix, tokens):
     """Scores of features that `stages.head.features` makes of each whole continuation, without a cache."""
     rows = [(prompt, [*prefix, int(token)]) for token in tokens]
-    return head.score(read_rows(response_means, network, rows, "float32", 4096).astype(float))
+    return head.score(forward_rows(response_means, network, rows, "float32", 4096).astype(float))
 
 
 @torch.inference_mode()

@@ -50,7 +50,7 @@ EXTRA = ("entropy", "mean_logits", "is_top1")  # what TRL logs beside its loss
 
 
 def identity(values):
-    """What `gather` gives where there is one process."""
+    """Return what `gather` gives in a single process."""
     return values
 
 
@@ -58,19 +58,19 @@ ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), gather=identity, gathe
 
 
 def trainer(cls, **attributes):
-    """A trainer of TRL's that has what its loss reads and nothing else: no data, no optimizer, no processes."""
+    """Return a TRL trainer with what its loss reads and nothing else: no data, no optimizer, no processes."""
     instance = object.__new__(cls)
-    shared = dict(
+    defaults = dict(
         accelerator=ONE_PROCESS, aux_loss_enabled=False, model=SimpleNamespace(training=False), label_smoothing=0.0,
         precompute_ref_logps=True, is_encoder_decoder=False, _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0, args=SimpleNamespace(max_length=None, center_rewards_coefficient=None),
     )  # fmt: skip
-    vars(instance).update(shared | attributes)
+    vars(instance).update(defaults | attributes)
     return instance
 
 
 def dpo(beta, *losses):
-    """TRL's DPO with losses given as (name, weight)."""
+    """Return TRL's DPO with losses of (name, weight)."""
     return trainer(
         DPOTrainer, beta=beta, loss_types=[name for name, _ in losses], loss_weights=[weight for _, weight in losses],
         ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False,
@@ -98,32 +98,32 @@ def orpo(beta):
 
 @st.composite
 def responses(draw):
-    """(length, log-prob, reference log-prob) of an even number of responses, the first half chosen."""
+    """Draw (length, log-prob, reference log-prob) of an even number of responses, the first half chosen."""
     n = 2 * draw(st.integers(1, 4))
     length = draw(st.lists(st.integers(1, 20), min_size=n, max_size=n))
     mean = draw(st.lists(st.floats(-5, -0.01), min_size=n, max_size=n))
-    shift = draw(st.lists(st.floats(-30, 30), min_size=n, max_size=n))
+    logratio = draw(st.lists(st.floats(-30, 30), min_size=n, max_size=n))
     size = torch.tensor(length, dtype=torch.float64)
     logp = size * torch.tensor(mean, dtype=torch.float64)
-    return size, logp.requires_grad_(), logp.detach() - torch.tensor(shift, dtype=torch.float64)
+    return size, logp.requires_grad_(), logp.detach() - torch.tensor(logratio, dtype=torch.float64)
 
 
 def flat(size, logp, ref=None, **fields):
-    """Ours: the first half chosen, the second rejected."""
+    """Return our batch: the first half chosen, the second rejected."""
     first = torch.arange(len(logp) // 2)
     fields = dict(weight=torch.zeros_like(logp)) | fields
     return Batch(logp=logp, length=size, ref=ref, chosen=first, rejected=first + len(first), **fields)
 
 
 def padded(size, logp):
-    """Theirs: each log-prob spread evenly over its response, after a prompt of one token; log-probs and mask."""
+    """Return TRL's log-probs and mask: each log-prob spread evenly over its response, after a prompt of one token."""
     positions = torch.arange(int(size.max()) + 1)
     mask = (positions > 0) & (positions <= size[:, None])
     return (logp / size)[:, None] * mask[:, 1:], mask.long()
 
 
 class FixedNetwork:
-    """In the place of TRL's network: its output for log-probs that are given."""
+    """Network that returns fixed log-probs to TRL."""
 
     def __init__(self, log_probs):
         zeros = torch.zeros_like(log_probs)
@@ -134,25 +134,25 @@ class FixedNetwork:
 
 
 def same(ours, theirs, logp, tolerance=1e-6):
-    """Values agree to 1e-6, slopes to `tolerance`."""
+    """Assert that values agree to 1e-6, slopes to `tolerance`."""
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6, abs=1e-6)
     (a,), (b,) = (torch.autograd.grad(loss, logp, retain_graph=True) for loss in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def bends(gap, beta):
-    """Is a pair at the bend of max(0, 1 - beta gap), where any slope between the two is right?"""
-    return bool(((1 - beta * gap).abs() < 1e-9).any())
+def bends(margin, beta):
+    """Return whether a pair is at the bend of max(0, 1 - beta margin), where any slope between the two is right."""
+    return bool(((1 - beta * margin).abs() < 1e-9).any())
 
 
 @few
 @given(rows=responses(), beta=st.floats(0.01, 1))
 def test_dpo_hinge_and_ipo(rows, beta):
     """A mean over pairs of -ln s(beta h), max(0, 1 - beta h), (h per token - 1 / (2 beta))^2; TRL's DPO on averages is
-    our sigmoid_mean of shifts."""
+    our sigmoid_mean of logratios."""
     size, logp, ref = rows
     b = flat(size, logp, ref)
-    assume(not bends(b.gap(b.shift), beta))
+    assume(not bends(b.margin(b.logratio), beta))
     log_probs, mask = padded(size, logp)
     chosen, rejected = ref.chunk(2)
     inputs = dict(input_ids=mask, attention_mask=mask, completion_mask=mask, ref_chosen_logps=chosen,
@@ -161,7 +161,7 @@ def test_dpo_hinge_and_ipo(rows, beta):
         "sigmoid": sigmoid_norm(b, beta=beta),
         "hinge": hinge_norm(b, gamma=beta),
         "ipo": squared(b, tau=beta, average="token"),
-        "sigmoid_norm": sigmoid_mean(flat(b.length, b.shift), beta=beta, gamma=0.0),
+        "sigmoid_norm": sigmoid_mean(flat(b.length, b.logratio), beta=beta, gamma=0.0),
     }.items():
         same(ours.mean(), dpo(beta, (theirs, 1.0)).compute_loss(FixedNetwork(log_probs), inputs), logp)
 
@@ -173,7 +173,7 @@ def test_conservative_dpo(rows, beta, smoothing):
     size, logp, ref = rows
     theirs = cpo("sigmoid", beta, label_smoothing=smoothing)
     b = flat(size, logp, ref)
-    same(sigmoid_norm(b, beta=beta, smoothing=smoothing).mean(), theirs.cpo_loss(*b.shift.chunk(2))[0].mean(), logp)
+    same(sigmoid_norm(b, beta=beta, smoothing=smoothing).mean(), theirs.cpo_loss(*b.logratio.chunk(2))[0].mean(), logp)
     soft = flat(size, logp, label=torch.full((len(logp) // 2,), 1 - smoothing, dtype=torch.float64))
     same(sigmoid(soft, beta=beta).mean(), theirs.cpo_loss(*logp.chunk(2))[0].mean(), logp)
 
@@ -193,7 +193,7 @@ def test_slic(rows, beta):
     """CPO's hinge: relu(1 - beta (lp(w) - lp(l))) = beta max(0, 1 / beta - lp(w) + lp(l))."""
     size, logp, _ = rows
     b = flat(size, logp)
-    assume(not bends(b.gap(b.logp), beta))
+    assume(not bends(b.margin(b.logp), beta))
     theirs = cpo("hinge", beta).cpo_loss(*logp.chunk(2))[0]
     same(beta * hinge(b, delta=1 / beta).mean(), theirs.mean(), logp)
 
@@ -255,7 +255,7 @@ def theirs(sharp):
 
 
 def pairs_of(rows):
-    """One of TRL's examples a pair."""
+    """Yield TRL's example of each pair."""
     for row in rows:
         for pair in row["pairs"]:
             chosen, rejected = row["responses"][pair["chosen"]], row["responses"][pair["rejected"]]
@@ -269,7 +269,7 @@ def pairs_of(rows):
 
 
 def same_step(loss, network, other, other_network, tolerance=1e-5):
-    """Loss to 1e-6, gradients of all weights to `tolerance` of the largest: sums of 1e2 float32 terms."""
+    """Assert that losses agree to 1e-6, gradients to `tolerance` of the largest: sums of 1e2 float32 terms."""
     assert loss.item() == pytest.approx(other.item(), rel=1e-6, abs=1e-6)
     gradients = []
     for value, of in ((loss, network), (other, other_network)):
@@ -280,27 +280,24 @@ def same_step(loss, network, other, other_network, tolerance=1e-5):
 def test_a_step_of_dpo(sharp, ours, theirs):
     """Token ids through both collators, networks and reductions, with the likelihood of the chosen.
 
-    TRL's `sft` term is a mean over the chosen tokens of its pairs; here every chosen response is in one pair.
+    A group of one prompt with several responses is its pairs one by one. TRL's `sft` term is a mean over the chosen
+    tokens of its pairs; there every chosen response is in one pair.
     """
-    rows = [row | {"pairs": row["pairs"][:1]} for row in cache(sharp, random_rows(), spread=4.0)]
+    every_pair = cache(sharp, random_rows(), spread=4.0)
+    inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(every_pair)))
+    loss, _ = loss_of(term_of(sharp, every_pair, "sigmoid_norm", beta=0.1), ours)
+    same_step(loss, ours, dpo(0.1, ("sigmoid", 1.0)).compute_loss(theirs, inputs), theirs)
+    rows = [row | {"pairs": row["pairs"][:1]} for row in every_pair]
     inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(rows)))
     cases: list[tuple[str, dict, str]] = [
         ("sigmoid_norm", {"beta": 0.1}, "sigmoid"),
         ("hinge_norm", {"gamma": 0.1}, "hinge"),
         ("squared", {"tau": 0.1, "average": "token"}, "ipo"),
     ]
-    for name, options, loss in cases:
-        other = dpo(0.1, (loss, 1.0), ("sft", 0.3)).compute_loss(theirs, inputs)
-        own, _ = loss_of(term_of(sharp, imitate(rows, 0), name, nll_weight=0.3, **options), ours)
-        same_step(own, ours, other, theirs)
-
-
-def test_a_step_of_dpo_with_many_pairs_a_prompt(sharp, ours, theirs):
-    """A group of one prompt with several responses is its pairs one by one."""
-    rows = cache(sharp, random_rows(), spread=4.0)
-    inputs = DataCollatorForPreference(pad_token_id=PAD)(list(pairs_of(rows)))
-    own, _ = loss_of(term_of(sharp, rows, "sigmoid_norm", beta=0.1), ours)
-    same_step(own, ours, dpo(0.1, ("sigmoid", 1.0)).compute_loss(theirs, inputs), theirs)
+    for name, options, trl_name in cases:
+        other = dpo(0.1, (trl_name, 1.0), ("sft", 0.3)).compute_loss(theirs, inputs)
+        loss, _ = loss_of(term_of(sharp, imitate(rows, 0), name, nll_weight=0.3, **options), ours)
+        same_step(loss, ours, other, theirs)
 
 
 def test_a_step_of_kto(sharp, ours, theirs):
@@ -321,14 +318,14 @@ def test_a_step_of_kto(sharp, ours, theirs):
             })  # fmt: skip
     trl = unpaired(0.1, 1.0, 1.3)
     other = trl.compute_loss(theirs, DataCollatorForUnpairedPreference(pad_token_id=PAD)(examples))
-    own, entry = loss_of(term_of(sharp, rows, "kto", beta=0.1, undesirable=1.3), ours)
-    same_step(own, ours, other, theirs)
+    loss, entry = loss_of(term_of(sharp, rows, "kto", beta=0.1, undesirable=1.3), ours)
+    same_step(loss, ours, other, theirs)
     assert entry["kl"] == pytest.approx(trl._metrics["eval"]["kl"][0], abs=1e-5)
     assert entry["kl"] > 0
 
 
 def separately(rows):
-    """What TRL's CPO and ORPO read: each side padded by itself, labels without the prompt."""
+    """Return inputs of TRL's CPO and ORPO: each side padded by itself, labels without the prompt."""
     batch = {}
     for side in ("chosen", "rejected"):
         inputs = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair in pairs_of(rows)]
@@ -354,8 +351,8 @@ def test_a_step_of_simpo(sharp, ours, theirs):
     rows = one_pair_each()
     trl = cpo("simpo", 2.0, simpo_gamma=1.0, cpo_alpha=0.5)
     other, _ = trl.get_batch_loss_metrics(theirs, separately(rows))
-    own, _ = loss_of(term_of(sharp, rows, "sigmoid_mean", beta=2.0, gamma=1.0, nll_weight=0.5), ours)
-    same_step(own, ours, other, theirs)
+    loss, _ = loss_of(term_of(sharp, rows, "sigmoid_mean", beta=2.0, gamma=1.0, nll_weight=0.5), ours)
+    same_step(loss, ours, other, theirs)
 
 
 def test_a_step_of_orpo(sharp, ours, theirs):
@@ -363,8 +360,8 @@ def test_a_step_of_orpo(sharp, ours, theirs):
     rows = one_pair_each()
     short = [row | {"prompt_ids": row["prompt_ids"][:1]} for row in rows]
     other, _ = orpo(0.1).get_batch_loss_metrics(theirs, separately(short))
-    own, _ = loss_of(term_of(sharp, short, "odds_ratio", weight=0.1, nll_weight=1.0), ours)
-    same_step(own, ours, other, theirs)
+    loss, _ = loss_of(term_of(sharp, short, "odds_ratio", weight=0.1, nll_weight=1.0), ours)
+    same_step(loss, ours, other, theirs)
     _, metrics = orpo(0.1).get_batch_loss_metrics(theirs, separately(rows))
     odds, _ = loss_of(term_of(sharp, rows, "odds_ratio", weight=0.1), ours)
     assert odds.item() == pytest.approx(-0.1 * metrics["log_odds_ratio"], rel=1e-6, abs=1e-6)
@@ -384,5 +381,5 @@ def test_a_step_of_a_reward_model(sharp, ctx):
     )
     del inputs["completion_mask"]
     other = trainer(RewardTrainer).compute_loss(network, inputs)
-    own, _ = loss_of(term_of(head, rows, "sigmoid"), network)
-    same_step(own, network, other, network)
+    loss, _ = loss_of(term_of(head, rows, "sigmoid"), network)
+    same_step(loss, network, other, network)

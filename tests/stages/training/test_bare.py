@@ -90,8 +90,8 @@ def bare(code, *arguments):
 
 def test_reference_and_optimize_run_on_a_bare_machine(tiny, data_dir, tmp_path):
     """Eight pairs from log-probs to a trained policy; the first loss is ln 2 = 0.69315."""
-    space = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
-    tables = preferences(tiny, space, path=DataPath(str(data_dir / "preferences.jsonl")), heldout=0.0)
+    ctx = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    tables = preferences(tiny, ctx, path=DataPath(str(data_dir / "preferences.jsonl")), heldout=0.0)
     prompts = tables[0].slice(0, 8)
     names = set(prompts.column("prompt_id").to_pylist())
     for name, table in zip(("prompts", "candidates", "pairs"), (prompts, *tables[1:]), strict=True):

@@ -29,12 +29,15 @@ def test_a_recipe_whose_data_lack_what_its_loss_reads(data_dir, tmp_path):
     """All problems of a recipe are in one message: which table, what is missing or too much, and a cure."""
     for steps, problems in [
         ({"examples": {"from": {"reference": None}}}, ["examples: objective sigmoid_norm reads a reference"]),
-        ({"examples": {"from": NO_PAIRS, "with": {"imitate": "selected"}}}, ["sigmoid_norm reads pairs; add `pairs`"]),
-        (optimize(objective="nll"), ["nll reads responses with a weight; set its `imitate`", "remove `pairs`"]),
-        (optimize(nll_weight=0.5), ["set its `imitate`"]),
-        ({"examples": {"with": {"imitate": "chosen"}}}, ["reads no weights; unset its `imitate`"]),
-        (optimize(objective="kto"), ["kto reads unpaired labels; set its `desirable`", "add `mismatched`"]),
-        (LABELLED, ["reads no unpaired labels; unset its `desirable`"]),
+        (
+            {"examples": {"from": NO_PAIRS, "with": {"imitate": "selected"}}},
+            ["sigmoid_norm reads pairs, and", "add `pairs`"],
+        ),
+        (optimize(objective="nll"), ["nll reads responses with a weight, and", "set `imitate`", "remove `pairs`"]),
+        (optimize(nll_weight=0.5), ["set `imitate`"]),
+        ({"examples": {"with": {"imitate": "chosen"}}}, ["reads no responses with a weight; unset `imitate`"]),
+        (optimize(objective="kto"), ["kto reads unpaired labels, and", "set `desirable`", "add `mismatched`"]),
+        (LABELLED, ["reads no unpaired labels; unset `desirable`"]),
         (optimize(objective="hinge_norm") | SOFT, ["hinge_norm takes every label as certain"]),
         (optimize(world_size=9, batch_size=8), ["world_size: 9, and a step has 8"]),
         (optimize(mix="alright"), ["`mix` and the input `demonstrations` go together"]),

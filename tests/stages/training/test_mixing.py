@@ -15,7 +15,7 @@ from schemas.tables import METRICS
 from stages.network.load import load_network
 from stages.network.models import reward_head
 from stages.training import trainer
-from stages.training.mixing import MixState, measure_now, mix
+from stages.training.mixing import MixState, mix
 from stages.training.throughput import TokenCounter
 from tests.material import (
     bound,
@@ -35,65 +35,59 @@ from tests.material import (
 weights = st.floats(0, 1)
 
 
-def weight(name, step=0, steps=100, seed=0, gaps=(0.0, 0.0), **options):
+def weight(name, step=0, steps=100, seed=0, excess=(0.0, 0.0), **options):
     """The mix's one number."""
-    return bound(mix, name, **options)(MixState(step, steps, seed, *gaps))
+    return bound(mix, name, **options)(MixState(step, steps, seed, *excess))
 
 
 # As functions
 
 
 @given(weights, st.integers(0, 99), st.integers(0, 2**31))
-def test_joint_is_the_same_in_every_step(share, step, seed):
+def test_joint_is_the_same_in_every_step(lam, step, seed):
     """lambda f_D + (1 - lambda) f_S."""
-    assert weight("joint", step=step, seed=seed, weight=share) == share
+    assert weight("joint", step=step, seed=seed, weight=lam) == lam
 
 
 @given(st.integers(1, 500), weights)
-def test_sequence_imitates_first_and_then_prefers(steps, share):
+def test_sequence_imitates_first_and_then_prefers(steps, lam):
     """0 for the first round((1 - w) steps), then 1; w = 0 never prefers, w = 1 always does."""
-    values = [weight("sequence", step=step, steps=steps, weight=share) for step in range(steps)]
-    first = round((1 - share) * steps)
+    values = [weight("sequence", step=step, steps=steps, weight=lam) for step in range(steps)]
+    first = round((1 - lam) * steps)
     assert values == [0.0] * first + [1.0] * (steps - first)
-    assert abs(sum(values) / steps - share) <= 1 / steps
+    assert abs(sum(values) / steps - lam) <= 1 / steps
 
 
 def test_alright_prefers_that_often_in_the_long_run():
     """n = 5,000 coins of probability w: within 5 standard deviations sqrt(w (1 - w) / n), and 0 or 1 each."""
     n = 5_000
-    for share in (0.0, 0.1, 0.5, 1.0):
-        alright = bound(mix, "alright", weight=share)
+    for lam in (0.0, 0.1, 0.5, 1.0):
+        alright = bound(mix, "alright", weight=lam)
         coins = [alright(MixState(step, n, 7)) for step in range(n)]
         assert set(coins) <= {0.0, 1.0}
-        assert abs(np.mean(coins) - share) <= 5 * math.sqrt(share * (1 - share) / n)
+        assert abs(np.mean(coins) - lam) <= 5 * math.sqrt(lam * (1 - lam) / n)
         runs = sum(a != b for a, b in pairwise(coins)) / n
-        assert abs(runs - 2 * share * (1 - share)) <= 5 / math.sqrt(n)  # neighbours are independent
+        assert abs(runs - 2 * lam * (1 - lam)) <= 5 / math.sqrt(n)  # neighbours are independent
+    one, two = ([weight("alright", step=step, seed=seed) for step in range(200)] for seed in (0, 1))
+    assert one != two  # equal with probability 2^-200
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.tuples(st.floats(0, 9), st.floats(0, 9)), st.integers(1, 99))
-def test_the_coin_is_of_seed_and_step_alone(seed, step, gaps, steps):
+def test_the_coin_is_of_seed_and_step_alone(seed, step, excess, steps):
     """A resumed run, or another rank, tosses the same, whatever it has seen."""
-    assert weight("alright", step=step, seed=seed, gaps=gaps, steps=steps) == weight("alright", step=step, seed=seed)
-
-
-def test_the_coins_of_another_seed_are_others():
-    """Two of 200 coins are equal with probability 2^-200."""
-    one, two = ([weight("alright", step=step, seed=seed) for step in range(200)] for seed in (0, 1))
-    assert one != two
+    assert weight("alright", step=step, seed=seed, excess=excess, steps=steps) == weight(
+        "alright", step=step, seed=seed
+    )
 
 
 @given(weights, st.floats(-1, 9), st.floats(-1, 9))
-def test_maxright_takes_the_larger_weighted_gap(share, preference, imitation):
-    """argmax of lambda (f_D - f_D*) and (1 - lambda) (f_S - f_S*); on a tie, imitation."""
-    expected = float(np.argmax([(1 - share) * imitation, share * preference]))  # the first of equals
-    assert weight("maxright", gaps=(preference, imitation), weight=share) == expected
-
-
-def test_maxright_on_a_tie_imitates():
-    """0.5 * 2 against 0.5 * 2, and 0.25 * 3 against 0.75 * 1."""
-    assert weight("maxright", gaps=(2.0, 2.0)) == 0.0
-    assert weight("maxright", gaps=(3.0, 1.0), weight=0.25) == 0.0
-    assert weight("maxright", gaps=(3.1, 1.0), weight=0.25) == 1.0
+def test_maxright_takes_the_larger_weighted_excess(lam, preference, imitation):
+    """argmax of lambda (f_D - f_D*) and (1 - lambda) (f_S - f_S*); on a tie, imitation: 0.25 * 3 = 0.75 * 1."""
+    expected = float(np.argmax([(1 - lam) * imitation, lam * preference]))  # the first of equals
+    assert weight("maxright", excess=(preference, imitation), weight=lam) == expected
+    assert weight("maxright", excess=(2.0, 2.0)) == 0.0
+    assert weight("maxright", excess=(3.0, 1.0), weight=0.25) == 0.0
+    assert weight("maxright", excess=(3.1, 1.0), weight=0.25) == 1.0
 
 
 # In training
@@ -131,11 +125,9 @@ def both_terms(tiny, preferred, demonstrated):
     """The terms that `optimize` makes of both tables; the demonstrations are drawn from a stream of their own."""
 
     def terms(seed=3):
-        options = dict(batch_size=4, tokens_per_pass=120)
-        preference = term_of(tiny, preferred, "sigmoid_norm", **options)
-        imitation = term_of(tiny, demonstrated, "nll", **options)
-        preference.seed, imitation.seed, imitation.index = seed, seed, 1
-        return [preference, imitation]
+        options = dict(batch_size=4, tokens_per_pass=120, seed=seed)
+        return [term_of(tiny, preferred, "sigmoid_norm", **options),
+                term_of(tiny, demonstrated, "nll", index=1, **options)]  # fmt: skip
 
     return terms
 
@@ -162,7 +154,7 @@ def test_joint_with_weight_one_is_training_without_a_mix(tiny, preferred, mixed,
 def test_joint_with_weight_zero_is_imitation_alone(mixed, both_terms, tmp_path):
     """No preference metric appears; the likelihood of the demonstrations rises; steps are those of the examples."""
     _, metrics, policy = mixed(tmp_path, "joint", weight=0.0, epochs=4)
-    assert policy["steps"] == both_terms()[0].steps(4)
+    assert policy["steps"] == both_terms()[0].batches.steps(4)
     names = {name for _, name in metrics}
     assert "imitation/loss" in names
     assert not {"loss", "margin", "accuracy"} & names
@@ -188,7 +180,7 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
     """A step has the metrics of the term it took, and its tokens; each term's batches come in their own order.
 
     So the tokens of the run are those of the first n batches of each term, n times that it was taken; and of the
-    first preference batch once more, for the check of the reference, those that the network reads (none's last).
+    first preference batch once more, for the check of the reference. No response's last token goes forward.
     """
     for name in ("sequence", "alright"):
         counters: list[TokenCounter] = []
@@ -202,27 +194,23 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
         _, metrics, policy = mixed(tmp_path / name, name, seed=3)
         taken = weights_taken(metrics, policy["steps"])
         assert 0 < sum(taken) < len(taken)
+        if name == "sequence":
+            first = round(0.5 * policy["steps"])
+            assert taken == [0.0] * first + [1.0] * (policy["steps"] - first)
         for step, preference in enumerate(taken, 1):
             assert ((step, "loss") in metrics) == (preference == 1.0)
             assert ((step, "imitation/loss") in metrics) == (preference == 0.0)
         preference, imitation = both_terms()
-        batches = [preference.batch(n) for n in range(int(sum(taken)))]
-        batches += [imitation.batch(n) for n in range(len(taken) - int(sum(taken)))]
+        batches = [preference.batches[n] for n in range(int(sum(taken)))]
+        batches += [imitation.batches[n] for n in range(len(taken) - int(sum(taken)))]
         assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
-        groups = [group for batch in [preference.batch(0), *batches] for group in batch]
-        read = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
-        assert counters[0].tokens == sum(read)
-
-
-def test_sequence_goes_over_once(mixed, tmp_path):
-    """w = 1/4 of the steps: three quarters of imitation, then a quarter of preference."""
-    _, metrics, policy = mixed(tmp_path, "sequence", weight=0.25)
-    first = round(0.75 * policy["steps"])
-    assert weights_taken(metrics, policy["steps"]) == [0.0] * first + [1.0] * (policy["steps"] - first)
+        groups = [group for batch in [preference.batches[0], *batches] for group in batch]
+        forwarded = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
+        assert counters[0].tokens == sum(forwarded)
 
 
 def test_an_interrupted_mixed_run_ends_as_if_it_had_not_been(mixed, tmp_path):
-    """A checkpoint every 3 steps has the batches that each term has taken and the last gaps: bit for bit."""
+    """A checkpoint every 3 steps has the batches that each term has taken and the last excess losses: bit for bit."""
     for name, extra in [("alright", {}), ("maxright", {"refresh": 2, "weight": 0.9})]:
         options: dict = dict(name=name, seed=3, checkpoint_every=3) | extra
         straight, *expected = mixed(tmp_path / name, **options)
@@ -243,7 +231,7 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
     def loss(self, n):
-        return loss_of(self.terms[n], self.network, self.terms[n].batch(self.batches[n]))[0]
+        return loss_of(self.terms[n], self.network, self.terms[n].batches[self.batches[n]])[0]
 
     def step(self, n):
         self.optimizer.zero_grad()
@@ -259,21 +247,21 @@ class PlainLoop:
         return all(torch.allclose(w, saved[name], atol=1e-6) for name, w in self.network.named_parameters())
 
 
-def alright_by_the_book(loop, steps, share, seed):
+def alright_pseudo_code(loop, steps, lam, seed):
     """i ~ Bernoulli(lambda): i = 1 is a step on f_D, i = 0 one on f_S, neither weighted. The preference weights."""
-    coins = [float(np.random.default_rng([seed, step, 2]).random() < share) for step in range(steps)]
+    coins = [float(np.random.default_rng([seed, step, 2]).random() < lam) for step in range(steps)]
     for coin in coins:
         loop.step(0 if coin else 1)
     return coins
 
 
-def maxright_by_the_book(loop, steps, share, optima, refresh):
-    """argmax of the stale weighted gaps, a plain step on it, its gap from that step's loss. The preference weights.
+def maxright_pseudo_code(loop, steps, lam, optima, refresh):
+    """argmax of the stale weighted excess losses, a plain step on it, whose loss gives its excess. The weights.
 
     The refresh differs: only what was not taken is measured again, after every `refresh` steps, on the batch
     that it would take next; theirs draws a batch of both in every step and throws one away.
     """
-    factor, choices = [share, 1 - share], []
+    factor, choices = [lam, 1 - lam], []
     with torch.no_grad():
         stale = [factor[n] * (loop.loss(n).item() - optima[n]) for n in (0, 1)]
     for step in range(1, steps + 1):
@@ -291,7 +279,7 @@ def test_alright_follows_its_pseudo_code(tiny, mixed, both_terms, tmp_path):
     """The same term in every step, and the same weights at the end."""
     model, metrics, policy = mixed(tmp_path, "alright", seed=3, weight=0.4)
     loop = PlainLoop(tiny, both_terms())
-    assert weights_taken(metrics, policy["steps"]) == alright_by_the_book(loop, policy["steps"], 0.4, 3)
+    assert weights_taken(metrics, policy["steps"]) == alright_pseudo_code(loop, policy["steps"], 0.4, 3)
     assert loop.agrees(model)
 
 
@@ -304,22 +292,22 @@ def curve(values, name):
 
 def test_maxright_follows_its_pseudo_code(tiny, mixed, both_terms, tmp_path):
     """The same term in every step; optima come from the metrics of single runs, the mean of their last tenth."""
-    for n, (share, refresh, optima) in enumerate([(0.9, 3, (0.0, 0.0)), (0.8, 1, (0.25, 3.0)), (0.9, 5, (0.5, 2.0))]):
+    for n, (lam, refresh, optima) in enumerate([(0.9, 3, (0.0, 0.0)), (0.8, 1, (0.25, 3.0)), (0.9, 5, (0.5, 2.0))]):
         inputs = {
             "preference_optimum": curve([5.0] * 18 + [optima[0] + 0.1, optima[0] - 0.1], "loss"),
             "imitation_optimum": curve([5.0] * 9 + [optima[1]], "imitation/loss"),
         }
-        options = dict(weight=share, refresh=refresh, seed=3, epochs=4)
+        options = dict(weight=lam, refresh=refresh, seed=3, epochs=4)
         model, metrics, policy = mixed(tmp_path / str(n), "maxright", inputs, **options)
         loop = PlainLoop(tiny, both_terms())
-        expected = maxright_by_the_book(loop, policy["steps"], share, optima, refresh)
+        expected = maxright_pseudo_code(loop, policy["steps"], lam, optima, refresh)
         assert weights_taken(metrics, policy["steps"]) == expected
         assert loop.agrees(model)
         assert {0.0, 1.0} == set(expected)
 
 
 def test_optima_move_the_choice(mixed, tmp_path):
-    """f_D = ln 2 at the start. With f_D* = 1.7 its gap is below 0: imitation is first; with f_S* = 99, preference."""
+    """f_D = ln 2 at the start. With f_D* = 1.7 its excess is below 0: imitation first; with f_S* = 99, preference."""
     for optima, first in (((1.7, 0.0), 0.0), ((0.0, 99.0), 1.0)):
         inputs = {
             "preference_optimum": curve([optima[0]], "loss"),
@@ -355,17 +343,13 @@ def test_a_mix_of_a_users_own_declares_what_it_needs(mixed, tmp_path):
         return 1.0
 
     try:
-        assert [step for step in range(1, 8) if measure_now(bound(mix, "patient", patience=3), step)] == [3, 6]
-        changes = {}
-        for name in ("patient", "hasty"):
+        for name, options, every in (("patient", {}, 2), ("patient", {"patience": 3}, 3), ("hasty", {}, 1000)):
             states.clear()
-            mixed(tmp_path / name, name)
-            gaps = [state.imitation_gap for state in states]
-            assert states[0].preference_gap == pytest.approx(math.log(2), abs=1e-5)
-            assert gaps[0] > 1
-            changes[name] = [state.step for state, before in zip(states[1:], gaps, strict=False)
-                             if state.imitation_gap != before]  # fmt: skip
-        assert changes == {"patient": list(range(2, len(states), 2)), "hasty": []}
+            mixed(tmp_path / f"{name} {every}", name, **options)
+            assert states[0].preference_excess == pytest.approx(math.log(2), abs=1e-5)
+            assert states[0].imitation_excess > 1
+            changes = [b.step for a, b in pairwise(states) if a.imitation_excess != b.imitation_excess]
+            assert changes == list(range(every, len(states), every))
     finally:
         for name in ("patient", "hasty"):
             mix.entries.pop(name)

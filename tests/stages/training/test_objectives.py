@@ -34,9 +34,9 @@ ENTRIES = list(objective.entries.values())
 PAIRED = [entry for entry in ENTRIES if entry.metadata["per"] == "pairs"]
 WITH_REFERENCE = [entry for entry in ENTRIES if "ref" in entry.metadata["reads"]]
 few = settings(max_examples=25, deadline=None)  # of all objectives
-gaps = st.floats(-60, 60)
+margins = st.floats(-60, 60)
 scales = st.floats(0.01, 2)
-shares = st.floats(0.001, 0.999)
+probabilities = st.floats(0.001, 0.999)
 
 
 def losses_of(entry, b, **options):
@@ -64,13 +64,13 @@ def batch(logp, ref=None, *, length=None, pairs=((0, 1),), weight=None, label=No
     )
 
 
-def gap(h, **fields):
+def pair(h, **fields):
     """One pair whose h is given."""
     return batch([h, 0.0], [0.0, 0.0], **fields)
 
 
 def slopes(losses, b):
-    """dL/dlp, a number a row."""
+    """Return dL/dlp per row."""
     return torch.autograd.grad(losses.sum(), b.logp)[0].tolist()
 
 
@@ -106,16 +106,16 @@ def test_by_hand():
     SLiC on the same: delta = 5: 5 + 10 - 14 = 1; delta = 1: max(0, 1 - 4) = 0. SimPO, lp = (-3, -10) with 3 and 5
     tokens: g = 1, at beta 2 and gamma 1 ln(1 + e^-1) = 0.313261688. lp = (-12, -10) with 6 and 2 tokens: m = (-2, -5),
     in order for RRHF though the sums are not, which the hinge sees. KTO, r = 2 for both, kl = 1, beta = 1/2: x = 0.5;
-    1 - s(0.5) = 0.377540669 and s(0.5) = 0.622459331. A mean shift below 0 is no divergence: z = 0, x = 1, and
+    1 - s(0.5) = 0.377540669 and s(0.5) = 0.622459331. A mean logratio below 0 is no divergence: z = 0, x = 1, and
     1 - s(1) = 0.268941421.
     """
-    pair, uneven = batch([-10.0, -14.0], [-11.0, -12.0]), batch([-12.0, -10.0], length=[6, 2])
+    even, uneven = batch([-10.0, -14.0], [-11.0, -12.0]), batch([-12.0, -10.0], length=[6, 2])
     rows = batch([-3.0, -3.0], [-5.0, -5.0], desirable=[1, -1], kl=1.0, pairs=())
     for losses, expected in [
-        (sigmoid_norm(pair, beta=0.1), [0.554355244]),
-        (sigmoid_norm(pair, beta=0.1, smoothing=0.1), [0.584355244]),
-        (hinge(pair, delta=5.0), [1.0]),
-        (hinge(pair, delta=1.0), [0.0]),
+        (sigmoid_norm(even, beta=0.1), [0.554355244]),
+        (sigmoid_norm(even, beta=0.1, smoothing=0.1), [0.584355244]),
+        (hinge(even, delta=5.0), [1.0]),
+        (hinge(even, delta=1.0), [0.0]),
         (sigmoid_mean(batch([-3.0, -10.0], length=[3, 5]), beta=2.0, gamma=1.0), [0.313261688]),
         (rank(uneven), [0.0]),
         (hinge(uneven, delta=1.0), [3.0]),
@@ -130,9 +130,9 @@ def log1pexp(x):
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-@given(st.tuples(*[st.floats(-60, 0)] * 4), st.tuples(*[st.integers(1, 40)] * 2), scales, shares)
+@given(st.tuples(*[st.floats(-60, 0)] * 4), st.tuples(*[st.integers(1, 40)] * 2), scales, probabilities)
 def test_values_and_slopes_are_the_formulas(logps, lengths, scale, q):
-    """Each pairwise loss as a function of one gap x: of shifts (h), of log-probs, or of either per token.
+    """Each pairwise loss as a function of one margin x: of logratios (h), of log-probs, or of either per token.
 
     dL/dlp(w) = L'(x) and dL/dlp(l) = -L'(x), each over its side's own length where x is per token. DPO's
     L' = beta (s(beta h) - q) is eq. 7 of arXiv:2305.18290 at q = 1. A hinge bends at its margin.
@@ -171,14 +171,14 @@ def test_values_and_slopes_are_the_formulas(logps, lengths, scale, q):
 
 @given(st.floats(-200, 0), st.floats(-200, 0), st.integers(1, 40), scales)
 def test_how_the_losses_relate(chosen, rejected, n, scale):
-    """hinge_norm is gamma times SLiC's hinge with margin 1 / gamma, on shifts in the place of log-probs, and 1 at
+    """hinge_norm is gamma times SLiC's hinge with delta 1 / gamma, on logratios instead of log-probs, and 1 at
     policy = reference. IPO per token at n tau is IPO at tau over n^2, for equal lengths n. SimPO without a margin is
     DPO without a reference on averages; with one, ln 2 where the margin is just reached."""
     b = batch([chosen, rejected], [0.0, 0.0], length=[n, n])
     averages = batch([chosen / n, rejected / n], [0.0, 0.0])
     for ours, other in [
         (hinge_norm(b, gamma=scale), scale * hinge(b, delta=1 / scale)),
-        (hinge_norm(gap(0.0), gamma=scale), torch.ones(1)),
+        (hinge_norm(pair(0.0), gamma=scale), torch.ones(1)),
         (squared(b, tau=n * scale, average="token"), squared(b, tau=scale) / n**2),
         (sigmoid_mean(b, beta=scale, gamma=0.0), sigmoid_norm(averages, beta=scale)),
         (sigmoid_mean(batch([3 * n / scale - 6, -10.0], length=[3, 5]), beta=scale, gamma=n), torch.tensor([LN2])),
@@ -189,7 +189,7 @@ def test_how_the_losses_relate(chosen, rejected, n, scale):
 # DPO, with certain, smoothed and soft labels
 
 
-@given(st.lists(st.floats(-300, 0), min_size=2, max_size=9), scales, shares)
+@given(st.lists(st.floats(-300, 0), min_size=2, max_size=9), scales, probabilities)
 def test_dpo_is_ln_2_at_policy_equal_reference(logp, beta, label):
     """h = 0: -q ln s(0) - (1 - q) ln s(0) = ln 2, for every beta, label and smoothing."""
     pairs = [(n, n + 1) for n in range(len(logp) - 1)]
@@ -199,25 +199,27 @@ def test_dpo_is_ln_2_at_policy_equal_reference(logp, beta, label):
         assert losses == pytest.approx([LN2] * len(pairs), abs=1e-12)
 
 
-@given(gaps, scales, st.floats(0, 0.499))
+@given(margins, scales, st.floats(0, 0.499))
 def test_smoothing_is_a_label_for_every_pair(h, beta, smoothing):
     """cDPO(epsilon) is DPO with q = 1 - epsilon; cDPO(0) is DPO. Both at once: q (1 - e) + (1 - q) e.
 
     A pair may be turned around with its label: L(h, q) = L(-h, 1 - q).
     """
-    smooth = sigmoid_norm(gap(h), beta=beta, smoothing=smoothing).item()
-    assert smooth == pytest.approx(sigmoid_norm(gap(h, label=[1 - smoothing]), beta=beta).item(), abs=1e-12)
-    assert sigmoid_norm(gap(h), beta=beta, smoothing=0.0).item() == sigmoid_norm(gap(h, label=[1.0]), beta=beta).item()
+    smooth = sigmoid_norm(pair(h), beta=beta, smoothing=smoothing).item()
+    assert smooth == pytest.approx(sigmoid_norm(pair(h, label=[1 - smoothing]), beta=beta).item(), abs=1e-12)
+    assert (
+        sigmoid_norm(pair(h), beta=beta, smoothing=0.0).item() == sigmoid_norm(pair(h, label=[1.0]), beta=beta).item()
+    )
     both = 0.8 * (1 - smoothing) + 0.2 * smoothing
-    soft = sigmoid_norm(gap(h, label=[0.8]), beta=beta, smoothing=smoothing).item()
-    for same in (gap(h, label=[both]), gap(-h, label=[1 - both])):
+    soft = sigmoid_norm(pair(h, label=[0.8]), beta=beta, smoothing=smoothing).item()
+    for same in (pair(h, label=[both]), pair(-h, label=[1 - both])):
         assert soft == pytest.approx(sigmoid_norm(same, beta=beta).item(), abs=1e-12)
 
 
-@given(shares, scales)
+@given(probabilities, scales)
 def test_the_least_of_a_soft_label_is_its_entropy(q, beta):
     """Slope 0 where s(beta h) = q, at h = log(q / (1 - q)) / beta; L = -q ln q - (1 - q) ln(1 - q) there."""
-    b = gap(math.log(q / (1 - q)) / beta, label=[q])
+    b = pair(math.log(q / (1 - q)) / beta, label=[q])
     loss = sigmoid_norm(b, beta=beta)
     assert slopes(loss, b) == pytest.approx([0, 0], abs=1e-12)
     assert loss.item() == pytest.approx(-q * math.log(q) - (1 - q) * math.log(1 - q), abs=1e-12)
@@ -226,7 +228,7 @@ def test_the_least_of_a_soft_label_is_its_entropy(q, beta):
 def test_dpo_is_finite_with_a_finite_slope_far_out():
     """-ln s(beta h) -> -beta h as h -> -inf and exp(-beta h) as h -> inf; its slope stays in [-beta, 0]."""
     for h, dtype in product([-1e4, -1e2, -1.0, 0.0, 1.0, 1e2, 1e4], [torch.float32, torch.float64]):
-        b = gap(h, dtype=dtype)
+        b = pair(h, dtype=dtype)
         loss = sigmoid_norm(b, beta=1.0)
         assert loss.item() == pytest.approx(max(0.0, -h) + math.log1p(math.exp(-abs(h))), rel=1e-6, abs=1e-12)
         assert -1 <= slopes(loss, b)[0] <= 0
@@ -239,9 +241,9 @@ def exact_orpo(chosen, rejected, weight):
     """(loss, dL/dm(w), dL/dm(l)) in 400 digits: log odds(m) = m - log(1 - e^m), whose slope is 1 / (1 - e^m)."""
     with localcontext(prec=400):
         w, r = Decimal(chosen), Decimal(rejected)
-        gap = (w - (1 - w.exp()).ln()) - (r - (1 - r.exp()).ln())
-        wrong = 1 / (1 + gap.exp())
-        exact = ((1 + (-gap).exp()).ln(), -wrong / (1 - w.exp()), wrong / (1 - r.exp()))
+        margin = (w - (1 - w.exp()).ln()) - (r - (1 - r.exp()).ln())
+        wrong = 1 / (1 + margin.exp())
+        exact = ((1 + (-margin).exp()).ln(), -wrong / (1 - w.exp()), wrong / (1 - r.exp()))
         return [weight * float(x) for x in exact]
 
 
@@ -310,7 +312,7 @@ def test_sigmoid_on_scores_is_the_likelihood_of_bradley_and_terry(scores, seed):
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
-def test_the_best_scores_of_two_items_give_back_their_share_of_wins(wins, losses):
+def test_the_best_scores_of_two_items_give_back_their_ratio_of_wins(wins, losses):
     """a wins and b losses: slope 0 at r_1 - r_2 = log(a / b), and one pair of label a / (a + b) has the same."""
     best = math.log(wins / losses)
     b = batch([best, 0.0], pairs=[(0, 1)] * wins + [(1, 0)] * losses)
@@ -324,15 +326,15 @@ def test_the_best_scores_of_two_items_give_back_their_share_of_wins(wins, losses
 
 
 @given(st.floats(-60, 60), st.floats(-5, 5), scales)
-def test_kto_is_one_minus_the_value_of_a_gain_over_z(shift, kl, beta):
-    """z = max(0, kl), r = the shift: D (1 - s(beta (r - z))) if desirable, U (1 - s(beta (z - r))) if not, else 0.
+def test_kto_is_one_minus_the_value_of_a_gain_over_z(logratio, kl, beta):
+    """z = max(0, kl), r = the logratio: D (1 - s(beta (r - z))) if desirable, U (1 - s(beta (z - r))) if not, else 0.
 
     Slopes -D beta s s' and U beta s s', with s s' = s(x) (1 - s(x)) at x = beta (r - z); 0 without a label.
     """
-    b = batch([shift - 7] * 3, [-7.0] * 3, desirable=[1, -1, 0], kl=kl, pairs=())
+    b = batch([logratio - 7] * 3, [-7.0] * 3, desirable=[1, -1, 0], kl=kl, pairs=())
     losses = kto(b, beta=beta, desirable=1.3, undesirable=0.6)
-    value = s(beta * (shift - max(0.0, kl)))
-    other = s(-beta * (shift - max(0.0, kl)))
+    value = s(beta * (logratio - max(0.0, kl)))
+    other = s(-beta * (logratio - max(0.0, kl)))
     assert losses.tolist() == pytest.approx([1.3 * other, 0.6 * value, 0.0], abs=1e-9)
     steep = beta * value * other
     assert slopes(losses, b) == pytest.approx([-1.3 * steep, 0.6 * steep, 0.0], abs=1e-9)
@@ -366,7 +368,7 @@ def test_nll_is_minus_weight_times_logp_a_row(rows):
 @given(b=full_batch())
 def test_slopes_are_those_of_the_values(b):
     """Autograd against central differences, in double precision; not where a hinge of default options bends."""
-    bends = torch.cat([1 - 0.05 * b.gap(b.shift), 1 - b.gap(b.logp), b.gap(b.mean)])
+    bends = torch.cat([1 - 0.05 * b.margin(b.logratio), 1 - b.margin(b.logp), b.margin(b.mean)])
     assume(not bool((bends.abs() < 1e-3).any()))
     for entry in ENTRIES:
         values = lambda logp, entry=entry: losses_of(entry, replace(b, logp=logp))  # noqa: E731
@@ -381,7 +383,7 @@ def test_slopes_raise_the_chosen_and_lower_the_rejected(b):
     The aim: none, or h = 1 / (2 tau) for IPO and P(w beats l) for soft labels, which are certain here.
     """
     short = replace(b, ref=b.logp.detach() * 0.9, label=None, chosen=b.chosen[:1], rejected=b.rejected[:1])
-    assume((0.1 * short.gap(short.logp)).item() < 5)
+    assume((0.1 * short.margin(short.logp)).item() < 5)
     chosen, rejected = int(short.chosen), int(short.rejected)
     for entry in PAIRED:
         slope = slopes(losses_of(entry, short), short)
@@ -391,7 +393,7 @@ def test_slopes_raise_the_chosen_and_lower_the_rejected(b):
 
 @few
 @given(h=st.floats(-50, 50), more=st.floats(0.01, 50))
-def test_a_wider_gap_never_costs_more(h, more):
+def test_a_wider_margin_never_costs_more(h, more):
     """Each pairwise loss with a certain label falls, or stays, as the chosen gains; IPO up to its target."""
     low, high = (replace(batch([x - 60, -60.0], [-60.0, -60.0]), length=torch.full((2,), 2.0)) for x in (h, h + more))
     for entry in PAIRED:
@@ -400,14 +402,14 @@ def test_a_wider_gap_never_costs_more(h, more):
 
 
 @few
-@given(b=full_batch(), shift=st.floats(-1e3, 1e3))
-def test_a_constant_that_the_loss_does_not_see_changes_nothing(b, shift):
+@given(b=full_batch(), constant=st.floats(-1e3, 1e3))
+def test_a_constant_that_the_loss_does_not_see_changes_nothing(b, constant):
     """lp + c for losses of lp(w) - lp(l); lp + c |y| for those of m(w) - m(l); lp_i + c_i beside rp_i + c_i, another c
     for every row, for those with a reference."""
-    by_row = shift * torch.arange(len(b.logp)).sin()
+    by_row = constant * torch.arange(len(b.logp)).sin()
     for names, moved in [
-        (("hinge", "sigmoid"), replace(b, logp=b.logp + shift)),
-        (("rank", "sigmoid_mean"), replace(b, logp=b.logp + shift * b.length)),
+        (("hinge", "sigmoid"), replace(b, logp=b.logp + constant)),
+        (("rank", "sigmoid_mean"), replace(b, logp=b.logp + constant * b.length)),
         ([entry.name for entry in WITH_REFERENCE], replace(b, logp=b.logp + by_row, ref=b.ref + by_row)),
     ]:
         for name in names:

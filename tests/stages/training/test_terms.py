@@ -1,6 +1,8 @@
-"""A step's loss against its formula, written as loops over pairs and rows with log-probs read token by token."""
+"""A step's loss against its formula, written as loops over pairs and rows with log-probs computed token by token."""
 
 import math
+from itertools import pairwise
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -8,8 +10,11 @@ import torch
 from schemas import WinnowError
 from stages.network.load import load_network
 from stages.network.models import reward_head
+from stages.training.config import TrainConfig
 from stages.training.data import groups_of
 from stages.training.objectives import objective
+from stages.training.optimize import optimize
+from stages.training.trainer import check_reference
 from tests.material import (
     bound,
     cache,
@@ -33,16 +38,16 @@ def network(sharp):
 
 @pytest.fixture(scope="module")
 def logp(network):
-    """log p(response | prompt), token after token, one row at a time, in double precision."""
+    """Return log p(response | prompt), token after token, one row at a time, in double precision."""
 
-    def read(row, response):
+    def logp_of_row(row, response):
         ids = [*row["prompt_ids"], *response["token_ids"]]
         with torch.inference_mode():
             scores = network(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         start = len(row["prompt_ids"])
         return sum(scores[position - 1, ids[position]].item() for position in range(start, len(ids)))
 
-    return read
+    return logp_of_row
 
 
 def sides(row):
@@ -155,19 +160,19 @@ def test_kto(sharp, network, logp, apart):
     micro-batches; a response without a label counts nowhere. Once z is cut off at 0 and once it is not.
     """
     rows = cache(sharp, labelled(random_rows()), spread=3.0)
-    shifts: dict = {1: [], 0: [], -1: [], None: []}
+    logratios: dict = {1: [], 0: [], -1: [], None: []}
     for row in rows:
         for response in row["responses"]:
             response["ref_logp"] -= apart * (response["desirable"] == 0)
-            shifts[response["desirable"]].append(logp(row, response) - response["ref_logp"])
-    kl = sum(shifts[0]) / len(shifts[0])
+            logratios[response["desirable"]].append(logp(row, response) - response["ref_logp"])
+    kl = sum(logratios[0]) / len(logratios[0])
     z = max(0.0, kl)
-    total = sum(1.2 / (1 + math.exp(0.2 * (r - z))) for r in shifts[1])
-    total += sum(1.5 / (1 + math.exp(0.2 * (z - r))) for r in shifts[-1])
+    total = sum(1.2 / (1 + math.exp(0.2 * (r - z))) for r in logratios[1])
+    total += sum(1.5 / (1 + math.exp(0.2 * (z - r))) for r in logratios[-1])
     for tokens_per_pass in (1, 60, 10_000):
         options = dict(beta=0.2, desirable=1.2, undesirable=1.5, tokens_per_pass=tokens_per_pass)
         loss, entry = loss_of(term_of(sharp, rows, "kto", **options), network)
-        assert loss.item() == pytest.approx(total / len(shifts[1] + shifts[-1]), rel=1e-5)
+        assert loss.item() == pytest.approx(total / len(logratios[1] + logratios[-1]), rel=1e-5)
         assert entry["kl"] == pytest.approx(kl, abs=1e-4)
     assert (z > 0) == (apart > 0)
 
@@ -183,30 +188,30 @@ def test_training_by_kto_is_the_same_in_any_micro_batches(sharp, network, tmp_pa
         folder = tmp_path / str(tokens_per_pass)
         runs.append(train(sharp, rows, folder, objective="kto", epochs=2, tokens_per_pass=tokens_per_pass))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
-    (fine, metrics, _), (whole, expected, policy) = runs
+    (fine, metrics, _), (coarse, expected, policy) = runs
     assert metrics[1, "loss"] == pytest.approx(0.5, abs=1e-5)
     assert abs(expected[policy["steps"], "kl"]) > 1e-2
     for step in range(1, policy["steps"] + 1):
         assert metrics[step, "kl"] == pytest.approx(expected[step, "kl"], abs=1e-3)
-    assert relative_difference(weights_of(fine), weights_of(whole), weights_of(sharp)) < 3e-4
+    assert relative_difference(weights_of(fine), weights_of(coarse), weights_of(sharp)) < 3e-4
 
 
 def test_kto_counts_its_batches_in_labels(sharp):
     """A step is whole groups until they hold batch_size labels; mismatched and unlabelled rows do not count."""
     term = term_of(sharp, cache(sharp, labelled(random_rows())), "kto", batch_size=4)
-    assert [sum(group.labelled for group in term.batch(n)) for n in range(3)] == [4, 4, 4]
+    assert [sum(group.labelled for group in term.batches[n]) for n in range(3)] == [4, 4, 4]
     assert all(len(group.mismatched) == 2 for group in term.groups)
 
 
-def test_the_gate_of_kto_reads_its_mismatched_rows_too(sharp, network):
+def test_the_reference_check_of_kto_includes_its_mismatched_rows(sharp, network):
     """Policy = reference gives kl 0 and D / 2, U / 2; a mismatched reference that is 5 nats low gives another loss."""
     rows = cache(sharp, labelled(random_rows()))
-    term_of(sharp, rows, "kto").check_reference(network)
+    check_reference(term_of(sharp, rows, "kto"), network)
     for row in rows:
         for response in row["responses"]:
             response["ref_logp"] -= 5.0 * (response["desirable"] == 0)
     with pytest.raises(WinnowError, match="step 0"):
-        term_of(sharp, rows, "kto").check_reference(network)
+        check_reference(term_of(sharp, rows, "kto"), network)
 
 
 def test_soft_labels_are_refused_where_they_would_be_ignored(sharp):
@@ -234,17 +239,26 @@ def test_nll_per_token_or_per_response(sharp, network, logp):
         assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_term_always_has_another_batch(sharp):
-    """Batches of the n-th epoch come from the seed alone, in any order of calls; each epoch has every group once."""
+def test_each_epoch_has_every_group_once_in_batches_from_the_seed_alone(sharp):
+    """A batch is whole groups until they hold batch_size pairs, the last of an epoch the rest, in any order."""
     rows = cache(sharp, random_rows(prompts=7))
-    one, two = (term_of(sharp, rows, "sigmoid_norm", batch_size=3, seed=5) for _ in range(2))
-    steps = one.steps(3)
-    forward = [[group.prompt_id for group in one.batch(n)] for n in range(steps)]
-    backward = [[group.prompt_id for group in two.batch(n)] for n in reversed(range(steps))]
+    one, two = (term_of(sharp, rows, "sigmoid_norm", batch_size=4, seed=5).batches for _ in range(2))
+    per_epoch = [one.steps(epochs) for epochs in (1, 2, 3)]
+    forward, backward = [one[n] for n in range(per_epoch[-1])], [two[n] for n in reversed(range(per_epoch[-1]))]
     assert forward == backward[::-1]
-    seen = [name for names in forward for name in names]
-    assert all(sorted(seen[7 * k : 7 * k + 7]) == [f"p{n}" for n in range(7)] for k in range(3))
-    assert len(seen) == 21
+    for start, end in pairwise([0, *per_epoch]):
+        epoch = forward[start:end]
+        assert sorted(group.prompt_id for batch in epoch for group in batch) == [f"p{n}" for n in range(7)]
+        sizes = [[len(group.pairs) for group in batch] for batch in epoch]
+        assert all(sum(batch) >= 4 > sum(batch[:-1]) for batch in sizes[:-1])
+        assert sum(sizes[-1][:-1]) < 4
+
+
+def test_the_config_has_the_types_of_the_options():
+    """`TrainConfig` is filled from the options of `optimize` by name, which a type checker does not see."""
+    options = get_type_hints(optimize)
+    for name, kind in get_type_hints(TrainConfig).items():
+        assert options[name] == kind, name
 
 
 def test_a_reward_model_takes_no_loss_of_log_probs(tiny, tmp_path):

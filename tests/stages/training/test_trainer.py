@@ -70,7 +70,7 @@ def preferred(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored_by(tiny, preferred):
-    """The chain for a policy and dtype: log-probs by the `reference` stage, joined by `examples`."""
+    """Return the examples for a policy and dtype: log-probs by the `reference` stage, joined by `examples`."""
 
     def joined(policy=tiny, dtype="float32"):
         prompts, candidates, pairs = preferred
@@ -107,7 +107,7 @@ def other(tiny, tmp_path_factory):
 
 
 def test_from_the_stage_to_a_loss_it_is_six_calls(tiny, cached, tmp_path, monkeypatch):
-    """optimize, train, a term's losses, one pass's loss, the bound objective, sigmoid_norm."""
+    """optimize, train_policy, micro_batch_losses, _loss, the bound objective, sigmoid_norm."""
 
     def failing(scores):
         raise LookupError
@@ -125,7 +125,7 @@ def test_from_the_stage_to_a_loss_it_is_six_calls(tiny, cached, tmp_path, monkey
 
 def test_the_first_loss_is_that_of_policy_equal_reference(tiny, cached, scored_by, tmp_path):
     """h = 0 for every pair: -ln s(0) = ln 2 and a margin of 0, whatever the batch; a hinge has 1. In bfloat16 to 1e-2,
-    since cache and loop read with the same autocast."""
+    since cache and loop use the same autocast."""
     for batch_size in (1, 32):
         _, metrics, _ = train(tiny, cached, tmp_path / str(batch_size), batch_size=batch_size)
         assert metrics[1, "loss"] == pytest.approx(LN2, abs=1e-5)
@@ -222,13 +222,13 @@ def test_accumulation_changes_nothing(tiny, cached, imitated, tmp_path):
                           tokens_per_pass=tokens, **options)
             for tokens in (1, 150, 100_000)
         }  # fmt: skip
-        whole, expected, policy = runs.pop(100_000)
+        model_at_once, expected, policy = runs.pop(100_000)
         for model, metrics, row in runs.values():
             assert row == policy
             assert metrics.keys() == expected.keys()
             for key in [(step, metric) for step in (1, 2) for metric in ("loss", "grad_norm")]:
                 assert metrics[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5)
-            assert relative_difference(weights_of(model), weights_of(whole), weights_of(tiny)) < 1e-3
+            assert relative_difference(weights_of(model), weights_of(model_at_once), weights_of(tiny)) < 1e-3
 
 
 def test_training_reaches_what_it_minimises(tiny, cached, preferred, tmp_path):
@@ -247,27 +247,16 @@ def test_training_reaches_what_it_minimises(tiny, cached, preferred, tmp_path):
 def test_the_schedule_has_its_shape(tiny, imitated, tmp_path):
     """20 steps, 4 of warm-up: lr t/4 up to lr, then constant, a line, or half a cosine down; never to below 0.
 
-    With u = (20 - step) / 16 left: linear lr u, cosine lr (1 - cos(pi u)) / 2.
+    With u = (20 - step) / 16: linear lr u, cosine lr (1 - cos(pi u)) / 2.
     """
-    left = [(20 - step) / 16 for step in range(4, 20)]
-    tails = {"constant": [1.0] * 16, "linear": left, "cosine": [(1 - math.cos(math.pi * u)) / 2 for u in left]}
+    decay = [(20 - step) / 16 for step in range(4, 20)]
+    tails = {"constant": [1.0] * 16, "linear": decay, "cosine": [(1 - math.cos(math.pi * u)) / 2 for u in decay]}
     for name, tail in tails.items():
         options = dict(epochs=20, warmup_ratio=0.2, lr_scheduler_type=name, batch_size=1)
         _, metrics, _ = train(tiny, imitated.slice(0, 1), tmp_path / name, objective="nll", **options)
         rates = [metrics[step, "learning_rate"] / 1e-3 for step in range(1, 21)]
         assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, *tail])
         assert min(rates) > 0
-
-
-def test_every_group_is_seen_once_per_epoch(tiny, cached, tmp_path):
-    """A step is whole groups until they hold batch_size pairs, the last of an epoch what is left: none twice."""
-    sizes = [len(row["pairs"]) for row in cached.to_pylist()]
-    _, metrics, policy = train(tiny, cached, tmp_path, epochs=2)
-    seen = [metrics[step, "pairs"] for step in range(1, policy["steps"] + 1)]
-    assert sum(seen) == 2 * sum(sizes)
-    assert sum(sizes) in np.cumsum(seen)
-    assert all(size < 4 + max(sizes) for size in seen)
-    assert sum(size < 4 for size in seen) <= 2
 
 
 def test_the_seed_orders_the_groups_and_nothing_else_moves(tiny, cached, tmp_path):
@@ -398,7 +387,7 @@ def test_heldout_metrics_appear_and_do_not_train(tiny, cached, tmp_path):
 
 
 class SmallDevice:
-    """A device on which a pass of more than so many tokens does not fit."""
+    """Device on which a forward pass of more than so many tokens does not fit."""
 
     def __init__(self, monkeypatch, tokens):
         self.tokens, self.largest = tokens, 0
@@ -416,8 +405,8 @@ class SmallDevice:
             self.largest = max(self.largest, kwargs["input_ids"].numel())
 
 
-def test_out_of_memory_once_halves_the_tokens_of_a_pass(tiny, cached, tmp_path, monkeypatch):
-    """It says so, shows it in `speeds`, and ends with the weights of small passes from the start, to rounding.
+def test_out_of_memory_once_halves_the_micro_batches(tiny, cached, tmp_path, monkeypatch):
+    """It says so, shows it in `speeds`, and ends with the weights of small micro-batches from the start, to rounding.
 
     A restart on the same machine begins with half.
     """
@@ -442,23 +431,23 @@ def test_out_of_memory_twice_stops_with_what_would_fit(tiny, cached, tmp_path, m
 
 
 def test_tokens_of_a_step_and_of_a_policy(tiny, tmp_path):
-    """Read: P + sum over responses of (R - 1) per group; saved, against 2 (P + R) per pair, here 3 pairs of 4
-    responses. A policy's tokens are those of its data, P + sum R per group and epoch, however they are read."""
+    """Forwarded: P + sum over responses of (R - 1) per group; saved, against 2 (P + R) per pair, here 3 pairs of 4
+    responses. A policy's tokens are those of its data, P + sum R per group and epoch, however they are split."""
     row = random_rows(prompts=3)[2]
     prompt, lengths = len(row["prompt_ids"]), [len(response["token_ids"]) for response in row["responses"]]
     assert len(row["pairs"]) == 3
     rows = table(cache(tiny, [row]))
     _, speeds = train_speeds(tiny, rows, tmp_path / "whole", epochs=2)
     unshared = sum(2 * prompt + lengths[0] + length for length in lengths[1:])
-    read = prompt + sum(lengths) - len(lengths)
-    assert speeds["tokens/read"] == [read, read]
-    assert speeds["tokens/saved"] == [pytest.approx(1 - read / unshared)] * 2
+    forwarded = prompt + sum(lengths) - len(lengths)
+    assert speeds["tokens/read"] == [forwarded, forwarded]
+    assert speeds["tokens/saved"] == [pytest.approx(1 - forwarded / unshared)] * 2
     _, _, policy = train(tiny, rows, tmp_path / "parts", epochs=3, tokens_per_pass=1)
     assert policy["tokens"] == 3 * (prompt + sum(lengths))
 
 
 @pytest.mark.parametrize("sharing", [True, False])
-def test_the_reference_counts_the_tokens_that_it_reads(tiny, preferred, monkeypatch, sharing):
+def test_the_reference_counts_the_tokens_of_its_forward_passes(tiny, preferred, monkeypatch, sharing):
     """P + sum over responses of (R - 1) per prompt; in padded rows, one per response, all as wide as the longest."""
     if not sharing:
         monkeypatch.setattr("stages.network.load.share_prefixes", lambda network: None)
