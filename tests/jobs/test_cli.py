@@ -93,7 +93,7 @@ MISTAKES = [
     ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso --until evaluat", ["--until evaluat: no step 'evaluat' in rso", "did you mean 'evaluate'?"]),
-    ("run rso --until sample --from pair", ["--from pair --until sample: give one of them"]),
+    ("run rso --until sample --from pair", ["--until sample --from pair: give one of them"]),
 ]
 
 

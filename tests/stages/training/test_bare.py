@@ -11,7 +11,7 @@ from pipeline.store.fingerprints import DataPath
 from stages.data.preferences import preferences
 
 ROOT = Path(__file__).parents[3]
-ALLOWED = ("torch", "transformers", "safetensors", "pyarrow", "numpy", "pydantic", "pydantic_core")
+ALLOWED = ("torch", "transformers", "safetensors", "pyarrow", "numpy", "pydantic", "pydantic_core", "annotated_types")
 
 # Run by a fresh interpreter. Our code may import ALLOWED, itself and the standard library; what those
 # packages import for themselves is not checked (the importing frame is in site-packages).
