@@ -7,10 +7,11 @@ would join with an older one.
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and what else a chat template renders, such as tool calls
 
 
 def _hash(*parts: str | bytes, size: int = 10) -> bytes:
@@ -22,10 +23,12 @@ def _hash(*parts: str | bytes, size: int = 10) -> bytes:
     return digest.digest()
 
 
-def prompt_id(prompt: str | Sequence[Message]) -> str:
+def prompt_id(prompt: str | Sequence[Message], tools: Sequence[Any] | None = None) -> str:
     """Return 20 hex digits of the prompt's content, the same under every tokenizer and chat template."""
-    content = prompt if isinstance(prompt, str) else json.dumps(list(prompt), sort_keys=True, ensure_ascii=False)
-    return _hash("prompt", content).hex()
+    if isinstance(prompt, str) and not tools:
+        return _hash("prompt", prompt).hex()
+    content: Any = {"prompt": prompt, "tools": list(tools)} if tools else list(prompt)
+    return _hash("prompt", json.dumps(content, sort_keys=True, ensure_ascii=False)).hex()
 
 
 def candidate_id(prompt: str, token_ids: Sequence[int], copy: int = 0) -> str:
@@ -57,7 +60,11 @@ def shard_of(prompt: str, shards: int) -> int:
     return int.from_bytes(_hash("shard", prompt, size=8), "little") % shards
 
 
-def split_of(prompt: str, heldout: float) -> str:
-    """Return `heldout` for a share `heldout` of all prompt ids, else `train`: the same in every file and every run."""
-    point = int.from_bytes(_hash("split", prompt, size=8), "little") / 2**64
+def split_of(text: str, heldout: float) -> str:
+    """Return `heldout` for a share `heldout` of all prompts' texts, else `train`: the same in every file and every run.
+
+    Texts that differ in case or white space only are in the same split: a near copy of a training prompt is no test.
+    """
+    normalised = " ".join(text.casefold().split())
+    point = int.from_bytes(_hash("split", normalised, size=8), "little") / 2**64
     return "heldout" if point < heldout else "train"

@@ -22,10 +22,12 @@ PROMPTS = table(
     "one row per prompt",
     PROMPT_ID,
     column("text", pa.string(), "the prompt as text, for people and for rankers with their own tokenizer"),
+    column("chat", pa.string(), "its chat messages and tools as JSON; null if it is one text", nullable=True),
     column("token_ids", TOKEN_IDS, "the prompt as the policy reads it: chat template applied, BOS exactly once"),
-    column("split", pa.string(), "train or heldout, by hash of the prompt id"),
+    column("rendered", pa.string(), "these ids as text, special tokens included", nullable=True),
+    column("split", pa.string(), "train or heldout, by hash of the text in lower case, white space as one space"),
     column("demonstration", pa.string(), "a response to imitate; null if the data has none", nullable=True),
-    column("demonstration_ids", TOKEN_IDS, "tokens of the demonstration, EOS last", nullable=True),
+    column("demonstration_ids", TOKEN_IDS, "tokens of the demonstration, the one that ends it last", nullable=True),
 )
 CANDIDATES = table(
     "candidates",
@@ -33,7 +35,11 @@ CANDIDATES = table(
     PROMPT_ID,
     CANDIDATE_ID,
     K,
-    column("token_ids", TOKEN_IDS, "the sampled ids, never re-tokenised; EOS last if finish_reason is stop"),
+    column(
+        "token_ids",
+        TOKEN_IDS,
+        "the sampled ids, never re-tokenised; the one that ends it is last if finish_reason is stop",
+    ),
     column("text", pa.string(), "the response as text, without special tokens"),
     column("logp", pa.float64(), "summed log-prob by the engine, nats; never a reference for training", nullable=True),
     column(

@@ -9,4 +9,6 @@ Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
 Temperature = Annotated[float, Range(gt=0, le=2)]
+TooLong = Literal["reject", "cut"]  # what becomes of a response that is longer than max_tokens
+Prefill = Literal["reject", "continue"]  # what becomes of a prompt that ends with an assistant turn
 Precision = Literal["float32", "bfloat16"]

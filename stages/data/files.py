@@ -25,6 +25,7 @@ FILE_SUFFIXES = (*JSONL, PARQUET, CSV, *(f"{suffix}.gz" for suffix in (*JSONL, C
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
 FOLDER_SUFFIXES = {*JSONL, PARQUET, CSV, ".json", ".arrow", ".tsv", ".txt", *ARCHIVE_SUFFIXES}
+OPTIONAL_COLUMNS = ("tools",)  # read where a file has them
 HEAD_ROWS = 1000  # of a JSONL file: a column that none of them has does not exist
 # Bytes of a CSV file that are not UTF-8 are escaped as surrogates, so that one bad row does not end the file.
 CSV_TEXT: dict[str, str] = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -192,11 +193,13 @@ def _file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) 
         number = 0
         # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
+        optional = [name for name in OPTIONAL_COLUMNS if name in parquet.schema_arrow.names]
+        read = list(dict.fromkeys([*columns, *optional]))
+        for batch in parquet.iter_batches(batch_size=4096, columns=read):
             for n in range(batch.num_rows):
                 location = f"{file.name}:{number + n}"
                 try:
-                    yield location, {name: batch.column(name)[n].as_py() for name in columns}
+                    yield location, {name: batch.column(name)[n].as_py() for name in read}
                 except UnicodeDecodeError as error:
                     reject("bad UTF-8", place=location, detail=str(error))
             number += batch.num_rows

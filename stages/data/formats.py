@@ -8,15 +8,26 @@ neighbour. Ties, empty responses and responses of several turns are rejected, ea
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline import Bound, Registry
 from schemas.ids import Message
 from stages.data.rows import Row
-from stages.data.texts import Prompt, as_prompt, messages_of, number_of, prompt_of, reply_of, text_of
+from stages.data.texts import (
+    Prompt,
+    Reply,
+    as_prompt,
+    has_messages,
+    messages_of,
+    number_of,
+    prompt_of,
+    reply_of,
+    shared_prefix_length,
+    text_of,
+)
 
 preference_reader = Registry("reader", "columns")
 
@@ -48,8 +59,8 @@ class PreferencePair:
     """Two responses to a prompt, one of them preferred."""
 
     prompt: Prompt  # its id is a hash of this content
-    chosen: str
-    rejected: str
+    chosen: Reply
+    rejected: Reply
     plain: str | None = None  # the prompt for a tokenizer without chat template; a response follows after a space
 
 
@@ -68,12 +79,12 @@ def implicit_prompt(row: Row) -> PreferencePair:
     space, so that no word is cut; responses that begin with the same words lose these to the prompt. Transcripts of
     hh-rlhf are rejected; reader `hh` reads them.
     """
-    if isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list):
+    if has_messages(row, "chosen") or has_messages(row, "rejected"):
         return ultrafeedback_binarized(row)  # turns are shared or not, as in that data set
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
     if HH_ASSISTANT in chosen and HH_ASSISTANT in rejected:
         raise ValueError("a transcript, which reader hh reads")
-    shared = chosen[: _shared_prefix_length(chosen, rejected)]
+    shared = chosen[: shared_prefix_length(chosen, rejected)]
     end = max((n for n, character in enumerate(shared) if character.isspace()), default=0)
     if not shared[:end].strip():
         raise ValueError("chosen and rejected share no prompt")
@@ -86,7 +97,7 @@ def ultrafeedback_binarized(row: Row) -> PreferencePair:
     """Read HuggingFaceH4/ultrafeedback_binarized (split train_prefs): both lists contain the prompt's turns."""
     chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
     # Where the lists are equal, the last turn is still the response: the pair is then rejected as identical.
-    prompt = chosen[: min(_shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
+    prompt = chosen[: min(shared_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)]
     if not prompt:
         raise ValueError("chosen and rejected share no prompt")
     return PreferencePair(as_prompt(prompt), reply_of(row, "chosen", prompt), reply_of(row, "rejected", prompt))
@@ -100,7 +111,7 @@ def hh(row: Row) -> PreferencePair:
     responses that begin alike. It becomes chat messages; a tokenizer without chat template gets the transcript itself.
     """
     chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
-    end = chosen.rfind(HH_ASSISTANT, 0, _shared_prefix_length(chosen, rejected))
+    end = chosen.rfind(HH_ASSISTANT, 0, shared_prefix_length(chosen, rejected))
     if end < 0:
         raise ValueError("chosen and rejected share no Assistant turn")
     before, *turns = HH_TURN.split(chosen[:end])
@@ -187,11 +198,6 @@ def couple_neighbours(rows: Iterator[tuple[str, Row]], column: str) -> Iterator[
 
 
 # Helpers of readers; each raises ValueError with the reason for the rejects table
-
-
-def _shared_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    different = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(different, min(len(first), len(second)))
 
 
 def _messages(parts: list[str]) -> list[Message]:

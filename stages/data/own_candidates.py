@@ -12,8 +12,8 @@ from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_source
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
-from stages.data.texts import number_of, prompt_of, reply_of
-from stages.options import Count, HeldoutShare
+from stages.data.texts import Conversation, number_of, prompt_of, reply_of, tools_of
+from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
 def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -30,7 +30,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     return problems + check_source(options, [options["prompt"], options["response"], *scores])
 
 
-@stage(version=2, unsharded=True, check=_check_own_candidates)
+@stage(version=3, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,
@@ -46,16 +46,20 @@ def own_candidates(
     probability: str | None = None,
     heldout: HeldoutShare = 0.0,
     max_tokens: Count = 1024,
+    too_long: TooLong = "reject",
+    prefill: Prefill = "reject",
 ) -> tuple[Prompts, Candidates, Rewards]:
     """Read one candidate per row. A probability p becomes its logit ln(p / (1 - p)), the reward of arXiv:2309.06657.
 
     Rejected, with a reason: a reward that is not finite, a probability outside the open interval (0, 1)
-    (its logit is infinite), an empty response, an empty or too long prompt. Equal responses to one prompt stay
-    separate candidates: how often one occurs is an estimate of its probability under the sampling policy.
+    (its logit is infinite), an empty response, an empty or too long prompt, and a response longer than `max_tokens`,
+    because its reward is that of all of it (`too_long: cut` keeps it). Ids and `prefill` are as in stage `prompts`.
+    Equal responses to one prompt stay separate candidates: how often one occurs is an estimate of its probability
+    under the sampling policy.
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    data = DataTables(tokenizer, heldout, max_tokens)
+    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill)
     rewards: list[Row] = []
     for location, row in source.rows(ctx, [prompt, response, column]):
         try:
@@ -69,8 +73,10 @@ def own_candidates(
                     raise ValueError("probability is not in (0, 1)")
                 value = math.log(value) - math.log1p(-value)
             content = prompt_of(row, prompt)
-            name = data.add_prompt(content)
-            candidate = data.add_response(name, reply_of(row, response, content), repeated=True)
+            conversation = Conversation(content, tools_of(row))
+            reply = reply_of(row, response, content)
+            name = data.add_prompt(conversation)
+            candidate = data.add_response(conversation, reply, repeated=True)
         except ValueError as error:
             ctx.reject(str(error), place=location, detail=repr(row.get(column)))
             continue

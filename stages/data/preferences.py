@@ -11,10 +11,11 @@ from stages.data.files import DataSource, check_source
 from stages.data.formats import columns_of, preference_reader
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
-from stages.options import Count, HeldoutShare
+from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
+from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
-@stage(version=2, unsharded=True, check=lambda options, inputs: check_source(options, columns_of(options["reader"])))
+@stage(version=3, unsharded=True, check=lambda options, inputs: check_source(options, columns_of(options["reader"])))
 def preferences(
     tokenizer: Model,
     ctx: StageContext,
@@ -27,26 +28,36 @@ def preferences(
     reader: Annotated[Bound, preference_reader] = "columns",  # type: ignore[assignment]
     heldout: HeldoutShare = 0.2,
     max_tokens: Count = 1024,
+    too_long: TooLong = "reject",
+    prefill: Prefill = "reject",
 ) -> tuple[Prompts, Candidates, Pairs]:
     """Read pairs in the format that `reader` names (stages/data/formats.py); a prompt may have several pairs.
 
-    `subset` is a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason.
+    `subset` is a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason. So
+    are responses longer than `max_tokens`: one that is cut is not what was preferred, and has no end (`too_long: cut`
+    keeps it). Ids and `prefill` are as in stage `prompts`.
     """
     reader = preference_reader.bind(reader)
-    data = DataTables(tokenizer, heldout, max_tokens)
+    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill)
     pairs: list[Row] = []
     for location, rows in DataSource(path, dataset, revision, subset, dataset_split).reader_rows(ctx, reader):
         try:
             pair = reader(*rows)
-            prompt = data.add_prompt(pair.prompt, pair.plain)
-            chosen, rejected = (
-                data.add_response(prompt, text, plain=pair.plain is not None) for text in (pair.chosen, pair.rejected)
-            )
+            conversation = Conversation(pair.prompt, tools_of(rows[0]), pair.plain)
+            replies = without_repeated_prompt(pair.prompt, (pair.chosen, pair.rejected))
+            prompt = data.add_prompt(conversation)
+            chosen, rejected = (data.add_response(conversation, reply) for reply in replies)
         except ValueError as error:
             ctx.reject(str(error), place=location, detail=repr(rows[0]))
             continue
         if chosen == rejected:
-            ctx.reject("identical responses", place=location, detail=pair.chosen, prompt=prompt, candidate=chosen)
+            ctx.reject(
+                "identical responses",
+                place=location,
+                detail=readable_reply(pair.chosen),
+                prompt=prompt,
+                candidate=chosen,
+            )
             continue
         pairs.append(dict(prompt_id=prompt, chosen_id=chosen, rejected_id=rejected, gap=None, weight=1.0, rule="label"))
     pairs.sort(key=lambda row: (row["prompt_id"], row["chosen_id"], row["rejected_id"]))

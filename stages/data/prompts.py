@@ -1,5 +1,6 @@
 """Stage prompts: users' texts are tokenised once, here; every later stage reads the ids."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -12,9 +13,9 @@ from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.files import DataSource, check_source
 from stages.data.formats import columns_of, preference_reader
 from stages.data.rows import Row, imported_candidate
-from stages.data.texts import Prompt, prompt_of, reply_of
+from stages.data.texts import Conversation, Prompt, Reply, prompt_of, readable, readable_reply, reply_of, tools_of
 from stages.limits import context_length
-from stages.options import Count, HeldoutShare
+from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -26,7 +27,7 @@ def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return check_source(options, columns_of(reader))
 
 
-@stage(version=3, unsharded=True, check=_check_prompts)
+@stage(version=4, unsharded=True, check=_check_prompts)
 def prompts(
     tokenizer: Model,
     ctx: StageContext,
@@ -41,16 +42,21 @@ def prompts(
     reader: Annotated[Bound, preference_reader] | None = None,
     heldout: HeldoutShare = 0.2,
     max_tokens: Count = 1024,
+    prefill: Prefill = "reject",
 ) -> Prompts:
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
     With a `reader`, they are the prompts of pairs in its format, and `demonstration: chosen` their chosen responses.
-    A prompt is held out by hash of its id: with one `heldout` share it is in the same split in every file.
-    Prompts longer than `max_tokens` or the model's context are rejected. So is a demonstration that does not fit,
-    because cutting it would remove its EOS; its prompt stays.
+    A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
+    a copy of it in another case or spacing. A column `tools` holds the JSON schemas of tools that may be called.
+
+    Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
+    are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless
+    `prefill: continue` lets the response continue it. A demonstration that cannot be kept is rejected, because
+    cutting it would remove its end; its prompt stays.
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    data = DataTables(tokenizer, heldout, max_tokens)
+    data = DataTables(tokenizer, heldout, max_tokens, prefill=prefill)
     if reader is None:
         columns = [prompt, *([demonstration] if demonstration else [])]
         groups: Iterator[tuple[str, list[Row]]] = ((location, [row]) for location, row in source.rows(ctx, columns))
@@ -70,23 +76,31 @@ def prompts(
                 response = pair.chosen if demonstration else None
 
             # Their ids, by the rules of the model's tokenizer.
-            row = data.prompt_row(content, plain)
-            if response is not None:
-                ids, finish_reason = data.response_ids(row["token_ids"], response, plain=plain is not None)
+            conversation = Conversation(content, tools_of(rows[0]), plain)
+            row = data.prompt_row(conversation)
         except ValueError as error:
             ctx.reject(str(error), place=location, detail=repr(rows[0]))
             continue
-
         name = row["prompt_id"]
         if name in data.prompts_by_id:
             ctx.reject("duplicate prompt", place=location, detail=row["text"], prompt=name)
             continue
-        if response is not None and finish_reason == "length":
-            ctx.reject("demonstration too long", place=location, detail=response, prompt=name)
-        elif response is not None:
-            row |= {"demonstration": response, "demonstration_ids": ids}
+        if response is not None:
+            try:
+                ids, finish_reason = data.response_ids(conversation, row["token_ids"], response)
+                if finish_reason == "length":
+                    raise ValueError("demonstration too long")
+                row |= {"demonstration": readable_reply(response), "demonstration_ids": ids}
+            except ValueError as error:
+                ctx.reject(str(error), place=location, detail=readable_reply(response), prompt=name)
         data.prompts_by_id[name] = row
     return data.tables()[0]
+
+
+def chat_json(content: Prompt, tools: list[dict[str, Any]] | None) -> str:
+    """Return chat messages and tools as the JSON of the column `chat`."""
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    return json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False)
 
 
 class DataTables:
@@ -96,51 +110,67 @@ class DataTables:
     reject a row of the file.
     """
 
-    def __init__(self, model: Model, heldout: float, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        heldout: float,
+        max_tokens: int,
+        *,
+        too_long: TooLong = "reject",
+        prefill: Prefill = "reject",
+    ) -> None:
         from stages.data.tokenizer import Tokenizer
 
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
-        self.heldout, self.max_tokens = heldout, max_tokens
+        self.heldout, self.max_tokens, self.too_long, self.prefill = heldout, max_tokens, too_long, prefill
         self.prompts_by_id: dict[str, Row] = {}
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
-    def prompt_row(self, content: Prompt, plain: str | None = None) -> Row:
-        """Return the row of a prompt, without a demonstration. plain: for a tokenizer without chat template."""
-        from stages.data.tokenizer import readable
-
-        ids = self.tokenizer.prompt_ids(content, plain)
+    def prompt_row(self, conversation: Conversation) -> Row:
+        """Return the row of a prompt, without a demonstration."""
+        content, tools = conversation.content, conversation.tools
+        if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":
+            raise ValueError("prompt ends with an assistant turn")
+        ids = self.tokenizer.prompt_ids(conversation)
         if len(ids) > min(self.max_tokens, self.context - 1):  # room for one token of a response
             raise ValueError("prompt too long")
-        name = prompt_id(content)
+        text = readable(content, tools)
         return {
-            "prompt_id": name,
-            "text": readable(content),
+            "prompt_id": prompt_id(content, tools),
+            "text": text,
+            "chat": None if isinstance(content, str) and not tools else chat_json(content, tools),
             "token_ids": ids,
-            "split": split_of(name, self.heldout),
+            "rendered": self.tokenizer.rendered(ids),
+            "split": split_of(text, self.heldout),
             "demonstration": None,
             "demonstration_ids": None,
         }
 
-    def response_ids(self, prompt_ids: list[int], text: str, *, plain: bool = False) -> tuple[list[int], str]:
-        """Return (ids, finish_reason), cut to max_tokens and to what the model has room for after the prompt."""
+    def response_ids(self, conversation: Conversation, prompt_ids: list[int], reply: Reply) -> tuple[list[int], str]:
+        """Return (ids, "stop"), or the ids that fit and "length": max_tokens, and what the context leaves room for."""
+        ids = self.tokenizer.response_ids(conversation, reply)
         limit = min(self.max_tokens, self.context - len(prompt_ids))
-        return self.tokenizer.response_ids(text, limit, plain=plain)
+        return (ids, "stop") if len(ids) <= limit else (ids[:limit], "length")
 
-    def add_prompt(self, content: Prompt, plain: str | None = None) -> str:
+    def add_prompt(self, conversation: Conversation) -> str:
         """Add a prompt unless it is there already; return its id."""
-        row = self.prompt_row(content, plain)
+        row = self.prompt_row(conversation)
         self.prompts_by_id.setdefault(row["prompt_id"], row)
         return str(row["prompt_id"])
 
-    def add_response(self, prompt: str, text: str, *, repeated: bool = False, plain: bool = False) -> str:
-        """Add a response to the prompt of this id; return the candidate's id.
+    def add_response(self, conversation: Conversation, reply: Reply, *, repeated: bool = False) -> str:
+        """Add a response to a prompt that was added; return the candidate's id.
 
         Equal texts of a prompt are one candidate, unless `repeated` makes each its own, as draws of a policy are.
         """
-        ids, finish_reason = self.response_ids(self.prompts_by_id[prompt]["token_ids"], text, plain=plain)
+        prompt = prompt_id(conversation.content, conversation.tools)
+        ids, finish_reason = self.response_ids(conversation, self.prompts_by_id[prompt]["token_ids"], reply)
+        if finish_reason == "length" and self.too_long == "reject":
+            raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()
+        text = readable_reply(reply)
         row = imported_candidate(prompt, ids, text, used_ids, k=self.counts[prompt], finish_reason=finish_reason)
         if row["candidate_id"] not in self.candidates_by_id:
             self.candidates_by_id[row["candidate_id"]] = row

@@ -1,11 +1,35 @@
 """Values of a row that a user brings: each function returns one, or raises ValueError with the reason to reject it."""
 
+import ast
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from schemas import WinnowWarning
 from schemas.ids import Message
 from stages.data.rows import Row
 
 Prompt = str | list[Message]
+Reply = str | Message  # text, or an assistant message with more than a content, such as a tool call
+
+# Keys of a message that a chat template must render, or the row is rejected, and keys that it may leave out.
+REASONING = "reasoning_content"
+REASONING_KEYS = (REASONING, "reasoning", "thinking")  # what data sets and templates call it; here it is the first
+CONTENT_KEYS = (REASONING, "tool_calls", "function_call", "images", "image", "videos", "audio", "documents")
+LABEL_KEYS = ("name", "tool_call_id")
+WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Prompt as a chat template renders it: text or messages, with the tools that the assistant may call."""
+
+    content: Prompt
+    tools: list[dict[str, Any]] | None = None
+    plain: str | None = None  # the prompt for a tokenizer without chat template; a response follows after a space
 
 
 def number_of(row: Row, name: str, called: str | None = None) -> float:
@@ -33,32 +57,46 @@ def text_of(row: Row, name: str) -> str:
     return value
 
 
+def has_messages(row: Row, name: str) -> bool:
+    """Return whether a column holds chat messages: a list, a dict of lists, or either one written as text."""
+    return isinstance(_parsed(row.get(name), name), list | dict)
+
+
 def messages_of(row: Row, name: str) -> list[Message]:
-    """Return the chat messages in a column, each with a role and a content."""
-    values = row.get(name)
+    """Return the chat messages in a column, each with a role, a content, and what else a chat template may render.
+
+    `None` and empty lists, with which tables fill up keys that a message lacks, count as absent. Keys that no template
+    is known to render, such as a language or a score, are left out, with a warning.
+    """
+    values = _parsed(row.get(name), name)
+    if isinstance(values, dict) and values and all(isinstance(value, list) for value in values.values()):
+        sizes = {len(value) for value in values.values()}  # columns, as Arrow and pandas have lists of structs
+        if len(sizes) != 1:
+            raise ValueError(f"{name} has {' and '.join(sorted(values))} of different lengths")
+        values = [dict(zip(values, cells, strict=True)) for cells in zip(*values.values(), strict=True)]
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{name} is not text" if values is not None else f"no {name}")
     if not values:
         raise ValueError(f"empty {name}")
-    return [{"role": text_of(message, "role"), "content": text_of(message, "content")} for message in values]
+    return [_message(value, name) for value in values]
 
 
 def prompt_of(row: Row, name: str) -> Prompt:
     """Return the prompt in a column, as a string or as chat messages."""
-    return as_prompt(messages_of(row, name)) if isinstance(row.get(name), list) else text_of(row, name)
+    return as_prompt(messages_of(row, name)) if has_messages(row, name) else text_of(row, name)
 
 
 def as_prompt(messages: list[Message]) -> Prompt:
     """Return a single user message as its text: a chat template gives both the same tokens, so they are one prompt."""
-    return messages[0]["content"] if [message["role"] for message in messages] == ["user"] else messages
+    return messages[0]["content"] if len(messages) == 1 and _is_plain(messages[0], "user") else messages
 
 
-def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> str:
+def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> Reply:
     """Return the response in a column: text, or messages that end in one assistant turn.
 
     Some data sets repeat the turns of `prompt` before it; these are removed.
     """
-    if not isinstance(row.get(name), list):
+    if not has_messages(row, name):
         return text_of(row, name)
     messages = messages_of(row, name)
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
@@ -66,4 +104,133 @@ def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> str:
         messages = messages[len(before) :]
     if [message["role"] for message in messages] != ["assistant"]:
         raise ValueError(f"{name} is not one assistant turn")
-    return messages[0]["content"]
+    return messages[0]["content"] if _is_plain(messages[0], "assistant") else messages[0]
+
+
+def without_repeated_prompt(prompt: Prompt, replies: tuple[Reply, ...]) -> tuple[Reply, ...]:
+    """Return the responses without the text of the prompt where all of them begin with it.
+
+    Short prompts, of fewer than four words, stay: both answers to "Hi" may well begin with it.
+    """
+    if not isinstance(prompt, str) or len(prompt.split()) < 4:
+        return replies
+    rest = [reply[len(prompt) :] for reply in replies if isinstance(reply, str) and reply.startswith(prompt)]
+    if len(rest) < len(replies) or not all(text.strip() for text in rest):
+        return replies
+    warnings.warn("responses that repeat the text of their prompt are read without it", WinnowWarning, stacklevel=2)
+    return tuple(text.removeprefix(" ") for text in rest)
+
+
+def tools_of(row: Row, name: str = "tools") -> list[dict[str, Any]] | None:
+    """Return the JSON schemas of tools in a column, as a list or written as JSON; None if the row has none."""
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name} is not JSON") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError(f"{name} is not a list of JSON schemas")
+    return [_without_empty(tool) for tool in value]
+
+
+def readable(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
+    """Return a prompt for people and rankers: the text, or the turns with their roles, after the tools if any."""
+    if isinstance(prompt, str) and not tools:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if len(messages) == 1 and not tools and _is_plain(messages[0]):
+        return str(messages[0]["content"])
+    lines = [f"tools: {_compact(tools)}"] if tools else []
+    return "\n".join([*lines, *(f"{message['role']}: {readable_reply(message)}" for message in messages)])
+
+
+def readable_reply(reply: Reply) -> str:
+    """Return a response for people and rankers: its text, with reasoning before it and tool calls after it."""
+    if isinstance(reply, str):
+        return reply
+    texts = [str(reply[key]) for key in (REASONING, "content") if reply.get(key)]
+    return "\n".join([*texts, *(f"{key}: {_compact(reply[key])}" for key in CONTENT_KEYS[1:] if key in reply)])
+
+
+def shared_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return the number of items at the beginning of two sequences that are equal."""
+    different = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(different, min(len(first), len(second)))
+
+
+def _is_plain(message: Message, role: str | None = None) -> bool:
+    return message.keys() == {"role", "content"} and role in (None, message["role"])
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """Return messages that are written as text, as CSV files and pandas hold them; any other value as it is."""
+    if not isinstance(value, str) or not WRITTEN_MESSAGES.match(value):
+        return value
+    for parse in (json.loads, ast.literal_eval):  # `json.dumps` or `str` of a list
+        try:
+            messages = parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(messages, list | dict):
+            warnings.warn(f"{name}: messages that are written as text are parsed", WinnowWarning, stacklevel=2)
+            return messages
+    raise ValueError(f"{name} is messages written as text that cannot be parsed")
+
+
+def _message(value: dict[str, Any], name: str) -> Message:
+    """Return a message with role and content, then those of its other keys that a template may render."""
+    content = value.get("content")
+    value = {key: item for key, item in value.items() if item is not None and item not in ("", [], {})}
+    value.pop("content", None)
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"{name} has content of type {kind}, and only text is read")
+        content = "".join(part["text"] for part in content)
+    if reasoning := [value.pop(key) for key in REASONING_KEYS if key in value]:
+        value[REASONING] = text_of({REASONING: reasoning[0]}, REASONING)
+    if "tool_calls" in value:
+        value["tool_calls"] = _tool_calls(value["tool_calls"])
+    role = text_of(value, "role")
+    extra = {key: value[key] for key in (*CONTENT_KEYS, *LABEL_KEYS) if key in value}
+    if content or not any(key in CONTENT_KEYS for key in extra):  # beside a call or reasoning it may be empty
+        content = text_of({"content": content}, "content")
+    if unread := sorted(value.keys() - extra - {"role"}):
+        warnings.warn(f"{name}: keys of messages are not read: {', '.join(unread)}", WinnowWarning, stacklevel=2)
+    return {"role": role, "content": content or "", **extra}
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """Return tool calls with arguments as objects: OpenAI writes them as JSON, which templates would write twice."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except (ValueError, RecursionError):
+            raise ValueError("tool_calls is not JSON") from None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError("tool_calls is not a list of calls")
+    result = []
+    for call in map(_without_empty, calls):
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except (ValueError, RecursionError):
+                raise ValueError("arguments of a tool call are not JSON") from None
+        result.append(call)
+    return result
+
+
+def _without_empty(value: Any) -> Any:
+    """Return JSON without the keys whose value is None, with which tables fill up structs."""
+    if isinstance(value, dict):
+        return {key: _without_empty(item) for key, item in value.items() if item is not None}
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value

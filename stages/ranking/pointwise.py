@@ -23,7 +23,7 @@ class PointwiseRanker(Scorer):
 
     def ids(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """Return prompt and response ids; raise ValueError if a text has a special token of the model written out."""
-        return self.tokenizer.prompt_ids(context), self.tokenizer.response_ids(text, self.context)[0]
+        return self.tokenizer.prompt_ids(context), self.tokenizer.response_ids(context, text)
 
     def fits(self, context: str, first: str, second: str) -> bool:
         """Return whether both are short enough, and free of special tokens, which would read as control tokens."""

@@ -27,7 +27,8 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.store import Store
 from schemas import Model, WinnowError, prompt_id
-from stages.data.tokenizer import Tokenizer, readable
+from stages.data.texts import readable
+from stages.data.tokenizer import Tokenizer
 from tests.conftest import answer, ask, write_jsonl
 from tests.runs import RECIPES, Silent, plan_of
 

@@ -25,8 +25,8 @@ from stages.data.files import DataSource
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
-from stages.data.texts import text_of
-from stages.data.tokenizer import Tokenizer, readable
+from stages.data.texts import readable, text_of
+from stages.data.tokenizer import Tokenizer
 from tests.conftest import write_jsonl
 
 ROWS = [{"prompt": f"Ask {n}, é “{n}”\nplease.", "extra": n} for n in range(6)]
@@ -240,17 +240,14 @@ def test_chat_messages_are_the_same_from_jsonl_and_parquet(tiny, ctx, tmp_path):
     assert readable(MESSAGES[:1]) == "Hello."
 
 
-def test_a_response_ends_with_eos_once_and_a_cut_one_without(tokenizers):
-    """ids + EOS if they fit (`stop`), also where the data has EOS as text; else the first `most` ids (`length`)."""
+def test_a_response_ends_with_eos_once(tokenizers):
+    """Ids and one EOS, also where the data has EOS as text."""
     tokenizer = Tokenizer(tokenizers["with BOS", True])
     plain = tokenizer.encode("Gladly.")
     complete = [*plain, tokenizer.inner.eos_token_id]
     assert tokenizer.inner.bos_token_id not in complete
     for text in ("Gladly.", "Gladly.<|eos|>", "Gladly.<|eos|><|eos|>"):
-        assert tokenizer.response_ids(text, 99) == (complete, "stop")
-        assert tokenizer.response_ids(text, len(complete)) == (complete, "stop")
-        assert tokenizer.response_ids(text, len(plain)) == (plain, "length")
-        assert tokenizer.response_ids(text, 1) == (plain[:1], "length")
+        assert tokenizer.response_ids("Hello.", text) == complete
 
 
 def test_a_demonstration_is_complete_with_its_eos_or_rejected(tiny, ctx, tmp_path):
@@ -262,7 +259,7 @@ def test_a_demonstration_is_complete_with_its_eos_or_rejected(tiny, ctx, tmp_pat
         {"prompt": "c", "d": text},
         {"prompt": "c", "d": text},
     ]
-    path, ids = jsonl(tmp_path, rows), Tokenizer(tiny).response_ids(text, 999)[0]
+    path, ids = jsonl(tmp_path, rows), Tokenizer(tiny).response_ids("c", text)
     assert ids.count(ids[-1]) == 1
     assert ids[-1] == Tokenizer(tiny).inner.eos_token_id
     for limit, expected in ((len(ids), ids), (len(ids) - 1, None)):

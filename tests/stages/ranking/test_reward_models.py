@@ -222,7 +222,7 @@ def test_a_logit_is_the_difference_of_two_scores(ranker, network, context, pairs
     """s(prompt_ids, response_ids with EOS), each row alone; whatever the budget cuts into batches."""
     tokenizer = ranker.tokenizer
     prompt = tokenizer.prompt_ids(context)
-    score = {text: naive(network, prompt, tokenizer.response_ids(text, 99)[0]) for pair in pairs for text in pair}
+    score = {text: naive(network, prompt, tokenizer.response_ids(context, text)) for pair in pairs for text in pair}
     with mock.patch.object(ranker, "budget", budget):
         logits = ranker.logits(context, pairs)
     assert logits.tolist() == pytest.approx([score[a] - score[b] for a, b in pairs], abs=2 * LIMIT)
@@ -267,7 +267,7 @@ def test_the_reward_is_the_models_own_score(opinionated, ranker):
     rows = reward(one_prompt(), table, ctx, opinionated, by=rankers.bind("pointwise")).to_pylist()
     tokenizer, context = ranker.tokenizer, one_prompt().column("text")[0].as_py()
     prompt = tokenizer.prompt_ids(context)
-    good, bad = (naive(ranker.network, prompt, tokenizer.response_ids(text, 99)[0]) for text in (GOOD, BAD))
+    good, bad = (naive(ranker.network, prompt, tokenizer.response_ids(context, text)) for text in (GOOD, BAD))
     assert abs(good - bad) > 1e-2
     assert [row["candidate_id"] for row in rows] == ["c0", "c1", "c2"]
     assert [row["reward"] for row in rows] == pytest.approx([good, bad, good], rel=0, abs=LIMIT)
