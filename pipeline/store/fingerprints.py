@@ -18,7 +18,7 @@ from pipeline.store.storage import cache, replace
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 LARGE_FILE = 1 << 26  # bytes; a smaller file is read as fast as its digest is looked up

@@ -20,6 +20,9 @@ REASONING = "reasoning_content"
 REASONING_KEYS = (REASONING, "reasoning", "thinking")  # what data sets and templates call it; here it is the first
 CONTENT_KEYS = (REASONING, "tool_calls", "function_call", "images", "image", "videos", "audio", "documents")
 LABEL_KEYS = ("name", "tool_call_id")
+# Key of tokenizer_config.json with the options of stage `model` for the chat template: they stay with every model that
+# is trained from it, and prompts, responses and reward models are all rendered alike.
+TEMPLATE_OPTIONS = "winnow_chat_template"
 WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
 
 

@@ -11,11 +11,17 @@ from transformers import AutoTokenizer
 
 from schemas import Model, WinnowError
 from schemas.ids import Message
-from stages.data.texts import CONTENT_KEYS, REASONING, REASONING_KEYS, Conversation, Prompt, Reply, shared_prefix_length
+from stages.data.texts import (
+    CONTENT_KEYS,
+    REASONING,
+    REASONING_KEYS,
+    TEMPLATE_OPTIONS,
+    Conversation,
+    Prompt,
+    Reply,
+    shared_prefix_length,
+)
 
-# Option of stage `model`, as a key of the copied tokenizer_config.json, so that it stays with every model trained from
-# it, and prompts, responses and reward models are all rendered alike.
-TEMPLATE_OPTIONS = "winnow_chat_template"
 THINK = ("<think>", "</think>")
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
 

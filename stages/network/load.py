@@ -105,6 +105,8 @@ def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
     for file in init.folder.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and not (scratch / file.name).exists():
             shutil.copyfile(file, scratch / file.name)
+    if (templates := init.folder / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, scratch / templates.name)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
     return Model(folder, "")

@@ -1,5 +1,6 @@
 """Stages that provide a model: a folder of the user, a reward model to train, or, for demos, random weights."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, 
 from pipeline.store.fingerprints import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
 from stages.data.files import DataSource
+from stages.data.texts import TEMPLATE_OPTIONS
 from stages.options import Count
 
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
@@ -33,9 +35,47 @@ def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]
     ]
 
 
-@stage(version=1, unsharded=True, check=_check_adapter_base)
-def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = None) -> Model:
+def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems of the folder at plan time: another base of the adapter, and a template that reads the date."""
+    problems = _check_adapter_base(options, inputs)
+    date, more = options["date"], options["chat_template_kwargs"] or {}
+    if date is not None:
+        try:
+            datetime.date.fromisoformat(date)
+        except ValueError:
+            problems.append(f"date: {date!r} is not a day as in 2026-01-31")
+    elif "strftime_now" in chat_template_of(options["path"].path) and "date_string" not in more:
+        problems.append(
+            f"date: the chat template of {options['path'].path.name} reads today's date, and would give other ids from "
+            "day to day; set the day that it is to read, as in `date: 2026-01-31`"
+        )
+    return problems
+
+
+def chat_template_of(folder: Path) -> str:
+    """Return the text of a folder's chat templates, empty if it has none, without loading its tokenizer."""
+    texts = []
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (file := folder / name).is_file():
+            texts.append(str(json.loads(file.read_text(encoding="utf-8")).get("chat_template", "")))
+    texts += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("**/*.jinja"))]
+    return "\n".join(texts)
+
+
+@stage(version=1, unsharded=True, check=_check_model)
+def model(
+    ctx: StageContext,
+    *,
+    path: ModelPath,
+    adapter: AdapterPath | None = None,
+    date: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Model:
     """Copy a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
+
+    date: the day that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: what
+    else it reads, such as `{enable_thinking: false}`. Both stay with the folder and every model trained from it, so
+    that prompts, responses and draws are rendered alike on any day.
 
     adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
     contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in the folder's dtype: from
@@ -52,10 +92,15 @@ def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = N
     files = model_files(path.path)
     for n, file in enumerate(files):
         ctx.progress(n, len(files), "files")
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.relative_to(path.path)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(path.path))
     policy = Model(folder, path.digest)
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path)
+    if template_options := {**({"date": date} if date else {}), **(chat_template_kwargs or {})}:
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps(config | {TEMPLATE_OPTIONS: template_options}, indent=2), encoding="utf-8")
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
@@ -94,7 +139,8 @@ def _merge_into_base(base: Model, adapter: Path) -> Model:
         for file in base_files:
             file.unlink()
         for file in adapter_files:
-            shutil.copyfile(file, merged.folder / file.name)
+            (merged.folder / file.relative_to(adapter)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, merged.folder / file.relative_to(adapter))
     return merged
 
 

@@ -1,0 +1,168 @@
+"""Messages and tools that users bring: rendered by the template, or rejected by name, never left out in silence."""
+
+import json
+import shutil
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.store.fingerprints import DataPath
+from schemas import Model, WinnowWarning, prompt_id, split_of
+from stages.data.own_candidates import own_candidates
+from stages.data.preferences import preferences
+from stages.data.prompts import prompts
+from stages.data.tokenizer import Tokenizer
+from tests.stages.data.test_files import jsonl, reasons
+from tests.stages.data.test_templates import CALL, USER
+
+TOOL = {"type": "function", "function": {"name": "get_time"}}
+ASK: list[dict[str, Any]] = [{"role": "user", "content": "Name a city that has a metro."}]
+SAY = [{"role": "assistant", "content": "Rome."}]
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def calling(tiny, tmp_path):
+    """The tiny model with a chat template that renders tools and calls."""
+    shutil.copytree(tiny.folder, tmp_path / "calling")
+    (tmp_path / "calling" / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    config = tmp_path / "calling" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1024}))
+    return Model(tmp_path / "calling", "calling")
+
+
+def test_tools_and_calls_are_rendered_and_are_part_of_a_prompt(calling, ctx, tmp_path):
+    """Prompts that differ in a call or in the tools have other ids and other tokens; a call can be the response."""
+    chosen = [USER, CALL | {"content": "Let me look."}]
+    rows = [
+        {"prompt": [USER], "chosen": chosen, "rejected": "No idea.", "tools": [TOOL]},
+        {"prompt": [USER], "chosen": chosen, "rejected": "No idea.", "tools": json.dumps([TOOL, TOOL])},
+        {"prompt": [USER, CALL, {"role": "tool", "content": "12:00"}], "chosen": "Noon.", "rejected": "Midnight."},
+    ]
+    table, answers, pairs = preferences(calling, ctx, path=jsonl(tmp_path, rows))
+    assert reasons(ctx) == []
+    assert len(set(table["prompt_id"].to_pylist())) == len(set(table["rendered"].to_pylist())) == 3
+    assert sum("get_time" in text for text in table["rendered"].to_pylist()) == 3
+    called = [row for row in answers.to_pylist() if "get_time" in row["text"]]
+    assert len(called) == len(pairs) - 1 == 2
+    tokenizer = Tokenizer(calling)
+    for row in called:
+        assert tokenizer.rendered(row["token_ids"]).startswith("Let me look.[{")
+    chat = [json.loads(chat) for chat in table["chat"].to_pylist()]
+    assert sorted(len(item["tools"] or []) for item in chat) == [0, 1, 2]
+
+    # From Parquet, where absent keys are null, with arguments as JSON, the same.
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    shapes = [call, call | {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}]
+    for n, shape in enumerate(shapes):
+        rows = [{"prompt": [USER | {"tool_calls": None}, shape, {"role": "tool", "content": "12"}]}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{n}.parquet")
+    first, second = (prompts(calling, ctx, path=DataPath(str(tmp_path / f"{n}.parquet"))) for n in range(2))
+    assert len(first) == 1
+    assert first.equals(second)
+
+
+def test_what_the_template_does_not_render_is_rejected_by_name(tiny, ctx, tmp_path):
+    """Tools, calls, reasoning, images, an unknown shape: each with a reason of its own."""
+    image = {"role": "user", "content": [{"type": "text", "text": "See:"}, {"type": "image"}]}
+    rows = {
+        "the chat template does not render tools": {"prompt": [USER], "tools": [TOOL]},
+        "the chat template does not render tool_calls": {"prompt": [USER, CALL, {"role": "tool", "content": "12"}]},
+        "the chat template does not render reasoning_content": {
+            "prompt": [USER, SAY[0] | {"reasoning": "Hm."}, {"role": "user", "content": "Sure?"}]
+        },
+        "prompt has content of type image, and only text is read": {"prompt": [image]},
+        "tool_calls is not a list of calls": {"prompt": [USER, SAY[0] | {"tool_calls": "7"}, USER]},
+        "tools is not JSON": {"prompt": [USER], "tools": "get_time()"},
+        "prompt ends with an assistant turn": {"prompt": [USER, SAY[0]]},
+        "prompt is messages written as text that cannot be parsed": {"prompt": "[{'role': 'user' 'content': 'Hi'}]"},
+    }
+    table = prompts(tiny, ctx, path=jsonl(tmp_path, list(rows.values())))
+    assert len(table) == 0
+    assert reasons(ctx) == [(f"in.jsonl:{n}", reason) for n, reason in enumerate(rows, 1)]
+
+
+def test_parts_of_text_lists_written_as_text_and_columns_of_messages_are_messages(tiny, ctx, tmp_path):
+    """One prompt in all of these shapes is one prompt."""
+    pieces = [{"type": "text", "text": text} for text in ("Name a city ", "that has a metro.")]
+    parts = [{"role": "user", "content": pieces}]
+    columns = {"role": ["user"], "content": ["Name a city that has a metro."]}
+    shapes = [ASK, parts, json.dumps(ASK), str(ASK), columns, [ASK[0] | {"tool_calls": None}], ASK[0]["content"]]
+    with pytest.warns(WinnowWarning, match="written as text are parsed"):
+        table = prompts(tiny, ctx, path=jsonl(tmp_path, [{"prompt": shape} for shape in shapes]))
+    assert table["prompt_id"].to_pylist() == [prompt_id("Name a city that has a metro.")]
+    assert {reason for _, reason in reasons(ctx)} == {"duplicate prompt"}
+    with pytest.warns(WinnowWarning, match="keys of messages are not read: language"):
+        prompts(tiny, ctx, path=jsonl(tmp_path, [{"prompt": [ASK[0] | {"language": "en"}]}]))
+
+
+def test_a_prompt_that_both_responses_repeat_is_taken_off_once(tiny, ctx, tmp_path):
+    """As text and as messages; where one side does not repeat it, or it is a word or two, nothing is."""
+    ask = str(ASK[0]["content"])
+    rows = [
+        {"prompt": ask, "chosen": f"{ask} Rome.", "rejected": f"{ask} None."},
+        {"prompt": ASK, "chosen": ASK + SAY, "rejected": [*ASK, SAY[0] | {"content": "None."}]},
+        {"prompt": "Hi", "chosen": "Hi there.", "rejected": "Hi you."},
+        {"prompt": f"{ask}!", "chosen": f"{ask}! Rome.", "rejected": "No."},
+    ]
+    with pytest.warns(WinnowWarning, match="repeat the text of their prompt"):
+        _, answers, _ = preferences(tiny, ctx, path=jsonl(tmp_path, rows))
+    texts = sorted(answers["text"].to_pylist())
+    assert texts == sorted(["Rome.", "None.", "Hi there.", "Hi you.", f"{ask}! Rome.", "No."])
+
+
+def test_a_prefill_is_continued_if_asked_for(tiny, ctx, tmp_path):
+    """prompt + response are the template's rendering of one assistant turn, which is not closed and opened again."""
+    rows = [{"prompt": [USER, {"role": "assistant", "content": "It is"}], "response": " noon.", "reward": 1.0}]
+    table, answers, _ = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), reward="reward", prefill="continue")
+    tokenizer = Tokenizer(tiny)
+    text = tokenizer.rendered(table["token_ids"][0].as_py() + answers["token_ids"][0].as_py())
+    chat = [USER, {"role": "assistant", "content": "It is noon."}]
+    assert text == tokenizer.inner.apply_chat_template(chat, tokenize=False)
+
+
+def test_responses_that_are_too_long_are_rejected_unless_they_are_to_be_cut(tiny, ctx, tmp_path):
+    """A cut response would be trained on with the reward of the whole, or with a preference for the whole."""
+    long = "boat " * 30
+    own = jsonl(tmp_path, [{"prompt": "a", "response": r, "reward": 1.0} for r in ("Yes.", long)], "own.jsonl")
+    pairs = jsonl(tmp_path, [{"prompt": "a", "chosen": long, "rejected": "Yes."}])
+    for cut, reason in (("reject", ["stop"]), ("cut", ["length", "stop"])):
+        options: dict[str, Any] = dict(max_tokens=20, too_long=cut)
+        answers = own_candidates(tiny, ctx, path=own, reward="reward", **options)[1]
+        assert sorted(answers["finish_reason"].to_pylist()) == reason
+        assert len(preferences(tiny, ctx, path=pairs, **options)[2]) == len(reason) - 1
+    assert reasons(ctx) == [("own.jsonl:2", "response too long"), ("in.jsonl:1", "response too long")]
+
+
+def test_no_space_is_added_between_prompt_and_response(tmp_path):
+    """SentencePiece adds a space to a text: the ids of a response are those that follow the prompt's in both."""
+    fast = FastTokenizer(models.BPE(unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    fast.decoder = decoders.Metaspace(prepend_scheme="always")
+    corpus = ["Answer: Paris", "Answer:    return x", "The answer is Rome."] * 9
+    fast.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "</s>"]))
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    tokenizer = Tokenizer(Model(tmp_path, "metaspace"))
+    for response in (" Paris", "    return x"):
+        ids = tokenizer.prompt_ids("Answer:") + tokenizer.response_ids("Answer:", response)
+        assert tokenizer.rendered(ids) == f"Answer:{response}</s>"
+        assert ids[:-1] == tokenizer.encode(f"Answer:{response}")
+    with pytest.raises(ValueError, match="do not begin with those of the prompt"):
+        tokenizer.response_ids("Ans", "wer")
+
+
+def test_near_copies_of_a_prompt_are_in_one_split():
+    """Case and white space do not move a prompt across the split."""
+    for n in range(50):
+        text = f"Name {n} cities  of Italy"
+        assert split_of(text, 0.5) == split_of(f" name {n}\nCITIES of italy ", 0.5)
