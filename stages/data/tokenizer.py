@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from schemas import Model, WinnowError
+from schemas import Model, WinnowError, WinnowWarning
 from schemas.ids import Message
 from stages.data.texts import (
     CONTENT_KEYS,
@@ -69,6 +70,12 @@ class Tokenizer:
         after_content = len(text) - text.rfind(content) - len(content) if content in text else len(text)
         if len(self.rendered(ids[len(shared) :])) > after_content:
             raise ValueError("the chat template renders the prompt differently once an answer follows")
+        if any(token in self._added_tokens for token in ids[len(shared) :]):
+            rest = self.rendered(ids[len(shared) :])
+            message = (
+                f"prompts end before {rest!r}: the chat template asks for answers with it and renders them without"
+            )
+            warnings.warn(message, WinnowWarning, stacklevel=2)
         return shared
 
     def rendered(self, ids: list[int]) -> str:
