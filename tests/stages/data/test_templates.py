@@ -123,6 +123,7 @@ def test_prompt_and_response_are_what_the_template_renders_of_both(tokenizer_of)
         for kind, (conversation, reply) in CONVERSATIONS.items():
             try:
                 with warnings.catch_warnings(record=True) as notes:
+                    warnings.simplefilter("always")
                     prompt = tokenizer.prompt_ids(conversation)
                     response = tokenizer.response_ids(conversation, reply)
             except ValueError as error:
