@@ -154,9 +154,6 @@ def test_plain_text_prompts_give_ln_2_and_no_second_bos(plain, tmp_path):
     result = export_pairs(store, "plain", "trl", tmp_path / "pairs.jsonl")
     assert (result.rows, result.rejects) == (pairs - 1, {})
     assert "Assistant: Gladly" in "".join(row["prompt"] + row["chosen"] for row in rows_of(result.out))
-    rejects = rows_of(result.rejects_file)
-    assert [row["reason"] for row in rejects] == [OTHER_TOKENS] * result.rejects[OTHER_TOKENS]
-    assert "chosen: ble for two" in [row["detail"] for row in rejects]
     data = Dataset.from_json(str(result.out), cache_dir=str(tmp_path))
     trainer = make_trainer(Cached, data, result.source.policy, tmp_path)
     assert losses(trainer) == pytest.approx([LN2] * math.ceil(result.rows / 4), abs=1e-4)

@@ -157,7 +157,7 @@ def test_a_run_with_rounds_counts_by_its_last(data_dir, finished, tmp_path):
     root = tmp_path / "store"
     shutil.copytree(finished, root)
     store = Store(root)
-    plan = plan_of(data_dir, "optimize.epochs=1", "optimize@2.epochs=4", recipe="raft")
+    plan = plan_of(data_dir, "optimize.epochs=1", "optimize@2.learning_rate=3e-3", recipe="raft")
     plan.name = "paper rso 8 first-round"
     run(plan, store, LocalExecutor(), Silent())
     sql = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes GROUP BY stage, key"

@@ -226,7 +226,7 @@ def test_a_comparison_too_long_for_the_model_is_rejected(tiny, tmp_path, ctx):
     """Longer than the context less the answer: counted, not cut."""
     path = tmp_path / "long.csv"
     path.write_text(f"prompt,chosen,rejected\nHi,{'q ' * 120},no\nHello,yes,no\n")
-    tables = preferences(tiny, ctx, path=DataPath(str(path)), heldout=0.0)
+    tables = preferences(tiny, ctx, path=DataPath(str(path)), heldout=0.0, too_long="cut")
     assert len(examples_of(tables, tiny, ctx)) == 1
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["comparison too long"]
 
