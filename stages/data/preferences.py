@@ -7,14 +7,14 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, StageContext, stage
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
-from stages.data.files import DataSource, check_source
-from stages.data.formats import columns_of, preference_reader
+from stages.data.files import DataSource, check_reader
+from stages.data.formats import pairs_of, preference_reader
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
 from stages.options import Count, HeldoutShare
 
 
-@stage(version=2, unsharded=True, check=lambda options, inputs: check_source(options, columns_of(options["reader"])))
+@stage(version=3, unsharded=True, check=lambda options, inputs: check_reader(options))
 def preferences(
     tokenizer: Model,
     ctx: StageContext,
@@ -30,20 +30,23 @@ def preferences(
 ) -> tuple[Prompts, Candidates, Pairs]:
     """Read pairs in the format that `reader` names (stages/data/formats.py); a prompt may have several pairs.
 
-    `subset` is a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason.
+    A row with a ranking of more than two responses gives the pairs that the reader's option `pairs` names. `subset` is
+    a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason.
     """
     reader = preference_reader.bind(reader)
     data = DataTables(tokenizer, heldout, max_tokens)
     pairs: list[Row] = []
-    for location, rows in DataSource(path, dataset, revision, subset, dataset_split).reader_rows(ctx, reader):
+    source = DataSource(path, dataset, revision, subset, dataset_split)
+    for location, row, pair in source.reader_results(ctx, reader, pairs_of):
         try:
-            pair = reader(*rows)
+            if isinstance(pair, ValueError):
+                raise pair
             prompt = data.add_prompt(pair.prompt, pair.plain)
             chosen, rejected = (
                 data.add_response(prompt, text, plain=pair.plain is not None) for text in (pair.chosen, pair.rejected)
             )
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(rows[0]))
+            ctx.reject(str(error), place=location, detail=repr(row))
             continue
         if chosen == rejected:
             ctx.reject("identical responses", place=location, detail=pair.chosen, prompt=prompt, candidate=chosen)

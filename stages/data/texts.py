@@ -67,3 +67,49 @@ def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> str:
     if [message["role"] for message in messages] != ["assistant"]:
         raise ValueError(f"{name} is not one assistant turn")
     return messages[0]["content"]
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """Return a prompt as chat messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def prompt_with(row: Row, name: str, *, system: str | None = None, input: str | None = None) -> Prompt:
+    """Return the prompt in a column, with the text of column `input` behind it and that of `system` before it.
+
+    Empty cells add nothing. Instruction and input are joined by a new line, as LLaMA-Factory joins Alpaca's columns.
+    """
+    before, behind = (optional_text_of(row, column) if column else "" for column in (system, input))
+    if behind and isinstance(row.get(name), list):
+        raise ValueError(f"{input} beside chat messages")
+    prompt: Prompt = "\n".join(filter(None, [optional_text_of(row, name), behind])) if behind else prompt_of(row, name)
+    if not before:
+        return prompt
+    messages = as_messages(prompt)
+    if messages[0]["role"] == "system":
+        raise ValueError(f"a system message in {name} and one in {system}")
+    return [{"role": "system", "content": before}, *messages]
+
+
+def optional_text_of(row: Row, name: str) -> str:
+    """Return the text in a column, which may be missing or empty."""
+    value = row.get(name)
+    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(row, name)
+
+
+def with_message_lists(row: Row) -> Row:
+    """Return a row in which a dict of lists ({"role": [...], "content": [...]}) is the list of messages that it means.
+
+    `datasets` (Sequence of a dict) and pandas write messages so.
+    """
+    return {name: _as_message_list(value) for name, value in row.items()}
+
+
+def _as_message_list(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()):
+        return {name: _as_message_list(item) for name, item in value.items()}
+    if not all(isinstance(item, list) for item in value.values()) or len({len(item) for item in value.values()}) != 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
