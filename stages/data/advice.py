@@ -60,9 +60,9 @@ def require_readable(
     raise WinnowError(problem + _advice(*head()))
 
 
-def warn_of_unread(names: Sequence[str], read: Sequence[str], rows: list[Row], file: str, *, whole: bool) -> None:
-    """Warn of columns that look like part of the prompt and are not read, unless all rows, the `whole`, lack them."""
-    unread = [name for name in unread_parts(names, read) if not whole or _has_content(rows, name)]
+def warn_of_unread(parts: Sequence[str], rows: list[Row], file: str, *, whole: bool) -> None:
+    """Warn of unread parts of the prompt, unless the rows, which are then the `whole` file, have none of them."""
+    unread = [name for name in parts if not whole or _has_content(rows, name)]
     if unread:
         listed, are = ", ".join(map(repr, unread)), "is" if len(unread) == 1 else "are"
         warnings.warn(

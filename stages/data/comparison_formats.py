@@ -9,7 +9,7 @@ from stages.data.formats import (
     zero_or_one_of,
 )
 from stages.data.rows import Row
-from stages.data.texts import as_prompt, messages_of, prompt_with, text_of
+from stages.data.texts import as_prompt, messages_of, prompt_with, reply_of, text_of
 
 WINNERS = {"model_a": 0, "model_b": 1}
 
@@ -56,7 +56,8 @@ def arena(row: Row) -> PreferencePair:
         raise ValueError("winner is neither model_a nor model_b")
     if row.get("evaluation_order") is not None and finite_number_of(row, "evaluation_order") > 1:
         raise ValueError("evaluation_order is above 1, and the conversation before it was with other models")
-    sides = [messages_of(row, name) for name in ("conversation_a", "conversation_b")]
+    names = ("conversation_a", "conversation_b")
+    sides = [messages_of(row, name) for name in names]
     if row.get("turn") is not None:
         turn = finite_number_of(row, "turn")
         ends = [[n for n, message in enumerate(side, 1) if message["role"] == "assistant"] for side in sides]
@@ -70,5 +71,5 @@ def arena(row: Row) -> PreferencePair:
     if any([message["role"] for message in rest] != ["assistant"] for rest in rests):
         raise ValueError("the conversations differ before the last response")
     chosen = WINNERS[winner]
-    responses = [text_of(rest[0], "content") for rest in rests]
+    responses = [reply_of({name: rest}, name) for name, rest in zip(names, rests, strict=True)]
     return PreferencePair(as_prompt(prompt), responses[chosen], responses[1 - chosen])

@@ -4,6 +4,7 @@ import glob
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class DataSource:
             if not files and not _is_saved_dataset(path):
                 return [f"path {path}: a folder without data files ({', '.join(sorted(FOLDER_SUFFIXES))})"]
             if any(map(_is_pointer, files)):  # one of another split does no harm
-                self._split_of_folder()
+                self._split_loader()
             return []
         if self.subset is not None:
             return [f"subset {self.subset!r}: path {path} is one file; only folders and data sets have subsets"]
@@ -70,10 +71,12 @@ class DataSource:
             return [f"{path.name}: no rows; in JSONL, each row is one JSON object on its own line"]
         require_columns(names, columns, path.name, lambda: _head(path, names))
         read = _existing(columns, optional, names)
-        rows = _head(path, [*read, *unread_parts(names, read)])
+        parts = unread_parts(names, read)
+        rows = _head(path, [*read, *parts]) if parts or reader else []
         if reader is not None:
             require_readable(reader, rows, path.name, lambda: (names, _head(path, names)))
-        warn_of_unread(names, read, rows, path.name, whole=len(rows) < HEAD_ROWS)
+        if parts:
+            warn_of_unread(parts, rows, path.name, whole=len(rows) < HEAD_ROWS)
         return []
 
     def rows(
@@ -119,31 +122,21 @@ class DataSource:
 
     def _dataset_rows(self, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Yield the rows of a hub data set, of a folder of data files, or of a folder written by `save_to_disk`."""
-        import datasets
-
         name = str(self.path or self.dataset)
-        source, arguments = self._split_of_folder()
-        if arguments is None:
-            loaded: Any = _from_datasets(name, self.dataset_split, lambda: datasets.load_from_disk(source))
-        else:
-            loaded = _from_datasets(
-                name,
-                self.dataset_split,
-                lambda: datasets.load_dataset(source, revision=self.revision, split=self.dataset_split, **arguments),
-            )
+        loaded = _from_datasets(name, self.dataset_split, self._split_loader())
         names, head = loaded.column_names, loaded.select(range(min(HEAD_ROWS, len(loaded))))
         require_columns(names, columns, name, lambda: [with_message_lists(row) for row in head])
         read = _existing(columns, optional, names)
-        parts = list(head.select_columns(unread_parts(names, read)))
-        warn_of_unread(names, read, parts, name, whole=len(loaded) < HEAD_ROWS)
+        if parts := unread_parts(names, read):
+            warn_of_unread(parts, list(head.select_columns(parts)), name, whole=len(loaded) < HEAD_ROWS)
         for number, row in enumerate(loaded):
             yield f"{Path(name).name}:{number}", row
 
-    def _split_of_folder(self) -> tuple[str, dict[str, Any] | None]:
-        """Return what `datasets` is to load, and with which arguments: the files of the split alone.
+    def _split_loader(self) -> Callable[[], Any]:
+        """Return the call of `datasets` that loads the files of the split, and no others.
 
-        Arguments None: a folder of `save_to_disk`. Raises WinnowError if there is no such split, or a file of it is a
-        Git LFS pointer; files of other splits may be anything, for they are not read.
+        Raises WinnowError if there is no such split, or a file of it is a Git LFS pointer; those of other splits may be
+        anything.
         """
         import datasets
 
@@ -156,7 +149,7 @@ class DataSource:
                 self._require_split(name, splits)
                 folder /= self.dataset_split
             _refuse_pointers(folder.resolve().rglob("*.arrow"), Path(name))
-            return str(folder), None
+            return partial(datasets.load_from_disk, str(folder))
 
         def builder_of_subset() -> Any:
             subset: dict[str, str] = {}
@@ -167,17 +160,17 @@ class DataSource:
 
         builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
         files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-        if not files:  # a data set that is no list of files
-            return name, subset
+        load = partial(datasets.load_dataset, name, revision=self.revision, split=self.dataset_split)
+        if not files:  # prepared in the cache of `datasets` before, and read there
+            return partial(load, **subset)
         self._require_split(name, list(files))
-        if self.path is None:
-            return name, {**subset, "data_files": {self.dataset_split: files[self.dataset_split]}}
-        _refuse_pointers(map(Path, files[self.dataset_split]), self.path.path)
-        escaped = [glob.escape(str(file)) for file in files[self.dataset_split]]  # else `[` in a name is a pattern
-        # The configuration names files that are given now; its folder would be put before them.
-        return name, {key: value for key, value in subset.items() if key == "name"} | {
-            "data_files": {self.dataset_split: escaped}
-        }
+        chosen = files[self.dataset_split]
+        if self.path is not None:
+            _refuse_pointers(map(Path, chosen), self.path.path)
+            chosen = [glob.escape(file) for file in chosen]  # else `[` in a name would be part of a pattern
+        # A configuration still says how to read the files; a folder has said which they are.
+        configuration = {key: value for key, value in subset.items() if key == "name"}
+        return partial(load, **configuration, data_files={self.dataset_split: chosen})
 
     def _require_split(self, name: str, splits: Sequence[str]) -> None:
         if self.dataset_split not in splits:

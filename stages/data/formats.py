@@ -100,9 +100,11 @@ def columns(
     if not shared:
         return PreferencePair(content, reply_of(row, chosen, content), reply_of(row, rejected, content))
     turns = as_messages(content)
-    repeats = any(shared[n : n + len(turns)] == turns for n in range(len(shared)))
+    repeated = any(shared[n : n + len(turns)] == turns for n in range(len(shared)))
+    if not repeated and shared[0]["role"] in ("system", "user"):  # another conversation, and not how this one goes on
+        raise ValueError(f"{prompt} is not among the turns that {chosen} and {rejected} share")
     return PreferencePair(
-        as_prompt(shared if repeats else [*turns, *shared]),
+        as_prompt(shared if repeated else [*turns, *shared]),
         reply_of(row, chosen, shared),
         reply_of(row, rejected, shared),
     )

@@ -215,10 +215,11 @@ PAIRS: dict[str, tuple[Any, list[dict], list[tuple[str, str, str]], list[str]]] 
             MULTITURN,
             MULTITURN | {"prompt": "So?"},
             {"prompt": [user("Hi")], "chosen": MULTITURN["chosen"][1:], "rejected": MULTITURN["rejected"][1:]},
+            MULTITURN | {"prompt": "Hello"},
             MULTITURN | {"score_rejected": 8.0},
         ],
         [(TURNS, "Yes.", "No.")] * 3,
-        ["score_chosen is not above score_rejected"],
+        ["prompt is not among the turns that chosen and rejected share", "score_chosen is not above score_rejected"],
     ),
     "UltraFeedback binarized, all scores": (
         {"name": "ultrafeedback_binarized", "check_scores": False},
