@@ -32,6 +32,11 @@ PROMPT_PARTS = {
     "contexts", "history", "document", "documents", "tools", "functions", "image", "images", "video", "videos", "audio",
     "audios",
 }  # fmt: skip
+# Options that add a text to the prompt -> columns that such texts are usually in.
+OPTIONS = {
+    "system": {"system", "system_prompt", "system_message"},
+    "input": {"input", "inputs", "context", "contexts", "document"},
+}
 
 
 def require_columns(names: Sequence[str], columns: Sequence[str], file: str, head: Callable[[], list[Row]]) -> None:
@@ -65,12 +70,10 @@ def warn_of_unread(parts: Sequence[str], rows: list[Row], file: str, *, whole: b
     unread = [name for name in parts if not whole or _has_content(rows, name)]
     if unread:
         listed, are = ", ".join(map(repr, unread)), "is" if len(unread) == 1 else "are"
-        warnings.warn(
-            f"{file}: {listed} may be part of the prompt, and {are} not read; options `system` and `input` of prompts, "
-            "own_candidates and the reader `columns` name columns to add to it, or choose a `reader` for this format",
-            WinnowWarning,
-            stacklevel=2,
-        )
+        options = [f"`{option}: {name}`" for name in unread for option, named in OPTIONS.items() if name in named]
+        cure = "; set {} of prompts, own_candidates or the reader `columns` to read it".format(" or ".join(options))
+        message = f"{file}: {listed} may be part of the prompt, and {are} not read{cure if options else ''}"
+        warnings.warn(message, WinnowWarning, stacklevel=2)
 
 
 def unread_parts(names: Sequence[str], read: Sequence[str]) -> list[str]:

@@ -43,8 +43,11 @@ def ultrafeedback(
     def score(completion: Row) -> float:
         if by != "ratings":
             return finite_number_of(completion, by)
-        annotations = completion.get("annotations") or {}
-        return mean(finite_number_of(annotations.get(aspect) or {}, "Rating") for aspect in ASPECTS)
+        annotations = completion.get("annotations")
+        ratings = [annotations.get(aspect) for aspect in ASPECTS] if isinstance(annotations, dict) else []
+        if not ratings or not all(isinstance(rating, dict) for rating in ratings):
+            raise ValueError("no ratings")
+        return mean(finite_number_of(rating, "Rating") for rating in ratings)
 
     return ranked_pairs(
         text_of(row, "instruction"), _dicts(row.get("completions"), "completions"), "response", score, by, pairs
@@ -131,10 +134,11 @@ def _thread(messages: dict[str, Row], last: str) -> list[Message]:
         row = messages.get(name)
         if row is None or len(thread) > len(messages):
             raise ValueError("a message's parent is not beside it: those of one message_tree_id must follow each other")
-        if row.get("role") not in OASST_ROLES:
+        role = text_of(row, "role")
+        if role not in OASST_ROLES:
             raise ValueError("role is neither prompter nor assistant")
-        thread.append({"role": OASST_ROLES[row["role"]], "content": text_of(row, "text")})
-        name = row.get("parent_id")
+        thread.append({"role": OASST_ROLES[role], "content": text_of(row, "text")})
+        name = None if row.get("parent_id") is None else text_of(row, "parent_id")
     return thread[::-1]
 
 
@@ -143,5 +147,5 @@ def _flat(message: Any, parent: str | None) -> Iterator[Row]:
     if not isinstance(message, dict):
         raise ValueError("prompt is not a message with replies")
     yield {**message, "parent_id": parent}
-    for reply in message.get("replies") or []:
+    for reply in _dicts(message.get("replies") or [], "replies"):
         yield from _flat(reply, text_of(message, "message_id"))

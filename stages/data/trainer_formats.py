@@ -160,7 +160,8 @@ def _sharegpt_messages(row: Row, name: str) -> list[dict[str, Any]]:
         elif value["from"] == "function_call":
             messages.append({"role": "assistant", "content": "", "tool_calls": _tool_calls(value.get("value"))})
         else:
-            role = SHAREGPT_ROLES.get(value["from"], value["from"])
+            role = text_of(value, "from")
+            role = SHAREGPT_ROLES.get(role, role)
             messages.append({"role": role, "content": value.get("value")})
     return messages
 
@@ -187,8 +188,8 @@ def _sharegpt_prompt(row: Row, name: str, turns: list[dict[str, Any]]) -> list[M
 
 def _v1_messages(row: Row, name: str) -> list[dict[str, Any]]:
     """Return LLaMA-Factory v1's messages with a text as content."""
-    messages = []
-    for message in row.get(name) or []:
+    messages, values = [], row.get(name)
+    for message in values if isinstance(values, list) else []:
         parts = message.get("content") if isinstance(message, dict) else None
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{name} is not a list of messages with parts")

@@ -14,16 +14,18 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
 from schemas import WinnowError, WinnowWarning
 from stages.data import file_rows
+from stages.data.formats import PreferencePair, pairs_of, preference_reader
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
+from stages.data.trainer_formats import LabelledResponse, candidate_reader
 from tests.conftest import write_jsonl
 from tests.stages.data.test_files import reasons, texts
 from tests.stages.data.test_formats import FULL, assistant, new_context, pairs_in, problems, user, write_rows
@@ -301,6 +303,40 @@ def test_rows_with_a_label_become_candidates_with_a_reward(tiny, ctx, tmp_path, 
     assert [reason for _, reason in reasons(ctx)] == rejected
 
 
+values: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def damaged(value):
+    """Strategy: the value with one part of it, at any depth, replaced by something else, or left out."""
+    if isinstance(value, dict) and value:
+        inner = [damaged(item).map(lambda new, key=key: value | {key: new}) for key, item in value.items()]
+        missing = st.sampled_from(sorted(value)).map(lambda key: {name: value[name] for name in value if name != key})
+        return st.one_of(values, missing, *inner)
+    if isinstance(value, list) and value:
+        items = range(len(value))
+        inner = [damaged(value[n]).map(lambda new, n=n: [*value[:n], new, *value[n + 1 :]]) for n in items]
+        return st.one_of(values, st.sampled_from(items).map(lambda n: value[:n]), *inner)
+    return values
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *LABELS])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_whatever_is_in_a_row_it_gives_pairs_or_a_reason(name, data):
+    """No value ends the run, nor the plan, which tries readers on the first rows."""
+    reader, rows, *_ = (PAIRS | LABELS)[name]
+    bound = (preference_reader if name in PAIRS else candidate_reader).bind(reader)
+    several = "together" in bound.metadata
+    row = data.draw(st.sampled_from([rows[:9]] if several else [[row] for row in rows]).flatmap(damaged))
+    if isinstance(row, list) and (several or len(row) == 1) and all(isinstance(item, dict) for item in row):
+        for result in pairs_of(bound, row):
+            assert isinstance(result, PreferencePair | LabelledResponse | ValueError)
+
+
 # Advice
 
 ADVISED = [
@@ -430,13 +466,6 @@ def test_bad_items_of_a_json_list_and_bad_rows_of_a_table_are_rejected_one_by_on
             prompts(tiny, ctx, path=DataPath(str(tmp_path / name)))
     (tmp_path / "in.csv").write_text("prompt,prompt\nHi,Ho\n")
     assert "more than one column 'prompt'; rename one" in problems(preferences, tmp_path / "in.csv")[0]
-
-
-values: Any = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @given(st.lists(values, max_size=5), st.integers(1, 9), st.sampled_from([None, 1]), st.booleans())
