@@ -44,9 +44,9 @@ def ultrafeedback(
         if by != "ratings":
             return finite_number_of(completion, by)
         annotations = completion.get("annotations")
-        ratings = [annotations.get(aspect) for aspect in ASPECTS] if isinstance(annotations, dict) else []
-        if not ratings or not all(isinstance(rating, dict) for rating in ratings):
-            raise ValueError("no ratings")
+        ratings = _dicts(
+            [annotations.get(aspect) for aspect in ASPECTS] if isinstance(annotations, dict) else None, "ratings"
+        )
         return mean(finite_number_of(rating, "Rating") for rating in ratings)
 
     return ranked_pairs(
