@@ -65,9 +65,9 @@ def require_readable(
     raise WinnowError(problem + _advice(*head()))
 
 
-def warn_of_unread(parts: Sequence[str], rows: list[Row], file: str, *, whole: bool) -> None:
-    """Warn of unread parts of the prompt, unless the rows, which are then the `whole` file, have none of them."""
-    unread = [name for name in parts if not whole or _has_content(rows, name)]
+def warn_of_unread(parts: Sequence[str], rows: list[Row], file: str, *, complete: bool) -> None:
+    """Warn of unread parts of the prompt, unless the rows, which are then all of the file, have none of them."""
+    unread = [name for name in parts if not complete or _has_content(rows, name)]
     if unread:
         listed, are = ", ".join(map(repr, unread)), "is" if len(unread) == 1 else "are"
         options = [f"`{option}: {name}`" for name in unread for option, named in OPTIONS.items() if name in named]
@@ -101,13 +101,13 @@ def _best_readers(registry: Registry, names: Sequence[str], rows: list[Row]) -> 
     A reader that reads less than half as many rows as another is left out.
     """
     candidates = []
-    for reader, given in _variants(registry):
+    for reader, set_options in _variants(registry):
         if set(columns_of(reader)) <= set(names):
-            words = ", ".join(f"{name}: {value}" for name, value in {"name": reader.name, **given}.items())
+            words = ", ".join(f"{name}: {value}" for name, value in {"name": reader.name, **set_options}.items())
             count = sum(not isinstance(result, ValueError) for result in _results(reader, rows))
             unread = unread_parts(names, [*columns_of(reader), *optional_columns_of(reader)])
             lost = sum(_has_content(rows, name) for name in unread)
-            candidates.append((f"{{{words}}}" if given else reader.name, count, lost))
+            candidates.append((f"{{{words}}}" if set_options else reader.name, count, lost))
     most = max((count for _, count, _ in candidates), default=0)
     candidates = [(words, -lost, count) for words, count, lost in candidates if count and 2 * count >= most]
     best = max((score for _, *score in candidates), default=None)
@@ -119,8 +119,8 @@ def _variants(registry: Registry) -> Iterator[tuple[Bound, dict[str, Any]]]:
     for entry in registry.entries.values():
         required = {name: get_args(f.annotation) for name, f in entry.options.model_fields.items() if f.is_required()}
         choices = [dict(zip(required, values, strict=True)) for values in product(*required.values())]
-        for given in [*choices, *entry.metadata.get("variants", ())]:
-            yield Bound(entry, entry.validate(given, "")), given
+        for set_options in [*choices, *entry.metadata.get("variants", ())]:
+            yield Bound(entry, entry.validate(set_options, "")), set_options
 
 
 def _results(reader: Bound, rows: list[Row]) -> list[Any]:

@@ -1,5 +1,9 @@
 """Formats of data sets in which two responses to a prompt have a verdict: a label, two scores, or a winner."""
 
+import json
+from typing import Any
+
+from schemas.ids import Message
 from stages.data.formats import (
     PreferencePair,
     finite_number_of,
@@ -56,20 +60,63 @@ def arena(row: Row) -> PreferencePair:
         raise ValueError("winner is neither model_a nor model_b")
     if row.get("evaluation_order") is not None and finite_number_of(row, "evaluation_order") > 1:
         raise ValueError("evaluation_order is above 1, and the conversation before it was with other models")
-    names = ("conversation_a", "conversation_b")
-    sides = [messages_of(row, name) for name in names]
+    sides = [messages_of(row, name) for name in ("conversation_a", "conversation_b")]
     if row.get("turn") is not None:
         turn = finite_number_of(row, "turn")
         ends = [[n for n, message in enumerate(side, 1) if message["role"] == "assistant"] for side in sides]
         sides = [
             side[: end[int(turn) - 1]] if 1 <= turn <= len(end) else side for side, end in zip(sides, ends, strict=True)
         ]
+    return _pair_of_conversations(sides, WINNERS[winner])
+
+
+@preference_reader(columns=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"))
+def arena_55k(row: Row) -> PreferencePair:
+    """Read lmsys/lmsys-arena-human-preference-55k (Kaggle's LLM preferences), in which turns are JSON lists of texts.
+
+    As in reader `arena`, two responses are compared only if nothing before them differs.
+    """
+    wins = [zero_or_one_of(row, f"winner_{name}") for name in ("model_a", "model_b", "tie")]
+    if sum(wins) != 1:
+        raise ValueError("not one winner")
+    if wins[2]:
+        raise ValueError("tie in winner")
+    turns = {name: _texts_of(row, name) for name in ("prompt", "response_a", "response_b")}
+    sides = []
+    for name in ("response_a", "response_b"):
+        if len(turns[name]) != len(turns["prompt"]):
+            raise ValueError(f"{name} has not as many turns as prompt")
+        pairs = zip(turns["prompt"], turns[name], strict=True)
+        sides.append(
+            [turn for question, answer in pairs for turn in (_turn("user", question), _turn("assistant", answer))]
+        )
+    return _pair_of_conversations(sides, wins.index(1))
+
+
+def _texts_of(row: Row, name: str) -> list[str]:
+    """Return the texts in a column, a list or the JSON of one."""
+    values: Any = row.get(name)
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except ValueError:
+            raise ValueError(f"{name} is not a JSON list") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{name} is not a list")
+    return [text_of({name: value}, name) for value in values]
+
+
+def _turn(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def _pair_of_conversations(sides: list[list[Message]], chosen: int) -> PreferencePair:
+    """Return the pair of two conversations that are the same up to their last turn, of which one is chosen."""
     prompt = shared_turns(*sides)
     rests = [side[len(prompt) :] for side in sides]
     if not prompt:
         raise ValueError("the conversations share no prompt")
     if any([message["role"] for message in rest] != ["assistant"] for rest in rests):
         raise ValueError("the conversations differ before the last response")
-    chosen = WINNERS[winner]
-    responses = [reply_of({name: rest}, name) for name, rest in zip(names, rests, strict=True)]
+    responses = [reply_of({"response": rest}, "response") for rest in rests]
     return PreferencePair(as_prompt(prompt), responses[chosen], responses[1 - chosen])

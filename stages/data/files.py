@@ -76,7 +76,7 @@ class DataSource:
         if reader is not None:
             require_readable(reader, rows, path.name, lambda: (names, _head(path, names)))
         if parts:
-            warn_of_unread(parts, rows, path.name, whole=len(rows) < HEAD_ROWS)
+            warn_of_unread(parts, rows, path.name, complete=len(rows) < HEAD_ROWS)
         return []
 
     def rows(
@@ -128,7 +128,7 @@ class DataSource:
         require_columns(names, columns, name, lambda: [with_message_lists(row) for row in head])
         read = _existing(columns, optional, names)
         if parts := unread_parts(names, read):
-            warn_of_unread(parts, list(head.select_columns(parts)), name, whole=len(loaded) < HEAD_ROWS)
+            warn_of_unread(parts, list(head.select_columns(parts)), name, complete=len(loaded) < HEAD_ROWS)
         for number, row in enumerate(loaded):
             yield f"{Path(name).name}:{number}", row
 
@@ -195,10 +195,12 @@ def check_reader(options: dict[str, Any]) -> list[str]:
     return check_source(options, columns_of(reader), optional_columns_of(reader), reader)
 
 
-def given_columns(options: Mapping[str, Any], **defaults: str | None) -> list[str]:
-    """Return the problem if a stage with a `reader`, which knows its columns, is given names of columns as well."""
-    given = [f"{name}: {options[name]}" for name, default in defaults.items() if options[name] != default]
-    return [f"`{', '.join(given)}`: with a `reader`, columns are named by its own options; unset it"] if given else []
+def check_no_columns(options: Mapping[str, Any], **defaults: str | None) -> list[str]:
+    """Check at plan time that a stage with a `reader`, which knows its columns, has no other column options."""
+    columns = [f"{name}: {options[name]}" for name, default in defaults.items() if options[name] != default]
+    return (
+        [f"`{', '.join(columns)}`: with a `reader`, columns are named by its own options; unset it"] if columns else []
+    )
 
 
 def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

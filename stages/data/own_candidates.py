@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
-from stages.data.files import DataSource, check_reader, check_source, given_columns
+from stages.data.files import DataSource, check_reader, check_source, check_no_columns
 from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
@@ -22,7 +22,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     reward, probability = options["reward"], options["probability"]
     if options["reader"] is not None:
         defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
-        return given_columns(options, **defaults) or check_reader(options)
+        return check_no_columns(options, **defaults) or check_reader(options)
     problems = []
     if reward is not None and probability is not None:
         problems.append(

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
-from stages.data.files import DataSource, check_reader, check_source, given_columns
+from stages.data.files import DataSource, check_reader, check_source, check_no_columns
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate
 from stages.data.texts import Prompt, prompt_with, reply_of
@@ -22,7 +22,7 @@ def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     if reader is None:
         columns = [options[name] for name in ("prompt", "demonstration", "system", "input") if options[name]]
         return check_source(options, columns)
-    if others := given_columns(options, prompt="prompt", system=None, input=None):
+    if others := check_no_columns(options, prompt="prompt", system=None, input=None):
         return others
     if demonstration not in (None, "chosen"):
         return [f"demonstration: with a reader it is the chosen response; set chosen or null (got {demonstration!r})"]

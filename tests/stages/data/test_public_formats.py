@@ -49,6 +49,12 @@ def battle(winner, a="Yes.", b="No.", turn=1, **others):
     return {"model_a": "m", "model_b": "n", "winner": winner, "turn": turn, **sides, **others}
 
 
+def kaggle(prompt, a, b, winner):
+    turns = {"prompt": prompt, "response_a": a, "response_b": b}
+    wins = {f"winner_{name}": int(name == winner) for name in ("model_a", "model_b", "tie")}
+    return {"id": 1, "model_a": "m", "model_b": "n"} | {name: json.dumps(texts) for name, texts in turns.items()} | wins
+
+
 def scored(text, overall, fine, ratings):
     aspects = ("instruction_following", "honesty", "truthfulness", "helpfulness")
     annotations = {name: {"Rating": rating, "Rationale": "."} for name, rating in zip(aspects, ratings, strict=True)}
@@ -178,6 +184,18 @@ PAIRS: dict[str, tuple[Any, list[dict], list[tuple[str, str, str]], list[str]]] 
             "evaluation_order is above 1, and the conversation before it was with other models",
             "winner is neither model_a nor model_b",
         ],
+    ),
+    "Chatbot Arena, 55k": (
+        "arena_55k",
+        [
+            kaggle(["Hi"], ["Yes."], ["No."], "model_b"),
+            kaggle(["Hi", "So?"], ["Same.", "A."], ["Same.", "B."], "model_a"),
+            kaggle(["Hi", "So?"], ["A.", "."], ["B.", "."], "model_a"),
+            kaggle(["Hi"], [None], ["B."], "model_a"),
+            kaggle(["Hi"], ["A."], ["B."], "tie"),
+        ],
+        [("Hi", "No.", "Yes."), ("user: Hi\nassistant: Same.\nuser: So?", "A.", "B.")],
+        ["the conversations differ before the last response", "no response_a", "tie in winner"],
     ),
     "Nectar": ("nectar", [NECTAR], [(TURNS, "Best.", "Poor.")], []),
     "Nectar, neighbours": (
