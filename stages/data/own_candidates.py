@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
-from stages.data.files import DataSource, check_reader, check_source, check_no_columns
+from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables
 from stages.data.rows import Row

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
-from stages.data.files import DataSource, check_reader, check_source, check_no_columns
+from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate
 from stages.data.texts import Prompt, prompt_with, reply_of
