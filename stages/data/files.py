@@ -1,48 +1,35 @@
-"""Files and data sets brought by users: JSONL, Parquet, CSV or a `datasets` data set, read and rejected row by row."""
+"""Files and data sets brought by users: one file, a folder, or a `datasets` data set, read and rejected row by row."""
 
-import csv
-import gzip
+import glob
 import json
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from pipeline import Bound, DataPath, InputStep, StageContext
 from schemas import WinnowError
-from stages.data.formats import NOT_PAIRS, columns_of, couple_neighbours, preference_reader
+from stages.data.advice import require_columns, require_readable, unread_parts, warn_of_unread
+from stages.data.file_rows import (
+    FILE_SUFFIXES,
+    HEAD_ROWS,
+    LFS_POINTER,
+    PARQUET,
+    READ_ERRORS,
+    TEXT_SUFFIXES,
+    column_names,
+    file_rows,
+)
+from stages.data.formats import PreferencePair, columns_of, couple_neighbours, optional_columns_of
 from stages.data.rows import Row
+from stages.data.texts import with_message_lists
 
-JSONL, PARQUET, CSV = (".jsonl", ".ndjson"), ".parquet", ".csv"
-FILE_SUFFIXES = (*JSONL, PARQUET, CSV, *(f"{suffix}.gz" for suffix in (*JSONL, CSV)))
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
-FOLDER_SUFFIXES = {*JSONL, PARQUET, CSV, ".json", ".arrow", ".tsv", ".txt", *ARCHIVE_SUFFIXES}
-OPTIONAL_COLUMNS = ("tools",)  # read where a file has them
-HEAD_ROWS = 1000  # of a JSONL file: a column that none of them has does not exist
-# Bytes of a CSV file that are not UTF-8 are escaped as surrogates, so that one bad row does not end the file.
-CSV_TEXT: dict[str, str] = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
-READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error)
-# First bytes of files that often carry a wrong name, and what to do about each.
-FOREIGN_CONTENT = {
-    b"version https://git-lfs": "a Git LFS pointer and not the data; fetch the file itself with `git lfs pull`",
-    b"<!doctype": "a web page; download the file itself, which may need a login",
-    b"<html": "a web page; download the file itself, which may need a login",
-    b"\x1f\x8b": "gzip; end its name in .gz",
-    b"PAR1": "Parquet; end its name in .parquet",
-    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as CSV",
-    b"\x28\xb5\x2f\xfd": "zstd; unpack it first",
-    b"ARROW1": "Arrow; write it as Parquet",
-    b"\xff\xfe": "UTF-16; save it as UTF-8",
-    b"\xfe\xff": "UTF-16; save it as UTF-8",
-}
+OPTIONAL_COLUMNS = ("tools",)  # read by every stage where a file has them
+FOLDER_SUFFIXES = {*TEXT_SUFFIXES, PARQUET, ".arrow", ".txt", *ARCHIVE_SUFFIXES}
 
 
 @dataclass(frozen=True)
@@ -55,10 +42,11 @@ class DataSource:
     subset: str | None = None
     dataset_split: str = "train"
 
-    def check(self, columns: Sequence[str]) -> list[str]:
+    def check(self, columns: Sequence[str], optional: Sequence[str] = (), reader: Bound | None = None) -> list[str]:
         """Return the problems known when a recipe is planned; raise WinnowError for a file that cannot be read.
 
-        Columns are looked up in a file's schema or first rows; folders and data sets are only opened by the stage.
+        Columns are looked up in a file's schema or first rows, and a reader must read one of these; folders and data
+        sets are only opened by the stage. Warns of `optional` and other columns that look like part of the prompt.
         """
         if (self.path is None) == (self.dataset is None):
             return ["give either `path` (a file or folder) or `dataset` (a name on the hub)"]
@@ -68,9 +56,12 @@ class DataSource:
             return [f"dataset {self.dataset!r} needs `revision`, which fixes its content"] if missing else []
         path = self.path.path
         if not path.is_file():
-            has_files = _is_saved_dataset(path) or any(file.suffix in FOLDER_SUFFIXES for file in path.rglob("*"))
-            suffixes = ", ".join(sorted(FOLDER_SUFFIXES))
-            return [] if has_files else [f"path {path}: a folder without data files ({suffixes})"]
+            files = [file for file in sorted(path.rglob("*")) if file.suffix in FOLDER_SUFFIXES and file.is_file()]
+            if not files and not _is_saved_dataset(path):
+                return [f"path {path}: a folder without data files ({', '.join(sorted(FOLDER_SUFFIXES))})"]
+            if any(map(_is_pointer, files)):  # one of another split does no harm
+                self._split_loader()
+            return []
         if self.subset is not None:
             return [f"subset {self.subset!r}: path {path} is one file; only folders and data sets have subsets"]
         if not path.name.endswith(FILE_SUFFIXES):
@@ -79,75 +70,138 @@ class DataSource:
         names = column_names(path)
         if not names:
             return [f"{path.name}: no rows; in JSONL, each row is one JSON object on its own line"]
-        _require_columns(names, columns, path.name)
+        require_columns(names, columns, path.name, lambda: _head(path, names))
+        read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
+        parts = unread_parts(names, read)
+        rows = _head(path, [*read, *parts]) if parts or reader else []
+        if reader is not None:
+            require_readable(reader, rows, path.name, lambda: (names, _head(path, names)))
+        if parts:
+            warn_of_unread(parts, rows, path.name, complete=len(rows) < HEAD_ROWS)
         return []
 
-    def rows(self, ctx: StageContext, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        """Yield (location, row), the location as `name:line` or `name:row`; a row that cannot be read is rejected.
+    def rows(
+        self, ctx: StageContext, columns: Sequence[str], optional: Sequence[str] = ()
+    ) -> Iterator[tuple[str, Row]]:
+        """Yield (location, row) with these columns, and the optional ones that exist.
 
-        Raises WinnowError if all rows lack one of `columns`, or the file is damaged.
+        The location is `name:line` or `name:row`; a row that cannot be read is rejected. Raises WinnowError if all rows
+        lack one of `columns`, or the file is damaged.
         """
         if self.path is None or not self.path.path.is_file():
-            name, rows = str(self.path or self.dataset), self._dataset_rows(columns)
+            name, rows = str(self.path or self.dataset), self._dataset_rows(columns, optional)
         else:
-            name = self.path.path.name
-            if names := column_names(self.path.path):
-                _require_columns(names, columns, name)
-            rows = _file_rows(self.path.path, columns, ctx.reject)
+            path, name = self.path.path, self.path.path.name
+            names = column_names(path)
+            if names:
+                require_columns(names, columns, name, lambda: _head(path, names))
+            rows = file_rows(path, _existing(columns, (*optional, *OPTIONAL_COLUMNS), names), ctx.reject)
         location = "its start"
         try:
             for location, row in rows:
-                yield location, row
+                yield location, with_message_lists(row)
         except READ_ERRORS as error:
             cure = "it is damaged or cut short; fetch or write it again"
             raise WinnowError(f"{name}: cannot be read after {location} ({error}): {cure}") from None
 
-    def reader_rows(self, ctx: StageContext, reader: Bound) -> Iterator[tuple[str, list[Row]]]:
-        """Yield (location of the first row, the rows that one call of the preference reader takes)."""
-        rows, together = self.rows(ctx, columns_of(reader)), reader.metadata.get("together")
+    def reader_results(
+        self,
+        ctx: StageContext,
+        reader: Bound,
+        read: Callable[[Bound, list[Row]], list[PreferencePair | ValueError]],
+    ) -> Iterator[tuple[str, Row, PreferencePair | ValueError]]:
+        """Yield (location, row, pair or reason) of `read(reader, rows)`: of several rows, those of the first."""
+        rows, together = (
+            self.rows(ctx, columns_of(reader), optional_columns_of(reader)),
+            reader.metadata.get("together"),
+        )
         if together is None:
-            return ((location, [row]) for location, row in rows)
-        return couple_neighbours(rows, together)
+            groups: Iterator[tuple[str, list[Row]]] = ((location, [row]) for location, row in rows)
+        else:
+            groups = couple_neighbours(rows, together, reader.metadata.get("together_rows", 2))
+        return ((location, group[0], result) for location, group in groups for result in read(reader, group))
 
-    def _dataset_rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    def _dataset_rows(self, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, Row]]:
         """Yield the rows of a hub data set, of a folder of data files, or of a folder written by `save_to_disk`."""
-        import datasets
-
         name = str(self.path or self.dataset)
-        try:
-            if _is_saved_dataset(Path(name)):
-                loaded: Any = datasets.load_from_disk(name)
-            else:
-                subset: dict[str, str] = {}
-                if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
-                    configurations = datasets.get_dataset_config_names(name, revision=self.revision)
-                    subset = {"name" if self.subset in configurations else "data_dir": self.subset}
-                loaded = datasets.load_dataset(name, revision=self.revision, **subset)
-        except Exception as error:  # `datasets` passes on what its readers raise, which may be anything
-            cause: BaseException = error
-            while cause.__cause__ is not None:  # the last one says what is wrong, the first that something is
-                cause = cause.__cause__
-            message = f"dataset {name}, split {self.dataset_split!r}: {type(cause).__name__}: {cause}"
-            if "scripts are no longer supported" in message:
-                message += "; the hub also has it as Parquet: set `revision: refs/convert/parquet`, and `subset`"
-            raise WinnowError(message) from None
-        if isinstance(loaded, dict):
-            if self.dataset_split not in loaded:
-                splits = ", ".join(map(repr, loaded))
-                cure = f"it has {splits}; set `dataset_split` to one of them"
-                raise WinnowError(f"dataset {name}: no split {self.dataset_split!r}: {cure}")
-            loaded = loaded[self.dataset_split]
-        _require_columns(loaded.column_names, columns, name)
+        loaded = _from_datasets(name, self.dataset_split, self._split_loader())
+        names, head = loaded.column_names, loaded.select(range(min(HEAD_ROWS, len(loaded))))
+        require_columns(names, columns, name, lambda: [with_message_lists(row) for row in head])
+        read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
+        if parts := unread_parts(names, read):
+            warn_of_unread(parts, list(head.select_columns(parts)), name, complete=len(loaded) < HEAD_ROWS)
         for number, row in enumerate(loaded):
             yield f"{Path(name).name}:{number}", row
 
+    def _split_loader(self) -> Callable[[], Any]:
+        """Return the call of `datasets` that loads the files of the split, and no others.
 
-def check_source(options: dict[str, Any], columns: Sequence[str]) -> list[str]:
+        Raises WinnowError if there is no such split, or a file of it is a Git LFS pointer; those of other splits may be
+        anything.
+        """
+        import datasets
+
+        name = str(self.path or self.dataset)
+        if _is_saved_dataset(Path(name)):
+            splits_file = Path(name) / "dataset_dict.json"
+            folder = Path(name)
+            if splits_file.exists():
+                splits = json.loads(splits_file.read_text())["splits"]
+                self._require_split(name, splits)
+                folder /= self.dataset_split
+            _refuse_pointers(folder.resolve().rglob("*.arrow"), Path(name))
+            return partial(datasets.load_from_disk, str(folder))
+
+        def builder_of_subset() -> Any:
+            subset: dict[str, str] = {}
+            if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
+                configurations = datasets.get_dataset_config_names(name, revision=self.revision)
+                subset = {"name" if self.subset in configurations else "data_dir": self.subset}
+            return datasets.load_dataset_builder(name, revision=self.revision, **subset), subset
+
+        builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
+        files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+        load = partial(datasets.load_dataset, name, revision=self.revision, split=self.dataset_split)
+        if not files:  # prepared in the cache of `datasets` before, and read there
+            return partial(load, **subset)
+        self._require_split(name, list(files))
+        chosen = files[self.dataset_split]
+        if self.path is not None:
+            _refuse_pointers(map(Path, chosen), self.path.path)
+            chosen = [glob.escape(file) for file in chosen]  # else `[` in a name would be part of a pattern
+        # A configuration still says how to read the files; a folder has said which they are.
+        configuration = {key: value for key, value in subset.items() if key == "name"}
+        return partial(load, **configuration, data_files={self.dataset_split: chosen})
+
+    def _require_split(self, name: str, splits: Sequence[str]) -> None:
+        if self.dataset_split not in splits:
+            cure = f"it has {', '.join(map(repr, splits))}; set `dataset_split` to one of them"
+            raise WinnowError(f"dataset {name}: no split {self.dataset_split!r}: {cure}")
+
+
+def check_source(
+    options: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = (), reader: Bound | None = None
+) -> list[str]:
     """Check at plan time that a stage has one source of data and, if it is a file, that it has these columns."""
     try:
-        return DataSource(**{field.name: options[field.name] for field in fields(DataSource)}).check(columns)
+        source = DataSource(**{field.name: options[field.name] for field in fields(DataSource)})
+        return source.check(columns, optional, reader)
     except WinnowError as error:
         return list(error.problems)
+
+
+def check_reader(options: dict[str, Any]) -> list[str]:
+    """Check at plan time that a stage has one source of data and, if it is a file, that option `reader` reads it."""
+    reader = options["reader"]
+    return check_source(options, columns_of(reader), optional_columns_of(reader), reader)
+
+
+def check_no_columns(options: Mapping[str, Any], **defaults: str | None) -> list[str]:
+    """Check at plan time that a stage with a `reader`, which knows its columns, has no other column options."""
+    columns = [f"{name}: {options[name]}" for name, default in defaults.items() if options[name] != default]
+    return (
+        [f"`{', '.join(columns)}`: with a `reader`, columns are named by its own options; unset it"] if columns else []
+    )
 
 
 def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -159,104 +213,45 @@ def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep
     return [f"demonstrations are read from `prompts`, but stage {step.stage} provides none: {cure}"]
 
 
-def column_names(file: Path) -> list[str]:
-    """Return the names in a file's schema, header, or first rows; raise WinnowError if it is of another kind."""
-    suffix = Path(file.name.removesuffix(".gz")).suffix
+def _existing(columns: Sequence[str], optional: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return each of the columns once, and of the optional ones those that exist."""
+    return list(dict.fromkeys([*columns, *(name for name in optional if name in names)]))
+
+
+def _head(file: Path, names: Sequence[str]) -> list[Row]:
+    """Return the first rows that can be read."""
+    rows = file_rows(file, names, reject=lambda *args, **kwargs: None)
+    return [with_message_lists(row) for _, row in islice(rows, HEAD_ROWS)]
+
+
+def _from_datasets(name: str, split: str, call: Callable[[], Any]) -> Any:
+    """Return what `datasets` returns; raise WinnowError with its cause for what it raises, which may be anything."""
     try:
-        with file.open("rb") as stream:
-            head = stream.read(64).lstrip(b" \r\n\t").lower()
-        foreign = dict(FOREIGN_CONTENT)
-        foreign.pop({PARQUET: b"PAR1", ".gz": b"\x1f\x8b"}.get(file.suffix, b""), None)
-        if file.suffix in JSONL:
-            foreign[b"["] = "one JSON list; write one object per line"
-        for magic, description in foreign.items():
-            if head.startswith(magic.lower()):
-                raise WinnowError(f"{file.name}: this is {description}")
-        if suffix == PARQUET:
-            return list(pq.read_schema(file).names)
-        if suffix == CSV:
-            with closing(_open(file, "rt", **CSV_TEXT)) as lines:
-                return next(csv.reader(lines), [])
-        # In JSONL a column exists where some row has it; lines that cannot be read are the stage's to reject.
-        rows = _file_rows(file, [], reject=lambda *args, **kwargs: None)
-        return list(dict.fromkeys(name for _, row in islice(rows, HEAD_ROWS) for name in row))
-    except READ_ERRORS as error:
-        kind = {PARQUET: "Parquet", CSV: "CSV"}.get(suffix, "JSONL")
-        cure = "it is of another kind, damaged, or cut short; fetch or write it again"
-        raise WinnowError(f"{file.name}: not a complete {kind} file ({error}): {cure}") from None
+        return call()
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the last one says what is wrong, the first that something is
+            cause = cause.__cause__
+        message = f"dataset {name}, split {split!r}: {type(cause).__name__}: {cause}"
+        if "scripts are no longer supported" in message:
+            message += "; the hub also has it as Parquet: set `revision: refs/convert/parquet`, and `subset`"
+        raise WinnowError(message) from None
 
 
-def _file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) of a file: all columns of JSONL and CSV, `columns` of Parquet."""
-    suffix = Path(file.name.removesuffix(".gz")).suffix
-    if suffix == PARQUET:
-        number = 0
-        # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        optional = [name for name in OPTIONAL_COLUMNS if name in parquet.schema_arrow.names]
-        read = list(dict.fromkeys([*columns, *optional]))
-        for batch in parquet.iter_batches(batch_size=4096, columns=read):
-            for n in range(batch.num_rows):
-                location = f"{file.name}:{number + n}"
-                try:
-                    yield location, {name: batch.column(name)[n].as_py() for name in read}
-                except UnicodeDecodeError as error:
-                    reject("bad UTF-8", place=location, detail=str(error))
-            number += batch.num_rows
-    elif suffix == CSV:
-        csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
-        with closing(_open(file, "rt", **CSV_TEXT)) as lines:
-            reader = csv.DictReader(lines)
-            for row in reader:
-                location = f"{file.name}:{reader.line_num}"
-                if any("\udc80" <= character <= "\udcff" for character in "".join(map(str, row.values()))):
-                    reject("bad UTF-8", place=location, detail=ascii(row))
-                else:
-                    yield location, row
-    else:
-        with closing(_open(file, "rb")) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                location = f"{file.name}:{number}"
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except UnicodeDecodeError as error:
-                    reject("bad UTF-8", place=location, detail=str(error))
-                except (ValueError, RecursionError) as error:
-                    reject("not JSON", place=location, detail=str(error))
-                else:
-                    if isinstance(row, dict):
-                        yield location, row
-                    else:
-                        reject("not a JSON object", place=location, detail=repr(row))
+def _is_pointer(file: Path) -> bool:
+    """Return whether a file is what Git LFS leaves in place of the data."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _require_columns(names: Sequence[str], columns: Sequence[str], file: str) -> None:
-    """Raise WinnowError for missing columns, with what the file may be, or the readers that can read it."""
-    missing = [column for column in columns if column not in names]
-    if not missing:
-        return
-    lacking, existing = (", ".join(map(repr, group)) for group in (missing, names))
-    problem = f"{file}: no column {lacking}; it has {existing}"
-    for signature, description in NOT_PAIRS:
-        if signature <= set(names):
-            raise WinnowError(f"{problem}. This is {description}")
-    fitting = []
-    for entry in preference_reader.entries.values():
-        defaults = {name: field.default for name, field in entry.options.model_fields.items()}
-        if set(columns_of(Bound(entry, defaults))) <= set(names):
-            fitting.append(entry.name)
-    if fitting:
-        problem += f"; in stage preferences or prompts, set `reader` to {' or '.join(fitting)} for these"
-    raise WinnowError(problem)
+def _refuse_pointers(files: Iterable[Path], folder: Path) -> None:
+    """Raise WinnowError with the names of those files in a folder that Git LFS has not fetched."""
+    folder = folder.resolve()
+    if names := sorted(str(file).removeprefix(f"{folder}/") for file in files if _is_pointer(file)):
+        cure = "fetch the data with `git lfs pull`"
+        raise WinnowError(*(f"{folder}: {name} is a Git LFS pointer and not the data; {cure}" for name in names))
 
 
 def _is_saved_dataset(folder: Path) -> bool:
     """Return whether `Dataset.save_to_disk` wrote the folder."""
     return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-
-
-def _open(file: Path, mode: str, **text: str) -> IO[Any]:
-    opener: Callable[..., IO[Any]] = gzip.open if file.suffix == ".gz" else open
-    return opener(file, mode, **text)

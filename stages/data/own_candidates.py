@@ -2,22 +2,27 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 
-from pipeline import DataPath, InputStep, StageContext, stage
+from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
-from stages.data.files import DataSource, check_source
+from stages.data.files import DataSource, check_no_columns, check_reader, check_source
+from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
-from stages.data.texts import Conversation, number_of, prompt_of, reply_of, tools_of
+from stages.data.texts import Conversation, number_of, prompt_with, reply_of, tools_of
+from stages.data.trainer_formats import candidate_reader
 from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
 def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     reward, probability = options["reward"], options["probability"]
+    if options["reader"] is not None:
+        defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
+        return check_no_columns(options, **defaults) or check_reader(options)
     problems = []
     if reward is not None and probability is not None:
         problems.append(
@@ -26,8 +31,8 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
         )
     elif not reward and not probability:
         problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
-    scores = [column for column in (reward, probability) if column]
-    return problems + check_source(options, [options["prompt"], options["response"], *scores])
+    names = ("prompt", "response", "reward", "probability", "system", "input")
+    return problems + check_source(options, [options[name] for name in names if options[name]])
 
 
 @stage(version=3, unsharded=True, check=_check_own_candidates)
@@ -44,12 +49,19 @@ def own_candidates(
     response: str = "response",
     reward: str | None = None,
     probability: str | None = None,
+    system: str | None = None,
+    input: str | None = None,
+    reader: Annotated[Bound, candidate_reader] | None = None,
     heldout: HeldoutShare = 0.0,
     max_tokens: Count = 1024,
     too_long: TooLong = "reject",
     prefill: Prefill = "reject",
 ) -> tuple[Prompts, Candidates, Rewards]:
     """Read one candidate per row. A probability p becomes its logit ln(p / (1 - p)), the reward of arXiv:2309.06657.
+
+    The text in column `input` follows the prompt on a new line, as in Alpaca's format, and that in `system` becomes its
+    system message; empty ones add nothing. With a `reader`, rows have a format of responses with labels
+    (stages/data/trainer_formats.py): the reward is 1 for a desirable response, 0 for another.
 
     Rejected, with a reason: a reward that is not finite, a probability outside the open interval (0, 1)
     (its logit is infinite), an empty response, an empty or too long prompt, and a response longer than `max_tokens`,
@@ -60,25 +72,33 @@ def own_candidates(
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
     data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill)
+    columns, optional = [name for name in (prompt, response, column, system, input) if name], list[str]()
+    if reader is not None:
+        reader = candidate_reader.bind(reader)
+        columns, optional = columns_of(reader), optional_columns_of(reader)
     rewards: list[Row] = []
-    for location, row in source.rows(ctx, [prompt, response, column]):
+    for location, row in source.rows(ctx, columns, optional):
         try:
-            value = number_of(row, column, called="reward")
-            if not math.isfinite(value):
-                raise ValueError("reward is not finite")
-            if probability:
-                if value in (0.0, 1.0):
-                    raise ValueError(f"probability is exactly {value:.0f}")
-                if not 0 < value < 1:
-                    raise ValueError("probability is not in (0, 1)")
-                value = math.log(value) - math.log1p(-value)
-            content = prompt_of(row, prompt)
+            if reader is not None:
+                labelled = reader(row)
+                content, text, value = labelled.prompt, labelled.response, labelled.reward
+            else:
+                value = number_of(row, column, called="reward")
+                if not math.isfinite(value):
+                    raise ValueError("reward is not finite")
+                if probability:
+                    if value in (0.0, 1.0):
+                        raise ValueError(f"probability is exactly {value:.0f}")
+                    if not 0 < value < 1:
+                        raise ValueError("probability is not in (0, 1)")
+                    value = math.log(value) - math.log1p(-value)
+                content = prompt_with(row, prompt, system=system, input=input)
+                text = reply_of(row, response, content)
             conversation = Conversation(content, tools_of(row))
-            reply = reply_of(row, response, content)
             name = data.add_prompt(conversation)
-            candidate = data.add_response(conversation, reply, repeated=True)
+            candidate = data.add_response(conversation, text, repeated=True)
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(row.get(column)))
+            ctx.reject(str(error), place=location, detail=repr(row if reader is not None else row.get(column)))
             continue
         rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))

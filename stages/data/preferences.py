@@ -7,15 +7,15 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, StageContext, stage
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
-from stages.data.files import DataSource, check_source
-from stages.data.formats import columns_of, preference_reader
+from stages.data.files import DataSource, check_reader
+from stages.data.formats import pairs_of, preference_reader
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
 from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
 from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
-@stage(version=3, unsharded=True, check=lambda options, inputs: check_source(options, columns_of(options["reader"])))
+@stage(version=3, unsharded=True, check=lambda options, inputs: check_reader(options))
 def preferences(
     tokenizer: Model,
     ctx: StageContext,
@@ -33,22 +33,25 @@ def preferences(
 ) -> tuple[Prompts, Candidates, Pairs]:
     """Read pairs in the format that `reader` names (stages/data/formats.py); a prompt may have several pairs.
 
-    `subset` is a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason. So
-    are responses longer than `max_tokens`: one that is cut is not what was preferred, and has no end (`too_long: cut`
+    A row with a ranking of more than two responses gives the pairs that the reader's option `pairs` names. `subset` is
+    a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason. So are
+    responses longer than `max_tokens`: one that is cut is not what was preferred, and has no end (`too_long: cut`
     keeps it). Ids and `prefill` are as in stage `prompts`.
     """
     reader = preference_reader.bind(reader)
     data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill)
     pairs: list[Row] = []
-    for location, rows in DataSource(path, dataset, revision, subset, dataset_split).reader_rows(ctx, reader):
+    source = DataSource(path, dataset, revision, subset, dataset_split)
+    for location, row, pair in source.reader_results(ctx, reader, pairs_of):
         try:
-            pair = reader(*rows)
-            conversation = Conversation(pair.prompt, tools_of(rows[0]), pair.plain)
+            if isinstance(pair, ValueError):
+                raise pair
+            conversation = Conversation(pair.prompt, tools_of(row), pair.plain)
             replies = without_repeated_prompt(pair.prompt, (pair.chosen, pair.rejected))
             prompt = data.add_prompt(conversation)
             chosen, rejected = (data.add_response(conversation, reply) for reply in replies)
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(rows[0]))
+            ctx.reject(str(error), place=location, detail=repr(row))
             continue
         if chosen == rejected:
             ctx.reject(

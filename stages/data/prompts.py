@@ -10,10 +10,10 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
-from stages.data.files import DataSource, check_source
-from stages.data.formats import columns_of, preference_reader
+from stages.data.files import DataSource, check_no_columns, check_reader, check_source
+from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate
-from stages.data.texts import Conversation, Prompt, Reply, prompt_of, readable, readable_reply, reply_of, tools_of
+from stages.data.texts import Conversation, Prompt, Reply, prompt_with, readable, readable_reply, reply_of, tools_of
 from stages.limits import context_length
 from stages.options import Count, HeldoutShare, Prefill, TooLong
 
@@ -21,10 +21,13 @@ from stages.options import Count, HeldoutShare, Prefill, TooLong
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     reader, demonstration = options["reader"], options["demonstration"]
     if reader is None:
-        return check_source(options, [options["prompt"], *([demonstration] if demonstration else [])])
+        columns = [options[name] for name in ("prompt", "demonstration", "system", "input") if options[name]]
+        return check_source(options, columns)
+    if others := check_no_columns(options, prompt="prompt", system=None, input=None):
+        return others
     if demonstration not in (None, "chosen"):
         return [f"demonstration: with a reader it is the chosen response; set chosen or null (got {demonstration!r})"]
-    return check_source(options, columns_of(reader))
+    return check_reader(options)
 
 
 @stage(version=4, unsharded=True, check=_check_prompts)
@@ -38,6 +41,8 @@ def prompts(
     subset: str | None = None,
     dataset_split: str = "train",
     prompt: str = "prompt",
+    system: str | None = None,
+    input: str | None = None,
     demonstration: str | None = None,
     reader: Annotated[Bound, preference_reader] | None = None,
     heldout: HeldoutShare = 0.2,
@@ -46,9 +51,11 @@ def prompts(
 ) -> Prompts:
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
-    With a `reader`, they are the prompts of pairs in its format, and `demonstration: chosen` their chosen responses.
+    The text in column `input` follows the prompt on a new line, as in Alpaca's format, and that in `system` becomes its
+    system message; empty ones add nothing. With a `reader`, prompts are those of pairs in its format, and
+    `demonstration: chosen` their chosen responses. A column `tools` holds the JSON schemas of tools that may be called.
     A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
-    a copy of it in another case or spacing. A column `tools` holds the JSON schemas of tools that may be called.
+    a copy of it in another case or spacing.
 
     Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
     are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless
@@ -57,29 +64,30 @@ def prompts(
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
     data = DataTables(tokenizer, heldout, max_tokens, prefill=prefill)
+    results: Iterator[tuple[str, Row, PreferencePair | ValueError | None]]
     if reader is None:
-        columns = [prompt, *([demonstration] if demonstration else [])]
-        groups: Iterator[tuple[str, list[Row]]] = ((location, [row]) for location, row in source.rows(ctx, columns))
+        columns = [name for name in (prompt, demonstration, system, input) if name]
+        results = ((location, row, None) for location, row in source.rows(ctx, columns))
     else:
-        reader = preference_reader.bind(reader)
-        groups = source.reader_rows(ctx, reader)
+        results = source.reader_results(ctx, preference_reader.bind(reader), first_pairs)
 
-    for location, rows in groups:
+    for location, source_row, pair in results:
         try:
             # The row's texts, in the format of its file.
-            if reader is None:
-                content, plain = prompt_of(rows[0], prompt), None
-                response = reply_of(rows[0], demonstration, content) if demonstration else None
+            if isinstance(pair, ValueError):
+                raise pair
+            if pair is None:
+                content, plain = prompt_with(source_row, prompt, system=system, input=input), None
+                response = reply_of(source_row, demonstration, content) if demonstration else None
             else:
-                pair = reader(*rows)
                 content, plain = pair.prompt, pair.plain
                 response = pair.chosen if demonstration else None
 
             # Their ids, by the rules of the model's tokenizer.
-            conversation = Conversation(content, tools_of(rows[0]), plain)
+            conversation = Conversation(content, tools_of(source_row), plain)
             row = data.prompt_row(conversation)
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(rows[0]))
+            ctx.reject(str(error), place=location, detail=repr(source_row))
             continue
         name = row["prompt_id"]
         if name in data.prompts_by_id:

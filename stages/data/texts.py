@@ -60,23 +60,13 @@ def text_of(row: Row, name: str) -> str:
     return value
 
 
-def has_messages(row: Row, name: str) -> bool:
-    """Return whether a column holds chat messages: a list, a dict of lists, or either one written as text."""
-    return isinstance(_parsed(row.get(name), name), list | dict)
-
-
 def messages_of(row: Row, name: str) -> list[Message]:
     """Return the chat messages in a column, each with a role, a content, and what else a chat template may render.
 
     `None` and empty lists, with which tables fill up keys that a message lacks, count as absent. Keys that no template
     is known to render, such as a language or a score, are left out, with a warning.
     """
-    values = _parsed(row.get(name), name)
-    if isinstance(values, dict) and values and all(isinstance(value, list) for value in values.values()):
-        sizes = {len(value) for value in values.values()}  # columns, as Arrow and pandas have lists of structs
-        if len(sizes) != 1:
-            raise ValueError(f"{name} has {' and '.join(sorted(values))} of different lengths")
-        values = [dict(zip(values, cells, strict=True)) for cells in zip(*values.values(), strict=True)]
+    values = row.get(name)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{name} is not text" if values is not None else f"no {name}")
     if not values:
@@ -86,7 +76,7 @@ def messages_of(row: Row, name: str) -> list[Message]:
 
 def prompt_of(row: Row, name: str) -> Prompt:
     """Return the prompt in a column, as a string or as chat messages."""
-    return as_prompt(messages_of(row, name)) if has_messages(row, name) else text_of(row, name)
+    return as_prompt(messages_of(row, name)) if isinstance(row.get(name), list) else _plain_text_of(row, name)
 
 
 def as_prompt(messages: list[Message]) -> Prompt:
@@ -99,8 +89,8 @@ def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> Reply:
 
     Some data sets repeat the turns of `prompt` before it; these are removed.
     """
-    if not has_messages(row, name):
-        return text_of(row, name)
+    if not isinstance(row.get(name), list):
+        return _plain_text_of(row, name)
     messages = messages_of(row, name)
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     if messages[: len(before)] == before:
@@ -172,11 +162,18 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
+def _plain_text_of(row: Row, name: str) -> str:
+    text = text_of(row, name)
+    if WRITTEN_MESSAGES.match(text):
+        raise ValueError(f"{name} is messages written as text that cannot be parsed")
+    return text
+
+
 def _parsed(value: Any, name: str) -> Any:
-    """Return messages that are written as text, as CSV files and pandas hold them; any other value as it is."""
+    """Return messages that are written as text; any other value, and text that cannot be parsed, as it is."""
     if not isinstance(value, str) or not WRITTEN_MESSAGES.match(value):
         return value
-    for parse in (json.loads, ast.literal_eval):  # `json.dumps` or `str` of a list
+    for parse in (json.loads, ast.literal_eval):
         try:
             messages = parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -184,7 +181,7 @@ def _parsed(value: Any, name: str) -> Any:
         if isinstance(messages, list | dict):
             warnings.warn(f"{name}: messages that are written as text are parsed", WinnowWarning, stacklevel=2)
             return messages
-    raise ValueError(f"{name} is messages written as text that cannot be parsed")
+    return value
 
 
 def _message(value: dict[str, Any], name: str) -> Message:
@@ -237,3 +234,50 @@ def _without_empty(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_empty(item) for key, item in value.items() if item is not None}
     return [_without_empty(item) for item in value] if isinstance(value, list) else value
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """Return a prompt as chat messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def prompt_with(row: Row, name: str, *, system: str | None = None, input: str | None = None) -> Prompt:
+    """Return the prompt in a column, with the text of column `input` behind it and that of `system` before it.
+
+    Empty cells add nothing. Instruction and input are joined by a new line, as LLaMA-Factory joins Alpaca's columns.
+    """
+    before, behind = (optional_text_of(row, column) if column else "" for column in (system, input))
+    if behind and isinstance(row.get(name), list):
+        raise ValueError(f"{input} beside chat messages")
+    prompt: Prompt = "\n".join(filter(None, [optional_text_of(row, name), behind])) if behind else prompt_of(row, name)
+    if not before:
+        return prompt
+    messages = as_messages(prompt)
+    if messages[0]["role"] == "system":
+        raise ValueError(f"a system message in {name} and one in {system}")
+    return [{"role": "system", "content": before}, *messages]
+
+
+def optional_text_of(row: Row, name: str) -> str:
+    """Return the text in a column, which may be missing or empty."""
+    value = row.get(name)
+    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(row, name)
+
+
+def with_message_lists(row: Row) -> Row:
+    """Return a row in which messages that are written in another way are lists of messages.
+
+    `datasets` (Sequence of a dict) and pandas have dicts of lists, {"role": [...], "content": [...]}; CSV files and
+    pandas have lists as text, by `str` or `json.dumps`.
+    """
+    return {name: _as_message_list(_parsed(value, name)) for name, value in row.items()}
+
+
+def _as_message_list(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()):
+        return {name: _as_message_list(item) for name, item in value.items()}
+    if not all(isinstance(item, list) for item in value.values()) or len({len(item) for item in value.values()}) != 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]

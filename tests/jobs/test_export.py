@@ -23,10 +23,13 @@ from jobs.export import export_pairs
 from jobs.export_formats import CUT, OTHER_TOKENS, SIDES, Format, Reject, messages_of, trl
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
+from pipeline.context import StageContext, WarmCache
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
+from pipeline.store.fingerprints import DataPath
 from pipeline.store.store import Store
 from schemas import Model, WinnowError, prompt_id
+from stages.data.preferences import preferences
 from stages.data.texts import readable
 from stages.data.tokenizer import Tokenizer
 from tests.conftest import answer, ask, write_jsonl
@@ -276,6 +279,21 @@ def test_openai_gets_messages_and_texts_that_end(store, tmp_path):
         assert re.fullmatch(r"Please book .* Hello\.", message["content"])
         assert row["preferred_output"][0]["content"].startswith("Gladly. I have booked a")
         assert [row[f"{side}_output"][0]["role"] for side in ("preferred", "non_preferred")] == ["assistant"] * 2
+
+
+def test_what_openai_gets_is_read_back_as_the_same_pairs(data_dir, store, tmp_path):
+    """Ids of prompts and responses are hashes of what was read: equal ids are equal texts and tokens."""
+    result = export_pairs(store, "dpo", "openai-messages", tmp_path / "pairs.jsonl")
+    context = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    model = result.source.policy
+    paths = {"columns": data_dir / "preferences.jsonl", "openai": result.out}
+    written, back = (
+        preferences(model, context, path=DataPath(str(path)), reader=reader, heldout=0.2)[2].to_pylist()
+        for reader, path in paths.items()
+    )
+    assert len(back) == result.rows > 3
+    ids = [{(row["prompt_id"], row["chosen_id"], row["rejected_id"]) for row in rows} for rows in (written, back)]
+    assert ids[1] <= ids[0]
 
 
 conversations = st.lists(

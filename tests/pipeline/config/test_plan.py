@@ -177,7 +177,7 @@ def test_what_makes_no_sense_together_is_refused_at_plan_time(steps: dict):
         ("prompts", {}, {"dataset": "some/data", "revision": "1"}, ["`path`", "`dataset`"]),
         ("prompts", {}, {"path": None}, ["`path`", "`dataset`"]),
         ("prompts", {}, {"path": None, "dataset": "some/data"}, ["'some/data'", "`revision`"]),
-        ("prompts", {}, {"path": __file__}, [".jsonl, .ndjson, .parquet, .csv"]),
+        ("prompts", {}, {"path": __file__}, [".jsonl, .ndjson, ", ".parquet"]),
         ("prompts", {}, {"path": "/nowhere/p.jsonl"}, ["prompts.path: ", "/nowhere/p.jsonl"]),
         ("sft", {}, {"path": "/nowhere"}, ["sft.path: ", "/nowhere"]),
     ):

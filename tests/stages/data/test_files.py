@@ -353,8 +353,8 @@ def test_prompt_ids_are_the_contents_under_every_tokenizer(tokenizers, ctx, tmp_
 
 def test_a_reward_or_a_probability_is_required_and_not_both():
     check = entry_of(own_candidates).metadata["signature"].check
-    options = dict(path=None, dataset="a/b", revision="abc", subset=None, dataset_split="train")
-    options |= dict(prompt="prompt", response="response", reward="r", probability=None)
+    defaults = {name: field.default for name, field in entry_of(own_candidates).options.model_fields.items()}
+    options = defaults | dict(dataset="a/b", revision="abc", reward="r")
     assert check(options, {}) == []
     assert "either the `reward`" in check(options | dict(reward=None), {})[0]
     (both,) = check(options | dict(probability="p"), {})

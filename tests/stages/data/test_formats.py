@@ -384,8 +384,10 @@ def test_prompts_of_pairs_have_the_ids_that_the_pairs_have(tiny, ctx, tmp_path):
 
 def problems(stage, path, reader="columns", **options):
     """What the check at plan time says."""
-    options |= dict(path=DataPath(str(path)), dataset=None, revision=None, subset=None, dataset_split="train")
-    return entry_of(stage).metadata["signature"].check(options | {"reader": preference_reader.bind(reader)}, {})
+    fields = entry_of(stage).options.model_fields.items()
+    options = {name: field.default for name, field in fields} | options
+    options |= dict(path=DataPath(str(path)), reader=preference_reader.bind(reader))
+    return entry_of(stage).metadata["signature"].check(options, {})
 
 
 def test_with_a_reader_the_demonstration_is_the_chosen_response(tmp_path):
@@ -408,18 +410,18 @@ GOOD = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
 def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_path, kind):
     """A file at plan time, before any model is trained; a folder where it is read."""
-    for n, (row, words) in enumerate([
-        (RED_TEAM, "red-team-attempts, which has no preferences; use another folder"),
-        (UNPAIRED, "TRL's unpaired format, which has no pairs; stage own_candidates reads it"),
-        (AXIS, "axis, ratings of single summaries; set `subset: comparisons`"),
-        (HH, "no column 'prompt'; it has 'chosen', 'rejected'; .*set `reader` to implicit_prompt or ultra.* or hh"),
-        (PKU, "no column 'chosen', 'rejected'; it has .*; in stage preferences .* to pku_saferlhf for these"),
-        (rated("a", "Yes.", 3), "set `reader` to helpsteer2 for these"),
-        ({"prompt": "Hi", "other": 1}, "no column 'chosen', 'rejected'; it has 'prompt', 'other'$"),
+    for n, (rows, words) in enumerate([
+        ([RED_TEAM], "red-team-attempts, which has no preferences; use another folder"),
+        ([UNPAIRED], "responses with a label and no pairs: in stage own_candidates, set `reader` to unpaired$"),
+        ([AXIS], "axis, ratings of single summaries; set `subset: comparisons`"),
+        ([HH], "no column 'prompt'; it has 'chosen', 'rejected'; .*set `reader` to hh for these$"),
+        ([PKU], "no column 'chosen', 'rejected'; .* {name: pku_saferlhf, prefer: helpful} or {name: pku_saferlhf"),
+        ([rated("a", "Yes.", 3), rated("a", "No.", 1)], "set `reader` to helpsteer2 for these"),
+        ([{"prompt": "Hi", "other": 1}], "no column 'chosen', 'rejected'; it has 'prompt', 'other'$"),
     ]):  # fmt: skip
         folder = tmp_path / str(n)
         folder.mkdir()
-        file = write_rows(folder, "parquet" if kind == "parquet" else "jsonl", [row])
+        file = write_rows(folder, "parquet" if kind == "parquet" else "jsonl", rows)
         path = folder if kind == "folder" else file
         with pytest.raises(WinnowError, match=words):
             preferences(tiny, ctx, path=DataPath(str(path)))
@@ -455,7 +457,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_at_plan_time(tmp_path)
         ("in.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 99)[:-9], "not a complete JSONL file"),
         ("in.parquet", b"PAR1 and no more", "not a complete Parquet file .*fetch or write it again"),
         ("in.parquet", b"", "not a complete Parquet file"),
-        ("in.jsonl", b'[\n{"prompt": "Hi"},\n{"prompt": "Ho"}\n]\n', "one JSON list; write one object per line"),
+        ("in.jsonl", b'[\n{"prompt": "Hi"},\n{"prompt": "Ho"}\n]\n', "one JSON list; end its name in .json"),
         ("in.jsonl", b"Hi\nHo\n", "no rows; in JSONL, each row is one JSON object on its own line"),
         ("in.jsonl", b"", "no rows"),
         ("in.csv", b"", "no rows"),

@@ -1,0 +1,132 @@
+"""What a plan says of a file whose columns do not fit, and of columns that nobody reads.
+
+A reader is advised only if it reads the file's first rows, and the columns of its prompt with them.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, get_args
+
+from pipeline import Bound, Registry
+from schemas import WinnowError, WinnowWarning
+
+# Also for what they register: every reader that can be advised.
+from stages.data import comparison_formats, ranking_formats  # noqa: F401
+from stages.data.formats import (
+    NOT_PAIRS,
+    columns_of,
+    couple_neighbours,
+    optional_columns_of,
+    pairs_of,
+    preference_reader,
+)
+from stages.data.rows import Row
+from stages.data.trainer_formats import candidate_reader
+
+# Columns of public data sets that are part of what the model reads. Not `messages`: where there is a prompt as well,
+# it repeats the prompt and a response.
+PROMPT_PARTS = {
+    "system", "system_prompt", "system_message", "instruction", "instructions", "input", "inputs", "context",
+    "contexts", "history", "document", "documents", "tools", "functions", "image", "images", "video", "videos", "audio",
+    "audios",
+}  # fmt: skip
+# Options that add a text to the prompt -> columns that such texts are usually in.
+OPTIONS = {
+    "system": {"system", "system_prompt", "system_message"},
+    "input": {"input", "inputs", "context", "contexts", "document"},
+}
+
+
+def require_columns(names: Sequence[str], columns: Sequence[str], file: str, head: Callable[[], list[Row]]) -> None:
+    """Raise WinnowError for missing columns, with what the file may be, or the readers that read its first rows."""
+    missing = [column for column in columns if column not in names]
+    if not missing:
+        return
+    lacking, existing = (", ".join(map(repr, group)) for group in (missing, names))
+    problem = f"{file}: no column {lacking}; it has {existing}"
+    for signature, description in NOT_PAIRS:
+        if signature <= set(names):
+            raise WinnowError(f"{problem}. This is {description}")
+    raise WinnowError(problem + _advice(names, head()))
+
+
+def require_readable(
+    reader: Bound, rows: list[Row], file: str, head: Callable[[], tuple[Sequence[str], list[Row]]]
+) -> None:
+    """Raise WinnowError if a reader reads none of the first rows, with the most frequent reason and readers that do."""
+    results = _results(reader, rows)
+    reasons = Counter(str(result) for result in results if isinstance(result, ValueError))
+    if not results or len(results) > sum(reasons.values()):
+        return
+    (reason, _), *_ = reasons.most_common(1)
+    problem = f"{file}: reader {reader.name} reads none of its first {len(rows)} rows ({reason})"
+    raise WinnowError(problem + _advice(*head()))
+
+
+def warn_of_unread(parts: Sequence[str], rows: list[Row], file: str, *, complete: bool) -> None:
+    """Warn of unread parts of the prompt, unless the rows, which are then all of the file, have none of them."""
+    unread = [name for name in parts if not complete or _has_content(rows, name)]
+    if unread:
+        listed, are = ", ".join(map(repr, unread)), "is" if len(unread) == 1 else "are"
+        options = [f"`{option}: {name}`" for name in unread for option, named in OPTIONS.items() if name in named]
+        cure = "; set {} of prompts, own_candidates or the reader `columns` to read it".format(" or ".join(options))
+        message = f"{file}: {listed} may be part of the prompt, and {are} not read{cure if options else ''}"
+        warnings.warn(message, WinnowWarning, stacklevel=2)
+
+
+def unread_parts(names: Sequence[str], read: Sequence[str]) -> list[str]:
+    """Return the columns that look like part of the prompt and are not read."""
+    return [name for name in names if name in PROMPT_PARTS and name not in read]
+
+
+def _has_content(rows: list[Row], name: str) -> bool:
+    return any(row.get(name) not in (None, "", [], {}) for row in rows)
+
+
+def _advice(names: Sequence[str], rows: list[Row]) -> str:
+    """Return the end of a message that names the readers which read the rows best, or nothing if none does."""
+    pairs, labels = (_best_readers(registry, names, rows) for registry in (preference_reader, candidate_reader))
+    if pairs:
+        return f"; in stage preferences or prompts, set `reader` to {' or '.join(pairs)} for these"
+    if labels:
+        return f"; these are responses with a label and no pairs: in stage own_candidates, set `reader` to {labels[0]}"
+    return ""
+
+
+def _best_readers(registry: Registry, names: Sequence[str], rows: list[Row]) -> list[str]:
+    """Return the readers, with options, that leave fewest parts of the prompt unread, and of these read most rows.
+
+    A reader that reads less than half as many rows as another is left out.
+    """
+    candidates = []
+    for reader, set_options in _variants(registry):
+        if set(columns_of(reader)) <= set(names):
+            words = ", ".join(f"{name}: {value}" for name, value in {"name": reader.name, **set_options}.items())
+            count = sum(not isinstance(result, ValueError) for result in _results(reader, rows))
+            unread = unread_parts(names, [*columns_of(reader), *optional_columns_of(reader)])
+            lost = sum(_has_content(rows, name) for name in unread)
+            candidates.append((f"{{{words}}}" if set_options else reader.name, count, lost))
+    most = max((count for _, count, _ in candidates), default=0)
+    candidates = [(words, -lost, count) for words, count, lost in candidates if count and 2 * count >= most]
+    best = max((score for _, *score in candidates), default=None)
+    return [words for words, *score in candidates if score == best]
+
+
+def _variants(registry: Registry) -> Iterator[tuple[Bound, dict[str, Any]]]:
+    """Yield each reader with each choice of its required options, and with options that it declares as `variants`."""
+    for entry in registry.entries.values():
+        required = {name: get_args(f.annotation) for name, f in entry.options.model_fields.items() if f.is_required()}
+        choices = [dict(zip(required, values, strict=True)) for values in product(*required.values())]
+        for set_options in [*choices, *entry.metadata.get("variants", ())]:
+            yield Bound(entry, entry.validate(set_options, "")), set_options
+
+
+def _results(reader: Bound, rows: list[Row]) -> list[Any]:
+    """Return what a reader makes of the rows: pairs or labelled responses, and a ValueError for what is none."""
+    together = reader.metadata.get("together")
+    if together is None:
+        return [result for row in rows for result in pairs_of(reader, [row])]
+    groups = couple_neighbours((("", row) for row in rows), together, reader.metadata.get("together_rows", 2))
+    return [result for _, group in groups for result in pairs_of(reader, group)]

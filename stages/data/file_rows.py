@@ -1,0 +1,208 @@
+"""Rows of one file: JSONL, JSON, Parquet, CSV or TSV, compressed or not. What cannot be read is rejected row by row."""
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas import WinnowError
+from stages.data.rows import Row
+
+JSONL, JSON, PARQUET = (".jsonl", ".ndjson"), ".json", ".parquet"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TEXT_SUFFIXES = (*JSONL, JSON, *DELIMITERS)
+FILE_SUFFIXES = (*TEXT_SUFFIXES, PARQUET, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))
+KINDS = {PARQUET: "Parquet", ".csv": "CSV", ".tsv": "TSV", JSON: "JSON"}
+HEAD_ROWS = 1000  # of a JSON file: a column that none of them has does not exist
+PIECE = 1 << 16  # characters of a JSON list that are read at once
+# Bytes that are not UTF-8 are escaped as surrogates, so that one bad row does not end the file.
+ESCAPED: dict[str, str] = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
+ESCAPES = re.compile("[\udc80-\udcff]")
+BLANKS = re.compile(r"\s*")
+READ_ERRORS = (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error, json.JSONDecodeError)
+LFS_POINTER = b"version https://git-lfs"
+# First bytes of files that often carry a wrong name, and what to do about each.
+FOREIGN_CONTENT = {
+    LFS_POINTER: "a Git LFS pointer and not the data; fetch the file itself with `git lfs pull`",
+    b"<!doctype": "a web page; download the file itself, which may need a login",
+    b"<html": "a web page; download the file itself, which may need a login",
+    b"\x1f\x8b": "gzip; end its name in .gz",
+    b"PAR1": "Parquet; end its name in .parquet",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as CSV",
+    b"\x28\xb5\x2f\xfd": "zstd; unpack it first",
+    b"ARROW1": "Arrow; write it as Parquet",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
+
+
+def column_names(file: Path) -> list[str]:
+    """Return the names in a file's schema, header, or first rows; raise WinnowError if it is of another kind."""
+    suffix = _suffix(file)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64).lstrip(b" \r\n\t").lower()
+        foreign = dict(FOREIGN_CONTENT)
+        foreign.pop({PARQUET: b"PAR1", ".gz": b"\x1f\x8b"}.get(file.suffix, b""), None)
+        if file.suffix in JSONL:
+            foreign[b"["] = "one JSON list; end its name in .json"
+        for magic, description in foreign.items():
+            if head.startswith(magic.lower()):
+                raise WinnowError(f"{file.name}: this is {description}")
+        if suffix == PARQUET:
+            return list(pq.read_schema(file).names)
+        if suffix in DELIMITERS:
+            with closing(_open(file, "rt", **ESCAPED)) as lines:
+                names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise WinnowError(f"{file.name}: more than one column {', '.join(map(repr, repeated))}; rename one")
+            return names
+        # In JSON a column exists where some row has it; rows that cannot be read are the stage's to reject.
+        rows = file_rows(file, [], reject=lambda *args, **kwargs: None)
+        return list(dict.fromkeys(name for _, row in islice(rows, HEAD_ROWS) for name in row))
+    except READ_ERRORS as error:
+        cure = "it is of another kind, damaged, or cut short; fetch or write it again"
+        raise WinnowError(f"{file.name}: not a complete {KINDS.get(suffix, 'JSONL')} file ({error}): {cure}") from None
+
+
+def file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
+    """Yield (location, row) of a file: all columns of a text file, `columns` of Parquet.
+
+    The location is `name:line` of JSONL, CSV and TSV, `name:row`, counted from 0, of Parquet and a JSON list.
+    """
+    suffix = _suffix(file)
+    if suffix == PARQUET:
+        number = 0
+        # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
+            for n in range(batch.num_rows):
+                location = f"{file.name}:{number + n}"
+                try:
+                    yield location, {name: batch.column(name)[n].as_py() for name in columns}
+                except UnicodeDecodeError as error:
+                    reject("bad UTF-8", place=location, detail=str(error))
+            number += batch.num_rows
+    elif suffix in DELIMITERS:
+        yield from _delimited_rows(file, DELIMITERS[suffix], reject)
+    elif suffix == JSON and _is_json_list(file):
+        with closing(_open(file, "rt", **ESCAPED)) as stream:
+            for number, (text, item) in enumerate(json_items(stream)):
+                location = f"{file.name}:{number}"
+                if ESCAPES.search(text):
+                    reject("bad UTF-8", place=location, detail=ascii(text))
+                elif not isinstance(item, dict):
+                    reject("not a JSON object", place=location, detail=repr(item))
+                else:
+                    yield location, item
+    else:
+        with closing(_open(file, "rb")) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                location = f"{file.name}:{number}"
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    reject("bad UTF-8", place=location, detail=str(error))
+                except (ValueError, RecursionError) as error:
+                    reject("not JSON", place=location, detail=str(error))
+                else:
+                    if isinstance(row, dict):
+                        yield location, row
+                    else:
+                        reject("not a JSON object", place=location, detail=repr(row))
+
+
+def json_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (text, value) of each item of a JSON list, which is read piece by piece and not held in memory.
+
+    Values are those of `json.loads`, as for a line of JSONL. (ijson's fast backend changes half surrogate pairs to `?`
+    and ends at NaN and at integers of more than 64 bits; the readers of DuckDB and Arrow give all rows one type.)
+    Raises json.JSONDecodeError where the list is damaged or has no end.
+    """
+    decode, text, position = json.JSONDecoder().raw_decode, "", 0
+
+    def next_character() -> str:
+        """Move `position` over blanks; return the character there, or nothing at the end of the file."""
+        nonlocal text, position
+        while (position := BLANKS.match(text, position).end()) == len(text):  # type: ignore[union-attr]
+            text, position = stream.read(PIECE), 0
+            if not text:
+                return ""
+        return text[position]
+
+    def next_item() -> tuple[str, Any]:
+        """Decode the item at `position`, and move there behind it, to a comma or the end of the list."""
+        nonlocal text, position
+        while True:
+            error = "an item without a comma or the end of the list behind it"
+            try:
+                item, end = decode(text, position)
+                behind = BLANKS.match(text, end).end()  # type: ignore[union-attr]
+                if text[behind : behind + 1] in (",", "]"):
+                    item_text, position = text[position:end], behind
+                    return item_text, item
+            except json.JSONDecodeError as cause:
+                error = cause.msg
+            except RecursionError:
+                raise json.JSONDecodeError("an item is nested too deeply", text, position) from None
+            # The item goes on in what has not been read, or is damaged.
+            if not (piece := stream.read(max(PIECE, len(text)))):
+                raise json.JSONDecodeError(error, text, position)
+            text, position = text[position:] + piece, 0
+
+    if next_character() != "[":
+        raise json.JSONDecodeError("not a list", text, position)
+    position += 1
+    if next_character() != "]":
+        while True:
+            next_character()
+            yield next_item()
+            if text[position] == "]":
+                break
+            position += 1  # over the comma
+    position += 1
+    if next_character():
+        raise json.JSONDecodeError("text behind the list", text, position)
+
+
+def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a CSV or TSV file; one with more cells than the header is rejected, for they have no names."""
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
+    with closing(_open(file, "rt", **ESCAPED)) as lines:
+        # Strict: a quote that is not closed would take all rows behind it into its own.
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        for row in reader:
+            location = f"{file.name}:{reader.line_num}"
+            if None in row:
+                reject("more cells than columns", place=location, detail=ascii(row))
+            elif ESCAPES.search("".join(map(str, row.values()))):
+                reject("bad UTF-8", place=location, detail=ascii(row))
+            else:
+                yield location, row
+
+
+def _is_json_list(file: Path) -> bool:
+    """Return whether a .json file is one list; else each of its lines is an object, as in .jsonl."""
+    with closing(_open(file, "rt", **ESCAPED)) as stream:
+        return stream.read(PIECE).lstrip().startswith("[")
+
+
+def _suffix(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def _open(file: Path, mode: str, **text: str) -> IO[Any]:
+    opener: Callable[..., IO[Any]] = gzip.open if file.suffix == ".gz" else open
+    return opener(file, mode, **text)
