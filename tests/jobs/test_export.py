@@ -6,7 +6,9 @@ import random
 import re
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,10 +19,23 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 from jobs import export as exporting
 from jobs.export import export_pairs
-from jobs.export_formats import CUT, OTHER_TOKENS, SIDES, Format, Reject, messages_of, trl
+from jobs.export_formats import (
+    CUT,
+    HIDDEN_TOKENS,
+    NO_TEXT,
+    OTHER_END,
+    OTHER_TOKENS,
+    SIDES,
+    Format,
+    Reject,
+    messages_of,
+    openai_messages,
+    trl,
+)
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.execution.executor import LocalExecutor
@@ -28,7 +43,8 @@ from pipeline.execution.run import run
 from pipeline.store.store import Store
 from schemas import Model, WinnowError, prompt_id
 from stages.data.tokenizer import Tokenizer, readable
-from tests.conftest import answer, ask, write_jsonl
+from tests.conftest import MARKS, answer, ask, write_jsonl
+from tests.material import cache
 from tests.runs import RECIPES, Silent, plan_of
 
 LN2 = math.log(2)
@@ -195,10 +211,144 @@ def test_trl_reads_the_ids_that_were_scored(kind, tiny, tmp_path):
     assert {item.reason for item in items if isinstance(item, Reject)} == {CUT, OTHER_TOKENS}
 
 
+class FromIds(Cached):
+    """TRL 1.16 tokenises text only, whatever the columns are; its collator and its loss read the ids."""
+
+    def _prepare_dataset(self, dataset, *args):
+        return dataset
+
+
+def ids_read(trainer):
+    """Return (prompt ids, chosen ids, rejected ids) of every pair, out of the batches that the loss is computed on."""
+    pairs = []
+    for batch in trainer.get_train_dataloader():
+        sequences = zip(
+            batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True
+        )
+        sides = [(ids[real & ~response].tolist(), ids[response].tolist()) for ids, real, response in sequences]
+        for chosen, rejected in zip(sides[: len(sides) // 2], sides[len(sides) // 2 :], strict=True):
+            assert chosen[0] == rejected[0]
+            pairs.append((chosen[0], chosen[1], rejected[1]))
+    return sorted(pairs)
+
+
+def rewrite_examples(store, name, root, change):
+    """Copy the store, and let `change` change the groups of a run's examples, file by file."""
+    shutil.copytree(store.root, root)
+    link = store.runs()[name]["examples"]
+    for file in (root / link["stage"] / link["key"]).glob("examples-*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), table.schema), file)
+    return Store(root)
+
+
+@pytest.fixture(scope="module")
+def cut(store, tmp_path_factory):
+    """Return a store in which every other response of the run `run` was cut at three tokens, and scored as cut."""
+    root = tmp_path_factory.mktemp("cut")
+    policy = export_pairs(store, "run", "trl-ids", root / "pairs.jsonl").source.policy
+
+    def cut_responses(groups):
+        for response in (response for group in groups for response in group["responses"][::2]):
+            response["token_ids"] = response["token_ids"][:3]
+        return cache(policy, groups)
+
+    return rewrite_examples(store, "run", root / "store", cut_responses)
+
+
+@pytest.mark.parametrize("file", ["pairs.parquet", "pairs.jsonl"])
+def test_trl_trains_on_exactly_the_ids_of_all_pairs(file, cut, tmp_path):
+    """On responses that were cut at max_tokens too, which text loses; the first loss is ln 2 in every batch.
+
+    TRL's stock class refuses a file of ids, so none is trained on as another text.
+    """
+    trained = [
+        (group["prompt_ids"], *(group["responses"][pair[side]]["token_ids"] for side in SIDES))
+        for group in examples_of(cut, "run")
+        for pair in group["pairs"]
+    ]
+    as_text = export_pairs(cut, "run", "trl", tmp_path / "text.jsonl")
+    assert as_text.rejects[CUT] > 0
+    result = export_pairs(cut, "run", "trl-ids", tmp_path / file)
+    assert (result.rows, result.rejects) == (as_text.rows + as_text.rejects.total(), {})
+    read = Dataset.from_parquet if file.endswith(".parquet") else Dataset.from_json
+    data = read(str(result.out), cache_dir=str(tmp_path))
+    trainer = make_trainer(FromIds, data, result.source.policy, tmp_path, max_length=None)
+    assert ids_read(trainer) == sorted(trained)
+    assert losses(trainer) == pytest.approx([LN2] * math.ceil(result.rows / 4), abs=1e-4)
+    with pytest.raises(KeyError, match="chosen"):
+        make_trainer(DPOTrainer, data, result.source.policy, tmp_path)
+
+
+def test_trl_s_reward_trainer_takes_the_ids_after_one_line(store, tmp_path):
+    """It reads prompt and response as one list, which jobs/README.md makes of the columns."""
+    result = export_pairs(store, "run", "trl-ids", tmp_path / "pairs.jsonl")
+    data = Dataset.from_json(str(result.out), cache_dir=str(tmp_path))
+    data = data.map(lambda row: {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in SIDES})
+    trainer, args = object.__new__(RewardTrainer), SimpleNamespace(max_length=None, dataset_num_proc=None)
+    read = trainer._prepare_dataset(data, Tokenizer(result.source.policy).inner, args, "train")
+    expected = [tuple(row["prompt_ids"] + row[f"{side}_ids"] for side in SIDES) for row in rows_of(result.out)]
+    assert [(row["chosen_ids"], row["rejected_ids"]) for row in read] == expected
+
+
+@pytest.fixture(scope="module")
+def ended(store, tmp_path_factory):
+    """Return a store in which most responses of the run `dpo` end with a token that the model folder names beside EOS.
+
+    As a chat template's end of turn does, and the token; a single pair ends with EOS as before.
+    """
+    root, end = tmp_path_factory.mktemp("ended") / "store", MARKS[0]
+    first = min(group["prompt_id"] for group in examples_of(store, "dpo"))
+    tokenizer = Tokenizer(store.at(**store.runs()["dpo"]["sft"]).model())
+    eos, (end_id,) = tokenizer.inner.eos_token_id, tokenizer.encode(end)
+
+    def end_otherwise(groups):
+        others = (group for group in groups if group["prompt_id"] != first)
+        for response in (response for group in others for response in group["responses"]):
+            assert response["token_ids"][-1] == eos
+            response["token_ids"][-1] = end_id
+        return groups
+
+    ended = rewrite_examples(store, "dpo", root, end_otherwise)
+    folder = ended.at(**ended.runs()["dpo"]["sft"]).model().folder
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, end_id]}))
+    return ended, end
+
+
+def test_a_policy_that_ends_by_its_templates_token_can_be_exported(ended, winnow, tmp_path):
+    """As ids all of it; as text what ends with that token, for a tokenizer that has it as EOS, which is printed."""
+    store, end = ended
+    out = tmp_path / "text.parquet"
+    code, text = winnow("export", "--run", "dpo", "--format", "trl", "--out", out, "--store", store.root)
+    text = " ".join(text.split())
+    assert (code, f"set tokenizer.eos_token = '{end}'" in text) == (0, True), text
+    groups = examples_of(store, "dpo")
+    pairs = sum(len(group["pairs"]) for group in groups)
+    assert f"rejected: 1 {OTHER_END} (" in text
+    assert f"1 of {pairs} pairs are lost; --format trl-ids loses none" in text
+    assert export_pairs(store, "dpo", "trl-ids", tmp_path / "ids.jsonl").rows == pairs
+
+    tokenizer = Tokenizer(export_pairs(store, "dpo", "trl", out).source.policy).inner
+    tokenizer.eos_token = end
+    args = DPOConfig(output_dir=str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none")
+    trainer = object.__new__(DPOTrainer)
+    trainer._tokenizer = tokenizer
+    data = Dataset.from_parquet(str(out), cache_dir=str(tmp_path))
+    read = trainer._prepare_dataset(data, tokenizer, args, "train")
+    first = min(group["prompt_id"] for group in groups)
+    expected = [
+        (group["prompt_ids"], *(group["responses"][pair[side]]["token_ids"] for side in SIDES))
+        for group in sorted(groups, key=lambda group: group["prompt_id"])
+        for pair in group["pairs"]
+        if group["prompt_id"] != first
+    ]
+    assert [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in read] == expected
+
+
 # Nothing lost, nothing doubled
 
 
-@pytest.mark.parametrize("format", ["trl", "openai-messages", "jsonl"])
+@pytest.mark.parametrize("format", ["trl-ids", "trl", "openai-messages", "jsonl"])
 def test_every_pair_is_in_the_file_or_in_the_rejects(format, store, tmp_path):
     """In the order of their ids; the counts by reason are those of the rejects."""
     everything = rows_of(export_pairs(store, "run", "jsonl", tmp_path / "all.jsonl").out)
@@ -278,6 +428,21 @@ def test_openai_gets_messages_and_texts_that_end(store, tmp_path):
         assert re.fullmatch(r"Please book .* Hello\.", message["content"])
         assert row["preferred_output"][0]["content"].startswith("Gladly. I have booked a")
         assert [row[f"{side}_output"][0]["role"] for side in ("preferred", "non_preferred")] == ["assistant"] * 2
+
+
+def test_openai_gets_no_text_that_hides_tokens(tiny):
+    """A special token in the middle of a response, or half a character, is no part of its text: rejected by name."""
+    tokenizer = Tokenizer(tiny)
+    end, (special,) = tokenizer.stop[0], tokenizer.encode(MARKS[0])
+    half = tokenizer.encode("é")[0]
+    row = {"prompt_id": prompt_id("Hi"), "text": "Hi", "rejected_ids": [*tokenizer.encode("Um."), end]}
+    chosen = [
+        [*tokenizer.encode("Yes"), *middle, *tokenizer.encode(" I do."), end] for middle in ([], [special], [half])
+    ]
+    items = list(openai_messages([row | {"chosen_ids": ids} for ids in chosen], tokenizer))
+    assert items[0]["preferred_output"][0]["content"] == "Yes I do."
+    assert [item.reason for item in items[1:]] == [HIDDEN_TOKENS, NO_TEXT]
+    assert MARKS[0] in items[1].detail
 
 
 conversations = st.lists(
