@@ -33,7 +33,7 @@ from pipeline.store.storage import (
     replace,
     sizes,
 )
-from schemas import TABLES, Model, WinnowError, table_name
+from schemas import TABLES, Model, WinnowError, combine_chunks, table_name
 
 if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
     from pipeline.config.plan import Step
@@ -112,7 +112,7 @@ class StepFolder:
                 if content is None and not isinstance(error, FileNotFoundError):
                     raise
                 raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
-        return pa.concat_tables(tables).combine_chunks()
+        return combine_chunks(pa.concat_tables(tables))
 
     def model(self) -> Model:
         """Return the finished model, from an object store as a copy on this machine; raise WinnowError without one."""

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 from collections import Counter
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from jobs import export as exporting
@@ -285,8 +285,9 @@ def test_trl_s_reward_trainer_takes_the_ids_after_one_line(store, tmp_path):
     result = export_pairs(store, "run", "trl-ids", tmp_path / "pairs.jsonl")
     data = Dataset.from_json(str(result.out), cache_dir=str(tmp_path))
     data = data.map(lambda row: {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in SIDES})
-    trainer, args = object.__new__(RewardTrainer), SimpleNamespace(max_length=None, dataset_num_proc=None)
-    read = trainer._prepare_dataset(data, Tokenizer(result.source.policy).inner, args, "train")
+    args = RewardConfig(output_dir=str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none")
+    tokenizer = Tokenizer(result.source.policy).inner
+    read = object.__new__(RewardTrainer)._prepare_dataset(data, tokenizer, args, "train")
     expected = [tuple(row["prompt_ids"] + row[f"{side}_ids"] for side in SIDES) for row in rows_of(result.out)]
     assert [(row["chosen_ids"], row["rejected_ids"]) for row in read] == expected
 
@@ -440,9 +441,9 @@ def test_openai_gets_no_text_that_hides_tokens(tiny):
         [*tokenizer.encode("Yes"), *middle, *tokenizer.encode(" I do."), end] for middle in ([], [special], [half])
     ]
     items = list(openai_messages([row | {"chosen_ids": ids} for ids in chosen], tokenizer))
-    assert items[0]["preferred_output"][0]["content"] == "Yes I do."
-    assert [item.reason for item in items[1:]] == [HIDDEN_TOKENS, NO_TEXT]
-    assert MARKS[0] in items[1].detail
+    assert [isinstance(item, Reject) and item.reason for item in items] == [False, HIDDEN_TOKENS, NO_TEXT]
+    assert "Yes I do." in str(items[0])
+    assert MARKS[0] in str(items[1])
 
 
 conversations = st.lists(

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from schemas import TABLES, WinnowError, candidate_id, conform, prompt_id, seed_for, shard_of, split_of, token_digest
+from schemas import (
+    TABLES,
+    WinnowError,
+    candidate_id,
+    combine_chunks,
+    conform,
+    prompt_id,
+    seed_for,
+    shard_of,
+    split_of,
+    token_digest,
+)
 from schemas.tables import CANDIDATES, EVALUATIONS, EXAMPLES, REWARDS
 
 ROW: dict[str, list] = dict(metric=["kl"], value=[1.0], low=[0.5], high=[1.5], n=[3])
@@ -72,6 +83,15 @@ def test_a_misfit_names_table_column_and_both_types():
     twice = pa.Table.from_arrays([pa.array([1.0])] * 2, names=["reward", "reward"])
     with pytest.raises(WinnowError, match="column 'reward' appears twice"):
         conform(twice, REWARDS)
+
+
+def test_lists_beyond_32_bit_offsets_stay_in_several_chunks():
+    """Of 2^31 values and more, in 64 MiB of memory: the chunks are one. A table that fits gets one chunk per column."""
+    zeros = pa.array(np.zeros(2**26, np.int8))
+    chunk = pa.ListArray.from_arrays(pa.array([0, 2**26], pa.int32()), zeros)
+    column = pa.chunked_array([chunk] * 33)
+    assert combine_chunks(pa.table({"features": column}))["features"].num_chunks == 33
+    assert combine_chunks(pa.table({"features": column.slice(0, 2)}))["features"].num_chunks == 1
 
 
 TEXTS = pa.array(["a", "a", None, "text of more than 12 bytes"])
