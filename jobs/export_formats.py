@@ -47,7 +47,7 @@ class Format:
     """Suffixes of the file, function that makes its rows, and what is in these.
 
     `columns` are those of a Parquet file, apart from reference log-probs. `complete` is the format that holds the pairs
-    which this one rejects; None if it rejects none.
+    which this one rejects; None if it rejects none. `note` is what a reader of the file must know.
     """
 
     suffixes: tuple[str, ...]
@@ -56,6 +56,7 @@ class Format:
     complete: FormatName | None = None
     references: bool = True
     weights: bool = False
+    note: str = ""
 
 
 def trl_ids(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
@@ -123,17 +124,22 @@ def openai_messages(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | R
     White space around a text is left out, and so is the token that ends it.
     """
     for row in rows:
-        messages = messages_of(row["prompt_id"], row["text"])
-        texts = {side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES}
+        messages, texts = messages_of(row["prompt_id"], row["text"]), {}
         reject = None if messages is not None else Reject(UNKNOWN_MESSAGES, row["text"])
-        for side, text in texts.items():
-            if not reject and not text:
+        for side in SIDES:
+            ids = row[f"{side}_ids"]
+            has_end = bool(ids) and ids[-1] in tokenizer.stop
+            ids = ids[:-1] if has_end else ids
+            text = texts[side] = tokenizer.decode(ids)
+            if reject:
+                continue
+            if not text:
                 reject = Reject(EMPTY, side)
-            elif not reject and row[f"{side}_ids"][-1] not in tokenizer.stop:
+            elif not has_end:
                 reject = Reject(CUT, f"{side}: {text}")
-            elif not reject and (shown := str(tokenizer.inner.decode(row[f"{side}_ids"][:-1])).strip()) != text:
+            elif (shown := str(tokenizer.inner.decode(ids)).strip()) != text:
                 reject = Reject(HIDDEN_TOKENS, f"{side}: {shown}")
-            elif not reject and REPLACEMENT in text:
+            elif REPLACEMENT in text:
                 reject = Reject(NO_TEXT, f"{side}: {text}")
         if not reject and texts["chosen"] == texts["rejected"]:
             reject = Reject(SAME_TEXT, texts["chosen"])
@@ -169,7 +175,13 @@ def _references(row: Row) -> Row:
 
 
 FORMATS: dict[FormatName, Format] = {
-    "trl-ids": Format((".parquet", ".jsonl"), trl_ids, dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32()))),
+    "trl-ids": Format(
+        (".parquet", ".jsonl"),
+        trl_ids,
+        dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
+        note="TRL's DPOTrainer tokenises text unless _prepare_dataset is overridden, and its RewardTrainer expects the "
+        "prompt in chosen_ids and rejected_ids: see jobs/README.md",
+    ),
     "trl": Format((".parquet", ".jsonl"), trl, dict.fromkeys(("prompt", *SIDES), pa.string()), complete="trl-ids"),
     "openai-messages": Format((".jsonl",), openai_messages, complete="jsonl", references=False),
     "jsonl": Format((".jsonl",), plain, weights=True),

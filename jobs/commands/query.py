@@ -117,6 +117,8 @@ def export(
                      "are absent")  # fmt: skip
     if result.weighted and not form.weights:
         lines.append(f"{result.weighted:,} pairs have a weight or a label other than 1, which this format cannot hold")
+    if form.note:
+        lines.append(form.note)
     lines.append(f"the longest pair has {result.longest:,} tokens, prompt included")
     console.print("\n  ".join(lines), highlight=False, markup=False)
 

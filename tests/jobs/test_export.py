@@ -487,6 +487,9 @@ def test_the_command_says_what_is_in_the_file_and_what_is_not(winnow, store, tmp
     assert "ref_chosen_logps and ref_rejected_logps are absent" in text
     assert ("rejected: " in text) == rejects.exists()
     assert not rejects.exists() or "of another time" not in rejects.read_text()
+    code, text = winnow("export", "--run", "run", "--format", "trl-ids", "--out", out, "--store", store.root)
+    assert (code, rejects.exists(), "are lost" in text) == (0, False, False)
+    assert "_prepare_dataset" in text
 
 
 def test_what_cannot_be_exported_is_an_error_and_leaves_no_file(winnow, store, tmp_path, monkeypatch):
