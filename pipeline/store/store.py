@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -280,6 +281,7 @@ class Store:
             )
 
 
+@lru_cache(maxsize=128)  # a schema's paths cost milliseconds, once per part and table
 def columns_with_statistics(schema: pa.Schema) -> list[str]:
     """Return the columns, by their paths in a Parquet file, that may have statistics in it: all but floats.
 
