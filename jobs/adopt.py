@@ -4,6 +4,7 @@ For users who sampled with another system, and for those whose stage has a new v
 change. Everything is checked before anything is written; the manifest says where the files came from.
 """
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from pipeline.execution.tasks import (
     store_model,
 )
 from pipeline.registry import nearest
+from pipeline.sql.views import KEY, STAGE
 from pipeline.store.fingerprints import ModelPath, digest_of, model_digest, model_files
 from pipeline.store.storage import delete, parse_location
 from pipeline.store.store import Json, StepFolder, Store
@@ -42,6 +44,7 @@ UNIQUE_IDS = {  # tables with one row per id
     "features": "candidate_id",
 }
 IDS = ("prompt_id", "candidate_id")
+PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 MANIFEST_FIELDS = {"stage", "key", "identity", "rows", "files", "model"}
 
 
@@ -182,11 +185,18 @@ def _read_step(step: Step, source: StepFolder, manifest: Json, where: str) -> Ar
 
 
 def _read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
-    """Read a file; columns that may be null may be missing."""
+    """Read a file; columns that may be null may be missing, and pandas' index and those of SQL's views be there."""
     try:
         table = pq.read_table(file, partitioning=None)
     except (OSError, pa.ArrowInvalid) as error:
         raise WinnowError(f"{file.name} cannot be read as Parquet ({error})") from None
+    table = table.drop_columns([name for name in table.column_names if PANDAS_INDEX.fullmatch(name)])
+    for name in (KEY.name, STAGE.name):
+        if name in table.column_names:
+            values = pc.unique(table[name]).to_pylist()
+            if len(values) > 1:
+                raise WinnowError(f"{file.name}: has rows of several steps; select one: WHERE {name} = '{values[0]}'")
+            table = table.drop_columns(name)
     for field in schema:
         if field.nullable and field.name not in table.column_names:
             table = table.append_column(field.name, pa.nulls(table.num_rows, field.type))
@@ -197,8 +207,8 @@ def _read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
 
 
 def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
-    """Yield what schemas do not check: duplicate or unknown ids, numbers that are not finite."""
-    not_finite, rows, reasons = Counter[str](), Counter[str](), Counter[str]()
+    """Yield what schemas do not check: duplicate or unknown ids, numbers that are not finite, nulls in lists."""
+    not_finite, missing, rows, reasons = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     ids: dict[str, list[pa.Table]] = {table_name(schema): [] for schema in step.signature.outputs}
     for shard in range(step.shards):
         tables = artifact.part(shard)
@@ -206,12 +216,14 @@ def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
         for name, table in tables.items():
             rows[name] += table.num_rows
             for field in table.schema:
-                if pa.types.is_floating(field.type):
-                    infinite = pc.sum(pc.invert(pc.is_finite(table[field.name]))).as_py() or 0
+                for numbers, are_listed in _numbers(table[field.name]):
+                    infinite = pc.sum(pc.invert(pc.is_finite(numbers))).as_py() or 0
                     not_finite[f"{name}.{field.name}"] += infinite
+                    missing[f"{name}.{field.name}"] += numbers.null_count if are_listed else 0
             if name in ids:
                 ids[name].append(table.select([column for column in table.column_names if column in IDS]))
-    yield from (f"{count:,} rows of {column} are not finite" for column, count in not_finite.items() if count)
+    yield from (f"{count:,} values of {column} are not finite" for column, count in not_finite.items() if count)
+    yield from (f"{count:,} values in lists of {column} are null" for column, count in missing.items() if count)
     for name, parts in ids.items():
         table = pa.concat_tables(parts)
         if column := UNIQUE_IDS.get(name):
@@ -229,6 +241,22 @@ def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
                     f"{source}, such as {unknown[0]}"
                 )
     check_not_empty(step.name, step.options, {"rows": rows, "rejects": reasons, "model": artifact.model})
+
+
+def _numbers(
+    column: pa.ChunkedArray | pa.Array, are_listed: bool = False
+) -> Iterator[tuple[pa.ChunkedArray | pa.Array, bool]]:
+    """Yield the numbers of a column, at any depth, and whether they are elements of a list."""
+    if pa.types.is_list(column.type):
+        yield from _numbers(pc.list_flatten(column), True)
+    elif pa.types.is_struct(column.type):
+        for field in column.type:
+            yield from _numbers(pc.struct_field(column, field.name))
+    elif pa.types.is_map(column.type):
+        for chunk in column.chunks:
+            yield from _numbers(chunk.items)
+    elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        yield column, are_listed
 
 
 def _input_ids(step: Step, column: str, store: Store) -> tuple[str, pa.ChunkedArray | None]:

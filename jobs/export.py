@@ -1,4 +1,4 @@
-"""Pairs of a run as files that others train from: TRL's preferences, OpenAI's, and plain rows with every column.
+"""Pairs of a run as files that others train from: TRL's, as ids or as text, OpenAI's, and rows with every column.
 
 How a pair becomes a row of a format is in export_formats.py. DuckDB sorts the pairs, on disk if need be, and they are
 read in batches, so their number is not limited by memory.
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,11 +20,19 @@ from jobs.console import as_json
 from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog
-from pipeline.store.store import Json, Store
+from pipeline.store.store import Json, Store, columns_with_statistics
 from schemas import Model, WinnowError
+
+if TYPE_CHECKING:
+    from stages.data.tokenizer import Tokenizer
 
 Split = Literal["train", "heldout"]
 BATCH = 4096  # pairs whose texts are in memory at once
+# The last ids of the responses, the most frequent first.
+ENDS = """
+SELECT response.token_ids[-1] AS id FROM (SELECT unnest(responses) AS response FROM examples WHERE key = '{examples}')
+GROUP BY id ORDER BY count(*) DESC, id
+"""
 PAIRS = (Path(__file__).parent / "export.sql").read_text(encoding="utf-8")
 
 
@@ -40,7 +48,10 @@ class PairSource:
 
 @dataclass
 class ExportResult:
-    """Counts of pairs: written, rejects by reason, with a weight or label other than 1, tokens of the longest."""
+    """Counts of pairs: written, rejects by reason, with a weight or label other than 1, tokens of the longest.
+
+    `end` is the token that texts end with, to be the EOS token of the tokenizer that reads them; None if it is already.
+    """
 
     out: Path
     source: PairSource
@@ -48,6 +59,7 @@ class ExportResult:
     rejects: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     weighted: int = 0
+    end: str | None = None
 
     @property
     def rejects_file(self) -> Path:
@@ -72,11 +84,14 @@ def export_pairs(
     source = find_pairs(store, catalog, run, split, round)
     result = ExportResult(out, source)
     tokenizer = Tokenizer(source.policy)
+    if name == "trl":
+        result.end = _end_as_eos(tokenizer, catalog.sql(ENDS.format(**source.keys)).arrow()["id"].to_pylist())
+    columns = dict(form.columns) | {column: pa.float32() for column in REFS if source.cached}
     # Batches of equal size give the same row groups, and so the same bytes; those of DuckDB differ from call to call.
     batches = catalog.sql(PAIRS.format(**{"rewards": ""} | source.keys)).batches()
     slices = (batch.slice(start, BATCH) for batch in batches for start in range(0, batch.num_rows, BATCH))
     pairs = (row for rows in slices for row in rows.to_pylist())
-    with _writer(out, source.cached) as write_rows, _writer(result.rejects_file, source.cached) as write_rejects:
+    with _writer(out, pa.schema(columns)) as write_rows, _writer(result.rejects_file) as write_rejects:
         while rows := list(islice(pairs, BATCH)):
             converted = list(zip(rows, form.convert(rows, tokenizer), strict=True))
             accepted = [(row, item) for row, item in converted if not isinstance(item, Reject)]
@@ -94,7 +109,7 @@ def export_pairs(
         if not result.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in result.rejects.most_common())
             raise WinnowError(
-                f"run {run}: {name} would reject all of its pairs ({reasons}); --format jsonl writes them as token ids"
+                f"run {run}: {name} would reject all of its pairs ({reasons}); --format {form.complete} loses none"
             )
     if not result.rejects:
         result.rejects_file.unlink()
@@ -164,17 +179,29 @@ def _nearest_source(finished: dict[str, Json], key: str, matches: Callable[[Json
     return None
 
 
+def _end_as_eos(tokenizer: "Tokenizer", last_ids: list[int | None]) -> str | None:
+    """Make the most frequent end token EOS, and return it; None if it is. Others may be what a chat template ends with.
+
+    For trainers that write the tokenizer's EOS token at the end of texts.
+    """
+    ends, eos = tokenizer.stop, tokenizer.inner.eos_token_id
+    end = next((last for last in last_ids if last in ends), eos)
+    if end == eos:
+        return None
+    tokenizer.inner.eos_token = tokenizer.inner.convert_ids_to_tokens(end)
+    return str(tokenizer.inner.eos_token)
+
+
 @contextmanager
-def _writer(path: Path, cached: bool) -> Iterator[Callable[[list[Row]], Any]]:
+def _writer(path: Path, schema: pa.Schema | None = None) -> Iterator[Callable[[list[Row]], Any]]:
     """Yield a function that writes rows to a file, which appears when all are written, and not at all on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".parquet":
-            names = ("prompt", *SIDES)
-            references = [pa.field(name, pa.float32()) for name in REFS if cached]
-            schema = pa.schema([*(pa.field(name, pa.string()) for name in names), *references])
-            with pq.ParquetWriter(scratch, schema, compression="zstd") as parquet:
+            assert schema is not None  # of a format with columns
+            statistics = columns_with_statistics(schema)
+            with pq.ParquetWriter(scratch, schema, compression="zstd", write_statistics=statistics) as parquet:
                 yield lambda rows: parquet.write_table(pa.Table.from_pylist(rows, schema=schema)) if rows else None
         else:
             with scratch.open("w", encoding="utf-8", newline="\n") as file:

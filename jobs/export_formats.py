@@ -1,14 +1,16 @@
 """Formats of other trainers, one function each. To add one, add a function here and name it in FORMATS.
 
-A text stands for token ids only if its reader makes the same ids of it, so every text is decoded from the ids. A pair
-that a format cannot express is rejected, with the reason.
+Formats of token ids hold every pair. A text stands for token ids only if its reader makes the same ids of it, so every
+text is decoded from the ids, and a pair that a format of texts cannot express is rejected, with the reason.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import pyarrow as pa
 
 from schemas import prompt_id
 
@@ -16,16 +18,20 @@ if TYPE_CHECKING:
     from stages.data.tokenizer import Tokenizer
 
 Row = dict[str, Any]
-FormatName = Literal["trl", "openai-messages", "jsonl"]
+FormatName = Literal["trl-ids", "trl", "openai-messages", "jsonl"]
 SIDES = ("chosen", "rejected")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFS = ("ref_chosen_logps", "ref_rejected_logps")
 IDS = ("prompt_id", "chosen_id", "rejected_id")
 CUT = "cut at max_tokens"
-OTHER_END = "does not end with EOS"
+OTHER_END = "ends with another end token than most"
 OTHER_TOKENS = "its text is tokenised differently"
+HIDDEN_TOKENS = "special tokens inside, which its text cannot show"
+NO_TEXT = "its tokens are no valid text"
 SAME_TEXT = "both texts are the same"
 EMPTY = "empty text"
 UNKNOWN_MESSAGES = "its messages cannot be recovered from its text"
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8, such as half a character
 ROLES = re.compile(r"(?:^|\n)(system|developer|user|assistant|tool|function): ")
 
 
@@ -38,19 +44,33 @@ class Reject(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """Suffixes of the file, function that makes its rows, and whether they hold reference log-probs and weights."""
+    """Suffixes of the file, function that makes its rows, and what is in these.
+
+    `columns` are those of a Parquet file, apart from reference log-probs. `complete` is the format that holds the pairs
+    which this one rejects; None if it rejects none. `note` is what a reader of the file must know.
+    """
 
     suffixes: tuple[str, ...]
     convert: Callable[[list[Row], "Tokenizer"], Iterator[Row | Reject]]
+    columns: Mapping[str, pa.DataType] = field(default_factory=dict)
+    complete: FormatName | None = None
     references: bool = True
     weights: bool = False
+    note: str = ""
+
+
+def trl_ids(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
+    """Yield the token ids prompt_ids, chosen_ids and rejected_ids, as TRL's DPOTrainer has them after tokenising."""
+    for row in rows:
+        yield {name: row[name] for name in ID_COLUMNS} | _references(row)
 
 
 def trl(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
     """Yield strings prompt, chosen and rejected, which TRL's DPOTrainer reads as the ids that were scored.
 
     The prompt has its chat template's tokens written out. With messages, the trainer would apply the template around
-    the response, which many templates end with more than EOS (a newline), and those are not the sampled ids.
+    the response, which many templates end with more than one token (a newline), and those are not the sampled ids. The
+    trainer ends a response with its tokenizer's EOS token, so that must be what the responses here end with.
     """
     inner, eos = tokenizer.inner, tokenizer.inner.eos_token
 
@@ -87,7 +107,7 @@ def trl(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
         reject = None
         for side in SIDES:
             text, last = texts[side][n], row[f"{side}_ids"][-1:]
-            if last != [tokenizer.stop[0]]:
+            if last != [inner.eos_token_id]:
                 reject = Reject(OTHER_END if last and last[0] in tokenizer.stop else CUT, f"{side}: {text}")
             elif ids_read[side][n] != row["prompt_ids"] + row[f"{side}_ids"]:
                 reject = Reject(OTHER_TOKENS, f"{side}: {text}")
@@ -99,16 +119,28 @@ def trl(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
 
 
 def openai_messages(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
-    """Yield OpenAI's rows for preference fine-tuning: input.messages, preferred_output, non_preferred_output."""
+    """Yield OpenAI's rows for preference fine-tuning: input.messages, preferred_output, non_preferred_output.
+
+    White space around a text is left out, and so is the token that ends it.
+    """
     for row in rows:
-        messages = messages_of(row["prompt_id"], row["text"])
-        texts = {side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES}
+        messages, texts = messages_of(row["prompt_id"], row["text"]), {}
         reject = None if messages is not None else Reject(UNKNOWN_MESSAGES, row["text"])
-        for side, text in texts.items():
-            if not reject and not text:
+        for side in SIDES:
+            ids = row[f"{side}_ids"]
+            has_end = bool(ids) and ids[-1] in tokenizer.stop
+            ids = ids[:-1] if has_end else ids
+            text = texts[side] = tokenizer.decode(ids)
+            if reject:
+                continue
+            if not text:
                 reject = Reject(EMPTY, side)
-            elif not reject and row[f"{side}_ids"][-1] not in tokenizer.stop:
+            elif not has_end:
                 reject = Reject(CUT, f"{side}: {text}")
+            elif (shown := str(tokenizer.inner.decode(ids)).strip()) != text:
+                reject = Reject(HIDDEN_TOKENS, f"{side}: {shown}")
+            elif REPLACEMENT in text:
+                reject = Reject(NO_TEXT, f"{side}: {text}")
         if not reject and texts["chosen"] == texts["rejected"]:
             reject = Reject(SAME_TEXT, texts["chosen"])
         yield reject or {
@@ -143,7 +175,14 @@ def _references(row: Row) -> Row:
 
 
 FORMATS: dict[FormatName, Format] = {
-    "trl": Format((".parquet", ".jsonl"), trl),
-    "openai-messages": Format((".jsonl",), openai_messages, references=False),
+    "trl-ids": Format(
+        (".parquet", ".jsonl"),
+        trl_ids,
+        dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
+        note="TRL's DPOTrainer tokenises text unless _prepare_dataset is overridden, and its RewardTrainer expects the "
+        "prompt in chosen_ids and rejected_ids: see jobs/README.md",
+    ),
+    "trl": Format((".parquet", ".jsonl"), trl, dict.fromkeys(("prompt", *SIDES), pa.string()), complete="trl-ids"),
+    "openai-messages": Format((".jsonl",), openai_messages, complete="jsonl", references=False),
     "jsonl": Format((".jsonl",), plain, weights=True),
 }

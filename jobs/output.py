@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jobs.console import as_json, as_table
 from pipeline.sql.catalog import Catalog, QueryResult
+from pipeline.store.store import columns_with_statistics
 from schemas import WinnowError
 
 MAX_TABLE_ROWS = 1000  # nobody reads more
@@ -51,7 +52,9 @@ def write(result: QueryResult, format: Format, out: Path | None, console: Consol
     try:
         if format is Format.parquet:
             batches = result.batches()
-            with pq.ParquetWriter(scratch, next(batches).schema, compression="zstd") as writer:
+            schema = next(batches).schema
+            statistics = columns_with_statistics(schema)
+            with pq.ParquetWriter(scratch, schema, compression="zstd", write_statistics=statistics) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
         else:

@@ -1,5 +1,6 @@
 """Data model of the pipeline: the tables (the data dictionary), ids, models, errors, and the check of a table."""
 
+from schemas.check import combine_chunks as combine_chunks
 from schemas.check import conform as conform
 from schemas.columns import table_name as table_name
 from schemas.errors import WinnowError as WinnowError

@@ -1,18 +1,24 @@
 """Check of a table against a schema of the data dictionary."""
 
+from collections.abc import Iterator
+
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.columns import table_name
 from schemas.errors import WinnowError
 
+SLICE_BYTES = 1 << 28  # an eighth of what one array of pa.string() holds, because rows differ in length
+
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return the table with exactly the schema's columns, order and types, in one chunk.
+    """Return the table with exactly the schema's columns, order and types, in as few chunks as pyarrow allows.
 
-    A column is cast if pyarrow can do so without losing a value (int64 to int32, all-null to anything). Raises
+    A column is cast if no value is lost (int64 to int32, all-null to anything), and if it means the same: text as
+    text, numbers as numbers, lists as lists, in whatever encoding DuckDB, pandas or polars write them. Raises
     WinnowError with every misfit: table, column, and both types.
     """
-    problems = []
+    problems, columns = [], []
     for field in schema:
         count = table.column_names.count(field.name)
         if count != 1:
@@ -20,16 +26,94 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
             continue
         column = table.column(field.name)
         try:
-            column.cast(field.type)
             # pyarrow also turns numbers into text and text into numbers, which would hide a mistake in a stage
-            fits = pa.types.is_null(column.type) or pa.types.is_string(column.type) == pa.types.is_string(field.type)
+            columns.append(_cast(column, field.type) if _means_the_same(column.type, field.type) else None)
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-            fits = False
-        if not fits:
+            columns.append(None)
+        if columns[-1] is None:
             problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
         elif column.null_count and not field.nullable:
             problems.append(f"column {field.name!r} has {column.null_count} nulls, must have none")
     problems += [f"unknown column {name!r}" for name in sorted(set(table.column_names) - set(schema.names))]
     if problems:
         raise WinnowError(*(f"table {table_name(schema)}: {problem}" for problem in problems))
-    return table.select(schema.names).cast(schema).combine_chunks()
+    return combine_chunks(pa.Table.from_arrays(columns, schema=schema))
+
+
+def combine_chunks(table: pa.Table) -> pa.Table:
+    """Return the table with one chunk per column, or with more where one cannot hold it: offsets are 32 bits wide."""
+    try:
+        return table.combine_chunks()  # itself leaves several chunks of text beyond 2 GiB
+    except pa.ArrowInvalid:  # and fails on lists of more than 2^31 values, and on text in them
+        return table
+
+
+def _means_the_same(given: pa.DataType, wanted: pa.DataType) -> bool:
+    """Return whether values of type `given` can be those of a column of type `wanted`, at any depth."""
+    types = pa.types
+    if types.is_dictionary(given) or types.is_run_end_encoded(given):
+        return _means_the_same(given.value_type, wanted)
+    if given == wanted or types.is_null(given):
+        return True
+    if types.is_string(wanted):
+        return bool(types.is_large_string(given) or types.is_string_view(given))
+    if types.is_map(wanted):
+        entries = given if types.is_map(given) else _entries(given)
+        pairs = ((entries.key_type, wanted.key_type), (entries.item_type, wanted.item_type)) if entries else ()
+        return bool(pairs) and all(_means_the_same(*pair) for pair in pairs)
+    if types.is_list(wanted):  # not list_view, which pyarrow 26 casts to lists with wrong offsets
+        is_list = types.is_list(given) or types.is_large_list(given) or types.is_fixed_size_list(given)
+        return is_list and _means_the_same(given.value_type, wanted.value_type)
+    if types.is_struct(wanted):
+        if not types.is_struct(given):
+            return False
+        fields = {field.name: field for field in given}
+        known = {field.name for field in wanted}
+        return fields.keys() <= known and all(
+            _means_the_same(fields[field.name].type, field.type) if field.name in fields else field.nullable
+            for field in wanted
+        )
+    is_number = types.is_integer(given) or types.is_floating(given) or types.is_decimal(given)
+    return bool(is_number or types.is_boolean(given))
+
+
+def _entries(given: pa.DataType) -> pa.MapType | None:
+    """Return the map whose entries a list holds, as polars 1 writes a map, or None for any other type."""
+    is_list = pa.types.is_list(given) or pa.types.is_large_list(given)
+    if not is_list or not pa.types.is_struct(given.value_type):
+        return None
+    if [field.name for field in given.value_type] != ["key", "value"]:
+        return None
+    return pa.map_(*(field.type for field in given.value_type))
+
+
+def _cast(column: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray:
+    if column.type == type:
+        return column
+    plain = (_plain(chunk, type) for chunk in column.chunks)
+    return pa.chunked_array([part.cast(type) for array in plain for part in _slices(array)], type)
+
+
+def _plain(array: pa.Array, wanted: pa.DataType) -> pa.Array:
+    """Return an array of values, without dictionary or runs; entries that are to be a map as one."""
+    if pa.types.is_run_end_encoded(array.type):
+        array = pc.run_end_decode(array)
+    if pa.types.is_dictionary(array.type):
+        values = array.dictionary
+        if pa.types.is_string(wanted):  # the texts of all rows may be more than 2 GiB
+            values = values.cast(pa.large_string())
+        array = values.take(array.indices)
+    entries = _entries(array.type)
+    if entries and pa.types.is_map(wanted):
+        lists = array.cast(pa.list_(array.type.value_type))
+        keys, items = lists.values.field(0), lists.values.field(1)
+        array = pa.MapArray.from_arrays(lists.offsets, keys, items, entries, mask=lists.is_null())
+    return array
+
+
+def _slices(array: pa.Array) -> Iterator[pa.Array]:
+    """Yield an array in parts that fit into 32-bit offsets; it may itself have offsets of 64 bits."""
+    rows = max(1, len(array) * SLICE_BYTES // max(1, array.nbytes))
+    for start in range(0, len(array), rows):
+        part = array.slice(start, rows)
+        yield part if len(part) == len(array) else pa.concat_arrays([part])  # a copy, whose offsets begin at 0

@@ -92,8 +92,10 @@ def report(
 
 def export(
     run: Annotated[str, typer.Option("--run", help="the run whose pairs are written")],
-    format: Annotated[FormatName, typer.Option(help="TRL's, OpenAI's, or rows with every column")],
-    out: Annotated[Path, typer.Option(help="the file: .jsonl, and .parquet for trl")],
+    format: Annotated[
+        FormatName, typer.Option(help="TRL's as token ids, which loses no pair, or as text; OpenAI's; all columns")
+    ],
+    out: Annotated[Path, typer.Option(help="the file: .jsonl, and .parquet for trl-ids and trl")],
     store: StorePath = STORE,
     split: Annotated[Split, typer.Option(help="what the policy is trained on, or measured on")] = "train",
     round: Annotated[int | None, typer.Option(help="of a run with rounds; the last by default")] = None,
@@ -102,6 +104,12 @@ def export(
     result, form = export_pairs(existing_store(store), run, format, out, split, round), FORMATS[format]
     lines = [f"wrote {result.out}: {result.rows:,} pairs of run {run}, step {result.source.step}"]
     lines += [f"rejected: {n:,} {reason} ({result.rejects_file.name})" for reason, n in result.rejects.most_common()]
+    if result.rejects:
+        total = result.rows + result.rejects.total()
+        lines.append(f"{result.rejects.total():,} of {total:,} pairs are lost; --format {form.complete} loses none")
+    if result.end:
+        lines.append(f"texts end with {result.end}, not with EOS: set tokenizer.eos_token = {result.end!r}, and give "
+                     "the trainer that tokenizer as processing_class")  # fmt: skip
     if form.references and result.source.cached:
         lines.append(f"reference log-probs are those of {result.source.policy.folder}")
     elif form.references:
@@ -109,6 +117,8 @@ def export(
                      "are absent")  # fmt: skip
     if result.weighted and not form.weights:
         lines.append(f"{result.weighted:,} pairs have a weight or a label other than 1, which this format cannot hold")
+    if form.note:
+        lines.append(form.note)
     lines.append(f"the longest pair has {result.longest:,} tokens, prompt included")
     console.print("\n  ".join(lines), highlight=False, markup=False)
 

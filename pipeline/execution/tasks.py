@@ -20,7 +20,7 @@ from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
 from pipeline.store.storage import download, send
 from pipeline.store.store import Json, StepFolder, Store, add_records, model_name
-from schemas import Model, WinnowError, conform, shard_of, table_name
+from schemas import Model, WinnowError, combine_chunks, conform, shard_of, table_name
 from schemas.tables import REJECTS
 
 POISON = "killed its worker"  # reason of a reject: stored in tables
@@ -213,9 +213,9 @@ def join(spec: StepSpec, shard: int, pieces: list[Task], poison: dict[str, str])
     folders = [spec.piece(task) for task in pieces]
     records = [folder.sidecar(shard) or {} for folder in folders]
     tables = {
-        table_name(schema): pa.concat_tables(
-            [schema.empty_table(), *(folder.read(schema, shard) for folder in folders)]
-        ).combine_chunks()
+        table_name(schema): combine_chunks(
+            pa.concat_tables([schema.empty_table(), *(folder.read(schema, shard) for folder in folders)])
+        )
         for schema in (*spec.signature.outputs, REJECTS)
     }
     rejects = [

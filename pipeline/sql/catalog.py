@@ -55,7 +55,9 @@ class QueryResult:
 
     def arrow(self) -> pa.Table:
         with _as_winnow_error():
-            return self.relation.to_arrow_table()
+            return self.relation.to_arrow_table(
+                BATCH_ROWS
+            )  # of DuckDB's 1,000,000 rows, 2 KB of text each are too much
 
     def pandas(self) -> "pandas.DataFrame":
         with _as_winnow_error():
@@ -245,6 +247,12 @@ def _as_winnow_error() -> Iterator[None]:
         ) from None
     except duckdb.IOException as error:
         raise WinnowError(f"sql: {error}\nA file that a manifest lists is missing or damaged; {REPAIR_HINT}") from None
+    except OSError as error:
+        if "arrow_large_buffer_size" not in str(error):
+            raise
+        raise WinnowError(
+            f"sql: more than 2 GiB of text in {BATCH_ROWS:,} rows; select fewer rows or less of each: left(text, 1000)"
+        ) from None
     except duckdb.Error as error:
         raise WinnowError(f"sql: {error}\n{HINT}") from None
     except RuntimeError as error:

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from pipeline.store.storage import (
     replace,
     sizes,
 )
-from schemas import TABLES, Model, WinnowError, table_name
+from schemas import TABLES, Model, WinnowError, combine_chunks, table_name
 
 if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
     from pipeline.config.plan import Step
@@ -112,7 +113,7 @@ class StepFolder:
                 if content is None and not isinstance(error, FileNotFoundError):
                     raise
                 raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
-        return pa.concat_tables(tables).combine_chunks()
+        return combine_chunks(pa.concat_tables(tables))
 
     def model(self) -> Model:
         """Return the finished model, from an object store as a copy on this machine; raise WinnowError without one."""
@@ -141,7 +142,14 @@ class StepFolder:
             files = []
             for table, rows in tables.items():
                 buffer = io.BytesIO()
-                pq.write_table(rows, buffer, compression="zstd", row_group_size=8192, use_dictionary=DICTIONARY_COLUMNS)
+                pq.write_table(
+                    rows,
+                    buffer,
+                    compression="zstd",
+                    row_group_size=8192,
+                    use_dictionary=DICTIONARY_COLUMNS,
+                    write_statistics=columns_with_statistics(rows.schema),
+                )
                 content = buffer.getvalue()
                 digest = sha256(content).hexdigest()
                 name = f"{table}-{shard:05d}.{digest[:12]}.parquet"
@@ -271,6 +279,21 @@ class Store:
                 f"--store {self.root}: this object store has no conditional writes: it created the same file twice, so "
                 "two runs could overwrite each other's results; use another object store, a newer version, or a disk"
             )
+
+
+@lru_cache(maxsize=128)  # a schema's paths cost milliseconds, once per part and table
+def columns_with_statistics(schema: pa.Schema) -> list[str]:
+    """Return the columns, by their paths in a Parquet file, that may have statistics in it: all but floats.
+
+    Arrow leaves NaN out of minimum and maximum, as the format asks; DuckDB, for which NaN is the largest number, takes
+    from the maximum that there is none, so that `isnan(logp)` finds no row and `max(logp)` is finite (duckdb#25521).
+    Its option `can_have_nan` is no way out: with it, `max` of a column without NaN is NaN (seen in 2.0).
+    """
+    buffer = io.BytesIO()
+    pq.write_table(schema.empty_table(), buffer)  # for the paths, which depend on how Parquet nests lists and maps
+    columns = pq.ParquetFile(buffer).schema
+    leaves = [columns.column(n) for n in range(len(columns))]
+    return [leaf.path for leaf in leaves if leaf.physical_type not in ("FLOAT", "DOUBLE")]
 
 
 def model_name(digest: str) -> str:

@@ -49,6 +49,6 @@ def read_relu_head(heads: pa.Table) -> ReluHead:
 
 def feature_matrix(features: pa.Table) -> np.ndarray:
     """Return the features of a table's rows, float64 [N, d]."""
-    vectors = features.column("features").combine_chunks()
-    values = vectors.flatten().to_numpy().astype(np.float64)
-    return values.reshape(len(vectors), len(values) // max(len(vectors), 1))
+    chunks = [chunk.flatten().to_numpy() for chunk in features.column("features").chunks]  # pyarrow lists end at 2^31
+    values = np.concatenate([np.zeros(0), *chunks], dtype=np.float64)
+    return values.reshape(features.num_rows, len(values) // max(features.num_rows, 1))

@@ -15,6 +15,7 @@ from stages.selection.groups import RewardGroups
 from stages.selection.rules import Selection, selection_rule
 from stages.selection.scales import reward_scale
 
+LARGE_IDS = pa.schema([("prompt_id", pa.large_string()), ("candidate_id", pa.large_string()), ("reward", pa.float64())])
 MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 
@@ -36,8 +37,10 @@ def select(
 
     Rejected, with reason: rewards that are not finite, and prompts that the scale or the rule cannot use.
     """
+    # Ids with offsets of 64 bits: those of a hundred million candidates are 2 GiB of text, which string cannot sort.
+    rows = rewards.select(["prompt_id", "candidate_id", "reward"]).cast(LARGE_IDS).combine_chunks()
+
     # Reject rewards that are not finite.
-    rows = rewards.select(["prompt_id", "candidate_id", "reward"]).combine_chunks()
     finite = pc.and_(pc.is_finite(rows.column("reward")), pc.less(pc.abs(rows.column("reward")), MAX_REWARD))
     if not pc.all(finite).as_py():
         for row in rows.filter(pc.invert(finite)).to_pylist():

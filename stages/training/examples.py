@@ -5,10 +5,12 @@ What the optimizer will see is all in this one table: a method's data recipe end
 
 from collections import Counter
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import Bound, Finite, InputStep, StageContext, stage
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
@@ -94,9 +96,9 @@ def examples(
         for table in (candidates, pairs, selections, reference, mismatched)
     )
     groups = []
-    for prompt in prompts.sort_by("prompt_id").to_pylist():
-        if prompt["split"] != split:
-            continue
+    # Sorted as rows: pyarrow sorts no table with a column of more than 2 GiB of text, as a part can have.
+    of_split = prompts.filter(pc.equal(prompts["split"], split)).to_pylist()
+    for prompt in sorted(of_split, key=itemgetter("prompt_id")):
         name = prompt["prompt_id"]
         pairs_here = pairs_by_prompt.get(name, [])
         selected = selections_by_prompt.get(name, [])

@@ -15,6 +15,7 @@ from jobs.tables import status
 from jobs.why import why
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
+from pipeline.sql.catalog import open_catalog
 from pipeline.store.fingerprints import model_digest
 from pipeline.store.gc import garbage
 from pipeline.store.store import Store
@@ -98,8 +99,8 @@ MISTAKES = [
     (rows()[:1] * 2 + rows()[2:], r"1 rows of rewards have a candidate_id that another row has"),
     (rows()[:11] + rows(13)[12:], r"1 of 12 rows of rewards have a prompt_id .* not among those of draw"),
     ([*rows(11), rows(12)[11] | {"candidate_id": "cx"}], r"1 of 12 rows .* candidate_id .* draw, such as cx"),
-    ([*rows(11), rows(12)[11] | {"reward": math.nan}], r"1 rows of rewards\.reward are not finite"),
-    ([*rows(11), rows(12)[11] | {"reward": math.inf}], r"1 rows of rewards\.reward are not finite"),
+    ([*rows(11), rows(12)[11] | {"reward": math.nan}], r"1 values of rewards\.reward are not finite"),
+    ([*rows(11), rows(12)[11] | {"reward": math.inf}], r"1 values of rewards\.reward are not finite"),
     ([*rows(11), rows(12)[11] | {"reward": None}], r"column 'reward' has 1 nulls"),
     (rows(12, reward="high"), r"column 'reward' is string, must be double"),
     (rows(12, score=1.0), r"unknown column 'score'"),
@@ -121,6 +122,53 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: P
 def test_a_step_whose_inputs_are_not_finished_can_be_adopted(tmp_path: Path, store: Store, plan: Plan):
     """There is nothing to check its ids against: its inputs may be elsewhere."""
     assert adopt(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)[1]["rows"]["rewards"] == 12
+
+
+def large(table: pa.Table) -> pa.Table:
+    """Return a table as polars hands it on: text as views, lists with offsets of 64 bits."""
+    kinds = {pa.string(): pa.string_view(), pa.list_(pa.int32()): pa.large_list(pa.int64())}
+    kinds[pa.map_(pa.string(), pa.float64())] = pa.map_(pa.string_view(), pa.float64())
+    fields = [pa.field(field.name, kinds.get(field.type, field.type)) for field in table.schema]
+    return table.cast(pa.schema(fields))
+
+
+def test_rows_of_sql_are_adopted_as_they_are(tmp_path: Path, store: Store, plan: Plan):
+    """With the columns stage and key, in other types, and from pandas with its index; rows of two steps are refused."""
+    make(plan, store)
+    rewards = open_catalog(store).sql("SELECT * FROM rewards ORDER BY candidate_id")
+    frame = rewards.pandas().sample(frac=1, random_state=0)
+    frame["prompt_id"] = frame["prompt_id"].astype("category")
+    files = {name: tmp_path / f"{name}.parquet" for name in ("arrow", "large", "pandas")}
+    pq.write_table(rewards.arrow(), files["arrow"])
+    pq.write_table(large(rewards.arrow()), files["large"])
+    frame.to_parquet(files["pandas"])
+    types = {str(kind) for name in ("large", "pandas") for kind in pq.read_schema(files[name]).types}
+    assert types >= {"string_view", "large_string", "dictionary<values=string, indices=int8, ordered=0>"}
+    assert "__index_level_0__" in pq.read_schema(files["pandas"]).names
+    before = store.folder(step(plan, "rate")).read(REWARDS).sort_by("candidate_id")
+    for n, file in enumerate(files.values()):
+        other = Store(tmp_path / f"store{n}")
+        adopted, _ = adopt(plan, "rate", str(file), other)
+        assert other.folder(adopted).read(REWARDS).sort_by("candidate_id").equals(before)
+    other = rewards.arrow().set_column(rewards.columns.index("key"), "key", pa.array(list("ab") * 6))
+    pq.write_table(other, tmp_path / "two.parquet")
+    with pytest.raises(WinnowError, match=r"two\.parquet: has rows of several steps; .* WHERE key = 'a'"):
+        adopt(plan, "rate", str(tmp_path / "two.parquet"), Store(tmp_path / "new"))
+
+
+def test_numbers_inside_lists_and_maps_are_checked(tmp_path: Path, store: Store, plan: Plan):
+    """NaN in a map of rewards; a token id that is null in a list."""
+    components = pa.array([[("a", math.nan)], [("a", 1.0)], *[None] * 10], REWARDS.field("components").type)
+    pq.write_table(pa.Table.from_pylist(rows()).append_column("components", components), tmp_path / "nan.parquet")
+    with pytest.raises(WinnowError, match=r"1 values of rewards\.components are not finite"):
+        adopt(plan, "rate", str(tmp_path / "nan.parquet"), store)
+    name = prompt_id("a")
+    prompts = [dict(prompt_id=name, text="p", token_ids=[1, None], split="train")]
+    (tmp_path / "draw").mkdir()
+    pq.write_table(pa.Table.from_pylist(prompts, PROMPTS), tmp_path / "draw" / "prompts.parquet")
+    pq.write_table(pa.Table.from_pylist([candidate(name, 0)], CANDIDATES), tmp_path / "draw" / "candidates.parquet")
+    with pytest.raises(WinnowError, match=r"1 values in lists of prompts\.token_ids are null"):
+        adopt(plan, "draw", str(tmp_path / "draw"), store)
 
 
 def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luck: Luck):

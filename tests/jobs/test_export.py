@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,10 +18,24 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 from jobs import export as exporting
 from jobs.export import export_pairs
-from jobs.export_formats import CUT, OTHER_TOKENS, SIDES, Format, Reject, messages_of, trl
+from jobs.export_formats import (
+    CUT,
+    HIDDEN_TOKENS,
+    NO_TEXT,
+    OTHER_END,
+    OTHER_TOKENS,
+    SIDES,
+    Format,
+    Reject,
+    messages_of,
+    openai_messages,
+    trl,
+)
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.context import StageContext, WarmCache
@@ -32,7 +47,8 @@ from schemas import Model, WinnowError, prompt_id
 from stages.data.preferences import preferences
 from stages.data.texts import readable
 from stages.data.tokenizer import Tokenizer
-from tests.conftest import answer, ask, write_jsonl
+from tests.conftest import MARKS, answer, ask, write_jsonl
+from tests.material import cache
 from tests.runs import RECIPES, Silent, plan_of
 
 LN2 = math.log(2)
@@ -196,10 +212,145 @@ def test_trl_reads_the_ids_that_were_scored(kind, tiny, tmp_path):
     assert {item.reason for item in items if isinstance(item, Reject)} == {CUT, OTHER_TOKENS}
 
 
+class FromIds(Cached):
+    """TRL 1.16 tokenises text only, whatever the columns are; its collator and its loss read the ids."""
+
+    def _prepare_dataset(self, dataset, *args):
+        return dataset
+
+
+def ids_read(trainer):
+    """Return (prompt ids, chosen ids, rejected ids) of every pair, out of the batches that the loss is computed on."""
+    pairs = []
+    for batch in trainer.get_train_dataloader():
+        sequences = zip(
+            batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"].bool(), strict=True
+        )
+        sides = [(ids[real & ~response].tolist(), ids[response].tolist()) for ids, real, response in sequences]
+        for chosen, rejected in zip(sides[: len(sides) // 2], sides[len(sides) // 2 :], strict=True):
+            assert chosen[0] == rejected[0]
+            pairs.append((chosen[0], chosen[1], rejected[1]))
+    return sorted(pairs)
+
+
+def rewrite_examples(store, name, root, change):
+    """Copy the store, and let `change` change the groups of a run's examples, file by file."""
+    shutil.copytree(store.root, root)
+    link = store.runs()[name]["examples"]
+    for file in (root / link["stage"] / link["key"]).glob("examples-*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), table.schema), file)
+    return Store(root)
+
+
+@pytest.fixture(scope="module")
+def cut(store, tmp_path_factory):
+    """Return a store in which every other response of the run `run` was cut at three tokens, and scored as cut."""
+    root = tmp_path_factory.mktemp("cut")
+    policy = export_pairs(store, "run", "trl-ids", root / "pairs.jsonl").source.policy
+
+    def cut_responses(groups):
+        for response in (response for group in groups for response in group["responses"][::2]):
+            response["token_ids"] = response["token_ids"][:3]
+        return cache(policy, groups)
+
+    return rewrite_examples(store, "run", root / "store", cut_responses)
+
+
+@pytest.mark.parametrize("file", ["pairs.parquet", "pairs.jsonl"])
+def test_trl_trains_on_exactly_the_ids_of_all_pairs(file, cut, tmp_path):
+    """On responses that were cut at max_tokens too, which text loses; the first loss is ln 2 in every batch.
+
+    TRL's stock class refuses a file of ids, so none is trained on as another text.
+    """
+    trained = [
+        (group["prompt_ids"], *(group["responses"][pair[side]]["token_ids"] for side in SIDES))
+        for group in examples_of(cut, "run")
+        for pair in group["pairs"]
+    ]
+    as_text = export_pairs(cut, "run", "trl", tmp_path / "text.jsonl")
+    assert as_text.rejects[CUT] > 0
+    result = export_pairs(cut, "run", "trl-ids", tmp_path / file)
+    assert (result.rows, result.rejects) == (as_text.rows + as_text.rejects.total(), {})
+    read = Dataset.from_parquet if file.endswith(".parquet") else Dataset.from_json
+    data = read(str(result.out), cache_dir=str(tmp_path))
+    trainer = make_trainer(FromIds, data, result.source.policy, tmp_path, max_length=None)
+    assert ids_read(trainer) == sorted(trained)
+    assert losses(trainer) == pytest.approx([LN2] * math.ceil(result.rows / 4), abs=1e-4)
+    with pytest.raises(KeyError, match="chosen"):
+        make_trainer(DPOTrainer, data, result.source.policy, tmp_path)
+
+
+def test_trl_s_reward_trainer_takes_the_ids_after_one_line(store, tmp_path):
+    """It reads prompt and response as one list, which jobs/README.md makes of the columns."""
+    result = export_pairs(store, "run", "trl-ids", tmp_path / "pairs.jsonl")
+    data = Dataset.from_json(str(result.out), cache_dir=str(tmp_path))
+    data = data.map(lambda row: {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in SIDES})
+    args = RewardConfig(output_dir=str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none")
+    tokenizer = Tokenizer(result.source.policy).inner
+    read = object.__new__(RewardTrainer)._prepare_dataset(data, tokenizer, args, "train")
+    expected = [tuple(row["prompt_ids"] + row[f"{side}_ids"] for side in SIDES) for row in rows_of(result.out)]
+    assert [(row["chosen_ids"], row["rejected_ids"]) for row in read] == expected
+
+
+@pytest.fixture(scope="module")
+def ended(store, tmp_path_factory):
+    """Return a store in which most responses of the run `dpo` end with a token that the model folder names beside EOS.
+
+    As a chat template's end of turn does, and the token; a single pair ends with EOS as before.
+    """
+    root, end = tmp_path_factory.mktemp("ended") / "store", MARKS[0]
+    first = min(group["prompt_id"] for group in examples_of(store, "dpo"))
+    tokenizer = Tokenizer(store.at(**store.runs()["dpo"]["sft"]).model())
+    eos, (end_id,) = tokenizer.inner.eos_token_id, tokenizer.encode(end)
+
+    def end_otherwise(groups):
+        others = (group for group in groups if group["prompt_id"] != first)
+        for response in (response for group in others for response in group["responses"]):
+            assert response["token_ids"][-1] == eos
+            response["token_ids"][-1] = end_id
+        return groups
+
+    ended = rewrite_examples(store, "dpo", root, end_otherwise)
+    folder = ended.at(**ended.runs()["dpo"]["sft"]).model().folder
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, end_id]}))
+    return ended, end
+
+
+def test_a_policy_that_ends_by_its_templates_token_can_be_exported(ended, winnow, tmp_path):
+    """As ids all of it; as text what ends with that token, for a tokenizer that has it as EOS, which is printed."""
+    store, end = ended
+    out = tmp_path / "text.parquet"
+    code, text = winnow("export", "--run", "dpo", "--format", "trl", "--out", out, "--store", store.root)
+    text = " ".join(text.split())
+    assert (code, f"set tokenizer.eos_token = '{end}'" in text) == (0, True), text
+    groups = examples_of(store, "dpo")
+    pairs = sum(len(group["pairs"]) for group in groups)
+    assert f"rejected: 1 {OTHER_END} (" in text
+    assert f"1 of {pairs} pairs are lost; --format trl-ids loses none" in text
+    assert export_pairs(store, "dpo", "trl-ids", tmp_path / "ids.jsonl").rows == pairs
+
+    tokenizer = Tokenizer(export_pairs(store, "dpo", "trl", out).source.policy).inner
+    tokenizer.eos_token = end
+    args = DPOConfig(output_dir=str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none")
+    trainer = object.__new__(DPOTrainer)
+    trainer._tokenizer = tokenizer
+    data = Dataset.from_parquet(str(out), cache_dir=str(tmp_path))
+    read = trainer._prepare_dataset(data, tokenizer, args, "train")
+    first = min(group["prompt_id"] for group in groups)
+    expected = [
+        (group["prompt_ids"], *(group["responses"][pair[side]]["token_ids"] for side in SIDES))
+        for group in sorted(groups, key=lambda group: group["prompt_id"])
+        for pair in group["pairs"]
+        if group["prompt_id"] != first
+    ]
+    assert [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in read] == expected
+
+
 # Nothing lost, nothing doubled
 
 
-@pytest.mark.parametrize("format", ["trl", "openai-messages", "jsonl"])
+@pytest.mark.parametrize("format", ["trl-ids", "trl", "openai-messages", "jsonl"])
 def test_every_pair_is_in_the_file_or_in_the_rejects(format, store, tmp_path):
     """In the order of their ids; the counts by reason are those of the rejects."""
     everything = rows_of(export_pairs(store, "run", "jsonl", tmp_path / "all.jsonl").out)
@@ -296,6 +447,21 @@ def test_what_openai_gets_is_read_back_as_the_same_pairs(data_dir, store, tmp_pa
     assert ids[1] <= ids[0]
 
 
+def test_openai_gets_no_text_that_hides_tokens(tiny):
+    """A special token in the middle of a response, or half a character, is no part of its text: rejected by name."""
+    tokenizer = Tokenizer(tiny)
+    end, (special,) = tokenizer.stop[0], tokenizer.encode(MARKS[0])
+    half = tokenizer.encode("é")[0]
+    row = {"prompt_id": prompt_id("Hi"), "text": "Hi", "rejected_ids": [*tokenizer.encode("Um."), end]}
+    chosen = [
+        [*tokenizer.encode("Yes"), *middle, *tokenizer.encode(" I do."), end] for middle in ([], [special], [half])
+    ]
+    items = list(openai_messages([row | {"chosen_ids": ids} for ids in chosen], tokenizer))
+    assert [isinstance(item, Reject) and item.reason for item in items] == [False, HIDDEN_TOKENS, NO_TEXT]
+    assert "Yes I do." in str(items[0])
+    assert MARKS[0] in str(items[1])
+
+
 conversations = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text("ab: \nuser", min_size=1)}
@@ -337,6 +503,9 @@ def test_the_command_says_what_is_in_the_file_and_what_is_not(winnow, store, tmp
     assert "ref_chosen_logps and ref_rejected_logps are absent" in text
     assert ("rejected: " in text) == rejects.exists()
     assert not rejects.exists() or "of another time" not in rejects.read_text()
+    code, text = winnow("export", "--run", "run", "--format", "trl-ids", "--out", out, "--store", store.root)
+    assert (code, rejects.exists(), "are lost" in text) == (0, False, False)
+    assert "_prepare_dataset" in text
 
 
 def test_what_cannot_be_exported_is_an_error_and_leaves_no_file(winnow, store, tmp_path, monkeypatch):

@@ -5,11 +5,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from schemas import TABLES, WinnowError, candidate_id, conform, prompt_id, seed_for, shard_of, split_of, token_digest
+from schemas import (
+    TABLES,
+    WinnowError,
+    candidate_id,
+    combine_chunks,
+    conform,
+    prompt_id,
+    seed_for,
+    shard_of,
+    split_of,
+    token_digest,
+)
 from schemas.tables import CANDIDATES, EVALUATIONS, EXAMPLES, REWARDS
 
 ROW: dict[str, list] = dict(metric=["kl"], value=[1.0], low=[0.5], high=[1.5], n=[3])
@@ -71,6 +83,96 @@ def test_a_misfit_names_table_column_and_both_types():
     twice = pa.Table.from_arrays([pa.array([1.0])] * 2, names=["reward", "reward"])
     with pytest.raises(WinnowError, match="column 'reward' appears twice"):
         conform(twice, REWARDS)
+
+
+def test_lists_beyond_32_bit_offsets_stay_in_several_chunks():
+    """Of 2^31 values and more, in 64 MiB of memory: the chunks are one. A table that fits gets one chunk per column."""
+    zeros = pa.array(np.zeros(2**26, np.int8))
+    chunk = pa.ListArray.from_arrays(pa.array([0, 2**26], pa.int32()), zeros)
+    column = pa.chunked_array([chunk] * 33)
+    assert combine_chunks(pa.table({"features": column}))["features"].num_chunks == 33
+    assert combine_chunks(pa.table({"features": column.slice(0, 2)}))["features"].num_chunks == 1
+
+
+TEXTS = pa.array(["a", "a", None, "text of more than 12 bytes"])
+SAME_TEXTS = {
+    "large_string": TEXTS.cast(pa.large_string()),
+    "string_view": TEXTS.cast(pa.string_view()),
+    "dictionary": TEXTS.dictionary_encode(),
+    "dictionary of large_string": TEXTS.cast(pa.large_string()).dictionary_encode(),
+    "dictionary of string_view": pa.DictionaryArray.from_arrays(
+        pa.array([0, 0, None, 1]), pa.array(["a", "text of more than 12 bytes"], pa.string_view())
+    ),
+    "runs": pc.run_end_encode(TEXTS),
+}
+
+
+@pytest.mark.parametrize("encoding", SAME_TEXTS)
+def test_text_is_text_in_every_encoding(encoding: str):
+    """As polars, pandas and DuckDB write it, sliced and in several chunks too."""
+    given = SAME_TEXTS[encoding]
+    column = pa.chunked_array([given, given[1:3], given[:0]])
+    rows = pa.table(
+        {"prompt_id": ["p"] * 6, "candidate_id": list("abcdef"), "reward": [1.0] * 6, "baseline_id": column}
+    )
+    for name in ("logit_ab", "logit_ba", "components"):
+        rows = rows.append_column(name, pa.nulls(6))
+    result = conform(rows, REWARDS)
+    result.validate(full=True)
+    assert result["baseline_id"].to_pylist() == [*TEXTS.to_pylist(), "a", None]
+    assert result.schema.equals(REWARDS, check_metadata=True)
+
+
+LARGE_RESPONSES = pa.large_list(
+    pa.struct(
+        [
+            ("token_ids", pa.large_list(pa.int64())),
+            ("candidate_id", pa.string_view()),
+            ("weight", pa.float64()),
+            ("desirable", pa.int64()),
+        ]
+    )
+)
+
+
+def example_columns(response: dict, kind: pa.DataType) -> dict:
+    pairs = pa.array([[]], EXAMPLES.field("pairs").type)
+    columns = {"prompt_id": ["p"], "prompt_ids": [[1]], "responses": pa.array([[response]], kind), "pairs": pairs}
+    return columns | {"ref_model": [None], "ref_dtype": [None]}
+
+
+def test_nested_columns_are_cast_without_loss_or_refused():
+    """Fields in any order, those that may be null missing; numbers that are text, other fields and views are not."""
+    response = {"token_ids": [1, 2], "candidate_id": "c", "weight": 0.5, "desirable": -1}
+    row = conform(pa.table(example_columns(response, LARGE_RESPONSES)), EXAMPLES).to_pylist()[0]
+    assert row["responses"] == [response | {"ref_logp": None}]
+    fields = list(LARGE_RESPONSES.value_type)
+    for wrong in (
+        [field if field.name != "candidate_id" else pa.field("candidate_id", pa.int64()) for field in fields],
+        [field if field.name != "weight" else pa.field("weight", pa.string()) for field in fields],
+        [field for field in fields if field.name != "weight"],
+        [*fields, pa.field("more", pa.int64())],
+    ):
+        kind = pa.list_(pa.struct(wrong))
+        value = {
+            field.name: pa.scalar(1).cast(field.type).as_py() for field in wrong if not pa.types.is_nested(field.type)
+        }
+        (line,) = problems(example_columns(value | {"token_ids": [1]}, kind), EXAMPLES)
+        assert line.startswith("table examples: column 'responses' is list<"), line
+    views = pa.table(example_columns(response, LARGE_RESPONSES)).set_column(
+        1, "prompt_ids", pa.array([[1]], pa.list_view(pa.int32()))
+    )
+    with pytest.raises(WinnowError, match="column 'prompt_ids' is list_view"):
+        conform(views, EXAMPLES)
+
+
+def test_a_list_of_entries_is_a_map():
+    """As polars 1 writes a map; one that is null stays null."""
+    entries = pa.large_list(pa.struct([("key", pa.large_string()), ("value", pa.float64())]))
+    given = pa.array([[{"key": "a", "value": 1.0}], None, [], [{"key": "b", "value": 2.0}]], entries)
+    rows = {"prompt_id": ["p"] * 3, "candidate_id": ["a", "b", "c"], "reward": [0.0] * 3, "components": given[1:]}
+    rows |= {name: pa.nulls(3) for name in ("baseline_id", "logit_ab", "logit_ba")}
+    assert conform(pa.table(rows), REWARDS)["components"].to_pylist() == [None, [], [("b", 2.0)]]
 
 
 def test_all_misfits_are_reported_at_once():

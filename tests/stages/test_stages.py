@@ -366,6 +366,22 @@ def test_weights_go_to_what_is_imitated():
         assert weights == dict.fromkeys({"a-3", "a-0"}, 0.0) | dict.fromkeys(weighted, 1.0)
 
 
+def test_prompts_of_more_than_2_gib_of_text_are_sorted():
+    """2.25 GiB in one column, 64 MiB of memory: its 36 chunks are one, and nearly all rows are held out."""
+    names = [f"p{n * 7919 % 2304:04d}" for n in range(2304)]
+    prompts = prompts_of(names, split="heldout")
+    text = pa.chunked_array([pa.array(["x" * 2**20] * 64)] * 36)
+    assert text.nbytes > 2**31
+    split = pa.array(["train" if n % 500 == 0 else "heldout" for n in range(2304)])
+    for name, column in (("text", text), ("split", split)):
+        prompts = prompts.set_column(PROMPTS.get_field_index(name), name, column)
+    train = names[::500]
+    assert train != sorted(train)
+    pairs = pa.concat_tables([pairs_of([(0, 1)], name) for name in train])
+    table = examples(prompts, context(), candidates_of(dict.fromkeys(train, 2)), pairs)
+    assert table["prompt_id"].to_pylist() == sorted(train)
+
+
 def test_examples_are_those_of_their_split_and_a_prompt_without_a_use_is_rejected():
     """A held-out prompt is in the held-out table only; a prompt with candidates and no pair is a reject.
 

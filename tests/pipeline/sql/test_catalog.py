@@ -1,5 +1,7 @@
 """SQL over the store: every table has a view, whatever it holds."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,8 @@ from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.sql.views import VIEWS, view
 from pipeline.store.store import Store
 from schemas import TABLES, WinnowError
-from schemas.tables import PROMPTS, REWARDS
-from tests.catalogs import link, put, rejects, rewards
+from schemas.tables import CANDIDATES, EXAMPLES, FEATURES, PROMPTS, REWARDS
+from tests.catalogs import link, put, rejects, rewards, table
 from tests.runs import local
 
 NASTY = ["it's", 'a "quoted" name', "'; DROP TABLE runs; --", "semi;colon", "émoji 🙂", "%s {x} $1 ?", "back\\slash"]
@@ -256,3 +258,79 @@ def test_an_export_of_one_run_overwrites_nothing(store: Store, tmp_path: Path):
     assert (tmp_path / "there.duckdb").read_text() == "mine"
     with pytest.raises(WinnowError, match="there is no folder"):
         catalog.export(tmp_path / "no" / "out.duckdb")
+
+
+# NaN and infinity
+
+NUMBERS = ([1.5, math.nan, 2.0, None], [1.5, math.nan, -math.inf, math.inf, 2.0, None], [math.nan] * 4, [1.5, 2.0])
+NUMBER_QUERIES = [
+    "SELECT count(*) FROM candidates WHERE isnan(logp)",
+    "SELECT count(*) FROM candidates WHERE NOT isnan(logp)",
+    "SELECT count(*) FROM candidates WHERE isinf(logp)",
+    "SELECT count(*) FROM candidates WHERE isfinite(logp)",
+    "SELECT count(*) FROM candidates WHERE logp = 'nan'::DOUBLE",
+    "SELECT count(*) FROM candidates WHERE logp > 2",
+    "SELECT count(*) FROM candidates WHERE logp <= 2",
+    "SELECT count(*) FROM candidates WHERE logp <> 2",
+    "SELECT count(*) FROM candidates WHERE logp IS NULL",
+    "SELECT count(nullif(logp, 'nan'::DOUBLE)) FROM candidates",
+    "SELECT min(logp)::VARCHAR || max(logp)::VARCHAR FROM candidates",
+    "SELECT list(logp::VARCHAR ORDER BY logp DESC NULLS LAST) FROM candidates",
+    "SELECT list(logp::VARCHAR ORDER BY logp NULLS FIRST) FROM candidates",
+    "SELECT count(*) FROM rewards WHERE isnan(components['a'])",
+    "SELECT max(components['a'])::VARCHAR FROM rewards",
+    "SELECT count(*) FROM examples WHERE isnan(responses[1].ref_logp)",
+    "SELECT count(*) FROM examples WHERE responses[1].ref_logp > 2",
+    "SELECT count(*) FROM features WHERE list_contains(features, 'nan'::FLOAT)",
+]
+
+
+def number_tables(values: list[float | None]) -> list[pa.Table]:
+    """Return tables with these numbers in a column, a map, a struct in a list, and a list."""
+    response = {"candidate_id": "c", "token_ids": [1], "weight": 1.0, "desirable": None}
+    return [
+        table(CANDIDATES, *({"logp": value} for value in values)),
+        table(REWARDS, *({"components": None if value is None else [("a", value)]} for value in values)),
+        table(EXAMPLES, *({"responses": [response | {"ref_logp": value}]} for value in values)),
+        table(FEATURES, *({"features": [value]} for value in values)),
+    ]
+
+
+@pytest.mark.parametrize("values", NUMBERS, ids=str)
+def test_sql_on_nan_and_infinity_is_what_it_is_without_parquet(values: list[float | None], winnow, tmp_path: Path):
+    """The same statements on DuckDB's own tables are the truth: NaN is one number, and larger than infinity."""
+    store = Store(tmp_path / "store")
+    put(store, "numbers", "5555", [*number_tables(values), rejects()])
+    link(store, "one", numbers=("numbers", "5555"))
+    wrong = {}
+    with duckdb.connect() as memory:
+        for name, rows in zip(("candidates", "rewards", "examples", "features"), number_tables(values), strict=True):
+            memory.register("rows", rows)
+            memory.execute(f"CREATE TABLE {name} AS FROM rows")
+        for statement in NUMBER_QUERIES:
+            code, text = winnow("sql", statement, "--store", store.root, "--format", "json")
+            assert code == 0, text
+            ((right,),) = memory.sql(statement).fetchall()
+            if list(json.loads(text).values()) != [right]:
+                wrong[statement] = (text, right)
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_file_has_statistics_of_a_float_column(name: str, tmp_path: Path):
+    """Nested ones included: other programs that read the files trust statistics. All other columns have them."""
+    store = Store(tmp_path)
+    put(store, "any", "6666", [rejects(), table(TABLES[name], {})])
+    (file,) = local(store.root).rglob(f"{name}-*.parquet")
+    group = pq.read_metadata(file).row_group(0)
+    columns = [group.column(n) for n in range(group.num_columns)]
+    are_floats = [column.physical_type in ("FLOAT", "DOUBLE") for column in columns]
+    assert [column.statistics is None for column in columns] == are_floats
+
+
+def test_nan_in_a_parquet_file_that_sql_writes_is_found_by_any_duckdb(winnow, tmp_path: Path):
+    store, out = Store(tmp_path / "store"), tmp_path / "out.parquet"
+    put(store, "numbers", "5555", [*number_tables([1.5, math.nan, None]), rejects()])
+    link(store, "one", numbers=("numbers", "5555"))
+    assert winnow("sql", "SELECT logp FROM candidates", "--store", store.root, "--out", out)[0] == 0
+    assert duckdb.sql(f"SELECT count(*) FROM '{out}' WHERE isnan(logp)").fetchall() == [(1,)]

@@ -345,6 +345,15 @@ def test_a_steered_draw_that_is_cut_has_the_policys_own_log_prob(engine, opinion
 UNCUT = dict(engine="transformers", temperature=1.0, top_k=0, keep_empty=True, steer_every=1)
 
 
+def test_features_of_several_chunks_are_one_matrix():
+    """One array of lists holds 2^31 numbers: larger tables have several chunks, here with two rows and one."""
+    chunks = [pa.array(rows, pa.list_(pa.float32())) for rows in ([[1, 2], [3, 4]], [[5, 6]])]
+    table = pa.table({"features": pa.chunked_array(chunks)})
+    assert feature_matrix(table).tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert feature_matrix(table.slice(1)).tolist() == [[3, 4], [5, 6]]
+    assert feature_matrix(table.slice(0, 0)).shape == (0, 0)
+
+
 def test_stronger_steering_scores_higher(sharp, opinion, ctx):
     prompts = prompts_of(["p", "q"])
     means = []
