@@ -35,6 +35,12 @@ CANDIDATES = table(
     K,
     column("token_ids", TOKEN_IDS, "the sampled ids, never re-tokenised; EOS last if finish_reason is stop"),
     column("text", pa.string(), "the response as text, without special tokens"),
+    column(
+        "raw_text",
+        pa.string(),
+        "the response as text, with the special tokens inside it; null if it has none but the one that ends it",
+        nullable=True,
+    ),
     column("logp", pa.float64(), "summed log-prob by the engine, nats; never a reference for training", nullable=True),
     column(
         "logp_kind",
@@ -218,7 +224,12 @@ JUDGEMENTS = table(
     K,
     CANDIDATE_ID,
     BASELINE_RESPONSE_ID,
-    column("logit", pa.float64(), "the ranker's logit of P(candidate beats baseline), nats, mean of both orders"),
+    column(
+        "logit",
+        pa.float64(),
+        "the ranker's logit of P(candidate beats baseline), nats, mean of both orders; null if it gave no verdict",
+        nullable=True,
+    ),
 )
 OUTCOMES = table(
     "outcomes",
@@ -227,7 +238,12 @@ OUTCOMES = table(
     K,
     CANDIDATE_ID,
     BASELINE_RESPONSE_ID,
-    column("proxy_win", pa.float64(), "1 for a win by the ranker, 0 for a loss, 0.5 for a tie"),
+    column(
+        "proxy_win",
+        pa.float64(),
+        "1 for a win by the ranker, 0 for a loss, 0.5 for a tie; null if it gave no verdict",
+        nullable=True,
+    ),
     column("gold_win", pa.float64(), "1 for a win by the gold reward, 0 for a loss, 0.5 for a tie", nullable=True),
     column("gold", pa.float64(), "gold reward of the response", nullable=True),
     column("gold_baseline", pa.float64(), "gold reward of the baseline's response", nullable=True),
@@ -247,7 +263,7 @@ EVALUATIONS = table(
     column("value", pa.float64(), "mean over prompts"),
     column("low", pa.float64(), "lower end of the bootstrap confidence interval over prompts"),
     column("high", pa.float64(), "upper end of the bootstrap confidence interval over prompts"),
-    column("n", pa.int64(), "number of prompts"),
+    column("n", pa.int64(), "number of prompts that have the metric"),
 )
 REJECTS = table(
     "rejects",

@@ -58,6 +58,7 @@ def imported_candidate(
         "k": k,
         "token_ids": ids,
         "text": text,
+        "raw_text": None,
         "logp": None,
         "logp_kind": "none",
         "n_tokens": len(ids),
@@ -69,8 +70,8 @@ def imported_candidate(
 def reject_not_finite(
     table: pa.Table, column: str, ctx: StageContext, *, place: str, candidate: str = "candidate_id"
 ) -> pa.Table:
-    """Return the rows in which `column` is finite; the others are rejected with all of their values as detail."""
-    finite = pc.is_finite(table[column])
+    """Return the rows in which `column` is finite or null; the others are rejected with their values as detail."""
+    finite = pc.fill_null(pc.is_finite(table[column]), True)
     for row in table.filter(pc.invert(finite)).to_pylist():
         ids = dict(prompt=row["prompt_id"], candidate=row[candidate])
         ctx.reject(f"{column} is not finite", place=place, detail=str(row), **ids)

@@ -19,8 +19,8 @@ class Tokenizer:
         self.inner: Any = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
         if self.inner.eos_token_id is None:
             raise WinnowError(f"model {model.digest[:12]}: its tokenizer has no EOS token, so no response could end")
-        added = self.inner.added_tokens_decoder.values()
-        self._special_tokens = [token.content for token in added if token.special]
+        added = self.inner.added_tokens_decoder.items()
+        self.special_tokens = {index: token.content for index, token in added if token.special}
 
     def prompt_ids(self, prompt: Prompt, plain: str | None = None) -> list[int]:
         """Return the ids of a prompt: by the chat template if the tokenizer has one, else of `plain` or of the text.
@@ -56,9 +56,9 @@ class Tokenizer:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids, without special tokens and surrounding white space."""
-        return str(self.inner.decode(ids, skip_special_tokens=True)).strip()
+    def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
+        """Return the text of ids, with special tokens or without them, without surrounding white space."""
+        return str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).strip()
 
     def label(self, text: str) -> int:
         """Return the single token of a label; raise WinnowError if it takes more."""
@@ -98,9 +98,13 @@ class Tokenizer:
         except TemplateError as error:
             raise ValueError(f"chat template refuses the messages: {error}") from None
 
+    def has_special_token(self, text: str) -> bool:
+        """Return whether a special token is written in the text: it would be encoded as a control token."""
+        return any(token in text for token in self.special_tokens.values())
+
     def _refuse_special_tokens(self, text: str) -> None:
         """Raise ValueError if a special token is written in the text: it would be encoded as a control token."""
-        for token in self._special_tokens:
+        for token in self.special_tokens.values():
             if token in text:
                 raise ValueError(f"special token {token} in the text")
 
