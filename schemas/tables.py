@@ -12,6 +12,12 @@ import pyarrow as pa
 from schemas.columns import column, table, table_name
 
 TOKEN_IDS = pa.list_(pa.int32())
+LABEL_THRESHOLD = column(
+    "label_threshold",
+    pa.float64(),
+    "the reward that separates right from wrong where rewards are labels: 0.5 of 0 and 1, 0 of -1 and 1; else null",
+    nullable=True,
+)
 PROMPT_ID = column("prompt_id", pa.string(), "hash of the prompt's content; the same in every table")
 CANDIDATE_ID = column("candidate_id", pa.string(), "hash of prompt, tokens and copy number; the same in every table")
 K = column("k", pa.int32(), "number of the draw among those of its prompt, from 0")
@@ -82,6 +88,7 @@ REWARDS = table(
         "the rewards that this one is a weighted sum of, by name",
         nullable=True,
     ),
+    LABEL_THRESHOLD,
 )
 SELECTIONS = table(
     "selections",
@@ -91,6 +98,7 @@ SELECTIONS = table(
     column("draw", pa.int32(), "order of acceptance, from 0"),
     column("round", pa.int32(), "pass of Algorithm 1 (RSO) in which it was accepted, from 0"),
     column("reward", pa.float64(), "its reward as in `rewards`, before the selection normalised it"),
+    LABEL_THRESHOLD,
     column("weight", pa.float64(), "weight if it is imitated; the weight of a pair is the product of its two"),
     column("beta", pa.float64(), "temperature of the prompt's selection, in units of its scale", nullable=True),
     column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted in one pass", nullable=True),

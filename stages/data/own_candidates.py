@@ -11,7 +11,7 @@ from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_source
 from stages.data.prompts import DataTables
-from stages.data.rows import Row
+from stages.data.rows import Row, label_threshold
 from stages.data.texts import number_of, prompt_of, reply_of
 from stages.options import Count, HeldoutShare
 
@@ -30,7 +30,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     return problems + check_source(options, [options["prompt"], options["response"], *scores])
 
 
-@stage(version=2, unsharded=True, check=_check_own_candidates)
+@stage(version=3, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,
@@ -52,6 +52,9 @@ def own_candidates(
     Rejected, with a reason: a reward that is not finite, a probability outside the open interval (0, 1)
     (its logit is infinite), an empty response, an empty or too long prompt. Equal responses to one prompt stay
     separate candidates: how often one occurs is an estimate of its probability under the sampling policy.
+
+    If all rewards of the file are 0 or 1 (or false and true), or -1 or 1, they are labels: later stages take them for
+    right and wrong by 0.5 or 0, and not by a prompt's mean.
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
@@ -75,5 +78,7 @@ def own_candidates(
             ctx.reject(str(error), place=location, detail=repr(row.get(column)))
             continue
         rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
+    threshold = label_threshold(row["reward"] for row in rewards) if reward else None
+    rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
     return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)

@@ -21,7 +21,8 @@ from stages.ranking.base import Ranker, Scorer
 ranker = Registry("ranker", "reads_model")
 
 # A program from (prompt, response) to a score, registered as a ranker: `@verifiable` or `@verifiable(version=3)`. The
-# version is part of the key; raise it when the scores change.
+# version is part of the key; raise it when the scores change. `@verifiable(label_threshold=0.5)` says that the scores
+# are labels, 0 for wrong and 1 for right.
 verifiable = ranker.decorator(reads_model=False, program=True)
 
 
@@ -119,7 +120,7 @@ def llm_judge(
     return LlmJudge(model, opened, template, votes, threshold, max_without_verdict, temperature, max_tokens, seed)
 
 
-@verifiable(version=2)
+@verifiable(version=2, label_threshold=0.5)
 def pattern(prompt: str, response: str, *, regex: Annotated[str, AfterValidator(_regex)]) -> float:
     """Return 1 if the regular expression matches somewhere in the response, else 0."""
     return float(re.search(regex, response) is not None)

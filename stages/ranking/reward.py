@@ -74,7 +74,12 @@ def reward(
                 continue
             numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}  # + 0.0: no -0.0 in a table
             rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
-        ids = dict(prompt_id=prompt, baseline_id=None if baseline is None else baseline["candidate_id"])
+        threshold = by.metadata.get("label_threshold")
+        ids = dict(
+            prompt_id=prompt,
+            label_threshold=threshold,
+            baseline_id=None if baseline is None else baseline["candidate_id"],
+        )
         rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
     opened.finish_part(ctx)
     return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
