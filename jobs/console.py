@@ -16,6 +16,7 @@ from rich.text import Text
 from pipeline.config.plan import Step
 from pipeline.execution.schedule import Reporter
 
+WORK = ("tokens", "ranker_calls")  # counters whose rate says something
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 
 
@@ -120,8 +121,9 @@ class ProgressReporter(Reporter):
         seconds = manifest["wall_seconds"]
         facts = [", ".join(f"{n:,} {name}" for name, n in manifest["rows"].items() if name != "rejects")]
         facts.append(f"{seconds:,.1f} s")
-        facts += [f"{n:,} {name.replace('_', ' ')} ({n / max(seconds, 1e-9):,.0f}/s)"
-                  for name, n in manifest["counters"].items()]  # fmt: skip
+        for name, n in manifest["counters"].items():
+            rate = f" ({n / max(seconds, 1e-9):,.0f}/s)" if name in WORK else ""
+            facts += [f"{n:,} {name.replace('_', ' ')}{rate}"] if n else []
         if rejects := ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items())):
             facts.append(f"[yellow]rejected: {rejects}[/]")
         self._print(step, f"[green]finished[/] {'; '.join(fact for fact in facts if fact)}")

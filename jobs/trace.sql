@@ -1,5 +1,5 @@
 -- sampled: best, middle and worst by reward
-SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, text
+SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, coalesce(raw_text, text) AS text
 FROM candidates JOIN rewards USING (prompt_id, candidate_id)
 WHERE prompt_id = {prompt_id}
 QUALIFY row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ())
@@ -7,7 +7,7 @@ ORDER BY reward DESC
 
 -- selected, in order of acceptance
 SELECT draw, round AS pass, candidate_id, round(reward, 3) AS reward, round(acceptance, 3) AS acceptance,
-    round(ess, 1) AS ess, any_value(text) AS text
+    round(ess, 1) AS ess, any_value(coalesce(raw_text, text)) AS text
 FROM selections JOIN candidates USING (prompt_id, candidate_id)
 WHERE prompt_id = {prompt_id}
 GROUP BY ALL
@@ -38,7 +38,7 @@ WHERE prompt_id = {prompt_id}
 
 -- held-out prompt: the policy compared with the baseline
 SELECT k, proxy_win, gold_win, round(gold, 2) AS gold, round(gold_baseline, 2) AS gold_baseline, round(kl, 2) AS kl,
-    any_value(text) AS text
+    any_value(coalesce(raw_text, text)) AS text
 FROM outcomes JOIN candidates USING (prompt_id, candidate_id, k)
 WHERE prompt_id = {prompt_id}
 GROUP BY ALL

@@ -12,6 +12,12 @@ import pyarrow as pa
 from schemas.columns import column, table, table_name
 
 TOKEN_IDS = pa.list_(pa.int32())
+LABEL_THRESHOLD = column(
+    "label_threshold",
+    pa.float64(),
+    "the reward that separates right from wrong where rewards are labels: 0.5 of 0 and 1, 0 of -1 and 1; else null",
+    nullable=True,
+)
 PROMPT_ID = column("prompt_id", pa.string(), "hash of the prompt's content; the same in every table")
 CANDIDATE_ID = column("candidate_id", pa.string(), "hash of prompt, tokens and copy number; the same in every table")
 K = column("k", pa.int32(), "number of the draw among those of its prompt, from 0")
@@ -41,6 +47,12 @@ CANDIDATES = table(
         "the sampled ids, never re-tokenised; the one that ends it is last if finish_reason is stop",
     ),
     column("text", pa.string(), "the response as text, without special tokens"),
+    column(
+        "raw_text",
+        pa.string(),
+        "the response as text, with the special tokens inside it; null if it has none but the one that ends it",
+        nullable=True,
+    ),
     column("logp", pa.float64(), "summed log-prob by the engine, nats; never a reference for training", nullable=True),
     column(
         "logp_kind",
@@ -82,6 +94,7 @@ REWARDS = table(
         "the rewards that this one is a weighted sum of, by name",
         nullable=True,
     ),
+    LABEL_THRESHOLD,
 )
 SELECTIONS = table(
     "selections",
@@ -91,6 +104,7 @@ SELECTIONS = table(
     column("draw", pa.int32(), "order of acceptance, from 0"),
     column("round", pa.int32(), "pass of Algorithm 1 (RSO) in which it was accepted, from 0"),
     column("reward", pa.float64(), "its reward as in `rewards`, before the selection normalised it"),
+    LABEL_THRESHOLD,
     column("weight", pa.float64(), "weight if it is imitated; the weight of a pair is the product of its two"),
     column("beta", pa.float64(), "temperature of the prompt's selection, in units of its scale", nullable=True),
     column("acceptance", pa.float64(), "expected share of the prompt's candidates accepted in one pass", nullable=True),
@@ -224,7 +238,12 @@ JUDGEMENTS = table(
     K,
     CANDIDATE_ID,
     BASELINE_RESPONSE_ID,
-    column("logit", pa.float64(), "the ranker's logit of P(candidate beats baseline), nats, mean of both orders"),
+    column(
+        "logit",
+        pa.float64(),
+        "the ranker's logit of P(candidate beats baseline), nats, mean of both orders; null if it gave no verdict",
+        nullable=True,
+    ),
 )
 OUTCOMES = table(
     "outcomes",
@@ -233,7 +252,12 @@ OUTCOMES = table(
     K,
     CANDIDATE_ID,
     BASELINE_RESPONSE_ID,
-    column("proxy_win", pa.float64(), "1 for a win by the ranker, 0 for a loss, 0.5 for a tie"),
+    column(
+        "proxy_win",
+        pa.float64(),
+        "1 for a win by the ranker, 0 for a loss, 0.5 for a tie; null if it gave no verdict",
+        nullable=True,
+    ),
     column("gold_win", pa.float64(), "1 for a win by the gold reward, 0 for a loss, 0.5 for a tie", nullable=True),
     column("gold", pa.float64(), "gold reward of the response", nullable=True),
     column("gold_baseline", pa.float64(), "gold reward of the baseline's response", nullable=True),
@@ -253,7 +277,7 @@ EVALUATIONS = table(
     column("value", pa.float64(), "mean over prompts"),
     column("low", pa.float64(), "lower end of the bootstrap confidence interval over prompts"),
     column("high", pa.float64(), "upper end of the bootstrap confidence interval over prompts"),
-    column("n", pa.int64(), "number of prompts"),
+    column("n", pa.int64(), "number of prompts that have the metric"),
 )
 REJECTS = table(
     "rejects",

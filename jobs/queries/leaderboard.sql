@@ -13,7 +13,7 @@ SELECT
     any_value(printf('%.2f [%.2f, %.2f]', value, low, high)) FILTER (metric = 'gold') AS gold_reward,
     any_value(printf('%.1f', value)) FILTER (metric = 'kl') AS kl_nats,
     any_value(printf('%.1f', value)) FILTER (metric = 'n_tokens') AS tokens,
-    any_value(n) AS prompts,
+    max(n) AS prompts,
     any_value(printf('%.1f', seconds)) AS seconds,
     any_value(printf('%.1f', own_seconds)) AS own_seconds
 FROM runs JOIN evaluations USING (stage, key) JOIN costs USING (run)

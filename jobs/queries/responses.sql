@@ -1,7 +1,7 @@
 -- Three held-out prompts with the responses of the SFT policy and the trained policy; choose one run with --run.
 WITH sampled AS (SELECT * FROM outcomes WHERE k = 0 ORDER BY prompt_id, stage, key LIMIT 3),
 texts AS (
-    SELECT candidate_id, any_value(text) AS text FROM candidates
+    SELECT candidate_id, any_value(coalesce(raw_text, text)) AS text FROM candidates
     WHERE candidate_id IN (SELECT candidate_id FROM sampled UNION ALL SELECT baseline_id FROM sampled)
     GROUP BY candidate_id
 ),

@@ -12,7 +12,7 @@ from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables
-from stages.data.rows import Row
+from stages.data.rows import Row, label_threshold
 from stages.data.texts import Conversation, number_of, prompt_with, reply_of, tools_of
 from stages.data.trainer_formats import candidate_reader
 from stages.options import Count, HeldoutShare, Prefill, TooLong
@@ -68,6 +68,9 @@ def own_candidates(
     because its reward is that of all of it (`too_long: cut` keeps it). Ids and `prefill` are as in stage `prompts`.
     Equal responses to one prompt stay separate candidates: how often one occurs is an estimate of its probability
     under the sampling policy.
+
+    If all rewards of the file are 0 or 1 (or false and true), or -1 or 1, they are labels: later stages take them for
+    right and wrong by 0.5 or 0, and not by a prompt's mean.
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
@@ -101,5 +104,7 @@ def own_candidates(
             ctx.reject(str(error), place=location, detail=repr(row if reader is not None else row.get(column)))
             continue
         rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
+    threshold = label_threshold(row["reward"] for row in rewards) if reward else None
+    rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
     return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)

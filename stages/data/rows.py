@@ -1,6 +1,6 @@
 """Rows of a table by prompt and by id, for the stages that treat one prompt at a time."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import count, groupby
 from statistics import mean
 from typing import Any
@@ -12,6 +12,8 @@ from pipeline import StageContext
 from schemas import WinnowError, candidate_id
 
 Row = dict[str, Any]
+LABELS = {0.5: {0.0, 1.0}, 0.0: {-1.0, 1.0}}  # by what separates them
+ALL_WRONG = "all labelled wrong"  # reason to reject a prompt
 SMALLEST_WEIGHT = 2.0**-150  # a weight of at most this is 0 as float32, the type of weights in `examples`
 
 
@@ -39,9 +41,31 @@ def text_by_id(table: pa.Table, name: str) -> dict[str, str]:
     return column_by_id(table, name, "text")
 
 
+def label_threshold(rewards: Iterable[float]) -> float | None:
+    """Return what separates right from wrong if all rewards are labels, 0 or 1 (0.5), or -1 or 1 (0); else None."""
+    values = set(rewards)
+    return next((threshold for threshold, labels in LABELS.items() if values and values <= labels), None)
+
+
 def cutoff(group: list[Row], threshold: float | None) -> float:
-    """Return the reward that separates good from bad: the threshold, or the mean (exact: equal rewards do meet it)."""
+    """Return the reward that separates good from bad: the threshold, that of labels, or else the prompt's mean.
+
+    Labels say themselves what is good, where all of a prompt's responses may be. The mean is exact: equal rewards do
+    meet it.
+    """
+    if threshold is None:
+        threshold = group[0].get("label_threshold")
     return mean(row["reward"] for row in group) if threshold is None else threshold
+
+
+def equal_rewards(group: list[Row]) -> str | None:
+    """Return why rewards order no two of a prompt's candidates, as a reason to reject it; None if they do."""
+    if len({row["reward"] for row in group}) > 1:
+        return None
+    threshold = group[0].get("label_threshold")
+    if threshold is not None:
+        return "all labelled right" if group[0]["reward"] > threshold else ALL_WRONG
+    return "one candidate" if len(group) == 1 else "all rewards equal"
 
 
 def imported_candidate(
@@ -58,6 +82,7 @@ def imported_candidate(
         "k": k,
         "token_ids": ids,
         "text": text,
+        "raw_text": None,
         "logp": None,
         "logp_kind": "none",
         "n_tokens": len(ids),
@@ -69,8 +94,8 @@ def imported_candidate(
 def reject_not_finite(
     table: pa.Table, column: str, ctx: StageContext, *, place: str, candidate: str = "candidate_id"
 ) -> pa.Table:
-    """Return the rows in which `column` is finite; the others are rejected with all of their values as detail."""
-    finite = pc.is_finite(table[column])
+    """Return the rows in which `column` is finite or null; the others are rejected with their values as detail."""
+    finite = pc.fill_null(pc.is_finite(table[column]), True)
     for row in table.filter(pc.invert(finite)).to_pylist():
         ids = dict(prompt=row["prompt_id"], candidate=row[candidate])
         ctx.reject(f"{column} is not finite", place=place, detail=str(row), **ids)

@@ -35,6 +35,14 @@ class Conversation:
     plain: str | None = None  # the prompt for a tokenizer without chat template; a response follows after a space
 
 
+def conversation_of(prompt: Row) -> Conversation | None:
+    """Return the messages and tools of a row of the table `prompts`; None for a prompt of one text."""
+    if prompt["chat"] is None:
+        return None
+    chat = json.loads(prompt["chat"])
+    return Conversation(chat["messages"], chat["tools"])
+
+
 def number_of(row: Row, name: str, called: str | None = None) -> float:
     """Return the number in a column, which may be infinite or NaN; the reason names the column as `called`."""
     value: Any = row.get(name)

@@ -46,7 +46,7 @@ class Tokenizer:
         config = self.folder / "tokenizer_config.json"
         self.template_options = (json.loads(config.read_text()) if config.is_file() else {}).get(TEMPLATE_OPTIONS) or {}
         self._added_tokens = self.inner.added_tokens_decoder
-        self._special_tokens = [token.content for token in self._added_tokens.values() if token.special]
+        self.special_tokens = {number: token.content for number, token in self._added_tokens.items() if token.special}
 
     def prompt_ids(self, prompt: Conversation | Prompt) -> list[int]:
         """Return the ids of a prompt: of the chat template if the tokenizer has one, else of its plain form or text.
@@ -126,9 +126,9 @@ class Tokenizer:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids, without special tokens and surrounding white space."""
-        return str(self.inner.decode(ids, skip_special_tokens=True)).strip()
+    def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
+        """Return the text of ids, with special tokens or without them, without surrounding white space."""
+        return str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).strip()
 
     def label(self, text: str) -> int:
         """Return the single token of a label; raise WinnowError if it takes more."""
@@ -302,9 +302,13 @@ class Tokenizer:
         for message in messages:
             thinking = THINK if message["role"] == "assistant" else ()
             for text in (message["content"], message.get(REASONING, "")):
-                for token in self._special_tokens:
+                for token in self.special_tokens.values():
                     if token in text and token not in thinking:
                         raise ValueError(f"special token {token} in the text")
+
+    def has_special_token(self, text: str) -> bool:
+        """Return whether a special token is written in the text: it would be encoded as a control token."""
+        return any(token in text for token in self.special_tokens.values())
 
 
 def _assistant(text: str) -> Message:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import Bound, Range, Registry, stage
@@ -12,10 +13,10 @@ from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, text_by_id
 
 gold_reward = Registry("gold reward")
-METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens")
+METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
 
 
-@stage(version=2, unsharded=True)
+@stage(version=3, unsharded=True)
 def evaluate(
     prompts: Prompts,
     candidates: Candidates,
@@ -25,18 +26,25 @@ def evaluate(
     baseline_logp: Reference | None = None,
     *,
     gold: Annotated[Bound, gold_reward] | None = None,
+    special_tokens: bool = False,
     resamples: Annotated[int, Range(gt=0)] = 2000,
     seed: int = 0,
 ) -> tuple[Outcomes, Evaluations]:
     """Compare a policy with the baseline: per response, whether it wins by proxy and gold, log-ratio and length.
 
-    A tie counts one half. Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
+    A tie counts one half. A comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that
+    have one, and not in `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
+    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
     (steered, for which `policy_logp` is not read). It is null otherwise.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
-    response_texts = text_by_id(pa.concat_tables([baseline, candidates]), "candidate_id")
+    responses = pa.concat_tables([baseline, candidates])
+    response_texts = text_by_id(responses, "candidate_id")
+    if special_tokens:
+        raw_texts = column_by_id(responses, "candidate_id", "raw_text")
+        response_texts |= {name: text for name, text in raw_texts.items() if text is not None}
     lengths = column_by_id(candidates, "candidate_id", "n_tokens")
     logp_kinds = candidates.column("logp_kind").unique().to_pylist()
     draw_logp = {"exact": policy_logp, "steered": candidates}.get(logp_kinds[0]) if len(logp_kinds) == 1 else None
@@ -48,7 +56,8 @@ def evaluate(
     for row in judgements.to_pylist():
         ours, theirs = row["candidate_id"], row["baseline_id"]
         outcome = {name: row[name] for name in ("prompt_id", "k", "candidate_id", "baseline_id")}
-        outcome |= {"proxy_win": _win_score(row["logit"]), "n_tokens": lengths[ours]}
+        verdict = None if row["logit"] is None else _win_score(row["logit"])
+        outcome |= {"proxy_win": verdict, "n_tokens": lengths[ours]}
         if ours in policy_scores and ours in baseline_scores:
             outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
         if gold is not None:
@@ -61,7 +70,9 @@ def evaluate(
     # Average per prompt first, so that prompts with more responses do not weigh more. In one thread and in the order of
     # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
     table = pa.Table.from_pylist(outcomes, OUTCOMES)
-    by_prompt = table.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
+    has_verdict = pc.is_valid(table.column("proxy_win")).cast(pa.float64())
+    by_prompt = table.append_column("proxy_verdicts", has_verdict)
+    by_prompt = by_prompt.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
     by_prompt, rng = by_prompt.sort_by("prompt_id"), np.random.default_rng(seed)
     evaluations = []
     for metric in METRICS:

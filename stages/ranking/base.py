@@ -2,29 +2,58 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline import StageContext
+from stages.data.rows import Row
+from stages.data.texts import Conversation, conversation_of
 
-TextPair = tuple[str, str]
+# What a ranker reads of a response, hashable and sortable: its text, unless `Ranker.read` says otherwise.
+Reading = Any
+ReadingPair = tuple[Reading, Reading]
+
+
+@dataclass(frozen=True)
+class Response:
+    """Response to a prompt: its text, and the ids that the policy read and drew; length: it was cut at the limit.
+
+    prompt: the prompt's chat messages and tools; None if it is one text, the context.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str = "given"
+    prompt_ids: tuple[int, ...] = ()
+    prompt: Conversation | None = None
 
 
 class Ranker(ABC):
     """Ranker of two responses to one prompt.
 
     symmetric: reading a pair in the other order gives the same answer, so it is read in one order only.
+    abstains: a logit may be nan, which means that the ranker has no verdict on that pair.
     """
 
     symmetric = False
+    abstains = False
+
+    def read(self, context: str, response: Response) -> Reading | None:
+        """Return what the other methods take as a response: its text, by default; None if it cannot be read."""
+        return response.text
 
     @abstractmethod
-    def fits(self, context: str, first: str, second: str) -> bool:
+    def fits(self, context: str, first: Reading, second: Reading) -> bool:
         """Return whether the ranker can read prompt and responses together."""
 
     @abstractmethod
-    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
+    def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N]."""
+
+    def finish_part(self, ctx: StageContext) -> None:  # noqa: B027 - optional
+        """Count what was read since the last call, and raise WinnowError if it is of no use: nothing, by default."""
 
 
 class Scorer(Ranker):
@@ -33,34 +62,52 @@ class Scorer(Ranker):
     symmetric = True
 
     @abstractmethod
-    def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
-        """Return one score per text, float64 [N]."""
+    def score(self, context: str, texts: Sequence[Reading]) -> np.ndarray:
+        """Return one score per reading (a text, unless `read` says otherwise), float64 [N]."""
 
-    def fits(self, context: str, first: str, second: str) -> bool:
+    def fits(self, context: str, first: Reading, second: Reading) -> bool:
         return True
 
-    def scores(self, context: str, texts: Sequence[str]) -> dict[str, float]:
-        """Return scores by text. Equal texts are scored once, in sorted order, so that their order has no effect."""
+    def scores(self, context: str, texts: Sequence[Reading]) -> dict[Reading, float]:
+        """Return scores by reading. Equal ones are scored once, in sorted order, so that their order has no effect."""
         unique = sorted(set(texts))
         return dict(zip(unique, self.score(context, unique).tolist(), strict=True))
 
-    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
+    def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
         score_by_text = self.scores(context, [text for pair in pairs for text in pair])
         return np.array([score_by_text[first] - score_by_text[second] for first, second in pairs], dtype=np.float64)
 
 
+def read_candidates(
+    ranker: Ranker, prompt: Row, candidates: Sequence[Row], special_tokens: bool
+) -> dict[str, Reading | None]:
+    """Return what the ranker reads of each candidate of a prompt, by candidate id.
+
+    special_tokens: rankers of text see the special tokens inside the responses.
+    """
+    readings = {}
+    conversation = conversation_of(prompt)
+    for row in candidates:
+        text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
+        response = Response(
+            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation
+        )
+        readings[row["candidate_id"]] = ranker.read(prompt["text"], response)
+    return readings
+
+
 def fits_or_reject(
-    ranker: Ranker, context: str, pair: TextPair, ctx: StageContext, *, place: str, prompt: str, candidate: str
+    ranker: Ranker, context: str, pair: ReadingPair, ctx: StageContext, *, place: str, prompt: str, candidate: str
 ) -> bool:
     """Return whether the ranker can read the pair; if not, record the candidate in the `rejects` table."""
-    fits = ranker.fits(context, *pair)
+    fits = None not in pair and ranker.fits(context, *pair)
     if not fits:
         ctx.reject("does not fit the ranker", place=place, prompt=prompt, candidate=candidate)
     return fits
 
 
 def both_orders(
-    ranker: Ranker, context: str, pairs: Sequence[TextPair], orders: str
+    ranker: Ranker, context: str, pairs: Sequence[ReadingPair], orders: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return logit P(first beats second): the mean of both orders, read as (first, second), and as (second, first).
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
+from math import inf, isnan
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -9,8 +10,8 @@ import pyarrow as pa
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
-from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
-from stages.ranking.base import both_orders, fits_or_reject
+from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
+from stages.ranking.base import both_orders, fits_or_reject, read_candidates
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -28,7 +29,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=3, check=_check_compare)
+@stage(version=4, check=_check_compare)
 def compare(
     prompts: Prompts,
     candidates: Candidates,
@@ -39,38 +40,52 @@ def compare(
     rule: Literal["first_round", "tournament", "all_pairs"] = "first_round",
     by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
     orders: Literal["one", "both"] = "both",
+    special_tokens: bool = False,
 ) -> Comparisons:
     """Compare k/2 pairs of neighbours (first_round), k - 1 (tournament: knock-out) or k (k - 1) / 2 (all_pairs).
 
     Neighbours in the (random) order of acceptance, or of drawing for all candidates if there are no selections.
     The first two are from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425; all_pairs suits `score`.
-    A prompt with one candidate, or with only one that the ranker can read, is rejected.
+    With `special_tokens`, text is read with the special tokens inside it. Rejected are a prompt with one candidate, or
+    with only one that the ranker can read, and a comparison on which the ranker has no verdict.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
-    contexts, texts = text_by_id(prompts, "prompt_id"), text_by_id(candidates, "candidate_id")
+    prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
+    candidate_by_id = RowsById((row["candidate_id"], row) for row in candidates.to_pylist())
     table, order = (candidates, "k") if selections is None else (selections, "draw")
     rows: list[Row] = []
     for prompt, group in rows_by_prompt(table):
-        context = contexts[prompt]
+        context = prompt_by_id[prompt]["text"]
+        responses = [candidate_by_id[row["candidate_id"]] for row in group]
+        readings = read_candidates(opened, prompt_by_id[prompt], responses, special_tokens)
 
-        # Candidates that fit the ranker: every two fit once the two longest do.
+        # Candidates that fit the ranker: every two fit once the two longest do; those that it cannot read go first.
+        lengths = {
+            row["candidate_id"]: inf if readings[row["candidate_id"]] is None else len(row["text"]) for row in responses
+        }
         players = [row["candidate_id"] for row in sorted(group, key=lambda row: row[order])]
         while len(players) > 1:
-            longest, second = sorted(players, key=lambda player: (-len(texts[player]), player))[:2]
+            longest, second = sorted(players, key=lambda player: (-lengths[player], player))[:2]
             ids = dict(place="selections", prompt=prompt, candidate=longest)
-            if fits_or_reject(opened, context, (texts[longest], texts[second]), ctx, **ids):
+            if fits_or_reject(opened, context, (readings[longest], readings[second]), ctx, **ids):
                 break
             players.remove(longest)
         if len(players) < 2:
             ctx.reject("one candidate", place=rule, prompt=prompt, detail=f"of {len(group)}")
 
-        def prefer(pairs: list[IdPair], context: str = context) -> list[float]:
+        def prefer(pairs: list[IdPair], context: str = context, readings: dict[str, Any] = readings) -> list[float]:
             ctx.count(ranker_calls=len(pairs))
-            text_pairs = [(texts[left], texts[right]) for left, right in pairs]
-            mean, *_ = both_orders(opened, context, text_pairs, orders)
+            reading_pairs = [(readings[left], readings[right]) for left, right in pairs]
+            mean, *_ = both_orders(opened, context, reading_pairs, orders)
             return mean.tolist()
 
-        rows += [dict(prompt_id=prompt) | match for match in matches_of(rule, players, prefer)]
+        for match in matches_of(rule, players, prefer):
+            if opened.abstains and isnan(match["logit"]):
+                ids = dict(place=rule, prompt=prompt, candidate=match["left_id"])
+                ctx.reject("no verdict", detail=match["right_id"], **ids)
+            else:
+                rows.append(dict(prompt_id=prompt) | match)
+    opened.finish_part(ctx)
     table = pa.Table.from_pylist(rows, schema=COMPARISONS)
     return reject_not_finite(table, "logit", ctx, place="comparisons", candidate="left_id")
 
@@ -78,7 +93,8 @@ def compare(
 def matches_of(rule: str, players: list[str], prefer: Prefer) -> Iterator[Row]:
     """Yield the matches of one prompt's candidates, without `prompt_id`.
 
-    In a tournament winners advance, and an odd last player has a bye; first_round is its first round.
+    In a tournament winners advance (without a verdict, nan, the left one), and an odd last player has a bye;
+    first_round is its first round.
     prefer: logits P(left beats right) of the pairs of a tournament round.
     """
     tournament_round = 0
@@ -90,6 +106,6 @@ def matches_of(rule: str, players: list[str], prefer: Prefer) -> Iterator[Row]:
             yield dict(left_id=left, right_id=right, logit=logit, round=tournament_round)
         if rule != "tournament":
             break
-        winners = [left if logit >= 0 else right for (left, right), logit in zip(pairs, logits, strict=True)]
+        winners = [right if logit < 0 else left for (left, right), logit in zip(pairs, logits, strict=True)]
         players = winners + players[2 * len(pairs) :]
         tournament_round += 1

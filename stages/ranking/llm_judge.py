@@ -2,15 +2,21 @@
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
+from itertools import islice
 
 import numpy as np
 
-from schemas import Model, seed_for
+from pipeline import StageContext
+from schemas import Model, WinnowError, seed_for
 from stages.data.tokenizer import Tokenizer
 from stages.limits import context_length
-from stages.ranking.base import Ranker, TextPair
+from stages.ranking.base import Ranker, Response
 from stages.sampling.engines import Engine, Request, Sampling
 
+TextPair = tuple[str, str]
+MIN_VOTES = 32  # fewer say too little about a judge to refuse it
+EXAMPLES = 3  # answers without a verdict that the refusal shows
 LETTER = re.compile(r"(?<!\w)[AB](?!\w)")
 
 
@@ -21,15 +27,23 @@ class LlmJudge(Ranker):
     """
 
     symmetric = True
+    abstains = True
 
     def __init__(
-        self, model: Model, engine: Engine, template: str, votes: int, threshold: float, temperature: float,
-        max_tokens: int, seed: int,
+        self, model: Model, engine: Engine, template: str, votes: int, threshold: float, max_without_verdict: float,
+        temperature: float, max_tokens: int, seed: int,
     ) -> None:  # fmt: skip
         self.tokenizer, self.engine = Tokenizer(model), engine
         self.template, self.votes, self.threshold, self.seed = template, votes, threshold, seed
+        self.max_without_verdict = max_without_verdict
+        self.answers: list[tuple[str, int | None]] = []  # since the last `finish_part`, with their votes
+        self.seen = self.seen_without_verdict = 0  # votes since a check for too few verdicts
+        self.unclear: dict[str, None] = {}  # different answers without a verdict, in order
         self.max_prompt_tokens = context_length(model.folder) - max_tokens
         self.sampling = Sampling(temperature, 0, max_tokens, self.tokenizer.stop)
+
+    def read(self, context: str, response: Response) -> str | None:
+        return None if self.tokenizer.has_special_token(response.text) else response.text
 
     def questions(self, context: str, low: str, high: str) -> list[list[int]]:
         """Return the ids of the question in both orders; raise ValueError if a text has a special token."""
@@ -47,7 +61,7 @@ class LlmJudge(Ranker):
         """Return the log-odds of the votes for the first of each pair, nats, float64 [N].
 
         A pair is voted on once, in sorted order, whichever order it is asked in: so a swap flips the sign exactly.
-        Equal texts tie without a vote.
+        Equal texts tie without a vote; nan is a pair without a verdict.
         """
         # Every second vote has the order flipped. All are drawn in one call, which keeps the engine's batch full.
         unique = sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
@@ -61,27 +75,63 @@ class LlmJudge(Ranker):
         logit_by_pair: dict[TextPair, float] = {}
         for low, high in unique:
             texts = [self.tokenizer.decode(next(answers).token_ids) for _ in range(self.votes)]
-            wins = sum(win_share(text, flipped=n % 2 == 1) for n, text in enumerate(texts))
-            logit_by_pair[low, high] = vote_logit(wins, self.votes, self.threshold)
+            votes = [vote_of(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
+            self.answers += zip(texts, votes, strict=True)
+            logit_by_pair[low, high] = vote_logit(votes, self.threshold)
             logit_by_pair[high, low] = -logit_by_pair[low, high]
         return np.array([logit_by_pair.get(pair, 0.0) for pair in pairs], dtype=np.float64)
+
+    def finish_part(self, ctx: StageContext) -> None:
+        """Count the votes; raise WinnowError if too many have no verdict, with examples of what was answered.
+
+        Parts with few votes are checked together with the next.
+        """
+        unclear = [answer for answer, vote in self.answers if vote is None]
+        ctx.count(votes=len(self.answers), votes_without_verdict=len(unclear))
+        self.seen += len(self.answers)
+        self.seen_without_verdict += len(unclear)
+        self.unclear |= dict.fromkeys(unclear)
+        self.answers.clear()
+        if self.seen < MIN_VOTES:
+            return
+        if self.seen_without_verdict > self.max_without_verdict * self.seen:
+            examples = ", ".join(repr(answer[-200:]) for answer in islice(self.unclear, EXAMPLES))
+            raise WinnowError(
+                f"llm_judge: {self.seen_without_verdict} of {self.seen} votes have no verdict, more than the share "
+                f"{self.max_without_verdict} that `by.max_without_verdict` allows. The judge wrote, for example, "
+                f"{examples}. A verdict is the one letter A or B on the last line: ask for it in `by.template`, raise "
+                "`by.max_tokens` if answers are cut, or use another judge"
+            )
+        self.seen = self.seen_without_verdict = 0
+        self.unclear.clear()
 
     def close(self) -> None:
         self.engine.close()
 
 
-def win_share(answer: str, flipped: bool) -> float:
-    """Return 1 if the answer votes for the first text (the second if flipped), 0 if not, 1/2 if undecided.
+def vote_of(answer: str, flipped: bool) -> int | None:
+    """Return 1 if the answer votes for the first text (the second if flipped), 0 if not, None without a verdict.
 
-    Its vote is the single letter A or B on the last line, as a word; both or neither is undecided.
+    A verdict is the single letter A or B on the last line, as a word; both or neither is none.
     """
     lines = answer.strip().splitlines()
     letters = set(LETTER.findall(lines[-1])) if lines else set()
-    return 0.5 if len(letters) != 1 else float(("A" in letters) != flipped)
+    return None if len(letters) != 1 else int(("A" in letters) != flipped)
 
 
-def vote_logit(wins: float, votes: int, threshold: float) -> float:
-    """Return log (wins + 1/2) / (losses + 1/2), finite for any count; 0 for a share of wins within threshold of 1/2."""
-    if abs(wins / votes - 0.5) <= threshold:
+def vote_logit(votes: Sequence[int | None], threshold: float) -> float:
+    """Return log (wins + 1/2) / (losses + 1/2), finite for any count; 0 for a share of wins within threshold of 1/2.
+
+    Votes of both orders alternate, 1 for a win. The share of wins is the mean of the shares in both orders, so that a
+    bias to a position cancels although one order has more verdicts; without a verdict in one of them it is nan.
+    """
+    verdicts = [[vote for vote in votes[order::2] if vote is not None] for order in (0, 1)]
+    if not all(verdicts):
+        return float("nan")
+    first, second = (Fraction(sum(side), len(side)) for side in verdicts)
+    share = (first + second) / 2  # exact: a tie is one half
+    if abs(share - Fraction(1, 2)) <= threshold:
         return 0.0
-    return float(np.log(wins + 0.5) - np.log(votes - wins + 0.5))
+    n = sum(map(len, verdicts))
+    wins = float(n * share)
+    return float(np.log(wins + 0.5) - np.log(n - wins + 0.5))

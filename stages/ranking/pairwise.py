@@ -17,8 +17,9 @@ from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
-from stages.ranking.base import Ranker, TextPair
+from stages.ranking.base import Ranker, Response
 
+TextPair = tuple[str, str]
 LABELS = ("A", "B")
 
 
@@ -28,6 +29,10 @@ class RankerPrompt:
     def __init__(self, model: Model) -> None:
         self.tokenizer = Tokenizer(model)
         self.labels = tuple(self.tokenizer.label(label) for label in LABELS)
+
+    def can_read(self, text: str) -> bool:
+        """Return whether no special token (as [RESPONSE B]) is written in the text: it would be a control token."""
+        return not self.tokenizer.has_special_token(text)
 
     def ids(self, context: str, first: str, second: str) -> list[int]:
         pieces = (f"[CONTEXT] {context}", f" [RESPONSE A] {first}", f" [RESPONSE B] {second}")
@@ -42,6 +47,9 @@ class PairwiseRanker(Ranker):
         self.network = load_network(model)
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
+
+    def read(self, context: str, response: Response) -> str | None:
+        return response.text if self.prompt.can_read(context) and self.prompt.can_read(response.text) else None
 
     def fits(self, context: str, first: str, second: str) -> bool:
         return len(self.prompt.ids(context, first, second)) <= self.context

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from schemas import Model
+from stages.data.texts import Conversation
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import load_network
-from stages.ranking.base import Scorer
+from stages.ranking.base import Response, Scorer
+
+IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class PointwiseRanker(Scorer):
@@ -21,17 +24,45 @@ class PointwiseRanker(Scorer):
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 
-    def ids(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """Return prompt and response ids; raise ValueError if a text has a special token of the model written out."""
-        return self.tokenizer.prompt_ids(context), self.tokenizer.response_ids(context, text)
+    def read(self, context: str, response: Response) -> IdRow | None:
+        """Return prompt and response ids: the policy's where its tokenizer and template are this model's too.
 
-    def fits(self, context: str, first: str, second: str) -> bool:
-        """Return whether both are short enough, and free of special tokens, which would read as control tokens."""
+        Else those of the texts, the prompt's turns by this model's own template. None if a text has a special token of
+        the model written out, which would be read as a control token, or the template does not render it.
+        """
+        conversation = response.prompt or Conversation(context)
         try:
-            return all(sum(map(len, self.ids(context, text))) <= self.context for text in {first, second})
+            if self.tokenizer.inner.chat_template is None:
+                text = self.tokenizer.decode(list(response.prompt_ids))
+                prompt = tuple(self.tokenizer.with_bos(self.tokenizer.encode(text)))
+                if prompt != response.prompt_ids:
+                    conversation = Conversation(context)
+                    prompt = tuple(self.tokenizer.prompt_ids(conversation))
+            else:
+                prompt = tuple(self.tokenizer.prompt_ids(conversation))
+            if response.token_ids and prompt == response.prompt_ids:
+                return prompt, response.token_ids
+            return prompt, tuple(self._response_ids(conversation, response))
         except ValueError:
-            return False
+            return None
 
-    def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
-        rows = [self.ids(context, text) for text in texts]
+    def fits(self, context: str, first: IdRow, second: IdRow) -> bool:
+        return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))
+
+    def score(self, context: str, texts: Sequence[IdRow]) -> np.ndarray:
+        rows = [(list(prompt), list(response)) for prompt, response in texts]
         return forward_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
+
+    def _response_ids(self, conversation: Conversation, response: Response) -> list[int]:
+        """Return the drawn ids if this tokenizer has the same text for them, else those of the text.
+
+        Text that was cut at the limit has no end after it: the policy did not write one.
+        """
+        ids = list(response.token_ids)
+        known = bool(ids) and max(ids) < len(self.tokenizer.inner)
+        body = ids[:-1] if response.finish_reason == "stop" else ids
+        texts = (self.tokenizer.decode(ids), self.tokenizer.decode(body, special_tokens=True)) if known else ()
+        if response.text.strip() in texts:
+            return ids
+        encoded = self.tokenizer.response_ids(conversation, response.text)
+        return encoded[:-1] if response.finish_reason == "length" else encoded

@@ -11,7 +11,7 @@ from stages.data.rows import Row, text_by_id
 from stages.limits import context_length
 
 
-@stage(version=1)
+@stage(version=2)
 def ranker_examples(
     prompts: Prompts,
     candidates: Candidates,
@@ -33,6 +33,9 @@ def ranker_examples(
     for pair in pairs.to_pylist():
         prompt, chosen, rejected = pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]
         if prompt not in contexts:
+            continue
+        if not all(map(ranker_prompt.can_read, (contexts[prompt], texts[chosen], texts[rejected]))):
+            ctx.reject("special token in the text", place="pairs", prompt=prompt, candidate=chosen, detail=rejected)
             continue
         flipped = seed_for(seed, prompt, chosen, rejected) % 2
         first, second = (rejected, chosen) if flipped else (chosen, rejected)

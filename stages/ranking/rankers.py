@@ -21,7 +21,8 @@ from stages.ranking.base import Ranker, Scorer
 ranker = Registry("ranker", "reads_model")
 
 # A program from (prompt, response) to a score, registered as a ranker: `@verifiable` or `@verifiable(version=3)`. The
-# version is part of the key; raise it when the scores change.
+# version is part of the key; raise it when the scores change. `@verifiable(label_threshold=0.5)` says that the scores
+# are labels, 0 for wrong and 1 for right.
 verifiable = ranker.decorator(reads_model=False, program=True)
 
 
@@ -54,12 +55,13 @@ def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype)
 
 
-@ranker(reads_model=True, version=2)
+@ranker(reads_model=True, version=3)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
-    Its score is the reward, the difference of two scores the logit. It reads the text of the prompt as one turn of
-    a user, whatever turns the prompt came in.
+    Its score is the reward, the difference of two scores the logit. It reads the ids that the policy read and drew if
+    it has the policy's tokenizer and chat template. Else it reads texts: the prompt as one turn of a user, whatever
+    turns it came in, and the response with EOS, unless that was cut at max_tokens.
     """
     from stages.ranking.pointwise import PointwiseRanker
 
@@ -81,13 +83,14 @@ Which of two responses to a prompt is better?
 Answer with one letter, A or B."""
 
 
-@ranker(reads_model=True)
+@ranker(reads_model=True, version=2)
 def llm_judge(
     model: Model,
     *,
     template: Annotated[str, AfterValidator(_template)] = QUESTION,
     votes: Annotated[int, Range(gt=0), AfterValidator(_even)] = 8,
     threshold: Annotated[float, Range(ge=0, lt=0.5)] = 0.0,
+    max_without_verdict: Annotated[float, Range(ge=0, le=1)] = 0.5,
     temperature: Temperature = 0.7,
     max_tokens: Count = 8,
     engine: Literal["vllm", "transformers"] = "vllm",
@@ -96,9 +99,11 @@ def llm_judge(
 ) -> Ranker:
     """Let an instruction-tuned model vote 8 times, 4 with the order flipped (AutoSxS, as in arXiv:2309.06657).
 
-    A vote is the one letter A or B on the last line of an answer; anything else is half a vote for each response.
-    If the share of votes is within `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not
-    public: the default `template` is another. To let the model reason first, ask for it there and raise `max_tokens`.
+    A vote is the one letter A or B on the last line of an answer; anything else is no vote, and a pair without a vote
+    in one of the orders has no verdict. Votes without a verdict are counted; a judge with more than the share
+    `max_without_verdict` of them is refused, with examples of what it wrote. If the share of votes is within
+    `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not public: the default `template` is
+    another. To let the model reason first, ask for it there and raise `max_tokens`.
     """
     from stages.data.tokenizer import Tokenizer
     from stages.ranking.llm_judge import LlmJudge
@@ -112,10 +117,10 @@ def llm_judge(
             f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
         ) from None
     opened = open_engine(engine, folder, dtype)
-    return LlmJudge(model, opened, template, votes, threshold, temperature, max_tokens, seed)
+    return LlmJudge(model, opened, template, votes, threshold, max_without_verdict, temperature, max_tokens, seed)
 
 
-@verifiable(version=2)
+@verifiable(version=2, label_threshold=0.5)
 def pattern(prompt: str, response: str, *, regex: Annotated[str, AfterValidator(_regex)]) -> float:
     """Return 1 if the regular expression matches somewhere in the response, else 0."""
     return float(re.search(regex, response) is not None)

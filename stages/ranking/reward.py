@@ -8,13 +8,13 @@ import pyarrow as pa
 from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
-from stages.data.rows import Row, reject_not_finite, rows_by_prompt, text_by_id
-from stages.ranking.base import Scorer, TextPair, both_orders, fits_or_reject
+from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
+from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
 
-@stage(version=2, check=reads_its_model)
+@stage(version=3, check=reads_its_model)
 def reward(
     prompts: Prompts,
     candidates: Candidates,
@@ -23,6 +23,7 @@ def reward(
     *,
     by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
     orders: Literal["one", "both"] = "both",
+    special_tokens: bool = False,
     seed: int = 0,
 ) -> Rewards:
     """Compute r(y) = logit P(y beats y_b), y_b a random candidate of the prompt (sec. 3.2.1 of arXiv:2309.06657).
@@ -30,19 +31,21 @@ def reward(
     The baseline y_b is read first, so that prompt and baseline go through the network once for all comparisons.
     `both` also reads each pair in the other order and averages the logits, if the ranker can have a position bias.
     A reward model or a program scores each candidate alone: that score is the reward, and there is no baseline.
-    A reward that is not finite is rejected.
+    With `special_tokens`, text is read with the special tokens inside it (`</think>`, where it is one), without the
+    one that ends it. Rejected are a reward that is not finite, and a comparison on which the ranker has no verdict.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
-    contexts = text_by_id(prompts, "prompt_id")
+    prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
     rows: list[Row] = []
     for prompt, group in rows_by_prompt(candidates):
-        context = contexts[prompt]
+        context = prompt_by_id[prompt]["text"]
+        readings = read_candidates(opened, prompt_by_id[prompt], group, special_tokens)
         # By hash, so that neither the other prompts of the shard nor their order move the baseline.
         baseline = None if isinstance(opened, Scorer) else group[seed_for(seed, "baseline", prompt) % len(group)]
         compared: list[Row] = []
-        pairs: list[TextPair] = []
+        pairs: list[ReadingPair] = []
         for row in group:
-            pair = ((baseline or row)["text"], row["text"])
+            pair = (readings[(baseline or row)["candidate_id"]], readings[row["candidate_id"]])
             ids = dict(place="candidates", prompt=prompt, candidate=row["candidate_id"])
             if row is not baseline and fits_or_reject(opened, context, pair, ctx, **ids):
                 compared.append(row)
@@ -50,9 +53,9 @@ def reward(
 
         # Columns of numbers, one per row of `compared`.
         if isinstance(opened, Scorer):
-            scores = opened.scores(context, [text for _, text in pairs])
-            ctx.count(ranker_calls=len(scores))  # by text: equal texts are one call
-            columns = {"reward": np.array([scores[text] for _, text in pairs])}
+            scores = opened.scores(context, [reading for _, reading in pairs])
+            ctx.count(ranker_calls=len(scores))  # equal texts, or ids if it reads these, are one call
+            columns = {"reward": np.array([scores[reading] for _, reading in pairs])}
         else:
             mean, forward, backward = both_orders(opened, context, pairs, orders)
             ctx.count(ranker_calls=len(pairs))
@@ -66,8 +69,17 @@ def reward(
         if baseline is not None:  # it beats itself half of the time
             rewarded.append(dict(candidate_id=baseline["candidate_id"], reward=0.0))
         for n, row in enumerate(compared):
+            if opened.abstains and np.isnan(columns["reward"][n]):
+                ctx.reject("no verdict", place="candidates", prompt=prompt, candidate=row["candidate_id"])
+                continue
             numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}  # + 0.0: no -0.0 in a table
             rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
-        ids = dict(prompt_id=prompt, baseline_id=None if baseline is None else baseline["candidate_id"])
+        threshold = by.metadata.get("label_threshold")
+        ids = dict(
+            prompt_id=prompt,
+            label_threshold=threshold,
+            baseline_id=None if baseline is None else baseline["candidate_id"],
+        )
         rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
+    opened.finish_part(ctx)
     return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")

@@ -8,13 +8,22 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import InputStep, Range, StageContext, stage
-from schemas import Candidates, Heads, Model, Prompts, candidate_id, seed_for
+from pipeline.registry import nearest
+from schemas import Candidates, Heads, Model, Prompts, WinnowError, candidate_id, seed_for
 from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.options import Count, Precision, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
+
+
+def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems at plan time: options that exclude each other."""
+    problems = _check_steering(options, inputs)
+    if options["keep_special"] and options["allow_special"]:
+        problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
+    return problems
 
 
 def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -33,7 +42,17 @@ def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     return problems
 
 
-@stage(version=3, concurrent=True, check=_check_steering)
+def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]:
+    """Return the special ids that a response may not hold before its end; raise WinnowError for an unknown token."""
+    known = list(special_tokens.values())
+    for token in allowed:
+        if token not in known:
+            hint = nearest(token, known)
+            raise WinnowError(f"allow_special: {token!r} is no special token of this tokenizer; {hint}")
+    return {index for index, token in special_tokens.items() if token not in allowed}
+
+
+@stage(version=4, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -48,6 +67,8 @@ def sample(
     top_k: Annotated[int, Range(ge=0)] = 40,
     max_tokens: Count = 128,
     keep_empty: bool = False,
+    keep_special: bool = False,
+    allow_special: list[str] | None = None,
     seed: int = 0,
     steer: Annotated[float, Range(ge=0)] = 2.0,
     steer_top: Count = 15,
@@ -59,6 +80,10 @@ def sample(
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
     start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them.
 
+    Also rejected, unless `keep_special`, are those with a special token of the tokenizer (BOS, PAD, a role) before
+    their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
+    some models write their reasoning between special tokens. `raw_text` shows what was kept.
+
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
     step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 with top-k disabled, `logp` is
     then the log-prob under the steered distribution, which is what KL to another policy needs.
@@ -68,6 +93,7 @@ def sample(
     tokenizer = ctx.open_once(Tokenizer, policy)
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
+    refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
 
     # Prompts that leave room for max_tokens in the context.
     max_prompt_tokens = context_length(policy.folder) - max_tokens
@@ -96,6 +122,12 @@ def sample(
     for (row, k, draw_seed), completion in zip(draws, completions, strict=True):
         ids, prompt = completion.token_ids, row["prompt_id"]
         text = tokenizer.decode(ids)
+        inside = ids[:-1] if completion.finish_reason == "stop" else ids
+        is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
+        raw_text = tokenizer.decode(inside, special_tokens=True) if is_special else None
+        if is_special and not refused_ids.isdisjoint(inside):
+            ctx.reject("special token in the response", place=f"k={k}", prompt=prompt, detail=raw_text or "")
+            continue
         if not text and not keep_empty:
             ctx.reject("empty response", place=f"k={k}", prompt=prompt, detail=repr(ids))
             continue
@@ -106,6 +138,7 @@ def sample(
                 "k": k,
                 "token_ids": ids,
                 "text": text,
+                "raw_text": raw_text,
                 "logp": completion.logp,
                 "logp_kind": sampling.logp_kind,
                 "n_tokens": len(ids),

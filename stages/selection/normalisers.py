@@ -22,11 +22,11 @@ def empirical(groups: RewardGroups, beta: Floats) -> Floats:
     return np.log(groups.mean(np.exp(groups.exponent(beta))))
 
 
-@normaliser(zero=False, pooled=False)
+@normaliser(version=2, zero=False, pooled=False)
 def jackknife(groups: RewardGroups, beta: Floats) -> Floats:
     """Return N L_N - (N - 1) mean L_{N-1} over the N leave-one-out samples: free of the bias of order 1 / N.
 
-    Needs N >= 2. Infinite at beta = 0, unless several candidates are best.
+    L_N itself for N = 1. Infinite at beta = 0, unless several candidates are best.
     """
     n = groups.sizes
     weight = np.exp(groups.exponent(beta))
@@ -37,18 +37,20 @@ def jackknife(groups: RewardGroups, beta: Floats) -> Floats:
     others = groups.below_max.copy()
     others[best] = -np.inf
     second = groups.max(others)
-    others_weight = np.exp(divide(others - groups.broadcast(second), groups.broadcast(beta)))
-    others_weight[best] = 0.0
-    sums = groups.broadcast(groups.sum(weight)) - weight
-    sums[best] = groups.sum(others_weight)
-    log_sums: Floats = np.log(sums)
-    log_sums[best] += divide(second, beta)
+    with np.errstate(divide="ignore", invalid="ignore"):  # N = 1 has no others
+        others_weight = np.exp(divide(others - groups.broadcast(second), groups.broadcast(beta)))
+        others_weight[best] = 0.0
+        sums = groups.broadcast(groups.sum(weight)) - weight
+        sums[best] = groups.sum(others_weight)
+        log_sums: Floats = np.log(sums)
+        log_sums[best] += divide(second, beta)
 
-    leave_one_out = log_sums - groups.broadcast(np.log(n - 1.0))
-    return n * empirical(groups, beta) - (n - 1) * groups.mean(leave_one_out)
+        leave_one_out = log_sums - groups.broadcast(np.log(n - 1.0))
+        estimate = n * empirical(groups, beta) - (n - 1) * groups.mean(leave_one_out)
+    return np.where(n > 1, estimate, empirical(groups, beta))
 
 
-@normaliser(version=2, zero=False, pooled=True)
+@normaliser(version=3, zero=False, pooled=True)
 def gumbel(groups: RewardGroups, beta: Floats) -> Floats:
     """Fit log Z by Gumbel regression (XQL, arXiv:2301.02328): h(x) = beta log Z as one function of all prompts.
 
@@ -61,7 +63,7 @@ def gumbel(groups: RewardGroups, beta: Floats) -> Floats:
     with np.errstate(over="ignore"):
         raw = (groups.values - groups.broadcast(groups.mean(groups.values))) / groups.broadcast(beta)
     centred = np.clip(raw, -MAX_EXPONENT, MAX_EXPONENT)
-    half_variance = groups.sum(centred**2) / (2 * (groups.sizes - 1))
+    half_variance = groups.sum(centred**2) / (2 * np.maximum(groups.sizes - 1, 1))
     top = groups.max(centred)
     log_sum = top + np.log(groups.sum(np.exp(centred - groups.broadcast(top))))
     # Features centred, with largest deviation 1, so that theta moves along them in steps of the data's own size

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline import Bound, Finite, InputStep, Range, Registry, StageContext, stage
 from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
-from stages.data.rows import SMALLEST_WEIGHT, Row, RowsById, cutoff, rows_by_prompt
+from stages.data.rows import SMALLEST_WEIGHT, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
 
 pair_rule = Registry("pair rule", "reads")
 
@@ -59,12 +59,30 @@ def matches(rows: list[Row]) -> Iterator[Preference]:
         yield Preference(winner, loser, abs(row["logit"]))
 
 
-@pair_rule(reads="selections")
+@pair_rule(reads="selections", version=2)
 def neighbours(rows: list[Row]) -> Iterator[Preference]:
-    """Yield neighbours in the random order of acceptance: first-round ranking by the rewards themselves."""
+    """Yield neighbours in the random order of acceptance: first-round ranking by the rewards themselves.
+
+    Those that tie, as labels often do, are paired anew with others that differ, so that no prompt with two different
+    rewards is lost.
+    """
     in_order = sorted(rows, key=lambda row: row["draw"])
-    for a, b in zip(in_order[0::2], in_order[1::2], strict=False):
-        yield _prefer_higher_reward(a, b)
+    left_by_reward: dict[float, list[Row]] = {}
+    for n in range(0, len(in_order), 2):
+        first, *others = in_order[n : n + 2]
+        if others and others[0]["reward"] != first["reward"]:
+            yield _prefer_higher_reward(first, others[0])
+        else:
+            left_by_reward.setdefault(first["reward"], []).extend([first, *others])
+
+    # One of each of the two most frequent rewards, until all that are left are equal: ties, to be rejected.
+    while len(left_by_reward) > 1:
+        most, next_most = sorted(left_by_reward, key=lambda reward: (-len(left_by_reward[reward]), reward))[:2]
+        yield _prefer_higher_reward(left_by_reward[most].pop(0), left_by_reward[next_most].pop(0))
+        left_by_reward = {reward: left for reward, left in left_by_reward.items() if left}
+    for ties in left_by_reward.values():
+        for a, b in zip(ties[0::2], ties[1::2], strict=False):
+            yield _prefer_higher_reward(a, b)
 
 
 @pair_rule(reads="selections")
@@ -100,9 +118,9 @@ def all_pairs(rows: list[Row]) -> Iterator[Preference]:
 def next_likelier_loser(rows: list[Row], *, threshold: Finite | None = None) -> Iterator[Preference]:
     """Yield each bad response against the likeliest good one that is less likely than it: CLICK (arXiv:2306.03350).
 
-    Good and bad: reward above and below `threshold`, or the prompt's mean (the sign of a reward says only whether
-    it beats one random draw). Such pairs are those that the policy has the wrong way round by least; the rule is
-    rebuilt from the paper's words, for its code for it is not public.
+    Good and bad: reward above and below `threshold`, that of labels, or else the prompt's mean (the sign of a reward
+    says only whether it beats one random draw). Such pairs are those that the policy has the wrong way round by least;
+    the rule is rebuilt from the paper's words, for its code for it is not public.
     """
     if any(row["logp"] is None or row["logp_kind"] == "steered" for row in rows):
         raise WinnowError(
@@ -141,7 +159,7 @@ def _check_inputs(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     return problems
 
 
-@stage(version=2, check=_check_inputs)
+@stage(version=3, check=_check_inputs)
 def pair(
     candidates: Candidates,
     ctx: StageContext,
@@ -154,7 +172,8 @@ def pair(
     """Pair candidate ids as chosen and rejected.
 
     Rejected, with reason, because nothing can be learnt from them: ties, pairs of identical tokens, prompts without
-    a pair; and with `finished` pairs with a truncated response, whose missing end may be what tells them apart.
+    a pair, or whose selected rewards are all equal (all labelled right, or wrong); and with `finished` pairs with a
+    truncated response, whose missing end may be what tells them apart.
     """
     candidate_by_id = RowsById((row["candidate_id"], row) for row in candidates.to_pylist())
     table = rule.metadata["reads"]
@@ -163,6 +182,9 @@ def pair(
     for prompt, rows in rows_by_prompt(source):
         if table == "selections":
             rows = [candidate_by_id[row["candidate_id"]] | row for row in rows]
+            if reason := equal_rewards(rows):
+                ctx.reject(reason, place=rule.name, prompt=prompt, detail=f"{len(rows)} {table}")
+                continue
         preferences = list(rule(rows))
         if not preferences:
             ctx.reject("no pair", place=rule.name, prompt=prompt, detail=f"{len(rows)} {table}")

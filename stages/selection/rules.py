@@ -1,8 +1,9 @@
 """Selection rules: which candidates of a prompt are kept, and with what weight. To add a rule, add a function here.
 
 A rule gets the rewards of every prompt of the shard at once (`RewardGroups`) and returns the rows to keep
-(`Selection`). Metadata: with `needs_spread` it gets no prompt whose rewards are all equal; `check` reads the rule's
-options at plan time and returns the problems; `weighs` marks rules whose weights must reach training.
+(`Selection`). Metadata: with `needs_spread` it gets no prompt whose rewards are all equal, unless all are labelled
+right; with `right_only` no candidate that is labelled wrong; `check` reads the rule's options at plan time and returns
+the problems; `weighs` marks rules whose weights must reach training.
 
 The sampling loops, Algorithm 1 of RSO among them, are compiled and stand in kernels.py.
 """
@@ -86,9 +87,12 @@ def gumbel_top_k(groups: RewardGroups, *, k: Count = 8, beta: Beta = None, ess: 
     return Selection(chosen[prompt, draw], draw, beta=betas, ess=groups.effective_sample_size(weight))
 
 
-@selection_rule()
+@selection_rule(version=2, right_only=True)
 def best_of(groups: RewardGroups, *, k: Count = 1) -> Selection:
-    """Select the k best, best first; ties at random."""
+    """Select the k best, best first; ties at random. Where rewards are labels, only right ones: the best may be wrong.
+
+    A prompt without a right one is rejected.
+    """
     limit = rejection_sample(groups, k=k, beta=0.0)
     return Selection(limit.index, limit.draw)
 

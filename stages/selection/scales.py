@@ -1,13 +1,13 @@
 """Scales on which a selection rule reads the rewards. To add a scale, add a function here.
 
 A scale maps the rewards [N] of `RewardGroups`, prompt by prompt, to values [N] that never fall where the reward
-rises. Metadata `needs_spread`: prompts whose rewards are all equal are rejected before.
+rises. Metadata `needs_spread`: prompts whose rewards are all equal are rejected before, unless all are labelled right.
 """
 
 import numpy as np
 
 from pipeline import Registry
-from stages.selection.groups import Floats, RewardGroups
+from stages.selection.groups import Floats, RewardGroups, divide
 
 reward_scale = Registry("reward scale")
 
@@ -18,19 +18,24 @@ def raw(groups: RewardGroups) -> Floats:
     return groups.values
 
 
-@reward_scale(needs_spread=True)
+@reward_scale(needs_spread=True, version=2)
 def unit(groups: RewardGroups) -> Floats:
-    """Return (r - min) / (max - min) per prompt: 0 worst, 1 best. ReST's normalisation (arXiv:2308.08998)."""
-    return (groups.values - groups.broadcast(groups.min(groups.values))) / groups.broadcast(groups.range)
+    """Return (r - min) / (max - min) per prompt: 0 worst, 1 best. ReST's normalisation (arXiv:2308.08998).
+
+    Where all are labelled right, all are best.
+    """
+    above_min = groups.values - groups.broadcast(groups.min(groups.values))
+    scale = groups.broadcast(groups.range)
+    return np.divide(above_min, scale, out=np.ones_like(above_min), where=scale > 0)
 
 
-@reward_scale(needs_spread=True)
+@reward_scale(needs_spread=True, version=2)
 def standardized(groups: RewardGroups) -> Floats:
-    """Return (r - mean) / sd per prompt; the sd divides by n."""
+    """Return (r - mean) / sd per prompt; the sd divides by n. 0 where all are labelled right."""
     values = unit(groups)  # first, so that no square underflows
     centred = values - groups.broadcast(groups.mean(values))
     sd = np.sqrt(groups.mean(centred**2))
-    return centred / groups.broadcast(sd)
+    return divide(centred, groups.broadcast(sd))
 
 
 @reward_scale()

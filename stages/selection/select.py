@@ -9,36 +9,49 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import Bound, InputStep, StageContext, stage
-from schemas import Rewards, Selections, seed_for
+from schemas import Candidates, Rewards, Selections, WinnowError, seed_for
 from schemas.tables import SELECTIONS
+from stages.data.rows import ALL_WRONG
 from stages.selection.groups import RewardGroups
 from stages.selection.rules import Selection, selection_rule
 from stages.selection.scales import reward_scale
 
-LARGE_IDS = pa.schema([("prompt_id", pa.large_string()), ("candidate_id", pa.large_string()), ("reward", pa.float64())])
+LARGE_IDS = pa.schema(
+    [(name, pa.large_string()) for name in ("prompt_id", "candidate_id")]
+    + [(name, pa.float64()) for name in ("reward", "label_threshold")]
+)
 MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
-    return rule.metadata["check"](rule.options) if "check" in rule.metadata else []
+    problems = rule.metadata["check"](rule.options) if "check" in rule.metadata else []
+    if options["finished"] and "candidates" not in inputs:
+        problems.append("finished reads candidates; add `candidates` under `from`, the step that `rewards` scored")
+    if not options["finished"] and "candidates" in inputs:
+        problems.append("nothing reads candidates; set `finished: true`, or set `candidates: null` under `from`")
+    return problems
 
 
-@stage(version=2, check=_check_rule)
+@stage(version=3, check=_check_rule)
 def select(
     rewards: Rewards,
     ctx: StageContext,
+    candidates: Candidates | None = None,
     *,
     rule: Annotated[Bound, selection_rule],
     scale: Annotated[Bound, reward_scale] = "raw",  # type: ignore[assignment]
+    finished: bool = False,
     seed: int = 0,
 ) -> Selections:
     """Select some of each prompt's candidates, or all with weights, by a rule that reads the rewards on a scale.
 
-    Rejected, with reason: rewards that are not finite, and prompts that the scale or the rule cannot use.
+    Rejected, with reason: rewards that are not finite, and prompts that the scale or the rule cannot use. A rule that
+    keeps k selects nothing where a prompt has no more candidates: these prompts are counted. With `finished`, responses
+    that were cut at max_tokens are rejected before, so that no rule compares with a reward of what has no end.
     """
     # Ids with offsets of 64 bits: those of a hundred million candidates are 2 GiB of text, which string cannot sort.
-    rows = rewards.select(["prompt_id", "candidate_id", "reward"]).cast(LARGE_IDS).combine_chunks()
+    rows = rewards.select(LARGE_IDS.names).cast(LARGE_IDS).combine_chunks()
 
     # Reject rewards that are not finite.
     finite = pc.and_(pc.is_finite(rows.column("reward")), pc.less(pc.abs(rows.column("reward")), MAX_REWARD))
@@ -48,6 +61,17 @@ def select(
             ids = {"prompt": row["prompt_id"], "candidate": row["candidate_id"]}
             ctx.reject(reason, place="rewards", detail=str(row["reward"]), **ids)
         rows = rows.filter(finite).combine_chunks()
+
+    # Reject responses that were cut.
+    if finished and candidates is not None:
+        names = rows.column("candidate_id")
+        if not pc.all(pc.is_in(names, candidates.column("candidate_id"))).as_py():
+            raise WinnowError("select: rewards of candidates that `candidates` lacks; give it the step that was scored")
+        is_cut = pc.equal(candidates.column("finish_reason"), "length")
+        cut = pc.is_in(names, candidates.filter(is_cut).column("candidate_id"))
+        for row in rows.filter(cut).to_pylist():
+            ctx.reject("cut at max_tokens", place="rewards", prompt=row["prompt_id"], candidate=row["candidate_id"])
+        rows = rows.filter(pc.invert(cut)).combine_chunks()
 
     # Order by prompt and candidate, as `reward` leaves its rows: a check of neighbours nearly always saves the sort.
     if rows.num_rows > 1:
@@ -65,17 +89,28 @@ def select(
     groups = RewardGroups(rows.column("reward").to_numpy(), starts, seeds)
 
     # Reject prompts without two different rewards, if the scale or the rule needs them; the first one is the place.
+    # Labels need no other to compare with: where all are right, all are kept. A rule that is for the right ones alone
+    # gets no other.
     needy = [function.name for function in (scale, rule) if function.metadata.get("needs_spread")]
-    usable = groups.range > 0
-    if needy and not usable.all():
-        for prompt in prompts[~usable]:
-            ctx.reject("one candidate, or all rewards equal", place=needy[0], prompt=prompt)
-        keep = groups.broadcast(usable)
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups.sizes[usable])])
-        rows, prompts = rows.filter(pa.array(keep)), prompts[usable]
-        groups = RewardGroups(groups.values[keep], starts, groups.seeds[usable])
+    right_only = rule.metadata.get("right_only", False)
+    thresholds = rows.column("label_threshold").to_numpy()  # nan without labels, above and below which nothing lies
+    is_right, is_wrong = groups.values > thresholds, groups.values <= thresholds
+    all_right, all_wrong = (groups.min(mask.astype(np.float64)) == 1 for mask in (is_right, is_wrong))
+    unusable = (groups.range == 0) & ~all_right if needy else all_wrong if right_only else np.zeros_like(all_wrong)
+    for prompt, without_right in zip(prompts[unusable], all_wrong[unusable], strict=True):
+        reason = ALL_WRONG if without_right else "one candidate, or all rewards equal"
+        ctx.reject(reason, place=needy[0] if needy else rule.name, prompt=prompt)
+    keep = ~groups.broadcast(unusable) & ~(is_wrong & right_only)
+    if not keep.all():
+        sizes = groups.sum(keep.astype(np.float64)).astype(np.int64)[~unusable]
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        rows, prompts = rows.filter(pa.array(keep)), prompts[~unusable]
+        groups = RewardGroups(groups.values[keep], starts, groups.seeds[~unusable])
     if not len(prompts):
         return SELECTIONS.empty_table()
+
+    if k := rule.options.get("k"):
+        ctx.count(prompts_with_all_candidates_kept=int((groups.sizes <= k).sum()))
 
     # Apply the rule to the scaled rewards; reject prompts of which it selects nothing.
     selection: Selection = rule(replace(groups, values=scale(groups)))

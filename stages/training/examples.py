@@ -16,7 +16,7 @@ from pipeline import Bound, Finite, InputStep, StageContext, stage
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import EXAMPLES
 from stages.data.files import check_demonstrations
-from stages.data.rows import Row, RowsById, cutoff, rows_by_prompt
+from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
 Desirable = Literal["nothing", "pairs", "rewards"]
@@ -67,7 +67,7 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=2, check=check_examples)
+@stage(version=3, check=check_examples)
 def examples(
     prompts: Prompts,
     ctx: StageContext,
@@ -86,10 +86,12 @@ def examples(
     """Join all inputs by prompt to training groups; rows that nothing reads are dropped.
 
     imitate: whose likelihood counts: a `demonstration` and the `best` or `chosen` with weight 1, the `selected` with
-    the weights of their selection. desirable: unpaired labels, from `pairs` (chosen 1, rejected -1) or from the
-    selected `rewards`, 1 above the `threshold` and -1 below it; by default it is their mean per prompt, for the sign of
-    a reward says only whether it beats one random draw. labels: what a pair says, 1 or the ranker's own probability
-    (the sigmoid of its gap). Raises WinnowError if a reference log-prob is of other tokens than those to train on.
+    the weights of their selection, but none of a prompt whose selected responses are all labelled wrong. desirable:
+    unpaired labels, from `pairs` (chosen 1, rejected -1) or from the selected `rewards`, 1 above the `threshold` and -1
+    below it; by default it is that of labels (0.5 of 0 and 1, 0 of -1 and 1), and of other rewards their mean per
+    prompt, for the sign of a reward says only whether it beats one random draw. labels: what a pair says, 1 or the
+    ranker's own probability (the sigmoid of its gap). Raises WinnowError if a reference log-prob is of other tokens
+    than those to train on.
     """
     candidates_by_prompt, pairs_by_prompt, selections_by_prompt, reference_by_prompt, mismatched_by_prompt = (
         {} if table is None else dict(rows_by_prompt(table))
@@ -105,6 +107,9 @@ def examples(
 
         # Which responses are imitated, labelled or paired; the others are not read.
         weights = _likelihood_weights(imitate, pairs_here, selected)
+        if imitate in ("selected", "best") and selected and equal_rewards(selected) == ALL_WRONG:
+            ctx.reject(ALL_WRONG, place="selections", prompt=name, detail=f"{len(selected)} selected, none imitated")
+            weights = {}
         signs = _unpaired_labels(desirable, pairs_here, selected, threshold, ctx)
         used = {*weights, *signs, *(pair[side] for pair in pairs_here for side in ("chosen_id", "rejected_id"))}
         responses = [row for row in candidates_by_prompt.get(name, []) if row["candidate_id"] in used]

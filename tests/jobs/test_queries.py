@@ -84,7 +84,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """One run of two rounds, that differ in their evaluation alone."""
     store = Store(tmp_path_factory.mktemp("queries") / "store")
     texts = [dict(prompt_id=name, text=f"text {name}", split=split) for name, split in TEXTS.items()]
-    put(store, "prompts", "1", [table(PROMPTS, *texts), table(REJECTS, dict(reason="too long", place="line 3"))])
+    too_long = [dict(reason="too long", place=f"line {n}") for n in (3, 10)]
+    put(store, "prompts", "1", [table(PROMPTS, *texts), table(REJECTS, *too_long)])
     candidates = [candidate(name, tokens) for name, tokens in TOKENS.items()]
     candidates[3]["finish_reason"] = "length"
     put(store, "sample", "2", [table(CANDIDATES, *candidates)], seconds=10.0, wall_seconds=5.0)
@@ -186,7 +187,8 @@ KNOWN: list[tuple[str, dict, dict]] = [
     # Of the reference alone: d - a = 2 nats, b - c = -2.
     ("reference_margin", {}, dict(pairs=2, mean_margin=0.0, already_right=0.5, model="sft", spread=math.sqrt(8))),
     ("rejects", dict(step="pair"), dict(reason="tie", n=1, first_place="pair")),
-    ("rejects", dict(step="prompts"), dict(reason="too long", n=1, first_place="line 3")),
+    # Line 3 is before line 10, which is the first by its name.
+    ("rejects", dict(step="prompts"), dict(reason="too long", n=2, first_place="line 3")),
     ("rounds", dict(round=1), dict(gold_win=0.6, kl=6.0, gained=None)),
     ("rounds", dict(round=2), dict(run="rso", gained=0.2)),
     ("selection", {}, dict(prompts=2, kept=3, passes=3, mean_reward_kept=8 / 3, mean_reward_all=14 / 6)),

@@ -184,7 +184,7 @@ def test_numbers_are_cast_only_without_loss():
     """int64 to double, and to int32 if the value fits; a value that does not fit is rejected, not wrapped."""
     assert conform(pa.table(ROW | {"value": [1]}), EVALUATIONS).column("value").to_pylist() == [1.0]
     row = dict(prompt_id=["p"], candidate_id=["c"], k=[0], token_ids=[[1, 2]], text=["x"], logp=[None])
-    row |= dict(logp_kind=["none"], n_tokens=[2], finish_reason=["stop"], seed=[None])
+    row |= dict(raw_text=[None], logp_kind=["none"], n_tokens=[2], finish_reason=["stop"], seed=[None])
     assert conform(pa.table(row), CANDIDATES).column("token_ids").to_pylist() == [[1, 2]]
     assert "'k' is int64, must be int32" in problems(row | {"k": [2**40]}, CANDIDATES)[0]
     assert "'token_ids'" in problems(row | {"token_ids": [[2**40]]}, CANDIDATES)[0]

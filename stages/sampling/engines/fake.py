@@ -17,16 +17,19 @@ class FakeEngine(Engine):
 
     def __init__(self, folder: Path) -> None:
         self.vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+        file = folder / "tokenizer.json"
+        added = json.loads(file.read_text())["added_tokens"] if file.exists() else []
+        self.special = {token["id"] for token in added if token["special"]}
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        """Draw 1 to max_tokens uniform tokens, then drop stop ids; logp is under the uniform distribution."""
+        """Draw 1 to max_tokens uniform tokens, then drop special ones; logp is under the uniform distribution."""
         completions = []
         for request in requests:
             rng = np.random.default_rng(seed_for(request.seed, token_digest(request.prompt_ids, [])))
             ids = rng.integers(self.vocabulary, size=rng.integers(1, sampling.max_tokens + 1)).tolist()
-            ids = [token for token in ids if token not in sampling.stop]
+            ids = [token for token in ids if token not in self.special.union(sampling.stop)]
             stopped = len(ids) < sampling.max_tokens and rng.random() < STOP_SHARE
             if stopped:
                 ids += sampling.stop[:1]

@@ -98,13 +98,47 @@ def one_prompt() -> pa.Table:
 def test_an_evaluation_keeps_empty_responses_and_training_data_does_not(tiny, ctx):
     """Of 400 short draws, those without text are counted with `keep_empty`, and else rejected."""
     table = one_prompt()
-    options = dict(engine="transformers", n=400, temperature=2.0, top_k=0, max_tokens=2)
+    options = dict(engine="transformers", n=400, temperature=2.0, top_k=0, max_tokens=2, keep_special=True)
     complete = sample(table, tiny, ctx, **options, keep_empty=True)
     assert complete.num_rows == 400
     assert not ctx.rejects.num_rows
     filled = sample(table, tiny, ctx, **options)
     assert filled.num_rows + ctx.rejects.num_rows == 400
     assert ctx.rejects.num_rows == complete.column("text").to_pylist().count("")
+
+
+def test_a_special_token_inside_a_draw_is_rejected_or_shown(tiny, ctx):
+    """Text, rewards and reports do not show it, and training would read it. Of 400 draws of random ids some hold one.
+
+    `keep_special` keeps all of them, `allow_special` those with the listed tokens alone; `raw_text` has their text with
+    all special tokens but the stop id at the end, and is null where there is none.
+    """
+    table, tokenizer = one_prompt(), Tokenizer(tiny)
+    options = dict(engine="transformers", n=400, temperature=2.0, top_k=0, max_tokens=4, keep_empty=True)
+    complete = sample(table, tiny, ctx, **options, keep_special=True).to_pylist()
+    assert not ctx.rejects.num_rows
+
+    def inside(row):
+        ids = row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"]
+        return {tokenizer.special_tokens[token] for token in ids if token in tokenizer.special_tokens}
+
+    for row in complete:
+        assert (row["raw_text"] is None) == (not inside(row))
+        assert all(token in row["raw_text"] and token not in row["text"] for token in inside(row))
+    clean = sample(table, tiny, ctx, **options).to_pylist()
+    assert clean == [row for row in complete if not inside(row)]
+    rejects = ctx.rejects.to_pylist()
+    assert 0 < len(rejects) == 400 - len(clean)
+    assert {row["reason"] for row in rejects} == {"special token in the response"}
+    held = next(row for row in complete if inside(row))
+    assert {row["place"]: row["detail"] for row in rejects}[f"k={held['k']}"] == held["raw_text"]
+    some = sample(table, tiny, ctx, **options, allow_special=["<|user|>"]).to_pylist()
+    assert some == [row for row in complete if inside(row) <= {"<|user|>"}] != clean
+
+
+def test_a_token_to_allow_that_the_tokenizer_does_not_have_is_refused(tiny, ctx):
+    with pytest.raises(WinnowError, match=r"allow_special: '<\|usr\|>'.*did you mean '<\|user\|>'"):
+        sample(one_prompt(), tiny, ctx, engine="fake", allow_special=["<|usr|>"])
 
 
 def test_responses_without_an_opponent_are_counted(tiny, ctx):

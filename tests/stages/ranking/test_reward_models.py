@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +17,14 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 from pipeline.context import StageContext, WarmCache
 from pipeline.store.fingerprints import ModelPath, model_digest
 from schemas import Model, WinnowError
+from schemas.tables import CANDIDATES, PROMPTS
+from stages.data.prompts import chat_json
+from stages.data.texts import readable
 from stages.data.tokenizer import Tokenizer
 from stages.network.forward import completion_scores
 from stages.network.load import is_reward_model, load_network, save_network
 from stages.network.models import reward_head
+from stages.ranking.base import Response
 from stages.ranking.rankers import open_ranker
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
@@ -216,6 +221,11 @@ def ranker(opinionated):
 pairs_of = st.lists(st.tuples(words, words), min_size=1, max_size=6)
 
 
+def read_pairs(ranker, context, pairs):
+    """Return what a ranker reads of pairs of texts."""
+    return [tuple(ranker.read(context, Response(text)) for text in pair) for pair in pairs]
+
+
 @few
 @given(context=words, pairs=pairs_of, budget=st.sampled_from([1, 60, 16_384]))
 def test_a_logit_is_the_difference_of_two_scores(ranker, network, context, pairs, budget):
@@ -224,7 +234,7 @@ def test_a_logit_is_the_difference_of_two_scores(ranker, network, context, pairs
     prompt = tokenizer.prompt_ids(context)
     score = {text: naive(network, prompt, tokenizer.response_ids(context, text)) for pair in pairs for text in pair}
     with mock.patch.object(ranker, "budget", budget):
-        logits = ranker.logits(context, pairs)
+        logits = ranker.logits(context, read_pairs(ranker, context, pairs))
     assert logits.tolist() == pytest.approx([score[a] - score[b] for a, b in pairs], abs=2 * LIMIT)
 
 
@@ -232,20 +242,22 @@ def test_a_logit_is_the_difference_of_two_scores(ranker, network, context, pairs
 @given(context=words, pairs=pairs_of, order=st.randoms())
 def test_swaps_and_order_change_no_bit(ranker, context, pairs, order):
     """g(a, b) = -g(b, a), g(a, a) = 0, g(a, b) + g(b, c) = g(a, c): a score, not an opinion on positions."""
+    (a, b), c = pairs[0], GOOD
+    triangle = read_pairs(ranker, context, [(a, b), (b, c), (a, c), (a, a)])
+    pairs = read_pairs(ranker, context, pairs)
     logits = ranker.logits(context, pairs)
     assert ranker.logits(context, [(b, a) for a, b in pairs]).tolist() == (-logits).tolist()
     indices = list(range(len(pairs)))
     order.shuffle(indices)
     assert ranker.logits(context, [pairs[n] for n in indices]).tolist() == logits[indices].tolist()
-    (a, b), c = pairs[0], GOOD
-    ab, bc, ac, aa = ranker.logits(context, [(a, b), (b, c), (a, c), (a, a)])
+    ab, bc, ac, aa = ranker.logits(context, triangle)
     assert ab + bc == pytest.approx(ac, abs=2 * LIMIT)
     assert aa == 0
 
 
 def test_a_constant_added_to_all_scores_cancels(ranker):
     """The scale of a reward model has no zero: a bias of its head changes no logit (to rounding)."""
-    pairs = [(GOOD, BAD), (GOOD, LONG)]
+    pairs = read_pairs(ranker, CONTEXT, [(GOOD, BAD), (GOOD, LONG)])
     before = ranker.logits(CONTEXT, pairs)
     assert np.abs(before).min() > 1e-2
     with mock.patch.dict(ranker.network.score._parameters, bias=torch.nn.Parameter(torch.tensor([7.0]))):
@@ -253,9 +265,10 @@ def test_a_constant_added_to_all_scores_cancels(ranker):
 
 
 def test_a_reward_model_reads_what_fits_and_no_control_tokens(ranker):
-    assert ranker.fits(CONTEXT, GOOD, BAD)
-    assert not ranker.fits(CONTEXT, GOOD, "q " * 120)
-    assert not ranker.fits(CONTEXT, "Well <|pad|>", GOOD)
+    ((good, bad), (long, _)) = read_pairs(ranker, CONTEXT, [(GOOD, BAD), ("q " * 120, GOOD)])
+    assert ranker.fits(CONTEXT, good, bad)
+    assert not ranker.fits(CONTEXT, good, long)
+    assert ranker.read(CONTEXT, Response("Well <|pad|>")) is None
     assert ranker.symmetric
     assert ranker.logits(CONTEXT, []).shape == (0,)
 
@@ -276,6 +289,85 @@ def test_the_reward_is_the_models_own_score(opinionated, ranker):
     assert ctx.counters["ranker_calls"] == 2
     (reject,) = ctx.rejects.to_pylist()
     assert (reject["candidate_id"], reject["reason"]) == ("c3", "does not fit the ranker")
+
+
+# The ids that the policy read and drew
+
+
+def rewards_of(
+    ids, text, opinionated, tokenizer, *, prompt="Please book a boat.", chat=None, prompt_ids=None, finish="stop"
+):
+    """Return the reward of one drawn response to a prompt, by the stage."""
+    prompt_ids = prompt_ids or tokenizer.prompt_ids(prompt)
+    table = pa.Table.from_pylist(
+        [one_prompt().to_pylist()[0] | dict(text=prompt, chat=chat, token_ids=prompt_ids)], PROMPTS
+    )
+    (row,) = candidates_with([text]).to_pylist()
+    candidates = pa.Table.from_pylist([row | dict(token_ids=ids, finish_reason=finish)], CANDIDATES)
+    ctx = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return reward(table, candidates, ctx, opinionated, by=rankers.bind("pointwise"))["reward"].to_pylist()
+
+
+def test_a_response_cut_at_max_tokens_is_scored_without_an_eos(opinionated, ranker, network):
+    """The policy wrote none: the score after an EOS is another one."""
+    tokenizer = ranker.tokenizer
+    prompt, ids = tokenizer.prompt_ids("Please book a boat."), tokenizer.encode("Gladly. I have booked a")
+    (score,) = rewards_of(ids, "Gladly. I have booked a", opinionated, tokenizer, finish="length")
+    assert score == pytest.approx(naive(network, prompt, ids), abs=LIMIT)
+    assert abs(score - naive(network, prompt, [*ids, 1])) > 1e-2
+
+
+def test_drawn_ids_are_scored_and_not_the_ids_of_their_text(opinionated, ranker, network):
+    """A policy may spell a word in letters, where the tokenizer has one id; equal texts then have two scores."""
+    tokenizer = ranker.tokenizer
+    prompt, usual = tokenizer.prompt_ids("Please book a boat."), tokenizer.encode("boat")
+    spelled = [token for letter in "boat" for token in tokenizer.encode(letter)]
+    assert usual != spelled
+    assert tokenizer.decode(usual) == tokenizer.decode(spelled)
+    for ids in (usual, spelled):
+        (score,) = rewards_of([*ids, 1], "boat", opinionated, tokenizer)
+        assert score == pytest.approx(naive(network, prompt, [*ids, 1]), abs=LIMIT)
+    first, second = (ranker.read("Hi", Response("boat", (*ids, 1), "stop")) for ids in (usual, spelled))
+    scores = ranker.scores("Hi", [first, second, first])
+    assert len(scores) == 2
+    assert scores[first] != scores[second]
+
+
+def test_a_special_token_inside_a_response_is_scored(opinionated, ranker, network):
+    """The text does not show it; the ids do, with `special_tokens` and without."""
+    tokenizer = ranker.tokenizer
+    prompt, ids = tokenizer.prompt_ids("Please book a boat."), [*tokenizer.encode("No."), 3, *tokenizer.encode("Hi"), 1]
+    assert ids[:-1] != tokenizer.encode(tokenizer.decode(ids))
+    (score,) = rewards_of(ids, tokenizer.decode(ids), opinionated, tokenizer)
+    assert score == pytest.approx(naive(network, prompt, ids), abs=LIMIT)
+    raw_text = tokenizer.decode(ids[:-1], special_tokens=True)
+    assert ranker.read("Hi", Response(raw_text, tuple(ids), "stop"))[1] == tuple(ids)
+
+
+def test_a_response_of_another_tokenizer_is_read_as_text(opinionated, ranker, network):
+    """Its ids say something else here, or nothing: the text is encoded, with EOS unless it was cut."""
+    tokenizer = ranker.tokenizer
+    prompt, ids = tokenizer.prompt_ids("Please book a boat."), tokenizer.encode(GOOD)
+    for others in ([7, 8, 9], [100_000], []):
+        (whole,) = rewards_of(others, GOOD, opinionated, tokenizer, prompt_ids=[7, 8])
+        (cut,) = rewards_of(others, GOOD, opinionated, tokenizer, prompt_ids=[7, 8], finish="length")
+        assert whole == pytest.approx(naive(network, prompt, [*ids, 1]), abs=LIMIT)
+        assert cut == pytest.approx(naive(network, prompt, ids), abs=LIMIT)
+
+
+def test_a_prompt_of_several_turns_is_read_by_the_models_own_template(opinionated, ranker, network):
+    """Not as one turn of a user that quotes them, whether the policy read the same ids or others."""
+    tokenizer = ranker.tokenizer
+    turns = [("user", "Hi."), ("assistant", "Yes?\nGladly."), ("user", "A boat: for two.\n")]
+    messages = [dict(role=role, content=content) for role, content in turns]
+    ids = tokenizer.prompt_ids(messages)
+    text = readable(messages)
+    assert ids != tokenizer.prompt_ids(text)
+    response = [*tokenizer.encode(GOOD), 1]
+    chat = chat_json(messages, None)
+    for policy_ids in (ids, [5, 6]):
+        (score,) = rewards_of(response, GOOD, opinionated, tokenizer, prompt=text, chat=chat, prompt_ids=policy_ids)
+        assert score == pytest.approx(naive(network, ids, response), abs=LIMIT)
 
 
 def test_a_reward_model_answers_no_questions(fresh):

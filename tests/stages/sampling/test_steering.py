@@ -342,7 +342,7 @@ def test_a_steered_draw_that_is_cut_has_the_policys_own_log_prob(engine, opinion
         assert [completion.logp for completion in completions] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
-UNCUT = dict(engine="transformers", temperature=1.0, top_k=0, keep_empty=True, steer_every=1)
+UNCUT = dict(engine="transformers", temperature=1.0, top_k=0, keep_empty=True, keep_special=True, steer_every=1)
 
 
 def test_features_of_several_chunks_are_one_matrix():

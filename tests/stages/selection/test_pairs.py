@@ -54,7 +54,7 @@ def pairs_by(name, rewards, ctx=None, weights=None, logps=None, **options):
 
 @given(st.lists(st.tuples(st.integers(-3, 3).map(float), st.floats(0.1, 3)), min_size=1, max_size=9))
 def test_all_pairs_are_every_strict_preference_once(rows):
-    """{(i, j): r_i > r_j}, gap r_i - r_j; a prompt with equal rewards is rejected.
+    """{(i, j): r_i > r_j}, gap r_i - r_j; a prompt with equal rewards, or one candidate, is rejected.
 
     Weight w_i w_j: the chance that two independent draws from the weights are these two (up to 2).
     """
@@ -64,7 +64,8 @@ def test_all_pairs_are_every_strict_preference_once(rows):
     assert sorted((i, j) for i, j, _, _ in pairs) == expected
     for i, j, gap, weight in pairs:
         assert (gap, weight) == (rewards[i] - rewards[j], pytest.approx(weights[i] * weights[j]))
-    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ([] if expected else ["no pair"])
+    reason = "all rewards equal" if len(rewards) > 1 else "one candidate"
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ([] if expected else [reason])
 
 
 def test_mu_minus_2_sigma_is_not_the_very_worst():

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline import InputStep
 from pipeline.registry import entry_of
 from schemas import WinnowError, conform
-from schemas.tables import SELECTIONS
+from schemas.tables import CANDIDATES, SELECTIONS
 from stages.selection.groups import RewardGroups, temperature
 from stages.selection.normalisers import empirical, gumbel, jackknife
 from stages.selection.rules import selection_rule
@@ -158,7 +159,7 @@ def test_exactly_one_temperature_is_required():
     check = entry_of(select).metadata["signature"].check
 
     def problems(**options):
-        return "\n".join(check({"rule": selection_rule.bind(options)}, {}))
+        return "\n".join(check({"rule": selection_rule.bind(options), "finished": False}, {}))
 
     for name in ("rejection_sample", "gumbel_top_k", "softmax_weights"):
         assert re.search("rule.beta: .* required; .* rule.beta, rule.ess, rule.kl", problems(name=name))
@@ -466,3 +467,29 @@ def test_columns_that_a_rule_does_not_have_are_null():
         assert (row["acceptance"] is not None) == (rule["name"] == "rejection_sample")
         assert (row["beta"] is not None) == (name not in ("best", "plain", "everything", "above"))
         assert (row["ess"] is None) == (row["beta"] is None)
+
+
+def test_cut_responses_are_no_candidates_of_a_selection_on_request():
+    """Before the rule: the best is the best of what ended, and a prompt whose responses were all cut has none."""
+    rewards = {"a": [0.0, 1.0, 2.0], "b": [1.0]}
+    cut = {"a002", "b000"}
+    rows = [
+        row | dict(k=0, token_ids=[5], text="x", logp_kind="none", n_tokens=1)
+        | dict(finish_reason="length" if row["candidate_id"] in cut else "stop")
+        for row in table(rewards).select(["prompt_id", "candidate_id"]).to_pylist()
+    ]  # fmt: skip
+    candidates, ctx = pa.Table.from_pylist(rows, CANDIDATES), space()
+    rule = selection_rule.bind("best_of")
+    selections = select(table(rewards), ctx, candidates, rule=rule, finished=True)
+    assert selections.column("candidate_id").to_pylist() == ["a001"]
+    assert [(row["candidate_id"], row["reason"]) for row in ctx.rejects.to_pylist()] == [
+        (name, "cut at max_tokens") for name in sorted(cut)
+    ]
+    with pytest.raises(WinnowError, match="candidates` lacks"):
+        select(table(rewards), space(), candidates.slice(1), rule=rule, finished=True)
+    check = entry_of(select).metadata["signature"].check
+    step = {"candidates": InputStep("sample")}
+    assert check({"rule": rule, "finished": True}, step) == check({"rule": rule, "finished": False}, {}) == []
+    (missing,), (unread,) = check({"rule": rule, "finished": True}, {}), check({"rule": rule, "finished": False}, step)
+    assert "add `candidates`" in missing
+    assert "finished: true" in unread
