@@ -192,7 +192,7 @@ def _read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
         raise WinnowError(f"{file.name} cannot be read as Parquet ({error})") from None
     table = table.drop_columns([name for name in table.column_names if PANDAS_INDEX.fullmatch(name)])
     for name in (KEY.name, STAGE.name):
-        if name in table.column_names:
+        if table.column_names.count(name) == 1:
             values = pc.unique(table[name]).to_pylist()
             if len(values) > 1:
                 raise WinnowError(f"{file.name}: has rows of several steps; select one: WHERE {name} = '{values[0]}'")

@@ -1,6 +1,7 @@
 """Check of a table against a schema of the data dictionary."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,9 +15,9 @@ SLICE_BYTES = 1 << 28  # an eighth of what one array of pa.string() holds, becau
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return the table with exactly the schema's columns, order and types, in as few chunks as pyarrow allows.
 
-    A column is cast if no value is lost (int64 to int32, all-null to anything), and if it means the same: text as
-    text, numbers as numbers, lists as lists, in whatever encoding DuckDB, pandas or polars write them. Raises
-    WinnowError with every misfit: table, column, and both types.
+    A column is cast if no value is lost (int64 to int32, all-null to anything; float64 to float32 is rounded), and if
+    it means the same: text as text, numbers as numbers, lists as lists, in whatever encoding DuckDB, pandas or polars
+    write them. Raises WinnowError with every misfit: table, column, and both types.
     """
     problems, columns = [], []
     for field in schema:
@@ -24,16 +25,16 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         if count != 1:
             problems.append(f"column {field.name!r} {'is missing' if count == 0 else 'appears twice'}")
             continue
-        column = table.column(field.name)
-        try:
+        column, result = table.column(field.name), None
+        with suppress(pa.ArrowNotImplementedError, pa.ArrowInvalid):
             # pyarrow also turns numbers into text and text into numbers, which would hide a mistake in a stage
-            columns.append(_cast(column, field.type) if _means_the_same(column.type, field.type) else None)
-        except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-            columns.append(None)
-        if columns[-1] is None:
+            if _means_the_same(column.type, field.type):
+                result = _cast(column, field.type)
+        if result is None:
             problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
-        elif column.null_count and not field.nullable:
-            problems.append(f"column {field.name!r} has {column.null_count} nulls, must have none")
+        elif result.null_count and not field.nullable:
+            problems.append(f"column {field.name!r} has {result.null_count} nulls, must have none")
+        columns.append(result)
     problems += [f"unknown column {name!r}" for name in sorted(set(table.column_names) - set(schema.names))]
     if problems:
         raise WinnowError(*(f"table {table_name(schema)}: {problem}" for problem in problems))

@@ -123,6 +123,13 @@ def test_text_is_text_in_every_encoding(encoding: str):
     assert result.schema.equals(REWARDS, check_metadata=True)
 
 
+def test_nulls_of_a_dictionary_are_counted():
+    """They may be among its values, where the column itself has none."""
+    names = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1]), pa.array(["kl", None]))
+    numbers = {name: values * 3 for name, values in ROW.items()}
+    assert problems(numbers | {"metric": names}) == ("table evaluations: column 'metric' has 2 nulls, must have none",)
+
+
 LARGE_RESPONSES = pa.large_list(
     pa.struct(
         [
