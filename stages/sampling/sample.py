@@ -13,17 +13,21 @@ from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
+from stages.model_config import input_problems, planned_config
 from stages.options import Count, Precision, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
-def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    """Return problems at plan time: a head that cannot steer, or steering options without a head."""
+def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
+    problems = input_problems(inputs, "policy", "vocabulary", quantized=options["engine"] != "transformers")
+    config = planned_config(inputs["policy"]) if "policy" in inputs else None
+    if config and config.content.get("is_encoder_decoder"):
+        problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
     if "head" not in inputs:
         defaults = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
         changed = [name for name in defaults if name.startswith("steer") and options[name] != defaults[name]]
-        return [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
-    problems = []
+        return problems + [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
     if options["engine"] != "transformers":
         engine = options["engine"]
         problems.append(f"engine: {engine} cannot steer; set `engine: transformers`, or remove `head` under `from`")
@@ -33,7 +37,7 @@ def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     return problems
 
 
-@stage(version=3, concurrent=True, check=_check_steering)
+@stage(version=3, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,

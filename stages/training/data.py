@@ -10,7 +10,7 @@ from pipeline import Bound
 from schemas import Model, WinnowError
 from stages.limits import check_ids, context_length
 from stages.network.packing import PromptGroup
-from stages.training.checks import missing_data
+from stages.training.checks import SCORES_ONLY, missing_data, trains_scores
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def groups_of(
     from stages.network.load import is_reward_model
 
     rows = sorted(examples.to_pylist(), key=lambda row: (row["prompt_id"], row["prompt_ids"]))
-    fields, per = objective.metadata["reads"], objective.metadata["per"]
+    fields = objective.metadata["reads"]
     problems = []
-    if is_reward_model(init) and (per != "pairs" or nll_weight or not {*fields} <= {"label"}):
-        problems.append(f"objective {objective.name} reads log-probs, and a reward model gives scores; use `sigmoid`")
+    if is_reward_model(init) and not trains_scores(objective, nll_weight):
+        problems.append(SCORES_ONLY.format(objective.name))
     empty = [
         row["prompt_id"] for row in rows if not all([row["prompt_ids"], *(r["token_ids"] for r in row["responses"])])
     ]

@@ -11,9 +11,10 @@ from schemas import Candidates, Model, Prompts, Reference, Selections, token_dig
 from schemas.tables import REFERENCE
 from stages.data.rows import column_by_id
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
+from stages.model_config import input_problems
 
 
-@stage(version=2)
+@stage(version=2, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
 def reference(
     prompts: Prompts,
     candidates: Candidates,
