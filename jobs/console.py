@@ -122,6 +122,8 @@ class ProgressReporter(Reporter):
         facts.append(f"{seconds:,.1f} s")
         facts += [f"{n:,} {name.replace('_', ' ')} ({n / max(seconds, 1e-9):,.0f}/s)"
                   for name, n in manifest["counters"].items()]  # fmt: skip
+        facts += [f"{name.replace('_', ' ')} {mean['total'] / max(mean['count'], 1e-9):.1e} on average, "
+                  f"{mean['largest']:.1e} at most" for name, mean in manifest.get("measures", {}).items()]  # fmt: skip
         if rejects := ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items())):
             facts.append(f"[yellow]rejected: {rejects}[/]")
         self._print(step, f"[green]finished[/] {'; '.join(fact for fact in facts if fact)}")

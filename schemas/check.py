@@ -1,6 +1,7 @@
 """Check of a table against a schema of the data dictionary."""
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.columns import table_name
 from schemas.errors import WinnowError
@@ -10,7 +11,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return the table with exactly the schema's columns, order and types, in one chunk.
 
     A column is cast if pyarrow can do so without losing a value (int64 to int32, all-null to anything). Raises
-    WinnowError with every misfit: table, column, and both types.
+    WinnowError with every misfit: table, column, and both types; log-probs that are not finite, too.
     """
     problems = []
     for field in schema:
@@ -29,7 +30,27 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
             problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
         elif column.null_count and not field.nullable:
             problems.append(f"column {field.name!r} has {column.null_count} nulls, must have none")
+        else:
+            problems += _not_finite(field, column)
     problems += [f"unknown column {name!r}" for name in sorted(set(table.column_names) - set(schema.names))]
     if problems:
         raise WinnowError(*(f"table {table_name(schema)}: {problem}" for problem in problems))
     return table.select(schema.names).cast(schema).combine_chunks()
+
+
+def _not_finite(field: pa.Field, column: pa.ChunkedArray) -> list[str]:
+    """Return what is wrong with the numbers of a column, or of a field of its rows, that must be finite."""
+    if pa.types.is_list(field.type) and pa.types.is_struct(field.type.value_type):
+        rows = pc.list_flatten(column.cast(field.type))
+        inner = [
+            (field.type.value_type.field(n), pc.struct_field(rows, n)) for n in range(field.type.value_type.num_fields)
+        ]
+        return [
+            problem.replace("column '", f"column '{field.name}.", 1)
+            for part, values in inner
+            for problem in _not_finite(part, values)
+        ]
+    if b"finite" not in (field.metadata or {}) or column.null_count == len(column):
+        return []
+    count = pc.sum(pc.invert(pc.is_finite(column))).as_py() or 0
+    return [f"column {field.name!r} has {count} numbers that are not finite (NaN or infinite)"] if count else []

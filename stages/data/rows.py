@@ -60,6 +60,8 @@ def imported_candidate(
         "text": text,
         "logp": None,
         "logp_kind": "none",
+        "model": None,
+        "dtype": None,
         "n_tokens": len(ids),
         "finish_reason": finish_reason,
         "seed": None,

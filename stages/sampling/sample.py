@@ -1,6 +1,7 @@
 """Stage `sample`: n candidates per prompt from a policy."""
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -8,12 +9,12 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import InputStep, Range, StageContext, stage
-from schemas import Candidates, Heads, Model, Prompts, candidate_id, seed_for
+from schemas import Candidates, Heads, Model, Prompts, WinnowError, candidate_id, seed_for
 from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import input_problems, planned_config
+from stages.model_config import ModelConfig, input_problems, planned_config
 from stages.options import Count, Precision, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
@@ -37,7 +38,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     return problems
 
 
-@stage(version=3, concurrent=True, check=_check_sample)
+@stage(version=4, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -61,7 +62,8 @@ def sample(
 
     The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
-    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them.
+    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. So are draws
+    with an id that the tokenizer has no token for, in a vocabulary that is padded.
 
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
     step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 with top-k disabled, `logp` is
@@ -70,6 +72,9 @@ def sample(
     from stages.data.tokenizer import Tokenizer
 
     tokenizer = ctx.open_once(Tokenizer, policy)
+    # A padded vocabulary has ids of no token. A draw of one is rejected and not masked: a mask would change the law
+    # that `logp` is under, and cost time in every step of every engine, for what a trained model hardly ever draws.
+    unknown_ids = {*range(ModelConfig(policy.folder).vocabulary or 0)} - {*tokenizer.inner.get_vocab().values()}
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
 
@@ -99,6 +104,16 @@ def sample(
     copies: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for (row, k, draw_seed), completion in zip(draws, completions, strict=True):
         ids, prompt = completion.token_ids, row["prompt_id"]
+        if not math.isfinite(completion.logp):
+            raise WinnowError(
+                f"sample: policy {policy.digest[:12]} gave a draw of prompt {prompt} (k={k}) the log-prob "
+                f"{completion.logp}: its weights or its activations in {dtype} are not finite; give a policy from "
+                "before its training failed, or another `dtype`"
+            )
+        if unknown := unknown_ids.intersection(ids):
+            detail = f"id {min(unknown)} of {ids}"
+            ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
+            continue
         text = tokenizer.decode(ids)
         if not text and not keep_empty:
             ctx.reject("empty response", place=f"k={k}", prompt=prompt, detail=repr(ids))
@@ -112,6 +127,9 @@ def sample(
                 "text": text,
                 "logp": completion.logp,
                 "logp_kind": sampling.logp_kind,
+                # The fake engine reads no weights, so that nothing of it can be compared with them.
+                "model": None if engine == "fake" else policy.digest,
+                "dtype": None if engine == "fake" else dtype,
                 "n_tokens": len(ids),
                 "finish_reason": completion.finish_reason,
                 "seed": draw_seed,
