@@ -17,10 +17,11 @@ Output = Literal["vocabulary", "score"]
 CLASSIFIER = "ForSequenceClassification"
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 OTHER_INPUTS = {"vision_config": "images", "audio_config": "sound"}  # parts of a config that a text model has not
-AUTO_CLASSES = {  # transformers' names for its lists of network classes by model type
-    "vocabulary": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
-    "score": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",),
-}
+AUTO_CLASSES = (  # transformers' lists of network classes by model type: policies, and reward models among classifiers
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+)
 
 
 class ModelConfig:
@@ -86,13 +87,13 @@ class ModelConfig:
         if not kind:
             return ["config.json has no `model_type`; copy it again"]
         classes = network_classes()
-        known = [names[kind] for output in AUTO_CLASSES.values() for name in output if kind in (names := classes[name])]
-        if not known:
+        known = [names[kind] for names in classes.values() if kind in names]
+        if classes and not known:
             return [
                 f"config.json has model_type {kind}, of which the installed transformers has no language model or "
                 "sequence classifier: update transformers, or take another model (code in a folder is not run)"
             ]
-        if architecture is not None and architecture not in known:
+        if classes and architecture is not None and architecture not in known:
             return [
                 f"config.json names {architecture}, and of model_type {kind} transformers has {', '.join(known)}: give "
                 "a folder of one of these (an embedding model or a reward model of another form is none)"
@@ -151,18 +152,18 @@ def planned_config(step: InputStep) -> ModelConfig | None:
 def network_classes() -> dict[str, dict[str, str]]:
     """Return transformers' names of network classes by model type, by list.
 
-    They are read from its source: to import the module takes torch and seconds, and a plan should take neither.
+    They are read from its source: to import the module takes torch and seconds, and a plan should take neither. Empty
+    where transformers is not installed: the machine that plans need not be the one that loads.
     """
-    wanted = [name for names in AUTO_CLASSES.values() for name in names]
     spec = find_spec("transformers")
-    assert spec is not None, "transformers is a dependency"
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        return {}
     tree = ast.parse((Path(spec.origin).parent / "models/auto/modeling_auto.py").read_text(encoding="utf-8"))
     return {
         node.targets[0].id: dict(ast.literal_eval(node.value.args[0]))
         for node in tree.body
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id in wanted
+        and node.targets[0].id in AUTO_CLASSES
         and isinstance(node.value, ast.Call)
     }

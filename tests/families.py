@@ -23,13 +23,14 @@ SIZES = dict(
     tie_word_embeddings=False,
 )
 HEADS = SIZES | dict(head_dim=32)
+TIED = HEADS | dict(tie_word_embeddings=True)  # all that vLLM knows of Gemma
 FAMILIES = {
     "llama": lambda **of: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | of)),
     "mistral": lambda **of: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES | of)),
     "qwen2": lambda **of: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES | of)),
     "qwen3": lambda **of: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**HEADS | of)),
-    "gemma2": lambda **of: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**HEADS | of)),
-    "gemma3": lambda **of: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**HEADS | of)),
+    "gemma2": lambda **of: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**TIED | of)),
+    "gemma3": lambda **of: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TIED | of)),
     "phi3": lambda **of: transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES | of)),
     "olmo2": lambda **of: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES | of)),
     "gpt2": lambda **of: transformers.GPT2LMHeadModel(
@@ -46,11 +47,13 @@ def write_family(name: str, tokenizer: Model, folder: Path, *, seed: int = 1, **
     torch.manual_seed(seed)
     vocabulary = len(Tokenizer(tokenizer).inner)
     network = FAMILIES[name](**{"vocab_size": vocabulary} | changes)
+    # Gemma scales its embedding by the root of the width: a larger one would repeat one token, with certainty.
+    width = 0.12 if name in ("gemma2", "gemma3") else 0.3
     with torch.no_grad():
         for weight in network.parameters():
             if weight.dim() == 1:
                 weight.add_(0.05 * torch.randn_like(weight))
             else:
-                weight.normal_(0, 0.3 if len(weight) == vocabulary else 0.09)
+                weight.normal_(0, width if len(weight) == vocabulary else 0.09)
     network.save_pretrained(folder)
     return Model(folder, model_digest(folder))

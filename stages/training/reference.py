@@ -1,5 +1,6 @@
 """Stage `reference`: log-probs under a frozen policy, cached. The reference is a column, not a second network."""
 
+import math
 from contextlib import closing
 from typing import Annotated, Literal
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import EXECUTION, Range, StageContext, stage
-from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
+from schemas import Candidates, Model, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import REFERENCE
 from stages.data.rows import column_by_id
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
@@ -56,6 +57,13 @@ def reference(
         inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]
         scores = forward_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS)
     ctx.count(tokens=counter.tokens)
+    for (prompt, ids), score in zip(unique, scores.tolist(), strict=True):
+        if not math.isfinite(score):
+            raise WinnowError(
+                f"reference: policy {policy.digest[:12]} gives a response of {len(ids)} tokens to prompt {prompt} the "
+                f"log-prob {score}: its activations in {dtype} are not finite; set `dtype: float32`, or give another "
+                "policy"
+            )
     logp = dict(zip(unique, scores.tolist(), strict=True))
     compared = [
         (draw, logp[row["prompt_id"], tuple(row["token_ids"])], len(row["token_ids"]))

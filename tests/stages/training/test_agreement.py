@@ -16,7 +16,7 @@ from jobs.console import ProgressReporter
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.store import Store
-from schemas import Model, WinnowError
+from schemas import Model, WinnowError, WinnowWarning
 from schemas.tables import SELECTIONS
 from stages.sampling import sample as sampling
 from stages.sampling.engines import open_engine
@@ -138,6 +138,18 @@ def test_a_known_difference_can_be_tolerated(prompts, policy, by_transformers, t
     planted = changed(policy, tmp_path / "rope", **ROPE)
     reference(prompts, by_transformers, planted, ctx, engine_tolerance=1e6)
     assert ctx.measures[MEASURE]["total"] / ctx.measures[MEASURE]["count"] > 0.1
+
+
+def test_a_log_prob_that_is_not_finite_is_refused_by_its_prompt(prompts, policy, by_transformers, tmp_path):
+    """Finite weights whose logits are not: nothing else notices before training, which would blame its own options."""
+    huge = changed(
+        policy, tmp_path / "huge", lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] * 1e38}
+    )
+    with (
+        pytest.warns(WinnowWarning, match="computes a prompt again"),
+        pytest.raises(WinnowError, match="prompt a the log-prob nan: its activations in float32"),
+    ):
+        reference(prompts, by_transformers, huge, context())
 
 
 def test_what_is_under_another_law_is_not_compared(prompts, policy, by_transformers, tmp_path):
