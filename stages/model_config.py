@@ -124,14 +124,15 @@ def input_problems(
     needs: what the model must end in; `quantized`: whether quantised weights will do.
     """
     problems = []
-    output, config = (planned_output(inputs[name]), planned_config(inputs[name])) if name in inputs else (None, None)
+    step = inputs.get(name, InputStep(""))
+    output, config = planned_output(step), planned_config(step) if step.stage == "model" else None
     if needs and output and output != needs:
         kinds = {"vocabulary": "a policy, which ends in a vocabulary", "score": "a reward model, which ends in a score"}
         problems.append(f"{name}: needs {kinds[needs]}, and is given {kinds[output]}; name another step under `from`")
     if config and config.quantization and not quantized:
         problems.append(
-            f"{name}: {config.folder} has quantised weights ({config.quantization}), from which only vLLM samples; "
-            "give the folder that they were quantised from, here and to `sample`: its draws are then of this policy"
+            f"{name}: {config.folder} has quantised weights ({config.quantization}), which only vLLM reads, to sample; "
+            "give the folder that they were quantised from"
         )
     return problems
 

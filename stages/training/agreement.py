@@ -2,9 +2,9 @@
 
 Both compute one number in two ways, so that they differ by rounding alone. More than that is another network than the
 one that is trained: another file, rotary embedding, dtype or sampler. Measured on nine families of small random
-networks of some 2.5 nats a token, 64 draws of up to 64 tokens each (tests/bench/test_bench_agreement.py), as the mean of
-|engine - trainer| in nats per token: at most 5e-7 where both are float32, and 8e-3 where either is bfloat16. With
-the weights rounded to bfloat16 once it is 3.1e-3, with 1 % of noise in them 2e-2, with twice the rotary base 0.65, with
+networks, of some 2.5 nats a token and 64 draws of up to 64 tokens (tests/bench/test_bench_agreement.py), as the mean
+of |engine - trainer| in nats per token: at most 5e-7 where both are float32, and 8e-3 where either is bfloat16. With
+the weights rounded to bfloat16 once it is 3e-3, with 1 % of noise in them 2e-2, with twice the rotary base 0.65, with
 another factor of its scaling 1.4 and 2.6, with another file 9.
 """
 
