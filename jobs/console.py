@@ -124,6 +124,8 @@ class ProgressReporter(Reporter):
         for name, n in manifest["counters"].items():
             rate = f" ({n / max(seconds, 1e-9):,.0f}/s)" if name in WORK else ""
             facts += [f"{n:,} {name.replace('_', ' ')}{rate}"] if n else []
+        facts += [f"{name.replace('_', ' ')} {mean['total'] / max(mean['count'], 1e-9):.1e} on average, "
+                  f"{mean['largest']:.1e} at most" for name, mean in manifest.get("measures", {}).items()]  # fmt: skip
         if rejects := ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items())):
             facts.append(f"[yellow]rejected: {rejects}[/]")
         self._print(step, f"[green]finished[/] {'; '.join(fact for fact in facts if fact)}")

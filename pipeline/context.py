@@ -117,11 +117,16 @@ class StageContext:
         self.resources = resources
         self.mirror = Mirror(folder, location or folder)
         self.counters: Counter[str] = Counter()
+        self.measures: dict[str, dict[str, float]] = {}
         self._rejects: list[dict[str, str | None]] = []
 
     def count(self, **amounts: int) -> None:
         """Add to the step's counters (tokens, ranker_calls), which its manifest records."""
         self.counters.update(amounts)
+
+    def measure(self, name: str, *, total: float, count: float, largest: float) -> None:
+        """Record a mean, `total` / `count`, and the largest of its values; parts are added up in the manifest."""
+        self.measures[name] = {"total": total, "count": count, "largest": largest}
 
     def reject(
         self, reason: str, *, place: str, detail: str = "", prompt: str | None = None, candidate: str | None = None

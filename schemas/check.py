@@ -17,7 +17,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
     A column is cast if no value is lost (int64 to int32, all-null to anything; float64 to float32 is rounded), and if
     it means the same: text as text, numbers as numbers, lists as lists, in whatever encoding DuckDB, pandas or polars
-    write them. Raises WinnowError with every misfit: table, column, and both types.
+    write them. Raises WinnowError with every misfit: table, column, and both types; log-probs that are not finite, too.
     """
     problems, columns = [], []
     for field in schema:
@@ -34,6 +34,8 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
             problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
         elif result.null_count and not field.nullable:
             problems.append(f"column {field.name!r} has {result.null_count} nulls, must have none")
+        else:
+            problems += _not_finite(field, result)
         columns.append(result)
     problems += [f"unknown column {name!r}" for name in sorted(set(table.column_names) - set(schema.names))]
     if problems:
@@ -118,3 +120,21 @@ def _slices(array: pa.Array) -> Iterator[pa.Array]:
     for start in range(0, len(array), rows):
         part = array.slice(start, rows)
         yield part if len(part) == len(array) else pa.concat_arrays([part])  # a copy, whose offsets begin at 0
+
+
+def _not_finite(field: pa.Field, column: pa.ChunkedArray) -> list[str]:
+    """Return what is wrong with the numbers of a column, or of a field of its rows, that must be finite."""
+    if pa.types.is_list(field.type) and pa.types.is_struct(field.type.value_type):
+        rows = pc.list_flatten(column.cast(field.type))
+        inner = [
+            (field.type.value_type.field(n), pc.struct_field(rows, n)) for n in range(field.type.value_type.num_fields)
+        ]
+        return [
+            problem.replace("column '", f"column '{field.name}.", 1)
+            for part, values in inner
+            for problem in _not_finite(part, values)
+        ]
+    if b"finite" not in (field.metadata or {}) or column.null_count == len(column):
+        return []
+    count = pc.sum(pc.invert(pc.is_finite(column))).as_py() or 0
+    return [f"column {field.name!r} has {count} numbers that are not finite (NaN or infinite)"] if count else []

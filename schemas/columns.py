@@ -7,8 +7,11 @@ comments of an exported DuckDB file, and in schemas/README.md.
 import pyarrow as pa
 
 
-def column(name: str, type: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
-    return pa.field(name, type, nullable=nullable, metadata={"meaning": meaning})
+def column(name: str, type: pa.DataType, meaning: str, *, nullable: bool = False, finite: bool = False) -> pa.Field:
+    """Return a column. A `finite` one holds numbers none of which may be NaN or infinite."""
+    return pa.field(
+        name, type, nullable=nullable, metadata={"meaning": meaning} | ({"finite": "yes"} if finite else {})
+    )
 
 
 def table(name: str, row: str, *columns: pa.Field) -> pa.Schema:

@@ -53,14 +53,23 @@ CANDIDATES = table(
         "the response as text, with the special tokens inside it; null if it has none but the one that ends it",
         nullable=True,
     ),
-    column("logp", pa.float64(), "summed log-prob by the engine, nats; never a reference for training", nullable=True),
+    column(
+        "logp",
+        pa.float64(),
+        "summed log-prob by the engine, nats; never a reference for training",
+        nullable=True,
+        finite=True,
+    ),
     column(
         "logp_kind",
         pa.string(),
         "the distribution that logp is under. exact: the policy's, which the draw came from unchanged; steered: the "
         "policy's plus a head's bonus, which the draw came from unchanged; raw: the policy's, before the temperature, "
-        "top-k or bonus of the draw; none: there is no logp",
+        "top-k or bonus of the draw; none: there is no logp. It counts ids beyond the tokenizer, of which no candidate "
+        "has one",
     ),
+    column("model", pa.string(), "digest of the weights that drew it; null if none did", nullable=True),
+    column("dtype", pa.string(), "arithmetic of the engine that drew it; null if none did", nullable=True),
     column("n_tokens", pa.int32(), "number of token ids"),
     column(
         "finish_reason",
@@ -134,7 +143,7 @@ REFERENCE = table(
     "one row per response scored by a frozen policy, with the trainer's own forward pass",
     PROMPT_ID,
     CANDIDATE_ID,
-    column("logp", pa.float32(), "summed log-prob of the response, nats"),
+    column("logp", pa.float32(), "summed log-prob of the response, nats", finite=True),
     column("n_tokens", pa.int32(), "number of tokens in the sum"),
     column("tokens", pa.string(), "digest of the prompt and response ids that were read"),
     column("model", pa.string(), "digest of the weights that scored it"),
@@ -153,7 +162,16 @@ EXAMPLES = table(
                     column("candidate_id", pa.string(), "hash of prompt, tokens and copy number"),
                     column("token_ids", TOKEN_IDS, "tokens of the response"),
                     column("weight", pa.float32(), "weight of its likelihood term; 0 excludes it from that term"),
-                    column("ref_logp", pa.float32(), "cached reference log-prob, nats", nullable=True),
+                    column("ref_logp", pa.float32(), "cached reference log-prob, nats", nullable=True, finite=True),
+                    column(
+                        "drawn_logp",
+                        pa.float64(),
+                        "log-prob under `drawn_by` by the engine that drew it, nats; compared with the trainer's own",
+                        nullable=True,
+                        finite=True,
+                    ),
+                    column("drawn_by", pa.string(), "digest of the weights that drew it", nullable=True),
+                    column("drawn_dtype", pa.string(), "arithmetic of the engine that drew it", nullable=True),
                     column(
                         "desirable",
                         pa.int8(),
@@ -267,6 +285,7 @@ OUTCOMES = table(
         "log-prob under the distribution it was sampled from minus log-prob under the baseline policy, nats; the "
         "mean estimates the KL divergence",
         nullable=True,
+        finite=True,
     ),
     column("n_tokens", pa.int32(), "number of tokens of the response"),
 )

@@ -1,10 +1,10 @@
 """Limits of a model, read from its config alone, before any weight is loaded."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from schemas import Model, WinnowError
+from stages.model_config import ModelConfig
 
 # Tokens in a forward pass of scoring, which keeps no activations; training has its own option.
 SCORING_TOKENS_PER_PASS = 16_384
@@ -12,14 +12,12 @@ SCORING_TOKENS_PER_PASS = 16_384
 
 def context_length(folder: Path) -> int:
     """Return the length of the longest sequence that the model in this folder reads, in tokens."""
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+    return ModelConfig(folder).context_length or 1 << 30
 
 
 def check_ids(model: Model, what: str, ids: Sequence[Sequence[int]]) -> None:
     """Raise WinnowError if `ids` (of the rows named by `what`) contain one that the model has no embedding for."""
-    config = json.loads((model.folder / "config.json").read_text())
-    vocabulary = config.get("vocab_size", 1 << 30)
+    vocabulary = ModelConfig(model.folder).vocabulary or 1 << 30
     highest = max((max(row) for row in ids if len(row)), default=0)
     if highest >= vocabulary:
         raise WinnowError(

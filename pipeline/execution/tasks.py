@@ -150,12 +150,16 @@ def execute(
             digest = store_model(spec.out, ctx.folder / "model") if signature.makes_model else None
             parts = []
             for shard, part in enumerate(split_by_shard(tables, spec.shards)):
-                record = part_record(part, ctx.counters, cost) | {"model": digest} if shard == 0 else part_record(part)
+                record = (
+                    part_record(part, ctx.counters, cost, ctx.measures) | {"model": digest}
+                    if shard == 0
+                    else part_record(part)
+                )
                 parts.append((part, record | {"inputs": keys}))
             spec.out.write_whole(parts)
             return
     out = spec.out if task.span is None else spec.piece(task)
-    out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost) | {"inputs": keys})
+    out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost, ctx.measures) | {"inputs": keys})
 
 
 @contextmanager
@@ -182,11 +186,14 @@ def store_model(out: StepFolder, folder: Path) -> str:
 
 
 def part_record(
-    tables: dict[str, pa.Table], counters: Mapping[str, int] = {}, cost: Mapping[str, float] = NO_COST
+    tables: dict[str, pa.Table],
+    counters: Mapping[str, int] = {},
+    cost: Mapping[str, float] = NO_COST,
+    measures: Mapping[str, dict[str, float]] = {},
 ) -> Json:
     """Return what a part's sidecar records besides its files."""
     reasons = Counter(tables["rejects"].column("reason").to_pylist())
-    return {**cost, "counters": dict(counters), "rejects": dict(reasons)}
+    return {**cost, "counters": dict(counters), "measures": dict(measures), "rejects": dict(reasons)}
 
 
 def split_by_shard(tables: dict[str, pa.Table], shards: int) -> list[dict[str, pa.Table]]:

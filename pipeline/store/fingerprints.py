@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
-from safetensors import SafetensorError, safe_open
 
 from pipeline.store.storage import cache, replace
+from pipeline.store.weights import damage, weight_files, weight_problems
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
+MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")  # and weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 LARGE_FILE = 1 << 26  # bytes; a smaller file is read as fast as its digest is looked up
@@ -66,6 +66,14 @@ class ModelPath(ContentPath):
         }
         if missing := [part for part, exists in parts.items() if not exists]:
             raise ValueError(f"model folder {self.path} has no {', no '.join(missing)}")
+        problems = weight_problems(self.path)
+        if (self.path / ADAPTER).is_file():
+            problems.append(
+                f"it holds {ADAPTER} too, and transformers would add that adapter, and vLLM not: give the adapter's "
+                "folder as `adapter`, and its base, without that file, as `path`"
+            )
+        if problems:
+            raise ValueError("; ".join(f"model folder {self.path}: {problem}" for problem in problems))
 
     @property
     def digest(self) -> str:
@@ -81,11 +89,8 @@ class AdapterPath(ContentPath):
             raise ValueError(f"adapter folder {self.path} has no {', no '.join(missing)}")
         if (kind := self._config().get("peft_type")) != "LORA":
             raise ValueError(f"adapter folder {self.path} holds a {kind}; only a LORA can be merged")
-        weights = self.path / ADAPTER_WEIGHTS
-        try:  # a file that an interrupted copy cut short would otherwise fail only on a GPU
-            safe_open(weights, framework="np")
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is truncated or not a safetensors file ({error}); copy it again") from None
+        if problems := damage(self.path / ADAPTER_WEIGHTS):  # which would otherwise fail only on a GPU
+            raise ValueError(f"adapter folder {self.path}: {problems[0]}")
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -106,7 +111,7 @@ class AdapterPath(ContentPath):
 
 def model_files(folder: Path) -> list[Path]:
     """Return the files that determine what a model computes, sorted by name."""
-    return sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+    return sorted({*weight_files(folder), *(file for pattern in MODEL_FILES for file in folder.glob(pattern))})
 
 
 def model_digest(folder: Path) -> str:

@@ -48,6 +48,7 @@ class Manifest(StrictModel):
     rows: dict[str, int]
     bytes: dict[str, int]
     counters: dict[str, float]
+    measures: dict[str, dict[str, float]] = {}  # by name: total, count and largest; the mean is total / count
     seconds: float
     wall_seconds: float
     gpu_seconds: float | None = None

@@ -302,7 +302,7 @@ def model_name(digest: str) -> str:
 
 
 def add_records(records: list[Json]) -> Json:
-    """Return the sums over the records of parts: seconds of workers, counters, and rejects by reason."""
+    """Return the sums over the records of parts: seconds of workers, counters, measures, and rejects by reason."""
     total: Json = {
         name: round(sum(record.get(name, 0.0) for record in records), 3)
         for name in ("seconds", "gpu_seconds", "cpu_seconds")
@@ -310,7 +310,12 @@ def add_records(records: list[Json]) -> Json:
     for name in ("counters", "rejects"):
         counts: Counter[str] = sum((Counter(record[name]) for record in records), Counter())
         total[name] = dict(sorted(counts.items()))
-    return total
+    measures: Json = {}
+    for name, part in (item for record in records for item in record.get("measures", {}).items()):
+        mean = measures.setdefault(name, {"total": 0.0, "count": 0.0, "largest": 0.0})
+        mean |= {key: mean[key] + part[key] for key in ("total", "count")}
+        mean["largest"] = max(mean["largest"], part["largest"])
+    return total | {"measures": measures}
 
 
 def write_json(path: Location, content: Any, overwrite: bool = True) -> bool:

@@ -85,6 +85,8 @@ def imported_candidate(
         "raw_text": None,
         "logp": None,
         "logp_kind": "none",
+        "model": None,
+        "dtype": None,
         "n_tokens": len(ids),
         "finish_reason": finish_reason,
         "seed": None,

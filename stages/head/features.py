@@ -9,9 +9,10 @@ from schemas import Candidates, Features, Model, Prompts
 from schemas.tables import FEATURES
 from stages.data.rows import column_by_id
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
+from stages.model_config import input_problems
 
 
-@stage(version=2)
+@stage(version=2, check=lambda options, inputs: input_problems(inputs, "policy"))
 def features(
     prompts: Prompts,
     candidates: Candidates,

@@ -2,11 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -18,13 +21,14 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.store.weights import weight_files
 from schemas import Model, WinnowError
+from stages.model_config import CLASSIFIER, ModelConfig
 from stages.network.forward import share_prefixes
 
 Adapt = Callable[[PreTrainedModel], None]
 disable_progress_bar()  # of loading weights: a step has its own
 THREADS = torch.get_num_threads()
-CLASSIFIER = "ForSequenceClassification"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -38,14 +42,7 @@ def load_network(model: Model, *, train: bool = False, adapt: Adapt | None = Non
     is no reward model.
     """
     torch.set_num_threads(THREADS if train else 1)
-    config = json.loads((model.folder / "config.json").read_text())
-    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
-    if is_reward_model(model):
-        auto = AutoModelForSequenceClassification
-    # transformers' fused attention ignores soft caps without a warning; its plain one does not.
-    capped = (config.get("text_config") or config).get("attn_logit_softcapping")
-    options = {"attn_implementation": "eager"} if capped else {}
-    network: PreTrainedModel = auto.from_pretrained(model.folder, dtype=torch.float32, local_files_only=True, **options)
+    network = read_network(model.folder, torch.float32)
     if is_reward_model(network):
         check_head(network)
     if adapt:
@@ -55,11 +52,75 @@ def load_network(model: Model, *, train: bool = False, adapt: Adapt | None = Non
     return network
 
 
+def read_network(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Return the network of a folder; `options` go to transformers' `from_pretrained`.
+
+    Raises WinnowError, with the names of tensors, where the config and the weights are of two models, for quantised
+    weights, and for weights that are not finite. transformers itself draws missing weights at random, and says so only
+    in a log.
+    """
+    config = ModelConfig(folder)
+    if config.quantization:
+        raise WinnowError(
+            f"model {folder}: its weights are quantised ({config.quantization}), and only vLLM samples from these; "
+            "give the folder that they were quantised from"
+        )
+    auto = AutoModelForSeq2SeqLM if config.content.get("is_encoder_decoder") else AutoModelForCausalLM
+    if config.output == "score":
+        auto = AutoModelForSequenceClassification
+        options["num_labels"] = config.labels  # a config without it would get two
+    # transformers' fused attention ignores soft caps without a warning; its plain one does not.
+    if config.text.get("attn_logit_softcapping"):
+        options["attn_implementation"] = "eager"
+    options |= {"dtype": dtype, "local_files_only": True}
+    network: PreTrainedModel
+    network, info = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if info["mismatched_keys"]:
+        name, stored, expected = min(info["mismatched_keys"])
+        raise WinnowError(
+            f"model {folder}: {name} is {list(stored)}, and by config.json it would be {list(expected)} "
+            f"({len(info['mismatched_keys'])} such tensors): config and weights are of two models"
+        )
+    for keys, what in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network of config.json has not,")):
+        if info[keys]:
+            raise WinnowError(
+                f"model {folder}: its weights {what} {min(info[keys])} ({len(info[keys])} such tensors): config and "
+                "weights are of two models, or the weights of one that does something else"
+            )
+    check_finite(network.named_parameters(), folder)
+    return network
+
+
+@torch.no_grad()
+def check_finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Raise WinnowError with the name of the first tensor that holds a number which is not finite.
+
+    A sum is as fast as reading, and is finite where all its addends are, unless they are too large for a network.
+    """
+    for name, tensor in tensors:
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.float().sum().isfinite():
+            continue
+        count = int((~tensor.float().isfinite()).sum())
+        if count:
+            raise WinnowError(
+                f"model {folder}: {count:,} of {tensor.numel():,} weights of {name} are not finite (NaN or infinite): "
+                "a training that failed, or a damaged copy; give a folder from before that"
+            )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise WinnowError where config and weights are of two models, or weights are not finite; no network is built."""
+    if not ModelConfig(folder).quantization:
+        read_network(folder, torch.float32, device_map="meta")
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            check_finite(((name, tensors.get_tensor(name)) for name in tensors.keys()), folder)  # noqa: SIM118
+
+
 def is_reward_model(model: Model | PreTrainedModel) -> bool:
     """Return whether it ends in a score and not in a vocabulary; of a folder, by its config alone."""
     if isinstance(model, Model):
-        names = json.loads((model.folder / "config.json").read_text()).get("architectures") or [""]
-        return str(names[0]).endswith(CLASSIFIER)
+        return ModelConfig(model.folder).output == "score"
     return type(model).__name__.endswith(CLASSIFIER)
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, stage
-from pipeline.store.fingerprints import ADAPTER, TOKENIZER_FILES, model_files
+from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_files
+from pipeline.store.weights import tensor_shapes
 from schemas import Model, WinnowError
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
+from stages.model_config import ModelConfig, input_problems
 from stages.options import Count
 
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 ROLE_TOKENS = ("<|user|>", "<|assistant|>")
@@ -24,30 +27,45 @@ CHAT_TEMPLATE = (
 )
 
 
-def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    """Compare the base in an adapter's config with `path`: an adapter trained here belongs to one policy only."""
-    path, adapter = options["path"], options["adapter"]
-    if adapter is None or adapter.base in (None, path.digest):
-        return []
-    return [
-        f"adapter: it was trained from the policy {adapter.base[:12]}, and path holds {path.digest[:12]}; set path to "
-        "the model folder of the step that was its run's `init` (the column `init` of `policies` has the digest)"
-    ]
-
-
 def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    """Return problems of the folder at plan time: another base of the adapter, and a template that reads the date."""
-    problems = _check_adapter_base(options, inputs)
-    date, more = options["date"], options["chat_template_kwargs"] or {}
-    if date is not None:
+    """Return at plan time what the folders' own files say against them."""
+    path, adapter = options["path"], options["adapter"]
+    try:
+        config = ModelConfig(path.path)
+    except WinnowError as error:
+        return [f"path: {problem}" for problem in error.problems]
+    problems = [f"path: model folder {path}: {problem}" for problem in config.problems()]
+    day, more = options["date"], options["chat_template_kwargs"] or {}
+    if day is not None:
         try:
-            datetime.date.fromisoformat(date)
+            datetime.date.fromisoformat(day)
         except ValueError:
-            problems.append(f"date: {date!r} is not a day as in 2026-01-31")
-    elif "strftime_now" in chat_template_of(options["path"].path) and "date_string" not in more:
+            problems.append(f"date: {day!r} is not a day as in 2026-01-31")
+    elif "strftime_now" in chat_template_of(path.path) and "date_string" not in more:
         problems.append(
-            f"date: the chat template of {options['path'].path.name} reads today's date, and would give other ids from "
-            "day to day; set the day that it is to read, as in `date: 2026-01-31`"
+            f"date: the chat template of {path.path.name} reads today's date, and would give other ids from day to "
+            "day; set the day that it is to read, as in `date: 2026-01-31`"
+        )
+    if adapter is None or problems:
+        return problems
+    if config.quantization:
+        problems.append(
+            f"adapter: its base has quantised weights ({config.quantization}), in which nothing can be merged; set "
+            "path to the folder that they were quantised from"
+        )
+    rows, problem = adapted_rows(config, adapter.path)
+    problems += [f"adapter: {problem}"] if problem else []
+    file = adapter.path / "tokenizer.json"
+    added = json.loads(file.read_text()).get("added_tokens", []) if file.is_file() else []
+    if beyond := [token["content"] for token in added if rows is not None and token["id"] >= rows]:
+        problems.append(
+            f"adapter: its tokenizer has {beyond[0]!r} ({len(beyond)} such tokens), and neither base nor adapter have "
+            f"an embedding of it, but {rows}: save the adapter with its embeddings (`save_embedding_layers=True`)"
+        )
+    if adapter.base not in (None, path.digest):
+        problems.append(
+            f"adapter: it was trained from the policy {adapter.base[:12]}, and path holds {path.digest[:12]}; set path "
+            "to the model folder of the step that was its run's `init` (the column `init` of `policies` has the digest)"
         )
     return problems
 
@@ -62,7 +80,7 @@ def chat_template_of(folder: Path) -> str:
     return "\n".join(texts)
 
 
-@stage(version=1, unsharded=True, check=_check_model)
+@stage(version=2, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
     *,
@@ -85,6 +103,7 @@ def model(
     from transformers import AutoConfig
 
     from stages.data.tokenizer import Tokenizer
+    from stages.network.load import check_weights
 
     folder = ctx.folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -104,15 +123,48 @@ def model(
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
-        vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
-        ids = len(Tokenizer(policy).inner)
+        vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+        tokenizer = Tokenizer(policy).inner
+        check_weights(folder)
     except WinnowError:
         raise
     except Exception as error:  # the libraries raise anything from KeyError to OSError here
         raise WinnowError(f"model: its folder cannot be used ({type(error).__name__}: {error})") from None
-    if ids > vocabulary:
-        raise WinnowError(f"model: its tokenizer has {ids} ids, but its network only {vocabulary}")
+    # A special token beyond is never read: texts with one are rejected. Gemma-3 has one, for images that it cannot see.
+    special = tokenizer.added_tokens_decoder
+    beyond = {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if number >= vocabulary and not (number in special and special[number].special)
+    }
+    if beyond:
+        token, number = max(beyond.items(), key=lambda item: item[1])
+        raise WinnowError(
+            f"model: its tokenizer has id {number} ({token!r}, {len(beyond)} such tokens), and its network only ids "
+            f"below {vocabulary}: they are of two models; to keep both, resize the network's embeddings first"
+        )
     return policy
+
+
+def adapted_rows(base: ModelConfig, adapter: Path) -> tuple[int | None, str]:
+    """Return the ids of a base with its adapter, None if unknown, and what is wrong with the adapter's embeddings.
+
+    An adapter from a training that added tokens brings the resized embedding and head along, whole.
+    """
+    shapes = {
+        name.removeprefix(PEFT_PREFIX): shape for name, shape in tensor_shapes([adapter / ADAPTER_WEIGHTS]).items()
+    }
+    embeddings = [name for name, shape in base.shapes.items() if shape[0] == base.vocabulary and len(shape) == 2]
+    resized = {name: shapes[name][0] for name in embeddings if name in shapes and shapes[name] != base.shapes[name]}
+    if not resized:
+        return base.vocabulary, ""
+    if len(resized) < len(embeddings) or len(set(resized.values())) > 1:
+        name = next(name for name in embeddings if resized.get(name) != max(resized.values()))
+        return base.vocabulary, (
+            f"its vocabulary was resized to {max(resized.values())}, and it has no {name} of that size: save it with "
+            "both embedding and head (`modules_to_save`), or resize the base to it and set path to that"
+        )
+    return max(resized.values()), ""
 
 
 def _merge_into_base(base: Model, adapter: Path) -> Model:
@@ -121,7 +173,10 @@ def _merge_into_base(base: Model, adapter: Path) -> Model:
     from stages.network.lora import merge_adapter
 
     network = load_network(base)
+    rows, _ = adapted_rows(ModelConfig(base.folder), adapter)
     try:
+        if rows not in (None, ModelConfig(base.folder).vocabulary):
+            network.resize_token_embeddings(rows, mean_resizing=False)  # all of which the adapter replaces
         merge_adapter(network, adapter)
     except WinnowError:
         raise
@@ -144,21 +199,29 @@ def _merge_into_base(base: Model, adapter: Path) -> Model:
     return merged
 
 
-@stage(version=1, unsharded=True)
+@stage(version=2, unsharded=True, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
 def reward_head(policy: Model, ctx: StageContext) -> Model:
     """Turn a policy into a reward model to train: its weights, with one score (0 at first) in place of the vocabulary.
 
     The result is an `AutoModelForSequenceClassification` folder with one label; the score is that of a response's last
-    token.
+    token. It has a pad token other than EOS, so that transformers' own forward reads the same score from a batch.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from stages.data.tokenizer import Tokenizer
     from stages.network.load import check_head, is_reward_model, load_network, save_network
 
     if is_reward_model(policy):
         raise WinnowError("reward_head: this model ends in a score already; remove the step")
     config = AutoConfig.from_pretrained(policy.folder, num_labels=1, local_files_only=True)
+    # transformers reads a score at the last token that is no padding: with EOS for it, one before the response's end.
+    tokenizer = Tokenizer(policy).inner
+    eos, pad = tokenizer.eos_token_id, config.get_text_config().pad_token_id
+    if pad is None or pad == eos:
+        special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+        pad = next(token for token in (*special, 0, 1) if token not in (None, eos))
+    config.get_text_config().pad_token_id = pad
     try:
         with torch.device("meta"):  # the policy's own layers take its place: one network in memory
             network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -169,7 +232,11 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     for weight in network.score.parameters():
         torch.nn.init.zeros_(weight)
     setattr(network, network.base_model_prefix, load_network(policy).base_model.cpu())
-    return save_network(network, policy, ctx.folder / "model")
+    model = save_network(network, policy, ctx.folder / "model")
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.save_pretrained(model.folder)
+    return model
 
 
 def _check_heads(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -1,5 +1,6 @@
 """LLM as judge, by the AutoSxS protocol: several sampled votes per pair, half of them with the order flipped."""
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -70,7 +71,13 @@ class LlmJudge(Ranker):
             questions = self.questions(context, low, high)
             seeds = [seed_for(self.seed, "vote", context, low, high, n) for n in range(self.votes)]
             requests += [Request(questions[n % 2], seed) for n, seed in enumerate(seeds)]
-        answers = iter(self.engine.generate(requests, self.sampling) if requests else [])
+        completions = self.engine.generate(requests, self.sampling) if requests else []
+        if any(not math.isfinite(completion.logp) for completion in completions):
+            raise WinnowError(
+                "llm_judge: the log-prob of an answer is not finite, so that it says nothing: the judge's weights or "
+                "its activations in this `dtype` are not finite; give another `ranker`, or set `by.dtype: float32`"
+            )
+        answers = iter(completions)
 
         logit_by_pair: dict[TextPair, float] = {}
         for low, high in unique:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator
 
 from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
+from stages.model_config import input_problems
 from stages.options import Count, Precision, Temperature
 from stages.ranking.base import Ranker, Scorer
 
@@ -47,7 +48,7 @@ def _template(text: str) -> str:
     return text
 
 
-@ranker(reads_model=True)
+@ranker(reads_model=True, output="vocabulary")
 def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657."""
     from stages.ranking.pairwise import PairwiseRanker
@@ -55,7 +56,7 @@ def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype)
 
 
-@ranker(reads_model=True, version=3)
+@ranker(reads_model=True, output="score", version=3)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
@@ -83,7 +84,7 @@ Which of two responses to a prompt is better?
 Answer with one letter, A or B."""
 
 
-@ranker(reads_model=True, version=2)
+@ranker(reads_model=True, output="vocabulary", version=2)
 def llm_judge(
     model: Model,
     *,
@@ -150,11 +151,14 @@ def open_ranker(by: Bound, model: Model | None) -> Ranker:
 def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return the plan-time problems of a stage that ranks: its ranker has no model, or one that it does not read."""
     by: Bound = options["by"]
+    # Only the judge samples, and vLLM can do so from quantised weights; a ranker of a plugin knows best itself.
+    output = by.metadata.get("output")
+    problems = input_problems(inputs, "ranker", output, quantized=by.options.get("engine") == "vllm" or not output)
     if by.metadata["reads_model"] and "ranker" not in inputs:
-        return [f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`"]
+        problems.append(f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`")
     if not by.metadata["reads_model"] and "ranker" in inputs:
-        return [f"`by: {by.name}` reads no model, and `ranker` is one: set `ranker: null` under `from`"]
-    return []
+        problems.append(f"`by: {by.name}` reads no model, and `ranker` is one: set `ranker: null` under `from`")
+    return problems
 
 
 def _with_output(model: Model, output: Literal["vocabulary", "score"], by: str) -> Model:

@@ -1,6 +1,7 @@
 """Stage `sample`: n candidates per prompt from a policy."""
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -14,25 +15,23 @@ from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
+from stages.model_config import ModelConfig, input_problems, planned_config
 from stages.options import Count, Precision, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
 def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    """Return problems at plan time: options that exclude each other."""
-    problems = _check_steering(options, inputs)
+    """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
+    problems = input_problems(inputs, "policy", "vocabulary", quantized=options["engine"] != "transformers")
+    config = planned_config(inputs["policy"]) if "policy" in inputs else None
+    if config and config.content.get("is_encoder_decoder"):
+        problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
-    return problems
-
-
-def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    """Return problems at plan time: a head that cannot steer, or steering options without a head."""
     if "head" not in inputs:
         defaults = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
         changed = [name for name in defaults if name.startswith("steer") and options[name] != defaults[name]]
-        return [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
-    problems = []
+        return problems + [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
     if options["engine"] != "transformers":
         engine = options["engine"]
         problems.append(f"engine: {engine} cannot steer; set `engine: transformers`, or remove `head` under `from`")
@@ -78,7 +77,8 @@ def sample(
 
     The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
-    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them.
+    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. So are draws
+    with an id that the tokenizer has no token for, in a vocabulary that is padded.
 
     Also rejected, unless `keep_special`, are those with a special token of the tokenizer (BOS, PAD, a role) before
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
@@ -91,6 +91,9 @@ def sample(
     from stages.data.tokenizer import Tokenizer
 
     tokenizer = ctx.open_once(Tokenizer, policy)
+    # A padded vocabulary has ids of no token. A draw of one is rejected and not masked: a mask would change the law
+    # that `logp` is under, and cost time in every step of every engine, for what a trained model hardly ever draws.
+    unknown_ids = {*range(ModelConfig(policy.folder).vocabulary or 0)} - {*tokenizer.inner.get_vocab().values()}
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
     refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
@@ -121,6 +124,16 @@ def sample(
     copies: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for (row, k, draw_seed), completion in zip(draws, completions, strict=True):
         ids, prompt = completion.token_ids, row["prompt_id"]
+        if not math.isfinite(completion.logp):
+            raise WinnowError(
+                f"sample: policy {policy.digest[:12]} gave a draw of prompt {prompt} (k={k}) the log-prob "
+                f"{completion.logp}: its weights or its activations in {dtype} are not finite; give a policy from "
+                "before its training failed, or another `dtype`"
+            )
+        if unknown := unknown_ids.intersection(ids):
+            detail = f"id {min(unknown)} of {ids}"
+            ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
+            continue
         text = tokenizer.decode(ids)
         inside = ids[:-1] if completion.finish_reason == "stop" else ids
         is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
@@ -141,6 +154,9 @@ def sample(
                 "raw_text": raw_text,
                 "logp": completion.logp,
                 "logp_kind": sampling.logp_kind,
+                # The fake engine reads no weights, so that nothing of it can be compared with them.
+                "model": None if engine == "fake" else policy.digest,
+                "dtype": None if engine == "fake" else dtype,
                 "n_tokens": len(ids),
                 "finish_reason": completion.finish_reason,
                 "seed": draw_seed,

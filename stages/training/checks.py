@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline import Bound, InputStep
+from stages.model_config import input_problems, planned_output
 from stages.training.objectives import nll
 
+SCORES_ONLY = "objective {} reads log-probs, and a reward model gives scores; use `sigmoid`, or give a policy"
 LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
 # What a loss may read, by the input or the option of `examples` that provides it.
 INPUTS = {"reference": "a reference", "pairs": "pairs", "mismatched": "mismatched rows"}
 OPTIONS = {"imitate": "responses with a weight", "desirable": "unpaired labels"}
+
+
+def trains_scores(objective: Bound, nll_weight: float) -> bool:
+    """Return whether the loss is a function of scores, which is all that a reward model gives."""
+    fields, per = objective.metadata["reads"], objective.metadata["per"]
+    return per == "pairs" and not nll_weight and {*fields} <= {"label"}
 
 
 def data_needs(objective: Bound, nll_weight: float) -> dict[str, bool]:
@@ -43,7 +51,9 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     A cached reference may be more: losses without one leave it unread, so that one table of examples serves both kinds.
     """
     objective, nll_weight, mix = options["objective"], options["nll_weight"], options["mix"]
-    problems = []
+    problems = input_problems(inputs, "init")
+    if "init" in inputs and planned_output(inputs["init"]) == "score" and not trains_scores(objective, nll_weight):
+        problems.append(f"init: {SCORES_ONLY.format(objective.name)}")
     terms = dict.fromkeys(("examples", "heldout"), (objective, nll_weight))
     terms |= dict.fromkeys(("demonstrations", "heldout_demonstrations"), (LIKELIHOOD, 0.0))
     for name, (loss, weight) in terms.items():

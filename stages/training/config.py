@@ -45,6 +45,7 @@ class TrainConfig:
     lora_r: int
     lora_alpha: float | None
     lora_target_modules: list[str]
+    engine_tolerance: float
     tokens_per_pass: int
     gradient_checkpointing: bool
     checkpoint_every: int

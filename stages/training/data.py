@@ -10,7 +10,8 @@ from pipeline import Bound
 from schemas import Model, WinnowError
 from stages.limits import check_ids, context_length
 from stages.network.packing import PromptGroup
-from stages.training.checks import missing_data
+from stages.training.agreement import Drawn
+from stages.training.checks import SCORES_ONLY, missing_data, trains_scores
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TrainingGroup(PromptGroup):
     pair_weight: list[float]  # [P]
     label: list[float]  # [P]
     mismatched: list[tuple[list[int], float]]  # other prompts' responses, and their reference log-prob
+    drawn: list[Drawn | None] = field(default_factory=list)  # [N] draws of `init` that no reference has compared
 
     @property
     def tokens(self) -> int:
@@ -63,10 +65,10 @@ def groups_of(
     from stages.network.load import is_reward_model
 
     rows = sorted(examples.to_pylist(), key=lambda row: (row["prompt_id"], row["prompt_ids"]))
-    fields, per = objective.metadata["reads"], objective.metadata["per"]
+    fields = objective.metadata["reads"]
     problems = []
-    if is_reward_model(init) and (per != "pairs" or nll_weight or not {*fields} <= {"label"}):
-        problems.append(f"objective {objective.name} reads log-probs, and a reward model gives scores; use `sigmoid`")
+    if is_reward_model(init) and not trains_scores(objective, nll_weight):
+        problems.append(SCORES_ONLY.format(objective.name))
     empty = [
         row["prompt_id"] for row in rows if not all([row["prompt_ids"], *(r["token_ids"] for r in row["responses"])])
     ]
@@ -77,7 +79,7 @@ def groups_of(
         )
     if problems:
         raise WinnowError(*problems)
-    groups = [_training_group(row, "ref" in fields) for row in rows]
+    groups = [_training_group(row, "ref" in fields, init) for row in rows]
     check_ids(init, "examples", [ids for group in groups for ids in (group.prompt, *group.responses)])
     longest = max((len(row["prompt_ids"]) + len(r["token_ids"]) for row in rows for r in row["responses"]), default=0)
     if longest > (limit := context_length(init.folder)):
@@ -121,7 +123,7 @@ def groups_of(
     return groups
 
 
-def _training_group(row: dict[str, Any], needs_reference: bool) -> TrainingGroup:
+def _training_group(row: dict[str, Any], needs_reference: bool, init: Model) -> TrainingGroup:
     responses = [response for response in row["responses"] if response["desirable"] != 0]
     mismatched = [response for response in row["responses"] if response["desirable"] == 0]
     index = {response["candidate_id"]: n for n, response in enumerate(responses)}
@@ -139,6 +141,12 @@ def _training_group(row: dict[str, Any], needs_reference: bool) -> TrainingGroup
         pair_weight=[pair["weight"] for pair in row["pairs"]],
         label=[pair["label"] for pair in row["pairs"]],
         mismatched=[(response["token_ids"], response["ref_logp"] or 0.0) for response in mismatched],
+        drawn=[
+            Drawn(response["drawn_logp"], init.digest, response["drawn_dtype"])
+            if response["drawn_by"] == init.digest and row["ref_model"] != init.digest
+            else None
+            for response in responses
+        ],
     )
 
 

@@ -17,6 +17,7 @@ from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections,
 from schemas.tables import EXAMPLES
 from stages.data.files import check_demonstrations
 from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
+from stages.training.agreement import drawn
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
 Desirable = Literal["nothing", "pairs", "rewards"]
@@ -199,5 +200,8 @@ def _response_row(
             f"examples: the reference of candidate {name} (prompt {prompt['prompt_id']}) was scored on other "
             "tokens than those to train on: another chat template, tokenizer or truncation; score it again"
         )
-    logp = None if scores is None else scores[name]["logp"]
-    return {"candidate_id": name, "token_ids": ids, "weight": weight, "ref_logp": logp, "desirable": desirable}
+    row = {"candidate_id": name, "token_ids": ids, "weight": weight, "desirable": desirable}
+    row["ref_logp"] = None if scores is None else scores[name]["logp"]
+    if draw := drawn(candidate):
+        row |= {"drawn_logp": draw.logp, "drawn_by": draw.model, "drawn_dtype": draw.dtype}
+    return row

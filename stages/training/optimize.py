@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipeline import EXECUTION, Bound, Range, StageContext, stage
 from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
+from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, record_agreement
 from stages.training.checks import LIKELIHOOD, check_optimize
 from stages.training.config import SPEED, TermData, TrainConfig
 from stages.training.mixing import UnitInterval
@@ -20,7 +21,7 @@ Positive = Annotated[int, Range(gt=0)]
 LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=4, unsharded=True, check=check_optimize)
+@stage(version=5, unsharded=True, check=check_optimize)
 def optimize(
     init: Model,
     examples: Examples,
@@ -47,6 +48,7 @@ def optimize(
     lora_r: Annotated[int, Range(ge=0)] = 0,
     lora_alpha: Annotated[float, Range(gt=0)] | None = None,
     lora_target_modules: list[str] = [],  # noqa: B006 - read, never written
+    engine_tolerance: Annotated[float, Range(gt=0), EXECUTION] = 1.0,
     tokens_per_pass: Annotated[int, Range(gt=0), EXECUTION] = 8192,
     gradient_checkpointing: Annotated[bool, EXECUTION] = False,
     world_size: Annotated[int, Range(gt=0), EXECUTION] = 1,
@@ -61,6 +63,9 @@ def optimize(
     0 must have the loss that policy = reference gives, or training refuses to start: a stale cache would train another
     objective. `reference: other` declares that the cached policy is not `init`, as when rounds continue from each other
     and the reference stays the SFT policy. A rerun resumes from the last checkpoint, bit for bit on the same machine.
+
+    Where no cached reference has compared draws of `init` with the engine's own log-probs, those of the first batch
+    are, as `reference` does it; the difference is a metric of step 0, and `engine_tolerance` raises its limit.
 
     `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
@@ -103,6 +108,8 @@ def optimize(
     metrics, speeds = [], []
     for entry in outcome["history"]:
         step = int(entry.pop("step"))
+        if DIFFERENCE in entry:
+            record_agreement(ctx, {"total": entry[DIFFERENCE], "count": 1.0, "largest": entry[LARGEST_DIFFERENCE]})
         for name, value in entry.items():
             if name.startswith(SPEED):
                 speeds.append({"step": step, "measure": name.removeprefix(SPEED), "value": float(value)})

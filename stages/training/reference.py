@@ -1,19 +1,22 @@
 """Stage `reference`: log-probs under a frozen policy, cached. The reference is a column, not a second network."""
 
+import math
 from contextlib import closing
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import StageContext, stage
-from schemas import Candidates, Model, Prompts, Reference, Selections, token_digest
+from pipeline import EXECUTION, Range, StageContext, stage
+from schemas import Candidates, Model, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import REFERENCE
 from stages.data.rows import column_by_id
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
+from stages.model_config import input_problems
+from stages.training.agreement import check_agreement, drawn, record_agreement
 
 
-@stage(version=2)
+@stage(version=3, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
 def reference(
     prompts: Prompts,
     candidates: Candidates,
@@ -23,12 +26,17 @@ def reference(
     mismatched: Candidates | None = None,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    engine_tolerance: Annotated[float, Range(gt=0), EXECUTION] = 1.0,
 ) -> Reference:
     """Score every candidate (or the selected ones) with the trainer's own forward pass: fp32 sums and token counts.
 
     `mismatched` candidates are scored as well, whatever was selected. One row per response, whatever pairs it will
     be in: neither another loss nor another pairing scores it again. Responses of equal tokens go through the network
     once.
+
+    Draws of the same weights are compared with the engine's own log-probs, and the mean difference is in the step's
+    summary. One that is above `engine_tolerance` times what rounding explains (stages/training/agreement.py) is
+    refused: another file, rotary embedding, dtype or sampler drew them.
     """
     from stages.network.forward import forward_rows, logp_of
     from stages.network.load import load_network
@@ -38,7 +46,8 @@ def reference(
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
     prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     tables = [candidates] if mismatched is None else [candidates, mismatched]
-    rows = [row for table in tables for row in table.select(["prompt_id", "candidate_id", "token_ids"]).to_pylist()]
+    columns = ["prompt_id", "candidate_id", "token_ids", "logp", "logp_kind", "model", "dtype"]
+    rows = [row for table in tables for row in table.select(columns).to_pylist()]
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
 
     # Once per prompt and token ids, whatever number of candidates have them.
@@ -48,7 +57,20 @@ def reference(
         inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]
         scores = forward_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS)
     ctx.count(tokens=counter.tokens)
+    for (prompt, ids), score in zip(unique, scores.tolist(), strict=True):
+        if not math.isfinite(score):
+            raise WinnowError(
+                f"reference: policy {policy.digest[:12]} gives a response of {len(ids)} tokens to prompt {prompt} the "
+                f"log-prob {score}: its activations in {dtype} are not finite; set `dtype: float32`, or give another "
+                "policy"
+            )
     logp = dict(zip(unique, scores.tolist(), strict=True))
+    compared = [
+        (draw, logp[row["prompt_id"], tuple(row["token_ids"])], len(row["token_ids"]))
+        for row in rows
+        if (draw := drawn(row)) and draw.model == policy.digest
+    ]
+    record_agreement(ctx, check_agreement(compared, dtype, engine_tolerance, policy.digest, "reference"))
     scored = [
         {
             "prompt_id": row["prompt_id"],

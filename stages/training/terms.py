@@ -31,6 +31,7 @@ class ObjectiveTerm:
         self, data: TermData, init: Model, config: TrainConfig, index: int = 0, dist: Distributed | None = None
     ) -> None:
         self.objective, self.nll_weight, self.optimum = data.objective, data.nll_weight, data.optimum
+        self.init = init
         self.nll_per, self.dtype, self.tokens_per_pass = config.nll_per, config.dtype, config.tokens_per_pass
         requirements = (data.objective, data.nll_weight, init, config.dtype, config.reference)
         self.groups = groups_of(data.examples, *requirements)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.context import Mirror, ProgressCallback
 from schemas import Model, WinnowError, WinnowWarning
 from stages.network.load import Adapt, checkpoint_layers, load_network, save_network
+from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
 from stages.training.config import TermData, TrainConfig
 from stages.training.distributed import Distributed
@@ -65,6 +66,9 @@ def train_policy(
     meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
     if state.step == 0 and "ref" in terms[0].objective.metadata["reads"] and config.reference == "init":
         check_reference(terms[0], network)
+    if state.step == 0 and (difference := check_first_batches(terms, network, config.engine_tolerance)):
+        mean = difference["total"] / difference["count"]
+        state.history.append({"step": 0.0, DIFFERENCE: mean, LARGEST_DIFFERENCE: difference["largest"]})
 
     mix = config.mix
     if state.step == 0 and mix and mix.metadata["uses_losses"]:

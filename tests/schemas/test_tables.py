@@ -1,5 +1,6 @@
 """The data dictionary is enforced: a table fits its schema or is rejected by column; ids come from content alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -187,11 +188,24 @@ def test_all_misfits_are_reported_at_once():
     assert [line.split("'")[1] for line in lines] == ["metric", "value", "high", "more"]
 
 
+def test_no_table_holds_a_log_prob_that_is_not_finite():
+    """By the column's name, in a row of its own and in a list of rows; other numbers may be NaN, nulls are none."""
+    row = dict(prompt_id="p", candidate_id="c", k=0, token_ids=[1], text="x", logp_kind="raw", n_tokens=1)
+    rows = [row | dict(finish_reason="stop", logp=logp) for logp in (math.nan, -1.0, None, -math.inf)]
+    facts = "column 'logp' has 2 numbers that are not finite"
+    assert facts in problems(pa.Table.from_pylist(rows, schema=CANDIDATES), CANDIDATES)[0]
+    conform(pa.Table.from_pylist(rows[1:3], schema=CANDIDATES), CANDIDATES)
+    responses = [dict(candidate_id="c", token_ids=[1], weight=1.0, ref_logp=logp) for logp in (math.nan, None)]
+    group = pa.Table.from_pylist([dict(prompt_id="p", prompt_ids=[1], responses=responses, pairs=[])], schema=EXAMPLES)
+    assert "column 'responses.ref_logp' has 1 numbers" in problems(group, EXAMPLES)[0]
+
+
 def test_numbers_are_cast_only_without_loss():
     """int64 to double, and to int32 if the value fits; a value that does not fit is rejected, not wrapped."""
     assert conform(pa.table(ROW | {"value": [1]}), EVALUATIONS).column("value").to_pylist() == [1.0]
     row = dict(prompt_id=["p"], candidate_id=["c"], k=[0], token_ids=[[1, 2]], text=["x"], logp=[None])
     row |= dict(raw_text=[None], logp_kind=["none"], n_tokens=[2], finish_reason=["stop"], seed=[None])
+    row |= dict(model=[None], dtype=[None])
     assert conform(pa.table(row), CANDIDATES).column("token_ids").to_pylist() == [[1, 2]]
     assert "'k' is int64, must be int32" in problems(row | {"k": [2**40]}, CANDIDATES)[0]
     assert "'token_ids'" in problems(row | {"token_ids": [[2**40]]}, CANDIDATES)[0]

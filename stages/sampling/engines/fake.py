@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas import seed_for, token_digest
+from schemas import WinnowError, seed_for, token_digest
+from stages.model_config import ModelConfig
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 
 STOP_SHARE = 0.9  # of responses shorter than max_tokens
@@ -16,7 +17,10 @@ class FakeEngine(Engine):
     """Engine that needs neither torch nor weights, only the vocabulary size in the folder's config."""
 
     def __init__(self, folder: Path) -> None:
-        self.vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+        vocabulary = ModelConfig(folder).vocabulary
+        if vocabulary is None:
+            raise WinnowError(f"engine fake: {folder / 'config.json'} has no vocab_size")
+        self.vocabulary = vocabulary
         file = folder / "tokenizer.json"
         added = json.loads(file.read_text())["added_tokens"] if file.exists() else []
         self.special = {token["id"] for token in added if token["special"]}

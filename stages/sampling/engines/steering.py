@@ -25,7 +25,9 @@ def steered_ids(network: Any, ids: Tensor, add_noise: AddNoise, sampling: Sampli
     guide = Guide(network, steering)
     stop, ended = torch.tensor(sampling.stop, device=ids.device), ids.new_zeros(len(ids), dtype=torch.bool)
     tokens: list[Tensor] = []
-    state_sum = torch.zeros(len(ids), network.config.hidden_size, device=ids.device)  # over the response so far
+    state_sum = torch.zeros(
+        len(ids), network.config.get_text_config().hidden_size, device=ids.device
+    )  # over the response so far
     next_ids = ids
     for step in range(sampling.max_tokens):
         output = network(input_ids=next_ids, past_key_values=guide.cache, logits_to_keep=1, output_hidden_states=True)
@@ -46,7 +48,7 @@ class Guide:
 
     def __init__(self, network: Any, steering: Steering) -> None:
         head = steering.head
-        head.check_width(network.config.hidden_size)
+        head.check_width(network.config.get_text_config().hidden_size)
         self.network, self.steering = network, steering
         self.cache = DynamicCache(config=network.config)
         if any(self.cache.is_sliding):  # its cache cannot be cropped back

@@ -8,9 +8,10 @@ from threading import Lock
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
+from stages.network.load import read_network
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
 
@@ -55,8 +56,7 @@ class TransformersEngine(Engine):
     def __init__(self, folder: Path, dtype: str) -> None:
         disable_progress_bar()
         torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
-        kwargs = dict(dtype=getattr(torch, dtype), local_files_only=True)
-        self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        self.network = read_network(folder, getattr(torch, dtype))
         self.network.generation_config = GenerationConfig()  # its penalties and minima would change the distribution
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.lock = Lock()

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from threading import Thread
@@ -45,7 +45,7 @@ class VllmEngine(QueuedEngine):
             # In this process the engine starts in seconds. On a GPU it is a subprocess, whose end frees the memory.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         torch.set_num_threads(THREADS)
-        with _quiet_start():
+        with _quiet_start(), _unchanged_class(folder) if on_cpu else nullcontext():
             from vllm import LLM
 
             self.llm: Any = LLM(
@@ -120,6 +120,36 @@ def _wake_when_engine_dies(client: Any) -> None:
 
     if isinstance(client, SyncMPClient):
         Thread(target=report_death, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
+
+
+@contextmanager
+def _unchanged_class(folder: Path) -> Iterator[None]:
+    """Take back what vLLM does to a class of transformers, by which other steps of this process load their networks.
+
+    A family that vLLM has no code of its own for runs as transformers' network, whose class vLLM decorates in place
+    (vllm/compilation/decorators.py): outside of an engine, no network could be made of it again. In an engine without
+    compilation the decoration does nothing.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        with torch.device("meta"):
+            network = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        decoder = type(network.get_decoder())
+    except (ValueError, AttributeError):  # not a network of transformers, or one without a decoder
+        yield
+        return
+    bases, before = decoder.__bases__, dict(vars(decoder))
+    try:
+        yield
+    finally:
+        decoder.__bases__ = bases
+        for name in ("__init__", "__call__"):
+            if name in before:
+                setattr(decoder, name, before[name])
+            elif name in vars(decoder):
+                delattr(decoder, name)
 
 
 @contextmanager

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jobs import recipes
 from pipeline import DataPath, ModelPath
 from pipeline.config.keys import canonical, differences, key_of
 from pipeline.config.plan import Plan, Step
 from stages.training.objectives import objective
+from tests.pipeline.config.test_plan import fake_model
 from tests.pipeline.config.test_recipe import own_candidates_config, plan_of
 
 # Steps that are `like` another, and do not set this option themselves.
@@ -106,15 +108,12 @@ def test_a_folder_is_its_files_and_their_names(tmp_path: Path):
 
 def test_a_model_is_its_weights_config_and_tokenizer(tmp_path: Path):
     """What else lies in the folder (a README, a pickle) does not count; a byte of the weights does."""
-    folder = tmp_path / "m"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    folder = Path(fake_model(tmp_path / "m"))
     key = key_of(canonical(ModelPath(str(folder))))
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     (moved / "README.md").write_text("hello")
     assert key_of(canonical(ModelPath(str(moved)))) == key
-    (moved / "model.safetensors").write_text("{ }")
+    save_file({"bias": np.zeros(1)}, moved / "model.safetensors")
     assert key_of(canonical(ModelPath(str(moved)))) != key
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
@@ -10,10 +11,11 @@ from schemas import WinnowError
 
 
 def fake_model(folder: Path) -> str:
-    """Write the files that the planner requires of a model folder."""
+    """Write the files that the planner requires of a model folder, without a single weight."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({}, folder / "model.safetensors")
     return str(folder)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from safetensors.torch import load_file, save_file
 
 import jobs.__main__ as command
 from pipeline.config.plan import make_plan
@@ -27,6 +28,7 @@ from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker
 from stages.sampling.engines import Request, Sampling, open_engine
 from stages.sampling.sample import sample
+from tests.material import context
 from tests.runs import RECIPES, Silent, plan_of
 from tests.stages.data.test_files import jsonl, reasons
 
@@ -139,6 +141,45 @@ def test_a_special_token_inside_a_draw_is_rejected_or_shown(tiny, ctx):
 def test_a_token_to_allow_that_the_tokenizer_does_not_have_is_refused(tiny, ctx):
     with pytest.raises(WinnowError, match=r"allow_special: '<\|usr\|>'.*did you mean '<\|user\|>'"):
         sample(one_prompt(), tiny, ctx, engine="fake", allow_special=["<|usr|>"])
+
+
+@pytest.fixture
+def padded(tiny, tmp_path):
+    """The tiny model with 4 ids in 5 that its tokenizer has no token for, as likely as the others."""
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "padded"))
+    network = load_network(tiny)
+    network.resize_token_embeddings(5 * len(Tokenizer(tiny).inner))
+    network.save_pretrained(folder)
+    return Model(folder, model_digest(folder))
+
+
+@pytest.mark.parametrize("engine", ["transformers", "fake"])
+def test_draws_with_ids_beyond_the_tokenizer_are_rejected_by_name(tiny, padded, engine):
+    """Kept are those of tokens alone, of unchanged law; an ordinary model loses none."""
+    tokens = len(Tokenizer(tiny).inner)
+    options = dict(engine=engine, n=60, temperature=1.0, top_k=0, max_tokens=2, keep_empty=True)
+    plain, ctx = context(), context()
+    assert sample(one_prompt(), tiny, plain, **options).num_rows == 60
+    assert plain.rejects.num_rows == 0
+    kept = sample(one_prompt(), padded, ctx, **options)
+    assert 0 < kept.num_rows < 60
+    assert max(max(ids) for ids in kept["token_ids"].to_pylist()) < tokens
+    rejects = ctx.rejects.to_pylist()
+    assert {row["reason"] for row in rejects} == {"id beyond the tokenizer"}
+    assert kept.num_rows + len(rejects) == 60
+    assert all(int(row["detail"].split()[1]) >= tokens and row["place"].startswith("k=") for row in rejects)
+
+
+def test_a_draw_whose_log_prob_is_not_finite_is_refused_with_its_policy(tiny, tmp_path):
+    """vLLM itself draws id 0 from NaN logits, again and again, and says nothing."""
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "spoilt"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    ctx = context()
+    with pytest.raises(WinnowError, match=r"policy spoilt gave a draw of prompt aa \(k=0\) the log-prob nan"):
+        sample(one_prompt(), Model(folder, "spoilt"), ctx, engine="vllm", n=2, max_tokens=4)
+    ctx.open_once(open_engine, "vllm", folder, "float32", 1).close()
 
 
 def test_responses_without_an_opponent_are_counted(tiny, ctx):

@@ -120,6 +120,28 @@ def test_a_last_token_that_is_the_pad_token_is_read_all_the_same(network):
     assert abs(with_pad[0] - without[0]) > 1e-2
 
 
+def test_transformers_reads_the_same_scores_from_a_padded_batch(tiny, tmp_path):
+    """A policy without pad token, or with EOS for it: its reward model has another, in config and tokenizer."""
+    for name, pad in (("none", None), ("eos", "<|eos|>")):
+        folder = Path(shutil.copytree(tiny.folder, tmp_path / name))
+        for file, value in (
+            ("config.json", {"pad_token_id": pad and 1}),
+            ("tokenizer_config.json", {"pad_token": pad}),
+        ):
+            (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | value))
+        model = headed(Model(folder, name), tmp_path / f"{name} head")
+        network, tokenizer = load_network(model), Tokenizer(model).inner
+        assert network.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+        network.score.weight.data.normal_()
+        rows = [([5, 6], [7, 1]), ([5, 6, 8, 9], [10, 1])]
+        padded = torch.full((2, 6), tokenizer.pad_token_id)
+        for n, (prompt, response) in enumerate(rows):
+            padded[n, : len(prompt + response)] = torch.tensor(prompt + response)
+        with torch.inference_mode():
+            by_transformers = network(input_ids=padded, attention_mask=padded != tokenizer.pad_token_id).logits[:, 0]
+        assert by_transformers.tolist() == pytest.approx(scores(network, rows), abs=LIMIT)
+
+
 @few
 @given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=30, max_size=60), ids), order=st.randoms())
 def test_a_score_does_not_depend_on_its_batch(network, rows, long, order):

@@ -1,0 +1,286 @@
+"""Model folders by their own files: what cannot be used is refused when the plan is made, with the cure."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from pipeline import AdapterPath, ModelPath
+from pipeline.store.fingerprints import model_digest
+from schemas import Model, WinnowError
+from stages.limits import check_ids, context_length
+from stages.model_config import ModelConfig, network_classes
+from stages.network.forward import forward_rows, logp_of
+from stages.network.load import load_network
+from stages.network.models import model
+from stages.sampling.engines import open_engine
+from tests.stages.ranking.test_reward_models import headed
+from tests.stages.training.test_checks import planned
+
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=400)
+
+
+def copied(of: Model, folder: Path, **changes) -> Path:
+    """Copy a model folder; `changes` are to its config, and those that are None are removed from it."""
+    shutil.copytree(of.folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def rewritten(folder: Path, change) -> Path:
+    """Write the weights of a folder again as `change` returns them."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def bare(data_dir, tmp_path):
+    """Return a call that plans RSO with a folder as SFT policy, and returns the problems of the plan."""
+    config = (data_dir / "demo.yaml").read_text().splitlines()
+    lines = [line for line in config if not line.startswith("sft:")]
+    home = tmp_path / "config"
+    shutil.copytree(data_dir, home)
+    (home / "demo.yaml").write_text("\n".join(lines))
+
+    def problems(folder, **steps) -> str:
+        sft = {"sft": {"use": "model", "with": {"path": str(folder)}}}
+        try:
+            planned(home, tmp_path, sft | steps)
+        except WinnowError as error:
+            return str(error)
+        return ""
+
+    return problems
+
+
+# The kind of a network
+
+
+def test_a_folder_that_is_a_policy_is_planned(tiny, bare):
+    assert bare(tiny.folder) == ""
+
+
+def test_models_that_read_more_than_text_are_refused(tiny, bare, tmp_path):
+    """Gemma-3, Qwen-VL, Mistral-3: their vocabulary is in text_config, and their own weights have other names."""
+    for name, architecture, part in [
+        ("gemma3", "Gemma3ForConditionalGeneration", "vision_config"),
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration", "vision_config"),
+        ("mistral3", "Mistral3ForConditionalGeneration", "vision_config"),
+        ("voxtral", "VoxtralForConditionalGeneration", "audio_config"),
+    ]:
+        nested = {"text_config": SIZES, part: {}, "vocab_size": None, "model_type": name}
+        folder = copied(tiny, tmp_path / name, architectures=[architecture], **nested)
+        assert ModelConfig(folder).vocabulary == SIZES["vocab_size"]
+        message = bare(folder)
+        assert all(fact in message for fact in (str(folder), architecture, "text_config"))
+
+
+def test_limits_are_read_from_a_nested_config(tiny, tmp_path):
+    nested = {"text_config": {"vocab_size": 50, "max_position_embeddings": 64}, "vocab_size": None}
+    nested["max_position_embeddings"] = None
+    folder = copied(tiny, tmp_path / "nested", **nested)
+    assert context_length(folder) == 64
+    with pytest.raises(WinnowError, match="only ids below 50"):
+        check_ids(Model(folder, "nested"), "prompts", [[50]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"model_type": None}, ["model_type"]),
+        ({"model_type": "ours", "architectures": ["OurForCausalLM"]}, ["model_type ours", "transformers"]),
+        ({"architectures": ["LlamaModel"]}, ["LlamaModel", "LlamaForCausalLM", "LlamaForSequenceClassification"]),
+        ({"architectures": ["LlamaForRewardModel"]}, ["LlamaForRewardModel", "LlamaForSequenceClassification"]),
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "model_type llama"]),
+    ],
+)
+def test_architectures_that_the_two_libraries_would_not_take_for_the_same_are_refused(
+    tiny, bare, tmp_path, changes, facts
+):
+    message = bare(copied(tiny, tmp_path / "odd", **changes))
+    assert all(fact in message for fact in ("sft: path: ", *facts))
+
+
+def test_the_names_of_network_classes_are_transformers_own():
+    """They are read from its source; here is the module itself."""
+    from transformers.models.auto import modeling_auto
+
+    assert {name: dict(getattr(modeling_auto, name)) for name in network_classes()} == network_classes()
+    assert len(network_classes()) == 3
+
+
+def test_a_damaged_config_is_refused(tiny, bare, tmp_path):
+    folder = copied(tiny, tmp_path / "damaged")
+    (folder / "config.json").write_text('{"model_type": "lla')
+    assert all(fact in bare(folder) for fact in (str(folder / "config.json"), "copy it again"))
+
+
+# Policies and reward models
+
+
+def test_a_reward_model_as_policy_is_refused_wherever_a_policy_is_needed(tiny, bare, tmp_path):
+    message = bare(headed(tiny, tmp_path / "head").folder)
+    for step in ("sample: policy", "reference: policy", "optimize: init"):
+        assert step in message
+    assert "reward model" in message
+
+
+def test_a_policy_as_reward_model_is_refused(tiny, bare):
+    by = {name: {"with": {"by": "pointwise"}} for name in ("reward", "compare", "judge")}
+    message = bare(tiny.folder, **by)
+    assert all(f"{name}: ranker: needs a reward model" in message for name in by)
+
+
+def test_a_policy_made_of_a_reward_model_is_none(tiny, data_dir, tmp_path):
+    """The kind is followed through `optimize` and `reward_head`."""
+    steps = {
+        "head": {"use": "reward_head", "from": {"policy": "sft"}},
+        "trained": {
+            "use": "optimize",
+            "from": {"init": "head", "examples": "preference_examples"},
+            "with": {"objective": "sigmoid", "learning_rate": 1e-3},
+        },
+        "sample": {"from": {"policy": "trained"}},
+    }
+    with pytest.raises(WinnowError, match=r"sample: policy: needs a policy.*given a reward model"):
+        planned(data_dir, tmp_path, steps)
+
+
+def test_a_reward_model_whose_config_names_no_labels_is_one_by_its_weights(tiny, ctx, tmp_path):
+    """transformers' default is two labels, for which the weights do not fit."""
+    head = headed(tiny, tmp_path / "head")
+    none = {"id2label": None, "label2id": None, "num_labels": None}
+    folder = copied(head, tmp_path / "unnamed", **none)
+    assert ModelConfig(folder).labels == 1
+    assert ModelConfig(folder).problems() == []
+    assert load_network(model(ctx, path=ModelPath(str(folder)))).config.num_labels == 1
+
+
+def test_classifiers_of_several_classes_are_no_reward_models(tiny, bare, tmp_path):
+    head = headed(tiny, tmp_path / "head")
+    wide = rewritten(copied(head, tmp_path / "wide"), lambda t: t | {"score.weight": t["score.weight"].repeat(3, 1)})
+    lost = rewritten(copied(head, tmp_path / "lost"), lambda t: {n: v for n, v in t.items() if n != "score.weight"})
+    assert "3 scores" in bare(wide)
+    assert "no tensor `score.weight`" in bare(lost)
+
+
+# Quantised weights
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantised_weights_can_be_sampled_by_vllm_and_nothing_else(tiny, bare, tmp_path, method):
+    folder = copied(tiny, tmp_path / method, quantization_config={"quant_method": method, "bits": 4})
+    message = bare(folder, sample={"with": {"engine": "vllm"}})
+    for step in ("reference: policy", "optimize: init"):
+        assert f"{step}: {folder} has quantised weights ({method})" in message
+    assert "\nsample: policy" not in message
+    assert "sample: policy" in bare(folder, sample={"with": {"engine": "transformers"}})
+    with pytest.raises(WinnowError, match=f"quantised \\({method}\\)"):
+        load_network(Model(folder, "quantised"))
+
+
+# Config and weights
+
+
+def tensors_without(name):
+    return lambda tensors: {key: value for key, value in tensors.items() if name not in key}
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"num_hidden_layers": 3}, ["lack", "layers.2."]),
+        ({"num_hidden_layers": 1}, ["have, and", "layers.1."]),
+        ({"intermediate_size": 7}, ["mlp.", "7"]),
+    ],
+)
+def test_a_config_of_another_model_is_refused_before_anything_is_drawn(tiny, ctx, tmp_path, changes, facts):
+    """transformers would draw what is missing at random, and leave out what is too much."""
+    folder = copied(tiny, tmp_path / "other", **changes)
+    with pytest.raises(WinnowError, match="two models") as caught:
+        model(ctx, path=ModelPath(str(folder)))
+    assert all(fact in str(caught.value) for fact in facts)
+    for load in (lambda: load_network(Model(folder, "x")), lambda: open_engine("transformers", folder, "float32")):
+        with pytest.raises(WinnowError, match="two models"):
+            load()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(tiny, ctx, tmp_path, value):
+    """When the folder is copied, and wherever a network is loaded."""
+
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+        return tensors
+
+    folder = rewritten(copied(tiny, tmp_path / "spoilt"), spoil)
+    facts = r"1 of [\d,]+ weights of model.layers.1.mlp.up_proj.weight are not finite"
+    for load in (
+        lambda: model(ctx, path=ModelPath(str(folder))),
+        lambda: load_network(Model(folder, "spoilt")),
+        lambda: open_engine("transformers", folder, "float32"),
+    ):
+        with pytest.raises(WinnowError, match=facts):
+            load()
+
+
+# Vocabularies
+
+
+def test_tokens_without_an_embedding_are_refused_unless_they_are_special(tiny, ctx, tmp_path):
+    """Gemma-3's tokenizer has one for images beyond its text model's vocabulary: no text with it is read."""
+    for special in (True, False):
+        folder = copied(tiny, tmp_path / str(special))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["<image>"], special_tokens=special)
+        tokenizer.save_pretrained(folder)
+        if special:
+            model(ctx, path=ModelPath(str(folder)))
+        else:
+            with pytest.raises(WinnowError, match=r"'<image>'.*resize"):
+                model(ctx, path=ModelPath(str(folder)))
+
+
+@pytest.fixture
+def resized(sharp, tmp_path):
+    """A LoRA whose training added two tokens: peft saves embedding and head with it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sharp.folder)
+    tokenizer.add_tokens(["<|one|>", "<|two|>"], special_tokens=True)
+    network = transformers.AutoModelForCausalLM.from_pretrained(sharp.folder)
+    network.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    network = get_peft_model(network, config)
+    with torch.no_grad():
+        network.get_input_embeddings().weight.mul_(1.5)
+    network.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", network
+
+
+def test_an_adapter_that_added_tokens_brings_their_embeddings(sharp, resized, bare, ctx):
+    folder, network = resized
+    assert bare(sharp.folder, sft={"use": "model", "with": {"path": str(sharp.folder), "adapter": str(folder)}}) == ""
+    merged = model(ctx, path=ModelPath(str(sharp.folder)), adapter=AdapterPath(str(folder)))
+    vocabulary = ModelConfig(sharp.folder).vocabulary
+    assert vocabulary is not None
+    rows = [([3, 4, 5], [6, 7, vocabulary + 1])]
+    expected = forward_rows(logp_of, network.base_model.model.eval(), rows, "float32", 100)
+    merged = Model(merged.folder, model_digest(merged.folder))
+    assert forward_rows(logp_of, load_network(merged), rows, "float32", 100) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_adapter_that_added_tokens_without_their_embeddings_is_refused(sharp, resized, bare):
+    folder, _ = resized
+    file = folder / "adapter_model.safetensors"
+    save_file(tensors_without("embed_tokens")(tensors_without("lm_head")(load_file(file))), file)
+    message = bare(sharp.folder, sft={"use": "model", "with": {"path": str(sharp.folder), "adapter": str(folder)}})
+    assert all(fact in message for fact in ("adapter: its tokenizer has '<|one|>'", "2 such tokens", "embeddings"))
