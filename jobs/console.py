@@ -55,12 +55,15 @@ class ProgressReporter(Reporter):
             transient=True,
             disable=not console.is_terminal,
         )
-        self.interrupted = False
+        self.interrupted = 0
         self.steps: dict[str, RunningStep] = {}
 
-    def interrupt(self, *signal: Any) -> None:
-        """Handle Ctrl-C. It is raised again at the next report, because Python swallows exceptions in finalizers."""
-        self.interrupted = True
+    def interrupt(self, number: int, frame: Any = None) -> None:
+        """Handle a signal that ends the run, such as SIGINT or SIGTERM, and keep its number.
+
+        It is raised again at the next report, because Python swallows exceptions in finalizers.
+        """
+        self.interrupted = number
         raise KeyboardInterrupt
 
     def _print(self, step: Step, text: str) -> None:

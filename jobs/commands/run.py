@@ -127,14 +127,18 @@ def paper(
 
 def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
     reporter = ProgressReporter(console)
-    signal.signal(signal.SIGINT, reporter.interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, reporter.interrupt)
     resume.started = True
-    with closing(reporter):
-        for plan in plans:
-            console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
-            _warn_of_other_data(plan, store)
-            _print_changed_code(plan, store)
-            run_plan(plan, store, executor, reporter)
+    try:
+        with closing(reporter):
+            for plan in plans:
+                console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
+                _warn_of_other_data(plan, store)
+                _print_changed_code(plan, store)
+                run_plan(plan, store, executor, reporter)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + (reporter.interrupted or signal.SIGINT)) from None
     resume.started = False
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -214,20 +215,33 @@ def test_an_override_can_be_longer_than_a_file_name(winnow, small: Path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_an_interrupted_run_says_so_and_keeps_finished_parts(tmp_path: Path, data_dir: Path):
-    """Ctrl-C gives exit code 130, as in every shell, the command that continues, and no traceback."""
-    command = [sys.executable, "-u", "-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(
+    ("number", "code", "word", "words"),
+    [
+        (signal.SIGINT, 130, "interrupted", []),
+        (signal.SIGTERM, 143, "terminated", []),
+        (signal.SIGTERM, 143, "terminated", ["--executor", "ray"]),
+    ],
+)
+def test_a_signal_ends_a_run_and_keeps_finished_parts(tmp_path: Path, data_dir: Path, number, code, word, words):
+    """Exit code 128 and the signal, as in every shell, the command as it was typed, and no traceback.
+
+    On Ray, whose own handler of SIGTERM would end the process without a word, once a step is finished.
+    """
+    command = [sys.executable, "-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml"), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         for line in process.stdout or ():
-            if "running" in line:
-                process.send_signal(signal.SIGINT)
+            if ("finished" if words else "running") in line:
+                process.send_signal(number)
                 break
         rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
-    assert missing(["interrupted; finished parts are kept", "resume with: "], rest) == []
+    assert process.returncode == code, rest
+    assert missing([word, "finished parts are kept"], rest) == []
+    line = next(line for line in rest.splitlines() if "resume with: " in line)
+    assert shlex.split(line.partition("resume with: ")[2]) == command
     assert "Traceback" not in rest
 
 
