@@ -14,10 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
 
 from jobs import recipes
 from jobs.__main__ import GROUPS
-from jobs.console import as_table
+from jobs.console import VisibleConsole, as_table
+from jobs.output import _Visible
 from pipeline.store.store import Store
 from schemas import Model
 
@@ -301,6 +304,30 @@ def test_sql_that_is_wrong_or_not_allowed_is_refused(winnow, store: Store):
         assert missing(["SHOW TABLES", "DESCRIBE candidates"], winnow("sql", wrong)[1]) == []
     assert "selections" in winnow("sql", "SHOW TABLES")[1]
     assert "finish_reason" in winnow("sql", "DESCRIBE candidates")[1]
+
+
+HOSTILE = "a\x1b[31m\x1b]0;title\x07\x9b2J\x7f\rb\tc\nd"
+HARMLESS = r"a\x1b[31m\x1b]0;title\x07\x9b2J\x7f\x0db"
+
+
+def test_control_sequences_are_written_out(winnow, store: Store):
+    """In tables, text, markup, trees and errors; in CSV and JSON for a terminal, and not where they are data."""
+    codes = "".join(f" || chr({ord(letter)})" for letter in HOSTILE)
+    code, text = winnow("sql", f"SELECT ''{codes} AS x")
+    assert (code, HARMLESS in text, "\x1b" in text) == (0, True, False)
+    _, text = winnow("sql", f"SELECT ''{codes} AS x", "--format", "csv")
+    assert HOSTILE in text
+    code, text = winnow("plan", "\x1b[31m.yaml")
+    assert (code, r"\x1b[31m.yaml" in text, "\x1b" in text) == (2, True, False)
+    out = io.StringIO()
+    console = VisibleConsole(file=out, width=80)
+    console.print(HOSTILE, markup=False)
+    console.print(escape(HOSTILE))
+    console.print(Tree(escape(HOSTILE)))
+    assert (out.getvalue().count(HARMLESS), "\x1b" in out.getvalue()) == (3, False)
+    visible_csv = io.StringIO()
+    _Visible(visible_csv).write(HOSTILE)
+    assert visible_csv.getvalue() == HARMLESS + "\tc\nd"
 
 
 def test_brackets_of_a_table_are_printed():
