@@ -30,7 +30,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
-from jobs.tables import plan_tree
+from jobs.tables import overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.execution.executor import LocalExecutor
@@ -65,10 +65,21 @@ def demo(
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
 
-def plan(recipe: Recipes, configs: Configs = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
+def plan(
+    recipe: Recipes,
+    configs: Configs = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    options: Annotated[
+        bool, typer.Option("--options", help="also each option that is not a default, and the file that it comes from")
+    ] = False,
+) -> None:
     """Print each recipe's tree of steps: keys, what is cached, what will run and why. Runs nothing."""
     for item in recipes.plans(recipe, configs, sets):
-        console.print(plan_tree(item, Store(store)), highlight=False, soft_wrap=True)
+        console.print(plan_tree(item, Store(store), options), highlight=False, soft_wrap=True)
+        for line in overruled(item):
+            console.print(f"  [dim]{escape(line)}[/]", highlight=False)
+        _print_notes(item)
         _print_changed_code(item, Store(store))
 
 
@@ -134,12 +145,18 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
         with closing(reporter):
             for plan in plans:
                 console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
+                _print_notes(plan)
                 _warn_of_other_data(plan, store)
                 _print_changed_code(plan, store)
                 run_plan(plan, store, executor, reporter)
     except KeyboardInterrupt:
         raise SystemExit(128 + (reporter.interrupted or signal.SIGINT)) from None
     resume.started = False
+
+
+def _print_notes(plan: Plan) -> None:
+    for line in plan.notes:
+        console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
 def _print_changed_code(plan: Plan, store: Store) -> None:

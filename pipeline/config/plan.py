@@ -9,10 +9,11 @@ from typing import Any
 
 from pipeline.config.code import code_digests
 from pipeline.config.keys import canonical, key_of
+from pipeline.config.layers import Origin
 from pipeline.config.recipe import Recipe
-from pipeline.config.rounds import unknown_step_hint
+from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import Entry, bound_entries, nearest
+from pipeline.registry import Bound, Entry, bound_entries, nearest
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import WinnowError
 
@@ -26,6 +27,7 @@ class Step:
     options: dict[str, Any]
     inputs: dict[str, "Step"]
     shards: int
+    origins: dict[str, Origin] = field(default_factory=dict)  # of its options, by dotted path; not part of the key
 
     @property
     def signature(self) -> StageSignature:
@@ -112,6 +114,7 @@ class Plan:
     targets: list[Step] = field(default_factory=list)
     part: list[Step] | None = None  # the steps to run, if not all; what else they read is finished
     plugins: list[Path] = field(default_factory=list)  # files that must be shipped with the recipe
+    notes: list[str] = field(default_factory=list)  # what users should know of it, and need not act on
 
     @property
     def steps_to_run(self) -> list[Step]:
@@ -187,10 +190,27 @@ def make_plan(recipe: Recipe) -> Plan:
     steps: dict[str, Step] = {}
     for name in order:
         inputs_of_step = {item: steps[source] for item, source in sources[name].items()}
-        steps[name] = Step(name, entries[name], options[name], inputs_of_step, recipe.shards)
+        origins = recipe.origins.get(name, {})
+        steps[name] = Step(name, entries[name], options[name], inputs_of_step, recipe.shards, origins)
     plan.steps = list(steps.values())
     plan.targets = [steps[name] for name in targets]
+    plan.notes = [note for note in recipe.notes if note.partition(".")[0] in {split_round(name)[0] for name in order}]
+    plan.notes += _other_meanings(recipe, plan.steps)
     return plan
+
+
+def _other_meanings(recipe: Recipe, steps: list[Step]) -> list[str]:
+    """Return a line for each function whose name, as a user wrote it, means another one in another library."""
+    lines = []
+    for step in steps:
+        written: dict[str, Any] = recipe.steps[step.name].get("with") or {}
+        for option, value in step.options.items():
+            name = written.get(option)
+            name, path = (name.get("name"), f"{option}.name") if isinstance(name, dict) else (name, option)
+            is_own = path in step.origins and step.origins[path].by_user
+            if isinstance(value, Bound) and is_own and name in value.metadata.get("elsewhere", {}):
+                lines.append(f"{step.name}.{option}: {name}: {value.metadata['elsewhere'][name]}")
+    return _without_rounds(lines)
 
 
 def _inputs_first(targets: list[str], sources: dict[str, dict[str, str]], problems: list[str]) -> list[str]:

@@ -171,6 +171,29 @@ def test_plan_prints_every_step_with_its_key(winnow, data_dir: Path):
     assert not Path("store").exists()
 
 
+def test_plan_says_where_options_come_from(winnow, data_dir: Path, tmp_path: Path):
+    """With --options each that is not a default; always what a config or --set says in place of the recipe."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("select: {with: {rule: {k: 6}}}\nreward: {with: {orders: both}}")
+    words = (
+        "plan",
+        "sft_sample_rank",
+        "--config",
+        data_dir / "demo.yaml",
+        "--config",
+        config,
+        "--set",
+        "select.seed=3",
+    )
+    code, text = winnow(*words)
+    assert code == 0
+    assert missing(["select.rule.k: 6 (", "mine.yaml), not 8 of the recipe"], text) == []
+    assert "orders" not in text
+    text = winnow(*words, "--options")[1]
+    assert missing(["rule.name: plain (sft_sample_rank.yaml)", "seed: 3 (--set)", "mine.yaml)"], text) == []
+    assert "orders: both" not in text
+
+
 def test_plan_says_what_is_cached_and_what_will_run_and_why(winnow, small: Path):
     """Nothing is there; then the model is, and a second run computes nothing; then the model's folder has changed."""
     sft, _ = (step.key for step in recipes.plans([str(small)], [], [])[0].steps)
