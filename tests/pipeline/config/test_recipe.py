@@ -244,7 +244,13 @@ def test_a_recipe_without_what_the_evaluation_reads_trains_and_says_so(tmp_path:
     assert "optimize" in winnow("ls", "dpo")[1]
     assert recipes.plans(["slic_direct"], [config], [])[0].target.name == "optimize"
     assert recipes.plans(["cvx_dpo"], [config], [])[0].target.name == "preference_head"
-    for recipe, sets in (("dpo", ["target=evaluate"]), ("rso", []), ("sft", [])):
+    packed = tmp_path / "packed.yaml"
+    packed.write_text(dump(merged(recipes.recipe_path("dpo"), (config,), (recipes.FOLDER,))))
+    assert recipes.plans([str(packed)], [], [])[0].target.name == "optimize"
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("target: evaluate")
+    packed.write_text(dump(merged(recipes.recipe_path("dpo"), (config, strict), (recipes.FOLDER,))))
+    for recipe, sets in (("dpo", ["target=evaluate"]), (str(packed), []), ("rso", []), ("sft", [])):
         with pytest.raises(WinnowError, match=r"ranker\.path: required"):
             recipes.plans([recipe], [config], sets)
 
