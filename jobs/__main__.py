@@ -27,7 +27,7 @@ for group, commands in GROUPS.items():
     for command in commands:
         app.command(rich_help_panel=group)(command)
 
-INTERRUPTED = 130  # typer's exit code for Ctrl-C
+SIGNALS = {130: "interrupted", 143: "terminated"}  # by exit code: 128 and the signal, as shells have it
 _show_python_warning = warnings.showwarning
 
 
@@ -57,18 +57,17 @@ def main() -> None:
     try:
         app()
     except WinnowError as error:
-        _print_problems(*error.problems, *resume.resume_note())
+        _print_problems(*error.problems, *resume.advice(error))
         raise SystemExit(2) from None
-    except OSError as error:  # only of a run: other commands compute nothing that could be kept
-        _print_problems(f"{error}; finished parts are kept" if resume.started else str(error), *resume.resume_note())
+    except OSError as error:
+        _print_problems(str(error), *resume.advice(error))
         raise SystemExit(2) from None
     except SystemExit as error:
-        if error.code == INTERRUPTED:
-            note = resume.resume_note() or ["the same command continues from them"]
-            _print_problems("interrupted; finished parts are kept", *note, style="")
+        if error.code in SIGNALS:
+            _print_problems(SIGNALS[error.code], *resume.advice(), style="")
         raise
     except BaseException as error:
-        for line in resume.resume_note():
+        for line in resume.advice(error):
             error.add_note(line)  # Python prints it below the traceback
         raise
 

@@ -1,6 +1,7 @@
-"""Output to the terminal: the progress of a run, Arrow tables, JSON."""
+"""Output to the terminal: the progress of a run, Arrow tables, JSON; what would control the terminal is escaped."""
 
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -17,7 +18,23 @@ from pipeline.config.plan import Step
 from pipeline.execution.schedule import Reporter
 
 WORK = ("tokens", "ranker_calls")  # counters whose rate says something
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and newline, DEL, C1
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
+
+
+def visible(text: str) -> str:
+    r"""Return text in which each control character is written out, as in \x1b[31m; tabs and newlines stay.
+
+    A sampled response or a file's name could otherwise move the cursor, hide text or rename the window.
+    """
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+class VisibleConsole(Console):
+    """Console that prints every string, markup included, as `visible` has it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
 
 
 class _Rate(ProgressColumn):
@@ -56,12 +73,15 @@ class ProgressReporter(Reporter):
             transient=True,
             disable=not console.is_terminal,
         )
-        self.interrupted = False
+        self.interrupted = 0
         self.steps: dict[str, RunningStep] = {}
 
-    def interrupt(self, *signal: Any) -> None:
-        """Handle Ctrl-C. It is raised again at the next report, because Python swallows exceptions in finalizers."""
-        self.interrupted = True
+    def interrupt(self, number: int, frame: Any = None) -> None:
+        """Handle a signal that ends the run, such as SIGINT or SIGTERM, and keep its number.
+
+        It is raised again at the next report, because Python swallows exceptions in finalizers.
+        """
+        self.interrupted = number
         raise KeyboardInterrupt
 
     def _print(self, step: Step, text: str) -> None:
@@ -82,7 +102,7 @@ class ProgressReporter(Reporter):
         before = f" ({done} of {total} parts are finished)" if done else ""
         self._print(step, f"[cyan]running[/] {step.key}{before}")
         self.bar.start()
-        task = self.bar.add_task(step.name, total=total, completed=done, unit="parts")
+        task = self.bar.add_task(visible(step.name), total=total, completed=done, unit="parts")
         self.steps[step.name] = RunningStep(task, total, done, float(done))
 
     def part_finished(self, step: Step) -> None:
@@ -141,7 +161,7 @@ def as_table(table: pa.Table, title: str | None = None) -> Table:
         result.add_column(escape(name))
     for row in table.to_pylist():
         cells = ("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values())
-        result.add_row(*(Text(cell) for cell in cells))
+        result.add_row(*(Text(visible(cell)) for cell in cells))
     return result
 
 

@@ -1,6 +1,7 @@
 """Results of SQL as a table for people, CSV, JSON lines, or Parquet; to the terminal or to a file."""
 
 import csv
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from jobs.console import as_json, as_table
+from jobs.console import VisibleConsole, as_json, as_table, visible
 from pipeline.sql.catalog import Catalog, QueryResult
 from pipeline.store.store import columns_with_statistics
 from schemas import WinnowError
@@ -41,7 +42,7 @@ def write(result: QueryResult, format: Format, out: Path | None, console: Consol
     if out is None:
         if format is Format.parquet:
             raise WinnowError("--format parquet: needs a file; add --out FILE")
-        _write_text(result, format, sys.stdout, console)
+        _write_text(result, format, _Visible(sys.stdout) if sys.stdout.isatty() else sys.stdout, console)
         return
     if not out.absolute().parent.is_dir():
         raise WinnowError(f"--out {out}: no such folder {out.parent}; create it first")
@@ -59,12 +60,22 @@ def write(result: QueryResult, format: Format, out: Path | None, console: Consol
                     writer.write_batch(batch)
         else:
             with scratch.open("w", encoding="utf-8", newline="") as file:
-                _write_text(result, format, file, Console(file=file, soft_wrap=True, width=console.width))
+                _write_text(result, format, file, VisibleConsole(file=file, soft_wrap=True, width=console.width))
         scratch.replace(target)
     except pa.ArrowNotImplementedError as error:
         raise WinnowError(f"--format parquet: {error}; CAST that column to another type in the statement") from None
     finally:
         scratch.unlink(missing_ok=True)
+
+
+class _Visible(io.TextIOBase):
+    """Terminal for CSV and JSON; in a pipe or a file their bytes are the data's own."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self.terminal = terminal
+
+    def write(self, text: str) -> int:
+        return self.terminal.write(visible(text))
 
 
 def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
@@ -80,7 +91,7 @@ def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
             raise
 
 
-def _write_text(result: QueryResult, format: Format, file: TextIO, console: Console) -> None:
+def _write_text(result: QueryResult, format: Format, file: TextIO | _Visible, console: Console) -> None:
     if format is Format.table:
         rows = result.head(MAX_TABLE_ROWS + 1)
         console.print(as_table(rows.slice(0, MAX_TABLE_ROWS)))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs import queries
+from jobs.console import visible
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
@@ -39,7 +40,8 @@ def write_report(store: Store, out: Path) -> None:
                     "responses": _query_rows(of_run, "responses"),
                 }
             )
-    template = Environment(loader=FileSystemLoader(FOLDER), autoescape=True).get_template("report.html")
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, finalize=_without_control)
+    template = environment.get_template("report.html")
     html = template.render(
         store=store.root.name,
         leaderboard=_query_table(catalog, "leaderboard"),
@@ -53,6 +55,11 @@ def write_report(store: Store, out: Path) -> None:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
+
+
+def _without_control(value: Any) -> Any:
+    """Return a text as terminals get it; plots, which are marked as safe, stay."""
+    return visible(value) if type(value) is str else value
 
 
 def _query_rows(catalog: Catalog, name: str) -> list[dict[str, Any]]:

@@ -1,16 +1,27 @@
-"""Command line that continues a run that failed: the same one, without what has happened already."""
+"""Advice to users whose run has ended early: the command that continues it, where that can help."""
 
 import os
 import shlex
 import sys
 
+from pipeline.execution.retries import may_pass
+
 SUBMITTED = "WINNOW_SUBMITTED"  # environment variable of a job: the command that submitted it
 started = False  # whether a run has started and has not ended: what it has finished is kept
 
 
-def resume_note() -> list[str]:
-    """Return a line with the command that continues the run, if one has started."""
-    return [f"resume with: {command(sys.argv)}"] if started else []
+def advice(error: BaseException | None = None) -> list[str]:
+    """Return what is kept of the run, if one has started, and the command that continues it.
+
+    None stands for a signal. After an error that the same command would meet again, no command is printed.
+    """
+    if not started:
+        return []
+    if error is None or may_pass(error):
+        return ["finished parts are kept", f"resume with: {command(sys.argv)}"]
+    forced = any(word.partition("=")[0] == "--force" for word in sys.argv)
+    forget = "; --force has deleted what it names: omit it from now on" if forced else ""
+    return [f"the same command would end in the same way; finished parts are kept{forget}"]
 
 
 def command(words: list[str]) -> str:

@@ -10,7 +10,7 @@ from rich.tree import Tree
 from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
-from pipeline.registry import nearest
+from pipeline.registry import Bound, nearest
 from pipeline.stage import signature_of
 from pipeline.store.inventory import Inventory, followers_first
 from pipeline.store.store import Store
@@ -24,8 +24,11 @@ STEP_LIST = pa.schema(
 )
 
 
-def plan_tree(plan: Plan, store: Store) -> Tree:
-    """Return the steps under their consumers, each once per run: name, key, `cached`, or `will run` and why."""
+def plan_tree(plan: Plan, store: Store, options: bool = False) -> Tree:
+    """Return the steps under their consumers, each once per run: name, key, `cached`, or `will run` and why.
+
+    With `options`, also each option that is not the stage's default, and the file or --set that it comes from.
+    """
     rounds = f", {len(plan.targets)} rounds" if len(plan.targets) > 1 else ""
     tree = Tree(f"[bold]{escape(plan.name)}[/]  ({len(plan.steps)} steps{rounds})")
     names_by_key: dict[str, str] = {}  # of the steps above: two rounds may share a step, which runs once
@@ -36,13 +39,51 @@ def plan_tree(plan: Plan, store: Store) -> Tree:
             return
         names_by_key[step.key] = step.name
         stage = "" if split_round(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
-        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status(step, plan.name, store)}")
+        listed = "".join(f"\n  [dim]{escape(line)}[/]" for line in option_lines(step)) if options else ""
+        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status(step, plan.name, store)}{listed}")
         for source in step.inputs.values():
             add(branch, source)
 
     for target in plan.targets:
         add(tree, target)
     return tree
+
+
+def option_lines(step: Step) -> list[str]:
+    """Return `path: value (origin)` for each option of a step that a file or --set writes and that is not a default."""
+    lines = []
+    for path, origin in step.origins.items():
+        value, default = _written_value(step, path)
+        if value != default:
+            lines.append(f"{path}: {value} ({origin.layer})")
+    return lines
+
+
+def overruled(plan: Plan) -> list[str]:
+    """Return a line for each option in which a config or --set outranks the recipe, steps of equal rounds once."""
+    lines: dict[str, list[str]] = {}
+    for step in plan.steps:
+        for path, origin in step.origins.items():
+            if origin.replaces is not None:
+                what = f"{path}: {_written_value(step, path)[0]} ({origin.layer}), not {origin.replaces} of the recipe"
+                lines.setdefault(f"{split_round(step.name)[0]}.{what}", []).append(step.name)
+    return list(lines)
+
+
+def _written_value(step: Step, path: str) -> tuple[Any, Any]:
+    """Return the value at a dotted path of a step's options, and the default of the stage or function that has it."""
+    value: Any = step.options
+    default: Any = None
+    model: Any = step.entry.options
+    for name in path.split("."):
+        if isinstance(value, Bound):
+            model, value = value.entry.options, {"name": value.name, **value.options}
+        field = model.model_fields.get(name) if model else None
+        value = value.get(name) if isinstance(value, dict) else value
+        default, model = (field.default if field else None), None
+    if isinstance(value, Bound):
+        value = value.name
+    return value, default
 
 
 def status(step: Step, run: str, store: Store) -> str:

@@ -13,5 +13,9 @@ class WinnowError(ValueError):
         return type(self), self.problems
 
 
+class MachineError(WinnowError):
+    """Error of a worker, a machine or a network, not of data or options: the same command may succeed later."""
+
+
 class WinnowWarning(UserWarning):
     """Warning that the user should read but need not act on."""

@@ -32,4 +32,4 @@ class Silent(Reporter):
 
 def plan_of(data_dir: Path, *sets: str, recipe: str = "rso") -> Plan:
     """Return the plan of a recipe on the data of fixture `data_dir`, with `--set` options."""
-    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (data_dir / "demo.yaml",), sets, name="run"))
+    return make_plan(load_recipe(RECIPES / f"{recipe}.yaml", (data_dir / "demo.yaml",), sets, "run", (RECIPES,)))

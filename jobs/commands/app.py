@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from jobs.console import VisibleConsole
 from pipeline.store.store import Store
 from schemas import WinnowError
 
@@ -17,8 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sample, rank, optimize: an offline pipeline from preferences to a better policy.",
 )
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-error_console = Console(soft_wrap=True, stderr=True)
+console = VisibleConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+error_console = VisibleConsole(soft_wrap=True, stderr=True)
 STORE = "store"
 
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]

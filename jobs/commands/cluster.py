@@ -23,6 +23,7 @@ from jobs.commands.app import (
     Workers,
     console,
 )
+from jobs.console import visible
 from jobs.resume import without_force
 from pipeline.config.partial import Part, followers, narrowed, unfinished
 from pipeline.config.plan import Plan, Step
@@ -105,7 +106,7 @@ def logs(job: JobName, address: Address = None, no_wait: NoWait = False) -> None
     cluster = RayJobs(address)
     name = str(cluster.job(job).submission_id)
     if no_wait:
-        typer.echo(cluster.log(name), nl=False)
+        typer.echo(visible(cluster.log(name)), nl=False)
     else:
         _follow(cluster, name, RESUBMIT)
 
@@ -138,7 +139,7 @@ def _follow(cluster: "RayJobs", name: str, advice: str) -> None:
     from jobs.ray_jobs import failure_reason
 
     try:
-        job = cluster.follow(name, lambda text: typer.echo(text, nl=False))
+        job = cluster.follow(name, lambda text: typer.echo(visible(text), nl=False))
     except KeyboardInterrupt:
         _say(f"\n{name} continues; `{_command('logs', name, cluster)}` follows it, "
              f"`{_command('stop', name, cluster)}` stops it")  # fmt: skip

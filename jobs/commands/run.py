@@ -30,7 +30,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
-from jobs.tables import plan_tree
+from jobs.tables import overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.execution.executor import LocalExecutor
@@ -56,19 +56,29 @@ def demo(
     data.write(folder)
     configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
     store = str(folder / ("methods" if methods else "store"))
-    # own_candidates needs candidates from another system, which the demo has not.
-    names = [name for name in recipes.names() if name != "own_candidates"] if methods else list(DEMO_RECIPES)
+    names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES] if methods else list(DEMO_RECIPES)
     plans = recipes.plans(names, configs, [])
     _run_plans(plans, Store(store), LocalExecutor())
-    _print_summary(Store(store), [plan.name for plan in plans])
+    _print_summary(Store(store), plans)
     report(store, folder / ("methods.html" if methods else "report.html"))
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
 
-def plan(recipe: Recipes, configs: Configs = [], sets: Sets = [], store: StorePath = STORE) -> None:  # noqa: B006
+def plan(
+    recipe: Recipes,
+    configs: Configs = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    options: Annotated[
+        bool, typer.Option("--options", help="also each option that is not a default, and the file that it comes from")
+    ] = False,
+) -> None:
     """Print each recipe's tree of steps: keys, what is cached, what will run and why. Runs nothing."""
     for item in recipes.plans(recipe, configs, sets):
-        console.print(plan_tree(item, Store(store)), highlight=False, soft_wrap=True)
+        console.print(plan_tree(item, Store(store), options), highlight=False, soft_wrap=True)
+        for line in overruled(item):
+            console.print(f"  [dim]{escape(line)}[/]", highlight=False)
+        _print_notes(item)
         _print_changed_code(item, Store(store))
 
 
@@ -106,7 +116,7 @@ def run(
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)
     selection.delete()
     _run_plans(selection.plans, target, chosen)
-    _print_summary(target, [item.name for item in selection.plans])
+    _print_summary(target, selection.plans)
     if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
         _print_next_commands(selection.plans[0], recipe[0], configs, sets, store)
 
@@ -127,15 +137,25 @@ def paper(
 
 def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
     reporter = ProgressReporter(console)
-    signal.signal(signal.SIGINT, reporter.interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, reporter.interrupt)
     resume.started = True
-    with closing(reporter):
-        for plan in plans:
-            console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
-            _warn_of_other_data(plan, store)
-            _print_changed_code(plan, store)
-            run_plan(plan, store, executor, reporter)
+    try:
+        with closing(reporter):
+            for plan in plans:
+                console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
+                _print_notes(plan)
+                _warn_of_other_data(plan, store)
+                _print_changed_code(plan, store)
+                run_plan(plan, store, executor, reporter)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + (reporter.interrupted or signal.SIGINT)) from None
     resume.started = False
+
+
+def _print_notes(plan: Plan) -> None:
+    for line in (*plan.left_out, *plan.notes):
+        console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
 def _print_changed_code(plan: Plan, store: Store) -> None:
@@ -165,9 +185,9 @@ def _warn_of_other_data(plan: Plan, store: Store) -> None:
         )
 
 
-def _print_summary(store: Store, runs: list[str]) -> None:
+def _print_summary(store: Store, plans: list[Plan]) -> None:
     """Print what these runs achieved; the leaderboard has all runs of the store, to compare them."""
-    of_these_runs = open_catalog(store, runs)
+    of_these_runs = open_catalog(store, [plan.name for plan in plans])
     titles = {
         "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
         "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B)",
@@ -177,6 +197,9 @@ def _print_summary(store: Store, runs: list[str]) -> None:
         sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
             console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
+    for plan in plans:
+        for line in plan.left_out:
+            console.print(f"[yellow]{escape(plan.name)}[/]: {escape(line)}", highlight=False)
 
 
 def _print_next_commands(plan: Plan, recipe: str, configs: list[Path], sets: list[str], store: str) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: files are merged, then --set, then `like`, then the rounds are unrolled.
+"""Recipes: files are merged (layers.py), then --set, then `like`, then the rounds are unrolled.
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
 (options); `like` takes all three from another step, and the step writes only what differs. `about`, `extends`,
@@ -9,20 +9,19 @@ list of overlays, one per round (pipeline/config/rounds.py).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from pipeline.config.layers import Layer, Origin, merge, merge_all, origins_of, plugins_of, read_layers, with_overlays
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
-from pipeline.config.yaml import parse, read_yaml
+from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-MAX_FILES = 3  # depth of `extends`: a base, a method, and the user's own
-SETTABLE = ("about", "rounds", "shards", "target")  # settings that --set may name
+SETTABLE = ("about", "rounds", "shards", "target", "trained")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -62,6 +61,7 @@ class Settings(BaseModel):
     plugins: list[str] = []
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
+    trained: str = ""
 
 
 NAMES = ("extends", "rounds", *Settings.model_fields)
@@ -78,12 +78,19 @@ class Recipe:
     steps: Steps = field(default_factory=dict)
     rounds: int = 0
     plugins: list[Path] = field(default_factory=list)
+    trained: str = ""  # the step to end with if what only the target reads is not given; none if a user set the target
+    origins: dict[str, dict[str, Origin]] = field(default_factory=dict)  # step -> dotted path of an option -> origin
+    notes: list[str] = field(default_factory=list)  # parts of configs that do not concern this recipe
 
     @property
     def targets(self) -> list[str]:
         """Return the target of every round, that of the last round last."""
-        targets = [f"{self.target}@{number}" for number in range(1, self.rounds + 1)]
-        return [step for step in targets if step in self.steps] or [self.target]
+        return self.in_rounds(self.target)
+
+    def in_rounds(self, step: str) -> list[str]:
+        """Return the names of a step in every round, or its name if it is one step for all."""
+        names = [f"{step}@{number}" for number in range(1, self.rounds + 1)]
+        return [name for name in names if name in self.steps] or [step]
 
     @property
     def step_names(self) -> list[str]:
@@ -125,9 +132,10 @@ def load_recipe(
         again@1:  {use: pair, from: {candidates: sample@1}, with: {rule: matches, seed: 1}}
         again@2:  {use: pair, from: {candidates: sample@2}, with: {rule: matches, seed: 1}}
 
-    Files are merged by `merged`, `like` is resolved by `_with_like`, rounds by `unroll` (pipeline/config/rounds.py).
+    pipeline/config/layers.py says which file outranks which; `like` is resolved by `_with_like`, rounds by `unroll`
+    (pipeline/config/rounds.py).
     """
-    content = merged(path, overlays, library)
+    layers, notes = read_layers(path, overlays, library)
     set_problems: list[str] = []
     problems: list[str] = []
 
@@ -137,20 +145,23 @@ def load_recipe(
         with _collected(set_problems):
             overrides.append(Override.parse(text))
     replaced = {override.name: override.value for override in overrides if not override.path}
-    settings, overlaid = Settings(), list[Any]()
+    content = merge_all(layers)
+    settings = Settings()
     with _collected(problems):
-        values = content | replaced
+        values = content | replaced | {"plugins": plugins_of(layers)}
         settings = validated(
             Settings, {key: values[key] for key in Settings.model_fields if values.get(key) is not None}
         )
+    rounds_layers = [layers]
+    overlaid: list[Any] = []
     with _collected(problems):
         overlaid = round_overlays(content.get("rounds"), replaced.get("rounds"))
+        rounds_layers = with_overlays(layers, overlaid, replaced.get("rounds")) or [layers]
 
-    # Each round is the steps with the round's overlay over them. Only what an overlay breaks is reported as its own.
-    steps: Steps = {str(key): body or {} for key, body in content.items() if key not in NAMES}
+    # Each round is the steps with the round's overlay among them. Only what an overlay breaks is reported as its own.
+    steps = _steps(layers)
     step_problems = _step_problems(steps)
     problems += step_problems
-    rounds: list[Steps] = []
     for position, overlay in enumerate(overlaid, 1):
         entry = f"rounds, entry {position}"
         if not isinstance(overlay, dict):
@@ -158,13 +169,14 @@ def load_recipe(
             continue
         unknown = [step for step in overlay if step not in steps]
         problems += [f"{entry}: unknown step {step!r}; {nearest(str(step), list(steps))}" for step in unknown]
-        rounds.append(_merge(steps, {step: body for step, body in overlay.items() if step in steps}))
-        problems += [f"{entry}: {line}" for line in _step_problems(rounds[-1]) if line not in step_problems]
+        overlaid_steps = {step: body for step, body in _steps(rounds_layers[position - 1]).items() if step in steps}
+        overlaid_steps |= {step: None for step in overlay if step in steps and overlay[step] is None}
+        problems += [f"{entry}: {line}" for line in _step_problems(overlaid_steps) if line not in step_problems]
     if problems:
         raise WinnowError(*set_problems, *problems)
 
     # --set outranks every file and every overlay, and `like` copies what --set has changed.
-    rounds = rounds or [dict(steps)]
+    rounds = [_steps(of_round) for of_round in rounds_layers]
     options = [override for override in overrides if override.path]
     for override in options:
         with _collected(set_problems):
@@ -175,6 +187,15 @@ def load_recipe(
 
     named = {step for overlay in overlaid for step in overlay} | {item.step for item in options if item.round}
     unrolled = unroll(rounds, named) if overlaid else {step: resolved(body) for step, body in rounds[0].items()}
+
+    origins = {}
+    for unrolled_name, body in unrolled.items():
+        step, number = split_round(unrolled_name)
+        of_round = [
+            *rounds_layers[(number or 1) - 1],
+            *(item.layer for item in options if item.round in (None, number)),
+        ]
+        origins[unrolled_name] = origins_of(step, body.get("with") or {}, of_round)
 
     # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
     default_name = path.stem + "".join(f"[{text}]" for text in sets)
@@ -189,7 +210,43 @@ def load_recipe(
         unrolled,
         len(overlaid),
         [Path(file) for file in settings.plugins],
+        "" if "target" in replaced or _is_target_required(layers) else settings.trained,
+        origins,
+        notes,
     )
+
+
+def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return one file's content that, alone and without configs, is what these files are together.
+
+    Its rounds say all of each step that they name: what lies over a round's overlay here would lie below it there.
+    """
+    layers, _ = read_layers(path, overlays, library)
+    content = merge_all(layers)
+    overlaid = round_overlays(content.get("rounds"))
+    if isinstance(content.get("rounds"), list):
+        rounds = with_overlays(layers, overlaid)
+        content["rounds"] = [
+            {step: _steps(of_round)[step] for step in overlay}
+            for of_round, overlay in zip(rounds, overlaid, strict=True)
+        ]
+    plugins = plugins_of(layers)
+    left = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
+    content = {name: value for name, value in content.items() if name not in left}
+    return content | ({"plugins": plugins} if plugins else {})
+
+
+def _is_target_required(layers: list[Layer]) -> bool:
+    """Return whether a layer above the one that says what is trained sets the target, so that nothing less will do."""
+    positions = {
+        name: max((n for n, layer in enumerate(layers) if name in layer.content), default=-1)
+        for name in ("target", "trained")
+    }
+    return positions["target"] > positions["trained"]
+
+
+def _steps(layers: list[Layer]) -> Steps:
+    return {str(key): body or {} for key, body in merge_all(layers).items() if key not in NAMES}
 
 
 @contextmanager
@@ -200,67 +257,7 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-# Layers.
-
-
-def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return base, configs, method, and the recipe that extends it, each over the one before, as one file would be.
-
-    What a method sets outranks what a config sets for all methods. What a recipe extends is looked for beside it, then
-    in the folders of `library`. Plugins add up: each file lists those that it needs.
-    """
-    files, contents = [path], [_read_file(path, "recipe")]
-    while (name := contents[0].get("extends")) is not None:
-        folders = (files[0].parent, *library)
-        file = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
-        if file is None:
-            hint = nearest(str(name), sorted({file.stem for folder in folders for file in folder.glob("*.yaml")}))
-            raise WinnowError(f"extends: no recipe {name!r} in {' or '.join(map(str, folders))}; {hint}")
-        trail = " -> ".join(file.stem for file in (*reversed(files), file))
-        if file in files:
-            raise WinnowError(f"extends: a cycle: {trail}; a name is looked for beside the file first")
-        if len(files) == MAX_FILES:
-            raise WinnowError(f"extends: {trail} is more than {MAX_FILES} files; extend {files[0].stem} instead")
-        files, contents = [file, *files], [_read_file(file, "recipe"), *contents]
-    base, *methods = contents if len(contents) > 1 else [{}, *contents]
-    layers = [base, *(_read_file(overlay, "--config") for overlay in overlays), *methods]
-    plugins: list[Any] = []
-    for layer in layers:
-        listed = layer.get("plugins") or []
-        plugins += [item for item in (listed if isinstance(listed, list) else [listed]) if item not in plugins]
-    content: dict[str, Any] = reduce(_merge, layers, {})
-    content = {name: value for name, value in content.items() if name not in ("extends", "plugins")}
-    return content | ({"plugins": plugins} if plugins else {})
-
-
-def _read_file(path: Path, what: str) -> dict[str, Any]:
-    content = read_yaml(path, what)
-    if not isinstance(content, dict):
-        raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")
-    folder = path.absolute().parent
-    if isinstance(files := content.get("plugins"), list):  # always paths, with or without `./`
-        content["plugins"] = [str(folder / file) if isinstance(file, str) else file for file in files]
-    return _rooted(content, folder)
-
-
-def _rooted(content: Any, folder: Path) -> Any:
-    """Return the content with `./data.jsonl` as a path beside its file, wherever the command runs."""
-    if isinstance(content, dict):
-        return {name: _rooted(value, folder) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_rooted(value, folder) for value in content]
-    if isinstance(content, str) and content.startswith(("./", "../")):
-        return str(folder / content)
-    return content
-
-
-def _merge(below: Any, above: Any) -> Any:
-    """Merge mappings; anything else replaces. A step with another `use`, or a function with another name, is new."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    if any(name in above and above[name] != below.get(name, above[name]) for name in ("use", "name")):
-        return above
-    return below | {name: _merge(below.get(name), value) for name, value in above.items()}
+# Steps.
 
 
 def _step_problems(steps: dict[str, Any]) -> list[str]:
@@ -306,7 +303,7 @@ def _with_like(step: str, steps: Steps) -> dict[str, Any]:
     model = steps[step].get("like")
     if model is None:
         return body
-    return _merge({"use": model} | _with_like(model, steps), body)
+    return merge({"use": model} | _with_like(model, steps), body)
 
 
 # --set.
@@ -334,6 +331,14 @@ class Override:
             hint = nearest(names[0], list(SETTABLE))
             raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
         return cls(text, names[0], *split_round(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
+
+    @property
+    def layer(self) -> Layer:
+        """Return the option as a layer of its own."""
+        content: Any = self.value
+        for name in (*reversed(self.path), "with", self.step):
+            content = {name: content}
+        return Layer("--set", content, is_config=True, is_own=True)
 
     def apply(self, rounds: list[Steps], count: int) -> None:
         """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds."""

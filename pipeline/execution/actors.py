@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.context import Progress, WarmCache
 from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
 from pipeline.resources import Resources
-from schemas import WinnowError
+from schemas import MachineError
 
 PROGRESS_SECONDS = 0.5  # between two requests for progress
 MAX_FAILED_STARTS = 3
@@ -98,7 +98,7 @@ class ActorPool:
         return True
 
     def collect(self, ready: set[Any]) -> list[TaskResult]:
-        """Return the tasks whose references are ready; raise WinnowError if workers never start."""
+        """Return the tasks whose references are ready; raise MachineError if workers never start."""
         results = []
         for actor in list(self.actors):
             if actor.starting in ready:
@@ -108,7 +108,7 @@ class ActorPool:
                 if error:
                     self._kill(actor)
                 if self.failed_starts == MAX_FAILED_STARTS:  # not for lack of room: those would still be waiting
-                    raise WinnowError(
+                    raise MachineError(
                         f"{self.spec.name}: {MAX_FAILED_STARTS} workers one after the other did not start: {error}"
                     )
             ended = [reference for reference in actor.tasks if reference in ready]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.context import Progress, ProgressCallback, StageContext
 from pipeline.execution.ray_executor import connect
-from pipeline.execution.retries import MAX_ATTEMPTS
+from pipeline.execution.retries import MAX_ATTEMPTS, failure, may_pass
 from pipeline.resources import Resources
 from pipeline.store.storage import replace
-from schemas import WinnowError, WinnowWarning
+from schemas import MachineError, WinnowError, WinnowWarning
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
@@ -71,26 +71,31 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
             failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
         ),
     )
-    # Reports are forwarded from a thread: fit() does not return until the end
-    forwarder = threading.Thread(target=_forward_reports, args=(queue, ctx.progress), daemon=True)
-    forwarder.start()
     result: Any = None
-    failure: Exception | None = None
+    ended: Exception | None = None
+
+    def fit() -> None:
+        nonlocal result, ended
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            ended = error
+        finally:
+            queue.put(None)
+
+    # In a thread: in the main one, Ray Train would take Ctrl-C over, and end this process with exit code 0.
+    threading.Thread(target=fit, daemon=True).start()
     try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
-        failure = error
+        _forward_reports(queue, ctx.progress)
     finally:
-        queue.put(None)
-        forwarder.join()
         queue.shutdown(force=True)
     if refusal.exists():
         raise WinnowError(refusal.read_text())
-    if failure:
-        last = str(failure).strip().splitlines()[-1]
-        raise WinnowError(
-            f"training on {world_size} ranks failed {MAX_ATTEMPTS} times; last error: {last}"
-        ) from failure
+    if ended:
+        message = f"training on {world_size} ranks failed {MAX_ATTEMPTS} times; last error: "
+        causes = [*getattr(ended, "worker_failures", {}).values(), MachineError()]
+        cause = next((cause for cause in causes if not may_pass(cause)), causes[-1])
+        raise failure(message + str(ended).strip().splitlines()[-1], cause) from ended
     return result.return_value
 
 

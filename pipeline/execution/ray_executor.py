@@ -5,7 +5,9 @@ Besides this file, actors.py, distributed.py and jobs/ray_jobs.py, nothing knows
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from typing import Any
 
@@ -193,9 +195,12 @@ def connect(address: str | None = None) -> Nodes:
                 "head:6379, or auto on a machine of the cluster; `winnow submit` is what takes the dashboard's URL"
             ) from None
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if is_new:
             ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            if threading.current_thread() is threading.main_thread():  # Ray's own handler would end the process at once
+                signal.signal(signal.SIGTERM, on_terminate)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         option = f"--address {address}" if address else "--executor ray"
         lines = " ".join(str(error).strip().splitlines()[:3])

@@ -18,10 +18,27 @@ If nothing of a step has ever succeeded, the prompts are not the cause, and the 
 from collections import Counter, defaultdict
 
 from pipeline.execution.tasks import POISON, StepSpec, Task, join
-from schemas import WinnowError
+from schemas import MachineError, WinnowError
 
 MAX_ATTEMPTS = 3
+# Of the operating system's errors, those that the same call gives again: not a full disk, not a lost connection.
+LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 MAX_POISON_PROMPTS = 8  # rejected per step; beyond that the cause is elsewhere
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same command may succeed later: a machine failed, not the data, the options or the code."""
+    kind = type(error)
+    if kind.__module__.startswith("ray.exceptions") or kind.__name__ == "OutOfMemoryError":  # Ray's or torch's
+        return not kind.__name__.startswith("RayTaskError")
+    if isinstance(error, OSError):
+        return not isinstance(error, LASTING)
+    return isinstance(error, MachineError | MemoryError)
+
+
+def failure(message: str, error: BaseException) -> WinnowError:
+    """Return the error that ends a step after its last attempt failed with `error`."""
+    return MachineError(message) if may_pass(error) else WinnowError(message)
 
 
 class Retries:
@@ -34,6 +51,7 @@ class Retries:
     def __init__(self, spec: StepSpec) -> None:
         self.spec = spec
         self.poison: dict[str, str] = {}  # prompts that killed their workers, with the last message
+        self._last_error: Exception = WinnowError()
         self._any_success = False
         self.attempts: Counter[Task] = Counter()  # that failed
         self._finished_pieces: dict[int, set[Task]] = defaultdict(set)
@@ -58,6 +76,7 @@ class Retries:
         lines = str(error).strip().splitlines()
         message = lines[-1].strip()[:200] if lines else type(error).__name__
         self.attempts[task] += 1
+        self._last_error = error
         no_prompt_is_guilty = isinstance(error, OSError | ImportError)
         bisecting = task.span is not None and task.span[1] - task.span[0] > 1
         if self.attempts[task] < (1 if bisecting and not no_prompt_is_guilty else MAX_ATTEMPTS):
@@ -69,7 +88,7 @@ class Retries:
             self._prompts[shard] = self.spec.prompts(shard)
         prompts = self._prompts.get(shard, [])[first:last]
         if no_prompt_is_guilty or not prompts:
-            raise WinnowError(f"{self.spec.name}: part {shard} failed {MAX_ATTEMPTS} times; last error: {message}")
+            raise failure(f"{self.spec.name}: part {shard} failed {MAX_ATTEMPTS} times; last error: {message}", error)
 
         self._open_pieces[shard].discard(task)
         if len(prompts) > 1:
@@ -80,9 +99,10 @@ class Retries:
         self.poison[prompts[0]] = message
         if len(self.poison) > (MAX_POISON_PROMPTS if self._any_success else 1):
             never = "" if self._any_success else ", and no task of this step ever succeeded"
-            raise WinnowError(
+            raise failure(
                 f"{self.spec.name}: {len(self.poison)} prompts each {POISON} {MAX_ATTEMPTS} times{never}; the prompts "
-                f"may not be the cause: check the worker's memory and its log; last error: {message}"
+                f"may not be the cause: check the worker's memory and its log; last error: {message}",
+                error,
             )
         return [], self._join_if_complete(shard)
 
@@ -94,7 +114,9 @@ class Retries:
             return True
         if not self._any_success:
             message = next(iter(self.poison.values()))
-            raise WinnowError(f"{self.spec.name}: no task of this step ever succeeded; last error: {message}")
+            raise failure(
+                f"{self.spec.name}: no task of this step ever succeeded; last error: {message}", self._last_error
+            )
         poison = {prompt: self.poison[prompt] for prompt in self._prompts[shard] if prompt in self.poison}
         join(self.spec, shard, sorted(self._finished_pieces[shard], key=lambda task: task.span or (0, 0)), poison)
         return True

@@ -34,7 +34,7 @@ from pipeline.store.storage import (
     replace,
     sizes,
 )
-from schemas import TABLES, Model, WinnowError, combine_chunks, table_name
+from schemas import TABLES, MachineError, Model, WinnowError, combine_chunks, table_name
 
 if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
     from pipeline.config.plan import Step
@@ -102,7 +102,7 @@ class StepFolder:
         record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
         files = [file["file"] for file in record["files"] if table_of(file) == name]
         if not files:
-            raise WinnowError(f"{self.path}: table {name} is not finished; run the recipe again")
+            raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
         tables = []
         for file in files:
             content = None
@@ -119,7 +119,7 @@ class StepFolder:
         """Return the finished model, from an object store as a copy on this machine; raise WinnowError without one."""
         manifest = self.manifest
         if manifest is None or not manifest["model"]:
-            raise WinnowError(f"{self.path}: no finished model here; run the recipe again")
+            raise MachineError(f"{self.path}: no finished model here; run the recipe again")
         digest: str = manifest["model"]
         if isinstance(self.path, Path):
             return Model(self.path / "model", digest)
@@ -169,7 +169,7 @@ class StepFolder:
         parts: list[Json] = []
         for shard in range(shards):
             if (part := self.sidecar(shard, file_sizes)) is None:
-                raise WinnowError(f"{self.path}: part {shard} is not finished; run again")
+                raise MachineError(f"{self.path}: part {shard} is not finished; run again")
             parts.append(part)
 
         files = [file for part in parts for file in part["files"]]

@@ -35,13 +35,14 @@ def pool(
     return pa.Table.from_pylist(ordered, schema=CANDIDATES)
 
 
-@stage(version=2)
+@stage(version=3, unsharded=True)
 def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: StageContext,
              selections: Selections | None = None) -> Candidates:  # fmt: skip
-    """Pair each prompt with responses of the next prompt of its shard, in order of ids, at most as many as its own.
+    """Pair each prompt with responses of the next prompt in order of ids, at most as many as its own.
 
     KTO estimates its KL from them, one per row of the batch (arXiv:2402.01306), and takes 0 if a batch has none.
-    Rejected are the only prompt of a shard, and a response that is too long for the context after this prompt.
+    Rejected are a prompt without another, and a response that is too long for the context after this prompt. All
+    prompts are read at once: the next one of the same shard would make the estimate depend on their number.
     """
     prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     used_ids = set(candidates["candidate_id"].to_pylist())
@@ -52,7 +53,7 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: Stage
     rows: list[Row] = []
     for (prompt, responses), (other_prompt, other_responses) in zip(groups, groups[1:] + groups[:1], strict=True):
         if prompt == other_prompt:
-            ctx.reject("no other prompt in its shard", place="candidates", prompt=prompt)
+            ctx.reject("no other prompt", place="candidates", prompt=prompt)
             continue
         for _, other in zip(responses, other_responses, strict=False):
             if len(prompt_ids[prompt]) + len(other["token_ids"]) > max_tokens:

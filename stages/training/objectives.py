@@ -3,8 +3,9 @@
 An objective returns one number per pair (per="pairs") or per row (per="rows", per="likelihood"); weighting and
 dividing by the whole step's count is the loop's, so accumulation does not change the loss. Docstrings say whether
 there is a reference, and whether log-probs are summed or averaged. `reads` names the fields of the batch, beyond
-log-probs and pairs, that the loss is a function of. `aliases` are the papers' names, for recipes. Which responses are
-imitated (`nll`) is data: the rows with weight > 0.
+log-probs and pairs, that the loss is a function of. Names are those of the papers; `aliases` are the papers' names for
+whole methods. `elsewhere` says of a name what it means in TRL if that is another loss: a plan repeats it to users who
+write that name. Which responses are imitated (`nll`) is data: the rows with weight > 0.
 """
 
 from __future__ import annotations
@@ -68,14 +69,35 @@ def log1mexp(x: Tensor) -> Tensor:
     return (-near.expm1()).log().where(near > -0.7, (-near.exp()).log1p())
 
 
-@objective(reads=("ref", "label"), per="pairs", aliases=("dpo",))
+@objective(
+    reads=("ref", "label"),
+    per="pairs",
+    aliases=("dpo",),
+    elsewhere={"sigmoid_norm": "RSO's name of DPO; TRL's sigmoid_norm is length_normalized_dpo here"},
+)
 def sigmoid_norm(b: Batch, *, beta: Positive = 0.1, smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0) -> Tensor:
     """DPO: -log s(beta h), h the margin of logratios. Reference, summed. Eq. 7 of arXiv:2305.18290; ln 2 at the start.
 
     With q = P(chosen is better), from labels and `smoothing` (cDPO): -q log s(beta h) - (1 - q) log s(-beta h),
-    least at h = log(q / (1 - q)) / beta.
+    least at h = log(q / (1 - q)) / beta. In TRL it is called `sigmoid`, and `sigmoid_norm` is another loss.
     """
-    x = beta * b.margin(b.logratio)
+    return _cross_entropy(b, beta * b.margin(b.logratio), smoothing)
+
+
+@objective(reads=("ref", "length", "label"), per="pairs", aliases=("dpo_norm",))
+def length_normalized_dpo(
+    b: Batch, *, beta: Positive = 5.0, smoothing: Annotated[float, Range(ge=0, lt=0.5)] = 0.0
+) -> Tensor:
+    """Length-normalised DPO: -log s(beta h), h the margin of logratios per token. Reference, averaged.
+
+    Eq. 6 of arXiv:2411.15124 (Tulu 3, whose beta is 5); in TRL it is called `sigmoid_norm`. Labels and `smoothing` as
+    in sigmoid_norm.
+    """
+    return _cross_entropy(b, beta * b.margin(b.logratio / b.length), smoothing)
+
+
+def _cross_entropy(b: Batch, x: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return -q log s(x) - (1 - q) log s(-x), [P]; q is the label, moved towards 1/2 by `smoothing`."""
     label = 1.0 if b.label is None else b.label
     q = label * (1 - smoothing) + (1 - label) * smoothing
     return -q * log_sigmoid(x) - (1 - q) * log_sigmoid(-x)
@@ -83,11 +105,19 @@ def sigmoid_norm(b: Batch, *, beta: Positive = 0.1, smoothing: Annotated[float, 
 
 @objective(reads=("ref",), per="pairs")
 def hinge_norm(b: Batch, *, gamma: Positive = 0.05) -> Tensor:
-    """RSO's hinge on normalised likelihood: max(0, 1 - gamma h). Reference, summed. arXiv:2309.06657."""
+    """RSO's hinge on normalised likelihood: max(0, 1 - gamma h). Reference, summed. arXiv:2309.06657.
+
+    In TRL's DPO it is called `hinge`, and beta is its gamma.
+    """
     return (1 - gamma * b.margin(b.logratio)).clamp(min=0)
 
 
-@objective(reads=(), per="pairs", aliases=("slic",))
+@objective(
+    reads=(),
+    per="pairs",
+    aliases=("slic",),
+    elsewhere={"hinge": "SLiC's, without a reference; the hinge of TRL's DPO is hinge_norm here"},
+)
 def hinge(b: Batch, *, delta: Positive = 1.0) -> Tensor:
     """SLiC-HF: max(0, delta - log p(chosen) + log p(rejected)). No reference, summed. arXiv:2305.10425.
 
@@ -101,8 +131,8 @@ def squared(b: Batch, *, tau: Positive = 0.1, average: Literal["sequence", "toke
     """IPO: (h - 1 / (2 tau))^2. Reference; arXiv:2310.12036, eq. 17.
 
     sequence: h is the margin of summed logratios, as the paper writes it. token: of each side's logratio divided by
-    its own length, as TRL does and says that the authors did; the target is then in nats per token, and tau about |y|
-    times as large for the same strength.
+    its own length, as TRL's `ipo` does and says that the authors did; the target is then in nats per token, and tau
+    about |y| times as large for the same strength.
     """
     logratio = b.logratio if average == "sequence" else b.logratio / b.length
     return (b.margin(logratio) - 1 / (2 * tau)) ** 2
@@ -114,15 +144,19 @@ def rank(b: Batch) -> Tensor:
     return (-b.margin(b.mean)).clamp(min=0)
 
 
-@objective(reads=("label",), per="pairs", aliases=("bradley_terry",))
+@objective(
+    reads=("label",),
+    per="pairs",
+    aliases=("bradley_terry", "cpo"),
+    elsewhere={"sigmoid": "it has no reference; the sigmoid of TRL's DPO is dpo here, that of its CPO is this"},
+)
 def sigmoid(b: Batch, *, beta: Positive = 1.0) -> Tensor:
     """-log s(beta (score(chosen) - score(rejected))). No reference, summed.
 
-    On a reward model, whose score stands for the log-prob: Bradley-Terry maximum likelihood.
+    On a reward model, whose score stands for the log-prob: Bradley-Terry maximum likelihood. On a policy: the
+    preference term of CPO (arXiv:2401.08417), whose likelihood term is nll_weight 1 on the chosen.
     """
-    x = beta * b.margin(b.logp)
-    label = 1.0 if b.label is None else b.label
-    return -label * log_sigmoid(x) - (1 - label) * log_sigmoid(-x)
+    return _cross_entropy(b, beta * b.margin(b.logp))
 
 
 @objective(reads=("length",), per="pairs", aliases=("simpo",))

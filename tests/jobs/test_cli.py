@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
 
 from jobs import recipes
 from jobs.__main__ import GROUPS
-from jobs.console import as_table
+from jobs.console import VisibleConsole, as_table
+from jobs.output import _Visible
 from pipeline.store.store import Store
 from schemas import Model
 
@@ -167,6 +171,29 @@ def test_plan_prints_every_step_with_its_key(winnow, data_dir: Path):
     assert not Path("store").exists()
 
 
+def test_plan_says_where_options_come_from(winnow, data_dir: Path, tmp_path: Path):
+    """With --options each that is not a default; always what a config or --set says in place of the recipe."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("select: {with: {rule: {k: 6}}}\nreward: {with: {orders: both}}")
+    words = (
+        "plan",
+        "sft_sample_rank",
+        "--config",
+        data_dir / "demo.yaml",
+        "--config",
+        config,
+        "--set",
+        "select.seed=3",
+    )
+    code, text = winnow(*words)
+    assert code == 0
+    assert missing(["select.rule.k: 6 (", "mine.yaml), not 8 of the recipe"], text) == []
+    assert "orders" not in text
+    text = winnow(*words, "--options")[1]
+    assert missing(["rule.name: plain (sft_sample_rank.yaml)", "seed: 3 (--set)", "mine.yaml)"], text) == []
+    assert "orders: both" not in text
+
+
 def test_plan_says_what_is_cached_and_what_will_run_and_why(winnow, small: Path):
     """Nothing is there; then the model is, and a second run computes nothing; then the model's folder has changed."""
     sft, _ = (step.key for step in recipes.plans([str(small)], [], [])[0].steps)
@@ -214,20 +241,33 @@ def test_an_override_can_be_longer_than_a_file_name(winnow, small: Path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_an_interrupted_run_says_so_and_keeps_finished_parts(tmp_path: Path, data_dir: Path):
-    """Ctrl-C gives exit code 130, as in every shell, the command that continues, and no traceback."""
-    command = [sys.executable, "-u", "-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(
+    ("number", "code", "word", "words"),
+    [
+        (signal.SIGINT, 130, "interrupted", []),
+        (signal.SIGTERM, 143, "terminated", []),
+        (signal.SIGTERM, 143, "terminated", ["--executor", "ray"]),
+    ],
+)
+def test_a_signal_ends_a_run_and_keeps_finished_parts(tmp_path: Path, data_dir: Path, number, code, word, words):
+    """Exit code 128 and the signal, as in every shell, the command as it was typed, and no traceback.
+
+    On Ray, whose own handler of SIGTERM would end the process without a word, once a step is finished.
+    """
+    command = [sys.executable, "-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml"), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         for line in process.stdout or ():
-            if "running" in line:
-                process.send_signal(signal.SIGINT)
+            if ("finished" if words else "running") in line:
+                process.send_signal(number)
                 break
         rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
-    assert missing(["interrupted; finished parts are kept", "resume with: "], rest) == []
+    assert process.returncode == code, rest
+    assert missing([word, "finished parts are kept"], rest) == []
+    line = next(line for line in rest.splitlines() if "resume with: " in line)
+    assert shlex.split(line.partition("resume with: ")[2]) == command
     assert "Traceback" not in rest
 
 
@@ -287,6 +327,30 @@ def test_sql_that_is_wrong_or_not_allowed_is_refused(winnow, store: Store):
         assert missing(["SHOW TABLES", "DESCRIBE candidates"], winnow("sql", wrong)[1]) == []
     assert "selections" in winnow("sql", "SHOW TABLES")[1]
     assert "finish_reason" in winnow("sql", "DESCRIBE candidates")[1]
+
+
+HOSTILE = "a\x1b[31m\x1b]0;title\x07\x9b2J\x7f\rb\tc\nd"
+HARMLESS = r"a\x1b[31m\x1b]0;title\x07\x9b2J\x7f\x0db"
+
+
+def test_control_sequences_are_written_out(winnow, store: Store):
+    """In tables, text, markup, trees and errors; in CSV and JSON for a terminal, and not where they are data."""
+    codes = "".join(f" || chr({ord(letter)})" for letter in HOSTILE)
+    code, text = winnow("sql", f"SELECT ''{codes} AS x")
+    assert (code, HARMLESS in text, "\x1b" in text) == (0, True, False)
+    _, text = winnow("sql", f"SELECT ''{codes} AS x", "--format", "csv")
+    assert HOSTILE in text
+    code, text = winnow("plan", "\x1b[31m.yaml")
+    assert (code, r"\x1b[31m.yaml" in text, "\x1b" in text) == (2, True, False)
+    out = io.StringIO()
+    console = VisibleConsole(file=out, width=80)
+    console.print(HOSTILE, markup=False)
+    console.print(escape(HOSTILE))
+    console.print(Tree(escape(HOSTILE)))
+    assert (out.getvalue().count(HARMLESS), "\x1b" in out.getvalue()) == (3, False)
+    visible_csv = io.StringIO()
+    _Visible(visible_csv).write(HOSTILE)
+    assert visible_csv.getvalue() == HARMLESS + "\tc\nd"
 
 
 def test_brackets_of_a_table_are_printed():

@@ -131,7 +131,7 @@ def plain(request, data_dir, sharp, tmp_path_factory):
         "shards: 2\ntarget: examples\nsft: {use: model, with: {path: ./model}}\n"
         "preferences: {with: {path: ./preferences.jsonl, heldout: 0.0}}\n"
     )
-    plan = make_plan(load_recipe(RECIPES / "dpo.yaml", (folder / "demo.yaml",), (), name="plain"))
+    plan = make_plan(load_recipe(RECIPES / "dpo.yaml", (folder / "demo.yaml",), (), "plain", (RECIPES,)))
     run(plan, Store(folder / "store"), LocalExecutor(), Silent())
     return Store(folder / "store"), len(rows)
 

@@ -110,3 +110,12 @@ def test_rewards_are_plotted_alone_where_none_was_selected():
     plot = _plot_histogram(bins)
     assert "all candidates (2)" in plot
     assert "kept" not in plot
+
+
+def test_the_page_shows_markup_and_control_sequences_as_text(tmp_path):
+    """Of a run's name, as of a response."""
+    Store(tmp_path / "store").link_run("<script>alert(1)\x1b[31m", [])
+    write_report(Store(tmp_path / "store"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script>alert" not in page
+    assert r"&lt;script&gt;alert(1)\x1b[31m" in page

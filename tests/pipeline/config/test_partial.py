@@ -1,9 +1,6 @@
 """One step alone, with what follows or precedes it, or again; why two steps differ; how a failed run is resumed."""
 
-import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +13,7 @@ from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.store.storage import delete
 from pipeline.store.store import Store
-from schemas import WinnowError
+from schemas import MachineError, WinnowError
 from schemas.tables import REWARDS, SELECTIONS
 from tests.chain import Luck, Raced, make, planned, recipe, step, toys
 from tests.runs import local
@@ -229,7 +226,7 @@ def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_
     """The printed command is the same without --force: rate, which is new already, is not made a third time."""
     file = recipe(tmp_path)
     assert winnow("run", file, "--set", "keep.above=-2.0")[0] == 0
-    for failure, code in ((WinnowError("no"), 2), (OSError("disk"), 2), (KeyboardInterrupt(), 130)):
+    for failure, code in ((MachineError("worker"), 2), (OSError("disk"), 2), (KeyboardInterrupt(), 130)):
         luck.calls.clear()
         luck.fail = failure
         got, output = winnow("run", file, "--force", "rate", "--set", "keep.above=-2.0")
@@ -243,6 +240,22 @@ def test_an_interrupted_forced_run_goes_on_by_the_command_it_prints(winnow, tmp_
         assert set(luck.calls) == {"keep"}
 
 
+def test_a_failure_that_the_same_command_meets_again_is_not_resumed(winnow, tmp_path: Path, luck: Luck):
+    """Of data and options; it says what is kept, and that --force must not be repeated."""
+    file = recipe(tmp_path)
+    assert winnow("run", file)[0] == 0
+    for failure in (WinnowError("no"), FileNotFoundError("gone")):
+        luck.fail = failure
+        code, output = winnow("run", file, "--force", "rate")
+        assert (code, "resume with" in output) == (2, False)
+        assert "finished parts are kept" in output
+        assert "omit it" in output
+    luck.fail = TypeError("a mistake in a plugin")
+    with pytest.raises(TypeError) as caught:
+        winnow("run", file)
+    assert not any("resume with" in note for note in caught.value.__notes__)
+
+
 def test_only_what_began_to_run_is_resumed(winnow, tmp_path: Path, luck: Luck):
     for words in (["--set", "rate.scale=high"], ["--only", "keep"], ["--force", "nothing"]):
         code, output = winnow("run", recipe(tmp_path), *words)
@@ -254,20 +267,6 @@ def test_the_command_is_quoted_and_forces_no_more():
         "winnow run 'a b.yaml' --set 'a.b='\"'\"'c'\"'\"''"
     )
     assert command(["/bin/winnow", "run", "rso", "--force=x"]) == "/bin/winnow run rso"
-
-
-def test_a_command_of_python_m_is_that_again(tmp_path: Path, data_dir: Path):
-    """In a process of its own: what is printed is what was typed, to the interpreter."""
-    words = ["-m", "jobs", "run", "rso", "--config", str(data_dir / "demo.yaml"), "--set", "target=demonstrations"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "locks").write_text("in the way")
-
-    command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    line = next(line for line in done.stderr.splitlines() if "resume with: " in line)
-    assert shlex.split(line.partition("resume with: ")[2]) == command
 
 
 def test_why_names_the_field_where_a_difference_arises_and_the_steps_that_follow(

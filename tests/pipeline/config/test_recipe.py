@@ -7,8 +7,8 @@ import pytest
 
 from jobs import recipes
 from pipeline.config.plan import Plan, make_plan
-from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.config.yaml import parse
+from pipeline.config.recipe import Recipe, load_recipe, merged
+from pipeline.config.yaml import dump, parse
 from schemas import WinnowError
 from tests.conftest import write_jsonl
 
@@ -36,8 +36,9 @@ def own_candidates_config(folder: Path) -> Path:
 
 def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
     """Return the plan of one of our recipes on the tiny data."""
-    if recipe == "own_candidates":
+    if recipe in recipes.OWN_CANDIDATES:
         needed = (
+            "own_candidates.response=response",
             f"own_candidates.path={folder / 'own.jsonl'}",
             "own_candidates.reward=reward",
             "optimize.learning_rate=0.001",
@@ -53,7 +54,7 @@ def test_every_recipe_of_ours_plans_on_the_tiny_world(recipe: str, data_dir: Pat
     position = {step.name: n for n, step in enumerate(plan.steps)}
     assert all(position[source.name] < position[step.name] for step in plan.steps for source in step.inputs.values())
     last = f"@{len(plan.targets)}" if len(plan.targets) > 1 else ""
-    assert plan.target.name == ("optimize" if recipe == "own_candidates" else "evaluate") + last
+    assert plan.target.name == ("optimize" if recipe in recipes.OWN_CANDIDATES else "evaluate") + last
     assert load_recipe(recipes.recipe_path(recipe)).about
 
 
@@ -91,9 +92,9 @@ def test_a_recipe_is_laid_over_its_base_and_writes_only_what_differs(tmp_path: P
     assert options(load(tmp_path, "extends: base\nb: {with: {f: {name: nll}}}"), "b")["f"] == {"name": "nll"}
 
 
-def test_base_configs_method_and_own_recipe_each_outrank_those_before(tmp_path: Path):
-    """What a method sets of itself outranks what a config sets of all methods; later configs outrank earlier ones.
-    What a name means is looked up beside the file that says it."""
+def test_base_method_configs_and_own_recipe_each_outrank_those_before(tmp_path: Path):
+    """Your files outrank ours; of yours a recipe, which is of one method, a config, which is of all; later configs
+    outrank earlier ones. What a name means is looked up beside the file that says it."""
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "base.yaml").write_text("a: {with: {v: 1, w: 1, x: 1, y: 1, z: 1}}\nb: {use: x, from: {i: a}}")
@@ -105,10 +106,169 @@ def test_base_configs_method_and_own_recipe_each_outrank_those_before(tmp_path: 
     own.write_text("extends: method\na: {with: {z: 5}}\nb: {from: {i: null}}")
     configs = (tmp_path / "one.yaml", tmp_path / "two.yaml")
     recipe = load_recipe(own, configs, ("a.v=6",), library=(ours,))
-    assert options(recipe, "a") == {"v": 6, "w": 2, "x": 3, "y": 4, "z": 5}
+    assert options(recipe, "a") == {"v": 6, "w": 2, "x": 3, "y": 3, "z": 5}
+    origins = {path: Path(origin.layer).name for path, origin in recipe.origins["a"].items()}
+    assert origins == {"v": "--set", "w": "one.yaml", "x": "two.yaml", "y": "two.yaml", "z": "own.yaml"}
     assert options(recipe, "only_here") == {"n": 1}
     assert recipe.steps["b"] == {"use": "x", "from": {"i": None}}
     assert (recipe.name, recipe.about) == ("own[a.v=6]", "m")
+
+
+def test_a_config_reaches_every_recipe_of_ours(data_dir: Path, tmp_path: Path):
+    """Epochs, and how many candidates are kept wherever the rule has a k that does not make the method what it is."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("optimize: {with: {epochs: 3}}\nselect: {with: {rule: {k: 4}}}")
+    for name in ("rso", "sft_sample_rank", "kto", "simpo", "rrhf"):
+        (plan,) = recipes.plans([name], [data_dir / "demo.yaml", config], [])
+        found = {step.name.partition("@")[0]: step.options for step in plan.steps}
+        assert (found["optimize"]["epochs"], found["select"]["rule"].options["k"]) == (3, 4), name
+    config.write_text("optimize: {with: {epochs: 3}}")
+    for name in recipes.names():
+        if name not in recipes.OWN_CANDIDATES:
+            (plan,) = recipes.plans([name], [data_dir / "demo.yaml", config], [])
+            epochs = {step.options["epochs"] for step in plan.steps if step.name.startswith("optimize")}
+            assert epochs <= {3}, name
+
+
+FIXED = "extends: base\na: {from: {i: b}, fixed: {f: {name: hinge}, mode: best}, with: {f: {delta: 2.0}, n: 8}}"
+
+
+def layered(folder: Path, config: str, *sets: str, own: str = "") -> Recipe:
+    """Return a shipped method that fixes a function, a mode and an input, under a config, or an own recipe over it."""
+    (folder / "ours").mkdir(exist_ok=True)
+    (folder / "ours" / "base.yaml").write_text("a: {use: x, from: {i: c}}\nb: {}\nc: {}\ntarget: a")
+    (folder / "ours" / "method.yaml").write_text(FIXED)
+    (folder / "my.yaml").write_text(config or "{}")
+    (folder / "own.yaml").write_text("extends: method\n" + own)
+    path = folder / "own.yaml" if own else folder / "ours" / "method.yaml"
+    return load_recipe(path, (folder / "my.yaml",), sets, library=(folder / "ours",))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("a: {with: {f: ipo}}", ["a.f.name: ", "my.yaml says 'ipo'", "method.yaml", "'hinge'", "--set a.f.name=ipo"]),
+        ("a: {with: {mode: worst}}", ["a.mode: ", "'worst'", "'best'"]),
+        ("a: {from: {i: c}}", ["a.from.i: ", "'c'", "'b'", "recipe of your own that extends method"]),
+        ("a: {use: y}", ["a.f.name: ", "None"]),
+        ("recipes: {method: {a: {with: {mode: worst}}}}", ["a.mode: ", "recipes.method says 'worst'"]),
+        ("rounds: [{}, {a: {with: {mode: worst}}}]", ["a.mode: ", "my.yaml, round 2 says 'worst'"]),
+        ("recipes: {methd: {}}", ["recipes.methd: did you mean 'method'?"]),
+    ],
+)
+def test_a_config_that_contradicts_what_makes_the_method_is_refused(tmp_path: Path, config: str, words: list[str]):
+    with pytest.raises(WinnowError) as caught:
+        layered(tmp_path, config)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_all_else_of_a_recipe_is_a_default_that_a_config_outranks(tmp_path: Path):
+    """Options of another function do not apply, which is noted; `recipes` is for one recipe; --set and a recipe of
+    one's own may change everything."""
+    recipe = layered(tmp_path, "a: {with: {n: 4, f: {delta: 3.0}}}\nrecipes: {method: {a: {with: {n: 5}}}, base: {}}")
+    assert options(recipe, "a") == {"f": {"name": "hinge", "delta": 3.0}, "mode": "best", "n": 5}
+    assert recipe.notes == []
+    assert (recipe.origins["a"]["n"].replaces, recipe.origins["a"]["f.delta"].replaces) == (8, 2.0)
+    recipe = layered(tmp_path, "a: {with: {n: 4, f: {name: ipo, tau: 0.5}}}")
+    assert options(recipe, "a") == {"f": {"name": "hinge", "delta": 2.0}, "mode": "best", "n": 4}
+    (note,) = recipe.notes
+    assert [word for word in ("a.f", "my.yaml", "ipo", "hinge") if word not in note] == []
+    assert options(layered(tmp_path, "", "a.f=ipo"), "a")["f"] == "ipo"
+    own = "a: {with: {f: {name: ipo}, mode: worst}}"
+    assert options(layered(tmp_path, "a: {with: {n: 4}}", own=own), "a") == {
+        "f": {"name": "ipo"},
+        "mode": "worst",
+        "n": 4,
+    }
+
+
+def test_a_config_outranks_the_rounds_of_a_recipe_also_as_one_file(tmp_path: Path):
+    """`winnow submit` sends all files as one: what lies over an overlay here must not lie below it there."""
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "base.yaml").write_text("a: {with: {n: 1, m: 1}}\ntarget: a")
+    (ours / "method.yaml").write_text("extends: base\nrounds: [{}, {a: {with: {n: 2, m: 2}}}]")
+    (tmp_path / "my.yaml").write_text("a: {with: {n: 3}}")
+    arguments = (ours / "method.yaml", (tmp_path / "my.yaml",))
+    recipe = load_recipe(*arguments, library=(ours,))
+    assert [options(recipe, f"a@{n}") for n in (1, 2)] == [{"n": 3, "m": 1}, {"n": 3, "m": 2}]
+    assert recipe.origins["a@2"]["m"].layer == "method.yaml, round 2"
+    (tmp_path / "packed.yaml").write_text(dump(merged(*arguments, (ours,))))
+    assert load_recipe(tmp_path / "packed.yaml").steps == recipe.steps
+
+
+def test_a_name_that_means_another_loss_elsewhere_is_pointed_out(data_dir: Path):
+    """To users who write it, not of our own recipes; the papers' names mean one thing."""
+    (plan,) = recipes.plans(["rso"], [data_dir / "demo.yaml"], [])
+    assert plan.notes == []
+    for name, words in (("sigmoid_norm", "length_normalized_dpo"), ("sigmoid", "TRL"), ("dpo", "")):
+        (plan,) = recipes.plans(["rso"], [data_dir / "demo.yaml"], [f"optimize.objective={name}"])
+        assert [words in note for note in plan.notes] == [True] * bool(words), name
+
+
+def test_a_program_in_place_of_the_ranker_is_one_line(data_dir: Path, tmp_path: Path):
+    """`use` names it, and every stage that ranks gets it: the keys of the long form. A misspelt name is refused."""
+    short, long = tmp_path / "short.yaml", tmp_path / "long.yaml"
+    short.write_text("ranker: {use: pattern, with: {regex: 'booked'}}")
+    by = "{from: {ranker: null}, with: {by: {name: pattern, regex: booked}}}"
+    long.write_text(f"reward: {by}\ncompare: {by}\njudge: {by}")
+    plans = [recipes.plans(["rso"], [data_dir / "demo.yaml", config], [])[0] for config in (short, long)]
+    assert [step.key for step in plans[0].steps] == [step.key for step in plans[1].steps]
+    assert "ranker" not in {step.name for step in plans[0].steps}
+    short.write_text("ranker: {use: patern, with: {regex: 'booked'}}")
+    with pytest.raises(WinnowError, match=r"ranker\.use: unknown ranker 'patern'; did you mean 'pattern'"):
+        recipes.plans(["rso"], [data_dir / "demo.yaml", short], [])
+
+
+def without_evaluation(folder: Path) -> Path:
+    """Write a policy of random weights and pairs: nothing of what only an evaluation reads."""
+    rows = [{"prompt": f"Book {n}.", "chosen": f"Booked {n}.", "rejected": f"No {n}."} for n in range(8)]
+    write_jsonl(folder / "pairs.jsonl", rows)
+    config = folder / "pairs.yaml"
+    config.write_text(
+        "shards: 1\nsft: {use: untrained, with: {corpus: ./pairs.jsonl, columns: [prompt, chosen], vocabulary: 400, "
+        "context: 64}}\npreferences: {with: {path: ./pairs.jsonl, heldout: 0.0}}\n"
+        "optimize: {with: {learning_rate: 1.0e-3}}"
+    )
+    return config
+
+
+def test_a_recipe_without_what_the_evaluation_reads_trains_and_says_so(tmp_path: Path, winnow):
+    """In plan and run, with the names to give; asked for the evaluation, it is refused, as is one that lacks more."""
+    config = without_evaluation(tmp_path)
+    for command in ("plan", "run"):
+        code, text = winnow(command, "dpo", "--config", config)
+        text = " ".join(text.split())
+        assert (code, "prompts.path and ranker.path are not given" in text) == (0, True)
+        assert "evaluate is left out, and the run ends with optimize" in text
+    assert "optimize" in winnow("ls", "dpo")[1]
+    assert recipes.plans(["slic_direct"], [config], [])[0].target.name == "optimize"
+    assert recipes.plans(["cvx_dpo"], [config], [])[0].target.name == "preference_head"
+    packed = tmp_path / "packed.yaml"
+    packed.write_text(dump(merged(recipes.recipe_path("dpo"), (config,), (recipes.FOLDER,))))
+    assert recipes.plans([str(packed)], [], [])[0].target.name == "optimize"
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("target: evaluate")
+    packed.write_text(dump(merged(recipes.recipe_path("dpo"), (config, strict), (recipes.FOLDER,))))
+    for recipe, sets in (("dpo", ["target=evaluate"]), (str(packed), []), ("rso", []), ("sft", [])):
+        with pytest.raises(WinnowError, match=r"ranker\.path: required"):
+            recipes.plans([recipe], [config], sets)
+
+
+def test_unpaired_labels_train_in_one_line(tmp_path: Path, winnow):
+    """TRL's prompt, completion, label. A prompt whose responses are all good says so: 0.5 divides, not their mean."""
+    config = without_evaluation(tmp_path)
+    rows = [
+        {"prompt": f"Book {n}.", "completion": f"Booked {n} {k}.", "label": n % 2 == 0} for n in range(8) for k in "ab"
+    ]
+    write_jsonl(tmp_path / "labels.jsonl", rows)
+    code, _ = winnow(
+        "run", "kto_direct", "--config", config, "--set", f"own_candidates.path={tmp_path / 'labels.jsonl'}"
+    )
+    assert code == 0
+    labels = "SELECT unnest(responses).desirable AS d FROM examples"
+    sql = f"SELECT d, count(*) AS n FROM ({labels}) GROUP BY d ORDER BY d"
+    assert winnow("sql", sql, "--format", "csv")[1].split() == ["d,n", "-1,8", "0,16", "1,8"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +322,7 @@ def test_dot_slash_is_beside_the_file_that_says_it(tmp_path: Path, monkeypatch: 
 def test_the_same_recipe_makes_the_same_plan_from_any_folder(data_dir: Path, monkeypatch: pytest.MonkeyPatch):
     keys = [step.key for step in plan_of("rso", data_dir).steps]
     monkeypatch.chdir(data_dir)
-    again = make_plan(load_recipe(recipes.recipe_path("rso"), (Path("demo.yaml"),)))
+    again = make_plan(load_recipe(recipes.recipe_path("rso"), (Path("demo.yaml"),), library=(recipes.FOLDER,)))
     assert [step.key for step in again.steps] == keys
 
 

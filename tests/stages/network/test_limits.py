@@ -224,7 +224,7 @@ def test_options_that_only_say_how_a_step_runs_are_no_part_of_its_key(data_dir):
 def test_all_mistakes_of_set_are_reported_at_once(data_dir):
     sets = ("selct.beta=1", "rewrd.x=2", "nonsense")
     with pytest.raises(WinnowError) as caught:
-        load_recipe(RECIPES / "rso.yaml", (data_dir / "demo.yaml",), sets)
+        load_recipe(RECIPES / "rso.yaml", (data_dir / "demo.yaml",), sets, library=(RECIPES,))
     assert len(caught.value.problems) == 3
 
 

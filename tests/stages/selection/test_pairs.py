@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs import recipes
 from pipeline import InputStep
 from pipeline.context import StageContext, WarmCache
+from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.run import run
 from pipeline.registry import Bound, entry_of
+from pipeline.store.store import Store
 from schemas import WinnowError, candidate_id, conform
 from schemas.tables import CANDIDATES, EXAMPLES, PAIRS
 from stages.data.rows import cutoff
@@ -20,6 +24,8 @@ from stages.sampling.pool import mismatch, pool
 from stages.selection.pair import pair, pair_rule
 from stages.training.examples import examples
 from stages.training.reference import reference
+from tests.pipeline.config.test_recipe import own_candidates_config
+from tests.runs import Silent
 from tests.stages.test_stages import candidate, candidates_of, pairs_of, prompts_of, selections_of
 
 rewards_lists = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=9)
@@ -206,6 +212,26 @@ def test_each_response_has_a_mismatched_row(tiny, counts):
     assert borrowed(tiny, number) == expected
 
 
+def test_the_mismatched_rows_do_not_depend_on_the_number_of_shards(tmp_path: Path):
+    """KTO's KL estimate is of them: each prompt borrows from the same other prompt in 1 and in 4 parts."""
+    config = own_candidates_config(tmp_path)
+    recipe = tmp_path / "borrow.yaml"
+    recipe.write_text(
+        "extends: _base\ntarget: mismatched\n"
+        f"own_candidates: {{from: {{tokenizer: sft}}, with: {{path: {tmp_path / 'own.jsonl'}, reward: reward}}}}\n"
+        "mismatched: {use: mismatch, from: {candidates: own_candidates, prompts: own_candidates, policy: sft}}"
+    )
+    borrowed_ids = []
+    for shards in (1, 4):
+        (plan,) = recipes.plans([str(recipe)], [config], [f"shards={shards}"])
+        store = Store(tmp_path / str(shards))
+        run(plan, store, LocalExecutor(), Silent())
+        rows = store.folder(plan.target).read(CANDIDATES).to_pylist()
+        borrowed_ids.append({row["candidate_id"]: (row["prompt_id"], row["token_ids"]) for row in rows})
+    assert len(borrowed_ids[0]) == 12
+    assert borrowed_ids[0] == borrowed_ids[1]
+
+
 def test_only_selected_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
     """Selected: 1 and 2 of a, 0 of b, none of c: a and b borrow one each. Alone, and too long: rejected."""
     rows = selections_of({"a": [0.0] * 3, "b": [0.0]})
@@ -216,7 +242,7 @@ def test_only_selected_responses_are_borrowed_and_a_prompt_alone_has_none(tiny):
     assert borrowed(tiny, {"a": 1, "b": 1}, ids=[7] * 126, ctx=ctx) == {"a": [], "b": []}
     reasons = [(row["prompt_id"], row["reason"]) for row in ctx.rejects.to_pylist()]
     assert reasons == [
-        ("a", "no other prompt in its shard"),
+        ("a", "no other prompt"),
         *((name, "mismatched response too long") for name in "ab"),
     ]
 

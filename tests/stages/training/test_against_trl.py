@@ -4,7 +4,8 @@ First on given log-probs in double precision, values and gradients; then a whole
 same token ids to TRL's collators and trainers and to our loop. Names and conventions that differ:
 
 * TRL's `sigmoid` ignores `label_smoothing`; its CPO applies it, to log-ratios as well as to log-probs: cDPO.
-* TRL's `sigmoid_norm` is DPO on averages; ours has RSO's name for DPO on sums, TRL's `sigmoid`.
+* TRL's `sigmoid_norm` is DPO on averages, our length_normalized_dpo; ours has RSO's name for DPO on sums, TRL's
+  `sigmoid`.
 * TRL's DPO `hinge` is RSO's hinge_norm; its CPO `hinge` is beta times SLiC's with margin 1 / beta.
 * TRL's `ipo` averages each side over its own tokens, our average: token; its CPO `ipo` has no reference.
 * TRL's KTO takes KL over one forward batch and clamps it at 0; ours over the whole step.
@@ -36,6 +37,7 @@ from stages.training.objectives import (
     hinge,
     hinge_norm,
     kto,
+    length_normalized_dpo,
     odds_ratio,
     sigmoid,
     sigmoid_mean,
@@ -148,8 +150,8 @@ def bends(margin, beta):
 @few
 @given(rows=responses(), beta=st.floats(0.01, 1))
 def test_dpo_hinge_and_ipo(rows, beta):
-    """A mean over pairs of -ln s(beta h), max(0, 1 - beta h), (h per token - 1 / (2 beta))^2; TRL's DPO on averages is
-    our sigmoid_mean of logratios."""
+    """A mean over pairs of -ln s(beta h), max(0, 1 - beta h), (h per token - 1 / (2 beta))^2, -ln s(beta h per token);
+    the last is our sigmoid_mean of logratios too."""
     size, logp, ref = rows
     b = flat(size, logp, ref)
     assume(not bends(b.margin(b.logratio), beta))
@@ -161,9 +163,10 @@ def test_dpo_hinge_and_ipo(rows, beta):
         "sigmoid": sigmoid_norm(b, beta=beta),
         "hinge": hinge_norm(b, gamma=beta),
         "ipo": squared(b, tau=beta, average="token"),
-        "sigmoid_norm": sigmoid_mean(flat(b.length, b.logratio), beta=beta, gamma=0.0),
+        "sigmoid_norm": length_normalized_dpo(b, beta=beta),
     }.items():
         same(ours.mean(), dpo(beta, (theirs, 1.0)).compute_loss(FixedNetwork(log_probs), inputs), logp)
+    same(ours.mean(), sigmoid_mean(flat(b.length, b.logratio), beta=beta, gamma=0.0).mean(), logp)
 
 
 @few
