@@ -46,7 +46,7 @@ class DataSource:
         """Return the problems known when a recipe is planned; raise WinnowError for a file that cannot be read.
 
         Columns are looked up in a file's schema or first rows, and a reader must read one of these; folders and data
-        sets are only opened by the stage. Warns of `optional` and other columns that look like part of the prompt.
+        sets are only opened by the stage. Warns of columns that look like part of the prompt and are in neither list.
         """
         if (self.path is None) == (self.dataset is None):
             return ["give either `path` (a file or folder) or `dataset` (a name on the hub)"]
@@ -69,7 +69,8 @@ class DataSource:
             return [f"path {path}: this stage reads {suffixes} and folders that datasets.load_dataset takes"]
         names = column_names(path)
         if not names:
-            return [f"{path.name}: no rows; in JSONL, each row is one JSON object on its own line"]
+            cure = "in JSONL, each row is one JSON object on its own line, and .json may be a list of them"
+            return [f"{path.name}: no rows; {cure}"]
         require_columns(names, columns, path.name, lambda: _head(path, names))
         read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
         parts = unread_parts(names, read)
@@ -101,8 +102,7 @@ class DataSource:
             for location, row in rows:
                 yield location, with_message_lists(row)
         except READ_ERRORS as error:
-            cure = "it is damaged or cut short; fetch or write it again"
-            raise WinnowError(f"{name}: cannot be read after {location} ({error}): {cure}") from None
+            raise _damaged(name, location, error) from None
 
     def reader_results(
         self,
@@ -111,10 +111,8 @@ class DataSource:
         read: Callable[[Bound, list[Row]], list[PreferencePair | ValueError]],
     ) -> Iterator[tuple[str, Row, PreferencePair | ValueError]]:
         """Yield (location, row, pair or reason) of `read(reader, rows)`: of several rows, those of the first."""
-        rows, together = (
-            self.rows(ctx, columns_of(reader), optional_columns_of(reader)),
-            reader.metadata.get("together"),
-        )
+        rows = self.rows(ctx, columns_of(reader), optional_columns_of(reader))
+        together = reader.metadata.get("together")
         if together is None:
             groups: Iterator[tuple[str, list[Row]]] = ((location, [row]) for location, row in rows)
         else:
@@ -219,9 +217,20 @@ def _existing(columns: Sequence[str], optional: Sequence[str], names: Sequence[s
 
 
 def _head(file: Path, names: Sequence[str]) -> list[Row]:
-    """Return the first rows that can be read."""
-    rows = file_rows(file, names, reject=lambda *args, **kwargs: None)
-    return [with_message_lists(row) for _, row in islice(rows, HEAD_ROWS)]
+    """Return the first rows that can be read; raise WinnowError if the file is damaged there."""
+    rows, location = list[Row](), "its start"
+    try:
+        readable = file_rows(file, names, reject=lambda *args, **kwargs: None)
+        for location, row in islice(readable, HEAD_ROWS):  # noqa: B007 - the error names the last location
+            rows.append(with_message_lists(row))
+    except READ_ERRORS as error:
+        raise _damaged(file.name, location, error) from None
+    return rows
+
+
+def _damaged(name: str, location: str, error: BaseException) -> WinnowError:
+    cure = "it is damaged or cut short; fetch or write it again"
+    return WinnowError(f"{name}: cannot be read after {location} ({error}): {cure}")
 
 
 def _from_datasets(name: str, split: str, call: Callable[[], Any]) -> Any:

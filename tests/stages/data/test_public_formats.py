@@ -482,6 +482,8 @@ def test_bad_items_of_a_json_list_and_bad_rows_of_a_table_are_rejected_one_by_on
     for name in ("in.json", "in.csv"):
         with pytest.raises(WinnowError, match=f"{name}.*(cut short)"):
             prompts(tiny, ctx, path=DataPath(str(tmp_path / name)))
+    (tmp_path / "in.csv").write_text('prompt,chosen,rejected\nHi,a,b\n"Hello,a,b\n')
+    assert "cannot be read after in.csv:2" in problems(preferences, tmp_path / "in.csv")[0]
     (tmp_path / "in.csv").write_text("prompt,prompt\nHi,Ho\n")
     assert "more than one column 'prompt'; rename one" in problems(preferences, tmp_path / "in.csv")[0]
 
