@@ -145,7 +145,7 @@ def test_a_log_prob_that_is_not_finite_is_refused_by_its_prompt(prompts, policy,
     huge = changed(
         policy, tmp_path / "huge", lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] * 1e38}
     )
-    with pytest.raises(WinnowError, match="prompt a the log-prob -?(nan|inf): its activations in float32"):
+    with pytest.raises(WinnowError, match=r"prompt a the log-prob -?(nan|inf): its activations in float32"):
         reference(prompts, by_transformers, huge, context())
 
 
