@@ -10,3 +10,4 @@ Share = Annotated[float, Range(ge=0, le=1)]
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
 Temperature = Annotated[float, Range(gt=0, le=2)]
 Precision = Literal["float32", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]

@@ -10,7 +10,7 @@ from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, 
 from pipeline.store.fingerprints import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
 from stages.data.files import DataSource
-from stages.options import Count
+from stages.options import Count, Precision
 
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
@@ -22,9 +22,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+def _check_adapter(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Compare the base in an adapter's config with `path`: an adapter trained here belongs to one policy only."""
     path, adapter = options["path"], options["adapter"]
+    if adapter is None and options["save_dtype"] != "float32":
+        return [
+            f"save_dtype: {options['save_dtype']}, and without an adapter the folder's files are copied as they are; "
+            "unset it"
+        ]
     if adapter is None or adapter.base in (None, path.digest):
         return []
     return [
@@ -33,14 +38,16 @@ def _check_adapter_base(options: dict[str, Any], inputs: Mapping[str, InputStep]
     ]
 
 
-@stage(version=1, unsharded=True, check=_check_adapter_base)
-def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = None) -> Model:
+@stage(version=2, unsharded=True, check=_check_adapter)
+def model(
+    ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = None, save_dtype: Precision = "float32"
+) -> Model:
     """Copy a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
 
     adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
-    contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in the folder's dtype: from
-    here on the policy is both together, for sampling, as reference and to train. If the adapter's folder has a
-    tokenizer, it is the policy's.
+    contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in `save_dtype`, fp32
+    unless set, since bfloat16 would undo most of a small adapter: from here on the policy is both together, for
+    sampling, as reference and to train. If the adapter's folder has a tokenizer, it is the policy's.
     """
     from transformers import AutoConfig
 
@@ -55,7 +62,7 @@ def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = N
         shutil.copyfile(file, folder / file.name)
     policy = Model(folder, path.digest)
     if adapter is not None:
-        policy = _merge_into_base(policy, adapter.path)
+        policy = _merge_into_base(policy, adapter.path, save_dtype)
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
@@ -70,12 +77,12 @@ def model(ctx: StageContext, *, path: ModelPath, adapter: AdapterPath | None = N
     return policy
 
 
-def _merge_into_base(base: Model, adapter: Path) -> Model:
+def _merge_into_base(base: Model, adapter: Path, dtype: Precision) -> Model:
     """Merge the adapter in the base's own folder, and take its tokenizer if it has one."""
     from stages.network.load import load_network, save_network
-    from stages.network.lora import merge_adapter
+    from stages.network.lora import merge_adapter, merge_layers
 
-    network = load_network(base)
+    network = load_network(base, adapt=merge_layers)
     try:
         merge_adapter(network, adapter)
     except WinnowError:
@@ -83,7 +90,7 @@ def _merge_into_base(base: Model, adapter: Path) -> Model:
     except Exception as error:  # peft and torch raise anything from TypeError to RuntimeError here
         lines = str(error).splitlines() or [""]  # torch writes one for every weight
         raise WinnowError(f"adapter: it does not fit its base ({type(error).__name__}: {lines[0]})") from None
-    merged = save_network(network, base, base.folder)
+    merged = save_network(network, base, base.folder, dtype=dtype)
 
     # All files of one tokenizer: a chat template of one with the vocabulary of the other would belong to neither.
     if any((adapter / name).is_file() for name in TOKENIZER_FILES):
@@ -109,10 +116,14 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from stages.network.load import check_head, is_reward_model, load_network, save_network
+    from stages.network.lora import merge_layers
 
     if is_reward_model(policy):
         raise WinnowError("reward_head: this model ends in a score already; remove the step")
     config = AutoConfig.from_pretrained(policy.folder, num_labels=1, local_files_only=True)
+    # The policy's weights as they are stored; the score is of zeros, which every dtype has.
+    on_grid = config.dtype is torch.bfloat16 and not (policy.folder / ADAPTER).exists()
+    dtype: Precision = "bfloat16" if on_grid else "float32"
     try:
         with torch.device("meta"):  # the policy's own layers take its place: one network in memory
             network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -122,8 +133,8 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     network.score.to_empty(device="cpu").requires_grad_(True)
     for weight in network.score.parameters():
         torch.nn.init.zeros_(weight)
-    setattr(network, network.base_model_prefix, load_network(policy).base_model.cpu())
-    return save_network(network, policy, ctx.folder / "model")
+    setattr(network, network.base_model_prefix, load_network(policy, adapt=merge_layers).base_model.cpu())
+    return save_network(network, policy, ctx.folder / "model", dtype=dtype)
 
 
 def _check_heads(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

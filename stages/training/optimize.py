@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipeline import EXECUTION, Bound, Range, StageContext, stage
 from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
+from stages.options import Precision, Rounding
 from stages.training.checks import LIKELIHOOD, check_optimize
 from stages.training.config import SPEED, TermData, TrainConfig
 from stages.training.mixing import UnitInterval
@@ -20,7 +21,7 @@ Positive = Annotated[int, Range(gt=0)]
 LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=4, unsharded=True, check=check_optimize)
+@stage(version=5, unsharded=True, check=check_optimize)
 def optimize(
     init: Model,
     examples: Examples,
@@ -47,6 +48,9 @@ def optimize(
     lora_r: Annotated[int, Range(ge=0)] = 0,
     lora_alpha: Annotated[float, Range(gt=0)] | None = None,
     lora_target_modules: list[str] = [],  # noqa: B006 - read, never written
+    merge_lora: bool = False,
+    save_dtype: Precision = "float32",
+    save_rounding: Rounding = "nearest",
     tokens_per_pass: Annotated[int, Range(gt=0), EXECUTION] = 8192,
     gradient_checkpointing: Annotated[bool, EXECUTION] = False,
     world_size: Annotated[int, Range(gt=0), EXECUTION] = 1,
@@ -66,6 +70,13 @@ def optimize(
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
     layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
     pass.
+
+    The policy is saved in fp32, 4 bytes a weight, as it was trained. `save_dtype: bfloat16` takes half of that and
+    loses moves that are small beside a weight: a policy of bfloat16 starts on its grid, and `save_rounding: nearest`
+    undoes each move of less than half a step; `stochastic` keeps their mean and adds noise. Held-out metrics are those
+    of the saved folder, loaded again, and `saved/margin_kept` is the fraction of what training changed on the last
+    batch that the folder has (`saved/margin_kept_bfloat16`: read in bfloat16, as engines do with that dtype), with a
+    warning where it is not 0.9 to 1.1.
 
     `world_size` processes shard one network (FSDP2 under Ray Train, one GPU each where there are any) and divide the
     groups of each step among them: the same losses to rounding, and if one dies all resume from the last checkpoint.

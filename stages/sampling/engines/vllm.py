@@ -1,6 +1,7 @@
 """Engine on vLLM."""
 
 import gc
+import json
 import os
 import sys
 import tempfile
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
+from pipeline.store.fingerprints import ADAPTER
+from schemas import WinnowError
 from stages.limits import context_length
 from stages.sampling.engines import Completion, Request, Sampling
 from stages.sampling.engines.request_queue import QueuedEngine
@@ -62,7 +65,9 @@ class VllmEngine(QueuedEngine):
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
                 generation_config="vllm",  # the folder's own sampling defaults would change draws
+                **_lora_options(folder),
             )
+            self.adapter = _adapter_request(folder)
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
@@ -85,7 +90,9 @@ class VllmEngine(QueuedEngine):
             )
         params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
         params.seed = request.seed
-        self.llm.llm_engine.add_request(request_id, tokens_input(list(request.prompt_ids)), params)
+        self.llm.llm_engine.add_request(
+            request_id, tokens_input(list(request.prompt_ids)), params, lora_request=self.adapter
+        )
 
     def step(self) -> dict[str, Completion]:
         completions = {}
@@ -107,6 +114,32 @@ class VllmEngine(QueuedEngine):
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _lora_options(folder: Path) -> dict[str, Any]:
+    """Return vLLM's options for the adapter in a policy's folder, beside its base's weights; none without one."""
+    if not (folder / ADAPTER).exists():
+        return {}
+    from vllm.config.lora import MaxLoRARanks
+
+    config = json.loads((folder / ADAPTER).read_text())
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    fitting = [size for size in get_args(MaxLoRARanks) if size >= rank]
+    if not fitting:
+        raise WinnowError(
+            f"engine: vLLM takes adapters up to rank {max(get_args(MaxLoRARanks))}, and the policy's has {rank}; set "
+            "`merge_lora: true` in the step that trained it, or `engine: transformers`"
+        )
+    return {"enable_lora": True, "max_lora_rank": min(fitting)}
+
+
+def _adapter_request(folder: Path) -> Any:
+    """Return vLLM's name for that adapter, which each request has; None without one."""
+    if not (folder / ADAPTER).exists():
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, str(folder))
 
 
 def _wake_when_engine_dies(client: Any) -> None:
