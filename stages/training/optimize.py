@@ -71,12 +71,19 @@ def optimize(
     layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
     pass.
 
-    The policy is saved in fp32, 4 bytes a weight, as it was trained. `save_dtype: bfloat16` takes half of that and
-    loses moves that are small beside a weight: a policy of bfloat16 starts on its grid, and `save_rounding: nearest`
-    undoes each move of less than half a step; `stochastic` keeps their mean and adds noise. Held-out metrics are those
-    of the saved folder, loaded again, and `saved/margin_kept` is the fraction of what training changed on the last
-    batch that the folder has (`saved/margin_kept_bfloat16`: read in bfloat16, as engines do with that dtype), with a
-    warning where it is not 0.9 to 1.1.
+    The policy is saved as it was trained: in fp32, 4 bytes a weight; a LoRA as an adapter beside the weights of `init`,
+    in one folder that transformers with peft, vLLM and every stage read as a policy. `merge_lora` merges it into the
+    weights. A run from a policy with an adapter goes on with that adapter, or, without `lora_r`, trains all weights of
+    both together. `save_dtype: bfloat16` takes half the space and loses moves that are small beside a weight: a policy
+    of bfloat16 starts on its grid, and `save_rounding: nearest` undoes each move of less than half a step;
+    `stochastic` keeps their mean and adds noise.
+
+    Held-out metrics are of the saved folder, loaded again. `saved/margin_kept` is the fraction of what training changed
+    on the last batch that the folder has, and `saved/margin_kept_bfloat16` that which engines read of it in bfloat16
+    (`sample` with `dtype: bfloat16`). A warning says so where the first is not 0.9 to 1.1, or the second below 0.5.
+
+    If the config of a mixture of experts sets output_router_logits, its load balancing loss, times its
+    router_aux_loss_coef, is added as transformers adds it, over the tokens of the whole step: metric `aux_loss`.
 
     `world_size` processes shard one network (FSDP2 under Ray Train, one GPU each where there are any) and divide the
     groups of each step among them: the same losses to rounding, and if one dies all resume from the last checkpoint.
