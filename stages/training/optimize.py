@@ -79,8 +79,9 @@ def optimize(
     `stochastic` keeps their mean and adds noise.
 
     Held-out metrics are of the saved folder, loaded again. `saved/margin_kept` is the fraction of what training changed
-    on the last batch that the folder has, and `saved/margin_kept_bfloat16` that which engines read of it in bfloat16
-    (`sample` with `dtype: bfloat16`). A warning says so where the first is not 0.9 to 1.1, or the second below 0.5.
+    on the last batch that the folder has, by fp32 arithmetic, and `saved/margin_kept_bfloat16` that which engines read
+    of it in bfloat16 (`sample` with `dtype: bfloat16`). A warning says so where the first is not 0.9 to 1.1, or the
+    second below 0.5.
 
     If the config of a mixture of experts sets output_router_logits, its load balancing loss, times its
     router_aux_loss_coef, is added as transformers adds it, over the tokens of the whole step: metric `aux_loss`.

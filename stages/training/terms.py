@@ -1,6 +1,7 @@
 """Loss term: one objective on one table of examples. A step: micro-batches, forward pass, objective, loss, metrics."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import count
 
 import numpy as np
@@ -230,9 +231,12 @@ class ObjectiveTerm:
         """Return by how much chosen responses of a batch are ahead, in nats per pair (or in units of a score).
 
         Of unpaired labels: how far desirable ones are ahead of undesirable ones, per label; of imitation: the log-prob
-        per response. Without the reference, which cancels in the difference of two networks.
+        per response. Without the reference, which cancels in the difference of two networks. In fp32 whatever training
+        runs in: bfloat16's rounding of activations would hide what rounding did to weights.
         """
-        logp = self.logp_by_ranks(network, [(group.prompt, ids) for group in batch for ids in group.responses])
+        in_fp32 = copy(self)
+        in_fp32.dtype = "float32"
+        logp = in_fp32.logp_by_ranks(network, [(group.prompt, ids) for group in batch for ids in group.responses])
         rows = self.objective_batch(batch, logp, None)
         if self.objective.metadata["per"] == "pairs":
             return float(rows.margin(logp).mean())

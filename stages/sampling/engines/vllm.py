@@ -1,7 +1,6 @@
 """Engine on vLLM."""
 
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -117,20 +116,27 @@ class VllmEngine(QueuedEngine):
 
 
 def _lora_options(folder: Path) -> dict[str, Any]:
-    """Return vLLM's options for the adapter in a policy's folder, beside its base's weights; none without one."""
+    """Return vLLM's options for the adapter in a policy's folder, beside its base's weights; none without one.
+
+    Raises WinnowError for an adapter that vLLM does not take.
+    """
     if not (folder / ADAPTER).exists():
         return {}
-    from vllm.config.lora import MaxLoRARanks
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.lora.peft_helper import PEFTHelper
 
-    config = json.loads((folder / ADAPTER).read_text())
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    fitting = [size for size in get_args(MaxLoRARanks) if size >= rank]
-    if not fitting:
+    ranks = get_args(MaxLoRARanks)
+    try:
+        adapter = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=None)
+        rank = max([adapter.r, *adapter.rank_pattern.values()])
+        size = min((size for size in ranks if size >= rank), default=max(ranks))
+        adapter.validate_legal(LoRAConfig(max_lora_rank=size))
+    except ValueError as error:
         raise WinnowError(
-            f"engine: vLLM takes adapters up to rank {max(get_args(MaxLoRARanks))}, and the policy's has {rank}; set "
-            "`merge_lora: true` in the step that trained it, or `engine: transformers`"
-        )
-    return {"enable_lora": True, "max_lora_rank": min(fitting)}
+            f"engine: vllm cannot sample the policy's adapter ({error}); set `engine: transformers`, or "
+            "`merge_lora: true` in the step that trained it"
+        ) from None
+    return {"enable_lora": True, "max_lora_rank": size}
 
 
 def _adapter_request(folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """Contract of every engine: ids in, ids out, a seed per request, raw log-probs; several threads at once."""
 
 import collections
+import json
 import threading
 import time
 from functools import partial
@@ -71,6 +72,15 @@ def test_a_policy_with_its_adapter_is_sampled_with_it(name, tiny, tmp_path):
         ours, bases = (completion_logp(load_network(model), rows, "float32")[0] for model in (policy, tiny))
     assert [completion.logp for completion in completions] == pytest.approx(ours.tolist(), abs=1e-3)
     assert (ours - bases).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("option", "fact"), [({"r": 1000}, "rank 1000"), ({"use_dora": True}, "DoRA")])
+def test_an_adapter_that_vllm_does_not_take_is_refused(tiny, tmp_path, option, fact):
+    network = load_network(tiny, adapt=partial(add_adapter, rank=3, alpha=None, targets=[], seed=0))
+    config = save_network(network, tiny, tmp_path / "model", merge=False).folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | option))
+    with pytest.raises(WinnowError, match=f"vllm cannot sample .*{fact}.*merge_lora"):
+        open_engine("vllm", tmp_path / "model", "float32")
 
 
 def test_equal_seeds_give_equal_draws_and_other_seeds_other_draws(engine):

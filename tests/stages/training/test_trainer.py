@@ -421,6 +421,15 @@ def test_a_policy_of_bfloat16_is_saved_as_it_was_trained(half, rows_of_half, tmp
     assert margin_of(model, half, rows_of_half) > metrics[last, "margin"] > 0.01  # before the last step
 
 
+def test_what_was_kept_is_of_weights_whatever_training_runs_in(half, tmp_path):
+    """Autocast rounds weights where they are used, so in its arithmetic the policy has not moved either."""
+    options = dict(SMALL_MOVES, objective="sigmoid_mean", dtype="bfloat16", batch_size=100)
+    with pytest.warns(WinnowWarning, match="of what training changed"):
+        _, metrics, policy = train(half, random_rows(prompts=12), tmp_path, **options)
+    assert metrics[policy["steps"], "saved/margin_kept"] == pytest.approx(1, abs=1e-3)
+    assert metrics[policy["steps"], "saved/margin_kept_bfloat16"] < 0.5
+
+
 @pytest.mark.parametrize(("rounding", "low", "high"), [("nearest", -0.1, 0.5), ("stochastic", 0.5, 1.5)])
 def test_a_margin_that_bfloat16_loses_is_said_and_held_out_figures_are_of_what_was_saved(
     half, rows_of_half, tmp_path, rounding, low, high
