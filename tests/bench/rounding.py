@@ -45,10 +45,11 @@ def measure(log: Callable[[str], None]) -> pa.Table:
             examples = pa.Table.from_pylist(rows[: steps * PAIRS], schema=EXAMPLES)
             dpo = Bound(objective.entries["sigmoid_norm"], {"beta": 0.1, "smoothing": 0.0})
             options: Any = dict(objective=dpo, learning_rate=rate, batch_size=PAIRS, lora_r=rank)
-            model, *_ = optimize(init, examples, ctx, **options)
+            model, _, metrics, _ = optimize(init, examples, ctx, **options)
             trained = logp(load_network(model), heldout)
             result = {"lora_r": rank, "learning_rate": rate, "steps": steps, "margin": margin(trained - start)}
-            result["fp32"] = 1.0
+            kept = {row["metric"]: row["value"] for row in metrics.to_pylist()}  # of the last batch, against memory
+            result["saved"] = kept["saved/margin_kept"]
             for rule in ("nearest", "stochastic", "carried"):
                 network = load_network(model)
                 merge_layers(network)
