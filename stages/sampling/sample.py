@@ -57,7 +57,8 @@ def sample(
 
     The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
-    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them.
+    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. The engine
+    holds weights and computes in `dtype`: bfloat16 halves the memory, and rounds a policy that is saved in fp32.
 
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
     step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 with top-k disabled, `logp` is

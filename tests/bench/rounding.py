@@ -67,7 +67,7 @@ def measure(log: Callable[[str], None]) -> pa.Table:
 
 
 def make_model(folder: Path) -> Model:
-    """Save a random Llama of 4.2 million weights of the size that those of large models have, 0.02, in bfloat16."""
+    """Save a random Llama of 3.7 million weights of the size that those of large models have, 0.02, in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
