@@ -156,10 +156,10 @@ def _link_weights(source: Path, folder: Path) -> None:
 def round_weights(network: PreTrainedModel, rounding: Rounding, seed: int = 0) -> None:
     """Round fp32 weights to numbers that bfloat16 has, in place; they stay fp32.
 
-    `nearest` undoes every move of less than half a step of bfloat16 (2^-9 to 2^-8 of it) from a weight that bfloat16 has,
-    however many weights moved together. `stochastic` rounds up with the probability of the remainder, so that the mean
-    of each weight is the trained one (arXiv:1502.02551; Adam in bfloat16: arXiv:2010.06192); a weight that did not move
-    stays.
+    `nearest` undoes every move of less than half a step of bfloat16, 2^-9 to 2^-8 of a weight, from a weight that
+    bfloat16 has, however many weights moved together. `stochastic` rounds up with the probability of the remainder, so
+    that the mean of each weight is the trained one (arXiv:1502.02551; Adam in bfloat16: arXiv:2010.06192); a weight
+    that did not move stays.
     """
     generator = torch.Generator().manual_seed(seed)
     for weight in network.parameters():
