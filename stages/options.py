@@ -12,3 +12,4 @@ Temperature = Annotated[float, Range(gt=0, le=2)]
 TooLong = Literal["reject", "cut"]  # what becomes of a response that is longer than max_tokens
 Prefill = Literal["reject", "continue"]  # what becomes of a prompt that ends with an assistant turn
 Precision = Literal["float32", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]

@@ -30,6 +30,7 @@ from stages.network.packing import (
     split_responses,
 )
 from stages.network.prefix_attention import NAME
+from stages.network.router import RouterLoss, has_router_loss
 
 Row = tuple[Ids, Ids]
 Measure = Callable[[PreTrainedModel, Sequence[PromptGroup], str], Tensor]
@@ -44,18 +45,21 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def completion_logp(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> tuple[Tensor, Tensor]:
+def completion_logp(
+    network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str, router: RouterLoss | None = None
+) -> tuple[Tensor, Tensor]:
     """Return each response's summed log-prob given its prompt, and how many of its tokens greedy decoding would give.
 
     Both are fp32 [N], over the responses of one group after the other. The head runs on response positions only, if it
-    is a linear layer; the softmax is in fp32 whatever the network runs in.
+    is a linear layer; the softmax is in fp32 whatever the network runs in. `router` takes in the router logits of all
+    tokens.
     """
     if network in LINEAR_HEADS:
-        states, tokens = hidden_states(network, groups, dtype)
+        states, tokens = hidden_states(network, groups, dtype, last=router is not None, router=router)
         predictors = states.index_select(0, tokens.predictors)  # whose gradients add up in a fixed order
         logp, is_correct = token_logp(predictors.to(getattr(torch, dtype)), lm_head_of(network), tokens.targets)
     else:
-        logits, tokens, positions = _full_logits(network, groups, dtype)
+        logits, tokens, positions = _full_logits(network, groups, dtype, router)
         logits = logits[positions].float()
         logp = -cross_entropy(logits, tokens.targets, reduction="none")
         is_correct = logits.argmax(-1) == tokens.targets
@@ -96,7 +100,11 @@ def response_means(network: PreTrainedModel, groups: Sequence[PromptGroup], dtyp
 
 
 def hidden_states(
-    network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str, last: bool = False
+    network: PreTrainedModel,
+    groups: Sequence[PromptGroup],
+    dtype: str,
+    last: bool = False,
+    router: RouterLoss | None = None,
 ) -> tuple[Tensor, PackedTokens]:
     """Return last hidden states [positions, hidden], and which token each belongs to.
 
@@ -111,14 +119,14 @@ def hidden_states(
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=network.device)
         options = {"layout": tokens.layout, "attention_mask": no_mask}
     with autocast(dtype, network.device):
-        states = network.base_model(
-            input_ids=tokens.ids, position_ids=tokens.position_ids, use_cache=False, **options
-        ).last_hidden_state
-    return states.flatten(0, 1), tokens
+        outputs = network.base_model(input_ids=tokens.ids, position_ids=tokens.position_ids, use_cache=False, **options)
+    if router is not None:
+        router.add(outputs.router_logits, tokens.weights.float())
+    return outputs.last_hidden_state.flatten(0, 1), tokens
 
 
 def _full_logits(
-    network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str
+    network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str, router: RouterLoss | None = None
 ) -> tuple[Tensor, PackedTokens, Tensor]:
     """Return the network's own logits at all positions [positions, V], tokens, and positions that predict responses.
 
@@ -140,8 +148,10 @@ def _full_logits(
         in_response = pad_sequence([torch.ones_like(ids) for ids in shifted], batch_first=True)
         predictors = in_response.flatten().nonzero()[:, 0]
     with autocast(dtype, device):
-        logits = network(**inputs, use_cache=False).logits
-    return logits.flatten(0, 1), tokens, predictors
+        outputs = network(**inputs, use_cache=False)
+    if router is not None:
+        router.add(outputs.router_logits, tokens.weights.float())
+    return outputs.logits.flatten(0, 1), tokens, predictors
 
 
 def _check_no_encoder(network: PreTrainedModel) -> None:
@@ -202,6 +212,33 @@ def share_prefixes(network: PreTrainedModel) -> None:
     except Exception as error:
         network.set_attn_implementation(before)
         _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
+
+
+@torch.no_grad()
+def check_router_loss(network: PreTrainedModel) -> None:
+    """Raise WinnowError for a network whose config asks for a router's loss, unless ours is transformers' own.
+
+    Compared on a trial: other kinds of networks have other losses, and attributes of other names.
+    """
+    if not has_router_loss(network):
+        return
+    rows = [[*group.prompt, *response] for group in TRIAL for response in group.responses]
+    ids = pad_sequence([torch.tensor(row, device=network.device) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long, device=network.device) for row in rows], True)
+    try:
+        expected = float(network(input_ids=ids, attention_mask=mask, use_cache=False).aux_loss)
+        router = RouterLoss(network)
+        for router.counting in (True, False):
+            completion_logp(network, TRIAL, "float32", router)
+        value = float(router.take())
+        if not abs(value - expected) <= CLOSE * abs(expected):
+            raise ValueError(f"it is {expected:.6f} on a trial, and computed here {value:.6f}")
+    except Exception as error:  # a model's code may raise anything on what it does not know
+        raise WinnowError(
+            f"{type(network).__name__}: its config sets output_router_logits, and the loss of its routers cannot be "
+            f"computed ({type(error).__name__}: {error}); set `output_router_logits: false` in config.json to train "
+            "without it"
+        ) from None
 
 
 def _trial(network: PreTrainedModel) -> list[Tensor]:

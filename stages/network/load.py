@@ -19,12 +19,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.store.fingerprints import ADAPTER
 from pipeline.store.weights import weight_files
 from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, ModelConfig
 from stages.network.forward import share_prefixes
+from stages.options import Precision, Rounding
 
 Adapt = Callable[[PreTrainedModel], None]
 disable_progress_bar()  # of loading weights: a step has its own
@@ -147,27 +151,84 @@ def checkpoint_layers(network: PreTrainedModel) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def save_network(network: PreTrainedModel, init: Model, folder: Path) -> Model:
-    """Write a plain Hugging Face folder: safetensors in the dtype of the initial weights, and init's tokenizer.
+def save_network(
+    network: PreTrainedModel,
+    init: Model,
+    folder: Path,
+    *,
+    dtype: Precision = "float32",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    merge: bool = True,
+) -> Model:
+    """Write a plain Hugging Face folder: safetensors, and init's tokenizer. In fp32 nothing is rounded.
 
-    A LoRA is merged into its weights, and stored in the folder's `adapter/` as well, as peft reads it.
+    A LoRA is merged into its weights, and stored in the folder's `adapter/` as well, as peft reads it. Without `merge`,
+    the folder has init's weights, unchanged, and the adapter beside them, as transformers and peft read it.
     """
     scratch = folder.with_name(".model")
     shutil.rmtree(scratch, ignore_errors=True)
-    if hasattr(network, "peft_config"):
-        from stages.network.lora import unload_adapter
+    adapted = hasattr(network, "peft_config")
+    if adapted:
+        from stages.network.lora import merge_layers, save_adapter
 
-        unload_adapter(network, scratch / "adapter", init.digest)
-    config = json.loads((init.folder / "config.json").read_text())
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    network.generation_config = GenerationConfig()  # init's is copied below; saving it would validate its sampling
-    network.to(dtype).save_pretrained(scratch)
-    (scratch / "generation_config.json").unlink(missing_ok=True)
+        save_adapter(network, scratch / "adapter" if merge else scratch, init.digest)
+        if merge:
+            merge_layers(network)
+    if adapted and not merge:
+        _link_weights(init.folder, scratch)
+    else:
+        if dtype == "bfloat16":
+            round_weights(network, rounding, seed)
+        network.generation_config = GenerationConfig()  # init's is copied below; saving it would validate its sampling
+        network.to(getattr(torch, dtype)).save_pretrained(scratch)
+        (scratch / "generation_config.json").unlink(missing_ok=True)
     for file in init.folder.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS) and not (scratch / file.name).exists():
+        written = (scratch / file.name).exists() or file.name == ADAPTER  # init's, which is in the weights now
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not written:
             shutil.copyfile(file, scratch / file.name)
     if (templates := init.folder / "additional_chat_templates").is_dir():
         shutil.copytree(templates, scratch / templates.name)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
     return Model(folder, "")
+
+
+def _link_weights(source: Path, folder: Path) -> None:
+    """Give a folder the weights of another, as hard links where the file system has them, and an index of them.
+
+    vLLM reads every safetensors file that no index leaves out, an adapter's too.
+    """
+    index = source / INDEX
+    if index.exists():
+        text = index.read_text()
+    else:
+        with safe_open(source / SAFE_WEIGHTS_NAME, "pt") as file:
+            names = sorted(file.keys())
+        text = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, SAFE_WEIGHTS_NAME)})
+    (folder / INDEX).write_text(text)
+    for name in sorted(set(json.loads(text)["weight_map"].values())):
+        try:
+            (folder / name).hardlink_to(source / name)
+        except OSError:
+            shutil.copyfile(source / name, folder / name)
+
+
+@torch.no_grad()
+def round_weights(network: PreTrainedModel, rounding: Rounding, seed: int = 0) -> None:
+    """Round fp32 weights to numbers that bfloat16 has, in place; they stay fp32.
+
+    `nearest` undoes every move of less than half a step of bfloat16, 2^-9 to 2^-8 of a weight, from a weight that
+    bfloat16 has, however many weights moved together. `stochastic` rounds up with the probability of the remainder, so
+    that the mean of each weight is the trained one (arXiv:1502.02551; Adam in bfloat16: arXiv:2010.06192); a weight
+    that did not move stays.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for weight in network.parameters():
+        if rounding == "nearest":
+            weight.copy_(weight.bfloat16())
+            continue
+        # The last 16 bits are what bfloat16 lacks: a random number below 2^16 carries into the others in as many of
+        # 2^16 cases as they say. Drawn on the CPU, whose numbers are the same on every machine.
+        noise = torch.randint(1 << 16, weight.shape, generator=generator, dtype=torch.int32).to(weight.device)
+        weight.copy_(((weight.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32))

@@ -57,19 +57,60 @@ def add_adapter(network: PreTrainedModel, rank: int, alpha: float | None, target
         inject_adapter_in_model(config, network, ADAPTER)
 
 
-def unload_adapter(network: PreTrainedModel, folder: Path, base: str) -> None:
-    """Save the adapter as peft reads it (`PeftModel.from_pretrained(base, folder)`), and merge it into its layers.
+def train_adapter(network: PreTrainedModel, rank: int, alpha: float | None, targets: list[str], seed: int) -> None:
+    """Prepare a network for training: of an adapter from here on, a new one or its own; without a rank, of all weights.
+
+    A policy that is a base with an adapter, as `save_network` writes it, goes on with that adapter, or is merged in
+    memory where all weights are trained. Raises WinnowError for options that are not its adapter's.
+    """
+    if not hasattr(network, "peft_config"):
+        if rank:
+            add_adapter(network, rank, alpha, targets, seed)
+        return
+    if not rank:
+        merge_layers(network)
+        network.requires_grad_(True)
+        return
+    config = network.peft_config[ADAPTER]
+    adapted = {name for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    problems = []
+    if rank != config.r:
+        problems.append(f"optimize.lora_r: {rank}, and the policy's own adapter has rank {config.r}")
+    if (alpha or 2 * rank) != config.lora_alpha:
+        problems.append(
+            f"optimize.lora_alpha: {alpha or 2 * rank}, and the policy's own adapter has {config.lora_alpha}"
+        )
+    if targets and {name for name in adapted if not any(f".{name}".endswith(f".{target}") for target in targets)}:
+        problems.append(
+            f"optimize.lora_target_modules: the policy's own adapter has {', '.join(config.target_modules)}"
+        )
+    if problems:
+        cure = "; set the same, or `merge_lora: true` in the step that trained it"
+        raise WinnowError(*(problem + cure for problem in problems))
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(f".{ADAPTER}" in name)
+
+
+def save_adapter(network: PreTrainedModel, folder: Path, base: str) -> None:
+    """Save the adapter as peft reads it (`PeftModel.from_pretrained(base, folder)`).
 
     base: digest of the policy that it was trained from; it fits no other.
     """
     config = network.peft_config[ADAPTER]
     config.target_modules = sorted(config.target_modules)
     config.inference_mode = True
-    config.base_model_name_or_path = BASE + base
+    if not str(config.base_model_name_or_path).startswith(BASE):  # else it was trained on from an earlier step's
+        config.base_model_name_or_path = BASE + base
     config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
     named = {PREFIX + name: value.contiguous() for name, value in weights.items()}
     save_file(named, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def merge_layers(network: PreTrainedModel) -> None:
+    """Merge the adapter of a network, if it has one, into its layers, in place."""
+    if not hasattr(network, "peft_config"):
+        return
     for name, layer in list(network.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
@@ -77,6 +118,9 @@ def unload_adapter(network: PreTrainedModel, folder: Path, base: str) -> None:
         elif isinstance(layer, ModulesToSaveWrapper):
             network.set_submodule(name, layer.modules_to_save[ADAPTER])
     del network.peft_config
+    # What transformers remembers of an adapter that it loaded: it would save that alone, under peft's names.
+    network._hf_peft_config_loaded = False
+    network.__dict__.pop("_weight_conversions", None)
 
 
 @torch.no_grad()

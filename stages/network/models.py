@@ -14,7 +14,7 @@ from schemas import Model, WinnowError
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
 from stages.model_config import ModelConfig, input_problems
-from stages.options import Count
+from stages.options import Count, Precision
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
@@ -45,6 +45,11 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
         problems.append(
             f"date: the chat template of {path.path.name} reads today's date, and would give other ids from day to "
             "day; set the day that it is to read, as in `date: 2026-01-31`"
+        )
+    if adapter is None and options["save_dtype"] != "float32":
+        problems.append(
+            f"save_dtype: {options['save_dtype']}, and without an adapter the folder's files are copied as they are; "
+            "unset it"
         )
     if adapter is None or problems:
         return problems
@@ -80,12 +85,13 @@ def chat_template_of(folder: Path) -> str:
     return "\n".join(texts)
 
 
-@stage(version=2, unsharded=True, check=_check_model)
+@stage(version=3, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
     *,
     path: ModelPath,
     adapter: AdapterPath | None = None,
+    save_dtype: Precision = "float32",
     date: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Model:
@@ -96,9 +102,9 @@ def model(
     that prompts, responses and draws are rendered alike on any day.
 
     adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
-    contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in the folder's dtype: from
-    here on the policy is both together, for sampling, as reference and to train. If the adapter's folder has a
-    tokenizer, it is the policy's.
+    contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in `save_dtype`, fp32
+    unless set, since bfloat16 would undo most of a small adapter: from here on the policy is both together, for
+    sampling, as reference and to train. If the adapter's folder has a tokenizer, it is the policy's.
     """
     from transformers import AutoConfig
 
@@ -115,7 +121,7 @@ def model(
         shutil.copyfile(file, folder / file.relative_to(path.path))
     policy = Model(folder, path.digest)
     if adapter is not None:
-        policy = _merge_into_base(policy, adapter.path)
+        policy = _merge_into_base(policy, adapter.path, save_dtype)
     if template_options := {**({"date": date} if date else {}), **(chat_template_kwargs or {})}:
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -167,12 +173,12 @@ def adapted_rows(base: ModelConfig, adapter: Path) -> tuple[int | None, str]:
     return max(resized.values()), ""
 
 
-def _merge_into_base(base: Model, adapter: Path) -> Model:
+def _merge_into_base(base: Model, adapter: Path, dtype: Precision) -> Model:
     """Merge the adapter in the base's own folder, and take its tokenizer if it has one."""
     from stages.network.load import load_network, save_network
-    from stages.network.lora import merge_adapter
+    from stages.network.lora import merge_adapter, merge_layers
 
-    network = load_network(base)
+    network = load_network(base, adapt=merge_layers)
     rows, _ = adapted_rows(ModelConfig(base.folder), adapter)
     try:
         if rows not in (None, ModelConfig(base.folder).vocabulary):
@@ -183,7 +189,7 @@ def _merge_into_base(base: Model, adapter: Path) -> Model:
     except Exception as error:  # peft and torch raise anything from TypeError to RuntimeError here
         lines = str(error).splitlines() or [""]  # torch writes one for every weight
         raise WinnowError(f"adapter: it does not fit its base ({type(error).__name__}: {lines[0]})") from None
-    merged = save_network(network, base, base.folder)
+    merged = save_network(network, base, base.folder, dtype=dtype)
 
     # All files of one tokenizer: a chat template of one with the vocabulary of the other would belong to neither.
     if any((adapter / name).is_file() for name in TOKENIZER_FILES):
@@ -211,6 +217,7 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
 
     from stages.data.tokenizer import Tokenizer
     from stages.network.load import check_head, is_reward_model, load_network, save_network
+    from stages.network.lora import merge_layers
 
     if is_reward_model(policy):
         raise WinnowError("reward_head: this model ends in a score already; remove the step")
@@ -222,6 +229,9 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
         special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
         pad = next(token for token in (*special, 0, 1) if token not in (None, eos))
     config.get_text_config().pad_token_id = pad
+    # The policy's weights as they are stored; the score is of zeros, which every dtype has.
+    on_grid = config.dtype is torch.bfloat16 and not (policy.folder / ADAPTER).exists()
+    dtype: Precision = "bfloat16" if on_grid else "float32"
     try:
         with torch.device("meta"):  # the policy's own layers take its place: one network in memory
             network = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -231,8 +241,8 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     network.score.to_empty(device="cpu").requires_grad_(True)
     for weight in network.score.parameters():
         torch.nn.init.zeros_(weight)
-    setattr(network, network.base_model_prefix, load_network(policy).base_model.cpu())
-    model = save_network(network, policy, ctx.folder / "model")
+    setattr(network, network.base_model_prefix, load_network(policy, adapt=merge_layers).base_model.cpu())
+    model = save_network(network, policy, ctx.folder / "model", dtype=dtype)
     if tokenizer.pad_token_id != pad:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
         tokenizer.save_pretrained(model.folder)

@@ -41,6 +41,7 @@ class PackedTokens:
     lengths: Tensor  # [S] tokens of each response
     positions: Tensor  # [M] of the response tokens themselves; [M - S] if each last one was not packed
     rows: Tensor  # [N] which of the S each is
+    weights: Tensor  # [T], or [S T] if padded: rows of prompt and response that each token is in; 0 for padding
 
 
 def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, last: bool = False) -> PackedTokens:
@@ -69,6 +70,9 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
         for n, responses in zip(order, unique, strict=True)
     }
 
+    rows = [row_of[n][tuple(response)] for n, group in enumerate(groups) for response in group.responses]
+    responses_of_prompt, copies = _lengths([groups[n].responses for n in order]), np.bincount(rows, minlength=len(flat))
+
     from_start = _ranges(0 * prompt_starts, prompt_lengths)
     from_prompt = _ranges(prompt_lengths[owner], packed_lengths)
     ids = [token for n in order for token in groups[n].prompt]
@@ -81,7 +85,8 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
         targets=to_device([token for response in flat for token in response]),
         lengths=to_device(lengths),
         positions=to_device(_ranges(response_starts, packed_lengths)),
-        rows=to_device([row_of[n][tuple(response)] for n, group in enumerate(groups) for response in group.responses]),
+        rows=to_device(rows),
+        weights=to_device(np.repeat(np.r_[responses_of_prompt, copies], np.r_[prompt_lengths, packed_lengths])),
     )
 
 
@@ -104,6 +109,7 @@ def pad(groups: Sequence[PromptGroup], device: torch.device | str = "cpu") -> Pa
         lengths=to_device(lengths),
         positions=to_device(positions),
         rows=to_device(np.arange(len(rows))),
+        weights=to_device((np.arange(ids.shape[1]) < row_lengths[:, None]).flatten()),
     )
 
 

@@ -78,7 +78,8 @@ def sample(
     The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
     start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. So are draws
-    with an id that the tokenizer has no token for, in a vocabulary that is padded.
+    with an id that the tokenizer has no token for, in a vocabulary that is padded. The engine holds weights and
+    computes in `dtype`: bfloat16 halves the memory, and rounds a policy that is saved in fp32.
 
     Also rejected, unless `keep_special`, are those with a special token of the tokenizer (BOS, PAD, a role) before
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as

@@ -76,9 +76,19 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     # Options that nothing reads.
     if options["nll_per"] == "response" and not (nll_weight or objective.metadata["per"] == "likelihood" or mix):
         problems.append("nll_per: response, and there is no likelihood to average; set nll_weight, or unset it")
-    for name in ("lora_alpha", "lora_target_modules"):
+    for name in ("lora_alpha", "lora_target_modules", "merge_lora"):
         if options[name] and not options["lora_r"]:
             problems.append(f"{name}: {options[name]}, and all weights are trained; set lora_r, or unset it")
+    if options["save_dtype"] != "float32" and options["lora_r"] and not options["merge_lora"]:
+        problems.append(
+            f"save_dtype: {options['save_dtype']}, and a LoRA is saved as it was trained, beside the weights of `init` "
+            "as they are; set merge_lora, or unset it"
+        )
+    if options["save_rounding"] != "nearest" and options["save_dtype"] == "float32":
+        problems.append(
+            f"save_rounding: {options['save_rounding']}, and nothing is rounded; set `save_dtype: bfloat16`, or leave "
+            "it at nearest"
+        )
     if options["world_size"] > options["batch_size"]:
         problems.append(
             f"world_size: {options['world_size']}, and a step has {options['batch_size']} pairs (or labels, or "

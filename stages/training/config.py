@@ -9,6 +9,7 @@ from typing import Literal
 import pyarrow as pa
 
 from pipeline import Bound
+from stages.options import Precision, Rounding
 
 SPEED = "speed/"  # prefix of metrics that depend on the machine and go to the table `speeds`
 
@@ -46,6 +47,9 @@ class TrainConfig:
     lora_alpha: float | None
     lora_target_modules: list[str]
     engine_tolerance: float
+    merge_lora: bool
+    save_dtype: Precision
+    save_rounding: Rounding
     tokens_per_pass: int
     gradient_checkpointing: bool
     checkpoint_every: int

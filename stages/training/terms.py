@@ -1,6 +1,7 @@
 """Loss term: one objective on one table of examples. A step: micro-batches, forward pass, objective, loss, metrics."""
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import count
 
 import numpy as np
@@ -12,6 +13,7 @@ from schemas import Model, WinnowError
 from stages.network.forward import Row, completion_logp, completion_scores, forward_rows, uses_shared_prefix
 from stages.network.load import is_reward_model
 from stages.network.packing import PromptGroup, batch_by_tokens, forward_tokens, longest_row, split_responses
+from stages.network.router import RouterLoss, has_router_loss
 from stages.training.config import TermData, TrainConfig
 from stages.training.data import BatchSampler, TrainingGroup, groups_of
 from stages.training.distributed import Distributed
@@ -57,16 +59,20 @@ class ObjectiveTerm:
                 oversized.append((micro_batch[0], parts))
             else:
                 micro_batches.append(micro_batch)
+        router = None
+        if has_router_loss(network) and not is_reward_model(network):
+            router = self._count_routes(network, micro_batches, oversized)
+            metrics.has_router_loss = True
         for groups in self.dist.items_of_this_rank(micro_batches):
             if groups is None:
                 yield self._dummy_forward(network)
                 continue
-            logp, n_correct = self._forward(network, groups)
-            yield self._loss(groups, logp, n_correct, kl, metrics)
+            logp, n_correct = self._forward(network, groups, router)
+            yield self._loss(groups, logp, n_correct, kl, metrics) + metrics.router_loss(router)
             self.largest_micro_batch = max(self.largest_micro_batch, forward_tokens(groups, shared_prefix))
         # Apart, because ranks must do equally many forward passes: they divide the parts of one group among them.
         for group, parts in oversized:
-            yield from self._losses_of_oversized_group(network, group, parts, kl, metrics)
+            yield from self._losses_of_oversized_group(network, group, parts, kl, metrics, router)
         metrics.sums = dict(zip(metrics.sums, self.dist.all_reduce_values([*metrics.sums.values()]), strict=True))
 
     def micro_batches(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> list[list[TrainingGroup]]:
@@ -83,12 +89,34 @@ class ObjectiveTerm:
         ]
         return sorted(micro_batches, key=lambda groups: forward_tokens(groups, shared_prefix))
 
-    def _forward(self, network: PreTrainedModel, groups: Sequence[PromptGroup]) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _count_routes(
+        self,
+        network: PreTrainedModel,
+        micro_batches: list[list[TrainingGroup]],
+        oversized: list[tuple[TrainingGroup, list[list[int]]]],
+    ) -> RouterLoss:
+        """Return the step's router loss with all of its tokens counted, by forward passes without gradients."""
+        router = RouterLoss(network)
+        passes: list[Sequence[PromptGroup]] = [*micro_batches]
+        passes += [[piece] for group, parts in oversized for piece in pieces_of(group, parts)]
+        for groups in self.dist.items_of_this_rank(passes):
+            if groups is None:
+                self._dummy_forward(network)
+            else:
+                self._forward(network, groups, router)
+        self.dist.all_reduce(router.counts)
+        router.counting = False
+        return router
+
+    def _forward(
+        self, network: PreTrainedModel, groups: Sequence[PromptGroup], router: RouterLoss | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return log-prob (or score) of every response, and how many of its tokens greedy decoding would give."""
         if is_reward_model(network):
             scores = self.dist.run(network, lambda: completion_scores(network, groups, self.dtype))
             return scores, torch.zeros_like(scores)
-        return self.dist.run(network, lambda: completion_logp(network, groups, self.dtype))
+        return self.dist.run(network, lambda: completion_logp(network, groups, self.dtype, router))
 
     def _dummy_forward(self, network: PreTrainedModel) -> Tensor:
         """Return 0 after a forward pass over one token, so that every rank issues the same FSDP collectives."""
@@ -140,14 +168,15 @@ class ObjectiveTerm:
         parts: list[list[int]],
         kl: Tensor | None,
         metrics: "StepMetrics",
+        router: RouterLoss | None,
     ) -> Iterator[Tensor]:
         """Yield losses whose gradients add up to that of a group which takes several forward passes.
 
         Its loss is a function of all of its log-probs: those are computed first, without gradient; then each part goes
         forward again with gradient, its log-probs weighted by d loss / d log-prob.
         """
-        pieces = [PromptGroup(group.prompt, [group.responses[n] for n in part]) for part in parts]
-        sizes = [len(part) for part in parts]
+        pieces = pieces_of(group, parts)
+        sizes, training = [len(part) for part in parts], torch.is_grad_enabled()
         with torch.no_grad():
             values = torch.zeros(2, sum(sizes), device=network.device)
             for task in self.dist.items_of_this_rank(list(zip(pieces, values.split(sizes, dim=1), strict=True))):
@@ -155,22 +184,22 @@ class ObjectiveTerm:
                     self._dummy_forward(network)
                     continue
                 piece, values_of_piece = task
-                values_of_piece[:] = torch.stack(self._forward(network, [piece]))
+                values_of_piece[:] = torch.stack(self._forward(network, [piece], None if training else router))
             logp, n_correct = self.dist.all_reduce(values)
         with torch.enable_grad():
             # Every rank adds the same rows to the metrics.
             loss = self._loss([group], logp.requires_grad_(), n_correct, kl, metrics, 1 / self.dist.world_size)
             (slope,) = torch.autograd.grad(loss, logp)
-        if not torch.is_grad_enabled():
-            yield loss.detach()
+        if not training:
+            yield loss.detach() + metrics.router_loss(router)
             return
         for task in self.dist.items_of_this_rank(list(zip(pieces, slope.split(sizes), strict=True))):
             if task is None:
                 yield self._dummy_forward(network)
                 continue
             piece, slope_of_piece = task
-            weighted = (self._forward(network, [piece])[0] * slope_of_piece).sum()
-            yield weighted - weighted.detach() + loss.detach() / len(pieces)
+            weighted = (self._forward(network, [piece], router)[0] * slope_of_piece).sum()
+            yield weighted - weighted.detach() + loss.detach() / len(pieces) + metrics.router_loss(router)
 
     @torch.no_grad()
     def kl_estimate(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> Tensor:
@@ -199,6 +228,22 @@ class ObjectiveTerm:
             self._dummy_forward(network)
         return self.dist.all_reduce(torch.from_numpy(logp).to(network.device))
 
+    def mean_margin(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> float:
+        """Return by how much chosen responses of a batch are ahead, in nats per pair (or in units of a score).
+
+        Of unpaired labels: how far desirable ones are ahead of undesirable ones, per label; of imitation: the log-prob
+        per response. Without the reference, which cancels in the difference of two networks. In fp32 whatever training
+        runs in: bfloat16's rounding of activations would hide what rounding did to weights.
+        """
+        in_fp32 = copy(self)
+        in_fp32.dtype = "float32"
+        logp = in_fp32.logp_by_ranks(network, [(group.prompt, ids) for group in batch for ids in group.responses])
+        rows = self.objective_batch(batch, logp, None)
+        if self.objective.metadata["per"] == "pairs":
+            return float(rows.margin(logp).mean())
+        signs = rows.weight.sign() if rows.desirable is None else rows.desirable
+        return float((signs * logp).sum() / signs.abs().sum())
+
     @torch.no_grad()
     def evaluate(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> dict[str, float]:
         """Return the metrics of a batch, without gradients; raises WinnowError where the loss is not finite."""
@@ -220,6 +265,11 @@ class ObjectiveTerm:
         return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+def pieces_of(group: TrainingGroup, parts: list[list[int]]) -> list[PromptGroup]:
+    """Return the prompt with the responses of each part."""
+    return [PromptGroup(group.prompt, [group.responses[n] for n in part]) for part in parts]
+
+
 class StepMetrics:
     """Metrics, the same for every method, summed over a step's micro-batches.
 
@@ -239,8 +289,9 @@ class StepMetrics:
         self.divisors = dict.fromkeys(("logp/chosen", "logp/rejected", "margin", "accuracy"), self.pairs)
         self.divisors |= dict.fromkeys(("nll", "token_accuracy"), tokens)
         self.desirable, self.undesirable = max(1, signs.count(1)), max(1, signs.count(-1))
-        self.sums = dict.fromkeys(("loss", *self.divisors, "shift/desirable", "shift/undesirable"), 0.0)
+        self.sums = dict.fromkeys(("loss", *self.divisors, "shift/desirable", "shift/undesirable", "aux_loss"), 0.0)
         self.kl: float | None = None
+        self.has_router_loss = False
 
     @torch.no_grad()
     def add(self, batch: Batch, n_correct: Tensor, total: Tensor, rank_scale: float) -> None:
@@ -262,9 +313,19 @@ class StepMetrics:
             self.sums[name] += rank_scale * float(value)
         self.kl = None if batch.kl is None else float(batch.kl)
 
+    def router_loss(self, router: RouterLoss | None) -> Tensor | float:
+        """Return, and add to the loss, the weighted router loss of the last forward pass; 0 without a router."""
+        if router is None:
+            return 0.0
+        loss = router.take()
+        self.sums["aux_loss"] += float(loss.detach())
+        self.sums["loss"] += router.coefficient * float(loss.detach())
+        return router.coefficient * loss
+
     def means(self) -> dict[str, float]:
         """Return means by metric; without those that the batch has no rows for."""
         means = {"loss": self.sums["loss"]} | ({"pairs": self.pairs} if self.pairs else {})
+        means |= {"aux_loss": self.sums["aux_loss"]} if self.has_router_loss else {}
         means |= {name: self.sums[name] / count for name, count in self.divisors.items() if count}
         if self.kl is not None:
             means["shift/desirable"] = self.sums["shift/desirable"] / self.desirable

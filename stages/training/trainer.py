@@ -15,17 +15,30 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pipeline.context import Mirror, ProgressCallback
+from pipeline.store.fingerprints import ADAPTER
 from schemas import Model, WinnowError, WinnowWarning
-from stages.network.load import Adapt, checkpoint_layers, load_network, save_network
+from stages.network.forward import check_router_loss
+from stages.network.load import (
+    Adapt,
+    checkpoint_layers,
+    is_reward_model,
+    load_network,
+    round_weights,
+    save_network,
+)
+from stages.options import Precision
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
 from stages.training.config import TermData, TrainConfig
+from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
 
 PREFIXES = ("", "imitation/")  # of the metrics of each term
+UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
+LOST = 0.1  # fraction of a change by which a saved policy may be off without a warning
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
 
 
@@ -51,12 +64,14 @@ def train_policy(
 
     # One network and its optimizer, filled from the last checkpoint if there is one.
     adapt: Adapt | None = None
-    if config.lora_r:
-        from stages.network.lora import add_adapter
+    if config.lora_r or (init.folder / ADAPTER).exists():
+        from stages.network.lora import train_adapter
 
         rank, alpha, targets = config.lora_r, config.lora_alpha, config.lora_target_modules
-        adapt = partial(add_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
+        adapt = partial(train_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
     network = load_network(init, train=True, adapt=adapt)
+    if not is_reward_model(network):
+        check_router_loss(network)
     if config.gradient_checkpointing:
         checkpoint_layers(network)
     dist.shard(network)
@@ -148,12 +163,56 @@ def train_policy(
         if state.step % config.checkpoint_every == 0 and state.step < steps:
             checkpoints.save(state, network, optimizer)
 
-    for term, prefix in zip(terms, PREFIXES, strict=False):
-        if term.heldout is not None:
-            heldout = {f"heldout/{prefix}{name}": v for name, v in term.evaluate(network, term.heldout).items()}
+    # Save, and measure what was saved: the folder, loaded again, is what later stages read. One network in memory.
+    term, batch = next((terms[n], batches[n]) for n in active)  # of the last step
+    trained = term.mean_margin(network, batch)
+    folder = mirror.here / "model"
+    size = _save_policy(network, init, folder, dist, adapt, config)
+    del network, optimizer, parameters, meter, param_group, loss
+    network = load_network(Model(folder, ""), train=True)
+    dist.shard(network)
+    for one_term, prefix in zip(terms, PREFIXES, strict=False):
+        if one_term.heldout is not None:
+            heldout = {f"heldout/{prefix}{name}": v for name, v in one_term.evaluate(network, one_term.heldout).items()}
             state.history.append({"step": float(state.step)} | heldout)
-    size = _save_policy(network, init, mirror.here / "model", dist, adapt)
+    saved = _margins(term, batch, network)
+    del network
+    network = load_network(init, train=True)
+    dist.shard(network)
+    initial = _margins(term, batch, network)
+    moved = trained - initial["float32"]
+    if abs(moved) > UNMOVED:
+        kept = {dtype: (saved[dtype] - initial[dtype]) / moved for dtype in saved}
+        if dist.rank == 0:
+            warn_of_lost_margin(kept, moved, config.save_dtype)
+        figures = {"saved/margin_kept": kept["float32"], "saved/margin_kept_bfloat16": kept["bfloat16"]}
+        state.history.append({"step": float(state.step)} | figures)
     return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
+
+
+def _margins(term: ObjectiveTerm, batch: list[TrainingGroup], network: PreTrainedModel) -> dict[str, float]:
+    """Return the margin by these weights, and by what engines in bfloat16 read of them; the network ends rounded."""
+    margin = term.mean_margin(network, batch)
+    round_weights(network, "nearest")
+    return {"float32": margin, "bfloat16": term.mean_margin(network, batch)}
+
+
+def warn_of_lost_margin(kept: dict[str, float], moved: float, save_dtype: Precision) -> None:
+    """Warn where the saved policy, or what an engine in bfloat16 reads of it, is not the one that was trained."""
+    if not abs(kept["float32"] - 1) <= LOST:
+        dtype, policy, cure = "float32", "the saved policy", "set `save_dtype: float32`"
+    elif save_dtype == "float32" and not kept["bfloat16"] >= 0.5:  # of weights that bfloat16 lacks, the rest is noise
+        dtype, policy = "bfloat16", "what `sample` with `dtype: bfloat16` reads of the saved policy"
+        cure = "sample in float32"
+    else:
+        return
+    warnings.warn(
+        f"{policy} has {kept[dtype]:.1%} of what training changed ({kept[dtype] * moved:.4g} of {moved:.4g} nats, on "
+        f"average over the last batch): {cure}, or set `save_dtype: bfloat16` and `save_rounding: stochastic`, or "
+        "raise learning_rate",
+        WinnowWarning,
+        stacklevel=3,
+    )
 
 
 def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
@@ -216,10 +275,19 @@ def _halve_tokens_per_pass(terms: list[ObjectiveTerm]) -> None:
     warnings.warn(message, WinnowWarning, stacklevel=3)
 
 
-def _save_policy(network: PreTrainedModel, init: Model, folder: Path, dist: Distributed, adapt: Adapt | None) -> int:
+def _save_policy(
+    network: PreTrainedModel, init: Model, folder: Path, dist: Distributed, adapt: Adapt | None, config: TrainConfig
+) -> int:
     """Save the trained policy from the first rank, which then holds all of it; return its number of weights."""
+
+    def save(network: PreTrainedModel) -> None:
+        rounding = config.save_rounding
+        save_network(
+            network, init, folder, dtype=config.save_dtype, rounding=rounding, seed=config.seed, merge=config.merge_lora
+        )
+
     if dist.world_size == 1:
-        save_network(network, init, folder)
+        save(network)
         return int(network.num_parameters())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(network, options=options)  # empty on other ranks
@@ -227,7 +295,7 @@ def _save_policy(network: PreTrainedModel, init: Model, folder: Path, dist: Dist
     if dist.rank == 0:
         unsharded = load_network(init, train=True, adapt=adapt)
         unsharded.load_state_dict(weights)
-        save_network(unsharded, init, folder)
+        save(unsharded)
         size = int(unsharded.num_parameters())
     dist.barrier()
     return size

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench mixes|optimize|store`."""
+"""Command line of the benchmarks: `python -m tests.bench mixes|optimize|rounding|store`."""
 
 import os
 import tempfile
@@ -60,6 +60,14 @@ def optimize(
             console.print(as_table(table, title))
         if out:
             out.write_text(page(benchmark, threads))
+
+
+@bench.command()
+def rounding() -> None:
+    """Measure what bfloat16 leaves of a short run, by learning rate, number of steps and rule of rounding."""
+    from tests.bench.rounding import measure
+
+    console.print(as_table(measure(console.print), "fraction of the margin that the rounded policy has"))
 
 
 @bench.command()

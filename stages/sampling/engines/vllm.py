@@ -9,8 +9,10 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
+from pipeline.store.fingerprints import ADAPTER
+from schemas import WinnowError
 from stages.limits import context_length
 from stages.sampling.engines import Completion, Request, Sampling
 from stages.sampling.engines.request_queue import QueuedEngine
@@ -62,7 +64,9 @@ class VllmEngine(QueuedEngine):
                 enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
                 generation_config="vllm",  # the folder's own sampling defaults would change draws
+                **_lora_options(folder),
             )
+            self.adapter = _adapter_request(folder)
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
@@ -85,7 +89,9 @@ class VllmEngine(QueuedEngine):
             )
         params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
         params.seed = request.seed
-        self.llm.llm_engine.add_request(request_id, tokens_input(list(request.prompt_ids)), params)
+        self.llm.llm_engine.add_request(
+            request_id, tokens_input(list(request.prompt_ids)), params, lora_request=self.adapter
+        )
 
     def step(self) -> dict[str, Completion]:
         completions = {}
@@ -107,6 +113,39 @@ class VllmEngine(QueuedEngine):
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _lora_options(folder: Path) -> dict[str, Any]:
+    """Return vLLM's options for the adapter in a policy's folder, beside its base's weights; none without one.
+
+    Raises WinnowError for an adapter that vLLM does not take.
+    """
+    if not (folder / ADAPTER).exists():
+        return {}
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.lora.peft_helper import PEFTHelper
+
+    ranks = get_args(MaxLoRARanks)
+    try:
+        adapter = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=None)
+        rank = max([adapter.r, *adapter.rank_pattern.values()])
+        size = min((size for size in ranks if size >= rank), default=max(ranks))
+        adapter.validate_legal(LoRAConfig(max_lora_rank=size))
+    except ValueError as error:
+        raise WinnowError(
+            f"engine: vllm cannot sample the policy's adapter ({error}); set `engine: transformers`, or "
+            "`merge_lora: true` in the step that trained it"
+        ) from None
+    return {"enable_lora": True, "max_lora_rank": size}
+
+
+def _adapter_request(folder: Path) -> Any:
+    """Return vLLM's name for that adapter, which each request has; None without one."""
+    if not (folder / ADAPTER).exists():
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, str(folder))
 
 
 def _wake_when_engine_dies(client: Any) -> None:

@@ -127,10 +127,13 @@ def test_two_ranks_have_the_losses_of_one_and_survive_a_death(sharp, tmp_path):
     messages = [str(warning.message) for warning in caught]
     assert any("a rank died" in message and "attempt 2 of 3" in message for message in messages)
     assert policy2 == policy
-    assert {name: len(values) for name, values in metrics2.items()} == dict.fromkeys(metrics, policy[0]["steps"])
+    assert {name: len(values) for name, values in metrics2.items()} == {
+        name: 1 if name.startswith("saved/") else policy[0]["steps"] for name in metrics
+    }
     assert metrics2["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     for name, values in metrics2.items():
-        assert values == pytest.approx(metrics[name], rel=1e-4, abs=1e-4), name
+        limit = 1e-2 if name.startswith("saved/") else 1e-4  # a quotient of small differences
+        assert values == pytest.approx(metrics[name], rel=limit, abs=limit), name
     for tokens2, tokens in zip(speeds2["tokens/read"], speeds["tokens/read"], strict=True):
         assert tokens <= tokens2 <= tokens + 4
     for name, both in dict(world_size=(1, 2), gradient_checkpointing=(0, 1), tokens_per_pass=(25, 25)).items():

@@ -15,7 +15,7 @@ from schemas import Model, WinnowError
 from stages.data.tokenizer import Tokenizer
 from stages.limits import check_ids, context_length
 from stages.network.forward import completion_logp, forward_rows, logp_of
-from stages.network.load import load_network, save_network
+from stages.network.load import load_network, round_weights, save_network
 from tests.material import alone
 
 LIMIT = 1e-5  # relative, and in nats near zero: fp32 numbers at 40 nats are 4e-6 apart
@@ -152,17 +152,57 @@ def test_save_network_round_trips(tiny, network, tmp_path):
     assert [file.name for file in folder.parent.iterdir()] == ["model"]
 
 
-def test_save_network_has_the_dtype_of_the_initial_weights(tiny, tmp_path):
-    """A bfloat16 model is trained in fp32 and stored as it came; its old weights do not come along."""
-    half = tmp_path / "half"
-    shutil.copytree(tiny.folder, half)
-    load_network(tiny).to(torch.bfloat16).save_pretrained(half)
-    init = Model(half, model_digest(half))
-    loaded = load_network(init)
-    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
-    saved = save_network(loaded, init, tmp_path / "model")
-    stored = [tensor for file in saved.folder.glob("*.safetensors") for tensor in load_file(file).values()]
-    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+@pytest.fixture(scope="module")
+def half(tiny, tmp_path_factory):
+    """The tiny model as a folder of bfloat16."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    shutil.copytree(tiny.folder, folder)
+    load_network(tiny).to(torch.bfloat16).save_pretrained(folder)
+    return Model(folder, model_digest(folder))
+
+
+def test_save_network_saves_fp32_weights_as_they_are_whatever_the_initial_folder_holds(half, tmp_path):
+    """A bfloat16 model is trained in fp32: moves below half a step of bfloat16 are in the folder; old weights not."""
+    network = load_network(half)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(1 + 2**-12)
+    expected = {name: weight.clone() for name, weight in network.named_parameters()}
+    saved = save_network(network, half, tmp_path / "model")
+    assert json.loads((saved.folder / "config.json").read_text())["dtype"] == "float32"
+    loaded = dict(load_network(saved).named_parameters())
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_save_network_rounds_to_bfloat16_where_it_is_set(half, tmp_path):
+    """Nearest undoes a move of an eighth of a step everywhere; stochastic keeps a part of it, on average all."""
+    before = dict(load_network(half).named_parameters())
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        network = load_network(half)
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.add_(torch.ldexp(weight.sign(), weight.frexp().exponent - 11))  # bfloat16 has 8 bits
+        step = {name: weight - before[name] for name, weight in network.named_parameters()}
+        saved = save_network(network, half, tmp_path / rounding, dtype="bfloat16", rounding=rounding)
+        stored = [tensor for file in saved.folder.glob("*.safetensors") for tensor in load_file(file).values()]
+        assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+        moves = [(weight - before[name]) / step[name] for name, weight in load_network(saved).named_parameters()]
+        moved[rounding] = torch.cat([move[move.isfinite()] for move in moves]).detach()
+    assert (moved["nearest"] == 0).all()
+    assert float(moved["stochastic"].mean()) == pytest.approx(1, abs=0.05)
+    assert set(moved["stochastic"].unique().tolist()) <= {0.0, 8.0}
+
+
+@given(values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20), seed=st.integers(0, 99))
+def test_stochastic_rounding_gives_one_of_the_two_neighbours_and_leaves_what_bfloat16_has(values, seed):
+    weights = torch.tensor(values)
+    network = torch.nn.ParameterList([weights.clone(), weights.bfloat16().float()])
+    round_weights(network, "stochastic", seed)
+    towards_zero = (weights.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    away = ((weights.view(torch.int32) & -(1 << 16)) + (1 << 16)).view(torch.float32)
+    assert ((network[0] == towards_zero) | ((network[0] == away) & (weights != towards_zero))).all()
+    assert torch.equal(network[1], weights.bfloat16().float())
 
 
 def test_check_ids_refuses_foreign_ids_with_both_numbers(tiny):

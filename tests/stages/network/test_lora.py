@@ -13,10 +13,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipeline import AdapterPath, ModelPath
 from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
-from stages.network.forward import completion_logp, forward_rows, logp_of, share_prefixes, uses_shared_prefix
+from stages.network.forward import (
+    completion_logp,
+    forward_rows,
+    logp_of,
+    response_means,
+    share_prefixes,
+    uses_shared_prefix,
+)
 from stages.network.load import checkpoint_layers, load_network, save_network
 from stages.network.lora import add_adapter
-from stages.network.models import model
+from stages.network.models import model, reward_head
 from stages.network.packing import PromptGroup
 from tests.material import (
     cache,
@@ -40,6 +47,7 @@ from tests.stages.ranking.test_reward_models import headed, scores
 from tests.stages.training.test_checks import planned
 
 RANK = 3
+MERGED = dict(lora_r=RANK, merge_lora=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ def test_what_is_saved_is_base_plus_ba_and_peft_reads_it_alike(sharp, rows, tmp_
 
     peft's own model, of init and the saved adapter, has the log-probs of the saved policy, and these moved.
     """
-    trained, metrics, policy = train(sharp, rows, tmp_path, lora_r=RANK, lora_alpha=5.0, learning_rate=1e-2, epochs=3)
+    trained, metrics, policy = train(sharp, rows, tmp_path, **MERGED, lora_alpha=5.0, learning_rate=1e-2, epochs=3)
     assert metrics[1, "loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics[policy["steps"], "loss"] < 0.6
     saved = load_file(trained.folder / "adapter" / "adapter_model.safetensors")
@@ -128,7 +136,7 @@ def test_what_is_saved_is_base_plus_ba_and_peft_reads_it_alike(sharp, rows, tmp_
 
 def test_the_adapter_is_no_part_of_the_policy_and_its_bytes_are_the_runs(sharp, rows, tmp_path):
     """A subfolder changes no digest, is not carried on to what starts from the policy, and is the same each time."""
-    one, two = (train(sharp, rows, tmp_path / name, lora_r=RANK)[0] for name in "ab")
+    one, two = (train(sharp, rows, tmp_path / name, **MERGED)[0] for name in "ab")
     files = [{file.name: file.read_bytes() for file in (run.folder / "adapter").iterdir()} for run in (one, two)]
     assert files[0] == files[1]
     assert sorted(files[0]) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -137,13 +145,13 @@ def test_the_adapter_is_no_part_of_the_policy_and_its_bytes_are_the_runs(sharp, 
     assert model_digest(two.folder) == digest
     again = save_network(load_network(one), one, tmp_path / "again")
     assert not (again.folder / "adapter").exists()
-    other = train(sharp, rows, tmp_path / "c", lora_r=RANK, seed=1)[0]
+    other = train(sharp, rows, tmp_path / "c", **MERGED, seed=1)[0]
     assert largest_difference(weights_of(one), weights_of(other)) > 0
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(sharp, rows, tmp_path):
     """Bit for bit; a checkpoint holds A, B and their moments, not the frozen weights."""
-    options = dict(lora_r=RANK, epochs=3, checkpoint_every=2, lr_scheduler_type="cosine", weight_decay=0.1)
+    options = dict(MERGED, epochs=3, checkpoint_every=2, lr_scheduler_type="cosine", weight_decay=0.1)
     straight, metrics, _ = train(sharp, rows, tmp_path / "straight", **options)
     with pytest.raises(KeyboardInterrupt):
         train(sharp, rows, tmp_path / "stopped", report_progress=interrupt_at(5), **options)
@@ -155,6 +163,83 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(sharp, rows, tmp_path):
     assert metrics_again == metrics
     saved = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (again, straight)]
     assert largest_difference(*saved) == 0
+
+
+# The adapter beside its base's weights
+
+
+@pytest.fixture(scope="module")
+def low(sharp, tmp_path_factory):
+    """The sharp model as a folder of bfloat16, as most policies are."""
+    folder = tmp_path_factory.mktemp("low") / "model"
+    shutil.copytree(sharp.folder, folder)
+    load_network(sharp).to(torch.bfloat16).save_pretrained(folder)
+    return Model(folder, model_digest(folder))
+
+
+@pytest.fixture(scope="module")
+def low_rows(low):
+    return cache(low, random_rows())
+
+
+@pytest.fixture(scope="module")
+def adapted(low, low_rows, tmp_path_factory):
+    """A policy trained from `low` with a LoRA, whose folder has both."""
+    folder = tmp_path_factory.mktemp("adapted")
+    model, _, _ = train(low, low_rows, folder, lora_r=RANK, learning_rate=1e-2, epochs=3)
+    return Model(model.folder, model_digest(model.folder))
+
+
+def test_a_trained_adapter_stays_beside_the_weights_that_it_was_trained_from(low, low_rows, adapted):
+    """Those are init's, byte for byte; transformers, peft and we read the policy alike; its digest has both."""
+    (weights,) = low.folder.glob("*.safetensors")
+    assert (adapted.folder / weights.name).read_bytes() == weights.read_bytes()
+    by_transformers = AutoModelForCausalLM.from_pretrained(adapted.folder, dtype=torch.float32)
+    by_peft = PeftModel.from_pretrained(load_network(low), str(adapted.folder)).base_model.model
+    ours = logp(load_network(adapted), low_rows)
+    assert ours == pytest.approx(logp(by_transformers, low_rows), rel=1e-5)
+    assert ours == pytest.approx(logp(by_peft, low_rows), rel=1e-5)
+    assert abs(ours - logp(load_network(low), low_rows)).max() > 0.1
+    assert AdapterPath(str(adapted.folder)).base == low.digest
+    assert adapted.digest != low.digest
+
+
+def test_an_adapter_goes_on_in_the_next_round(low, adapted, tmp_path):
+    """It begins where the first ended, which `reference` reads, and moves; the base's weights are the first init's."""
+    rows = cache(adapted, random_rows())
+    again, metrics, _ = train(adapted, rows, tmp_path, lora_r=RANK, learning_rate=1e-2)
+    assert metrics[1, "loss"] == pytest.approx(math.log(2), abs=1e-5)
+    one, two = (load_file(model.folder / "adapter_model.safetensors") for model in (adapted, again))
+    assert one.keys() == two.keys()
+    assert largest_difference(one, two) > 1e-3
+    assert AdapterPath(str(again.folder)).base == low.digest
+    assert (again.folder / "model.safetensors").read_bytes() == (low.folder / "model.safetensors").read_bytes()
+
+
+def test_all_weights_of_an_adapted_policy_can_be_trained(adapted, tmp_path):
+    """It is merged in memory, and its folder is a plain one, without an adapter."""
+    rows = cache(adapted, random_rows())
+    model, metrics, policy = train(adapted, rows, tmp_path)
+    assert metrics[1, "loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics[policy["steps"], "saved/margin_kept"] == pytest.approx(1, abs=1e-3)
+    assert not list(model.folder.glob("*adapter*"))
+    assert not any("lora" in name for name in weights_of(model))
+
+
+def test_an_adapter_that_is_trained_on_keeps_its_rank_scale_and_layers(adapted, tmp_path):
+    rows = cache(adapted, random_rows())
+    with pytest.raises(WinnowError) as caught:
+        train(adapted, rows, tmp_path, lora_r=4, lora_alpha=6.5, lora_target_modules=["q_proj"])
+    for fact in ("lora_r: 4", "rank 3", "lora_alpha: 6.5", "lora_target_modules", "merge_lora: true"):
+        assert fact in str(caught.value)
+
+
+def test_a_reward_model_starts_from_an_adapted_policy(adapted, ctx):
+    """Its layers are the policy's with the adapter in them."""
+    rows = [PromptGroup([5, 9, 30], [[7, 8]])]
+    head = load_network(reward_head(adapted, ctx))
+    ours, policys = (response_means(network, rows, "float32") for network in (head, load_network(adapted)))
+    assert torch.allclose(ours, policys, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -179,15 +264,17 @@ def test_a_policy_with_its_adapter_is_what_peft_says(sharp, rows, ctx, peft_fold
     assert not list(merged.folder.glob("*adapter*"))
 
 
-def test_an_adapter_in_a_policy_of_bfloat16_is_merged_in_fp32(sharp, ctx, tmp_path, peft_folder):
-    """Stored in the base's dtype, rounded once: W' = bf16(W + scale B A)."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_in_a_policy_of_bfloat16_is_merged_in_fp32(sharp, ctx, tmp_path, peft_folder, dtype):
+    """Stored as merged, W + scale B A; with `save_dtype: bfloat16`, rounded once."""
     low = tmp_path / "low"
     shutil.copytree(sharp.folder, low)
     load_network(sharp).to(torch.bfloat16).save_pretrained(low)
     peft = PeftModel.from_pretrained(load_network(Model(low, "")), str(peft_folder)).merge_and_unload()
-    expected = {name: value.bfloat16() for name, value in peft.state_dict().items()}
-    merged = weights_of(model(ctx, path=ModelPath(str(low)), adapter=AdapterPath(str(peft_folder))))
-    assert all(value.dtype is torch.bfloat16 for value in merged.values())
+    expected = {name: value.to(getattr(torch, dtype)) for name, value in peft.state_dict().items()}
+    paths = dict(path=ModelPath(str(low)), adapter=AdapterPath(str(peft_folder)))
+    merged = weights_of(model(ctx, **paths, save_dtype=dtype))
+    assert all(value.dtype is getattr(torch, dtype) for value in merged.values())
     assert all(torch.equal(value, expected[name]) for name, value in merged.items())
 
 
@@ -251,7 +338,7 @@ def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sh
     peft reads and saves it again.
     """
     init = Model(sharp.folder, model_digest(sharp.folder))
-    trained, _, _ = train(init, rows, tmp_path / "run", lora_r=RANK, learning_rate=1e-2, reference="other")
+    trained, _, _ = train(init, rows, tmp_path / "run", **MERGED, learning_rate=1e-2, reference="other")
     adapter = trained.folder / "adapter"
     with pytest.raises(WinnowError, match=f"sft: adapter: .*from the policy {init.digest[:12]}, and path holds"):
         planned(
@@ -303,23 +390,25 @@ def test_layers_that_cannot_be_adapted_are_refused(sharp, rows, tmp_path):
         assert f"optimize.lora_target_modules: {fact}" in str(caught.value)
 
 
-def test_a_reward_models_score_is_trained_in_full(tiny, tmp_path):
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_reward_models_score_is_trained_in_full(tiny, tmp_path, merge):
     """It starts at 0 and is new: it is saved in the adapter beside A and B, and peft loads it."""
     init = headed(tiny, tmp_path / "head")
     rows = random_rows()
     trained, metrics, policy = train(
-        init, rows, tmp_path, objective="sigmoid", lora_r=RANK, learning_rate=1e-2, epochs=4
+        init, rows, tmp_path, objective="sigmoid", lora_r=RANK, learning_rate=1e-2, epochs=4, merge_lora=merge
     )
     assert metrics[policy["steps"], "loss"] < metrics[1, "loss"]
-    assert "base_model.model.score.weight" in load_file(trained.folder / "adapter" / "adapter_model.safetensors")
-    peft = PeftModel.from_pretrained(load_network(init), str(trained.folder / "adapter"))
+    adapter = trained.folder / "adapter" if merge else trained.folder
+    assert "base_model.model.score.weight" in load_file(adapter / "adapter_model.safetensors")
+    peft = PeftModel.from_pretrained(load_network(init), str(adapter))
     ours, by_peft = (scores(network, responses_of(rows)) for network in (load_network(trained), peft.base_model.model))
     assert ours == pytest.approx(by_peft, rel=1e-5)
     assert max(map(abs, ours)) > 0.01
 
 
 def test_only_the_layers_that_are_named_are_trained(sharp, rows, tmp_path):
-    trained, _, _ = train(sharp, rows, tmp_path, lora_r=RANK, lora_target_modules=["v_proj", "mlp.up_proj"])
+    trained, _, _ = train(sharp, rows, tmp_path, **MERGED, lora_target_modules=["v_proj", "mlp.up_proj"])
     before = weights_of(sharp)
     moved = {name for name, value in weights_of(trained).items() if not torch.equal(value, before[name])}
     assert moved == {f"model.layers.{n}.{of}.weight" for n in (0, 1) for of in ("self_attn.v_proj", "mlp.up_proj")}

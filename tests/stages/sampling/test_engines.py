@@ -1,8 +1,10 @@
 """Contract of every engine: ids in, ids out, a seed per request, raw log-probs; several threads at once."""
 
 import collections
+import json
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from schemas import WinnowError
 from stages.network.forward import completion_logp
-from stages.network.load import load_network
+from stages.network.load import load_network, save_network
+from stages.network.lora import add_adapter
 from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling, ignore_progress, open_engine
 from stages.sampling.engines.request_queue import QueuedEngine
 from tests.material import alone
@@ -50,6 +53,34 @@ def test_logp_is_raw_whatever_the_temperature(engine, tiny):
     with torch.inference_mode():
         ours, _ = completion_logp(load_network(tiny), alone(rows), "float32")
     assert [completion.logp for completion in completions] == pytest.approx(ours.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+def test_a_policy_with_its_adapter_is_sampled_with_it(name, tiny, tmp_path):
+    """Both engines read the adapter that training leaves beside its base's weights: log-probs are our forward's."""
+    network = load_network(tiny, adapt=partial(add_adapter, rank=3, alpha=None, targets=[], seed=0))
+    with torch.no_grad():
+        for parameter, weight in network.named_parameters():
+            if "lora_B" in parameter:
+                weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    policy = save_network(network, tiny, tmp_path / "model", merge=False)
+    opened = open_engine(name, policy.folder, "float32")
+    completions = opened.generate([Request(ids, seed) for seed, ids in enumerate(PROMPTS)], SAMPLING)
+    opened.close()
+    rows = alone([(ids, answer.token_ids) for ids, answer in zip(PROMPTS, completions, strict=True)])
+    with torch.inference_mode():
+        ours, bases = (completion_logp(load_network(model), rows, "float32")[0] for model in (policy, tiny))
+    assert [completion.logp for completion in completions] == pytest.approx(ours.tolist(), abs=1e-3)
+    assert (ours - bases).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("option", "fact"), [({"r": 1000}, "rank 1000"), ({"use_dora": True}, "DoRA")])
+def test_an_adapter_that_vllm_does_not_take_is_refused(tiny, tmp_path, option, fact):
+    network = load_network(tiny, adapt=partial(add_adapter, rank=3, alpha=None, targets=[], seed=0))
+    config = save_network(network, tiny, tmp_path / "model", merge=False).folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | option))
+    with pytest.raises(WinnowError, match=f"vllm cannot sample .*{fact}.*merge_lora"):
+        open_engine("vllm", tmp_path / "model", "float32")
 
 
 def test_equal_seeds_give_equal_draws_and_other_seeds_other_draws(engine):

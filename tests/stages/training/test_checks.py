@@ -62,6 +62,9 @@ def test_a_recipe_whose_data_lack_what_its_loss_reads(data_dir, tmp_path):
         ({"reference": {"with": {"dtype": "bfloat16"}}}, ["dtype: float32, and the reference is scored in bfloat16"]),
         (optimize(objective="hinge", reference="other"), ["reference: other, and objective hinge reads none"]),
         (optimize(lora_alpha=8.0), ["lora_alpha: 8.0, and all weights are trained; set lora_r, or unset it"]),
+        (optimize(merge_lora=True), ["merge_lora: True, and all weights are trained"]),
+        (optimize(save_rounding="stochastic"), ["save_rounding: stochastic", "nothing is rounded", "save_dtype"]),
+        (optimize(lora_r=4, save_dtype="bfloat16"), ["save_dtype: bfloat16", "as it was trained", "merge_lora"]),
         (optimize(lora_target_modules=["q_proj"]), ["lora_target_modules", "all weights are trained"]),
     ]:
         with pytest.raises(WinnowError) as caught:
@@ -76,6 +79,7 @@ def test_what_carries_data_on_is_no_mistake(data_dir, tmp_path):
         {"select": {"with": WEIGHED}, "pair": {"from": SELECTED, "with": {"rule": "all_pairs"}}},
         {"select": {"with": WEIGHED}} | imitation | optimize(nll_weight=0.1, nll_per="response"),
         optimize(lora_alpha=8.0, lora_r=4),
+        optimize(lora_r=4, merge_lora=True, save_dtype="bfloat16", save_rounding="stochastic"),
         optimize(DEMONSTRATIONS | {"preference_optimum": "sft"}, mix="maxright"),
     ):
         assert planned(data_dir, tmp_path, steps).target

@@ -180,7 +180,8 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
     """A step has the metrics of the term it took, and its tokens; each term's batches come in their own order.
 
     So the tokens of the run are those of the first n batches of each term, n times that it was taken; and of the
-    first preference batch once more, for the check of the reference. No response's last token goes forward.
+    first preference batch once more, for the check of the reference, and of the last batch, whose margin is to be
+    saved. No response's last token goes forward.
     """
     for name in ("sequence", "alright"):
         counters: list[TokenCounter] = []
@@ -204,7 +205,8 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
         batches = [preference.batches[n] for n in range(int(sum(taken)))]
         batches += [imitation.batches[n] for n in range(len(taken) - int(sum(taken)))]
         assert policy["tokens"] == sum(group.tokens for batch in batches for group in batch)
-        groups = [group for batch in [preference.batches[0], *batches] for group in batch]
+        last = batches[int(sum(taken)) - 1] if taken[-1] else batches[-1]
+        groups = [group for batch in [preference.batches[0], *batches, last] for group in batch]
         forwarded = [len(group.prompt) + sum(len(ids) - 1 for ids in group.responses) for group in groups]
         assert counters[0].tokens == sum(forwarded)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.store.fingerprints import DataPath, model_digest
-from schemas import Model, WinnowError
+from schemas import Model, WinnowError, WinnowWarning
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages.data.preferences import preferences
 from stages.limits import SCORING_TOKENS_PER_PASS
@@ -381,6 +382,78 @@ def test_heldout_metrics_appear_and_do_not_train(tiny, cached, tmp_path):
     _, by_hand = loss_of(term, load_network(model))
     for name in ("loss", "margin", "accuracy"):
         assert at_end[f"heldout/{name}"] == pytest.approx(by_hand[name], abs=1e-4)
+
+
+# What is saved
+
+
+SMALL_MOVES = dict(learning_rate=2e-5, epochs=3)  # half a step of bfloat16 is 5e-4 of a weight of the tiny model
+
+
+@pytest.fixture(scope="module")
+def half(tiny, tmp_path_factory):
+    """The tiny model as a folder of bfloat16, as most policies are."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    shutil.copytree(tiny.folder, folder)
+    load_network(tiny).to(torch.bfloat16).save_pretrained(folder)
+    return Model(folder, model_digest(folder))
+
+
+@pytest.fixture(scope="module")
+def rows_of_half(half):
+    return cache(half, random_rows(prompts=12))
+
+
+def margin_of(model, init, rows):
+    """Return the mean margin over the reference of all pairs by the network in this folder."""
+    return loss_of(term_of(init, rows, "sigmoid_norm"), load_network(model))[1]["margin"]
+
+
+def test_a_policy_of_bfloat16_is_saved_as_it_was_trained(half, rows_of_half, tmp_path):
+    """The folder's margin is the one in memory, measured by its last batch; read in bfloat16, it has less than half."""
+    one_batch = dict(SMALL_MOVES, epochs=6, batch_size=100)
+    with pytest.warns(WinnowWarning, match="`sample` with `dtype: bfloat16`.*of what training changed") as caught:
+        model, metrics, policy = train(half, rows_of_half, tmp_path, **one_batch)
+    assert len(caught) == 1
+    last = policy["steps"]
+    assert metrics[last, "saved/margin_kept"] == pytest.approx(1, abs=1e-3)
+    assert metrics[last, "saved/margin_kept_bfloat16"] < 0.5
+    assert margin_of(model, half, rows_of_half) > metrics[last, "margin"] > 0.01  # before the last step
+
+
+def test_what_was_kept_is_of_weights_whatever_training_runs_in(half, tmp_path):
+    """Autocast rounds weights where they are used, so in its arithmetic the policy has not moved either."""
+    options = dict(SMALL_MOVES, objective="sigmoid_mean", dtype="bfloat16", batch_size=100)
+    with pytest.warns(WinnowWarning, match="of what training changed"):
+        _, metrics, policy = train(half, random_rows(prompts=12), tmp_path, **options)
+    assert metrics[policy["steps"], "saved/margin_kept"] == pytest.approx(1, abs=1e-3)
+    assert metrics[policy["steps"], "saved/margin_kept_bfloat16"] < 0.5
+
+
+@pytest.mark.parametrize(("rounding", "low", "high"), [("nearest", -0.1, 0.5), ("stochastic", 0.5, 1.5)])
+def test_a_margin_that_bfloat16_loses_is_said_and_held_out_figures_are_of_what_was_saved(
+    half, rows_of_half, tmp_path, rounding, low, high
+):
+    """Their margin is that of the folder, not the one in memory."""
+    options = dict(SMALL_MOVES, save_dtype="bfloat16", save_rounding=rounding, batch_size=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WinnowWarning)
+        model, metrics, policy = train(half, rows_of_half, tmp_path, **options, inputs={"heldout": table(rows_of_half)})
+    last = policy["steps"]
+    kept = metrics[last, "saved/margin_kept"]
+    assert low < kept < high
+    messages = [str(warning.message) for warning in caught]
+    assert [message for message in messages if f"the saved policy has {kept:.1%}" in message] == messages
+    assert bool(messages) == (abs(kept - 1) > 0.1)
+    assert metrics[last, "heldout/margin"] == pytest.approx(margin_of(model, half, rows_of_half), abs=1e-5)
+
+
+def test_stochastic_rounding_is_the_seeds(half, rows_of_half, tmp_path):
+    options = dict(SMALL_MOVES, save_dtype="bfloat16", save_rounding="stochastic")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WinnowWarning)
+        runs = [train(half, rows_of_half, tmp_path / str(n), **options)[0] for n in range(2)]
+    assert [model_digest(run.folder) for run in runs] == [model_digest(runs[0].folder)] * 2
 
 
 # Cost
