@@ -57,6 +57,7 @@ def measure(log: Callable[[str], None]) -> pa.Table:
                 rounded = logp(network, heldout)
                 result[rule] = margin(rounded - start) / result["margin"]
                 result[f"{rule}_noise"] = float((rounded - trained).std())
+            result["adapter_nearest"] = float("nan")  # of an adapter beside its base's weights, which are on the grid
             if rank:
                 network = load_network(model)
                 round_weights(network, "nearest")
