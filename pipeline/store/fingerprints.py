@@ -13,12 +13,13 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from pipeline.store.storage import cache, replace
-from pipeline.store.weights import damage, weight_files, weight_problems
+from pipeline.store.weights import INDEX, damage, weight_files, weight_problems
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
-MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")  # and weights
+# And weights; those of an adapter in the folder of its base are in no index.
+MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja", ADAPTER_WEIGHTS)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 LARGE_FILE = 1 << 26  # bytes; a smaller file is read as fast as its digest is looked up
@@ -67,7 +68,10 @@ class ModelPath(ContentPath):
         if missing := [part for part, exists in parts.items() if not exists]:
             raise ValueError(f"model folder {self.path} has no {', no '.join(missing)}")
         problems = weight_problems(self.path)
-        if (self.path / ADAPTER).is_file():
+        # A policy trained here may be one folder of weights, their index and an adapter, which every stage reads.
+        if (self.path / ADAPTER).is_file() and not all(
+            (self.path / name).is_file() for name in (ADAPTER_WEIGHTS, INDEX)
+        ):
             problems.append(
                 f"it holds {ADAPTER} too, and transformers would add that adapter, and vLLM not: give the adapter's "
                 "folder as `adapter`, and its base, without that file, as `path`"
