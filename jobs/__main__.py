@@ -1,5 +1,8 @@
 """Entry point of the command `winnow`: registers the commands, and prints errors without a traceback."""
 
+import atexit
+import os
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, TextIO
@@ -54,6 +57,8 @@ def main() -> None:
     """Run the command line; an error that users can correct ends it with exit code 2 and no traceback."""
     warnings.showwarning = _show_warning
     resume.started = False
+    exit_codes: list[int] = []
+    atexit.register(_exit_by_signal, exit_codes)  # the first one registered is the last one called
     try:
         app()
     except WinnowError as error:
@@ -65,11 +70,20 @@ def main() -> None:
     except SystemExit as error:
         if error.code in SIGNALS:
             _print_problems(SIGNALS[error.code], *resume.advice(), style="")
+            exit_codes.append(error.code)
         raise
     except BaseException as error:
         for line in resume.advice(error):
             error.add_note(line)  # Python prints it below the traceback
         raise
+
+
+def _exit_by_signal(exit_codes: list[int]) -> None:
+    """End with the exit code of a signal: Python itself ends by SIGINT if the interrupt fell into code that C ran."""
+    if exit_codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_codes[0])
 
 
 def _show_warning(

@@ -84,7 +84,7 @@ def test_an_unknown_recipe_in_a_process_of_its_own(tmp_path: Path):
 
 MISTAKES = [
     ("plan rso --set selct.k=4", ["rso: --set selct.k=4", "unknown step 'selct'", "'select'"]),
-    ("plan rso --set select.zzzz=4", ["rso: select.zzzz: unknown option", "known: rule, scale, seed"]),
+    ("plan rso --set select.zzzz=4", ["rso: select.zzzz: unknown option", "known: finished, rule, scale, seed"]),
     ("plan rso --set select.rule.beat=4", ["rso: select.rule.beat: unknown option", "did you mean 'beta'?"]),
     ("plan rso --set select.rule.k=four", ["rso: select.rule.k", "integer", "'four'"]),
     ("plan rso --set select.rule.k=0", ["rso: select.rule.k", "greater than 0", "got 0"]),

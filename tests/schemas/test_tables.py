@@ -116,7 +116,7 @@ def test_text_is_text_in_every_encoding(encoding: str):
     rows = pa.table(
         {"prompt_id": ["p"] * 6, "candidate_id": list("abcdef"), "reward": [1.0] * 6, "baseline_id": column}
     )
-    for name in ("logit_ab", "logit_ba", "components"):
+    for name in ("logit_ab", "logit_ba", "components", "label_threshold"):
         rows = rows.append_column(name, pa.nulls(6))
     result = conform(rows, REWARDS)
     result.validate(full=True)
@@ -153,7 +153,8 @@ def test_nested_columns_are_cast_without_loss_or_refused():
     """Fields in any order, those that may be null missing; numbers that are text, other fields and views are not."""
     response = {"token_ids": [1, 2], "candidate_id": "c", "weight": 0.5, "desirable": -1}
     row = conform(pa.table(example_columns(response, LARGE_RESPONSES)), EXAMPLES).to_pylist()[0]
-    assert row["responses"] == [response | {"ref_logp": None}]
+    absent = ("ref_logp", "drawn_logp", "drawn_by", "drawn_dtype")
+    assert row["responses"] == [response | dict.fromkeys(absent)]
     fields = list(LARGE_RESPONSES.value_type)
     for wrong in (
         [field if field.name != "candidate_id" else pa.field("candidate_id", pa.int64()) for field in fields],
@@ -179,7 +180,7 @@ def test_a_list_of_entries_is_a_map():
     entries = pa.large_list(pa.struct([("key", pa.large_string()), ("value", pa.float64())]))
     given = pa.array([[{"key": "a", "value": 1.0}], None, [], [{"key": "b", "value": 2.0}]], entries)
     rows = {"prompt_id": ["p"] * 3, "candidate_id": ["a", "b", "c"], "reward": [0.0] * 3, "components": given[1:]}
-    rows |= {name: pa.nulls(3) for name in ("baseline_id", "logit_ab", "logit_ba")}
+    rows |= {name: pa.nulls(3) for name in ("baseline_id", "logit_ab", "logit_ba", "label_threshold")}
     assert conform(pa.table(rows), REWARDS)["components"].to_pylist() == [None, [], [("b", 2.0)]]
 
 

@@ -143,12 +143,12 @@ def test_a_policy_made_of_a_reward_model_is_none(tiny, data_dir, tmp_path):
     """The kind is followed through `optimize` and `reward_head`."""
     steps = {
         "head": {"use": "reward_head", "from": {"policy": "sft"}},
-        "trained": {
+        "reward_model": {
             "use": "optimize",
             "from": {"init": "head", "examples": "preference_examples"},
             "with": {"objective": "sigmoid", "learning_rate": 1e-3},
         },
-        "sample": {"from": {"policy": "trained"}},
+        "sample": {"from": {"policy": "reward_model"}},
     }
     with pytest.raises(WinnowError, match=r"sample: policy: needs a policy.*given a reward model"):
         planned(data_dir, tmp_path, steps)

@@ -157,22 +157,21 @@ def test_templates_with_a_date_read_the_models_own(tokenizer_of):
     with pytest.raises(WinnowError, match=r"today's date.*`date: 2026-01-31`"):
         tokenizer.prompt_ids("Hi")
     path = ModelPath(str(tokenizer.folder))
-    options = dict(path=path, adapter=None, date=None, chat_template_kwargs=None)
+    options = dict(path=path, adapter=None, save_dtype="float32", date=None, chat_template_kwargs=None)
     check = signature_of(stages.entries["model"]).check
     assert "date: 2026-01-31" in " ".join(check(options, {}))
     assert check(options | {"date": DATE}, {}) == []
     assert check(options | {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}, {}) == []
 
 
-def test_options_of_the_template_stay_with_the_model(tokenizer_of, tmp_path, ctx):
+def test_options_of_the_template_stay_with_the_model(tiny, tmp_path, ctx):
     """`chat_template_kwargs` of stage `model` reach every rendering, named templates included."""
-    source = tokenizer_of("qwen3")
-    (source.folder / "additional_chat_templates").mkdir()
-    (source.folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}{{ messages }}")
-    config = source.folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": len(source.inner)}))
-    path = ModelPath(str(source.folder))
-    copy = Tokenizer(model(ctx, path=path, chat_template_kwargs={"enable_thinking": False}))
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "qwen3"))
+    shutil.copyfile(TEMPLATES / "qwen3.jinja", folder / "chat_template.jinja")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}{{ messages }}")
+    source = Tokenizer(Model(folder, "qwen3"))
+    copy = Tokenizer(model(ctx, path=ModelPath(str(folder)), chat_template_kwargs={"enable_thinking": False}))
     end = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert copy.rendered(copy.prompt_ids("Hi")).endswith(end)
     assert not source.rendered(source.prompt_ids("Hi")).endswith(end)

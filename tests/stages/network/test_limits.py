@@ -67,7 +67,7 @@ def test_one_row_that_is_too_long_does_not_end_a_run(tiny, ctx, tmp_path):
         {"prompt": "Oslo " * 200, "chosen": "Yes.", "rejected": "No."},
         {"prompt": "Book a boat.", "chosen": "Paris " * 200, "rejected": "No."},
     ]
-    table, candidates, pairs = preferences(tiny, ctx, path=jsonl(tmp_path, rows))
+    table, candidates, pairs = preferences(tiny, ctx, path=jsonl(tmp_path, rows), too_long="cut")
     assert [reason for _, reason in reasons(ctx)] == ["prompt too long"]
     long = max(candidates.to_pylist(), key=lambda row: row["n_tokens"])
     assert long["n_tokens"] + len(table.column("token_ids")[0]) == 128
@@ -85,7 +85,8 @@ def test_a_special_token_written_out_in_data_does_not_become_a_control_token(tin
 
 def test_messages_that_the_chat_template_refuses_are_rejected(tiny, ctx, tmp_path):
     folder = Path(shutil.copytree(tiny.folder, tmp_path / "strict"))
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    strict += "{{ messages[0]['content'] }}"
     (folder / "chat_template.jinja").write_text(strict)
     rows: list[dict] = [{"prompt": [{"role": "system", "content": "Be kind."}]}, {"prompt": "Book a boat."}]
     assert prompts(Model(folder, "x"), ctx, path=jsonl(tmp_path, rows)).num_rows == 1
@@ -157,7 +158,7 @@ def padded(tiny, tmp_path):
 def test_draws_with_ids_beyond_the_tokenizer_are_rejected_by_name(tiny, padded, engine):
     """Kept are those of tokens alone, of unchanged law; an ordinary model loses none."""
     tokens = len(Tokenizer(tiny).inner)
-    options = dict(engine=engine, n=60, temperature=1.0, top_k=0, max_tokens=2, keep_empty=True)
+    options = dict(engine=engine, n=60, temperature=1.0, top_k=0, max_tokens=2, keep_empty=True, keep_special=True)
     plain, ctx = context(), context()
     assert sample(one_prompt(), tiny, plain, **options).num_rows == 60
     assert plain.rejects.num_rows == 0
