@@ -13,6 +13,7 @@ from schemas import WinnowError
 
 FOLDER = Path(__file__).parent / "recipes"
 PROFILES = Path(__file__).parent / "profiles"
+OWN_CANDIDATES = ("kto_direct", "own_candidates")  # recipes on candidates of another system, which no demo has
 NO_CONFIG = "--config: not set; `--config my.yaml` names your data and models, and the README shows one"
 
 

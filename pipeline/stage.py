@@ -8,7 +8,7 @@ not part of the identity.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -61,6 +61,7 @@ class StageSignature:
     makes_model: bool
     context_parameter: str | None  # name of the StageContext parameter
     check: Check
+    given_by: Mapping[str, str]  # input -> the option that names a function in its place
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -74,11 +75,13 @@ def stage(
     unsharded: bool = False,
     concurrent: bool = False,
     check: Check = lambda options, inputs: [],
+    given_by: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
     Raise `version` when its results change. `check` returns what is wrong with a combination of options and inputs,
-    at plan time.
+    at plan time. `given_by` maps an input to an option: where a recipe's step for that input uses a function that this
+    option can name (`ranker: {use: pattern}`), the option is set to it and there is no input.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +102,7 @@ def stage(
         outputs = [_table_schema(hint) for hint in returned]
         tables = tuple(schema for schema in outputs if schema is not None)
         signature = StageSignature(
-            version, unsharded, concurrent, tuple(inputs), tables, None in outputs, context_parameter, check
+            version, unsharded, concurrent, tuple(inputs), tables, None in outputs, context_parameter, check, given_by
         )
         return stages(signature=signature)(fn)
 

@@ -56,11 +56,10 @@ def demo(
     data.write(folder)
     configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
     store = str(folder / ("methods" if methods else "store"))
-    # own_candidates needs candidates from another system, which the demo has not.
-    names = [name for name in recipes.names() if name != "own_candidates"] if methods else list(DEMO_RECIPES)
+    names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES] if methods else list(DEMO_RECIPES)
     plans = recipes.plans(names, configs, [])
     _run_plans(plans, Store(store), LocalExecutor())
-    _print_summary(Store(store), [plan.name for plan in plans])
+    _print_summary(Store(store), plans)
     report(store, folder / ("methods.html" if methods else "report.html"))
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
@@ -117,7 +116,7 @@ def run(
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)
     selection.delete()
     _run_plans(selection.plans, target, chosen)
-    _print_summary(target, [item.name for item in selection.plans])
+    _print_summary(target, selection.plans)
     if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
         _print_next_commands(selection.plans[0], recipe[0], configs, sets, store)
 
@@ -155,7 +154,7 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
 
 
 def _print_notes(plan: Plan) -> None:
-    for line in plan.notes:
+    for line in (*plan.left_out, *plan.notes):
         console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
@@ -186,9 +185,9 @@ def _warn_of_other_data(plan: Plan, store: Store) -> None:
         )
 
 
-def _print_summary(store: Store, runs: list[str]) -> None:
+def _print_summary(store: Store, plans: list[Plan]) -> None:
     """Print what these runs achieved; the leaderboard has all runs of the store, to compare them."""
-    of_these_runs = open_catalog(store, runs)
+    of_these_runs = open_catalog(store, [plan.name for plan in plans])
     titles = {
         "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
         "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B)",
@@ -198,6 +197,9 @@ def _print_summary(store: Store, runs: list[str]) -> None:
         sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
             console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
+    for plan in plans:
+        for line in plan.left_out:
+            console.print(f"[yellow]{escape(plan.name)}[/]: {escape(line)}", highlight=False)
 
 
 def _print_next_commands(plan: Plan, recipe: str, configs: list[Path], sets: list[str], store: str) -> None:

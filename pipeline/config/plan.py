@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pipeline.config.layers import Origin
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import Bound, Entry, bound_entries, nearest
+from pipeline.registry import Bound, Entry, Registry, bound_entries, nearest
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import WinnowError
 
@@ -115,6 +115,7 @@ class Plan:
     part: list[Step] | None = None  # the steps to run, if not all; what else they read is finished
     plugins: list[Path] = field(default_factory=list)  # files that must be shipped with the recipe
     notes: list[str] = field(default_factory=list)  # what users should know of it, and need not act on
+    left_out: list[str] = field(default_factory=list)  # what the recipe would do and the plan does not, and why
 
     @property
     def steps_to_run(self) -> list[Step]:
@@ -139,6 +140,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     plan = Plan(recipe.name, plugins=load_plugins(recipe.plugins))
     problems: list[str] = []
+    recipe = _with_functions(recipe, problems)
 
     # Names: every step's stage, the steps that it reads, the targets.
     entries: dict[str, Entry] = {}
@@ -160,6 +162,18 @@ def make_plan(recipe: Recipe) -> Plan:
         hint = unknown_step_hint(recipe.target, recipe.step_names, recipe.rounds)
         problems.append(f"target: no step {recipe.target!r} in this recipe; {hint}")
         targets = []
+
+    # Without what only the evaluation reads, the run ends with what is trained.
+    if recipe.trained in recipe.step_names and not problems:
+        trained = recipe.in_rounds(recipe.trained)
+        all_steps, training = (_inputs_first(names, sources, []) for names in (targets, trained))
+        lacking = {name: entries[name] for name in all_steps if _is_not_given(recipe.steps[name], entries[name])}
+        if lacking and set(trained) <= set(all_steps) and not lacking.keys() & set(training):
+            plan.left_out = [
+                f"{recipe.target} is left out, and the run ends with {recipe.trained}: {_phrase(lacking)} not given; "
+                "name them in a config for a leaderboard"
+            ]
+            targets = trained
 
     # Order: what reads files first, then each round's target with all that it needs.
     needed = _inputs_first(targets, sources, problems)
@@ -197,6 +211,63 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.notes = [note for note in recipe.notes if note.partition(".")[0] in {split_round(name)[0] for name in order}]
     plan.notes += _other_meanings(recipe, plan.steps)
     return plan
+
+
+def _is_not_given(body: dict[str, Any], entry: Entry) -> bool:
+    """Return whether a step reads a file or data set of the user's, and none is named."""
+    options = body.get("with") or {}
+    return "path" in entry.options.model_fields and not any(options.get(name) for name in ("path", "dataset"))
+
+
+def _phrase(lacking: dict[str, Entry]) -> str:
+    paths = [f"{name}.path" for name in lacking]
+    return f"{' and '.join(paths)} {'are' if len(paths) > 1 else 'is'}"
+
+
+def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
+    """Return the recipe with a function in place of each input whose step uses one: `ranker: {use: pattern}`.
+
+    A step for which no stage is registered, and that every reader can be given by an option, is no step but the
+    function that this option names.
+    """
+    steps, origins = dict(recipe.steps), dict(recipe.origins)
+    for source, source_body in recipe.steps.items():
+        use = source_body.get("use", source)
+        readers = [
+            (name, item, signature_of(stages.entries[body.get("use", name)]).given_by[item])
+            for name, body in recipe.steps.items()
+            if body.get("use", name) in stages.entries
+            for item, read in (body.get("from") or {}).items()
+            if read == source and item in signature_of(stages.entries[body.get("use", name)]).given_by
+        ]
+        if use in stages.entries or not readers:
+            continue
+        try:
+            for name, _, option in readers:
+                _registry_of(stages.entries[steps[name].get("use", name)], option).find(use)
+        except WinnowError as error:
+            problems += [f"{source}.use: {problem}" for problem in error.problems]
+            continue
+        for name, item, option in readers:
+            body = steps[name]
+            options = body.get("with") or {}
+            if option in options:
+                problems.append(
+                    f"{name}.{option}: {options[option]!r}, and {source!r} is the function {use}; set one of them"
+                )
+                continue
+            function = {"name": use, **(source_body.get("with") or {})}
+            inputs = {key: read for key, read in body["from"].items() if key != item}
+            steps[name] = body | {"from": inputs, "with": options | {option: function}}
+            moved = {f"{option}.{path}": origin for path, origin in origins.get(source, {}).items()}
+            origins[name] = origins.get(name, {}) | moved
+        del steps[source]
+    return replace(recipe, steps=steps, origins=origins)
+
+
+def _registry_of(entry: Entry, option: str) -> Registry:
+    """Return the registry of the functions that an option can name."""
+    return next(item for item in entry.options.model_fields[option].metadata if isinstance(item, Registry))
 
 
 def _other_meanings(recipe: Recipe, steps: list[Step]) -> list[str]:

@@ -21,7 +21,7 @@ from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTABLE = ("about", "rounds", "shards", "target")  # settings that --set may name
+SETTABLE = ("about", "rounds", "shards", "target", "trained")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -61,6 +61,7 @@ class Settings(BaseModel):
     plugins: list[str] = []
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
+    trained: str = ""
 
 
 NAMES = ("extends", "rounds", *Settings.model_fields)
@@ -77,14 +78,19 @@ class Recipe:
     steps: Steps = field(default_factory=dict)
     rounds: int = 0
     plugins: list[Path] = field(default_factory=list)
+    trained: str = ""  # the step to end with if what only the target reads is not given; none if a user set the target
     origins: dict[str, dict[str, Origin]] = field(default_factory=dict)  # step -> dotted path of an option -> origin
     notes: list[str] = field(default_factory=list)  # parts of configs that do not concern this recipe
 
     @property
     def targets(self) -> list[str]:
         """Return the target of every round, that of the last round last."""
-        targets = [f"{self.target}@{number}" for number in range(1, self.rounds + 1)]
-        return [step for step in targets if step in self.steps] or [self.target]
+        return self.in_rounds(self.target)
+
+    def in_rounds(self, step: str) -> list[str]:
+        """Return the names of a step in every round, or its name if it is one step for all."""
+        names = [f"{step}@{number}" for number in range(1, self.rounds + 1)]
+        return [name for name in names if name in self.steps] or [step]
 
     @property
     def step_names(self) -> list[str]:
@@ -191,6 +197,8 @@ def load_recipe(
         ]
         origins[unrolled_name] = origins_of(step, body.get("with") or {}, of_round)
 
+    is_target_set = "target" in replaced or any(layer.is_own and "target" in layer.content for layer in layers)
+
     # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
     default_name = path.stem + "".join(f"[{text}]" for text in sets)
     file_name = default_name.replace("/", "_").encode()[:150].decode(errors="ignore")
@@ -204,6 +212,7 @@ def load_recipe(
         unrolled,
         len(overlaid),
         [Path(file) for file in settings.plugins],
+        "" if is_target_set else settings.trained,
         origins,
         notes,
     )

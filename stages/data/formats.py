@@ -29,8 +29,8 @@ SAFERLHF_LABELS = {"helpful": "better_response_id", "safer": "safer_response_id"
 NOT_PAIRS = [
     (
         {"prompt", "completion", "label"},
-        "TRL's unpaired format, which has no pairs; stage own_candidates reads it as candidates with rewards: set "
-        "`response: completion, reward: label`",
+        "TRL's unpaired format, which has no pairs; recipe kto_direct trains on it: name the file as "
+        "`own_candidates: {with: {path: FILE}}`",
     ),
     (
         {"transcript", "min_harmlessness_score_transcript"},

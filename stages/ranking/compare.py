@@ -28,7 +28,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=3, check=_check_compare)
+@stage(version=3, check=_check_compare, given_by={"ranker": "by"})
 def compare(
     prompts: Prompts,
     candidates: Candidates,

@@ -13,7 +13,7 @@ from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
 
-@stage(version=2, check=reads_its_model)
+@stage(version=2, check=reads_its_model, given_by={"ranker": "by"})
 def judge(
     prompts: Prompts,
     candidates: Candidates,

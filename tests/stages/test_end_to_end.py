@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from jobs import queries
-from jobs.recipes import names
+from jobs.recipes import OWN_CANDIDATES, names
 from jobs.report import write_report
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
@@ -114,7 +114,7 @@ def test_human_pairs_are_trained_on_as_they_came(data_dir, store):
     assert sides == {(row["chosen"], row["rejected"]) for row in rows}
 
 
-@pytest.mark.parametrize("recipe", [name for name in names() if name not in ("own_candidates", *SHAPES.values())])
+@pytest.mark.parametrize("recipe", [name for name in names() if name not in (*OWN_CANDIDATES, *SHAPES.values())])
 def test_every_recipe_is_trained(data_dir, store, recipe):
     """The other recipes, up to the policy or head of their last round; shared steps are taken from the store."""
     target = "preference_head" if recipe == "logistic_head" else "optimize"

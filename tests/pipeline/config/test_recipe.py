@@ -36,8 +36,9 @@ def own_candidates_config(folder: Path) -> Path:
 
 def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
     """Return the plan of one of our recipes on the tiny data."""
-    if recipe == "own_candidates":
+    if recipe in recipes.OWN_CANDIDATES:
         needed = (
+            "own_candidates.response=response",
             f"own_candidates.path={folder / 'own.jsonl'}",
             "own_candidates.reward=reward",
             "optimize.learning_rate=0.001",
@@ -53,7 +54,7 @@ def test_every_recipe_of_ours_plans_on_the_tiny_world(recipe: str, data_dir: Pat
     position = {step.name: n for n, step in enumerate(plan.steps)}
     assert all(position[source.name] < position[step.name] for step in plan.steps for source in step.inputs.values())
     last = f"@{len(plan.targets)}" if len(plan.targets) > 1 else ""
-    assert plan.target.name == ("optimize" if recipe == "own_candidates" else "evaluate") + last
+    assert plan.target.name == ("optimize" if recipe in recipes.OWN_CANDIDATES else "evaluate") + last
     assert load_recipe(recipes.recipe_path(recipe)).about
 
 
@@ -123,7 +124,7 @@ def test_a_config_reaches_every_recipe_of_ours(data_dir: Path, tmp_path: Path):
         assert (found["optimize"]["epochs"], found["select"]["rule"].options["k"]) == (3, 4), name
     config.write_text("optimize: {with: {epochs: 3}}")
     for name in recipes.names():
-        if name != "own_candidates":
+        if name not in recipes.OWN_CANDIDATES:
             (plan,) = recipes.plans([name], [data_dir / "demo.yaml", config], [])
             epochs = {step.options["epochs"] for step in plan.steps if step.name.startswith("optimize")}
             assert epochs <= {3}, name
@@ -202,6 +203,65 @@ def test_a_name_that_means_another_loss_elsewhere_is_pointed_out(data_dir: Path)
     for name, words in (("sigmoid_norm", "length_normalized_dpo"), ("sigmoid", "TRL"), ("dpo", "")):
         (plan,) = recipes.plans(["rso"], [data_dir / "demo.yaml"], [f"optimize.objective={name}"])
         assert [words in note for note in plan.notes] == [True] * bool(words), name
+
+
+def test_a_program_in_place_of_the_ranker_is_one_line(data_dir: Path, tmp_path: Path):
+    """`use` names it, and every stage that ranks gets it: the keys of the long form. A misspelt name is refused."""
+    short, long = tmp_path / "short.yaml", tmp_path / "long.yaml"
+    short.write_text("ranker: {use: pattern, with: {regex: 'booked'}}")
+    by = "{from: {ranker: null}, with: {by: {name: pattern, regex: booked}}}"
+    long.write_text(f"reward: {by}\ncompare: {by}\njudge: {by}")
+    plans = [recipes.plans(["rso"], [data_dir / "demo.yaml", config], [])[0] for config in (short, long)]
+    assert [step.key for step in plans[0].steps] == [step.key for step in plans[1].steps]
+    assert "ranker" not in {step.name for step in plans[0].steps}
+    short.write_text("ranker: {use: patern, with: {regex: 'booked'}}")
+    with pytest.raises(WinnowError, match="ranker.use: unknown ranker 'patern'; did you mean 'pattern'"):
+        recipes.plans(["rso"], [data_dir / "demo.yaml", short], [])
+
+
+def without_evaluation(folder: Path) -> Path:
+    """Write a policy of random weights and pairs: nothing of what only an evaluation reads."""
+    rows = [{"prompt": f"Book {n}.", "chosen": f"Booked {n}.", "rejected": f"No {n}."} for n in range(8)]
+    write_jsonl(folder / "pairs.jsonl", rows)
+    config = folder / "pairs.yaml"
+    config.write_text(
+        "shards: 1\nsft: {use: untrained, with: {corpus: ./pairs.jsonl, columns: [prompt, chosen], vocabulary: 400, "
+        "context: 64}}\npreferences: {with: {path: ./pairs.jsonl, heldout: 0.0}}\n"
+        "optimize: {with: {learning_rate: 1.0e-3}}"
+    )
+    return config
+
+
+def test_a_recipe_without_what_the_evaluation_reads_trains_and_says_so(tmp_path: Path, winnow):
+    """In plan and run, with the names to give; asked for the evaluation, it is refused, as is one that lacks more."""
+    config = without_evaluation(tmp_path)
+    for command in ("plan", "run"):
+        code, text = winnow(command, "dpo", "--config", config)
+        text = " ".join(text.split())
+        assert (code, "prompts.path and ranker.path are not given" in text) == (0, True)
+        assert "evaluate is left out, and the run ends with optimize" in text
+    assert "optimize" in winnow("ls", "dpo")[1]
+    assert recipes.plans(["slic_direct"], [config], [])[0].target.name == "optimize"
+    assert recipes.plans(["cvx_dpo"], [config], [])[0].target.name == "preference_head"
+    for recipe, sets in (("dpo", ["target=evaluate"]), ("rso", []), ("sft", [])):
+        with pytest.raises(WinnowError, match="ranker.path: required"):
+            recipes.plans([recipe], [config], sets)
+
+
+def test_unpaired_labels_train_in_one_line(tmp_path: Path, winnow):
+    """TRL's prompt, completion, label. A prompt whose responses are all good says so: 0.5 divides, not their mean."""
+    config = without_evaluation(tmp_path)
+    rows = [
+        {"prompt": f"Book {n}.", "completion": f"Booked {n} {k}.", "label": n % 2 == 0} for n in range(8) for k in "ab"
+    ]
+    write_jsonl(tmp_path / "labels.jsonl", rows)
+    code, _ = winnow(
+        "run", "kto_direct", "--config", config, "--set", f"own_candidates.path={tmp_path / 'labels.jsonl'}"
+    )
+    assert code == 0
+    labels = "SELECT unnest(responses).desirable AS d FROM examples"
+    sql = f"SELECT d, count(*) AS n FROM ({labels}) GROUP BY d ORDER BY d"
+    assert winnow("sql", sql, "--format", "csv")[1].split() == ["d,n", "-1,8", "0,16", "1,8"]
 
 
 @pytest.mark.parametrize(

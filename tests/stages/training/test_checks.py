@@ -102,5 +102,5 @@ def test_an_option_of_a_step_of_the_base_fits_every_recipe(data_dir, tmp_path):
     """A step that a recipe makes by another stage has a name of its own, so that a config may say `reward: ...`."""
     overlay = tmp_path / "both.yaml"
     overlay.write_text("reward: {with: {orders: one}}\ncompare: {with: {orders: one}}\n")
-    for recipe in sorted({*recipes.names()} - {"own_candidates"}):
+    for recipe in sorted({*recipes.names()} - {*recipes.OWN_CANDIDATES}):
         assert recipes.plan_named(recipe, [data_dir / "demo.yaml", overlay], []).steps
