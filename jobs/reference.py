@@ -176,7 +176,8 @@ def describe_type(hint: Any, metadata: tuple[Any, ...] = ()) -> str:
         if (value := getattr(item, name)) is not None
     ]
     finite = "finite " if any(abs(value) == float("inf") for _, value in limits) else ""
-    words = [f"{symbol} {value:g}" for symbol, value in limits if abs(value) != float("inf")]
+    written = [(symbol, f"{value:,}" if isinstance(value, int) else f"{value:g}") for symbol, value in limits]
+    words = [f"{symbol} {value}" for symbol, value in written if "inf" not in value]
     return f"{finite}{text} {', '.join(words)}".strip()
 
 

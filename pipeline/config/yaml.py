@@ -32,7 +32,7 @@ class _Loader(yaml.CSafeLoader):
     libyaml, which every wheel of PyYAML contains, because reading YAML was four fifths of the time of a plan.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # none of those of YAML 1.1
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012 - none of those of YAML 1.1
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         tag: construct
         for tag, construct in yaml.CSafeLoader.yaml_constructors.items()
@@ -62,7 +62,7 @@ class _Loader(yaml.CSafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Dumper that quotes what the loader would read as a number, and writes no aliases: what repeats is repeated."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -10,7 +10,7 @@ from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, 
 from pipeline.store.fingerprints import ADAPTER, TOKENIZER_FILES, model_files
 from schemas import Model, WinnowError
 from stages.data.files import DataSource
-from stages.options import Count
+from stages.options import Count, Seed
 
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
@@ -143,7 +143,7 @@ def untrained(
     layers: Count = 4,
     heads: Count = 4,
     context: Count = 256,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Model:
     """Make a small Llama with random weights and a byte-level BPE tokenizer trained on columns of `corpus`.
 

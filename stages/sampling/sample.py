@@ -13,7 +13,7 @@ from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.options import Count, Precision, Temperature
+from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
@@ -43,13 +43,13 @@ def sample(
     split: Literal["train", "heldout"] = "train",
     engine: Literal["vllm", "transformers", "fake"] = "vllm",
     dtype: Precision = "float32",
-    n: Count = 64,
+    n: SmallCount = 64,
     temperature: Temperature = 0.7,
-    top_k: Annotated[int, Range(ge=0)] = 40,
+    top_k: Annotated[int, Range(ge=0, le=10**9)] = 40,
     max_tokens: Count = 128,
     keep_empty: bool = False,
-    seed: int = 0,
-    steer: Annotated[float, Range(ge=0)] = 2.0,
+    seed: Seed = 0,
+    steer: NotNegative = 2.0,
     steer_top: Count = 15,
     steer_every: Count = 5,
 ) -> Candidates:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Rewards, Selections, seed_for
 from schemas.tables import SELECTIONS
+from stages.options import Seed
 from stages.selection.groups import RewardGroups
 from stages.selection.rules import Selection, selection_rule
 from stages.selection.scales import reward_scale
@@ -30,7 +31,7 @@ def select(
     *,
     rule: Annotated[Bound, selection_rule],
     scale: Annotated[Bound, reward_scale] = "raw",  # type: ignore[assignment]
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Selections:
     """Select some of each prompt's candidates, or all with weights, by a rule that reads the rewards on a scale.
 

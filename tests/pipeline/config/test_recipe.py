@@ -265,6 +265,35 @@ def test_unpaired_labels_train_in_one_line(tmp_path: Path, winnow):
 
 
 @pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("extends: method", ["extends: only a recipe extends"]),
+        ("extends: 3", ["extends: only a recipe extends"]),
+        ("recipes: {method: {extends: base}}", ["extends: only a recipe extends"]),
+        ("a: {from: c}", ["a.from", "mapping of inputs", "'c'"]),
+        ("a: {from: [c]}", ["a.from", "mapping of inputs", "['c']"]),
+        ("a: {from: {i: 3}}", ["a.from.i", "name of a step", "3"]),
+        ("a: {with: [n]}", ["a.with", "mapping of options"]),
+        ("a: {with: }", ["a.with", "mapping of options", "None"]),
+        ("a:", ["a: must be a mapping", "None"]),
+        ("a: []", ["a: must be a mapping", "[]"]),
+        ("shards: null", ["shards", "integer", "None"]),
+        ("about: 3", ["about", "string", "3"]),
+        ("rounds: many", ["rounds", "'many'"]),
+        ("rounds: [{a: {from: c}}]", ["rounds, entry 1: a.from", "'c'"]),
+        ("plugins: good.py", ["plugins", "list", "'good.py'"]),
+    ],
+)
+def test_a_mistake_in_one_layer_is_seen_also_where_another_one_lies_over_it(
+    tmp_path: Path, config: str, words: list[str]
+):
+    for own in ("", "shards: 2\nabout: mine\na: {from: {i: c}, with: {n: 1}}"):
+        with pytest.raises(WinnowError) as caught:
+            layered(tmp_path, config, own=own)
+        assert [word for word in (*words, "my.yaml") if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
     ("links", "words"),
     [
         ({"own": "a", "a": "b", "b": "c", "c": ""}, "own -> a -> b -> c is more than 3 files; extend b instead"),
@@ -292,8 +321,8 @@ def test_null_removes_an_input(data_dir: Path):
 def test_scalars_are_those_of_yaml_1_2(tmp_path: Path):
     """PyYAML has those of 1.1, where 010 is 8 and 5e-7 is text; what is written is read as it was."""
     values = {"5e-7": 5e-7, "1E3": 1000.0, "-2.5e+2": -250.0, ".5": 0.5, "3.": 3.0, ".inf": math.inf,
-              "-.inf": -math.inf, "1.0e-2": 0.01, "+4e1": 40.0, "5": 5, "010": 10, "0o17": 15, "0x1F": 31, "-7": -7, "!!int 010": 10,
-              "true": True, "False": False, "null": None, "~": None} | {text: text for text in (
+              "-.inf": -math.inf, "1.0e-2": 0.01, "+4e1": 40.0, "5": 5, "010": 10, "0o17": 15, "0x1F": 31, "-7": -7,
+              "!!int 010": 10, "true": True, "False": False, "null": None, "~": None} | {text: text for text in (
               "1e", "e5", "1.2.3", "v1e3", "1:30", "on", "yes", "No", "1_000", "0b1", "2026-02-31", "=")}  # fmt: skip
     for text, value in values.items():
         read = options(load(tmp_path, f"a: {{with: {{x: {text}}}}}", f"a.y={text}"), "a")
@@ -360,6 +389,23 @@ def test_the_same_recipe_makes_the_same_plan_from_any_folder(data_dir: Path, mon
 # --set.
 
 
+def test_another_name_in_set_is_a_new_function(tmp_path: Path):
+    """As in YAML: options of the one before do not apply. Options of --set do, whatever the order of the command."""
+    text = "a: {with: {f: {name: hinge, delta: 1.0}, g: nll}}"
+    for sets, expected in [
+        (["a.f.name=plain"], {"name": "plain"}),
+        (["a.f.name=hinge"], {"name": "hinge", "delta": 1.0}),
+        (["a.f.k=4", "a.f.name=plain"], {"name": "plain", "k": 4}),
+        (["a.f.k=4", "a.f=plain"], {"name": "plain", "k": 4}),
+    ]:
+        assert options(load(tmp_path, text, *sets), "a")["f"] == expected, sets
+    assert options(load(tmp_path, text, "a.name=x"), "a") == {
+        "f": {"name": "hinge", "delta": 1.0},
+        "g": "nll",
+        "name": "x",
+    }
+
+
 def test_set_reaches_into_nested_options_and_opens_a_function_given_by_name(tmp_path: Path):
     """`objective: nll` and --set a.g.k=0.3 make {name: nll, k: 0.3}. The files of the next load are unchanged."""
     text = (
@@ -383,6 +429,9 @@ def test_set_reaches_into_nested_options_and_opens_a_function_given_by_name(tmp_
         ("sharsd=4", ["--set sharsd=4", "did you mean 'shards'?"]),
         ("extends=x", ["--set extends=x", "known: about, rounds, shards, target"]),
         ("a.=1", ["--set a.=1", "step.option=value"]),
+        ("shards=null", ["--set shards=null", "shards must have a value"]),
+        ("target=", ["--set target=", "target must have a value"]),
+        ("rounds=~", ["--set rounds=~", "rounds must have a value"]),
         (".k=1", ["--set .k=1", "step.option=value"]),
         ("selct.k=1", ["--set selct.k=1", "unknown step 'selct'", "did you mean 'select'?"]),
         ("select.k=[", ["--set select.k=[", "not YAML"]),
