@@ -78,3 +78,18 @@ def test_every_number_of_an_option_has_bounds():
                 if not any(problem.startswith(f"{name}: ") for problem in caught.value.problems):
                     unbounded.append((entry.name, name, value))
     assert unbounded == []
+
+
+def test_options_of_a_kind_of_function_lists_its_functions(winnow):
+    """By the kind, and by the registry's name in code; an unknown name lists all names once, by kind."""
+    for word, function in [
+        ("objective", "nll"),
+        ("preference_reader", "hh"),
+        ("reader", "hh"),
+        ("pair_rule", "matches"),
+    ]:
+        code, text = winnow("options", word)
+        assert (code, function in text.split()) == (0, True), word
+    code, text = winnow("options", "zzzz")
+    assert (code, text.count("bradley_terry")) == (2, 2), "a score method, and an alias of an objective"
+    assert "score method: bradley_terry, least_squares" in text
