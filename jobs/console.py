@@ -45,7 +45,7 @@ class _Rate(ProgressColumn):
 
 @dataclass
 class RunningStep:
-    """Progress of a step: parts of all runs, and `done` of `total` units, `initial` of them before the rate is measured."""
+    """Progress of a step: parts of all runs, and units, `initial` of them done before the rate is measured."""
 
     task: TaskID
     parts: int

@@ -17,6 +17,20 @@ from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temp
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
+def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems at plan time, also responses for which a model that is known by then has no room."""
+    problems = _check_steering(options, inputs)
+    policy = inputs.get("policy")
+    if policy and policy.stage == "model" and policy.options:
+        length = context_length(policy.options["path"].path)
+        if options["max_tokens"] >= length:
+            problems.append(
+                f"max_tokens: {options['max_tokens']:,} leaves no room for a prompt in the policy's context of "
+                f"{length:,} tokens (max_position_embeddings of its config.json); set max_tokens lower"
+            )
+    return problems
+
+
 def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return problems at plan time: a head that cannot steer, or steering options without a head."""
     if "head" not in inputs:
@@ -33,7 +47,7 @@ def _check_steering(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     return problems
 
 
-@stage(version=3, concurrent=True, check=_check_steering)
+@stage(version=3, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,

@@ -97,6 +97,7 @@ MISTAKES = [
     ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
+    ("plan rso --set sample.max_tokens=100000", ["sample: max_tokens: 100,000", "context", "config.json"]),
     ("run rso --until=", ["--until '': name a step"]),
     ("run rso --only=", ["--only '': name a step"]),
     ("run rso --force=", ["--force '': name a step"]),
