@@ -21,12 +21,15 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     """Return problems at plan time, also responses for which a model that is known by then has no room."""
     problems = _check_steering(options, inputs)
     policy = inputs.get("policy")
-    if policy and policy.stage == "model" and policy.options:
-        length = context_length(policy.options["path"].path)
+    while policy and policy.stage == "optimize":
+        policy = policy.inputs.get("init")  # whose context it keeps
+    if policy and policy.stage in ("model", "untrained") and policy.options:
+        is_folder = policy.stage == "model"
+        length = context_length(policy.options["path"].path) if is_folder else policy.options["context"]
         if options["max_tokens"] >= length:
             problems.append(
                 f"max_tokens: {options['max_tokens']:,} leaves no room for a prompt in the policy's context of "
-                f"{length:,} tokens (max_position_embeddings of its config.json); set max_tokens lower"
+                f"{length:,} tokens; set max_tokens lower"
             )
     return problems
 
