@@ -342,7 +342,9 @@ def _error_lines(item: ErrorDetails, prefix: str, fields: dict[str, str | None],
             for inner, colon, rest in nested
         ]
     if item["type"] == "extra_forbidden":
-        return [f"{where}: unknown {noun}; {nearest(path[-1], list(fields))}"]
+        return [
+            f"{where}: unknown {noun}; {nearest(path[-1], list(fields)) if fields else f'there are no {noun}s here'}"
+        ]
     if item["type"] == "missing":
         return [f"{where}: required, but not set" + (f"; it must be {description}" if description else "")]
     if cause:

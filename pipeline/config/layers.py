@@ -102,10 +102,16 @@ def read_layers(
     if mistakes := {problem: layer for layer in (*recipe, *config_layers) for problem in check(layer)}:
         return [*below, *config_layers, *above], [], mistakes
     applicable, notes = _without_other_functions(below, config_layers)
-    layers = [*below, *applicable, *above]
-    if problems := _contradictions(below, applicable, above):
-        raise WinnowError(*problems)
-    return layers, notes, {}
+    variants = [applicable]
+    for layer in applicable:
+        rounds = layer.content.get("rounds")
+        for number, overlay in enumerate(rounds if isinstance(rounds, list) else [], 1):
+            if isinstance(overlay, dict):
+                overlaid = replace(layer, name=f"{layer.name}, round {number}", content=overlay)
+                variants.append([*applicable, overlaid])
+    if problems := [line for configured in variants for line in _contradictions(below, configured, above)]:
+        raise WinnowError(*dict.fromkeys(problems))
+    return [*below, *applicable, *above], notes, {}
 
 
 def _read_file(path: Path, what: str) -> dict[str, Any]:
@@ -283,7 +289,7 @@ def _contradictions(below: list[Layer], configs: list[Layer], above: list[Layer]
                         f"recipes of the command, put it under `{ONLY}` in the config"
                         + (f", or --set {where}={actual}" if path[0] == "with" else "")
                     )
-    return list(dict.fromkeys(problems))
+    return problems
 
 
 # Where options come from.

@@ -200,8 +200,6 @@ def load_recipe(
         ]
         origins[unrolled_name] = origins_of(step, body.get("with") or {}, of_round)
 
-    is_target_set = "target" in replaced or any(layer.is_own and "target" in layer.content for layer in layers)
-
     # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
     default_name = path.stem + "".join(f"[{text}]" for text in sets)
     file_name = default_name.replace("/", "_").encode()[:150].decode(errors="ignore")
@@ -215,7 +213,7 @@ def load_recipe(
         unrolled,
         len(overlaid),
         [Path(file) for file in settings.plugins],
-        "" if is_target_set else settings.trained,
+        "" if "target" in replaced or _is_target_required(layers) else settings.trained,
         origins,
         notes,
     )
@@ -238,8 +236,18 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
             for of_round, overlay in zip(rounds, overlaid, strict=True)
         ]
     plugins = plugins_of(layers)
-    content = {name: value for name, value in content.items() if name not in ("extends", "plugins")}
+    left = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
+    content = {name: value for name, value in content.items() if name not in left}
     return content | ({"plugins": plugins} if plugins else {})
+
+
+def _is_target_required(layers: list[Layer]) -> bool:
+    """Return whether a layer above the one that says what is trained sets the target, so that nothing less will do."""
+    positions = {
+        name: max((n for n, layer in enumerate(layers) if name in layer.content), default=-1)
+        for name in ("target", "trained")
+    }
+    return positions["target"] > positions["trained"]
 
 
 def _steps(layers: list[Layer]) -> Steps:

@@ -152,6 +152,7 @@ def layered(folder: Path, config: str, *sets: str, own: str = "") -> Recipe:
         ("a: {from: {i: c}}", ["a.from.i: ", "'c'", "'b'", "recipe of your own that extends method"]),
         ("a: {use: y}", ["a.f.name: ", "None"]),
         ("recipes: {method: {a: {with: {mode: worst}}}}", ["a.mode: ", "recipes.method says 'worst'"]),
+        ("rounds: [{}, {a: {with: {mode: worst}}}]", ["a.mode: ", "my.yaml, round 2 says 'worst'"]),
         ("recipes: {methd: {}}", ["recipes.methd: did you mean 'method'?"]),
     ],
 )
@@ -215,7 +216,7 @@ def test_a_program_in_place_of_the_ranker_is_one_line(data_dir: Path, tmp_path: 
     assert [step.key for step in plans[0].steps] == [step.key for step in plans[1].steps]
     assert "ranker" not in {step.name for step in plans[0].steps}
     short.write_text("ranker: {use: patern, with: {regex: 'booked'}}")
-    with pytest.raises(WinnowError, match="ranker.use: unknown ranker 'patern'; did you mean 'pattern'"):
+    with pytest.raises(WinnowError, match=r"ranker\.use: unknown ranker 'patern'; did you mean 'pattern'"):
         recipes.plans(["rso"], [data_dir / "demo.yaml", short], [])
 
 
@@ -243,8 +244,14 @@ def test_a_recipe_without_what_the_evaluation_reads_trains_and_says_so(tmp_path:
     assert "optimize" in winnow("ls", "dpo")[1]
     assert recipes.plans(["slic_direct"], [config], [])[0].target.name == "optimize"
     assert recipes.plans(["cvx_dpo"], [config], [])[0].target.name == "preference_head"
-    for recipe, sets in (("dpo", ["target=evaluate"]), ("rso", []), ("sft", [])):
-        with pytest.raises(WinnowError, match="ranker.path: required"):
+    packed = tmp_path / "packed.yaml"
+    packed.write_text(dump(merged(recipes.recipe_path("dpo"), (config,), (recipes.FOLDER,))))
+    assert recipes.plans([str(packed)], [], [])[0].target.name == "optimize"
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("target: evaluate")
+    packed.write_text(dump(merged(recipes.recipe_path("dpo"), (config, strict), (recipes.FOLDER,))))
+    for recipe, sets in (("dpo", ["target=evaluate"]), (str(packed), []), ("rso", []), ("sft", [])):
+        with pytest.raises(WinnowError, match=r"ranker\.path: required"):
             recipes.plans([recipe], [config], sets)
 
 

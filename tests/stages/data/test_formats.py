@@ -410,7 +410,7 @@ def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_p
     """A file at plan time, before any model is trained; a folder where it is read."""
     for n, (row, words) in enumerate([
         (RED_TEAM, "red-team-attempts, which has no preferences; use another folder"),
-        (UNPAIRED, "TRL's unpaired format, which has no pairs; stage own_candidates reads it"),
+        (UNPAIRED, "TRL's unpaired format, which has no pairs; recipe kto_direct trains on it"),
         (AXIS, "axis, ratings of single summaries; set `subset: comparisons`"),
         (HH, "no column 'prompt'; it has 'chosen', 'rejected'; .*set `reader` to implicit_prompt or ultra.* or hh"),
         (PKU, "no column 'chosen', 'rejected'; it has .*; in stage preferences .* to pku_saferlhf for these"),
