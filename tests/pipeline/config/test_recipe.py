@@ -546,5 +546,5 @@ def test_mistakes_of_several_recipes_come_together(tmp_path: Path):
     with pytest.raises(WinnowError) as caught:
         recipes.plans([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [], [])
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [str(tmp_path / f"{n}.yaml") for n in "ab"]
-    with pytest.raises(WinnowError, match="unknown recipe 'raff'; did you mean 'raft'"):
+    with pytest.raises(WinnowError, match="unknown recipe 'raff', and no YAML file; did you mean 'raft'"):
         recipes.recipe_path("raff")
