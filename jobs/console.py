@@ -19,6 +19,7 @@ from pipeline.execution.schedule import Reporter
 
 WORK = ("tokens", "ranker_calls")  # counters whose rate says something
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and newline, DEL, C1
+FEW_PARTS = 2  # of which no estimate is made
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 
 
@@ -45,13 +46,13 @@ class _Rate(ProgressColumn):
 
 @dataclass
 class RunningStep:
-    """Progress of a step: parts of all runs, and `done` of `total` units, of which `initial` were done at the start."""
+    """Progress of a step: parts of all runs, and units, `initial` of them done before the rate is measured."""
 
     task: TaskID
     parts: int
     finished_parts: int
     initial: float
-    started: float = field(default_factory=time.monotonic)
+    measured_from: float | None = None  # when the first work ended: before it, workers wait and engines start
     last_line: float = field(default_factory=time.monotonic)
 
 
@@ -124,11 +125,15 @@ class ProgressReporter(Reporter):
 
     def _show(self, name: str, done: float, total: float, unit: str) -> None:
         running, now = self.steps[name], time.monotonic()
+        if running.measured_from is None and done > running.initial:
+            running.measured_from, running.initial = now, done
         self.bar.update(running.task, completed=done, total=total, unit=unit)
         if self.console.is_terminal or done >= total or now - running.last_line <= QUIET_SECONDS:
             return
         running.last_line = now
-        rate = (done - running.initial) / max(1e-9, now - running.started)
+        few = FEW_PARTS if unit == "parts" else 0
+        advanced = done - running.initial
+        rate = advanced / max(1e-9, now - (running.measured_from or now)) if advanced > few else 0
         pace = f", {rate:,.2f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
         count = f"{done:,.1f}".removesuffix(".0")
         self.console.print(f"    {name}: {count}/{total:,.0f} {unit}{pace}", highlight=False)

@@ -33,8 +33,14 @@ SUFFIXES = {".csv": Format.csv, ".json": Format.json, ".jsonl": Format.json, ".p
 
 
 def format_of(format: Format | None, out: Path | None) -> Format:
-    """Return the format that is set, or that of the file's suffix, or a table."""
-    return format or SUFFIXES.get(out.suffix if out else "", Format.table)
+    """Return the format that is set, or that of the file's suffix; a table on the terminal."""
+    if format or out is None:
+        return format or Format.table
+    if out.suffix.lower() not in SUFFIXES:
+        raise WinnowError(
+            f"--out {out}: its format is not known by its name; end it in {', '.join(SUFFIXES)}, or add --format"
+        )
+    return SUFFIXES[out.suffix.lower()]
 
 
 def write(result: QueryResult, format: Format, out: Path | None, console: Console) -> None:

@@ -1,5 +1,6 @@
 """Recipes and profiles by name or file, and plans of several recipes at once."""
 
+from collections import Counter
 from pathlib import Path
 
 import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
@@ -37,10 +38,10 @@ def load_resources(profile: str | None) -> Profile:
 
 
 def _yaml_file(name: str, folder: Path, problem: str) -> Path:
-    if Path(name).suffix in (".yaml", ".yml"):
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
         return Path(name)
     if name not in names(folder):
-        raise WinnowError(f"{problem}; {nearest(name, names(folder))}; or give a YAML file")
+        raise WinnowError(f"{problem}, and no YAML file; {nearest(name, names(folder))}")
     return folder / f"{name}.yaml"
 
 
@@ -56,12 +57,19 @@ def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | No
 
 def plans(recipes: list[str], configs: list[Path], sets: list[str]) -> list[Plan]:
     """Return the plans of all recipes with the same configs. Raise WinnowError with the mistakes of all of them."""
-    result, problems = [], []
+    result: list[Plan] = []
+    problems: list[str] = []
     for recipe in recipes:
         try:
             result.append(plan_named(recipe, configs, sets))
         except WinnowError as error:
             problems += [f"{recipe}: {problem}" for problem in error.problems]
+    # A run is known by its recipe's name: two of one name would write the links of one run.
+    for name, count in Counter(plan.name for plan in result).items():
+        paths = dict.fromkeys(recipe for recipe in recipes if recipe_path(recipe).stem == name.partition("[")[0])
+        if count > 1:
+            problems.append(f"{' and '.join(paths)}: both would be run {name!r}; rename a file, or run them separately "
+                            "with a --store each")  # fmt: skip
     if problems:
         raise WinnowError(*problems)
     return result

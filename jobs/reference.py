@@ -6,6 +6,7 @@
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -98,15 +99,29 @@ def option_pages(name: str) -> list[str]:
     Raise WinnowError with the nearest name if there are none.
     """
     pages = [stage_page(entry) for entry in stages.entries.values() if name == entry.name]
-    all_names = list(stages.entries)
-    for registry in registries().values():
+    by_kind = {"stage": list(stages.entries)}
+    for kind, registry in registries().items():
+        by_kind[kind] = [*registry.entries, *registry.aliases]
+        if name in (kind, _variable(registry)):
+            rows = [{"name": f"`{entry.name}`", "about": first_line(entry)} for entry in registry.entries.values()]
+            pages.append("\n".join([f"# {kind}", "", markdown_table(rows)]))
         for entry in registry.entries.values():
-            all_names += [entry.name, *entry.aliases]
             if name in (entry.name, *entry.aliases):
                 pages.append(function_page(entry, registry.kind))
     if not pages:
-        raise WinnowError(f"options {name}: no stage or registered function {name!r}; {nearest(name, all_names)}")
+        every = list(dict.fromkeys([*by_kind, *(item for names in by_kind.values() for item in names)]))
+        hint = nearest(name, every)
+        listed = [] if "did you mean" in hint else [f"{kind}: {', '.join(sorted(by_kind[kind]))}" for kind in by_kind]
+        unknown = f"options {name}: no stage, kind of function or function {name!r}"
+        raise WinnowError(f"{unknown}; {'known are' if listed else hint}", *listed)
     return pages
+
+
+def _variable(registry: Registry) -> str | None:
+    """Return the name by which code imports a registry, as in `from stages.data.formats import preference_reader`."""
+    modules = {entry.fn.__module__ for entry in registry.entries.values()}
+    values = (item for module in modules for item in vars(sys.modules[module]).items())
+    return next((name for name, value in values if value is registry), None)
 
 
 def stage_page(entry: Entry) -> str:
@@ -176,7 +191,8 @@ def describe_type(hint: Any, metadata: tuple[Any, ...] = ()) -> str:
         if (value := getattr(item, name)) is not None
     ]
     finite = "finite " if any(abs(value) == float("inf") for _, value in limits) else ""
-    words = [f"{symbol} {value:g}" for symbol, value in limits if abs(value) != float("inf")]
+    written = [(symbol, f"{value:,}" if isinstance(value, int) else f"{value:g}") for symbol, value in limits]
+    words = [f"{symbol} {value}" for symbol, value in written if "inf" not in value]
     return f"{finite}{text} {', '.join(words)}".strip()
 
 

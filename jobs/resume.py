@@ -32,8 +32,20 @@ def command(words: list[str]) -> str:
     if submitted := os.environ.get(SUBMITTED):
         return submitted
     program, *rest = words
+    return shlex.join([*_program(program), *without_force(rest)])
+
+
+def hint(*words: str) -> str:
+    """Return a command of ours that can be pasted: with the program as this process was called, quoted for a shell."""
+    program = sys.argv[0]
+    return shlex.join(
+        [*(_program(program) if program.endswith(("winnow", "jobs/__main__.py")) else ["winnow"]), *words]
+    )
+
+
+def _program(program: str) -> list[str]:
     python = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    return shlex.join([*(python if program.endswith("__main__.py") else [program]), *without_force(rest)])
+    return python if program.endswith("__main__.py") else [program]
 
 
 def without_force(words: list[str]) -> list[str]:

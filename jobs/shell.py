@@ -1,10 +1,10 @@
 """Shell of `winnow sql`: statements from a terminal or a pipe, one after another on one catalog."""
 
 import re
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 
+import duckdb
 import pyarrow as pa
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
@@ -22,6 +22,7 @@ from pipeline.store.storage import cache
 from schemas import TABLES, WinnowError
 
 COMMANDS = (".tables", ".queries", ".help", ".quit")
+QUIT = re.compile(r"\s*\.?(quit|exit|q)\s*;?\s*", re.IGNORECASE)
 KEYWORDS = (
     "SELECT DISTINCT FROM WHERE GROUP ORDER BY HAVING LIMIT JOIN LEFT USING ON AS AND OR NOT IN IS NULL LIKE BETWEEN "
     "CASE WHEN THEN ELSE END WITH UNION ALL OVER PARTITION QUALIFY UNNEST COUNT SUM AVG MIN MAX MEDIAN QUANTILE_CONT "
@@ -33,7 +34,7 @@ The name of a shipped query runs that query. Tab completes, Ctrl-C cancels.
   .tables NAME     columns of one table, and what they mean
   .queries         shipped queries, and what they answer
   .help            this text
-  .quit            end (also Ctrl-D)"""
+  .quit            end (also quit, exit, Ctrl-D)"""
 
 
 class Shell:
@@ -49,7 +50,7 @@ class Shell:
     def run(self) -> None:
         """Read until .quit or the end of the input, whose last statement needs no semicolon."""
         for text in self._typed() if self.interactive else self._piped():
-            if text.strip() == ".quit":
+            if QUIT.fullmatch(text):
                 return
             self.execute(text)
 
@@ -85,8 +86,12 @@ class Shell:
 
     def _piped(self) -> Iterator[str]:
         text = ""
-        for line in sys.stdin:
-            ready, text = split(f"{text}{line.rstrip(chr(10))}\n")
+        for number, content in enumerate(sys.stdin.buffer, 1):
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise WinnowError(f"sql: line {number} of the input is not UTF-8: {error}") from None
+            ready, text = split(text + line.rstrip("\r\n") + "\n")
             yield from ready
         if text:
             yield text
@@ -95,7 +100,7 @@ class Shell:
         """Print the result, or the error, of one statement or command."""
         try:
             if text.lstrip().startswith("."):
-                self._run_command(*text.split())
+                self._run_command(*text.rstrip().removesuffix(";").split())
             else:
                 statement = queries.statement(text)
                 interruptible(self.catalog, lambda: self.show(self.catalog.sql(statement)))
@@ -136,14 +141,18 @@ def completions() -> list[str]:
 
 
 def split(text: str) -> tuple[list[str], str]:
-    """Return the complete statements, and the rest; a command, or a shipped query's name, is complete by its line."""
-    if text.lstrip().startswith(".") or text.strip() in queries.names():
+    """Return the complete statements, and the rest; a command, or a shipped query's name, is complete by its line.
+
+    A semicolon ends a statement where DuckDB reads it as one, not in quotes, dollar quotes or comments.
+    """
+    if text.lstrip().startswith(".") or text.strip() in queries.names() or QUIT.fullmatch(text):
         return [text], ""
-    ready, statement = [], ""
-    for piece in text.split(";")[:-1]:
-        statement += piece + ";"
-        if sqlite3.complete_statement(statement):  # knows quotes and comments as every SQL has them
-            ready.append(statement)
-            statement = ""
-    rest = statement + text.rpartition(";")[2]
-    return ready, rest if re.sub("--.*", "", rest).strip() else ""
+    encoded, start, ready = text.encode(), 0, []
+    for position, _ in duckdb.tokenize(text):  # positions in bytes
+        if encoded[position : position + 1] == b";":
+            ready.append(encoded[start : position + 1].decode())
+            start = position + 1
+    rest = encoded[start:].decode()
+    *kinds, last = (kind for _, kind in duckdb.tokenize(f"{rest}\n;"))
+    is_nothing = last is duckdb.token_type.operator and all(kind is duckdb.token_type.comment for kind in kinds)
+    return ready, "" if is_nothing else rest

@@ -33,16 +33,17 @@ def plan_tree(plan: Plan, store: Store, options: bool = False) -> Tree:
     tree = Tree(f"[bold]{escape(plan.name)}[/]  ({len(plan.steps)} steps{rounds})")
     names_by_key: dict[str, str] = {}  # of the steps above: two rounds may share a step, which runs once
 
-    def add(parent: Tree, step: Step) -> None:
+    def add(parent: Tree, step: Step, read_as: str = "") -> None:
         if name := names_by_key.get(step.key):
-            parent.add(f"[dim]{step.name}{'' if step.name == name else f' = {name}'} (above)[/]")
+            read = "" if read_as in ("", split_round(step.name)[0]) else f"{read_as}: "
+            parent.add(f"[dim]{read}{step.name}{'' if step.name == name else f' = {name}'} (above)[/]")
             return
         names_by_key[step.key] = step.name
         stage = "" if split_round(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
         listed = "".join(f"\n  [dim]{escape(line)}[/]" for line in option_lines(step)) if options else ""
         branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status(step, plan.name, store)}{listed}")
-        for source in step.inputs.values():
-            add(branch, source)
+        for input_name, source in step.inputs.items():
+            add(branch, source, input_name)
 
     for target in plan.targets:
         add(tree, target)
@@ -91,7 +92,8 @@ def status(step: Step, run: str, store: Store) -> str:
     folder = store.folder(step)
     if manifest := folder.manifest:
         adopted = f", adopted from {escape(manifest['adopted']['from'])}" if "adopted" in manifest else ""
-        return f"[green]cached[/] {row_count(manifest):,} rows{adopted}"
+        rows = f"{row_count(manifest):,} rows" if step.signature.outputs else "a model"
+        return f"[green]cached[/] {rows}{adopted}"
     missing = len(folder.missing(step.shards))
     if missing < step.shards and not signature_of(step.entry).unsharded:
         reason = f"{missing} of {step.shards} parts are missing"

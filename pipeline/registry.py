@@ -31,8 +31,20 @@ Function = Callable[..., Any]
 EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
 
 
+FORMER = {  # names of options before the first release (CHANGELOG.md)
+    "lr": "learning_rate", "schedule": "lr_scheduler_type", "warmup": "warmup_ratio", "clip": "max_grad_norm",
+    "recompute": "gradient_checkpointing", "micro_tokens": "tokens_per_pass", "ranks": "world_size", "lora": "lora_r",
+    "lora_targets": "lora_target_modules", "part": "dataset_split",
+}  # fmt: skip
+
+
 def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str:
-    """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given)."""
+    """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given).
+
+    Of a former name it is today's.
+    """
+    if FORMER.get(str(name)) in names:
+        return f"it is called {FORMER[str(name)]!r} now"
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(listed or names))}"
 

@@ -4,8 +4,11 @@ from typing import Annotated, Literal
 
 from pipeline import Range
 
-Count = Annotated[int, Range(gt=0)]
+Seed = Annotated[int, Range(ge=0, lt=2**32)]  # numpy, torch, scikit-learn and vLLM all take such
+Count = Annotated[int, Range(gt=0, le=10**9)]  # products of two are int64
+SmallCount = Annotated[int, Range(gt=0, le=10**6)]  # where memory or time grow with it
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
+NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
 Temperature = Annotated[float, Range(gt=0, le=2)]

@@ -1,6 +1,5 @@
 """Commands about stored results: ls, why, adopt, gc."""
 
-import shlex
 from typing import Annotated
 
 import typer
@@ -9,6 +8,7 @@ from rich.markup import escape
 from jobs.commands.app import STORE, Configs, Sets, StorePath, console, existing_store
 from jobs.console import as_table
 from jobs.recipes import plan_named
+from jobs.resume import hint
 from jobs.tables import format_size, row_count, runs_table, steps_table
 from pipeline.config.keys import differences
 from pipeline.store.store import Store
@@ -71,8 +71,8 @@ def gc(
     if yes:
         console.print(f"deleted {len(items)}, {total}", highlight=False)
     elif items or forget:
-        words = ["winnow", "gc", "--yes", "--store", store]
+        words = ["gc", "--yes", "--store", store]
         words += [word for run in forget for word in ("--forget", run)]
-        console.print(f"{len(items)} to delete, {total}; `{shlex.join(words)}` does it", highlight=False, markup=False)
+        console.print(f"{len(items)} to delete, {total}; `{hint(*words)}` does it", highlight=False, markup=False)
     else:
         console.print("nothing to delete", highlight=False)

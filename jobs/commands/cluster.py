@@ -1,6 +1,5 @@
 """Commands for a Ray cluster: submit, logs, stop."""
 
-import shlex
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +23,7 @@ from jobs.commands.app import (
     console,
 )
 from jobs.console import visible
-from jobs.resume import without_force
+from jobs.resume import hint, without_force
 from pipeline.config.partial import Part, followers, narrowed, unfinished
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.ray_executor import check_fits
@@ -71,7 +70,7 @@ def submit(
     bundle.check_paths(plans)
     resources = recipes.load_resources(profile)
     location = str(parse_location(store))
-    resume = shlex.join(["winnow", *without_force(sys.argv[1:])])
+    resume = hint(*without_force(sys.argv[1:]))
     cluster = RayJobs(address)
     _say(f"cluster {cluster.url} ({cluster.source})")
     _say(f"store {location}")
@@ -153,7 +152,7 @@ def _follow(cluster: "RayJobs", name: str, advice: str) -> None:
 
 
 def _command(verb: str, name: str, cluster: "RayJobs") -> str:
-    return shlex.join(["winnow", verb, name, "--address", cluster.url])
+    return hint(verb, name, "--address", cluster.url)
 
 
 def _say(text: str) -> None:

@@ -63,6 +63,8 @@ def sql(
     else:
         text = queries.statement(statement)
         interruptible(catalog, lambda: write(catalog.sql(text), output_format, out, console))
+        if out:
+            console.print(f"wrote {out}", highlight=False, markup=False)
 
 
 def trace(

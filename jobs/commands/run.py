@@ -1,9 +1,7 @@
 """Commands that compute: demo, plan, run, paper."""
 
-import shlex
 import shutil
 import signal
-import sys
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
@@ -204,12 +202,16 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
 
 def _print_next_commands(plan: Plan, recipe: str, configs: list[Path], sets: list[str], store: str) -> None:
     """Print commands that can be pasted as they are."""
-    winnow = sys.argv[0] if sys.argv[0].endswith("winnow") else "winnow"
     same = [word for path in configs for word in ("--config", str(path))]
     same += [word for item in sets if not item.startswith("select.rule") for word in ("--set", item)]
-    commands = {"everything about one prompt": ["trace", plan.name], "a page about all runs": ["report"]}
+    at_store = ["--store", store]
+    run = plan.name
+    commands = {
+        "everything about one prompt": ["trace", *at_store, "--", run] if run[0] == "-" else ["trace", run, *at_store],
+        "a page about all runs": ["report", *at_store],
+    }
     rules = [step.options["rule"] for step in plan.steps if step.entry.name == "select"]
     if any(rule.options.get("beta") for rule in rules):
-        commands["what another beta would run"] = ["plan", recipe, *same, "--set", "select.rule.beta=0.1"]
-    lines = [f"{shlex.join([winnow, *words, '--store', store])}  # {what}" for what, words in commands.items()]
+        commands["what another beta would run"] = ["plan", recipe, *same, "--set", "select.rule.beta=0.1", *at_store]
+    lines = [f"{resume.hint(*words)}  # {what}" for what, words in commands.items()]
     console.print("\n  ".join(["Next, for example:", *lines]), highlight=False, markup=False)

@@ -13,7 +13,7 @@ that contradicts them is refused. A function's options belong to that function: 
 in a config says nothing of a recipe whose objective is fixed to another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -50,9 +50,12 @@ class Origin(NamedTuple):
 
 
 def read_layers(
-    path: Path, configs: tuple[Path, ...] = (), library: tuple[Path, ...] = ()
-) -> tuple[list[Layer], list[str]]:
-    """Return the layers of a recipe in their order, and a note for each part of a config that does not concern it.
+    path: Path, configs: tuple[Path, ...], library: tuple[Path, ...], check: Callable[[Layer], list[str]]
+) -> tuple[list[Layer], list[str], dict[str, Layer]]:
+    """Return the layers of a recipe in their order, a note for each part of a config that is not for it, mistakes.
+
+    `check` returns the mistakes of one layer: once they are merged, what lies below is not seen. Where there are any,
+    what configs contradict is not checked.
 
     What a recipe extends is looked for beside it, then in the folders of `library`. Raise WinnowError for files that
     cannot be read or extended, and for all that a config contradicts.
@@ -96,6 +99,8 @@ def read_layers(
             for file in files
             if file.stem in single
         ]
+    if mistakes := {problem: layer for layer in (*recipe, *config_layers) for problem in check(layer)}:
+        return [*below, *config_layers, *above], [], mistakes
     applicable, notes = _without_other_functions(below, config_layers)
     variants = [applicable]
     for layer in applicable:
@@ -106,7 +111,7 @@ def read_layers(
                 variants.append([*applicable, overlaid])
     if problems := [line for configured in variants for line in _contradictions(below, configured, above)]:
         raise WinnowError(*dict.fromkeys(problems))
-    return [*below, *applicable, *above], notes
+    return [*below, *applicable, *above], notes, {}
 
 
 def _read_file(path: Path, what: str) -> dict[str, Any]:
@@ -175,8 +180,8 @@ def plugins_of(layers: list[Layer]) -> Any:
     """Return the plugins of all layers, each once: they add up, for each file lists those that it needs."""
     plugins: list[Any] = []
     for layer in layers:
-        listed = layer.content.get("plugins") or []
-        plugins += [item for item in (listed if isinstance(listed, list) else [listed]) if item not in plugins]
+        listed = layer.content.get("plugins")
+        plugins += [item for item in (listed if isinstance(listed, list) else []) if item not in plugins]
     return plugins
 
 

@@ -26,7 +26,7 @@ class Part:
     def options(self) -> dict[str, str]:
         """Return the name of a step by each option that is set, as the command line has them."""
         names = {"--only": self.only, "--until": self.until, "--from": self.from_step, "--force": self.force}
-        return {option: name for option, name in names.items() if name}
+        return {option: name for option, name in names.items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def rerun(plans: list[Plan], store: Store, part: Part = Part()) -> Rerun:
     is not among the plans would lose a result that it needs.
     """
     parts = narrowed(plans, part)
-    to_delete = _to_delete(plans, part.force, store) if part.force else []
+    to_delete = _to_delete(plans, part.force, store) if part.force is not None else []
     result = Rerun(parts, to_delete, store, [plan.name for plan in plans], part.force)
     result.check()
     if not (part.only or part.from_step):  # a plan, and `--until`, contain all that their steps read
@@ -134,6 +134,8 @@ def narrowed(plans: list[Plan], part: Part) -> list[Plan]:
         words = " ".join(f"{option} {name}" for option, name in selections.items())
         raise WinnowError(f"{words}: give one of them; --from runs what follows a step too, --until what it needs")
     for option, name in part.options.items():
+        if not name:
+            raise WinnowError(f"{option} '': name a step")
         if not any(matching(plan, name) for plan in plans):
             names = {word for plan in plans for step in plan.steps for word in (step.name, split_round(step.name)[0])}
             recipes = " and ".join(plan.name for plan in plans)

@@ -47,10 +47,10 @@ class StepBody(BaseModel):
     model_config = STRICT
     use: str = Field("", description="the name of a stage")
     like: str | None = Field(None, description="the name of a step")
-    inputs: dict[str, Annotated[str | ChangingInput | None, PlainValidator(_parse_input)]] | None = Field(
-        None, alias="from", description="a mapping of inputs to steps"
+    inputs: dict[str, Annotated[str | ChangingInput | None, PlainValidator(_parse_input)]] = Field(
+        {}, alias="from", description="a mapping of inputs to steps"
     )
-    options: dict[Any, Any] | None = Field(None, alias="with", description="a mapping of options to values")
+    options: dict[str, Any] = Field({}, alias="with", description="a mapping of options to values")
 
 
 class Settings(BaseModel):
@@ -135,7 +135,7 @@ def load_recipe(
     pipeline/config/layers.py says which file outranks which; `like` is resolved by `_with_like`, rounds by `unroll`
     (pipeline/config/rounds.py).
     """
-    layers, notes = read_layers(path, overlays, library)
+    layers, notes, layer_problems = read_layers(path, overlays, library, _layer_problems)
     set_problems: list[str] = []
     problems: list[str] = []
 
@@ -172,12 +172,15 @@ def load_recipe(
         overlaid_steps = {step: body for step, body in _steps(rounds_layers[position - 1]).items() if step in steps}
         overlaid_steps |= {step: None for step in overlay if step in steps and overlay[step] is None}
         problems += [f"{entry}: {line}" for line in _step_problems(overlaid_steps) if line not in step_problems]
+    problems = [line for line in problems if line not in layer_problems]
+    problems += [f"{layer.name}: " * (len(layers) > 1) + line for line, layer in layer_problems.items()]
     if problems:
         raise WinnowError(*set_problems, *problems)
 
     # --set outranks every file and every overlay, and `like` copies what --set has changed.
     rounds = [_steps(of_round) for of_round in rounds_layers]
-    options = [override for override in overrides if override.path]
+    # In the order of the command, but what replaces a function comes before its options.
+    options = sorted((override for override in overrides if override.path), key=Override.position)
     for override in options:
         with _collected(set_problems):
             override.apply(rounds, len(overlaid))
@@ -221,7 +224,9 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
 
     Its rounds say all of each step that they name: what lies over a round's overlay here would lie below it there.
     """
-    layers, _ = read_layers(path, overlays, library)
+    layers, _, problems = read_layers(path, overlays, library, _layer_problems)
+    if problems:
+        raise WinnowError(*problems)
     content = merge_all(layers)
     overlaid = round_overlays(content.get("rounds"))
     if isinstance(content.get("rounds"), list):
@@ -260,6 +265,31 @@ def _collected(problems: list[str]) -> Iterator[None]:
 # Steps.
 
 
+def _layer_problems(layer: Layer) -> list[str]:
+    """Return what is wrong with the types of one layer: settings, rounds, the bodies of steps."""
+    problems = []
+    if layer.is_config and "extends" in layer.content:
+        problems.append("extends: only a recipe extends another; name the recipe in the command")
+    with _collected(problems):
+        settings = {name: layer.content[name] for name in Settings.model_fields if name in layer.content}
+        validated(Settings, settings if settings.get("plugins", True) is not None else settings | {"plugins": []})
+    overlays: list[Any] = []
+    with _collected(problems):
+        overlays = round_overlays(layer.content.get("rounds"))
+    bodies = {str(name): body for name, body in layer.content.items() if name not in NAMES}
+    for prefix, steps in [("", bodies), *((f"rounds, entry {n}: ", item) for n, item in enumerate(overlays, 1))]:
+        for step, body in steps.items() if isinstance(steps, dict) else ():
+            try:
+                if not isinstance(body, dict):
+                    hint = f" ({nearest(step, list(NAMES))})" if isinstance(body, str | int) else ""
+                    raise WinnowError(f"{step}: must be a mapping with use, like, from, with; got {body!r}{hint}")
+                validated(StepBody, body, step, noun="key")
+            except WinnowError as error:
+                # `first` or `then` may be written in another layer
+                problems += [f"{prefix}{line}" for line in error.problems if ": required" not in line]
+    return list(dict.fromkeys(problems))
+
+
 def _step_problems(steps: dict[str, Any]) -> list[str]:
     """Return everything that is wrong with steps as they are written, before any stage is asked."""
     problems, names = [], list(steps)
@@ -276,7 +306,7 @@ def _step_problems(steps: dict[str, Any]) -> list[str]:
             # `first` and `then` are checked here, as a plan without rounds never sees `then`; plain inputs by the plan.
             sources = {
                 f"{step}.from.{name}.{end}": getattr(source, end)
-                for name, source in (body.inputs or {}).items()
+                for name, source in body.inputs.items()
                 if isinstance(source, ChangingInput)
                 for end in ("first", "then")
             }
@@ -330,7 +360,13 @@ class Override:
         if len(names) < 2 and names[0] not in SETTABLE:
             hint = nearest(names[0], list(SETTABLE))
             raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
-        return cls(text, names[0], *split_round(names[0]), tuple(names[1:]), parse(value, f"--set {text}"))
+        content = parse(value, f"--set {text}")
+        if len(names) < 2 and content is None:
+            raise WinnowError(f"--set {text}: {names[0]} must have a value")
+        return cls(text, names[0], *split_round(names[0]), tuple(names[1:]), content)
+
+    def position(self) -> int:
+        return 2 * len(self.path) - self._is_name
 
     @property
     def layer(self) -> Layer:
@@ -341,7 +377,10 @@ class Override:
         return Layer("--set", content, is_config=True, is_own=True)
 
     def apply(self, rounds: list[Steps], count: int) -> None:
-        """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds."""
+        """Change the steps in place; mappings on the way are copied. `count` is 0 where the recipe has no rounds.
+
+        Another `name` is another function, which has none of the options of the one before.
+        """
         names = list(rounds[0])
         if self.step not in names or (self.round is not None and not 1 <= self.round <= count):
             hint = unknown_step_hint(self.name, names, count)
@@ -354,4 +393,10 @@ class Override:
                     raise WinnowError(f"--set {self.text}: {name} is {value!r}, which has no options of its own")
                 parent[name] = {"name": value} if isinstance(value, str) else dict(value or {})  # a function's name
                 parent = parent[name]
+            if self._is_name and parent.get("name") != self.value:
+                parent.clear()
             parent[self.path[-1]] = self.value
+
+    @property
+    def _is_name(self) -> bool:
+        return len(self.path) > 1 and self.path[-1] == "name"

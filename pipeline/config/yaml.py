@@ -1,55 +1,136 @@
-"""YAML of recipes, profiles and --set: read and written."""
+"""YAML of recipes, profiles and --set: read and written, with the scalars of YAML 1.2 (core schema) and text as keys.
+
+PyYAML by itself has those of YAML 1.1, where `on` is true, 010 is 8, 1:30 is 90 and 5e-7 is text.
+"""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from schemas import WinnowError
 
+MAX_DEPTH = 100  # libyaml's own recursion ends the process at some ten thousand
+MAX_NODES = 100_000  # aliases expanded, since merging copies what they stand for
+TAG = "tag:yaml.org,2002:"
+SCALARS = {  # as https://yaml.org/spec/1.2.2/#1032-tag-resolution has them; and `<<`, which merges a mapping
+    "null": (r"~|null|Null|NULL|", "~nN"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "merge": (r"<<", "<"),
+}
+
 
 class _Loader(yaml.CSafeLoader):
-    """Loader with the floats of YAML 1.2 (plain PyYAML reads 5e-7 as a string), and without repeated keys.
+    """Loader that refuses repeated keys, keys that are not text, values that contain themselves, and huge expansions.
 
     libyaml, which every wheel of PyYAML contains, because reading YAML was four fifths of the time of a plan.
     """
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {repeated[0]!r} is written twice")
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012 - none of those of YAML 1.1
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: construct
+        for tag, construct in yaml.CSafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(TAG) in ("str", "seq", "map")
+    }
+
+    def construct_document(self, node: Any) -> Any:
+        _expanded_size(node, {})
+        return super().construct_document(node)
+
+    def construct_number(self, node: Any) -> Any:
+        """Return null, a boolean or a number, also of a tag that is written: `!!int 010` is 10."""
+        kind, text = node.tag.removeprefix(TAG), self.construct_scalar(node)
+        if not re.fullmatch(SCALARS[kind][0], text):
+            raise _error(node, f"{text!r} is no {kind}")
+        match kind:
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+            case _:
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 class _Dumper(yaml.SafeDumper):
     """Dumper that quotes what the loader would read as a number, and writes no aliases: what repeats is repeated."""
 
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$|^[-+]?[0-9]+\.[0-9]*$|^[-+]?\.(inf|Inf)$"),
-        list("-+0123456789."),
-    )
+for _name, (_pattern, _first) in SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, *[""] * (_name == "null")])
+    if _name != "merge":
+        _Loader.add_constructor(TAG + _name, _Loader.construct_number)
+
+
+def _error(node: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of nodes with aliases expanded. Raise YAMLError for what no recipe can contain."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise _error(node, "a value that contains itself")
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # until all that it contains is counted
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (f"{TAG}str", f"{TAG}merge"):
+                written = f" {key.value}" if isinstance(key, yaml.ScalarNode) else ""
+                raise _error(key, f"the key{written} is not text; quote it")
+            if key.value in keys:
+                raise _error(key, f"{key.value!r} is written twice")
+            keys.add(key.value)
+            children.append(value)
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    if sizes[id(node)] > MAX_NODES:
+        raise _error(node, f"more than {MAX_NODES:,} values, those that aliases repeat included")
+    return sizes[id(node)]
 
 
 def parse(text: str, source: str) -> Any:
-    """Return the content of a YAML text. Raise WinnowError that names the source."""
+    """Return the content of a YAML text. Raise WinnowError that names the source, line and column."""
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # in a loop; to compose nodes, libyaml calls itself
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                problem = f"more than {MAX_DEPTH} collections inside each other"
+                raise _error(event, problem)
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
-        raise WinnowError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+    except yaml.reader.ReaderError as error:
+        where, problem = "", f"character {error.position} is {error.character!r}: {error.reason}"
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a number of more digits than Python reads
+        where, problem = "", " ".join(str(error).split())
+    raise WinnowError(f"{source}: not YAML: {where}{problem}")
 
 
 def read_yaml(path: Path, what: str) -> Any:
     """Return the content of a YAML file. Raise WinnowError that says what the file is to the user: a recipe, ..."""
     source = f"{what} {path}"
     try:
-        return parse(path.read_text(encoding="utf-8"), source)
+        return parse(path.read_text(encoding="utf-8-sig"), source)
     except FileNotFoundError:
         raise WinnowError(f"{source}: there is no such file in {path.resolve().parent}") from None
     except IsADirectoryError:

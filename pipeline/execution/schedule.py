@@ -14,7 +14,15 @@ from functools import partial
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.retries import Retries
-from pipeline.execution.tasks import StepSpec, Task, TaskResult, check_not_empty, is_split_by_prompt, step_spec
+from pipeline.execution.tasks import (
+    StepSpec,
+    Task,
+    TaskResult,
+    check_not_empty,
+    is_split_by_prompt,
+    read_rejects,
+    step_spec,
+)
 from pipeline.store.store import Json, StepLock, Store
 from schemas import WinnowError
 
@@ -177,7 +185,12 @@ class Scheduler:
             manifest = running.spec.out.seal(
                 self.record_of(running.step, seconds),
                 running.step.shards,
-                partial(check_not_empty, running.step.name, running.step.options),
+                partial(
+                    check_not_empty,
+                    running.step.name,
+                    running.step.options,
+                    rejects=partial(read_rejects, running.spec.out, running.step.shards),
+                ),
             )
             self.finished.add(key)
             del self.running[key]

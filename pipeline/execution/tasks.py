@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,8 +235,18 @@ def join(spec: StepSpec, shard: int, pieces: list[Task], poison: dict[str, str])
     spec.out.write_part(shard, tables, record | {"inputs": keys})
 
 
-def check_not_empty(name: str, options: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Raise WinnowError for a step with an empty table: a stage that rejects every row has failed."""
+def read_rejects(folder: StepFolder, shards: int) -> pa.Table:
+    """Return the rejected rows of all parts of a step, which need not have its manifest yet."""
+    return pa.concat_tables([folder.read(REJECTS, shard) for shard in range(shards)])
+
+
+def check_not_empty(
+    name: str, options: dict[str, Any], manifest: dict[str, Any], rejects: Callable[[], pa.Table] = REJECTS.empty_table
+) -> None:
+    """Raise WinnowError for a step with an empty table: a stage that rejects every row has failed.
+
+    `rejects` returns the rejected rows: the message has the detail of the first.
+    """
     rows = {table: count for table, count in manifest["rows"].items() if table != "rejects"}
     if manifest["model"] or (all(rows.values()) if manifest["rejects"] else any(rows.values())):
         return
@@ -244,5 +254,7 @@ def check_not_empty(name: str, options: dict[str, Any], manifest: dict[str, Any]
     empty = " and ".join(table for table, count in rows.items() if not count)
     split = f" of split {options['split']}: see `heldout` of the data" if "split" in options else ""
     if reasons:
-        raise WinnowError(f"{name}: every row of {empty} was rejected ({reasons})")
+        details = (detail for detail in rejects()["detail"].to_pylist() if detail)
+        example = f"; of the first: {detail}" if (detail := next(details, "")) else ""
+        raise WinnowError(f"{name}: every row of {empty} was rejected ({reasons}{example})")
     raise WinnowError(f"{name}: {empty} would be empty, because the step's inputs have no rows{split}")

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import Bound, Range, Registry, stage
+from pipeline import Bound, Registry, stage
 from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
 from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, text_by_id
+from stages.options import Seed, SmallCount
 
 gold_reward = Registry("gold reward")
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
@@ -27,8 +28,8 @@ def evaluate(
     *,
     gold: Annotated[Bound, gold_reward] | None = None,
     special_tokens: bool = False,
-    resamples: Annotated[int, Range(gt=0)] = 2000,
-    seed: int = 0,
+    resamples: SmallCount = 2000,
+    seed: Seed = 0,
 ) -> tuple[Outcomes, Evaluations]:
     """Compare a policy with the baseline: per response, whether it wins by proxy and gold, log-ratio and length.
 

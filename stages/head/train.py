@@ -11,16 +11,15 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Bound, Finite, Range, Registry, StageContext, stage
+from pipeline import Bound, Finite, Registry, StageContext, stage
 from schemas import Features, Heads, Metrics, Pairs, Prompts, Rewards, WinnowError, WinnowWarning
 from schemas.tables import METRICS, REWARDS
 from stages.data.rows import column_by_id
 from stages.head.convex import ProgressCallback, draw_gates, loss, recover, solve
 from stages.head.relu import ReluHead, feature_matrix, read_relu_head
+from stages.options import Positive, Seed, SmallCount
 
 head = Registry("head")
-Count = Annotated[int, Range(gt=0)]
-Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 TrainedHead = tuple[ReluHead, dict[str, float]]  # and figures for the metrics
 MAX_LOSS_GAP = 1e-6  # nats that the last layer's loss may be above its minimum
 
@@ -44,15 +43,15 @@ def convex_relu(
     pairs: PairFeatures,
     progress: ProgressCallback,
     *,
-    gates: Count = 20,
+    gates: SmallCount = 20,
     beta: Positive = 1e-2,
     tolerance: Positive = 1e-3,
-    iterations: Count = 3000,
-    rank: Count = 20,
+    iterations: SmallCount = 3000,
+    rank: SmallCount = 20,
     scale: Positive = 2.5,
     margin: Finite = 1.5,
     ridge: Positive = 1e-3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> TrainedHead:
     """Fit a convex two-layer ReLU network to labels 1 and -1, then its last layer to pairs: COALA (arXiv:2605.23244).
 

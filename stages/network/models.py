@@ -14,7 +14,7 @@ from schemas import Model, WinnowError
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
 from stages.model_config import ModelConfig, input_problems
-from stages.options import Count, Precision
+from stages.options import Count, Precision, Seed
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
@@ -266,7 +266,7 @@ def untrained(
     layers: Count = 4,
     heads: Count = 4,
     context: Count = 256,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Model:
     """Make a small Llama with random weights and a byte-level BPE tokenizer trained on columns of `corpus`.
 

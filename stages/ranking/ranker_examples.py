@@ -9,6 +9,7 @@ from schemas import Candidates, Examples, Model, Pairs, Prompts, seed_for
 from schemas.tables import EXAMPLES
 from stages.data.rows import Row, text_by_id
 from stages.limits import context_length
+from stages.options import Seed
 
 
 @stage(version=2)
@@ -20,7 +21,7 @@ def ranker_examples(
     ctx: StageContext,
     *,
     split: Literal["train", "heldout"] = "train",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Examples:
     """Write one group per pair: its texts in an order flipped at random by hash of the pair, and the label token."""
     from stages.ranking.pairwise import RankerPrompt

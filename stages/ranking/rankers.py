@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
 from stages.model_config import input_problems
-from stages.options import Count, Precision, Temperature
+from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import Ranker, Scorer
 
 ranker = Registry("ranker", "reads_model")
@@ -89,14 +89,14 @@ def llm_judge(
     model: Model,
     *,
     template: Annotated[str, AfterValidator(_template)] = QUESTION,
-    votes: Annotated[int, Range(gt=0), AfterValidator(_even)] = 8,
+    votes: Annotated[SmallCount, AfterValidator(_even)] = 8,
     threshold: Annotated[float, Range(ge=0, lt=0.5)] = 0.0,
     max_without_verdict: Annotated[float, Range(ge=0, le=1)] = 0.5,
     temperature: Temperature = 0.7,
     max_tokens: Count = 8,
     engine: Literal["vllm", "transformers"] = "vllm",
     dtype: Precision = "float32",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Ranker:
     """Let an instruction-tuned model vote 8 times, 4 with the order flipped (AutoSxS, as in arXiv:2309.06657).
 
@@ -128,7 +128,7 @@ def pattern(prompt: str, response: str, *, regex: Annotated[str, AfterValidator(
 
 
 @verifiable(version=2)
-def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0)]) -> float:
+def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0, le=10**9)]) -> float:
     """Return minus the distance of the response's length from `words`, in words."""
     return -float(abs(len(response.split()) - words))
 

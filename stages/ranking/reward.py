@@ -9,6 +9,7 @@ from pipeline import Bound, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
+from stages.options import Seed
 from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates
 from stages.ranking.rankers import open_ranker, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -24,7 +25,7 @@ def reward(
     by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
     orders: Literal["one", "both"] = "both",
     special_tokens: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Rewards:
     """Compute r(y) = logit P(y beats y_b), y_b a random candidate of the prompt (sec. 3.2.1 of arXiv:2309.06657).
 

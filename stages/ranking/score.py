@@ -30,7 +30,7 @@ def least_squares(edges: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 @score_method(version=2)
 def bradley_terry(
-    edges: np.ndarray, logits: np.ndarray, *, ridge: Annotated[float, Range(ge=1e-6)] = 1e-2
+    edges: np.ndarray, logits: np.ndarray, *, ridge: Annotated[float, Range(ge=1e-6, lt=float("inf"))] = 1e-2
 ) -> np.ndarray:
     """Maximise the likelihood of soft wins P = s(logit) under P(i beats j) = s(theta_i - theta_j).
 

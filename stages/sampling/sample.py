@@ -16,7 +16,7 @@ from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.model_config import ModelConfig, input_problems, planned_config
-from stages.options import Count, Precision, Temperature
+from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
@@ -28,6 +28,18 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
+    # Also responses for which a model that is known by now has no room.
+    policy = inputs.get("policy")
+    while policy and policy.stage == "optimize":
+        policy = policy.inputs.get("init")  # whose context it keeps
+    if policy and policy.stage in ("model", "untrained") and policy.options:
+        is_folder = policy.stage == "model"
+        length = context_length(policy.options["path"].path) if is_folder else policy.options["context"]
+        if options["max_tokens"] >= length:
+            problems.append(
+                f"max_tokens: {options['max_tokens']:,} leaves no room for a prompt in the policy's context of "
+                f"{length:,} tokens; set max_tokens lower"
+            )
     if "head" not in inputs:
         defaults = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
         changed = [name for name in defaults if name.startswith("steer") and options[name] != defaults[name]]
@@ -61,15 +73,15 @@ def sample(
     split: Literal["train", "heldout"] = "train",
     engine: Literal["vllm", "transformers", "fake"] = "vllm",
     dtype: Precision = "float32",
-    n: Count = 64,
+    n: SmallCount = 64,
     temperature: Temperature = 0.7,
-    top_k: Annotated[int, Range(ge=0)] = 40,
+    top_k: Annotated[int, Range(ge=0, le=10**9)] = 40,
     max_tokens: Count = 128,
     keep_empty: bool = False,
     keep_special: bool = False,
     allow_special: list[str] | None = None,
-    seed: int = 0,
-    steer: Annotated[float, Range(ge=0)] = 2.0,
+    seed: Seed = 0,
+    steer: NotNegative = 2.0,
     steer_top: Count = 15,
     steer_every: Count = 5,
 ) -> Candidates:

@@ -13,10 +13,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Bound, Finite, InputStep, Range, Registry, StageContext, stage
+from pipeline import Bound, Finite, InputStep, Registry, StageContext, stage
 from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
 from stages.data.rows import SMALLEST_WEIGHT, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
+from stages.options import NotNegative
 
 pair_rule = Registry("pair rule", "reads")
 
@@ -94,7 +95,7 @@ def best_vs_worst(rows: list[Row]) -> Iterator[Preference]:
 
 
 @pair_rule(reads="selections")
-def mu_minus_2_sigma(rows: list[Row], *, sigmas: Annotated[float, Range(ge=0)] = 2.0) -> Iterator[Preference]:
+def mu_minus_2_sigma(rows: list[Row], *, sigmas: NotNegative = 2.0) -> Iterator[Preference]:
     """Yield the highest reward against the one nearest to mean - 2 sd, not the very worst (arXiv:2502.16825)."""
     rewards = np.array([row["reward"] for row in rows])
     if len(rows) > 1:

@@ -15,15 +15,15 @@ import numpy as np
 
 from pipeline import Bound, Finite, Range, Registry
 from stages.data.rows import SMALLEST_WEIGHT
+from stages.options import SmallCount
 from stages.selection.groups import Floats, Ints, RewardGroups, temperature
 from stages.selection.normalisers import normaliser
 
 selection_rule = Registry("selection rule")
-Count = Annotated[int, Range(gt=0)]
-Positive = Annotated[float, Range(gt=0)]
-NotNegative = Annotated[float, Range(ge=0)]
+PositiveOrInfinite = Annotated[float, Range(gt=0)]
+NotNegativeOrInfinite = Annotated[float, Range(ge=0)]  # at an infinite temperature all rewards are alike
 # Exactly one of these three must be set, see `_check_temperature`.
-Beta = NotNegative | None
+Beta = NotNegativeOrInfinite | None
 Ess = Annotated[float, Range(gt=1, lt=float("inf"))] | None
 Kl = Annotated[float, Range(gt=0, lt=float("inf"))] | None
 
@@ -54,7 +54,7 @@ def _check_temperature(options: dict[str, Any]) -> list[str]:
 
 @selection_rule(check=_check_temperature)
 def rejection_sample(
-    groups: RewardGroups, *, k: Count = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None
+    groups: RewardGroups, *, k: SmallCount = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None
 ) -> Selection:
     """Select k candidates by Algorithm 1 of arXiv:2309.06657, statistical rejection sampling (all, if fewer).
 
@@ -73,7 +73,9 @@ def rejection_sample(
 
 
 @selection_rule(check=_check_temperature)
-def gumbel_top_k(groups: RewardGroups, *, k: Count = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None) -> Selection:
+def gumbel_top_k(
+    groups: RewardGroups, *, k: SmallCount = 8, beta: Beta = None, ess: Ess = None, kl: Kl = None
+) -> Selection:
     """Select the k largest r / beta + Gumbel noise: draws without replacement, each in proportion to exp(r / beta).
 
     Unlike Algorithm 1 it does not favour the estimated maximum. beta = 0 and infinity are exact.
@@ -88,7 +90,7 @@ def gumbel_top_k(groups: RewardGroups, *, k: Count = 8, beta: Beta = None, ess: 
 
 
 @selection_rule(version=2, right_only=True)
-def best_of(groups: RewardGroups, *, k: Count = 1) -> Selection:
+def best_of(groups: RewardGroups, *, k: SmallCount = 1) -> Selection:
     """Select the k best, best first; ties at random. Where rewards are labels, only right ones: the best may be wrong.
 
     A prompt without a right one is rejected.
@@ -98,7 +100,7 @@ def best_of(groups: RewardGroups, *, k: Count = 1) -> Selection:
 
 
 @selection_rule()
-def plain(groups: RewardGroups, *, k: Count = 8) -> Selection:
+def plain(groups: RewardGroups, *, k: SmallCount = 8) -> Selection:
     """Select any k, in random order: samples of the policy that drew the candidates."""
     limit = rejection_sample(groups, k=k, beta=np.inf)
     return Selection(limit.index, limit.draw)
@@ -135,7 +137,7 @@ def softmax_weights(
     ess: Ess = None,
     kl: Kl = None,
     normaliser: Annotated[Bound, normaliser] = "empirical",  # type: ignore[assignment]
-    clip: Positive = float("inf"),
+    clip: PositiveOrInfinite = float("inf"),
 ) -> Selection:
     """Select all candidates with the weight exp(r / beta) / Z, at most `clip`; drop weights that are 0 in float32.
 
@@ -154,7 +156,7 @@ def softmax_weights(
 
 
 @selection_rule(version=3, weighs=True, needs_spread=True)
-def advantage_weights(groups: RewardGroups, *, beta: Positive, clip: Positive = 20.0) -> Selection:
+def advantage_weights(groups: RewardGroups, *, beta: PositiveOrInfinite, clip: PositiveOrInfinite = 20.0) -> Selection:
     """Select all candidates with the weight min(clip, exp((r - mean) / beta)): AWR, arXiv:1910.00177."""
     betas = np.full(len(groups.sizes), beta)
     with np.errstate(over="ignore"):
@@ -165,7 +167,7 @@ def advantage_weights(groups: RewardGroups, *, beta: Positive, clip: Positive = 
 
 
 @selection_rule(version=3, weighs=True, needs_spread=True)
-def chi_square(groups: RewardGroups, *, beta: NotNegative) -> Selection:
+def chi_square(groups: RewardGroups, *, beta: NotNegativeOrInfinite) -> Selection:
     """Select positive weights max(r - lambda, 0) / beta, with lambda such that their mean is 1 per prompt.
 
     The optimum under chi-square regularisation, which trusts high rewards less than exp does (arXiv:2503.21878).

@@ -12,6 +12,7 @@ from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Rewards, Selections, WinnowError, seed_for
 from schemas.tables import SELECTIONS
 from stages.data.rows import ALL_WRONG
+from stages.options import Seed
 from stages.selection.groups import RewardGroups
 from stages.selection.rules import Selection, selection_rule
 from stages.selection.scales import reward_scale
@@ -42,7 +43,7 @@ def select(
     rule: Annotated[Bound, selection_rule],
     scale: Annotated[Bound, reward_scale] = "raw",  # type: ignore[assignment]
     finished: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Selections:
     """Select some of each prompt's candidates, or all with weights, by a rule that reads the rewards on a scale.
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 
 from pipeline import Range, Registry
+from stages.options import Count
 
 mix = Registry("mix", "uses_losses")
 COIN = 2  # beside the terms' 0 and 1, so that coins and batches are drawn from different streams
@@ -50,7 +51,7 @@ def alright(state: MixState, *, weight: UnitInterval = 0.5) -> float:
 
 
 @mix(uses_losses=True, measure_every="refresh")
-def maxright(state: MixState, *, weight: UnitInterval = 0.5, refresh: Annotated[int, Range(gt=0)] = 20) -> float:
+def maxright(state: MixState, *, weight: UnitInterval = 0.5, refresh: Count = 20) -> float:
     """Take the objective with the larger weighted excess loss; imitation on a tie.
 
     A loss is that of the last step that took the term; every `refresh` steps the one not taken is measured again,

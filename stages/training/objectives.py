@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pipeline import Range, Registry
+from stages.options import NotNegative, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 objective = Registry("objective", "reads", "per")
-Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
-NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline import EXECUTION, Bound, Range, StageContext, stage
 from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
-from stages.options import Precision, Rounding
+from stages.options import Count, NotNegative, Positive, Precision, Rounding, Seed, SmallCount
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, record_agreement
 from stages.training.checks import LIKELIHOOD, check_optimize
 from stages.training.config import SPEED, TermData, TrainConfig
@@ -18,7 +18,6 @@ from stages.training.mixing import UnitInterval
 from stages.training.mixing import mix as mixes
 from stages.training.objectives import objective as objectives
 
-Positive = Annotated[int, Range(gt=0)]
 LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
@@ -34,30 +33,30 @@ def optimize(
     imitation_optimum: Metrics | None = None,
     *,
     objective: Annotated[Bound, objectives],
-    nll_weight: Annotated[float, Range(ge=0)] = 0.0,
+    nll_weight: NotNegative = 0.0,
     nll_per: Literal["token", "response"] = "token",
     mix: Annotated[Bound, mixes] | None = None,
     reference: Literal["init", "other"] = "init",
-    learning_rate: Annotated[float, Range(gt=0)],
+    learning_rate: Positive,
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear",
     warmup_ratio: UnitInterval = 0.1,
-    batch_size: Positive = 32,
-    epochs: Positive = 1,
-    max_grad_norm: Annotated[float, Range(gt=0)] = 1.0,
-    weight_decay: Annotated[float, Range(ge=0)] = 0.0,
+    batch_size: SmallCount = 32,
+    epochs: SmallCount = 1,
+    max_grad_norm: Annotated[float, Range(gt=0)] = 1.0,  # infinite: no limit
+    weight_decay: NotNegative = 0.0,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    lora_r: Annotated[int, Range(ge=0)] = 0,
-    lora_alpha: Annotated[float, Range(gt=0)] | None = None,
+    lora_r: Annotated[int, Range(ge=0, le=10**6)] = 0,
+    lora_alpha: Positive | None = None,
     lora_target_modules: list[str] = [],  # noqa: B006 - read, never written
-    engine_tolerance: Annotated[float, Range(gt=0), EXECUTION] = 1.0,
+    engine_tolerance: Annotated[Positive, EXECUTION] = 1.0,
     merge_lora: bool = False,
     save_dtype: Precision = "float32",
     save_rounding: Rounding = "nearest",
-    tokens_per_pass: Annotated[int, Range(gt=0), EXECUTION] = 8192,
+    tokens_per_pass: Annotated[Count, EXECUTION] = 8192,
     gradient_checkpointing: Annotated[bool, EXECUTION] = False,
-    world_size: Annotated[int, Range(gt=0), EXECUTION] = 1,
-    checkpoint_every: Annotated[int, Range(gt=0), EXECUTION] = 100,
-    seed: int = 0,
+    world_size: Annotated[SmallCount, EXECUTION] = 1,
+    checkpoint_every: Annotated[Count, EXECUTION] = 100,
+    seed: Seed = 0,
 ) -> tuple[Model, Policies, Metrics, Speeds]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 

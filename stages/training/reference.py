@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import EXECUTION, Range, StageContext, stage
+from pipeline import EXECUTION, StageContext, stage
 from schemas import Candidates, Model, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import REFERENCE
 from stages.data.rows import column_by_id
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 from stages.model_config import input_problems
+from stages.options import Positive
 from stages.training.agreement import check_agreement, drawn, record_agreement
 
 
@@ -26,7 +27,7 @@ def reference(
     mismatched: Candidates | None = None,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    engine_tolerance: Annotated[float, Range(gt=0), EXECUTION] = 1.0,
+    engine_tolerance: Annotated[Positive, EXECUTION] = 1.0,
 ) -> Reference:
     """Score every candidate (or the selected ones) with the trainer's own forward pass: fp32 sums and token counts.
 

@@ -77,7 +77,7 @@ def test_an_unknown_recipe_in_a_process_of_its_own(tmp_path: Path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     text = done.stdout + done.stderr
     assert done.returncode == 2
-    assert "unknown recipe 'rrfh'; did you mean 'rrhf'?" in text
+    assert "unknown recipe 'rrfh', and no YAML file; did you mean 'rrhf'?" in text
     assert "Traceback" not in text
     assert list(tmp_path.iterdir()) == []
 
@@ -96,6 +96,14 @@ MISTAKES = [
     ("plan rso --set prompts.path=gone.jsonl", ["prompts.path: no such file", "gone.jsonl"]),
     ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
+    ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
+    ("plan rso --set sample.max_tokens=100000", ["sample: max_tokens: 100,000", "context"]),
+    ("run rso --until=", ["--until '': name a step"]),
+    ("run rso --only=", ["--only '': name a step"]),
+    ("run rso --force=", ["--force '': name a step"]),
+    ("plan rso rso", ["rso: both would be run 'rso'"]),
+    ("plan rso --set optimize.lr=1", ["optimize.lr: unknown option; it is called 'learning_rate' now"]),
+    ("plan rso --set optimize.recompute=1", ["it is called 'gradient_checkpointing' now"]),
     ("run rso --until evaluat", ["--until evaluat: no step 'evaluat' in rso", "did you mean 'evaluate'?"]),
     ("run rso --until sample --from pair", ["--until sample --from pair: give one of them"]),
 ]

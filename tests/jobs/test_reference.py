@@ -1,13 +1,18 @@
 """Reference of recipes, stages and options: what `winnow recipes` and `winnow options` print, and the READMEs."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+import pytest
+
 from jobs.recipes import names
-from jobs.reference import describe_type, recipe_table, stage_table
+from jobs.reference import describe_type, recipe_table, registries, stage_table
 from pipeline import Bound, Finite, Range
+from pipeline.stage import stages
+from schemas import WinnowError
 from stages.selection.rules import selection_rule
 
 
@@ -55,3 +60,36 @@ def test_the_commands(winnow):
     code, text = winnow("options", "rejection_sampel")
     assert code == 2
     assert "did you mean 'rejection_sample'?" in text
+
+
+def test_every_number_of_an_option_has_bounds():
+    """What numpy, numba or torch would refuse after hours is refused when the plan is made. A temperature and a limit
+    may be infinite."""
+    infinite = {"beta", "clip", "max_grad_norm"}
+    entries = [*stages.entries.values(), *(entry for kind in registries().values() for entry in kind.entries.values())]
+    unbounded = []
+    for entry in entries:
+        for name, field in entry.options.model_fields.items():
+            words = describe_type(field.annotation, tuple(field.metadata)).split()
+            values = [10**23, -1] if "int" in words else [math.nan, *[math.inf] * (name not in infinite)]
+            for value in values if {"int", "float"} & {*words} and "mapping" not in words else []:
+                with pytest.raises(WinnowError) as caught:
+                    entry.validate({name: value}, "")
+                if not any(problem.startswith(f"{name}: ") for problem in caught.value.problems):
+                    unbounded.append((entry.name, name, value))
+    assert unbounded == []
+
+
+def test_options_of_a_kind_of_function_lists_its_functions(winnow):
+    """By the kind, and by the registry's name in code; an unknown name lists all names once, by kind."""
+    for word, function in [
+        ("objective", "nll"),
+        ("preference_reader", "hh"),
+        ("reader", "hh"),
+        ("pair_rule", "matches"),
+    ]:
+        code, text = winnow("options", word)
+        assert (code, function in text.split()) == (0, True), word
+    code, text = winnow("options", "zzzz")
+    assert (code, text.count("bradley_terry")) == (2, 2), "a score method, and an alias of an objective"
+    assert "score method: bradley_terry, least_squares" in text

@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-def sql(store: Store, *words: object, typed: str | None = None) -> tuple[int, str]:
+def sql(store: Store, *words: object, typed: str | bytes | None = None) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["sql", *map(str, words), "--store", str(store.root)], input=typed)
     return (2, str(done.exception)) if done.exception and not done.output else (done.exit_code, done.output)
 
@@ -48,7 +48,8 @@ ROWS = "SELECT reward, candidate_id, [1, NULL] AS ids, components FROM rewards O
 def test_every_format_has_the_same_rows_in_a_file(store: Store, tmp_path: Path):
     files = {form: tmp_path / f"answer.{form}" for form in ("table", "csv", "json", "parquet")}
     for form, file in files.items():
-        assert sql(store, ROWS, "--format", form, "--out", file) == (0, "")
+        code, text = sql(store, ROWS, "--format", form, "--out", file)
+        assert (code, text.split()) == (0, ["wrote", str(file)])
     expected = [dict(reward=r, candidate_id=c, ids=[1, None], components=None) for r, c in ((0.5, "c0"), (1.5, "c1"))]
     assert pq.read_table(files["parquet"]).to_pylist() == expected
     assert [json.loads(line) for line in files["json"].read_text().splitlines()] == expected
@@ -65,11 +66,15 @@ def test_a_failure_leaves_no_file_and_keeps_an_old_one(store: Store, tmp_path: P
         code, text = sql(store, statement, "--format", "parquet", "--out", tmp_path / "answer")
         assert code == 2, text
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
-    assert "is not a file" in sql(store, "SELECT 1", "--out", tmp_path)[1]
-    assert "is not a file" in sql(store, "SELECT 1", "--out", "/dev/null")[1]
-    assert sql(store, "SELECT 7 AS n", "--out", tmp_path / "n.csv") == (0, "")
-    assert (tmp_path / "n.csv").read_text() == "n\n7\n", "as the name ends"
-    assert "no such folder" in sql(store, "SELECT 1", "--out", tmp_path / "no" / "answer")[1]
+    assert "is not a file" in sql(store, "SELECT 1", "--format", "csv", "--out", tmp_path)[1]
+    assert "is not a file" in sql(store, "SELECT 1", "--format", "csv", "--out", "/dev/null")[1]
+    for name in ("n.csv", "n.CSV"):
+        assert sql(store, "SELECT 7 AS n", "--out", tmp_path / name)[0] == 0
+        assert (tmp_path / name).read_text() == "n\n7\n", "as the name ends"
+    for name in ("n.foo", "n"):
+        code, text = sql(store, "SELECT 7 AS n", "--out", tmp_path / name)
+        assert (code, ".parquet" in text, "--format" in text, (tmp_path / name).exists()) == (2, True, True, False)
+    assert "no such folder" in sql(store, "SELECT 1", "--out", tmp_path / "no" / "n.csv")[1]
     assert "add --out FILE" in sql(store, "SELECT 1", "--format", "parquet")[1]
 
 
@@ -115,6 +120,24 @@ def test_statements_end_by_a_semicolon_that_is_not_in_quotes():
     assert split("leaderboard\n") == (["leaderboard\n"], "")
     assert split(".tables rewards\n") == ([".tables rewards\n"], "")
     assert split(" \n-- nothing; at all\n")[1] == ""
+    assert split("SELECT $$a;b$$; SELECT 'é'; SELECT $t$;") == (["SELECT $$a;b$$;", " SELECT 'é';"], " SELECT $t$;")
+    assert split("SELECT E'a\\';b'; /* c */\n") == (["SELECT E'a\\';b';"], "")
+    assert split("/* a;\n") == ([], "/* a;\n")
+    assert [split(f"{word}\n")[0] for word in ("quit", ".quit;", "EXIT;", ".q")] != [[]] * 4
+
+
+def test_a_pipe_that_is_no_text_ends_with_its_line(store: Store):
+    """Bytes that are not UTF-8, and characters that no statement has, are errors of one line; a byte order mark is
+    not read; each word that ends other shells ends this one."""
+    for typed, words in (
+        (b"\n\xff\xfe;\n", "line 2 of the input is not UTF-8"),
+        (b"SELECT \0;\n", "\\0"),
+    ):
+        code, text = sql(store, typed=typed)
+        assert (code, words in text, "Traceback" in text) == (2, True, False)
+    assert sql(store, "--format", "csv", typed=b"\xef\xbb\xbfSELECT 1 AS a;\n") == (0, "a\n1\n")
+    for word in (".quit;", "quit", "exit;"):
+        assert sql(store, typed=f"{word}\nSELECT nothing;") == (0, ""), word
 
 
 def test_statements_from_a_pipe(store: Store):

@@ -46,7 +46,7 @@ def _no_ray_variables(monkeypatch, tmp_path):
 # The bundle
 
 
-values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.dates()
+values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 contents = st.recursive(values, lambda item: st.lists(item) | st.dictionaries(st.text(), item), max_leaves=8)
 
 

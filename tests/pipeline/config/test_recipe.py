@@ -272,6 +272,35 @@ def test_unpaired_labels_train_in_one_line(tmp_path: Path, winnow):
 
 
 @pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("extends: method", ["extends: only a recipe extends"]),
+        ("extends: 3", ["extends: only a recipe extends"]),
+        ("recipes: {method: {extends: base}}", ["extends: only a recipe extends"]),
+        ("a: {from: c}", ["a.from", "mapping of inputs", "'c'"]),
+        ("a: {from: [c]}", ["a.from", "mapping of inputs", "['c']"]),
+        ("a: {from: {i: 3}}", ["a.from.i", "name of a step", "3"]),
+        ("a: {with: [n]}", ["a.with", "mapping of options"]),
+        ("a: {with: }", ["a.with", "mapping of options", "None"]),
+        ("a:", ["a: must be a mapping", "None"]),
+        ("a: []", ["a: must be a mapping", "[]"]),
+        ("shards: null", ["shards", "integer", "None"]),
+        ("about: 3", ["about", "string", "3"]),
+        ("rounds: many", ["rounds", "'many'"]),
+        ("rounds: [{a: {from: c}}]", ["rounds, entry 1: a.from", "'c'"]),
+        ("plugins: good.py", ["plugins", "list", "'good.py'"]),
+    ],
+)
+def test_a_mistake_in_one_layer_is_seen_also_where_another_one_lies_over_it(
+    tmp_path: Path, config: str, words: list[str]
+):
+    for own in ("", "shards: 2\nabout: mine\na: {from: {i: c}, with: {n: 1}}"):
+        with pytest.raises(WinnowError) as caught:
+            layered(tmp_path, config, own=own)
+        assert [word for word in (*words, "my.yaml") if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
     ("links", "words"),
     [
         ({"own": "a", "a": "b", "b": "c", "c": ""}, "own -> a -> b -> c is more than 3 files; extend b instead"),
@@ -296,16 +325,54 @@ def test_null_removes_an_input(data_dir: Path):
     assert set(rso) == {*dpo, "selections"} == {"prompts", "candidates", "policy", "selections"}
 
 
-def test_numbers_read_as_yaml_1_2_has_them(tmp_path: Path):
-    """Plain PyYAML reads 5e-7 as text; in a recipe and in --set it is a number. What is no float stays what it is."""
-    floats = {"5e-7": 5e-7, "1E3": 1000.0, "-2.5e+2": -250.0, ".5": 0.5, "3.": 3.0, ".inf": math.inf,
-              "-.inf": -math.inf, "1.0e-2": 0.01, "+4e1": 40.0}  # fmt: skip
-    for text, value in floats.items():
-        values = options(load(tmp_path, f"a: {{with: {{learning_rate: {text}}}}}", f"a.again={text}"), "a")
-        assert values == {"learning_rate": value, "again": value}
-        assert all(type(number) is float for number in values.values())
-    for text in ("1e", "e5", "1.2.3", "5", "v1e3", "'1e3'"):
-        assert type(options(load(tmp_path, f"a: {{with: {{x: {text}}}}}"), "a")["x"]) is not float
+def test_scalars_are_those_of_yaml_1_2(tmp_path: Path):
+    """PyYAML has those of 1.1, where 010 is 8 and 5e-7 is text; what is written is read as it was."""
+    values = {"5e-7": 5e-7, "1E3": 1000.0, "-2.5e+2": -250.0, ".5": 0.5, "3.": 3.0, ".inf": math.inf,
+              "-.inf": -math.inf, "1.0e-2": 0.01, "+4e1": 40.0, "5": 5, "010": 10, "0o17": 15, "0x1F": 31, "-7": -7,
+              "!!int 010": 10, "true": True, "False": False, "null": None, "~": None} | {text: text for text in (
+              "1e", "e5", "1.2.3", "v1e3", "1:30", "on", "yes", "No", "1_000", "0b1", "2026-02-31", "=")}  # fmt: skip
+    for text, value in values.items():
+        read = options(load(tmp_path, f"a: {{with: {{x: {text}}}}}", f"a.y={text}"), "a")
+        assert read == {"x": value, "y": value}
+        assert [type(item) for item in read.values()] == [type(value)] * 2
+        assert parse(dump(read), "dump") == read
+    for text in ("5e-7", "010", "null", "true", "0o17", "<<", ".nan"):
+        assert parse(dump({"a": text}), "dump") == {"a": text}
+
+
+LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("b: 1\na: &a {b: *a}", ["line 2", "contains itself"]),
+        ("b: &a [*a]", ["line 1", "contains itself"]),
+        ("a: " + "[" * 3000, ["line 1", "100"]),
+        ("a: " + "[" * 100_000, ["line 1", "100"]),
+        (LAUGHS, ["line 6", "100,000"]),
+        ("{[]: 1, []: 2}", ["line 1", "key"]),
+        ("a: !!map [1]", ["line 1", "mapping"]),
+        ("a: !!bool maybe", ["line 1", "'maybe'"]),
+        ("a: !!set {b}", ["line 1", "set"]),
+        ("a: 1\n3: {}", ["line 2", "key 3", "quote"]),
+        ("null: {}", ["line 1", "key null", "quote"]),
+        ("true: {}", ["line 1", "key true", "quote"]),
+        ("a: {}\nb: {}\na: {}", ["line 3", "'a'", "twice"]),
+        ("a: \x1b", ["character 3", "not allowed"]),
+        ("a: [1", ["line 2", "expected"]),
+    ],
+)
+def test_yaml_that_no_recipe_can_contain_is_refused_in_one_line(tmp_path: Path, text: str, words: list[str]):
+    with pytest.raises(WinnowError) as caught:
+        load(tmp_path, text)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"recipe {tmp_path / 'recipe.yaml'}: not YAML: ")
+    assert [word for word in words if word not in problem] == []
+    assert "\n" not in problem
+    assert "unicode string" not in problem
 
 
 def test_dot_slash_is_beside_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -327,6 +394,23 @@ def test_the_same_recipe_makes_the_same_plan_from_any_folder(data_dir: Path, mon
 
 
 # --set.
+
+
+def test_another_name_in_set_is_a_new_function(tmp_path: Path):
+    """As in YAML: options of the one before do not apply. Options of --set do, whatever the order of the command."""
+    text = "a: {with: {f: {name: hinge, delta: 1.0}, g: nll}}"
+    for sets, expected in [
+        (["a.f.name=plain"], {"name": "plain"}),
+        (["a.f.name=hinge"], {"name": "hinge", "delta": 1.0}),
+        (["a.f.k=4", "a.f.name=plain"], {"name": "plain", "k": 4}),
+        (["a.f.k=4", "a.f=plain"], {"name": "plain", "k": 4}),
+    ]:
+        assert options(load(tmp_path, text, *sets), "a")["f"] == expected, sets
+    assert options(load(tmp_path, text, "a.name=x"), "a") == {
+        "f": {"name": "hinge", "delta": 1.0},
+        "g": "nll",
+        "name": "x",
+    }
 
 
 def test_set_reaches_into_nested_options_and_opens_a_function_given_by_name(tmp_path: Path):
@@ -352,12 +436,14 @@ def test_set_reaches_into_nested_options_and_opens_a_function_given_by_name(tmp_
         ("sharsd=4", ["--set sharsd=4", "did you mean 'shards'?"]),
         ("extends=x", ["--set extends=x", "known: about, rounds, shards, target"]),
         ("a.=1", ["--set a.=1", "step.option=value"]),
+        ("shards=null", ["--set shards=null", "shards must have a value"]),
+        ("target=", ["--set target=", "target must have a value"]),
+        ("rounds=~", ["--set rounds=~", "rounds must have a value"]),
         (".k=1", ["--set .k=1", "step.option=value"]),
         ("selct.k=1", ["--set selct.k=1", "unknown step 'selct'", "did you mean 'select'?"]),
         ("select.k=[", ["--set select.k=[", "not YAML"]),
         ("select.k={a: 1, a: 2}", ["--set select.k=", "'a' is written twice"]),
         ("select.k.x=1", ["--set select.k.x=1", "k is 8"]),
-        ("select.when=2026-02-31", ["--set select.when=2026-02-31"]),
     ],
 )
 def test_a_senseless_override_is_refused(tmp_path: Path, assignment: str, words: list[str]):
@@ -460,5 +546,5 @@ def test_mistakes_of_several_recipes_come_together(tmp_path: Path):
     with pytest.raises(WinnowError) as caught:
         recipes.plans([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [], [])
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [str(tmp_path / f"{n}.yaml") for n in "ab"]
-    with pytest.raises(WinnowError, match="unknown recipe 'raff'; did you mean 'raft'"):
+    with pytest.raises(WinnowError, match="unknown recipe 'raff', and no YAML file; did you mean 'raft'"):
         recipes.recipe_path("raff")
