@@ -238,7 +238,8 @@ def _stage_problems(
         if not item.optional and item.name not in sources
     ]
     if options is not None:
-        problems += [f"{name}: {problem}" for problem in signature.check(options, inputs)]
+        with entries[name].failures():
+            problems += [f"{name}: {problem}" for problem in signature.check(options, inputs)]
     return problems
 
 

@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pipeline import Bound, Registry
+from schemas import WinnowError
 from schemas.ids import Message
 from stages.data.rows import Row
 from stages.data.texts import Prompt, as_prompt, messages_of, number_of, prompt_of, reply_of, text_of
 
-preference_reader = Registry("reader", "columns")
+preference_reader = Registry("reader", "row", columns=tuple[str, ...], together=NotRequired[str])
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ASSISTANT = "\n\nAssistant:"
@@ -176,7 +177,33 @@ def helpsteer3(row: Row) -> PreferencePair:
 
 def columns_of(reader: Bound) -> list[str]:
     """Return the columns that a reader needs with its options."""
-    return [name.format(**reader.options) for name in reader.metadata["columns"]]
+    try:
+        return [name.format(**reader.options) for name in reader.metadata["columns"]]
+    except (LookupError, ValueError):
+        raise WinnowError(
+            f"{reader.entry.location()}: its decorator sets columns={reader.metadata['columns']!r}, in which braces "
+            f"must hold an option; its options are {', '.join(reader.options) or 'none'}"
+        ) from None
+
+
+def read_pair(reader: Bound, rows: list[Row]) -> PreferencePair:
+    """Return the pair that a reader makes of its rows; raise ValueError with the reason to reject them.
+
+    That is the reader's own, what else a reader of a plugin raises, or what is wrong with its pair.
+    """
+    try:
+        pair = reader(*rows)
+    except WinnowError as error:
+        reason = error.__cause__
+        raise (reason if isinstance(reason, ValueError) else error) from None
+    if not isinstance(pair, PreferencePair):
+        raise reader.wrong_result(pair, "a PreferencePair")
+    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
+    texts |= {} if pair.plain is None else {"plain": pair.plain}
+    for name in texts:
+        text_of(texts, name)
+    prompt_of({"prompt": pair.prompt}, "prompt")
+    return pair
 
 
 def couple_neighbours(rows: Iterator[tuple[str, Row]], column: str) -> Iterator[tuple[str, list[Row]]]:

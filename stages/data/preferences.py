@@ -8,7 +8,7 @@ from pipeline import Bound, DataPath, StageContext, stage
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_source
-from stages.data.formats import columns_of, preference_reader
+from stages.data.formats import columns_of, preference_reader, read_pair
 from stages.data.prompts import DataTables
 from stages.data.rows import Row
 from stages.options import Count, HeldoutShare
@@ -37,7 +37,7 @@ def preferences(
     pairs: list[Row] = []
     for location, rows in DataSource(path, dataset, revision, subset, dataset_split).reader_rows(ctx, reader):
         try:
-            pair = reader(*rows)
+            pair = read_pair(reader, rows)
             prompt = data.add_prompt(pair.prompt, pair.plain)
             chosen, rejected = (
                 data.add_response(prompt, text, plain=pair.plain is not None) for text in (pair.chosen, pair.rejected)

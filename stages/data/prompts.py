@@ -10,7 +10,7 @@ from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Model, Prompts, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.files import DataSource, check_source
-from stages.data.formats import columns_of, preference_reader
+from stages.data.formats import columns_of, preference_reader, read_pair
 from stages.data.rows import Row, imported_candidate
 from stages.data.texts import Prompt, prompt_of, reply_of
 from stages.limits import context_length
@@ -65,7 +65,7 @@ def prompts(
                 content, plain = prompt_of(rows[0], prompt), None
                 response = reply_of(rows[0], demonstration, content) if demonstration else None
             else:
-                pair = reader(*rows)
+                pair = read_pair(reader, rows)
                 content, plain = pair.prompt, pair.plain
                 response = pair.chosen if demonstration else None
 

@@ -1,7 +1,6 @@
 """Stage `select`: keep the candidates that follow the estimated optimal policy, or weight them by it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,15 +11,16 @@ from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Rewards, Selections, seed_for
 from schemas.tables import SELECTIONS
 from stages.selection.groups import RewardGroups
-from stages.selection.rules import Selection, selection_rule
-from stages.selection.scales import reward_scale
+from stages.selection.rules import check_selection, selection_rule
+from stages.selection.scales import reward_scale, scaled
 
 MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
-    return rule.metadata["check"](rule.options) if "check" in rule.metadata else []
+    with rule.entry.failures():
+        return rule.metadata["check"](rule.options) if "check" in rule.metadata else []
 
 
 @stage(version=2, check=_check_rule)
@@ -75,7 +75,8 @@ def select(
         return SELECTIONS.empty_table()
 
     # Apply the rule to the scaled rewards; reject prompts of which it selects nothing.
-    selection: Selection = rule(replace(groups, values=scale(groups)))
+    groups = scaled(scale, groups)
+    selection = check_selection(rule, rule(groups), groups)
     prompt_of_row = groups.broadcast(np.arange(len(prompts)))[selection.index]
     for prompt in np.delete(prompts, prompt_of_row):
         ctx.reject(selection.empty_reason, place=rule.name, prompt=prompt)

@@ -17,7 +17,8 @@ from pipeline import Range, Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-objective = Registry("objective", "reads", "per")
+Field = Literal["length", "weight", "ref", "label", "desirable", "kl"]
+objective = Registry("objective", "batch", reads=tuple[Field, ...], per=Literal["pairs", "rows", "likelihood"])
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 
