@@ -215,9 +215,12 @@ class Bound:
 
     def wrong_result(self, result: Any, expected: str, of: str = "") -> WinnowError:
         """Return the error that the function returned, `of` some argument, something else than it must return."""
-        text = " ".join(repr(result).split())
-        shown = text if len(text) <= 80 else f"{text[:77]}..."
-        return WinnowError(f"{self.entry.location()}: must return {expected}; got {shown}{of and f' for {of}'}")
+        if hasattr(result, "dtype") and hasattr(result, "__len__"):  # an array or a tensor, of any size
+            text = f"{type(result).__name__} of {result.dtype} and shape {list(result.shape)}"
+        else:
+            text = " ".join(repr(result).split())
+        text = text if len(text) <= 80 else f"{text[:77]}..."
+        return WinnowError(f"{self.entry.location()}: must return {expected}; got {text}{of and f' for {of}'}")
 
     def __hash__(self) -> int:
         return hash(str(self))  # the options are a dict; equal name and equal options are one value

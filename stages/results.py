@@ -42,9 +42,7 @@ def floats(
     except (TypeError, ValueError):  # rows of several lengths, a tensor on another device
         raise function.wrong_result(value, expected) from None
     if array.dtype.kind not in NUMBERS or array.shape != shape:
-        raise function.wrong_result(
-            value if array.ndim == 0 else f"{array.dtype} of shape {list(array.shape)}", expected
-        )
+        raise function.wrong_result(array if array.ndim else value, expected)
     array = array.astype(np.float64, copy=False)
     if finite and not np.isfinite(array).all():
         raise function.wrong_result(array[~np.isfinite(array)][0], expected)

@@ -233,6 +233,12 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     return content | ({"plugins": plugins} if plugins else {})
 
 
+def plugin_files(path: Path) -> list[Path]:
+    """Return the plugins that one config or recipe lists, without those of what it extends."""
+    listed = validated(Settings, {"plugins": _read_file(path, "--config").get("plugins", [])})
+    return [Path(file) for file in listed.plugins]
+
+
 def _read_file(path: Path, what: str) -> dict[str, Any]:
     content = read_yaml(path, what)
     if not isinstance(content, dict):

@@ -199,9 +199,7 @@ def pair(
         for chosen_id, rejected_id, gap, weight in preferences:
             responses = candidate_by_id[chosen_id], candidate_by_id[rejected_id]
             reason = None
-            if (chosen_id, rejected_id) in paired:
-                reason = "the same pair again"
-            elif gap == 0:
+            if gap == 0:
                 reason = "tie"
             elif responses[0]["token_ids"] == responses[1]["token_ids"]:
                 reason = "identical responses"
@@ -211,6 +209,8 @@ def pair(
                 reason = "cut at max_tokens"
             elif weight <= SMALLEST_WEIGHT:  # 0 in float32
                 reason = "weight 0"
+            elif (chosen_id, rejected_id) in paired:
+                reason = "the same pair again"
             if reason:
                 ctx.reject(reason, place=rule.name, prompt=prompt, candidate=chosen_id, detail=rejected_id)
                 continue

@@ -112,22 +112,20 @@ class ObjectiveTerm:
             kl=kl,
         )
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Return the objective's losses of a batch, [P] or [N]; raise WinnowError for anything else that it returns.
+    def checked(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return what the objective returned for a batch; raise WinnowError unless it is one loss per pair, or per row.
 
-        Of another shape, a loss would be broadcast against the weights of pairs, or divided by the wrong count.
+        Another shape would be broadcast against the weights of pairs, or divided by the wrong count.
         """
-        losses = self.objective(batch)
-        axis, shape = (
-            ("pair", batch.chosen.shape) if self.objective.metadata["per"] == "pairs" else ("row", batch.logp.shape)
-        )
+        axis = "pair" if self.objective.metadata["per"] == "pairs" else "row"
+        shape = batch.chosen.shape if axis == "pair" else batch.logp.shape
         expected = f"a tensor of floats of shape {list(shape)}, one per {axis}"
         if not isinstance(losses, Tensor):
             raise self.objective.wrong_result(losses, expected)
         if losses.shape != shape or not losses.is_floating_point():
-            raise self.objective.wrong_result(f"{losses.dtype} of shape {list(losses.shape)}", expected)
+            raise self.objective.wrong_result(losses, expected)
         if torch.is_grad_enabled() and batch.logp.requires_grad and not losses.requires_grad:
-            raise self.objective.wrong_result("a tensor without gradient", f"{expected}, with the gradient of `logp`")
+            raise self.objective.wrong_result(losses, f"{expected}, with the gradient of `logp`")
         return losses
 
     def _loss(
@@ -141,7 +139,7 @@ class ObjectiveTerm:
     ) -> Tensor:
         """Return the groups' summed loss over the count of the whole step, so that accumulation changes nothing."""
         batch, per = self.objective_batch(groups, logp, kl), self.objective.metadata["per"]
-        losses = self.losses(batch)
+        losses = self.checked(self.objective(batch), batch)
         if per == "pairs":
             losses = losses * logp.new_tensor([weight for group in groups for weight in group.pair_weight])
         total: Tensor = losses.sum() / metrics.counts[per]

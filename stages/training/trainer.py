@@ -185,8 +185,9 @@ def check_reference(term: ObjectiveTerm, network: PreTrainedModel) -> None:
     kl = term.kl_estimate(network, batch)
     rows = [(group.prompt, ids) for group in batch for ids in group.responses]
     cached = term.objective_batch(batch, term.logp_by_ranks(network, rows), kl)
-    loss = term.losses(cached)
-    expected = term.losses(replace(cached, ref=cached.logp, kl=torch.zeros_like(kl)))
+    loss = term.checked(term.objective(cached), cached)
+    fresh = replace(cached, ref=cached.logp, kl=torch.zeros_like(kl))
+    expected = term.checked(term.objective(fresh), fresh)
     if cached.logp.isfinite().all() and not expected.isfinite().all():  # no reference can be the cause
         raise WinnowError(
             f"step 0: {term.objective.entry.location()}: its loss is not finite where the policy is the reference, and "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.code import FORMAT
 from pipeline.config.plan import Plan, make_plan, stale_code
 from pipeline.config.recipe import load_recipe
 from pipeline.plugins import unload_plugins
@@ -229,7 +230,7 @@ print(step.key, step.identity["plugins"])
 
 
 def test_a_function_whose_source_changes_is_reported_as_stale(tmp_path: Path):
-    """Layout, comments, docstrings and decorators do not count; a manifest from before the field says nothing."""
+    """Layout, comments, docstrings and the version do not count; a manifest from before the field says nothing."""
     manifest = {"code": plan(tmp_path).target.code}
     assert {name for name in manifest["code"] if "." not in name} == {"my_sort", "by_length"}
     body = "return sorted(texts, key=len, reverse=reverse)"
@@ -244,6 +245,6 @@ def test_a_function_whose_source_changes_is_reported_as_stale(tmp_path: Path):
     assert stale_code(step, {}) == []
     own = {name: digest for name, digest in manifest["code"].items() if "." not in name}
     assert stale_code(plan(tmp_path).target, {"code": own}) == [], "a manifest without what the functions use"
-    (line,) = stale_code(plan(tmp_path).target, {"code": manifest["code"] | {"rules.sorting": "before"}})
-    assert "what `my_sort` uses has changed (rules.sorting) since" in line
+    (line,) = stale_code(plan(tmp_path).target, {"code": manifest["code"] | {"rules.gone": FORMAT + "before"}})
+    assert "what `my_sort` uses has changed (rules.gone) since" in line
     assert "code" not in step.identity
