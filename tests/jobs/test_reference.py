@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from jobs.recipes import names
 from jobs.reference import describe_type, recipe_table, stage_table
 from pipeline import Bound, Finite, Range
+from pipeline.plugins import unload_plugins
 from stages.selection.rules import selection_rule
 
 
@@ -55,3 +56,16 @@ def test_the_commands(winnow):
     code, text = winnow("options", "rejection_sampel")
     assert code == 2
     assert "did you mean 'rejection_sample'?" in text
+
+
+def test_options_describes_functions_of_plugins(winnow, tmp_path):
+    """Those of the files that a config names, and of installed packages, as `plan` and `run` load them."""
+    source = "from stages.evaluation.evaluate import gold_reward\n\n@gold_reward()\ndef shortness(prompt, response):\n"
+    (tmp_path / "mine.py").write_text(source + '    """Prefer short responses."""\n    return -len(response)\n')
+    (tmp_path / "my.yaml").write_text("plugins: [./mine.py]\n")
+    try:
+        assert winnow("options", "shortness")[0] == 2
+        code, text = winnow("options", "shortness", "--config", "my.yaml")
+        assert (code, "Prefer short responses" in text) == (0, True)
+    finally:
+        unload_plugins()
