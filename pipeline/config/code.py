@@ -65,7 +65,7 @@ def code_digests(fn: Callable[..., Any]) -> dict[str, str]:
     first_line = getattr(getattr(fn, "__code__", None), "co_firstlineno", None)
     statements = module.definitions.get(fn.__name__, [])
     node = next(
-        (item for item in statements if first_line in {line.lineno for line in (item, *_decorators(item))}), None
+        (item for item in statements if first_line in [item.lineno, *(line.lineno for line in _decorators(item))]), None
     )
     if node is None:  # a class, or a function in a notebook or in another function
         try:
