@@ -3,11 +3,12 @@
 A recipe or config lists files under `plugins`; an installed package names a module by an entry point in the group
 `winnow.plugins`. The digest of the file is part of the key of each step that uses one of its functions, so an edit
 computes those steps again. A plugin registers functions that it defines itself; what it imports is not followed, and
-must be installed.
+must be installed: a plugin is one file, because a worker gets its text and nothing beside it.
 """
 
 import linecache
 import sys
+import tokenize
 import traceback
 from collections.abc import Iterable
 from functools import cache
@@ -16,7 +17,7 @@ from importlib.metadata import entry_points
 from importlib.util import module_from_spec
 from pathlib import Path
 
-from pipeline.registry import Plugin, loading, plugin_packages
+from pipeline.registry import Plugin, describe, loading, plugin_packages
 from schemas import WinnowError
 
 GROUP = "winnow.plugins"
@@ -33,11 +34,13 @@ def load_plugins(files: Iterable[Path]) -> list[Path]:
     for file in files:
         path = file.absolute()
         try:
-            load_source(path, path.read_text(encoding="utf-8"))
+            with tokenize.open(path) as file_text:  # in the encoding that the file declares, as Python reads it
+                source = file_text.read()
+            load_source(path, source)
             paths.append(path)
         except FileNotFoundError:
             problems.append(f"plugins: no such file: {path}")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, SyntaxError) as error:
             problems.append(f"plugins: {path} cannot be read ({error})")
         except WinnowError as error:
             problems += error.problems
@@ -73,11 +76,23 @@ def load_source(path: Path, source: str) -> Plugin:
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines.append(error.lineno)
         where = f"plugin {path}, line {lines[-1]}" if lines else f"plugin {path}"
-        raise WinnowError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise WinnowError(f"{where}: {describe(error)}{_one_file_hint(path, error)}") from error
     finally:
         loading.reset(token)
     _plugins[plugin.digest] = plugin
     return plugin
+
+
+def _one_file_hint(path: Path, error: BaseException) -> str:
+    """Return what to do where a plugin imports a file beside it."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    is_beside = name and any((path.parent / file).exists() for file in (f"{name}.py", name))
+    if not is_beside and "relative import" not in str(error):
+        return ""
+    return (
+        f"; a plugin is one file, and cannot import those beside it: write their functions into {path.name}, or "
+        f"install them as a package, whose entry point in the group {GROUP} can register them"
+    )
 
 
 def unload_plugins() -> None:

@@ -7,15 +7,29 @@ documentation and part of the key. Options are validated by pydantic, strictly, 
 from __future__ import annotations
 
 import inspect
+import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property, wraps
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_args, get_type_hints, overload
+from types import CodeType, SimpleNamespace
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NotRequired,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -51,6 +65,8 @@ def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str
 
 Range = Interval  # bounds of a number: `Annotated[float, Range(gt=0)]`
 Finite = Annotated[float, Range(gt=-float("inf"), lt=float("inf"))]
+# What the decorator of every registry may set.
+COMMON_METADATA = {"version": NotRequired[Annotated[int, Range(ge=1)]], "aliases": NotRequired[tuple[str, ...]]}
 
 
 @dataclass(eq=False)
@@ -112,27 +128,71 @@ class Entry:
         return getattr(self.metadata.get("signature"), "version", self.metadata.get("version", 1))
 
     @property
-    def plugin_digest(self) -> str | None:
-        """Return the digest of the plugin file that registers this function, None for a function of ours.
+    def plugin_file(self) -> Path | None:
+        """Return the plugin file that registers this function, None for a function of ours.
 
         Of an installed plugin it is the file that defines the function, whatever imported it first.
         """
         if self.plugin:
-            return self.plugin.digest
+            return self.plugin.path
         fn = inspect.unwrap(self.fn)
         if str(fn.__module__).partition(".")[0] not in plugin_packages:  # code that is executed has none
             return None
-        return sha256(Path(inspect.getfile(fn)).read_bytes()).hexdigest()
+        return Path(inspect.getfile(fn))
+
+    @property
+    def plugin_digest(self) -> str | None:
+        """Return the digest of the plugin file that registers this function, None for a function of ours."""
+        if self.plugin:
+            return self.plugin.digest
+        return sha256(self.plugin_file.read_bytes()).hexdigest() if self.plugin_file else None
+
+    def location(self, line: int | None = None) -> str:
+        """Return kind and name, and of a plugin's function its file and a line, by default where it is defined."""
+        if not self.plugin_file:
+            return f"{self.kind} {self.name}"
+        return f"{self.kind} {self.name} of {self.plugin_file}, line {line or _code(self.fn).co_firstlineno}"
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Raise what a plugin's function raises inside as a WinnowError of one line, from the exception itself.
+
+        What a function of ours raises keeps its traceback, because it is our mistake.
+        """
+        try:
+            yield
+        except WinnowError:
+            raise
+        except (Exception, SystemExit) as error:
+            # Training halves its passes when memory runs out, whoever asked for the last of it.
+            if not self.plugin_file or (isinstance(error, RuntimeError | MemoryError) and "memory" in str(error)):
+                raise
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == str(self.plugin_file)]
+            message = f"{self.location(lines[-1] if lines else None)}: {describe(error)}"
+            raise WinnowError(message) from error
 
     def validate(self, options: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Return every option with its value, defaults included. Raise WinnowError with all mistakes."""
-        values = validated(self.options, options, prefix)
+        with self.failures():  # of its own validators
+            values = validated(self.options, options, prefix)
         return {name: getattr(values, name) for name in self.options.model_fields}
 
     def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Any, ...]]:
         if self.plugin:
             return Plugin.entry, (self.plugin, self.kind, self.name)
         return entry_of, (self.fn,)  # by reference: importing the function on a worker registers it there
+
+
+def describe(error: BaseException) -> str:
+    """Return the type and the message of an exception, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _code(fn: Function) -> CodeType:
+    fn = inspect.unwrap(fn)
+    code: CodeType = getattr(fn, "py_func", fn).__code__  # numba's dispatchers have a py_func
+    return code
 
 
 def entry_of(fn: Function) -> Entry:
@@ -156,7 +216,23 @@ class Bound:
         return self.entry.metadata
 
     def __call__(self, *args: Any) -> Any:
-        return self.entry.fn(*args, **self.options)
+        """Return what the function returns; raise WinnowError for what a function of a plugin raises."""
+        with self.entry.failures():
+            result = self.entry.fn(*args, **self.options)
+        return self._items(result) if isinstance(result, Iterator) else result
+
+    def _items(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        with self.entry.failures():  # of a generator, which runs only now
+            yield from iterator
+
+    def wrong_result(self, result: Any, expected: str, of: str = "") -> WinnowError:
+        """Return the error that the function returned, `of` some argument, something else than it must return."""
+        if hasattr(result, "dtype") and hasattr(result, "__len__"):  # an array or a tensor, of any size
+            text = f"{type(result).__name__} of {result.dtype} and shape {list(result.shape)}"
+        else:
+            text = " ".join(repr(result).split())
+        text = text if len(text) <= 80 else f"{text[:77]}..."
+        return WinnowError(f"{self.entry.location()}: must return {expected}; got {text}{of and f' for {of}'}")
 
     def __hash__(self) -> int:
         return hash(str(self))  # the options are a dict; equal name and equal options are one value
@@ -188,28 +264,60 @@ class RegistryDecorator(Protocol):
 class Registry:
     """Functions of one kind by name. As an annotation, `Annotated[Bound, registry]` is an option type.
 
-    metadata: names that every decorator must declare.
+    arguments: names of the positional arguments that a function is called with; any if there are none. metadata: type
+    of what its decorator sets, `NotRequired[...]` what it may leave out. All may set `version` and `aliases`.
     """
 
-    def __init__(self, kind: str, *metadata: str) -> None:
-        self.kind, self.metadata = kind, metadata
+    def __init__(self, kind: str, *arguments: str, **metadata: Any) -> None:
+        self.kind, self.arguments = kind, arguments
+        config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+        optional: Any = NotRequired  # mypy knows no type of such a form
+        fields: dict[str, Any] = {
+            name: (get_args(hint)[0], None) if get_origin(hint) is optional else (hint, ...)
+            for name, hint in (COMMON_METADATA | metadata).items()
+        }
+        self.metadata = create_model(kind, __config__=config, **fields)
         self.entries: dict[str, Entry] = {}
         self.aliases: dict[str, str] = {}  # alias -> name of the entry
 
-    def __call__(self, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Callable[[Function], Function]:
-        """Return a decorator that registers a function by its name.
+    @overload
+    def __call__(self, fn: Function, /) -> Function: ...
+    @overload
+    def __call__(
+        self, /, *, arguments: tuple[str, ...] | None = None, aliases: tuple[str, ...] = (), **metadata: Any
+    ) -> Callable[[Function], Function]: ...
 
-        Recipes may write an alias for the name; the key is the same. Raise TypeError for missing metadata and for a
-        name or alias of another function. A name may be registered again, as a reloaded module does, but not by a
-        plugin: it would silently replace what a recipe means.
+    def __call__(
+        self,
+        fn: Function | None = None,
+        /,
+        *,
+        arguments: tuple[str, ...] | None = None,
+        aliases: tuple[str, ...] = (),
+        **metadata: Any,
+    ) -> Any:
+        """Return a decorator that registers a function by its name, or register a function.
+
+        Recipes may write an alias for the name; the key is the same. Raise TypeError for metadata that are wrong, for
+        a function that no recipe could use, and for a name or alias of another function. A name may be registered
+        again, as a reloaded module does, but not by a plugin: it would silently replace what a recipe means.
         """
 
         def register(fn: Function) -> Function:
-            name, plugin = fn.__name__, loading.get()
+            name, plugin = str(getattr(fn, "__name__", fn)), loading.get()
+            problems = _problems(fn, self.arguments if arguments is None else arguments)
+            required = [item for item, field in self.metadata.model_fields.items() if field.is_required()]
+            if missing := [item for item in required if item not in metadata]:
+                problems.append(f"its decorator must set {', '.join(missing)}")
+            else:
+                try:
+                    validated(self.metadata, metadata | {"aliases": aliases}, noun="metadata")
+                except WinnowError as error:
+                    problems += error.problems
+            if problems:
+                raise TypeError(f"{self.kind} {name}: {'; '.join(problems)}")
             if plugin and str(fn.__module__).partition(".")[0] != plugin.module:
                 plugin = None  # a module of ours that the plugin is the first to import
-            if missing := [item for item in self.metadata if item not in metadata]:
-                raise TypeError(f"{self.kind} {name}: its decorator must set {', '.join(missing)}")
             for word in (name, *aliases):
                 owner = self.aliases.get(word, word if word in self.entries else None)
                 if owner and (plugin or owner != name):
@@ -226,13 +334,16 @@ class Registry:
             setattr(fn, "entry", entry)  # noqa: B010 - functions have no such attribute for mypy
             return fn
 
-        return register
+        return register if fn is None else register(fn)
 
-    def decorator(self, **defaults: Any) -> RegistryDecorator:
-        """Return a decorator with metadata of its own, used as `@verifiable` or as `@verifiable(version=3)`."""
+    def decorator(self, *arguments: str, **defaults: Any) -> RegistryDecorator:
+        """Return a decorator with arguments and metadata of its own, used as `@verifiable` or `@verifiable(version=3)`.
+
+        Without `arguments`, they are those of the registry.
+        """
 
         def decorate(fn: Function | None = None, /, *, aliases: tuple[str, ...] = (), **metadata: Any) -> Any:
-            register = self(aliases=aliases, **defaults | metadata)
+            register = self(arguments=arguments or self.arguments, aliases=aliases, **defaults | metadata)
             return register if fn is None else register(fn)
 
         return decorate
@@ -264,6 +375,37 @@ class Registry:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.bind)
+
+
+def _problems(fn: Function, arguments: tuple[str, ...]) -> list[str]:
+    """Return why no recipe could use a function that is called with these positional arguments."""
+    inner = inspect.unwrap(fn)
+    if not inspect.isfunction(inner):
+        return ["must be a function, written with `def`"]
+    if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
+        return ["must not be async, because nothing awaits it"]
+    if not inner.__name__.isidentifier():
+        return ["has no name that a recipe could write; write it with `def`"]
+    by_kind: dict[Any, list[inspect.Parameter]] = defaultdict(list)
+    for item in inspect.signature(inner).parameters.values():
+        by_kind[item.kind].append(item)
+    problems = []
+    if by_kind[inspect.Parameter.VAR_KEYWORD]:
+        problems.append("takes ** of any name, and options need names and types: write them after `*`")
+    taken = [item.name for item in by_kind[inspect.Parameter.POSITIONAL_ONLY]]
+    taken += [item.name for item in by_kind[inspect.Parameter.POSITIONAL_OR_KEYWORD]]
+    fits = len(taken) <= len(arguments) if by_kind[inspect.Parameter.VAR_POSITIONAL] else len(taken) == len(arguments)
+    if arguments and not fits:
+        problems.append(
+            f"is called with {len(arguments)} positional arguments ({', '.join(arguments)}), and takes {len(taken)} "
+            f"({', '.join(taken) or 'none'}); options are written after `*`"
+        )
+    for item in by_kind[inspect.Parameter.KEYWORD_ONLY]:
+        if item.annotation is item.empty:
+            problems.append(f"option {item.name} has no type; write it as `{item.name}: float`")
+        if item.name.startswith("_") or hasattr(BaseModel, item.name) or (arguments and item.name == "name"):
+            problems.append(f"an option cannot be called {item.name}; choose another name")
+    return problems
 
 
 def _names_registry(hint: Any) -> bool:

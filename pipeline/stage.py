@@ -17,7 +17,7 @@ from pipeline.context import StageContext
 from pipeline.registry import Entry, Registry
 from schemas import Model
 
-stages = Registry("stage", "signature")
+stages = Registry("stage", signature=object)
 
 
 @dataclass(frozen=True)

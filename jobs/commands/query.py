@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 from jobs import queries
-from jobs.commands.app import STORE, RunName, StorePath, console, error_console, existing_store
+from jobs.commands.app import STORE, Configs, RunName, StorePath, console, error_console, existing_store
 from jobs.console import as_table
 from jobs.export import Split, export_pairs
 from jobs.export_formats import FORMATS, FormatName
 from jobs.output import Format, format_of, interruptible, write
 from jobs.reference import option_pages, recipe_table, stage_table
+from pipeline.config.recipe import plugin_files
+from pipeline.plugins import load_plugins
 from pipeline.sql.catalog import open_catalog, query
 from schemas import WinnowError
 
@@ -135,8 +137,13 @@ def options(
         str | None,
         typer.Argument(help="a stage, or a registered function such as rejection_sample; all stages if omitted"),
     ] = None,
+    configs: Configs = [],  # noqa: B006
 ) -> None:
-    """Describe a stage or a registered function: inputs, outputs, and every option with type, default and choices."""
+    """Describe a stage or a registered function: inputs, outputs, and every option with type, default and choices.
+
+    Those of installed plugins too, and of the plugins that a config (or a recipe's file) names.
+    """
+    load_plugins(file for config in configs for file in plugin_files(config))
     if name is None:
         console.print(as_table(stage_table()))
         return

@@ -60,7 +60,7 @@ def read_layers(
     What a recipe extends is looked for beside it, then in the folders of `library`. Raise WinnowError for files that
     cannot be read or extended, and for all that a config contradicts.
     """
-    files, contents = [path], [_read_file(path, "recipe")]
+    files, contents = [path], [read_file(path, "recipe")]
     while (name := contents[0].get("extends")) is not None:
         folders = (files[0].parent, *library)
         file = next((file for folder in folders if (file := folder / f"{name}.yaml").exists()), None)
@@ -72,7 +72,7 @@ def read_layers(
             raise WinnowError(f"extends: a cycle: {trail}; a name is looked for beside the file first")
         if len(files) == MAX_FILES:
             raise WinnowError(f"extends: {trail} is more than {MAX_FILES} files; extend {files[0].stem} instead")
-        files, contents = [file, *files], [_read_file(file, "recipe"), *contents]
+        files, contents = [file, *files], [read_file(file, "recipe"), *contents]
     is_own = path.parent.resolve() not in [folder.resolve() for folder in library]
     recipe = [
         _recipe_layer(file, content, n > 0) for n, (file, content) in enumerate(zip(files, contents, strict=True))
@@ -82,7 +82,7 @@ def read_layers(
     known = {file.stem for folder in (*library, path.parent) for file in folder.glob("*.yaml")}
     config_layers: list[Layer] = []
     for config in configs:
-        content = _read_file(config, "--config")
+        content = read_file(config, "--config")
         single = content.pop(ONLY, None) or {}
         if not isinstance(single, dict) or not all(isinstance(body, dict) for body in single.values()):
             raise WinnowError(
@@ -114,7 +114,8 @@ def read_layers(
     return [*below, *applicable, *above], notes, {}
 
 
-def _read_file(path: Path, what: str) -> dict[str, Any]:
+def read_file(path: Path, what: str) -> dict[str, Any]:
+    """Return the content of a recipe or config, its paths beside it; raise WinnowError for what is no mapping."""
     content = read_yaml(path, what)
     if not isinstance(content, dict):
         raise WinnowError(f"{what} {path}: must be a mapping of step names, got {type(content).__name__}")

@@ -1,13 +1,14 @@
 """Plans: a recipe's steps with keys, inputs before consumers. All mistakes of a recipe are found here, at once."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.code import code_digests
+from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
 from pipeline.config.recipe import Recipe
@@ -81,19 +82,22 @@ class Step:
 def stale_code(step: Step, manifest: Mapping[str, Any]) -> list[str]:
     """Return a line for each function of a finished step whose source, or what it uses, has changed since then.
 
-    A manifest from before `code`, or from before that held what a function uses, says nothing about it. What only
-    moved to another module has not changed.
+    A manifest from before `code`, from before that held what a function uses, or with digests of another format says
+    nothing about it. What only moved to another module has not changed.
     """
-    before: dict[str, str] = manifest.get("code") or {}
-    records_uses = any("." in name for name in before)
-    changed = {
-        name
-        for name, digest in step.code.items()
-        if (before[name] != digest if name in before else records_uses and digest not in before.values())
-    }
+    recorded: dict[str, str] = manifest.get("code") or {}
+    before = {name: digest for name, digest in recorded.items() if digest.startswith(FORMAT)}
+    changed = {name for name, digest in step.code.items() if before.get(name, digest) != digest}
+    gone = Counter(before[name] for name in before.keys() - step.code.keys())
+    if any("." in name for name in before):
+        came = Counter(step.code[name] for name in step.code.keys() - before.keys())
+        changed |= {name for name in step.code.keys() - before.keys() if (came - gone)[step.code[name]]}
+        if not changed:  # a name now stands for another definition, which the step uses elsewhere too
+            changed |= {name for name in before.keys() - step.code.keys() if (gone - came)[before[name]]}
     lines = []
     for entry in step.functions:
-        uses = ", ".join(sorted(changed & code_digests(entry.fn).keys() - {entry.name}))
+        known = code_digests(entry.fn).keys() | (before.keys() - step.code.keys() if entry is step.entry else set())
+        uses = ", ".join(sorted(changed & known - {entry.name}))
         if uses or entry.name in changed:
             what = f"`{entry.name}`" if entry.name in changed else f"what `{entry.name}` uses"
             lines.append(
@@ -329,7 +333,8 @@ def _stage_problems(
         if not item.optional and item.name not in sources
     ]
     if options is not None:
-        problems += [f"{name}: {problem}" for problem in signature.check(options, inputs)]
+        with entries[name].failures():
+            problems += [f"{name}: {problem}" for problem in signature.check(options, inputs)]
     return problems
 
 

@@ -15,7 +15,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from pipeline.config.layers import Layer, Origin, merge, merge_all, origins_of, plugins_of, read_layers, with_overlays
+from pipeline.config.layers import (
+    Layer,
+    Origin,
+    merge,
+    merge_all,
+    origins_of,
+    plugins_of,
+    read_file,
+    read_layers,
+    with_overlays,
+)
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
@@ -260,6 +270,12 @@ def _collected(problems: list[str]) -> Iterator[None]:
         yield
     except WinnowError as error:
         problems += error.problems
+
+
+def plugin_files(path: Path) -> list[Path]:
+    """Return the plugins that one config or recipe lists, without those of what it extends."""
+    listed = validated(Settings, {"plugins": read_file(path, "--config").get("plugins", [])})
+    return [Path(file) for file in listed.plugins]
 
 
 # Steps.

@@ -137,9 +137,14 @@ def execute(
             results: list[Any] = [schema.empty_table() for schema in signature.outputs]
         else:
             context = {signature.context_parameter: ctx} if signature.context_parameter else {}
-            result = spec.entry.fn(**inputs, **context, **spec.options)
-            results = [item for item in (result if isinstance(result, tuple) else (result,))
-                       if not isinstance(item, Model)]  # fmt: skip
+            with spec.entry.failures():
+                result = spec.entry.fn(**inputs, **context, **spec.options)
+            items = result if isinstance(result, tuple) else (result,)
+            results = [item for item in items if not isinstance(item, Model)]
+            expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
+            if len(items) != len(expected) or not all(isinstance(item, pa.Table) for item in results):
+                types = ", ".join(type(item).__name__ for item in items)
+                raise WinnowError(f"{spec.entry.location()}: must return tables {', '.join(expected)}; got {types}")
         tables = {
             table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
         }

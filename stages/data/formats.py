@@ -14,9 +14,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Literal
+from typing import Any, Literal, NotRequired
 
 from pipeline import Bound, Registry
+from schemas import WinnowError
 from schemas.ids import Message
 from stages.data.rows import Row
 from stages.data.texts import (
@@ -33,7 +34,12 @@ from stages.data.texts import (
     text_of,
 )
 
-preference_reader = Registry("reader", "columns")
+COLUMNS: dict[str, Any] = dict(
+    columns=tuple[str, ...], optional=NotRequired[tuple[str, ...]], variants=NotRequired[list[dict[str, str]]]
+)
+preference_reader = Registry(
+    "reader", "row", **COLUMNS, together=NotRequired[str], together_rows=NotRequired[int | None]
+)
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ASSISTANT = "\n\nAssistant:"
@@ -231,7 +237,13 @@ def helpsteer3(row: Row) -> PreferencePair:
 
 def columns_of(reader: Bound) -> list[str]:
     """Return the columns that a reader needs with its options."""
-    return [name.format(**reader.options) for name in reader.metadata["columns"] if _is_used(name, reader)]
+    try:
+        return [name.format(**reader.options) for name in reader.metadata["columns"] if _is_used(name, reader)]
+    except (LookupError, ValueError):
+        raise WinnowError(
+            f"{reader.entry.location()}: its decorator sets columns={reader.metadata['columns']!r}, in which braces "
+            f"must hold an option; its options are {', '.join(reader.options) or 'none'}"
+        ) from None
 
 
 def optional_columns_of(reader: Bound) -> list[str]:
@@ -248,9 +260,23 @@ def pairs_of(reader: Bound, rows: list[Row]) -> list[PreferencePair | ValueError
     """Return the pairs of one call of a reader, with a ValueError, the reason to reject it, for what is no pair."""
     try:
         pairs = reader(*rows)
-    except ValueError as error:
-        return [error]
-    return pairs if isinstance(pairs, list) else [pairs]
+    except ValueError as error:  # of a plugin's reader, a WinnowError that says what it raised
+        return [error.__cause__ if isinstance(error.__cause__, ValueError) else error]
+    pairs = pairs if isinstance(pairs, list) else [pairs]
+    for pair in pairs:
+        if not isinstance(pair, PreferencePair | ValueError):
+            raise reader.wrong_result(pair, "a PreferencePair, or a list of them")
+        if isinstance(pair, PreferencePair) and not reader.entry.plugin:
+            continue
+        if isinstance(pair, PreferencePair):
+            texts = {"chosen": pair.chosen, "rejected": pair.rejected, "plain": pair.plain}
+            try:
+                for name in (name for name, text in texts.items() if not isinstance(text, dict | None)):
+                    text_of(texts, name)
+                prompt_of({"prompt": pair.prompt}, "prompt")
+            except ValueError as error:
+                return [error]
+    return pairs
 
 
 def first_pairs(reader: Bound, rows: list[Row]) -> list[PreferencePair | ValueError]:

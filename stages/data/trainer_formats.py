@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import Registry
 from schemas.ids import Message
-from stages.data.formats import PreferencePair, finite_number_of, preference_reader, shared_turns
+from stages.data.formats import COLUMNS, PreferencePair, finite_number_of, preference_reader, shared_turns
 from stages.data.rows import Row
 from stages.data.texts import (
     Prompt,
@@ -25,7 +25,7 @@ from stages.data.texts import (
     text_of,
 )
 
-candidate_reader = Registry("candidate reader", "columns")
+candidate_reader = Registry("candidate reader", "row", **COLUMNS)
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 LABELS = {"true": 1.0, "false": 0.0}

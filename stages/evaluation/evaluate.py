@@ -12,8 +12,9 @@ from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Refe
 from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, text_by_id
 from stages.options import Seed, SmallCount
+from stages.results import number
 
-gold_reward = Registry("gold reward")
+gold_reward = Registry("gold reward", "prompt", "response")
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
 
 
@@ -38,7 +39,8 @@ def evaluate(
     Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
-    (steered, for which `policy_logp` is not read). It is null otherwise.
+    (steered, for which `policy_logp` is not read). It is null otherwise. A gold reward that is no finite number ends
+    the stage.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
     responses = pa.concat_tables([baseline, candidates])
@@ -63,8 +65,9 @@ def evaluate(
             outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
         if gold is not None:
             prompt = prompt_texts[row["prompt_id"]]
-            outcome["gold"] = gold(prompt, response_texts[ours])
-            outcome["gold_baseline"] = gold(prompt, response_texts[theirs])
+            of = f"prompt {row['prompt_id']}, candidate "
+            outcome["gold"] = number(gold, gold(prompt, response_texts[ours]), of=of + ours)
+            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs]), of=of + theirs)
             outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
         outcomes.append(outcome)
 

@@ -18,8 +18,9 @@ from stages.data.rows import column_by_id
 from stages.head.convex import ProgressCallback, draw_gates, loss, recover, solve
 from stages.head.relu import ReluHead, feature_matrix, read_relu_head
 from stages.options import Positive, Seed, SmallCount
+from stages.results import floats, number
 
-head = Registry("head")
+head = Registry("head", "pairs", "progress")
 TrainedHead = tuple[ReluHead, dict[str, float]]  # and figures for the metrics
 MAX_LOSS_GAP = 1e-6  # nats that the last layer's loss may be above its minimum
 
@@ -186,7 +187,7 @@ def preference_head(
     sd[sd == 0] = 1.0  # a constant feature carries no information, and is 0 without its mean
     standardised = PairFeatures((train.chosen - mean) / sd, (train.rejected - mean) / sd, train.weight)
     with threadpool_limits(1):  # the order of a sum, and so its last bits, would depend on the number of threads
-        trained, figures = head(standardised, ctx.progress)
+        trained, figures = check_head(head, head(standardised, ctx.progress), mean.shape[0])
     inner = trained.inner / sd  # fold the standardisation in: inner . (x - mean) / sd
     trained = ReluHead(inner, trained.bias - inner @ mean, trained.outer)
 
@@ -194,6 +195,21 @@ def preference_head(
     metrics = _measure(trained, train) | figures | heldout
     metric_rows = [{"step": 0, "metric": name, "value": value} for name, value in metrics.items()]
     return trained.to_table(), pa.Table.from_pylist(metric_rows, schema=METRICS)
+
+
+def check_head(head: Bound, result: Any, width: int) -> TrainedHead:
+    """Return the head and the figures that a function made for features of this width; raise WinnowError for others."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], ReluHead)):
+        raise head.wrong_result(result, "a ReluHead and a dict of figures")
+    trained, figures = result
+    neurons = np.size(trained.outer)
+    inner = floats(head, trained.inner, (neurons, width), "`inner` of neurons and features")
+    bias, outer = (
+        floats(head, getattr(trained, name), (neurons,), f"`{name}` of neurons") for name in ("bias", "outer")
+    )
+    if not isinstance(figures, dict) or not all(isinstance(name, str) for name in figures):
+        raise head.wrong_result(figures, "a dict of figures by name")
+    return ReluHead(inner, bias, outer), {name: number(head, value, of=name) for name, value in figures.items()}
 
 
 def _measure(trained: ReluHead, pairs: PairFeatures) -> dict[str, float]:

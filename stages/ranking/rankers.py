@@ -5,10 +5,12 @@ with `@verifiable`, a program from prompt and response to a score. Options are k
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from inspect import getattr_static, isfunction
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from pydantic import AfterValidator
@@ -18,13 +20,21 @@ from schemas import Model, WinnowError
 from stages.model_config import input_problems
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import Ranker, Scorer
+from stages.results import floats, number
 
-ranker = Registry("ranker", "reads_model")
+ranker = Registry(
+    "ranker",
+    "model",
+    reads_model=bool,
+    program=NotRequired[bool],
+    output=NotRequired[Literal["score", "vocabulary"]],
+    label_threshold=NotRequired[float],
+)
 
 # A program from (prompt, response) to a score, registered as a ranker: `@verifiable` or `@verifiable(version=3)`. The
 # version is part of the key; raise it when the scores change. `@verifiable(label_threshold=0.5)` says that the scores
 # are labels, 0 for wrong and 1 for right.
-verifiable = ranker.decorator(reads_model=False, program=True)
+verifiable = ranker.decorator("prompt", "response", reads_model=False, program=True)
 
 
 def _even(votes: int) -> int:
@@ -140,12 +150,38 @@ class ProgramScorer(Scorer):
     program: Bound
 
     def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
-        return np.array([self.program(context, text) for text in texts], dtype=np.float64)
+        # A score that is not finite is the stage's to reject, with its candidate.
+        scores = [number(self.program, self.program(context, text), finite=False, of=repr(text)) for text in texts]
+        return np.array(scores, dtype=np.float64)
 
 
 def open_ranker(by: Bound, model: Model | None) -> Ranker:
-    """Load the ranker that the option `by` names; a stage holds it in memory for all of its shards."""
-    return ProgramScorer(by) if by.metadata.get("program") else by(model)
+    """Load the ranker that the option `by` names; a stage holds it in memory for all of its shards.
+
+    What its methods raise and return is checked as what `by` itself does.
+    """
+    if by.metadata.get("program"):
+        return ProgramScorer(by)
+    opened = by(model)
+    if not isinstance(opened, Ranker):
+        raise by.wrong_result(opened, "a Ranker or a Scorer")
+    for name in dir(opened):
+        if not name.startswith("_") and isfunction(getattr_static(opened, name)):
+            object.__setattr__(opened, name, _checked_method(by, getattr(opened, name)))  # a frozen dataclass, too
+    return opened
+
+
+def _checked_method(by: Bound, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        with by.entry.failures():
+            result = method(*args, **options)
+        if method.__name__ not in ("logits", "score") or len(args) != 2:
+            return result
+        # One per pair or text. The stage rejects those that are not finite.
+        return floats(by, result, (len(args[1]),), f"from its method {method.__name__}", finite=False)
+
+    return call
 
 
 def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -9,8 +9,9 @@ from pipeline import Bound, Range, Registry, StageContext, stage
 from schemas import Comparisons, Rewards, WinnowError
 from schemas.tables import REWARDS
 from stages.data.rows import Row, rows_by_prompt
+from stages.results import floats
 
-score_method = Registry("score method")
+score_method = Registry("score method", "edges", "logits")
 REWARD_DECIMALS = 8  # of a reward, nats: numbers that only rounding tells apart are a tie
 MAX_EVALUATIONS = 1000  # of the gradient; a few dozen are usual
 
@@ -90,7 +91,8 @@ def score(
         # Edges of the largest component, with its nodes numbered from 0.
         inside = largest[edges[:, 0]]
         edges = (largest.cumsum() - 1)[edges[inside]]
-        theta = method(edges, logits[inside]).round(REWARD_DECIMALS) + 0.0  # + 0.0: no -0.0 in a table
+        result = floats(method, method(edges, logits[inside]), (int(largest.sum()),), "one per candidate")
+        theta = result.round(REWARD_DECIMALS) + 0.0  # + 0.0: no -0.0 in a table
         for name, value in zip(names[largest].tolist(), theta.tolist(), strict=True):
             rows.append(dict(prompt_id=prompt, candidate_id=name, reward=value))
     return pa.Table.from_pylist(rows, schema=REWARDS)

@@ -37,6 +37,10 @@ class RewardGroups:
     starts: Ints  # [G + 1]; prompt g has the rows starts[g] to starts[g + 1]
     seeds: NDArray[np.uint64]  # [G]
 
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.values).all():
+            raise ValueError("rewards of groups must be finite")  # with NaN, Algorithm 1 accepts nothing
+
     @cached_property
     def sizes(self) -> Ints:
         """Return the number of candidates per prompt, [G]."""

@@ -61,6 +61,8 @@ def algorithm_1(
             else:  # remains for the next pass
                 pool[n_rejected] = pool[i]
                 n_rejected += 1
+        if n_rejected == n_remaining:  # only where beta or a reward is NaN: nothing will ever be accepted
+            return
         n_remaining, turn = n_rejected, turn + 1
 
 

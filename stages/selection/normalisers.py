@@ -10,7 +10,7 @@ import numpy as np
 from pipeline import Registry
 from stages.selection.groups import Floats, RewardGroups, divide
 
-normaliser = Registry("normaliser", "zero", "pooled")
+normaliser = Registry("normaliser", "groups", "beta", zero=bool, pooled=bool)
 MAX_EXPONENT = 1e4
 RIDGE = 1e-6  # only decides directions that the data leave open
 MAX_STEPS, MIN_GAIN, MIN_STEP_SIZE = 100, 1e-18, 1e-9  # of Newton's method

@@ -6,9 +6,9 @@ maps the step of the candidates to what must change for the rule to read them, N
 passes the selection's weights on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations, product
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,15 @@ from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
 from stages.data.rows import SMALLEST_WEIGHT, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
 from stages.options import NotNegative
+from stages.results import number
 
-pair_rule = Registry("pair rule", "reads")
+pair_rule = Registry(
+    "pair rule",
+    "rows",
+    reads=Literal["candidates", "comparisons", "selections"],
+    source=NotRequired[Callable[[InputStep], str | None]],
+    weighs=NotRequired[bool],
+)
 
 
 class Preference(NamedTuple):
@@ -145,6 +152,24 @@ def demonstration_vs_sample(rows: list[Row]) -> Iterator[Preference]:
         yield Preference(demonstration["candidate_id"], sample["candidate_id"], None)
 
 
+def check_preferences(rule: Bound, result: Any, prompt: str, candidate_by_id: RowsById) -> list[Preference]:
+    """Return what a rule yields for a prompt; raise WinnowError for what are no preferences between its candidates."""
+    of = f"prompt {prompt}"
+    if not isinstance(result, Iterable):
+        raise rule.wrong_result(result, "an iterator of Preferences", of)
+    preferences = []
+    for item in result:
+        if not isinstance(item, Preference):
+            raise rule.wrong_result(item, "Preferences", of)
+        for name in item[:2]:
+            if name not in candidate_by_id or candidate_by_id[name]["prompt_id"] != prompt:
+                raise rule.wrong_result(name, "ids of the prompt's candidates", of)
+        gap = None if item.gap is None else number(rule, item.gap, low=0, of=f"the gap of {of}")
+        weight = number(rule, item.weight, low=0, of=f"the weight of {of}")
+        preferences.append(Preference(item.chosen, item.rejected, gap, weight))
+    return preferences
+
+
 def _check_inputs(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
     table, source = rule.metadata["reads"], rule.metadata.get("source")
@@ -155,8 +180,11 @@ def _check_inputs(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         if name in inputs and name != table:
             problems.append(f"rule {rule.name} does not read {name}: remove it (`{name}: null` under `from`)")
     step = inputs.get("candidates")
-    if source and step and step.stage and (remedy := source(step)):  # an unknown stage is already a problem of the plan
-        problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {remedy}")
+    if source and step and step.stage:  # an unknown stage is already a problem of the plan
+        with rule.entry.failures():
+            remedy = source(step)
+        if remedy:
+            problems.append(f"rule {rule.name} cannot read candidates of {step.stage}; {remedy}")
     return problems
 
 
@@ -186,9 +214,10 @@ def pair(
             if reason := equal_rewards(rows):
                 ctx.reject(reason, place=rule.name, prompt=prompt, detail=f"{len(rows)} {table}")
                 continue
-        preferences = list(rule(rows))
+        preferences = check_preferences(rule, rule(rows), prompt, candidate_by_id)
         if not preferences:
             ctx.reject("no pair", place=rule.name, prompt=prompt, detail=f"{len(rows)} {table}")
+        paired: set[tuple[str, str]] = set()
         for chosen_id, rejected_id, gap, weight in preferences:
             responses = candidate_by_id[chosen_id], candidate_by_id[rejected_id]
             reason = None
@@ -200,12 +229,14 @@ def pair(
                 reason = "empty response"
             elif finished and any(response["finish_reason"] == "length" for response in responses):
                 reason = "cut at max_tokens"
-            elif not weight > SMALLEST_WEIGHT:  # 0 in float32; a nan, too, is no weight
+            elif weight <= SMALLEST_WEIGHT:  # 0 in float32
                 reason = "weight 0"
+            elif (chosen_id, rejected_id) in paired:
+                reason = "the same pair again"
             if reason:
                 ctx.reject(reason, place=rule.name, prompt=prompt, candidate=chosen_id, detail=rejected_id)
                 continue
-            gap = None if gap is None else float(gap)
+            paired.add((chosen_id, rejected_id))
             row = {"prompt_id": prompt, "chosen_id": chosen_id, "rejected_id": rejected_id, "rule": rule.name}
-            pairs.append(row | {"gap": gap, "weight": float(weight)})
+            pairs.append(row | {"gap": gap, "weight": weight})
     return pa.Table.from_pylist(pairs, schema=PAIRS)

@@ -8,18 +8,27 @@ the problems; `weighs` marks rules whose weights must reach training.
 The sampling loops, Algorithm 1 of RSO among them, are compiled and stand in kernels.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 
 from pipeline import Bound, Finite, Range, Registry
 from stages.data.rows import SMALLEST_WEIGHT
 from stages.options import SmallCount
+from stages.results import floats
 from stages.selection.groups import Floats, Ints, RewardGroups, temperature
 from stages.selection.normalisers import normaliser
 
-selection_rule = Registry("selection rule")
+selection_rule = Registry(
+    "selection rule",
+    "groups",
+    needs_spread=NotRequired[bool],
+    weighs=NotRequired[bool],
+    right_only=NotRequired[bool],
+    check=NotRequired[Callable[[dict[str, Any]], list[str]]],
+)
 PositiveOrInfinite = Annotated[float, Range(gt=0)]
 NotNegativeOrInfinite = Annotated[float, Range(ge=0)]  # at an infinite temperature all rewards are alike
 # Exactly one of these three must be set, see `_check_temperature`.
@@ -150,7 +159,8 @@ def softmax_weights(
     """
     betas = temperature(groups, beta, ess, kl)
     exponent = groups.exponent(betas)
-    weight = np.exp(exponent - groups.broadcast(normaliser(groups, betas)))
+    log_z = floats(normaliser, normaliser(groups, betas), groups.sizes.shape, "one per prompt", finite=False)
+    weight = np.exp(exponent - groups.broadcast(log_z))
     ess_before_clip = groups.effective_sample_size(np.exp(exponent))
     return _select_weighted(groups, np.minimum(weight, clip), beta=betas, ess=ess_before_clip)
 
@@ -195,3 +205,45 @@ def _select_weighted(groups: RewardGroups, weight: Floats, **fields: Any) -> Sel
     n_before: Ints = np.cumsum(mask) - mask
     draw: Ints = n_before - groups.broadcast(n_before[groups.starts[:-1]])
     return Selection(np.flatnonzero(mask), draw[mask], weight=weight[mask], **fields)
+
+
+def check_selection(rule: Bound, selection: Any, groups: RewardGroups) -> Selection:
+    """Return what a rule selects of the groups; raise WinnowError if it cannot be a selection of them.
+
+    Its rows exist, once each, prompt by prompt and there in order of their draw; its weights are finite and not
+    negative; its statistics are one per prompt.
+    """
+    if not isinstance(selection, Selection):
+        raise rule.wrong_result(selection, "a Selection")
+
+    def integers(field: str, expected: str) -> Ints:
+        array = np.asarray(getattr(selection, field))
+        if array.dtype.kind not in "iu" or array.shape not in {index.shape, () if field == "round" else index.shape}:
+            raise rule.wrong_result(array, f"`{field}` as integers, {expected}")
+        if (array < 0).any():
+            raise rule.wrong_result(int(array.min()), f"`{field}` not below 0")
+        return array
+
+    index = np.asarray(selection.index)
+    if index.ndim != 1:
+        raise rule.wrong_result(index, "`index` as one row of the groups per selected candidate")
+    index = integers("index", "rows of the groups")
+    if (index >= len(groups.values)).any():
+        raise rule.wrong_result(int(index.max()), f"`index` below {len(groups.values)}, the number of candidates")
+    if len(np.unique(index)) < len(index):
+        values, counts = np.unique(index, return_counts=True)
+        raise rule.wrong_result(int(values[counts.argmax()]), "every row in `index` once")
+    draw = integers("draw", "one per selected row")
+    integers("round", "one per selected row, or one for all")
+    prompt = groups.broadcast(np.arange(len(groups.sizes)))[index]
+    falls = (np.diff(prompt) < 0) | ((np.diff(prompt) == 0) & (np.diff(draw) <= 0))
+    if falls.any():
+        row = int(index[1:][falls][0])
+        raise rule.wrong_result(row, "`index` prompt by prompt, and there in order of rising `draw`")
+    weight = floats(rule, selection.weight, np.shape(selection.weight) and index.shape, "`weight` per selected row")
+    if (weight < 0).any():
+        raise rule.wrong_result(float(weight.min()), "`weight` not below 0")
+    for field in ("beta", "acceptance", "ess"):
+        if (statistic := getattr(selection, field)) is not None:
+            floats(rule, statistic, groups.sizes.shape, f"`{field}` per prompt", finite=False)
+    return selection

@@ -4,12 +4,18 @@ A scale maps the rewards [N] of `RewardGroups`, prompt by prompt, to values [N] 
 rises. Metadata `needs_spread`: prompts whose rewards are all equal are rejected before, unless all are labelled right.
 """
 
+from dataclasses import replace
+from typing import NotRequired
+
 import numpy as np
 
-from pipeline import Registry
+from pipeline import Bound, Registry
+from stages.results import floats
 from stages.selection.groups import Floats, RewardGroups, divide
 
-reward_scale = Registry("reward scale")
+TOLERANCE = 1e-9  # of the largest value: what a scale may fall by rounding
+
+reward_scale = Registry("reward scale", "groups", needs_spread=NotRequired[bool])
 
 
 @reward_scale()
@@ -60,3 +66,22 @@ def quantile(groups: RewardGroups) -> Floats:
     quantiles = np.empty(len(ordered))
     quantiles[order] = mean_rank / groups.broadcast(groups.sizes)
     return quantiles
+
+
+def scaled(scale: Bound, groups: RewardGroups) -> RewardGroups:
+    """Return the groups with their rewards on a scale.
+
+    Raise WinnowError unless its values are finite, one per candidate, and never fall where the reward rises.
+    """
+    result = scale(groups)
+    if result is groups.values:
+        return groups
+    values = floats(scale, result, groups.values.shape, "one per candidate")
+    order = np.lexsort((values, groups.values, groups.broadcast(np.arange(len(groups.sizes)))))
+    rises = (np.diff(groups.values[order]) > 0) & (groups.position[1:] > 0)  # `order` keeps prompts where they are
+    falls = rises & (np.diff(values[order]) < -TOLERANCE * np.abs(values).max(initial=0))
+    if falls.any():
+        first = np.flatnonzero(falls)[0]
+        rewards, fallen = groups.values[order][first : first + 2].tolist(), values[order][first : first + 2].tolist()
+        raise scale.wrong_result(fallen, f"values that never fall where the reward rises, here from {rewards}")
+    return replace(groups, values=values)

@@ -1,7 +1,6 @@
 """Stage `select`: keep the candidates that follow the estimated optimal policy, or weight them by it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from schemas.tables import SELECTIONS
 from stages.data.rows import ALL_WRONG
 from stages.options import Seed
 from stages.selection.groups import RewardGroups
-from stages.selection.rules import Selection, selection_rule
-from stages.selection.scales import reward_scale
+from stages.selection.rules import check_selection, selection_rule
+from stages.selection.scales import reward_scale, scaled
 
 LARGE_IDS = pa.schema(
     [(name, pa.large_string()) for name in ("prompt_id", "candidate_id")]
@@ -26,7 +25,8 @@ MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     rule: Bound = options["rule"]
-    problems = rule.metadata["check"](rule.options) if "check" in rule.metadata else []
+    with rule.entry.failures():
+        problems = rule.metadata["check"](rule.options) if "check" in rule.metadata else []
     if options["finished"] and "candidates" not in inputs:
         problems.append("finished reads candidates; add `candidates` under `from`, the step that `rewards` scored")
     if not options["finished"] and "candidates" in inputs:
@@ -114,7 +114,8 @@ def select(
         ctx.count(prompts_with_all_candidates_kept=int((groups.sizes <= k).sum()))
 
     # Apply the rule to the scaled rewards; reject prompts of which it selects nothing.
-    selection: Selection = rule(replace(groups, values=scale(groups)))
+    groups = scaled(scale, groups)
+    selection = check_selection(rule, rule(groups), groups)
     prompt_of_row = groups.broadcast(np.arange(len(prompts)))[selection.index]
     for prompt in np.delete(prompts, prompt_of_row):
         ctx.reject(selection.empty_reason, place=rule.name, prompt=prompt)

@@ -95,7 +95,13 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
             f"responses) to share; set world_size to {options['batch_size']} at most"
         )
 
-    # Inputs of a mix.
+    # Inputs of a mix, and the option that its decorator names.
+    interval = mix.metadata.get("measure_every") if mix else None
+    if mix and interval is not None and not isinstance(mix.options.get(interval), int):
+        problems.append(
+            f"{mix.entry.location()}: its decorator sets measure_every={interval!r}, which is no option of it that is "
+            f"an integer; its options are {', '.join(mix.options) or 'none'}"
+        )
     if (mix is None) != ("demonstrations" not in inputs):
         problems.append("`mix` and the input `demonstrations` go together: set both or neither")
     for name in ("heldout_demonstrations", "preference_optimum", "imitation_optimum"):

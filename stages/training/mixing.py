@@ -9,14 +9,14 @@ forwarded. ALRIGHT and MAXRIGHT (arXiv:2410.15483) give 0 or 1. To add a mix, ad
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import numpy as np
 
 from pipeline import Range, Registry
 from stages.options import Count
 
-mix = Registry("mix", "uses_losses")
+mix = Registry("mix", "state", uses_losses=bool, measure_every=NotRequired[str])
 COIN = 2  # beside the terms' 0 and 1, so that coins and batches are drawn from different streams
 UnitInterval = Annotated[float, Range(ge=0, le=1)]
 

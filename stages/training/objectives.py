@@ -11,7 +11,7 @@ write that name. Which responses are imitated (`nll`) is data: the rows with wei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NotRequired
 
 from pipeline import Range, Registry
 from stages.options import NotNegative, Positive
@@ -19,7 +19,14 @@ from stages.options import NotNegative, Positive
 if TYPE_CHECKING:
     from torch import Tensor
 
-objective = Registry("objective", "reads", "per")
+Field = Literal["length", "weight", "ref", "label", "desirable", "kl"]
+objective = Registry(
+    "objective",
+    "batch",
+    reads=tuple[Field, ...],
+    per=Literal["pairs", "rows", "likelihood"],
+    elsewhere=NotRequired[dict[str, str]],
+)
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,22 @@ class ObjectiveTerm:
             kl=kl,
         )
 
+    def checked(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return what the objective returned for a batch; raise WinnowError unless it is one loss per pair, or per row.
+
+        Another shape would be broadcast against the weights of pairs, or divided by the wrong count.
+        """
+        axis = "pair" if self.objective.metadata["per"] == "pairs" else "row"
+        shape = batch.chosen.shape if axis == "pair" else batch.logp.shape
+        expected = f"a tensor of floats of shape {list(shape)}, one per {axis}"
+        if not isinstance(losses, Tensor):
+            raise self.objective.wrong_result(losses, expected)
+        if losses.shape != shape or not losses.is_floating_point():
+            raise self.objective.wrong_result(losses, expected)
+        if torch.is_grad_enabled() and batch.logp.requires_grad and not losses.requires_grad:
+            raise self.objective.wrong_result(losses, f"{expected}, with the gradient of `logp`")
+        return losses
+
     def _loss(
         self,
         groups: list[TrainingGroup],
@@ -152,7 +168,7 @@ class ObjectiveTerm:
     ) -> Tensor:
         """Return the groups' summed loss over the count of the whole step, so that accumulation changes nothing."""
         batch, per = self.objective_batch(groups, logp, kl), self.objective.metadata["per"]
-        losses = self.objective(batch)
+        losses = self.checked(self.objective(batch), batch)
         if per == "pairs":
             losses = losses * logp.new_tensor([weight for group in groups for weight in group.pair_weight])
         total: Tensor = losses.sum() / metrics.counts[per]
@@ -252,17 +268,24 @@ class ObjectiveTerm:
             pass
         means = metrics.means()
         if not np.isfinite(means["loss"]):
-            rows = self.rows_not_finite(network, batch)
-            raise WinnowError(f"a loss measured without training is not finite; rows (prompt/candidate): {rows}")
+            raise WinnowError(
+                f"a loss measured without training is not finite; {self.culprit(network, batch, means['loss'])}"
+            )
         return means
 
     @torch.no_grad()
-    def rows_not_finite(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> str:
-        """Return rows (prompt/candidate) whose log-prob is not finite, all of the batch if none is; 8 at most."""
+    def culprit(self, network: PreTrainedModel, batch: list[TrainingGroup], loss: float) -> str:
+        """Return the rows (prompt/candidate) whose log-prob is not finite, 8 at most.
+
+        If none is, all of the batch; and the objective, where its loss is not finite of finite log-probs.
+        """
         names = [f"{group.prompt_id}/{name}" for group in batch for name in group.names]
         logp = [value for group in batch for value in self._forward(network, [group])[0].tolist()]
-        names = [name for name, value in zip(names, logp, strict=True) if not np.isfinite(value)] or names
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        not_finite = [name for name, value in zip(names, logp, strict=True) if not np.isfinite(value)]
+        names = not_finite or names
+        rows = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        objective = f"{self.objective.entry.location()} of finite log-probs is {loss}; "
+        return f"{'' if not_finite or np.isfinite(loss) else objective}rows (prompt/candidate): {rows}"
 
 
 def pieces_of(group: TrainingGroup, parts: list[list[int]]) -> list[PromptGroup]:

@@ -27,6 +27,7 @@ from stages.network.load import (
     save_network,
 )
 from stages.options import Precision
+from stages.results import number
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
 from stages.training.config import TermData, TrainConfig
@@ -97,7 +98,8 @@ def train_policy(
             param_group["lr"] = learning_rate
         weights = [1.0]
         if mix:
-            weight = mix(MixState(state.step, steps, config.seed, *state.excess_losses))
+            mix_state = MixState(state.step, steps, config.seed, *state.excess_losses)
+            weight = number(mix, mix(mix_state), low=0, high=1, of=f"step {state.step}")
             weights = [weight, 1.0 - weight]
         active = [n for n, weight in enumerate(weights) if weight]
         batches = {n: terms[n].batches[state.batches_taken[n]] for n in active}
@@ -135,9 +137,9 @@ def train_policy(
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not all(map(math.isfinite, [grad_norm, *(means[n]["loss"] for n in active)])):
-            culprits = "; ".join(terms[n].rows_not_finite(network, batch) for n, batch in batches.items())
+            culprits = "; ".join(terms[n].culprit(network, batch, means[n]["loss"]) for n, batch in batches.items())
             raise WinnowError(
-                f"step {state.step}: the loss or its gradient is not finite; rows (prompt/candidate): {culprits}; "
+                f"step {state.step}: the loss or its gradient is not finite; {culprits}; "
                 "try a lower learning_rate, or look at these rows in the store"
             )
         groups = [group for batch in batches.values() for group in batch]
@@ -246,8 +248,14 @@ def check_reference(term: ObjectiveTerm, network: PreTrainedModel) -> None:
     kl = term.kl_estimate(network, batch)
     rows = [(group.prompt, ids) for group in batch for ids in group.responses]
     cached = term.objective_batch(batch, term.logp_by_ranks(network, rows), kl)
-    loss = term.objective(cached)
-    expected = term.objective(replace(cached, ref=cached.logp, kl=torch.zeros_like(kl)))
+    loss = term.checked(term.objective(cached), cached)
+    fresh = replace(cached, ref=cached.logp, kl=torch.zeros_like(kl))
+    expected = term.checked(term.objective(fresh), fresh)
+    if cached.logp.isfinite().all() and not expected.isfinite().all():  # no reference can be the cause
+        raise WinnowError(
+            f"step 0: {term.objective.entry.location()}: its loss is not finite where the policy is the reference, and "
+            "the log-probs are; correct the objective"
+        )
     drift, scale = loss - expected, max(1.0, float(expected.abs().mean()))
     tolerance, tolerance_per_pair = (bound * scale for bound in TOLERANCE[term.dtype])
     # A NaN compares false with any bound, so the test must be for agreement and not for its opposite.

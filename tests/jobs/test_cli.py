@@ -21,6 +21,7 @@ from jobs import recipes
 from jobs.__main__ import GROUPS
 from jobs.console import VisibleConsole, as_table
 from jobs.output import _Visible
+from pipeline.config.code import FORMAT
 from pipeline.store.store import Store
 from schemas import Model
 
@@ -373,10 +374,10 @@ def test_plan_and_run_say_which_code_changed_without_its_version(winnow, data_di
     shutil.copytree(finished, tmp_path / "store")
     (manifest,) = (tmp_path / "store").glob("pair/*/manifest.json")
     content = json.loads(manifest.read_text())
-    assert content["code"]["matches"] != "0" * 12
+    assert content["code"]["matches"] != FORMAT + "0" * 12
     words = ("rso", "--config", data_dir / "demo.yaml", "--store", tmp_path / "store")
     assert "code changed" not in winnow("plan", *words)[1]
-    content["code"]["matches"] = "0" * 12
+    content["code"]["matches"] = FORMAT + "0" * 12
     manifest.write_text(json.dumps(content))
     for command in ("plan", "run"):
         code, text = winnow(command, *words)

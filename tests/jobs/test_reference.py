@@ -11,6 +11,7 @@ import pytest
 from jobs.recipes import names
 from jobs.reference import describe_type, recipe_table, registries, stage_table
 from pipeline import Bound, Finite, Range
+from pipeline.plugins import unload_plugins
 from pipeline.stage import stages
 from schemas import WinnowError
 from stages.selection.rules import selection_rule
@@ -93,3 +94,16 @@ def test_options_of_a_kind_of_function_lists_its_functions(winnow):
     code, text = winnow("options", "zzzz")
     assert (code, text.count("bradley_terry")) == (2, 2), "a score method, and an alias of an objective"
     assert "score method: bradley_terry, least_squares" in text
+
+
+def test_options_describes_functions_of_plugins(winnow, tmp_path):
+    """Those of the files that a config names, and of installed packages, as `plan` and `run` load them."""
+    source = "from stages.evaluation.evaluate import gold_reward\n\n@gold_reward()\ndef shortness(prompt, response):\n"
+    (tmp_path / "mine.py").write_text(source + '    """Prefer short responses."""\n    return -len(response)\n')
+    (tmp_path / "my.yaml").write_text("plugins: [./mine.py]\n")
+    try:
+        assert winnow("options", "shortness")[0] == 2
+        code, text = winnow("options", "shortness", "--config", "my.yaml")
+        assert (code, "Prefer short responses" in text) == (0, True)
+    finally:
+        unload_plugins()

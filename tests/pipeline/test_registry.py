@@ -25,7 +25,7 @@ from stages.training.objectives import objective
 REGISTRIES = [gold_reward, head, mix, objective, pair_rule, normaliser, preference_reader, ranker, reward_scale]
 REGISTRIES += [score_method, selection_rule]
 
-shapes = Registry("shape")
+shapes = Registry("shape", "size", corners=int)
 tools = Registry("tool")
 
 
@@ -149,7 +149,7 @@ def test_not_a_number_is_not_a_value_of_any_option():
 
 def test_what_cannot_be_registered_is_refused_where_it_is_defined():
     """Metadata that a registry requires; a name or an alias that another function has."""
-    registry = Registry("knife", "edge", "length")
+    registry = Registry("knife", edge=str, length=int)
 
     def bread() -> None: ...
     def steak() -> None: ...
@@ -185,7 +185,7 @@ def test_an_alias_is_the_same_function_with_the_same_key():
 
 def test_a_decorator_with_metadata_of_its_own_has_three_forms():
     """Bare, called, and with metadata that replaces or adds to its own: each function keeps its own version."""
-    registry = Registry("ranker", "reads_model")
+    registry = Registry("ranker", reads_model=bool, program=bool)
     verifiable = registry.decorator(reads_model=False, program=True, version=2)
 
     @verifiable

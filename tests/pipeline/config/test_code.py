@@ -1,6 +1,7 @@
 """Digests of code: what counts as a change of a function, and how far its calls are followed."""
 
 import linecache
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import pytest
 
 from pipeline.config import code
 from pipeline.config.code import code_digests
+from pipeline.config.plan import Step, stale_code
+from pipeline.registry import Entry
 
 FILES = {
     "__init__": "from late_package.names import shared\n",
@@ -18,6 +21,10 @@ FILES = {
     "rules": """
 import functools
 from late_package import maths
+
+def registry(**metadata):
+    return lambda fn: fn
+
 
 LIMIT = 3
 OTHER = 4
@@ -29,6 +36,7 @@ class Sized:
         return LIMIT
 
 
+@registry(lines=3, version=1)
 def helper(x, scale=2):
     return Sized().size() * helper(x - 1) if x else scale
 
@@ -46,19 +54,29 @@ def unused():
     "maths": "def double(x):\n    return 2 * x\n\n\ndef triple(x):\n    return 3 * x\n",
     "late": "import no_library\nfrom late_package.maths import triple as times\n\ndef slow(x):\n    return times(x)\n",
 }
-USES = ["rules.helper", "rules.LIMIT", "rules.Sized", "rules.WORDS", "maths.double", "maths.triple", "late.slow"]
+USES = [
+    "rules.registry",
+    "rules.helper",
+    "rules.LIMIT",
+    "rules.Sized",
+    "rules.WORDS",
+    "maths.double",
+    "maths.triple",
+    "late.slow",
+]
 USES = [f"late_package.{name}" for name in (*USES, "names.shared")]
 
 
 @pytest.fixture
 def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
     """Return the digests of `rule` in a package of which one file has another text."""
-    folder = tmp_path / "late_package"
-    folder.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
 
-    def digests(file: str = "rules", old: str = "", new: str = "") -> dict[str, str]:
-        for name, text in FILES.items():
+    def digests(file: str = "rules", old: str = "", new: str = "", files: dict[str, str] = FILES) -> dict[str, str]:
+        folder = tmp_path / "late_package"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name, text in files.items():
             assert old in text or name != file
             (folder / f"{name}.py").write_text(text.replace(old, new) if name == file and old else text)
         for name in [name for name in sys.modules if name.startswith("late_package")]:
@@ -79,7 +97,7 @@ def test_all_that_a_function_uses_is_followed_and_nothing_is_imported_for_it(dig
         assert list(digests()) == ["rule", *sorted(USES)]
     rules = sys.modules["late_package.rules"]
     helper = code_digests(rules.helper)
-    assert list(helper) == ["helper", "late_package.rules.LIMIT", "late_package.rules.Sized"]
+    assert list(helper) == ["helper", *(f"late_package.rules.{name}" for name in ("LIMIT", "Sized", "registry"))]
     assert code_digests(rules.rule)["late_package.rules.helper"] == helper["helper"]
     assert code_digests(lambda: None) == {}
     assert "late_package.late" not in sys.modules
@@ -99,7 +117,14 @@ def test_all_that_a_function_uses_is_followed_and_nothing_is_imported_for_it(dig
         (("late", "return times", "return -times"), ["late.slow"]),
         (("names", "return x", "return -x"), ["names.shared"]),
         (("rules", "return OTHER", "return -OTHER"), []),
-        (("rules", "def helper", "# why\n@functools.cache\ndef helper"), []),
+        (("rules", "def helper", "# why\n@functools.cache\ndef helper"), ["rules.helper"]),
+        (("rules", "(lines=3, version=1)", "(lines=4, version=1)"), ["rules.helper"]),
+        (("rules", "(lines=3, version=1)", "(lines=3, version=2, aliases=('h',))"), []),
+        (("rules", "LIMIT = 3", "LIMIT = 3\nLIMIT *= 0.5"), ["rules.LIMIT"]),
+        (("rules", "LIMIT = 3", "LIMIT = 3\nfor LIMIT in (4, 5):\n    pass"), ["rules.LIMIT"]),
+        (("rules", "LIMIT = 3", "LIMIT = 3\nif len('a'):\n    LIMIT = 4"), ["rules.LIMIT"]),
+        (("rules", '{"short": len}', '{"short": len}\nWORDS["short"] = max'), ["rules.WORDS"]),
+        (("rules", '{"short": len}', '{"short": len}\nWORDS.update(short=max)'), ["rules.WORDS"]),
         (("rules", "    return Sized", '    "Help."\n\n    return  Sized'), []),
         (
             ("rules", "    def size(self):", '    """Has a size."""\n\n    def size(self):\n        "Size."  # of it'),
@@ -115,6 +140,60 @@ def test_a_change_is_found_where_it_is_and_comments_and_docstrings_are_none(
     expected = [name if name == "rule" else f"late_package.{name}" for name in changed]
     assert [name for name in before if before[name] != after.get(name)] == expected
     assert after.keys() == before.keys()
+
+
+RULE = """
+import math as m
+from late_package import second
+from late_package.first import f
+
+def rule(x):
+    from late_package.first import divide as scale
+
+    return f(x), second.f(x), scale(x), scale(m.sqrt(x))
+"""
+SHARED = {
+    "__init__": "",
+    "first": "def f(x):\n    return x\n\n\ndef divide(x):\n    return x / 2\n\n\ndef unused(): ...\n",
+    "second": "def f(x):\n    return -x\n",
+    "rules": RULE,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([("import math as m", "import cmath as m")], ["`rule` has changed"]),
+        ([("import divide as scale", "import f as scale")], ["`rule` has changed"]),  # another one that was used before
+        ([("first import f", "second import f")], ["`rule` uses has changed", "late_package.first.f"]),  # of one name
+        ([("import divide as scale", "import divide"), ("scale(", "divide(")], []),
+        ([("import math as m", "import math"), ("m.sqrt", "math.sqrt")], []),
+        (
+            [
+                ("import math as m\n", ""),
+                ("m.sqrt", "sqrt"),
+                ("\n\n    return", "\n    from math import sqrt\n    return"),
+            ],
+            [],
+        ),
+        ([("late_package.first", "late_package.moved")], []),
+    ],
+    ids=str,
+)
+def test_a_name_counts_as_what_it_refers_to(
+    digests: Callable[..., dict[str, str]], changes: list[tuple[str, str]], words: list[str]
+):
+    """Not as how it was imported, nor by the module that it is in: a definition that only moved is no change."""
+    before = digests(files=SHARED)
+    text = RULE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    digests(files=SHARED | {"moved": SHARED["first"], "rules": text})
+    rule = sys.modules["late_package.rules"].rule
+    lines = stale_code(Step("step", Entry("rule", rule), {}, {}, 1), {"code": before})
+    assert len(lines) == bool(words)
+    assert [word for word in words if word not in lines[0]] == []
 
 
 def test_digests_are_the_same_in_every_process_and_planning_imports_no_torch():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.code import FORMAT
 from pipeline.config.plan import Plan, make_plan, stale_code
 from pipeline.config.recipe import load_recipe
 from pipeline.plugins import unload_plugins
@@ -229,7 +230,7 @@ print(step.key, step.identity["plugins"])
 
 
 def test_a_function_whose_source_changes_is_reported_as_stale(tmp_path: Path):
-    """Layout, comments, docstrings and decorators do not count; a manifest from before the field says nothing."""
+    """Layout, comments, docstrings and the version do not count; a manifest from before the field says nothing."""
     manifest = {"code": plan(tmp_path).target.code}
     assert {name for name in manifest["code"] if "." not in name} == {"my_sort", "by_length"}
     body = "return sorted(texts, key=len, reverse=reverse)"
@@ -244,6 +245,59 @@ def test_a_function_whose_source_changes_is_reported_as_stale(tmp_path: Path):
     assert stale_code(step, {}) == []
     own = {name: digest for name, digest in manifest["code"].items() if "." not in name}
     assert stale_code(plan(tmp_path).target, {"code": own}) == [], "a manifest without what the functions use"
-    (line,) = stale_code(plan(tmp_path).target, {"code": manifest["code"] | {"rules.sorting": "before"}})
-    assert "what `my_sort` uses has changed (rules.sorting) since" in line
+    (line,) = stale_code(plan(tmp_path).target, {"code": manifest["code"] | {"rules.gone": FORMAT + "before"}})
+    assert "what `my_sort` uses has changed (rules.gone) since" in line
     assert "code" not in step.identity
+
+
+OBJECTIVE = "from stages.training.objectives import objective\nfrom stages.evaluation.evaluate import gold_reward\n"
+DECORATED = '@objective(reads=("ref",), per="pairs")\n'
+
+
+@pytest.mark.parametrize(
+    ("source", "facts"),
+    [
+        ('@objective(reads=("reff",), per="pairs")\ndef f(b): ...', ["reads.0", "'ref'", "'reff'"]),
+        ('@objective(reads="ref", per="pairs")\ndef f(b): ...', ["reads", "tuple", "'ref'"]),
+        ('@objective(reads=(), per="pear")\ndef f(b): ...', ["per", "'pairs'", "'pear'"]),
+        ('@objective(reads=(), per="pairs", foo=3)\ndef f(b): ...', ["foo: unknown metadata", "reads"]),
+        ('@objective(reads=(), per="pairs", version="x")\ndef f(b): ...', ["version", "integer", "'x'"]),
+        ('@objective(reads=(), per="pairs", aliases="mine")\ndef f(b): ...', ["aliases", "tuple", "'mine'"]),
+        ("@objective\ndef f(b): ...", ["objective f", "must set reads, per"]),
+        (DECORATED + "def f(): ...", ["called with 1 positional", "takes 0"]),
+        (DECORATED + "def f(b, beta: float = 2.0): ...", ["takes 2 (b, beta)", "after `*`"]),
+        (DECORATED + "def f(b, **options): ...", ["**"]),
+        (DECORATED + "async def f(b): ...", ["async"]),
+        (DECORATED + "class F: ...", ["must be a function"]),
+        ('objective(reads=(), per="pairs")(lambda b: 0)', ["no name", "`def`"]),
+        (DECORATED + "def f(b, *, _x: int = 1): ...", ["cannot be called _x"]),
+        (DECORATED + "def f(b, *, model_config: int = 1): ...", ["cannot be called model_config"]),
+        (DECORATED + "def f(b, *, name: str = 'a'): ...", ["cannot be called name"]),
+        (DECORATED + "def f(b, *, beta=1.0): ...", ["option beta has no type"]),
+        ("@gold_reward()\ndef f(response): ...", ["called with 2", "prompt, response"]),
+    ],
+    ids=str,
+)
+def test_what_no_recipe_could_use_is_refused_where_it_is_registered(source: str, facts: list[str], tmp_path: Path):
+    """Metadata, arguments, options: one line with the file, its line and the name, and what to write instead."""
+    text = refused(tmp_path, OBJECTIVE + source)
+    assert [fact for fact in (f"plugin {tmp_path / 'stages.py'}, line ", "TypeError", *facts) if fact not in text] == []
+
+
+def test_a_plugin_is_one_file(tmp_path: Path):
+    """A worker gets its text alone, so it cannot import what is beside it; the message says what to do."""
+    (tmp_path / "helper.py").write_text("x = 1\n")
+    for source in ("import helper", "from helper import x", "from .helper import x"):
+        text = refused(tmp_path, source)
+        assert [fact for fact in ("a plugin is one file", "stages.py", "entry point") if fact not in text] == []
+    assert "one file" not in refused(tmp_path, "import no_such_module")
+
+
+def test_a_plugin_is_read_in_the_encoding_that_it_declares(tmp_path: Path):
+    """As Python reads it: with a byte order mark, or with a coding comment."""
+    plan(tmp_path)
+    for encoding, line in {"utf-8-sig": "", "latin-1": "# -*- coding: latin-1 -*-"}.items():
+        unload_plugins()
+        (tmp_path / "stages.py").write_text(f"{line}\nCITY = 'Z\u00fcrich'\n{STAGES}", encoding=encoding)
+        module = make_plan(load_recipe(tmp_path / "recipe.yaml")).steps[0].entry.fn.__module__
+        assert sys.modules[module].CITY == "Z\u00fcrich"

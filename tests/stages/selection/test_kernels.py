@@ -247,3 +247,13 @@ def test_the_seed_changes_the_draw():
     """40 prompts of 20 equal candidates: two seeds agree on all first draws with probability 20^-40."""
     rewards = {f"p{n:02}": [0.0] * 20 for n in range(40)}
     assert sampled(rewards, 1, seed=0) != sampled(rewards, 1, seed=1)
+
+
+@pytest.mark.parametrize(("rewards", "beta"), [([math.nan, 1.0, 2.0], 1.0), ([0.0, 1.0], math.nan)], ids=str)
+def test_what_is_not_a_number_ends(rewards, beta):
+    """A pass that accepts nothing would be repeated for ever; groups of such rewards cannot be made."""
+    chosen, _ = run_kernel([rewards], [1], 2, beta)
+    assert (chosen == -1).any()
+    if math.isnan(sum(rewards)):
+        with pytest.raises(ValueError, match="finite"):
+            RewardGroups(np.array(rewards), np.array([0, 3]), np.array([1], np.uint64))
