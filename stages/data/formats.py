@@ -263,20 +263,23 @@ def pairs_of(reader: Bound, rows: list[Row]) -> list[PreferencePair | ValueError
     except ValueError as error:  # of a plugin's reader, a WinnowError that says what it raised
         return [error.__cause__ if isinstance(error.__cause__, ValueError) else error]
     pairs = pairs if isinstance(pairs, list) else [pairs]
-    for pair in pairs:
-        if not isinstance(pair, PreferencePair | ValueError):
-            raise reader.wrong_result(pair, "a PreferencePair, or a list of them")
-        if isinstance(pair, PreferencePair) and not reader.entry.plugin:
-            continue
-        if isinstance(pair, PreferencePair):
-            texts = {"chosen": pair.chosen, "rejected": pair.rejected, "plain": pair.plain}
-            try:
-                for name in (name for name, text in texts.items() if not isinstance(text, dict | None)):
-                    text_of(texts, name)
-                prompt_of({"prompt": pair.prompt}, "prompt")
-            except ValueError as error:
-                return [error]
-    return pairs
+    return [_checked(reader, pair) for pair in pairs] if reader.entry.plugin else pairs
+
+
+def _checked(reader: Bound, pair: Any) -> PreferencePair | ValueError:
+    """Return the pair of a plugin's reader, or the reason why it cannot be used."""
+    if isinstance(pair, ValueError):
+        return pair
+    if not isinstance(pair, PreferencePair):
+        return reader.wrong_result(pair, "a PreferencePair, or a list of them")
+    texts = {"chosen": pair.chosen, "rejected": pair.rejected, "plain": pair.plain}
+    try:
+        for name in (name for name, text in texts.items() if not isinstance(text, dict | None)):
+            text_of(texts, name)
+        prompt_of({"prompt": pair.prompt}, "prompt")
+    except ValueError as error:
+        return error
+    return pair
 
 
 def first_pairs(reader: Bound, rows: list[Row]) -> list[PreferencePair | ValueError]:
