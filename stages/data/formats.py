@@ -272,9 +272,10 @@ def _checked(reader: Bound, pair: Any) -> PreferencePair | ValueError:
         return pair
     if not isinstance(pair, PreferencePair):
         return reader.wrong_result(pair, "a PreferencePair, or a list of them")
-    texts = {"chosen": pair.chosen, "rejected": pair.rejected, "plain": pair.plain}
+    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
+    texts |= {} if pair.plain is None else {"plain": pair.plain}
     try:
-        for name in (name for name, text in texts.items() if not isinstance(text, dict | None)):
+        for name in (name for name, text in texts.items() if not isinstance(text, dict)):
             text_of(texts, name)
         prompt_of({"prompt": pair.prompt}, "prompt")
     except ValueError as error:

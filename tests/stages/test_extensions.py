@@ -349,7 +349,7 @@ WRONG = {  # by kind: a result, and facts that the message holds
     ],
     "reader": [
         ("None", ["PreferencePair", "None"]),
-        ("['p', 'c', 'r']", ["PreferencePair"]),
+        ("('p', 'c', 'r')", ["PreferencePair"]),
         ("PreferencePair(3, 'c', 'r')", ["prompt is not text"]),
         ("PreferencePair('p', None, 'r')", ["no chosen"]),
         ("PreferencePair('p', 'c', chr(0xd800))", ["rejected is not valid Unicode"]),
