@@ -33,8 +33,8 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     while policy and policy.stage == "optimize":
         policy = policy.inputs.get("init")  # whose context it keeps
     if policy and policy.stage in ("model", "untrained") and policy.options:
-        is_folder = policy.stage == "model"
-        length = context_length(policy.options["path"].path) if is_folder else policy.options["context"]
+        folder = getattr(policy.options.get("path"), "path", None)
+        length = context_length(folder) if folder else policy.options.get("context", options["max_tokens"] + 1)
         if options["max_tokens"] >= length:
             problems.append(
                 f"max_tokens: {options['max_tokens']:,} leaves no room for a prompt in the policy's context of "
