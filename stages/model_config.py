@@ -1,4 +1,4 @@
-"""What a model's folder says of it, read from its config and the headers of its weights before any weight is loaded."""
+"""Facts about a model, read from its folder's config and the headers of its weights before any weight is loaded."""
 
 import ast
 import json

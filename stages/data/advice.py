@@ -1,4 +1,4 @@
-"""What a plan says of a file whose columns do not fit, and of columns that nobody reads.
+"""Advice of a plan about a file whose columns do not fit, and about columns that nobody reads.
 
 A reader is advised only if it reads the file's first rows, and the columns of its prompt with them.
 """

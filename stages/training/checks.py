@@ -1,4 +1,4 @@
-"""What a loss reads, checked against the steps that a plan has and against the tables that training gets."""
+"""Inputs that a loss reads, checked against the steps that a plan has and against the tables that training gets."""
 
 from collections.abc import Mapping
 from typing import Any

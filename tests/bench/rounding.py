@@ -1,4 +1,4 @@
-"""What is left of a short run in a policy that is rounded to bfloat16, by rule of rounding and learning rate."""
+"""Margin that a short run leaves in a policy that is rounded to bfloat16, by rule of rounding and learning rate."""
 
 import tempfile
 import warnings

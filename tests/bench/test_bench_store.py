@@ -221,7 +221,7 @@ def test_a_finished_part_that_is_computed_again_is_detected(small, finished_stor
 
 
 def test_a_flipped_byte_is_another_result(small, finished_store):
-    """Whatever the manifest states, and with the length of the file unchanged."""
+    """Damage is found whatever the manifest states, and with the length of the file unchanged."""
     undisturbed = kills.digests(small, finished_store)
     file = next(finished_store.glob("examples/*/examples-*.parquet"))
     content = file.read_bytes()
