@@ -69,14 +69,17 @@ def test_every_number_of_an_option_has_bounds():
     infinite = {"beta", "clip", "max_grad_norm"}
     entries = [*stages.entries.values(), *(entry for kind in registries().values() for entry in kind.entries.values())]
     unbounded = []
-    for entry in entries:
+    for entry in [entry for entry in entries if entry.fn.__module__.startswith("stages.")]:  # other tests register some
         for name, field in entry.options.model_fields.items():
             words = describe_type(field.annotation, tuple(field.metadata)).split()
             values = [10**23, -1] if "int" in words else [math.nan, *[math.inf] * (name not in infinite)]
             for value in values if {"int", "float"} & {*words} and "mapping" not in words else []:
-                with pytest.raises(WinnowError) as caught:
+                problems = []
+                try:
                     entry.validate({name: value}, "")
-                if not any(problem.startswith(f"{name}: ") for problem in caught.value.problems):
+                except WinnowError as error:
+                    problems = error.problems
+                if not any(problem.startswith(f"{name}: ") for problem in problems):
                     unbounded.append((entry.name, name, value))
     assert unbounded == []
 

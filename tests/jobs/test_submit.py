@@ -430,7 +430,7 @@ def test_submit_follow_stop_submit_again_finish(head, token, winnow, tmp_path):
         assert f"{name}: stopped; its finished parts are kept" in winnow("stop", name, *address)[1]
         for process in (first, attached):
             last = [*process.stdout][-1]
-            assert f"{name}: stopped; `winnow submit own_candidates" in last
+            assert re.search(f"^{name}: stopped; `.* submit own_candidates", last)
             assert "--force" not in last
             assert process.wait() == 1
     details = RayJobs(head.url).job(name)
