@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pytest
-
 from jobs.recipes import names
 from jobs.reference import describe_type, recipe_table, registries, stage_table
 from pipeline import Bound, Finite, Range
@@ -74,9 +72,9 @@ def test_every_number_of_an_option_has_bounds():
             words = describe_type(field.annotation, tuple(field.metadata)).split()
             values = [10**23, -1] if "int" in words else [math.nan, *[math.inf] * (name not in infinite)]
             for value in values if {"int", "float"} & {*words} and "mapping" not in words else []:
-                problems = []
                 try:
                     entry.validate({name: value}, "")
+                    problems: tuple[str, ...] = ()
                 except WinnowError as error:
                     problems = error.problems
                 if not any(problem.startswith(f"{name}: ") for problem in problems):
