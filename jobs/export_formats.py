@@ -137,8 +137,8 @@ def openai_messages(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | R
                 reject = Reject(EMPTY, side)
             elif not has_end:
                 reject = Reject(CUT, f"{side}: {text}")
-            elif (shown := str(tokenizer.inner.decode(ids)).strip()) != text:
-                reject = Reject(HIDDEN_TOKENS, f"{side}: {shown}")
+            elif (decoded := str(tokenizer.inner.decode(ids)).strip()) != text:
+                reject = Reject(HIDDEN_TOKENS, f"{side}: {decoded}")
             elif REPLACEMENT in text:
                 reject = Reject(NO_TEXT, f"{side}: {text}")
         if not reject and texts["chosen"] == texts["rejected"]:

@@ -51,43 +51,43 @@ def combine_chunks(table: pa.Table) -> pa.Table:
         return table
 
 
-def _means_the_same(given: pa.DataType, wanted: pa.DataType) -> bool:
+def _means_the_same(source: pa.DataType, target: pa.DataType) -> bool:
     """Return whether values of type `given` can be those of a column of type `wanted`, at any depth."""
     types = pa.types
-    if types.is_dictionary(given) or types.is_run_end_encoded(given):
-        return _means_the_same(given.value_type, wanted)
-    if given == wanted or types.is_null(given):
+    if types.is_dictionary(source) or types.is_run_end_encoded(source):
+        return _means_the_same(source.value_type, target)
+    if source == target or types.is_null(source):
         return True
-    if types.is_string(wanted):
-        return bool(types.is_large_string(given) or types.is_string_view(given))
-    if types.is_map(wanted):
-        entries = given if types.is_map(given) else _entries(given)
-        pairs = ((entries.key_type, wanted.key_type), (entries.item_type, wanted.item_type)) if entries else ()
+    if types.is_string(target):
+        return bool(types.is_large_string(source) or types.is_string_view(source))
+    if types.is_map(target):
+        entries = source if types.is_map(source) else _entries(source)
+        pairs = ((entries.key_type, target.key_type), (entries.item_type, target.item_type)) if entries else ()
         return bool(pairs) and all(_means_the_same(*pair) for pair in pairs)
-    if types.is_list(wanted):  # not list_view, which pyarrow 26 casts to lists with wrong offsets
-        is_list = types.is_list(given) or types.is_large_list(given) or types.is_fixed_size_list(given)
-        return is_list and _means_the_same(given.value_type, wanted.value_type)
-    if types.is_struct(wanted):
-        if not types.is_struct(given):
+    if types.is_list(target):  # not list_view, which pyarrow 26 casts to lists with wrong offsets
+        is_list = types.is_list(source) or types.is_large_list(source) or types.is_fixed_size_list(source)
+        return is_list and _means_the_same(source.value_type, target.value_type)
+    if types.is_struct(target):
+        if not types.is_struct(source):
             return False
-        fields = {field.name: field for field in given}
-        known = {field.name for field in wanted}
-        return fields.keys() <= known and all(
+        fields = {field.name: field for field in source}
+        names = {field.name for field in target}
+        return fields.keys() <= names and all(
             _means_the_same(fields[field.name].type, field.type) if field.name in fields else field.nullable
-            for field in wanted
+            for field in target
         )
-    is_number = types.is_integer(given) or types.is_floating(given) or types.is_decimal(given)
-    return bool(is_number or types.is_boolean(given))
+    is_number = types.is_integer(source) or types.is_floating(source) or types.is_decimal(source)
+    return bool(is_number or types.is_boolean(source))
 
 
-def _entries(given: pa.DataType) -> pa.MapType | None:
+def _entries(source: pa.DataType) -> pa.MapType | None:
     """Return the map whose entries a list holds, as polars 1 writes a map, or None for any other type."""
-    is_list = pa.types.is_list(given) or pa.types.is_large_list(given)
-    if not is_list or not pa.types.is_struct(given.value_type):
+    is_list = pa.types.is_list(source) or pa.types.is_large_list(source)
+    if not is_list or not pa.types.is_struct(source.value_type):
         return None
-    if [field.name for field in given.value_type] != ["key", "value"]:
+    if [field.name for field in source.value_type] != ["key", "value"]:
         return None
-    return pa.map_(*(field.type for field in given.value_type))
+    return pa.map_(*(field.type for field in source.value_type))
 
 
 def _cast(column: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray:
@@ -97,17 +97,17 @@ def _cast(column: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array([part.cast(type) for array in plain for part in _slices(array)], type)
 
 
-def _plain(array: pa.Array, wanted: pa.DataType) -> pa.Array:
+def _plain(array: pa.Array, target: pa.DataType) -> pa.Array:
     """Return an array of values, without dictionary or runs; entries that are to be a map as one."""
     if pa.types.is_run_end_encoded(array.type):
         array = pc.run_end_decode(array)
     if pa.types.is_dictionary(array.type):
         values = array.dictionary
-        if pa.types.is_string(wanted):  # the texts of all rows may be more than 2 GiB
+        if pa.types.is_string(target):  # the texts of all rows may be more than 2 GiB
             values = values.cast(pa.large_string())
         array = values.take(array.indices)
     entries = _entries(array.type)
-    if entries and pa.types.is_map(wanted):
+    if entries and pa.types.is_map(target):
         lists = array.cast(pa.list_(array.type.value_type))
         keys, items = lists.values.field(0), lists.values.field(1)
         array = pa.MapArray.from_arrays(lists.offsets, keys, items, entries, mask=lists.is_null())

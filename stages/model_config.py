@@ -87,16 +87,16 @@ class ModelConfig:
         if not kind:
             return ["config.json has no `model_type`; copy it again"]
         classes = network_classes()
-        known = [names[kind] for names in classes.values() if kind in names]
-        if classes and not known:
+        expected = [names[kind] for names in classes.values() if kind in names]
+        if classes and not expected:
             return [
                 f"config.json has model_type {kind}, of which the installed transformers has no language model or "
                 "sequence classifier: update transformers, or take another model (code in a folder is not run)"
             ]
-        if classes and architecture is not None and architecture not in known:
+        if classes and architecture is not None and architecture not in expected:
             return [
-                f"config.json names {architecture}, and of model_type {kind} transformers has {', '.join(known)}: give "
-                "a folder of one of these (an embedding model or a reward model of another form is none)"
+                f"config.json names {architecture}, and of model_type {kind} transformers has {', '.join(expected)}: "
+                "give a folder of one of these (an embedding model or a reward model of another form is none)"
             ]
         if self.output == "score" and self.labels != 1:
             actual = "no tensor `score.weight`" if self.labels is None else f"{self.labels} scores"

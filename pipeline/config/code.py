@@ -75,8 +75,8 @@ def code_digests(fn: Callable[..., Any]) -> dict[str, str]:
     if not isinstance(node, DEFINITIONS):
         return {}
     # Without others of its name, which are other functions
-    own = (*(item for item in statements if not isinstance(item, DEFINITIONS)), node)
-    digest, uses = _digest(own, module)
+    sources = (*(item for item in statements if not isinstance(item, DEFINITIONS)), node)
+    digest, uses = _digest(sources, module)
     names = list(uses)
     packages = {fn.__module__.partition(".")[0], *PACKAGES}
     digests: dict[str, str] = {}

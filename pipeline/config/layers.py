@@ -79,7 +79,7 @@ def read_layers(
     ]
     below, above = (recipe[:-1], [replace(recipe[-1], is_own=True)]) if is_own else (recipe, [])
 
-    known = {file.stem for folder in (*library, path.parent) for file in folder.glob("*.yaml")}
+    recipe_names = {file.stem for folder in (*library, path.parent) for file in folder.glob("*.yaml")}
     config_layers: list[Layer] = []
     for config in configs:
         content = read_file(config, "--config")
@@ -88,7 +88,7 @@ def read_layers(
             raise WinnowError(
                 f"--config {config}: {ONLY}: must be a mapping of recipes to what differs for each of them"
             )
-        names = known | {file.stem for file in config.parent.glob("*.yaml")}
+        names = recipe_names | {file.stem for file in config.parent.glob("*.yaml")}
         if unknown := [str(name) for name in single if name not in names]:
             raise WinnowError(
                 *(f"--config {config}: {ONLY}.{name}: {nearest(name, sorted(names))}" for name in unknown)

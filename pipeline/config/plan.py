@@ -96,8 +96,8 @@ def stale_code(step: Step, manifest: Mapping[str, Any]) -> list[str]:
             changed |= {name for name in before.keys() - step.code.keys() if (gone - came)[before[name]]}
     lines = []
     for entry in step.functions:
-        known = code_digests(entry.fn).keys() | (before.keys() - step.code.keys() if entry is step.entry else set())
-        uses = ", ".join(sorted(changed & known - {entry.name}))
+        digested = code_digests(entry.fn).keys() | (before.keys() - step.code.keys() if entry is step.entry else set())
+        uses = ", ".join(sorted(changed & digested - {entry.name}))
         if uses or entry.name in changed:
             what = f"`{entry.name}`" if entry.name in changed else f"what `{entry.name}` uses"
             lines.append(

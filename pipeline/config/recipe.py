@@ -246,8 +246,8 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
             for of_round, overlay in zip(rounds, overlaid, strict=True)
         ]
     plugins = plugins_of(layers)
-    left = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
-    content = {name: value for name, value in content.items() if name not in left}
+    removed = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
+    content = {name: value for name, value in content.items() if name not in removed}
     return content | ({"plugins": plugins} if plugins else {})
 
 

@@ -104,12 +104,12 @@ class Tokenizer:
         else:
             messages = self._messages(conversation)
             if messages[-1]["role"] == "assistant":  # the response continues it
-                *messages, begun = messages
-                message = begun | message | {"content": str(begun["content"]) + text}
+                *messages, prefill = messages
+                message = prefill | message | {"content": str(prefill["content"]) + text}
             answered = [*messages, message]
-            whole = self._render(answered, conversation.tools)
-            self._check_rendered(Conversation(answered, conversation.tools), whole)
-            ids = self._ids(whole)
+            rendered = self._render(answered, conversation.tools)
+            self._check_rendered(Conversation(answered, conversation.tools), rendered)
+            ids = self._ids(rendered)
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ValueError("the ids of prompt and response together do not begin with those of the prompt")
         ids = ids[len(prompt_ids) :]

@@ -59,9 +59,9 @@ class PointwiseRanker(Scorer):
         Text that was cut at the limit has no end after it: the policy did not write one.
         """
         ids = list(response.token_ids)
-        known = bool(ids) and max(ids) < len(self.tokenizer.inner)
+        in_vocabulary = bool(ids) and max(ids) < len(self.tokenizer.inner)
         body = ids[:-1] if response.finish_reason == "stop" else ids
-        texts = (self.tokenizer.decode(ids), self.tokenizer.decode(body, special_tokens=True)) if known else ()
+        texts = (self.tokenizer.decode(ids), self.tokenizer.decode(body, special_tokens=True)) if in_vocabulary else ()
         if response.text.strip() in texts:
             return ids
         encoded = self.tokenizer.response_ids(conversation, response.text)

@@ -55,10 +55,10 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
 
 def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]:
     """Return the special ids that a response may not hold before its end; raise WinnowError for an unknown token."""
-    known = list(special_tokens.values())
+    tokens = list(special_tokens.values())
     for token in allowed:
-        if token not in known:
-            hint = nearest(token, known)
+        if token not in tokens:
+            hint = nearest(token, tokens)
             raise WinnowError(f"allow_special: {token!r} is no special token of this tokenizer; {hint}")
     return {index for index, token in special_tokens.items() if token not in allowed}
 

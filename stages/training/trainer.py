@@ -184,10 +184,10 @@ def train_policy(
     initial = _margins(term, batch, network)
     moved = trained - initial["float32"]
     if abs(moved) > UNMOVED:
-        kept = {dtype: (saved[dtype] - initial[dtype]) / moved for dtype in saved}
+        fraction = {dtype: (saved[dtype] - initial[dtype]) / moved for dtype in saved}
         if dist.rank == 0:
-            warn_of_lost_margin(kept, moved, config.save_dtype)
-        figures = {"saved/margin_kept": kept["float32"], "saved/margin_kept_bfloat16": kept["bfloat16"]}
+            warn_of_lost_margin(fraction, moved, config.save_dtype)
+        figures = {"saved/margin_kept": fraction["float32"], "saved/margin_kept_bfloat16": fraction["bfloat16"]}
         state.history.append({"step": float(state.step)} | figures)
     return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
 
@@ -199,19 +199,19 @@ def _margins(term: ObjectiveTerm, batch: list[TrainingGroup], network: PreTraine
     return {"float32": margin, "bfloat16": term.mean_margin(network, batch)}
 
 
-def warn_of_lost_margin(kept: dict[str, float], moved: float, save_dtype: Precision) -> None:
+def warn_of_lost_margin(fraction: dict[str, float], moved: float, save_dtype: Precision) -> None:
     """Warn where the saved policy, or what an engine in bfloat16 reads of it, is not the one that was trained."""
-    if not abs(kept["float32"] - 1) <= LOST:
+    if not abs(fraction["float32"] - 1) <= LOST:
         dtype, policy, cure = "float32", "the saved policy", "set `save_dtype: float32`"
-    elif save_dtype == "float32" and not kept["bfloat16"] >= 0.5:  # of weights that bfloat16 lacks, the rest is noise
+    elif save_dtype == "float32" and not fraction["bfloat16"] >= 0.5:  # of weights that bfloat16 lacks: else noise
         dtype, policy = "bfloat16", "what `sample` with `dtype: bfloat16` reads of the saved policy"
         cure = "sample in float32"
     else:
         return
     warnings.warn(
-        f"{policy} has {kept[dtype]:.1%} of what training changed ({kept[dtype] * moved:.4g} of {moved:.4g} nats, on "
-        f"average over the last batch): {cure}, or set `save_dtype: bfloat16` and `save_rounding: stochastic`, or "
-        "raise learning_rate",
+        f"{policy} has {fraction[dtype]:.1%} of what training changed ({fraction[dtype] * moved:.4g} of "
+        f"{moved:.4g} nats, on average over the last batch): {cure}, or set `save_dtype: bfloat16` and "
+        "`save_rounding: stochastic`, or raise learning_rate",
         WinnowWarning,
         stacklevel=3,
     )
