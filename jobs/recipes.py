@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
 import stages.all  # noqa: F401 - registers every stage
+from jobs.resume import hint
+from pipeline.config.layers import read_file
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.registry import nearest
@@ -47,12 +49,27 @@ def _yaml_file(name: str, folder: Path, problem: str) -> Path:
 
 def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | None = None) -> Plan:
     """Return the plan of one recipe with configs, under a run name if given. Raise WinnowError with all mistakes."""
-    loaded = load_recipe(recipe_path(recipe), tuple(configs), tuple(sets), name, (FOLDER,))
+    path = recipe_path(recipe)
+    if not any(text.startswith("target=") for text in sets):
+        _refuse_config(path)
+    loaded = load_recipe(path, tuple(configs), tuple(sets), name, (FOLDER,))
     try:
         return make_plan(loaded)
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
         raise WinnowError(*error.problems, *([NO_CONFIG] if incomplete else [])) from None
+
+
+def _refuse_config(path: Path) -> None:
+    """Raise WinnowError for a file that extends no recipe and says of no step to end with what it reads: a config."""
+    content = read_file(path, "recipe")
+    target = content.get("target", "evaluate")
+    body = content.get(target) if isinstance(target, str) else None
+    if "extends" not in content and not (isinstance(body, dict) and body.keys() & {"use", "from", "like"}):
+        raise WinnowError(
+            f"{path} extends no recipe and has no step {target!r} with inputs: if it is a config, give it with a "
+            f"recipe, as in `{hint('plan', 'rso', '--config', str(path))}`"
+        )
 
 
 def plans(recipes: list[str], configs: list[Path], sets: list[str]) -> list[Plan]:

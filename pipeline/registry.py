@@ -50,15 +50,38 @@ FORMER = {  # names of options before the first release (CHANGELOG.md)
     "recompute": "gradient_checkpointing", "micro_tokens": "tokens_per_pass", "ranks": "world_size", "lora": "lora_r",
     "lora_targets": "lora_target_modules", "part": "dataset_split",
 }  # fmt: skip
+# Names of options in TRL, transformers, OpenRLHF, LLaMA-Factory and vLLM -> what does their work here. A nearest name
+# would be wrong: `gradient_accumulation_steps` is not like `gradient_checkpointing`.
+ELSEWHERE = {
+    "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype", "precision": "dtype", "mixed_precision": "dtype",
+    "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
+    "micro_batch_size": "tokens_per_pass",
+    "per_device_batch_size": "batch_size", "micro_train_batch_size": "tokens_per_pass", "minibatch": "tokens_per_pass",
+    "gradient_accumulation": "tokens_per_pass", "gradient_accumulation_steps": "tokens_per_pass",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_epochs": "epochs", "max_steps": "epochs",
+    "warmup_steps": "warmup_ratio", "lr_warmup_ratio": "warmup_ratio", "lr_scheduler": "lr_scheduler_type",
+    "max_norm": "max_grad_norm", "loss": "objective", "loss_type": "objective", "beta": "objective",
+    "label_smoothing": "objective", "method": "objective", "pref_loss": "objective", "pref_beta": "objective",
+    "lora_rank": "lora_r", "r": "lora_r", "lora_target": "lora_target_modules", "target_modules": "lora_target_modules",
+    "nproc_per_node": "world_size", "num_processes": "world_size", "deepspeed": "world_size", "fsdp": "world_size",
+    "save_steps": "checkpoint_every", "max_length": "max_tokens", "max_prompt_length": "max_tokens",
+    "max_completion_length": "max_tokens", "max_new_tokens": "max_tokens", "cutoff_len": "max_tokens",
+    "num_return_sequences": "n", "num_generations": "n", "best_of": "n", "n_samples_per_prompt": "n",
+    "model": "path", "model_name_or_path": "path", "dataset_name": "dataset", "train_file": "path",
+    "split": "dataset_split", "prompt_key": "prompt", "input_key": "prompt", "messages": "prompt",
+    "test_size": "heldout",
+}  # fmt: skip
 
 
 def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str:
     """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given).
 
-    Of a former name it is today's.
+    Of a former name it is today's, of another program's what says the same here.
     """
     if FORMER.get(str(name)) in names:
         return f"it is called {FORMER[str(name)]!r} now"
+    if ELSEWHERE.get(str(name)) in names:
+        return f"here, {ELSEWHERE[str(name)]!r} says that"
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(listed or names))}"
 

@@ -1,8 +1,9 @@
 """Types of options that several stages share, with their bounds, which are checked when a recipe is planned."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pipeline import Range
+from pipeline import InputStep, Range
 
 Seed = Annotated[int, Range(ge=0, lt=2**32)]  # numpy, torch, scikit-learn and vLLM all take such
 Count = Annotated[int, Range(gt=0, le=10**9)]  # products of two are int64
@@ -16,3 +17,16 @@ TooLong = Literal["reject", "cut"]  # what becomes of a response that is longer 
 Prefill = Literal["reject", "continue"]  # what becomes of a prompt that ends with an assistant turn
 Precision = Literal["float32", "bfloat16"]
 Rounding = Literal["nearest", "stochastic"]
+
+
+def split_problems(options: Mapping[str, Any], prompts: InputStep | None) -> list[str]:
+    """Return the problem of a stage that reads held-out prompts of a step that holds out none.
+
+    Without it, the error would come after sampling and training.
+    """
+    if options.get("split") != "heldout" or prompts is None or prompts.options.get("heldout") != 0:
+        return []
+    return [
+        "split: heldout, and the step behind `prompts` holds out none (`heldout: 0.0`); set its `heldout`, or end the "
+        "run before the evaluation with `--until`"
+    ]

@@ -25,7 +25,11 @@ Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files"
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
 StorePath = Annotated[str, typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder")]
-Workers = Annotated[int, typer.Option(help="Ray workers per step, unless the profile sets them", min=1)]
+DEFAULT_WORKERS = 2
+Workers = Annotated[
+    int | None,
+    typer.Option(help=f"Ray workers per step, unless the profile sets them (default {DEFAULT_WORKERS})", min=1),
+]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="resources per stage: a profile's name, or a file")]
 Only = Annotated[str | None, typer.Option(help="run this step alone; its inputs must be finished")]
 Until = Annotated[str | None, typer.Option(help="run this step and what it needs")]

@@ -9,6 +9,7 @@ import typer
 
 from jobs import bundle, recipes
 from jobs.commands.app import (
+    DEFAULT_WORKERS,
     STORE,
     Configs,
     Force,
@@ -47,7 +48,7 @@ def submit(
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
     profile: ProfileName = None,
-    workers: Workers = 2,
+    workers: Workers = None,
     only: Only = None,
     until: Until = None,
     from_step: Onward = None,
@@ -79,7 +80,12 @@ def submit(
     # The job runs `winnow run` with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
     flags = [("--set", item) for item in sets]
-    flags += [*part.options.items(), ("--workers", str(workers)), ("--store", location), ("--address", "auto")]
+    flags += [
+        *part.options.items(),
+        ("--workers", str(workers or DEFAULT_WORKERS)),
+        ("--store", location),
+        ("--address", "auto"),
+    ]
     with TemporaryDirectory() as folder:
         packed = bundle.pack(Path(folder), recipe, configs, profile)
         words = ["run", *packed, *(word for flag, value in flags for word in (flag, value))]

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from jobs import queries, recipes, resume
 from jobs.commands.app import (
+    DEFAULT_WORKERS,
     STORE,
     Configs,
     Force,
@@ -88,7 +89,7 @@ def run(
     executor: Annotated[
         ExecutorName | None, typer.Option(help="this process, or Ray (which --address implies)")
     ] = None,
-    workers: Workers = 2,
+    workers: Workers = None,
     address: Annotated[
         str | None, typer.Option(help="with Ray: a cluster that this machine is part of, or auto; by default a new one")
     ] = None,
@@ -101,14 +102,22 @@ def run(
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
     if address and executor is ExecutorName.in_process:
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
+    if workers and not (address or executor is ExecutorName.ray):
+        raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
     target = Store(store)
     selection = rerun(recipes.plans(recipe, configs, sets), target, Part(only, until, from_step, force))
     resources = recipes.load_resources(profile)
     chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
-        chosen = RayExecutor(workers, address, resources)
+        chosen = RayExecutor(workers or DEFAULT_WORKERS, address, resources)
         target.check()
         chosen.check(selection.to_run())
+    elif profile:
+        console.print(
+            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` of it is read; "
+            "add `--executor ray` for its workers, CPUs, GPUs and memory",
+            highlight=False,
+        )
     # Results to compute again are deleted only now that all checks are over.
     for step in selection.to_delete:
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)

@@ -5,8 +5,9 @@ A reader is advised only if it reads the file's first rows, and the columns of i
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pipeline import Bound, Registry
@@ -39,12 +40,22 @@ OPTIONS = {
 }
 
 
-def require_columns(names: Sequence[str], columns: Sequence[str], file: str, head: Callable[[], list[Row]]) -> None:
-    """Raise WinnowError for missing columns, with what the file may be, or the readers that read its first rows."""
+def require_columns(
+    names: Sequence[str],
+    columns: Sequence[str],
+    file: str,
+    head: Callable[[], list[Row]],
+    options: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raise WinnowError for missing columns, with what the file may be, or the readers that read its first rows.
+
+    options: column -> the option that names it, which the message says.
+    """
     missing = [column for column in columns if column not in names]
     if not missing:
         return
-    lacking, existing = (", ".join(map(repr, group)) for group in (missing, names))
+    lacking = ", ".join(f"{name!r}" + (f" (option `{options[name]}`)" if name in options else "") for name in missing)
+    existing = ", ".join(map(repr, names))
     problem = f"{file}: no column {lacking}; it has {existing}"
     for signature, description in NOT_PAIRS:
         if signature <= set(names):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline import Bound, DataPath, InputStep, StageContext
@@ -42,11 +43,18 @@ class DataSource:
     subset: str | None = None
     dataset_split: str = "train"
 
-    def check(self, columns: Sequence[str], optional: Sequence[str] = (), reader: Bound | None = None) -> list[str]:
+    def check(
+        self,
+        columns: Sequence[str],
+        optional: Sequence[str] = (),
+        reader: Bound | None = None,
+        options: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[str]:
         """Return the problems known when a recipe is planned; raise WinnowError for a file that cannot be read.
 
         Columns are looked up in a file's schema or first rows, and a reader must read one of these; folders and data
         sets are only opened by the stage. Warns of columns that look like part of the prompt and are in neither list.
+        options: column -> the option that names it, for messages.
         """
         if (self.path is None) == (self.dataset is None):
             return ["give either `path` (a file or folder) or `dataset` (a name on the hub)"]
@@ -71,7 +79,7 @@ class DataSource:
         if not names:
             cure = "in JSONL, each row is one JSON object on its own line, and .json may be a list of them"
             return [f"{path.name}: no rows; {cure}"]
-        require_columns(names, columns, path.name, lambda: _head(path, names))
+        require_columns(names, columns, path.name, lambda: _head(path, names), options)
         read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
         parts = unread_parts(names, read)
         rows = _head(path, [*read, *parts]) if parts or reader else []
@@ -183,7 +191,9 @@ def check_source(
     """Check at plan time that a stage has one source of data and, if it is a file, that it has these columns."""
     try:
         source = DataSource(**{field.name: options[field.name] for field in fields(DataSource)})
-        return source.check(columns, optional, reader)
+        named = options if reader is None else reader.options
+        of_column = {value: name for name, value in named.items() if isinstance(value, str) and value in columns}
+        return source.check(columns, optional, reader, of_column)
     except WinnowError as error:
         return list(error.problems)
 

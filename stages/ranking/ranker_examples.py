@@ -9,10 +9,10 @@ from schemas import Candidates, Examples, Model, Pairs, Prompts, seed_for
 from schemas.tables import EXAMPLES
 from stages.data.rows import Row, text_by_id
 from stages.limits import context_length
-from stages.options import Seed
+from stages.options import Seed, split_problems
 
 
-@stage(version=2)
+@stage(version=2, check=lambda options, inputs: split_problems(options, inputs.get("prompts")))
 def ranker_examples(
     prompts: Prompts,
     candidates: Candidates,

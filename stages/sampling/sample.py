@@ -16,13 +16,14 @@ from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.model_config import ModelConfig, input_problems, planned_config
-from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temperature
+from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temperature, split_problems
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
 
 def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
     problems = input_problems(inputs, "policy", "vocabulary", quantized=options["engine"] != "transformers")
+    problems += split_problems(options, inputs.get("prompts"))
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")

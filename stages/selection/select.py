@@ -1,5 +1,6 @@
 """Stage `select`: keep the candidates that follow the estimated optimal policy, or weight them by it."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import Bound, InputStep, StageContext, stage
-from schemas import Candidates, Rewards, Selections, WinnowError, seed_for
+from schemas import Candidates, Rewards, Selections, WinnowError, WinnowWarning, seed_for
 from schemas.tables import SELECTIONS
 from stages.data.rows import ALL_WRONG
 from stages.options import Seed
@@ -24,7 +25,16 @@ MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return problems of the rule and of `finished`; warn of a rule that would keep every candidate."""
     rule: Bound = options["rule"]
+    k, drawn = rule.options.get("k"), _draws_per_prompt(inputs.get("rewards"))
+    if k is not None and drawn is not None and k >= drawn:
+        warnings.warn(
+            f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {drawn} per prompt: it keeps "
+            "all of them, whatever their rewards; set `select.rule.k` lower or `sample.n` higher",
+            WinnowWarning,
+            stacklevel=2,
+        )
     with rule.entry.failures():
         problems = rule.metadata["check"](rule.options) if "check" in rule.metadata else []
     if options["finished"] and "candidates" not in inputs:
@@ -32,6 +42,13 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     if not options["finished"] and "candidates" in inputs:
         problems.append("nothing reads candidates; set `finished: true`, or set `candidates: null` under `from`")
     return problems
+
+
+def _draws_per_prompt(step: InputStep | None) -> int | None:
+    """Return n of the `sample` that rewards are of; None if they are of other candidates."""
+    while step is not None and step.stage != "sample":
+        step = step.inputs.get("candidates") or step.inputs.get("first")
+    return step.options.get("n") if step else None
 
 
 @stage(version=3, check=_check_rule)

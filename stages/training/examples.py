@@ -17,6 +17,7 @@ from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections,
 from schemas.tables import EXAMPLES
 from stages.data.files import check_demonstrations
 from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
+from stages.options import split_problems
 from stages.training.agreement import drawn
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
@@ -39,6 +40,7 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
         for name in ("pairs", "selections", "reference", "mismatched")
         if name in inputs and "candidates" not in inputs
     ]
+    problems += split_problems(options, inputs.get("prompts"))
     for (option, value), needed in INPUT_READ_BY.items():
         if options[option] == value and needed not in inputs:
             problems.append(f"{option}: {value} reads {needed}; add `{needed}` under `from`")

@@ -107,6 +107,11 @@ MISTAKES = [
     ("plan rso --set optimize.recompute=1", ["it is called 'gradient_checkpointing' now"]),
     ("run rso --until evaluat", ["--until evaluat: no step 'evaluat' in rso", "did you mean 'evaluate'?"]),
     ("run rso --until sample --from pair", ["--until sample --from pair: give one of them"]),
+    ("plan rso --set optimize.bf16=true", ["optimize.bf16: unknown option", "'dtype'"]),
+    ("plan rso --set optimize.gradient_accumulation_steps=4", ["unknown option", "'tokens_per_pass'"]),
+    ("plan rso --set sample.num_generations=4", ["sample.num_generations: unknown option", "'n'"]),
+    ("plan rso --set prompts.prompt=question", ["no column 'question' (option `prompt`)"]),
+    ("plan rso --set prompts.heldout=0.0", ["eval_sample: split: heldout", "`heldout: 0.0`", "--until"]),
 ]
 
 
@@ -127,10 +132,26 @@ def test_a_mistake_in_the_command_line_has_no_traceback(winnow):
         ("run rso --executor cloud", ["cloud", "in-process", "ray"]),
         ("run rso --executor ray --workers 0", ["--workers"]),
         ("run rso --executor in-process --address auto", ["only ray has an address"]),
+        ("run rso --workers 4", ["--workers 4", "`--executor ray`"]),
         ("sql x --format xml", ["xml", "csv"]),
     ]:
         code, text = winnow(*words.split())
         assert (code, missing(facts, text.lower())) == (2, []), words
+
+
+def test_a_config_in_place_of_a_recipe_is_said(winnow, data_dir: Path):
+    """A file that extends nothing and says of no step to end with what it reads."""
+    code, text = winnow("plan", str(data_dir / "demo.yaml"))
+    assert (code, missing(["extends no recipe", "plan rso --config", "demo.yaml"], text)) == (2, [])
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_selection_that_keeps_everything_is_said(winnow, data_dir: Path):
+    """k of the rule is not below n of the draws; of candidates of another system, n is not known."""
+    words = ("plan", "rso", "--config", str(data_dir / "demo.yaml"), "--set", "sample.n=8")
+    text = winnow(*words, "--set", "select.rule.k=8")[1]
+    assert missing(["keeps k = 8", "n = 8 per prompt", "`sample.n` higher"], text) == []
+    assert "keeps k" not in winnow(*words, "--set", "select.rule.k=4")[1]
 
 
 def test_missing_data_models_and_configs_are_named(winnow, data_dir: Path, small: Path, tmp_path: Path):
