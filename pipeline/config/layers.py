@@ -122,15 +122,15 @@ def read_file(path: Path, what: str) -> dict[str, Any]:
     folder = path.absolute().parent
     if isinstance(files := content.get("plugins"), list):  # always paths, with or without `./`
         content["plugins"] = [str(folder / file) if isinstance(file, str) else file for file in files]
-    return _rooted(content, folder)
+    return rooted(content, folder)
 
 
-def _rooted(content: Any, folder: Path) -> Any:
+def rooted(content: Any, folder: Path) -> Any:
     """Return the content with `./data.jsonl` as a path beside its file, wherever the command runs."""
     if isinstance(content, dict):
-        return {name: _rooted(value, folder) for name, value in content.items()}
+        return {name: rooted(value, folder) for name, value in content.items()}
     if isinstance(content, list):
-        return [_rooted(value, folder) for value in content]
+        return [rooted(value, folder) for value in content]
     if isinstance(content, str) and content.startswith(("./", "../")):
         return str(folder / content)
     return content

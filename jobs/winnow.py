@@ -1,0 +1,128 @@
+"""Winnow in Python, as in a notebook: `from jobs import winnow`. The commands `plan`, `run` and `sql` as functions.
+
+Stages are functions of tables, too: `stages.selection.select.select(rewards, alone(folder), rule=...)`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from jobs import queries, recipes
+from jobs.commands.app import console, existing_store
+from jobs.console import ProgressReporter
+from pipeline.config.layers import rooted
+from pipeline.config.plan import Plan
+from pipeline.context import StageContext, WarmCache
+from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.run import run as run_plan
+from pipeline.registry import nearest
+from pipeline.sql.catalog import QueryResult, open_catalog
+from pipeline.store.store import Store, table_of
+from schemas import TABLES, WinnowError
+
+Config = str | Path | Mapping[str, Any]  # a YAML file, or what it would contain
+Configs = Config | Sequence[Config]
+
+
+class Results:
+    """Finished steps of a store: all of them, or those of some runs. Each statement reads what is finished by then."""
+
+    def __init__(self, store: Store, runs: list[str] | None = None) -> None:
+        self.store, self._runs = store, runs
+
+    @property
+    def runs(self) -> list[str]:
+        """Return the names of the runs."""
+        return sorted(self.store.runs()) if self._runs is None else self._runs
+
+    def sql(self, statement: str) -> QueryResult:
+        """Return the result of a SELECT or of a query by its name, with the methods `arrow()` and `pandas()`.
+
+        `polars.from_arrow` and `datasets.Dataset` take the former. Raises WinnowError for any other statement: the
+        store is read-only.
+        """
+        return open_catalog(self.store, self._runs).sql(queries.statement(statement))
+
+    def table(self, run: str, step: str, name: str = "") -> pa.Table:
+        """Return a table of a run's step as later stages read it: the step's first, or the one of this name.
+
+        Raises WinnowError if there is none.
+        """
+        links = self.store.run(run)
+        if step not in links:
+            raise WinnowError(f"run {run!r} has no step {step!r}; {nearest(step, list(links))}")
+        folder = self.store.at(links[step]["stage"], links[step]["key"])
+        names = [table_of(file) for file in (folder.manifest or {"files": []})["files"]]
+        if not names or (name and name not in names):
+            raise WinnowError(f"{folder.path}: no finished table {name}; it has {', '.join(dict.fromkeys(names))}")
+        return folder.read(TABLES[name or names[0]])
+
+
+def plan(recipe: str | Path, config: Configs = (), options: Mapping[str, Any] = {}) -> Plan:
+    """Return the checked plan of a recipe; nothing runs.
+
+    recipe: a name of `winnow recipes`, or a YAML file. config: YAML files, or mappings in their place, whose relative
+    paths begin with `./` and are those of the working directory. options: such as `{"select.rule.beta": 0.1}`, which
+    outrank both. Raises WinnowError with all mistakes.
+    """
+    return _plans([recipe], config, options)[0]
+
+
+def run(
+    *recipe: str | Path,
+    config: Configs = (),
+    options: Mapping[str, Any] = {},
+    store: str | Path = "store",
+    executor: LocalExecutor | None = None,
+) -> Results:
+    """Run the steps that the recipes need and the store lacks; return the results of these runs.
+
+    executor: `pipeline.execution.ray_executor.RayExecutor(workers, address, profile)` for a cluster; by default the
+    work is done in this process. Otherwise as `plan`. Raises WinnowError for mistakes before anything runs, and where a
+    step fails; what has finished is kept.
+    """
+    target, plans = Store(str(store)), _plans(recipe, config, options)
+    with closing(ProgressReporter(console)) as reporter:
+        for item in plans:
+            run_plan(item, target, executor or LocalExecutor(), reporter)
+    return Results(target, [item.name for item in plans])
+
+
+def open(store: str | Path = "store") -> Results:
+    """Return the results of all runs of a store; raise WinnowError if there is none."""
+    return Results(existing_store(str(store)))
+
+
+def alone(folder: str | Path) -> StageContext:
+    """Return a context in which a stage can be called as a function; what it writes goes to `folder`.
+
+    `context.rejects()` are the rows that it left out.
+    """
+    return StageContext(Path(folder), WarmCache(), lambda done, total, unit: None)
+
+
+def _plans(names: Sequence[str | Path], config: Configs, options: Mapping[str, Any]) -> list[Plan]:
+    sets = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    with _as_files([config] if isinstance(config, str | Path | Mapping) else config) as files:
+        return recipes.plans([str(name) for name in names], files, sets)
+
+
+@contextmanager
+def _as_files(configs: Sequence[Config]) -> Iterator[list[Path]]:
+    """Yield a file for each config: a mapping becomes one, with the paths of the working directory."""
+    with TemporaryDirectory() as folder:
+        files = []
+        for number, config in enumerate(configs, 1):
+            if isinstance(config, Mapping):
+                file = Path(folder) / f"config-{number}.yaml"
+                file.write_text(yaml.safe_dump(rooted(dict(config), Path.cwd())), encoding="utf-8")
+            else:
+                file = Path(config)
+            files.append(file)
+        yield files
