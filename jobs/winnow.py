@@ -31,10 +31,10 @@ Configs = Config | Sequence[Config]
 
 
 class Results:
-    """Finished steps of a store: all of them, or those of some runs. Each statement reads what is finished by then."""
+    """Finished steps of a store, of all runs, some, or one round. A statement reads what is finished by then."""
 
-    def __init__(self, store: Store, runs: list[str] | None = None) -> None:
-        self.store, self._runs = store, runs
+    def __init__(self, store: Store, runs: list[str] | None = None, round: int | None = None) -> None:
+        self.store, self._runs, self._round = store, runs, round
 
     @property
     def runs(self) -> list[str]:
@@ -47,7 +47,7 @@ class Results:
         `polars.from_arrow` and `datasets.Dataset` take the former. Raises WinnowError for any other statement: the
         store is read-only.
         """
-        return open_catalog(self.store, self._runs).sql(queries.statement(statement))
+        return open_catalog(self.store, self._runs, self._round).sql(queries.statement(statement))
 
     def table(self, run: str, step: str, name: str = "") -> pa.Table:
         """Return a table of a run's step as later stages read it: the step's first, or the one of this name.
@@ -94,9 +94,14 @@ def run(
     return Results(target, [item.name for item in plans])
 
 
-def open(store: str | Path = "store") -> Results:
-    """Return the results of all runs of a store; raise WinnowError if there is none."""
-    return Results(existing_store(str(store)))
+def open(store: str | Path = "store", run: str | None = None, round: int | None = None) -> Results:
+    """Return the results of a store, in a folder or at a URL: of all runs, of one, or of one round.
+
+    Raises WinnowError if there are no runs, or not this one.
+    """
+    results = Results(existing_store(str(store)), None if run is None else [run], round)
+    open_catalog(results.store, run, round)  # which checks both
+    return results
 
 
 def alone(folder: str | Path) -> StageContext:

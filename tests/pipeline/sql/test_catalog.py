@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-import pipeline
 from jobs import queries
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.sql.views import VIEWS, view
@@ -182,26 +181,23 @@ def test_a_column_that_older_parts_lack_is_null(store: Store):
     assert [row["components"] for row in rows(store, "SELECT components FROM rewards", "both")] == [None] * 3
 
 
-def test_the_store_in_python(store: Store, tmp_path: Path):
+def test_the_store_in_python(store: Store):
     """The same rows as Arrow, pandas and batches; the catalog need not be kept for its result."""
-    result = pipeline.open(str(store.root)).sql("SELECT key, reward AS r, reward AS r FROM rewards ORDER BY reward")
+    result = open_catalog(store).sql("SELECT key, reward AS r, reward AS r FROM rewards ORDER BY reward")
     assert result.columns == ["key", "r", "r_1"]
     expected = dict(key=["2222", "2222", "3333"], r=[0.5, 1.5, 9.0], r_1=[0.5, 1.5, 9.0])
     assert result.arrow().to_pydict() == expected
     assert result.pandas().to_dict("list") == expected
     assert (result.count(), result.head(1).num_rows) == (3, 1)
     assert pa.Table.from_batches(result.batches()).to_pydict() == expected
-    assert pipeline.open(store.root, run="two").sql("SELECT * FROM rewards").count() == 0
-    with pytest.raises(WinnowError, match="no runs in this store"):
-        pipeline.open(tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
+    assert open_catalog(store, "two").sql("SELECT * FROM rewards").count() == 0
 
 
-def test_duckdb_is_imported_when_a_store_is_opened():
+def test_stages_load_without_duckdb():
     """A training machine may have none."""
-    code = "import sys, pipeline; print('duckdb' in sys.modules, callable(pipeline.open))"
+    code = "import sys, stages.all; print('duckdb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    assert done.stdout.split() == ["False"]
 
 
 def test_a_store_at_a_url_is_read_and_confined_as_a_folder_is(store: Store):

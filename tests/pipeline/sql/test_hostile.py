@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 import jobs.__main__  # noqa: F401 - registers every command
-import pipeline
 from jobs.commands.app import app
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
@@ -362,9 +361,9 @@ def test_the_shell_runs_no_command_of_another_shell(store: Store, monkeypatch: p
 
 def test_a_table_whose_name_is_hidden_is_never_empty(store: Store):
     """A view is opened when a statement has its name; a name that is put together from parts raises an error."""
-    catalog = pipeline.open(store.root)
+    catalog = open_catalog(store)
     with pytest.raises(WinnowError, match="write the name rewards in full"):
         catalog.sql("SELECT * FROM query_table('rew' || 'ards')").arrow()
     for hidden in ("SELECT * FROM query_table('rewards')", 'SELECT * FROM "REWARDS"', "FROM main.rewards"):
-        assert pipeline.open(store.root).sql(hidden).arrow().num_rows == 1
+        assert open_catalog(store).sql(hidden).arrow().num_rows == 1
     assert catalog.sql("SELECT * FROM rewards").arrow().num_rows == 1
