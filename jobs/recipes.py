@@ -8,7 +8,8 @@ import stages.all  # noqa: F401 - registers every stage
 from jobs.resume import hint
 from pipeline.config.layers import read_file
 from pipeline.config.plan import Plan, make_plan
-from pipeline.config.recipe import load_recipe
+from pipeline.config.recipe import Override, default_run_name, load_recipe
+from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.resources import Profile, load_profile
 from pipeline.stage import stages as registry
@@ -54,10 +55,20 @@ def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | No
         _refuse_config(path)
     loaded = load_recipe(path, tuple(configs), tuple(sets), name, (FOLDER,))
     try:
-        return make_plan(loaded)
+        plan = make_plan(loaded)
+        if name is None:  # how a step runs is no other run
+            identity = [text for text in sets if not _is_execution(Override.parse(text), plan)]
+            plan.name = default_run_name(path, identity)
+        return plan
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
         raise WinnowError(*error.problems, *([NO_CONFIG] if incomplete else [])) from None
+
+
+def _is_execution(override: Override, plan: Plan) -> bool:
+    """Return whether an option says how its step runs, and not what it computes."""
+    entries = [step.entry for step in plan.steps if split_round(step.name)[0] == override.step]
+    return bool(entries) and all(override.path[:1] and override.path[0] in entry.execution for entry in entries)
 
 
 def _refuse_config(path: Path) -> None:
@@ -72,20 +83,25 @@ def _refuse_config(path: Path) -> None:
         )
 
 
-def plans(recipes: list[str], configs: list[Path], sets: list[str]) -> list[Plan]:
-    """Return the plans of all recipes with the same configs. Raise WinnowError with the mistakes of all of them."""
+def plans(recipes: list[str], configs: list[Path], sets: list[str], name: str | None = None) -> list[Plan]:
+    """Return the plans of all recipes with the same configs, one under a name if given.
+
+    Raises WinnowError with the mistakes of all of them.
+    """
+    if name is not None and (len(recipes) > 1 or not name or "/" in name or len(name.encode()) > 150):
+        raise WinnowError(f"--name {name!r}: names the run of one recipe: up to 150 bytes without a slash")
     result: list[Plan] = []
     problems: list[str] = []
     for recipe in recipes:
         try:
-            result.append(plan_named(recipe, configs, sets))
+            result.append(plan_named(recipe, configs, sets, name))
         except WinnowError as error:
             problems += [f"{recipe}: {problem}" for problem in error.problems]
     # A run is known by its recipe's name: two of one name would write the links of one run.
-    for name, count in Counter(plan.name for plan in result).items():
-        paths = dict.fromkeys(recipe for recipe in recipes if recipe_path(recipe).stem == name.partition("[")[0])
+    for run, count in Counter(plan.name for plan in result).items():
+        paths = dict.fromkeys(recipe for recipe in recipes if recipe_path(recipe).stem == run.partition("[")[0])
         if count > 1:
-            problems.append(f"{' and '.join(paths)}: both would be run {name!r}; rename a file, or run them separately "
+            problems.append(f"{' and '.join(paths)}: both would be run {run!r}; rename a file, or run them separately "
                             "with a --store each")  # fmt: skip
     if problems:
         raise WinnowError(*problems)

@@ -7,6 +7,7 @@ import pyarrow as pa
 from rich.markup import escape
 from rich.tree import Tree
 
+from jobs.runs import latest_run
 from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
@@ -98,9 +99,12 @@ def status(step: Step, run: str, store: Store) -> str:
     if missing < step.shards and not signature_of(step.entry).unsharded:
         reason = f"{missing} of {step.shards} parts are missing"
     else:
-        # The step as this run last had it, else the run of the same recipe without overrides, else any run.
+        # The step as this run last had it, else the run whose name with a number this one has, else the latest run
+        # of the same recipe without overrides, else any run.
         runs = store.runs()
-        candidates = [runs.get(run, {}), runs.get(run.partition("[")[0], {}), *runs.values()]
+        names = [run.rpartition("-")[0], run.partition("[")[0]]
+        earlier = [latest_run(name, list(runs)) for name in names]
+        candidates = [runs.get(run, {}), *(runs[name] for name in earlier if name), *runs.values()]
         link = next((steps[step.name] for steps in candidates if step.name in steps), None)
         before = store.at(link["stage"], link["key"]).manifest if link else None
         if before:

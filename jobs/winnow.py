@@ -16,6 +16,7 @@ import yaml
 from jobs import queries, recipes
 from jobs.commands.app import console, existing_store
 from jobs.console import ProgressReporter
+from jobs.runs import with_free_names
 from pipeline.config.layers import rooted
 from pipeline.config.plan import Plan
 from pipeline.context import StageContext, WarmCache
@@ -88,6 +89,7 @@ def run(
     step fails; what has finished is kept.
     """
     target, plans = Store(str(store)), _plans(recipe, config, options)
+    with_free_names(plans, target)
     with closing(ProgressReporter(console)) as reporter:
         for item in plans:
             run_plan(item, target, executor or LocalExecutor(), reporter)

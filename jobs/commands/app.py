@@ -31,6 +31,10 @@ Workers = Annotated[
     typer.Option(help=f"Ray workers per step, unless the profile sets them (default {DEFAULT_WORKERS})", min=1),
 ]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="resources per stage: a profile's name, or a file")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="the run's name; by default the recipe's, and in brackets what --set says"),
+]
 Only = Annotated[str | None, typer.Option(help="run this step alone; its inputs must be finished")]
 Until = Annotated[str | None, typer.Option(help="run this step and what it needs")]
 Onward = Annotated[str | None, typer.Option("--from", help="run this step and all that follow from it")]

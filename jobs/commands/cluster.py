@@ -13,6 +13,7 @@ from jobs.commands.app import (
     STORE,
     Configs,
     Force,
+    Name,
     Only,
     Onward,
     ProfileName,
@@ -49,6 +50,7 @@ def submit(
     store: StorePath = STORE,
     profile: ProfileName = None,
     workers: Workers = None,
+    run_name: Name = None,
     only: Only = None,
     until: Until = None,
     from_step: Onward = None,
@@ -64,7 +66,7 @@ def submit(
     # Everything that can be checked here is checked before the first request to the cluster.
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
-    plans = recipes.plans(recipe, configs, sets)
+    plans = recipes.plans(recipe, configs, sets, run_name)
     part = Part(only, until, from_step, force)
     parts = narrowed(plans, part)
     steps = unfinished_steps(parts, force, Store(store))
@@ -80,6 +82,7 @@ def submit(
     # The job runs `winnow run` with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
     flags = [("--set", item) for item in sets]
+    flags += [("--name", run_name)] if run_name is not None else []
     flags += [
         *part.options.items(),
         ("--workers", str(workers or DEFAULT_WORKERS)),

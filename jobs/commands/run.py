@@ -16,6 +16,7 @@ from jobs.commands.app import (
     STORE,
     Configs,
     Force,
+    Name,
     Only,
     Onward,
     ProfileName,
@@ -29,6 +30,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
+from jobs.runs import with_free_names
 from jobs.tables import overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
@@ -57,6 +59,7 @@ def demo(
     store = str(folder / ("methods" if methods else "store"))
     names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES] if methods else list(DEMO_RECIPES)
     plans = recipes.plans(names, configs, [])
+    _print_store(Store(store), with_free_names(plans, Store(store)))
     _run_plans(plans, Store(store), LocalExecutor())
     _print_summary(Store(store), plans)
     report(store, folder / ("methods.html" if methods else "report.html"))
@@ -68,12 +71,15 @@ def plan(
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
+    name: Name = None,
     options: Annotated[
         bool, typer.Option("--options", help="also each option that is not a default, and the file that it comes from")
     ] = False,
 ) -> None:
     """Print each recipe's tree of steps: keys, what is cached, what will run and why. Runs nothing."""
-    for item in recipes.plans(recipe, configs, sets):
+    plans = recipes.plans(recipe, configs, sets, name)
+    _print_store(Store(store), with_free_names(plans, Store(store)))
+    for item in plans:
         console.print(plan_tree(item, Store(store), options), highlight=False, soft_wrap=True)
         for line in overruled(item):
             console.print(f"  [dim]{escape(line)}[/]", highlight=False)
@@ -94,6 +100,7 @@ def run(
         str | None, typer.Option(help="with Ray: a cluster that this machine is part of, or auto; by default a new one")
     ] = None,
     profile: ProfileName = None,
+    name: Name = None,
     only: Only = None,
     until: Until = None,
     from_step: Onward = None,
@@ -105,7 +112,9 @@ def run(
     if workers and not (address or executor is ExecutorName.ray):
         raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
     target = Store(store)
-    selection = rerun(recipes.plans(recipe, configs, sets), target, Part(only, until, from_step, force))
+    plans = recipes.plans(recipe, configs, sets, name)
+    notes = with_free_names(plans, target)
+    selection = rerun(plans, target, Part(only, until, from_step, force))
     resources = recipes.load_resources(profile)
     chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
@@ -118,6 +127,7 @@ def run(
             "add `--executor ray` for its workers, CPUs, GPUs and memory",
             highlight=False,
         )
+    _print_store(target, notes)
     # Results to compute again are deleted only now that all checks are over.
     for step in selection.to_delete:
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)
@@ -158,6 +168,12 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
     except KeyboardInterrupt:
         raise SystemExit(128 + (reporter.interrupted or signal.SIGINT)) from None
     resume.started = False
+
+
+def _print_store(store: Store, notes: list[str]) -> None:
+    console.print(f"store {store.root}", style="dim", highlight=False, markup=False)
+    for line in notes:
+        console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
 def _print_notes(plan: Plan) -> None:

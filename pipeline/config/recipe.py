@@ -6,7 +6,8 @@ A recipe is a mapping of step names to `use` (a stage; the step's own name by de
 list of overlays, one per round (pipeline/config/rounds.py).
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -210,13 +211,8 @@ def load_recipe(
         ]
         origins[unrolled_name] = origins_of(step, body.get("with") or {}, of_round)
 
-    # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
-    default_name = path.stem + "".join(f"[{text}]" for text in sets)
-    file_name = default_name.replace("/", "_").encode()[:150].decode(errors="ignore")
-    if file_name != default_name:
-        file_name += f"-{sha256(default_name.encode()).hexdigest()[:8]}"
     return Recipe(
-        name or file_name,
+        name or default_run_name(path, sets),
         settings.shards,
         settings.target,
         settings.about,
@@ -227,6 +223,23 @@ def load_recipe(
         origins,
         notes,
     )
+
+
+def default_run_name(path: Path, sets: Iterable[str]) -> str:
+    """Return the recipe's name with what --set changed: `rso[beta=0.1,n=16]`, a path in full where its end is not one.
+
+    A run has a file of its name; one that no file can have is cut, and made unique by a hash.
+    """
+    overrides = [Override.parse(text) for text in sets]
+    ends = Counter((override.path or (override.name,))[-1] for override in overrides)
+    labels = []
+    for override in overrides:
+        option, _, value = override.text.partition("=")
+        end = (override.path or (override.name,))[-1]
+        labels.append(f"{end if ends[end] == 1 else option}={value}")
+    full = path.stem + (f"[{','.join(labels)}]" if labels else "")
+    name = full.replace("/", "_").encode()[:150].decode(errors="ignore")
+    return name if name == full else f"{name}-{sha256(full.encode()).hexdigest()[:8]}"
 
 
 def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...] = ()) -> dict[str, Any]:

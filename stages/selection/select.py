@@ -28,7 +28,7 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     """Return problems of the rule and of `finished`; warn of a rule that would keep every candidate."""
     rule: Bound = options["rule"]
     k, drawn = rule.options.get("k"), _draws_per_prompt(inputs.get("rewards"))
-    if k is not None and drawn is not None and k >= drawn:
+    if rule.name != "plain" and k is not None and drawn is not None and k >= drawn:  # plain reads no rewards
         warnings.warn(
             f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {drawn} per prompt: it keeps "
             "all of them, whatever their rewards; set `select.rule.k` lower or `sample.n` higher",

@@ -267,7 +267,7 @@ def test_an_override_can_be_longer_than_a_file_name(winnow, small: Path):
     assert (code, text.count("sft")) == (0, 1)
     for words in (["sql", "SELECT 1", "--run"], ["trace"]):
         code, text = winnow(*words, "smal")
-        assert (code, missing(["no run 'smal'", "small[target=sft]"], text)) == (2, [])
+        assert (code, missing(["no run 'smal'", "small[target=sft,path="], text)) == (2, [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

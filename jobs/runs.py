@@ -1,0 +1,40 @@
+"""Names of runs: a name stands for its finished results until `winnow gc --forget` takes it back."""
+
+from itertools import count
+
+from pipeline.config.plan import Plan
+from pipeline.store.store import Store
+
+
+def with_free_names(plans: list[Plan], store: Store) -> list[str]:
+    """Give each plan whose name stands for finished results of another plan the next number: `rso-2`.
+
+    The earlier run stays as it is, on the leaderboard too. A run that has not reached its target gives up its name: a
+    mistake that was interrupted need not be kept. Return a note for each new name.
+    """
+    notes = []
+    for plan in plans:
+        taken = []
+        for number in count(1):
+            name = plan.name if number == 1 else f"{plan.name}-{number}"
+            if not _is_taken(name, plan, store):
+                break
+            taken.append(name)
+        if taken:
+            notes.append(f"{name}: {taken[-1]} stands for the results of other options or data, and stays as it is")
+            plan.name = name
+    return notes
+
+
+def latest_run(name: str, runs: list[str]) -> str | None:
+    """Return the run of this name with the highest number, among the names of runs."""
+    numbered = {run: int(end) for run in runs if run.startswith(f"{name}-") and (end := run[len(name) + 1 :]).isdigit()}
+    return max(numbered, key=lambda run: numbered[run], default=name if name in runs else None)
+
+
+def _is_taken(name: str, plan: Plan, store: Store) -> bool:
+    links = {step: link["key"] for step, link in store.run(name).items()}
+    if not links or links == {step.name: step.key for step in plan.steps}:
+        return False
+    target = plan.target
+    return target.name not in links or store.at(target.stage, links[target.name]).manifest is not None

@@ -1,0 +1,73 @@
+"""Names of runs: what has finished keeps its name, an edit makes another run beside it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.recipes import plans
+from pipeline.config.recipe import default_run_name
+from pipeline.store.store import Store
+
+OTHER = "evaluate: {with: {seed: 5}}\n"
+
+
+@pytest.fixture
+def words(data_dir: Path, finished: Path, tmp_path: Path) -> list[str]:
+    """`rso` on a store where all of it has finished."""
+    store = shutil.copytree(finished, tmp_path / "store")
+    return ["rso", "--config", str(data_dir / "demo.yaml"), "--store", str(store)]
+
+
+def test_an_edited_config_makes_another_run_beside_the_first(winnow, words: list[str], tmp_path: Path):
+    """The first keeps its results and its row; each of the two is found again under its own name."""
+    store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
+    other.write_text(OTHER)
+    assert winnow("run", *words)[0] == 0
+    first = store.run("rso")
+    code, text = winnow("plan", *words, "--config", other)
+    assert (code, "rso-2: rso stands for" in text, "seed: 0 -> 5" in text) == (0, True, True), text
+    code, text = winnow("run", *words, "--config", other)
+    assert (code, "rso-2" in text) == (0, True)
+    assert store.run("rso") == first != store.run("rso-2")
+    for config in ([], ["--config", other]):  # each once more
+        assert winnow("run", *words, *config)[0] == 0
+    assert sorted(store.runs()) == ["rso", "rso-2", "run"]
+    rows = winnow("sql", "leaderboard", "--store", tmp_path / "store", "--format", "csv")[1].splitlines()
+    assert {row.partition(",")[0] for row in rows[1:]} >= {"rso", "rso-2"}
+
+
+def test_a_run_that_has_not_reached_its_target_gives_up_its_name(winnow, words: list[str], tmp_path: Path):
+    store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
+    other.write_text(OTHER)
+    assert winnow("run", *words, "--config", other, "--until", "judge")[0] == 0
+    unfinished = store.run("rso")
+    assert winnow("run", *words)[0] == 0
+    assert sorted(store.runs()) == ["rso", "run"]
+    assert store.run("rso") != unfinished
+
+
+def test_a_name_of_ones_own(winnow, words: list[str], tmp_path: Path):
+    assert winnow("run", *words, "--name", "baseline")[0] == 0
+    assert "baseline" in Store(tmp_path / "store").runs()
+    code, text = winnow("run", "rso", "dpo", *words[1:], "--name", "x")
+    assert (code, "--name 'x'" in text) == (2, True)
+
+
+def test_what_does_not_change_a_result_makes_no_other_run(data_dir: Path):
+    """An option of execution is not in the name, and the keys are the same."""
+    config = [data_dir / "demo.yaml"]
+    (plain,), (fast,) = plans(["rso"], config, []), plans(["rso"], config, ["optimize.tokens_per_pass=64"])
+    assert (fast.name, [step.key for step in fast.steps]) == (plain.name, [step.key for step in plain.steps])
+
+
+def test_names_of_sweeps_are_short():
+    """The last part of an option's path, in full where two end alike; what no file can be called is hashed."""
+    name = default_run_name(Path("rso.yaml"), ["select.rule.beta=0.1", "sample.n=16"])
+    assert name == "rso[beta=0.1,n=16]"
+    name = default_run_name(Path("rso.yaml"), ["select.seed=1", "sample.seed=2"])
+    assert name == "rso[select.seed=1,sample.seed=2]"
+    long = [default_run_name(Path("rso.yaml"), [f"prompts.path=/{'x' * 200}{end}"]) for end in "ab"]
+    assert long[0] != long[1]
+    assert max(len(name.encode()) for name in long) < 200
+    assert "/" not in long[0]
