@@ -48,6 +48,10 @@ class PairwiseRanker(Ranker):
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 
+    def close(self) -> None:
+        """Free the network."""
+        self.network.close()
+
     def read(self, context: str, response: Response) -> str | None:
         return response.text if self.prompt.can_read(context) and self.prompt.can_read(response.text) else None
 

@@ -24,6 +24,10 @@ class PointwiseRanker(Scorer):
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 
+    def close(self) -> None:
+        """Free the network."""
+        self.network.close()
+
     def read(self, context: str, response: Response) -> IdRow | None:
         """Return prompt and response ids: the policy's where its tokenizer and template are this model's too.
 

@@ -21,6 +21,7 @@ from stages.network.forward import check_router_loss
 from stages.network.load import (
     Adapt,
     checkpoint_layers,
+    free,
     is_reward_model,
     load_network,
     round_weights,
@@ -170,7 +171,8 @@ def train_policy(
     trained = term.mean_margin(network, batch)
     folder = mirror.here / "model"
     size = _save_policy(network, init, folder, dist, adapt, config)
-    del network, optimizer, parameters, meter, param_group, loss
+    del optimizer, parameters, meter, param_group, loss
+    _free(network, dist)
     network = load_network(Model(folder, ""), train=True)
     dist.shard(network)
     for one_term, prefix in zip(terms, PREFIXES, strict=False):
@@ -178,10 +180,11 @@ def train_policy(
             heldout = {f"heldout/{prefix}{name}": v for name, v in one_term.evaluate(network, one_term.heldout).items()}
             state.history.append({"step": float(state.step)} | heldout)
     saved = _margins(term, batch, network)
-    del network
+    _free(network, dist)
     network = load_network(init, train=True)
     dist.shard(network)
     initial = _margins(term, batch, network)
+    _free(network, dist)
     moved = trained - initial["float32"]
     if abs(moved) > UNMOVED:
         fraction = {dtype: (saved[dtype] - initial[dtype]) / moved for dtype in saved}
@@ -190,6 +193,12 @@ def train_policy(
         figures = {"saved/margin_kept": fraction["float32"], "saved/margin_kept_bfloat16": fraction["bfloat16"]}
         state.history.append({"step": float(state.step)} | figures)
     return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
+
+
+def _free(network: PreTrainedModel, dist: Distributed) -> None:
+    """Free a network that this process has alone; ranks end with their step, and their shards with them."""
+    if dist.world_size == 1:
+        free(network)
 
 
 def _margins(term: ObjectiveTerm, batch: list[TrainingGroup], network: PreTrainedModel) -> dict[str, float]:

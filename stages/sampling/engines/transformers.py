@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils.logging import disable_progress_bar
 
-from stages.network.load import read_network
+from stages.network.load import free, read_network
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
 
@@ -60,6 +60,10 @@ class TransformersEngine(Engine):
         self.network.generation_config = GenerationConfig()  # its penalties and minima would change the distribution
         self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.lock = Lock()
+
+    def close(self) -> None:
+        """Free the weights."""
+        free(self.network)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
