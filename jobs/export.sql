@@ -9,11 +9,11 @@ WITH flat AS (
 ), origins AS (
     SELECT prompt_id, chosen_id, rejected_id, max(gap) AS gap, max(rule) AS rule FROM pairs WHERE key = '{pairs}' GROUP BY ALL
 ), prompt_texts AS (
-    SELECT prompt_id, text FROM prompts WHERE key = '{prompts}'
+    SELECT prompt_id, text, chat FROM prompts WHERE key = '{prompts}'
 ), scores AS (
     SELECT candidate_id, reward FROM rewards WHERE key = '{rewards}'
 )
-SELECT prompt_id, chosen_id, rejected_id, text, prompt_ids,
+SELECT prompt_id, chosen_id, rejected_id, text, chat, prompt_ids,
     chosen.token_ids AS chosen_ids, rejected.token_ids AS rejected_ids, pair.weight, pair.label, gap, rule,
     winner.reward AS chosen_reward, loser.reward AS rejected_reward,
     chosen.ref_logp AS ref_chosen_logps, rejected.ref_logp AS ref_rejected_logps

@@ -4,10 +4,9 @@ Formats of token ids hold every pair. A text stands for token ids only if its re
 text is decoded from the ids, and a pair that a format of texts cannot express is rejected, with the reason.
 """
 
-import re
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -30,9 +29,8 @@ HIDDEN_TOKENS = "special tokens inside, which its text cannot show"
 NO_TEXT = "its tokens are no valid text"
 SAME_TEXT = "both texts are the same"
 EMPTY = "empty text"
-UNKNOWN_MESSAGES = "its messages cannot be recovered from its text"
+UNKNOWN_MESSAGES = "its messages are not in the table prompts"
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8, such as half a character
-ROLES = re.compile(r"(?:^|\n)(system|developer|user|assistant|tool|function): ")
 
 
 class Reject(NamedTuple):
@@ -121,11 +119,12 @@ def trl(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
 def openai_messages(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
     """Yield OpenAI's rows for preference fine-tuning: input.messages, preferred_output, non_preferred_output.
 
-    White space around a text is left out, and so is the token that ends it.
+    The messages of a prompt are those that were read, with its tools and their calls. White space around a response is
+    left out, and so is the token that ends it.
     """
     for row in rows:
-        messages, texts = messages_of(row["prompt_id"], row["text"]), {}
-        reject = None if messages is not None else Reject(UNKNOWN_MESSAGES, row["text"])
+        prompt, texts = prompt_input(row), {}
+        reject = None if prompt is not None else Reject(UNKNOWN_MESSAGES, row["text"])
         for side in SIDES:
             ids = row[f"{side}_ids"]
             has_end = bool(ids) and ids[-1] in tokenizer.stop
@@ -144,28 +143,37 @@ def openai_messages(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | R
         if not reject and texts["chosen"] == texts["rejected"]:
             reject = Reject(SAME_TEXT, texts["chosen"])
         yield reject or {
-            "input": {"messages": messages},
+            "input": prompt,
             "preferred_output": [{"role": "assistant", "content": texts["chosen"]}],
             "non_preferred_output": [{"role": "assistant", "content": texts["rejected"]}],
         }
 
 
-@lru_cache(maxsize=1024)
-def messages_of(name: str, text: str) -> list[dict[str, str]] | None:
-    """Return a prompt's messages from its readable text, if its id is their hash, else None."""
-    message = [{"role": "user", "content": text}]
-    if name in (prompt_id(text), prompt_id(message)):
-        return message
-    _, *parts = ROLES.split(text)
-    turns = [{"role": role, "content": content} for role, content in zip(parts[::2], parts[1::2], strict=True)]
-    return turns if prompt_id(turns) == name else None
+def prompt_input(row: Row) -> Row | None:
+    """Return the messages and tools of a prompt as the table `prompts` holds them; None if it holds another prompt's.
+
+    OpenAI writes the arguments of a tool call as JSON.
+    """
+    chat = json.loads(row["chat"] or "{}")
+    messages, tools = chat.get("messages", row["text"]), chat.get("tools")
+    one_text = not isinstance(messages, list) or [message.keys() for message in messages] == [{"role", "content"}]
+    text = messages if isinstance(messages, str) else messages[0]["content"]
+    if row["prompt_id"] not in {prompt_id(messages, tools), *([prompt_id(text, tools)] if one_text else [])}:
+        return None
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            function = call.get("function", call)
+            if isinstance(function.get("arguments"), dict):
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
 def plain(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
     """Yield every column of every pair; the texts are for people, the ids are what was trained on."""
     for row in rows:
         texts = {side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES}
-        others = {name: value for name, value in row.items() if name not in (*IDS, *REFS, "text")}
+        others = {name: value for name, value in row.items() if name not in (*IDS, *REFS, "text", "chat")}
         yield {**{name: row[name] for name in IDS}, "prompt": row["text"], **texts, **others, **_references(row)}
 
 

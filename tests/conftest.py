@@ -47,6 +47,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
 settings.register_profile("shared machine", deadline=None)  # how long a case takes is no claim
 settings.load_profile("shared machine")
 
@@ -142,3 +149,13 @@ def winnow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_p
         return code, said.out + said.err
 
     return run
+
+
+@pytest.fixture
+def calling(tiny, tmp_path):
+    """The tiny model with a chat template that renders tools and calls."""
+    shutil.copytree(tiny.folder, tmp_path / "calling")
+    (tmp_path / "calling" / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    config = tmp_path / "calling" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1024}))
+    return Model(tmp_path / "calling", "calling")

@@ -12,7 +12,7 @@ comparison_formats.py (two responses with a verdict), ranking_formats.py (more t
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, Literal, NotRequired
 
@@ -75,6 +75,8 @@ class PreferencePair:
     chosen: Reply
     rejected: Reply
     plain: str | None = None  # the prompt for a tokenizer without chat template; a response follows after a space
+    # Of a format that has them elsewhere than in a column `tools` of schemas.
+    tools: list[dict[str, Any]] | None = field(default=None, kw_only=True)
 
 
 @preference_reader(
@@ -173,7 +175,7 @@ def hh(row: Row) -> PreferencePair:
         if HH_TURN.search(reply):
             raise ValueError(f"{name} is not one assistant turn")
         replies[name] = text_of(replies, name).strip()
-    return PreferencePair(prompt, **replies, plain=plain)
+    return PreferencePair(prompt, replies["chosen"], replies["rejected"], plain=plain)
 
 
 @preference_reader(columns=("info", "summaries", "choice"))

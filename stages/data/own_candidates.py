@@ -84,7 +84,7 @@ def own_candidates(
         try:
             if reader is not None:
                 labelled = reader(row)
-                content, text, value = labelled.prompt, labelled.response, labelled.reward
+                content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
             else:
                 value = number_of(row, column, called="reward")
                 if not math.isfinite(value):
@@ -96,8 +96,8 @@ def own_candidates(
                         raise ValueError("probability is not in (0, 1)")
                     value = math.log(value) - math.log1p(-value)
                 content = prompt_with(row, prompt, system=system, input=input)
-                text = reply_of(row, response, content)
-            conversation = Conversation(content, tools_of(row))
+                text, tools = reply_of(row, response, content), None
+            conversation = Conversation(content, tools or tools_of(row))
             name = data.add_prompt(conversation)
             candidate = data.add_response(conversation, text, repeated=True)
         except ValueError as error:

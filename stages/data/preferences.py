@@ -46,7 +46,7 @@ def preferences(
         try:
             if isinstance(pair, ValueError):
                 raise pair
-            conversation = Conversation(pair.prompt, tools_of(row), pair.plain)
+            conversation = Conversation(pair.prompt, pair.tools or tools_of(row), pair.plain)
             replies = without_repeated_prompt(pair.prompt, (pair.chosen, pair.rejected))
             prompt = data.add_prompt(conversation)
             chosen, rejected = (data.add_response(conversation, reply) for reply in replies)

@@ -84,7 +84,8 @@ def prompts(
                 response = pair.chosen if demonstration else None
 
             # Their ids, by the rules of the model's tokenizer.
-            conversation = Conversation(content, tools_of(source_row), plain)
+            tools = pair.tools if pair and pair.tools else tools_of(source_row)
+            conversation = Conversation(content, tools, plain)
             row = data.prompt_row(conversation)
         except ValueError as error:
             ctx.reject(str(error), place=location, detail=repr(source_row))

@@ -13,6 +13,7 @@ from schemas.ids import Message
 from stages.data.formats import COLUMNS, PreferencePair, finite_number_of, preference_reader, shared_turns
 from stages.data.rows import Row
 from stages.data.texts import (
+    REASONING,
     Prompt,
     Reply,
     as_messages,
@@ -23,13 +24,15 @@ from stages.data.texts import (
     prompt_with,
     reply_of,
     text_of,
+    tools_of,
 )
 
 candidate_reader = Registry("candidate reader", "row", **COLUMNS)
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 LABELS = {"true": 1.0, "false": 0.0}
-MEDIA = ("tools", "images", "videos", "audios")  # what a prompt of texts cannot hold
+MEDIA = ("images", "videos", "audios")  # what a prompt of texts cannot hold
+ALPACA_COLUMNS = ("input", "system", "history", "tools", *MEDIA)
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,19 @@ class LabelledResponse:
     prompt: Prompt  # its id is a hash of this content
     response: Reply
     reward: float
+    tools: list[dict[str, Any]] | None = None
 
 
 # Pairs
 
 
-@preference_reader(columns=("instruction", "chosen", "rejected"), optional=("input", "system", "history", *MEDIA))
+@preference_reader(columns=("instruction", "chosen", "rejected"), optional=ALPACA_COLUMNS, version=2)
 def llama_factory_alpaca(row: Row) -> PreferencePair:
     """Read LLaMA-Factory's preference data in Alpaca's columns, `input`, `system` and `history` where there are any."""
-    return PreferencePair(_alpaca_prompt(row), text_of(row, "chosen"), text_of(row, "rejected"))
+    return PreferencePair(_alpaca_prompt(row), text_of(row, "chosen"), text_of(row, "rejected"), tools=_tools_of(row))
 
 
-@preference_reader(columns=("conversations", "chosen", "rejected"), optional=("system", *MEDIA))
+@preference_reader(columns=("conversations", "chosen", "rejected"), optional=("system", "tools", *MEDIA), version=2)
 def llama_factory_sharegpt(row: Row) -> PreferencePair:
     """Read LLaMA-Factory's preference data in ShareGPT's form, such as llamafactory/DPO-En-Zh-20k.
 
@@ -59,10 +63,10 @@ def llama_factory_sharegpt(row: Row) -> PreferencePair:
     """
     prompt = as_prompt(_sharegpt_prompt(row, "conversations", _sharegpt_messages(row, "conversations")))
     chosen, rejected = (reply_of({name: _sharegpt_messages(row, name)}, name) for name in ("chosen", "rejected"))
-    return PreferencePair(prompt, chosen, rejected)
+    return PreferencePair(prompt, chosen, rejected, tools=_tools_of(row))
 
 
-@preference_reader(columns=("chosen_messages", "rejected_messages"), optional=("tools",))
+@preference_reader(columns=("chosen_messages", "rejected_messages"), optional=("tools",), version=2)
 def llama_factory_v1(row: Row) -> PreferencePair:
     """Read samples of LLaMA-Factory v1, messages of parts with a `type` and a `value`; both sides hold the prompt.
 
@@ -74,10 +78,10 @@ def llama_factory_v1(row: Row) -> PreferencePair:
     if not prompt:
         raise ValueError("chosen_messages and rejected_messages share no prompt")
     chosen, rejected = (reply_of(sides, name, prompt) for name in sides)
-    return PreferencePair(as_prompt(prompt), chosen, rejected)
+    return PreferencePair(as_prompt(prompt), chosen, rejected, tools=_tools_of(row))
 
 
-@preference_reader(columns=("input", "preferred_output", "non_preferred_output"))
+@preference_reader(columns=("input", "preferred_output", "non_preferred_output"), version=2)
 def openai(row: Row) -> PreferencePair:
     """Read OpenAI's format for direct preference optimization, which `export --format openai-messages` writes."""
     prompt = row.get("input")
@@ -85,7 +89,7 @@ def openai(row: Row) -> PreferencePair:
         raise ValueError("input has no messages")
     _refuse_media(prompt)
     preferred, other = (reply_of(row, name) for name in ("preferred_output", "non_preferred_output"))
-    return PreferencePair(as_prompt(messages_of(prompt, "messages")), preferred, other)
+    return PreferencePair(as_prompt(messages_of(prompt, "messages")), preferred, other, tools=_tools_of(prompt))
 
 
 # Responses with a label
@@ -100,17 +104,19 @@ def unpaired(row: Row) -> LabelledResponse:
 
 @candidate_reader(
     columns=("instruction", "output", "{label}"),
-    optional=("input", "system", "history", *MEDIA),
+    optional=ALPACA_COLUMNS,
+    version=2,
     variants=[{"label": "label"}],
 )
 def llama_factory_kto_alpaca(row: Row, *, label: str = "kto_tag") -> LabelledResponse:
     """Read LLaMA-Factory's KTO data in Alpaca's columns, `input`, `system` and `history` where there are any."""
-    return LabelledResponse(_alpaca_prompt(row), text_of(row, "output"), _label_of(row, label))
+    return LabelledResponse(_alpaca_prompt(row), text_of(row, "output"), _label_of(row, label), _tools_of(row))
 
 
 @candidate_reader(
     columns=("{messages}", "{label}"),
-    optional=("system", *MEDIA),
+    optional=("system", "tools", *MEDIA),
+    version=2,
     variants=[{"messages": name, "label": "label"} for name in ("messages", "completion", "conversations")],
 )
 def llama_factory_kto_sharegpt(
@@ -123,7 +129,7 @@ def llama_factory_kto_sharegpt(
     """
     turns = _sharegpt_messages(row, messages)
     prompt = as_prompt(_sharegpt_prompt(row, messages, turns[:-1]))
-    return LabelledResponse(prompt, reply_of({messages: turns[-1:]}, messages), _label_of(row, label))
+    return LabelledResponse(prompt, reply_of({messages: turns[-1:]}, messages), _label_of(row, label), _tools_of(row))
 
 
 # Helpers of readers; each raises ValueError with the reason for the rejects table
@@ -189,24 +195,36 @@ def _sharegpt_prompt(row: Row, name: str, turns: list[dict[str, Any]]) -> list[M
 
 
 def _v1_messages(row: Row, name: str) -> list[dict[str, Any]]:
-    """Return LLaMA-Factory v1's messages with a text as content."""
+    """Return LLaMA-Factory v1's messages with a text as content, and their reasoning and tool calls beside it."""
     messages, values = [], row.get(name)
     for message in values if isinstance(values, list) else []:
         parts = message.get("content") if isinstance(message, dict) else None
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{name} is not a list of messages with parts")
-        if others := sorted({str(part.get("type")) for part in parts} - {"text"}):
+        if others := sorted({str(part.get("type")) for part in parts} - {"text", "reasoning", "tool_call"}):
             raise ValueError(f"a part of type {', '.join(others)}")
-        text = "".join(text_of(part, "value") for part in parts)
-        messages.append({"role": message.get("role"), "content": text})
+        texts: dict[str, list[str]] = {"text": [], "reasoning": [], "tool_call": []}
+        for part in parts:
+            texts[part["type"]].append(text_of(part, "value"))
+        calls = [call for text in texts["tool_call"] for call in _tool_calls(text)]
+        messages.append(
+            {"role": message.get("role"), "content": "".join(texts["text"])}
+            | {REASONING: "".join(texts["reasoning"]), "tool_calls": calls}
+        )
     return messages
 
 
 def _refuse_media(row: Row) -> None:
-    """Raise ValueError for tools, images, videos and audios: without them, a prompt would be another."""
+    """Raise ValueError for images, videos and audios: without them, a prompt would be another."""
     for name in MEDIA:
         if row.get(name) not in (None, "", [], "[]"):
             raise ValueError(f"{name} in the prompt, which this reader does not read")
+
+
+def _tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """Return the tools of a row as chat templates read them: LLaMA-Factory writes the functions alone."""
+    tools = tools_of(row)
+    return tools and [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
 def _label_of(row: Row, name: str) -> float:

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
 )
@@ -204,9 +206,29 @@ def save_network(
             shutil.copyfile(file, scratch / file.name)
     if (templates := init.folder / "additional_chat_templates").is_dir():
         shutil.copytree(templates, scratch / templates.name)
+    if is_reward_model(network):
+        _set_pad_token(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
     return Model(folder, "")
+
+
+def _set_pad_token(folder: Path) -> None:
+    """Give a reward model's config and tokenizer one pad token, other than EOS, if they have none.
+
+    transformers reads a score at the last token that is no padding: with EOS for it, one before the response's end.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    eos, pad = tokenizer.eos_token_id, config.get_text_config().pad_token_id
+    if pad is None or pad == eos:
+        special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+        pad = next(token for token in (*special, 0, 1) if token not in (None, eos))
+        config.get_text_config().pad_token_id = pad
+        config.save_pretrained(folder)
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.save_pretrained(folder)
 
 
 def _link_weights(source: Path, folder: Path) -> None:

@@ -215,20 +215,12 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from stages.data.tokenizer import Tokenizer
     from stages.network.load import check_head, is_reward_model, load_network, save_network
     from stages.network.lora import merge_layers
 
     if is_reward_model(policy):
         raise WinnowError("reward_head: this model ends in a score already; remove the step")
     config = AutoConfig.from_pretrained(policy.folder, num_labels=1, local_files_only=True)
-    # transformers reads a score at the last token that is no padding: with EOS for it, one before the response's end.
-    tokenizer = Tokenizer(policy).inner
-    eos, pad = tokenizer.eos_token_id, config.get_text_config().pad_token_id
-    if pad is None or pad == eos:
-        special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
-        pad = next(token for token in (*special, 0, 1) if token not in (None, eos))
-    config.get_text_config().pad_token_id = pad
     # The policy's weights as they are stored; the score is of zeros, which every dtype has.
     on_grid = config.dtype is torch.bfloat16 and not (policy.folder / ADAPTER).exists()
     dtype: Precision = "bfloat16" if on_grid else "float32"
@@ -242,11 +234,7 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     for weight in network.score.parameters():
         torch.nn.init.zeros_(weight)
     setattr(network, network.base_model_prefix, load_network(policy, adapt=merge_layers).base_model.cpu())
-    model = save_network(network, policy, ctx.folder / "model", dtype=dtype)
-    if tokenizer.pad_token_id != pad:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        tokenizer.save_pretrained(model.folder)
-    return model
+    return save_network(network, policy, ctx.folder / "model", dtype=dtype)
 
 
 def _check_heads(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
@@ -30,9 +28,8 @@ from jobs.export_formats import (
     OTHER_END,
     OTHER_TOKENS,
     SIDES,
-    Format,
+    UNKNOWN_MESSAGES,
     Reject,
-    messages_of,
     openai_messages,
     trl,
 )
@@ -43,9 +40,8 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.fingerprints import DataPath
 from pipeline.store.store import Store
-from schemas import Model, WinnowError, prompt_id
+from schemas import Model, prompt_id
 from stages.data.preferences import preferences
-from stages.data.texts import readable
 from stages.data.tokenizer import Tokenizer
 from tests.conftest import MARKS, answer, ask, write_jsonl
 from tests.material import cache
@@ -452,7 +448,7 @@ def test_openai_gets_no_text_that_hides_tokens(tiny):
     tokenizer = Tokenizer(tiny)
     end, (special,) = tokenizer.stop[0], tokenizer.encode(MARKS[0])
     half = tokenizer.encode("é")[0]
-    row = {"prompt_id": prompt_id("Hi"), "text": "Hi", "rejected_ids": [*tokenizer.encode("Um."), end]}
+    row = {"prompt_id": prompt_id("Hi"), "text": "Hi", "chat": None, "rejected_ids": [*tokenizer.encode("Um."), end]}
     chosen = [
         [*tokenizer.encode("Yes"), *middle, *tokenizer.encode(" I do."), end] for middle in ([], [special], [half])
     ]
@@ -462,69 +458,35 @@ def test_openai_gets_no_text_that_hides_tokens(tiny):
     assert MARKS[0] in str(items[1])
 
 
-conversations = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text("ab: \nuser", min_size=1)}
-    ),
-    min_size=1,
-)
+def test_messages_and_tools_are_those_that_were_read(tmp_path, calling):
+    """A system turn, several turns, a call and tools go out to OpenAI's format and come back as the same pairs.
 
-
-@given(messages=conversations)
-def test_messages_are_recovered_from_their_text_or_not_at_all(messages):
-    """The id is the hash of the content: what is recovered is the prompt itself, whatever its text looks like."""
-    assert messages_of(prompt_id(messages), readable(messages)) in (messages, None)
-    text = readable(messages)
-    assert messages_of(prompt_id(text), text) == [{"role": "user", "content": text}]
-
-
-def test_turns_of_a_conversation_are_recovered():
+    A text that looks like turns is one user message, and a row of another prompt is rejected.
+    """
+    call = {"type": "function", "function": {"name": "get_time", "arguments": {"zone": "CET"}}}
     turns = [
-        {"role": "system", "content": "Be brief.\nNote: no lists"},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-        {"role": "user", "content": "user of what?"},
+        {"role": "system", "content": "Be brief.\nuser: no lists"},
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "user", "content": "assistant: of what?"},
     ]
-    assert messages_of(prompt_id(turns), readable(turns)) == turns
-
-
-# The command
-
-
-def test_the_command_says_what_is_in_the_file_and_what_is_not(winnow, store, tmp_path):
-    """SimPO caches no reference: the columns are absent, and that is printed. An old rejects file is removed."""
-    out = tmp_path / "pairs.parquet"
-    rejects = out.with_name("pairs.parquet.rejects.jsonl")
-    rejects.write_text("of another time\n")
-    code, text = winnow("export", "--run", "simpo", "--format", "trl", "--out", out, "--store", store.root)
-    text, table = " ".join(text.split()), pq.read_table(out)
-    assert (code, table.column_names) == (0, ["prompt", "chosen", "rejected"])
-    assert f"wrote {out}: {table.num_rows} pairs of run simpo, step examples" in text
-    assert "ref_chosen_logps and ref_rejected_logps are absent" in text
-    assert ("rejected: " in text) == rejects.exists()
-    assert not rejects.exists() or "of another time" not in rejects.read_text()
-    code, text = winnow("export", "--run", "run", "--format", "trl-ids", "--out", out, "--store", store.root)
-    assert (code, rejects.exists(), "are lost" in text) == (0, False, False)
-    assert "_prepare_dataset" in text
-
-
-def test_what_cannot_be_exported_is_an_error_and_leaves_no_file(winnow, store, tmp_path, monkeypatch):
-    """Unknown runs and rounds, runs without pairs, a wrong suffix; and a format that would reject every pair."""
-    for words, facts in [
-        ("--run rnu", ["no run 'rnu'", "did you mean 'run'?"]),
-        ("--run raft", ["run raft: no pairs", "rso or dpo"]),
-        ("--run run --round 2", ["run run: no round 2", "omit --round"]),
-        ("--run twice --round 3", ["run twice: no round 3; its rounds are 1 to 2"]),
-        ("--run run --split heldout", ["no held-out examples", "add `heldout` under `from`"]),
-        ("--run run --out pairs.csv", ["--out pairs.csv: trl is written as .parquet or .jsonl"]),
-    ]:
-        out = [] if "--out" in words else ["--out", "pairs.jsonl"]
-        code, text = winnow("export", *words.split(), *out, "--format", "trl", "--store", store.root)
-        assert (code, [fact for fact in facts if fact not in " ".join(text.split())]) == (2, []), text
-    form = Format(
-        (".jsonl",), lambda rows, tokens: trl([row | {"chosen_ids": row["chosen_ids"][:-1]} for row in rows], tokens)
-    )
-    monkeypatch.setattr(exporting, "FORMATS", {"trl": form})
-    with pytest.raises(WinnowError, match=r"trl would reject all of its pairs \(\d+ cut at max_tokens\)"):
-        export_pairs(store, "run", "trl", tmp_path / "pairs.jsonl")
-    assert list(tmp_path.iterdir()) == []
+    tools = [{"type": "function", "function": {"name": "get_time"}}]
+    replies = {"chosen": "Of day.", "rejected": "None."}
+    source: list[dict] = [{"prompt": turns, "tools": tools, **replies}, {"prompt": "user: a\nassistant: b", **replies}]
+    context = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    file = write_jsonl(tmp_path / "in.jsonl", source)
+    prompts, candidates, pairs = preferences(calling, context, path=DataPath(str(file)))
+    ids = {row["candidate_id"]: row["token_ids"] for row in candidates.to_pylist()}
+    read = {row["prompt_id"]: row for row in prompts.to_pylist()}
+    rows = [
+        read[pair["prompt_id"]] | {f"{side}_ids": ids[pair[f"{side}_id"]] for side in SIDES}
+        for pair in pairs.to_pylist()
+    ]
+    written = [row for row in openai_messages(rows, Tokenizer(calling)) if isinstance(row, dict)]
+    back = DataPath(str(write_jsonl(tmp_path / "out.jsonl", written)))
+    assert preferences(calling, context, path=back, reader="openai")[2].to_pylist() == pairs.to_pylist()
+    other = [rows[0] | {"prompt_id": rows[1]["prompt_id"]}]
+    assert [isinstance(item, Reject) and item.reason for item in openai_messages(other, Tokenizer(calling))] == [
+        UNKNOWN_MESSAGES
+    ]

@@ -1,7 +1,6 @@
 """Messages and tools that users bring: rendered by the template, or rejected by name, never left out in silence."""
 
 import json
-import shutil
 from typing import Any
 
 import pyarrow as pa
@@ -23,22 +22,6 @@ from tests.stages.data.test_templates import CALL, USER
 TOOL = {"type": "function", "function": {"name": "get_time"}}
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "Name a city that has a metro."}]
 SAY = [{"role": "assistant", "content": "Rome."}]
-TOOL_TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@pytest.fixture
-def calling(tiny, tmp_path):
-    """The tiny model with a chat template that renders tools and calls."""
-    shutil.copytree(tiny.folder, tmp_path / "calling")
-    (tmp_path / "calling" / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    config = tmp_path / "calling" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1024}))
-    return Model(tmp_path / "calling", "calling")
 
 
 def test_tools_and_calls_are_rendered_and_are_part_of_a_prompt(calling, ctx, tmp_path):
@@ -104,6 +87,49 @@ def test_parts_of_text_lists_written_as_text_and_columns_of_messages_are_message
     assert {reason for _, reason in reasons(ctx)} == {"duplicate prompt"}
     with pytest.warns(WinnowWarning, match="keys of messages are not read: language"):
         prompts(tiny, ctx, path=jsonl(tmp_path, [{"prompt": [ASK[0] | {"language": "en"}]}]))
+
+
+def test_tools_of_other_trainers_are_rendered_as_the_template_renders_them(calling, ctx, tmp_path):
+    """Prompt and response are apply_chat_template of the conversation with its tools and calls, for every reader."""
+    function: dict[str, Any] = {"name": "get_time", "arguments": {"zone": "CET"}}
+    call, tools = {"type": "function", "function": function}, json.dumps([TOOL["function"]])
+    expected = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    human, answer = {"from": "human", "value": USER["content"]}, {"from": "gpt", "value": "No idea."}
+    called = {"from": "function_call", "value": json.dumps(function)}
+    openai_call = {"type": "function", "function": function | {"arguments": json.dumps(function["arguments"])}}
+
+    def parts(role: str, kind: str, value: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": kind, "value": value}]}
+
+    asked = parts("user", "text", USER["content"])
+    rows = {
+        "llama_factory_sharegpt": {"conversations": [human], "chosen": called, "rejected": answer, "tools": tools},
+        "llama_factory_v1": {
+            "chosen_messages": [asked, parts("assistant", "tool_call", json.dumps(function))],
+            "rejected_messages": [asked, parts("assistant", "text", "No idea.")],
+            "tools": tools,
+        },
+        "openai": {
+            "input": {"messages": [USER], "tools": [TOOL]},
+            "preferred_output": [{"role": "assistant", "tool_calls": [openai_call]}],
+            "non_preferred_output": [{"role": "assistant", "content": "No idea."}],
+        },
+        "llama_factory_alpaca": {
+            "instruction": USER["content"], "chosen": "I will.", "rejected": "No idea.", "tools": tools
+        },
+        "llama_factory_kto_sharegpt": {"conversations": [human, called], "kto_tag": True, "tools": tools},
+        "llama_factory_kto_alpaca": {
+            "instruction": USER["content"], "output": "I will.", "kto_tag": True, "tools": tools
+        },
+    }  # fmt: skip
+    tokenizer = Tokenizer(calling)
+    for reader, row in rows.items():
+        read = own_candidates if "kto" in reader else preferences
+        table, answers, _ = read(calling, ctx, path=jsonl(tmp_path, [row]), reader=reader)
+        assert reasons(ctx) == [], reader
+        texts = {tokenizer.rendered(table["token_ids"][0].as_py() + ids) for ids in answers["token_ids"].to_pylist()}
+        chat = [USER, {"role": "assistant", "content": "I will."}] if "alpaca" in reader else expected
+        assert tokenizer.inner.apply_chat_template(chat, tools=[TOOL], tokenize=False) in texts, reader
 
 
 def test_a_prompt_that_both_responses_repeat_is_taken_off_once(tiny, ctx, tmp_path):

@@ -127,7 +127,7 @@ PAIRS: dict[str, tuple[Any, list[dict], list[tuple[str, str, str]], list[str]]] 
             SHAREGPT | {"tools": '[{"name": "search"}]'},
         ],
         [(TURNS, "Yes.", "No."), (KIND, "Yes.", "No."), (KIND, "Sure.", "No.")],
-        ["tools in the prompt, which this reader does not read"],
+        ["the chat template does not render tools"],
     ),
     "LLaMA-Factory, alpaca": (
         "llama_factory_alpaca",

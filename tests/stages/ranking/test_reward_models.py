@@ -142,6 +142,21 @@ def test_transformers_reads_the_same_scores_from_a_padded_batch(tiny, tmp_path):
         assert by_transformers.tolist() == pytest.approx(scores(network, rows), abs=LIMIT)
 
 
+@pytest.mark.parametrize("pad", [None, "<|eos|>"])
+def test_a_reward_model_of_a_users_own_gets_a_pad_token_where_it_is_saved(opinionated, tmp_path, pad):
+    """One that came without pad token, or with EOS for it, has another in config and tokenizer once it is trained."""
+    folder = Path(shutil.copytree(opinionated.folder, tmp_path / "own"))
+    for file, value in (("config.json", {"pad_token_id": pad and 1}), ("tokenizer_config.json", {"pad_token": pad})):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | value))
+    own = Model(folder, "own")
+    saved = save_network(load_network(own, train=True), own, tmp_path / "saved" / "model")
+    tokenizer = Tokenizer(saved).inner
+    config = json.loads((saved.folder / "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.chat_template == Tokenizer(own).inner.chat_template
+
+
 @few
 @given(rows=rows_of, long=st.tuples(st.lists(st.integers(5, 300), min_size=30, max_size=60), ids), order=st.randoms())
 def test_a_score_does_not_depend_on_its_batch(network, rows, long, order):
