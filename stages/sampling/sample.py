@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from pipeline import InputStep, Range, StageContext, stage
 from pipeline.registry import nearest
-from schemas import Candidates, Heads, Model, Prompts, WinnowError, candidate_id, seed_for
+from schemas import Candidates, Heads, Model, Prompts, WinnowError, WinnowWarning, candidate_id, seed_for
 from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
@@ -29,8 +30,18 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
-    # Also responses for which a model that is known by now has no room.
     policy = inputs.get("policy")
+    is_rounded = options["dtype"] == "bfloat16" and options["engine"] != "fake"
+    if is_rounded and policy and policy.stage == "optimize" and policy.options.get("save_dtype") == "float32":
+        warnings.warn(
+            "sample.dtype: bfloat16, and its policy is an `optimize` step with save_dtype: float32: the engine rounds "
+            "the trained weights, so draws are of another policy than `reference` scores, and may lack most of a small "
+            "change; set `dtype: float32` in `sample`, or `save_dtype: bfloat16` and `save_rounding: stochastic` in "
+            "`optimize`, so that both read the same weights",
+            WinnowWarning,
+            stacklevel=2,
+        )
+    # Also responses for which a model that is known by now has no room.
     while policy and policy.stage == "optimize":
         policy = policy.inputs.get("init")  # whose context it keeps
     if policy and policy.stage in ("model", "untrained") and policy.options:

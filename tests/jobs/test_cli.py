@@ -154,6 +154,17 @@ def test_a_selection_that_keeps_everything_is_said(winnow, data_dir: Path):
     assert "keeps k" not in winnow(*words, "--set", "select.rule.k=4")[1]
 
 
+@pytest.mark.filterwarnings("always")
+def test_an_engine_that_rounds_what_was_trained_is_said(winnow, data_dir: Path):
+    """Sampling in bfloat16 from a policy saved in fp32, unless what is saved is what the engine reads."""
+    words = ("plan", "raft", "--config", str(data_dir / "demo.yaml"), "--set", "sample.dtype=bfloat16")
+    assert (
+        missing(["sample.dtype: bfloat16", "save_dtype: float32", "save_rounding: stochastic"], winnow(*words)[1]) == []
+    )
+    saved = ("--set", "optimize.save_dtype=bfloat16", "--set", "sft.save_dtype=bfloat16")
+    assert "the engine rounds" not in winnow(*words, *saved)[1]
+
+
 def test_missing_data_models_and_configs_are_named(winnow, data_dir: Path, small: Path, tmp_path: Path):
     """Data and models are the user's: the message says which steps need them, and how to give them."""
     code, text = winnow("plan", "rso")

@@ -414,10 +414,10 @@ def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_p
         ([RED_TEAM], "red-team-attempts, which has no preferences; use another folder"),
         ([UNPAIRED], "responses with a label and no pairs: in stage own_candidates, set `reader` to unpaired$"),
         ([AXIS], "axis, ratings of single summaries; set `subset: comparisons`"),
-        ([HH], "no column 'prompt'; it has 'chosen', 'rejected'; .*set `reader` to hh for these$"),
-        ([PKU], "no column 'chosen', 'rejected'; .* {name: pku_saferlhf, prefer: helpful} or {name: pku_saferlhf"),
+        ([HH], r"no column 'prompt'.*; it has 'chosen', 'rejected'; .*set `reader` to hh for these$"),
+        ([PKU], "no column 'chosen'.*, 'rejected'.*; .* {name: pku_saferlhf, prefer: helpful} or {name: pku_saferlhf"),
         ([rated("a", "Yes.", 3), rated("a", "No.", 1)], "set `reader` to helpsteer2 for these"),
-        ([{"prompt": "Hi", "other": 1}], "no column 'chosen', 'rejected'; it has 'prompt', 'other'$"),
+        ([{"prompt": "Hi", "other": 1}], "no column 'chosen'.*, 'rejected'.*; it has 'prompt', 'other'$"),
     ]):  # fmt: skip
         folder = tmp_path / str(n)
         folder.mkdir()
