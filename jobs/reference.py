@@ -24,8 +24,8 @@ from schemas import WinnowError, table_name
 PIPELINE_ORDER = ("data", "sampling", "ranking", "selection", "network", "training", "head", "evaluation")
 PATHS = {
     DataPath: "path of a file or folder",
-    ModelPath: "path of a model folder",
-    AdapterPath: "path of an adapter folder",
+    ModelPath: "path of a model folder, or org/name",
+    AdapterPath: "path of an adapter folder, or org/name",
     ContentPath: "path",
 }
 

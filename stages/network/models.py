@@ -5,9 +5,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, stage
+from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, StageContext, stage
 from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_files
 from pipeline.store.weights import tensor_shapes
 from schemas import Model, WinnowError
@@ -89,13 +89,19 @@ def chat_template_of(folder: Path) -> str:
 def model(
     ctx: StageContext,
     *,
+    revision: Annotated[str | None, EXECUTION] = None,
     path: ModelPath,
+    adapter_revision: Annotated[str | None, EXECUTION] = None,
     adapter: AdapterPath | None = None,
     save_dtype: Precision = "float32",
     date: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Model:
-    """Copy a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
+    """Copy a Hugging Face model into the store: config, tokenizer, safetensors. Its content is its identity.
+
+    path: its folder, or its name on the hub (org/name), which is read from the hub's cache at `revision` (a branch, tag
+    or commit) and never downloaded: `hf download org/name` does that. So is `adapter`, at `adapter_revision`. A folder
+    org/name below the working folder comes first, unless the cache has that name too; `./org/name` is always a folder.
 
     date: the day that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: what
     else it reads, such as `{enable_thinking: false}`. Both stay with the folder and every model trained from it, so
