@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.context import StageContext
 from pipeline.registry import EXECUTION, Bound, Finite, Range, Registry
 from pipeline.stage import InputStep, stage, stages
-from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath
+from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath, TemplatePath
 
 if TYPE_CHECKING:
     from pipeline.sql.catalog import Catalog
@@ -26,6 +26,7 @@ __all__ = [
     "Range",
     "Registry",
     "StageContext",
+    "TemplatePath",
     "open",
     "stage",
     "stages",

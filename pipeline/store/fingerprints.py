@@ -62,6 +62,24 @@ class DataPath(ContentPath):
     """Data file, or a folder of data files."""
 
 
+class TemplatePath(ContentPath):
+    """Jinja file with one chat template."""
+
+    def check(self) -> None:
+        from jinja2 import Environment, TemplateSyntaxError
+
+        super().check()
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is a folder; give the Jinja file with the chat template")
+        try:
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path} is not text in UTF-8") from None
+        except TemplateSyntaxError as error:
+            if "tag 'generation'" not in str(error):  # of transformers, which marks what is trained on by it
+                raise ValueError(f"{self.path}, line {error.lineno}: {error.message}") from None
+
+
 class HubPath(ContentPath):
     """Folder on this machine, or `org/name` of the hub, which is then a snapshot in the hub's cache.
 
