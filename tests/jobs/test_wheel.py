@@ -28,7 +28,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copyfile(ROOT / "pyproject.toml", folder / "source" / "pyproject.toml")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq"]
     options = ["--no-deps", "--no-index"]
-    build = [*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", folder, folder / "source"]
+    build: list[str | Path] = [
+        *pip,
+        "wheel",
+        *options,
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+        folder / "source",
+    ]
     subprocess.run(build, check=True, timeout=120)
     shutil.rmtree(folder / "source")
     (wheel,) = folder.glob("*.whl")
@@ -37,7 +45,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (site,) = (folder / "env").glob("lib/*/site-packages")
     # A path in a .pth file is not searched for .pth files, of which one would be the editable install of this checkout.
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
-    install = [*pip[:3], "--python", folder / "env" / "bin" / "python", *pip[3:], "install", *options, wheel]
+    install: list[str | Path] = [
+        *pip[:3],
+        "--python",
+        folder / "env" / "bin" / "python",
+        *pip[3:],
+        "install",
+        *options,
+        wheel,
+    ]
     subprocess.run(install, check=True, timeout=120)
     return folder / "env"
 
@@ -94,7 +110,7 @@ def test_queries_and_the_page_are_there(installed: Command, finished: Path, tmp_
 def test_the_demo_starts(environment: Path, tmp_path: Path):
     """Until its first model is there."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [environment / "bin" / "winnow", "demo"]
+    command = [str(environment / "bin" / "winnow"), "demo"]
     demo = subprocess.Popen(
         command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
