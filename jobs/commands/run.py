@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +28,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
+from jobs.models import find_model
 from jobs.tables import overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
@@ -203,6 +204,10 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
         if (table := query(of_these_runs, sql)).num_rows:
             console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
     for plan in plans:
+        with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
+            console.print(
+                f"policy of {plan.name}: {find_model(store, plan.name).location}", highlight=False, markup=False
+            )
         for line in plan.left_out:
             console.print(f"[yellow]{escape(plan.name)}[/]: {escape(line)}", highlight=False)
 

@@ -14,6 +14,7 @@ from schemas import Model, WinnowError
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
 from stages.model_config import ModelConfig, chat_template_of, input_problems
+from stages.network.card import carried, write_card, write_copy_card
 from stages.options import Count, Precision, Seed
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
@@ -128,6 +129,8 @@ def model(
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         file.write_text(json.dumps(config | {TEMPLATE_OPTIONS: template_options}, indent=2), encoding="utf-8")
+
+    write_copy_card(folder, path, adapter)
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
@@ -263,6 +266,11 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
         torch.nn.init.zeros_(weight)
     setattr(network, network.base_model_prefix, load_network(policy, adapt=merge_layers).base_model.cpu())
     model = save_network(network, policy, ctx.folder / "model", dtype=dtype)
+    write_card(
+        model.folder,
+        "\n# Reward model to train\n\nA policy with a score of zeros, by Winnow.\n",
+        carried(policy.folder),
+    )
     if tokenizer.pad_token_id != pad:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
         tokenizer.save_pretrained(model.folder)
