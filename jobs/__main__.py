@@ -11,7 +11,7 @@ import typer
 
 from jobs import resume
 from jobs.commands.app import app, error_console
-from jobs.commands.artifacts import adopt, gc, ls, why
+from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
 from jobs.commands.query import export, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run
@@ -22,7 +22,7 @@ from schemas import WinnowError, WinnowWarning
 GROUPS = {
     "Run": (demo, plan, run),
     "Ask": (status, sql, trace, report, ls, why),
-    "Data": (export, adopt, gc),
+    "Data": (model, export, adopt, gc),
     "Cluster": (submit, logs, stop),
     "Reference": (recipes, options, paper),
 }

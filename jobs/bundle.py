@@ -84,7 +84,7 @@ def check_paths(plans: list[Plan]) -> None:
         for plan in plans
         for step in plan.steps
         for path in _content_paths(step.options)
-        if not Path(path.written).is_absolute()
+        if not Path(path.written).is_absolute() and not getattr(path, "hub_name", None)  # looked up there
     ]
     if problems:
         raise WinnowError(*dict.fromkeys(problems))

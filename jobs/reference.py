@@ -18,14 +18,15 @@ from pipeline.config.recipe import load_recipe
 from pipeline.config.rounds import split_round
 from pipeline.registry import Entry, Range, Registry, nearest
 from pipeline.stage import signature_of, stages
-from pipeline.store.fingerprints import AdapterPath, ContentPath, DataPath, ModelPath
+from pipeline.store.fingerprints import AdapterPath, ContentPath, DataPath, ModelPath, TemplatePath
 from schemas import WinnowError, table_name
 
 PIPELINE_ORDER = ("data", "sampling", "ranking", "selection", "network", "training", "head", "evaluation")
 PATHS = {
     DataPath: "path of a file or folder",
-    ModelPath: "path of a model folder",
-    AdapterPath: "path of an adapter folder",
+    ModelPath: "path of a model folder, or org/name",
+    AdapterPath: "path of an adapter folder, or org/name",
+    TemplatePath: "path of a Jinja file",
     ContentPath: "path",
 }
 

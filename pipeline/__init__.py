@@ -7,7 +7,7 @@ running (config, execution, sql, store) are imported by their own names.
 from pipeline.context import StageContext
 from pipeline.registry import EXECUTION, Bound, Finite, Range, Registry
 from pipeline.stage import InputStep, stage, stages
-from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath
+from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath, TemplatePath
 
 __all__ = [
     "EXECUTION",
@@ -20,6 +20,7 @@ __all__ = [
     "Range",
     "Registry",
     "StageContext",
+    "TemplatePath",
     "stage",
     "stages",
 ]

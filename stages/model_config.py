@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import InputStep, ModelPath
+from pipeline.store.fingerprints import TOKENIZER_FILES
 from pipeline.store.weights import tensor_shapes, weight_files
 from schemas import WinnowError
 
@@ -147,6 +148,31 @@ def planned_config(step: InputStep) -> ModelConfig | None:
         with suppress(WinnowError):  # a damaged config is the `model` step's own problem
             return ModelConfig(path.path)
     return None
+
+
+def chat_template_of(folder: Path) -> str:
+    """Return the text of a folder's chat templates, empty if it has none, without loading its tokenizer."""
+    texts = []
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (file := folder / name).is_file():
+            texts.append(str(json.loads(file.read_text(encoding="utf-8")).get("chat_template", "")))
+    texts += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("**/*.jinja"))]
+    return "\n".join(texts)
+
+
+def planned_chat_template(step: InputStep) -> str | None:
+    """Return the text of the chat template that a step's model will have, empty for none; None if no plan knows it."""
+    for name in ("init", "policy"):  # of `optimize` and `reward_head`, which keep it
+        if name in step.inputs:
+            return planned_chat_template(step.inputs[name])
+    path = step.options.get("path")
+    if step.stage != "model" or not isinstance(path, ModelPath):
+        return None
+    if (template := step.options["chat_template"]) is not None:
+        return str(template.path.read_text(encoding="utf-8"))
+    folders = [path.path, *([step.options["adapter"].path] if step.options["adapter"] else [])]
+    with_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
+    return chat_template_of(with_tokenizer[-1])  # the adapter's comes first
 
 
 @lru_cache

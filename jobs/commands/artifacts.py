@@ -1,17 +1,19 @@
-"""Commands about stored results: ls, why, adopt, gc."""
+"""Commands about stored results: ls, why, model, adopt, gc."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from jobs.commands.app import STORE, Configs, Sets, StorePath, console, existing_store
+from jobs.commands.app import STORE, Configs, Sets, StorePath, console, error_console, existing_store
 from jobs.console import as_table
 from jobs.recipes import plan_named
 from jobs.resume import hint
 from jobs.tables import format_size, row_count, runs_table, steps_table
 from pipeline.config.keys import differences
 from pipeline.store.store import Store
+from schemas import WinnowError
 
 
 def ls(
@@ -33,6 +35,28 @@ def why(
 
     for line in why(existing_store(store), one, other):
         console.print(line, highlight=False, markup=False)
+
+
+def model(
+    run: Annotated[str, typer.Argument(help="a run's name, or of a run with rounds also RUN@2")],
+    to: Annotated[Path | None, typer.Option(help="a new folder for a copy, with its card")] = None,
+    link: Annotated[bool, typer.Option("--link", help="with --to: weights as hard links, which take no space")] = False,
+    push: Annotated[str | None, typer.Option(help="org/name on the Hugging Face hub to upload it to, private")] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: for everyone to see")] = False,
+    step: Annotated[str | None, typer.Option(help="another step with a model, such as sft or ranker")] = None,
+    store: StorePath = STORE,
+) -> None:
+    """Print the folder of a run's policy, copy it, or upload it. The token for the hub is HF_TOKEN or your login's."""
+    from jobs.models import copy_model, find_model, push_model
+
+    if (link and not to) or (public and not push):
+        raise WinnowError("--link belongs to --to, and --public to --push: add it, or omit the option")
+    found = find_model(existing_store(store), run, step)
+    if to:
+        copy_model(found, to, link)
+    if push:
+        error_console.print(f"uploaded to {push_model(found, push, public)}", highlight=False, markup=False)
+    console.print(str(to or found.folder), highlight=False, markup=False)
 
 
 def adopt(

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
+from pipeline.config.precision import mixed_precision, with_dtype
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
@@ -144,7 +145,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     plan = Plan(recipe.name, plugins=load_plugins(recipe.plugins))
     problems: list[str] = []
-    recipe = _with_functions(recipe, problems)
+    recipe = with_dtype(_with_functions(recipe, problems))
 
     # Names: every step's stage, the steps that it reads, the targets.
     entries: dict[str, Entry] = {}
@@ -214,6 +215,7 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.targets = [steps[name] for name in targets]
     plan.notes = [note for note in recipe.notes if note.partition(".")[0] in {split_round(name)[0] for name in order}]
     plan.notes += _other_meanings(recipe, plan.steps)
+    plan.notes += mixed_precision({step.name: (step.options, step.origins) for step in plan.steps})
     return plan
 
 

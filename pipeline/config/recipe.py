@@ -1,9 +1,9 @@
 """Recipes: files are merged (layers.py), then --set, then `like`, then the rounds are unrolled.
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
-(options); `like` takes all three from another step, and the step writes only what differs. `about`, `extends`,
-`plugins`, `rounds`, `shards` and `target` are settings of the whole recipe. `rounds` is a number of equal rounds, or a
-list of overlays, one per round (pipeline/config/rounds.py).
+(options); `like` takes all three from another step, and the step writes only what differs. `about`, `dtype`,
+`extends`, `plugins`, `rounds`, `shards` and `target` are settings of the whole recipe. `rounds` is a number of equal
+rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
@@ -32,7 +32,7 @@ from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTABLE = ("about", "rounds", "shards", "target", "trained")  # settings that --set may name
+SETTABLE = ("about", "dtype", "rounds", "shards", "target", "trained")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -69,6 +69,7 @@ class Settings(BaseModel):
 
     model_config = STRICT
     about: str = ""
+    dtype: Literal["float32", "bfloat16"] | None = None
     plugins: list[str] = []
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
@@ -92,6 +93,7 @@ class Recipe:
     trained: str = ""  # the step to end with if what only the target reads is not given; none if a user set the target
     origins: dict[str, dict[str, Origin]] = field(default_factory=dict)  # step -> dotted path of an option -> origin
     notes: list[str] = field(default_factory=list)  # parts of configs that do not concern this recipe
+    dtype: tuple[str, Origin] | None = None  # of all stages and functions with such an option (config/precision.py)
 
     @property
     def targets(self) -> list[str]:
@@ -222,6 +224,7 @@ def load_recipe(
         "" if "target" in replaced or _is_target_required(layers) else settings.trained,
         origins,
         notes,
+        _dtype(layers, replaced),
     )
 
 
@@ -262,6 +265,14 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     removed = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
     content = {name: value for name, value in content.items() if name not in removed}
     return content | ({"plugins": plugins} if plugins else {})
+
+
+def _dtype(layers: list[Layer], replaced: dict[str, Any]) -> tuple[str, Origin] | None:
+    """Return the setting `dtype` of the last layer that has it, and where it comes from."""
+    if "dtype" in replaced:
+        return replaced["dtype"], Origin("--set dtype", True)
+    layer = next((layer for layer in reversed(layers) if layer.content.get("dtype") is not None), None)
+    return (layer.content["dtype"], Origin(f"dtype of {layer.name}", layer.is_own)) if layer else None
 
 
 def _is_target_required(layers: list[Layer]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.schedule import Reporter, Scheduler
+from pipeline.store.fingerprints import ContentPath
 from pipeline.store.store import Json, Store
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
@@ -47,6 +48,7 @@ def record_of(step: Step, seconds: float) -> Json:
         "stage": step.entry.name,
         "key": step.key,
         "identity": step.identity,
+        "sources": {name: value.source for name, value in step.options.items() if isinstance(value, ContentPath)},
         "code": step.code,
         "wall_seconds": round(seconds, 3),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from pipeline.store.hub import download_command, is_hub_name, snapshot
 from pipeline.store.storage import cache, replace
 from pipeline.store.weights import INDEX, damage, weight_files, weight_problems
 
@@ -20,6 +21,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
 # And weights; those of an adapter in the folder of its base are in no index.
 MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja", ADAPTER_WEIGHTS)
+CARD = "README.md"  # of a model folder; what it says is no part of the model, and in no digest
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 LARGE_FILE = 1 << 26  # bytes; a smaller file is read as fast as its digest is looked up
@@ -38,6 +40,11 @@ class ContentPath:
     def digest(self) -> str:
         return digest_of(self.path)
 
+    @property
+    def source(self) -> str:
+        """Return what people know the content by: the name of the file or folder, without the machine's folders."""
+        return self.path.name
+
     def check(self) -> None:
         """Raise ValueError if the path is not what the class says."""
         if not self.path.exists():
@@ -55,8 +62,74 @@ class DataPath(ContentPath):
     """Data file, or a folder of data files."""
 
 
-class ModelPath(ContentPath):
-    """Hugging Face model folder: config, tokenizer, and weights as safetensors (pickles are rejected)."""
+class TemplatePath(ContentPath):
+    """Jinja file with one chat template."""
+
+    def check(self) -> None:
+        from jinja2 import Environment, TemplateSyntaxError
+
+        super().check()
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is a folder; give the Jinja file with the chat template")
+        try:
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self.path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path} is not text in UTF-8") from None
+        except TemplateSyntaxError as error:
+            if "tag 'generation'" not in str(error):  # of transformers, which marks what is trained on by it
+                raise ValueError(f"{self.path}, line {error.lineno}: {error.message}") from None
+
+
+class HubPath(ContentPath):
+    """Folder on this machine, or `org/name` of the hub, which is then a snapshot in the hub's cache.
+
+    A name with a revision is always one of the hub. Without one it is the folder of that name below the working folder
+    if there is one, as transformers has it, and refused if the cache has the name too: one config would mean different
+    models in different working folders.
+    """
+
+    revision_option: str  # the option beside it that says which revision; declared before it, to be known here
+
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        self.hub_name = path if is_hub_name(path) and (revision or not Path(path).exists()) else None
+        if self.hub_name is None:
+            if revision is not None:
+                raise ValueError(
+                    f"{path} is a folder on this machine, which has no revisions: unset `{self.revision_option}`"
+                )
+            if is_hub_name(path) and snapshot(path, None, MODEL_FILES):
+                raise ValueError(
+                    f"{path} is a folder here and a model in the hub's cache: write ./{path} for the folder, or set "
+                    f"`{self.revision_option}` (such as main) for the hub's"
+                )
+            super().__init__(path)
+            return
+        folder = snapshot(path, revision, MODEL_FILES)
+        if folder is None:
+            at = f" at revision {revision}" if revision else ""
+            raise ValueError(
+                f"no such folder: {Path(path).resolve()}, and the hub's cache does not have {path}{at}; "
+                f"`{download_command(path, revision)}` fetches it"
+            )
+        super().__init__(str(folder))
+        self.written = path
+
+    @property
+    def source(self) -> str:
+        return f"{self.hub_name}@{self.path.name}" if self.hub_name else super().source
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def read(path: str, info: core_schema.ValidationInfo) -> HubPath:
+            return cls(path, (info.data or {}).get(cls.revision_option))
+
+        return core_schema.with_info_after_validator_function(read, core_schema.str_schema(strict=True))
+
+
+class ModelPath(HubPath):
+    """Hugging Face model: config, tokenizer, and weights as safetensors (pickles are rejected)."""
+
+    revision_option = "revision"
 
     def check(self) -> None:
         super().check()
@@ -84,8 +157,10 @@ class ModelPath(ContentPath):
         return model_digest(self.path)
 
 
-class AdapterPath(ContentPath):
+class AdapterPath(HubPath):
     """PEFT folder of one LoRA: its config, its weights as safetensors, and optionally a tokenizer."""
+
+    revision_option = "adapter_revision"
 
     def check(self) -> None:
         super().check()

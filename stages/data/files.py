@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline import Bound, DataPath, InputStep, StageContext
+from pipeline.store.hub import download_command, snapshot
 from schemas import WinnowError
 from stages.data.advice import require_columns, require_readable, unread_parts, warn_of_unread
 from stages.data.file_rows import (
@@ -60,8 +61,11 @@ class DataSource:
             return ["give either `path` (a file or folder) or `dataset` (a name on the hub)"]
         if self.path is None:
             # A name on the hub is no identity: what it holds may change, and the step's key would not.
-            missing = self.revision is None
-            return [f"dataset {self.dataset!r} needs `revision`, which fixes its content"] if missing else []
+            if self.revision is None:
+                return [f"dataset {self.dataset!r} needs `revision`, which fixes its content"]
+            if Path(str(self.dataset)).exists():  # which `datasets` would read in its place
+                return [f"dataset {self.dataset!r} is a folder here; set `path: ./{self.dataset}`, or rename it"]
+            return []
         path = self.path.path
         if not path.is_file():
             files = [file for file in sorted(path.rglob("*")) if file.suffix in FOLDER_SUFFIXES and file.is_file()]
@@ -147,7 +151,9 @@ class DataSource:
         """
         import datasets
 
-        name = str(self.path or self.dataset)
+        cached = self._cached()
+        name = str(self.path or cached or self.dataset)
+        revision = None if cached else self.revision
         if _is_saved_dataset(Path(name)):
             splits_file = Path(name) / "dataset_dict.json"
             folder = Path(name)
@@ -161,23 +167,36 @@ class DataSource:
         def builder_of_subset() -> Any:
             subset: dict[str, str] = {}
             if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
-                configurations = datasets.get_dataset_config_names(name, revision=self.revision)
+                configurations = datasets.get_dataset_config_names(name, revision=revision)
                 subset = {"name" if self.subset in configurations else "data_dir": self.subset}
-            return datasets.load_dataset_builder(name, revision=self.revision, **subset), subset
+            return datasets.load_dataset_builder(name, revision=revision, **subset), subset
 
-        builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
+        try:
+            builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
+        except WinnowError as error:
+            if "Couldn't reach" not in str(error):
+                raise
+            command = download_command(name, revision, "dataset")
+            raise WinnowError(f"{error}, and its cache does not have it; `{command}` fetches it") from None
         files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-        load = partial(datasets.load_dataset, name, revision=self.revision, split=self.dataset_split)
+        load = partial(datasets.load_dataset, name, revision=revision, split=self.dataset_split)
         if not files:  # prepared in the cache of `datasets` before, and read there
             return partial(load, **subset)
         self._require_split(name, list(files))
         chosen = files[self.dataset_split]
-        if self.path is not None:
-            _refuse_pointers(map(Path, chosen), self.path.path)
+        if cached or self.path:
+            _refuse_pointers(map(Path, chosen), Path(name))
             chosen = [glob.escape(file) for file in chosen]  # else `[` in a name would be part of a pattern
         # A configuration still says how to read the files; a folder has said which they are.
         configuration = {key: value for key, value in subset.items() if key == "name"}
         return partial(load, **configuration, data_files={self.dataset_split: chosen})
+
+    def _cached(self) -> Path | None:
+        """Return the folder of a data set of the hub in the hub's own cache, None if it is not there."""
+        try:
+            return snapshot(self.dataset, self.revision, kind="dataset") if self.dataset else None
+        except ValueError as error:
+            raise WinnowError(f"dataset {error}") from None
 
     def _require_split(self, name: str, splits: Sequence[str]) -> None:
         if self.dataset_split not in splits:

@@ -11,7 +11,7 @@ from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import columns_of, optional_columns_of
-from stages.data.prompts import DataTables
+from stages.data.prompts import DataTables, check_system_prompt
 from stages.data.rows import Row, label_threshold
 from stages.data.texts import Conversation, number_of, prompt_with, reply_of, tools_of
 from stages.data.trainer_formats import candidate_reader
@@ -22,8 +22,8 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     reward, probability = options["reward"], options["probability"]
     if options["reader"] is not None:
         defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
-        return check_no_columns(options, **defaults) or check_reader(options)
-    problems = []
+        return check_no_columns(options, **defaults) or check_system_prompt(options, inputs) + check_reader(options)
+    problems = check_system_prompt(options, inputs)
     if reward is not None and probability is not None:
         problems.append(
             f"`reward` is {reward!r} and `probability` is {probability!r}, but only one of them can be read; unset the "
@@ -50,6 +50,7 @@ def own_candidates(
     reward: str | None = None,
     probability: str | None = None,
     system: str | None = None,
+    system_prompt: str | None = None,
     input: str | None = None,
     reader: Annotated[Bound, candidate_reader] | None = None,
     heldout: HeldoutShare = 0.0,
@@ -65,16 +66,16 @@ def own_candidates(
 
     Rejected, with a reason: a reward that is not finite, a probability outside the open interval (0, 1)
     (its logit is infinite), an empty response, an empty or too long prompt, and a response longer than `max_tokens`,
-    because its reward is that of all of it (`too_long: cut` keeps it). Ids and `prefill` are as in stage `prompts`.
-    Equal responses to one prompt stay separate candidates: how often one occurs is an estimate of its probability
-    under the sampling policy.
+    because its reward is that of all of it (`too_long: cut` keeps it). Ids, `system_prompt` and `prefill` are as in
+    stage `prompts`. Equal responses to one prompt stay separate candidates: how often one occurs is an estimate of its
+    probability under the sampling policy.
 
     If all rewards of the file are 0 or 1 (or false and true), or -1 or 1, they are labels: later stages take them for
     right and wrong by 0.5 or 0, and not by a prompt's mean.
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill)
+    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill, system_prompt=system_prompt)
     columns, optional = [name for name in (prompt, response, column, system, input) if name], list[str]()
     if reader is not None:
         reader = candidate_reader.bind(reader)

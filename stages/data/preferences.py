@@ -9,13 +9,17 @@ from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_reader
 from stages.data.formats import pairs_of, preference_reader
-from stages.data.prompts import DataTables
+from stages.data.prompts import DataTables, check_system_prompt
 from stages.data.rows import Row
 from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
 from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
-@stage(version=3, unsharded=True, check=lambda options, inputs: check_reader(options))
+@stage(
+    version=3,
+    unsharded=True,
+    check=lambda options, inputs: check_system_prompt(options, inputs) + check_reader(options),
+)
 def preferences(
     tokenizer: Model,
     ctx: StageContext,
@@ -26,6 +30,7 @@ def preferences(
     subset: str | None = None,
     dataset_split: str = "train",
     reader: Annotated[Bound, preference_reader] = "columns",  # type: ignore[assignment]
+    system_prompt: str | None = None,
     heldout: HeldoutShare = 0.2,
     max_tokens: Count = 1024,
     too_long: TooLong = "reject",
@@ -36,10 +41,10 @@ def preferences(
     A row with a ranking of more than two responses gives the pairs that the reader's option `pairs` names. `subset` is
     a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason. So are
     responses longer than `max_tokens`: one that is cut is not what was preferred, and has no end (`too_long: cut`
-    keeps it). Ids and `prefill` are as in stage `prompts`.
+    keeps it). Ids, `system_prompt` and `prefill` are as in stage `prompts`.
     """
     reader = preference_reader.bind(reader)
-    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill)
+    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill, system_prompt=system_prompt)
     pairs: list[Row] = []
     source = DataSource(path, dataset, revision, subset, dataset_split)
     for location, row, pair in source.reader_results(ctx, reader, pairs_of):

@@ -8,26 +8,54 @@ from typing import Annotated, Any
 import pyarrow as pa
 
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
-from schemas import Model, Prompts, prompt_id, split_of
+from schemas import Model, Prompts, WinnowError, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate
-from stages.data.texts import Conversation, Prompt, Reply, prompt_with, readable, readable_reply, reply_of, tools_of
+from stages.data.texts import (
+    Conversation,
+    Prompt,
+    Reply,
+    as_messages,
+    prompt_with,
+    readable,
+    readable_reply,
+    reply_of,
+    tools_of,
+)
 from stages.limits import context_length
+from stages.model_config import planned_chat_template
 from stages.options import Count, HeldoutShare, Prefill, TooLong
+
+SYSTEM_ROLES = ("system", "developer")
 
 
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     reader, demonstration = options["reader"], options["demonstration"]
     if reader is None:
         columns = [options[name] for name in ("prompt", "demonstration", "system", "input") if options[name]]
-        return check_source(options, columns)
+        return check_system_prompt(options, inputs) + check_source(options, columns)
     if others := check_no_columns(options, prompt="prompt", system=None, input=None):
         return others
     if demonstration not in (None, "chosen"):
         return [f"demonstration: with a reader it is the chosen response; set chosen or null (got {demonstration!r})"]
-    return check_reader(options)
+    return check_system_prompt(options, inputs) + check_reader(options)
+
+
+def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return at plan time why a `system_prompt` would be in no prompt: it is empty, or there is no chat template."""
+    text = options["system_prompt"]
+    if text is None:
+        return []
+    if not text.strip():
+        return ["system_prompt: an empty one adds nothing; unset it"]
+    if "tokenizer" in inputs and planned_chat_template(inputs["tokenizer"]) == "":
+        return [
+            "system_prompt: the tokenizer has no chat template to render it; set `chat_template` of its step of stage "
+            "`model` to a Jinja file, or unset it"
+        ]
+    return []
 
 
 @stage(version=4, unsharded=True, check=_check_prompts)
@@ -42,6 +70,7 @@ def prompts(
     dataset_split: str = "train",
     prompt: str = "prompt",
     system: str | None = None,
+    system_prompt: str | None = None,
     input: str | None = None,
     demonstration: str | None = None,
     reader: Annotated[Bound, preference_reader] | None = None,
@@ -52,7 +81,8 @@ def prompts(
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
     The text in column `input` follows the prompt on a new line, as in Alpaca's format, and that in `system` becomes its
-    system message; empty ones add nothing. With a `reader`, prompts are those of pairs in its format, and
+    system message; empty ones add nothing. `system_prompt` is the text of a system message for prompts that have none;
+    it does not decide whether a prompt is held out. With a `reader`, prompts are those of pairs in its format, and
     `demonstration: chosen` their chosen responses. A column `tools` holds the JSON schemas of tools that may be called.
     A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
     a copy of it in another case or spacing.
@@ -63,7 +93,7 @@ def prompts(
     cutting it would remove its end; its prompt stays.
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    data = DataTables(tokenizer, heldout, max_tokens, prefill=prefill)
+    data = DataTables(tokenizer, heldout, max_tokens, prefill=prefill, system_prompt=system_prompt)
     results: Iterator[tuple[str, Row, PreferencePair | ValueError | None]]
     if reader is None:
         columns = [name for name in (prompt, demonstration, system, input) if name]
@@ -127,39 +157,58 @@ class DataTables:
         *,
         too_long: TooLong = "reject",
         prefill: Prefill = "reject",
+        system_prompt: str | None = None,
     ) -> None:
-        from stages.data.tokenizer import Tokenizer
+        from stages.data.tokenizer import PROBE, Tokenizer
 
         self.tokenizer = Tokenizer(model)
+        self.system_prompt = system_prompt
+        if system_prompt is not None:
+            try:  # here: else every row would be rejected
+                self.tokenizer.prompt_ids(self.with_system_prompt(Conversation(PROBE)))
+            except ValueError as error:
+                raise WinnowError(
+                    f"system_prompt: it cannot be read ({error}); unset it, or set `chat_template` of the tokenizer's "
+                    "step of stage `model` to a template with system messages"
+                ) from None
         self.context = context_length(model.folder)
         self.heldout, self.max_tokens, self.too_long, self.prefill = heldout, max_tokens, too_long, prefill
         self.prompts_by_id: dict[str, Row] = {}
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
+    def with_system_prompt(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with the step's system prompt before it, unless it has a system message itself."""
+        messages = as_messages(conversation.content)
+        if self.system_prompt is None or messages[0]["role"] in SYSTEM_ROLES:
+            return conversation
+        return Conversation([{"role": "system", "content": self.system_prompt}, *messages], conversation.tools)
+
     def prompt_row(self, conversation: Conversation) -> Row:
         """Return the row of a prompt, without a demonstration."""
+        # By the text of the file: the same prompts are held out with every system prompt.
+        split = split_of(readable(conversation.content, conversation.tools), self.heldout)
+        conversation = self.with_system_prompt(conversation)
         content, tools = conversation.content, conversation.tools
         if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":
             raise ValueError("prompt ends with an assistant turn")
         ids = self.tokenizer.prompt_ids(conversation)
         if len(ids) > min(self.max_tokens, self.context - 1):  # room for one token of a response
             raise ValueError("prompt too long")
-        text = readable(content, tools)
         return {
             "prompt_id": prompt_id(content, tools),
-            "text": text,
+            "text": readable(content, tools),
             "chat": None if isinstance(content, str) and not tools else chat_json(content, tools),
             "token_ids": ids,
             "rendered": self.tokenizer.rendered(ids),
-            "split": split_of(text, self.heldout),
+            "split": split,
             "demonstration": None,
             "demonstration_ids": None,
         }
 
     def response_ids(self, conversation: Conversation, prompt_ids: list[int], reply: Reply) -> tuple[list[int], str]:
         """Return (ids, "stop"), or the ids that fit and "length": max_tokens, and what the context leaves room for."""
-        ids = self.tokenizer.response_ids(conversation, reply)
+        ids = self.tokenizer.response_ids(self.with_system_prompt(conversation), reply)
         limit = min(self.max_tokens, self.context - len(prompt_ids))
         return (ids, "stop") if len(ids) <= limit else (ids[:limit], "length")
 
@@ -174,6 +223,7 @@ class DataTables:
 
         Equal texts of a prompt are one candidate, unless `repeated` makes each its own, as draws of a policy are.
         """
+        conversation = self.with_system_prompt(conversation)
         prompt = prompt_id(conversation.content, conversation.tools)
         ids, finish_reason = self.response_ids(conversation, self.prompts_by_id[prompt]["token_ids"], reply)
         if finish_reason == "length" and self.too_long == "reject":

@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.store.fingerprints import ADAPTER
+from pipeline.store.fingerprints import ADAPTER, CARD
 from pipeline.store.weights import weight_files
 from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, ModelConfig
@@ -201,7 +201,8 @@ def save_network(
         network.to(getattr(torch, dtype)).save_pretrained(scratch)
         (scratch / "generation_config.json").unlink(missing_ok=True)
     for file in init.folder.iterdir():
-        written = (scratch / file.name).exists() or file.name == ADAPTER  # init's, which is in the weights now
+        # init's adapter is in the weights now, and its card is not about what was trained.
+        written = (scratch / file.name).exists() or file.name in (ADAPTER, CARD)
         if file.is_file() and not file.name.endswith(WEIGHTS) and not written:
             shutil.copyfile(file, scratch / file.name)
     if (templates := init.folder / "additional_chat_templates").is_dir():

@@ -5,15 +5,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline import AdapterPath, DataPath, InputStep, ModelPath, StageContext, stage
+from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, StageContext, TemplatePath, stage
 from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_files
 from pipeline.store.weights import tensor_shapes
 from schemas import Model, WinnowError
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
-from stages.model_config import ModelConfig, input_problems
+from stages.model_config import ModelConfig, chat_template_of, input_problems
+from stages.network.card import carried, write_card, write_copy_card
 from stages.options import Count, Precision, Seed
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
@@ -35,16 +36,18 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
     except WinnowError as error:
         return [f"path: {problem}" for problem in error.problems]
     problems = [f"path: model folder {path}: {problem}" for problem in config.problems()]
-    day, more = options["date"], options["chat_template_kwargs"] or {}
+    day, more, template = options["date"], options["chat_template_kwargs"] or {}, chat_template_of(path.path)
+    if (file := options["chat_template"]) is not None:
+        template = file.path.read_text(encoding="utf-8")
     if day is not None:
         try:
             datetime.date.fromisoformat(day)
         except ValueError:
             problems.append(f"date: {day!r} is not a day as in 2026-01-31")
-    elif "strftime_now" in chat_template_of(path.path) and "date_string" not in more:
+    elif "strftime_now" in template and "date_string" not in more:
         problems.append(
-            f"date: the chat template of {path.path.name} reads today's date, and would give other ids from day to "
-            "day; set the day that it is to read, as in `date: 2026-01-31`"
+            f"date: the chat template of {(file or path).path.name} reads today's date, and would give other ids from "
+            "day to day; set the day that it is to read, as in `date: 2026-01-31`"
         )
     if adapter is None and options["save_dtype"] != "float32":
         problems.append(
@@ -75,31 +78,29 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
     return problems
 
 
-def chat_template_of(folder: Path) -> str:
-    """Return the text of a folder's chat templates, empty if it has none, without loading its tokenizer."""
-    texts = []
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (file := folder / name).is_file():
-            texts.append(str(json.loads(file.read_text(encoding="utf-8")).get("chat_template", "")))
-    texts += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("**/*.jinja"))]
-    return "\n".join(texts)
-
-
 @stage(version=3, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
     *,
+    revision: Annotated[str | None, EXECUTION] = None,
     path: ModelPath,
+    adapter_revision: Annotated[str | None, EXECUTION] = None,
     adapter: AdapterPath | None = None,
     save_dtype: Precision = "float32",
     date: str | None = None,
+    chat_template: TemplatePath | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Model:
-    """Copy a Hugging Face folder into the store: config, tokenizer, safetensors. Its content is its identity.
+    """Copy a Hugging Face model into the store: config, tokenizer, safetensors. Its content is its identity.
 
-    date: the day that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: what
-    else it reads, such as `{enable_thinking: false}`. Both stay with the folder and every model trained from it, so
-    that prompts, responses and draws are rendered alike on any day.
+    path: its folder, or its name on the hub (org/name), which is read from the hub's cache at `revision` (a branch, tag
+    or commit) and never downloaded: `hf download org/name` does that. So is `adapter`, at `adapter_revision`. A folder
+    org/name below the working folder comes first, unless the cache has that name too; `./org/name` is always a folder.
+
+    chat_template: a Jinja file in place of the folder's own chat templates, or for a folder without one. date: the day
+    that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: what else it
+    reads, such as `{enable_thinking: false}`. All three stay with the folder and every model trained from it, so that
+    prompts, responses and draws are rendered alike on any day.
 
     adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
     contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in `save_dtype`, fp32
@@ -122,20 +123,30 @@ def model(
     policy = Model(folder, path.digest)
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path, save_dtype)
+    if chat_template is not None:
+        _replace_chat_templates(folder, chat_template.path)
     if template_options := {**({"date": date} if date else {}), **(chat_template_kwargs or {})}:
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         file.write_text(json.dumps(config | {TEMPLATE_OPTIONS: template_options}, indent=2), encoding="utf-8")
 
+    write_copy_card(folder, path, adapter)
+
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
         vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
-        tokenizer = Tokenizer(policy).inner
+        reader = Tokenizer(policy)
+        tokenizer = reader.inner
         check_weights(folder)
     except WinnowError:
         raise
     except Exception as error:  # the libraries raise anything from KeyError to OSError here
         raise WinnowError(f"model: its folder cannot be used ({type(error).__name__}: {error})") from None
+    if chat_template is not None:
+        try:
+            reader.prompt_ids("Hello!")
+        except ValueError as error:  # no prompt would be left
+            raise WinnowError(f"chat_template: {chat_template}: {error}") from None
     # A special token beyond is never read: texts with one are rejected. Gemma-3 has one, for images that it cannot see.
     special = tokenizer.added_tokens_decoder
     beyond = {
@@ -150,6 +161,18 @@ def model(
             f"below {vocabulary}: they are of two models; to keep both, resize the network's embeddings first"
         )
     return policy
+
+
+def _replace_chat_templates(folder: Path, template: Path) -> None:
+    """Give a folder this chat template and no other, wherever transformers would look for one."""
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("chat_template", None)
+        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.copyfile(template, folder / "chat_template.jinja")
 
 
 def adapted_rows(base: ModelConfig, adapter: Path) -> tuple[int | None, str]:
@@ -234,7 +257,13 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     for weight in network.score.parameters():
         torch.nn.init.zeros_(weight)
     setattr(network, network.base_model_prefix, load_network(policy, adapt=merge_layers).base_model.cpu())
-    return save_network(network, policy, ctx.folder / "model", dtype=dtype)
+    model = save_network(network, policy, ctx.folder / "model", dtype=dtype)
+    write_card(
+        model.folder,
+        "\n# Reward model to train\n\nA policy with a score of zeros, by Winnow.\n",
+        carried(policy.folder),
+    )
+    return model
 
 
 def _check_heads(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import EXECUTION, Bound, Range, StageContext, stage
+from pipeline.registry import entry_of
 from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
 from stages.options import Count, NotNegative, Positive, Precision, Rounding, Seed, SmallCount
@@ -100,6 +101,7 @@ def optimize(
     run's steps, and 0 without one.
     """
     options = locals()  # by name
+    from stages.training.card import write_trained_card
     from stages.training.trainer import train_policy
 
     config = TrainConfig(**{option.name: options[option.name] for option in fields(TrainConfig)})
@@ -118,9 +120,17 @@ def optimize(
     # The policy's row; metrics, which the same inputs give again; speeds, which they do not.
     ctx.count(tokens=outcome["tokens"])
     loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
+    method = f"{loss}, {mix}" if mix else loss
+    own = entry_of(optimize)
+    changed = {
+        name: options[name]
+        for name, option in own.options.model_fields.items()
+        if name not in own.execution and options[name] != option.default
+    }
+    write_trained_card(ctx.folder / "model", init, method, changed, examples, outcome)
     policy = {
         "init": init.digest,
-        "objective": f"{loss}, {mix}" if mix else loss,
+        "objective": method,
         **{name: outcome[name] for name in ("parameters", "steps", "tokens")},
     }
     metrics, speeds = [], []

@@ -68,6 +68,16 @@ def test_help_lists_the_commands_in_the_order_of_use(winnow):
     assert winnow()[0] == 2
 
 
+def test_a_gpu_and_no_dtype_is_said(winnow, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What computes there in float32 does so by choice."""
+    command = ("plan", "sft", "--config", data_dir / "demo.yaml")
+    monkeypatch.setattr("jobs.commands.run.GPU", tmp_path)
+    assert "dtype: not set" in winnow(*command)[1]
+    assert "dtype: not set" not in winnow(*command, "--set", "dtype=float32")[1]
+    monkeypatch.setattr("jobs.commands.run.GPU", tmp_path / "none")
+    assert "dtype: not set" not in winnow(*command)[1]
+
+
 # Mistakes
 
 

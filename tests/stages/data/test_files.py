@@ -28,6 +28,7 @@ from stages.data.prompts import prompts
 from stages.data.texts import readable, text_of
 from stages.data.tokenizer import Tokenizer
 from tests.conftest import write_jsonl
+from tests.hub import add_snapshot
 
 ROWS = [{"prompt": f"Ask {n}, é “{n}”\nplease.", "extra": n} for n in range(6)]
 PLAIN_TEMPLATE = (
@@ -379,3 +380,40 @@ def test_a_row_without_its_score_is_rejected_and_a_column_that_no_row_has_is_nam
             with pytest.raises(WinnowError, match=rf"{file}: no column 'p'; it has .*'score'"):
                 own_candidates(tiny, ctx, path=path, **{column: "p"})
     assert len(ctx.rejects) == 6
+
+
+# Data sets of the hub, by name
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub's cache with the data set org/data: two splits, and a card that names the files of a configuration."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "download"
+    (folder / "data").mkdir(parents=True)
+    write_jsonl(folder / "data" / "train.jsonl", ROWS)
+    write_jsonl(folder / "data" / "test.jsonl", ROWS[:1])
+    card = "---\nconfigs:\n- config_name: few\n  data_files:\n  - {split: train, path: data/test.jsonl}\n---\n"
+    (folder / "README.md").write_text(card)
+    return add_snapshot(tmp_path / "cache", "org/data", folder, kind="datasets")
+
+
+def test_a_data_set_that_was_downloaded_is_read_from_the_hubs_cache(tiny, ctx, sources, hub_cache):
+    """`hf download --repo-type dataset org/data` is enough: `datasets` itself would need to have read it online."""
+    few = prompts(tiny, ctx, dataset="org/data", revision=hub_cache, subset="few")
+    assert texts(few) == [str(ROWS[0]["prompt"])]
+    folder = prompts(tiny, ctx, dataset="org/data", revision="main", subset="data")
+    assert conform(folder, PROMPTS).equals(conform(prompts(tiny, ctx, path=sources[0]), PROMPTS))
+
+
+def test_a_data_set_that_is_not_there_is_refused_with_the_command_that_fetches_it(tiny, ctx, hub_cache, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(WinnowError, match="`hf download org/none --repo-type dataset --revision v1`"):
+        prompts(tiny, ctx, dataset="org/none", revision="v1")
+
+
+def test_a_folder_of_a_data_sets_name_is_not_taken_for_it(hub_cache, tmp_path):
+    (tmp_path / "org" / "data").mkdir(parents=True)
+    (problem,) = DataSource(dataset="org/data", revision="main").check([])
+    assert "path: ./org/data" in problem

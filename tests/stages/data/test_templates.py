@@ -12,12 +12,18 @@ import trl
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from pipeline.stage import signature_of, stages
-from pipeline.store.fingerprints import ModelPath
-from schemas import Model, WinnowError
+from pipeline.stage import InputStep, signature_of, stages
+from pipeline.store.fingerprints import DataPath, ModelPath, TemplatePath, model_digest
+from schemas import Model, WinnowError, prompt_id
+from stages.data.own_candidates import own_candidates
+from stages.data.preferences import preferences
+from stages.data.prompts import check_system_prompt, prompts
 from stages.data.texts import TEMPLATE_OPTIONS, Conversation, Reply
 from stages.data.tokenizer import Tokenizer
+from stages.model_config import chat_template_of
+from stages.network.load import load_network, save_network
 from stages.network.models import model
+from tests.conftest import write_jsonl
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith("_training"))
@@ -157,7 +163,8 @@ def test_templates_with_a_date_read_the_models_own(tokenizer_of):
     with pytest.raises(WinnowError, match=r"today's date.*`date: 2026-01-31`"):
         tokenizer.prompt_ids("Hi")
     path = ModelPath(str(tokenizer.folder))
-    options = dict(path=path, adapter=None, save_dtype="float32", date=None, chat_template_kwargs=None)
+    names = ("adapter", "date", "chat_template", "chat_template_kwargs")
+    options = dict(path=path, save_dtype="float32") | dict.fromkeys(names)
     check = signature_of(stages.entries["model"]).check
     assert "date: 2026-01-31" in " ".join(check(options, {}))
     assert check(options | {"date": DATE}, {}) == []
@@ -176,3 +183,109 @@ def test_options_of_the_template_stay_with_the_model(tiny, tmp_path, ctx):
     assert copy.rendered(copy.prompt_ids("Hi")).endswith(end)
     assert not source.rendered(source.prompt_ids("Hi")).endswith(end)
     assert "get_time" in copy.rendered(copy.prompt_ids(Conversation("Hi", [TOOL])))
+
+
+# Options of stage `model` and of the stages that read data
+
+
+@pytest.fixture
+def policy_with(tiny, tmp_path, ctx):
+    """Return the tiny model by stage `model`, with a template of TRL by option and others in its folder."""
+
+    def load(name: str, **options) -> Model:
+        folder = Path(shutil.copytree(tiny.folder, tmp_path / name))
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'of the folder' }}")
+        return model(
+            ctx, path=ModelPath(str(folder)), chat_template=TemplatePath(str(TEMPLATES / f"{name}.jinja")), **options
+        )
+
+    return load
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2"])
+def test_a_template_from_a_file_replaces_those_of_the_folder(policy_with, name, conversation):
+    """The ids are those that transformers' apply_chat_template gives with the text of the file, tools included."""
+    policy = policy_with(name, date=DATE)
+    tokenizer, template = Tokenizer(policy), (TEMPLATES / f"{name}.jinja").read_text()
+    content, tools = CONVERSATIONS[conversation][0].content, CONVERSATIONS[conversation][0].tools
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    is_prefix = messages[-1]["role"] == "assistant"
+    text = tokenizer.inner.apply_chat_template(
+        messages, tools=tools, chat_template=template, tokenize=False, strftime_now=date.fromisoformat(DATE).strftime,
+        add_generation_prompt=not is_prefix, continue_final_message=is_prefix,
+    )  # fmt: skip
+    assert tokenizer.rendered(tokenizer.prompt_ids(CONVERSATIONS[conversation][0])) == text
+    assert AutoTokenizer.from_pretrained(policy.folder).chat_template == template
+
+
+def test_a_template_from_a_file_stays_with_what_is_trained_and_is_part_of_the_digest(policy_with, tmp_path):
+    policy = policy_with("qwen3")
+    trained = save_network(load_network(policy), policy, tmp_path / "trained")
+    assert chat_template_of(trained.folder).strip() == (TEMPLATES / "qwen3.jinja").read_text().strip()
+    digest = model_digest(policy.folder)
+    assert digest != model_digest(policy_with("qwen2_5").folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{% if %}", "line 1"), ("{{ messages[0].missing.content }}", "chat template refuses")]
+)
+def test_a_file_that_is_no_template_is_refused(tiny, tmp_path, ctx, text, words):
+    """Of its syntax when the plan is made; of what it cannot render by the first step."""
+    file = tmp_path / "template.jinja"
+    file.write_text(text)
+    with pytest.raises((ValueError, WinnowError), match=words):
+        model(ctx, path=ModelPath(str(tiny.folder)), chat_template=TemplatePath(str(file)))
+
+
+def test_a_system_prompt_is_rendered_where_a_row_has_none(tiny, tmp_path, ctx):
+    """The ids are apply_chat_template's with that message; a system message of the row's own stays."""
+    own = [{"role": "system", "content": "Be brief."}, USER]
+    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hello!"}, {"prompt": [USER]}, {"prompt": own}])
+    rows = prompts(tiny, ctx, path=DataPath(str(file)), system_prompt="Be kind.").to_pylist()
+    inner = Tokenizer(tiny).inner
+    system = {"role": "system", "content": "Be kind."}
+    expected = [[system, {"role": "user", "content": "Hello!"}], [system, USER], own]
+    rendered = [inner.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in expected]
+    assert sorted(row["token_ids"] for row in rows) == sorted(rendered)
+    assert {row["prompt_id"] for row in rows} == {prompt_id(chat) for chat in expected}
+
+
+def test_a_system_prompt_reaches_preferences_and_responses_follow_it(tiny, tmp_path, ctx):
+    """The id of a prompt is then that of stage `prompts` with the same option, and a response's ids do not change."""
+    rows = [{"prompt": "Hello!", "chosen": "Hi there.", "rejected": "No.", "response": "Yes.", "reward": 1.0}]
+    path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows)))
+    by_prompts = prompts(tiny, ctx, path=path, system_prompt="Be kind.")
+    by_preferences, candidates, _ = preferences(tiny, ctx, path=path, system_prompt="Be kind.")
+    by_candidates, *_ = own_candidates(
+        tiny, ctx, path=path, response="response", reward="reward", system_prompt="Be kind."
+    )
+    assert by_prompts["token_ids"].to_pylist() == by_preferences["token_ids"].to_pylist()
+    assert by_prompts["prompt_id"] == by_preferences["prompt_id"] == by_candidates["prompt_id"]
+    assert candidates["token_ids"].to_pylist() == preferences(tiny, ctx, path=path)[1]["token_ids"].to_pylist()
+
+
+def test_a_system_prompt_does_not_decide_what_is_held_out(tiny, tmp_path, ctx):
+    path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Ask {n}."} for n in range(40)])))
+    tables = [prompts(tiny, ctx, path=path, heldout=0.5, system_prompt=text) for text in (None, "Be kind.", "Rhyme.")]
+    splits = [{row["text"].split("Ask ")[1]: row["split"] for row in table.to_pylist()} for table in tables]
+    assert splits[0] == splits[1] == splits[2]
+    assert set(splits[0].values()) == {"train", "heldout"}
+
+
+def test_a_system_prompt_that_the_template_lacks_is_refused(tiny, tmp_path, ctx, tokenizer_of):
+    """When the plan is made if there is no template, else before the first row: every row would be rejected."""
+    bare = Path(shutil.copytree(tiny.folder, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hello!"}])))
+    options = {"path": ModelPath(str(bare)), "adapter": None, "chat_template": None}
+    inputs = {"tokenizer": InputStep("model", options)}
+    (problem,) = check_system_prompt({"system_prompt": "Be kind."}, inputs)
+    assert "`chat_template`" in problem
+    template = TemplatePath(str(TEMPLATES / "qwen3.jinja"))
+    inputs = {"tokenizer": InputStep("model", options | {"chat_template": template})}
+    assert check_system_prompt({"system_prompt": "Be kind."}, inputs) == []
+    gemma = tokenizer_of("gemma")
+    with pytest.raises(WinnowError, match="system_prompt: "):
+        prompts(Model(gemma.folder, ""), ctx, path=path, system_prompt="Be kind.")
