@@ -16,6 +16,7 @@ import yaml
 from jobs import queries, recipes
 from jobs.commands.app import console, existing_store
 from jobs.console import ProgressReporter
+from jobs.models import find_model
 from jobs.runs import with_free_names
 from pipeline.config.layers import rooted
 from pipeline.config.plan import Plan
@@ -63,6 +64,10 @@ class Results:
         if not names or (name and name not in names):
             raise WinnowError(f"{folder.path}: no finished table {name}; it has {', '.join(dict.fromkeys(names))}")
         return folder.read(TABLES[name or names[0]])
+
+    def model(self, run: str) -> Path:
+        """Return the folder of a run's policy, `raft@1` that of a round; raise WinnowError if it is not finished."""
+        return find_model(self.store, run).folder
 
 
 def plan(recipe: str | Path, config: Configs = (), options: Mapping[str, Any] = {}) -> Plan:

@@ -54,4 +54,5 @@ def test_the_notebook_runs(config: Path, finished: Path, monkeypatch: pytest.Mon
         exec("".join(cell["source"]), names)
     assert names["results"].runs == ["rso"]
     assert sorted(names["kept"]) == [0.1, 0.5, 2.0]
+    assert (names["results"].model("rso") / "config.json").is_file()
     assert names["results"].sql("SELECT count(*) AS n FROM candidates").arrow()["n"][0].as_py() > 0
