@@ -56,7 +56,6 @@ class VllmEngine(QueuedEngine):
                 seed=0,
                 tensor_parallel_size=tensor_parallel,
                 distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
-                skip_tokenizer_init=True,
                 enforce_eager=on_cpu,
                 logprobs_mode="raw_logprobs",
                 max_num_seqs=MAX_SEQUENCES,
@@ -79,11 +78,21 @@ class VllmEngine(QueuedEngine):
             self.params[sampling] = SamplingParams(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                logit_bias=dict(sampling.logit_bias) or None,
+                bad_words=list(sampling.bad_words),
+                min_tokens=sampling.min_tokens,
                 max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop),
+                stop=list(sampling.stop),
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=sampling.ignore_eos,
                 logprobs=0,
                 flat_logprobs=True,
-                detokenize=False,
+                detokenize=bool(sampling.stop),
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,  # each request has a copy of its own
             )
@@ -99,6 +108,8 @@ class VllmEngine(QueuedEngine):
             if answer.finished:
                 output = answer.outputs[0]
                 ids, reason = list(output.token_ids), str(output.finish_reason)
+                if isinstance(output.stop_reason, str):
+                    reason = "stop_string"
                 completions[answer.request_id] = Completion(ids, float(output.cumulative_logprob), reason)
         return completions
 
