@@ -7,7 +7,7 @@ running (config, execution, sql, store) are imported by their own names.
 from typing import TYPE_CHECKING
 
 from pipeline.context import StageContext
-from pipeline.registry import EXECUTION, Bound, Finite, Range, Registry
+from pipeline.registry import EXECUTION, Bound, ExecutionEntries, Finite, Range, Registry
 from pipeline.stage import InputStep, stage, stages
 from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath
 
@@ -20,6 +20,7 @@ __all__ = [
     "AdapterPath",
     "Bound",
     "DataPath",
+    "ExecutionEntries",
     "Finite",
     "InputStep",
     "ModelPath",

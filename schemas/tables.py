@@ -66,8 +66,9 @@ CANDIDATES = table(
         pa.string(),
         "the distribution that logp is under. exact: the policy's, which the draw came from unchanged; steered: the "
         "policy's plus a head's bonus, which the draw came from unchanged; raw: the policy's, before what changed "
-        "the distribution of the draw (temperature, top-k, top-p, penalties, a bias, a bonus); none: there is no logp. "
-        "It counts ids beyond the tokenizer, of which no candidate has one",
+        "the distribution of the draw (temperature, top-k, top-p, penalties, a bias, a bonus); approximate: the "
+        "policy's as engine_options compute it (quantization, kv_cache_dtype); none: there is no logp. It counts ids "
+        "beyond the tokenizer, of which no candidate has one",
     ),
     column("model", pa.string(), "digest of the weights that drew it; null if none did", nullable=True),
     column("dtype", pa.string(), "arithmetic of the engine that drew it; null if none did", nullable=True),

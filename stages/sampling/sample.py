@@ -1,6 +1,7 @@
 """Stage `sample`: n candidates per prompt from a policy."""
 
 import inspect
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -31,7 +32,14 @@ from stages.options import (
     TokenIds,
     TopP,
 )
-from stages.sampling.engines import Request, Sampling, Steering, open_engine
+from stages.sampling.engines import LogpKind, Request, Sampling, Steering, open_engine
+from stages.sampling.engines.options import (
+    SPECULATION,
+    EngineOptions,
+    engine_problems,
+    is_policy_itself,
+    length_limit,
+)
 
 MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NUM_BAD_WORDS)
 
@@ -44,6 +52,11 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
+    problems += engine_problems(options["engine"], options["engine_options"])
+    speculates = [name for name in SPECULATION if name in (options["engine_options"] or {})]
+    for name in ("min_p", "logit_bias"):
+        if speculates and options[name]:
+            problems.append(f"{name}: vLLM does not speculate with it; unset it, or engine_options.{speculates[0]}")
     problems += _ending_problems(options)
     vocabulary = config.vocabulary if config else None
     for name in ("logit_bias", "stop_token_ids"):
@@ -58,6 +71,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     if policy and policy.stage in ("model", "untrained") and policy.options:
         folder = getattr(policy.options.get("path"), "path", None)
         length = context_length(folder) if folder else policy.options.get("context", options["max_tokens"] + 1)
+        length = length_limit(length, options["engine_options"])
         if options["max_tokens"] >= length:
             problems.append(
                 f"max_tokens: {options['max_tokens']:,} leaves no room for a prompt in the policy's context of "
@@ -125,6 +139,7 @@ def sample(
     *,
     split: Literal["train", "heldout"] = "train",
     engine: Literal["vllm", "transformers", "fake"] = "vllm",
+    engine_options: EngineOptions = None,
     dtype: Precision = "float32",
     n: SmallCount = 64,
     temperature: Temperature = 0.7,
@@ -161,6 +176,11 @@ def sample(
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
     some models write their reasoning between special tokens. `raw_text` shows what was kept.
 
+    engine_options: vLLM's engine arguments by its own names (`gpu_memory_utilization`, `max_num_seqs`,
+    `speculative_config`, ...), of which those that say how it runs are not part of the key; stages/sampling/engines/
+    options.py lists them. With one that makes it compute another network than the policy's (`quantization`,
+    `kv_cache_dtype`), `logp_kind` is `approximate`: such log-probs are compared with none, and there is no KL.
+
     `top_p` to `stop_token_ids` are vLLM's sampling parameters of those names; the engine transformers does the same,
     and `fake`, which draws tokens at random for dry runs, reads `max_tokens` alone. logit_bias: what is added to the
     logits of token ids. stop, stop_token_ids: texts and ids that end a response besides the ends of the model, which
@@ -189,7 +209,7 @@ def sample(
     check_ids(policy, "logit_bias and stop_token_ids", [[token for token, _ in bias], stop_token_ids or []])
 
     # Prompts that leave room for max_tokens in the context.
-    max_prompt_tokens = context_length(policy.folder) - max_tokens
+    max_prompt_tokens = length_limit(context_length(policy.folder), engine_options) - max_tokens
     fitting: list[Row] = []
     for row in rows:
         if len(row["token_ids"]) <= max_prompt_tokens:
@@ -211,7 +231,9 @@ def sample(
         logit_bias=bias, bad_words=tuple(bad_words or ()), min_tokens=min_tokens, ignore_eos=ignore_eos,
         stop=tuple(stop or ()),
     )  # fmt: skip
-    generator = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel)
+    vllm_options = json.dumps(engine_options or {}, sort_keys=True)
+    generator = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel, vllm_options)
+    logp_kind: LogpKind = sampling.logp_kind if is_policy_itself(engine_options) else "approximate"
     completions = generator.generate(requests, sampling, lambda done: ctx.progress(done, len(draws), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
 
@@ -258,7 +280,7 @@ def sample(
                 "text": text,
                 "raw_text": raw_text,
                 "logp": completion.logp,
-                "logp_kind": sampling.logp_kind,
+                "logp_kind": logp_kind,
                 # The fake engine reads no weights, so that nothing of it can be compared with them.
                 "model": None if engine == "fake" else policy.digest,
                 "dtype": None if engine == "fake" else dtype,

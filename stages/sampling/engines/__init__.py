@@ -1,5 +1,6 @@
 """Interface of the engines that generate text: token ids in, token ids out, one seed per request."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Literal
 from schemas import WinnowError
 from stages.head.relu import ReluHead
 
-LogpKind = Literal["exact", "steered", "raw"]
+LogpKind = Literal["exact", "steered", "raw", "approximate"]
 EngineProgress = Callable[[int], None]
 
 
@@ -110,17 +111,17 @@ class Engine(ABC):
         """Free what outlives the object: nothing, by default."""
 
 
-def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1) -> Engine:
+def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1, options: str = "{}") -> Engine:
     """Start the engine of this name on the model in `folder`.
 
     vLLM and torch are only imported here: a recipe can be planned without them. `fake` needs neither.
     tensor_parallel: the GPUs that share one vLLM. Raises WinnowError if it is above 1 for transformers, which has
-    the whole model on one GPU.
+    the whole model on one GPU. options: `engine_options` of vLLM as JSON, for arguments of `open_once` are hashable.
     """
     if name == "vllm":
         from stages.sampling.engines.vllm import VllmEngine
 
-        return VllmEngine(folder, dtype, tensor_parallel)
+        return VllmEngine(folder, dtype, tensor_parallel, json.loads(options))
     if name == "fake":
         from stages.sampling.engines.fake import FakeEngine
 
