@@ -154,6 +154,7 @@ def options_markdown(entry: Entry) -> str:
         value = json.dumps(field.default, default=str).replace("Infinity", ".inf")  # as YAML writes it
         default = "required" if field.is_required() else f"`{value}`"
         note = " (not part of the key)" if name in entry.execution else ""
+        note += " (in part not part of the key)" if name in entry.execution_entries else ""
         rows.append({
             "option": f"`{name}`",
             "type": describe_type(field.annotation, tuple(field.metadata)) + note,

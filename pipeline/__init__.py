@@ -5,7 +5,7 @@ running (config, execution, sql, store) are imported by their own names.
 """
 
 from pipeline.context import StageContext
-from pipeline.registry import EXECUTION, Bound, Finite, Range, Registry
+from pipeline.registry import EXECUTION, Bound, ExecutionEntries, Finite, Range, Registry
 from pipeline.stage import InputStep, stage, stages
 from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath, TemplatePath
 
@@ -14,6 +14,7 @@ __all__ = [
     "AdapterPath",
     "Bound",
     "DataPath",
+    "ExecutionEntries",
     "Finite",
     "InputStep",
     "ModelPath",

@@ -45,6 +45,13 @@ Function = Callable[..., Any]
 EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
 
 
+@dataclass(frozen=True)
+class ExecutionEntries:
+    """EXECUTION of some entries of a mapping: in Annotated[...], beside its type."""
+
+    names: frozenset[str]
+
+
 FORMER = {  # names of options before the first release (CHANGELOG.md)
     "lr": "learning_rate", "schedule": "lr_scheduler_type", "warmup": "warmup_ratio", "clip": "max_grad_norm",
     "recompute": "gradient_checkpointing", "micro_tokens": "tokens_per_pass", "ranks": "world_size", "lora": "lora_r",
@@ -144,6 +151,25 @@ class Entry:
         """Return the names of the options marked EXECUTION."""
         hints = _option_hints(self.fn)
         return frozenset(name for name, hint in hints.items() if EXECUTION in getattr(hint, "__metadata__", ()))
+
+    @cached_property
+    def execution_entries(self) -> dict[str, frozenset[str]]:
+        """Return the entries that are EXECUTION, by the name of the option that is a mapping of them."""
+        hints = _option_hints(self.fn)
+        return {
+            name: mark.names
+            for name, hint in hints.items()
+            for mark in getattr(hint, "__metadata__", ())
+            if isinstance(mark, ExecutionEntries)
+        }
+
+    def identity_of(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options, and of mappings the entries, that decide the result."""
+        deciding = {name: value for name, value in options.items() if name not in self.execution}
+        for name, entries in self.execution_entries.items():
+            value = deciding.get(name) or {}
+            deciding[name] = {entry: value[entry] for entry in value if entry not in entries} or None
+        return deciding
 
     @property
     def version(self) -> int:

@@ -44,9 +44,10 @@ CANDIDATES = table(
     column(
         "token_ids",
         TOKEN_IDS,
-        "the sampled ids, never re-tokenised; the one that ends it is last if finish_reason is stop",
+        "the sampled ids, never re-tokenised; the one that ends it is last if finish_reason is stop, and those of the "
+        "stop string if it is stop_string",
     ),
-    column("text", pa.string(), "the response as text, without special tokens"),
+    column("text", pa.string(), "the response as text, without special tokens, and without what ended it"),
     column(
         "raw_text",
         pa.string(),
@@ -64,9 +65,10 @@ CANDIDATES = table(
         "logp_kind",
         pa.string(),
         "the distribution that logp is under. exact: the policy's, which the draw came from unchanged; steered: the "
-        "policy's plus a head's bonus, which the draw came from unchanged; raw: the policy's, before the temperature, "
-        "top-k or bonus of the draw; none: there is no logp. It counts ids beyond the tokenizer, of which no candidate "
-        "has one",
+        "policy's plus a head's bonus, which the draw came from unchanged; raw: the policy's, before what changed "
+        "the distribution of the draw (temperature, top-k, top-p, penalties, a bias, a bonus); approximate: the "
+        "policy's as engine_options compute it (quantization, kv_cache_dtype); none: there is no logp. It counts ids "
+        "beyond the tokenizer, of which no candidate has one",
     ),
     column("model", pa.string(), "digest of the weights that drew it; null if none did", nullable=True),
     column("dtype", pa.string(), "arithmetic of the engine that drew it; null if none did", nullable=True),
@@ -74,7 +76,8 @@ CANDIDATES = table(
     column(
         "finish_reason",
         pa.string(),
-        "stop: the model ended it; length: it was cut at the limit; given: it comes from a data file",
+        "stop: the model ended it; stop_string: a text of option `stop` ended it; length: it was cut at the limit; "
+        "given: it comes from a data file",
     ),
     column("seed", pa.int64(), "random seed of this draw; null if it was not sampled", nullable=True),
 )

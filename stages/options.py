@@ -3,7 +3,22 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
+
 from pipeline import InputStep, Range
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def _by_token_id(bias: dict[str, float]) -> dict[str, float]:
+    if wrong := [token for token in bias if not token.isdecimal()]:
+        raise ValueError(f"must map token ids to what is added to their logits; {wrong[0]!r} is no token id")
+    return {str(int(token)): value for token, value in bias.items()}
+
 
 Seed = Annotated[int, Range(ge=0, lt=2**32)]  # numpy, torch, scikit-learn and vLLM all take such
 Count = Annotated[int, Range(gt=0, le=10**9)]  # products of two are int64
@@ -13,6 +28,11 @@ NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
 Temperature = Annotated[float, Range(gt=0, le=2)]
+TopP = Annotated[float, Range(gt=0, le=1)]
+Penalty = Annotated[float, Range(ge=-2, le=2)]
+LogitBias = Annotated[dict[str, Annotated[float, Range(ge=-100, le=100)]], AfterValidator(_by_token_id)]
+Texts = list[Annotated[str, AfterValidator(_not_empty)]]
+TokenIds = list[Annotated[int, Range(ge=0)]]
 TooLong = Literal["reject", "cut"]  # what becomes of a response that is longer than max_tokens
 Prefill = Literal["reject", "continue"]  # what becomes of a prompt that ends with an assistant turn
 Precision = Literal["float32", "bfloat16"]

@@ -18,7 +18,7 @@ def canonical(value: Any) -> Any:
     if isinstance(value, ContentPath):
         return {"content": value.digest}
     if isinstance(value, Bound):
-        options = {name: canonical(option) for name, option in value.options.items()}
+        options = {name: canonical(option) for name, option in value.entry.identity_of(value.options).items()}
         return {"name": value.name, "version": value.metadata.get("version", 1), **options}
     if isinstance(value, list | tuple):
         return [canonical(item) for item in value]

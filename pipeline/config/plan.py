@@ -42,8 +42,7 @@ class Step:
     @cached_property
     def functions(self) -> list[Entry]:
         """Return the stage and every registered function in the options that decide the result."""
-        options = {name: value for name, value in self.options.items() if name not in self.entry.execution}
-        return [self.entry, *bound_entries(options)]
+        return [self.entry, *bound_entries(self.entry.identity_of(self.options))]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class Step:
             "stage": self.entry.name,
             "version": self.signature.version,
             "shards": self.shards,
-            "options": canonical({k: v for k, v in self.options.items() if k not in self.entry.execution}),
+            "options": canonical(self.entry.identity_of(self.options)),
             "inputs": {name: step.key for name, step in self.inputs.items()},
         }
         plugins = {f"{entry.kind} {entry.name}": entry.plugin_digest for entry in self.functions}

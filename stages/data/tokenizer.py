@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -129,6 +130,26 @@ class Tokenizer:
     def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
         """Return the text of ids, with special tokens or without them, without surrounding white space."""
         return str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).strip()
+
+    def decode_before(self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False) -> tuple[str, str]:
+        """Return the text of ids before the stop string that their last token completes, and what is after it.
+
+        Raise ValueError if it completes none.
+        """
+
+        def text_of(part: list[int]) -> str:
+            return str(
+                self.inner.decode(part, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
+            )
+
+        text = text_of(ids)
+        length = len(text_of(ids[:-1]).rstrip("\ufffd"))  # before the last token, without half a character
+        starts = [(text.find(item, max(0, length - len(item) + 1)), len(item)) for item in stop]
+        matches = [(start, start + size) for start, size in starts if start >= 0]
+        if not matches:
+            raise ValueError("no stop string at the end of the text")
+        start, end = min(matches, key=lambda match: match[1])  # of those that end at once, the first of `stop`
+        return text[:start].strip(), text[end:]
 
     def label(self, text: str) -> int:
         """Return the single token of a label; raise WinnowError if it takes more."""

@@ -11,7 +11,6 @@ import numpy as np
 from pipeline import StageContext
 from schemas import Model, WinnowError, seed_for
 from stages.data.tokenizer import Tokenizer
-from stages.limits import context_length
 from stages.ranking.base import Ranker, Response
 from stages.sampling.engines import Engine, Request, Sampling
 
@@ -32,7 +31,7 @@ class LlmJudge(Ranker):
 
     def __init__(
         self, model: Model, engine: Engine, template: str, votes: int, threshold: float, max_without_verdict: float,
-        temperature: float, max_tokens: int, seed: int,
+        temperature: float, max_tokens: int, seed: int, max_prompt_tokens: int,
     ) -> None:  # fmt: skip
         self.tokenizer, self.engine = Tokenizer(model), engine
         self.template, self.votes, self.threshold, self.seed = template, votes, threshold, seed
@@ -40,7 +39,7 @@ class LlmJudge(Ranker):
         self.answers: list[tuple[str, int | None]] = []  # since the last `finish_part`, with their votes
         self.seen = self.seen_without_verdict = 0  # votes since a check for too few verdicts
         self.unclear: dict[str, None] = {}  # different answers without a verdict, in order
-        self.max_prompt_tokens = context_length(model.folder) - max_tokens
+        self.max_prompt_tokens = max_prompt_tokens
         self.sampling = Sampling(temperature, 0, max_tokens, self.tokenizer.stop)
 
     def read(self, context: str, response: Response) -> str | None:

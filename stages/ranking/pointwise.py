@@ -44,7 +44,8 @@ class PointwiseRanker(Scorer):
                     prompt = tuple(self.tokenizer.prompt_ids(conversation))
             else:
                 prompt = tuple(self.tokenizer.prompt_ids(conversation))
-            if response.token_ids and prompt == response.prompt_ids:
+            # The ids of a response that a stop string ended hold that string, which is not part of the response.
+            if response.token_ids and prompt == response.prompt_ids and response.finish_reason != "stop_string":
                 return prompt, response.token_ids
             return prompt, tuple(self._response_ids(conversation, response))
         except ValueError:

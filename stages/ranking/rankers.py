@@ -4,6 +4,7 @@ A ranker is a function from the model under the step's `ranker` input (None if i
 with `@verifiable`, a program from prompt and response to a score. Options are keyword-only parameters.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from pydantic import AfterValidator
 
 from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
+from stages.limits import context_length
 from stages.model_config import input_problems
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import Ranker, Scorer
 from stages.results import floats, number
+from stages.sampling.engines.options import EngineOptions, engine_problems, length_limit
 
 ranker = Registry(
     "ranker",
@@ -105,6 +108,7 @@ def llm_judge(
     temperature: Temperature = 0.7,
     max_tokens: Count = 8,
     engine: Literal["vllm", "transformers"] = "vllm",
+    engine_options: EngineOptions = None,
     dtype: Precision = "float32",
     seed: Seed = 0,
 ) -> Ranker:
@@ -114,7 +118,8 @@ def llm_judge(
     in one of the orders has no verdict. Votes without a verdict are counted; a judge with more than the share
     `max_without_verdict` of them is refused, with examples of what it wrote. If the share of votes is within
     `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not public: the default `template` is
-    another. To let the model reason first, ask for it there and raise `max_tokens`.
+    another. To let the model reason first, ask for it there and raise `max_tokens`. `engine_options` are those of
+    `sample`.
     """
     from stages.data.tokenizer import Tokenizer
     from stages.ranking.llm_judge import LlmJudge
@@ -127,8 +132,11 @@ def llm_judge(
         raise WinnowError(
             f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
         ) from None
-    opened = open_engine(engine, folder, dtype)
-    return LlmJudge(model, opened, template, votes, threshold, max_without_verdict, temperature, max_tokens, seed)
+    opened = open_engine(engine, folder, dtype, options=json.dumps(engine_options or {}))
+    max_prompt_tokens = length_limit(context_length(folder), engine_options) - max_tokens
+    return LlmJudge(
+        model, opened, template, votes, threshold, max_without_verdict, temperature, max_tokens, seed, max_prompt_tokens
+    )
 
 
 @verifiable(version=2, label_threshold=0.5)
@@ -189,7 +197,8 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     by: Bound = options["by"]
     # Only the judge samples, and vLLM can do so from quantised weights; a ranker of a plugin knows best itself.
     output = by.metadata.get("output")
-    problems = input_problems(inputs, "ranker", output, quantized=by.options.get("engine") == "vllm" or not output)
+    problems = engine_problems(str(by.options.get("engine")), by.options.get("engine_options"))
+    problems += input_problems(inputs, "ranker", output, quantized=by.options.get("engine") == "vllm" or not output)
     if by.metadata["reads_model"] and "ranker" not in inputs:
         problems.append(f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`")
     if not by.metadata["reads_model"] and "ranker" in inputs:

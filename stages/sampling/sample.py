@@ -1,6 +1,7 @@
 """Stage `sample`: n candidates per prompt from a policy."""
 
 import inspect
+import json
 import math
 import warnings
 from collections import Counter
@@ -17,8 +18,32 @@ from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.model_config import ModelConfig, input_problems, planned_config
-from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temperature, split_problems
-from stages.sampling.engines import Request, Sampling, Steering, open_engine
+from stages.options import (
+    Count,
+    LogitBias,
+    NotNegative,
+    Penalty,
+    Positive,
+    Precision,
+    Seed,
+    Share,
+    SmallCount,
+    Temperature,
+    Texts,
+    TokenIds,
+    TopP,
+    split_problems,
+)
+from stages.sampling.engines import LogpKind, Request, Sampling, Steering, open_engine
+from stages.sampling.engines.options import (
+    SPECULATION,
+    EngineOptions,
+    engine_problems,
+    is_policy_itself,
+    length_limit,
+)
+
+MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NUM_BAD_WORDS)
 
 
 def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -30,6 +55,18 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
+    problems += engine_problems(options["engine"], options["engine_options"])
+    speculates = [name for name in SPECULATION if name in (options["engine_options"] or {})]
+    for name in ("min_p", "logit_bias"):
+        if speculates and options[name]:
+            problems.append(f"{name}: vLLM does not speculate with it; unset it, or engine_options.{speculates[0]}")
+    problems += _ending_problems(options)
+    vocabulary = config.vocabulary if config else None
+    for name in ("logit_bias", "stop_token_ids"):
+        if vocabulary and (unknown := [token for token in map(int, options[name] or ()) if token >= vocabulary]):
+            problems.append(f"{name}: {unknown[0]} is no token id of the policy, which has {vocabulary:,}")
+    if len(options["bad_words"] or ()) > MAX_BAD_WORDS:
+        problems.append(f"bad_words: {len(options['bad_words'])} words, and vLLM takes {MAX_BAD_WORDS} at most")
     policy = inputs.get("policy")
     is_rounded = options["dtype"] == "bfloat16" and options["engine"] != "fake"
     if is_rounded and policy and policy.stage == "optimize" and policy.options.get("save_dtype") == "float32":
@@ -47,6 +84,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     if policy and policy.stage in ("model", "untrained") and policy.options:
         folder = getattr(policy.options.get("path"), "path", None)
         length = context_length(folder) if folder else policy.options.get("context", options["max_tokens"] + 1)
+        length = length_limit(length, options["engine_options"])
         if options["max_tokens"] >= length:
             problems.append(
                 f"max_tokens: {options['max_tokens']:,} leaves no room for a prompt in the policy's context of "
@@ -65,6 +103,36 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     return problems
 
 
+def _ending_problems(options: dict[str, Any]) -> list[str]:
+    """Return what cannot be meant together among the options that say where a response ends."""
+    problems = []
+    if options["min_tokens"] > options["max_tokens"]:
+        problems.append(
+            f"min_tokens: {options['min_tokens']:,} is more than max_tokens, {options['max_tokens']:,}; set it lower"
+        )
+    if options["ignore_eos"] and options["min_tokens"]:
+        problems.append(
+            "min_tokens: it holds back the end of a response, and `ignore_eos` knows none; unset one of them"
+        )
+    if options["ignore_eos"] and not (options["keep_special"] or options["allow_special"]):
+        problems.append(
+            "ignore_eos: responses go on after EOS, and those that hold it would be rejected; set "
+            "`keep_special: true`, or list it in `allow_special`"
+        )
+    return problems
+
+
+def _check_stop(stop: list[str], special_tokens: dict[int, str]) -> None:
+    """Raise WinnowError for a stop string with a special token, which is no part of a response's text."""
+    for text in stop:
+        if held := [(index, token) for index, token in special_tokens.items() if token in text]:
+            index, token = held[0]
+            raise WinnowError(
+                f"stop: {text!r} holds the special token {token}, which is no text and would never end a response; "
+                f"set `stop_token_ids: [{index}]`"
+            )
+
+
 def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]:
     """Return the special ids that a response may not hold before its end; raise WinnowError for an unknown token."""
     tokens = list(special_tokens.values())
@@ -75,7 +143,7 @@ def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]
     return {index for index, token in special_tokens.items() if token not in allowed}
 
 
-@stage(version=4, concurrent=True, check=_check_sample)
+@stage(version=5, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -84,11 +152,23 @@ def sample(
     *,
     split: Literal["train", "heldout"] = "train",
     engine: Literal["vllm", "transformers", "fake"] = "vllm",
+    engine_options: EngineOptions = None,
     dtype: Precision = "float32",
     n: SmallCount = 64,
     temperature: Temperature = 0.7,
     top_k: Annotated[int, Range(ge=0, le=10**9)] = 40,
     max_tokens: Count = 128,
+    top_p: TopP = 1.0,
+    min_p: Share = 0.0,
+    repetition_penalty: Positive = 1.0,
+    presence_penalty: Penalty = 0.0,
+    frequency_penalty: Penalty = 0.0,
+    logit_bias: LogitBias | None = None,
+    bad_words: Texts | None = None,
+    min_tokens: Annotated[int, Range(ge=0, le=10**9)] = 0,
+    ignore_eos: bool = False,
+    stop: Texts | None = None,
+    stop_token_ids: TokenIds | None = None,
     keep_empty: bool = False,
     keep_special: bool = False,
     allow_special: list[str] | None = None,
@@ -109,9 +189,24 @@ def sample(
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
     some models write their reasoning between special tokens. `raw_text` shows what was kept.
 
+    engine_options: vLLM's engine arguments by its own names (`gpu_memory_utilization`, `max_num_seqs`,
+    `speculative_config`, ...), of which those that say how it runs are not part of the key; stages/sampling/engines/
+    options.py lists them. With one that makes it compute another network than the policy's (`quantization`,
+    `kv_cache_dtype`), `logp_kind` is `approximate`: such log-probs are compared with none, and there is no KL.
+
+    `top_p` to `stop_token_ids` are vLLM's sampling parameters of those names; the engine transformers does the same,
+    and `fake`, which draws tokens at random for dry runs, reads `max_tokens` alone. logit_bias: what is added to the
+    logits of token ids. stop, stop_token_ids: texts and ids that end a response besides the ends of the model, which
+    `ignore_eos` takes away. A response that a text ended has finish_reason `stop_string`: its `token_ids` are all that
+    were drawn, the text's included, and are what is trained on; its `text` ends before the text, as vLLM's does. Where
+    the last token goes on after the text, the id stays whole: such draws are counted.
+
+    What changes the distribution (all but what ends a response) leaves `logp` the policy's own, and `logp_kind` raw.
+
     With a `head` (arXiv:2605.23244), the `steer_top` likeliest tokens are scored by it at every `steer_every`-th
-    step, 0 to 1, and `steer` times that is added to their logits. At temperature 1 with top-k disabled, `logp` is
-    then the log-prob under the steered distribution, which is what KL to another policy needs.
+    step, 0 to 1, and `steer` times that is added to their logits. Where nothing else changes the distribution
+    (temperature 1, no top-k, no penalty), `logp` is then the log-prob under the steered distribution, which is what KL
+    to another policy needs.
     """
     from stages.data.tokenizer import Tokenizer
 
@@ -122,9 +217,12 @@ def sample(
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
     refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
+    _check_stop(stop or [], tokenizer.special_tokens)
+    bias = tuple((int(token), value) for token, value in (logit_bias or {}).items())
+    check_ids(policy, "logit_bias and stop_token_ids", [[token for token, _ in bias], stop_token_ids or []])
 
     # Prompts that leave room for max_tokens in the context.
-    max_prompt_tokens = context_length(policy.folder) - max_tokens
+    max_prompt_tokens = length_limit(context_length(policy.folder), engine_options) - max_tokens
     fitting: list[Row] = []
     for row in rows:
         if len(row["token_ids"]) <= max_prompt_tokens:
@@ -139,8 +237,16 @@ def sample(
     draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in fitting for k in range(n)]
     requests = [Request(row["token_ids"], draw_seed) for row, _, draw_seed in draws]
     steering = Steering(read_relu_head(head), steer, steer_top, steer_every) if head is not None else None
-    sampling = Sampling(temperature, top_k, max_tokens, tokenizer.stop, steering)
-    generator = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel)
+    ends = dict.fromkeys([*(() if ignore_eos else tokenizer.stop), *(stop_token_ids or ())])
+    sampling = Sampling(
+        temperature, top_k, max_tokens, tuple(ends), steering, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        logit_bias=bias, bad_words=tuple(bad_words or ()), min_tokens=min_tokens, ignore_eos=ignore_eos,
+        stop=tuple(stop or ()),
+    )  # fmt: skip
+    vllm_options = json.dumps(engine_options or {}, sort_keys=True)
+    generator = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel, vllm_options)
+    logp_kind: LogpKind = sampling.logp_kind if is_policy_itself(engine_options) else "approximate"
     completions = generator.generate(requests, sampling, lambda done: ctx.progress(done, len(draws), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
 
@@ -159,10 +265,19 @@ def sample(
             detail = f"id {min(unknown)} of {ids}"
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue
-        text = tokenizer.decode(ids)
         inside = ids[:-1] if completion.finish_reason == "stop" else ids
         is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
-        raw_text = tokenizer.decode(inside, special_tokens=True) if is_special else None
+        if completion.finish_reason == "stop_string":
+            try:
+                text, rest = tokenizer.decode_before(ids, sampling.stop)
+                raw_text = tokenizer.decode_before(ids, sampling.stop, special_tokens=True)[0] if is_special else None
+            except ValueError as error:
+                ctx.reject(str(error), place=f"k={k}", prompt=prompt, detail=repr(ids))
+                continue
+            ctx.count(stop_strings=1, stop_strings_inside_a_token=bool(rest))
+        else:
+            text = tokenizer.decode(inside)
+            raw_text = tokenizer.decode(inside, special_tokens=True) if is_special else None
         if is_special and not refused_ids.isdisjoint(inside):
             ctx.reject("special token in the response", place=f"k={k}", prompt=prompt, detail=raw_text or "")
             continue
@@ -178,7 +293,7 @@ def sample(
                 "text": text,
                 "raw_text": raw_text,
                 "logp": completion.logp,
-                "logp_kind": sampling.logp_kind,
+                "logp_kind": logp_kind,
                 # The fake engine reads no weights, so that nothing of it can be compared with them.
                 "model": None if engine == "fake" else policy.digest,
                 "dtype": None if engine == "fake" else dtype,

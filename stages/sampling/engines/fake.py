@@ -28,15 +28,18 @@ class FakeEngine(Engine):
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[Completion]:
-        """Draw 1 to max_tokens uniform tokens, then drop special ones; logp is under the uniform distribution."""
+        """Draw 1 to max_tokens uniform tokens, then drop special ones; logp is under the uniform distribution.
+
+        Of `sampling` it reads max_tokens and the first of stop_token_ids.
+        """
         completions = []
         for request in requests:
             rng = np.random.default_rng(seed_for(request.seed, token_digest(request.prompt_ids, [])))
             ids = rng.integers(self.vocabulary, size=rng.integers(1, sampling.max_tokens + 1)).tolist()
-            ids = [token for token in ids if token not in self.special.union(sampling.stop)]
-            stopped = len(ids) < sampling.max_tokens and rng.random() < STOP_SHARE
+            ids = [token for token in ids if token not in self.special.union(sampling.stop_token_ids)]
+            stopped = len(ids) < sampling.max_tokens and bool(sampling.stop_token_ids) and rng.random() < STOP_SHARE
             if stopped:
-                ids += sampling.stop[:1]
+                ids += sampling.stop_token_ids[:1]
             logp = -len(ids) * float(np.log(self.vocabulary))
             completions.append(Completion(ids, logp, "stop" if stopped else "length"))
         progress(len(completions))

@@ -9,34 +9,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
 from schemas import WinnowError
 from stages.sampling.engines import Sampling, Steering
 
-AddNoise = Callable[[int, Tensor, Tensor], Tensor]
+AddNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def steered_ids(network: Any, ids: Tensor, add_noise: AddNoise, sampling: Sampling, steering: Steering) -> Tensor:
-    """Return token ids [N, T] drawn after prompts [N, L] of one length, until each row has a stop id, or max_tokens.
+def steered_ids(
+    network: Any, ids: Tensor, add_noise: AddNoise, sampling: Sampling, steering: Steering,
+    stopping: StoppingCriteriaList,
+) -> Tensor:  # fmt: skip
+    """Return token ids [N, T] drawn after prompts [N, L] of one length, until each row has ended, or max_tokens.
 
-    add_noise: from step, logits and steered logits to the numbers whose argmax is the token drawn.
+    add_noise: from the ids so far, logits and steered logits to the numbers whose argmax is the token drawn.
+    stopping: what ends a row besides a stop id.
     """
     guide = Guide(network, steering)
-    stop, ended = torch.tensor(sampling.stop, device=ids.device), ids.new_zeros(len(ids), dtype=torch.bool)
+    stop, ended = torch.tensor(sampling.stop_token_ids, device=ids.device), ids.new_zeros(len(ids), dtype=torch.bool)
     tokens: list[Tensor] = []
     state_sum = torch.zeros(
         len(ids), network.config.get_text_config().hidden_size, device=ids.device
     )  # over the response so far
-    next_ids = ids
+    next_ids = all_ids = ids
     for step in range(sampling.max_tokens):
         output = network(input_ids=next_ids, past_key_values=guide.cache, logits_to_keep=1, output_hidden_states=True)
         if step:
             state_sum += output.hidden_states[-1][:, -1].float()
         logits = output.logits[:, -1].float()
         steered = logits + guide.bonus(logits, state_sum, step) if step % steering.every == 0 else logits
-        tokens.append(add_noise(step, logits, steered).argmax(-1))
+        tokens.append(add_noise(all_ids, logits, steered).argmax(-1))
+        all_ids = torch.cat([all_ids, tokens[-1][:, None]], dim=1)
         ended |= torch.isin(tokens[-1], stop)
+        for criterion in stopping:
+            ended |= criterion(all_ids, logits)
         if ended.all():
             break
         next_ids = tokens[-1][:, None]

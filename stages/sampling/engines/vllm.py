@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
 from pipeline.store.fingerprints import ADAPTER
 from schemas import WinnowError
 from stages.limits import context_length
@@ -34,12 +36,15 @@ class VllmEngine(QueuedEngine):
     `add`, `step` and `abort` are the parts of the loop of `LLM.generate`.
     """
 
-    def __init__(self, folder: Path, dtype: str, tensor_parallel: int = 1) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, tensor_parallel: int = 1, options: dict[str, Any] | None = None
+    ) -> None:
         import torch
 
         from stages.network.load import THREADS
 
-        super().__init__(window=2 * MAX_SEQUENCES)
+        options = options or {}
+        super().__init__(window=2 * options.get("max_num_seqs", MAX_SEQUENCES))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         on_cpu = not torch.cuda.is_available()
@@ -50,22 +55,31 @@ class VllmEngine(QueuedEngine):
         with _quiet_start(), _unchanged_class(folder) if on_cpu else nullcontext():
             from vllm import LLM
 
-            self.llm: Any = LLM(
+            devices = tensor_parallel * options.get("pipeline_parallel_size", 1)
+            arguments: dict[str, Any] = dict(
                 model=str(folder),
                 dtype=dtype,
                 seed=0,
                 tensor_parallel_size=tensor_parallel,
-                distributed_executor_backend="uni" if tensor_parallel == 1 else "mp",
-                skip_tokenizer_init=True,
+                distributed_executor_backend="uni" if devices == 1 else "mp",
                 enforce_eager=on_cpu,
                 logprobs_mode="raw_logprobs",
                 max_num_seqs=MAX_SEQUENCES,
                 max_num_batched_tokens=max(STEP_TOKENS, context_length(folder)) if on_cpu else None,
-                enable_chunked_prefill=False if on_cpu else None,  # a split prompt rewinds a seed; CPU seeds cannot
                 disable_log_stats=True,
                 generation_config="vllm",  # the folder's own sampling defaults would change draws
                 **_lora_options(folder),
             )
+            if on_cpu:
+                arguments["enable_chunked_prefill"] = False  # a split prompt rewinds a seed; CPU seeds cannot
+                if options.get("enable_chunked_prefill"):
+                    raise WinnowError("engine_options: enable_chunked_prefill: on a CPU, draws would lose their seeds")
+            try:
+                self.llm: Any = LLM(**arguments | options)
+            except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
+                if not options:
+                    raise
+                raise WinnowError(f"engine_options: vLLM refuses {options}: {_cause(error)}") from None
             self.adapter = _adapter_request(folder)
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
@@ -79,11 +93,21 @@ class VllmEngine(QueuedEngine):
             self.params[sampling] = SamplingParams(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                logit_bias=dict(sampling.logit_bias) or None,
+                bad_words=list(sampling.bad_words),
+                min_tokens=sampling.min_tokens,
                 max_tokens=sampling.max_tokens,
-                stop_token_ids=list(sampling.stop),
+                stop=list(sampling.stop),
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=sampling.ignore_eos,
                 logprobs=0,
                 flat_logprobs=True,
-                detokenize=False,
+                detokenize=bool(sampling.stop),
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,  # each request has a copy of its own
             )
@@ -99,6 +123,8 @@ class VllmEngine(QueuedEngine):
             if answer.finished:
                 output = answer.outputs[0]
                 ids, reason = list(output.token_ids), str(output.finish_reason)
+                if isinstance(output.stop_reason, str):
+                    reason = "stop_string"
                 completions[answer.request_id] = Completion(ids, float(output.cumulative_logprob), reason)
         return completions
 
@@ -137,6 +163,13 @@ def _lora_options(folder: Path) -> dict[str, Any]:
             "`merge_lora: true` in the step that trained it"
         ) from None
     return {"enable_lora": True, "max_lora_rank": size}
+
+
+def _cause(error: Exception) -> str:
+    """Return the message of an exception in one line, of pydantic's the messages of its errors."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
+    return " ".join(str(error).split())
 
 
 def _adapter_request(folder: Path) -> Any:
@@ -193,7 +226,7 @@ def _unchanged_class(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Hold back what start-up prints, from C++ too, and print it only if start-up fails.
+    """Hold back what start-up prints, from C++ too, and print it only if start-up fails and no line says why.
 
     Hide llvmlite's lazy library too: vLLM calls `vars` on everything in every loaded module, and it has no dict.
     """
@@ -204,6 +237,8 @@ def _quiet_start() -> Iterator[None]:
         os.dup2(log.fileno(), 2)
         try:
             yield
+        except WinnowError:
+            raise
         except BaseException:
             log.seek(0)
             os.write(stderr, log.read())

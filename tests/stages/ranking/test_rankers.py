@@ -443,7 +443,7 @@ class ScriptedEngine(Engine):
 
 def scripted_judge(model, answer, max_without_verdict=0.5):
     engine = ScriptedEngine(Tokenizer(model), answer)
-    return LlmJudge(model, engine, "{prompt} 1: {a} 2: {b}", 8, 0.0, max_without_verdict, 1.0, 4, 0), engine
+    return LlmJudge(model, engine, "{prompt} 1: {a} 2: {b}", 8, 0.0, max_without_verdict, 1.0, 4, 0, 124), engine
 
 
 def test_half_of_the_votes_have_the_order_flipped_and_all_have_their_own_seed(tiny):

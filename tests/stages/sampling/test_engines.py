@@ -26,14 +26,6 @@ DRAWS = 4000
 SAMPLING = Sampling(1.0, 0, 12, (1,))
 
 
-@pytest.fixture(scope="session", params=["transformers", "vllm"])
-def engine(request, tiny):
-    """Each engine starts once per session."""
-    opened = open_engine(request.param, tiny.folder, "float32")
-    yield opened
-    opened.close()
-
-
 def test_completions_are_in_the_order_of_requests_and_end_at_a_stop_id_or_max_tokens(engine, tiny):
     requests = [Request(ids, seed) for seed, ids in enumerate(PROMPTS * 3)]
     completions = engine.generate(requests, SAMPLING)

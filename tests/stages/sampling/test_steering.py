@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -264,11 +265,14 @@ def requests_of(count):
     return [Request(PROMPTS[n % 3], 100 + n) for n in range(count)]
 
 
+PENALTIES: dict[str, Any] = dict(frequency_penalty=2.0, min_tokens=3, top_p=0.9, bad_words=("a", "e"), stop=("o", " t"))
+
+
 def test_steering_of_no_strength_draws_what_the_unsteered_engine_draws(engine, opinion):
-    """Our own loop with its cache, against `generate`: equal ids, ends and log-probs, at other temperatures too."""
-    for temperature, top_k in ((1.0, 0), (0.6, 20)):
+    """Our own loop with its cache, against `generate`: equal ids, ends and log-probs, under other laws too."""
+    for temperature, top_k, others in ((1.0, 0, {}), (0.6, 20, {}), (1.0, 0, PENALTIES)):
         plain, steered = (
-            engine.generate(requests_of(30), Sampling(temperature, top_k, 12, (1, 2, 3), steering))
+            engine.generate(requests_of(30), Sampling(temperature, top_k, 12, (1, 2, 3), steering, **others))
             for steering in (None, Steering(opinion, 0.0, 15, 1))
         )
         for ours, expected in zip(steered, plain, strict=True):

@@ -1,0 +1,109 @@
+"""Option `engine_options`: vLLM's own engine arguments, checked when a plan is made, without importing vLLM."""
+
+import ast
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from pipeline import ExecutionEntries
+from pipeline.registry import nearest
+
+# How the engine runs: memory, batches, devices, kernels, and speculation, whose draws have the policy's distribution.
+# Draws can differ by rounding, as on another machine. All others are part of the key: they may change what is computed.
+EXECUTION_OPTIONS = frozenset({
+    "async_scheduling", "attention_backend", "block_size", "compilation_config", "cpu_offload_gb", "cpu_offload_params",
+    "cudagraph_capture_sizes", "disable_cascade_attn", "disable_custom_all_reduce", "distributed_executor_backend",
+    "enable_chunked_prefill", "enable_expert_parallel", "enable_prefix_caching", "enforce_eager",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "kv_offloading_size", "long_prefill_token_threshold",
+    "max_cudagraph_capture_size", "max_num_batched_tokens", "max_num_seqs", "max_parallel_loading_workers",
+    "moe_backend", "num_gpu_blocks_override", "offload_backend", "offload_group_size", "offload_num_in_group",
+    "offload_params", "offload_prefetch_step", "optimization_level", "pipeline_parallel_size",
+    "prefix_caching_hash_algo", "safetensors_load_strategy", "scheduling_policy", "spec_method", "spec_model",
+    "spec_tokens", "speculative_config",
+})  # fmt: skip
+# Part of the key, and the network stays the policy's own.
+SAME_NETWORK = EXECUTION_OPTIONS | {"max_model_len"}
+SPECULATION = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+CHANGES_LAW = "it would change the distribution of the draws, and no column would say so"
+STARTED_WITH = "it is what the engine of this step is started with"
+REFUSED = {
+    "model": "set `policy` (of a judge: `ranker`) under `from`",
+    "dtype": "set `dtype` beside it",
+    "seed": "set `seed` beside it: each draw has a seed of its own",
+    "tensor_parallel_size": "set `tensor_parallel` in the profile, which reserves the GPUs",
+    "data_parallel_size": "set `max_workers` in the profile: each worker has an engine of its own",
+    "trust_remote_code": "code in a model's folder is not run",
+    "hf_token": "a key does not belong in a recipe; set HF_TOKEN in the environment",
+    "generation_config": CHANGES_LAW,
+    "override_generation_config": CHANGES_LAW,
+    "logits_processors": CHANGES_LAW,
+    "watermark_config": CHANGES_LAW,
+    **dict.fromkeys(
+        ("convert", "disable_log_stats", "enable_lora", "logprobs_mode", "max_lora_rank", "revision", "runner",
+         "skip_tokenizer_init", "tokenizer", "tokenizer_mode", "tokenizer_revision"), STARTED_WITH,
+    ),
+}  # fmt: skip
+
+
+@lru_cache
+def vllm_arguments() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, read from its source: to import it takes seconds and torch.
+
+    Empty where vLLM is not installed: the machine that plans need not be the one that samples. There, vLLM itself
+    refuses an unknown name before anything is drawn.
+    """
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    tree = ast.parse((Path(spec.origin).parent / "engine/arg_utils.py").read_text(encoding="utf-8"))
+    return frozenset(
+        item.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not item.target.id.startswith("_")
+    )
+
+
+def _check(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the options without those that are null, which is vLLM's default."""
+    names = vllm_arguments()
+    for name, value in (options or {}).items():
+        if name in REFUSED:
+            raise ValueError(f"{name} cannot be set here: {REFUSED[name]}")
+        if names and name not in names:
+            raise ValueError(f"{name} is no engine argument of the installed vLLM; {nearest(name, sorted(names))}")
+        if name == "max_model_len" and value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"max_model_len must be a number of tokens, got {value!r}")
+        if name == "speculative_config" and "synthetic" in str(value):
+            raise ValueError("speculative_config: synthetic rejection accepts tokens that the policy would not draw")
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must hold what JSON has, for vLLM reads it as such: {error}") from None
+    return {name: value for name, value in (options or {}).items() if value is not None} or None
+
+
+EngineOptions = Annotated[dict[str, Any] | None, AfterValidator(_check), ExecutionEntries(EXECUTION_OPTIONS)]
+
+
+def engine_problems(engine: str, options: Mapping[str, Any] | None) -> list[str]:
+    """Return at plan time why an engine takes no such options."""
+    if options and engine != "vllm":
+        return [f"engine_options: they are vLLM's, and the engine is {engine}; unset them, or set `engine: vllm`"]
+    return []
+
+
+def is_policy_itself(options: Mapping[str, Any] | None) -> bool:
+    """Return whether an engine with these options computes the network of the policy's folder, but for rounding."""
+    return (options or {}).keys() <= SAME_NETWORK
+
+
+def length_limit(length: int, options: Mapping[str, Any] | None) -> int:
+    """Return the longest sequence that the engine takes of a model with a context of `length`."""
+    return min(length, (options or {}).get("max_model_len", length))

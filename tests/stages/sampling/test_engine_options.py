@@ -1,0 +1,137 @@
+"""vLLM's engine arguments as an option: names, values, what is part of a key, and what the log-probs then are."""
+
+import json
+from typing import Any
+
+import pytest
+
+from schemas import WinnowError
+from stages.sampling.engines import Completion, open_engine
+from stages.sampling.engines.fake import FakeEngine
+from stages.sampling.engines.options import EXECUTION_OPTIONS, REFUSED, vllm_arguments
+from stages.sampling.sample import sample
+from stages.training.agreement import drawn
+from tests.runs import plan_of
+from tests.stages.network.test_limits import one_prompt
+
+VLLM = "sample.engine=vllm"
+LAW: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
+
+
+def key_of(data_dir, *sets, step="sample"):
+    return next(item.key for item in plan_of(data_dir, *sets).steps if item.name == step)
+
+
+def test_the_table_names_arguments_of_the_installed_vllm():
+    assert vllm_arguments() >= EXECUTION_OPTIONS | REFUSED.keys()
+    assert len(vllm_arguments()) > 200
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ("{gpu_memory_utilisation: 0.5}", ["gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'"]),
+        ("{tensor_parallel_size: 2}", ["tensor_parallel_size", "tensor_parallel` in the profile"]),
+        ("{dtype: bfloat16}", ["dtype", "set `dtype`"]),
+        ("{override_generation_config: {top_p: 0.5}}", ["override_generation_config", "distribution"]),
+        ("{hf_token: abc}", ["hf_token", "environment"]),
+        ("{max_model_len: -1}", ["max_model_len", "-1"]),
+        ("{speculative_config: {rejection_sample_method: synthetic}}", ["speculative_config", "policy"]),
+    ],
+)
+@pytest.mark.parametrize("place", ["sample.engine_options", "compare.by.engine_options"])
+def test_an_argument_that_cannot_be_is_refused_when_the_plan_is_made(data_dir, place, options, facts):
+    with pytest.raises(WinnowError) as refusal:
+        plan_of(data_dir, "compare.by=llm_judge", f"{place}={options}")
+    assert f"{place}: " in str(refusal.value)
+    for fact in facts:
+        assert fact in str(refusal.value)
+
+
+@pytest.mark.parametrize("place", ["sample", "compare.by"])
+def test_another_engine_refuses_them(data_dir, place):
+    """That of the demo is transformers for `sample`."""
+    sets = ["compare.by=llm_judge", f"{place}.engine=transformers", f"{place}.engine_options={{max_num_seqs: 8}}"]
+    with pytest.raises(WinnowError, match=r"engine_options: .*transformers.*engine: vllm"):
+        plan_of(data_dir, *sets)
+
+
+def test_speculation_with_what_vllm_cannot_speculate_with_is_refused(data_dir):
+    sets = [VLLM, "sample.engine_options={spec_method: ngram}", "sample.min_p=0.1"]
+    with pytest.raises(WinnowError, match=r"sample: min_p: .*spec_method"):
+        plan_of(data_dir, *sets)
+
+
+@pytest.mark.parametrize(
+    ("step", "place", "sets"),
+    [("sample", "sample", (VLLM,)), ("compare", "compare.by", ("compare.by=llm_judge",))],
+)
+def test_what_says_how_the_engine_runs_is_not_part_of_the_key(data_dir, step, place, sets):
+    plain = key_of(data_dir, *sets, step=step)
+    execution, numbers, both, default = (
+        key_of(data_dir, *sets, f"{place}.engine_options={options}", step=step)
+        for options in (
+            "{gpu_memory_utilization: 0.5, speculative_config: {method: ngram}}",
+            "{kv_cache_dtype: fp8}",
+            "{kv_cache_dtype: fp8, max_num_seqs: 8}",
+            "{kv_cache_dtype: null}",
+        )
+    )
+    assert execution == plain == default
+    assert numbers == both != plain
+
+
+def test_they_reach_vllm_over_winnows_own(tiny):
+    options = {"max_num_seqs": 9, "block_size": 64, "max_model_len": 100}
+    opened: Any = open_engine("vllm", tiny.folder, "float32", 1, json.dumps(options))
+    config = opened.llm.llm_engine.vllm_config
+    sizes = config.scheduler_config.max_num_seqs, config.cache_config.block_size, config.model_config.max_model_len
+    opened.close()
+    assert sizes == (9, 64, 100)
+    assert opened.window == 18
+
+
+def test_a_value_that_vllm_refuses_is_one_line_before_anything_is_drawn(tiny):
+    with pytest.raises(
+        WinnowError, match=r"engine_options: vLLM refuses .*kv_cache_dtype.*should be 'auto'"
+    ) as refusal:
+        open_engine("vllm", tiny.folder, "float32", 1, json.dumps({"kv_cache_dtype": "fp9"}))
+    assert "\n" not in str(refusal.value)
+
+
+class Recorder(FakeEngine):
+    """Engine that draws one token."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def generate(self, requests, sampling, progress=None):
+        self.lengths += [len(request.prompt_ids) for request in requests]
+        return [Completion([40], -1.0, "length") for _ in requests]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (None, "exact"),
+        ({"max_num_seqs": 8, "max_model_len": 100}, "exact"),
+        ({"kv_cache_dtype": "fp8"}, "approximate"),
+        ({"quantization": "fp8"}, "approximate"),
+        ({"hf_overrides": {"rope_theta": 1.0}}, "approximate"),
+    ],
+)
+def test_the_log_prob_of_another_network_is_approximate_and_compared_with_none(tiny, ctx, monkeypatch, options, kind):
+    monkeypatch.setattr("stages.sampling.sample.open_engine", lambda *arguments: Recorder())
+    (row,) = sample(one_prompt(), tiny, ctx, n=1, max_tokens=8, **LAW, engine_options=options).to_pylist()
+    assert row["logp_kind"] == kind
+    assert (drawn(row) is None) == (kind == "approximate")
+
+
+def test_prompts_are_rejected_by_the_length_that_the_engine_takes(tiny, ctx, monkeypatch):
+    monkeypatch.setattr("stages.sampling.sample.open_engine", lambda *arguments: Recorder())
+    prompts = one_prompt()
+    length = len(prompts["token_ids"][0])
+    options = {"max_model_len": length + 7}
+    assert sample(prompts, tiny, ctx, n=1, max_tokens=7, engine_options=options).num_rows == 1
+    assert sample(prompts, tiny, ctx, n=1, max_tokens=8, engine_options=options).num_rows == 0
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["prompt too long"]
