@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -59,12 +59,15 @@ def column_names(file: Path) -> list[str]:
         for magic, description in foreign.items():
             if head.startswith(magic.lower()):
                 raise WinnowError(f"{file.name}: this is {description}")
-        if suffix == PARQUET:
-            return list(pq.read_schema(file).names)
-        if suffix in DELIMITERS:
-            with closing(_open(file, "rt", **ESCAPED)) as lines:
-                names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
+        if suffix == PARQUET or suffix in DELIMITERS:
+            if suffix == PARQUET:
+                schema = pq.read_schema(file)
+                names, repeated = list(schema.names), _repeated_fields(schema)
+            else:
+                with closing(_open(file, "rt", **ESCAPED)) as lines:
+                    names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
+                repeated = _repeated(names)
+            if repeated:
                 raise WinnowError(f"{file.name}: more than one column {', '.join(map(repr, repeated))}; rename one")
             return names
         # In JSON a column exists where some row has it; rows that cannot be read are the stage's to reject.
@@ -96,42 +99,72 @@ def file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -
     elif suffix in DELIMITERS:
         yield from _delimited_rows(file, DELIMITERS[suffix], reject)
     elif suffix == JSON and _is_json_list(file):
+        keys = RepeatedKeys()
         with closing(_open(file, "rt", **ESCAPED)) as stream:
-            for number, (text, item) in enumerate(json_items(stream)):
-                location = f"{file.name}:{number}"
+            for number, (text, item) in enumerate(json_items(stream, keys)):
+                location, repeated = f"{file.name}:{number}", keys.pop()
                 if ESCAPES.search(text):
                     reject("bad UTF-8", place=location, detail=ascii(text))
+                elif repeated:
+                    reject("a key twice", place=location, detail=f"{', '.join(map(repr, repeated))} in {text}")
                 elif not isinstance(item, dict):
                     reject("not a JSON object", place=location, detail=repr(item))
                 else:
                     yield location, item
     else:
+        keys = RepeatedKeys()
+        decode = json.JSONDecoder(object_pairs_hook=keys).decode
         with closing(_open(file, "rb")) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 location = f"{file.name}:{number}"
+                keys.pop()  # of a line before that could not be read to its end
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
+                    row = decode(line.decode("utf-8-sig"))
                 except UnicodeDecodeError as error:
                     reject("bad UTF-8", place=location, detail=str(error))
                 except (ValueError, RecursionError) as error:
                     reject("not JSON", place=location, detail=str(error))
                 else:
-                    if isinstance(row, dict):
+                    if repeated := keys.pop():
+                        reject("a key twice", place=location, detail=f"{', '.join(map(repr, repeated))} in {row}")
+                    elif isinstance(row, dict):
                         yield location, row
                     else:
                         reject("not a JSON object", place=location, detail=repr(row))
 
 
-def json_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
+class RepeatedKeys:
+    """Hook of a JSON decoder that notes the keys which an object has more than once: only the last would be read."""
+
+    def __init__(self) -> None:
+        self.names = set[str]()
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            self.names.update(_repeated([name for name, _ in pairs]))
+        return row
+
+    def pop(self) -> list[str]:
+        """Return the keys noted so far, and forget them."""
+        names, self.names = sorted(self.names), set()
+        return names
+
+
+def json_items(
+    stream: IO[str], hook: Callable[[list[tuple[str, Any]]], Row] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Yield (text, value) of each item of a JSON list, which is read piece by piece and not held in memory.
+
+    `hook` is a decoder's `object_pairs_hook`; it may see a part of an item before it sees all of it.
 
     Values are those of `json.loads`, as for a line of JSONL. (ijson's fast backend changes half surrogate pairs to `?`
     and ends at NaN and at integers of more than 64 bits; the readers of DuckDB and Arrow give all rows one type.)
     Raises json.JSONDecodeError where the list is damaged or has no end.
     """
-    decode, text, position = json.JSONDecoder().raw_decode, "", 0
+    decode, text, position = json.JSONDecoder(object_pairs_hook=hook).raw_decode, "", 0
 
     def next_character() -> str:
         """Move `position` over blanks; return the character there, or nothing at the end of the file."""
@@ -191,6 +224,20 @@ def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None]) -> 
                 reject("bad UTF-8", place=location, detail=ascii(row))
             else:
                 yield location, row
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+
+
+def _repeated_fields(fields: Iterable[pa.Field]) -> list[str]:
+    """Return the names that several columns have, or several fields of one struct."""
+    fields = list(fields)
+    nested = ([field.type.field(n) for n in range(field.type.num_fields)] for field in fields)
+    return [
+        *_repeated([field.name for field in fields]),
+        *(name for inner in nested for name in _repeated_fields(inner)),
+    ]
 
 
 def _is_json_list(file: Path) -> bool:

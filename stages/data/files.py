@@ -196,10 +196,15 @@ def check_reader(options: dict[str, Any]) -> list[str]:
 
 def check_no_columns(options: Mapping[str, Any], **defaults: str | None) -> list[str]:
     """Check at plan time that a stage with a `reader`, which knows its columns, has no other column options."""
-    columns = [f"{name}: {options[name]}" for name, default in defaults.items() if options[name] != default]
-    return (
-        [f"`{', '.join(columns)}`: with a `reader`, columns are named by its own options; unset it"] if columns else []
+    changed = {name: default for name, default in defaults.items() if options[name] != default}
+    if not changed:
+        return []
+    values, unset = (
+        ", ".join(f"{name}: {'null' if value is None else value}" for name, value in columns.items())
+        for columns in ({name: options[name] for name in changed}, changed)
     )
+    # A recipe may have set them, which only a value written in a config outranks.
+    return [f"`{values}`: with a `reader`, columns are named by its own options; set `{unset}` beside it"]
 
 
 def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

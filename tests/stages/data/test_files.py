@@ -3,6 +3,7 @@
 import math
 import random
 import shutil
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -88,6 +89,10 @@ BAD_LINES = [
     (b'{"other": 1}', "no prompt"),
     (b'{"prompt": null}', "no prompt"),
     (b'{"prompt": "  \\n"}', "empty prompt"),
+    (b'{"prompt": " \\u200b\\ufeff\\u00ad"}', "empty prompt"),
+    (b'{"prompt": "one", "prompt": "two"}', "a key twice"),
+    (b'{"prompt": [{"role": "user", "content": "one", "content": "two"}]}', "a key twice"),
+    (b'{"a": {"b": 1, "b": 2}, ', "not JSON"),
     (b'{"prompt": 7}', "prompt is not text"),
     (b'{"prompt": {"role": "user"}}', "prompt is not text"),
     (b'{"prompt": []}', "empty prompt"),
@@ -140,7 +145,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tiny, ctx, tmp_path):
 @given(st.one_of(st.none(), st.integers(), st.text(), st.lists(st.integers())))
 def test_text_of_is_the_text_itself_or_a_reason(value):
     """Nothing is stripped, repaired or turned into text."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in value):
         assert text_of({"a": value}, "a") == value
     else:
         with pytest.raises(ValueError, match=r"^(no a|empty a|a is not text)$"):
@@ -308,6 +313,11 @@ SCORES: Any = [
     (1.5, None, "probability is not in (0, 1)"),
     (-0.1, None, "probability is not in (0, 1)"),
     ("high", "reward is not a number", "reward is not a number"),
+    ("1_0", "reward is not a number", "reward is not a number"),
+    ("٣", "reward is not a number", "reward is not a number"),
+    ("nan", "reward is not a number", "reward is not a number"),
+    (" 2.5e-1 ", None, None),
+    (True, None, "reward is not a number"),
     (None, "reward is not a number", "reward is not a number"),
     (0.75, None, None),
 ]
@@ -379,3 +389,31 @@ def test_a_row_without_its_score_is_rejected_and_a_column_that_no_row_has_is_nam
             with pytest.raises(WinnowError, match=rf"{file}: no column 'p'; it has .*'score'"):
                 own_candidates(tiny, ctx, path=path, **{column: "p"})
     assert len(ctx.rejects) == 6
+
+
+@pytest.mark.parametrize("options", [{"reader": {"name": "unpaired"}}, {"response": "completion", "reward": "label"}])
+def test_labels_are_known_as_labels_from_a_reader_and_from_a_column(tiny, ctx, tmp_path, options):
+    """A rule that is for the right ones must not take the best of a prompt whose responses are all wrong."""
+    rows = [{"prompt": "a", "completion": f"Answer {n}.", "label": n == 0} for n in range(3)]
+    _, _, rewards = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), **options)
+    assert set(rewards.column("label_threshold").to_pylist()) == {0.5}
+
+
+def test_a_label_is_true_or_false_or_0_or_1(tiny, ctx, tmp_path):
+    """Anything else is a rating, and no label: a gap of 8 between two of them would decide a pair."""
+    labels = [True, False, 1, 0.0, "true", "False", "1", 3, -5, 0.7, "1_0", "yes", None, [1]]
+    rows = [{"prompt": "a", "completion": f"Answer {n}.", "label": label} for n, label in enumerate(labels)]
+    _, answers, rewards = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), reader={"name": "unpaired"})
+    text = {row["candidate_id"]: row["text"] for row in answers.to_pylist()}
+    reward_by_text = {text[row["candidate_id"]]: row["reward"] for row in rewards.to_pylist()}
+    assert [reward_by_text.get(f"Answer {n}.") for n in range(7)] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    assert [place for place, _ in reasons(ctx)] == [f"in.jsonl:{n}" for n in range(8, 15)]
+
+
+def test_a_reader_beside_columns_names_the_line_that_lets_it_read(tmp_path):
+    """Recipes set columns too, as kto_direct does: only their defaults, written out, outrank these."""
+    check = entry_of(own_candidates).metadata["signature"].check
+    options = {name: field.default for name, field in entry_of(own_candidates).options.model_fields.items()}
+    options |= dict(dataset="a/b", revision="abc", reader="unpaired", response="completion", reward="label")
+    (problem,) = check(options, {})
+    assert "`response: response, reward: null`" in problem

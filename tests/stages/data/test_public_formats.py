@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -470,13 +471,15 @@ def test_a_list_in_json_and_a_table_in_tsv_are_read(tiny, tmp_path):
 def test_bad_items_of_a_json_list_and_bad_rows_of_a_table_are_rejected_one_by_one(tiny, ctx, tmp_path):
     """A list that is cut short ends with an error; a quote that is never closed would hide all rows behind it."""
     (tmp_path / "in.json").write_bytes(
-        b'[{"prompt": "good"}, 7, {"prompt": "bad \xff"}, {"prompt": NaN}, {"prompt": "ok"}]'
+        b'[{"prompt": "good"}, 7, {"prompt": "bad \xff"}, {"prompt": NaN}, {"prompt": "ok"},'
+        b' {"prompt": 1, "prompt": "x"}]'
     )
     assert texts(prompts(tiny, ctx, path=DataPath(str(tmp_path / "in.json")))) == ["good", "ok"]
     (tmp_path / "in.csv").write_text("prompt,other\nHi,1\nHello, world,2\nHo,3\n")
     assert texts(prompts(tiny, ctx, path=DataPath(str(tmp_path / "in.csv")))) == ["Hi", "Ho"]
     assert reasons(ctx) == [("in.json:1", "not a JSON object"), ("in.json:2", "bad UTF-8"),
-                            ("in.json:3", "prompt is not text"), ("in.csv:3", "more cells than columns")]  # fmt: skip
+                            ("in.json:3", "prompt is not text"), ("in.json:5", "a key twice"),
+                            ("in.csv:3", "more cells than columns")]  # fmt: skip
     (tmp_path / "in.json").write_text('[{"prompt": "good"}, {"prompt":')
     (tmp_path / "in.csv").write_text('prompt\nHi\n"Hello\nHo\n')
     for name in ("in.json", "in.csv"):
@@ -486,6 +489,11 @@ def test_bad_items_of_a_json_list_and_bad_rows_of_a_table_are_rejected_one_by_on
     assert "cannot be read after in.csv:2" in problems(preferences, tmp_path / "in.csv")[0]
     (tmp_path / "in.csv").write_text("prompt,prompt\nHi,Ho\n")
     assert "more than one column 'prompt'; rename one" in problems(preferences, tmp_path / "in.csv")[0]
+    twice = pa.table([["Hi"], ["Ho"]], names=["prompt", "prompt"])
+    parts = pa.array([[("Hi", "Ho")]], pa.list_(pa.struct([("text", pa.string()), ("text", pa.string())])))
+    for table, name in ((twice, "prompt"), (pa.table({"prompt": parts}), "text")):
+        pq.write_table(table, tmp_path / "in.parquet")
+        assert f"more than one column '{name}'; rename one" in problems(preferences, tmp_path / "in.parquet")[0]
 
 
 @given(st.lists(values, max_size=5), st.integers(1, 9), st.sampled_from([None, 1]), st.booleans())
