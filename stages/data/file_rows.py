@@ -78,31 +78,35 @@ def column_names(file: Path) -> list[str]:
         raise WinnowError(f"{file.name}: not a complete {KINDS.get(suffix, 'JSONL')} file ({error}): {cure}") from None
 
 
-def file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) of a file: all columns of a text file, `columns` of Parquet.
+def file_rows(
+    file: Path, columns: Sequence[str], reject: Callable[..., None], name: str = ""
+) -> Iterator[tuple[str, Row]]:
+    """Yield (location, row) of a file: all columns of a text file, those of `columns` that a Parquet file has.
 
-    The location is `name:line` of JSONL, CSV and TSV, `name:row`, counted from 0, of Parquet and a JSON list.
+    The location is `name:line` of JSONL, CSV and TSV, `name:row`, counted from 0, of Parquet and a JSON list; `name`
+    is by default that of the file without its folder.
     """
-    suffix = _suffix(file)
+    suffix, name = _suffix(file), name or file.name
     if suffix == PARQUET:
         number = 0
         # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
+        columns = [column for column in columns if column in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(batch_size=4096, columns=columns):
             for n in range(batch.num_rows):
-                location = f"{file.name}:{number + n}"
+                location = f"{name}:{number + n}"
                 try:
-                    yield location, {name: batch.column(name)[n].as_py() for name in columns}
+                    yield location, {column: batch.column(column)[n].as_py() for column in columns}
                 except UnicodeDecodeError as error:
                     reject("bad UTF-8", place=location, detail=str(error))
             number += batch.num_rows
     elif suffix in DELIMITERS:
-        yield from _delimited_rows(file, DELIMITERS[suffix], reject)
+        yield from _delimited_rows(file, DELIMITERS[suffix], reject, name)
     elif suffix == JSON and _is_json_list(file):
         keys = RepeatedKeys()
         with closing(_open(file, "rt", **ESCAPED)) as stream:
             for number, (text, item) in enumerate(json_items(stream, keys)):
-                location, repeated = f"{file.name}:{number}", keys.pop()
+                location, repeated = f"{name}:{number}", keys.pop()
                 if ESCAPES.search(text):
                     reject("bad UTF-8", place=location, detail=ascii(text))
                 elif repeated:
@@ -118,7 +122,7 @@ def file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                location = f"{file.name}:{number}"
+                location = f"{name}:{number}"
                 keys.pop()  # of a line before that could not be read to its end
                 try:
                     row = decode(line.decode("utf-8-sig"))
@@ -210,14 +214,14 @@ def json_items(
         raise json.JSONDecodeError("text behind the list", text, position)
 
 
-def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
+def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None], name: str) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a CSV or TSV file; one with more cells than the header is rejected, for they have no names."""
     csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
     with closing(_open(file, "rt", **ESCAPED)) as lines:
         # Strict: a quote that is not closed would take all rows behind it into its own.
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         for row in reader:
-            location = f"{file.name}:{reader.line_num}"
+            location = f"{name}:{reader.line_num}"
             if None in row:
                 reject("more cells than columns", place=location, detail=ascii(row))
             elif ESCAPES.search("".join(map(str, row.values()))):

@@ -1,5 +1,6 @@
 """Files of users: formats, rows that are rejected one by one with reason and location, BOS and EOS exactly once."""
 
+import gzip
 import math
 import random
 import shutil
@@ -22,7 +23,7 @@ from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
 from schemas import Model, WinnowError, conform
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS, REWARDS
-from stages.data.files import DataSource
+from stages.data.files import DataSource, check_source
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
@@ -169,7 +170,7 @@ def test_one_source_is_required_at_plan_time(tmp_path):
     file = jsonl(tmp_path / "empty" / "deep", ROWS)
     assert DataSource(file).check(["prompt"]) == []
     assert "only folders and data sets have subsets" in DataSource(file, subset="deep").check(["prompt"])[0]
-    for subset in (None, "deep"):
+    for subset in (None, "empty/deep"):
         assert DataSource(folder, subset=subset).check([]) == []
         assert DataSource(dataset="a/b", revision="abc", subset=subset).check([]) == []
 
@@ -417,3 +418,69 @@ def test_a_reader_beside_columns_names_the_line_that_lets_it_read(tmp_path):
     options |= dict(dataset="a/b", revision="abc", reader="unpaired", response="completion", reward="label")
     (problem,) = check(options, {})
     assert "`response: response, reward: null`" in problem
+
+
+# Folders
+
+
+def test_a_file_is_read_alike_by_itself_and_in_a_folder(tiny, ctx, tmp_path):
+    """Responses such as "None", "NA" and "007" are text; a cell without one is rejected; files are one table."""
+    rows = [("a", "None", "NA"), ("b", "007", "1.50"), ("c", "null", "true"), ("d", "", "x")]
+    lines = ["prompt,chosen,rejected", *map(",".join, rows)]
+    (tmp_path / "parts" / "deep").mkdir(parents=True)
+    for file, some in (("in.csv", lines), ("parts/a.csv", lines[:3]), ("parts/deep/b.csv", [lines[0], *lines[3:]])):
+        (tmp_path / file).write_text("\n".join(some) + "\n")
+    by_file, by_folder = (preferences(tiny, ctx, path=DataPath(str(tmp_path / name))) for name in ("in.csv", "parts"))
+    assert all(one.equals(other) for one, other in zip(by_file, by_folder, strict=True))
+    assert by_file[2].num_rows == 3
+    assert reasons(ctx) == [("in.csv:5", "empty chosen"), ("deep/b.csv:3", "empty chosen")]
+
+
+def test_json_and_parquet_in_a_folder_keep_their_types(tiny, ctx, tmp_path):
+    """`datasets` gives a column one type in all rows: keys that a message lacks, and texts that look like dates."""
+    rows = [{"prompt": "a", "day": "2026-01-31"}, {"prompt": MESSAGES, "day": None}]
+    for n, row in enumerate(rows):
+        jsonl(tmp_path, [row], f"{n}.jsonl")
+    table = prompts(tiny, ctx, path=DataPath(str(tmp_path)))
+    assert texts(table) == sorted(["a", "user: Hello.\nassistant: Yes?\nuser: A boat."])
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["a.jsonl", "c.jsonl", "b.csv"], ["b.csv"]),
+        (["a.jsonl", "c.jsonl", "b.parquet", "d.tsv"], ["b.parquet", "d.tsv"]),
+        (["train_a.jsonl", "more.jsonl"], ["more.jsonl"]),
+        (["train/a.jsonl", "more.jsonl"], ["more.jsonl"]),
+        (["train.jsonl", "test.jsonl"], []),
+        (["a.jsonl", "b.json", "c.jsonl.gz", "LICENSE.txt", ".hidden.jsonl", "config.json"], []),
+    ],
+)
+def test_a_file_of_a_folder_that_no_split_reads_is_named_when_the_plan_is_made(tmp_path, names, unread):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
+        else:
+            (tmp_path / name).write_text('{"prompt": "a"}\n' if ".json" in name else "prompt\na\n")
+    listed = check_source(options_of_source(tmp_path), ["prompt"])
+    assert not listed if not unread else f"{', '.join(unread)} would not be read" in listed[0]
+
+
+def test_a_split_that_a_folder_lacks_is_refused_when_the_plan_is_made(tmp_path):
+    """A name with `test` in it makes the folder one of that split alone."""
+    for name in ("a.jsonl", "my_test_set.jsonl"):
+        jsonl(tmp_path, [{"prompt": "a"}], name)
+    assert "no split 'train': it has 'test'" in check_source(options_of_source(tmp_path), ["prompt"])[0]
+
+
+def test_columns_of_a_folder_are_checked_when_the_plan_is_made(tmp_path):
+    """A column exists where a file of the split has it."""
+    jsonl(tmp_path, [{"prompt": "a"}], "a.jsonl")
+    jsonl(tmp_path, [{"prompt": "a", "extra": "b"}], "b.jsonl")
+    assert check_source(options_of_source(tmp_path), ["prompt", "extra"]) == []
+    assert "no column 'question'" in check_source(options_of_source(tmp_path), ["question"])[0]
+
+
+def options_of_source(path):
+    return dict(path=DataPath(str(path)), dataset=None, revision=None, subset=None, dataset_split="train")

@@ -438,11 +438,16 @@ def test_columns_that_may_be_part_of_the_prompt_are_read_by_option_or_named(tiny
     assert set(answers["prompt_id"].to_pylist()) == set(table["prompt_id"].to_pylist())
 
 
-def test_columns_of_a_folder_that_may_be_part_of_the_prompt_are_named_where_it_is_read(tiny, ctx, tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", [ORCA])
+def test_columns_of_a_folder_that_may_be_part_of_the_prompt_are_named(tiny, ctx, tmp_path):
+    """When the plan is made, and where only the stage opens it: of a saved data set."""
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", [ORCA])
+    datasets.Dataset.from_list([ORCA]).save_to_disk(tmp_path / "saved")
     reader = {"name": "columns", "prompt": "question"}
     with pytest.warns(WinnowWarning, match="'system' may be part of the prompt, and is not read"):
-        preferences(tiny, ctx, path=DataPath(str(tmp_path)), reader=reader)
+        assert problems(preferences, tmp_path / "files", reader) == []
+    with pytest.warns(WinnowWarning, match="'system' may be part of the prompt, and is not read"):
+        preferences(tiny, ctx, path=DataPath(str(tmp_path / "saved")), reader=reader)
 
 
 def test_a_reader_names_its_own_columns(tmp_path):
