@@ -19,7 +19,7 @@ from pipeline.registry import Entry
 from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
-from pipeline.store.storage import download, send
+from pipeline.store.storage import download, named, send
 from pipeline.store.store import Json, StepFolder, Store, add_records, model_name
 from schemas import MachineError, Model, WinnowError, combine_chunks, conform, shard_of, table_name
 from schemas.tables import REJECTS
@@ -115,7 +115,7 @@ def execute(
     """Run one task: read its inputs, call the stage, check the tables against their schemas, and write them."""
     signature = spec.signature
     keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
-    with cache.clock.share() as seconds, local_folder(spec.out) as folder:
+    with named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
         ctx = StageContext(folder, cache, progress, resources, spec.out.path)
 
         # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs

@@ -184,8 +184,8 @@ class DataSource:
             listed = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
             raise WinnowError(
                 f"path {folder}: {listed} would not be read. In a folder, only files of one kind are, the most frequent"
-                " one; and if a name (or a folder's) has train, validation or test in it, only files with one of these, "
-                "one of which `dataset_split` names. Rename or move what is not read, or give one file as path"
+                " one; and if a name (or a folder's) has train, validation or test in it, only files with one of these,"
+                " one of which `dataset_split` names. Rename or move what is not read, or give one file as path"
             )
 
     def _split_files(self) -> tuple[Any, dict[str, str], dict[str, list[str]]]:
