@@ -15,6 +15,7 @@ from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
 from jobs.commands.query import export, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run
+from pipeline.execution.retries import describe_os_error
 from pipeline.execution.run import commit
 from schemas import WinnowError, WinnowWarning
 
@@ -65,7 +66,7 @@ def main() -> None:
         _print_problems(*error.problems, *resume.advice(error))
         raise SystemExit(2) from None
     except OSError as error:
-        _print_problems(str(error), *resume.advice(error))
+        _print_problems(describe_os_error(error), *resume.advice(error))
         raise SystemExit(2) from None
     except SystemExit as error:
         if error.code in SIGNALS:

@@ -4,19 +4,15 @@ Data, models and the environment are not sent.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jobs import recipes
 from jobs.tables import format_size
-from pipeline.config.keys import key_of
+from pipeline.config.keys import content_paths, key_of
 from pipeline.config.plan import Plan
 from pipeline.config.recipe import merged
 from pipeline.config.yaml import dump
 from pipeline.execution.run import PACKAGES, SHIPPED, commit
-from pipeline.registry import Bound
-from pipeline.store.fingerprints import ContentPath
 from schemas import WinnowError
 
 ROOT = Path(__file__).parents[1]
@@ -83,18 +79,8 @@ def check_paths(plans: list[Plan]) -> None:
         f"write {path.path}, or in a file ./{Path(path.written).name} for a path relative to that file"
         for plan in plans
         for step in plan.steps
-        for path in _content_paths(step.options)
+        for path in content_paths(step.options)
         if not Path(path.written).is_absolute() and not getattr(path, "hub_name", None)  # looked up there
     ]
     if problems:
         raise WinnowError(*dict.fromkeys(problems))
-
-
-def _content_paths(value: Any) -> Iterator[ContentPath]:
-    if isinstance(value, ContentPath):
-        yield value
-    elif isinstance(value, Bound):
-        yield from _content_paths(value.options)
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _content_paths(item)

@@ -1,6 +1,7 @@
 """Canonical JSON and its hash: the key of a step. Values without stable bytes are refused."""
 
 import json
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -25,6 +26,17 @@ def canonical(value: Any) -> Any:
     if isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return {name: canonical(item) for name, item in value.items()}
     raise TypeError(f"{type(value).__name__} has no stable bytes, so it cannot be part of a key: {value!r}")
+
+
+def content_paths(value: Any) -> Iterator[ContentPath]:
+    """Yield the files and folders in an option, those in options of its functions included."""
+    if isinstance(value, ContentPath):
+        yield value
+    elif isinstance(value, Bound):
+        yield from content_paths(value.options)
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from content_paths(item)
 
 
 def encode(identity: Any) -> str:

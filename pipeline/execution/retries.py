@@ -15,6 +15,7 @@ If nothing of a step has ever succeeded, the prompts are not the cause, and the 
      `- a piece: once no other piece is open --------------------------> the pieces are joined to the part
 """
 
+import errno
 from collections import Counter, defaultdict
 
 from pipeline.execution.tasks import POISON, StepSpec, Task, join
@@ -23,6 +24,18 @@ from schemas import MachineError, WinnowError
 MAX_ATTEMPTS = 3
 # Of the operating system's errors, those that the same call gives again: not a full disk, not a lost connection.
 LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+FULL = "free some space there, or set --store to a folder on another disk"
+DENIED = "let this user write and read there, or set --store to another folder"
+CURES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.EROFS: DENIED,
+    errno.EMFILE: "raise the limit of open files of this shell, as in `ulimit -n 65536`",
+    errno.ENFILE: "too many files are open on this machine; end other programs",
+    errno.ENOMEM: "end other programs, or give this one more memory",
+}
 MAX_POISON_PROMPTS = 8  # rejected per step; beyond that the cause is elsewhere
 
 
@@ -34,6 +47,12 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, LASTING)
     return isinstance(error, MachineError | MemoryError)
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the message of an error of the operating system, with what to do about it where that is known."""
+    cure = CURES.get(error.errno or 0)
+    return f"{error}; {cure}" if cure else str(error)
 
 
 def failure(message: str, error: BaseException) -> WinnowError:
@@ -73,7 +92,8 @@ class Retries:
         Raise WinnowError if the step cannot succeed.
         """
         # Of a traceback, the last line has the cause; of that line the beginning, for some are long
-        lines = str(error).strip().splitlines()
+        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        lines = text.strip().splitlines()
         message = lines[-1].strip()[:200] if lines else type(error).__name__
         self.attempts[task] += 1
         self._last_error = error

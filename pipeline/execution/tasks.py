@@ -12,15 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.config.keys import content_paths
 from pipeline.config.plan import Step
 from pipeline.context import ProgressCallback, StageContext, WarmCache
 from pipeline.registry import Entry
 from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
-from pipeline.store.storage import download, send
+from pipeline.store.storage import download, named, send
 from pipeline.store.store import Json, StepFolder, Store, add_records, model_name
-from schemas import Model, WinnowError, combine_chunks, conform, shard_of, table_name
+from schemas import MachineError, Model, WinnowError, combine_chunks, conform, shard_of, table_name
 from schemas.tables import REJECTS
 
 POISON = "killed its worker"  # reason of a reject: stored in tables
@@ -114,7 +115,7 @@ def execute(
     """Run one task: read its inputs, call the stage, check the tables against their schemas, and write them."""
     signature = spec.signature
     keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
-    with cache.clock.share() as seconds, local_folder(spec.out) as folder:
+    with named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
         ctx = StageContext(folder, cache, progress, resources, spec.out.path)
 
         # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
@@ -139,6 +140,7 @@ def execute(
             context = {signature.context_parameter: ctx} if signature.context_parameter else {}
             with spec.entry.failures():
                 result = spec.entry.fn(**inputs, **context, **spec.options)
+            _check_contents(spec)
             items = result if isinstance(result, tuple) else (result,)
             results = [item for item in items if not isinstance(item, Model)]
             expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
@@ -165,6 +167,18 @@ def execute(
             return
     out = spec.out if task.span is None else spec.piece(task)
     out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost, ctx.measures) | {"inputs": keys})
+
+
+def _check_contents(spec: StepSpec) -> None:
+    """Raise MachineError if files that a step has read are no longer those of its key.
+
+    Its result would be stored, for good, as that of the content before. A run later plans with the content of then.
+    """
+    if changed := [file for path in content_paths(spec.options) for file in path.changes()]:
+        raise MachineError(
+            f"{spec.name}: {', '.join(changed)} changed after the plan was made, so that the step's key stands "
+            "for other content than what was read; nothing of this step is stored: run again once nothing writes there"
+        )
 
 
 @contextmanager

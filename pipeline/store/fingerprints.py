@@ -4,7 +4,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,34 @@ SETTLED_AFTER = 2 * 10**9  # nanoseconds; a file changed more recently may chang
 
 
 class ContentPath:
-    """Path that stands for its content: checked when the recipe is read, hashed when a key needs its digest."""
+    """Path that stands for its content: checked when the recipe is read, hashed when a key needs its digest.
+
+    The content is that of this first time, on workers too: what a step reads later must be the same (`changes`).
+    """
 
     def __init__(self, path: str) -> None:
         self.written = path
         self.path = Path(path).expanduser().resolve()
         self.check()
 
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Return the digest of each file by its name in the folder, of a single file as `.`."""
+        return digests_of(self.path, self.files())
+
     @property
     def digest(self) -> str:
-        return digest_of(self.path)
+        return _digest_of_all(self.contents)
+
+    def files(self) -> list[Path] | None:
+        """Return the files of the folder that count, None if all do."""
+        return None
+
+    def changes(self) -> list[str]:
+        """Return the paths of files that changed, came or went since `contents` was read."""
+        now = digests_of(self.path, self.files())
+        names = sorted(name for name, _ in self.contents.items() ^ now.items())
+        return [str(self.path / name) for name in dict.fromkeys(names)]
 
     @property
     def source(self) -> str:
@@ -152,9 +170,8 @@ class ModelPath(HubPath):
         if problems:
             raise ValueError("; ".join(f"model folder {self.path}: {problem}" for problem in problems))
 
-    @property
-    def digest(self) -> str:
-        return model_digest(self.path)
+    def files(self) -> list[Path]:
+        return model_files(self.path)
 
 
 class AdapterPath(HubPath):
@@ -183,9 +200,8 @@ class AdapterPath(HubPath):
         name = str(self._config().get("base_model_name_or_path"))
         return name.removeprefix(BASE) if name.startswith(BASE) else None
 
-    @property
-    def digest(self) -> str:
-        return model_digest(self.path)
+    def files(self) -> list[Path]:
+        return model_files(self.path)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -200,11 +216,22 @@ def model_digest(folder: Path) -> str:
 
 def digest_of(path: Path, files: list[Path] | None = None) -> str:
     """Return the digest of a file's bytes, or of files (all) in a folder with their relative names; 64 hex digits."""
+    return _digest_of_all(digests_of(path, files))
+
+
+def digests_of(path: Path, files: list[Path] | None = None) -> dict[str, str]:
+    """Return the digests of files (all) in a folder by their relative names, or that of a file as `.`."""
     if path.is_file():
-        return _digest_of_file(path, _file_state(path))
-    if files is None:
+        files = [path]
+    elif files is None:
         files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = (f"{file.relative_to(path).as_posix()} {digest_of(file)}\n" for file in files)
+    return {file.relative_to(path).as_posix(): _digest_of_file(file, _file_state(file)) for file in files}
+
+
+def _digest_of_all(digests: dict[str, str]) -> str:
+    if digests.keys() == {"."}:
+        return digests["."]
+    lines = (f"{name} {digest}\n" for name, digest in digests.items())
     return sha256("".join(lines).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ that only the first writer wins, and a local copy of what only programs on this 
 the environment (AWS_*, GOOGLE_APPLICATION_CREDENTIALS) and are never written anywhere.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Location = Union[Path, "UPath"]
+OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 READERS = 16  # files that are read at once: an object store answers many requests in the time of one
 
 
@@ -54,11 +56,23 @@ def cache() -> Path:
 def _as_os_error(location: Location) -> Iterator[None]:
     """Turn any error of an object store's library into an OSError that names the location, as a disk's errors do."""
     try:
-        yield
+        with named(location):
+            yield
     except OSError:
         raise
     except Exception as error:
         raise OSError(f"{location}: {type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def named(location: Location) -> Iterator[None]:
+    """Name the location in an error of the operating system that names no file, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_A_DISK or error.filename is not None or str(location) in str(error):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(location)) from error
 
 
 def read(path: Location) -> bytes:
@@ -157,7 +171,8 @@ def complete_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}")  # no other process or thread uses it
     try:
-        yield scratch
+        with named(path):
+            yield scratch
         if overwrite:
             scratch.replace(path)
         else:

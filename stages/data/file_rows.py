@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -59,12 +59,15 @@ def column_names(file: Path) -> list[str]:
         for magic, description in foreign.items():
             if head.startswith(magic.lower()):
                 raise WinnowError(f"{file.name}: this is {description}")
-        if suffix == PARQUET:
-            return list(pq.read_schema(file).names)
-        if suffix in DELIMITERS:
-            with closing(_open(file, "rt", **ESCAPED)) as lines:
-                names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
+        if suffix == PARQUET or suffix in DELIMITERS:
+            if suffix == PARQUET:
+                schema = pq.read_schema(file)
+                names, repeated = list(schema.names), _repeated_fields(schema)
+            else:
+                with closing(_open(file, "rt", **ESCAPED)) as lines:
+                    names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
+                repeated = _repeated(names)
+            if repeated:
                 raise WinnowError(f"{file.name}: more than one column {', '.join(map(repr, repeated))}; rename one")
             return names
         # In JSON a column exists where some row has it; rows that cannot be read are the stage's to reject.
@@ -75,63 +78,97 @@ def column_names(file: Path) -> list[str]:
         raise WinnowError(f"{file.name}: not a complete {KINDS.get(suffix, 'JSONL')} file ({error}): {cure}") from None
 
 
-def file_rows(file: Path, columns: Sequence[str], reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) of a file: all columns of a text file, `columns` of Parquet.
+def file_rows(
+    file: Path, columns: Sequence[str], reject: Callable[..., None], name: str = ""
+) -> Iterator[tuple[str, Row]]:
+    """Yield (location, row) of a file: all columns of a text file, those of `columns` that a Parquet file has.
 
-    The location is `name:line` of JSONL, CSV and TSV, `name:row`, counted from 0, of Parquet and a JSON list.
+    The location is `name:line` of JSONL, CSV and TSV, `name:row`, counted from 0, of Parquet and a JSON list; `name`
+    is by default that of the file without its folder.
     """
-    suffix = _suffix(file)
+    suffix, name = _suffix(file), name or file.name
     if suffix == PARQUET:
         number = 0
         # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        for batch in parquet.iter_batches(batch_size=4096, columns=list(columns)):
+        columns = [column for column in columns if column in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(batch_size=4096, columns=columns):
             for n in range(batch.num_rows):
-                location = f"{file.name}:{number + n}"
+                location = f"{name}:{number + n}"
                 try:
-                    yield location, {name: batch.column(name)[n].as_py() for name in columns}
+                    yield location, {column: batch.column(column)[n].as_py() for column in columns}
                 except UnicodeDecodeError as error:
                     reject("bad UTF-8", place=location, detail=str(error))
             number += batch.num_rows
     elif suffix in DELIMITERS:
-        yield from _delimited_rows(file, DELIMITERS[suffix], reject)
+        yield from _delimited_rows(file, DELIMITERS[suffix], reject, name)
     elif suffix == JSON and _is_json_list(file):
+        keys = RepeatedKeys()
         with closing(_open(file, "rt", **ESCAPED)) as stream:
-            for number, (text, item) in enumerate(json_items(stream)):
-                location = f"{file.name}:{number}"
+            for number, (text, item) in enumerate(json_items(stream, keys)):
+                location, repeated = f"{name}:{number}", keys.pop()
                 if ESCAPES.search(text):
                     reject("bad UTF-8", place=location, detail=ascii(text))
+                elif repeated:
+                    reject("a key twice", place=location, detail=f"{', '.join(map(repr, repeated))} in {text}")
                 elif not isinstance(item, dict):
                     reject("not a JSON object", place=location, detail=repr(item))
                 else:
                     yield location, item
     else:
+        keys = RepeatedKeys()
+        decode = json.JSONDecoder(object_pairs_hook=keys).decode
         with closing(_open(file, "rb")) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                location = f"{file.name}:{number}"
+                location = f"{name}:{number}"
+                keys.pop()  # of a line before that could not be read to its end
                 try:
-                    row = json.loads(line.decode("utf-8-sig"))
+                    row = decode(line.decode("utf-8-sig"))
                 except UnicodeDecodeError as error:
                     reject("bad UTF-8", place=location, detail=str(error))
                 except (ValueError, RecursionError) as error:
                     reject("not JSON", place=location, detail=str(error))
                 else:
-                    if isinstance(row, dict):
+                    if repeated := keys.pop():
+                        reject("a key twice", place=location, detail=f"{', '.join(map(repr, repeated))} in {row}")
+                    elif isinstance(row, dict):
                         yield location, row
                     else:
                         reject("not a JSON object", place=location, detail=repr(row))
 
 
-def json_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
+class RepeatedKeys:
+    """Hook of a JSON decoder that notes the keys which an object has more than once: only the last would be read."""
+
+    def __init__(self) -> None:
+        self.names = set[str]()
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            self.names.update(_repeated([name for name, _ in pairs]))
+        return row
+
+    def pop(self) -> list[str]:
+        """Return the keys noted so far, and forget them."""
+        names, self.names = sorted(self.names), set()
+        return names
+
+
+def json_items(
+    stream: IO[str], hook: Callable[[list[tuple[str, Any]]], Row] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Yield (text, value) of each item of a JSON list, which is read piece by piece and not held in memory.
+
+    `hook` is a decoder's `object_pairs_hook`; it may see a part of an item before it sees all of it.
 
     Values are those of `json.loads`, as for a line of JSONL. (ijson's fast backend changes half surrogate pairs to `?`
     and ends at NaN and at integers of more than 64 bits; the readers of DuckDB and Arrow give all rows one type.)
     Raises json.JSONDecodeError where the list is damaged or has no end.
     """
-    decode, text, position = json.JSONDecoder().raw_decode, "", 0
+    decode, text, position = json.JSONDecoder(object_pairs_hook=hook).raw_decode, "", 0
 
     def next_character() -> str:
         """Move `position` over blanks; return the character there, or nothing at the end of the file."""
@@ -177,20 +214,34 @@ def json_items(stream: IO[str]) -> Iterator[tuple[str, Any]]:
         raise json.JSONDecodeError("text behind the list", text, position)
 
 
-def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None]) -> Iterator[tuple[str, Row]]:
+def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None], name: str) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a CSV or TSV file; one with more cells than the header is rejected, for they have no names."""
     csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
     with closing(_open(file, "rt", **ESCAPED)) as lines:
         # Strict: a quote that is not closed would take all rows behind it into its own.
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         for row in reader:
-            location = f"{file.name}:{reader.line_num}"
+            location = f"{name}:{reader.line_num}"
             if None in row:
                 reject("more cells than columns", place=location, detail=ascii(row))
             elif ESCAPES.search("".join(map(str, row.values()))):
                 reject("bad UTF-8", place=location, detail=ascii(row))
             else:
                 yield location, row
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+
+
+def _repeated_fields(fields: Iterable[pa.Field]) -> list[str]:
+    """Return the names that several columns have, or several fields of one struct."""
+    fields = list(fields)
+    nested = ([field.type.field(n) for n in range(field.type.num_fields)] for field in fields)
+    return [
+        *_repeated([field.name for field in fields]),
+        *(name for inner in nested for name in _repeated_fields(inner)),
+    ]
 
 
 def _is_json_list(file: Path) -> bool:

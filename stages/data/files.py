@@ -2,7 +2,8 @@
 
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -31,6 +32,7 @@ from stages.data.texts import with_message_lists
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
 OPTIONAL_COLUMNS = ("tools",)  # read by every stage where a file has them
+CARD_CONFIGURATIONS = re.compile(r"^configs:", re.MULTILINE)
 FOLDER_SUFFIXES = {*TEXT_SUFFIXES, PARQUET, ".arrow", ".txt", *ARCHIVE_SUFFIXES}
 
 
@@ -53,8 +55,9 @@ class DataSource:
     ) -> list[str]:
         """Return the problems known when a recipe is planned; raise WinnowError for a file that cannot be read.
 
-        Columns are looked up in a file's schema or first rows, and a reader must read one of these; folders and data
-        sets are only opened by the stage. Warns of columns that look like part of the prompt and are in neither list.
+        Columns are looked up in the files' schemas or first rows, and a reader must read one of these; data sets, and
+        folders of files that only `datasets` reads, are opened by the stage. Warns of columns that look like part of
+        the prompt and are in neither list.
         options: column -> the option that names it, for messages.
         """
         if (self.path is None) == (self.dataset is None):
@@ -71,24 +74,28 @@ class DataSource:
             files = [file for file in sorted(path.rglob("*")) if file.suffix in FOLDER_SUFFIXES and file.is_file()]
             if not files and not _is_saved_dataset(path):
                 return [f"path {path}: a folder without data files ({', '.join(sorted(FOLDER_SUFFIXES))})"]
-            if any(map(_is_pointer, files)):  # one of another split does no harm
-                self._split_loader()
-            return []
-        if self.subset is not None:
+            if _is_saved_dataset(path):
+                if any(map(_is_pointer, files)):  # one of another split does no harm
+                    self._split_loader()
+                return []
+        elif self.subset is not None:
             return [f"subset {self.subset!r}: path {path} is one file; only folders and data sets have subsets"]
-        if not path.name.endswith(FILE_SUFFIXES):
+        elif not path.name.endswith(FILE_SUFFIXES):
             suffixes = ", ".join(FILE_SUFFIXES)
             return [f"path {path}: this stage reads {suffixes} and folders that datasets.load_dataset takes"]
-        names = column_names(path)
+        own_files = self._files()
+        if own_files is None:
+            return []
+        names = _names_in(own_files)
         if not names:
             cure = "in JSONL, each row is one JSON object on its own line, and .json may be a list of them"
             return [f"{path.name}: no rows; {cure}"]
-        require_columns(names, columns, path.name, lambda: _head(path, names), options)
+        require_columns(names, columns, path.name, lambda: _head(own_files, names), options)
         read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
         parts = unread_parts(names, read)
-        rows = _head(path, [*read, *parts]) if parts or reader else []
+        rows = _head(own_files, [*read, *parts]) if parts or reader else []
         if reader is not None:
-            require_readable(reader, rows, path.name, lambda: (names, _head(path, names)))
+            require_readable(reader, rows, path.name, lambda: (names, _head(own_files, names)))
         if parts:
             warn_of_unread(parts, rows, path.name, complete=len(rows) < HEAD_ROWS)
         return []
@@ -99,22 +106,27 @@ class DataSource:
         """Yield (location, row) with these columns, and the optional ones that exist.
 
         The location is `name:line` or `name:row`; a row that cannot be read is rejected. Raises WinnowError if all rows
-        lack one of `columns`, or the file is damaged.
+        lack one of `columns`, or a file is damaged.
         """
-        if self.path is None or not self.path.path.is_file():
-            name, rows = str(self.path or self.dataset), self._dataset_rows(columns, optional)
+        files, sources = self._files(), list[tuple[str, Iterator[tuple[str, Row]]]]()
+        if self.path is None or files is None:
+            name = str(self.path or self.dataset)
+            sources.append((name, self._dataset_rows(columns, optional)))
         else:
-            path, name = self.path.path, self.path.path.name
-            names = column_names(path)
+            names = _names_in(files)
             if names:
-                require_columns(names, columns, name, lambda: _head(path, names))
-            rows = file_rows(path, _existing(columns, (*optional, *OPTIONAL_COLUMNS), names), ctx.reject)
-        location = "its start"
-        try:
-            for location, row in rows:
-                yield location, with_message_lists(row)
-        except READ_ERRORS as error:
-            raise _damaged(name, location, error) from None
+                require_columns(names, columns, self.path.path.name, lambda: _head(files, names))
+            read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
+            for file in files:
+                name = file.name if file == self.path.path else file.relative_to(self.path.path).as_posix()
+                sources.append((name, file_rows(file, read, ctx.reject, name)))
+        for name, rows in sources:
+            location = "its start"
+            try:
+                for location, row in rows:
+                    yield location, with_message_lists(row)
+            except READ_ERRORS as error:
+                raise _damaged(name, location, error) from None
 
     def reader_results(
         self,
@@ -143,6 +155,75 @@ class DataSource:
         for number, row in enumerate(loaded):
             yield f"{Path(name).name}:{number}", row
 
+    def _files(self) -> list[Path] | None:
+        """Return the file, or the folder's files of the split, to read here; None if `datasets` must read the source.
+
+        A file is thus read alike whether it is given by itself or in a folder. `datasets` says which files are of which
+        split, by their names or by the folder's card, and takes one kind of file alone: raises WinnowError for files
+        that it would leave out without a word.
+        """
+        if self.path is None or _is_saved_dataset(self.path.path):
+            return None
+        folder = self.path.path
+        if folder.is_file():
+            return [folder]
+        _, _, splits = self._split_files()
+        self._require_split(str(folder), list(splits))
+        if _card_names_files(folder):  # and perhaps how to read them
+            return None
+        files = list(dict.fromkeys(map(Path, splits[self.dataset_split])))
+        _refuse_pointers(files, folder)
+        self._refuse_unread({Path(file) for names in splits.values() for file in names})
+        return files if all(file.name.endswith(FILE_SUFFIXES) for file in files) else None
+
+    def _refuse_unread(self, read: Container[Path]) -> None:
+        """Raise WinnowError for data files of the folder that are of no split."""
+        from datasets.data_files import FILES_TO_IGNORE
+
+        assert self.path is not None
+        folder = self.path.path / (self.subset or "")
+        names = (
+            (file, file.relative_to(folder))
+            for file in sorted(folder.rglob("*"))
+            if file.name.endswith((*FILE_SUFFIXES, *FOLDER_SUFFIXES - {".txt"})) and file.name not in FILES_TO_IGNORE
+        )
+        unread = [
+            str(name)
+            for file, name in names
+            if file not in read and file.is_file() and not any(part.startswith((".", "__")) for part in name.parts)
+        ]
+        if unread:
+            listed = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+            raise WinnowError(
+                f"path {folder}: {listed} would not be read. In a folder, only files of one kind are, the most frequent"
+                " one; and if a name (or a folder's) has train, validation or test in it, only files with one of these,"
+                " one of which `dataset_split` names. Rename or move what is not read, or give one file as path"
+            )
+
+    def _split_files(self) -> tuple[Any, dict[str, str], dict[str, list[str]]]:
+        """Return `datasets`' builder, its arguments for the subset, and the files of each split."""
+        import datasets
+
+        cached = self._cached()
+        name, revision = str(self.path or cached or self.dataset), None if cached else self.revision
+
+        def builder_of_subset() -> Any:
+            subset: dict[str, str] = {}
+            if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
+                configurations = datasets.get_dataset_config_names(name, revision=revision)
+                subset = {"name" if self.subset in configurations else "data_dir": self.subset}
+            return datasets.load_dataset_builder(name, revision=revision, **subset), subset
+
+        try:
+            builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
+        except WinnowError as error:
+            if "Couldn't reach" not in str(error):
+                raise
+            command = download_command(name, revision, "dataset")
+            raise WinnowError(f"{error}, and its cache does not have it; `{command}` fetches it") from None
+        files = builder.config.data_files or {}
+        return builder, subset, {str(split): list(names) for split, names in files.items()}
+
     def _split_loader(self) -> Callable[[], Any]:
         """Return the call of `datasets` that loads the files of the split, and no others.
 
@@ -164,22 +245,10 @@ class DataSource:
             _refuse_pointers(folder.resolve().rglob("*.arrow"), Path(name))
             return partial(datasets.load_from_disk, str(folder))
 
-        def builder_of_subset() -> Any:
-            subset: dict[str, str] = {}
-            if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
-                configurations = datasets.get_dataset_config_names(name, revision=revision)
-                subset = {"name" if self.subset in configurations else "data_dir": self.subset}
-            return datasets.load_dataset_builder(name, revision=revision, **subset), subset
-
-        try:
-            builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
-        except WinnowError as error:
-            if "Couldn't reach" not in str(error):
-                raise
-            command = download_command(name, revision, "dataset")
-            raise WinnowError(f"{error}, and its cache does not have it; `{command}` fetches it") from None
-        files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-        load = partial(datasets.load_dataset, name, revision=revision, split=self.dataset_split)
+        builder, subset, files = self._split_files()
+        # pandas takes answers such as "None" and "NA" for missing ones.
+        csv_options = {"keep_default_na": False} if hasattr(builder.config, "keep_default_na") else {}
+        load = partial(datasets.load_dataset, name, revision=revision, split=self.dataset_split, **csv_options)
         if not files:  # prepared in the cache of `datasets` before, and read there
             return partial(load, **subset)
         self._require_split(name, list(files))
@@ -225,10 +294,15 @@ def check_reader(options: dict[str, Any]) -> list[str]:
 
 def check_no_columns(options: Mapping[str, Any], **defaults: str | None) -> list[str]:
     """Check at plan time that a stage with a `reader`, which knows its columns, has no other column options."""
-    columns = [f"{name}: {options[name]}" for name, default in defaults.items() if options[name] != default]
-    return (
-        [f"`{', '.join(columns)}`: with a `reader`, columns are named by its own options; unset it"] if columns else []
+    changed = {name: default for name, default in defaults.items() if options[name] != default}
+    if not changed:
+        return []
+    values, unset = (
+        ", ".join(f"{name}: {'null' if value is None else value}" for name, value in columns.items())
+        for columns in ({name: options[name] for name in changed}, changed)
     )
+    # A recipe may have set them, which only a value written in a config outranks.
+    return [f"`{values}`: with a `reader`, columns are named by its own options; set `{unset}` beside it"]
 
 
 def check_demonstrations(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -245,15 +319,22 @@ def _existing(columns: Sequence[str], optional: Sequence[str], names: Sequence[s
     return list(dict.fromkeys([*columns, *(name for name in optional if name in names)]))
 
 
-def _head(file: Path, names: Sequence[str]) -> list[Row]:
-    """Return the first rows that can be read; raise WinnowError if the file is damaged there."""
-    rows, location = list[Row](), "its start"
-    try:
-        readable = file_rows(file, names, reject=lambda *args, **kwargs: None)
-        for location, row in islice(readable, HEAD_ROWS):  # noqa: B007 - the error names the last location
-            rows.append(with_message_lists(row))
-    except READ_ERRORS as error:
-        raise _damaged(file.name, location, error) from None
+def _names_in(files: Sequence[Path]) -> list[str]:
+    """Return the names of columns that some file has."""
+    return list(dict.fromkeys(name for file in files for name in column_names(file)))
+
+
+def _head(files: Sequence[Path], names: Sequence[str]) -> list[Row]:
+    """Return the first rows that can be read; raise WinnowError if a file is damaged there."""
+    rows = list[Row]()
+    for file in files:
+        location = "its start"
+        try:
+            readable = file_rows(file, names, reject=lambda *args, **kwargs: None)
+            for location, row in islice(readable, HEAD_ROWS - len(rows)):  # noqa: B007 - the error names the last one
+                rows.append(with_message_lists(row))
+        except READ_ERRORS as error:
+            raise _damaged(file.name, location, error) from None
     return rows
 
 
@@ -288,6 +369,12 @@ def _refuse_pointers(files: Iterable[Path], folder: Path) -> None:
     if names := sorted(str(file).removeprefix(f"{folder}/") for file in files if _is_pointer(file)):
         cure = "fetch the data with `git lfs pull`"
         raise WinnowError(*(f"{folder}: {name} is a Git LFS pointer and not the data; {cure}" for name in names))
+
+
+def _card_names_files(folder: Path) -> bool:
+    """Return whether a folder says itself which files it has for each configuration and split."""
+    cards = (folder / name for name in ("README.md", ".huggingface.yaml"))
+    return any(card.is_file() and CARD_CONFIGURATIONS.search(card.read_text(errors="replace")) for card in cards)
 
 
 def _is_saved_dataset(folder: Path) -> bool:

@@ -362,7 +362,9 @@ def finite_number_of(row: Row, name: str) -> float:
 
 
 def zero_or_one_of(row: Row, name: str) -> int:
-    value = finite_number_of(row, name)
+    """Return 0 or 1, of which false and true are other names."""
+    value = row.get(name)
+    value = value if isinstance(value, bool) else finite_number_of(row, name)
     if value not in (0, 1):
         raise ValueError(f"{name} is neither 0 nor 1")
     return int(value)

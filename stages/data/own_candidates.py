@@ -35,7 +35,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     return problems + check_source(options, [options[name] for name in names if options[name]])
 
 
-@stage(version=3, unsharded=True, check=_check_own_candidates)
+@stage(version=4, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,
@@ -87,7 +87,8 @@ def own_candidates(
                 labelled = reader(row)
                 content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
             else:
-                value = number_of(row, column, called="reward")
+                value = row.get(column)  # false and true are labels, as 0 and 1 are; a probability is neither
+                value = float(value) if isinstance(value, bool) and reward else number_of(row, column, called="reward")
                 if not math.isfinite(value):
                     raise ValueError("reward is not finite")
                 if probability:
@@ -105,7 +106,7 @@ def own_candidates(
             ctx.reject(str(error), place=location, detail=repr(row if reader is not None else row.get(column)))
             continue
         rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
-    threshold = label_threshold(row["reward"] for row in rewards) if reward else None
+    threshold = None if probability else label_threshold(row["reward"] for row in rewards)
     rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
     return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)

@@ -16,7 +16,7 @@ from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
 @stage(
-    version=3,
+    version=4,
     unsharded=True,
     check=lambda options, inputs: check_system_prompt(options, inputs) + check_reader(options),
 )

@@ -58,7 +58,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
     return []
 
 
-@stage(version=4, unsharded=True, check=_check_prompts)
+@stage(version=5, unsharded=True, check=_check_prompts)
 def prompts(
     tokenizer: Model,
     ctx: StageContext,

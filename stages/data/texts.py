@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ LABEL_KEYS = ("name", "tool_call_id")
 # Key of tokenizer_config.json with the options of stage `model` for the chat template: they stay with every model that
 # is trained from it, and prompts, responses and reward models are all rendered alike.
 TEMPLATE_OPTIONS = "winnow_chat_template"
+NUMERAL = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", re.ASCII)
+INVISIBLE = ("Cc", "Cf")  # categories of characters: of control, and of format, such as a zero-width space
 WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
 
 
@@ -44,9 +47,14 @@ def conversation_of(prompt: Row) -> Conversation | None:
 
 
 def number_of(row: Row, name: str, called: str | None = None) -> float:
-    """Return the number in a column, which may be infinite or NaN; the reason names the column as `called`."""
+    """Return the number in a column, which may be infinite or NaN; the reason names the column as `called`.
+
+    Text must be a decimal numeral: Python's float also reads `1_0` as 10, digits of other scripts, and true as 1.
+    """
     value: Any = row.get(name)
     try:
+        if isinstance(value, bool) or (isinstance(value, str) and not NUMERAL.fullmatch(value)):
+            raise ValueError
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{called or name} is not a number") from None
@@ -59,13 +67,18 @@ def text_of(row: Row, name: str) -> str:
         raise ValueError(f"no {name}")
     if not isinstance(value, str):
         raise ValueError(f"{name} is not text")
-    if not value.strip():
+    if is_blank(value):
         raise ValueError(f"empty {name}")
     try:
         value.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can write and no tokenizer reads
         raise ValueError(f"{name} is not valid Unicode") from None
     return value
+
+
+def is_blank(text: str) -> bool:
+    """Return whether no character of a text can be seen: white space, zero-width and control characters only."""
+    return all(character.isspace() or unicodedata.category(character) in INVISIBLE for character in text)
 
 
 def messages_of(row: Row, name: str) -> list[Message]:
@@ -116,7 +129,7 @@ def without_repeated_prompt(prompt: Prompt, replies: tuple[Reply, ...]) -> tuple
     if not isinstance(prompt, str) or len(prompt.split()) < 4:
         return replies
     rest = [reply[len(prompt) :] for reply in replies if isinstance(reply, str) and reply.startswith(prompt)]
-    if len(rest) < len(replies) or not all(text.strip() for text in rest):
+    if len(rest) < len(replies) or any(map(is_blank, rest)):
         return replies
     warnings.warn("responses that repeat the text of their prompt are read without it", WinnowWarning, stacklevel=2)
     return tuple(text.removeprefix(" ") for text in rest)
@@ -269,7 +282,7 @@ def prompt_with(row: Row, name: str, *, system: str | None = None, input: str | 
 def optional_text_of(row: Row, name: str) -> str:
     """Return the text in a column, which may be missing or empty."""
     value = row.get(name)
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else text_of(row, name)
+    return "" if value is None or (isinstance(value, str) and is_blank(value)) else text_of(row, name)
 
 
 def with_message_lists(row: Row) -> Row:

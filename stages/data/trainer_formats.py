@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import Registry
 from schemas.ids import Message
-from stages.data.formats import COLUMNS, PreferencePair, finite_number_of, preference_reader, shared_turns
+from stages.data.formats import COLUMNS, PreferencePair, preference_reader, shared_turns, zero_or_one_of
 from stages.data.rows import Row
 from stages.data.texts import (
     REASONING,
@@ -228,5 +228,6 @@ def _tools_of(row: Row) -> list[dict[str, Any]] | None:
 
 
 def _label_of(row: Row, name: str) -> float:
+    """Return 1 or 0; a rating, of which no value separates right from wrong, is none."""
     value = row.get(name)
-    return LABELS[value.lower()] if isinstance(value, str) and value.lower() in LABELS else finite_number_of(row, name)
+    return LABELS[value.lower()] if isinstance(value, str) and value.lower() in LABELS else zero_or_one_of(row, name)

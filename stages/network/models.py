@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, StageContext, TemplatePath, stage
-from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_files
+from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_digest, model_files
 from pipeline.store.weights import tensor_shapes
-from schemas import Model, WinnowError
+from schemas import MachineError, Model, WinnowError
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
 from stages.model_config import ModelConfig, chat_template_of, input_problems
@@ -120,6 +120,8 @@ def model(
         ctx.progress(n, len(files), "files")
         (folder / file.relative_to(path.path)).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / file.relative_to(path.path))
+    if model_digest(folder) != path.digest:
+        raise MachineError(f"model: folder {path} changed while it was copied; run again once nothing writes there")
     policy = Model(folder, path.digest)
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path, save_dtype)

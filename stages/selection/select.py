@@ -51,7 +51,7 @@ def _draws_per_prompt(step: InputStep | None) -> int | None:
     return step.options.get("n") if step else None
 
 
-@stage(version=3, check=_check_rule)
+@stage(version=4, check=_check_rule)
 def select(
     rewards: Rewards,
     ctx: StageContext,
@@ -119,6 +119,7 @@ def select(
         reason = ALL_WRONG if without_right else "one candidate, or all rewards equal"
         ctx.reject(reason, place=needy[0] if needy else rule.name, prompt=prompt)
     keep = ~groups.broadcast(unusable) & ~(is_wrong & right_only)
+    all_sizes = groups.sizes[~unusable]
     if not keep.all():
         sizes = groups.sum(keep.astype(np.float64)).astype(np.int64)[~unusable]
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
@@ -128,7 +129,7 @@ def select(
         return SELECTIONS.empty_table()
 
     if k := rule.options.get("k"):
-        ctx.count(prompts_with_all_candidates_kept=int((groups.sizes <= k).sum()))
+        ctx.count(prompts_with_all_candidates_kept=int(((all_sizes <= k) & (groups.sizes == all_sizes)).sum()))
 
     # Apply the rule to the scaled rewards; reject prompts of which it selects nothing.
     groups = scaled(scale, groups)

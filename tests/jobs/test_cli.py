@@ -1,6 +1,7 @@
 """Command `winnow`: an error that users can correct ends with exit code 2 and a message with place, value and cure."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -192,6 +193,21 @@ def test_missing_data_models_and_configs_are_named(winnow, data_dir: Path, small
     code, text = winnow("plan", small)
     assert (code, missing([f"sft.path: model folder {small.parent / 'model'} has no tokenizer"], text)) == (2, [])
     assert not Path("store").exists()
+
+
+def test_an_error_of_the_disk_names_file_and_cure(winnow, small: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system's own message of a full disk names no file."""
+
+    def write_bytes(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    code, text = winnow("run", small, "--until", "sft", "--store", "full")
+    assert code == 2
+    assert "No space left on device" in text
+    assert "/full/" in "".join(text.split())
+    assert "free some space there, or set --store" in text
+    assert "resume with:" in text
 
 
 def test_a_store_without_runs_is_an_error(winnow):

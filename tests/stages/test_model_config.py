@@ -284,3 +284,18 @@ def test_an_adapter_that_added_tokens_without_their_embeddings_is_refused(sharp,
     save_file(tensors_without("embed_tokens")(tensors_without("lm_head")(load_file(file))), file)
     message = bare(sharp.folder, sft={"use": "model", "with": {"path": str(sharp.folder), "adapter": str(folder)}})
     assert all(fact in message for fact in ("adapter: its tokenizer has '<|one|>'", "2 such tokens", "embeddings"))
+
+
+def test_a_folder_that_changes_while_it_is_copied_is_refused(sharp, ctx, tmp_path, monkeypatch):
+    """Also where it is put back in time: the copy is what every later step reads, and its content must be the key's."""
+    path = ModelPath(str(copied(sharp, tmp_path / "policy")))
+    copyfile = shutil.copyfile
+
+    def copy_of_another_version(source, target):
+        copyfile(source, target)
+        if source.name == "model.safetensors":
+            rewritten(target.parent, lambda weights: {name: weight * 0 for name, weight in weights.items()})
+
+    monkeypatch.setattr("stages.network.models.shutil.copyfile", copy_of_another_version)
+    with pytest.raises(WinnowError, match="policy changed while it was copied; run again"):
+        model(ctx, path=path)

@@ -1,8 +1,10 @@
 """Files of users: formats, rows that are rejected one by one with reason and location, BOS and EOS exactly once."""
 
+import gzip
 import math
 import random
 import shutil
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -21,7 +23,7 @@ from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
 from schemas import Model, WinnowError, conform
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS, REWARDS
-from stages.data.files import DataSource
+from stages.data.files import DataSource, check_source
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
@@ -89,6 +91,10 @@ BAD_LINES = [
     (b'{"other": 1}', "no prompt"),
     (b'{"prompt": null}', "no prompt"),
     (b'{"prompt": "  \\n"}', "empty prompt"),
+    (b'{"prompt": " \\u200b\\ufeff\\u00ad"}', "empty prompt"),
+    (b'{"prompt": "one", "prompt": "two"}', "a key twice"),
+    (b'{"prompt": [{"role": "user", "content": "one", "content": "two"}]}', "a key twice"),
+    (b'{"a": {"b": 1, "b": 2}, ', "not JSON"),
     (b'{"prompt": 7}', "prompt is not text"),
     (b'{"prompt": {"role": "user"}}', "prompt is not text"),
     (b'{"prompt": []}', "empty prompt"),
@@ -141,7 +147,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tiny, ctx, tmp_path):
 @given(st.one_of(st.none(), st.integers(), st.text(), st.lists(st.integers())))
 def test_text_of_is_the_text_itself_or_a_reason(value):
     """Nothing is stripped, repaired or turned into text."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in value):
         assert text_of({"a": value}, "a") == value
     else:
         with pytest.raises(ValueError, match=r"^(no a|empty a|a is not text)$"):
@@ -165,7 +171,7 @@ def test_one_source_is_required_at_plan_time(tmp_path):
     file = jsonl(tmp_path / "empty" / "deep", ROWS)
     assert DataSource(file).check(["prompt"]) == []
     assert "only folders and data sets have subsets" in DataSource(file, subset="deep").check(["prompt"])[0]
-    for subset in (None, "deep"):
+    for subset in (None, "empty/deep"):
         assert DataSource(folder, subset=subset).check([]) == []
         assert DataSource(dataset="a/b", revision="abc", subset=subset).check([]) == []
 
@@ -309,6 +315,11 @@ SCORES: Any = [
     (1.5, None, "probability is not in (0, 1)"),
     (-0.1, None, "probability is not in (0, 1)"),
     ("high", "reward is not a number", "reward is not a number"),
+    ("1_0", "reward is not a number", "reward is not a number"),
+    ("٣", "reward is not a number", "reward is not a number"),
+    ("nan", "reward is not a number", "reward is not a number"),
+    (" 2.5e-1 ", None, None),
+    (True, None, "reward is not a number"),
     (None, "reward is not a number", "reward is not a number"),
     (0.75, None, None),
 ]
@@ -417,3 +428,97 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_it(hub_cache, tmp_path):
     (tmp_path / "org" / "data").mkdir(parents=True)
     (problem,) = DataSource(dataset="org/data", revision="main").check([])
     assert "path: ./org/data" in problem
+
+
+@pytest.mark.parametrize("options", [{"reader": {"name": "unpaired"}}, {"response": "completion", "reward": "label"}])
+def test_labels_are_known_as_labels_from_a_reader_and_from_a_column(tiny, ctx, tmp_path, options):
+    """A rule that is for the right ones must not take the best of a prompt whose responses are all wrong."""
+    rows = [{"prompt": "a", "completion": f"Answer {n}.", "label": n == 0} for n in range(3)]
+    _, _, rewards = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), **options)
+    assert set(rewards.column("label_threshold").to_pylist()) == {0.5}
+
+
+def test_a_label_is_true_or_false_or_0_or_1(tiny, ctx, tmp_path):
+    """Anything else is a rating, and no label: a gap of 8 between two of them would decide a pair."""
+    labels = [True, False, 1, 0.0, "true", "False", "1", 3, -5, 0.7, "1_0", "yes", None, [1]]
+    rows = [{"prompt": "a", "completion": f"Answer {n}.", "label": label} for n, label in enumerate(labels)]
+    _, answers, rewards = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), reader={"name": "unpaired"})
+    text = {row["candidate_id"]: row["text"] for row in answers.to_pylist()}
+    reward_by_text = {text[row["candidate_id"]]: row["reward"] for row in rewards.to_pylist()}
+    assert [reward_by_text.get(f"Answer {n}.") for n in range(7)] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    assert [place for place, _ in reasons(ctx)] == [f"in.jsonl:{n}" for n in range(8, 15)]
+
+
+def test_a_reader_beside_columns_names_the_line_that_lets_it_read(tmp_path):
+    """Recipes set columns too, as kto_direct does: only their defaults, written out, outrank these."""
+    check = entry_of(own_candidates).metadata["signature"].check
+    options = {name: field.default for name, field in entry_of(own_candidates).options.model_fields.items()}
+    options |= dict(dataset="a/b", revision="abc", reader="unpaired", response="completion", reward="label")
+    (problem,) = check(options, {})
+    assert "`response: response, reward: null`" in problem
+
+
+# Folders
+
+
+def test_a_file_is_read_alike_by_itself_and_in_a_folder(tiny, ctx, tmp_path):
+    """Responses such as "None", "NA" and "007" are text; a cell without one is rejected; files are one table."""
+    rows = [("a", "None", "NA"), ("b", "007", "1.50"), ("c", "null", "true"), ("d", "", "x")]
+    lines = ["prompt,chosen,rejected", *map(",".join, rows)]
+    (tmp_path / "parts" / "deep").mkdir(parents=True)
+    for file, some in (("in.csv", lines), ("parts/a.csv", lines[:3]), ("parts/deep/b.csv", [lines[0], *lines[3:]])):
+        (tmp_path / file).write_text("\n".join(some) + "\n")
+    by_file, by_folder = (preferences(tiny, ctx, path=DataPath(str(tmp_path / name))) for name in ("in.csv", "parts"))
+    assert all(one.equals(other) for one, other in zip(by_file, by_folder, strict=True))
+    assert by_file[2].num_rows == 3
+    assert reasons(ctx) == [("in.csv:5", "empty chosen"), ("deep/b.csv:3", "empty chosen")]
+
+
+def test_json_and_parquet_in_a_folder_keep_their_types(tiny, ctx, tmp_path):
+    """`datasets` gives a column one type in all rows: keys that a message lacks, and texts that look like dates."""
+    rows = [{"prompt": "a", "day": "2026-01-31"}, {"prompt": MESSAGES, "day": None}]
+    for n, row in enumerate(rows):
+        jsonl(tmp_path, [row], f"{n}.jsonl")
+    table = prompts(tiny, ctx, path=DataPath(str(tmp_path)))
+    assert texts(table) == sorted(["a", "user: Hello.\nassistant: Yes?\nuser: A boat."])
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["a.jsonl", "c.jsonl", "b.csv"], ["b.csv"]),
+        (["a.jsonl", "c.jsonl", "b.parquet", "d.tsv"], ["b.parquet", "d.tsv"]),
+        (["train_a.jsonl", "more.jsonl"], ["more.jsonl"]),
+        (["train/a.jsonl", "more.jsonl"], ["more.jsonl"]),
+        (["train.jsonl", "test.jsonl"], []),
+        (["a.jsonl", "b.json", "c.jsonl.gz", "LICENSE.txt", ".hidden.jsonl", "config.json"], []),
+    ],
+)
+def test_a_file_of_a_folder_that_no_split_reads_is_named_when_the_plan_is_made(tmp_path, names, unread):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
+        else:
+            (tmp_path / name).write_text('{"prompt": "a"}\n' if ".json" in name else "prompt\na\n")
+    listed = check_source(options_of_source(tmp_path), ["prompt"])
+    assert not listed if not unread else f"{', '.join(unread)} would not be read" in listed[0]
+
+
+def test_a_split_that_a_folder_lacks_is_refused_when_the_plan_is_made(tmp_path):
+    """A name with `test` in it makes the folder one of that split alone."""
+    for name in ("a.jsonl", "my_test_set.jsonl"):
+        jsonl(tmp_path, [{"prompt": "a"}], name)
+    assert "no split 'train': it has 'test'" in check_source(options_of_source(tmp_path), ["prompt"])[0]
+
+
+def test_columns_of_a_folder_are_checked_when_the_plan_is_made(tmp_path):
+    """A column exists where a file of the split has it."""
+    jsonl(tmp_path, [{"prompt": "a"}], "a.jsonl")
+    jsonl(tmp_path, [{"prompt": "a", "extra": "b"}], "b.jsonl")
+    assert check_source(options_of_source(tmp_path), ["prompt", "extra"]) == []
+    assert "no column 'question'" in check_source(options_of_source(tmp_path), ["question"])[0]
+
+
+def options_of_source(path):
+    return dict(path=DataPath(str(path)), dataset=None, revision=None, subset=None, dataset_split="train")

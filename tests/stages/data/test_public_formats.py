@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -437,11 +438,16 @@ def test_columns_that_may_be_part_of_the_prompt_are_read_by_option_or_named(tiny
     assert set(answers["prompt_id"].to_pylist()) == set(table["prompt_id"].to_pylist())
 
 
-def test_columns_of_a_folder_that_may_be_part_of_the_prompt_are_named_where_it_is_read(tiny, ctx, tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", [ORCA])
+def test_columns_of_a_folder_that_may_be_part_of_the_prompt_are_named(tiny, ctx, tmp_path):
+    """When the plan is made, and where only the stage opens it: of a saved data set."""
+    (tmp_path / "files").mkdir()
+    write_jsonl(tmp_path / "files" / "train.jsonl", [ORCA])
+    datasets.Dataset.from_list([ORCA]).save_to_disk(tmp_path / "saved")
     reader = {"name": "columns", "prompt": "question"}
     with pytest.warns(WinnowWarning, match="'system' may be part of the prompt, and is not read"):
-        preferences(tiny, ctx, path=DataPath(str(tmp_path)), reader=reader)
+        assert problems(preferences, tmp_path / "files", reader) == []
+    with pytest.warns(WinnowWarning, match="'system' may be part of the prompt, and is not read"):
+        preferences(tiny, ctx, path=DataPath(str(tmp_path / "saved")), reader=reader)
 
 
 def test_a_reader_names_its_own_columns(tmp_path):
@@ -470,13 +476,15 @@ def test_a_list_in_json_and_a_table_in_tsv_are_read(tiny, tmp_path):
 def test_bad_items_of_a_json_list_and_bad_rows_of_a_table_are_rejected_one_by_one(tiny, ctx, tmp_path):
     """A list that is cut short ends with an error; a quote that is never closed would hide all rows behind it."""
     (tmp_path / "in.json").write_bytes(
-        b'[{"prompt": "good"}, 7, {"prompt": "bad \xff"}, {"prompt": NaN}, {"prompt": "ok"}]'
+        b'[{"prompt": "good"}, 7, {"prompt": "bad \xff"}, {"prompt": NaN}, {"prompt": "ok"},'
+        b' {"prompt": 1, "prompt": "x"}]'
     )
     assert texts(prompts(tiny, ctx, path=DataPath(str(tmp_path / "in.json")))) == ["good", "ok"]
     (tmp_path / "in.csv").write_text("prompt,other\nHi,1\nHello, world,2\nHo,3\n")
     assert texts(prompts(tiny, ctx, path=DataPath(str(tmp_path / "in.csv")))) == ["Hi", "Ho"]
     assert reasons(ctx) == [("in.json:1", "not a JSON object"), ("in.json:2", "bad UTF-8"),
-                            ("in.json:3", "prompt is not text"), ("in.csv:3", "more cells than columns")]  # fmt: skip
+                            ("in.json:3", "prompt is not text"), ("in.json:5", "a key twice"),
+                            ("in.csv:3", "more cells than columns")]  # fmt: skip
     (tmp_path / "in.json").write_text('[{"prompt": "good"}, {"prompt":')
     (tmp_path / "in.csv").write_text('prompt\nHi\n"Hello\nHo\n')
     for name in ("in.json", "in.csv"):
@@ -486,6 +494,11 @@ def test_bad_items_of_a_json_list_and_bad_rows_of_a_table_are_rejected_one_by_on
     assert "cannot be read after in.csv:2" in problems(preferences, tmp_path / "in.csv")[0]
     (tmp_path / "in.csv").write_text("prompt,prompt\nHi,Ho\n")
     assert "more than one column 'prompt'; rename one" in problems(preferences, tmp_path / "in.csv")[0]
+    twice = pa.table([["Hi"], ["Ho"]], names=["prompt", "prompt"])
+    parts = pa.array([[("Hi", "Ho")]], pa.list_(pa.struct([("text", pa.string()), ("text", pa.string())])))
+    for table, name in ((twice, "prompt"), (pa.table({"prompt": parts}), "text")):
+        pq.write_table(table, tmp_path / "in.parquet")
+        assert f"more than one column '{name}'; rename one" in problems(preferences, tmp_path / "in.parquet")[0]
 
 
 @given(st.lists(values, max_size=5), st.integers(1, 9), st.sampled_from([None, 1]), st.booleans())

@@ -81,6 +81,7 @@ def test_the_best_of_a_problem_is_never_a_wrong_solution(k):
     n_rows = Counter(row["prompt_id"] for row in rows)
     assert n_rows == {name: min(k, sum(grades)) for name, grades in PROBLEMS.items() if sum(grades)}
     assert reasons(ctx) == {"all labelled wrong": len(WRONG)}
+    assert ctx.counters["prompts_with_all_candidates_kept"] == 0  # of four, the wrong ones included
     assert len(selected({"name": "best_of", "k": k}, threshold=None)) == k * len(PROBLEMS)  # rewards of any other kind
 
 
