@@ -10,7 +10,7 @@ from typing import Annotated, TextIO
 import typer
 
 from jobs import resume
-from jobs.commands.app import app, error_console
+from jobs.commands.app import Command, app, error_console
 from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
 from jobs.commands.query import export, options, recipes, report, sql, status, trace
@@ -29,7 +29,7 @@ GROUPS = {
 }
 for group, commands in GROUPS.items():
     for command in commands:
-        app.command(rich_help_panel=group)(command)
+        app.command(cls=Command, rich_help_panel=group)(command)
 
 SIGNALS = {130: "interrupted", 143: "terminated"}  # by exit code: 128 and the signal, as shells have it
 _show_python_warning = warnings.showwarning

@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from jobs.console import VisibleConsole
+from pipeline.store.storage import parse_location
 from pipeline.store.store import Store
 from schemas import WinnowError
 
@@ -21,10 +23,33 @@ console = VisibleConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 
 error_console = VisibleConsole(soft_wrap=True, stderr=True)
 STORE = "store"
 
+
+class Command(TyperCommand):
+    """Command that refuses empty options: with `--run "$RUN"` of an unset variable, nobody meant the default."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:  # else the shell completes words that are not finished
+            values, _, _ = self.make_parser(ctx).parse_args(list(args))  # as typed: a path of no characters is "."
+            for param in self.params:
+                value = values.get(param.name)
+                if param.param_type_name == "option" and (value == "" or (isinstance(value, list) and "" in value)):
+                    raise WinnowError(f"{max(param.opts, key=len)}: is empty; give a value, or omit it")
+        return super().parse_args(ctx, args)
+
+
+def _checked_store(url: str) -> str:
+    """Return the URL or folder unchanged. Raise WinnowError, before a command reads anything, if it cannot be one."""
+    parse_location(url)
+    return url
+
+
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
-StorePath = Annotated[str, typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder")]
+StorePath = Annotated[
+    str,
+    typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder", callback=_checked_store),
+]
 DEFAULT_WORKERS = 2
 Workers = Annotated[
     int | None,

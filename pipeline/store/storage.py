@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 Location = Union[Path, "UPath"]
 OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+WITHOUT_BUCKET = ("file", "local", "memory")  # schemes whose URLs begin with a path
 READERS = 16  # files that are read at once: an object store answers many requests in the time of one
 
 
 def parse_location(url: str | Location) -> Location:
     """Return an absolute path, or the path in an object store.
 
-    Raises WinnowError if the library for that kind of URL is missing, or if the URL contains credentials.
+    Raises WinnowError if the library for that kind of URL is missing, or if the URL contains credentials or no bucket.
     """
     if not isinstance(url, str):
         return url.expanduser().resolve() if isinstance(url, Path) else url
@@ -37,6 +38,9 @@ def parse_location(url: str | Location) -> Location:
         return Path(url).expanduser().resolve()
     if "@" in url.split("://")[1].split("/")[0]:  # would be printed and written to manifests with the URL
         raise WinnowError(f"{url.split('://')[0]}://...: remove the credentials; they are read from the environment")
+    scheme, path = url.split("://", 1)
+    if scheme not in WITHOUT_BUCKET and not path.split("/")[0]:
+        raise WinnowError(f"{url}: names no bucket; give {scheme}://bucket/folder")
     from upath import UPath
 
     try:

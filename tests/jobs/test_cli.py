@@ -110,9 +110,9 @@ MISTAKES = [
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
     ("plan rso --set sample.max_tokens=100000", ["sample: max_tokens: 100,000", "context"]),
-    ("run rso --until=", ["--until '': name a step"]),
-    ("run rso --only=", ["--only '': name a step"]),
-    ("run rso --force=", ["--force '': name a step"]),
+    ("run rso --until=", ["--until: is empty"]),
+    ("run rso --only=", ["--only: is empty"]),
+    ("run rso --force=", ["--force: is empty"]),
     ("plan rso rso", ["rso: both would be run 'rso'"]),
     ("plan rso --set optimize.lr=1", ["optimize.lr: unknown option; it is called 'learning_rate' now"]),
     ("plan rso --set optimize.recompute=1", ["it is called 'gradient_checkpointing' now"]),
@@ -446,3 +446,32 @@ def test_plan_and_run_say_which_code_changed_without_its_version(winnow, data_di
         for fact in ("pair", "`matches`", "version is still 1", "--force pair", "winnow adopt"):
             assert fact in line
         assert "running" not in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "--store", ""),
+        ("status", "--address", ""),
+        ("sql", "SELECT 1", "--run", ""),
+        ("sql", "SELECT 1", "--out", ""),
+        ("run", "rso", "--profile", ""),
+        ("run", "rso", "--until", ""),
+        ("plan", "rso", "--config", "my.yaml", "--config", ""),
+    ],
+)
+def test_an_empty_value_is_refused_by_the_name_of_its_option(winnow, words):
+    """As in `--run "$RUN"` with an unset variable: the default would answer another question."""
+    code, text = winnow(*words)
+    assert (code, text.count("\n")) == (2, 1)
+    assert text.startswith(f"winnow: {words[-2]}: is empty")
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///x", "gs://"])
+@pytest.mark.parametrize("words", [("run", "nothing"), ("plan", "nothing"), ("status",)])
+def test_a_store_without_a_bucket_is_refused_before_all_else(winnow, recwarn, url, words):
+    """One line; not the unknown recipe first, and no warning of a library."""
+    code, text = winnow(*words, "--store", url)
+    assert (code, text.count("\n")) == (2, 1)
+    assert text.startswith(f"winnow: {url}: names no bucket")
+    assert not recwarn.list
