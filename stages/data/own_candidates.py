@@ -35,7 +35,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     return problems + check_source(options, [options[name] for name in names if options[name]])
 
 
-@stage(version=3, unsharded=True, check=_check_own_candidates)
+@stage(version=4, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,

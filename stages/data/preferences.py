@@ -15,7 +15,7 @@ from stages.data.texts import Conversation, readable_reply, tools_of, without_re
 from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
-@stage(version=3, unsharded=True, check=lambda options, inputs: check_reader(options))
+@stage(version=4, unsharded=True, check=lambda options, inputs: check_reader(options))
 def preferences(
     tokenizer: Model,
     ctx: StageContext,

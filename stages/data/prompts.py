@@ -30,7 +30,7 @@ def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return check_reader(options)
 
 
-@stage(version=4, unsharded=True, check=_check_prompts)
+@stage(version=5, unsharded=True, check=_check_prompts)
 def prompts(
     tokenizer: Model,
     ctx: StageContext,

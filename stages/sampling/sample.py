@@ -15,7 +15,7 @@ from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import ModelConfig, input_problems, planned_config
+from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
 from stages.options import Count, NotNegative, Precision, Seed, SmallCount, Temperature
 from stages.sampling.engines import Request, Sampling, Steering, open_engine
 
@@ -26,6 +26,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
+    problems += generation_problems(config) if config else []
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
     # Also responses for which a model that is known by now has no room.
@@ -63,7 +64,7 @@ def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]
     return {index for index, token in special_tokens.items() if token not in allowed}
 
 
-@stage(version=4, concurrent=True, check=_check_sample)
+@stage(version=5, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -147,8 +148,8 @@ def sample(
             detail = f"id {min(unknown)} of {ids}"
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue
-        text = tokenizer.decode(ids)
         inside = ids[:-1] if completion.finish_reason == "stop" else ids
+        text = tokenizer.decode(inside)
         is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
         raw_text = tokenizer.decode(inside, special_tokens=True) if is_special else None
         if is_special and not refused_ids.isdisjoint(inside):
