@@ -24,7 +24,7 @@ from stages.data.file_rows import (
 )
 from stages.data.formats import PreferencePair, columns_of, couple_neighbours, optional_columns_of
 from stages.data.rows import Row
-from stages.data.texts import with_message_lists
+from stages.data.texts import with_message_lists, without_filled_nulls
 
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -89,6 +89,7 @@ class DataSource:
         The location is `name:line` or `name:row`; a row that cannot be read is rejected. Raises WinnowError if all rows
         lack one of `columns`, or the file is damaged.
         """
+        is_table = self.path is None or not self.path.path.is_file() or self.path.path.name.endswith(PARQUET)
         if self.path is None or not self.path.path.is_file():
             name, rows = str(self.path or self.dataset), self._dataset_rows(columns, optional)
         else:
@@ -100,7 +101,7 @@ class DataSource:
         location = "its start"
         try:
             for location, row in rows:
-                yield location, with_message_lists(row)
+                yield location, with_message_lists(without_filled_nulls(row) if is_table else row)
         except READ_ERRORS as error:
             raise _damaged(name, location, error) from None
 
