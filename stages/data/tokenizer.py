@@ -227,8 +227,11 @@ class Tokenizer:
             return None
         after_last, after_middle = (self.encode(text.rpartition(PROBE)[2]) for text in self._answered)
         shared = after_last[: shared_prefix_length(after_last, after_middle)]
-        ends = [token for token in reversed(shared) if token in self._added_tokens]
-        return next(iter([*ends, *(token for token in after_last if token in self._added_tokens)]), None)
+        # A line end that was added as a token is none of them.
+        added = {
+            token for token in after_last if token in self._added_tokens and self._added_tokens[token].content.strip()
+        }
+        return next((token for token in (*reversed(shared), *after_last) if token in added), None)
 
     @cached_property
     def _answered(self) -> tuple[str, str]:
