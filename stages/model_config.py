@@ -2,6 +2,7 @@
 
 import ast
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -9,14 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from pipeline import InputStep, ModelPath
-from pipeline.store.fingerprints import TOKENIZER_FILES
 from pipeline.store.weights import tensor_shapes, weight_files
-from schemas import WinnowError
+from schemas import WinnowError, WinnowWarning
 
 Output = Literal["vocabulary", "score"]
 CLASSIFIER = "ForSequenceClassification"
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+GENERATION = "generation_config.json"
 OTHER_INPUTS = {"vision_config": "images", "audio_config": "sound"}  # parts of a config that a text model has not
 AUTO_CLASSES = (  # transformers' lists of network classes by model type: policies, and reward models among classifiers
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -25,16 +28,79 @@ AUTO_CLASSES = (  # transformers' lists of network classes by model type: polici
 )
 
 
+# Options of generation_config.json that change what a model's own `generate` draws, with the values that change
+# nothing. Those with options of stage `sample` (temperature, top_k) are left out: everybody sets them.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (1,), "min_p": (0,), "top_h": (), "typical_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],), "force_words_ids": ([],), "sequence_bias": ({}, []),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],), "min_length": (0,), "min_new_tokens": (0,), "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,), "watermarking_config": (), "penalty_alpha": (0,), "num_beams": (1,), "constraints": ([],),
+}  # fmt: skip
+
+
+class _File(BaseModel):
+    """Types of what is read of a file; other keys may hold anything."""
+
+    model_config = ConfigDict(strict=True)
+
+    eos_token_id: int | list[int] | None = None
+
+
+class _TextConfig(_File):
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    n_positions: int | None = None
+    max_seq_len: int | None = None
+    max_sequence_length: int | None = None
+    seq_length: int | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class _Config(_TextConfig):
+    type: str | None = Field(None, alias="model_type")  # a name that pydantic keeps for itself
+    architectures: list[str] | None = None
+    text_config: _TextConfig | None = None
+
+
+class _GenerationConfig(_File):
+    stop_strings: str | list[str] | None = None
+
+
+def json_object(file: Path, types: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Return the object in a JSON file; raise WinnowError with its name if it is none, or not of these types."""
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"but a {type(content).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WinnowError(f"{file} is not a JSON object ({error}); copy it again") from None
+    try:
+        if types:
+            types.model_validate(content)
+    except ValidationError as error:
+        # Of `X | None`, pydantic names each alternative: the key is what precedes them.
+        keys = {"text_config", *_Config.model_fields, *_GenerationConfig.model_fields, "model_type"}
+        wrong = {".".join(str(key) for key in item["loc"] if key in keys): item["input"] for item in error.errors()}
+        problems = (f"{key} is {value!r}, which is of a wrong type" for key, value in wrong.items())
+        raise WinnowError(*(f"{file}: {problem}; copy it again" for problem in problems)) from None
+    return content
+
+
 class ModelConfig:
     """Config of a model folder. The numbers of a language model inside a larger one are in its `text_config`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.content: dict[str, Any] = dict(json.loads((folder / "config.json").read_text()))
-        except (ValueError, TypeError) as error:
-            raise WinnowError(f"{folder / 'config.json'} is not a JSON object ({error}); copy it again") from None
+        self.content = json_object(folder / "config.json", _Config)
         self.text: dict[str, Any] = self.content.get("text_config") or self.content
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """Return the folder's options of `generate`; empty if it has no file of them."""
+        file = self.folder / GENERATION
+        return json_object(file, _GenerationConfig) if file.is_file() else {}
 
     @property
     def architecture(self) -> str | None:
@@ -138,6 +204,32 @@ def input_problems(
     return problems
 
 
+def generation_problems(config: ModelConfig) -> list[str]:
+    """Return at plan time why a sampler would not end where a policy's own folder says; warn of what else it says.
+
+    generation_config.json may hold options that change what a model draws. Only its EOS ids are honoured: what is drawn
+    is for the options of a stage to say, whichever folder the policy is in.
+    """
+    folder, options = config.folder.name, config.generation
+    changing = [
+        name for name, neutral in NEUTRAL.items() if options.get(name) is not None and options[name] not in neutral
+    ]
+    if changing:
+        names = ", ".join(f"{name}: {json.dumps(options[name])}" for name in changing)
+        warnings.warn(
+            f"{folder}: draws are not changed by what its {GENERATION} sets beside temperature and top_k ({names})",
+            WinnowWarning,
+            stacklevel=2,
+        )
+    if not options.get("stop_strings"):
+        return []
+    return [
+        f"policy: {GENERATION} of {folder} ends responses at texts (stop_strings: "
+        f"{json.dumps(options['stop_strings'])}), and a policy is sampled up to its end tokens: name those as "
+        "eos_token_id there, and remove stop_strings"
+    ]
+
+
 def planned_config(step: InputStep) -> ModelConfig | None:
     """Return the config of the user's folder that the model of a step is made from, if it is made from one."""
     for name in ("init", "policy"):  # of `optimize` and `reward_head`
@@ -146,33 +238,10 @@ def planned_config(step: InputStep) -> ModelConfig | None:
     path = step.options.get("path")
     if step.stage == "model" and isinstance(path, ModelPath):
         with suppress(WinnowError):  # a damaged config is the `model` step's own problem
-            return ModelConfig(path.path)
+            config = ModelConfig(path.path)
+            _ = config.generation  # which is read here, so that its damage is that step's problem too
+            return config
     return None
-
-
-def chat_template_of(folder: Path) -> str:
-    """Return the text of a folder's chat templates, empty if it has none, without loading its tokenizer."""
-    texts = []
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (file := folder / name).is_file():
-            texts.append(str(json.loads(file.read_text(encoding="utf-8")).get("chat_template", "")))
-    texts += [file.read_text(encoding="utf-8") for file in sorted(folder.glob("**/*.jinja"))]
-    return "\n".join(texts)
-
-
-def planned_chat_template(step: InputStep) -> str | None:
-    """Return the text of the chat template that a step's model will have, empty for none; None if no plan knows it."""
-    for name in ("init", "policy"):  # of `optimize` and `reward_head`, which keep it
-        if name in step.inputs:
-            return planned_chat_template(step.inputs[name])
-    path = step.options.get("path")
-    if step.stage != "model" or not isinstance(path, ModelPath):
-        return None
-    if (template := step.options["chat_template"]) is not None:
-        return str(template.path.read_text(encoding="utf-8"))
-    folders = [path.path, *([step.options["adapter"].path] if step.options["adapter"] else [])]
-    with_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
-    return chat_template_of(with_tokenizer[-1])  # the adapter's comes first
 
 
 @lru_cache

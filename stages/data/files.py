@@ -27,7 +27,7 @@ from stages.data.file_rows import (
 )
 from stages.data.formats import PreferencePair, columns_of, couple_neighbours, optional_columns_of
 from stages.data.rows import Row
-from stages.data.texts import with_message_lists
+from stages.data.texts import with_message_lists, without_filled_nulls
 
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
@@ -108,10 +108,10 @@ class DataSource:
         The location is `name:line` or `name:row`; a row that cannot be read is rejected. Raises WinnowError if all rows
         lack one of `columns`, or a file is damaged.
         """
-        files, sources = self._files(), list[tuple[str, Iterator[tuple[str, Row]]]]()
+        files, sources = self._files(), list[tuple[str, Iterator[tuple[str, Row]], bool]]()
         if self.path is None or files is None:
             name = str(self.path or self.dataset)
-            sources.append((name, self._dataset_rows(columns, optional)))
+            sources.append((name, self._dataset_rows(columns, optional), True))
         else:
             names = _names_in(files)
             if names:
@@ -119,12 +119,12 @@ class DataSource:
             read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
             for file in files:
                 name = file.name if file == self.path.path else file.relative_to(self.path.path).as_posix()
-                sources.append((name, file_rows(file, read, ctx.reject, name)))
-        for name, rows in sources:
+                sources.append((name, file_rows(file, read, ctx.reject, name), file.name.endswith(PARQUET)))
+        for name, rows, is_table in sources:  # a table fills in nulls for what a row lacks
             location = "its start"
             try:
                 for location, row in rows:
-                    yield location, with_message_lists(row)
+                    yield location, with_message_lists(without_filled_nulls(row) if is_table else row)
             except READ_ERRORS as error:
                 raise _damaged(name, location, error) from None
 

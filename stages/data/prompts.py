@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Model, Prompts, WinnowError, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
+from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate
@@ -25,7 +26,6 @@ from stages.data.texts import (
     tools_of,
 )
 from stages.limits import context_length
-from stages.model_config import planned_chat_template
 from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 SYSTEM_ROLES = ("system", "developer")

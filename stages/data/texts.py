@@ -20,6 +20,7 @@ Reply = str | Message  # text, or an assistant message with more than a content,
 REASONING = "reasoning_content"
 REASONING_KEYS = (REASONING, "reasoning", "thinking")  # what data sets and templates call it; here it is the first
 CONTENT_KEYS = (REASONING, "tool_calls", "function_call", "images", "image", "videos", "audio", "documents")
+CALL_KEYS = ("tools", "tool_calls", "function_call")  # whose values are JSON of any keys
 LABEL_KEYS = ("name", "tool_call_id")
 # Key of tokenizer_config.json with the options of stage `model` for the chat template: they stay with every model that
 # is trained from it, and prompts, responses and reward models are all rendered alike.
@@ -147,7 +148,7 @@ def tools_of(row: Row, name: str = "tools") -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError(f"{name} is not a list of JSON schemas")
-    return [_without_empty(tool) for tool in value]
+    return value
 
 
 def readable(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
@@ -230,7 +231,10 @@ def _message(value: dict[str, Any], name: str) -> Message:
 
 
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """Return tool calls with arguments as objects: OpenAI writes them as JSON, which templates would write twice."""
+    """Return tool calls with arguments as objects: OpenAI writes them as JSON, which templates would write twice.
+
+    Null counts as absent beside the arguments, as beside a message's content, and as itself among them.
+    """
     if isinstance(calls, str):
         try:
             calls = json.loads(calls)
@@ -239,8 +243,11 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError("tool_calls is not a list of calls")
     result = []
-    for call in map(_without_empty, calls):
+    for call in calls:
+        call = {key: item for key, item in call.items() if item is not None}
         function = call.get("function", call)
+        if function is not call and isinstance(function, dict):
+            function = call["function"] = {key: item for key, item in function.items() if item is not None}
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
                 function["arguments"] = json.loads(function["arguments"])
@@ -250,11 +257,19 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
     return result
 
 
-def _without_empty(value: Any) -> Any:
-    """Return JSON without the keys whose value is None, with which tables fill up structs."""
+def without_filled_nulls(value: Any, *, inside: bool = False) -> Any:
+    """Return a value of a table without the keys of tools and calls whose value is None.
+
+    A table gives all structs of a column the same keys, and fills up with nulls those that one lacks: an argument that
+    is null and one that is absent look alike. In JSON they do not, and both stay as they are.
+    """
     if isinstance(value, dict):
-        return {key: _without_empty(item) for key, item in value.items() if item is not None}
-    return [_without_empty(item) for item in value] if isinstance(value, list) else value
+        return {
+            key: without_filled_nulls(item, inside=inside or key in CALL_KEYS)
+            for key, item in value.items()
+            if not (inside and item is None)
+        }
+    return [without_filled_nulls(item, inside=inside) for item in value] if isinstance(value, list) else value
 
 
 def as_messages(prompt: Prompt) -> list[Message]:

@@ -1,18 +1,18 @@
 """Text to token ids: what the model's own tokenizer and chat template say, for prompts, responses and their ends."""
 
-import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from schemas import Model, WinnowError, WinnowWarning
 from schemas.ids import Message
+from stages.data.chat_templates import DELIMITER, literals
 from stages.data.texts import (
     CONTENT_KEYS,
     REASONING,
@@ -21,8 +21,10 @@ from stages.data.texts import (
     Conversation,
     Prompt,
     Reply,
+    as_messages,
     shared_prefix_length,
 )
+from stages.model_config import GENERATION, json_object
 
 THINK = ("<think>", "</think>")
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
@@ -43,11 +45,16 @@ class Tokenizer:
         if self.inner.eos_token_id is None:
             raise WinnowError(f"model {model.digest[:12]}: its tokenizer has no EOS token, so no response could end")
         if self.inner.chat_template is None and (file := self.folder / "chat_template.json").is_file():
-            self.inner.chat_template = json.loads(file.read_text())["chat_template"]  # of a processor
+            self.inner.chat_template = json_object(file).get("chat_template")  # of a processor
         config = self.folder / "tokenizer_config.json"
-        self.template_options = (json.loads(config.read_text()) if config.is_file() else {}).get(TEMPLATE_OPTIONS) or {}
+        self.template_options = (json_object(config) if config.is_file() else {}).get(TEMPLATE_OPTIONS) or {}
+        if unknown := self.template_options.keys() - {"date", "chat_template_kwargs"}:
+            raise WinnowError(
+                f"{config}: {TEMPLATE_OPTIONS} has {', '.join(sorted(unknown))}, as an earlier version wrote it; move "
+                "them into an object `chat_template_kwargs` in it"
+            )
         self._added_tokens = self.inner.added_tokens_decoder
-        self.special_tokens = {number: token.content for number, token in self._added_tokens.items() if token.special}
+        self._last_prompt: tuple[Conversation, list[int]] | None = None
 
     def prompt_ids(self, prompt: Conversation | Prompt) -> list[int]:
         """Return the ids of a prompt: of the chat template if the tokenizer has one, else of its plain form or text.
@@ -56,20 +63,28 @@ class Tokenizer:
         template, and what the template refuses, does not render, or renders differently once an answer follows.
         """
         conversation = _conversation(prompt)
+        if self._last_prompt is None or self._last_prompt[0] != conversation:  # both responses of a pair ask for it
+            self._last_prompt = conversation, self._prompt_ids(conversation)
+        return list(self._last_prompt[1])
+
+    def _prompt_ids(self, conversation: Conversation) -> list[int]:
         if self.inner.chat_template is None:
             return self.with_bos(self.encode(self._plain_text(conversation)))
         messages = self._messages(conversation)
         mode = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
         text = self._render(messages, conversation.tools, **{mode: True})
-        self._check_rendered(conversation, text, **{mode: True})
-        ids = self._ids(text)
+        self._check_rendered(conversation, text, range(len(messages)), **{mode: True})
+        ids = self.encode(text)
         if messages[-1]["role"] == "assistant":
             return ids
-        answered = self._ids(self._render([*messages, _assistant(PROBE)], conversation.tools))
+        answered = self.encode(self._render([*messages, _assistant(PROBE)], conversation.tools))
         shared = ids[: shared_prefix_length(ids, answered)]
-        content = str(messages[-1]["content"]).strip()
-        after_content = len(text) - text.rfind(content) - len(content) if content in text else len(text)
-        if len(self.rendered(ids[len(shared) :])) > after_content:
+        if len(shared) == len(ids):
+            return ids
+        # Where they part, only what follows the last message may be left out, which the text of another shows.
+        changed = [*messages[:-1], messages[-1] | {"content": PROBE}]
+        _, found, behind = self._render(changed, conversation.tools, **{mode: True}).rpartition(PROBE)
+        if found and len(self.rendered(ids[len(shared) :])) > len(behind):
             raise ValueError("the chat template renders the prompt differently once an answer follows")
         if any(token in self._added_tokens for token in ids[len(shared) :]):
             rest = self.rendered(ids[len(shared) :])
@@ -95,7 +110,7 @@ class Tokenizer:
         while text.endswith(self.inner.eos_token):  # some data sets contain it as text
             text = text.removesuffix(self.inner.eos_token).rstrip()
         message = _assistant(text) if isinstance(reply, str) else reply | {"content": text}
-        self._refuse_special_tokens([message])
+        self._refuse_special_tokens(Conversation([message]))
         prompt_ids = self.prompt_ids(conversation)
         if self.inner.chat_template is None:
             if not isinstance(reply, str):
@@ -109,8 +124,8 @@ class Tokenizer:
                 message = prefill | message | {"content": str(prefill["content"]) + text}
             answered = [*messages, message]
             rendered = self._render(answered, conversation.tools)
-            self._check_rendered(Conversation(answered, conversation.tools), rendered)
-            ids = self._ids(rendered)
+            self._check_rendered(Conversation(answered, conversation.tools), rendered, [len(messages)])
+            ids = self.encode(rendered)
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ValueError("the ids of prompt and response together do not begin with those of the prompt")
         ids = ids[len(prompt_ids) :]
@@ -129,6 +144,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
         """Return the text of ids, with special tokens or without them, without surrounding white space."""
+        if not special_tokens:
+            ids = [token for token in ids if token not in self.special_tokens]
         return str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).strip()
 
     def decode_before(self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False) -> tuple[str, str]:
@@ -138,6 +155,8 @@ class Tokenizer:
         """
 
         def text_of(part: list[int]) -> str:
+            if not special_tokens:
+                part = [token for token in part if token not in self.special_tokens]
             return str(
                 self.inner.decode(part, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
             )
@@ -159,7 +178,7 @@ class Tokenizer:
         return ids[0]
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """Return ids with one BOS if the model was trained with one; chat templates often contain it, often not."""
+        """Return ids of a text that no template renders with one BOS, if tokenizer or template begin with it."""
         bos = self.inner.bos_token_id
         if bos is None or not self._adds_bos:
             return ids
@@ -168,16 +187,55 @@ class Tokenizer:
         return [bos, *ids]
 
     @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Return the control tokens by id: those flagged special, the ends of a response, and delimiters of turns.
+
+        Delimiters are added tokens that the chat template writes, as `<|im_end|>` where it was added without a flag.
+        Those of which it writes a pair `<x>`, `</x>` inside a message, such as `<think>` and `<tool_call>`, are text,
+        which people and models write; so are words that were added for their own sake.
+        """
+        special = {number for number, token in self._added_tokens.items() if token.special or number in self.stop}
+        special |= {number for number in self._delimiters if self._added_tokens[number].content not in THINK}
+        return {number: self._added_tokens[number].content for number in sorted(special)}
+
+    @cached_property
+    def _delimiters(self) -> set[int]:
+        """Return the added tokens that the template writes around turns, or anywhere and not in pairs like HTML's."""
+        if self.inner.chat_template is None:
+            return set()
+        candidates = {n: t.content for n, t in self._added_tokens.items() if DELIMITER.fullmatch(t.content)}
+        templates = self.inner.chat_template
+        texts = [
+            text
+            for template in (templates.values() if isinstance(templates, dict) else [templates])
+            for text in literals(template)
+        ]
+        names = set(candidates.values())
+        pairs = {f"<{name[2:]}" for name in names if name.startswith("</")} & names
+        pairs |= {f"</{name[1:]}" for name in pairs}
+        written = {n for n, token in candidates.items() if token not in pairs and any(token in text for text in texts)}
+        return written | candidates.keys() & {token for text in self._answered for token in self.encode(text)}
+
+    @cached_property
     def stop(self) -> tuple[int, ...]:
         """Return the ids that end a response: of the template's assistant turn, EOS, and those of the folder's config.
 
         The first is the one that responses from files end with.
         """
-        file = self.folder / "generation_config.json"
-        ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        others = ids if isinstance(ids, list) else [] if ids is None else [ids]
         end = [] if self._end_of_turn is None else [self._end_of_turn]
-        return tuple(dict.fromkeys([*end, int(self.inner.eos_token_id), *others]))
+        return tuple(dict.fromkeys([*end, int(self.inner.eos_token_id), *self._configured_ends]))
+
+    @cached_property
+    def _configured_ends(self) -> list[int]:
+        """Return the EOS ids of generation_config.json, or without one of config.json, as transformers and vLLM do."""
+        if (self.folder / GENERATION).is_file():
+            ids = json_object(self.folder / GENERATION).get("eos_token_id")
+        elif (self.folder / "config.json").is_file():
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            ids = GenerationConfig.from_model_config(config).eos_token_id
+        else:
+            return []
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     @cached_property
     def _end_of_turn(self) -> int | None:
@@ -189,13 +247,52 @@ class Tokenizer:
         """
         if self.inner.chat_template is None:
             return None
-        question = {"role": "user", "content": OTHER_PROBE}
-        last = self._render([question, _assistant(PROBE)], None).rpartition(PROBE)[2]
-        middle = self._render([question, _assistant(PROBE), question], None).rpartition(PROBE)[2]
-        after_last, after_middle = self.encode(last), self.encode(middle)
+        after_last, after_middle = (self.encode(text.rpartition(PROBE)[2]) for text in self._answered)
         shared = after_last[: shared_prefix_length(after_last, after_middle)]
-        ends = [token for token in reversed(shared) if token in self._added_tokens]
-        return next(iter([*ends, *(token for token in after_last if token in self._added_tokens)]), None)
+        # A line end that was added as a token is none of them.
+        added = {
+            token for token in after_last if token in self._added_tokens and self._added_tokens[token].content.strip()
+        }
+        return next((token for token in (*reversed(shared), *after_last) if token in added), None)
+
+    @cached_property
+    def _answered(self) -> tuple[str, str]:
+        """Return what the template renders of a question and an answer, and of both before another question.
+
+        Raise WinnowError if it refuses them: what it refuses is our own, and no row can be blamed for it.
+        """
+        question = {"role": "user", "content": OTHER_PROBE}
+        turns = [*self._shape[0], question, _assistant(PROBE)]
+        try:
+            return self._render(turns, None), self._render([*turns, question], None)
+        except ValueError as error:
+            raise WinnowError(f"model in {self.folder.name}: a question and an answer: {error}") from None
+
+    @cached_property
+    def _shape(self) -> tuple[list[Message], bool]:
+        """Return the turns that the template needs before a user's, and whether it reads contents as lists of parts.
+
+        Some templates refuse a conversation without a system message, and those of models for images read parts only.
+        Raise WinnowError if the template refuses a question in all of these shapes.
+        """
+        accepted: list[tuple[list[Message], bool]] = []
+        refusals = []
+        for opening in ([], [{"role": "system", "content": OTHER_PROBE}]):
+            for parts in (False, True):
+                messages = [*opening, {"role": "user", "content": PROBE}]
+                try:
+                    text = self._apply(_in_parts(messages) if parts else messages, None)
+                except ValueError as error:
+                    refusals.append(error)
+                    continue
+                accepted.append((opening, parts))
+                if PROBE in text:
+                    return opening, parts
+        if not accepted:
+            raise WinnowError(
+                f"model in {self.folder.name}: a question, with a system message and without: {refusals[0]}"
+            )
+        return accepted[0]
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -204,7 +301,7 @@ class Tokenizer:
             return True
         if self.inner.chat_template is None:
             return False
-        return self._render([{"role": "user", "content": "x"}], None).startswith(self.inner.bos_token)
+        return self._answered[0].startswith(self.inner.bos_token)
 
     @cached_property
     def _reasoning_key(self) -> str | None:
@@ -212,18 +309,6 @@ class Tokenizer:
         reads = r"""(\.|\[['"]|get\(['"])"""
         template = str(self.inner.chat_template)
         return next((key for key in REASONING_KEYS if re.search(rf"{reads}{key}\b", template)), None)
-
-    @cached_property
-    def _reads_parts(self) -> bool:
-        """Return whether the template reads contents as lists of parts only, as those of models for images do."""
-
-        def reads(content: Any) -> bool:
-            try:
-                return PROBE in self._apply([{"role": "user", "content": content}], None)
-            except ValueError:
-                return False
-
-        return not reads(PROBE) and reads([{"type": "text", "text": PROBE}])
 
     def _plain_text(self, conversation: Conversation) -> str:
         """Return the text of a prompt for a tokenizer without chat template."""
@@ -233,18 +318,15 @@ class Tokenizer:
         if conversation.tools:
             raise ValueError("tools, and the tokenizer has no chat template")
         text = text.removeprefix(self.inner.bos_token or "")  # some data sets contain it as text
-        self._refuse_special_tokens([{"role": "user", "content": text}])
+        self._refuse_special_tokens(Conversation(text))
         return text
 
     def _messages(self, conversation: Conversation) -> list[Message]:
         content = conversation.content
         if isinstance(content, str):
             content = [{"role": "user", "content": content.removeprefix(self.inner.bos_token or "")}]
-        self._refuse_special_tokens(content)
+        self._refuse_special_tokens(Conversation(content, conversation.tools))
         return content
-
-    def _ids(self, text: str) -> list[int]:
-        return self.with_bos(self.encode(text))
 
     def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, **kwargs: Any) -> str:
         rendered = []
@@ -258,14 +340,11 @@ class Tokenizer:
                     fields["content"] = answer.lstrip()
                 if REASONING in fields:
                     fields[self._reasoning_key] = fields.pop(REASONING)
-            if self._reads_parts:
-                fields["content"] = [{"type": "text", "text": fields["content"]}]
             rendered.append(fields)
-        return self._apply(rendered, tools, **kwargs)
+        return self._apply(_in_parts(rendered) if self._shape[1] else rendered, tools, **kwargs)
 
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None, **kwargs: Any) -> str:
-        options = dict(self.template_options)
-        day = options.pop("date", None)
+        day, options = (self.template_options.get(name) for name in ("date", "chat_template_kwargs"))
 
         def strftime_now(pattern: str) -> str:
             """Return the model's own date: the day on which a template is rendered must not change its ids."""
@@ -278,7 +357,7 @@ class Tokenizer:
 
         try:
             text = self.inner.apply_chat_template(
-                messages, tools=tools, tokenize=False, strftime_now=strftime_now, **options, **kwargs
+                messages, tools=tools, tokenize=False, strftime_now=strftime_now, **(options or {}), **kwargs
             )
         except WinnowError:
             raise
@@ -286,50 +365,84 @@ class Tokenizer:
             raise ValueError(f"chat template refuses the messages: {error}") from None
         return str(text)
 
-    def _check_rendered(self, conversation: Conversation, text: str, **kwargs: Any) -> None:
-        """Raise ValueError for a content, tool, call or reasoning that the rendered text of a conversation lacks.
+    def _check_rendered(self, conversation: Conversation, text: str, indices: Iterable[int], **kwargs: Any) -> None:
+        """Raise ValueError for a tool, or a content, call or reasoning of `indices`, that the template does not render.
 
-        What does not stand in it word for word (a tool's result may be written as JSON) is rendered if the text
-        changes without it. The reasoning of earlier answers may be left out, as most templates that know it do.
+        It is left out or changed: if the rendered text stays as it was, it is no part of it. To look for it there would
+        prove nothing, since a `7` may stand anywhere. The reasoning of earlier answers may be left out, as most
+        templates that know it do.
         """
-        messages = self._messages(conversation)
+        messages = as_messages(conversation.content)
 
-        def is_rendered(n: int | None = None, key: str = "tools", value: Any = None) -> bool:
-            changed, tools = list(messages), None if n is None else conversation.tools
-            if n is not None:
-                changed[n] = {name: item for name, item in messages[n].items() if name != key}
-                changed[n] |= {} if value is None else {key: value}
+        def is_same(messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
             try:
-                return self._render(changed, tools, **kwargs) != text
+                return self._render(messages, tools, **kwargs) == text
             except ValueError:  # the template misses it
-                return True
+                return False
 
-        if conversation.tools and not is_rendered():
+        def is_same_with(n: int, key: str, value: Any) -> bool:
+            message = {name: item for name, item in messages[n].items() if name != key}
+            message |= {} if value is None else {key: value}
+            return is_same([*messages[:n], message, *messages[n + 1 :]], conversation.tools)
+
+        if any(is_same(messages, tools) for tools in _each_left_out(conversation.tools or [])):
             raise ValueError("the chat template does not render tools")
-        for n, message in enumerate(messages):
-            content, role, is_last = str(message["content"]), message["role"], n == len(messages) - 1
-            reasoning, thinks, answer = content.rpartition(THINK[1]) if role == "assistant" else ("", "", content)
-            if answer.strip() not in text and not is_rendered(n, "content", PROBE):
+        for n in indices:
+            message, role, is_last = messages[n], messages[n]["role"], n == len(messages) - 1
+            reasoning, thinks, answer = "", "", str(message["content"])
+            if role == "assistant":
+                reasoning, thinks, answer = answer.rpartition(THINK[1])
+            other = OTHER_PROBE if PROBE in message["content"] else PROBE
+            if answer.strip() and is_same_with(n, "content", reasoning + thinks + other):
                 raise ValueError(f"the chat template does not render the content of a message of role {role}")
-            if is_last and thinks and reasoning.strip().removeprefix(THINK[0]).strip() not in text:
+            thought = reasoning.strip().removeprefix(THINK[0]).strip()
+            if is_last and thought and is_same_with(n, "content", THINK[0] + other + thinks + answer):
                 raise ValueError("the chat template does not render the reasoning of a response")
             for key in CONTENT_KEYS:
-                left_out = key == REASONING and self._reasoning_key and not is_last
-                if key in message and not left_out and not is_rendered(n, key):
-                    raise ValueError(f"the chat template does not render {key}")
+                if key in message and not (key == REASONING and self._reasoning_key and not is_last):
+                    items = _each_left_out(message[key]) if isinstance(message[key], list) else [None]
+                    if any(is_same_with(n, key, value) for value in items):
+                        raise ValueError(f"the chat template does not render {key}")
 
-    def _refuse_special_tokens(self, messages: list[Message]) -> None:
-        """Raise ValueError if a special token is written in a text: it would be encoded as a control token."""
-        for message in messages:
-            thinking = THINK if message["role"] == "assistant" else ()
-            for text in (message["content"], message.get(REASONING, "")):
-                for token in self.special_tokens.values():
-                    if token in text and token not in thinking:
-                        raise ValueError(f"special token {token} in the text")
+    def _refuse_special_tokens(self, conversation: Conversation) -> None:
+        """Raise ValueError if a control token is written in any text of it: it would be encoded as a control token."""
+        texts = [
+            (value, THINK if message["role"] == "assistant" and key in ("content", REASONING) else (), key)
+            for message in as_messages(conversation.content)
+            for key, item in message.items()
+            for value in _strings(item)
+        ]
+        texts += [(value, (), "tools") for value in _strings(conversation.tools)]
+        for text, allowed, key in texts:
+            for token in self.special_tokens.values():
+                if token in text and token not in allowed:
+                    raise ValueError(f"special token {token} in the {'text' if key == 'content' else key}")
 
     def has_special_token(self, text: str) -> bool:
         """Return whether a special token is written in the text: it would be encoded as a control token."""
         return any(token in text for token in self.special_tokens.values())
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, the keys of its objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _each_left_out(items: list[Any]) -> list[list[Any] | None]:
+    """Return a list without its first item, without its second, and so on; None for an empty one."""
+    return [items[:n] + items[n + 1 :] or None for n in range(len(items))]
+
+
+def _in_parts(messages: list[Message]) -> list[Message]:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _assistant(text: str) -> Message:

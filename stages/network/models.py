@@ -11,13 +11,18 @@ from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, Sta
 from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_digest, model_files
 from pipeline.store.weights import tensor_shapes
 from schemas import MachineError, Model, WinnowError
+from stages.data.chat_templates import TODAY, chat_templates, unread_options, unreadable, variables
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
-from stages.model_config import ModelConfig, chat_template_of, input_problems
+from stages.model_config import ModelConfig, input_problems, json_object
 from stages.network.card import carried, write_card, write_copy_card
 from stages.options import Count, Precision, Seed
 
 PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
+JSON_FILES = (  # that transformers reads, each an object; other files of a folder may hold anything
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "chat_template.json",
+)  # fmt: skip
 CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 ROLE_TOKENS = ("<|user|>", "<|assistant|>")
@@ -31,24 +36,36 @@ CHAT_TEMPLATE = (
 def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return at plan time what the folders' own files say against them."""
     path, adapter = options["path"], options["adapter"]
+    problems: list[str] = []
+    folders = {"path": path.path} | ({"adapter": adapter.path} if adapter else {})
+    for option, folder in folders.items():
+        for name in JSON_FILES:
+            try:
+                if (folder / name).is_file():
+                    json_object(folder / name)
+            except WinnowError as error:
+                problems += [f"{option}: {problem}" for problem in error.problems]
+    if problems:
+        return problems
     try:
         config = ModelConfig(path.path)
+        _ = config.generation  # for what it says of its file
     except WinnowError as error:
         return [f"path: {problem}" for problem in error.problems]
-    problems = [f"path: model folder {path}: {problem}" for problem in config.problems()]
-    day, more, template = options["date"], options["chat_template_kwargs"] or {}, chat_template_of(path.path)
-    if (file := options["chat_template"]) is not None:
-        template = file.path.read_text(encoding="utf-8")
-    if day is not None:
-        try:
-            datetime.date.fromisoformat(day)
-        except ValueError:
-            problems.append(f"date: {day!r} is not a day as in 2026-01-31")
-    elif "strftime_now" in template and "date_string" not in more:
-        problems.append(
-            f"date: the chat template of {(file or path).path.name} reads today's date, and would give other ids from "
-            "day to day; set the day that it is to read, as in `date: 2026-01-31`"
+    problems += [f"path: model folder {path}: {problem}" for problem in config.problems()]
+    # The tokenizer of an adapter, if it has one, is the policy's.
+    option, folder = "path", path.path
+    if adapter is not None and any((adapter.path / name).is_file() for name in TOKENIZER_FILES):
+        option, folder = "adapter", adapter.path
+    try:
+        templates = chat_templates(folder)
+        if (file := options["chat_template"]) is not None:
+            option, templates = "chat_template", {file.path.name: file.path.read_text(encoding="utf-8")}
+        problems += _template_problems(
+            templates, folder, option, options["date"], options["chat_template_kwargs"] or {}
         )
+    except WinnowError as error:
+        problems += [f"{option}: {problem}" for problem in error.problems]
     if adapter is None and options["save_dtype"] != "float32":
         problems.append(
             f"save_dtype: {options['save_dtype']}, and without an adapter the folder's files are copied as they are; "
@@ -64,7 +81,7 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
     rows, problem = adapted_rows(config, adapter.path)
     problems += [f"adapter: {problem}"] if problem else []
     file = adapter.path / "tokenizer.json"
-    added = json.loads(file.read_text()).get("added_tokens", []) if file.is_file() else []
+    added = json_object(file).get("added_tokens", []) if file.is_file() else []
     if beyond := [token["content"] for token in added if rows is not None and token["id"] >= rows]:
         problems.append(
             f"adapter: its tokenizer has {beyond[0]!r} ({len(beyond)} such tokens), and neither base nor adapter have "
@@ -78,7 +95,40 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
     return problems
 
 
-@stage(version=3, unsharded=True, check=_check_model)
+def _template_problems(
+    templates: dict[str, str], folder: Path, option: str, day: str | None, more: dict[str, Any]
+) -> list[str]:
+    """Return what is wrong with the chat templates that `option` gives, and with what they are to read."""
+    if damaged := unreadable(templates):
+        return [f"{option}: {folder}: {problem}" for problem in damaged]
+    problems = [f"chat_template_kwargs: {problem}" for problem in unread_options(templates, more)]
+    asks = any(TODAY in variables(template) for template in templates.values())
+    given = _template_options(folder)
+    if day is not None:
+        try:
+            datetime.date.fromisoformat(day)
+        except ValueError:
+            problems.append(f"date: {day!r} is not a day as in 2026-01-31")
+        if not asks:
+            problems.append(
+                f"date: no chat template of {folder.name} asks for today's date; unset it (a variable `date` is one "
+                "of `chat_template_kwargs`)"
+            )
+    elif asks and "date_string" not in {**given.get("chat_template_kwargs", {}), **more} and "date" not in given:
+        problems.append(
+            f"date: the chat template of {folder.name} reads today's date, and would give other ids from day to "
+            "day; set the day that it is to read, as in `date: 2026-01-31`"
+        )
+    return problems
+
+
+def _template_options(folder: Path) -> dict[str, Any]:
+    """Return the options for chat templates that a model of a store has, as stage `model` wrote them there."""
+    file = folder / "tokenizer_config.json"
+    return (json_object(file) if file.is_file() else {}).get(TEMPLATE_OPTIONS) or {}
+
+
+@stage(version=4, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
     *,
@@ -98,8 +148,9 @@ def model(
     org/name below the working folder comes first, unless the cache has that name too; `./org/name` is always a folder.
 
     chat_template: a Jinja file in place of the folder's own chat templates, or for a folder without one. date: the day
-    that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: what else it
-    reads, such as `{enable_thinking: false}`. All three stay with the folder and every model trained from it, so that
+    that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: other
+    variables that it reads, such as `{enable_thinking: false}`; refused are names that it does not read, and arguments
+    of `apply_chat_template` itself. All three stay with the folder and every model trained from it, so that
     prompts, responses and draws are rendered alike on any day.
 
     adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
@@ -127,10 +178,12 @@ def model(
         policy = _merge_into_base(policy, adapter.path, save_dtype)
     if chat_template is not None:
         _replace_chat_templates(folder, chat_template.path)
-    if template_options := {**({"date": date} if date else {}), **(chat_template_kwargs or {})}:
+    options = {"date": date, "chat_template_kwargs": chat_template_kwargs}
+    if given := {name: value for name, value in options.items() if value}:
         file = folder / "tokenizer_config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file.write_text(json.dumps(config | {TEMPLATE_OPTIONS: template_options}, indent=2), encoding="utf-8")
+        config = json_object(file) if file.is_file() else {}
+        config[TEMPLATE_OPTIONS] = _template_options(folder) | given
+        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     write_copy_card(folder, path, adapter)
 
@@ -138,7 +191,7 @@ def model(
     try:
         vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
         reader = Tokenizer(policy)
-        tokenizer = reader.inner
+        tokenizer, _ = reader.inner, reader.stop
         check_weights(folder)
     except WinnowError:
         raise

@@ -69,7 +69,7 @@ def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype)
 
 
-@ranker(reads_model=True, output="score", version=3)
+@ranker(reads_model=True, output="score", version=4)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
@@ -97,7 +97,7 @@ Which of two responses to a prompt is better?
 Answer with one letter, A or B."""
 
 
-@ranker(reads_model=True, output="vocabulary", version=2)
+@ranker(reads_model=True, output="vocabulary", version=3)
 def llm_judge(
     model: Model,
     *,

@@ -17,7 +17,7 @@ from schemas.tables import CANDIDATES
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import ModelConfig, input_problems, planned_config
+from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
 from stages.options import (
     Count,
     LogitBias,
@@ -53,6 +53,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
+    problems += generation_problems(config) if config else []
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
     problems += engine_problems(options["engine"], options["engine_options"])
@@ -266,6 +267,7 @@ def sample(
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue
         inside = ids[:-1] if completion.finish_reason == "stop" else ids
+        text = tokenizer.decode(inside)
         is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
         if completion.finish_reason == "stop_string":
             try:

@@ -1,7 +1,9 @@
 """Model folders by their own files: what cannot be used is refused when the plan is made, with the cure."""
 
+import inspect
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import AdapterPath, ModelPath
 from pipeline.store.fingerprints import model_digest
-from schemas import Model, WinnowError
+from schemas import Model, WinnowError, WinnowWarning
+from stages.data.chat_templates import ARGUMENTS
+from stages.data.tokenizer import Tokenizer
 from stages.limits import check_ids, context_length
 from stages.model_config import ModelConfig, network_classes
 from stages.network.forward import forward_rows, logp_of
@@ -121,6 +125,136 @@ def test_a_damaged_config_is_refused(tiny, bare, tmp_path):
     folder = copied(tiny, tmp_path / "damaged")
     (folder / "config.json").write_text('{"model_type": "lla')
     assert all(fact in bare(folder) for fact in (str(folder / "config.json"), "copy it again"))
+
+
+# Files of a folder
+
+
+@pytest.mark.parametrize("content", [b"{oops", b"[1]", b"\xef\xbb\xbf{}", b'{"a": "\xe9"}', b'"x"'])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.json"]
+)
+def test_a_damaged_file_of_a_folder_is_refused_by_its_name(tiny, bare, tmp_path, name, content):
+    folder = copied(tiny, tmp_path / "damaged")
+    (folder / name).write_bytes(content)
+    message = bare(folder)
+    assert str(folder / name) in message
+    assert "sft: path:" in message or name == "config.json"
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "vocab_size", "303"),
+        ("config.json", "text_config", [1]),
+        ("config.json", "text_config.vocab_size", "9"),
+        ("config.json", "quantization_config", "x"),
+        ("config.json", "max_position_embeddings", "big"),
+        ("config.json", "architectures", "LlamaForCausalLM"),
+        ("config.json", "model_type", 3),
+        ("generation_config.json", "eos_token_id", "<|im_end|>"),
+        ("generation_config.json", "stop_strings", 3),
+    ],
+)
+def test_a_value_of_a_wrong_type_in_a_folders_file_is_refused_by_its_key(tiny, bare, tmp_path, name, key, value):
+    folder = copied(tiny, tmp_path / "odd")
+    outer, _, inner = key.partition(".")
+    content = json.loads((folder / name).read_text()) | {outer: {inner: value} if inner else value}
+    (folder / name).write_text(json.dumps(content))
+    assert all(fact in bare(folder) for fact in (str(folder / name), key, repr(value)))
+
+
+@pytest.mark.parametrize(
+    ("template", "fact"),
+    [
+        (b"{% for m in messages %}{{ m.content }", "chat_template.jinja, line 1"),
+        (b"{{ messages }}\n{% endfor %}", "chat_template.jinja, line 2"),
+        (b"{{ messages }}\xe9", "chat_template.jinja is not UTF-8"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_read_is_refused_when_the_plan_is_made(tiny, bare, tmp_path, template, fact):
+    folder = copied(tiny, tmp_path / "damaged")
+    (folder / "chat_template.jinja").write_bytes(template)
+    message = bare(folder)
+    assert "sft: path: " in message
+    assert fact in message
+
+
+def test_the_template_of_an_adapter_with_a_tokenizer_is_the_one_that_is_read(sharp, resized, bare):
+    folder, _ = resized
+    (folder / "chat_template.jinja").write_text("{{ oops }")
+    message = bare(sharp.folder, sft={"use": "model", "with": {"path": str(sharp.folder), "adapter": str(folder)}})
+    assert f"adapter: {folder}: chat_template.jinja, line 1" in message
+
+
+# Variables of a chat template
+
+READING = "{% if thinking is not defined %}{% set thinking = true %}{% endif %}{{ thinking }}"
+
+
+def options_of_template(folder, **options):
+    return {"use": "model", "with": {"path": str(folder)} | options}
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"chat_template_kwargs": {"thinkng": False}}, ["thinkng", "did you mean 'thinking'"]),
+        ({"chat_template_kwargs": {"tokenize": True}}, ["tokenize", "apply_chat_template"]),
+        ({"chat_template_kwargs": {"chat_template": "X"}}, ["chat_template", "apply_chat_template"]),
+        ({"chat_template_kwargs": {"documents": []}}, ["documents", "apply_chat_template"]),
+        ({"chat_template_kwargs": {"messages": []}}, ["messages", "apply_chat_template"]),
+        ({"date": "2026-01-31"}, ["date: no chat template", "unset"]),
+        ({"date": "31 Jan"}, ["'31 Jan' is not a day"]),
+        ({"chat_template_kwargs": {"thinking": False}}, []),
+        ({"chat_template_kwargs": {"deep": 1}}, []),
+    ],
+)
+def test_variables_that_reach_no_template_are_refused(tiny, bare, tmp_path, options, facts):
+    """A misspelt name, an argument of `apply_chat_template`, a date that nothing reads; `deep` is of a named one."""
+    folder = copied(tiny, tmp_path / "reading")
+    template = folder / "chat_template.jinja"
+    template.write_text(READING + template.read_text())
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}{{ deep }}")
+    message = bare(folder, sft=options_of_template(folder, **options))
+    assert all(fact in message for fact in facts)
+    assert bool(message) == bool(facts)
+
+
+def test_a_variable_named_date_is_none_of_our_options(tiny, ctx, tmp_path):
+    """Two names of one word: the day that `strftime_now` reads, and a variable of the template."""
+    folder = copied(tiny, tmp_path / "dated")
+    template = folder / "chat_template.jinja"
+    asks = "{% if date is defined %}[{{ date }}]{% endif %}({{ strftime_now('%d %b') }})"
+    template.write_text(asks + template.read_text())
+    options = {"chat_template_kwargs": {"date": "today"}, "date": "2026-01-31"}
+    tokenizer = Tokenizer(model(ctx, path=ModelPath(str(folder)), **options))
+    assert tokenizer.rendered(tokenizer.prompt_ids("Hi")).startswith("[today](31 Jan)")
+
+
+def test_the_arguments_that_no_template_is_free_to_read_are_transformers_own():
+    names = set(inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters)
+    assert names - {"kwargs"} <= set(ARGUMENTS)
+
+
+# Options of generation_config.json
+
+
+def test_ends_at_texts_and_other_laws_of_a_folder_are_named_when_it_is_sampled(tiny, bare, tmp_path):
+    """Texts that end a response would be drawn over: refused. What changes a draw is for `sample` to say: noted."""
+    folder = copied(tiny, tmp_path / "options")
+    file = folder / "generation_config.json"
+    neutral = {"eos_token_id": 1, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.0, "suppress_tokens": []}
+    file.write_text(json.dumps(neutral))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WinnowWarning)
+        assert bare(folder) == ""
+    file.write_text(json.dumps(neutral | {"stop_strings": ["\nUser:"], "suppress_tokens": [5], "top_p": 0.9}))
+    with pytest.warns(WinnowWarning, match=r"options.*top_p: 0.9.*suppress_tokens: \[5\]"):
+        message = bare(folder)
+    assert all(fact in message for fact in ("sample: policy", "generation_config.json", "stop_strings", "User:"))
 
 
 # Policies and reward models

@@ -55,6 +55,36 @@ def test_tools_and_calls_are_rendered_and_are_part_of_a_prompt(calling, ctx, tmp
     assert first.equals(second)
 
 
+def test_a_null_argument_of_a_call_stays_in_json_and_is_what_a_table_lacks(calling, ctx, tmp_path):
+    """A table fills up the structs of a column with nulls; JSON says which keys are there, in tools too."""
+    arguments = [{"city": "Rome", "unit": None}, {"city": "Oslo", "unit": "C"}]
+    tool = TOOL | {"function": {"name": "get_time", "parameters": {"properties": {"unit": {"default": None}}}}}
+    rows = [
+        {
+            "prompt": [
+                USER,
+                SAY[0] | {"tool_calls": [{"id": None, "function": {"name": "get_time", "arguments": item}}]},
+                {"role": "tool", "content": "12"},
+            ],
+            "tools": [tool],
+        }
+        for item in arguments
+    ]
+    pq.write_table(pa.Table.from_pylist(rows[:1] + rows[1:]), tmp_path / "in.parquet")
+    json_rows, table_rows = (
+        " ".join(prompts(calling, ctx, path=path)["rendered"].to_pylist())
+        for path in (jsonl(tmp_path, rows), DataPath(str(tmp_path / "in.parquet")))
+    )
+    assert '"unit": null' in json_rows
+    assert '"default": null' in json_rows
+    assert '"id"' not in json_rows
+    assert "null" not in table_rows
+    written = [{"prompt": [USER, json.loads(json.dumps(rows[0]["prompt"][1])), rows[0]["prompt"][2]]}]
+    written[0]["prompt"][1]["tool_calls"][0]["function"]["arguments"] = json.dumps(arguments[0])
+    (as_text,) = prompts(calling, ctx, path=jsonl(tmp_path, written))["rendered"].to_pylist()
+    assert '"unit": null' in as_text
+
+
 def test_what_the_template_does_not_render_is_rejected_by_name(tiny, ctx, tmp_path):
     """Tools, calls, reasoning, images, an unknown shape: each with a reason of its own."""
     image = {"role": "user", "content": [{"type": "text", "text": "See:"}, {"type": "image"}]}

@@ -207,15 +207,18 @@ MESSAGES: Any = [
 ]
 
 
-def test_bos_stands_once_at_the_start_if_anything_puts_it_there(tokenizers):
-    """Template with BOS, tokenizer that adds it, or both: once. Neither: never. Nowhere else in the prompt."""
+def test_bos_is_what_the_template_writes_or_without_one_what_the_tokenizer_adds(tokenizers):
+    """A tokenizer adds BOS to plain text; `apply_chat_template` (and vLLM's chat, and TRL) adds nothing to a chat."""
     for (template, adds), model in tokenizers.items():
         tokenizer = Tokenizer(model)
-        bos, expected = tokenizer.inner.bos_token_id, template == "with BOS" or adds
+        bos, expected = tokenizer.inner.bos_token_id, template == "with BOS" or (template == "none" and adds)
         assert (tokenizer.inner("x")["input_ids"][0] == bos) == adds
         for prompt in ["Hello.", *([MESSAGES] if template != "none" else [])]:
             ids = tokenizer.prompt_ids(prompt)
             assert ids.count(bos) == (ids[0] == bos) == expected
+            if template != "none":
+                chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                assert ids == tokenizer.inner.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         if template == "none" and adds:
             assert tokenizer.prompt_ids("<|bos|>Hello.") == tokenizer.prompt_ids("Hello.")
 

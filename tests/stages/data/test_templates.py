@@ -113,7 +113,7 @@ def reference_ids(tokenizer: Tokenizer, conversation: Conversation, reply: Reply
                 )
             except Exception:
                 continue
-            results.append(tokenizer.with_bos(tokenizer.encode(text)))
+            results.append(tokenizer.encode(text))
     return results
 
 
@@ -161,11 +161,15 @@ def test_templates_with_a_date_read_the_models_own(tokenizer_of):
     assert "31 Jan 2026" in tokenizer.rendered(tokenizer.prompt_ids("Hi"))
     tokenizer.template_options = {}
     with pytest.raises(WinnowError, match=r"today's date.*`date: 2026-01-31`"):
-        tokenizer.prompt_ids("Hi")
+        tokenizer.prompt_ids("Good morning")
     path = ModelPath(str(tokenizer.folder))
     names = ("adapter", "date", "chat_template", "chat_template_kwargs")
     options = dict(path=path, save_dtype="float32") | dict.fromkeys(names)
     check = signature_of(stages.entries["model"]).check
+    assert check(options, {}) == []  # a folder of a store has its day
+    config = tokenizer.folder / "tokenizer_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in content.items() if name != TEMPLATE_OPTIONS}))
     assert "date: 2026-01-31" in " ".join(check(options, {}))
     assert check(options | {"date": DATE}, {}) == []
     assert check(options | {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}, {}) == []

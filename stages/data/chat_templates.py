@@ -1,0 +1,131 @@
+"""Chat templates of a model folder, read from its files: what a plan can say of them without loading a tokenizer."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pipeline import InputStep, ModelPath
+from pipeline.registry import nearest
+from pipeline.store.fingerprints import TOKENIZER_FILES
+from schemas import WinnowError
+from stages.model_config import json_object
+
+# Arguments of transformers' `apply_chat_template`, and what a template is given beside its own variables.
+ARGUMENTS = (
+    "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "messages", "strftime_now", "raise_exception", "self",
+)  # fmt: skip
+DELIMITER = re.compile(r"[^\w\s]\S*\w\S*[^\w\s]")  # such as <|im_end|> and [INST]: no word, number, sign or blank
+TODAY = "strftime_now"
+
+
+class _Generation(Extension):
+    """Tag with which transformers marks what the assistant writes; here its content is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+# As transformers has it (utils/chat_template_utils.py), which to import takes torch.
+ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+)
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates that a folder's tokenizer has, by the file (and the name in it) they stand in.
+
+    Those of files outrank those of tokenizer_config.json, as in transformers; a processor's, in chat_template.json, is
+    read where there is no other. Raise WinnowError for a file that cannot be read.
+    """
+    files = [file for file in (folder / "chat_template.jinja",) if file.is_file()]
+    files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if files:
+        return {file.relative_to(folder).as_posix(): _text(file) for file in files}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        content = json_object(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(content, str):
+            return {name: content}
+        if content is None:
+            continue
+        items: list[Any] = content if isinstance(content, list) else [None]
+        try:
+            named = {str(item["name"]): str(item["template"]) for item in items}
+        except (TypeError, KeyError):
+            message = f"{folder / name}: chat_template is neither text nor a list of named texts; copy it again"
+            raise WinnowError(message) from None
+        return {f"{name}, {title}": template for title, template in named.items()}
+    return {}
+
+
+def planned_chat_template(step: InputStep) -> str | None:
+    """Return the text of the chat template that a step's model will have, empty for none; None if no plan knows it."""
+    for name in ("init", "policy"):  # of `optimize` and `reward_head`, which keep it
+        if name in step.inputs:
+            return planned_chat_template(step.inputs[name])
+    path = step.options.get("path")
+    if step.stage != "model" or not isinstance(path, ModelPath):
+        return None
+    if (template := step.options["chat_template"]) is not None:
+        return str(template.path.read_text(encoding="utf-8"))
+    folders = [path.path, *([step.options["adapter"].path] if step.options["adapter"] else [])]
+    with_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
+    return "\n".join(chat_templates(with_tokenizer[-1]).values())  # the adapter's comes first
+
+
+def unreadable(templates: dict[str, str]) -> list[str]:
+    """Return what is wrong with the templates of a folder that do not compile."""
+    problems = []
+    for where, template in templates.items():
+        try:
+            ENVIRONMENT.compile(template)
+        except TemplateError as error:
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            problems.append(f"{where}{line} is no chat template ({error}); copy it again")
+    return problems
+
+
+def unread_options(templates: dict[str, str], options: dict[str, Any]) -> list[str]:
+    """Return what is wrong with variables that are to be given to templates: names that reach none of them."""
+    known, problems = {name for template in templates.values() for name in variables(template)}, []
+    for name in options:
+        if name in ARGUMENTS:
+            problems.append(
+                f"{name} is an argument of apply_chat_template, and no variable that a template is free to read; "
+                "remove it"
+            )
+        elif name not in known:
+            readable = sorted(known.difference(ARGUMENTS))
+            hint = nearest(name, readable) if readable else "there is none that it reads"
+            problems.append(f"no chat template of the folder reads {name!r}; {hint}")
+    return problems
+
+
+def variables(template: str) -> set[str]:
+    """Return the names that a template reads and does not set itself."""
+    return set(find_undeclared_variables(ENVIRONMENT.parse(template)))
+
+
+def literals(template: str) -> list[str]:
+    """Return the texts that stand in a template: what it writes as it is, and its string constants."""
+    tree = ENVIRONMENT.parse(template)
+    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return constants + [node.data for node in tree.find_all(nodes.TemplateData)]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise WinnowError(f"{file} is not UTF-8 text ({error}); copy it again") from None
