@@ -3,7 +3,7 @@
 import ast
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -204,11 +204,11 @@ def input_problems(
     return problems
 
 
-def generation_problems(config: ModelConfig) -> list[str]:
+def generation_problems(config: ModelConfig, stop: Sequence[str] = ()) -> list[str]:
     """Return at plan time why a sampler would not end where a policy's own folder says; warn of what else it says.
 
     generation_config.json may hold options that change what a model draws. Only its EOS ids are honoured: what is drawn
-    is for the options of a stage to say, whichever folder the policy is in.
+    is for the options of a stage to say, whichever folder the policy is in. `stop` are the texts that these say.
     """
     folder, options = config.folder.name, config.generation
     changing = [
@@ -221,13 +221,11 @@ def generation_problems(config: ModelConfig) -> list[str]:
             WinnowWarning,
             stacklevel=2,
         )
-    if not options.get("stop_strings"):
+    texts = options.get("stop_strings") or []
+    missing = [text for text in ([texts] if isinstance(texts, str) else texts) if text not in stop]
+    if not missing:
         return []
-    return [
-        f"policy: {GENERATION} of {folder} ends responses at texts (stop_strings: "
-        f"{json.dumps(options['stop_strings'])}), and a policy is sampled up to its end tokens: name those as "
-        "eos_token_id there, and remove stop_strings"
-    ]
+    return [f"stop: {GENERATION} of {folder} ends responses at {json.dumps(missing)} too; add them to `stop`"]
 
 
 def planned_config(step: InputStep) -> ModelConfig | None:

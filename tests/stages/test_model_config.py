@@ -254,7 +254,7 @@ def test_ends_at_texts_and_other_laws_of_a_folder_are_named_when_it_is_sampled(t
     file.write_text(json.dumps(neutral | {"stop_strings": ["\nUser:"], "suppress_tokens": [5], "top_p": 0.9}))
     with pytest.warns(WinnowWarning, match=r"options.*top_p: 0.9.*suppress_tokens: \[5\]"):
         message = bare(folder)
-    assert all(fact in message for fact in ("sample: policy", "generation_config.json", "stop_strings", "User:"))
+    assert all(fact in message for fact in ("sample: stop", "generation_config.json", "User:", "add them to `stop`"))
 
 
 # Policies and reward models

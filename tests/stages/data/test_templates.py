@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 from pipeline.stage import InputStep, signature_of, stages
 from pipeline.store.fingerprints import DataPath, ModelPath, TemplatePath, model_digest
 from schemas import Model, WinnowError, prompt_id
+from stages.data.chat_templates import chat_templates
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import check_system_prompt, prompts
 from stages.data.texts import TEMPLATE_OPTIONS, Conversation, Reply
 from stages.data.tokenizer import Tokenizer
-from stages.model_config import chat_template_of
 from stages.network.load import load_network, save_network
 from stages.network.models import model
 from tests.conftest import write_jsonl
@@ -227,7 +227,8 @@ def test_a_template_from_a_file_replaces_those_of_the_folder(policy_with, name, 
 def test_a_template_from_a_file_stays_with_what_is_trained_and_is_part_of_the_digest(policy_with, tmp_path):
     policy = policy_with("qwen3")
     trained = save_network(load_network(policy), policy, tmp_path / "trained")
-    assert chat_template_of(trained.folder).strip() == (TEMPLATES / "qwen3.jinja").read_text().strip()
+    (template,) = chat_templates(trained.folder).values()
+    assert template.strip() == (TEMPLATES / "qwen3.jinja").read_text().strip()
     digest = model_digest(policy.folder)
     assert digest != model_digest(policy_with("qwen2_5").folder)
 
