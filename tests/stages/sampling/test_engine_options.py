@@ -4,13 +4,17 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from schemas import WinnowError
-from stages.sampling.engines import Completion, open_engine
+from stages.network.forward import completion_logp
+from stages.network.load import load_network
+from stages.sampling.engines import Completion, Request, Sampling, open_engine
 from stages.sampling.engines.fake import FakeEngine
 from stages.sampling.engines.options import EXECUTION_OPTIONS, REFUSED, vllm_arguments
 from stages.sampling.sample import sample
 from stages.training.agreement import drawn
+from tests.material import alone
 from tests.runs import plan_of
 from tests.stages.network.test_limits import one_prompt
 
@@ -89,6 +93,18 @@ def test_they_reach_vllm_over_winnows_own(tiny):
     opened.close()
     assert sizes == (9, 64, 100)
     assert opened.window == 18
+
+
+def test_draws_share_the_blocks_of_a_prompt_on_a_cpu_and_have_its_log_probs(engine, tiny):
+    """Of 70 tokens two blocks of 32 are read from the cache; log-probs are our forward's."""
+    if hasattr(engine, "llm") and not torch.cuda.is_available():
+        assert engine.llm.llm_engine.vllm_config.cache_config.block_size == 32
+    prompt = [0, *(5 + n % 200 for n in range(69))]
+    completions = engine.generate([Request(prompt, seed) for seed in range(16)], Sampling(1.0, 0, 12, (1,)))
+    rows = alone([(prompt, completion.token_ids) for completion in completions])
+    with torch.inference_mode():
+        ours, _ = completion_logp(load_network(tiny), rows, "float32")
+    assert [completion.logp for completion in completions] == pytest.approx(ours.tolist(), abs=1e-3)
 
 
 def test_a_value_that_vllm_refuses_is_one_line_before_anything_is_drawn(tiny):
