@@ -90,7 +90,7 @@ def test_a_fresh_head_scores_zero_and_keeps_the_policys_weights(tiny, fresh):
     assert not hasattr(rewarding, "lm_head")
     assert Tokenizer(fresh).prompt_ids("Hello there.") == Tokenizer(tiny).prompt_ids("Hello there.")
     ModelPath(str(fresh.folder))
-    assert {file.suffix for file in fresh.folder.iterdir()} <= {".safetensors", ".json", ".jinja", ".txt"}
+    assert {file.suffix for file in fresh.folder.iterdir()} <= {".safetensors", ".json", ".jinja", ".txt", ".md"}
 
 
 def test_the_folder_is_what_transformers_calls_a_sequence_classifier(fresh):

@@ -11,7 +11,10 @@ from pipeline.store.fingerprints import DataPath
 from stages.data.preferences import preferences
 
 ROOT = Path(__file__).parents[3]
-ALLOWED = ("torch", "transformers", "safetensors", "pyarrow", "numpy", "pydantic", "pydantic_core", "annotated_types")
+ALLOWED = (
+    *("torch", "transformers", "safetensors", "pyarrow", "numpy", "pydantic", "pydantic_core", "annotated_types"),
+    *("huggingface_hub", "yaml"),  # transformers cannot be imported without them
+)
 
 # Run by a fresh interpreter. Our code may import ALLOWED, itself and the standard library; what those
 # packages import for themselves is not checked (the importing frame is in site-packages).
