@@ -28,7 +28,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
-from jobs.tables import overruled, plan_tree
+from jobs.tables import leaderboard_table, overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.execution.executor import LocalExecutor
@@ -194,7 +194,9 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
     for name, title in titles.items():
         sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
-            console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
+            if name == "leaderboard":
+                table = leaderboard_table(query(open_catalog(store), sql))
+            console.print(as_table(table, title))
     for plan in plans:
         for line in plan.left_out:
             console.print(f"[yellow]{escape(plan.name)}[/]: {escape(line)}", highlight=False)

@@ -38,7 +38,8 @@ COLUMNS = {
     "most_of_one",
     "evaluations_by_run": "run metric value low high",
     "heldout": "run step metric value",
-    "leaderboard": "run gold_win proxy_win gold_reward kl_nats tokens prompts seconds own_seconds",
+    "leaderboard": "run gold_win gold_win_low gold_win_high proxy_win proxy_win_low proxy_win_high gold_reward "
+    "gold_reward_low gold_reward_high kl_nats tokens prompts seconds own_seconds",
     "length_bias": "run step rule pairs chosen_tokens rejected_tokens longer_chosen gap_and_length",
     "lengths": "run step finish_reason n share mean_tokens median p95 most",
     "pair_gaps": "run step rule pairs prompts mean_gap p10 median p90 near_ties chosen_better",
@@ -204,7 +205,7 @@ COUNTS = {"acceptance": 2, "best_of": 3, "ranker_agreement": 2, "rejects": 2, "r
 ORDERED = {
     "acceptance": ("prompt_id", ["p", "q"]),  # the hardest prompt first
     "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@1", "rso@1"]),
-    "leaderboard": ("gold_win", ["80.0 % [70.0, 90.0]", "60.0 % [50.0, 70.0]"]),  # the best round first
+    "leaderboard": ("gold_win", [0.8, 0.6]),  # the best round first
     "rejects": ("step", ["pair", "prompts"]),
 }
 
