@@ -21,9 +21,11 @@ from jobs.commands.app import (
     Recipes,
     Sets,
     StorePath,
+    Track,
     Until,
     Workers,
     console,
+    with_trackers,
 )
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
@@ -97,12 +99,14 @@ def run(
     until: Until = None,
     from_step: Onward = None,
     force: Force = None,
+    track: Track = [],  # noqa: B006
 ) -> None:
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
     if address and executor is ExecutorName.in_process:
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
     target = Store(store)
-    selection = rerun(recipes.plans(recipe, configs, sets), target, Part(only, until, from_step, force))
+    plans = recipes.plans(recipe, configs, with_trackers(sets, track))
+    selection = rerun(plans, target, Part(only, until, from_step, force))
     resources = recipes.load_resources(profile)
     chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:

@@ -2,8 +2,8 @@
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
 (options); `like` takes all three from another step, and the step writes only what differs. `about`, `extends`,
-`plugins`, `rounds`, `shards` and `target` are settings of the whole recipe. `rounds` is a number of equal rounds, or a
-list of overlays, one per round (pipeline/config/rounds.py).
+`plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole recipe. `rounds` is a number of equal
+rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTABLE = ("about", "rounds", "shards", "target", "trained")  # settings that --set may name
+SETTABLE = ("about", "rounds", "shards", "target", "track", "trained")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -72,6 +72,7 @@ class Settings(BaseModel):
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
     trained: str = ""
+    track: list[Any] = []  # of every training
 
 
 NAMES = ("extends", "rounds", *Settings.model_fields)
@@ -91,6 +92,7 @@ class Recipe:
     trained: str = ""  # the step to end with if what only the target reads is not given; none if a user set the target
     origins: dict[str, dict[str, Origin]] = field(default_factory=dict)  # step -> dotted path of an option -> origin
     notes: list[str] = field(default_factory=list)  # parts of configs that do not concern this recipe
+    track: list[Any] = field(default_factory=list)  # option of each step whose stage has it, unless the step sets it
 
     @property
     def targets(self) -> list[str]:
@@ -211,7 +213,8 @@ def load_recipe(
         origins[unrolled_name] = origins_of(step, body.get("with") or {}, of_round)
 
     # A run has a file of its name; one that no file can have is cut, and made unique by a hash.
-    default_name = path.stem + "".join(f"[{text}]" for text in sets)
+    named_by = [item.text for item in overrides if item.name != "track"]  # that computes the same
+    default_name = path.stem + "".join(f"[{text}]" for text in named_by)
     file_name = default_name.replace("/", "_").encode()[:150].decode(errors="ignore")
     if file_name != default_name:
         file_name += f"-{sha256(default_name.encode()).hexdigest()[:8]}"
@@ -226,6 +229,7 @@ def load_recipe(
         "" if "target" in replaced or _is_target_required(layers) else settings.trained,
         origins,
         notes,
+        settings.track,
     )
 
 

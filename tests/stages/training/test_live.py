@@ -9,7 +9,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from jobs import queries
+from jobs.commands.app import with_trackers
 from jobs.console import ProgressReporter, VisibleConsole, figures_line
+from jobs.recipes import plans
 from pipeline.context import Progress
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
@@ -232,6 +234,24 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(data_di
     monkeypatch.setattr("stages.training.trackers.find_spec", lambda name: True)
     tracked_plan = plan_of(data_dir, "optimize.track=[wandb, {name: mlflow, experiment: mine}]")
     assert [item.key for item in tracked_plan.steps] == [item.key for item in plan.steps]
+
+
+def test_one_line_of_config_or_of_the_command_tracks_every_training(data_dir, monkeypatch):
+    """All steps whose stage trains, unless a step says otherwise; the run keeps its name."""
+    monkeypatch.setattr("stages.training.trackers.find_spec", lambda name: True)
+    config = data_dir / "track.yaml"
+    config.write_text("track: [tensorboard]\noptimize: {with: {track: [wandb]}}\n")
+    (plan,) = plans(["rso"], [data_dir / "demo.yaml", config], [])
+    named = {
+        step.name: [str(item.name) for item in step.options["track"]] for step in plan.steps if "track" in step.options
+    }
+    assert named.pop("optimize") == ["wandb"]
+    assert set(map(tuple, named.values())) == {("tensorboard",)}
+    sets = with_trackers(["select.rule.beta=0.1"], ["mlflow", "trackio"])
+    (plan,) = plans(["rso"], [data_dir / "demo.yaml"], sets)
+    step = next(step for step in plan.steps if step.name == "optimize")
+    assert [item.name for item in step.options["track"]] == ["mlflow", "trackio"]
+    assert plan.name == "rso[select.rule.beta=0.1]"
 
 
 def test_progress_carries_the_metrics_of_the_step(tiny, rows, tmp_path):
