@@ -3,23 +3,30 @@
 import json
 import re
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.config.plan import Step
+from pipeline.execution.progress import StepProgress
 from pipeline.execution.schedule import Reporter
 
 WORK = ("tokens", "ranker_calls")  # counters whose rate says something
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and newline, DEL, C1
-FEW_PARTS = 2  # of which no estimate is made
+# Metrics of training that are shown while it runs, in this order, by the names that the table `metrics` has.
+FIGURES = {
+    "loss": "loss", "imitation/loss": "imitation loss", "accuracy": "accuracy", "token_accuracy": "token accuracy",
+    "margin": "margin", "grad_norm": "gradient norm", "kl": "KL",
+}  # fmt: skip
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 
 
@@ -44,15 +51,22 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "")
 
 
+class _FigureLines(Progress):
+    """Bars with a line below each that has figures: beside a bar, 80 columns have no room for them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if figures := task.fields["figures"]:
+                yield Text(f"    {figures}", no_wrap=True, overflow="ellipsis")
+
+
 @dataclass
 class RunningStep:
-    """Progress of a step: parts of all runs, and units, `initial` of them done before the rate is measured."""
+    """Step with its bar and its progress."""
 
     task: TaskID
-    parts: int
-    finished_parts: int
-    initial: float
-    measured_from: float | None = None  # when the first work ended: before it, workers wait and engines start
+    progress: StepProgress
     last_line: float = field(default_factory=time.monotonic)
 
 
@@ -64,7 +78,7 @@ class ProgressReporter(Reporter):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = Progress(
+        self.bar = _FigureLines(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
@@ -103,40 +117,36 @@ class ProgressReporter(Reporter):
         before = f" ({done} of {total} parts are finished)" if done else ""
         self._print(step, f"[cyan]running[/] {step.key}{before}")
         self.bar.start()
-        task = self.bar.add_task(visible(step.name), total=total, completed=done, unit="parts")
-        self.steps[step.name] = RunningStep(task, total, done, float(done))
+        task = self.bar.add_task(visible(step.name), total=total, completed=done, unit="parts", figures="")
+        self.steps[step.name] = RunningStep(task, StepProgress(total, done))
 
     def part_finished(self, step: Step) -> None:
         self._raise_if_interrupted()
-        running = self.steps[step.name]
-        running.finished_parts += 1
-        if running.parts > 1:
-            self._show(step.name, running.finished_parts, running.parts, "parts")
+        if self.steps[step.name].progress.finish_part():
+            self._show(step.name)
 
-    def progress(self, step: Step, done: float, total: float, unit: str) -> None:
+    def progress(
+        self, step: Step, done: float, total: float, unit: str, figures: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         """Show the units of a step with one part, or of several parts how far the running ones are."""
         self._raise_if_interrupted()
-        running = self.steps[step.name]
-        if running.parts > 1:
-            parts = min(running.finished_parts + done / total, running.parts)
-            self._show(step.name, parts, running.parts, "parts")
-        else:
-            self._show(step.name, done, total, unit)
+        self.steps[step.name].progress.update(done, total, unit, figures)
+        self._show(step.name)
 
-    def _show(self, name: str, done: float, total: float, unit: str) -> None:
+    def _show(self, name: str) -> None:
         running, now = self.steps[name], time.monotonic()
-        if running.measured_from is None and done > running.initial:
-            running.measured_from, running.initial = now, done
-        self.bar.update(running.task, completed=done, total=total, unit=unit)
-        if self.console.is_terminal or done >= total or now - running.last_line <= QUIET_SECONDS:
+        progress = running.progress
+        figures = figures_line(progress.figures)
+        self.bar.update(
+            running.task, completed=progress.done, total=progress.total, unit=progress.unit, figures=figures
+        )
+        if self.console.is_terminal or progress.done >= progress.total or now - running.last_line <= QUIET_SECONDS:
             return
         running.last_line = now
-        few = FEW_PARTS if unit == "parts" else 0
-        advanced = done - running.initial
-        rate = advanced / max(1e-9, now - (running.measured_from or now)) if advanced > few else 0
-        pace = f", {rate:,.2f}/s, {(total - done) / rate:,.0f} s left" if rate else ""
-        count = f"{done:,.1f}".removesuffix(".0")
-        self.console.print(f"    {name}: {count}/{total:,.0f} {unit}{pace}", highlight=False)
+        pace = f", {progress.rate:,.2f}/s, {progress.seconds_left:,.0f} s left" if progress.rate else ""
+        count = f"{progress.done:,.1f}".removesuffix(".0")
+        line = f"    {name}: {count}/{progress.total:,.0f} {progress.unit}{pace}{figures and f'; {figures}'}"
+        self.console.print(line, highlight=False)
 
     def prompt_rejected(self, step: Step, prompt: str, message: str) -> None:
         self._print(step, f"[red]rejected[/] prompt {prompt}: it killed its worker each time ({escape(message)})")
@@ -157,6 +167,15 @@ class ProgressReporter(Reporter):
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def figures_line(figures: Mapping[str, float]) -> str:
+    """Return what a training's latest metrics are, in a fixed order: `loss 0.6931, accuracy 0.5, margin 0`.
+
+    The accuracy of tokens is shown where there are no pairs.
+    """
+    names = [name for name in FIGURES if name in figures and not (name == "token_accuracy" and "accuracy" in figures)]
+    return ", ".join(f"{FIGURES[name]} {figures[name]:.4g}" for name in names)
 
 
 def as_table(table: pa.Table, title: str | None = None) -> Table:

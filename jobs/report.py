@@ -1,9 +1,14 @@
 """Self-contained HTML report about a store: SQL in, plots and tables out. No stage depends on it."""
 
 import io
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
@@ -16,45 +21,203 @@ from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
 
 FOLDER = Path(__file__).parent
-CURVES = [
-    "loss", "margin", "accuracy", "logp/chosen", "logp/rejected", "token_accuracy", "grad_norm", "tokens/saved",
-    "pairs_per_second", "tokens_per_second", "peak_memory_gb", "mfu",
-]  # fmt: skip
-HISTOGRAM_COLORS = {"all candidates": "#9aa5b1", "kept": "#2f6f4f"}  # by `what` of reward_histogram.sql
+# Metrics that are plotted for all runs together, each with the label of its axis; the first two come first on the page.
+CURVES = {
+    "loss": "loss (nats)",
+    "margin": "margin (nats)",
+    "accuracy": "accuracy (fraction of pairs)",
+    "grad_norm": "gradient norm",
+    "logp/chosen": "log-prob of chosen (nats)",
+    "logp/rejected": "log-prob of rejected (nats)",
+    "token_accuracy": "accuracy (fraction of tokens)",
+    "kl": "KL estimate of the objective (nats)",
+    "learning_rate": "learning rate",
+    "tokens/saved": "tokens saved (fraction)",
+    "pairs_per_second": "pairs per second",
+    "tokens_per_second": "tokens per second",
+    "peak_memory_gb": "peak memory (GB)",
+    "mfu": "model flop utilisation",
+}
+HISTOGRAM_COLORS = {"all candidates": "#8793a0", "kept": "#2a9d5c"}  # by `what` of reward_histogram.sql
+# Of runs, in their order: each is seen on white and on black.
+COLORS = ("#3b7dd8", "#d1495b", "#2a9d5c", "#b8860b", "#8a5fd0", "#0f8f9c", "#c2569b", "#7a8490")
+INK = "#010203"  # stands for the page's color of text in a plot, which depends on the reader's light or dark mode
+WIDTH = 4.6  # inches: about a phone's width at the size at which it was drawn, so that its text is read there
+WIN_RATES = ("gold_win", "proxy_win")
+TITLES = {  # of the leaderboard's columns; low and high are of the column before them
+    **{f"{name}_{end}": end for name in (*WIN_RATES, "gold_reward") for end in ("low", "high")},
+    "gold_win": "gold win %", "proxy_win": "proxy win %", "gold_reward": "gold reward", "kl_nats": "KL (nats)",
+    "own_seconds": "own seconds",
+}  # fmt: skip
 
 
-def write_report(store: Store, out: Path) -> None:
-    """Write the report about all runs of a store: one section per run, or per round of a run with rounds."""
+def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
+    """Write the report about all runs of a store: the same store gives the same bytes, except for the date."""
     catalog = open_catalog(store)
-    sections = []
+    sections: list[dict[str, Any]] = []
     for run, steps in catalog.runs.items():
         rounds: list[int | None] = [*sorted({number for step in steps if (number := split_round(step)[1])})]
         for round in rounds or [None]:
             of_run = catalog.for_run(run, round)
             sections.append(
                 {
+                    "id": f"run-{len(sections) + 1}",
                     "name": run if round is None else f"{run}@{round}",
                     "histogram": _plot_histogram(_query_rows(of_run, "reward_histogram")),
                     "selection": _query_table(of_run, "selection"),
-                    "curves": _plot_curves(_query_rows(of_run, "curves")),
                     "responses": _query_rows(of_run, "responses"),
                 }
             )
+    leaderboard, curve_rows = _query_rows(catalog, "leaderboard"), _query_rows(catalog, "curves")
+    names = dict.fromkeys([row["run"] for row in leaderboard] + [row["run"] for row in curve_rows])
+    colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
+    content = {
+        "store": store.root.name,
+        "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "commits": _commits(catalog),
+        "sources": _table(_sources(catalog)),
+        "differences": _table(_differences(catalog)),
+        "leaderboard": _table(_in_percent(leaderboard), TITLES),
+        "leaderboard_plot": _plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
+        "kl_plot": _plot_win_against_kl(leaderboard, colors),
+        "colors": colors,
+        "curves": _plot_curves(curve_rows, colors),
+        "runs": sections,
+        "steps": _table(query(catalog, STEPS).to_pylist()),
+        "rejects": _query_table(catalog, "rejects"),
+        "heldout": _query_table(catalog, "heldout"),
+        "two_losses": _query_table(catalog, "two_losses"),
+        "two_losses_plot": _plot_two_losses(_query_rows(catalog, "two_losses")),
+    }
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, finalize=_without_control)
-    template = environment.get_template("report.html")
-    html = template.render(
-        store=store.root.name,
-        leaderboard=_query_table(catalog, "leaderboard"),
-        leaderboard_plot=_plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
-        runs=sections,
-        steps=_query_table(catalog, "status"),
-        rejects=_query_table(catalog, "rejects"),
-        heldout=_query_table(catalog, "heldout"),
-        two_losses=_query_table(catalog, "two_losses"),
-        two_losses_plot=_plot_two_losses(_query_rows(catalog, "two_losses")),
-    )
+    html = environment.get_template("report.html").render(content, contents=_contents(content))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
+
+
+# What the page says.
+
+STEPS = """
+SELECT string_agg(DISTINCT runs.step, ', ' ORDER BY runs.step) AS step, stage, key,
+    string_agg(DISTINCT run, ', ' ORDER BY run) AS runs,
+    CASE WHEN any_value(steps.made) IS NULL THEN 'not finished' ELSE 'finished' END AS state, any_value(rows) AS rows,
+    any_value(rejects) AS rejects, any_value(seconds) AS seconds, any_value(tokens) AS tokens,
+    any_value(ranker_calls) AS ranker_calls
+FROM runs LEFT JOIN steps USING (stage, key) GROUP BY stage, key ORDER BY any_value(made) NULLS LAST, step, key
+"""
+
+
+def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return id and title of each section that the page has."""
+    sections = [
+        ("leaderboard", "Leaderboard", True),
+        ("data", "Data and models", True),
+        ("options", "Options that differ between runs", content["differences"]["rows"]),
+        ("training", "Training", content["curves"]),
+        ("two-losses", "Preferences and demonstrations in one run", content["two_losses_plot"]),
+        *((run["id"], run["name"], run["histogram"] or run["responses"]) for run in content["runs"]),
+        ("heldout", "Trained models on held-out examples", content["heldout"]["rows"]),
+        ("rejects", "Rejected rows, by reason", True),
+        ("steps", "Steps", True),
+    ]
+    return [(name, title) for name, title, present in sections if present]
+
+
+def _commits(catalog: Catalog) -> list[str]:
+    sql = "SELECT commit, max(made) AS made FROM steps GROUP BY commit ORDER BY made DESC, commit"
+    return [row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, sql).to_pylist()]
+
+
+def _sources(catalog: Catalog) -> list[dict[str, Any]]:
+    """Return the steps that read files or data sets, or no other step, with what identifies their content."""
+    sql = """SELECT string_agg(DISTINCT runs.step, ', ' ORDER BY runs.step) AS step, stage, key,
+        any_value(options) AS options, any_value(rows) AS rows, any_value(rejects) AS rejects, any_value(model) AS model
+        FROM runs JOIN steps USING (stage, key) WHERE inputs = '{}' OR options LIKE '%"path": %'
+        GROUP BY stage, key ORDER BY stage, step, key"""
+    rows = []
+    for row in query(catalog, sql).to_pylist():
+        options = json.loads(row["options"])
+        digests = [value[:12] for name, value in _leaves(options) if name.endswith(".content") and value]
+        named = [str(options[name]) for name in ("dataset", "revision") if options.get(name)]
+        rows.append({
+            "step": row["step"],
+            "stage": row["stage"],
+            "content": ", ".join([*named, *digests]),
+            "model": (row["model"] or "")[:12],
+            "rows": row["rows"] or None,
+            "rejects": row["rejects"],
+        })  # fmt: skip
+    return rows
+
+
+def _differences(catalog: Catalog) -> list[dict[str, Any]]:
+    """Return a row per step and option whose values differ between runs or rounds, with a column per run."""
+    sql = "SELECT run, runs.step AS step, round, options FROM runs JOIN steps USING (stage, key) ORDER BY ALL"
+    values: dict[tuple[str, str], dict[str, str]] = {}
+    steps: dict[str, set[str]] = {}
+    runs: dict[str, None] = {}
+    for row in query(catalog, sql).to_pylist():
+        run = row["run"] if row["round"] is None else f"{row['run']}@{row['round']}"
+        runs[run] = None
+        steps.setdefault(row["step"], set()).add(run)
+        for name, value in _leaves(json.loads(row["options"])):
+            values.setdefault((row["step"], name), {})[run] = value
+    # An option that a function has and another lacks differs too; a step that a run lacks does not.
+    differing = {
+        key: by_run
+        for key, by_run in values.items()
+        if len({by_run.get(run) for run in steps[key[0]]}) > 1 and not key[1].endswith(".version")
+    }
+    columns = [run for run in runs if any(run in by_run for by_run in differing.values())]
+    return [
+        {"option": f"{step}.{name.removesuffix('.name')}", **{run: by_run.get(run, "") for run in columns}}
+        for (step, name), by_run in sorted(differing.items())
+    ]
+
+
+def _leaves(options: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each option by its dotted path, as text."""
+    if isinstance(options, dict) and options:
+        for name, value in options.items():
+            yield from _leaves(value, f"{path}.{name}" if path else name)
+    else:
+        yield path, options if isinstance(options, str) else json.dumps(options)
+
+
+def _in_percent(leaderboard: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the leaderboard with win rates in percent, and without what no run was measured by."""
+    rows = []
+    for row in leaderboard:
+        rates = [name for name in row if name.startswith(WIN_RATES) and row[name] is not None]
+        rows.append(row | {name: f"{100 * row[name]:.1f}" for name in rates})
+    return [{name: row[name] for name in row if any(other[name] is not None for other in rows)} for row in rows]
+
+
+def _table(rows: list[dict[str, Any]], titles: Mapping[str, str] = MappingProxyType({})) -> dict[str, list[Any]]:
+    """Return the titles of the columns, which of them are numbers, and rows of text, for a table of the page."""
+    columns = list(rows[0]) if rows else []
+    numbers = [
+        n
+        for n, name in enumerate(columns)
+        if all(_is_number(row[name]) for row in rows) and any(row[name] is not None for row in rows)
+    ]
+    return {
+        "columns": [titles.get(name, name) for name in columns],
+        "numbers": numbers,
+        "rows": [[_cell(value) for value in row.values()] for row in rows],
+    }
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.replace(".", "", 1).isdigit()
+    return value is None or isinstance(value, int | float)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _without_control(value: Any) -> Any:
@@ -67,9 +230,10 @@ def _query_rows(catalog: Catalog, name: str) -> list[dict[str, Any]]:
 
 
 def _query_table(catalog: Catalog, name: str) -> dict[str, list[Any]]:
-    """Return columns and rows for a table of the page."""
-    rows = _query_rows(catalog, name)
-    return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
+    return _table(_query_rows(catalog, name))
+
+
+# Plots.
 
 
 def _plot_leaderboard(rows: list[dict[str, Any]]) -> str:
@@ -77,26 +241,47 @@ def _plot_leaderboard(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    figure, axes = _new_figure(7, 0.8 + 0.45 * len(runs))
-    for metric, color, shift in (("gold_win", "#b8860b", -0.12), ("proxy_win", "#4a6fa5", 0.12)):
+    figure, axes = _new_figure(1.1 + 0.4 * len(runs))
+    for metric, color, shift in (("gold_win", COLORS[3], -0.12), ("proxy_win", COLORS[0], 0.12)):
         wins = [row for row in rows if row["metric"] == metric]
         rates = [100 * row["value"] for row in wins]
         errors = [[100 * abs(row["value"] - row[end]) for row in wins] for end in ("low", "high")]
         heights = [runs.index(row["run"]) + shift for row in wins]
         axes.errorbar(rates, heights, xerr=errors, fmt="o", color=color, capsize=3, label=metric.replace("_", " "))
-    axes.axvline(50, color="#999", linewidth=0.8)
-    axes.set_yticks(range(len(runs)), runs)
+    axes.axvline(50, color=INK, alpha=0.4, linewidth=0.8)
+    axes.set_yticks(range(len(runs)), [_shortened(run, 22) for run in runs])
     axes.invert_yaxis()
-    axes.set_xlabel("win rate against the SFT policy (%), with 95 % intervals over prompts")
-    axes.legend(frameon=False)
-    return _to_svg(figure)
+    axes.set_xlabel("win rate against the SFT policy (%)")
+    axes.legend(frameon=False, fontsize=8)
+    return _to_svg(figure, "win rates")
+
+
+def _plot_win_against_kl(leaderboard: list[dict[str, Any]], colors: dict[str, str]) -> str:
+    """Plot the win rate of each policy, by gold where there is one, against its KL from the SFT policy."""
+    metric = next((name for name in WIN_RATES if any(row[name] is not None for row in leaderboard)), WIN_RATES[0])
+    rows = [row for row in leaderboard if row[metric] is not None and row["kl_nats"] is not None]
+    if not rows:
+        return ""
+    figure, axes = _new_figure(3.2)
+    for row in rows:
+        value = 100 * row[metric]
+        error = [[value - 100 * row[f"{metric}_low"]], [100 * row[f"{metric}_high"] - value]]
+        axes.errorbar([row["kl_nats"]], [value], yerr=error, fmt="o", color=colors[row["run"]], capsize=3)
+        axes.annotate(
+            _shortened(row["run"], 18), (row["kl_nats"], value), (5, 4), textcoords="offset points", fontsize=8
+        )
+    axes.axhline(50, color=INK, alpha=0.4, linewidth=0.8)
+    axes.set_xlabel("KL from the SFT policy (nats per response)")
+    axes.set_ylabel(f"{metric.replace('_', ' ')} rate (%)")
+    axes.margins(x=0.15)
+    return _to_svg(figure, "win rate against KL")
 
 
 def _plot_histogram(rows: list[dict[str, Any]]) -> str:
     """Plot the density of rewards before and after selection."""
     if not rows:
         return ""
-    figure, axes = _new_figure(6, 2.6)
+    figure, axes = _new_figure(2.6)
     for name, color in HISTOGRAM_COLORS.items():
         bins = [row for row in rows if row["what"] == name]
         if total := sum(row["n"] for row in bins):  # without rows there is no density
@@ -104,10 +289,10 @@ def _plot_histogram(rows: list[dict[str, Any]]) -> str:
             heights = [row["n"] / total / width for row, width in zip(bins, widths, strict=True)]
             label = f"{name} ({total:,})"
             axes.bar([row["low"] for row in bins], heights, widths, align="edge", alpha=0.6, color=color, label=label)
-    axes.set_xlabel("reward: logit of P(response beats the prompt's baseline)")
+    axes.set_xlabel("reward (logit of P(response beats the prompt's baseline))", fontsize=8)
     axes.set_ylabel("density")
-    axes.legend(frameon=False)
-    return _to_svg(figure)
+    axes.legend(frameon=False, fontsize=8)
+    return _to_svg(figure, "rewards before and after selection")
 
 
 def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
@@ -116,50 +301,66 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
         return ""
     points = np.array([[row["imitation_loss"], row["preference_loss"]] for row in rows])
     ideal = points.min(axis=0)
-    figure, axes = _new_figure(6, 4)
-    axes.plot(*ideal, "k*", markersize=11, label="ideal point: minimum of each loss")
-    axes.legend(frameon=False)
+    figure, axes = _new_figure(3.4)
+    axes.plot(*ideal, "*", color=INK, markersize=11, label="ideal point: minimum of each loss")
+    axes.legend(frameon=False, fontsize=8)
     for row, point in zip(rows, points, strict=True):
-        axes.plot(*zip(ideal, point, strict=True), color="#d6dce2", linewidth=0.8, zorder=0)
-        axes.plot(*point, "o", color="#2f6f4f")
+        axes.plot(*zip(ideal, point, strict=True), color=INK, alpha=0.25, linewidth=0.8, zorder=0)
+        axes.plot(*point, "o", color=COLORS[2])
         label = f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})"
         axes.annotate(label, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("held-out imitation loss (nats per token)")
-    axes.set_ylabel("held-out preference loss")
-    return _to_svg(figure)
+    axes.set_ylabel("held-out preference loss (nats)")
+    axes.margins(x=0.2)
+    return _to_svg(figure, "held-out losses")
 
 
-def _plot_curves(rows: list[dict[str, Any]]) -> str:
-    """Plot each metric of the run's own training in a small subplot."""
-    metrics = [metric for metric in CURVES if any(row["metric"] == metric for row in rows)]
-    if not metrics:
-        return ""
-    n_rows, n_columns = -(-len(metrics) // 4), min(4, len(metrics))
-    width, height = 3.0 * n_columns, 2.2 * n_rows
-    # Margins in inches, not a layout engine: it would draw everything twice, which takes most of a report's time.
-    figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(0.5 / width, 0.3 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.3, hspace=0.45)
-    subplots = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
-    for axes, metric in zip(subplots, metrics, strict=False):
-        points = [(row["step"], row["value"]) for row in rows if row["metric"] == metric]
-        axes.plot(*zip(*points, strict=True), color="#2f6f4f", linewidth=1.2)
-        axes.set_title(metric, fontsize=9)
-        axes.tick_params(labelsize=7)
-    for axes in subplots[len(metrics) :]:
-        axes.set_visible(False)
-    return _to_svg(figure)
+def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str]:
+    """Plot each metric of training over the optimizer steps, all runs in one plot."""
+    plots = []
+    for metric, label in CURVES.items():
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["metric"] == metric:
+                curves.setdefault(row["run"], []).append((row["step"], row["value"]))
+        if not curves:
+            continue
+        figure, axes = _new_figure(2.8)
+        for run, points in curves.items():
+            marker = "o" if len(points) == 1 else None
+            axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker)
+        axes.set_xlabel("optimizer steps")
+        axes.set_ylabel(label)
+        plots.append(_to_svg(figure, f"{label} of each run"))
+    return plots
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _new_figure(height: float) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.patch.set_visible(False)
     return figure, axes
 
 
-def _to_svg(figure: Figure) -> str:
-    """Return inline SVG without a date, so that the same store gives the same page."""
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it is searched, copied, and small
+    "svg.hashsalt": "winnow",  # ids that are the same in each report
+    "font.size": 9.0,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def _to_svg(figure: Figure, label: str) -> str:
+    """Return inline SVG without a date, in the page's color of text, so that the same store gives the same page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

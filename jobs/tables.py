@@ -162,6 +162,26 @@ def steps_table(store: Store, run: str) -> pa.Table:
     return pa.Table.from_pylist(rows, STEP_LIST)
 
 
+def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
+    """Return the query `leaderboard` for people: rates in percent, each number with its interval in one cell."""
+
+    def cell(row: dict[str, Any], name: str, factor: float, digits: int, unit: str = "") -> str | None:
+        if row[name] is None:
+            return None
+        value, low, high = (f"{factor * row[column]:.{digits}f}" for column in (name, f"{name}_low", f"{name}_high"))
+        return f"{value}{unit} [{low}, {high}]"
+
+    rows = []
+    for row in leaderboard.to_pylist():
+        cells = {"run": row["run"]}
+        cells |= {name: cell(row, name, 100, 1, " %") for name in ("gold_win", "proxy_win")}
+        cells["gold_reward"] = cell(row, "gold_reward", 1, 2)
+        plain = {name: None if row[name] is None else f"{row[name]:.1f}" for name in ("kl_nats", "tokens")}
+        seconds = {name: f"{row[name]:.1f}" for name in ("seconds", "own_seconds")}
+        rows.append(cells | plain | {"prompts": str(row["prompts"])} | seconds)
+    return pa.table({name: [row[name] for row in rows] for name in rows[0]}) if rows else leaderboard
+
+
 def format_age(moment: str | None) -> str:
     """Return how long ago, in the largest unit that fits: `3 h`."""
     if moment is None:

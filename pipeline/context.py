@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +16,16 @@ from pipeline.store.storage import Location, delete, send
 from schemas.tables import REJECTS
 
 T = TypeVar("T")
-ProgressCallback = Callable[[float, float, str], None]  # called with the fields of a Progress
+ProgressCallback = Callable[..., None]  # called with the fields of a Progress
 
 
 class Progress(NamedTuple):
-    """How much is done, of how much in total, counted in `unit` (tokens, parts)."""
+    """How much is done, of how much in total, counted in `unit` (tokens, parts); of training, its latest metrics."""
 
     done: float
     total: float
     unit: str
+    figures: Mapping[str, float] = {}  # read, never written
 
 
 @dataclass
@@ -110,8 +111,10 @@ class StageContext:
         progress: ProgressCallback,
         resources: Resources = Resources(),  # noqa: B008 - frozen
         location: Location | None = None,
+        title: str = "",
     ) -> None:
         self.folder = folder
+        self.title = title  # run and step, for people: `rso optimize@2`
         self.open_once = cache.open_once
         self.progress = progress
         self.resources = resources

@@ -21,7 +21,7 @@ from stages.training.terms import ObjectiveTerm, StepMetrics
 VOCABULARY = range(5, 250)  # ids that the tiny model has, without special ones
 
 
-def no_progress(done, total, unit):
+def no_progress(done, total, unit, figures=None):
     pass
 
 
@@ -165,7 +165,7 @@ def train_speeds(init, rows, folder, **options):
 def interrupt_at(step):
     """Return a `progress` that ends the run after this step, as Ctrl-C does."""
 
-    def report_progress(done, total, unit):
+    def report_progress(done, total, unit, figures=None):
         if done == step:
             raise KeyboardInterrupt
 

@@ -46,6 +46,7 @@ def _checked_store(url: str) -> str:
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
+Track = Annotated[list[str], typer.Option("--track", help="tracker of every training, such as tensorboard")]
 StorePath = Annotated[
     str,
     typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder", callback=_checked_store),
@@ -65,6 +66,11 @@ Until = Annotated[str | None, typer.Option(help="run this step and what it needs
 Onward = Annotated[str | None, typer.Option("--from", help="run this step and all that follow from it")]
 Force = Annotated[str | None, typer.Option(help="run this step again, and all that follow from it")]
 RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alone")]
+
+
+def with_trackers(sets: list[str], track: list[str]) -> list[str]:
+    """Return what --set and --track say together, as --set."""
+    return [*sets, f"track=[{', '.join(track)}]"] if track else sets
 
 
 def existing_store(folder: str) -> Store:

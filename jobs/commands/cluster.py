@@ -20,9 +20,11 @@ from jobs.commands.app import (
     Recipes,
     Sets,
     StorePath,
+    Track,
     Until,
     Workers,
     console,
+    with_trackers,
 )
 from jobs.console import visible
 from jobs.resume import hint, without_force
@@ -55,6 +57,7 @@ def submit(
     until: Until = None,
     from_step: Onward = None,
     force: Force = None,
+    track: Track = [],  # noqa: B006
     attach: Annotated[
         bool, typer.Option("--attach", help="follow the job that computes the same, if one is running")
     ] = False,
@@ -66,6 +69,7 @@ def submit(
     # Everything that can be checked here is checked before the first request to the cluster.
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
+    sets = with_trackers(sets, track)
     plans = recipes.plans(recipe, configs, sets, run_name)
     part = Part(only, until, from_step, force)
     parts = narrowed(plans, part)

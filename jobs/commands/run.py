@@ -23,16 +23,18 @@ from jobs.commands.app import (
     Recipes,
     Sets,
     StorePath,
+    Track,
     Until,
     Workers,
     console,
+    with_trackers,
 )
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
 from jobs.models import find_model
 from jobs.runs import with_free_names
-from jobs.tables import overruled, plan_tree
+from jobs.tables import leaderboard_table, overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.execution.executor import LocalExecutor
@@ -107,6 +109,7 @@ def run(
     until: Until = None,
     from_step: Onward = None,
     force: Force = None,
+    track: Track = [],  # noqa: B006
 ) -> None:
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
     if address and executor is ExecutorName.in_process:
@@ -114,7 +117,7 @@ def run(
     if workers and not (address or executor is ExecutorName.ray):
         raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
     target = Store(store)
-    plans = recipes.plans(recipe, configs, sets, name)
+    plans = recipes.plans(recipe, configs, with_trackers(sets, track), name)
     notes = with_free_names(plans, target)
     selection = rerun(plans, target, Part(only, until, from_step, force))
     resources = recipes.load_resources(profile)
@@ -227,7 +230,9 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
     for name, title in titles.items():
         sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
-            console.print(as_table(query(open_catalog(store), sql) if name == "leaderboard" else table, title))
+            if name == "leaderboard":
+                table = leaderboard_table(query(open_catalog(store), sql))
+            console.print(as_table(table, title))
     for plan in plans:
         with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
             console.print(

@@ -1,5 +1,5 @@
 -- Every run compared with the SFT policy on held-out prompts: win rates, gold reward, KL, length, and seconds.
--- One row per round (rest@2). seconds: working time of all steps of the run; own_seconds: of those that no other run uses.
+-- One row per round (rest@2). Win rates are fractions; _low and _high are 95 % intervals. seconds: working time of all steps of the run; own_seconds: of those that no other run uses.
 WITH costs AS (
     SELECT run, sum(seconds) AS seconds, coalesce(sum(seconds) FILTER (n_runs = 1), 0) AS own_seconds
     FROM (SELECT *, count(*) OVER (PARTITION BY stage, key) AS n_runs FROM (SELECT DISTINCT run, stage, key FROM runs))
@@ -8,14 +8,20 @@ WITH costs AS (
 )
 SELECT
     run || coalesce('@' || round, '') AS run,
-    any_value(printf('%.1f %% [%.1f, %.1f]', 100 * value, 100 * low, 100 * high)) FILTER (metric = 'gold_win') AS gold_win,
-    any_value(printf('%.1f %% [%.1f, %.1f]', 100 * value, 100 * low, 100 * high)) FILTER (metric = 'proxy_win') AS proxy_win,
-    any_value(printf('%.2f [%.2f, %.2f]', value, low, high)) FILTER (metric = 'gold') AS gold_reward,
-    any_value(printf('%.1f', value)) FILTER (metric = 'kl') AS kl_nats,
-    any_value(printf('%.1f', value)) FILTER (metric = 'n_tokens') AS tokens,
+    any_value(value) FILTER (metric = 'gold_win') AS gold_win,
+    any_value(low) FILTER (metric = 'gold_win') AS gold_win_low,
+    any_value(high) FILTER (metric = 'gold_win') AS gold_win_high,
+    any_value(value) FILTER (metric = 'proxy_win') AS proxy_win,
+    any_value(low) FILTER (metric = 'proxy_win') AS proxy_win_low,
+    any_value(high) FILTER (metric = 'proxy_win') AS proxy_win_high,
+    any_value(value) FILTER (metric = 'gold') AS gold_reward,
+    any_value(low) FILTER (metric = 'gold') AS gold_reward_low,
+    any_value(high) FILTER (metric = 'gold') AS gold_reward_high,
+    any_value(value) FILTER (metric = 'kl') AS kl_nats,
+    any_value(value) FILTER (metric = 'n_tokens') AS tokens,
     max(n) AS prompts,
-    any_value(printf('%.1f', seconds)) AS seconds,
-    any_value(printf('%.1f', own_seconds)) AS own_seconds
+    any_value(seconds) AS seconds,
+    any_value(own_seconds) AS own_seconds
 FROM runs JOIN evaluations USING (stage, key) JOIN costs USING (run)
 GROUP BY runs.run, round
 ORDER BY any_value(value) FILTER (metric = 'gold_win') DESC, any_value(value) FILTER (metric = 'proxy_win') DESC,

@@ -188,7 +188,8 @@ def make_plan(recipe: Recipe) -> Plan:
     options: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
         try:
-            options[name] = entry.validate(recipe.steps[name].get("with") or {}, name)
+            defaults = {"track": recipe.track} if recipe.track and "track" in entry.options.model_fields else {}
+            options[name] = entry.validate(defaults | (recipe.steps[name].get("with") or {}), name)
         except WinnowError as error:
             problems += [problem for problem in error.problems if name in order or ": required" not in problem]
     checked: dict[str, InputStep] = {}

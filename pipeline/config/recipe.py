@@ -2,8 +2,8 @@
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
 (options); `like` takes all three from another step, and the step writes only what differs. `about`, `dtype`,
-`extends`, `plugins`, `rounds`, `shards` and `target` are settings of the whole recipe. `rounds` is a number of equal
-rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
+`extends`, `plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole recipe. `rounds` is a number of
+equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTABLE = ("about", "dtype", "rounds", "shards", "target", "trained")  # settings that --set may name
+SETTABLE = ("about", "dtype", "rounds", "shards", "target", "track", "trained")  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -74,6 +74,7 @@ class Settings(BaseModel):
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
     trained: str = ""
+    track: list[Any] = []  # of every training
 
 
 NAMES = ("extends", "rounds", *Settings.model_fields)
@@ -94,6 +95,7 @@ class Recipe:
     origins: dict[str, dict[str, Origin]] = field(default_factory=dict)  # step -> dotted path of an option -> origin
     notes: list[str] = field(default_factory=list)  # parts of configs that do not concern this recipe
     dtype: tuple[str, Origin] | None = None  # of all stages and functions with such an option (config/precision.py)
+    track: list[Any] = field(default_factory=list)  # option of each step whose stage has it, unless the step sets it
 
     @property
     def targets(self) -> list[str]:
@@ -225,6 +227,7 @@ def load_recipe(
         origins,
         notes,
         _dtype(layers, replaced),
+        settings.track,
     )
 
 

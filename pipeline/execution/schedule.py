@@ -7,12 +7,14 @@ a task fails is drawn in retries.py.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from pipeline.config.plan import Plan, Step
+from pipeline.context import Progress
 from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.progress import ProgressFile, StepProgress
 from pipeline.execution.retries import Retries
 from pipeline.execution.tasks import (
     StepSpec,
@@ -41,7 +43,7 @@ class Reporter:
     def step_waiting(self, step: Step, why: str) -> None: ...
     def step_started(self, step: Step, done: int, total: int) -> None: ...
     def part_finished(self, step: Step) -> None: ...
-    def progress(self, step: Step, done: float, total: float, unit: str) -> None: ...
+    def progress(self, step: Step, done: float, total: float, unit: str, figures: Mapping[str, float]) -> None: ...
     def prompt_rejected(self, step: Step, prompt: str, message: str) -> None: ...
     def step_finished(self, step: Step, manifest: Json) -> None: ...
 
@@ -56,6 +58,8 @@ class RunningStep:
     retries: Retries
     todo: deque[Task]
     finished_parts: set[int]
+    progress: StepProgress
+    progress_file: ProgressFile
     running_tasks: int = 0
     started: float | None = None  # when its first task was
 
@@ -74,6 +78,7 @@ class Scheduler:
         reporter: Reporter,
         record_of: Callable[[Step, float], Json],
     ) -> None:
+        self.run_name = plan.name
         self.store, self.executor, self.reporter, self.record_of = store, executor, reporter, record_of
         self.waiting = list(plan.steps_to_run)
         self.running: dict[str, RunningStep] = {}  # by key, which is the name of the step's folder
@@ -85,9 +90,7 @@ class Scheduler:
     def run(self) -> None:
         """Run all steps to their end; raise WinnowError at the first that fails."""
         steps = self.running
-        self.executor.on_progress = lambda spec, progress: self.reporter.progress(
-            steps[spec.out.path.name].step, *progress
-        )
+        self.executor.on_progress = lambda spec, progress: self._report_progress(steps[spec.out.path.name], progress)
         self.executor.on_stall = lambda spec, reason: self._report_waiting(steps[spec.out.path.name].step, reason)
         try:
             while self.waiting or self.running:
@@ -99,6 +102,7 @@ class Scheduler:
         finally:
             self.executor.close()
             for running in self.running.values():
+                running.progress_file.delete()
                 running.claim.release()
 
     def _start_steps(self) -> None:
@@ -121,12 +125,23 @@ class Scheduler:
                 self._report_waiting(step, "another run is making it")
             else:
                 self.waiting.remove(step)
-                spec = step_spec(step, self.store)
+                spec = step_spec(step, self.store, self.run_name)
                 missing, parts = set(folder.missing(step.shards)), step.shards
                 if spec.signature.unsharded:  # one call computes all parts
                     missing, parts = {0} if missing else set(), 1
                 todo, finished_parts = deque(map(Task, sorted(missing))), set(range(parts)) - missing
-                self.running[step.key] = RunningStep(step, spec, claim, Retries(spec), todo, finished_parts)
+                running = RunningStep(
+                    step,
+                    spec,
+                    claim,
+                    Retries(spec),
+                    todo,
+                    finished_parts,
+                    StepProgress(parts, len(finished_parts)),
+                    ProgressFile(spec.out),
+                )
+                self.running[step.key] = running
+                running.progress_file.write(running.progress)
                 self.reporter.step_started(step, len(finished_parts), parts)
 
     def _submit_tasks(self) -> None:
@@ -172,6 +187,8 @@ class Scheduler:
             self.reporter.prompt_rejected(running.step, prompt, retries.poison[prompt])
         if is_finished:
             running.finished_parts.add(result.task.shard)
+            running.progress.finish_part()
+            running.progress_file.write(running.progress)
             self.reporter.part_finished(running.step)
 
     def _finish_steps(self) -> None:
@@ -196,6 +213,11 @@ class Scheduler:
             del self.running[key]
             running.claim.release()
             self.reporter.step_finished(running.step, manifest)
+
+    def _report_progress(self, running: RunningStep, progress: Progress) -> None:
+        running.progress.update(*progress)
+        running.progress_file.write(running.progress)
+        self.reporter.progress(running.step, *progress)
 
     def _report_waiting(self, step: Step, why: str) -> None:
         if step.key not in self.reported_waiting:

@@ -49,6 +49,7 @@ class StepSpec:
     sources: dict[str, StepFolder]
     out: StepFolder
     shards: int
+    run: str = ""  # name of the run that computes it, for people
 
     @property
     def signature(self) -> StageSignature:
@@ -85,10 +86,10 @@ class StepSpec:
         return {name: round(value, 3) for name, value in cost.items()}
 
 
-def step_spec(step: Step, store: Store) -> StepSpec:
+def step_spec(step: Step, store: Store, run: str = "") -> StepSpec:
     """Return what workers need of a step whose inputs and result are in this store."""
     sources = {name: store.folder(source) for name, source in step.inputs.items()}
-    return StepSpec(step.name, step.entry, step.options, sources, store.folder(step), step.shards)
+    return StepSpec(step.name, step.entry, step.options, sources, store.folder(step), step.shards, run)
 
 
 def is_split_by_prompt(item: Input) -> bool:
@@ -116,7 +117,8 @@ def execute(
     signature = spec.signature
     keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
     with named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
-        ctx = StageContext(folder, cache, progress, resources, spec.out.path)
+        title = f"{spec.run} {spec.name}".strip()
+        ctx = StageContext(folder, cache, progress, resources, spec.out.path, title)
 
         # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
         inputs: dict[str, Any] = {}

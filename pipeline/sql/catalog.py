@@ -20,7 +20,9 @@ import pyarrow as pa
 
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
+from pipeline.sql.live import live_rows
 from pipeline.sql.views import (
+    LIVE,
     VIEWS,
     address,
     null_columns,
@@ -96,6 +98,7 @@ class Catalog:
     runs: dict[str, Json]
     manifests: list[Json]
     evolved: bool
+    is_part: bool = False  # of one run or several
 
     def for_run(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
         """Return the catalog of one run or several, or of one round with the steps that all rounds share.
@@ -119,7 +122,7 @@ class Catalog:
             }
         keys = {link["key"] for steps in runs.values() for link in steps.values()}
         manifests = [manifest for manifest in self.manifests if manifest["key"] in keys]
-        return replace(self, runs=runs, manifests=manifests)
+        return replace(self, runs=runs, manifests=manifests, is_part=True)
 
     def sql(self, statement: str) -> QueryResult:
         """Return the result of one SELECT; raise WinnowError for any other statement."""
@@ -127,11 +130,19 @@ class Catalog:
             statements = self._connection.extract_statements(statement)
             if [parsed.type for parsed in statements] != [duckdb.StatementType.SELECT]:
                 raise WinnowError("sql: must be exactly one SELECT statement; the store is read-only")
-            for name in self._unopened & set(re.findall(r"\w+", statement.lower())):
+            words = set(re.findall(r"\w+", statement.lower()))
+            for name in LIVE.keys() & words:
+                _create_table(self._connection, name, self.live(name))  # anew: they change while a step runs
+            for name in self._unopened & words:
                 _open_view(self._connection, "main", name, self)
                 self._unopened.remove(name)
             # The projection makes names distinct: a join has the joined column of both sides.
             return QueryResult(self._connection.sql(statements[0].query).project("*"))
+
+    def live(self, name: str) -> pa.Table:
+        """Return the rows of `running` or `metrics_now` at this moment."""
+        links = [link for steps in self.runs.values() for link in steps.values()]
+        return live_rows(name, self.root, {link["key"] for link in links} if self.is_part else None)
 
     def interrupt(self) -> None:
         """Stop the statement that another thread is running on this catalog."""
@@ -154,6 +165,8 @@ class Catalog:
             placeholder = f"SELECT {null_columns(name, connection)} WHERE error({message})::BOOLEAN"
             connection.execute(f"CREATE VIEW {sql_identifier(name)} AS {placeholder}")
         _create_runs_and_steps(connection, self)
+        for name, schema in LIVE.items():
+            _create_table(connection, name, schema.empty_table())
         return connection
 
     def export(self, file: Path) -> None:
@@ -169,6 +182,8 @@ class Catalog:
         try:
             with _as_winnow_error(), _confined_connection(self.root, str(scratch)) as connection:
                 _create_runs_and_steps(connection, self)
+                for name in LIVE:
+                    _create_table(connection, name, self.live(name))
                 connection.execute("CREATE SCHEMA files")
                 for name in TABLES:
                     _open_view(connection, "files", name, self)
@@ -200,9 +215,13 @@ def query(catalog: Catalog, sql: str) -> pa.Table:
 
 def _create_runs_and_steps(connection: duckdb.DuckDBPyConnection, catalog: Catalog) -> None:
     for name, rows in (("runs", run_rows(catalog.runs)), ("steps", step_rows(catalog.manifests))):
-        connection.register("incoming", rows)
-        connection.execute(f"CREATE TABLE {name} AS FROM incoming")
-        connection.unregister("incoming")
+        _create_table(connection, name, rows)
+
+
+def _create_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
+    connection.register("incoming", rows)
+    connection.execute(f"CREATE OR REPLACE TABLE {name} AS FROM incoming")
+    connection.unregister("incoming")
 
 
 def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, catalog: Catalog) -> None:

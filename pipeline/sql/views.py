@@ -50,7 +50,30 @@ STEPS = table(
     column("commit", pa.string(), "git commit of this code, with + if there were uncommitted changes"),
     column("model", pa.string(), "digest of the model that it made", nullable=True),
 )
-VIEWS = {name: schema.append(STAGE).append(KEY) for name, schema in TABLES.items()} | {"runs": RUNS, "steps": STEPS}
+RUNNING = table(
+    "running",
+    "one row per step that runs now",
+    STAGE,
+    KEY,
+    column("done", pa.float64(), "what is done of it, counted in `unit`"),
+    column("total", pa.float64(), "what there is to do"),
+    column("unit", pa.string(), "what is counted: parts, or steps of a training, draws, ..."),
+    column("rate", pa.float64(), "units per second; null while too few are done", nullable=True),
+    column("seconds_left", pa.float64(), "time that the rest takes at this rate", nullable=True),
+    column("started", pa.string(), "time at which this process began with it, UTC"),
+    column("updated", pa.string(), "time at which these numbers were written, UTC"),
+    column("process", pa.string(), "machine and process id of the run that computes it"),
+)
+METRICS_NOW = table(
+    "metrics_now",
+    "one row per metric or throughput measure per step of a training that is not finished",
+    *TABLES["metrics"],
+    STAGE,
+    KEY,
+)
+LIVE = {"running": RUNNING, "metrics_now": METRICS_NOW}  # of steps that are not finished
+VIEWS = {name: schema.append(STAGE).append(KEY) for name, schema in TABLES.items()}
+VIEWS |= {"runs": RUNS, "steps": STEPS, **LIVE}
 
 
 def table_files(name: str, manifests: list[Json], root: str) -> list[str]:

@@ -45,7 +45,12 @@ LOCKS, RUNS = "locks", "runs"  # folders beside those of the stages
 SIDECAR = "part-{:05d}.json"
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
-LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train")  # scratch files, removed when the step is finished
+PROGRESS, METRICS_NOW = (
+    "progress.json",
+    "metrics_now.jsonl",
+)  # of a step that runs: how far it is, and its metrics so far
+# Scratch files, removed when the step is finished.
+LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train", PROGRESS, METRICS_NOW)
 REPAIR_HINT = "put the file back, or make its step and all that depend on it again: `winnow run RECIPE --force STEP`"
 
 
@@ -215,6 +220,21 @@ class StepFolder:
             return StepLock(file)
         file.close()  # `gc` deleted it between open and flock: lock the file that other runs see
         return self.try_lock()
+
+    def is_locked(self) -> bool | None:
+        """Return whether a run is making this step now, or None where nothing says so: there are no locks."""
+        if not isinstance(self.path, Path):
+            return None
+        try:
+            with (self.path.parent.parent / LOCKS / self.path.name).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:  # a shared disk without locks
+            return None
+        return False
 
 
 @dataclass(frozen=True)

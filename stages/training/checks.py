@@ -6,6 +6,7 @@ from typing import Any
 from pipeline import Bound, InputStep
 from stages.model_config import input_problems, planned_output
 from stages.training.objectives import nll
+from stages.training.trackers import tracker_problems
 
 SCORES_ONLY = "objective {} reads log-probs, and a reward model gives scores; use `sigmoid`, or give a policy"
 LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
@@ -51,7 +52,7 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     A cached reference may be more: losses without one leave it unread, so that one table of examples serves both kinds.
     """
     objective, nll_weight, mix = options["objective"], options["nll_weight"], options["mix"]
-    problems = input_problems(inputs, "init")
+    problems = [*input_problems(inputs, "init"), *tracker_problems(options["track"])]
     if "init" in inputs and planned_output(inputs["init"]) == "score" and not trains_scores(objective, nll_weight):
         problems.append(f"init: {SCORES_ONLY.format(objective.name)}")
     terms = dict.fromkeys(("examples", "heldout"), (objective, nll_weight))

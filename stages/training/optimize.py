@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,6 +18,7 @@ from stages.training.config import SPEED, TermData, TrainConfig
 from stages.training.mixing import UnitInterval
 from stages.training.mixing import mix as mixes
 from stages.training.objectives import objective as objectives
+from stages.training.trackers import Trackers
 
 LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
@@ -57,6 +58,7 @@ def optimize(
     gradient_checkpointing: Annotated[bool, EXECUTION] = False,
     world_size: Annotated[SmallCount, EXECUTION] = 1,
     checkpoint_every: Annotated[Count, EXECUTION] = 100,
+    track: Annotated[Trackers, EXECUTION] = [],  # noqa: B006 - read, never written
     seed: Seed = 0,
 ) -> tuple[Model, Policies, Metrics, Speeds]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
@@ -94,6 +96,10 @@ def optimize(
     `world_size` processes shard one network (FSDP2 under Ray Train, one GPU each where there are any) and divide the
     groups of each step among them: the same losses to rounding, and if one dies all resume from the last checkpoint.
 
+    While training runs, its metrics are rows of the table `metrics_now`. `track` names trackers that get them too:
+    `track: [tensorboard]`, or `{name: mlflow, uri: ...}`. One that fails is warned of, and training goes on without it;
+    a run that resumes goes on in the tracker's run.
+
     With `demonstrations`, `mix` returns per step the weight of the objective against the likelihood of what the
     demonstrations imitate. There are as many steps as `epochs` over `examples` take; each term draws its next batch in
     the steps that give it a weight. `preference_optimum` and `imitation_optimum` are the metrics of runs of one term
@@ -102,6 +108,7 @@ def optimize(
     """
     options = locals()  # by name
     from stages.training.card import write_trained_card
+    from stages.training.live import LiveMetrics
     from stages.training.trainer import train_policy
 
     config = TrainConfig(**{option.name: options[option.name] for option in fields(TrainConfig)})
@@ -109,7 +116,10 @@ def optimize(
     if demonstrations is not None:
         optimum = _final_loss(imitation_optimum, "imitation/loss")
         data.append(TermData(demonstrations, heldout_demonstrations, LIKELIHOOD, optimum=optimum))
-    job = partial(train_policy, init, data, config, ctx.mirror)
+    settings: dict[str, Any] = {"objective": objective, "nll_weight": nll_weight, "world_size": world_size}
+    settings |= {option.name: getattr(config, option.name) for option in fields(config)}
+    live = LiveMetrics(ctx.mirror, track, ctx.title, settings)
+    job = partial(train_policy, init, data, config, ctx.mirror, live)
     if world_size == 1:
         outcome = job(ctx.progress)
     else:

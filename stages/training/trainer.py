@@ -34,6 +34,7 @@ from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
 from stages.training.config import TermData, TrainConfig
 from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
+from stages.training.live import LiveMetrics
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
@@ -45,7 +46,12 @@ TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: 
 
 
 def train_policy(
-    init: Model, data: list[TermData], config: TrainConfig, mirror: Mirror, report_progress: ProgressCallback
+    init: Model,
+    data: list[TermData],
+    config: TrainConfig,
+    mirror: Mirror,
+    live: LiveMetrics,
+    report_progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
@@ -80,6 +86,7 @@ def train_policy(
     parameters = list(trained_weights(network).values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     state = checkpoints.restore(network, optimizer)
+    live.open(state.history, dist.rank)
     meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
     if state.step == 0 and "ref" in terms[0].objective.metadata["reads"] and config.reference == "init":
         check_reference(terms[0], network)
@@ -162,7 +169,8 @@ def train_policy(
         state.history.append(entry | speeds)
         if measure_every and state.step % measure_every == 0:
             _measure_excess_losses(set(range(len(terms))) - set(active), terms, network, state)
-        report_progress(state.step, steps, "steps")
+        live.update(state.history)
+        report_progress(state.step, steps, "steps", entry)
         if state.step % config.checkpoint_every == 0 and state.step < steps:
             checkpoints.save(state, network, optimizer)
 
@@ -192,6 +200,8 @@ def train_policy(
             warn_of_lost_margin(fraction, moved, config.save_dtype)
         figures = {"saved/margin_kept": fraction["float32"], "saved/margin_kept_bfloat16": fraction["bfloat16"]}
         state.history.append({"step": float(state.step)} | figures)
+    live.update(state.history)
+    live.close()
     return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
 
 

@@ -1,7 +1,11 @@
 """The report and the queries behind it, on runs that differ and on runs that do not."""
 
+import json
 import re
 import shutil
+import subprocess
+from datetime import UTC, datetime
+from html import unescape
 
 import duckdb
 import pyarrow as pa
@@ -13,7 +17,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.sql.views import RUNS
-from pipeline.store.store import Store
+from pipeline.store.store import Store, write_json
 from schemas.tables import METRICS
 from tests.runs import Silent, plan_of
 
@@ -52,7 +56,7 @@ def test_the_report_plots_both_losses_of_runs_that_have_two(mixed, finished, tmp
     """MAXRIGHT and the two runs that measure its optima, and distances to the ideal; otherwise no such section."""
     write_report(mixed, tmp_path / "mixed.html")
     page = (tmp_path / "mixed.html").read_text()
-    plot, table = page.split(BOTH)[1].split("<h2>")[0].split("</svg>")
+    plot, table = page.split(f"{BOTH}</h2>")[1].split("<h2")[0].split("</svg>")
     for policy in ("maxright", "only_preferences", "only_demonstrations"):
         assert re.search(rf"{policy} \(\d\.\d+\)", plot)
         assert f"<td>{policy}</td>" in table
@@ -119,3 +123,115 @@ def test_the_page_shows_markup_and_control_sequences_as_text(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in page
     assert r"&lt;script&gt;alert(1)\x1b[31m" in page
+
+
+# The page as readers see it
+
+LONG = "Donaudampfschifffahrtsgesellschaft" * 6  # a word that no line has room for
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Runs in a frame's page: what is wider than the window and in no box that scrolls, and text that is hard to see.
+PROBE = """
+const page = frame.contentDocument, view = frame.contentWindow, wide = [], faint = [];
+const rgb = text => text.match(/[\\d.]+/g).map(Number);
+const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const light = color => rgb(color).slice(0, 3).map(c => linear(c / 255))
+  .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
+for (const node of page.body.querySelectorAll("*")) {
+  const box = node.getBoundingClientRect();
+  if (box.right > view.innerWidth + 1 && !node.closest(".scroll") && box.width) wide.push(node.tagName);
+  const text = [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim());
+  if (!text || !box.width) continue;
+  let back = node;
+  while (back !== page.body && rgb(view.getComputedStyle(back).backgroundColor)[3] === 0) back = back.parentElement;
+  const style = view.getComputedStyle(node), color = node.closest("svg") ? style.fill : style.color;
+  const [a, b] = [color, view.getComputedStyle(back).backgroundColor].map(light).sort((x, y) => y - x);
+  if ((a + 0.05) / (b + 0.05) < 4.5) faint.push(node.tagName + " " + node.textContent.slice(0, 20));
+}
+const numbers = [...page.querySelectorAll("td.number")].map(cell => view.getComputedStyle(cell).textAlign);
+const result = {
+  width: view.innerWidth, scroll: page.documentElement.scrollWidth, wide, faint, numbers: [...new Set(numbers)],
+  back: view.getComputedStyle(page.body).backgroundColor, cells: numbers.length,
+};
+document.body.innerHTML = "<pre id=result></pre>";
+document.getElementById("result").textContent = JSON.stringify(result);
+"""
+
+
+def seen(page, folder, width, scheme):
+    """Return what Chromium measures of a page in a frame of this width, whose reader prefers light or dark."""
+    frame = folder / f"{width}-{scheme}.html"
+    frame.write_text(
+        f'<body><iframe id="frame" src="{page.name}" style="width: {width}px; height: 900px; color-scheme: {scheme}">'
+        f"</iframe><script>frame.onload = () => {{ {PROBE} }}</script></body>"
+    )
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,1000"]
+    words += [f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()]
+    done = subprocess.run([str(CHROMIUM), *words], capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(unescape(done.stdout.split('<pre id="result">')[1].split("</pre>")[0]))
+
+
+@pytest.fixture(scope="module")
+def page(finished, tmp_path_factory):
+    """The report of a run beside one whose name and responses have no place to break a line."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(finished, folder / "store")
+    store = Store(folder / "store")
+    write_json(store.root / "runs" / f"{LONG[:120]}.json", store.run("run"))
+    write_report(store, folder / "page.html")
+    text = (folder / "page.html").read_text()
+    (folder / "page.html").write_text(text.replace('<div class="text">', f'<div class="text">{LONG}'))
+    return folder / "page.html"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_phones_and_screens_in_light_and_dark(page, tmp_path, width, scheme):
+    """Nothing is wider than the window but tables, which scroll in a box; text has a contrast of 4.5 at least."""
+    shutil.copy(page, tmp_path / page.name)
+    found = seen(tmp_path / page.name, tmp_path, width, scheme)
+    assert found["width"] == width
+    assert found["scroll"] <= width
+    assert (found["wide"], found["faint"]) == ([], [])
+    assert (found["back"] == "rgb(255, 255, 255)") == (scheme == "light")
+    assert found["cells"] > 0
+    assert found["numbers"] == ["right"]
+
+
+def test_the_same_store_gives_the_same_page(finished, tmp_path):
+    date = datetime(2026, 1, 2, tzinfo=UTC)
+    for name in ("a", "b"):
+        write_report(Store(finished), tmp_path / name, date)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    write_report(Store(finished), tmp_path / "c", datetime(2026, 1, 3, tzinfo=UTC))
+    assert (tmp_path / "c").read_text() == (tmp_path / "a").read_text().replace("2026-01-02", "2026-01-03")
+
+
+def test_the_page_says_what_it_is_about(mixed, tmp_path):
+    """Commit, data, base model, options that differ between runs; links lead to sections; a step is there once."""
+    write_report(mixed, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    links, ids = re.findall(r'href="#([^"]+)"', page), re.findall(r'<h2 id="([^"]+)"', page)
+    assert links == ids
+    differing = page.split('<h2 id="options">')[1].split("<h2")[0]
+    assert "optimize.objective" in differing
+    assert "<td>unsteered</td>" not in differing  # a column per run, a row per option
+    sources = page.split('<h2 id="data">')[1].split("<h2")[0]
+    model = query(open_catalog(mixed), "SELECT model FROM steps WHERE stage = 'untrained'")["model"][0].as_py()
+    assert {"prompts", "preferences", "untrained", model[:12]} <= set(re.findall(r"<td[^>]*>([^<]*)</td>", sources))
+    keys = [link["key"] for steps in mixed.runs().values() for link in steps.values()]
+    listed = page.split('<h2 id="steps">')[1]
+    assert {listed.count(f">{key}<") for key in keys} == {1}
+
+
+def test_runs_are_overlaid_in_one_plot_per_metric(mixed, tmp_path):
+    """With the metric's name and unit on the axis, and a color per run that the legend names."""
+    write_report(mixed, tmp_path / "page.html")
+    training = (tmp_path / "page.html").read_text().split('<h2 id="training">')[1].split("<h2")[0]
+    for label in ("loss (nats)", "margin (nats)"):
+        assert training.count(f">{label}<") == 1
+    colors = re.findall(r'<span style="background: (#[0-9a-f]+)"></span>(\w+)', training)
+    loss = next(plot for plot in training.split("<svg")[1:] if ">loss (nats)<" in plot)
+    trained = {row["run"] for row in query(open_catalog(mixed), queries.text("curves")).to_pylist()}
+    assert {name for _, name in colors} >= trained
+    assert all(f"stroke: {color}" in loss for color, name in colors if name in trained)

@@ -409,8 +409,8 @@ def test_the_leaderboard_has_a_row_a_round_and_what_the_run_took(done: tuple[Sto
     used = {name: {link["key"] for link in links.values()} for name, links in store.runs().items()}
     for row, name in (("loop@1", "loop"), ("loop@2", "loop"), ("other", "other"), ("plain", "plain")):
         own = used[name] - set().union(*(used[other] for other in used if other != name))
-        assert board[row]["seconds"] == f"{sum(seconds[key] for key in used[name]):.1f}"
-        assert board[row]["own_seconds"] == f"{sum(seconds[key] for key in own):.1f}"
+        assert board[row]["seconds"] == pytest.approx(sum(seconds[key] for key in used[name]))
+        assert board[row]["own_seconds"] == pytest.approx(sum(seconds[key] for key in own))
 
 
 def test_queries_name_the_round(done: tuple[Store, list[str]]):

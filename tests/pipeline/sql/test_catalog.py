@@ -14,7 +14,7 @@ from upath import UPath
 
 from jobs import queries
 from pipeline.sql.catalog import Catalog, open_catalog, query
-from pipeline.sql.views import VIEWS, view
+from pipeline.sql.views import LIVE, VIEWS, view
 from pipeline.store.store import Store
 from schemas import TABLES, WinnowError
 from schemas.tables import CANDIDATES, EXAMPLES, FEATURES, PROMPTS, REWARDS
@@ -52,7 +52,7 @@ def test_views_of_an_empty_store_have_the_columns_and_types_of_a_full_one(store:
         result = query(empty, f"SELECT * FROM {name}")
         assert (result.num_rows, result.column_names) == (0, schema.names)
         assert {"stage", "key"} <= set(result.column_names)
-        assert name in ("runs", "steps") or result.column_names[:-2] == TABLES[name].names
+        assert name in ("runs", "steps", *LIVE) or result.column_names[:-2] == TABLES[name].names
         if name in ("prompts", "rewards", "rejects"):
             assert result.schema.equals(query(full, f"SELECT * FROM {name}").schema)
     assert not (tmp_path / "nothing").exists(), "reading creates nothing"
