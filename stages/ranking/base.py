@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,20 @@ from stages.data.texts import Conversation, conversation_of
 # What a ranker reads of a response, hashable and sortable: its text, unless `Ranker.read` says otherwise.
 Reading = Any
 ReadingPair = tuple[Reading, Reading]
+PairFormat = Literal["marks", "chat", "rlhflow"]  # of the pairwise ranker's prompt (stages/ranking/pairwise.py)
+QUESTION = """\
+Which of two responses to a prompt is better?
+
+[PROMPT]
+{prompt}
+
+[RESPONSE A]
+{a}
+
+[RESPONSE B]
+{b}
+
+Answer with one letter, A or B."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
 from stages.model_config import input_problems
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
-from stages.ranking.base import Ranker, Scorer
+from stages.ranking.base import QUESTION, PairFormat, Ranker, Scorer
 from stages.results import floats, number
 
 ranker = Registry(
@@ -58,12 +58,17 @@ def _template(text: str) -> str:
     return text
 
 
-@ranker(reads_model=True, output="vocabulary")
-def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
-    """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657."""
+@ranker(reads_model=True, output="vocabulary", version=2)
+def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision = "float32") -> Ranker:
+    """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657.
+
+    format: `marks` is `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`; `chat` is a question as a user's turn of the
+    model's chat template; `rlhflow` is that of RLHFlow/pair-preference-model-LLaMA3-8B. By default chat if the
+    tokenizer has a template and none of the marks as a token, else marks, and likewise in `ranker_examples`.
+    """
     from stages.ranking.pairwise import PairwiseRanker
 
-    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype)
+    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, format=format)
 
 
 @ranker(reads_model=True, output="score", version=3)
@@ -77,21 +82,6 @@ def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     from stages.ranking.pointwise import PointwiseRanker
 
     return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype)
-
-
-QUESTION = """\
-Which of two responses to a prompt is better?
-
-[PROMPT]
-{prompt}
-
-[RESPONSE A]
-{a}
-
-[RESPONSE B]
-{b}
-
-Answer with one letter, A or B."""
 
 
 @ranker(reads_model=True, output="vocabulary", version=2)
@@ -192,6 +182,13 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     problems = input_problems(inputs, "ranker", output, quantized=by.options.get("engine") == "vllm" or not output)
     if by.metadata["reads_model"] and "ranker" not in inputs:
         problems.append(f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`")
+    trained_on = inputs["ranker"].inputs.get("examples") if "ranker" in inputs else None
+    if by.name == "pairwise" and trained_on is not None and trained_on.stage == "ranker_examples":
+        formats = by.options["format"], trained_on.options.get("format")
+        if formats[0] != formats[1]:
+            problems.append(
+                "by.format: {}, and the ranker is trained on format {}; set both to the same".format(*formats)
+            )
     if not by.metadata["reads_model"] and "ranker" in inputs:
         problems.append(f"`by: {by.name}` reads no model, and `ranker` is one: set `ranker: null` under `from`")
     return problems
