@@ -85,6 +85,14 @@ def chat_template_of(folder: Path) -> str:
     return "\n".join(texts)
 
 
+def write_template_options(folder: Path, date: str | None, chat_template_kwargs: dict[str, Any] | None) -> None:
+    """Write what the chat template reads into the tokenizer's config of a folder."""
+    if template_options := {**({"date": date} if date else {}), **(chat_template_kwargs or {})}:
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps(config | {TEMPLATE_OPTIONS: template_options}, indent=2), encoding="utf-8")
+
+
 @stage(version=3, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
@@ -122,10 +130,7 @@ def model(
     policy = Model(folder, path.digest)
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path, save_dtype)
-    if template_options := {**({"date": date} if date else {}), **(chat_template_kwargs or {})}:
-        file = folder / "tokenizer_config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file.write_text(json.dumps(config | {TEMPLATE_OPTIONS: template_options}, indent=2), encoding="utf-8")
+    write_template_options(folder, date, chat_template_kwargs)
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:

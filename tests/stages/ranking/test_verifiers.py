@@ -73,7 +73,7 @@ def test_a_sandboxed_process_has_no_network_where_unshare_is_allowed():
 
 
 def rows_with_answers(tmp_path):
-    rows = [
+    rows: list[dict] = [
         {"prompt": "2 + 2?", "answer": 4},
         {"prompt": "3 + 3?", "answer": {"n": 6}},
         {"prompt": "4 + 4?", "answer": None},
@@ -167,7 +167,8 @@ def from_file(registry, file, function, **options):
 
 def test_a_function_of_a_file_is_a_reward_a_gold_reward_and_a_pair_rule(file, sums, ctx):
     """Without a decorator, with options of its own, with the prompt's columns if it has a third parameter."""
-    for function, options in (("right", {}), ("has", {"word": "It is 4"})):
+    for function, word in (("right", None), ("has", "It is 4")):
+        options: dict = {} if word is None else {"word": word}
         by = from_file(rankers, file, function, **options)
         scores = {row["candidate_id"]: row["reward"] for row in reward(*sums, ctx, by=by).to_pylist()}
         assert scores == (RIGHT if function == "right" else RIGHT | {"q1": 0.0})
@@ -181,12 +182,13 @@ def test_a_function_of_a_file_is_a_reward_a_gold_reward_and_a_pair_rule(file, su
 
 
 def test_a_file_or_function_that_cannot_be_used_is_one_line(file):
-    for function, options, facts in [
+    cases: list[tuple[str, dict, list[str]]] = [
         ("hass", {}, ["hass", "mine.py", "did you mean 'has'"]),
         ("many", {}, ["many", "mine.py", "prompt, response, fields"]),
         ("has", {"words": "x"}, ["words", "word"]),
         ("has", {"word": 3}, ["word", "3"]),
-    ]:
+    ]
+    for function, options, facts in cases:
         with pytest.raises(WinnowError) as caught:
             from_file(rankers, file, function, **options)
         assert [fact for fact in facts if fact not in str(caught.value)] == [], str(caught.value)
