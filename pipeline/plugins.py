@@ -34,19 +34,25 @@ def load_plugins(files: Iterable[Path]) -> list[Path]:
     for file in files:
         path = file.absolute()
         try:
-            with tokenize.open(path) as file_text:  # in the encoding that the file declares, as Python reads it
-                source = file_text.read()
-            load_source(path, source)
+            load_file(path)
             paths.append(path)
-        except FileNotFoundError:
-            problems.append(f"plugins: no such file: {path}")
-        except (OSError, UnicodeDecodeError, SyntaxError) as error:
-            problems.append(f"plugins: {path} cannot be read ({error})")
         except WinnowError as error:
-            problems += error.problems
+            problems += [item if item.startswith("plugin ") else f"plugins: {item}" for item in error.problems]
     if problems:
         raise WinnowError(*problems)
     return paths
+
+
+def load_file(path: Path) -> Plugin:
+    """Execute a file of a user and return it as a plugin. Raise WinnowError if it cannot be read or executed."""
+    try:
+        with tokenize.open(path) as file_text:  # in the encoding that the file declares, as Python reads it
+            source = file_text.read()
+    except FileNotFoundError:
+        raise WinnowError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        raise WinnowError(f"{path} cannot be read ({error})") from None
+    return load_source(path, source)
 
 
 def load_source(path: Path, source: str) -> Plugin:

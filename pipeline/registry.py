@@ -7,6 +7,7 @@ documentation and part of the key. Options are validated by pydantic, strictly, 
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=BaseModel)
 Function = Callable[..., Any]
+PlainFunction = Callable[[Function, dict[str, Any]], tuple[tuple[str, ...], dict[str, Any]]]
+FROM_FILE = "python"  # name under which a function is named by `file` and `function`, without a decorator
 EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
 
 
@@ -141,6 +144,7 @@ class Entry:
     kind: str = ""
     aliases: tuple[str, ...] = ()
     plugin: Plugin | None = None
+    from_file: bool = False  # named by file and function, and registered by nothing
 
     @cached_property
     def options(self) -> type[BaseModel]:
@@ -228,9 +232,11 @@ class Entry:
         return {name: getattr(values, name) for name in self.options.model_fields}
 
     def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Any, ...]]:
+        if self.plugin and self.from_file:
+            return entry_in_file, (self.plugin, self.name, self.metadata, self.kind)
         if self.plugin:
             return Plugin.entry, (self.plugin, self.kind, self.name)
-        return entry_of, (self.fn,)  # by reference: importing the function on a worker registers it there
+        return entry_of, (self.fn, self.kind)  # by reference: importing the function on a worker registers it there
 
 
 def describe(error: BaseException) -> str:
@@ -244,9 +250,15 @@ def _code(fn: Function) -> CodeType:
     return code
 
 
-def entry_of(fn: Function) -> Entry:
-    """Return the entry of a registered function."""
-    return fn.entry  # type: ignore[attr-defined]
+def entry_of(fn: Function, kind: str = "") -> Entry:
+    """Return the entry of a registered function, of this kind if it is registered as several."""
+    entries: dict[str, Entry] = fn.entries  # type: ignore[attr-defined]
+    return entries.get(kind) or fn.entry  # type: ignore[attr-defined]
+
+
+def entry_in_file(plugin: Plugin, name: str, metadata: dict[str, Any], kind: str) -> Entry:
+    """Return the entry of a function that a user's file defines and does not register."""
+    return Entry(name, getattr(sys.modules[plugin.module], name), metadata, kind, (), plugin, from_file=True)
 
 
 @dataclass(frozen=True)
@@ -315,10 +327,12 @@ class Registry:
 
     arguments: names of the positional arguments that a function is called with; any if there are none. metadata: type
     of what its decorator sets, `NotRequired[...]` what it may leave out. All may set `version` and `aliases`.
+    plain: of a function in a file that `{name: python, file: ..., function: ...}` names, from the function and the
+    other options, from which it may take some: its arguments and its metadata; None if no option may name a file.
     """
 
-    def __init__(self, kind: str, *arguments: str, **metadata: Any) -> None:
-        self.kind, self.arguments = kind, arguments
+    def __init__(self, kind: str, *arguments: str, plain: PlainFunction | None = None, **metadata: Any) -> None:
+        self.kind, self.arguments, self.plain = kind, arguments, plain
         config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
         optional: Any = NotRequired  # mypy knows no type of such a form
         fields: dict[str, Any] = {
@@ -380,7 +394,9 @@ class Registry:
             self.aliases |= dict.fromkeys(aliases, name)
             if plugin:
                 plugin.registered.append((self, entry))
-            setattr(fn, "entry", entry)  # noqa: B010 - functions have no such attribute for mypy
+            # A verifier is a reward and a gold reward.
+            setattr(fn, "entries", {**getattr(fn, "entries", {}), self.kind: entry})  # noqa: B010 - unknown to mypy
+            setattr(fn, "entry", entry)  # noqa: B010
             return fn
 
         return register if fn is None else register(fn)
@@ -419,8 +435,29 @@ class Registry:
         options = {"name": value} if isinstance(value, str) else value
         if not isinstance(options, dict) or not isinstance(options.get("name"), str):
             raise WinnowError(f"must name one {self.kind}, or be a mapping with `name`; got {value!r}")
-        entry = self.find(options["name"])
-        return Bound(entry, entry.validate({key: item for key, item in options.items() if key != "name"}, ""))
+        rest = {key: item for key, item in options.items() if key != "name"}
+        entry = self._in_file(rest) if self.plain and options["name"] == FROM_FILE else self.find(options["name"])
+        return Bound(entry, entry.validate(rest, ""))
+
+    def _in_file(self, options: dict[str, Any]) -> Entry:
+        """Return the entry of the function that `file` and `function` name, and take both from the options."""
+        from pipeline.plugins import load_file
+
+        values = [options.pop(name, None) for name in ("file", "function")]
+        if not all(isinstance(value, str) for value in values):
+            raise WinnowError(f"`name: {FROM_FILE}` needs `file`, a Python file, and `function`, a name in it")
+        file, name = values
+        plugin = load_file(Path(file).expanduser().absolute())
+        fn = getattr(sys.modules[plugin.module], name, None)
+        if not inspect.isfunction(fn):
+            functions = [key for key, item in vars(sys.modules[plugin.module]).items() if inspect.isfunction(item)]
+            hint = nearest(name, functions) if functions else "it defines no function"
+            raise WinnowError(f"function: no function {name!r} in {plugin.path}; {hint}")
+        assert self.plain is not None
+        arguments, metadata = self.plain(fn, options)
+        if problems := _problems(fn, arguments):
+            raise WinnowError(*(f"function: {name} of {plugin.path} {problem}" for problem in problems))
+        return entry_in_file(plugin, name, metadata, self.kind)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.bind)

@@ -34,6 +34,12 @@ PROMPTS = table(
     column("split", pa.string(), "train or heldout, by hash of the text in lower case, white space as one space"),
     column("demonstration", pa.string(), "a response to imitate; null if the data has none", nullable=True),
     column("demonstration_ids", TOKEN_IDS, "tokens of the demonstration, the one that ends it last", nullable=True),
+    column(
+        "fields",
+        pa.map_(pa.string(), pa.string()),
+        "columns of the data file that `keep` names, as text, for programs that score responses; else null",
+        nullable=True,
+    ),
 )
 CANDIDATES = table(
     "candidates",

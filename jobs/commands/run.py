@@ -224,7 +224,8 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
     of_these_runs = open_catalog(store, [plan.name for plan in plans])
     titles = {
         "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
-        "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B)",
+        "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B; longer_one: of the "
+        "rule that the longer response is better)",
         "rejects": "rejected, by step and reason",
     }
     for name, title in titles.items():

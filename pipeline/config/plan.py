@@ -15,7 +15,7 @@ from pipeline.config.precision import mixed_precision, with_dtype
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import Bound, Entry, Registry, bound_entries, nearest
+from pipeline.registry import FROM_FILE, Bound, Entry, Registry, bound_entries, nearest
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import WinnowError
 
@@ -250,7 +250,9 @@ def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
             continue
         try:
             for name, _, option in readers:
-                _registry_of(stages.entries[steps[name].get("use", name)], option).find(use)
+                registry = _registry_of(stages.entries[steps[name].get("use", name)], option)
+                if not (registry.plain and use == FROM_FILE):
+                    registry.find(use)
         except WinnowError as error:
             problems += [f"{source}.use: {problem}" for problem in error.problems]
             continue

@@ -35,7 +35,9 @@ def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     reader, demonstration = options["reader"], options["demonstration"]
     if reader is None:
         columns = [options[name] for name in ("prompt", "demonstration", "system", "input") if options[name]]
-        return check_system_prompt(options, inputs) + check_source(options, columns)
+        return check_system_prompt(options, inputs) + check_source(options, [*columns, *options["keep"]])
+    if options["keep"]:
+        return ["keep: with a `reader`, rows are read by its own columns alone; unset it"]
     if others := check_no_columns(options, prompt="prompt", system=None, input=None):
         return others
     if demonstration not in (None, "chosen"):
@@ -73,6 +75,7 @@ def prompts(
     system_prompt: str | None = None,
     input: str | None = None,
     demonstration: str | None = None,
+    keep: list[str] = [],  # noqa: B006
     reader: Annotated[Bound, preference_reader] | None = None,
     heldout: HeldoutShare = 0.2,
     max_tokens: Count = 1024,
@@ -84,6 +87,8 @@ def prompts(
     system message; empty ones add nothing. `system_prompt` is the text of a system message for prompts that have none;
     it does not decide whether a prompt is held out. With a `reader`, prompts are those of pairs in its format, and
     `demonstration: chosen` their chosen responses. A column `tools` holds the JSON schemas of tools that may be called.
+    Columns in `keep` stay with the prompt, as text or JSON, for programs that score responses by them, such as
+    `math_answer`; a row without one of them is rejected.
     A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
     a copy of it in another case or spacing.
 
@@ -96,7 +101,7 @@ def prompts(
     data = DataTables(tokenizer, heldout, max_tokens, prefill=prefill, system_prompt=system_prompt)
     results: Iterator[tuple[str, Row, PreferencePair | ValueError | None]]
     if reader is None:
-        columns = [name for name in (prompt, demonstration, system, input) if name]
+        columns = [name for name in (prompt, demonstration, system, input, *keep) if name]
         results = ((location, row, None) for location, row in source.rows(ctx, columns))
     else:
         results = source.reader_results(ctx, preference_reader.bind(reader), first_pairs)
@@ -116,7 +121,7 @@ def prompts(
             # Their ids, by the rules of the model's tokenizer.
             tools = pair.tools if pair and pair.tools else tools_of(source_row)
             conversation = Conversation(content, tools, plain)
-            row = data.prompt_row(conversation)
+            row = data.prompt_row(conversation) | {"fields": kept_fields(source_row, keep)}
         except ValueError as error:
             ctx.reject(str(error), place=location, detail=repr(source_row))
             continue
@@ -134,6 +139,15 @@ def prompts(
                 ctx.reject(str(error), place=location, detail=readable_reply(response), prompt=name)
         data.prompts_by_id[name] = row
     return data.tables()[0]
+
+
+def kept_fields(row: Row, names: list[str]) -> dict[str, str] | None:
+    """Return columns as text, and values that are none as JSON. Raise ValueError for one that is missing or empty."""
+    if not names:
+        return None
+    if missing := [name for name in names if row.get(name) in (None, "", [], {})]:
+        raise ValueError(f"no {missing[0]}")
+    return {name: value if isinstance(value := row[name], str) else json.dumps(value, default=str) for name in names}
 
 
 def chat_json(content: Prompt, tools: list[dict[str, Any]] | None) -> str:

@@ -36,6 +36,11 @@ def column_by_id(table: pa.Table, name: str, column: str) -> RowsById:
     return RowsById(zip(table.column(name).to_pylist(), table.column(column).to_pylist(), strict=True))
 
 
+def fields_of(prompt: Row) -> dict[str, str]:
+    """Return the columns of the data file that were kept with a row of the table `prompts`, as text by name."""
+    return dict(prompt.get("fields") or ())
+
+
 def text_by_id(table: pa.Table, name: str) -> dict[str, str]:
     """Return {value of the id column `name`: text}."""
     return column_by_id(table, name, "text")

@@ -1,24 +1,51 @@
 """Stage `evaluate`: win rates with intervals, KL and length; and the gold reward, which no other stage may read."""
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import Bound, Registry, stage
+from pipeline import Bound, InputStep, Registry, stage
+from pipeline.registry import entry_of
 from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
 from schemas.tables import EVALUATIONS, OUTCOMES
-from stages.data.rows import column_by_id, text_by_id
+from stages.data.rows import column_by_id, fields_of, text_by_id
 from stages.options import Seed, SmallCount
+from stages.ranking.rankers import FIELDS, PROGRAM, fields_problems, plain_program
+from stages.ranking.verifiers import code_tests, json_schema, math_answer
 from stages.results import number
 
-gold_reward = Registry("gold reward", "prompt", "response")
+
+def plain_gold(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return arguments and metadata of a function in a user's file, which is a gold reward as it is."""
+    arguments, metadata = plain_program(fn, options)
+    return arguments, {"reads_fields": metadata["reads_fields"]}
+
+
+gold_reward = Registry(
+    "gold reward",
+    *PROGRAM,
+    plain=plain_gold,
+    reads_fields=NotRequired[bool],
+    columns=NotRequired[tuple[str, ...]],
+    requires=NotRequired[str],
+)
+for program in (code_tests, json_schema, math_answer):
+    entry = entry_of(program, "ranker")
+    shared = {name: entry.metadata[name] for name in ("columns", "requires") if name in entry.metadata}
+    gold_reward(arguments=FIELDS, reads_fields=True, version=entry.version, **shared)(program)
+
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
 
 
-@stage(version=3, unsharded=True)
+def _check_gold(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    return fields_problems(options["gold"], inputs, "gold") if options["gold"] else []
+
+
+@stage(version=3, unsharded=True, check=_check_gold)
 def evaluate(
     prompts: Prompts,
     candidates: Candidates,
@@ -43,6 +70,7 @@ def evaluate(
     the stage.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
+    fields = {row["prompt_id"]: fields_of(row) for row in prompts.to_pylist()}
     responses = pa.concat_tables([baseline, candidates])
     response_texts = text_by_id(responses, "candidate_id")
     if special_tokens:
@@ -65,9 +93,10 @@ def evaluate(
             outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
         if gold is not None:
             prompt = prompt_texts[row["prompt_id"]]
+            known = (fields[row["prompt_id"]],) if gold.metadata.get("reads_fields") else ()
             of = f"prompt {row['prompt_id']}, candidate "
-            outcome["gold"] = number(gold, gold(prompt, response_texts[ours]), of=of + ours)
-            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs]), of=of + theirs)
+            outcome["gold"] = number(gold, gold(prompt, response_texts[ours], *known), of=of + ours)
+            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs], *known), of=of + theirs)
             outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
         outcomes.append(outcome)
 

@@ -128,6 +128,16 @@ def _template_options(folder: Path) -> dict[str, Any]:
     return (json_object(file) if file.is_file() else {}).get(TEMPLATE_OPTIONS) or {}
 
 
+def write_template_options(folder: Path, date: str | None, chat_template_kwargs: dict[str, Any] | None) -> None:
+    """Write what the chat template reads into the tokenizer's config of a folder."""
+    options = {"date": date, "chat_template_kwargs": chat_template_kwargs}
+    if given := {name: value for name, value in options.items() if value}:
+        file = folder / "tokenizer_config.json"
+        config = json_object(file) if file.is_file() else {}
+        config[TEMPLATE_OPTIONS] = _template_options(folder) | given
+        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
 @stage(version=4, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
@@ -177,14 +187,8 @@ def model(
     if adapter is not None:
         policy = _merge_into_base(policy, adapter.path, save_dtype)
     if chat_template is not None:
-        _replace_chat_templates(folder, chat_template.path)
-    options = {"date": date, "chat_template_kwargs": chat_template_kwargs}
-    if given := {name: value for name, value in options.items() if value}:
-        file = folder / "tokenizer_config.json"
-        config = json_object(file) if file.is_file() else {}
-        config[TEMPLATE_OPTIONS] = _template_options(folder) | given
-        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
-
+        replace_chat_templates(folder, chat_template.path)
+    write_template_options(folder, date, chat_template_kwargs)
     write_copy_card(folder, path, adapter)
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
@@ -218,7 +222,7 @@ def model(
     return policy
 
 
-def _replace_chat_templates(folder: Path, template: Path) -> None:
+def replace_chat_templates(folder: Path, template: Path) -> None:
     """Give a folder this chat template and no other, wherever transformers would look for one."""
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     (folder / "chat_template.json").unlink(missing_ok=True)

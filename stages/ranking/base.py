@@ -1,26 +1,41 @@
 """Interface of rankers: `Ranker` compares two responses, `Scorer` scores one alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline import StageContext
-from stages.data.rows import Row
+from stages.data.rows import Row, fields_of
 from stages.data.texts import Conversation, conversation_of
 
 # What a ranker reads of a response, hashable and sortable: its text, unless `Ranker.read` says otherwise.
 Reading = Any
 ReadingPair = tuple[Reading, Reading]
+PairFormat = Literal["marks", "chat", "rlhflow"]  # of the pairwise ranker's prompt (stages/ranking/pairwise.py)
+QUESTION = """\
+Which of two responses to a prompt is better?
+
+[PROMPT]
+{prompt}
+
+[RESPONSE A]
+{a}
+
+[RESPONSE B]
+{b}
+
+Answer with one letter, A or B."""
 
 
 @dataclass(frozen=True)
 class Response:
     """Response to a prompt: its text, and the ids that the policy read and drew; length: it was cut at the limit.
 
-    prompt: the prompt's chat messages and tools; None if it is one text, the context.
+    prompt: the prompt's chat messages and tools; None if it is one text, the context. fields: the columns of the data
+    file that were kept with the prompt.
     """
 
     text: str
@@ -28,6 +43,7 @@ class Response:
     finish_reason: str = "given"
     prompt_ids: tuple[int, ...] = ()
     prompt: Conversation | None = None
+    fields: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 class Ranker(ABC):
@@ -86,11 +102,11 @@ def read_candidates(
     special_tokens: rankers of text see the special tokens inside the responses.
     """
     readings = {}
-    conversation = conversation_of(prompt)
+    conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
         text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
         response = Response(
-            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation
+            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation, fields
         )
         readings[row["candidate_id"]] = ranker.read(prompt["text"], response)
     return readings

@@ -1,8 +1,12 @@
 """Pairwise text-to-text ranker: which of two responses is better, as the next token, A or B.
 
-`[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`, answer `A` or `B` (sec. 3.1 of arXiv:2309.06657). The text
-is tokenised in pieces, here and nowhere else, so that training and scoring read the same ids and equal
-prefixes have equal ids.
+Training and scoring read the same ids, which are formed here and nowhere else, in one of three formats:
+
+* marks: `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2` (sec. 3.1 of arXiv:2309.06657), tokenised in pieces, so that
+  equal prefixes have equal ids. The label is the next token.
+* chat: a question to a chat model, as one user's turn of its chat template; the label begins the assistant's turn.
+* rlhflow: that of the public model RLHFlow/pair-preference-model-LLaMA3-8B, as its model card has it: the turns of the
+  prompt in plain marks, the text as one user's turn of the model's chat template, and no BOS.
 """
 
 from collections.abc import Sequence
@@ -11,39 +15,83 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from schemas import Model
+from schemas import Model, WinnowError
+from stages.data.texts import Conversation, as_messages, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
-from stages.ranking.base import Ranker, Response
+from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, ReadingPair, Response
 
-TextPair = tuple[str, str]
 LABELS = ("A", "B")
+PROBE = "Which one?"
+RLHFLOW = "[CONTEXT] {prompt} [RESPONSE A] {a} [RESPONSE B] {b} \n"
 
 
 class RankerPrompt:
-    """Prompt of the ranker, from two texts to ids, with the ids of its answers in `labels`."""
+    """Prompt of the ranker, from two texts to ids, with the ids of its answers in `labels`.
 
-    def __init__(self, model: Model) -> None:
+    format: by default chat if the tokenizer has a chat template and none of the marks as a token, else marks. Raises
+    WinnowError if a format needs a template that the tokenizer lacks, or a label takes more than one token.
+    """
+
+    def __init__(self, model: Model, format: PairFormat | None = None) -> None:
         self.tokenizer = Tokenizer(model)
-        self.labels = tuple(self.tokenizer.label(label) for label in LABELS)
+        has_template = self.tokenizer.inner.chat_template is not None
+        has_marks = "[RESPONSE A]" in self.tokenizer.special_tokens.values()
+        self.format = format or ("chat" if has_template and not has_marks else "marks")
+        if self.format != "marks" and not has_template:
+            raise WinnowError(
+                f"ranker: format {self.format} is rendered by a chat template, and the tokenizer of model "
+                f"{model.digest[:12]} has none; set `format: marks`, or give a model with a template"
+            )
+        self.lead: list[
+            int
+        ] = []  # what the template renders between the prompt and an answer, such as an empty <think>
+        if self.format != "chat":
+            self.labels = tuple(self.tokenizer.label(label) for label in LABELS)
+            return
+        # As the template renders them: some tokenizers have one A after a space or a line and another elsewhere.
+        first, second = (self.tokenizer.response_ids(PROBE, label) for label in LABELS)
+        shared = shared_prefix_length(first, second)
+        if first[shared + 1 :] != second[shared + 1 :]:
+            raise WinnowError(f"ranker: the labels {LABELS} are not single tokens of model {model.digest[:12]}")
+        self.lead, self.labels = first[:shared], (first[shared], second[shared])
 
     def can_read(self, text: str) -> bool:
         """Return whether no special token (as [RESPONSE B]) is written in the text: it would be a control token."""
         return not self.tokenizer.has_special_token(text)
 
+    def context(self, text: str, conversation: Conversation | None) -> str | None:
+        """Return the prompt as `ids` reads it; None if the format cannot hold it (tools, or a system message)."""
+        if self.format != "rlhflow":
+            return text
+        messages = as_messages(text if conversation is None else conversation.content)
+        alternating = all(message["role"] == ("user", "assistant")[n % 2] for n, message in enumerate(messages))
+        if not alternating or (conversation and conversation.tools):
+            return None
+        return "\n" + "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in messages) + "\n"
+
     def ids(self, context: str, first: str, second: str) -> list[int]:
-        pieces = (f"[CONTEXT] {context}", f" [RESPONSE A] {first}", f" [RESPONSE B] {second}")
-        return self.tokenizer.with_bos([token for piece in pieces for token in self.tokenizer.encode(piece)])
+        """Return the ids before the label. Raise ValueError where the chat template does not render the texts."""
+        if self.format == "marks":
+            pieces = (f"[CONTEXT] {context}", f" [RESPONSE A] {first}", f" [RESPONSE B] {second}")
+            return self.tokenizer.with_bos([token for piece in pieces for token in self.tokenizer.encode(piece)])
+        template = QUESTION if self.format == "chat" else RLHFLOW
+        ids = self.tokenizer.prompt_ids(template.format(prompt=context, a=first, b=second))
+        if self.format == "rlhflow" and ids[:1] == [self.tokenizer.inner.bos_token_id]:
+            ids = ids[1:]
+        return ids + self.lead
 
 
 class PairwiseRanker(Ranker):
     """Trained pairwise ranker in memory. budget: tokens in a forward pass."""
 
-    def __init__(self, model: Model, dtype: str, budget: int = SCORING_TOKENS_PER_PASS) -> None:
-        self.prompt = RankerPrompt(model)
+    def __init__(
+        self, model: Model, dtype: str, budget: int = SCORING_TOKENS_PER_PASS, format: PairFormat | None = None
+    ) -> None:
+        self.prompt = RankerPrompt(model, format)
         self.network = load_network(model)
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
@@ -52,13 +100,20 @@ class PairwiseRanker(Ranker):
         """Free the network."""
         self.network.close()
 
-    def read(self, context: str, response: Response) -> str | None:
-        return response.text if self.prompt.can_read(context) and self.prompt.can_read(response.text) else None
+    def read(self, context: str, response: Response) -> str | tuple[str, str] | None:
+        """Return the text, after the prompt in the format's own form if it has one; None if it cannot be read."""
+        prompt = self.prompt.context(context, response.prompt)
+        if prompt is None or not (self.prompt.can_read(context) and self.prompt.can_read(response.text)):
+            return None
+        return response.text if prompt == context else (prompt, response.text)
 
-    def fits(self, context: str, first: str, second: str) -> bool:
-        return len(self.prompt.ids(context, first, second)) <= self.context
+    def fits(self, context: str, first: Reading, second: Reading) -> bool:
+        try:
+            return len(self._ids(context, (first, second))) <= self.context
+        except ValueError:
+            return False
 
-    def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
+    def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N].
 
         The prefix that all pairs share (the context; and the baseline, if it is read first) goes through the
@@ -70,10 +125,14 @@ class PairwiseRanker(Ranker):
             return logits[:, a] - logits[:, b]
 
         a, b = self.prompt.labels
-        rows = [self.prompt.ids(context, first, second) for first, second in pairs]
+        rows = [self._ids(context, pair) for pair in pairs]
         shared = common_prefix_length(rows)
         split_rows = [(row[:shared], row[shared:]) for row in rows]
         return forward_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
+
+    def _ids(self, context: str, pair: ReadingPair) -> list[int]:
+        (prompt, first), (_, second) = ((context, item) if isinstance(item, str) else item for item in pair)
+        return self.prompt.ids(prompt, first, second)
 
 
 def common_prefix_length(rows: Sequence[list[int]]) -> int:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from inspect import getattr_static, isfunction
+from importlib.util import find_spec
+from inspect import Parameter, getattr_static, isfunction, signature
 from string import Formatter
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -21,23 +22,70 @@ from schemas import Model, WinnowError
 from stages.limits import context_length
 from stages.model_config import input_problems
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
-from stages.ranking.base import Ranker, Scorer
+from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, Response, Scorer
 from stages.results import floats, number
 from stages.sampling.engines.options import EngineOptions, engine_problems, length_limit
 
+PROGRAM = ("prompt", "response")
+FIELDS = (*PROGRAM, "fields")
+
+
+def plain_program(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return arguments and metadata of a function in a user's file: of prompt and response, and perhaps of `fields`."""
+    parameters = [item for item in signature(fn).parameters.values() if item.kind in POSITIONAL]
+    reads_fields = len(parameters) > len(PROGRAM)
+    metadata: dict[str, Any] = {"reads_model": False, "program": True, "reads_fields": reads_fields}
+    if (threshold := options.pop("label_threshold", None)) is not None:
+        metadata["label_threshold"] = float(threshold)
+    return FIELDS if reads_fields else PROGRAM, metadata
+
+
+POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 ranker = Registry(
     "ranker",
     "model",
+    plain=plain_program,
     reads_model=bool,
     program=NotRequired[bool],
+    reads_fields=NotRequired[bool],
+    columns=NotRequired[tuple[str, ...]],
+    requires=NotRequired[str],
     output=NotRequired[Literal["score", "vocabulary"]],
     label_threshold=NotRequired[float],
 )
 
+
 # A program from (prompt, response) to a score, registered as a ranker: `@verifiable` or `@verifiable(version=3)`. The
 # version is part of the key; raise it when the scores change. `@verifiable(label_threshold=0.5)` says that the scores
 # are labels, 0 for wrong and 1 for right.
-verifiable = ranker.decorator("prompt", "response", reads_model=False, program=True)
+verifiable = ranker.decorator(*PROGRAM, reads_model=False, program=True)
+
+# The same with a third argument, a mapping of the columns of the data file that `prompts` keeps. `columns` are those of
+# its options that name one; `requires` is the library that it imports.
+verifier = ranker.decorator(*FIELDS, reads_model=False, program=True, reads_fields=True)
+
+
+def fields_problems(program: Bound, inputs: Mapping[str, InputStep], option: str) -> list[str]:
+    """Return the plan-time problems of a program: its library is not installed, or the prompts lack its columns."""
+    problems = []
+    library = program.metadata.get("requires")
+    if library and find_spec(library) is None:
+        problems.append(
+            f"{option}: {program.name} needs the library {library}: pip install 'winnow-pipeline[verifiers]'"
+        )
+    step = inputs.get("prompts")
+    if not program.metadata.get("reads_fields") or step is None or not step.stage:
+        return problems
+    kept = step.options.get("keep") or []
+    columns = [program.options[name] for name in program.metadata.get("columns", ())]
+    lacking = [name for name in columns if name not in kept]
+    if step.stage != "prompts" or lacking or not kept:
+        cure = f"set `keep: [{', '.join(lacking or ['COLUMN'])}]` in the step of stage prompts that it reads"
+        what = f"the column {' and '.join(lacking)}" if lacking else "columns"
+        problems.append(
+            f"{option}: {program.name} reads {what} of the data file, which the prompts do not keep; {cure}"
+        )
+    return problems
 
 
 def _even(votes: int) -> int:
@@ -61,12 +109,17 @@ def _template(text: str) -> str:
     return text
 
 
-@ranker(reads_model=True, output="vocabulary")
-def pairwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
-    """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657."""
+@ranker(reads_model=True, output="vocabulary", version=2)
+def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision = "float32") -> Ranker:
+    """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657.
+
+    format: `marks` is `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`; `chat` is a question as a user's turn of the
+    model's chat template; `rlhflow` is that of RLHFlow/pair-preference-model-LLaMA3-8B. By default chat if the
+    tokenizer has a template and none of the marks as a token, else marks, and likewise in `ranker_examples`.
+    """
     from stages.ranking.pairwise import PairwiseRanker
 
-    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype)
+    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, format=format)
 
 
 @ranker(reads_model=True, output="score", version=4)
@@ -80,21 +133,6 @@ def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     from stages.ranking.pointwise import PointwiseRanker
 
     return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype)
-
-
-QUESTION = """\
-Which of two responses to a prompt is better?
-
-[PROMPT]
-{prompt}
-
-[RESPONSE A]
-{a}
-
-[RESPONSE B]
-{b}
-
-Answer with one letter, A or B."""
 
 
 @ranker(reads_model=True, output="vocabulary", version=3)
@@ -157,9 +195,19 @@ class ProgramScorer(Scorer):
 
     program: Bound
 
-    def score(self, context: str, texts: Sequence[str]) -> np.ndarray:
-        # A score that is not finite is the stage's to reject, with its candidate.
-        scores = [number(self.program, self.program(context, text), finite=False, of=repr(text)) for text in texts]
+    def read(self, context: str, response: Response) -> Reading:
+        """Return the text, and with it the columns of the data file that its prompt has, if the program reads them."""
+        if not self.program.metadata.get("reads_fields"):
+            return response.text
+        return response.text, tuple(sorted(response.fields.items()))
+
+    def score(self, context: str, texts: Sequence[Reading]) -> np.ndarray:
+        scores = []
+        for reading in texts:
+            text, *fields = (reading,) if isinstance(reading, str) else (reading[0], dict(reading[1]))
+            # A score that is not finite is the stage's to reject, with its candidate.
+            score = self.program(context, text, *fields)
+            scores.append(number(self.program, score, finite=False, of=repr(text)))
         return np.array(scores, dtype=np.float64)
 
 
@@ -199,8 +247,16 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     output = by.metadata.get("output")
     problems = engine_problems(str(by.options.get("engine")), by.options.get("engine_options"))
     problems += input_problems(inputs, "ranker", output, quantized=by.options.get("engine") == "vllm" or not output)
+    problems += fields_problems(by, inputs, "by")
     if by.metadata["reads_model"] and "ranker" not in inputs:
         problems.append(f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`")
+    trained_on = inputs["ranker"].inputs.get("examples") if "ranker" in inputs else None
+    if by.name == "pairwise" and trained_on is not None and trained_on.stage == "ranker_examples":
+        formats = by.options["format"], trained_on.options.get("format")
+        if formats[0] != formats[1]:
+            problems.append(
+                "by.format: {}, and the ranker is trained on format {}; set both to the same".format(*formats)
+            )
     if not by.metadata["reads_model"] and "ranker" in inputs:
         problems.append(f"`by: {by.name}` reads no model, and `ranker` is one: set `ranker: null` under `from`")
     return problems

@@ -20,9 +20,19 @@ from stages.data.rows import SMALLEST_WEIGHT, Row, RowsById, cutoff, equal_rewar
 from stages.options import NotNegative
 from stages.results import number
 
+
+def _plain_rule(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return arguments and metadata of a function in a user's file; its option `reads` names the table of its rows."""
+    reads = options.pop("reads", "selections")
+    if reads not in (tables := ("candidates", "comparisons", "selections")):
+        raise WinnowError(f"reads: must be one of {', '.join(tables)}, got {reads!r}")
+    return ("rows",), {"reads": reads}
+
+
 pair_rule = Registry(
     "pair rule",
     "rows",
+    plain=_plain_rule,
     reads=Literal["candidates", "comparisons", "selections"],
     source=NotRequired[Callable[[InputStep], str | None]],
     weighs=NotRequired[bool],

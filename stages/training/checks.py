@@ -59,6 +59,12 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     terms |= dict.fromkeys(("demonstrations", "heldout_demonstrations"), (LIKELIHOOD, 0.0))
     for name, (loss, weight) in terms.items():
         if name not in inputs or inputs[name].stage != "examples":
+            labels = inputs[name].options.get("labels") if name in inputs else None
+            if labels == "right" and inputs[name].stage == "ranker_examples" and data_needs(loss, weight)["pairs"]:
+                problems.append(
+                    f"{name}: objective {loss.name} reads pairs, and `labels: right` has none; set `labels: both` in "
+                    "`ranker_examples`"
+                )
             continue
         planned = inputs[name].options
         present = {source: source in inputs[name].inputs for source in INPUTS}

@@ -15,6 +15,7 @@ from schemas.tables import (
     CANDIDATES,
     COMPARISONS,
     EVALUATIONS,
+    EXAMPLES,
     METRICS,
     OUTCOMES,
     PAIRS,
@@ -114,7 +115,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     losses = [dict(step=2, metric="loss", value=0.5), dict(step=1, metric="loss", value=0.7)]
     losses += [dict(step=2, metric=f"heldout/{name}", value=0.4) for name in ("loss", "imitation/loss", "accuracy")]
     speed = dict(step=1, measure="pairs_per_second", value=9.0)
-    put(store, "optimize", "8", [table(METRICS, *losses), table(SPEEDS, speed)], model="digest", seconds=100.0)
+    # d is longer than a, c than b; of e and f, both orders, one is longer: (1 + 0 + 0) / 3. Labels are one token.
+    sides = [
+        {"prompt_id": prompt_of(chosen), "prompt_ids": [1], "pairs": [dict(chosen=0, rejected=1, weight=1, label=1)]}
+        | {"responses": [dict(candidate_id=name, token_ids=[1], weight=1) for name in (chosen, rejected)]}
+        for chosen, rejected in ("da", "bc", "ef")
+    ]
+    origin = {"version": 1, "options": {}, "inputs": {"candidates": "2"}}
+    put(store, "ranker_examples", "0", [table(EXAMPLES, *sides)], identity=origin)
+    trained = origin | {"inputs": {"heldout": "0"}}
+    measured = [table(METRICS, *losses), table(SPEEDS, speed)]
+    put(store, "optimize", "8", measured, model="digest", seconds=100.0, identity=trained)
     held = [candidate("ours", [1], prompt_id="h"), candidate("base", [2], prompt_id="h")]
     judged = [
         outcome(0, "ours", proxy_win=1.0, gold_win=0.0, gold=1.0, gold_baseline=3.0),
@@ -198,10 +209,11 @@ KNOWN: list[tuple[str, dict, dict]] = [
     ("unpaired", {}, dict(prompt_id="q", candidates=2, kept=1, spread=0.0, reject_reasons="tie")),
     ("heldout", dict(metric="loss"), dict(value=0.4)),
     ("heldout", dict(metric="accuracy"), dict(value=0.4)),
+    ("heldout", dict(metric="longer_one"), dict(value=1 / 3)),
     ("two_losses", {}, dict(policy="rso", preference_loss=0.4, imitation_loss=0.4, preference_accuracy=0.4)),
 ]
 # Number of rows of some answers, and a column of all rows in order.
-COUNTS = {"acceptance": 2, "best_of": 3, "ranker_agreement": 2, "rejects": 2, "rounds": 2, "unpaired": 1, "heldout": 2}
+COUNTS = {"acceptance": 2, "best_of": 3, "ranker_agreement": 2, "rejects": 2, "rounds": 2, "unpaired": 1, "heldout": 3}
 ORDERED = {
     "acceptance": ("prompt_id", ["p", "q"]),  # the hardest prompt first
     "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@1", "rso@1"]),

@@ -1,5 +1,6 @@
 """Rankers: the pairwise one's shared prefix gives the numbers of plain forwards; orders, votes, programs, examples."""
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +23,12 @@ from pipeline.store.fingerprints import DataPath
 from schemas import Model, WinnowError, conform, seed_for
 from schemas.tables import CANDIDATES, EXAMPLES, JUDGEMENTS, PROMPTS, REWARDS
 from stages.data.preferences import preferences
+from stages.data.rows import text_by_id
+from stages.data.texts import Conversation
 from stages.data.tokenizer import Tokenizer
 from stages.evaluation.evaluate import evaluate, gold_reward
 from stages.network.load import load_network
-from stages.ranking.base import Ranker, Response, both_orders
+from stages.ranking.base import QUESTION, Ranker, Response, both_orders
 from stages.ranking.compare import compare
 from stages.ranking.judge import judge
 from stages.ranking.llm_judge import LlmJudge, vote_logit, vote_of
@@ -34,6 +38,7 @@ from stages.ranking.rankers import brevity, open_ranker, pattern, verifiable
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
 from stages.sampling.engines import Completion, Engine, Request, ignore_progress
+from tests.material import train
 
 CONTEXT = "Please book a boat for two on Monday in Oslo."
 GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
@@ -208,7 +213,7 @@ def test_ranker_examples_flip_about_half_and_label_the_side_of_the_chosen(tiny, 
     reader = RankerPrompt(tiny)
     flips = []
     for seed in range(8):
-        for row in examples_of(labelled, tiny, ctx, seed=seed):
+        for row in examples_of(labelled, tiny, ctx, labels="right", seed=seed):
             (answer,) = row["responses"]
             best, worst = text[answer["candidate_id"]], text[rejected[row["prompt_id"], answer["candidate_id"]]]
             flipped = answer["token_ids"] == [reader.labels[1]]
@@ -219,6 +224,75 @@ def test_ranker_examples_flip_about_half_and_label_the_side_of_the_chosen(tiny, 
             flips.append(flipped)
     assert abs(sum(flips) - len(flips) / 2) < 2 * len(flips) ** 0.5
     assert len(flips) > 200
+
+
+@pytest.fixture(scope="module")
+def chat(tiny, tmp_path_factory):
+    """The tiny model with the chat template of Qwen3, which renders an empty <think> before an answer, and no marks."""
+    folder = Path(shutil.copytree(tiny.folder, tmp_path_factory.mktemp("chat") / "model"))
+    shutil.copyfile(Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja", folder / "chat_template.jinja")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r"\[(CONTEXT|RESPONSE [AB])\]", r"<\1>", text))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return Model(folder, "chat")
+
+
+def test_a_chat_model_reads_the_question_and_the_label_by_its_own_template(chat):
+    """ids + label begin the ids of apply_chat_template of the question and the answer A or B."""
+    prompt = RankerPrompt(chat)
+    question = QUESTION.format(prompt=CONTEXT, a=GOOD, b=BAD)
+    for label, token in zip(LABELS, prompt.labels, strict=True):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": label}]
+        text = prompt.tokenizer.inner.apply_chat_template(messages, tokenize=False)
+        expected = prompt.tokenizer.with_bos(prompt.tokenizer.encode(text))
+        ids = [*prompt.ids(CONTEXT, GOOD, BAD), token]
+        assert ids == expected[: len(ids)]
+        assert prompt.tokenizer.decode([token]) == label
+
+
+def test_rlhflows_format_is_that_of_its_model_card(chat):
+    """Plain turns, then `[RESPONSE A]` and `[RESPONSE B]`, in one user's turn without BOS; a system turn is refused."""
+    prompt = RankerPrompt(chat, "rlhflow")
+    turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"))]
+    context = prompt.context("unused", Conversation(turns))
+    assert context == "\n\n<turn> user\n Hi\n<turn> assistant\n Yes?\n<turn> user\n Go\n"
+    message = {"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] one [RESPONSE B] two \n"}
+    text = prompt.tokenizer.inner.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    assert prompt.ids(context, "one", "two") == prompt.tokenizer.encode(text)
+    assert prompt.context("unused", Conversation([{"role": "system", "content": "Be kind."}, turns[0]])) is None
+
+
+def test_a_format_of_a_chat_template_is_refused_without_one(tiny, chat, tmp_path):
+    """By default the marks where the tokenizer has them or no template; the question where it has a template alone."""
+    bare = Model(Path(shutil.copytree(chat.folder, tmp_path / "bare")), "bare")
+    (bare.folder / "chat_template.jinja").unlink()
+    assert [RankerPrompt(model).format for model in (tiny, chat, bare)] == ["marks", "chat", "marks"]
+    with pytest.raises(WinnowError, match=r"format chat.*chat template.*format: marks"):
+        RankerPrompt(bare, "chat")
+
+
+def test_the_loss_on_the_two_labels_is_that_of_the_rankers_own_logits(chat, labelled, ctx, tmp_path):
+    """-log s(logit of the right order), by the objective `sigmoid` on both labels: near ln 2, whatever the vocabulary.
+
+    These random weights prefer A by two nats, in half of the pairs wrongly: 1.2. By `nll` it begins near ln 400.
+    """
+    rows, texts = ranker_examples(*labelled, chat, ctx), text_by_id(labelled[1], "candidate_id")
+    context = text_by_id(labelled[0], "prompt_id")
+    ranker, first = PairwiseRanker(chat, "float32"), {}
+    for objective in ("sigmoid", "nll"):
+        _, metrics, _ = train(chat, rows, tmp_path / objective, objective=objective, epochs=1, batch_size=1000)
+        first[objective] = metrics[1, "loss"]
+    losses = []
+    for row in rows.to_pylist():
+        right, wrong = (texts[answer["candidate_id"]] for answer in row["responses"])
+        flipped = row["responses"][0]["token_ids"] == [ranker.prompt.labels[1]]
+        (logit,) = ranker.logits(context[row["prompt_id"]], [(wrong, right) if flipped else (right, wrong)])
+        losses.append(np.logaddexp(0, logit if flipped else -logit))
+    assert first["sigmoid"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert first["sigmoid"] < 1.5
+    assert first["nll"] > 5
 
 
 def test_ranker_examples_are_the_same_every_time_and_in_any_order(tiny, labelled, ctx):

@@ -1,0 +1,241 @@
+"""Verifiable rewards, columns kept with a prompt, and functions that a config names by their file."""
+
+import math
+import pickle
+import time
+
+import pyarrow as pa
+import pytest
+
+from jobs.recipes import FOLDER
+from pipeline.config.plan import make_plan
+from pipeline.config.recipe import load_recipe
+from pipeline.plugins import unload_plugins
+from pipeline.store.fingerprints import DataPath
+from schemas import WinnowError
+from schemas.tables import CANDIDATES, JUDGEMENTS, PROMPTS
+from stages.data.prompts import prompts
+from stages.evaluation.evaluate import evaluate, gold_reward
+from stages.ranking.rankers import ranker as rankers
+from stages.ranking.reward import reward
+from stages.ranking.verifiers import _prefix, code_tests, json_schema, math_answer, runs_to_its_end
+from stages.selection.pair import pair_rule
+from tests.conftest import write_jsonl
+from tests.material import bound
+
+SCHEMA = '{"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}'
+
+
+def test_answers_are_equal_as_mathematics():
+    cases = {("0.5", r"so $\\boxed{\\frac{1}{2}}$"): 1, ("#### 18", "It is 18."): 1, (r"\\frac{1}{2}", "It is 18."): 0}
+    for (answer, response), score in cases.items():
+        assert math_answer("", response, {"answer": answer}) == score, (answer, response)
+
+
+def test_json_fits_its_schema_or_is_wrong():
+    fenced = 'Here:\n```json\n{"city": "Oslo"}\n```'
+    for response, score in {fenced: 1, '{"city": "Oslo"}': 1, '{"city": 1}': 0, "Oslo": 0, "[" * 10**5: 0}.items():
+        assert json_schema("", response, {"schema": SCHEMA}) == score, response[:30]
+    assert math.isnan(json_schema("", fenced, {"schema": '{"type": "objeckt"}'}))
+    assert json_schema("", fenced, {"schema": '{"$ref": "http://127.0.0.1:9/x"}'}) == 0  # not fetched
+
+
+def test_code_is_right_if_its_tests_run_to_their_end():
+    double = "Sure:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
+    for response, score in {
+        double: 1,
+        double.replace("2 *", "3 *"): 0,
+        "def double(x):\n    return 2 * x": 1,
+        "def double(x) return": 0,
+        "import os\nos._exit(0)": 0,  # an exit before the tests is no success
+        "raise SystemExit": 0,
+    }.items():
+        assert code_tests("", response, {"tests": "assert double(4) == 8"}) == score, response
+
+
+def test_a_sandboxed_process_is_limited_in_time_memory_and_files(tmp_path):
+    assert not runs_to_its_end(["x = bytearray(2 * 10**9)"], 10, 256)
+    assert not runs_to_its_end(["open('x', 'wb').write(bytes(2**25))"], 10, 256)
+    # It leaves a process behind that would go on for ever.
+    beats = tmp_path / "beats"
+    beat = f"import os, time\nos.fork()\nwhile True:\n    open({str(beats)!r}, 'a').write('x')\n    time.sleep(0.02)"
+    assert not runs_to_its_end([beat], 1, 256)
+    count = beats.stat().st_size
+    time.sleep(0.3)
+    assert beats.stat().st_size == count > 1
+
+
+def test_a_sandboxed_process_has_no_network_where_unshare_is_allowed():
+    if not _prefix():
+        pytest.skip("this machine does not allow unshare")
+    interfaces = "import socket\nassert [name for _, name in socket.if_nameindex()] == ['lo']"
+    assert runs_to_its_end([interfaces], 10, 256)
+
+
+def rows_with_answers(tmp_path):
+    rows: list[dict] = [
+        {"prompt": "2 + 2?", "answer": 4},
+        {"prompt": "3 + 3?", "answer": {"n": 6}},
+        {"prompt": "4 + 4?", "answer": None},
+    ]
+    return DataPath(str(write_jsonl(tmp_path / "sums.jsonl", rows)))
+
+
+def test_columns_are_kept_with_their_prompt_as_text(tiny, tmp_path, ctx):
+    """A number and an object as JSON; a row without the column is rejected by name."""
+    rows = prompts(tiny, ctx, path=rows_with_answers(tmp_path), keep=["answer"], heldout=0.0).to_pylist()
+    assert {row["text"]: dict(row["fields"]) for row in rows} == {
+        "2 + 2?": {"answer": "4"},
+        "3 + 3?": {"answer": '{"n": 6}'},
+    }
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["no answer"]
+    assert {row["fields"] for row in prompts(tiny, ctx, path=rows_with_answers(tmp_path)).to_pylist()} == {None}
+
+
+@pytest.fixture
+def sums():
+    """Two prompts with their answers, and a right and a wrong response to both."""
+    known = {"p": ("2 + 2?", "4"), "q": ("3 + 3?", "6")}
+    rows = [
+        dict(prompt_id=name, text=text, token_ids=[1], split="heldout", fields=[("answer", answer)])
+        for name, (text, answer) in known.items()
+    ]
+    answers = {"p": ["It is 4.", "It is 5."], "q": ["It is 5.", "It is 6."]}
+    responses = [
+        dict(prompt_id=name, candidate_id=f"{name}{k}", k=k, token_ids=[k], text=text, n_tokens=1, finish_reason="stop",
+             logp_kind="none")
+        for name, texts in answers.items()
+        for k, text in enumerate(texts)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, PROMPTS), pa.Table.from_pylist(responses, CANDIDATES)
+
+
+RIGHT = {"p0": 1.0, "p1": 0.0, "q0": 0.0, "q1": 1.0}
+
+
+def test_a_verifier_is_a_reward_and_a_gold_reward_that_reads_the_prompts_column(sums, ctx):
+    rewards = reward(*sums, ctx, by=bound(rankers, "math_answer")).to_pylist()
+    assert {row["candidate_id"]: row["reward"] for row in rewards} == RIGHT
+    assert {row["label_threshold"] for row in rewards} == {0.5}
+    judged = [
+        dict(prompt_id=name[0], k=int(name[1]), candidate_id=name, baseline_id=f"{name[0]}0", logit=0.0)
+        for name in RIGHT
+    ]
+    judgements = pa.Table.from_pylist(judged, JUDGEMENTS)
+    outcomes, _ = evaluate(sums[0], sums[1], sums[1], judgements, gold=bound(gold_reward, "math_answer"))
+    assert {row["candidate_id"]: row["gold"] for row in outcomes.to_pylist()} == RIGHT
+    for registry in (rankers, gold_reward):  # each is its own kind after a pickle
+        assert pickle.loads(pickle.dumps(bound(registry, "math_answer"))).entry.kind == registry.kind
+
+
+FILE = """
+from stages.selection.pair import Preference
+
+
+def has(prompt, response, *, word: str = "4"):
+    return float(word in response)
+
+
+def right(prompt, response, fields):
+    return float(fields["answer"] in response)
+
+
+def best_first(rows):
+    for row in rows[1:]:
+        yield Preference(rows[0]["candidate_id"], row["candidate_id"], 1.0)
+
+
+def many(a, b, c, d):
+    return 0.0
+
+
+def fails(prompt, response):
+    return {}["x"]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE)
+    yield tmp_path / "mine.py"
+    unload_plugins()
+
+
+def from_file(registry, file, function, **options):
+    return registry.bind({"name": "python", "file": str(file), "function": function, **options})
+
+
+def test_a_function_of_a_file_is_a_reward_a_gold_reward_and_a_pair_rule(file, sums, ctx):
+    """Without a decorator, with options of its own, with the prompt's columns if it has a third parameter."""
+    for function, word in (("right", None), ("has", "It is 4")):
+        options: dict = {} if word is None else {"word": word}
+        by = from_file(rankers, file, function, **options)
+        scores = {row["candidate_id"]: row["reward"] for row in reward(*sums, ctx, by=by).to_pylist()}
+        assert scores == (RIGHT if function == "right" else RIGHT | {"q1": 0.0})
+        again = pickle.loads(pickle.dumps(by))
+        assert again("", "It is 4", *[{"answer": "4"}] * (function == "right")) == 1.0
+    assert from_file(rankers, file, "has", label_threshold=0.5).metadata["label_threshold"] == 0.5
+    assert from_file(gold_reward, file, "right").metadata["reads_fields"]
+    rule = from_file(pair_rule, file, "best_first", reads="candidates")
+    assert rule.metadata["reads"] == "candidates"
+    assert [item.rejected for item in rule([{"candidate_id": name} for name in "abc"])] == ["b", "c"]
+
+
+def test_a_file_or_function_that_cannot_be_used_is_one_line(file):
+    cases: list[tuple[str, dict, list[str]]] = [
+        ("hass", {}, ["hass", "mine.py", "did you mean 'has'"]),
+        ("many", {}, ["many", "mine.py", "prompt, response, fields"]),
+        ("has", {"words": "x"}, ["words", "word"]),
+        ("has", {"word": 3}, ["word", "3"]),
+    ]
+    for function, options, facts in cases:
+        with pytest.raises(WinnowError) as caught:
+            from_file(rankers, file, function, **options)
+        assert [fact for fact in facts if fact not in str(caught.value)] == [], str(caught.value)
+    with pytest.raises(WinnowError, match=r"no such file.*absent\.py"):
+        from_file(rankers, file.parent / "absent.py", "has")
+    with pytest.raises(WinnowError, match=r"needs `file`.*`function`"):
+        rankers.bind({"name": "python", "file": str(file)})
+    with pytest.raises(WinnowError, match=r"fails of .*mine\.py, line \d+: KeyError: 'x'"):
+        from_file(rankers, file, "fails")("", "")
+
+
+def planned(tiny, data_dir, tmp_path, *lines, keep="[]"):
+    """Return the plan of rso with a model, prompts and these lines."""
+    data = f"{{path: {data_dir / 'prompts.jsonl'}, keep: {keep}}}"
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        "\n".join(
+            [
+                f"sft: {{with: {{path: {tiny.folder}}}}}",
+                f"prompts: {{with: {data}}}",
+                "sample: {with: {max_tokens: 24}}",
+                *lines,
+            ]
+        )
+    )
+    return make_plan(load_recipe(FOLDER / "rso.yaml", (config,), (), "run", (FOLDER,)))
+
+
+def test_the_content_of_the_file_is_part_of_the_key(file, tiny, data_dir, tmp_path):
+    """An edit computes the rewards again; and `ranker: {use: python}` is one line for every step that ranks."""
+    lines = ["ranker: {use: python, with: {file: ./mine.py, function: has}}"]
+    steps = {step.name: step for step in planned(tiny, data_dir, tmp_path, *lines).steps}
+    assert "ranker" not in steps
+    assert [steps[name].options["by"].name for name in ("reward", "compare", "judge")] == ["has"] * 3
+    file.write_text(FILE.replace("word in", "word not in"))
+    again = {step.name: step for step in planned(tiny, data_dir, tmp_path, *lines).steps}
+    changed = {name for name in steps if steps[name].key != again[name].key}
+    assert {"reward", "compare", "judge", "evaluate"} <= changed
+    assert not {"prompts", "sample", "sft"} & changed
+
+
+def test_a_plan_says_which_column_is_not_kept_and_which_library_is_missing(tiny, data_dir, tmp_path, monkeypatch):
+    for name, step in (("by", "reward"), ("gold", "evaluate")):
+        with pytest.raises(
+            WinnowError, match=rf"{step}: {name}: math_answer reads the column answer.*keep: \[answer\]"
+        ):
+            planned(tiny, data_dir, tmp_path, "ranker: {use: math_answer}", "evaluate: {with: {gold: math_answer}}")
+    monkeypatch.setattr("stages.ranking.rankers.find_spec", lambda name: None)
+    with pytest.raises(WinnowError, match=r"math_answer needs the library math_verify: pip install .*\[verifiers\]"):
+        planned(tiny, data_dir, tmp_path, "ranker: {use: math_answer}")
