@@ -95,7 +95,7 @@ def _run(step: Step, folder: Path) -> tuple[dict[str, pa.Table], pa.Table]:
 
 def _context(folder: Path) -> StageContext:
     folder.mkdir(parents=True, exist_ok=True)
-    return StageContext(folder, WarmCache(), lambda done, total, unit: None)
+    return StageContext(folder, WarmCache(), lambda *progress: None)
 
 
 def _tokenizer_of(step: Step, folder: Path) -> Model:

@@ -4,6 +4,7 @@ from itertools import count
 
 from pipeline.config.plan import Plan
 from pipeline.store.store import Store
+from schemas import WinnowError
 
 
 def with_free_names(plans: list[Plan], store: Store) -> list[str]:
@@ -33,7 +34,10 @@ def latest_run(name: str, runs: list[str]) -> str | None:
 
 
 def _is_taken(name: str, plan: Plan, store: Store) -> bool:
-    links = {step: link["key"] for step, link in store.run(name).items()}
+    try:
+        links = {step: link["key"] for step, link in store.run(name).items()}
+    except WinnowError:  # a damaged file of a run, which the run writes anew
+        return False
     if not links or links == {step.name: step.key for step in plan.steps}:
         return False
     target = plan.target

@@ -116,7 +116,7 @@ def alone(folder: str | Path) -> StageContext:
 
     `context.rejects()` are the rows that it left out.
     """
-    return StageContext(Path(folder), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path(folder), WarmCache(), lambda *progress: None)
 
 
 def _plans(names: Sequence[str | Path], config: Configs, options: Mapping[str, Any]) -> list[Plan]:

@@ -43,6 +43,7 @@ class InputStep:
 
 
 Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]
+Choose = Callable[[Mapping[str, InputStep]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class StageSignature:
     context_parameter: str | None  # name of the StageContext parameter
     check: Check
     given_by: Mapping[str, str]  # input -> the option that names a function in its place
+    choose: Choose  # options that nobody set, by what the inputs are
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -76,12 +78,14 @@ def stage(
     concurrent: bool = False,
     check: Check = lambda options, inputs: [],
     given_by: Mapping[str, str] = MappingProxyType({}),
+    choose: Choose = lambda inputs: {},
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
     Raise `version` when its results change. `check` returns what is wrong with a combination of options and inputs,
     at plan time. `given_by` maps an input to an option: where a recipe's step for that input uses a function that this
-    option can name (`ranker: {use: pattern}`), the option is set to it and there is no input.
+    option can name (`ranker: {use: pattern}`), the option is set to it and there is no input. `choose` returns options
+    for these inputs, which are set where neither recipe nor user sets them.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +106,16 @@ def stage(
         outputs = [_table_schema(hint) for hint in returned]
         tables = tuple(schema for schema in outputs if schema is not None)
         signature = StageSignature(
-            version, unsharded, concurrent, tuple(inputs), tables, None in outputs, context_parameter, check, given_by
+            version,
+            unsharded,
+            concurrent,
+            tuple(inputs),
+            tables,
+            None in outputs,
+            context_parameter,
+            check,
+            given_by,
+            choose,
         )
         return stages(signature=signature)(fn)
 

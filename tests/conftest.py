@@ -61,7 +61,7 @@ settings.load_profile("shared machine")
 @pytest.fixture
 def ctx(tmp_path: Path) -> StageContext:
     """A workspace for calling a stage directly."""
-    return StageContext(tmp_path / "step", WarmCache(), lambda done, total, unit: None)
+    return StageContext(tmp_path / "step", WarmCache(), lambda *progress: None)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A two-layer Llama with random weights and a tokenizer of its own."""
-    space = StageContext(tmp_path_factory.mktemp("tiny"), WarmCache(), lambda done, total, unit: None)
+    space = StageContext(tmp_path_factory.mktemp("tiny"), WarmCache(), lambda *progress: None)
     made = untrained(
         space,
         corpus=DataPath(str(data_dir / "demonstrations.jsonl")),

@@ -19,7 +19,7 @@ TORCH = {
 }
 TORCH |= {
     f"stages/training/{name}.py"
-    for name in ("checkpoints", "distributed", "objectives", "terms", "throughput", "trainer")
+    for name in ("checkpoints", "distributed", "objectives", "terms", "throughput", "trackers", "trainer")
 }
 TORCH |= {f"stages/sampling/engines/{name}.py" for name in ("__init__", "steering", "transformers", "vllm")}
 TORCH |= {"stages/ranking/pairwise.py"}

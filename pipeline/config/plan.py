@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +145,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     plan = Plan(recipe.name, plugins=load_plugins(recipe.plugins))
     problems: list[str] = []
-    recipe = with_dtype(_with_functions(recipe, problems))
+    recipe = with_dtype(_with_choices(_with_functions(recipe, problems)))
 
     # Names: every step's stage, the steps that it reads, the targets.
     entries: dict[str, Entry] = {}
@@ -271,6 +272,33 @@ def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
             origins[name] = origins.get(name, {}) | moved
         del steps[source]
     return replace(recipe, steps=steps, origins=origins)
+
+
+def _with_choices(recipe: Recipe) -> Recipe:
+    """Return the recipe with the options that stages choose by what their inputs are, where nobody has set them."""
+    seen: dict[str, InputStep] = {}
+
+    def input_step(name: str) -> InputStep:
+        if name not in seen:
+            seen[name] = InputStep("")  # a cycle of steps is reported later, and so are wrong names and options
+            body = recipe.steps[name]
+            with suppress(WinnowError):
+                entry = stages.find(body.get("use", name))
+                seen[name] = InputStep(entry.name, entry.validate(body.get("with") or {}, name), inputs_of(body))
+        return seen[name]
+
+    def inputs_of(body: dict[str, Any]) -> dict[str, InputStep]:
+        sources = (body.get("from") or {}).items()
+        return {item: input_step(source) for item, source in sources if source in recipe.steps}
+
+    steps = dict(recipe.steps)
+    for name, body in recipe.steps.items():
+        with suppress(WinnowError):
+            options = body.get("with") or {}
+            chosen = signature_of(stages.find(body.get("use", name))).choose(inputs_of(body))
+            if added := {option: value for option, value in chosen.items() if option not in options}:
+                steps[name] = body | {"with": options | added}
+    return replace(recipe, steps=steps)
 
 
 def _registry_of(entry: Entry, option: str) -> Registry:

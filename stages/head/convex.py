@@ -80,7 +80,7 @@ def solve(
     iterations: int = 3000,
     rank: int = 20,
     seed: int = 0,
-    progress: ProgressCallback = lambda done, total, unit: None,
+    progress: ProgressCallback = lambda *progress: None,
 ) -> Solution:
     """Run ADMM until both residuals are at most `tolerance`, or for `iterations`.
 

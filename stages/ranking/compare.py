@@ -12,7 +12,7 @@ from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import both_orders, fits_or_reject, read_candidates
-from stages.ranking.rankers import open_ranker, reads_its_model
+from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
 IdPair = tuple[str, str]
@@ -29,7 +29,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=4, check=_check_compare, given_by={"ranker": "by"})
+@stage(version=4, check=_check_compare, given_by={"ranker": "by"}, choose=ranker_for)
 def compare(
     prompts: Prompts,
     candidates: Candidates,

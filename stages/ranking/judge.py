@@ -10,11 +10,11 @@ from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import ReadingPair, both_orders, fits_or_reject, read_candidates
-from stages.ranking.rankers import open_ranker, reads_its_model
+from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
 
-@stage(version=3, check=reads_its_model, given_by={"ranker": "by"})
+@stage(version=3, check=reads_its_model, given_by={"ranker": "by"}, choose=ranker_for)
 def judge(
     prompts: Prompts,
     candidates: Candidates,

@@ -20,7 +20,7 @@ from pydantic import AfterValidator
 from pipeline import Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
 from stages.limits import context_length
-from stages.model_config import input_problems
+from stages.model_config import input_problems, planned_output
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, Response, Scorer
 from stages.results import floats, number
@@ -238,6 +238,12 @@ def _checked_method(by: Bound, method: Callable[..., Any]) -> Callable[..., Any]
         return floats(by, result, (len(args[1]),), f"from its method {method.__name__}", finite=False)
 
     return call
+
+
+def ranker_for(inputs: Mapping[str, InputStep]) -> dict[str, Any]:
+    """Return `by` of a stage whose ranker is a reward model by its config: its scores, and differences of them."""
+    is_scored = "ranker" in inputs and planned_output(inputs["ranker"]) == "score"
+    return {"by": "pointwise"} if is_scored else {}
 
 
 def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -41,7 +41,7 @@ def measure(log: Callable[[str], None]) -> pa.Table:
         start = logp(load_network(init), heldout)
         results = []
         for rank, rate, steps in RUNS:
-            ctx = StageContext(folder / f"{rank} {rate} {steps}", WarmCache(), lambda done, total, unit: None)
+            ctx = StageContext(folder / f"{rank} {rate} {steps}", WarmCache(), lambda *progress: None)
             examples = pa.Table.from_pylist(rows[: steps * PAIRS], schema=EXAMPLES)
             dpo = Bound(objective.entries["sigmoid_norm"], {"beta": 0.1, "smoothing": 0.0})
             options: Any = dict(objective=dpo, learning_rate=rate, batch_size=PAIRS, lora_r=rank)

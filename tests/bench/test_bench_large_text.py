@@ -23,7 +23,7 @@ NAMES = [f"p{n * 7919 % ROWS:05d}" for n in range(ROWS)]  # in no order
 
 
 def context(folder: Path) -> StageContext:
-    return StageContext(folder, WarmCache(), lambda done, total, unit: None)
+    return StageContext(folder, WarmCache(), lambda *progress: None)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)

@@ -254,7 +254,7 @@ def test_the_command(winnow, tmp_path: Path, luck: Luck):
     assert (code, "adopted rate" in text) == (0, True)
     assert "although it was computed with options.scale: 1.0 -> 1.5" in text
     assert "adopted from toy_rate/" in winnow("plan", file, "--set", "rate.scale=1.5")[1]
-    assert f"toy_rate/{old.name}" in winnow("ls", "toy[rate.scale=1.5]")[1]
+    assert f"toy_rate/{old.name}" in winnow("ls", "toy[scale=1.5]")[1]
     for words, match in [
         (("rat", old), "did you mean 'rate'"),
         (("keep", "nowhere"), "finished already"),

@@ -64,7 +64,7 @@ def test_the_configs_of_the_pages_name_steps_of_the_base():
     base = yaml.safe_load((ROOT / "jobs" / "recipes" / "_base.yaml").read_text())
     configs = [blocks(ROOT / "README.md", "yaml")[0], blocks(ROOT / "jobs" / "recipes" / "README.md", "yaml")[0]]
     for config in configs:
-        assert set(yaml.safe_load(config)) <= {*base, ONLY, "recipes"}
+        assert set(yaml.safe_load(config)) <= {*base, ONLY, "recipes", "dtype"}
 
 
 def test_the_plugin_of_the_stages_page_works_in_the_recipe_of_the_recipes_page(data_dir: Path, tmp_path: Path):

@@ -431,7 +431,7 @@ def test_openai_gets_messages_and_texts_that_end(store, tmp_path):
 def test_what_openai_gets_is_read_back_as_the_same_pairs(data_dir, store, tmp_path):
     """Ids of prompts and responses are hashes of what was read: equal ids are equal texts and tokens."""
     result = export_pairs(store, "dpo", "openai-messages", tmp_path / "pairs.jsonl")
-    context = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    context = StageContext(tmp_path, WarmCache(), lambda *progress: None)
     model = result.source.policy
     paths = {"columns": data_dir / "preferences.jsonl", "openai": result.out}
     written, back = (
@@ -474,7 +474,7 @@ def test_messages_and_tools_are_those_that_were_read(tmp_path, calling):
     tools = [{"type": "function", "function": {"name": "get_time"}}]
     replies = {"chosen": "Of day.", "rejected": "None."}
     source: list[dict] = [{"prompt": turns, "tools": tools, **replies}, {"prompt": "user: a\nassistant: b", **replies}]
-    context = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    context = StageContext(tmp_path, WarmCache(), lambda *progress: None)
     file = write_jsonl(tmp_path / "in.jsonl", source)
     prompts, candidates, pairs = preferences(calling, context, path=DataPath(str(file)))
     ids = {row["candidate_id"]: row["token_ids"] for row in candidates.to_pylist()}

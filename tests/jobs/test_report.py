@@ -211,10 +211,10 @@ def test_the_page_says_what_it_is_about(mixed, tmp_path):
     """Commit, data, base model, options that differ between runs; links lead to sections; a step is there once."""
     write_report(mixed, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    links, ids = re.findall(r'href="#([^"]+)"', page), re.findall(r'<h2 id="([^"]+)"', page)
+    links, ids = re.findall(r'<a href="#([^"]+)"', page), re.findall(r'<h2 id="([^"]+)"', page)
     assert links == ids
     differing = page.split('<h2 id="options">')[1].split("<h2")[0]
-    assert "optimize.objective" in differing
+    assert "eval_sample.steer<" in differing
     assert "<td>unsteered</td>" not in differing  # a column per run, a row per option
     sources = page.split('<h2 id="data">')[1].split("<h2")[0]
     model = query(open_catalog(mixed), "SELECT model FROM steps WHERE stage = 'untrained'")["model"][0].as_py()

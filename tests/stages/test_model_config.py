@@ -273,6 +273,24 @@ def test_a_policy_as_reward_model_is_refused(tiny, bare):
     assert all(f"{name}: ranker: needs a reward model" in message for name in by)
 
 
+@pytest.mark.filterwarnings("ignore:sample.dtype")
+@pytest.mark.parametrize("dtype", [{}, {"dtype": "bfloat16"}])
+def test_a_reward_model_is_a_ranker_by_one_line(tiny, data_dir, tmp_path, dtype):
+    """What a ranker is says how it is read, in all three stages that rank; what a user says outranks that."""
+    home = shutil.copytree(data_dir, tmp_path / "config")
+    lines = [line for line in (data_dir / "demo.yaml").read_text().splitlines() if not line.startswith("ranker")]
+    (home / "demo.yaml").write_text("\n".join(lines))
+    ranker = {"ranker": {"use": "model", "with": {"path": str(headed(tiny, tmp_path / "head").folder)}}}
+    plan = planned(home, tmp_path, ranker | dtype)
+    by = {step.name: step.options["by"] for step in plan.steps if step.name in ("reward", "compare", "judge")}
+    assert {name: bound.name for name, bound in by.items()} == dict.fromkeys(
+        ("reward", "compare", "judge"), "pointwise"
+    )
+    assert {bound.options["dtype"] for bound in by.values()} == {dtype.get("dtype", "float32")}
+    with pytest.raises(WinnowError, match="judge: ranker: needs a policy"):
+        planned(home, tmp_path, ranker | {"judge": {"with": {"by": "pairwise"}}})
+
+
 def test_a_policy_made_of_a_reward_model_is_none(tiny, data_dir, tmp_path):
     """The kind is followed through `optimize` and `reward_head`."""
     steps = {

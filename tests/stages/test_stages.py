@@ -42,7 +42,7 @@ LONG = "q " * 130  # too long for the ranker
 
 
 def context():
-    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path("unused"), WarmCache(), lambda *progress: None)
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_base_method_configs_and_own_recipe_each_outrank_those_before(tmp_path: 
     assert origins == {"v": "--set", "w": "one.yaml", "x": "two.yaml", "y": "two.yaml", "z": "own.yaml"}
     assert options(recipe, "only_here") == {"n": 1}
     assert recipe.steps["b"] == {"use": "x", "from": {"i": None}}
-    assert (recipe.name, recipe.about) == ("own[a.v=6]", "m")
+    assert (recipe.name, recipe.about) == ("own[v=6]", "m")
 
 
 def test_a_config_reaches_every_recipe_of_ours(data_dir: Path, tmp_path: Path):

@@ -262,15 +262,22 @@ def test_the_command_lists_first_and_prints_the_command_that_deletes(winnow, tmp
     assert list(Store("store").runs()) == ["toy"]
 
 
-def test_a_run_that_takes_its_name_from_other_data_is_reported(winnow, tmp_path: Path, luck: Luck):
-    """The steps that the name linked to before may be garbage now; a change further down is what runs are for."""
-    for changes in ({}, {}, {"keep": "with: {above: 3.0}"}):
-        assert "winnow gc" not in winnow("run", recipe(tmp_path, **changes))[1]
-    output = winnow("run", recipe(tmp_path, draw="with: {rows: 9}"))[1]
-    assert "draw" in output
-    assert "`winnow gc`" in output
+def test_no_run_takes_a_name_from_finished_results(winnow, tmp_path: Path, luck: Luck):
+    """Neither with other options nor on other data: nothing finished becomes garbage by another run of the recipe."""
+    for changes in ({}, {}, {"keep": "with: {above: 3.0}"}, {"draw": "with: {rows: 9}"}):
+        assert winnow("run", recipe(tmp_path, **changes))[0] == 0
+    assert sorted(Store("store").runs()) == ["toy", "toy-2", "toy-3"]
+    assert "nothing" in winnow("gc")[1]
     Path("store/runs/toy.json").write_text("[")
     assert winnow("run", recipe(tmp_path))[0] == 0, "a damaged link is written again"
+
+
+def test_a_run_that_takes_an_unfinished_runs_name_from_other_data_is_reported(winnow, tmp_path: Path, luck: Luck):
+    """The steps that the name linked to before may be garbage now."""
+    assert winnow("run", recipe(tmp_path), "--until", "rate")[0] == 0
+    output = winnow("run", recipe(tmp_path, draw="with: {rows: 9}"))[1]
+    assert "toy used another draw before" in output
+    assert "`winnow gc`" in output
 
 
 def test_stages_that_read_data_with_a_tokenizer_count_as_data():

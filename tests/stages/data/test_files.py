@@ -130,7 +130,7 @@ def test_bad_rows_of_csv_and_parquet_are_rejected_one_by_one(tiny, ctx, tmp_path
         ("in.csv:7", "duplicate prompt"),
         ("in.csv:8", "prompt too long"),
     ]
-    ctx = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    ctx = StageContext(tmp_path, WarmCache(), lambda *progress: None)
     pq.write_table(pa.table({"prompt": ["good 1", None, "", "good 2"]}), tmp_path / "in.parquet")
     assert texts(prompts(tiny, ctx, path=DataPath(str(tmp_path / "in.parquet")))) == ["good 1", "good 2"]
     assert reasons(ctx) == [("in.parquet:1", "no prompt"), ("in.parquet:2", "empty prompt")]

@@ -60,7 +60,7 @@ def reason_of(reader, *rows):
 
 
 def new_context(folder):
-    return StageContext(folder, WarmCache(), lambda done, total, unit: None)
+    return StageContext(folder, WarmCache(), lambda *progress: None)
 
 
 def write_rows(folder, kind, rows, name="in"):

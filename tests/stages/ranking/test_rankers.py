@@ -47,7 +47,7 @@ pairs_of = st.lists(st.tuples(words, words), min_size=1, max_size=6)
 
 
 def new_context():
-    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path("unused"), WarmCache(), lambda *progress: None)
 
 
 @pytest.fixture(scope="module")

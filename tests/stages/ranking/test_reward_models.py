@@ -40,7 +40,7 @@ rows_of = st.lists(st.tuples(ids, ids.filter(lambda row: row[-1] != PAD)), min_s
 
 def headed(policy, folder):
     """`policy` with a score instead of its vocabulary, as the pipeline makes it."""
-    model = reward_head(policy, StageContext(folder, WarmCache(), lambda done, total, unit: None))
+    model = reward_head(policy, StageContext(folder, WarmCache(), lambda *progress: None))
     return Model(model.folder, model_digest(model.folder))
 
 
@@ -313,7 +313,7 @@ def test_a_reward_model_reads_what_fits_and_no_control_tokens(ranker):
 def test_the_reward_is_the_models_own_score(opinionated, ranker):
     """s(y), each alone, equal texts once and none against a baseline; what does not fit is left out with reason."""
     table = candidates_with([GOOD, BAD, GOOD, "q " * 120])
-    ctx = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    ctx = StageContext(Path("unused"), WarmCache(), lambda *progress: None)
     rows = reward(one_prompt(), table, ctx, opinionated, by=rankers.bind("pointwise")).to_pylist()
     tokenizer, context = ranker.tokenizer, one_prompt().column("text")[0].as_py()
     prompt = tokenizer.prompt_ids(context)
@@ -341,7 +341,7 @@ def rewards_of(
     )
     (row,) = candidates_with([text]).to_pylist()
     candidates = pa.Table.from_pylist([row | dict(token_ids=ids, finish_reason=finish)], CANDIDATES)
-    ctx = StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    ctx = StageContext(Path("unused"), WarmCache(), lambda *progress: None)
     return reward(table, candidates, ctx, opinionated, by=rankers.bind("pointwise"))["reward"].to_pylist()
 
 

@@ -26,7 +26,7 @@ mild = st.integers(-16, 16).map(lambda n: n / 8)  # a ridge of 1e-6 moves these 
 
 
 def new_context():
-    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path("unused"), WarmCache(), lambda *progress: None)
 
 
 def comparisons_of(rows, prompt="p"):

@@ -36,7 +36,7 @@ PROMPTS = ([0, 5, 9, 14, 30, 8], [0, 7, 7, 21], [0, 60, 61, 62, 63, 64, 65, 66, 
 
 
 def new_context():
-    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path("unused"), WarmCache(), lambda *progress: None)
 
 
 # Features.

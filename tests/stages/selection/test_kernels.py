@@ -217,7 +217,7 @@ def table(rewards: dict[str, list[float]]):
 
 
 def space():
-    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path("unused"), WarmCache(), lambda *progress: None)
 
 
 def sampled(rewards, k, seed=0, ctx=None):

@@ -32,7 +32,7 @@ rewards_lists = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=9)
 
 
 def space():
-    return StageContext(Path("unused"), WarmCache(), lambda done, total, unit: None)
+    return StageContext(Path("unused"), WarmCache(), lambda *progress: None)
 
 
 def rule(name, **options):

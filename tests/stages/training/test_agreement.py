@@ -116,8 +116,8 @@ def test_weights_of_another_epoch_are_refused(prompts, policy, by_vllm, tmp_path
 def test_a_wrong_dtype_is_refused(prompts, policy, monkeypatch):
     """An engine that computes in bfloat16 where float32 was asked of it."""
 
-    def in_bfloat16(name, folder, dtype, tensor_parallel=1):
-        return open_engine(name, folder, "bfloat16", tensor_parallel)
+    def in_bfloat16(name, folder, dtype, *more):
+        return open_engine(name, folder, "bfloat16", *more)
 
     monkeypatch.setattr(sampling, "open_engine", in_bfloat16)
     candidates = sample(prompts, policy, context(), engine="transformers", **DRAWS)

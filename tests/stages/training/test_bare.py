@@ -68,7 +68,7 @@ from stages.training.reference import reference
 folder, init = Path(sys.argv[1]), Model(Path(sys.argv[2]), "digest")
 names = ("prompts", "candidates", "pairs")
 prompts, candidates, pairs = (pq.read_table(folder / (name + ".parquet")) for name in names)
-ctx = StageContext(folder / "step", WarmCache(), lambda done, total, unit: None)
+ctx = StageContext(folder / "step", WarmCache(), lambda *progress: None)
 scores = reference(prompts, candidates, init, ctx)
 rows = examples(prompts, ctx, candidates, pairs, reference=scores)
 bound = Bound(objective.entries["sigmoid_norm"], {"beta": 0.1, "smoothing": 0.0})
@@ -93,7 +93,7 @@ def bare(code, *arguments):
 
 def test_reference_and_optimize_run_on_a_bare_machine(tiny, data_dir, tmp_path):
     """Eight pairs from log-probs to a trained policy; the first loss is ln 2 = 0.69315."""
-    ctx = StageContext(tmp_path, WarmCache(), lambda done, total, unit: None)
+    ctx = StageContext(tmp_path, WarmCache(), lambda *progress: None)
     tables = preferences(tiny, ctx, path=DataPath(str(data_dir / "preferences.jsonl")), heldout=0.0)
     prompts = tables[0].slice(0, 8)
     names = set(prompts.column("prompt_id").to_pylist())
