@@ -68,8 +68,8 @@ def free(network: PreTrainedModel) -> None:
     """
     network.zero_grad(set_to_none=True)
     network.to("meta")
-    gc.collect()  # activations, and the state of an optimizer
     if torch.cuda.is_available():
+        gc.collect()  # activations, and the state of an optimizer; of a process with many objects, a second
         torch.cuda.empty_cache()
 
 
