@@ -18,8 +18,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from jobs.winnow import alone
 from pipeline.config.plan import Plan, Step
-from pipeline.context import StageContext, WarmCache
 from pipeline.stage import signature_of
 from schemas import Model, WinnowError, table_name
 from stages.network.models import replace_chat_templates, write_template_options
@@ -84,18 +84,13 @@ def inspect_data(plan: Plan, words: int, overlap: float) -> pa.Table:
 def _run(step: Step, folder: Path) -> tuple[dict[str, pa.Table], pa.Table]:
     """Return the tables of a data step by name, and what it rejects."""
     signature = signature_of(step.entry)
-    ctx = _context(folder)
+    ctx = alone(folder)
     inputs = {name: _tokenizer_of(source, folder / name) for name, source in step.inputs.items()}
     context = {signature.context_parameter: ctx} if signature.context_parameter else {}
     with step.entry.failures():
         result = step.entry.fn(**inputs, **context, **step.options)
     tables = result if isinstance(result, tuple) else (result,)
     return {table_name(schema): table for schema, table in zip(signature.outputs, tables, strict=True)}, ctx.rejects
-
-
-def _context(folder: Path) -> StageContext:
-    folder.mkdir(parents=True, exist_ok=True)
-    return StageContext(folder, WarmCache(), lambda *progress: None)
 
 
 def _tokenizer_of(step: Step, folder: Path) -> Model:
@@ -107,7 +102,7 @@ def _tokenizer_of(step: Step, folder: Path) -> Model:
         step = source
     if step.stage == "untrained":
         with step.entry.failures():
-            model: Model = step.entry.fn(_context(folder), **step.options)
+            model: Model = step.entry.fn(alone(folder), **step.options)
         return model
     options = step.options
     folder.mkdir(parents=True)

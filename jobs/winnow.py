@@ -116,6 +116,7 @@ def alone(folder: str | Path) -> StageContext:
 
     `context.rejects()` are the rows that it left out.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return StageContext(Path(folder), WarmCache(), lambda *progress: None)
 
 

@@ -19,7 +19,7 @@ WRITE_SECONDS, SEND_SECONDS = 1.0, 15.0  # between two writes of the file, on a 
 
 @dataclass
 class StepProgress:
-    """What is done of a step: its parts, or the units of the one call that computes it.
+    """Progress of a running step: its finished parts, or the units of the one call that computes it.
 
     `initial` of them were done before the rate is measured: before the first work ends, workers wait and engines start.
     """

@@ -70,7 +70,7 @@ def test_help_lists_the_commands_in_the_order_of_use(winnow):
 
 
 def test_a_gpu_and_no_dtype_is_said(winnow, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What computes there in float32 does so by choice."""
+    """Nothing is said where a dtype is set: a step in float32 is then a choice."""
     command = ("plan", "sft", "--config", data_dir / "demo.yaml")
     monkeypatch.setattr("jobs.commands.run.GPU", tmp_path)
     assert "dtype: not set" in winnow(*command)[1]

@@ -403,6 +403,9 @@ def test_with_a_reader_the_demonstration_is_the_chosen_response(tmp_path):
 RED_TEAM = {"transcript": "\n\nHuman: x", "min_harmlessness_score_transcript": -1.0, "num_params": "52B", "rating": 4.0,
             "task_description": "x", "tags": None}  # fmt: skip
 UNPAIRED = {"prompt": "Hi", "completion": "Yes.", "label": True}
+# What a plan says with the option, and the stage, which reads other files too, without.
+NO_PROMPT = r"no column 'prompt'( \(option `prompt`\))?"
+NO_SIDES = r"no column 'chosen'( \(option `chosen`\))?, 'rejected'( \(option `rejected`\))?"
 AXIS = {"info": REDDIT, "summary": {"text": "Short.", "axes": {"overall": 4}}, "worker": "w"}
 GOOD = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}
 
@@ -414,10 +417,10 @@ def test_a_file_of_another_format_is_refused_with_the_next_step(tiny, ctx, tmp_p
         ([RED_TEAM], "red-team-attempts, which has no preferences; use another folder"),
         ([UNPAIRED], "responses with a label and no pairs: in stage own_candidates, set `reader` to unpaired$"),
         ([AXIS], "axis, ratings of single summaries; set `subset: comparisons`"),
-        ([HH], r"no column 'prompt'.*; it has 'chosen', 'rejected'; .*set `reader` to hh for these$"),
-        ([PKU], "no column 'chosen'.*, 'rejected'.*; .* {name: pku_saferlhf, prefer: helpful} or {name: pku_saferlhf"),
+        ([HH], NO_PROMPT + "; it has 'chosen', 'rejected'; .*set `reader` to hh for these$"),
+        ([PKU], NO_SIDES + "; .* {name: pku_saferlhf, prefer: helpful} or {name: pku_saferlhf"),
         ([rated("a", "Yes.", 3), rated("a", "No.", 1)], "set `reader` to helpsteer2 for these"),
-        ([{"prompt": "Hi", "other": 1}], "no column 'chosen'.*, 'rejected'.*; it has 'prompt', 'other'$"),
+        ([{"prompt": "Hi", "other": 1}], NO_SIDES + "; it has 'prompt', 'other'$"),
     ]):  # fmt: skip
         folder = tmp_path / str(n)
         folder.mkdir()

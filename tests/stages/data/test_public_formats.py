@@ -388,7 +388,10 @@ def test_advice_for_a_file_without_the_columns_is_true(tiny, tmp_path, name):
             {"question": "Hi", "chosen": "Yes.", "rejected": "No."},
             "set `reader` to {name: columns, prompt: question} for",
         ),
-        ({"chosen": "Yes.", "rejected": "No."}, "no column 'prompt'.*; it has 'chosen', 'rejected'$"),
+        (
+            {"chosen": "Yes.", "rejected": "No."},
+            r"no column 'prompt' \(option `prompt`\); it has 'chosen', 'rejected'$",
+        ),
         (SHAREGPT | {"chosen": None}, "it has 'conversations', 'chosen', 'rejected'$"),
     ],
 )

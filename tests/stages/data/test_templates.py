@@ -237,7 +237,7 @@ def test_a_template_from_a_file_stays_with_what_is_trained_and_is_part_of_the_di
     ("text", "words"), [("{% if %}", "line 1"), ("{{ messages[0].missing.content }}", "chat template refuses")]
 )
 def test_a_file_that_is_no_template_is_refused(tiny, tmp_path, ctx, text, words):
-    """Of its syntax when the plan is made; of what it cannot render by the first step."""
+    """A template is refused for its syntax in the plan, for what it cannot render by the first step."""
     file = tmp_path / "template.jinja"
     file.write_text(text)
     with pytest.raises((ValueError, WinnowError), match=words):
