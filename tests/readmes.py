@@ -6,6 +6,7 @@ their own, in which no plugin is loaded.
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,21 @@ def commands_markdown() -> str:
     return markdown_table(rows)
 
 
+def execution_markdown() -> str:
+    """Return the options that are not part of a key, by stage or function, then entries of options that are not."""
+    functions = [entry for registry in registries().values() for entry in registry.entries.values()]
+    rows, lists = [], {}
+    for entry in [*stage_entries(), *functions]:
+        if names := [f"`{name}`" for name in entry.options.model_fields if name in entry.execution]:
+            rows.append({"stage or function": f"`{entry.name}`", "outside its key": ", ".join(names)})
+        for name, marked in entry.execution_entries.items():
+            entries = textwrap.fill(", ".join(f"`{item}`" for item in sorted(marked)), 120, break_on_hyphens=False)
+            lists[name] = f"Of the entries of `{name}`:\n\n{entries}"
+    return "\n\n".join([markdown_table(rows), *lists.values()])
+
+
 README_BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {  # name of a block -> README, and what generates the block
+    "execution": ("pipeline/README.md", execution_markdown),
     "commands": ("jobs/README.md", commands_markdown),
     "recipes": ("jobs/recipes/README.md", recipes_markdown),
     "stages": ("stages/README.md", stages_markdown),
