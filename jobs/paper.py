@@ -23,6 +23,12 @@ WHERE round IS NOT DISTINCT FROM last
 GROUP BY run, prompt_id
 ORDER BY prompt_id
 """
+# The 8 or 64 of a label are what the paper kept; a config that samples fewer, or rows that are rejected, leave fewer.
+SELECTED = """
+SELECT run, avg(selected) AS selected
+FROM (SELECT run, stage, key, prompt_id, count(*) AS selected FROM selections JOIN runs USING (stage, key) GROUP BY ALL)
+GROUP BY run
+"""
 Wins = dict[str, dict[str, dict[str, float]]]  # run -> metric -> prompt -> share of wins
 
 
@@ -84,9 +90,11 @@ def tables(store: Store) -> list[tuple[str, pa.Table]]:
             if row["run"] in wins and row[metric] is not None:
                 wins[row["run"]][metric][row["prompt_id"]] = row[metric]
 
+    selected = {row["run"]: f"{row['selected']:.1f}" for row in query(catalog, SELECTED).to_pylist()}
+
     rows_by_table: dict[str, list[dict[str, str]]] = {"table 1": [], "table 2": []}
     for cell in all_cells:
-        row = dict(cell.labels)
+        row = cell.labels | {"our selected per prompt": selected.get(cell.run, "")}
         for metric in METRICS:
             values = list(wins[cell.run][metric].values())
             interval = "{:.1f} [{:.1f}, {:.1f}]".format(*_mean_and_interval(values)) if values else ""

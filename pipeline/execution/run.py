@@ -40,10 +40,6 @@ def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -
 
 def record_of(step: Step, seconds: float) -> Json:
     """Return what a manifest records of a step besides its files; `seconds` is the time from its first task on."""
-    versions = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
     return {
         "stage": step.entry.name,
         "key": step.key,
@@ -53,9 +49,19 @@ def record_of(step: Step, seconds: float) -> Json:
         "wall_seconds": round(seconds, 3),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
-        "libraries": versions,
+        "libraries": library_versions(),
         "commit": commit(),
     }
+
+
+@lru_cache  # to read them takes 0.02 s, and a rerun records a thousand steps
+def library_versions() -> dict[str, str]:
+    """Return the versions of the installed ones of LIBRARIES."""
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 @lru_cache

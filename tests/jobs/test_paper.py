@@ -144,6 +144,14 @@ def test_the_tables_come_out_with_intervals_beside_the_papers_figures(measured):
     assert verdict <= {"yes", "no", "unclear"}
 
 
+def test_the_number_that_was_selected_stands_beside_the_papers(measured):
+    """The tiny configuration samples 8 candidates per prompt, of which `sft 64` cannot keep 64."""
+    rows = tables(measured[0])[1][1].to_pylist()
+    selected = {(row["pairs"], row["rank"]): float(row["our selected per prompt"]) for row in rows}
+    assert 4 < selected["sft 64", "first-round"] == selected["sft 64", "tournament"] <= 8
+    assert selected["rso 8", "first-round"] <= 8
+
+
 def test_cells_share_all_that_is_the_same(measured):
     """One set of candidates, rewards and judge for all; table 2's first-round cells of 8 are two of table 1."""
     _, ran = measured
