@@ -18,7 +18,7 @@ from jobs.commands.query import export, options, recipes, report, sql, status, t
 from jobs.commands.run import demo, paper, plan, run
 from pipeline.execution.retries import describe_os_error
 from pipeline.execution.run import commit
-from schemas import WinnowError, WinnowWarning
+from schemas import COMMAND, WinnowError, WinnowWarning
 
 # Groups and commands as `--help` lists them: in the order of use.
 GROUPS = {
@@ -42,7 +42,7 @@ def _print_version(show: bool) -> None:
             number = version("winnow-pipeline")
         except PackageNotFoundError:  # a copy of the packages, as on a cluster
             number = "(not installed)"
-        typer.echo(f"winnow {number}, commit {commit() or 'unknown'}")
+        typer.echo(f"{COMMAND} {number}, commit {commit() or 'unknown'}")
         raise typer.Exit
 
 
@@ -105,7 +105,7 @@ def _show_warning(
 
 def _print_problems(*problems: str, style: str = "red") -> None:
     for problem in problems:
-        error_console.print(f"winnow: {problem}", style=style, highlight=False, markup=False)
+        error_console.print(f"{COMMAND}: {problem}", style=style, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

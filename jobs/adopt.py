@@ -31,7 +31,7 @@ from pipeline.sql.views import KEY, STAGE
 from pipeline.store.fingerprints import ModelPath, digest_of, model_digest, model_files
 from pipeline.store.storage import delete, parse_location
 from pipeline.store.store import Json, StepFolder, Store
-from schemas import WinnowError, conform, table_name
+from schemas import COMMAND, WinnowError, conform, table_name
 from schemas.tables import REJECTS
 
 Tables = dict[str, pa.Table]
@@ -106,8 +106,8 @@ def _check_vacant(step: Step, folder: StepFolder) -> None:
     computed = [part for shard in range(step.shards) if (part := folder.sidecar(shard)) and "adopted" not in part]
     if computed:
         raise WinnowError(
-            f"adopt {step.name}: {len(computed)} of {step.shards} parts are finished already; winnow run --only "
-            f"{step.name} computes the others, or delete {folder.path}"
+            f"adopt {step.name}: {len(computed)} of {step.shards} parts are finished already; `{COMMAND} run --only "
+            f"{step.name}` computes the others, or delete {folder.path}"
         )
 
 

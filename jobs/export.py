@@ -21,7 +21,7 @@ from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, R
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog
 from pipeline.store.store import Json, Store, columns_with_statistics
-from schemas import Model, WinnowError
+from schemas import COMMAND, Model, WinnowError
 
 if TYPE_CHECKING:
     from stages.data.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ def export_pairs(
                 length = len(row["prompt_ids"]) + max(len(row[f"{side}_ids"]) for side in SIDES)
                 result.longest = max(result.longest, length)
         if not result.rows and not result.rejects:
-            raise WinnowError(f"run {run}: no pairs in its examples; winnow trace {run} shows why for a prompt")
+            raise WinnowError(f"run {run}: no pairs in its examples; `{COMMAND} trace {run}` shows why for a prompt")
         if not result.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in result.rejects.most_common())
             raise WinnowError(

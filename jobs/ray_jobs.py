@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from jobs.resume import SUBMITTED
 from pipeline.registry import nearest
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 Nodes = list[dict[str, float]]  # per node its resources: CPU, GPU, memory in bytes, ...
 OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client prefers them to its argument
@@ -230,7 +230,7 @@ class RayJobs(JobSubmissionClient):
                 if failures == PATIENCE:
                     raise self._error(
                         f"lost while following {name} ({str(error).removeprefix(f'{self.url}: ')}); if the cluster is "
-                        f"up, `winnow logs {name} --address {self.url}` follows again; if not, submitting again "
+                        f"up, `{COMMAND} logs {name} --address {self.url}` follows again; if not, submitting again "
                         "continues from the finished parts"
                     ) from None
             time.sleep(POLL * (1 + written / LONG_LOG))

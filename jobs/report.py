@@ -74,7 +74,9 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     content = {
         "store": store.root.name,
         "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "commits": _commits(catalog),
+        "commits": [
+            row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, COMMITS).to_pylist()
+        ],
         "sources": _table(_sources(catalog)),
         "differences": _table(_differences(catalog)),
         "leaderboard": _table(_in_percent(leaderboard), TITLES),
@@ -89,7 +91,11 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "two_losses": _query_table(catalog, "two_losses"),
         "two_losses_plot": _plot_two_losses(_query_rows(catalog, "two_losses")),
     }
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, finalize=_without_control)
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # plots, marked as safe, are no str
+    )
     html = environment.get_template("report.html").render(content, contents=_contents(content))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
@@ -97,6 +103,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
 
 # What the page says.
 
+COMMITS = "SELECT commit, max(made) AS made FROM steps GROUP BY commit ORDER BY made DESC, commit"
 STEPS = """
 SELECT string_agg(DISTINCT runs.step, ', ' ORDER BY runs.step) AS step, stage, key,
     string_agg(DISTINCT run, ', ' ORDER BY run) AS runs,
@@ -121,11 +128,6 @@ def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("steps", "Steps", True),
     ]
     return [(name, title) for name, title, present in sections if present]
-
-
-def _commits(catalog: Catalog) -> list[str]:
-    sql = "SELECT commit, max(made) AS made FROM steps GROUP BY commit ORDER BY made DESC, commit"
-    return [row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, sql).to_pylist()]
 
 
 def _sources(catalog: Catalog) -> list[dict[str, Any]]:
@@ -218,11 +220,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _without_control(value: Any) -> Any:
-    """Return a text as terminals get it; plots, which are marked as safe, stay."""
-    return visible(value) if type(value) is str else value
 
 
 def _query_rows(catalog: Catalog, name: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import shlex
 import sys
 
 from pipeline.execution.retries import may_pass
+from schemas import COMMAND
 
 SUBMITTED = "WINNOW_SUBMITTED"  # environment variable of a job: the command that submitted it
 started = False  # whether a run has started and has not ended: what it has finished is kept
@@ -38,9 +39,7 @@ def command(words: list[str]) -> str:
 def hint(*words: str) -> str:
     """Return a command of ours that can be pasted: with the program as this process was called, quoted for a shell."""
     program = sys.argv[0]
-    return shlex.join(
-        [*(_program(program) if program.endswith(("winnow", "jobs/__main__.py")) else ["winnow"]), *words]
-    )
+    return shlex.join([*(_program(program) if program.endswith(("winnow", "jobs/__main__.py")) else [COMMAND]), *words])
 
 
 def _program(program: str) -> list[str]:

@@ -19,7 +19,7 @@ from pipeline.registry import nearest
 from pipeline.sql.catalog import Catalog, QueryResult
 from pipeline.sql.views import VIEWS
 from pipeline.store.storage import cache
-from schemas import TABLES, WinnowError
+from schemas import COMMAND, TABLES, WinnowError
 
 COMMANDS = (".tables", ".queries", ".help", ".quit")
 QUIT = re.compile(r"\s*\.?(quit|exit|q)\s*;?\s*", re.IGNORECASE)
@@ -64,7 +64,7 @@ class Shell:
         except OSError:  # a home that cannot be written to: the shell works without it
             history = InMemoryHistory()
         session: PromptSession[str] = PromptSession(
-            "winnow> ",
+            f"{COMMAND}> ",
             history=history,
             completer=WordCompleter(completions(), ignore_case=True, pattern=re.compile(r"\.?\w+")),
             complete_while_typing=False,

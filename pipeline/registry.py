@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from functools import cache, cached_property, wraps
 from hashlib import sha256
 from pathlib import Path
-from types import CodeType, SimpleNamespace
+from types import SimpleNamespace
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -204,7 +204,9 @@ class Entry:
         """Return kind and name, and of a plugin's function its file and a line, by default where it is defined."""
         if not self.plugin_file:
             return f"{self.kind} {self.name}"
-        return f"{self.kind} {self.name} of {self.plugin_file}, line {line or _code(self.fn).co_firstlineno}"
+        fn = inspect.unwrap(self.fn)
+        code = getattr(fn, "py_func", fn).__code__  # numba's dispatchers have a py_func
+        return f"{self.kind} {self.name} of {self.plugin_file}, line {line or code.co_firstlineno}"
 
     @contextmanager
     def failures(self) -> Iterator[None]:
@@ -242,12 +244,6 @@ class Entry:
 def describe(error: BaseException) -> str:
     """Return the type and the message of an exception, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _code(fn: Function) -> CodeType:
-    fn = inspect.unwrap(fn)
-    code: CodeType = getattr(fn, "py_func", fn).__code__  # numba's dispatchers have a py_func
-    return code
 
 
 def entry_of(fn: Function, kind: str = "") -> Entry:

@@ -3,6 +3,7 @@
 from schemas.check import combine_chunks as combine_chunks
 from schemas.check import conform as conform
 from schemas.columns import table_name as table_name
+from schemas.errors import COMMAND as COMMAND
 from schemas.errors import MachineError as MachineError
 from schemas.errors import WinnowError as WinnowError
 from schemas.errors import WinnowWarning as WinnowWarning

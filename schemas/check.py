@@ -29,7 +29,11 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         with suppress(pa.ArrowNotImplementedError, pa.ArrowInvalid):
             # pyarrow also turns numbers into text and text into numbers, which would hide a mistake in a stage
             if _means_the_same(column.type, field.type):
-                result = _cast(column, field.type)
+                result = column
+                if column.type != field.type:
+                    plain = (_plain(chunk, field.type) for chunk in column.chunks)
+                    parts = [part.cast(field.type) for array in plain for part in _slices(array)]
+                    result = pa.chunked_array(parts, field.type)
         if result is None:
             problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
         elif result.null_count and not field.nullable:
@@ -88,13 +92,6 @@ def _entries(source: pa.DataType) -> pa.MapType | None:
     if [field.name for field in source.value_type] != ["key", "value"]:
         return None
     return pa.map_(*(field.type for field in source.value_type))
-
-
-def _cast(column: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray:
-    if column.type == type:
-        return column
-    plain = (_plain(chunk, type) for chunk in column.chunks)
-    return pa.chunked_array([part.cast(type) for array in plain for part in _slices(array)], type)
 
 
 def _plain(array: pa.Array, target: pa.DataType) -> pa.Array:

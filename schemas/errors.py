@@ -1,5 +1,7 @@
 """The error and the warning that users see: where, which value, why, and what to do."""
 
+COMMAND = "winnow"  # as messages name the command that does it
+
 
 class WinnowError(ValueError):
     """Error that the user can fix. The command line prints `problems`, one per line, and exits with code 2."""

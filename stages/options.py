@@ -3,15 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen
 from pydantic import AfterValidator
 
 from pipeline import InputStep, Range
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise ValueError("must not be empty")
-    return text
 
 
 def _by_token_id(bias: dict[str, float]) -> dict[str, float]:
@@ -31,7 +26,7 @@ Temperature = Annotated[float, Range(gt=0, le=2)]
 TopP = Annotated[float, Range(gt=0, le=1)]
 Penalty = Annotated[float, Range(ge=-2, le=2)]
 LogitBias = Annotated[dict[str, Annotated[float, Range(ge=-100, le=100)]], AfterValidator(_by_token_id)]
-Texts = list[Annotated[str, AfterValidator(_not_empty)]]
+Texts = list[Annotated[str, MinLen(1)]]
 TokenIds = list[Annotated[int, Range(ge=0)]]
 TooLong = Literal["reject", "cut"]  # what becomes of a response that is longer than max_tokens
 Prefill = Literal["reject", "continue"]  # what becomes of a prompt that ends with an assistant turn

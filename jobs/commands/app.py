@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 from jobs.console import VisibleConsole
 from pipeline.store.storage import parse_location
 from pipeline.store.store import Store
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 # A Typer without commands: jobs/__main__.py adds them, in the order of use.
 app = typer.Typer(
@@ -77,7 +77,7 @@ def existing_store(folder: str) -> Store:
     """Return a store to read. Raise WinnowError if the folder does not exist or holds no runs."""
     store = Store(folder)
     if isinstance(store.root, Path) and not store.root.is_dir():
-        raise WinnowError(f"--store {folder}: no such folder in {store.root.parent}; `winnow run` creates it")
+        raise WinnowError(f"--store {folder}: no such folder in {store.root.parent}; `{COMMAND} run` creates it")
     if not store.runs():
-        raise WinnowError(f"--store {folder}: no runs in this folder; `winnow run` creates them")
+        raise WinnowError(f"--store {folder}: no runs in this folder; `{COMMAND} run` creates them")
     return store

@@ -33,13 +33,15 @@ from pipeline.config.plan import Plan, Step
 from pipeline.execution.ray_executor import check_fits
 from pipeline.store.storage import parse_location
 from pipeline.store.store import Store
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 if TYPE_CHECKING:
     from jobs.ray_jobs import RayJobs
 
 Address = Annotated[str | None, typer.Option(help="URL of the cluster's dashboard, like http://head:8265")]
-JobName = Annotated[str, typer.Argument(help="a job's name, as `winnow submit` and `winnow status --address` print it")]
+JobName = Annotated[
+    str, typer.Argument(help=f"a job's name, as `{COMMAND} submit` and `{COMMAND} status --address` print it")
+]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="do not follow the job's log")]
 RESUBMIT = "submitting the same again, without --force, continues from the finished parts"
 

@@ -65,7 +65,12 @@ def code_digests(fn: Callable[..., Any]) -> dict[str, str]:
     first_line = getattr(getattr(fn, "__code__", None), "co_firstlineno", None)
     statements = module.definitions.get(fn.__name__, [])
     node = next(
-        (item for item in statements if first_line in [item.lineno, *(line.lineno for line in _decorators(item))]), None
+        (
+            item
+            for item in statements
+            if first_line in [item.lineno, *(line.lineno for line in getattr(item, "decorator_list", []))]
+        ),
+        None,
     )
     if node is None:  # a class, or a function in a notebook or in another function
         try:
@@ -103,10 +108,6 @@ def _is_registry(statements: list[ast.stmt]) -> bool:
         case [ast.Assign(value=ast.Call(func=ast.Name("Registry") | ast.Attribute(attr="decorator")))]:
             return True
     return False
-
-
-def _decorators(node: ast.stmt) -> list[ast.expr]:
-    return node.decorator_list if isinstance(node, DEFINITIONS) else []
 
 
 @cache

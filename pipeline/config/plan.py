@@ -18,7 +18,7 @@ from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
 from pipeline.registry import FROM_FILE, Bound, Entry, Registry, bound_entries, nearest
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ def stale_code(step: Step, manifest: Mapping[str, Any]) -> list[str]:
                 f"{step.name}: {what} has changed{f' ({uses})' if uses else ''} since this result was computed, and "
                 f"its version is still {entry.version}; raise its version, or recompute this result with "
                 f"`--force {step.name}`; if the change does not alter it, raise the version and keep it with "
-                "`winnow adopt`"
+                f"`{COMMAND} adopt`"
             )
     return list(dict.fromkeys(lines))
 

@@ -17,7 +17,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import StepFolder
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
 
@@ -192,7 +192,7 @@ def connect(address: str | None = None) -> Nodes:
         except (OSError, ValueError) as error:
             raise WinnowError(
                 f"--address {address}: does not answer ({error}); give what `ray start` printed on the head, like "
-                "head:6379, or auto on a machine of the cluster; `winnow submit` is what takes the dashboard's URL"
+                f"head:6379, or auto on a machine of the cluster; `{COMMAND} submit` is what takes the dashboard's URL"
             ) from None
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
     on_terminate = signal.getsignal(signal.SIGTERM)

@@ -36,12 +36,14 @@ from pipeline.sql.views import (
 )
 from pipeline.store.storage import Location
 from pipeline.store.store import REPAIR_HINT, Json, Store
-from schemas import TABLES, WinnowError
+from schemas import COMMAND, TABLES, WinnowError
 
 if TYPE_CHECKING:
     import pandas
 
-HINT = "`SHOW TABLES` and `DESCRIBE candidates` list tables and columns; `.tables NAME` in `winnow sql` explains them"
+HINT = (
+    f"`SHOW TABLES` and `DESCRIBE candidates` list tables and columns; `.tables NAME` in `{COMMAND} sql` explains them"
+)
 BATCH_ROWS = 65536
 
 

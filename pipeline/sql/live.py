@@ -24,18 +24,16 @@ def _running(root: Location, keys: set[str] | None) -> pa.Table:
     for path, content in read_all(root, f"*/*/{PROGRESS}").items():
         stage, key = path.parent.parent.name, path.parent.name
         record = _decoded(content.decode())
-        if record is None or (keys is not None and key not in keys) or not _runs(StepFolder(path.parent), record):
+        if record is None or (keys is not None and key not in keys):
+            continue
+        # A process that was killed has left this file, and no lock.
+        runs = StepFolder(path.parent).is_locked()
+        if runs is None:
+            runs = time.time() - datetime.fromisoformat(record["updated"]).timestamp() < SILENT_SECONDS
+        if not runs:
             continue
         rows.append({"stage": stage, "key": key, **record})
     return pa.Table.from_pylist(rows, schema=RUNNING)
-
-
-def _runs(folder: StepFolder, record: Json) -> bool:
-    """Return whether a process is computing the step: one that was killed has left its file, and no lock."""
-    locked = folder.is_locked()
-    if locked is None:
-        return time.time() - datetime.fromisoformat(record["updated"]).timestamp() < SILENT_SECONDS
-    return locked
 
 
 def _metrics_now(root: Location, keys: set[str] | None) -> pa.Table:

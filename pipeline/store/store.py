@@ -34,7 +34,7 @@ from pipeline.store.storage import (
     replace,
     sizes,
 )
-from schemas import TABLES, MachineError, Model, WinnowError, combine_chunks, table_name
+from schemas import COMMAND, TABLES, MachineError, Model, WinnowError, combine_chunks, table_name
 
 if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
     from pipeline.config.plan import Step
@@ -51,7 +51,9 @@ PROGRESS, METRICS_NOW = (
 )  # of a step that runs: how far it is, and its metrics so far
 # Scratch files, removed when the step is finished.
 LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train", PROGRESS, METRICS_NOW)
-REPAIR_HINT = "put the file back, or make its step and all that depend on it again: `winnow run RECIPE --force STEP`"
+REPAIR_HINT = (
+    f"put the file back, or make its step and all that depend on it again: `{COMMAND} run RECIPE --force STEP`"
+)
 
 
 @dataclass(frozen=True)

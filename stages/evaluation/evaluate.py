@@ -1,6 +1,8 @@
 """Stage `evaluate`: win rates with intervals, KL and length; and the gold reward, which no other stage may read."""
 
-from collections.abc import Callable, Mapping
+import math
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
@@ -8,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import Bound, InputStep, Registry, stage
+from pipeline import Bound, Registry, stage
 from pipeline.registry import entry_of
-from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
+from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference, WinnowWarning
 from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, fields_of, text_by_id
 from stages.options import Seed, SmallCount
@@ -38,14 +40,16 @@ for program in (code_tests, json_schema, math_answer):
     shared = {name: entry.metadata[name] for name in ("columns", "requires") if name in entry.metadata}
     gold_reward(arguments=FIELDS, reads_fields=True, version=entry.version, **shared)(program)
 
+WIDE = 0.1  # half of a 95 % interval of a win rate: wider, it tells few methods apart
+ENOUGH = math.ceil((1.96 * 0.5 / WIDE) ** 2)  # prompts, each won or lost, of which a rate of one half has that interval
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
 
 
-def _check_gold(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    return fields_problems(options["gold"], inputs, "gold") if options["gold"] else []
-
-
-@stage(version=3, unsharded=True, check=_check_gold)
+@stage(
+    version=3,
+    unsharded=True,
+    check=lambda options, inputs: fields_problems(options["gold"], inputs, "gold") if options["gold"] else [],
+)
 def evaluate(
     prompts: Prompts,
     candidates: Candidates,
@@ -67,7 +71,7 @@ def evaluate(
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
     (steered, for which `policy_logp` is not read). It is null otherwise. A gold reward that is no finite number ends
-    the stage.
+    the stage. Fewer than 97 prompts are warned of, and how wide an interval they leave.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
     fields = {row["prompt_id"]: fields_of(row) for row in prompts.to_pylist()}
@@ -107,6 +111,14 @@ def evaluate(
     by_prompt = table.append_column("proxy_verdicts", has_verdict)
     by_prompt = by_prompt.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
     by_prompt, rng = by_prompt.sort_by("prompt_id"), np.random.default_rng(seed)
+    if 0 < (n := by_prompt.num_rows) < ENOUGH:
+        warnings.warn(
+            f"evaluate: {n} held-out prompts are few: the 95 % interval of a win rate may reach "
+            f"±{98 / math.sqrt(n):.0f} points; {ENOUGH} make it ±{100 * WIDE:.0f}: raise `heldout` of `prompts`, or "
+            "bring more prompts",
+            WinnowWarning,
+            stacklevel=2,
+        )
     evaluations = []
     for metric in METRICS:
         means = by_prompt.column(f"{metric}_mean").drop_null().to_numpy()

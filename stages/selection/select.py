@@ -27,7 +27,10 @@ MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return problems of the rule and of `finished`; warn of a rule that would keep every candidate."""
     rule: Bound = options["rule"]
-    k, drawn = rule.options.get("k"), _draws_per_prompt(inputs.get("rewards"))
+    source = inputs.get("rewards")
+    while source is not None and source.stage != "sample":
+        source = source.inputs.get("candidates") or source.inputs.get("first")
+    k, drawn = rule.options.get("k"), source.options.get("n") if source else None  # None of candidates of other origin
     if rule.name != "plain" and k is not None and drawn is not None and k >= drawn:  # plain reads no rewards
         warnings.warn(
             f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {drawn} per prompt: it keeps "
@@ -42,13 +45,6 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     if not options["finished"] and "candidates" in inputs:
         problems.append("nothing reads candidates; set `finished: true`, or set `candidates: null` under `from`")
     return problems
-
-
-def _draws_per_prompt(step: InputStep | None) -> int | None:
-    """Return n of the `sample` that rewards are of; None if they are of other candidates."""
-    while step is not None and step.stage != "sample":
-        step = step.inputs.get("candidates") or step.inputs.get("first")
-    return step.options.get("n") if step else None
 
 
 @stage(version=4, check=_check_rule)

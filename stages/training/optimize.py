@@ -128,7 +128,7 @@ def optimize(
         outcome = run_distributed(job, world_size, ctx)
 
     # The policy's row; metrics, which the same inputs give again; speeds, which they do not.
-    ctx.count(tokens=outcome["tokens"])
+    ctx.count(tokens=outcome["tokens_since_restore"])  # the step's seconds, too, are those of this process
     loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
     method = f"{loss}, {mix}" if mix else loss
     own = entry_of(optimize)

@@ -55,6 +55,20 @@ class TrackerRun(Protocol):
     def finish(self, complete: bool) -> None: ...
 
 
+@dataclass
+class StartedRun:
+    """Run of Weights & Biases, or of a library with its calls."""
+
+    run: Any
+    has_exit_code: bool = False
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(metrics, step=step)  # of a step that it has already, Weights & Biases keeps the first value
+
+    def finish(self, complete: bool) -> None:
+        self.run.finish(**({"exit_code": 0 if complete else 1} if self.has_exit_code else {}))
+
+
 tracker = Registry("tracker", "training", library=str)
 Trackers = list[Annotated[Bound, tracker]]
 
@@ -153,23 +167,9 @@ def wandb(training: TrackedTraining, *, project: str | None = None) -> TrackerRu
     """
     import wandb
 
-    class Run:
-        def __init__(self) -> None:
-            self.run: Any = wandb.init(
-                project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
-                id=training.key,
-                name=training.name,
-                config=dict(training.options),
-                resume="allow",
-            )
-
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            self.run.log(metrics, step=step)  # of a step that it has already, it keeps the first value
-
-        def finish(self, complete: bool) -> None:
-            self.run.finish(exit_code=0 if complete else 1)
-
-    return Run()
+    options, name = dict(training.options), project or os.environ.get("WANDB_PROJECT") or PROJECT
+    run = wandb.init(project=name, id=training.key, name=training.name, config=options, resume="allow")
+    return StartedRun(run, has_exit_code=True)
 
 
 @tracker(library="trackio")
@@ -180,19 +180,5 @@ def trackio(training: TrackedTraining, *, project: str | None = None) -> Tracker
     """
     import trackio
 
-    class Run:
-        def __init__(self) -> None:
-            self.run: Any = trackio.init(
-                project=project or os.environ.get("TRACKIO_PROJECT") or PROJECT,
-                name=training.name,
-                config=dict(training.options),
-                resume="allow",
-            )
-
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            self.run.log(metrics, step=step)
-
-        def finish(self, complete: bool) -> None:
-            self.run.finish()
-
-    return Run()
+    options, name = dict(training.options), project or os.environ.get("TRACKIO_PROJECT") or PROJECT
+    return StartedRun(trackio.init(project=name, name=training.name, config=options, resume="allow"))

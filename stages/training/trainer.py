@@ -56,9 +56,9 @@ def train_policy(
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
     Called by one process or by every rank. An interrupted run resumes from its last checkpoint, bit for bit on the same
-    machine. Returns the policy's number of parameters, the steps, the tokens of its data, and the history: metrics per
-    step. Raises WinnowError for data that do not fit the objective, a stale reference, a loss that is not finite, and
-    out of memory again after halving.
+    machine. Returns the policy's number of parameters, the steps, the tokens of its data (all, and those since the
+    checkpoint), and the history: metrics per step. Raises WinnowError for data that do not fit the objective, a stale
+    reference, a loss that is not finite, and out of memory again after halving.
     """
     # Data first: what cannot be trained on is refused before a weight is loaded.
     dist = Distributed()
@@ -86,6 +86,7 @@ def train_policy(
     parameters = list(trained_weights(network).values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     state = checkpoints.restore(network, optimizer)
+    restored_tokens = state.tokens
     live.open(state.history, dist.rank)
     meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
     if state.step == 0 and "ref" in terms[0].objective.metadata["reads"] and config.reference == "init":
@@ -202,7 +203,8 @@ def train_policy(
         state.history.append({"step": float(state.step)} | figures)
     live.update(state.history)
     live.close()
-    return {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
+    outcome = {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
+    return outcome | {"tokens_since_restore": state.tokens - restored_tokens}
 
 
 def _free(network: PreTrainedModel, dist: Distributed) -> None:

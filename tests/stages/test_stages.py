@@ -1,6 +1,7 @@
 """Stages between sampling and training, and evaluation: rewards, comparisons, pairs, examples, judgements, metrics."""
 
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline import InputStep
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import Bound, Entry, entry_of
-from schemas import WinnowError, conform, token_digest
+from schemas import WinnowError, WinnowWarning, conform, token_digest
 from schemas.tables import (
     CANDIDATES,
     COMPARISONS,
@@ -523,6 +524,15 @@ def test_the_interval_contains_the_mean_and_swapping_sides_mirrors_the_rate(logi
     assert row["value"] <= row["high"] + 1e-12 <= 1 + 1e-9
     assert row["value"] + swapped["value"] == pytest.approx(1)
     assert row["n"] == len(logits)
+
+
+def test_few_heldout_prompts_are_warned_of_with_the_number_that_is_enough():
+    """Of 25, a rate of one half has an interval of 1.96 sqrt(1 / 100) = ±20 points; 97 have ±10 and are enough."""
+    with pytest.warns(WinnowWarning, match=r"25 held-out .* ±20 points; 97 make it ±10: raise `heldout`"):
+        evaluated(*judged({f"p{n}": [1.0] for n in range(25)}), resamples=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluated(*judged({f"p{n}": [1.0] for n in range(97)}), resamples=1)
 
 
 def test_the_interval_shrinks_with_prompts_and_has_the_width_of_theory():

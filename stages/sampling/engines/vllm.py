@@ -2,9 +2,10 @@
 
 import gc
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
@@ -25,6 +26,9 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards, on all of its threads
 }
+ERROR_LINE = re.compile(
+    r"((?:[A-Z]\w*Error|[A-Z]\w*Exception): .+)"
+)  # last of a traceback, perhaps in a line of the log
 LLVMLITE = "llvmlite.binding.ffi"
 MAX_SEQUENCES = 512  # that run at once; as many again wait in the engine, so that the end of one leaves no gap
 STEP_TOKENS = 16_384  # of a step on a CPU; raised to the context length, for one whole prompt must fit
@@ -57,7 +61,7 @@ class VllmEngine(QueuedEngine):
             # In this process the engine starts in seconds. On a GPU it is a subprocess, whose end frees the memory.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         torch.set_num_threads(THREADS)
-        with _quiet_start(), _unchanged_class(folder) if on_cpu else nullcontext():
+        with _quiet_start() as start_log, _unchanged_class(folder) if on_cpu else nullcontext():
             from vllm import LLM
 
             devices = tensor_parallel * options.get("pipeline_parallel_size", 1)
@@ -82,10 +86,16 @@ class VllmEngine(QueuedEngine):
                     raise WinnowError("engine_options: enable_chunked_prefill: on a CPU, draws would lose their seeds")
             try:
                 self.llm: Any = LLM(**arguments | options)
-            except (ValueError, TypeError) as error:  # pydantic's are ValueErrors
-                if not options:
+            except (ValueError, TypeError, NotImplementedError) as error:  # pydantic's are ValueErrors
+                refused = f"engine_options: vLLM refuses {options}" if options else f"vLLM refuses {folder}"
+                raise WinnowError(f"{refused}: {_cause(error)}") from error
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
                     raise
-                raise WinnowError(f"engine_options: vLLM refuses {options}: {_cause(error)}") from None
+                # On a GPU the engine is a process: what ended it is only in its log. Another worker may do better.
+                lines = [_cause(error), *start_log().splitlines()]
+                errors = [found[1] for line in lines if (found := ERROR_LINE.search(line))]
+                raise ChildProcessError(f"vLLM's engine did not start: {errors[0] if errors else lines[0]}") from error
             self.adapter = _adapter_request(folder)
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
@@ -231,8 +241,10 @@ def _unchanged_class(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Hold back what start-up prints, from C++ too, and print it only if start-up fails and no line says why.
+def _quiet_start() -> Iterator[Callable[[], str]]:
+    """Hold back what start-up prints, from C++ too; yield what returns it so far.
+
+    It is printed only if start-up fails and no line says why.
 
     Hide llvmlite's lazy library too: vLLM calls `vars` on everything in every loaded module, and it has no dict.
     """
@@ -241,9 +253,14 @@ def _quiet_start() -> Iterator[None]:
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 2)
+
+        def text() -> str:
+            sys.stderr.flush()
+            return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+
         try:
-            yield
-        except WinnowError:
+            yield text
+        except (WinnowError, ChildProcessError):
             raise
         except BaseException:
             log.seek(0)

@@ -1,6 +1,7 @@
 """vLLM's engine arguments as an option: names, values, what is part of a key, and what the log-probs then are."""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -113,6 +114,32 @@ def test_a_value_that_vllm_refuses_is_one_line_before_anything_is_drawn(tiny):
     ) as refusal:
         open_engine("vllm", tiny.folder, "float32", 1, json.dumps({"kv_cache_dtype": "fp9"}))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("Engine core failed. See root cause above."), OSError),
+        (ValueError("no such architecture"), WinnowError),
+    ],
+)
+def test_an_engine_that_does_not_start_is_one_line_with_the_cause(tiny, monkeypatch, capfd, error, kind):
+    """On a GPU the cause is only in the log of the engine's process. It may pass there, and Ray tries another worker;
+    what vLLM refuses is refused again."""
+    import vllm
+
+    def start(**arguments):
+        os.write(2, b"(EngineCore pid=7) ERROR 11-26 [core.py:7] Traceback\n(EngineCore pid=7) ERROR 11-26 [core.py:7] "
+                    b"ValueError: Free memory on device cuda:0 (1.2/80.0 GiB) is too little\n")  # fmt: skip
+        raise error
+
+    monkeypatch.setattr(vllm, "LLM", start)
+    with pytest.raises(kind) as failure:
+        open_engine("vllm", tiny.folder, "float32")
+    cause = "ValueError: Free memory on device cuda:0 (1.2/80.0 GiB) is too little" if kind is OSError else str(error)
+    assert str(failure.value).endswith(cause)
+    assert "\n" not in str(failure.value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 class Recorder(FakeEngine):

@@ -26,6 +26,7 @@ from stages.training.distributed import Distributed
 from stages.training.examples import examples
 from stages.training.reference import reference
 from stages.training.throughput import ThroughputMeter
+from tests import material
 from tests.conftest import write_jsonl
 from tests.material import (
     bound,
@@ -303,6 +304,21 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, cached, straight, t
     again = train(tiny, cached, tmp_path, report_progress=lambda done, *_: steps.append(done), **INTERRUPTED)
     assert min(steps) == last + 1
     assert same_run(again, straight)
+
+
+def test_the_tokens_counted_after_a_resume_are_those_of_its_seconds(tiny, cached, straight, tmp_path, monkeypatch):
+    """Of 9 steps in 3 epochs, 6 were done before it died: a third of the run's tokens was read since."""
+    contexts = []
+
+    def remember(*arguments):
+        contexts.append(context(*arguments))
+        return contexts[-1]
+
+    monkeypatch.setattr(material, "context", remember)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, cached, tmp_path, report_progress=interrupt_at(7), **INTERRUPTED)
+    _, _, policy = train(tiny, cached, tmp_path, **INTERRUPTED)
+    assert policy["tokens"] == straight[2]["tokens"] == 3 * contexts[-1].counters["tokens"]
 
 
 KILLED = """
