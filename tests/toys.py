@@ -63,6 +63,20 @@ def slow(prompts: Prompts, *, folder: str, name: str, seconds: Annotated[float, 
     return prompts
 
 
+@stage(version=1)
+def followed(prompts: Prompts, *, folder: str, name: str, parts: int, by: str) -> Prompts:
+    """Its last part ends when `by` has begun, or in vain after a minute."""
+    note(folder, name, "begins", time.time(), os.getpid())
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        begun = [words[0] for words in notes(Path(folder)) if words[1] == "begins"]
+        if begun.count(name) < parts or by in begun:
+            break
+        time.sleep(0.02)
+    note(folder, name, "ends", time.time(), os.getpid())
+    return prompts
+
+
 @stage(version=1, concurrent=True)
 def meeting(prompts: Prompts, *, folder: str) -> Prompts:
     """Two parts must run in one process at once, or this waits in vain."""

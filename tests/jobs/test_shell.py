@@ -167,6 +167,7 @@ class Terminal:
     """`winnow sql` at a terminal of its own."""
 
     def __init__(self, store: Store, cache: Path) -> None:
+        self.unread = ""
         self.fd, terminal = pty.openpty()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen(
@@ -178,13 +179,13 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def wait_for(self, words: str) -> str:
-        """Return what the terminal shows up to these words."""
-        text, end = "", time.monotonic() + 60
-        while words not in text:
-            assert select.select([self.fd], [], [], max(0, end - time.monotonic()))[0], text
-            text += os.read(self.fd, 4096).decode(errors="replace")
-        return text
+    def wait_for(self, words: str) -> None:
+        """Read up to these words; what one read brings beyond them is for the next call."""
+        end = time.monotonic() + 60
+        while words not in self.unread:
+            assert select.select([self.fd], [], [], max(0, end - time.monotonic()))[0], self.unread
+            self.unread += os.read(self.fd, 4096).decode(errors="replace")
+        self.unread = self.unread.partition(words)[2]
 
     def cancel(self, press: Callable[[], None]) -> None:
         """Press Ctrl-C, and again while nothing happens: keys and signals may come too early."""

@@ -101,12 +101,14 @@ def test_a_recipe_with_a_config_and_a_plugin_of_the_user_is_planned(installed: C
     assert "by.words: 3 (" in shown
 
 
+@pytest.mark.bench
 def test_queries_and_the_page_are_there(installed: Command, finished: Path, tmp_path: Path):
     assert "gold_win" in installed("sql", "leaderboard", "--store", finished).stdout
     installed("report", "--store", finished, "--out", "page.html")
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.bench
 def test_the_demo_starts(environment: Path, tmp_path: Path):
     """Until its first model is there."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -4,6 +4,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.context import StageContext, WarmCache
-from pipeline.execution.distributed import resources_per_rank
+from pipeline.execution.distributed import _train_on_rank, resources_per_rank
 from pipeline.resources import Resources
 from schemas import WinnowError, WinnowWarning
 from stages.network.load import load_network
@@ -142,6 +143,22 @@ def test_two_ranks_have_the_losses_of_one_and_survive_a_death(sharp, tmp_path):
         assert torch.allclose(weight, weights[name], atol=1e-4), name
 
 
+def test_a_rank_that_refuses_leaves_its_message_and_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    calls = []
+
+    def refuse(report_progress):
+        calls.append(report_progress)
+        raise WinnowError("step 0: the cache is stale")
+
+    with pytest.raises(WinnowError, match="stale"):
+        _train_on_rank(refuse, tmp_path / "refusal", queue=None)  # of the second rank, which reports nothing
+    assert (tmp_path / "refusal").read_text() == "step 0: the cache is stale"
+    assert _train_on_rank(refuse, tmp_path / "refusal", queue=None) is None
+    assert len(calls) == 1
+
+
+@pytest.mark.bench
 def test_what_a_rank_refuses_ends_the_run_with_its_message(sharp, tmp_path):
     """A stale reference is seen by the gate of both ranks; it is no death that is worth another attempt."""
     rows = cache(sharp, random_rows())

@@ -79,11 +79,11 @@ def test_ranker_calls_are_those_of_table_7(data_dir, finished):
 @pytest.mark.parametrize(
     ("first", "target", "executor"),
     [
-        ("reward", "select", RayExecutor(3)),
-        # Real vLLM with two parts in flight: their requests share batches
+        ("reward", "select", RayExecutor(2)),
+        # Two parts in flight: their requests share batches
         ("sample", "sample", RayExecutor(1, profile=Profile(stages={"sample": Resources(cpus=1, max_workers=1)}))),
     ],
-    ids=["three workers", "one engine"],
+    ids=["two workers", "one engine"],
 )
 def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path, first, target, executor):
     """Given the same inputs, under any number of workers and of parts at once in each of them."""
@@ -99,7 +99,7 @@ def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path
 def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path, victim):
     """Killed after its first part (or checkpoint), run again: finished parts untouched, the same bytes.
 
-    `sample` is killed in test_cluster.
+    `sample` is killed in tests/bench/test_bench_cluster.py, with a node and a head; a Ray worker in test_schedule.py.
     """
     plan = plan_of(data_dir)
     store = without(finished, plan, victim, tmp_path / "store")

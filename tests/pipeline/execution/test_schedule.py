@@ -36,12 +36,13 @@ def run_on_ray(plan: Plan, folder: Path, reporter: Silent, stage: str = "", **re
 def test_a_step_starts_on_finished_parts_while_the_one_before_goes_on(tmp_path: Path):
     """Two workers, one for each step: `second` starts before the last part of `first` has ended, never before its own
     part of `first` has, and both are finished in order."""
-    options = dict(use="slow", folder=str(tmp_path))
     plan = plan_of_toys(
-        SHARDS, first=options | dict(name="first", seconds=0.6), second=options | dict(name="second", seconds=0.0)
+        SHARDS,
+        first=dict(use="followed", folder=str(tmp_path), name="first", parts=SHARDS, by="second"),
+        second=dict(use="slow", folder=str(tmp_path), name="second", seconds=0.0),
     )
     reporter = Silent()
-    run_on_ray(plan, tmp_path, reporter, "slow", in_flight=1)
+    run_on_ray(plan, tmp_path, reporter, "followed", in_flight=1)
     lines = notes(tmp_path)
     first_ends = [float(time) for name, event, time, _ in lines if (name, event) == ("first", "ends")]
     second_begins = [float(time) for name, event, time, _ in lines if (name, event) == ("second", "begins")]

@@ -23,7 +23,8 @@ from stages.training.trackers import tracker
 from tests.material import bound, cache, interrupt_at, random_rows, run_optimize, train
 from tests.runs import Silent, plan_of
 
-TRAINED = ("optimize.learning_rate=2.0e-3", "optimize.batch_size=2", "optimize.checkpoint_every=2", "target=optimize")
+TRAINED = ("optimize.learning_rate=2.0e-3", "optimize.batch_size=2", "optimize.epochs=1", "optimize.checkpoint_every=2",
+           "target=optimize")  # fmt: skip
 
 
 class Watch(Silent):
