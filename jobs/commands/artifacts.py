@@ -51,12 +51,12 @@ def model(
 
     if (link and not to) or (public and not push):
         raise WinnowError("--link belongs to --to, and --public to --push: add it, or omit the option")
-    found = find_model(existing_store(store), run, step)
+    policy = find_model(existing_store(store), run, step)
     if to:
-        copy_model(found, to, link)
+        copy_model(policy, to, link)
     if push:
-        error_console.print(f"uploaded to {push_model(found, push, public)}", highlight=False, markup=False)
-    console.print(str(to or found.folder), highlight=False, markup=False)
+        error_console.print(f"uploaded to {push_model(policy, push, public)}", highlight=False, markup=False)
+    console.print(str(to or policy.folder), highlight=False, markup=False)
 
 
 def adopt(

@@ -97,10 +97,10 @@ def evaluate(
             outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
         if gold is not None:
             prompt = prompt_texts[row["prompt_id"]]
-            known = (fields[row["prompt_id"]],) if gold.metadata.get("reads_fields") else ()
+            columns = (fields[row["prompt_id"]],) if gold.metadata.get("reads_fields") else ()
             of = f"prompt {row['prompt_id']}, candidate "
-            outcome["gold"] = number(gold, gold(prompt, response_texts[ours], *known), of=of + ours)
-            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs], *known), of=of + theirs)
+            outcome["gold"] = number(gold, gold(prompt, response_texts[ours], *columns), of=of + ours)
+            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs], *columns), of=of + theirs)
             outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
         outcomes.append(outcome)
 

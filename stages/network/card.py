@@ -37,8 +37,8 @@ def write_copy_card(folder: Path, path: HubPath, adapter: HubPath | None) -> Non
 
     Of a model by name, that is the base model of what will be trained from it.
     """
-    own = read_metadata(path.path)
-    metadata = {name: own[name] for name in LICENCE if name in own}
+    origin = read_metadata(path.path)
+    metadata = {name: origin[name] for name in LICENCE if name in origin}
     if path.hub_name:
         metadata["base_model"] = path.hub_name
     metadata["winnow"] = {"base": path.source, **({"adapter": adapter.source} if adapter else {})}

@@ -103,7 +103,7 @@ def _template_problems(
         return [f"{option}: {folder}: {problem}" for problem in damaged]
     problems = [f"chat_template_kwargs: {problem}" for problem in unread_options(templates, more)]
     asks = any(TODAY in variables(template) for template in templates.values())
-    given = _template_options(folder)
+    options = _template_options(folder)
     if day is not None:
         try:
             datetime.date.fromisoformat(day)
@@ -114,7 +114,7 @@ def _template_problems(
                 f"date: no chat template of {folder.name} asks for today's date; unset it (a variable `date` is one "
                 "of `chat_template_kwargs`)"
             )
-    elif asks and "date_string" not in {**given.get("chat_template_kwargs", {}), **more} and "date" not in given:
+    elif asks and "date_string" not in {**options.get("chat_template_kwargs", {}), **more} and "date" not in options:
         problems.append(
             f"date: the chat template of {folder.name} reads today's date, and would give other ids from day to "
             "day; set the day that it is to read, as in `date: 2026-01-31`"
@@ -131,10 +131,10 @@ def _template_options(folder: Path) -> dict[str, Any]:
 def write_template_options(folder: Path, date: str | None, chat_template_kwargs: dict[str, Any] | None) -> None:
     """Write what the chat template reads into the tokenizer's config of a folder."""
     options = {"date": date, "chat_template_kwargs": chat_template_kwargs}
-    if given := {name: value for name, value in options.items() if value}:
+    if options := {name: value for name, value in options.items() if value}:
         file = folder / "tokenizer_config.json"
         config = json_object(file) if file.is_file() else {}
-        config[TEMPLATE_OPTIONS] = _template_options(folder) | given
+        config[TEMPLATE_OPTIONS] = _template_options(folder) | options
         file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

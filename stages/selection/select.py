@@ -30,10 +30,10 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     source = inputs.get("rewards")
     while source is not None and source.stage != "sample":
         source = source.inputs.get("candidates") or source.inputs.get("first")
-    k, drawn = rule.options.get("k"), source.options.get("n") if source else None  # None of candidates of other origin
-    if rule.name != "plain" and k is not None and drawn is not None and k >= drawn:  # plain reads no rewards
+    k, draws = rule.options.get("k"), source.options.get("n") if source else None  # None of candidates of other origin
+    if rule.name != "plain" and k is not None and draws is not None and k >= draws:  # plain reads no rewards
         warnings.warn(
-            f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {drawn} per prompt: it keeps "
+            f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {draws} per prompt: it keeps "
             "all of them, whatever their rewards; set `select.rule.k` lower or `sample.n` higher",
             WinnowWarning,
             stacklevel=2,

@@ -131,11 +131,11 @@ def optimize(
     ctx.count(tokens=outcome["tokens_since_restore"])  # the step's seconds, too, are those of this process
     loss = f"{objective} + {nll_weight} nll" if nll_weight else str(objective)
     method = f"{loss}, {mix}" if mix else loss
-    own = entry_of(optimize)
+    declared = entry_of(optimize)
     changed = {
         name: options[name]
-        for name, option in own.options.model_fields.items()
-        if name not in own.execution and options[name] != option.default
+        for name, option in declared.options.model_fields.items()
+        if name not in declared.execution and options[name] != option.default
     }
     write_trained_card(ctx.folder / "model", init, method, changed, examples, outcome)
     policy = {

@@ -132,8 +132,8 @@ def mlflow(training: TrackedTraining, *, uri: str | None = None, experiment: str
                 address, artifacts = f"sqlite:///{home}/mlflow.db", (home / "artifacts").as_uri()
             self.client = MlflowClient(tracking_uri=address)
             title = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-            known = self.client.get_experiment_by_name(title)
-            number = known.experiment_id if known else self.client.create_experiment(title, artifacts)
+            existing = self.client.get_experiment_by_name(title)
+            number = existing.experiment_id if existing else self.client.create_experiment(title, artifacts)
             runs = self.client.search_runs([number], f"tags.`winnow.key` = '{training.key}'", max_results=1)
             self.logged = 0
             if runs and training.last_step:

@@ -94,7 +94,7 @@ class VllmEngine(QueuedEngine):
                     raise
                 # On a GPU the engine is a process: what ended it is only in its log. Another worker may do better.
                 lines = [_cause(error), *start_log().splitlines()]
-                errors = [found[1] for line in lines if (found := ERROR_LINE.search(line))]
+                errors = [error for line in lines for error in ERROR_LINE.findall(line)]
                 raise ChildProcessError(f"vLLM's engine did not start: {errors[0] if errors else lines[0]}") from error
             self.adapter = _adapter_request(folder)
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)

@@ -5,6 +5,7 @@ import time
 import warnings
 from contextlib import suppress
 from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -145,16 +146,16 @@ def test_two_ranks_have_the_losses_of_one_and_survive_a_death(sharp, tmp_path):
 
 def test_a_rank_that_refuses_leaves_its_message_and_is_not_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
-    calls = []
+    calls, queue = [], cast(Any, None)  # of the second rank, which reports nothing
 
     def refuse(report_progress):
         calls.append(report_progress)
         raise WinnowError("step 0: the cache is stale")
 
     with pytest.raises(WinnowError, match="stale"):
-        _train_on_rank(refuse, tmp_path / "refusal", queue=None)  # of the second rank, which reports nothing
+        _train_on_rank(refuse, tmp_path / "refusal", queue)
     assert (tmp_path / "refusal").read_text() == "step 0: the cache is stale"
-    assert _train_on_rank(refuse, tmp_path / "refusal", queue=None) is None
+    assert _train_on_rank(refuse, tmp_path / "refusal", queue) is None
     assert len(calls) == 1
 
 
