@@ -26,7 +26,7 @@ SHAPES = {
     "rounds": "raft",
 }
 SHARED = {"prompts", "preferences", "sft", "ranker"}  # steps that RSO's run has finished, and every recipe uses
-SHORT = ("optimize.epochs=2", "optimize.checkpoint_every=100")
+SHORT = ("optimize.epochs=1", "optimize.checkpoint_every=100")
 DATA = Path(__file__).parents[1] / "data"
 
 
