@@ -47,6 +47,12 @@ def conversation_of(prompt: Row) -> Conversation | None:
     return Conversation(chat["messages"], chat["tools"])
 
 
+def is_continued(prompt: Row) -> bool:
+    """Return whether a row of the table `prompts` ends in an assistant turn, which its responses go on with."""
+    conversation = conversation_of(prompt)
+    return conversation is not None and as_messages(conversation.content)[-1]["role"] == "assistant"
+
+
 def number_of(row: Row, name: str, called: str | None = None) -> float:
     """Return the number in a column, which may be infinite or NaN; the reason names the column as `called`.
 

@@ -142,16 +142,22 @@ class Tokenizer:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
-        """Return the text of ids, with special tokens or without them, without surrounding white space."""
+    def decode(self, ids: list[int], *, special_tokens: bool = False, continues: bool = False) -> str:
+        """Return the text of ids, with special tokens or without them, without surrounding white space.
+
+        continues: it goes on with a turn of the prompt, so that the space before its first word belongs to it.
+        """
         if not special_tokens:
             ids = [token for token in ids if token not in self.special_tokens]
-        return str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).strip()
+        text = str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).rstrip()
+        return text if continues else text.lstrip()
 
-    def decode_before(self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False) -> tuple[str, str]:
+    def decode_before(
+        self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False, continues: bool = False
+    ) -> tuple[str, str]:
         """Return the text of ids before the stop string that their last token completes, and what is after it.
 
-        Raise ValueError if it completes none.
+        Raise ValueError if it completes none. `continues` as in `decode`.
         """
 
         def text_of(part: list[int]) -> str:
@@ -168,7 +174,8 @@ class Tokenizer:
         if not matches:
             raise ValueError("no stop string at the end of the text")
         start, end = min(matches, key=lambda match: match[1])  # of those that end at once, the first of `stop`
-        return text[:start].strip(), text[end:]
+        before = text[:start].rstrip()
+        return before if continues else before.lstrip(), text[end:]
 
     def label(self, text: str) -> int:
         """Return the single token of a label; raise WinnowError if it takes more."""
@@ -226,6 +233,14 @@ class Tokenizer:
         return tuple(dict.fromkeys([*end, int(self.inner.eos_token_id), *self._configured_ends]))
 
     @cached_property
+    def lead(self) -> list[int]:
+        """Return what the template writes between a question and its answer, such as an empty `<think>`."""
+        if self.inner.chat_template is None:
+            return []
+        first, second = (self.response_ids([*self._shape[0], _user(OTHER_PROBE)], text) for text in ("A", "B"))
+        return first[: shared_prefix_length(first, second)]
+
+    @cached_property
     def _configured_ends(self) -> list[int]:
         """Return the EOS ids of generation_config.json, or without one of config.json, as transformers and vLLM do."""
         if (self.folder / GENERATION).is_file():
@@ -261,7 +276,7 @@ class Tokenizer:
 
         Raise WinnowError if it refuses them: what it refuses is our own, and no row can be blamed for it.
         """
-        question = {"role": "user", "content": OTHER_PROBE}
+        question = _user(OTHER_PROBE)
         turns = [*self._shape[0], question, _assistant(PROBE)]
         try:
             return self._render(turns, None), self._render([*turns, question], None)
@@ -324,7 +339,7 @@ class Tokenizer:
     def _messages(self, conversation: Conversation) -> list[Message]:
         content = conversation.content
         if isinstance(content, str):
-            content = [{"role": "user", "content": content.removeprefix(self.inner.bos_token or "")}]
+            content = [_user(content.removeprefix(self.inner.bos_token or ""))]
         self._refuse_special_tokens(Conversation(content, conversation.tools))
         return content
 
@@ -443,6 +458,10 @@ def _each_left_out(items: list[Any]) -> list[list[Any] | None]:
 
 def _in_parts(messages: list[Message]) -> list[Message]:
     return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def _assistant(text: str) -> Message:

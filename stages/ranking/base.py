@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import StageContext
+from schemas import WinnowError
 from stages.data.rows import Row, fields_of
 from stages.data.texts import Conversation, conversation_of
 
@@ -15,6 +16,7 @@ from stages.data.texts import Conversation, conversation_of
 Reading = Any
 ReadingPair = tuple[Reading, Reading]
 PairFormat = Literal["marks", "chat", "rlhflow"]  # of the pairwise ranker's prompt (stages/ranking/pairwise.py)
+SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
 QUESTION = """\
 Which of two responses to a prompt is better?
 
@@ -46,6 +48,13 @@ class Response:
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Response that a ranker cannot read, with the reason to reject it."""
+
+    reason: str = "does not fit the ranker"
+
+
 class Ranker(ABC):
     """Ranker of two responses to one prompt.
 
@@ -57,7 +66,10 @@ class Ranker(ABC):
     abstains = False
 
     def read(self, context: str, response: Response) -> Reading | None:
-        """Return what the other methods take as a response: its text, by default; None if it cannot be read."""
+        """Return what the other methods take as a response: its text, by default.
+
+        None, or ValueError with the reason, if it cannot be read.
+        """
         return response.text
 
     @abstractmethod
@@ -96,19 +108,25 @@ class Scorer(Ranker):
 
 def read_candidates(
     ranker: Ranker, prompt: Row, candidates: Sequence[Row], special_tokens: bool
-) -> dict[str, Reading | None]:
+) -> dict[str, Reading | Unreadable]:
     """Return what the ranker reads of each candidate of a prompt, by candidate id.
 
     special_tokens: rankers of text see the special tokens inside the responses.
     """
-    readings = {}
+    readings: dict[str, Reading | Unreadable] = {}
     conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
         text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
         response = Response(
             text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation, fields
         )
-        readings[row["candidate_id"]] = ranker.read(prompt["text"], response)
+        try:
+            reading = ranker.read(prompt["text"], response)
+        except WinnowError:
+            raise
+        except ValueError as error:
+            reading = Unreadable(f"the ranker cannot read it: {error}")
+        readings[row["candidate_id"]] = Unreadable() if reading is None else reading
     return readings
 
 
@@ -116,10 +134,12 @@ def fits_or_reject(
     ranker: Ranker, context: str, pair: ReadingPair, ctx: StageContext, *, place: str, prompt: str, candidate: str
 ) -> bool:
     """Return whether the ranker can read the pair; if not, record the candidate in the `rejects` table."""
-    fits = None not in pair and ranker.fits(context, *pair)
-    if not fits:
-        ctx.reject("does not fit the ranker", place=place, prompt=prompt, candidate=candidate)
-    return fits
+    unreadable = [reading for reading in pair if isinstance(reading, Unreadable)]
+    if not unreadable and ranker.fits(context, *pair):
+        return True
+    reason = unreadable[0].reason if unreadable else Unreadable.reason
+    ctx.reject(reason, place=place, prompt=prompt, candidate=candidate)
+    return False
 
 
 def both_orders(

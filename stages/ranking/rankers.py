@@ -122,13 +122,13 @@ def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision
     return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, format=format)
 
 
-@ranker(reads_model=True, output="score", version=4)
+@ranker(reads_model=True, output="score", version=5)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
     Its score is the reward, the difference of two scores the logit. It reads the ids that the policy read and drew if
-    it has the policy's tokenizer and chat template. Else it reads texts: the prompt as one turn of a user, whatever
-    turns it came in, and the response with EOS, unless that was cut at max_tokens.
+    it has the policy's tokenizer and chat template. Else it reads texts, each turn of the prompt by its own template,
+    and the response with its own end of turn, unless that was cut at max_tokens.
     """
     from stages.ranking.pointwise import PointwiseRanker
 

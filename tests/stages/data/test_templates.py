@@ -1,14 +1,12 @@
 """Ids of prompts and responses are those of the chat template applied to both, for every template that TRL ships."""
 
 import json
-import re
 import shutil
 import warnings
 from datetime import date
 from pathlib import Path
 
 import pytest
-import trl
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -24,10 +22,9 @@ from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
 from tests.conftest import write_jsonl
+from tests.families import CONTROL_TOKENS, TEMPLATES
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith("_training"))
-CONTROL_TOKENS = re.compile(r"<[|｜][\w▁:/ ]+[|｜]>|</?(?:start|end)_of_(?:turn|utterance)>|<turn\|>|<\|turn>")
 DATE = "2026-01-31"
 USER = {"role": "user", "content": "What is the time in Rome?"}
 TOOL = {
