@@ -20,7 +20,6 @@ from stages.data.texts import (
     TEMPLATE_OPTIONS,
     Conversation,
     Prompt,
-    Reply,
     as_messages,
     shared_prefix_length,
 )
@@ -98,7 +97,7 @@ class Tokenizer:
         """Return ids as text with all special tokens: the prompt or response as the model reads it."""
         return str(self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def response_ids(self, prompt: Conversation | Prompt, reply: Reply) -> list[int]:
+    def response_ids(self, prompt: Conversation | Prompt, reply: str | Message) -> list[int]:
         """Return the ids of a response to a prompt, the token that ends it included.
 
         They are those that follow the prompt's in the ids of both together, so that no space is added and no token
@@ -137,6 +136,40 @@ class Tokenizer:
         if not length:
             raise ValueError("the chat template does not end the response")
         return ids[:length]
+
+    def turns_ids(self, prompt: Conversation | Prompt, turns: list[Message]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a response of several turns, and which of them the assistant wrote.
+
+        What it wrote in a turn is what `response_ids` says of that turn after all before it: the mask has the ids of
+        every turn with its end, and nothing of the headers, users and tools between them. Raise ValueError with the
+        reason to reject it, as `response_ids` does, and where the template renders a turn differently once others
+        follow (as some do, which leave out earlier reasoning): no mask would then be of what the assistant wrote.
+        """
+        conversation = _conversation(prompt)
+        if self.inner.chat_template is None:
+            raise ValueError("a response of several turns, and the tokenizer has no chat template")
+        history, tools = as_messages(conversation.content), conversation.tools
+        if history[-1]["role"] == "assistant":
+            raise ValueError("a response of several turns cannot continue a turn of the prompt")
+        prompt_ids = self.prompt_ids(conversation)
+        messages = [*self._messages(conversation), *turns]
+        ids = self.encode(self._render(messages, tools))
+        mask = [False] * len(ids)
+        end = 0
+        for n in range(len(history), len(messages)):
+            if messages[n]["role"] != "assistant":
+                continue
+            if messages[n - 1]["role"] == "assistant":
+                raise ValueError("two turns of the assistant follow each other")
+            before = Conversation(messages[:n], tools)
+            start = len(begin := self.prompt_ids(before))
+            end = start + len(turn := self.response_ids(before, messages[n]))
+            if ids[:end] != begin + turn:
+                raise ValueError("the chat template renders a turn differently once others follow")
+            mask[start:end] = [True] * len(turn)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError("the ids of prompt and response together do not begin with those of the prompt")
+        return ids[len(prompt_ids) : end], mask[len(prompt_ids) : end]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""

@@ -9,8 +9,9 @@ import numpy as np
 
 from pipeline import StageContext
 from schemas import WinnowError
+from schemas.ids import Message
 from stages.data.rows import Row, fields_of
-from stages.data.texts import Conversation, conversation_of
+from stages.data.texts import Conversation, conversation_of, reply_of_candidate
 
 # What a ranker reads of a response, hashable and sortable: its text, unless `Ranker.read` says otherwise.
 Reading = Any
@@ -36,8 +37,8 @@ Answer with one letter, A or B."""
 class Response:
     """Response to a prompt: its text, and the ids that the policy read and drew; length: it was cut at the limit.
 
-    prompt: the prompt's chat messages and tools; None if it is one text, the context. fields: the columns of the data
-    file that were kept with the prompt.
+    prompt: the prompt's chat messages and tools; None if it is one text, the context. messages: the response's own, if
+    they are more than one text. fields: the columns of the data file that were kept with the prompt.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Response:
     finish_reason: str = "given"
     prompt_ids: tuple[int, ...] = ()
     prompt: Conversation | None = None
+    messages: Message | list[Message] | None = field(default=None, hash=False)
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -118,8 +120,9 @@ def read_candidates(
     for row in candidates:
         text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
         response = Response(
-            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation, fields
-        )
+            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation,
+            reply_of_candidate(row), fields,
+        )  # fmt: skip
         try:
             reading = ranker.read(prompt["text"], response)
         except WinnowError:

@@ -63,6 +63,12 @@ class PointwiseRanker(Scorer):
         the policy did not write one. Where the template writes something before an answer, it renders the text.
         """
         is_cut = response.finish_reason == "length"
+        if response.messages is not None:  # a call or several turns, which are no text
+            if is_cut:
+                raise ValueError("a call or several turns, cut at max_tokens, of which its template renders no part")
+            if isinstance(response.messages, list):
+                return self.tokenizer.turns_ids(conversation, response.messages)[0]
+            return self.tokenizer.response_ids(conversation, response.messages)
         body = list(response.token_ids if is_cut else response.token_ids[:-1])
         is_drawn_text = response.finish_reason != "stop_string" and not self.tokenizer.lead
         if is_drawn_text and body and max(body) < len(self.tokenizer.inner):

@@ -14,7 +14,7 @@ from stages.options import Seed, split_problems
 from stages.ranking.base import PairFormat
 
 
-@stage(version=3, check=lambda options, inputs: split_problems(options, inputs.get("prompts")))
+@stage(version=4, check=lambda options, inputs: split_problems(options, inputs.get("prompts")))
 def ranker_examples(
     prompts: Prompts,
     candidates: Candidates,

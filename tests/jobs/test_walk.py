@@ -11,7 +11,7 @@ from pipeline.store.store import Store
 from tests.conftest import write_jsonl
 from tests.families import write_chat_model
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_time",
@@ -19,12 +19,12 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "its name"}}},
     },
 }
-CALL = {
+CALL: dict[str, Any] = {
     "role": "assistant",
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome"}}}],
 }
-RESULT = {"role": "tool", "name": "get_time", "content": "12:00"}
+RESULT: dict[str, Any] = {"role": "tool", "name": "get_time", "content": "12:00"}
 # The policy's shape, the reward model's, and the stages that reject rows with tools, for which a template has no form.
 WALKS: dict[str, tuple[str, str, set[str]]] = {
     "qwen2": ("qwen2", "llama", set()),
@@ -74,6 +74,8 @@ def folder(unmarked, tmp_path_factory) -> Path:
     sides = {"chosen": [turn("assistant", "Gladly, at noon.")], "rejected": [turn("assistant", "Um.")]}
     tools = [{"tools": row["tools"]} if "tools" in row else {} for row in rows]
     pairs = [{"prompt": row["messages"]} | sides | tool for row, tool in zip(rows, tools, strict=True)]
+    several = [turn("assistant", "Where?"), turn("user", "In Rome."), turn("assistant", "Noon.")]
+    pairs += [{"prompt": [turn("user", f"What time is it, {n}?")]} | sides | {"chosen": several} for n in range(3)]
     write_jsonl(root / "preferences.jsonl", pairs)  # TRL's explicit prompt, conversational
     labels = [
         {"prompt": row["messages"], "completion": sides[side], "label": side == "chosen"} | tool
@@ -121,6 +123,8 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
     run_to_the_end(winnow, folder / f"{name}.yaml", ["rso", "dpo"], store)
     for stage in {"prompts", "preferences", "reward"} & WALKS[name][2]:
         assert any("does not render tools" in reason for reason in rejected(store, stage)), stage
+    sql = "SELECT count(*) AS n FROM candidates WHERE stage = 'preferences' AND mask IS NOT NULL"
+    assert query(open_catalog(store), sql)["n"][0].as_py() == 3
 
 
 @pytest.mark.bench

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken
@@ -17,7 +18,7 @@ from stages.data.chat_templates import chat_templates
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import check_system_prompt, prompts
-from stages.data.texts import TEMPLATE_OPTIONS, Conversation, Reply
+from stages.data.texts import TEMPLATE_OPTIONS, Conversation
 from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
@@ -44,7 +45,7 @@ CALL = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome"}}}],
 }
-CONVERSATIONS: dict[str, tuple[Conversation, Reply]] = {
+CONVERSATIONS: dict[str, tuple[Conversation, str | dict[str, Any]]] = {
     "one turn": (Conversation("Good morning!"), "Hello, friend."),
     "lines": (Conversation([USER]), "def f(x):\n    return x\n\n\nSo it is."),
     "several turns": (
@@ -82,7 +83,7 @@ def tokenizer_of(tiny, tmp_path_factory):
     return load
 
 
-def reference_ids(tokenizer: Tokenizer, conversation: Conversation, reply: Reply) -> list[list[int]]:
+def reference_ids(tokenizer: Tokenizer, conversation: Conversation, reply: str | dict[str, Any]) -> list[list[int]]:
     """Return the ids of prompt and reply as transformers renders them, reasoning under each key that templates use."""
     content = conversation.content
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else content

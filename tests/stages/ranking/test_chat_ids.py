@@ -103,7 +103,14 @@ def test_the_reward_model_reads_what_its_own_template_renders(model_of, tmp_path
     reply = " " + ANSWER if messages[-1]["role"] == "assistant" else ANSWER
     asked = conversation_of(row) or Conversation(row["text"])
     drawn = Tokenizer(model_of(policy)).response_ids(asked, reply)
-    candidate = {"candidate_id": "c", "text": reply, "raw_text": None, "token_ids": drawn, "finish_reason": "stop"}
+    candidate = {
+        "candidate_id": "c",
+        "text": reply,
+        "raw_text": None,
+        "chat": None,
+        "token_ids": drawn,
+        "finish_reason": "stop",
+    }
     (reading,) = read_candidates(open_ranker(rankers.bind("pointwise"), owner), row, [candidate], False).values()
     assert not isinstance(reading, Unreadable)
     prompt, response = map(list, reading)
