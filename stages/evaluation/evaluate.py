@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import Bound, InputStep, Registry, stage
+from pipeline import Bound, InputStep, Registry, StageContext, stage
 from pipeline.registry import entry_of
 from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
 from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import column_by_id, fields_of, text_by_id
 from stages.options import Seed, SmallCount
-from stages.ranking.rankers import FIELDS, PROGRAM, fields_problems, plain_program
-from stages.ranking.verifiers import code_tests, json_schema, math_answer
+from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_program
+from stages.ranking.verifiers import code_tests, instruction_share, instructions, json_schema, math_answer
 from stages.results import number
 
 
@@ -31,11 +31,12 @@ gold_reward = Registry(
     plain=plain_gold,
     reads_fields=NotRequired[bool],
     columns=NotRequired[tuple[str, ...]],
+    check=NotRequired[Callable[..., Any]],
     requires=NotRequired[str],
 )
-for program in (code_tests, json_schema, math_answer):
+for program in (code_tests, instruction_share, instructions, json_schema, math_answer):
     entry = entry_of(program, "ranker")
-    shared = {name: entry.metadata[name] for name in ("columns", "requires") if name in entry.metadata}
+    shared = {name: entry.metadata[name] for name in ("columns", "check", "requires") if name in entry.metadata}
     gold_reward(arguments=FIELDS, reads_fields=True, version=entry.version, **shared)(program)
 
 METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
@@ -51,6 +52,7 @@ def evaluate(
     candidates: Candidates,
     baseline: Candidates,
     judgements: Judgements,
+    ctx: StageContext,
     policy_logp: Reference | None = None,
     baseline_logp: Reference | None = None,
     *,
@@ -67,7 +69,7 @@ def evaluate(
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
     (steered, for which `policy_logp` is not read). It is null otherwise. A gold reward that is no finite number ends
-    the stage.
+    the stage. Prompts by whose columns it can score no response are rejected, and count in all but gold.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
     fields = {row["prompt_id"]: fields_of(row) for row in prompts.to_pylist()}
@@ -83,6 +85,16 @@ def evaluate(
         {} if table is None else column_by_id(table, "candidate_id", "logp") for table in (draw_logp, baseline_logp)
     )
 
+    # Prompts that the gold reward can score by the columns that were kept.
+    scorable = set(prompt_texts)
+    for name in sorted({row["prompt_id"] for row in judgements.to_pylist()}):
+        try:
+            if gold is not None:
+                check_fields(gold, fields[name])
+        except ValueError as error:
+            ctx.reject(f"no gold: {error}", place="prompts", prompt=name)
+            scorable.discard(name)
+
     outcomes = []
     for row in judgements.to_pylist():
         ours, theirs = row["candidate_id"], row["baseline_id"]
@@ -91,7 +103,7 @@ def evaluate(
         outcome |= {"proxy_win": verdict, "n_tokens": lengths[ours]}
         if ours in policy_scores and ours in baseline_scores:
             outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
-        if gold is not None:
+        if gold is not None and row["prompt_id"] in scorable:
             prompt = prompt_texts[row["prompt_id"]]
             known = (fields[row["prompt_id"]],) if gold.metadata.get("reads_fields") else ()
             of = f"prompt {row['prompt_id']}, candidate "

@@ -49,6 +49,7 @@ ranker = Registry(
     program=NotRequired[bool],
     reads_fields=NotRequired[bool],
     columns=NotRequired[tuple[str, ...]],
+    check=NotRequired[Callable[..., Any]],
     requires=NotRequired[str],
     output=NotRequired[Literal["score", "vocabulary"]],
     label_threshold=NotRequired[float],
@@ -61,7 +62,8 @@ ranker = Registry(
 verifiable = ranker.decorator(*PROGRAM, reads_model=False, program=True)
 
 # The same with a third argument, a mapping of the columns of the data file that `prompts` keeps. `columns` are those of
-# its options that name one; `requires` is the library that it imports.
+# its options that name one; `requires` is the library that it imports; `check`, called with the mapping and these
+# options, raises ValueError with the reason why no response can be scored by them.
 verifier = ranker.decorator(*FIELDS, reads_model=False, program=True, reads_fields=True)
 
 
@@ -189,6 +191,12 @@ def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0, le=
     return -float(abs(len(response.split()) - words))
 
 
+def check_fields(program: Bound, fields: Mapping[str, str]) -> None:
+    """Raise ValueError with the reason why a program can score no response by the columns of its prompt."""
+    if check := program.metadata.get("check"):
+        check(fields, **{name: program.options[name] for name in program.metadata["columns"]})
+
+
 @dataclass(frozen=True)
 class ProgramScorer(Scorer):
     """Scorer that runs a registered program."""
@@ -199,6 +207,7 @@ class ProgramScorer(Scorer):
         """Return the text, and with it the columns of the data file that its prompt has, if the program reads them."""
         if not self.program.metadata.get("reads_fields"):
             return response.text
+        check_fields(self.program, response.fields)
         return response.text, tuple(sorted(response.fields.items()))
 
     def score(self, context: str, texts: Sequence[Reading]) -> np.ndarray:

@@ -38,7 +38,7 @@ from stages.ranking.rankers import brevity, open_ranker, pattern, verifiable
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
 from stages.sampling.engines import Completion, Engine, Request, ignore_progress
-from tests.material import train
+from tests.material import context, train
 
 CONTEXT = "Please book a boat for two on Monday in Oslo."
 GOOD, BAD, LONG = "Gladly. I have booked a boat.", "No.", "Um, a boat? Well, a car for two on Sunday in Cairo."
@@ -578,7 +578,7 @@ def test_a_comparison_without_a_verdict_is_no_tie_on_the_leaderboard(tiny, ctx):
     assert ctx.counters["votes"] == 32
     assert ctx.counters["votes_without_verdict"] == 8
     gold = gold_reward.bind("concierge")
-    outcomes, metrics = evaluate(prompts, candidates, baseline, judgements, gold=gold, resamples=10)
+    outcomes, metrics = evaluate(prompts, candidates, baseline, judgements, context(), gold=gold, resamples=10)
     assert outcomes["proxy_win"].to_pylist() == [None, 1.0, 1.0, 1.0]
     assert outcomes["gold_win"].null_count == 0
     values = {row["metric"]: row["value"] for row in metrics.to_pylist()}
