@@ -328,7 +328,7 @@ def shared_turns(first: list[Message], second: list[Message]) -> list[Message]:
     ways.
     """
     longest = min(shared_prefix_length(first, second), len(first) - 1, len(second) - 1)
-    lengths = range(longest, 0, -1)
+    lengths = range(longest, -1, -1)
     begins = (n for n in lengths if all(turns[n]["role"] == "assistant" for turns in (first, second)))
     return first[: next(begins, longest)]
 

@@ -103,7 +103,8 @@ def test_loss_and_gradient_are_those_of_plain_computation(sharp, name, budget):
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert means["loss"] == pytest.approx(float(expected), rel=1e-5)
     for key, weight in network.named_parameters():
-        assert torch.allclose(ours[key], weight.grad, rtol=1e-3, atol=1e-6), key
+        difference = (ours[key] - weight.grad).abs().max() / weight.grad.abs().max()
+        assert float(difference) < 1e-4, (key, float(difference))
 
 
 def tables_of(rows):
@@ -197,8 +198,9 @@ def test_features_are_means_over_the_mask(sharp):
             states = network.base_model(input_ids=torch.tensor([[*prompt, *ids]])).last_hidden_state[0, len(prompt) :]
         expected = states if mask is None else states[torch.tensor(mask)]
         assert vector == pytest.approx(expected.mean(0).tolist(), abs=1e-4)
-    (whole,) = forward_rows(response_means, network, [responses_of(rows)[0][:2]], "float32", 100)
-    assert np.abs(whole - np.array(vectors[0])).max() > 1e-3
+    n = next(n for n, (_, _, mask) in enumerate(responses_of(rows)) if mask and not all(mask))
+    (whole,) = forward_rows(response_means, network, [responses_of(rows)[n][:2]], "float32", 100)
+    assert np.abs(whole - np.array(vectors[n])).max() > 1e-3
 
 
 def test_a_mask_that_fits_no_response_is_refused_before_training(sharp):
