@@ -96,7 +96,7 @@ def test_ids_are_those_of_the_conversation_and_the_mask_those_of_single_answers(
 def test_the_mask_is_that_of_trls_template_with_generation_marks(model_of, tmp_path):
     """transformers' assistant mask, by the template that TRL ships for training on several turns.
 
-    But for the line ends around a turn, which it marks: the one before is the prompt's, and the sampler draws none after.
+    But for the line ends around a turn: the one before is the prompt's, and the sampler draws none after.
     """
     owner = model_of("qwen2")
     tokenizer = Tokenizer(owner)
