@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas import Model, WinnowError
+from schemas.ids import Message
 from stages.data.texts import Conversation, as_messages, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
@@ -63,14 +64,16 @@ class RankerPrompt:
         """Return whether no special token (as [RESPONSE B]) is written in the text: it would be a control token."""
         return not self.tokenizer.has_special_token(text)
 
-    def context(self, text: str, conversation: Conversation | None) -> str:
-        """Return the prompt as `ids` reads it; raise ValueError if the format cannot hold it."""
+    def context(self, text: str, conversation: Conversation | None, *responses: Message | list[Message] | None) -> str:
+        """Return the prompt as `ids` reads it; raise ValueError if the format cannot hold it, or responses to it."""
         if self.format != "rlhflow":
             return text
+        if any(isinstance(response, list) for response in responses):
+            raise ValueError("format rlhflow holds responses of one turn")
         messages = as_messages(text if conversation is None else conversation.content)
         alternating = all(message["role"] == ("user", "assistant")[n % 2] for n, message in enumerate(messages))
         if not alternating or (conversation and conversation.tools):
-            raise ValueError("format rlhflow has turns of users and assistants alone")
+            raise ValueError("format rlhflow holds only turns of user and assistant")
         return "\n" + "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in messages) + "\n"
 
     def ids(self, context: str, first: str, second: str) -> list[int]:
@@ -102,7 +105,7 @@ class PairwiseRanker(Ranker):
 
     def read(self, context: str, response: Response) -> str | tuple[str, str]:
         """Return the text, after the prompt in the format's own form if it has one."""
-        prompt = self.prompt.context(context, response.prompt)
+        prompt = self.prompt.context(context, response.prompt, response.messages)
         if not (self.prompt.can_read(context) and self.prompt.can_read(response.text)):
             raise ValueError(SPECIAL_TOKEN)
         return response.text if prompt == context else (prompt, response.text)

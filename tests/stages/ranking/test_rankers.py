@@ -263,7 +263,10 @@ def test_rlhflows_format_is_that_of_its_model_card(chat):
     message = {"role": "user", "content": f"[CONTEXT] {context} [RESPONSE A] one [RESPONSE B] two \n"}
     text = prompt.tokenizer.inner.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     assert prompt.ids(context, "one", "two") == prompt.tokenizer.encode(text)
-    assert prompt.context("unused", Conversation([{"role": "system", "content": "Be kind."}, turns[0]])) is None
+    with pytest.raises(ValueError, match="only turns of user and assistant"):
+        prompt.context("unused", Conversation([{"role": "system", "content": "Be kind."}, turns[0]]))
+    with pytest.raises(ValueError, match="responses of one turn"):
+        prompt.context("unused", Conversation(turns), None, [*turns])
 
 
 def test_a_format_of_a_chat_template_is_refused_without_one(tiny, chat, tmp_path):
