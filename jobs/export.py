@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.console import as_json
-from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row
+from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row, without_turns
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog
 from pipeline.store.store import Json, Store, columns_with_statistics
@@ -93,7 +93,10 @@ def export_pairs(
     pairs = (row for rows in slices for row in rows.to_pylist())
     with _writer(out, pa.schema(columns)) as write_rows, _writer(result.rejects_file) as write_rejects:
         while rows := list(islice(pairs, BATCH)):
-            converted = list(zip(rows, form.convert(rows, tokenizer), strict=True))
+            converted = [
+                (row, (None if form.masks else without_turns(row)) or item)
+                for row, item in zip(rows, form.convert(rows, tokenizer), strict=True)
+            ]
             accepted = [(row, item) for row, item in converted if not isinstance(item, Reject)]
             rejects = [(row, item) for row, item in converted if isinstance(item, Reject)]
             write_rows([item for _, item in accepted])

@@ -14,7 +14,8 @@ WITH flat AS (
     SELECT candidate_id, reward FROM rewards WHERE key = '{rewards}'
 )
 SELECT prompt_id, chosen_id, rejected_id, text, chat, prompt_ids,
-    chosen.token_ids AS chosen_ids, rejected.token_ids AS rejected_ids, pair.weight, pair.label, gap, rule,
+    chosen.token_ids AS chosen_ids, rejected.token_ids AS rejected_ids, chosen.mask AS chosen_mask,
+    rejected.mask AS rejected_mask, pair.weight, pair.label, gap, rule,
     winner.reward AS chosen_reward, loser.reward AS rejected_reward,
     chosen.ref_logp AS ref_chosen_logps, rejected.ref_logp AS ref_rejected_logps
 FROM sides

@@ -21,6 +21,7 @@ FormatName = Literal["trl-ids", "trl", "openai-messages", "jsonl"]
 SIDES = ("chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFS = ("ref_chosen_logps", "ref_rejected_logps")
+MASKS = ("chosen_mask", "rejected_mask")
 IDS = ("prompt_id", "chosen_id", "rejected_id")
 CUT = "cut at max_tokens"
 OTHER_END = "ends with another end token than most"
@@ -29,6 +30,7 @@ HIDDEN_TOKENS = "special tokens inside, which its text cannot show"
 NO_TEXT = "its tokens are no valid text"
 SAME_TEXT = "both texts are the same"
 EMPTY = "empty text"
+SEVERAL_TURNS = "several turns, of which only the assistant's are trained on"
 UNKNOWN_MESSAGES = "its messages are not in the table prompts"
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8, such as half a character
 
@@ -54,6 +56,7 @@ class Format:
     complete: FormatName | None = None
     references: bool = True
     weights: bool = False
+    masks: bool = False
     note: str = ""
 
 
@@ -173,8 +176,15 @@ def plain(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
     """Yield every column of every pair; the texts are for people, the ids are what was trained on."""
     for row in rows:
         texts = {side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES}
-        others = {name: value for name, value in row.items() if name not in (*IDS, *REFS, "text", "chat")}
+        unmasked = [name for name in MASKS if row[name] is None]
+        others = {name: value for name, value in row.items() if name not in (*IDS, *REFS, "text", "chat", *unmasked)}
         yield {**{name: row[name] for name in IDS}, "prompt": row["text"], **texts, **others, **_references(row)}
+
+
+def without_turns(row: Row) -> Reject | None:
+    """Return why a format without masks cannot hold a pair, None if it can: its trainer would train on every id."""
+    sides = [side for side in SIDES if row[f"{side}_mask"] is not None]
+    return Reject(SEVERAL_TURNS, " and ".join(sides)) if sides else None
 
 
 def _references(row: Row) -> Row:
@@ -187,10 +197,11 @@ FORMATS: dict[FormatName, Format] = {
         (".parquet", ".jsonl"),
         trl_ids,
         dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
+        complete="jsonl",
         note="TRL's DPOTrainer tokenises text unless _prepare_dataset is overridden, and its RewardTrainer expects the "
         "prompt in chosen_ids and rejected_ids: see jobs/README.md",
     ),
     "trl": Format((".parquet", ".jsonl"), trl, dict.fromkeys(("prompt", *SIDES), pa.string()), complete="trl-ids"),
     "openai-messages": Format((".jsonl",), openai_messages, complete="jsonl", references=False),
-    "jsonl": Format((".jsonl",), plain, weights=True),
+    "jsonl": Format((".jsonl",), plain, weights=True, masks=True),
 }

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from jobs import queries
 from jobs.console import visible
+from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
@@ -63,6 +64,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
                 {
                     "id": f"run-{len(sections) + 1}",
                     "name": run if round is None else f"{run}@{round}",
+                    "tags": tags_text(catalog.tags.get(run, {})),
                     "histogram": _plot_histogram(_query_rows(of_run, "reward_histogram")),
                     "selection": _query_table(of_run, "selection"),
                     "responses": _query_rows(of_run, "responses"),

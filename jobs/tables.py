@@ -1,5 +1,6 @@
 """Plans and stores for the terminal: trees of steps, and tables of runs and steps."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +20,9 @@ from schemas import WinnowError
 
 AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-RUN_LIST = pa.schema([(name, pa.string()) for name in ("run", "age", "finished", "size", "shared with other runs")])
+RUN_LIST = pa.schema(
+    [(name, pa.string()) for name in ("run", "tags", "age", "finished", "size", "shared with other runs")]
+)
 STEP_LIST = pa.schema(
     [(name, pa.string()) for name in ("step", "stage", "key", "state", "rows", "size", "age", "adopted from")]
 )
@@ -120,23 +123,45 @@ def row_count(manifest: dict[str, Any]) -> int:
     return sum(n for name, n in manifest["rows"].items() if name != "rejects")
 
 
-def runs_table(store: Store) -> pa.Table:
-    """Return a row per run: age of its newest step, finished steps, bytes, and bytes of steps that other runs use."""
+def tags_text(tags: dict[str, str]) -> str:
+    """Return the tags of a run as --tag takes them."""
+    return ", ".join(f"{name}={value}" if value else name for name, value in sorted(tags.items()))
+
+
+def has_tag(tags: dict[str, str], word: str) -> bool:
+    """Return whether a run has a tag, with its value if the word has one."""
+    name, separator, value = word.partition("=")
+    return name in tags and (not separator or tags[name] == value)
+
+
+def runs_table(store: Store, tags: Sequence[str] = ()) -> pa.Table:
+    """Return a row per run that has these tags: age of its newest step, finished steps, bytes, and shared ones.
+
+    Raise WinnowError if no run has them.
+    """
+    known = store.tags()
     inventory = Inventory(store)
     keys = {run: {link["key"] for link in steps.values()} for run, steps in inventory.runs.items()}
     rows = []
     for run, run_keys in keys.items():
+        if not all(has_tag(known.get(run, {}), word) for word in tags):
+            continue
         steps = [inventory.steps[key] for key in run_keys if key in inventory.steps]
         other_keys = {key for other, others in keys.items() if other != run for key in others}
         finished = [step.manifest for step in steps if step.manifest]
         rows.append({
             "run": run,
+            "tags": tags_text(known.get(run, {})),
             "age": format_age(max((manifest["made"] for manifest in finished), default=None)),
             "finished": f"{len(finished)} of {len(run_keys)} steps",
             "size": format_size(sum(step.bytes for step in steps)),
             "shared with other runs": format_size(sum(step.bytes for step in steps if step.key in other_keys)),
         })  # fmt: skip
-    return pa.Table.from_pylist(rows, RUN_LIST)
+    if tags and not rows:
+        names = sorted({tags_text({name: value}) for of_run in known.values() for name, value in of_run.items()})
+        raise WinnowError(f"--tag {' --tag '.join(tags)}: no run has it; there are {', '.join(names) or 'none'}")
+    table = pa.Table.from_pylist(rows, RUN_LIST)
+    return table if known else table.drop_columns("tags")
 
 
 def steps_table(store: Store, run: str) -> pa.Table:

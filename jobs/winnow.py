@@ -86,17 +86,19 @@ def run(
     options: Mapping[str, Any] = {},
     store: str | Path = "store",
     executor: LocalExecutor | None = None,
+    tags: Mapping[str, str] = {},
 ) -> Results:
     """Run the steps that the recipes need and the store lacks; return the results of these runs.
 
     executor: `pipeline.execution.ray_executor.RayExecutor(workers, address, profile)` for a cluster; by default the
-    work is done in this process. Otherwise as `plan`. Raises WinnowError for mistakes before anything runs, and where a
-    step fails; what has finished is kept.
+    work is done in this process. tags: what the runs are to be found by, with an empty value for a word. Otherwise as
+    `plan`. Raises WinnowError for mistakes before anything runs, and where a step fails; what has finished is kept.
     """
     target, plans = Store(str(store)), _plans(recipe, config, options)
     with_free_names(plans, target)
     with closing(ProgressReporter(console)) as reporter:
         for item in plans:
+            item.tags = dict(tags)
             run_plan(item, target, executor or LocalExecutor(), reporter)
     return Results(target, [item.name for item in plans])
 

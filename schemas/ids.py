@@ -36,9 +36,10 @@ def candidate_id(prompt: str, token_ids: Sequence[int], copy: int = 0) -> str:
     return _hash("candidate", prompt, token_bytes(token_ids), str(copy)).hex()
 
 
-def token_digest(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-    """Return a fingerprint of what a forward pass reads: another chat template or truncation changes it."""
-    return _hash("tokens", token_bytes(prompt_ids), token_bytes(response_ids)).hex()
+def token_digest(prompt_ids: Sequence[int], response_ids: Sequence[int], mask: Sequence[bool] | None = None) -> str:
+    """Return a fingerprint of what a forward pass sums: another chat template, truncation or mask changes it."""
+    masks = [] if mask is None else [bytes(mask)]
+    return _hash("tokens", token_bytes(prompt_ids), token_bytes(response_ids), *masks).hex()
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:

@@ -12,6 +12,13 @@ import pyarrow as pa
 from schemas.columns import column, table, table_name
 
 TOKEN_IDS = pa.list_(pa.int32())
+MASK = column(
+    "mask",
+    pa.list_(pa.bool_()),
+    "which token_ids the assistant wrote, in a response of several turns: they alone are trained on, and count in "
+    "log-probs, lengths and features; null: all",
+    nullable=True,
+)
 LABEL_THRESHOLD = column(
     "label_threshold",
     pa.float64(),
@@ -53,7 +60,14 @@ CANDIDATES = table(
         "the sampled ids, never re-tokenised; the one that ends it is last if finish_reason is stop, and those of the "
         "stop string if it is stop_string",
     ),
+    MASK,
     column("text", pa.string(), "the response as text, without special tokens, and without what ended it"),
+    column(
+        "chat",
+        pa.string(),
+        "its messages as JSON, if they are more than one text of the assistant; else null",
+        nullable=True,
+    ),
     column(
         "raw_text",
         pa.string(),
@@ -154,7 +168,7 @@ REFERENCE = table(
     CANDIDATE_ID,
     column("logp", pa.float32(), "summed log-prob of the response, nats", finite=True),
     column("n_tokens", pa.int32(), "number of tokens in the sum"),
-    column("tokens", pa.string(), "digest of the prompt and response ids that were read"),
+    column("tokens", pa.string(), "digest of the prompt and response ids that were read, and of the mask"),
     column("model", pa.string(), "digest of the weights that scored it"),
     column("dtype", pa.string(), "arithmetic of the forward pass: float32, or bfloat16 autocast"),
 )
@@ -170,6 +184,7 @@ EXAMPLES = table(
                 [
                     column("candidate_id", pa.string(), "hash of prompt, tokens and copy number"),
                     column("token_ids", TOKEN_IDS, "tokens of the response"),
+                    MASK,
                     column("weight", pa.float32(), "weight of its likelihood term; 0 excludes it from that term"),
                     column("ref_logp", pa.float32(), "cached reference log-prob, nats", nullable=True, finite=True),
                     column(

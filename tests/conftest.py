@@ -107,6 +107,14 @@ def tiny(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="session")
+def unmarked(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model whose tokenizer has no marks of the pairwise ranker, as public ones have none."""
+    space = StageContext(tmp_path_factory.mktemp("unmarked"), WarmCache(), lambda *progress: None)
+    corpus = DataPath(str(data_dir / "demonstrations.jsonl"))
+    return untrained(space, corpus=corpus, columns=["prompt", "demonstration"], vocabulary=400, hidden=32, layers=1)
+
+
+@pytest.fixture(scope="session")
 def sharp(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The tiny model with larger weights: its logits differ by nats, so that a wrong position or mask shows."""
     import torch

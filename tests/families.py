@@ -1,10 +1,14 @@
 """Small random models of several families in folders that every stage can read: sharp enough that a mistake shows."""
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+import trl
+from tokenizers import AddedToken
 
 from pipeline.store.fingerprints import model_digest
 from schemas import Model
@@ -55,5 +59,52 @@ def write_family(name: str, tokenizer: Model, folder: Path, *, seed: int = 1, **
                 weight.add_(0.05 * torch.randn_like(weight))
             else:
                 weight.normal_(0, width if len(weight) == vocabulary else 0.09)
+    network.save_pretrained(folder)
+    return Model(folder, model_digest(folder))
+
+
+# As people have them: a policy, a reward model and a judge with a real chat template
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+CONTROL_TOKENS = re.compile(r"<[|｜][\w▁:/ ]+[|｜]>|</?(?:start|end)_of_(?:turn|utterance)>|<turn\|>|<\|turn>")
+# By shape: the template of TRL's package, its end of turn, the config, the language model, the reward model.
+CHAT_SHAPES: dict[str, tuple[str, str, Any, Any, Any]] = {
+    "qwen2": (
+        "qwen2_5", "<|im_end|>",
+        transformers.Qwen2Config, transformers.Qwen2ForCausalLM, transformers.Qwen2ForSequenceClassification,
+    ),
+    "llama": (
+        "llama3_1", "<|eot_id|>",
+        transformers.LlamaConfig, transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification,
+    ),
+    "gemma": (
+        "gemma3", "<end_of_turn>",
+        transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM, transformers.Gemma3TextForSequenceClassification,
+    ),
+    "qwen3": (
+        "qwen3", "<|im_end|>",
+        transformers.Qwen3Config, transformers.Qwen3ForCausalLM, transformers.Qwen3ForSequenceClassification,
+    ),
+}  # fmt: skip
+
+
+def write_chat_model(shape: str, tokenizer: Model, folder: Path, *, score: bool = False) -> Model:
+    """Write a small random chat model of this shape, or with `score` a reward model, as `save_pretrained` does."""
+    name, end, config_class, policy_class, scorer_class = CHAT_SHAPES[shape]
+    template = (TEMPLATES / f"{name}.jinja").read_text()
+    inner = transformers.AutoTokenizer.from_pretrained(tokenizer.folder)
+    marks = sorted({end, *CONTROL_TOKENS.findall(template)})
+    inner.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    inner.chat_template, inner.eos_token = template, end
+    inner.save_pretrained(folder)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    sizes |= dict(num_key_value_heads=1, max_position_embeddings=2048, vocab_size=len(inner))
+    sizes |= {f"{token}_token_id": getattr(inner, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+    torch.manual_seed(2 if score else 1)
+    network = scorer_class(config_class(**sizes, num_labels=1)) if score else policy_class(config_class(**sizes))
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, 0.3)
     network.save_pretrained(folder)
     return Model(folder, model_digest(folder))

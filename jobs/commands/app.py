@@ -47,6 +47,9 @@ Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files"
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
 Track = Annotated[list[str], typer.Option("--track", help="tracker of every training, such as tensorboard")]
+Tags = Annotated[
+    list[str], typer.Option("--tag", help="word, or KEY=VALUE, that the run is to be found by; no part of a key")
+]
 StorePath = Annotated[
     str,
     typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder", callback=_checked_store),
@@ -71,6 +74,18 @@ RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alo
 def with_trackers(sets: list[str], track: list[str]) -> list[str]:
     """Return what --set and --track say together, as --set."""
     return [*sets, f"track=[{', '.join(track)}]"] if track else sets
+
+
+def parsed_tags(words: list[str]) -> dict[str, str]:
+    """Return --tag words as values by names; raise WinnowError for one without a name, or two values of one name."""
+    tags: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not name.strip():
+            raise WinnowError(f"--tag {word}: has no name; write a word, or KEY=VALUE")
+        if tags.setdefault(name, value) != value:
+            raise WinnowError(f"--tag {word}: {name} is {tags[name]!r} already; give one value")
+    return tags
 
 
 def existing_store(folder: str) -> Store:

@@ -19,10 +19,13 @@ from schemas import WinnowError
 def ls(
     run: Annotated[str | None, typer.Argument(help="a run, to list its steps; all runs if omitted")] = None,
     store: StorePath = STORE,
+    tags: Annotated[list[str], typer.Option("--tag", help="only runs with this tag, a word or KEY=VALUE")] = [],  # noqa: B006
 ) -> None:
     """List runs, or the steps of a run: how much of them is finished, how large, how old."""
+    if run and tags:
+        raise WinnowError(f"--tag {tags[0]}: chooses among runs, and the steps of one are listed; omit one of them")
     source = existing_store(store)
-    console.print(as_table(steps_table(source, run) if run else runs_table(source)))
+    console.print(as_table(steps_table(source, run) if run else runs_table(source, tags)))
 
 
 def why(

@@ -20,10 +20,12 @@ from jobs.commands.app import (
     Recipes,
     Sets,
     StorePath,
+    Tags,
     Track,
     Until,
     Workers,
     console,
+    parsed_tags,
     with_trackers,
 )
 from jobs.console import visible
@@ -60,6 +62,7 @@ def submit(
     from_step: Onward = None,
     force: Force = None,
     track: Track = [],  # noqa: B006
+    tags: Tags = [],  # noqa: B006
     attach: Annotated[
         bool, typer.Option("--attach", help="follow the job that computes the same, if one is running")
     ] = False,
@@ -72,6 +75,7 @@ def submit(
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
     sets = with_trackers(sets, track)
+    parsed_tags(tags)
     plans = recipes.plans(recipe, configs, sets, run_name)
     part = Part(only, until, from_step, force)
     parts = narrowed(plans, part)
@@ -88,6 +92,7 @@ def submit(
     # The job runs `winnow run` with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
     flags = [("--set", item) for item in sets]
+    flags += [("--tag", word) for word in tags]
     flags += [("--name", run_name)] if run_name is not None else []
     flags += [
         *part.options.items(),

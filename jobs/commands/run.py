@@ -23,10 +23,12 @@ from jobs.commands.app import (
     Recipes,
     Sets,
     StorePath,
+    Tags,
     Track,
     Until,
     Workers,
     console,
+    parsed_tags,
     with_trackers,
 )
 from jobs.commands.query import report
@@ -110,6 +112,7 @@ def run(
     from_step: Onward = None,
     force: Force = None,
     track: Track = [],  # noqa: B006
+    tags: Tags = [],  # noqa: B006
 ) -> None:
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
     if address and executor is ExecutorName.in_process:
@@ -118,6 +121,8 @@ def run(
         raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
     target = Store(store)
     plans = recipes.plans(recipe, configs, with_trackers(sets, track), name)
+    for item in plans:
+        item.tags = parsed_tags(tags)
     notes = with_free_names(plans, target)
     selection = rerun(plans, target, Part(only, until, from_step, force))
     resources = recipes.load_resources(profile)

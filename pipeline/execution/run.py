@@ -34,6 +34,7 @@ def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -
     """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
     store.check()
     store.link_run(plan.name, plan.steps)
+    store.tag_run(plan.name, plan.tags)
     Scheduler(plan, store, executor, reporter, record_of).run()
     store.link_run(plan.name, plan.steps)  # again: another process may have removed the run meanwhile
 

@@ -10,7 +10,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +101,7 @@ class Catalog:
     manifests: list[Json]
     evolved: bool
     is_part: bool = False  # of one run or several
+    tags: dict[str, dict[str, str]] = field(default_factory=dict)  # by run
 
     def for_run(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
         """Return the catalog of one run or several, or of one round with the steps that all rounds share.
@@ -207,7 +208,7 @@ def open_catalog(store: Store, run: str | list[str] | None = None, round: int | 
     """Return the catalog of all finished steps, of one run or several, or of one round with what all rounds share."""
     manifests = store.sealed()
     evolved = len(stage_versions(manifests)) > len({manifest["stage"] for manifest in manifests})
-    return Catalog(store.root, store.runs(), manifests, evolved).for_run(run, round)
+    return Catalog(store.root, store.runs(), manifests, evolved, tags=store.tags()).for_run(run, round)
 
 
 def query(catalog: Catalog, sql: str) -> pa.Table:
@@ -216,7 +217,7 @@ def query(catalog: Catalog, sql: str) -> pa.Table:
 
 
 def _create_runs_and_steps(connection: duckdb.DuckDBPyConnection, catalog: Catalog) -> None:
-    for name, rows in (("runs", run_rows(catalog.runs)), ("steps", step_rows(catalog.manifests))):
+    for name, rows in (("runs", run_rows(catalog.runs, catalog.tags)), ("steps", step_rows(catalog.manifests))):
         _create_table(connection, name, rows)
 
 

@@ -5,7 +5,9 @@ here before it becomes part of a statement.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -29,6 +31,12 @@ RUNS = table(
     column("round", pa.int32(), "number of the round, from 1; null for a step that all rounds share", nullable=True),
     STAGE,
     KEY,
+    column(
+        "tags",
+        pa.map_(pa.string(), pa.string()),
+        "what --tag says of the run: values by names, empty for a tag without a value; null if it has none",
+        nullable=True,
+    ),
 )
 STEPS = table(
     "steps",
@@ -146,13 +154,14 @@ def sql_literal(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def run_rows(runs: dict[str, Json]) -> pa.Table:
+def run_rows(runs: dict[str, Json], tags: Mapping[str, dict[str, str]] = MappingProxyType({})) -> pa.Table:
     """Return the table `runs`."""
     rows = []
     for run, steps in runs.items():
         for name, link in steps.items():
             step, round = split_round(name)
-            rows.append({"run": run, "step": step, "round": round, **link})
+            of_run = [*sorted(tags[run].items())] if run in tags else None
+            rows.append({"run": run, "step": step, "round": round, **link, "tags": of_run})
     return pa.Table.from_pylist(rows, RUNS)
 
 

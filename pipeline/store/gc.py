@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.registry import nearest
 from pipeline.store.inventory import KEY, SIDECAR, Inventory, followers_first
 from pipeline.store.storage import create, delete, read, sizes
-from pipeline.store.store import LOCKS, RUNS, StepFolder, Store
+from pipeline.store.store import LOCKS, RUNS, TAGS, StepFolder, Store
 from schemas import WinnowError
 
 STALE_SECONDS = 3600.0
@@ -102,8 +102,11 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
 
 def sweep(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
     """Delete the runs in `forget`, then each item of the report that is still garbage; yield it when it is deleted."""
+    tagged = store.tags() if forget else {}
     for run in forget:
         delete(store.root / RUNS / f"{run}.json")
+        if run in tagged:
+            delete(store.root / TAGS / f"{run}.json")
     for item in report.garbage:
         stage, key, *rest = item.path.split("/")
         if SCRATCH.fullmatch((rest or [key])[0]) or key.startswith(".trial-"):

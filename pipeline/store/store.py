@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the 
 
 Json = dict[str, Any]
 
-LOCKS, RUNS = "locks", "runs"  # folders beside those of the stages
+LOCKS, RUNS, TAGS = "locks", "runs", "tags"  # folders beside those of the stages
 SIDECAR = "part-{:05d}.json"
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
@@ -284,6 +284,17 @@ class Store:
         content = {step.name: {"stage": step.stage, "key": step.key} for step in steps}
         write_json(self.root / RUNS / f"{name}.json", content)
 
+    def tags(self) -> dict[str, dict[str, str]]:
+        """Return the tags of each run that has any, by their names; those without a value have an empty one."""
+        files = read_all(self.root, f"{TAGS}/*.json").items()
+        return {path.stem: _checked_tags(path, _decoded(path, content)) for path, content in files}
+
+    def tag_run(self, name: str, tags: dict[str, str]) -> None:
+        """Add tags to a run, in a file of their own: they are words about its results, and no part of what they are."""
+        if tags:
+            path = self.root / TAGS / f"{name}.json"
+            write_json(path, _checked_tags(path, read_json(path) or {}) | tags)
+
     def check(self) -> None:
         """Raise WinnowError if the store cannot be written to; called before any work is done."""
         trial = self.root / LOCKS / f".trial-{os.getpid()}-{id(self):x}"
@@ -301,6 +312,12 @@ class Store:
                 f"--store {self.root}: this object store has no conditional writes: it created the same file twice, so "
                 "two runs could overwrite each other's results; use another object store, a newer version, or a disk"
             )
+
+
+def _checked_tags(path: Location, content: Json) -> dict[str, str]:
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise WinnowError(f"{path}: is not the tags of a run, texts by their names; correct or delete it")
+    return content
 
 
 @lru_cache(maxsize=128)  # a schema's paths cost milliseconds, once per part and table

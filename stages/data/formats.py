@@ -5,7 +5,7 @@ with more than two responses gives a list, in which a ValueError stands for a pa
 columns that it needs (options in braces), so that a file without them is refused with their names; `optional` those
 that it reads where a file has them; `variants` are options under which it reads public data. With `together: COLUMN`, a
 reader takes consecutive rows that are equal in that column: two at a time, or all of them with `together_rows: None`.
-Ties, empty responses and responses of several turns are rejected, each with its reason. More formats are in
+Ties and empty responses are rejected, each with its reason. More formats are in
 comparison_formats.py (two responses with a verdict), ranking_formats.py (more than two), trainer_formats.py.
 """
 
@@ -277,7 +277,7 @@ def _checked(reader: Bound, pair: Any) -> PreferencePair | ValueError:
     texts = {"chosen": pair.chosen, "rejected": pair.rejected}
     texts |= {} if pair.plain is None else {"plain": pair.plain}
     try:
-        for name in (name for name, text in texts.items() if not isinstance(text, dict)):
+        for name in (name for name, text in texts.items() if not isinstance(text, dict | list)):
             text_of(texts, name)
         prompt_of({"prompt": pair.prompt}, "prompt")
     except ValueError as error:
@@ -323,9 +323,14 @@ def prompt_of_transcript(transcript: str) -> tuple[Prompt, str]:
 def shared_turns(first: list[Message], second: list[Message]) -> list[Message]:
     """Return the turns with which both begin, except that the last turn of either is always its response.
 
-    Equal lists thus share all but their last turn, and the pair is then rejected as identical.
+    Equal lists thus share all but their last turn, and the pair is then rejected as identical. What follows begins with
+    a turn of the assistant: an answer that both share belongs to the responses if a user or a tool answers it in two
+    ways.
     """
-    return first[: min(shared_prefix_length(first, second), len(first) - 1, len(second) - 1)]
+    longest = min(shared_prefix_length(first, second), len(first) - 1, len(second) - 1)
+    lengths = range(longest, -1, -1)
+    begins = (n for n in lengths if all(turns[n]["role"] == "assistant" for turns in (first, second)))
+    return first[: next(begins, longest)]
 
 
 def _require_higher_score(row: Row) -> None:

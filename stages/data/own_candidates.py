@@ -35,7 +35,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     return problems + check_source(options, [options[name] for name in names if options[name]])
 
 
-@stage(version=4, unsharded=True, check=_check_own_candidates)
+@stage(version=5, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,
@@ -71,7 +71,7 @@ def own_candidates(
     probability under the sampling policy.
 
     If all rewards of the file are 0 or 1 (or false and true), or -1 or 1, they are labels: later stages take them for
-    right and wrong by 0.5 or 0, and not by a prompt's mean.
+    right and wrong by 0.5 or 0, and not by a prompt's mean. Responses of several turns are as in stage `preferences`.
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)

@@ -16,7 +16,7 @@ from stages.options import Count, HeldoutShare, Prefill, TooLong
 
 
 @stage(
-    version=4,
+    version=5,
     unsharded=True,
     check=lambda options, inputs: check_system_prompt(options, inputs) + check_reader(options),
 )
@@ -42,6 +42,10 @@ def preferences(
     a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason. So are
     responses longer than `max_tokens`: one that is cut is not what was preferred, and has no end (`too_long: cut`
     keeps it). Ids, `system_prompt` and `prefill` are as in stage `prompts`.
+
+    A response may be several turns, with calls and results of tools: the column `mask` says which ids the assistant
+    wrote, and they alone are trained on and scored. Rejected are those whose turns the chat template renders
+    differently once others follow.
     """
     reader = preference_reader.bind(reader)
     data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill, system_prompt=system_prompt)

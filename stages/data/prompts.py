@@ -22,6 +22,7 @@ from stages.data.texts import (
     prompt_with,
     readable,
     readable_reply,
+    reply_json,
     reply_of,
     tools_of,
 )
@@ -131,7 +132,9 @@ def prompts(
             continue
         if response is not None:
             try:
-                ids, finish_reason = data.response_ids(conversation, row["token_ids"], response)
+                ids, mask, finish_reason = data.response_ids(conversation, row["token_ids"], response)
+                if mask is not None:
+                    raise ValueError("demonstration of several turns, of which all would be imitated")
                 if finish_reason == "length":
                     raise ValueError("demonstration too long")
                 row |= {"demonstration": readable_reply(response), "demonstration_ids": ids}
@@ -220,11 +223,20 @@ class DataTables:
             "demonstration_ids": None,
         }
 
-    def response_ids(self, conversation: Conversation, prompt_ids: list[int], reply: Reply) -> tuple[list[int], str]:
-        """Return (ids, "stop"), or the ids that fit and "length": max_tokens, and what the context leaves room for."""
-        ids = self.tokenizer.response_ids(self.with_system_prompt(conversation), reply)
+    def response_ids(
+        self, conversation: Conversation, prompt_ids: list[int], reply: Reply
+    ) -> tuple[list[int], list[bool] | None, str]:
+        """Return ids, mask (None for one turn) and "stop", or what fits and "length".
+
+        Room is for max_tokens, and for what the context leaves.
+        """
+        conversation, mask = self.with_system_prompt(conversation), None
+        if isinstance(reply, list):
+            ids, mask = self.tokenizer.turns_ids(conversation, reply)
+        else:
+            ids = self.tokenizer.response_ids(conversation, reply)
         limit = min(self.max_tokens, self.context - len(prompt_ids))
-        return (ids, "stop") if len(ids) <= limit else (ids[:limit], "length")
+        return (ids, mask, "stop") if len(ids) <= limit else (ids[:limit], mask and mask[:limit], "length")
 
     def add_prompt(self, conversation: Conversation) -> str:
         """Add a prompt unless it is there already; return its id."""
@@ -239,15 +251,21 @@ class DataTables:
         """
         conversation = self.with_system_prompt(conversation)
         prompt = prompt_id(conversation.content, conversation.tools)
-        ids, finish_reason = self.response_ids(conversation, self.prompts_by_id[prompt]["token_ids"], reply)
+        ids, mask, finish_reason = self.response_ids(conversation, self.prompts_by_id[prompt]["token_ids"], reply)
         if finish_reason == "length" and self.too_long == "reject":
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()
         text = readable_reply(reply)
-        row = imported_candidate(prompt, ids, text, used_ids, k=self.counts[prompt], finish_reason=finish_reason)
-        if row["candidate_id"] not in self.candidates_by_id:
+        row = imported_candidate(
+            prompt, ids, text, used_ids, k=self.counts[prompt], finish_reason=finish_reason, mask=mask,
+            chat=reply_json(reply),
+        )  # fmt: skip
+        known = self.candidates_by_id.get(row["candidate_id"])
+        if known is None:
             self.candidates_by_id[row["candidate_id"]] = row
             self.counts[prompt] += 1
+        elif known["mask"] != mask:  # turns that a template renders alike, whoever takes them
+            raise ValueError("its ids are those of another response, in which the assistant wrote others of them")
         return str(row["candidate_id"])
 
     def tables(self) -> tuple[pa.Table, pa.Table]:

@@ -41,6 +41,11 @@ def fields_of(prompt: Row) -> dict[str, str]:
     return dict(prompt.get("fields") or ())
 
 
+def mask_of(candidate: Row) -> tuple[bool, ...] | None:
+    """Return which ids of a candidate count, as the key of a dict; None if all do."""
+    return None if candidate["mask"] is None else tuple(candidate["mask"])
+
+
 def text_by_id(table: pa.Table, name: str) -> dict[str, str]:
     """Return {value of the id column `name`: text}."""
     return column_by_id(table, name, "text")
@@ -74,7 +79,15 @@ def equal_rewards(group: list[Row]) -> str | None:
 
 
 def imported_candidate(
-    prompt: str, ids: list[int], text: str, used_ids: Container[str] = (), *, k: int = 0, finish_reason: str = "given"
+    prompt: str,
+    ids: list[int],
+    text: str,
+    used_ids: Container[str] = (),
+    *,
+    k: int = 0,
+    finish_reason: str = "given",
+    mask: list[bool] | None = None,
+    chat: str | None = None,
 ) -> Row:
     """Return the row of a candidate that no policy drew here: it has neither log-prob nor seed.
 
@@ -86,7 +99,9 @@ def imported_candidate(
         "candidate_id": next(copy for copy in copies if copy not in used_ids),
         "k": k,
         "token_ids": ids,
+        "mask": mask,
         "text": text,
+        "chat": chat,
         "raw_text": None,
         "logp": None,
         "logp_kind": "none",

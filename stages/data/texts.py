@@ -14,7 +14,9 @@ from schemas.ids import Message
 from stages.data.rows import Row
 
 Prompt = str | list[Message]
-Reply = str | Message  # text, or an assistant message with more than a content, such as a tool call
+# Text; an assistant message with more than a content, such as a tool call; or several turns, of which the assistant has
+# the first and the last.
+Reply = str | Message | list[Message]
 
 # Keys of a message that a chat template must render, or the row is rejected, and keys that it may leave out.
 REASONING = "reasoning_content"
@@ -45,6 +47,12 @@ def conversation_of(prompt: Row) -> Conversation | None:
         return None
     chat = json.loads(prompt["chat"])
     return Conversation(chat["messages"], chat["tools"])
+
+
+def is_continued(prompt: Row) -> bool:
+    """Return whether a row of the table `prompts` ends in an assistant turn, which its responses go on with."""
+    conversation = conversation_of(prompt)
+    return conversation is not None and as_messages(conversation.content)[-1]["role"] == "assistant"
 
 
 def number_of(row: Row, name: str, called: str | None = None) -> float:
@@ -107,7 +115,7 @@ def as_prompt(messages: list[Message]) -> Prompt:
 
 
 def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> Reply:
-    """Return the response in a column: text, or messages that end in one assistant turn.
+    """Return the response in a column: text, or messages that begin and end with an assistant turn.
 
     Some data sets repeat the turns of `prompt` before it; these are removed.
     """
@@ -117,8 +125,10 @@ def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> Reply:
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     if messages[: len(before)] == before:
         messages = messages[len(before) :]
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise ValueError(f"{name} is not one assistant turn")
+    if not messages or any(messages[n]["role"] != "assistant" for n in (0, -1)):
+        raise ValueError(f"{name} does not begin and end with an assistant turn")
+    if len(messages) > 1:
+        return messages
     return messages[0]["content"] if _is_plain(messages[0], "assistant") else messages[0]
 
 
@@ -163,11 +173,31 @@ def readable(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
 
 
 def readable_reply(reply: Reply) -> str:
-    """Return a response for people and rankers: its text, with reasoning before it and tool calls after it."""
+    """Return a response for people and rankers: its text, with reasoning before it and tool calls after it.
+
+    Of several turns, each with its role.
+    """
     if isinstance(reply, str):
         return reply
+    if isinstance(reply, list):
+        return readable(reply)
     texts = [str(reply[key]) for key in (REASONING, "content") if reply.get(key)]
     return "\n".join([*texts, *(f"{key}: {_compact(reply[key])}" for key in CONTENT_KEYS[1:] if key in reply)])
+
+
+def reply_json(reply: Reply) -> str | None:
+    """Return the messages of a response as the JSON of the column `chat`; None for one text."""
+    if isinstance(reply, str):
+        return None
+    return json.dumps(reply if isinstance(reply, list) else [reply], ensure_ascii=False)
+
+
+def reply_of_candidate(candidate: Row) -> Message | list[Message] | None:
+    """Return the messages of a row of the table `candidates`; None for one text."""
+    if candidate["chat"] is None:
+        return None
+    messages: list[Message] = json.loads(candidate["chat"])
+    return messages if len(messages) > 1 else messages[0]
 
 
 def shared_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:

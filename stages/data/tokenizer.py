@@ -20,7 +20,6 @@ from stages.data.texts import (
     TEMPLATE_OPTIONS,
     Conversation,
     Prompt,
-    Reply,
     as_messages,
     shared_prefix_length,
 )
@@ -98,7 +97,7 @@ class Tokenizer:
         """Return ids as text with all special tokens: the prompt or response as the model reads it."""
         return str(self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def response_ids(self, prompt: Conversation | Prompt, reply: Reply) -> list[int]:
+    def response_ids(self, prompt: Conversation | Prompt, reply: str | Message) -> list[int]:
         """Return the ids of a response to a prompt, the token that ends it included.
 
         They are those that follow the prompt's in the ids of both together, so that no space is added and no token
@@ -138,20 +137,60 @@ class Tokenizer:
             raise ValueError("the chat template does not end the response")
         return ids[:length]
 
+    def turns_ids(self, prompt: Conversation | Prompt, turns: list[Message]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a response of several turns, and which of them the assistant wrote.
+
+        What it wrote in a turn is what `response_ids` says of that turn after all before it: the mask has the ids of
+        every turn with its end, and nothing of the headers, users and tools between them. Raise ValueError with the
+        reason to reject it, as `response_ids` does, and where the template renders a turn differently once others
+        follow (as some do, which leave out earlier reasoning): no mask would then be of what the assistant wrote.
+        """
+        conversation = _conversation(prompt)
+        if self.inner.chat_template is None:
+            raise ValueError("a response of several turns, and the tokenizer has no chat template")
+        history, tools = as_messages(conversation.content), conversation.tools
+        if history[-1]["role"] == "assistant":
+            raise ValueError("a response of several turns cannot continue a turn of the prompt")
+        prompt_ids = self.prompt_ids(conversation)
+        messages = [*self._messages(conversation), *turns]
+        ids = self.encode(self._render(messages, tools))
+        mask = [False] * len(ids)
+        end = 0
+        for n in range(len(history), len(messages)):
+            if messages[n]["role"] != "assistant":
+                continue
+            if messages[n - 1]["role"] == "assistant":
+                raise ValueError("two turns of the assistant follow each other")
+            before = Conversation(messages[:n], tools)
+            start = len(begin := self.prompt_ids(before))
+            end = start + len(turn := self.response_ids(before, messages[n]))
+            if ids[:end] != begin + turn:
+                raise ValueError("the chat template renders a turn differently once others follow")
+            mask[start:end] = [True] * len(turn)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError("the ids of prompt and response together do not begin with those of the prompt")
+        return ids[len(prompt_ids) : end], mask[len(prompt_ids) : end]
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
-        """Return the text of ids, with special tokens or without them, without surrounding white space."""
+    def decode(self, ids: list[int], *, special_tokens: bool = False, continues: bool = False) -> str:
+        """Return the text of ids, with special tokens or without them, without surrounding white space.
+
+        continues: it goes on with a turn of the prompt, so that the space before its first word belongs to it.
+        """
         if not special_tokens:
             ids = [token for token in ids if token not in self.special_tokens]
-        return str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).strip()
+        text = str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).rstrip()
+        return text if continues else text.lstrip()
 
-    def decode_before(self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False) -> tuple[str, str]:
+    def decode_before(
+        self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False, continues: bool = False
+    ) -> tuple[str, str]:
         """Return the text of ids before the stop string that their last token completes, and what is after it.
 
-        Raise ValueError if it completes none.
+        Raise ValueError if it completes none. `continues` as in `decode`.
         """
 
         def text_of(part: list[int]) -> str:
@@ -168,7 +207,8 @@ class Tokenizer:
         if not matches:
             raise ValueError("no stop string at the end of the text")
         start, end = min(matches, key=lambda match: match[1])  # of those that end at once, the first of `stop`
-        return text[:start].strip(), text[end:]
+        before = text[:start].rstrip()
+        return before if continues else before.lstrip(), text[end:]
 
     def label(self, text: str) -> int:
         """Return the single token of a label; raise WinnowError if it takes more."""
@@ -226,6 +266,14 @@ class Tokenizer:
         return tuple(dict.fromkeys([*end, int(self.inner.eos_token_id), *self._configured_ends]))
 
     @cached_property
+    def lead(self) -> list[int]:
+        """Return what the template writes between a question and its answer, such as an empty `<think>`."""
+        if self.inner.chat_template is None:
+            return []
+        first, second = (self.response_ids([*self._shape[0], _user(OTHER_PROBE)], text) for text in ("A", "B"))
+        return first[: shared_prefix_length(first, second)]
+
+    @cached_property
     def _configured_ends(self) -> list[int]:
         """Return the EOS ids of generation_config.json, or without one of config.json, as transformers and vLLM do."""
         if (self.folder / GENERATION).is_file():
@@ -261,7 +309,7 @@ class Tokenizer:
 
         Raise WinnowError if it refuses them: what it refuses is our own, and no row can be blamed for it.
         """
-        question = {"role": "user", "content": OTHER_PROBE}
+        question = _user(OTHER_PROBE)
         turns = [*self._shape[0], question, _assistant(PROBE)]
         try:
             return self._render(turns, None), self._render([*turns, question], None)
@@ -324,7 +372,7 @@ class Tokenizer:
     def _messages(self, conversation: Conversation) -> list[Message]:
         content = conversation.content
         if isinstance(content, str):
-            content = [{"role": "user", "content": content.removeprefix(self.inner.bos_token or "")}]
+            content = [_user(content.removeprefix(self.inner.bos_token or ""))]
         self._refuse_special_tokens(Conversation(content, conversation.tools))
         return content
 
@@ -443,6 +491,10 @@ def _each_left_out(items: list[Any]) -> list[list[Any] | None]:
 
 def _in_parts(messages: list[Message]) -> list[Message]:
     return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def _assistant(text: str) -> Message:

@@ -2,22 +2,31 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline import Bound, Registry, stage
+from pipeline import Bound, InputStep, Registry, StageContext, stage
 from pipeline.registry import entry_of
-from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference, WinnowWarning
+from schemas import (
+    Candidates,
+    Evaluations,
+    Judgements,
+    Outcomes,
+    Prompts,
+    Reference,
+    WinnowError,
+    WinnowWarning,
+)
 from schemas.tables import EVALUATIONS, OUTCOMES
-from stages.data.rows import column_by_id, fields_of, text_by_id
+from stages.data.rows import Row, column_by_id, fields_of, rows_by_prompt, text_by_id
+from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
-from stages.ranking.rankers import FIELDS, PROGRAM, fields_problems, plain_program
-from stages.ranking.verifiers import code_tests, json_schema, math_answer
+from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_program
+from stages.ranking.verifiers import code_tests, instruction_share, instructions, json_schema, math_answer
 from stages.results import number
 
 
@@ -33,20 +42,22 @@ gold_reward = Registry(
     plain=plain_gold,
     reads_fields=NotRequired[bool],
     columns=NotRequired[tuple[str, ...]],
+    check=NotRequired[Callable[..., Any]],
     requires=NotRequired[str],
 )
-for program in (code_tests, json_schema, math_answer):
+for program in (code_tests, instruction_share, instructions, json_schema, math_answer):
     entry = entry_of(program, "ranker")
-    shared = {name: entry.metadata[name] for name in ("columns", "requires") if name in entry.metadata}
+    shared = {name: entry.metadata[name] for name in ("columns", "check", "requires") if name in entry.metadata}
     gold_reward(arguments=FIELDS, reads_fields=True, version=entry.version, **shared)(program)
 
 WIDE = 0.1  # half of a 95 % interval of a win rate: wider, it tells few methods apart
 ENOUGH = math.ceil((1.96 * 0.5 / WIDE) ** 2)  # prompts, each won or lost, of which a rate of one half has that interval
-METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
+METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts", "proxy_unread", "gold_gain")
+UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 
 @stage(
-    version=3,
+    version=4,
     unsharded=True,
     check=lambda options, inputs: fields_problems(options["gold"], inputs, "gold") if options["gold"] else [],
 )
@@ -55,6 +66,7 @@ def evaluate(
     candidates: Candidates,
     baseline: Candidates,
     judgements: Judgements,
+    ctx: StageContext,
     policy_logp: Reference | None = None,
     baseline_logp: Reference | None = None,
     *,
@@ -63,53 +75,97 @@ def evaluate(
     resamples: SmallCount = 2000,
     seed: Seed = 0,
 ) -> tuple[Outcomes, Evaluations]:
-    """Compare a policy with the baseline: per response, whether it wins by proxy and gold, log-ratio and length.
+    """Compare a policy with the baseline: wins of every response against every one of the baseline, log-ratio, length.
 
-    A tie counts one half. A comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that
-    have one, and not in `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
-    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
+    All responses count, whether or not the ranker was asked about them. A tie counts one half. A response that the
+    ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons decided so. A
+    comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that have one, and not in
+    `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
+    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. `proxy_win_lc` and
+    `gold_win_lc` are win rates at equal length, by the logistic model of AlpacaEval 2; `gold_gain` is the difference of
+    the gold rewards of policy and baseline, paired by prompt. Fewer than 97 prompts are warned of.
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
-    (steered, for which `policy_logp` is not read). It is null otherwise. A gold reward that is no finite number ends
-    the stage. Fewer than 97 prompts are warned of, and how wide an interval they leave.
+    (steered, for which `policy_logp` is not read). It is null otherwise; of responses cut at max_tokens, it is of the
+    cut ones. A gold reward that is no finite number ends the stage. Prompts by whose columns it can score no response
+    are rejected, and count in all but gold.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
     fields = {row["prompt_id"]: fields_of(row) for row in prompts.to_pylist()}
-    responses = pa.concat_tables([baseline, candidates])
-    response_texts = text_by_id(responses, "candidate_id")
-    if special_tokens:
-        raw_texts = column_by_id(responses, "candidate_id", "raw_text")
-        response_texts |= {name: text for name, text in raw_texts.items() if text is not None}
-    lengths = column_by_id(candidates, "candidate_id", "n_tokens")
     logp_kinds = candidates.column("logp_kind").unique().to_pylist()
     draw_logp = {"exact": policy_logp, "steered": candidates}.get(logp_kinds[0]) if len(logp_kinds) == 1 else None
     policy_scores, baseline_scores = (
         {} if table is None else column_by_id(table, "candidate_id", "logp") for table in (draw_logp, baseline_logp)
     )
 
-    outcomes = []
+    def gold_of(gold: Bound, row: Row) -> float:
+        prompt, name = row["prompt_id"], row["candidate_id"]
+        text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
+        known = (fields[prompt],) if gold.metadata.get("reads_fields") else ()
+        return number(gold, gold(prompt_texts[prompt], text, *known), of=f"prompt {prompt}, candidate {name}")
+
+    # Prompts that the gold reward can score by the columns that were kept.
+    scorable = set(prompt_texts)
+    for name in sorted(set(candidates.column("prompt_id").to_pylist())):
+        try:
+            if gold is not None:
+                check_fields(gold, fields[name])
+        except ValueError as error:
+            ctx.reject(f"no gold: {error}", place="prompts", prompt=name)
+            scorable.discard(name)
+
+    judgements_by_candidate: dict[str, list[Row]] = {}
     for row in judgements.to_pylist():
-        ours, theirs = row["candidate_id"], row["baseline_id"]
-        outcome = {name: row[name] for name in ("prompt_id", "k", "candidate_id", "baseline_id")}
-        verdict = None if row["logit"] is None else _win_score(row["logit"])
-        outcome |= {"proxy_win": verdict, "n_tokens": lengths[ours]}
-        if ours in policy_scores and ours in baseline_scores:
-            outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
-        if gold is not None:
-            prompt = prompt_texts[row["prompt_id"]]
-            columns = (fields[row["prompt_id"]],) if gold.metadata.get("reads_fields") else ()
-            of = f"prompt {row['prompt_id']}, candidate "
-            outcome["gold"] = number(gold, gold(prompt, response_texts[ours], *columns), of=of + ours)
-            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs], *columns), of=of + theirs)
-            outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
+        judgements_by_candidate.setdefault(row["candidate_id"], []).append(row)
+    baseline_by_prompt = dict(rows_by_prompt(baseline))
+    baseline_length = column_by_id(baseline, "candidate_id", "n_tokens")
+    baseline_gold = {
+        row["candidate_id"]: gold_of(gold, row)
+        for row in baseline.to_pylist()
+        if gold is not None and row["prompt_id"] in scorable
+    }
+    outcomes = []
+    matches: dict[str, list[Match]] = {"proxy_win": [], "gold_win": []}
+    for row in (row for _, group in rows_by_prompt(candidates) for row in group):
+        name, judged = row["candidate_id"], judgements_by_candidate.pop(row["candidate_id"], [])
+        wins = {
+            match["baseline_id"]: UNREAD_WINS[match["unread"]] if match["unread"] else _win_score(match["logit"])
+            for match in judged
+            if match["unread"] or match["logit"] is not None
+        }
+        outcome = dict(prompt_id=row["prompt_id"], k=row["k"], candidate_id=name, n_tokens=row["n_tokens"])
+        outcome["proxy_verdicts"] = _mean(match["logit"] is not None for match in judged)
+        outcome["proxy_unread"] = _mean(match["unread"] is not None for match in judged)
+        gold_wins = {}
+        if gold is not None and row["prompt_id"] in scorable:
+            outcome["gold"] = gold_of(gold, row)
+            golds = {
+                opponent["candidate_id"]: baseline_gold[opponent["candidate_id"]]
+                for opponent in baseline_by_prompt.get(row["prompt_id"], [])
+            }
+            outcome["gold_baseline"] = _mean(golds.values())
+            outcome["gold_gain"] = outcome["gold"] - outcome["gold_baseline"] if golds else None
+            gold_wins = {opponent: _win_score(outcome["gold"] - value) for opponent, value in golds.items()}
+        for metric, by_opponent in (("proxy_win", wins), ("gold_win", gold_wins)):
+            outcome[metric] = _mean(by_opponent.values())
+            matches[metric] += [
+                Match(row["prompt_id"], win, row["n_tokens"] - baseline_length[opponent])
+                for opponent, win in by_opponent.items()
+            ]
+        if name in policy_scores and name in baseline_scores:
+            outcome["kl"] = float(policy_scores[name] - baseline_scores[name])
         outcomes.append(outcome)
+    if judgements_by_candidate:
+        raise WinnowError(
+            f"evaluate: judgements of {len(judgements_by_candidate):,} responses that `candidates` lacks, such as "
+            f"{next(iter(judgements_by_candidate))}; give it the candidates that were judged"
+        )
 
     # Average per prompt first, so that prompts with more responses do not weigh more. In one thread and in the order of
     # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
-    table = pa.Table.from_pylist(outcomes, OUTCOMES)
-    has_verdict = pc.is_valid(table.column("proxy_win")).cast(pa.float64())
-    by_prompt = table.append_column("proxy_verdicts", has_verdict)
-    by_prompt = by_prompt.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
+    measured = pa.schema([(name, pa.float64()) for name in ("proxy_verdicts", "proxy_unread", "gold_gain")])
+    table = pa.Table.from_pylist(outcomes, pa.schema([*OUTCOMES, *measured]))
+    by_prompt = table.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
     by_prompt, rng = by_prompt.sort_by("prompt_id"), np.random.default_rng(seed)
     if 0 < (n := by_prompt.num_rows) < ENOUGH:
         warnings.warn(
@@ -126,11 +182,21 @@ def evaluate(
             low, high = bootstrap_interval(means, resamples, rng)
             row = {"metric": metric, "value": float(means.mean()), "low": low, "high": high, "n": len(means)}
             evaluations.append(row)
-    return table, pa.Table.from_pylist(evaluations, EVALUATIONS)
+    for metric, met in matches.items():
+        if met:
+            value, (low, high) = length_controlled(met, resamples, rng)
+            n = len({match.prompt for match in met})
+            evaluations.append({"metric": f"{metric}_lc", "value": value, "low": low, "high": high, "n": n})
+    return table.select(OUTCOMES.names), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
 
 def _win_score(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def bootstrap_interval(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline import StageContext, stage
 from schemas import Candidates, Features, Model, Prompts
 from schemas.tables import FEATURES
-from stages.data.rows import column_by_id
+from stages.data.rows import column_by_id, mask_of
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 from stages.model_config import input_problems
 
@@ -24,8 +24,8 @@ def features(
     """Compute the mean over a response's tokens of the policy's last hidden states, after its final norm.
 
     float32 [hidden]. The prompt is in the context and not in the mean, and neither is padding (the code of
-    arXiv:2605.23244 counts both). Responses of equal tokens go through the network once. Responses without tokens,
-    which have no mean, are rejected.
+    arXiv:2605.23244 counts both), nor what the assistant did not write of a response of several turns. Responses of
+    equal tokens go through the network once. Responses without tokens, which have no mean, are rejected.
     """
     from stages.network.forward import forward_rows, response_means
     from stages.network.load import load_network
@@ -39,11 +39,11 @@ def features(
             ctx.reject("empty response", place="candidates", prompt=row["prompt_id"], candidate=row["candidate_id"])
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
 
-    responses = [(row["prompt_id"], tuple(row["token_ids"])) for row in rows]
+    responses = [(row["prompt_id"], tuple(row["token_ids"]), mask_of(row)) for row in rows]
     unique = list(dict.fromkeys(responses))
-    ctx.count(tokens=sum(len(prompt_ids[prompt]) + len(token_ids) for prompt, token_ids in unique))
+    ctx.count(tokens=sum(len(prompt_ids[prompt]) + len(token_ids) for prompt, token_ids, _ in unique))
     network = ctx.open_once(load_network, policy)
-    sequences = [(prompt_ids[prompt], token_ids) for prompt, token_ids in unique]
+    sequences = [(prompt_ids[prompt], token_ids, mask) for prompt, token_ids, mask in unique]
     means = forward_rows(response_means, network, sequences, dtype, SCORING_TOKENS_PER_PASS)
     mean_by_response = dict(zip(unique, means, strict=True))
     vectors = [

@@ -21,6 +21,7 @@ from schemas import WinnowError, WinnowWarning
 from stages.network.lm_head import lm_head_of, token_logp
 from stages.network.packing import (
     Ids,
+    Mask,
     PackedTokens,
     PromptGroup,
     batch_by_tokens,
@@ -32,7 +33,7 @@ from stages.network.packing import (
 from stages.network.prefix_attention import NAME
 from stages.network.router import RouterLoss, has_router_loss
 
-Row = tuple[Ids, Ids]
+Row = tuple[Ids, Ids] | tuple[Ids, Ids, Mask]  # prompt, response, and which of its ids count
 Measure = Callable[[PreTrainedModel, Sequence[PromptGroup], str], Tensor]
 TRIAL = (PromptGroup([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), PromptGroup([1, 6], [[1, 8, 0], [3]]))
 CLOSE = 1e-4  # of the largest number: fp32 added up in another order
@@ -50,9 +51,9 @@ def completion_logp(
 ) -> tuple[Tensor, Tensor]:
     """Return each response's summed log-prob given its prompt, and how many of its tokens greedy decoding would give.
 
-    Both are fp32 [N], over the responses of one group after the other. The head runs on response positions only, if it
-    is a linear layer; the softmax is in fp32 whatever the network runs in. `router` takes in the router logits of all
-    tokens.
+    Both are fp32 [N], over the responses of one group after the other, and of their tokens that count. The head runs
+    on response positions only, if it is a linear layer; the softmax is in fp32 whatever the network runs in. `router`
+    takes in the router logits of all tokens.
     """
     if network in LINEAR_HEADS:
         states, tokens = hidden_states(network, groups, dtype, last=router is not None, router=router)
@@ -94,9 +95,12 @@ def next_logits(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: 
 
 
 def response_means(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
-    """Return the mean of the last hidden states over each response's tokens, fp32 [N, hidden]."""
+    """Return the mean of the last hidden states over each response's tokens that count, fp32 [N, hidden]."""
     states, tokens = hidden_states(network, groups, dtype, last=True)
-    return (_response_sums(states[tokens.positions].float(), tokens) / tokens.lengths[:, None])[tokens.rows]
+    lengths = tokens.lengths
+    if tokens.counted is not None:
+        lengths = _response_sums(torch.ones_like(tokens.counted, dtype=torch.float32), tokens)
+    return (_response_sums(states[tokens.positions].float(), tokens) / lengths[:, None])[tokens.rows]
 
 
 def hidden_states(
@@ -160,7 +164,9 @@ def _check_no_encoder(network: PreTrainedModel) -> None:
 
 
 def _response_sums(values: Tensor, tokens: PackedTokens) -> Tensor:
-    """Return [S, ...], the sum over each different response's tokens."""
+    """Return [S, ...], the sum over those tokens of each different response that count."""
+    if tokens.counted is not None:
+        values = values.masked_fill(~tokens.counted.view(-1, *[1] * (values.dim() - 1)), 0.0)
     return torch.segment_reduce(values, "sum", lengths=tokens.lengths)
 
 
@@ -262,15 +268,22 @@ def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
 def forward_rows(
     measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int
 ) -> np.ndarray:
-    """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order."""
+    """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order.
+
+    A row may have a mask as its third item: which of the response's ids count.
+    """
     # Responses by prompt, cut into parts that fit the budget alone: (group, indices of its rows).
     rows_of_prompt: dict[tuple[int, ...], list[int]] = {}
-    for n, (prompt, _) in enumerate(rows):
+    for n, (prompt, *_) in enumerate(rows):
         rows_of_prompt.setdefault(tuple(prompt), []).append(n)
-    groups = [PromptGroup(prompt, [rows[n][1] for n in indices]) for prompt, indices in rows_of_prompt.items()]
+    masks: list[Mask] = [row[2] if len(row) == 3 else None for row in rows]
+    groups = [
+        PromptGroup(prompt, [rows[n][1] for n in indices], masks=[masks[n] for n in indices])
+        for prompt, indices in rows_of_prompt.items()
+    ]
     shared_prefix = uses_shared_prefix(network, groups)
     parts = [
-        (PromptGroup(group.prompt, [group.responses[m] for m in part]), [indices[m] for m in part])
+        (group.part(part), [indices[m] for m in part])
         for group, indices in zip(groups, rows_of_prompt.values(), strict=True)
         for part in split_responses(group, budget, shared_prefix)
     ]

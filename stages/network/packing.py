@@ -1,7 +1,7 @@
 """Prompts and responses as tokens of one forward pass: each prompt once, or, padded, one row per response."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,16 +14,41 @@ from torch import Tensor
 from stages.network.prefix_attention import Layout, Tiles
 
 Ids = Sequence[int]
+Mask = Sequence[bool] | None  # which ids of a response count in its sums; None: all
 Index = NDArray[np.int64]
 ToDevice = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Prompt and some responses to it, in token ids, none empty."""
+    """Prompt and some responses to it, in token ids, none empty.
+
+    masks: one per response; empty where all ids count. Of a response of several turns, those of the assistant do.
+    """
 
     prompt: Ids
     responses: Sequence[Ids]
+    masks: Sequence[Mask] = field(default=(), kw_only=True)
+
+    @property
+    def masked_responses(self) -> list[tuple[tuple[int, ...], tuple[bool, ...] | None]]:
+        """Return the ids of each response with its mask, as keys of a dict."""
+        masks = self.masks or [None] * len(self.responses)
+        return [
+            (tuple(ids), None if mask is None else tuple(mask)) for ids, mask in zip(self.responses, masks, strict=True)
+        ]
+
+    @property
+    def counted(self) -> list[int]:
+        """Return how many ids of each response count."""
+        if not self.masks:
+            return [len(ids) for ids in self.responses]
+        return [len(ids) if mask is None else sum(mask) for ids, mask in zip(self.responses, self.masks, strict=True)]
+
+    def part(self, indices: Sequence[int]) -> "PromptGroup":
+        """Return the prompt with some of its responses."""
+        masks = [self.masks[n] for n in indices] if self.masks else ()
+        return PromptGroup(self.prompt, [self.responses[n] for n in indices], masks=masks)
 
 
 @dataclass(frozen=True)
@@ -42,6 +67,7 @@ class PackedTokens:
     positions: Tensor  # [M] of the response tokens themselves; [M - S] if each last one was not packed
     rows: Tensor  # [N] which of the S each is
     weights: Tensor  # [T], or [S T] if padded: rows of prompt and response that each token is in; 0 for padding
+    counted: Tensor | None = None  # [M] bool: whether each token counts in its response's sums; None if all do
 
 
 def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, last: bool = False) -> PackedTokens:
@@ -51,8 +77,9 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
     """
     to_device = partial(_to_device, device=device)
     order = sorted(range(len(groups)), key=lambda n: len(groups[n].prompt))
-    unique = [list(dict.fromkeys(map(tuple, groups[n].responses))) for n in order]
-    flat = [response for responses in unique for response in responses]
+    unique = [list(dict.fromkeys(groups[n].masked_responses)) for n in order]
+    flat = [response for responses in unique for response, _ in responses]
+    masks = [mask for responses in unique for _, mask in responses]
     prompt_lengths, lengths = _lengths([groups[n].prompt for n in order]), _lengths(flat)
     packed_lengths = lengths if last else lengths - 1
     owner = np.repeat(np.arange(len(groups)), _lengths(unique))  # [S] which prompt each response answers
@@ -70,7 +97,7 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
         for n, responses in zip(order, unique, strict=True)
     }
 
-    rows = [row_of[n][tuple(response)] for n, group in enumerate(groups) for response in group.responses]
+    rows = [row_of[n][response] for n, group in enumerate(groups) for response in group.masked_responses]
     responses_of_prompt, copies = _lengths([groups[n].responses for n in order]), np.bincount(rows, minlength=len(flat))
 
     from_start = _ranges(0 * prompt_starts, prompt_lengths)
@@ -87,6 +114,7 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
         positions=to_device(_ranges(response_starts, packed_lengths)),
         rows=to_device(rows),
         weights=to_device(np.repeat(np.r_[responses_of_prompt, copies], np.r_[prompt_lengths, packed_lengths])),
+        counted=_counted(flat, masks, to_device),
     )
 
 
@@ -110,7 +138,24 @@ def pad(groups: Sequence[PromptGroup], device: torch.device | str = "cpu") -> Pa
         positions=to_device(positions),
         rows=to_device(np.arange(len(rows))),
         weights=to_device((np.arange(ids.shape[1]) < row_lengths[:, None]).flatten()),
+        counted=_counted(
+            [response for group in groups for response in group.responses],
+            [mask for group in groups for _, mask in group.masked_responses],
+            to_device,
+        ),
     )
+
+
+def _counted(responses: Sequence[Ids], masks: Sequence[Mask], to_device: ToDevice) -> Tensor | None:
+    """Return whether each token of the responses counts, one after the other; None if all do."""
+    if all(mask is None for mask in masks):
+        return None
+    flags = [
+        flag
+        for ids, mask in zip(responses, masks, strict=True)
+        for _, flag in zip(ids, [True] * len(ids) if mask is None else mask, strict=True)
+    ]
+    return to_device(flags).bool()
 
 
 def _to_device(values: Any, device: torch.device | str) -> Tensor:

@@ -8,13 +8,16 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import StageContext
+from schemas import WinnowError
+from schemas.ids import Message
 from stages.data.rows import Row, fields_of
-from stages.data.texts import Conversation, conversation_of
+from stages.data.texts import Conversation, conversation_of, reply_of_candidate
 
 # What a ranker reads of a response, hashable and sortable: its text, unless `Ranker.read` says otherwise.
 Reading = Any
 ReadingPair = tuple[Reading, Reading]
 PairFormat = Literal["marks", "chat", "rlhflow"]  # of the pairwise ranker's prompt (stages/ranking/pairwise.py)
+SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
 QUESTION = """\
 Which of two responses to a prompt is better?
 
@@ -34,8 +37,8 @@ Answer with one letter, A or B."""
 class Response:
     """Response to a prompt: its text, and the ids that the policy read and drew; length: it was cut at the limit.
 
-    prompt: the prompt's chat messages and tools; None if it is one text, the context. fields: the columns of the data
-    file that were kept with the prompt.
+    prompt: the prompt's chat messages and tools; None if it is one text, the context. messages: the response's own, if
+    they are more than one text. fields: the columns of the data file that were kept with the prompt.
     """
 
     text: str
@@ -43,7 +46,15 @@ class Response:
     finish_reason: str = "given"
     prompt_ids: tuple[int, ...] = ()
     prompt: Conversation | None = None
+    messages: Message | list[Message] | None = field(default=None, hash=False)
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Response that a ranker cannot read, with the reason to reject it."""
+
+    reason: str = "does not fit the ranker"
 
 
 class Ranker(ABC):
@@ -57,7 +68,10 @@ class Ranker(ABC):
     abstains = False
 
     def read(self, context: str, response: Response) -> Reading | None:
-        """Return what the other methods take as a response: its text, by default; None if it cannot be read."""
+        """Return what the other methods take as a response: its text, by default.
+
+        None, or ValueError with the reason, if it cannot be read.
+        """
         return response.text
 
     @abstractmethod
@@ -96,19 +110,26 @@ class Scorer(Ranker):
 
 def read_candidates(
     ranker: Ranker, prompt: Row, candidates: Sequence[Row], special_tokens: bool
-) -> dict[str, Reading | None]:
+) -> dict[str, Reading | Unreadable]:
     """Return what the ranker reads of each candidate of a prompt, by candidate id.
 
     special_tokens: rankers of text see the special tokens inside the responses.
     """
-    readings = {}
+    readings: dict[str, Reading | Unreadable] = {}
     conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
         text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
         response = Response(
-            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation, fields
-        )
-        readings[row["candidate_id"]] = ranker.read(prompt["text"], response)
+            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation,
+            reply_of_candidate(row), fields,
+        )  # fmt: skip
+        try:
+            reading = ranker.read(prompt["text"], response)
+        except WinnowError:
+            raise
+        except ValueError as error:
+            reading = Unreadable(f"the ranker cannot read it: {error}")
+        readings[row["candidate_id"]] = Unreadable() if reading is None else reading
     return readings
 
 
@@ -116,10 +137,12 @@ def fits_or_reject(
     ranker: Ranker, context: str, pair: ReadingPair, ctx: StageContext, *, place: str, prompt: str, candidate: str
 ) -> bool:
     """Return whether the ranker can read the pair; if not, record the candidate in the `rejects` table."""
-    fits = None not in pair and ranker.fits(context, *pair)
-    if not fits:
-        ctx.reject("does not fit the ranker", place=place, prompt=prompt, candidate=candidate)
-    return fits
+    unreadable = [reading for reading in pair if isinstance(reading, Unreadable)]
+    if not unreadable and ranker.fits(context, *pair):
+        return True
+    reason = unreadable[0].reason if unreadable else Unreadable.reason
+    ctx.reject(reason, place=place, prompt=prompt, candidate=candidate)
+    return False
 
 
 def both_orders(

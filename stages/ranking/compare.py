@@ -11,7 +11,7 @@ from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import both_orders, fits_or_reject, read_candidates
+from stages.ranking.base import Unreadable, both_orders, fits_or_reject, read_candidates
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 
@@ -61,7 +61,8 @@ def compare(
 
         # Candidates that fit the ranker: every two fit once the two longest do; those that it cannot read go first.
         lengths = {
-            row["candidate_id"]: inf if readings[row["candidate_id"]] is None else len(row["text"]) for row in responses
+            row["candidate_id"]: inf if isinstance(readings[row["candidate_id"]], Unreadable) else len(row["text"])
+            for row in responses
         }
         players = [row["candidate_id"] for row in sorted(group, key=lambda row: row[order])]
         while len(players) > 1:

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import StageContext
 from schemas import Model, WinnowError, seed_for
 from stages.data.tokenizer import Tokenizer
-from stages.ranking.base import Ranker, Response
+from stages.ranking.base import SPECIAL_TOKEN, Ranker, Response
 from stages.sampling.engines import Engine, Request, Sampling
 
 TextPair = tuple[str, str]
@@ -42,8 +42,10 @@ class LlmJudge(Ranker):
         self.max_prompt_tokens = max_prompt_tokens
         self.sampling = Sampling(temperature, 0, max_tokens, self.tokenizer.stop)
 
-    def read(self, context: str, response: Response) -> str | None:
-        return None if self.tokenizer.has_special_token(response.text) else response.text
+    def read(self, context: str, response: Response) -> str:
+        if any(map(self.tokenizer.has_special_token, (context, response.text))):
+            raise ValueError(SPECIAL_TOKEN)
+        return response.text
 
     def questions(self, context: str, low: str, high: str) -> list[list[int]]:
         """Return the ids of the question in both orders; raise ValueError if a text has a special token."""

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from schemas import Model, WinnowError
+from schemas.ids import Message
 from stages.data.texts import Conversation, as_messages, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
-from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, ReadingPair, Response
+from stages.ranking.base import QUESTION, SPECIAL_TOKEN, PairFormat, Ranker, Reading, ReadingPair, Response
 
 LABELS = ("A", "B")
 PROBE = "Which one?"
@@ -63,14 +64,16 @@ class RankerPrompt:
         """Return whether no special token (as [RESPONSE B]) is written in the text: it would be a control token."""
         return not self.tokenizer.has_special_token(text)
 
-    def context(self, text: str, conversation: Conversation | None) -> str | None:
-        """Return the prompt as `ids` reads it; None if the format cannot hold it (tools, or a system message)."""
+    def context(self, text: str, conversation: Conversation | None, *responses: Message | list[Message] | None) -> str:
+        """Return the prompt as `ids` reads it; raise ValueError if the format cannot hold it, or responses to it."""
         if self.format != "rlhflow":
             return text
+        if any(isinstance(response, list) for response in responses):
+            raise ValueError("format rlhflow holds responses of one turn")
         messages = as_messages(text if conversation is None else conversation.content)
         alternating = all(message["role"] == ("user", "assistant")[n % 2] for n, message in enumerate(messages))
         if not alternating or (conversation and conversation.tools):
-            return None
+            raise ValueError("format rlhflow holds only turns of user and assistant")
         return "\n" + "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in messages) + "\n"
 
     def ids(self, context: str, first: str, second: str) -> list[int]:
@@ -100,11 +103,11 @@ class PairwiseRanker(Ranker):
         """Free the network."""
         self.network.close()
 
-    def read(self, context: str, response: Response) -> str | tuple[str, str] | None:
-        """Return the text, after the prompt in the format's own form if it has one; None if it cannot be read."""
-        prompt = self.prompt.context(context, response.prompt)
-        if prompt is None or not (self.prompt.can_read(context) and self.prompt.can_read(response.text)):
-            return None
+    def read(self, context: str, response: Response) -> str | tuple[str, str]:
+        """Return the text, after the prompt in the format's own form if it has one."""
+        prompt = self.prompt.context(context, response.prompt, response.messages)
+        if not (self.prompt.can_read(context) and self.prompt.can_read(response.text)):
+            raise ValueError(SPECIAL_TOKEN)
         return response.text if prompt == context else (prompt, response.text)
 
     def fits(self, context: str, first: Reading, second: Reading) -> bool:

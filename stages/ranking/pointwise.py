@@ -28,28 +28,26 @@ class PointwiseRanker(Scorer):
         """Free the network."""
         self.network.close()
 
-    def read(self, context: str, response: Response) -> IdRow | None:
+    def read(self, context: str, response: Response) -> IdRow:
         """Return prompt and response ids: the policy's where its tokenizer and template are this model's too.
 
-        Else those of the texts, the prompt's turns by this model's own template. None if a text has a special token of
-        the model written out, which would be read as a control token, or the template does not render it.
+        Else those of the texts, the prompt's turns by this model's own template. Raise ValueError with the reason if a
+        text has a special token of the model written out, which would be read as a control token, or the template does
+        not render it.
         """
         conversation = response.prompt or Conversation(context)
-        try:
-            if self.tokenizer.inner.chat_template is None:
-                text = self.tokenizer.decode(list(response.prompt_ids))
-                prompt = tuple(self.tokenizer.with_bos(self.tokenizer.encode(text)))
-                if prompt != response.prompt_ids:
-                    conversation = Conversation(context)
-                    prompt = tuple(self.tokenizer.prompt_ids(conversation))
-            else:
+        if self.tokenizer.inner.chat_template is None:
+            text = self.tokenizer.decode(list(response.prompt_ids))
+            prompt = tuple(self.tokenizer.with_bos(self.tokenizer.encode(text)))
+            if prompt != response.prompt_ids:
+                conversation = Conversation(context)
                 prompt = tuple(self.tokenizer.prompt_ids(conversation))
-            # The ids of a response that a stop string ended hold that string, which is not part of the response.
-            if response.token_ids and prompt == response.prompt_ids and response.finish_reason != "stop_string":
-                return prompt, response.token_ids
-            return prompt, tuple(self._response_ids(conversation, response))
-        except ValueError:
-            return None
+        else:
+            prompt = tuple(self.tokenizer.prompt_ids(conversation))
+        # The ids of a response that a stop string ended hold that string, which is not part of the response.
+        if response.token_ids and prompt == response.prompt_ids and response.finish_reason != "stop_string":
+            return prompt, response.token_ids
+        return prompt, tuple(self._response_ids(conversation, response))
 
     def fits(self, context: str, first: IdRow, second: IdRow) -> bool:
         return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))
@@ -59,15 +57,23 @@ class PointwiseRanker(Scorer):
         return forward_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
 
     def _response_ids(self, conversation: Conversation, response: Response) -> list[int]:
-        """Return the drawn ids if this tokenizer has the same text for them, else those of the text.
+        """Return the drawn ids if this tokenizer has the same text for them, else those of the text; then its own end.
 
-        Text that was cut at the limit has no end after it: the policy did not write one.
+        The policy's end may be another token of this vocabulary. Text that was cut at the limit has no end after it:
+        the policy did not write one. Where the template writes something before an answer, it renders the text.
         """
-        ids = list(response.token_ids)
-        in_vocabulary = bool(ids) and max(ids) < len(self.tokenizer.inner)
-        body = ids[:-1] if response.finish_reason == "stop" else ids
-        texts = (self.tokenizer.decode(ids), self.tokenizer.decode(body, special_tokens=True)) if in_vocabulary else ()
-        if response.text.strip() in texts:
-            return ids
+        is_cut = response.finish_reason == "length"
+        if response.messages is not None:  # a call or several turns, which are no text
+            if is_cut:
+                raise ValueError("a call or several turns, cut at max_tokens, of which its template renders no part")
+            if isinstance(response.messages, list):
+                return self.tokenizer.turns_ids(conversation, response.messages)[0]
+            return self.tokenizer.response_ids(conversation, response.messages)
+        body = list(response.token_ids if is_cut else response.token_ids[:-1])
+        is_drawn_text = response.finish_reason != "stop_string" and not self.tokenizer.lead
+        if is_drawn_text and body and max(body) < len(self.tokenizer.inner):
+            texts = (self.tokenizer.decode(body), self.tokenizer.decode(body, special_tokens=True))
+            if response.text.strip() in texts:
+                return body if is_cut else [*body, self.tokenizer.stop[0]]
         encoded = self.tokenizer.response_ids(conversation, response.text)
-        return encoded[:-1] if response.finish_reason == "length" else encoded
+        return encoded[:-1] if is_cut else encoded

@@ -8,13 +8,13 @@ from pipeline import StageContext, stage
 from schemas import Candidates, Examples, Model, Pairs, Prompts, seed_for
 from schemas.tables import EXAMPLES
 from stages.data.rows import Row, text_by_id
-from stages.data.texts import conversation_of
+from stages.data.texts import conversation_of, reply_of_candidate
 from stages.limits import context_length
 from stages.options import Seed, split_problems
 from stages.ranking.base import PairFormat
 
 
-@stage(version=3, check=lambda options, inputs: split_problems(options, inputs.get("prompts")))
+@stage(version=4, check=lambda options, inputs: split_problems(options, inputs.get("prompts")))
 def ranker_examples(
     prompts: Prompts,
     candidates: Candidates,
@@ -40,6 +40,7 @@ def ranker_examples(
     max_prompt_tokens = context_length(tokenizer.folder) - 1  # the answer is one token
     prompt_rows = {row["prompt_id"]: row for row in prompts.to_pylist() if row["split"] == split}
     texts = text_by_id(candidates, "candidate_id")
+    replies = {row["candidate_id"]: reply_of_candidate(row) for row in candidates.to_pylist()}
     rows: list[Row] = []
     for pair in pairs.to_pylist():
         prompt, chosen, rejected = pair["prompt_id"], pair["chosen_id"], pair["rejected_id"]
@@ -50,13 +51,11 @@ def ranker_examples(
         if not all(map(ranker_prompt.can_read, (text, texts[chosen], texts[rejected]))):
             ctx.reject("special token in the text", candidate=chosen, detail=rejected, **place)
             continue
-        context = ranker_prompt.context(text, conversation_of(prompt_rows[prompt]))
-        if context is None:
-            ctx.reject("the ranker's format holds only turns of user and assistant", detail=text, **place)
-            continue
         flipped = seed_for(seed, prompt, chosen, rejected) % 2
         first, second = (rejected, chosen) if flipped else (chosen, rejected)
         try:
+            responses = (replies[chosen], replies[rejected])
+            context = ranker_prompt.context(text, conversation_of(prompt_rows[prompt]), *responses)
             ids = ranker_prompt.ids(context, texts[first], texts[second])
         except ValueError as error:
             ctx.reject(str(error), candidate=chosen, detail=rejected, **place)

@@ -49,6 +49,7 @@ ranker = Registry(
     program=NotRequired[bool],
     reads_fields=NotRequired[bool],
     columns=NotRequired[tuple[str, ...]],
+    check=NotRequired[Callable[..., Any]],
     requires=NotRequired[str],
     output=NotRequired[Literal["score", "vocabulary"]],
     label_threshold=NotRequired[float],
@@ -61,7 +62,8 @@ ranker = Registry(
 verifiable = ranker.decorator(*PROGRAM, reads_model=False, program=True)
 
 # The same with a third argument, a mapping of the columns of the data file that `prompts` keeps. `columns` are those of
-# its options that name one; `requires` is the library that it imports.
+# its options that name one; `requires` is the library that it imports; `check`, called with the mapping and these
+# options, raises ValueError with the reason why no response can be scored by them.
 verifier = ranker.decorator(*FIELDS, reads_model=False, program=True, reads_fields=True)
 
 
@@ -122,13 +124,13 @@ def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision
     return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, format=format)
 
 
-@ranker(reads_model=True, output="score", version=4)
+@ranker(reads_model=True, output="score", version=5)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
     Its score is the reward, the difference of two scores the logit. It reads the ids that the policy read and drew if
-    it has the policy's tokenizer and chat template. Else it reads texts: the prompt as one turn of a user, whatever
-    turns it came in, and the response with EOS, unless that was cut at max_tokens.
+    it has the policy's tokenizer and chat template. Else it reads texts, each turn of the prompt by its own template,
+    and the response with its own end of turn, unless that was cut at max_tokens.
     """
     from stages.ranking.pointwise import PointwiseRanker
 
@@ -189,6 +191,12 @@ def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0, le=
     return -float(abs(len(response.split()) - words))
 
 
+def check_fields(program: Bound, fields: Mapping[str, str]) -> None:
+    """Raise ValueError with the reason why a program can score no response by the columns of its prompt."""
+    if check := program.metadata.get("check"):
+        check(fields, **{name: program.options[name] for name in program.metadata["columns"]})
+
+
 @dataclass(frozen=True)
 class ProgramScorer(Scorer):
     """Scorer that runs a registered program."""
@@ -199,6 +207,7 @@ class ProgramScorer(Scorer):
         """Return the text, and with it the columns of the data file that its prompt has, if the program reads them."""
         if not self.program.metadata.get("reads_fields"):
             return response.text
+        check_fields(self.program, response.fields)
         return response.text, tuple(sorted(response.fields.items()))
 
     def score(self, context: str, texts: Sequence[Reading]) -> np.ndarray:

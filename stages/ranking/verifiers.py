@@ -15,11 +15,12 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from secrets import token_hex
 from typing import Annotated, Any
 
 from pipeline import Range
+from stages.ranking.instructions import followed, instructions_of
 from stages.ranking.rankers import verifier
 
 Seconds = Annotated[float, Range(gt=0, le=3600)]
@@ -40,40 +41,64 @@ os.write(given["pipe"], given["token"].encode())
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
 
 
-@verifier(columns=("column",), requires="math_verify", label_threshold=0.5)
+@lru_cache(maxsize=4096)
+def _reference_answer(text: str, limit: int | None) -> Any:
+    """Return a reference answer as math-verify reads it; empty if it cannot."""
+    from math_verify import parse
+
+    text = text.rpartition("####")[2].strip()  # GSM8K writes its answer after this mark
+    return parse(text, parsing_timeout=limit) or parse(f"${text}$", parsing_timeout=limit)
+
+
+def _parsing_limit() -> int | None:
+    return 5 if threading.current_thread() is threading.main_thread() else None  # it is kept by a signal
+
+
+def check_answer(fields: Mapping[str, str], *, column: str) -> None:
+    """Raise ValueError if the reference answer cannot be parsed."""
+    if not _reference_answer(fields[column], _parsing_limit()):
+        raise ValueError(f"{column} is no answer that math-verify can parse")
+
+
+@verifier(columns=("column",), check=check_answer, requires="math_verify", label_threshold=0.5, version=2)
 def math_answer(prompt: str, response: str, fields: Mapping[str, str], *, column: str = "answer") -> float:
     r"""Return 1 if the response's last answer equals the one in the kept column, by math-verify, else 0.
 
-    `1/2`, `0.5` and `\frac{1}{2}` are equal. A reference answer that cannot be parsed gives nan, which rejects the
-    candidate, and ends `evaluate`. A comparison may take 5 seconds, outside the main thread without a limit.
+    `1/2`, `0.5` and `\frac{1}{2}` are equal. Responses are rejected if the reference answer cannot be parsed. A
+    comparison may take 5 seconds, outside the main thread without a limit.
     """
     from math_verify import parse, verify
 
-    limit = 5 if threading.current_thread() is threading.main_thread() else None  # it is kept by a signal
-    text = fields[column].rpartition("####")[2].strip()  # GSM8K writes its answer after this mark
-    reference = parse(text, parsing_timeout=limit) or parse(f"${text}$", parsing_timeout=limit)
-    if not reference:
-        return math.nan
+    limit = _parsing_limit()
+    reference = _reference_answer(fields[column], limit)
     return float(verify(reference, parse(response, parsing_timeout=limit), timeout_seconds=limit))
 
 
-@verifier(columns=("column",), requires="jsonschema", label_threshold=0.5)
-def json_schema(prompt: str, response: str, fields: Mapping[str, str], *, column: str = "schema") -> float:
-    """Return 1 if the response, or its last block fenced as code, is JSON that fits the schema in the column, else 0.
-
-    A column that is no JSON schema gives nan, which rejects the candidate, and ends `evaluate`. References to other
-    documents are not fetched: they count as wrong.
-    """
+def check_schema(fields: Mapping[str, str], *, column: str) -> None:
+    """Raise ValueError if the column is no JSON schema."""
     from jsonschema import exceptions, validators
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
 
     try:
         expected = json.loads(fields[column])
         kind: Any = validators.validator_for(expected)
         kind.check_schema(expected)
     except (ValueError, exceptions.SchemaError):
-        return math.nan
+        raise ValueError(f"{column} is no JSON schema") from None
+
+
+@verifier(columns=("column",), check=check_schema, requires="jsonschema", label_threshold=0.5, version=2)
+def json_schema(prompt: str, response: str, fields: Mapping[str, str], *, column: str = "schema") -> float:
+    """Return 1 if the response, or its last block fenced as code, is JSON that fits the schema in the column, else 0.
+
+    Responses are rejected if the column is no JSON schema. References to other documents are not fetched: they count
+    as wrong.
+    """
+    from jsonschema import validators
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    expected = json.loads(fields[column])
+    kind: Any = validators.validator_for(expected)
     try:
         return float(kind(expected, registry=Registry()).is_valid(json.loads(_last_block(response))))
     except (ValueError, RecursionError, Unresolvable):
@@ -98,6 +123,43 @@ def code_tests(
     run the worker itself in a container.
     """
     return float(runs_to_its_end([_last_block(response), fields[column]], timeout, memory))
+
+
+def check_instructions(fields: Mapping[str, str], *, ids: str, arguments: str) -> None:
+    """Raise ValueError for an unknown instruction, or arguments that it cannot read."""
+    instructions_of(fields[ids], fields[arguments])
+
+
+@verifier(columns=("ids", "arguments"), check=check_instructions, label_threshold=0.5)
+def instructions(
+    prompt: str,
+    response: str,
+    fields: Mapping[str, str],
+    *,
+    ids: str = "instruction_id_list",
+    arguments: str = "kwargs",
+) -> float:
+    """Return 1 if the response follows all instructions of its row, else 0: IFEval's strict accuracy per prompt.
+
+    See arXiv:2311.07911. The columns are those of google/IFEval. Of its 25 kinds of instructions, one is not known, the
+    language of a response, because to detect it takes a model; responses to prompts with it are rejected by name.
+    Sentences are counted by their marks, and capitals and small letters in any language.
+    """
+    return float(all(followed(response, fields[ids], fields[arguments])))
+
+
+@verifier(columns=("ids", "arguments"), check=check_instructions)
+def instruction_share(
+    prompt: str,
+    response: str,
+    fields: Mapping[str, str],
+    *,
+    ids: str = "instruction_id_list",
+    arguments: str = "kwargs",
+) -> float:
+    """Return the share of its row's instructions that the response follows, as `instructions` reads them."""
+    results = followed(response, fields[ids], fields[arguments])
+    return sum(results) / len(results)
 
 
 def _last_block(response: str) -> str:

@@ -11,7 +11,7 @@ from stages.data.rows import Row, column_by_id, imported_candidate, rows_by_prom
 from stages.limits import context_length
 
 
-@stage(version=2, check=check_demonstrations)
+@stage(version=3, check=check_demonstrations)
 def pool(
     candidates: Candidates, ctx: StageContext, prompts: Prompts | None = None, earlier: Candidates | None = None
 ) -> Candidates:
@@ -35,7 +35,7 @@ def pool(
     return pa.Table.from_pylist(ordered, schema=CANDIDATES)
 
 
-@stage(version=3, unsharded=True)
+@stage(version=4, unsharded=True)
 def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: StageContext,
              selections: Selections | None = None) -> Candidates:  # fmt: skip
     """Pair each prompt with responses of the next prompt in order of ids, at most as many as its own.
@@ -60,6 +60,7 @@ def mismatch(candidates: Candidates, prompts: Prompts, policy: Model, ctx: Stage
                 ids = dict(prompt=prompt, candidate=other["candidate_id"])
                 ctx.reject("mismatched response too long", place="candidates", **ids)
                 continue
-            rows.append(imported_candidate(prompt, other["token_ids"], other["text"], used_ids))
+            turns = dict(mask=other["mask"], chat=other["chat"])
+            rows.append(imported_candidate(prompt, other["token_ids"], other["text"], used_ids, **turns))
             used_ids.add(rows[-1]["candidate_id"])
     return pa.Table.from_pylist(rows, schema=CANDIDATES)

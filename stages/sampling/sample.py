@@ -15,6 +15,7 @@ from pipeline.registry import nearest
 from schemas import Candidates, Heads, Model, Prompts, WinnowError, WinnowWarning, candidate_id, seed_for
 from schemas.tables import CANDIDATES
 from stages.data.rows import Row
+from stages.data.texts import is_continued
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
@@ -34,7 +35,7 @@ from stages.options import (
     TopP,
     split_problems,
 )
-from stages.sampling.engines import LogpKind, Request, Sampling, Steering, open_engine
+from stages.sampling.engines import POLICY_ITSELF, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
     EngineOptions,
@@ -43,6 +44,11 @@ from stages.sampling.engines.options import (
     length_limit,
 )
 
+# Temperature and top-k are not among them: every recipe sets them, and a dry run is one of that recipe.
+UNREAD_BY_FAKE = (
+    "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words",
+    "min_tokens", "ignore_eos", "stop",
+)  # fmt: skip
 MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NUM_BAD_WORDS)
 
 
@@ -57,6 +63,11 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
     problems += engine_problems(options["engine"], options["engine_options"])
+    if options["engine"] == "fake":
+        changed = [
+            name for name in UNREAD_BY_FAKE if options[name] not in (None, [], {}, POLICY_ITSELF.get(name, False))
+        ]
+        problems += [f"{name}: engine fake draws tokens at random and does not read it; unset it" for name in changed]
     speculates = [name for name in SPECULATION if name in (options["engine_options"] or {})]
     for name in ("min_p", "logit_bias"):
         if speculates and options[name]:
@@ -144,7 +155,7 @@ def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]
     return {index for index, token in special_tokens.items() if token not in allowed}
 
 
-@stage(version=5, concurrent=True, check=_check_sample)
+@stage(version=6, concurrent=True, check=_check_sample)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -200,7 +211,8 @@ def sample(
     logits of token ids. stop, stop_token_ids: texts and ids that end a response besides the ends of the model, which
     `ignore_eos` takes away. A response that a text ended has finish_reason `stop_string`: its `token_ids` are all that
     were drawn, the text's included, and are what is trained on; its `text` ends before the text, as vLLM's does. Where
-    the last token goes on after the text, the id stays whole: such draws are counted.
+    the last token goes on after the text, the id stays whole: such draws are counted. Where a prompt ends with an
+    assistant turn, the response's `text` keeps the space before its first word.
 
     What changes the distribution (all but what ends a response) leaves `logp` the policy's own, and `logp_kind` raw.
 
@@ -267,23 +279,25 @@ def sample(
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue
         inside = ids[:-1] if completion.finish_reason == "stop" else ids
-        text = tokenizer.decode(inside)
+        continues = is_continued(row)
         is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
         if completion.finish_reason == "stop_string":
             try:
-                text, rest = tokenizer.decode_before(ids, sampling.stop)
-                raw_text = tokenizer.decode_before(ids, sampling.stop, special_tokens=True)[0] if is_special else None
+                text, rest = tokenizer.decode_before(ids, sampling.stop, continues=continues)
+                raw_text = None
+                if is_special:
+                    raw_text, _ = tokenizer.decode_before(ids, sampling.stop, special_tokens=True, continues=continues)
             except ValueError as error:
                 ctx.reject(str(error), place=f"k={k}", prompt=prompt, detail=repr(ids))
                 continue
             ctx.count(stop_strings=1, stop_strings_inside_a_token=bool(rest))
         else:
-            text = tokenizer.decode(inside)
-            raw_text = tokenizer.decode(inside, special_tokens=True) if is_special else None
+            text = tokenizer.decode(inside, continues=continues)
+            raw_text = tokenizer.decode(inside, special_tokens=True, continues=continues) if is_special else None
         if is_special and not refused_ids.isdisjoint(inside):
             ctx.reject("special token in the response", place=f"k={k}", prompt=prompt, detail=raw_text or "")
             continue
-        if not text and not keep_empty:
+        if not text.strip() and not keep_empty:
             ctx.reject("empty response", place=f"k={k}", prompt=prompt, detail=repr(ids))
             continue
         candidates.append(

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline import Bound
 from schemas import Model, WinnowError
 from stages.limits import check_ids, context_length
-from stages.network.packing import PromptGroup
+from stages.network.packing import Ids, Mask, PromptGroup
 from stages.training.agreement import Drawn
 from stages.training.checks import SCORES_ONLY, missing_data, trains_scores
 
@@ -29,24 +29,30 @@ class TrainingGroup(PromptGroup):
     pairs: list[tuple[int, int]]  # [P] chosen, rejected
     pair_weight: list[float]  # [P]
     label: list[float]  # [P]
-    mismatched: list[tuple[list[int], float]]  # other prompts' responses, and their reference log-prob
+    # Other prompts' responses, their reference log-prob, and which of their ids count.
+    mismatched: list[tuple[list[int], float, list[bool] | None]]
     drawn: list[Drawn | None] = field(default_factory=list)  # [N] draws of `init` that no reference has compared
+
+    @property
+    def rows(self) -> list[tuple[Ids, Ids, Mask]]:
+        """Return the prompt with each response and its mask."""
+        return [(self.prompt, ids, mask) for ids, mask in self.masked_responses]
 
     @property
     def tokens(self) -> int:
         """Return the tokens of the prompt, once, and of every response."""
-        return len(self.prompt) + sum(map(len, [*self.responses, *(ids for ids, _ in self.mismatched)]))
+        return len(self.prompt) + sum(map(len, [*self.responses, *(ids for ids, _, _ in self.mismatched)]))
 
     @property
     def tokens_unshared(self) -> int:
         """Return the tokens of prompt and response for each side of each pair, without padding."""
         sides = [self.responses[n] for pair in self.pairs for n in pair] or self.responses
-        return sum(len(self.prompt) + len(ids) for ids in [*sides, *(ids for ids, _ in self.mismatched)])
+        return sum(len(self.prompt) + len(ids) for ids in [*sides, *(ids for ids, _, _ in self.mismatched)])
 
     @property
     def imitated(self) -> list[int]:
-        """Return the lengths of the responses whose likelihood counts."""
-        return [len(ids) for weight, ids in zip(self.weight, self.responses, strict=True) if weight > 0]
+        """Return how many tokens of each response count whose likelihood does."""
+        return [length for weight, length in zip(self.weight, self.counted, strict=True) if weight > 0]
 
     @property
     def labelled(self) -> int:
@@ -76,6 +82,17 @@ def groups_of(
         problems.append(
             f"examples: prompt {empty[0]} ({len(empty)} such prompts): an empty prompt or response has no log-prob; "
             "remove it"
+        )
+    unmasked = [
+        r["candidate_id"]
+        for row in rows
+        for r in row["responses"]
+        if r["mask"] is not None and (len(r["mask"]) != len(r["token_ids"]) or not any(r["mask"]))
+    ]
+    if unmasked:
+        problems.append(
+            f"examples: candidate {unmasked[0]} ({len(unmasked)} such responses): its `mask` has no value per token "
+            "id, or leaves out all of them; correct or remove it"
         )
     if problems:
         raise WinnowError(*problems)
@@ -134,13 +151,14 @@ def _training_group(row: dict[str, Any], needs_reference: bool, init: Model) -> 
         prompt=row["prompt_ids"],
         names=list(index),
         responses=[response["token_ids"] for response in responses],
+        masks=[response["mask"] for response in responses] if any(r["mask"] for r in responses) else (),
         weight=[response["weight"] for response in responses],
         ref=[response["ref_logp"] or 0.0 for response in responses] if needs_reference else None,
         desirable=[response["desirable"] or 0 for response in responses] if labelled else None,
         pairs=[(index[names[pair["chosen"]]], index[names[pair["rejected"]]]) for pair in row["pairs"]],
         pair_weight=[pair["weight"] for pair in row["pairs"]],
         label=[pair["label"] for pair in row["pairs"]],
-        mismatched=[(response["token_ids"], response["ref_logp"] or 0.0) for response in mismatched],
+        mismatched=[(row["token_ids"], row["ref_logp"] or 0.0, row["mask"]) for row in mismatched],
         drawn=[
             Drawn(response["drawn_logp"], init.digest, response["drawn_dtype"])
             if response["drawn_by"] == init.digest and row["ref_model"] != init.digest

@@ -70,7 +70,7 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=3, check=check_examples)
+@stage(version=4, check=check_examples)
 def examples(
     prompts: Prompts,
     ctx: StageContext,
@@ -192,17 +192,17 @@ def _response_row(
     prompt: Row, candidate: Row, scores: dict[str, Row] | None, weight: float, desirable: int | None
 ) -> Row:
     """Return a response of `examples`; raise WinnowError if its cached log-prob is missing or of other tokens."""
-    name, ids = candidate["candidate_id"], candidate["token_ids"]
+    name, ids, mask = candidate["candidate_id"], candidate["token_ids"], candidate.get("mask")
     if scores is not None and name not in scores:
         raise WinnowError(
             f"examples: candidate {name} has no reference log-prob; give `reference` the step that scored it"
         )
-    if scores is not None and scores[name]["tokens"] != token_digest(prompt["token_ids"], ids):
+    if scores is not None and scores[name]["tokens"] != token_digest(prompt["token_ids"], ids, mask):
         raise WinnowError(
             f"examples: the reference of candidate {name} (prompt {prompt['prompt_id']}) was scored on other "
-            "tokens than those to train on: another chat template, tokenizer or truncation; score it again"
+            "tokens than those to train on: another chat template, tokenizer, truncation or mask; score it again"
         )
-    row = {"candidate_id": name, "token_ids": ids, "weight": weight, "desirable": desirable}
+    row = {"candidate_id": name, "token_ids": ids, "mask": mask, "weight": weight, "desirable": desirable}
     row["ref_logp"] = None if scores is None else scores[name]["logp"]
     if draw := drawn(candidate):
         row |= {"drawn_logp": draw.logp, "drawn_by": draw.model, "drawn_dtype": draw.dtype}

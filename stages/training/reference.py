@@ -10,14 +10,14 @@ import pyarrow.compute as pc
 from pipeline import EXECUTION, StageContext, stage
 from schemas import Candidates, Model, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import REFERENCE
-from stages.data.rows import column_by_id
+from stages.data.rows import column_by_id, mask_of
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 from stages.model_config import input_problems
 from stages.options import Positive
 from stages.training.agreement import check_agreement, drawn, record_agreement
 
 
-@stage(version=3, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
+@stage(version=4, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
 def reference(
     prompts: Prompts,
     candidates: Candidates,
@@ -33,7 +33,7 @@ def reference(
 
     `mismatched` candidates are scored as well, whatever was selected. One row per response, whatever pairs it will
     be in: neither another loss nor another pairing scores it again. Responses of equal tokens go through the network
-    once.
+    once. Of a response of several turns, the tokens of the assistant are summed alone.
 
     Draws of the same weights are compared with the engine's own log-probs, and the mean difference is in the step's
     summary. One that is above `engine_tolerance` times what rounding explains (stages/training/agreement.py) is
@@ -47,18 +47,19 @@ def reference(
         candidates = candidates.filter(pc.is_in(candidates["candidate_id"], selections["candidate_id"]))
     prompt_ids = column_by_id(prompts, "prompt_id", "token_ids")
     tables = [candidates] if mismatched is None else [candidates, mismatched]
-    columns = ["prompt_id", "candidate_id", "token_ids", "logp", "logp_kind", "model", "dtype"]
+    columns = ["prompt_id", "candidate_id", "token_ids", "mask", "logp", "logp_kind", "model", "dtype"]
     rows = [row for table in tables for row in table.select(columns).to_pylist()]
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
 
     # Once per prompt and token ids, whatever number of candidates have them.
     network = ctx.open_once(load_network, policy)
-    unique = list(dict.fromkeys((row["prompt_id"], tuple(row["token_ids"])) for row in rows))
+    scored_as = [(row["prompt_id"], tuple(row["token_ids"]), mask_of(row)) for row in rows]
+    unique = list(dict.fromkeys(scored_as))
     with closing(TokenCounter(network)) as counter:
-        inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]
+        inputs = [(prompt_ids[prompt], ids, mask) for prompt, ids, mask in unique]
         scores = forward_rows(logp_of, network, inputs, dtype, SCORING_TOKENS_PER_PASS)
     ctx.count(tokens=counter.tokens)
-    for (prompt, ids), score in zip(unique, scores.tolist(), strict=True):
+    for (prompt, ids, _), score in zip(unique, scores.tolist(), strict=True):
         if not math.isfinite(score):
             raise WinnowError(
                 f"reference: policy {policy.digest[:12]} gives a response of {len(ids)} tokens to prompt {prompt} the "
@@ -67,8 +68,8 @@ def reference(
             )
     logp = dict(zip(unique, scores.tolist(), strict=True))
     compared = [
-        (draw, logp[row["prompt_id"], tuple(row["token_ids"])], len(row["token_ids"]))
-        for row in rows
+        (draw, logp[key], len(row["token_ids"]))
+        for row, key in zip(rows, scored_as, strict=True)
         if (draw := drawn(row)) and draw.model == policy.digest
     ]
     record_agreement(ctx, check_agreement(compared, dtype, engine_tolerance, policy.digest, "reference"))
@@ -76,12 +77,12 @@ def reference(
         {
             "prompt_id": row["prompt_id"],
             "candidate_id": row["candidate_id"],
-            "logp": logp[row["prompt_id"], tuple(row["token_ids"])],
-            "n_tokens": len(row["token_ids"]),
-            "tokens": token_digest(prompt_ids[row["prompt_id"]], row["token_ids"]),
+            "logp": logp[key],
+            "n_tokens": len(row["token_ids"]) if row["mask"] is None else sum(row["mask"]),
+            "tokens": token_digest(prompt_ids[row["prompt_id"]], row["token_ids"], row["mask"]),
             "model": policy.digest,
             "dtype": dtype,
         }
-        for row in rows
+        for row, key in zip(rows, scored_as, strict=True)
     ]
     return pa.Table.from_pylist(scored, schema=REFERENCE)

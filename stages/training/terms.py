@@ -131,7 +131,7 @@ class ObjectiveTerm:
         signs = [sign for group in groups for sign in group.desirable or [0] * len(group.responses)]
         return Batch(
             logp=logp,
-            length=vector([len(ids) for group in groups for ids in group.responses]),
+            length=vector([length for group in groups for length in group.counted]),
             weight=vector([weight for group in groups for weight in group.weight]),
             chosen=index[:, 0],
             rejected=index[:, 1],
@@ -223,11 +223,11 @@ class ObjectiveTerm:
 
         Computed before any gradient, so that micro-batches do not change it.
         """
-        rows = [(group.prompt, ids) for group in batch for ids, _ in group.mismatched]
+        rows = [(group.prompt, ids, mask) for group in batch for ids, _, mask in group.mismatched]
         if not rows:
             return torch.zeros((), device=network.device)
         logp = self.logp_by_ranks(network, rows)
-        return (logp - logp.new_tensor([ref for group in batch for _, ref in group.mismatched])).mean()
+        return (logp - logp.new_tensor([ref for group in batch for _, ref, _ in group.mismatched])).mean()
 
     @torch.no_grad()
     def logp_by_ranks(self, network: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
@@ -253,7 +253,7 @@ class ObjectiveTerm:
         """
         in_fp32 = copy(self)
         in_fp32.dtype = "float32"
-        logp = in_fp32.logp_by_ranks(network, [(group.prompt, ids) for group in batch for ids in group.responses])
+        logp = in_fp32.logp_by_ranks(network, [row for group in batch for row in group.rows])
         rows = self.objective_batch(batch, logp, None)
         if self.objective.metadata["per"] == "pairs":
             return float(rows.margin(logp).mean())
@@ -290,7 +290,7 @@ class ObjectiveTerm:
 
 def pieces_of(group: TrainingGroup, parts: list[list[int]]) -> list[PromptGroup]:
     """Return the prompt with the responses of each part."""
-    return [PromptGroup(group.prompt, [group.responses[n] for n in part]) for part in parts]
+    return [group.part(part) for part in parts]
 
 
 class StepMetrics:

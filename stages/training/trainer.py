@@ -267,7 +267,7 @@ def check_reference(term: ObjectiveTerm, network: PreTrainedModel) -> None:
     """
     batch = term.batches[0]
     kl = term.kl_estimate(network, batch)
-    rows = [(group.prompt, ids) for group in batch for ids in group.responses]
+    rows = [row for group in batch for row in group.rows]
     cached = term.objective_batch(batch, term.logp_by_ranks(network, rows), kl)
     loss = term.checked(term.objective(cached), cached)
     fresh = replace(cached, ref=cached.logp, kl=torch.zeros_like(kl))

@@ -172,11 +172,12 @@ def seen(page, folder, width, scheme):
 
 @pytest.fixture(scope="module")
 def page(finished, tmp_path_factory):
-    """The report of a run beside one whose name and responses have no place to break a line."""
+    """The report of a run beside one whose name, tag and responses have no place to break a line."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(finished, folder / "store")
     store = Store(folder / "store")
     write_json(store.root / "runs" / f"{LONG[:120]}.json", store.run("run"))
+    store.tag_run("run", {"team": LONG})
     write_report(store, folder / "page.html")
     text = (folder / "page.html").read_text()
     (folder / "page.html").write_text(text.replace('<div class="text">', f'<div class="text">{LONG}'))

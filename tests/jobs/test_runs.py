@@ -71,3 +71,35 @@ def test_names_of_sweeps_are_short():
     assert long[0] != long[1]
     assert max(len(name.encode()) for name in long) < 200
     assert "/" not in long[0]
+
+
+def test_tags_are_kept_shown_and_chosen_by(winnow, words: list[str], tmp_path: Path):
+    """In `ls`, in SQL and on the report; a later command adds to them, and none is part of a key."""
+    at = ["--store", str(tmp_path / "store")]
+    keys = Store(tmp_path / "store").run("run")
+    assert winnow("run", *words, "--tag", "baseline", "--tag", "team=search")[0] == 0
+    assert winnow("run", *words, "--tag", "team=answers")[0] == 0
+    assert Store(tmp_path / "store").tags() == {"rso": {"baseline": "", "team": "answers"}}
+    assert Store(tmp_path / "store").run("rso") == keys
+    for chosen in ("baseline", "team", "team=answers"):
+        code, text = winnow("ls", *at, "--tag", chosen)
+        assert (code, "baseline, team=answers" in text, "rso" in text) == (0, True, True)
+        assert not any(line.split("│")[1].strip() == "run" for line in text.splitlines() if line.startswith("│"))
+    code, text = winnow("ls", *at, "--tag", "team=search")
+    assert (code, "team=answers" in text) == (2, True)
+    sql = "SELECT DISTINCT run, tags['team'] AS team, tags['other'] AS other FROM runs WHERE tags['baseline'] = ''"
+    assert winnow("sql", sql, *at, "--format", "csv")[1].split() == ["run,team,other", "rso,answers,"]
+    assert winnow("report", *at, "--out", tmp_path / "page.html")[0] == 0
+    assert "rso (baseline, team=answers)" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("tags", [["=x"], ["team=a", "team=b"], [" "]])
+def test_a_tag_that_says_nothing_or_two_things_is_refused(winnow, words: list[str], tags: list[str]):
+    code, text = winnow("run", *words, *(word for tag in tags for word in ("--tag", tag)))
+    assert (code, f"--tag {tags[-1]}" in text) == (2, True)
+
+
+def test_a_forgotten_run_leaves_no_tags(winnow, words: list[str], tmp_path: Path):
+    assert winnow("run", *words, "--tag", "baseline")[0] == 0
+    assert winnow("gc", "--forget", "rso", "--yes", "--store", tmp_path / "store")[0] == 0
+    assert Store(tmp_path / "store").tags() == {}

@@ -153,7 +153,7 @@ def test_nested_columns_are_cast_without_loss_or_refused():
     """Fields in any order, those that may be null missing; numbers that are text, other fields and views are not."""
     response = {"token_ids": [1, 2], "candidate_id": "c", "weight": 0.5, "desirable": -1}
     row = conform(pa.table(example_columns(response, LARGE_RESPONSES)), EXAMPLES).to_pylist()[0]
-    absent = ("ref_logp", "drawn_logp", "drawn_by", "drawn_dtype")
+    absent = ("mask", "ref_logp", "drawn_logp", "drawn_by", "drawn_dtype")
     assert row["responses"] == [response | dict.fromkeys(absent)]
     fields = list(LARGE_RESPONSES.value_type)
     for wrong in (
@@ -206,7 +206,7 @@ def test_numbers_are_cast_only_without_loss():
     assert conform(pa.table(ROW | {"value": [1]}), EVALUATIONS).column("value").to_pylist() == [1.0]
     row = dict(prompt_id=["p"], candidate_id=["c"], k=[0], token_ids=[[1, 2]], text=["x"], logp=[None])
     row |= dict(raw_text=[None], logp_kind=["none"], n_tokens=[2], finish_reason=["stop"], seed=[None])
-    row |= dict(model=[None], dtype=[None])
+    row |= dict(model=[None], dtype=[None], mask=[None], chat=[None])
     assert conform(pa.table(row), CANDIDATES).column("token_ids").to_pylist() == [[1, 2]]
     assert "'k' is int64, must be int32" in problems(row | {"k": [2**40]}, CANDIDATES)[0]
     assert "'token_ids'" in problems(row | {"token_ids": [[2**40]]}, CANDIDATES)[0]

@@ -235,7 +235,7 @@ def run_stage(tiny, scored, tmp_path):
         elif kind == "score method":
             score(pa.Table.from_pylist(one_comparison, schema=COMPARISONS), ctx, method=function)
         elif kind == "gold reward":
-            evaluate(*judged({"a": [1.0]}), gold=function, resamples=1)
+            evaluate(*judged({"a": [1.0]}), context(), gold=function, resamples=1)
         elif kind in ("program", "ranker", "scorer"):
             reward(*ranked, by=function)
         elif kind == "head":

@@ -497,7 +497,7 @@ def judged(logits, **columns):
 
 def evaluated(*tables, **options):
     """Rows of `outcomes`, and {metric: row of `evaluations`}."""
-    outcomes, metrics = evaluate(*tables, **({"resamples": 400} | options))
+    outcomes, metrics = evaluate(*tables[:4], context(), *tables[4:], **({"resamples": 400} | options))
     conform(outcomes, OUTCOMES), conform(metrics, EVALUATIONS)
     return outcomes.to_pylist(), {row["metric"]: row for row in metrics.to_pylist()}
 

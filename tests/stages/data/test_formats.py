@@ -344,11 +344,11 @@ NO_PAIRS: dict[Any, list[tuple[dict, str]]] = {
         (compared(REDDIT | {"post": None}), "no post"),
         (compared(REDDIT) | {"info": None}, "no info"),
     ],
-    "ultrafeedback_binarized": [  # the first turn must be the same, and the response one turn of the assistant
+    "ultrafeedback_binarized": [  # the first turn must be the same, and the response begin and end with the assistant
         (sides(FULL["chosen"], [user("Ho"), assistant("No.")]), "chosen and rejected share no prompt"),
         (sides([user("Hi"), assistant("")], FULL["rejected"]), "empty content"),
-        (sides([*FULL["chosen"], user("B"), assistant("C")], FULL["rejected"]), "chosen is not one assistant turn"),
-        (sides([user("Hi"), user("Yes.")], FULL["rejected"]), "chosen is not one assistant turn"),
+        (sides([*FULL["chosen"], user("B")], FULL["rejected"]), "chosen does not begin and end with an assistant turn"),
+        (sides([user("Hi"), user("Yes.")], FULL["rejected"]), "chosen does not begin and end with an assistant turn"),
         (sides(FULL["chosen"], [user("Hi")]), "chosen and rejected share no prompt"),
         (sides([], FULL["rejected"]), "empty chosen"),
         (sides("Yes.", FULL["rejected"]), "chosen is not text"),
@@ -523,3 +523,11 @@ def test_every_reader_says_where_its_format_comes_from_and_what_it_reads():
     for entry in preference_reader.entries.values():
         assert entry.metadata["columns"]
         assert entry.fn.__doc__.startswith("Read ")
+
+
+@pytest.mark.parametrize("reader", ["columns", "implicit_prompt", "ultrafeedback_binarized"])
+def test_a_response_of_several_turns_is_read_as_its_messages(reader):
+    """What follows the turns that both sides share, which may be of one turn on the other side."""
+    several = [assistant("Yes."), user("B"), assistant("C")]
+    row = sides([*FULL["chosen"][:1], *several], FULL["rejected"]) | {"prompt": FULL["chosen"][:1]}
+    assert read(reader, row) == PreferencePair("Hi", several, "No.")

@@ -303,7 +303,7 @@ LABELS: dict[str, tuple[Any, list[dict], list[tuple[str, str, float]], list[str]
          {"conversations": [human("Hi"), gpt("Yes?"), human("So?"), gpt("No.")], "kto_tag": False},
          {"conversations": [human("Hi"), gpt("Yes?"), human("So?")], "kto_tag": False}],
         [("Hi", "Yes.", 1.0), (TURNS, "No.", 0.0)],
-        ["conversations is not one assistant turn"],
+        ["conversations does not begin and end with an assistant turn"],
     ),
     "LLaMA-Factory's kto_en_demo": (
         {"name": "llama_factory_kto_sharegpt", "messages": "messages", "label": "label"},

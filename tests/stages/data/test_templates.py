@@ -1,14 +1,13 @@
 """Ids of prompts and responses are those of the chat template applied to both, for every template that TRL ships."""
 
 import json
-import re
 import shutil
 import warnings
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
-import trl
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -19,15 +18,14 @@ from stages.data.chat_templates import chat_templates
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import check_system_prompt, prompts
-from stages.data.texts import TEMPLATE_OPTIONS, Conversation, Reply
+from stages.data.texts import TEMPLATE_OPTIONS, Conversation
 from stages.data.tokenizer import Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
 from tests.conftest import write_jsonl
+from tests.families import CONTROL_TOKENS, TEMPLATES
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith("_training"))
-CONTROL_TOKENS = re.compile(r"<[|｜][\w▁:/ ]+[|｜]>|</?(?:start|end)_of_(?:turn|utterance)>|<turn\|>|<\|turn>")
 DATE = "2026-01-31"
 USER = {"role": "user", "content": "What is the time in Rome?"}
 TOOL = {
@@ -47,7 +45,7 @@ CALL = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome"}}}],
 }
-CONVERSATIONS: dict[str, tuple[Conversation, Reply]] = {
+CONVERSATIONS: dict[str, tuple[Conversation, str | dict[str, Any]]] = {
     "one turn": (Conversation("Good morning!"), "Hello, friend."),
     "lines": (Conversation([USER]), "def f(x):\n    return x\n\n\nSo it is."),
     "several turns": (
@@ -85,7 +83,7 @@ def tokenizer_of(tiny, tmp_path_factory):
     return load
 
 
-def reference_ids(tokenizer: Tokenizer, conversation: Conversation, reply: Reply) -> list[list[int]]:
+def reference_ids(tokenizer: Tokenizer, conversation: Conversation, reply: str | dict[str, Any]) -> list[list[int]]:
     """Return the ids of prompt and reply as transformers renders them, reasoning under each key that templates use."""
     content = conversation.content
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else content

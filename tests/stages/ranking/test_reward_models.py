@@ -305,7 +305,8 @@ def test_a_reward_model_reads_what_fits_and_no_control_tokens(ranker):
     ((good, bad), (long, _)) = read_pairs(ranker, CONTEXT, [(GOOD, BAD), ("q " * 120, GOOD)])
     assert ranker.fits(CONTEXT, good, bad)
     assert not ranker.fits(CONTEXT, good, long)
-    assert ranker.read(CONTEXT, Response("Well <|pad|>")) is None
+    with pytest.raises(ValueError, match="special token"):
+        ranker.read(CONTEXT, Response("Well <|pad|>"))
     assert ranker.symmetric
     assert ranker.logits(CONTEXT, []).shape == (0,)
 

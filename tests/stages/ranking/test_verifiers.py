@@ -1,6 +1,5 @@
 """Verifiable rewards, columns kept with a prompt, and functions that a config names by their file."""
 
-import math
 import pickle
 import time
 
@@ -16,6 +15,7 @@ from schemas import WinnowError
 from schemas.tables import CANDIDATES, JUDGEMENTS, PROMPTS
 from stages.data.prompts import prompts
 from stages.evaluation.evaluate import evaluate, gold_reward
+from stages.ranking.rankers import check_fields
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
 from stages.ranking.verifiers import _prefix, code_tests, json_schema, math_answer, runs_to_its_end
@@ -36,7 +36,8 @@ def test_json_fits_its_schema_or_is_wrong():
     fenced = 'Here:\n```json\n{"city": "Oslo"}\n```'
     for response, score in {fenced: 1, '{"city": "Oslo"}': 1, '{"city": 1}': 0, "Oslo": 0, "[" * 10**5: 0}.items():
         assert json_schema("", response, {"schema": SCHEMA}) == score, response[:30]
-    assert math.isnan(json_schema("", fenced, {"schema": '{"type": "objeckt"}'}))
+    with pytest.raises(ValueError, match="schema is no JSON schema"):
+        check_fields(bound(rankers, "json_schema"), {"schema": '{"type": "objeckt"}'})
     assert json_schema("", fenced, {"schema": '{"$ref": "http://127.0.0.1:9/x"}'}) == 0  # not fetched
 
 
@@ -122,7 +123,7 @@ def test_a_verifier_is_a_reward_and_a_gold_reward_that_reads_the_prompts_column(
         for name in RIGHT
     ]
     judgements = pa.Table.from_pylist(judged, JUDGEMENTS)
-    outcomes, _ = evaluate(sums[0], sums[1], sums[1], judgements, gold=bound(gold_reward, "math_answer"))
+    outcomes, _ = evaluate(sums[0], sums[1], sums[1], judgements, ctx, gold=bound(gold_reward, "math_answer"))
     assert {row["candidate_id"]: row["gold"] for row in outcomes.to_pylist()} == RIGHT
     for registry in (rankers, gold_reward):  # each is its own kind after a pickle
         assert pickle.loads(pickle.dumps(bound(registry, "math_answer"))).entry.kind == registry.kind

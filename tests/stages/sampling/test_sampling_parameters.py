@@ -1,6 +1,8 @@
 """vLLM's sampling parameters as options of `sample`: the law of a draw, where it ends, and what its log-prob means."""
 
 import collections
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -141,6 +143,7 @@ def test_a_bad_word_is_never_completed(engine, tiny):
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
 def test_every_parameter_reaches_vllm_under_its_name(engine, monkeypatch):
+    """All that `Sampling` has, read from the request that vLLM gets; steering is no parameter of vLLM's."""
     requests = []
     monkeypatch.setattr(engine.llm.llm_engine, "add_request", lambda *args, **_: requests.append(args[2]))
     laws: dict[str, Any] = OTHER_LAWS | {
@@ -149,10 +152,28 @@ def test_every_parameter_reaches_vllm_under_its_name(engine, monkeypatch):
         "stop_token_ids": (30,),
         "max_tokens": 7,
     }
+    assert {field.name for field in fields(Sampling)} == laws.keys() | {"steering"}
     engine.add("0", Request(PROMPT, 3), Sampling(**laws))
     (sent,) = requests
     for name, value in (laws | {"logit_bias": {A: 1.0}, "seed": 3}).items():
         assert getattr(sent, name) == (list(value) if isinstance(value, tuple) else value), name
+
+
+def test_every_option_of_sample_reaches_the_engine(tiny, ctx, monkeypatch):
+    """Each by a value that is not its default; what says how the engine is started is no parameter of a draw."""
+    options: dict[str, Any] = dict(OTHER_LAWS, logit_bias={str(A): 1.0}, bad_words=["boat"], max_tokens=7)
+    options |= {"stop": ["x"], "stop_token_ids": [30]}
+    _, sampling = one_row(tiny, ctx, monkeypatch, [40], "length", **options)
+    for name, value in (OTHER_LAWS | {"max_tokens": 7, "stop": ("x",), "stop_token_ids": (EOS, 30)}).items():
+        assert getattr(sampling, name) == value, name
+    _, sampling = one_row(tiny, ctx, monkeypatch, [40], "length", ignore_eos=True, keep_special=True)
+    assert sampling.ignore_eos
+    tested = {*options, "ignore_eos"}
+    of_the_engine = {"engine", "engine_options", "dtype", "seed"}
+    of_the_rows = {"split", "n", "keep_empty", "keep_special", "allow_special"}
+    of_a_head = {"steer", "steer_top", "steer_every"}
+    keywords = {name for name, option in signature(sample).parameters.items() if option.kind is option.KEYWORD_ONLY}
+    assert keywords == tested | of_the_engine | of_the_rows | of_a_head
 
 
 @pytest.mark.parametrize("name", [*POLICY_ITSELF])
@@ -223,7 +244,7 @@ def one_row(tiny, ctx, monkeypatch, ids, reason, **options):
     """Return the row of `candidates` of a draw, and the sampling parameters that the engine got."""
     engine = Scripted(ids, reason)
     monkeypatch.setattr("stages.sampling.sample.open_engine", lambda *_: engine)
-    rows = sample(one_prompt(), tiny, ctx, n=1, max_tokens=20, **options).to_pylist()
+    rows = sample(one_prompt(), tiny, ctx, **(dict(n=1, max_tokens=20) | options)).to_pylist()
     return rows, engine.sampling
 
 
@@ -314,6 +335,7 @@ def test_the_evaluation_is_of_the_policy_itself_and_ends_where_sampling_does(dat
         (["stop=['']"], ["stop", "empty"]),
         (["logit_bias={boat: 1.0}"], ["logit_bias", "boat", "token id"]),
         (["logit_bias={'5': 200}"], ["logit_bias", "200", "100"]),
+        (["engine=fake", "top_p=0.5", "stop=[x]"], ["top_p: engine fake", "stop: engine fake"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_when_the_plan_is_made(data_dir, sets, facts):

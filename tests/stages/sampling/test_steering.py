@@ -28,7 +28,7 @@ from stages.sampling.engines.steering import Guide
 from stages.sampling.sample import sample
 from stages.selection.pair import pair, pair_rule
 from stages.training.reference import reference
-from tests.material import alone
+from tests.material import alone, context
 from tests.stages.test_stages import candidate, prompts_of, selections_of
 
 few = settings(deadline=None, max_examples=20)
@@ -382,7 +382,9 @@ def steered_kl(sharp, opinion, ctx, **options):
     rows = [dict(prompt_id="p", k=k, candidate_id=name, baseline_id=name, logit=0.0) for k, name in ids]
     judgements = pa.Table.from_pylist(rows, schema=JUDGEMENTS)
     reference_logp = reference(prompts, candidates, sharp, ctx)
-    outcomes, metrics = evaluate(prompts, candidates, candidates, judgements, None, reference_logp, resamples=1)
+    outcomes, metrics = evaluate(
+        prompts, candidates, candidates, judgements, context(), None, reference_logp, resamples=1
+    )
     return np.array(outcomes["kl"].to_pylist()), values(metrics)["kl"]
 
 
