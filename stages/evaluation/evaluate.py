@@ -1,18 +1,17 @@
 """Stage `evaluate`: win rates with intervals, KL and length; and the gold reward, which no other stage may read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import Bound, InputStep, Registry, stage
 from pipeline.registry import entry_of
-from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference
+from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference, WinnowError
 from schemas.tables import EVALUATIONS, OUTCOMES
-from stages.data.rows import column_by_id, fields_of, text_by_id
+from stages.data.rows import Row, column_by_id, fields_of, rows_by_prompt, text_by_id
 from stages.options import Seed, SmallCount
 from stages.ranking.rankers import FIELDS, PROGRAM, fields_problems, plain_program
 from stages.ranking.verifiers import code_tests, json_schema, math_answer
@@ -38,14 +37,15 @@ for program in (code_tests, json_schema, math_answer):
     shared = {name: entry.metadata[name] for name in ("columns", "requires") if name in entry.metadata}
     gold_reward(arguments=FIELDS, reads_fields=True, version=entry.version, **shared)(program)
 
-METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
+METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts", "proxy_unread")
+UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 
 def _check_gold(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     return fields_problems(options["gold"], inputs, "gold") if options["gold"] else []
 
 
-@stage(version=3, unsharded=True, check=_check_gold)
+@stage(version=4, unsharded=True, check=_check_gold)
 def evaluate(
     prompts: Prompts,
     candidates: Candidates,
@@ -59,10 +59,12 @@ def evaluate(
     resamples: SmallCount = 2000,
     seed: Seed = 0,
 ) -> tuple[Outcomes, Evaluations]:
-    """Compare a policy with the baseline: per response, whether it wins by proxy and gold, log-ratio and length.
+    """Compare a policy with the baseline: wins of every response against every one of the baseline, log-ratio, length.
 
-    A tie counts one half. A comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that
-    have one, and not in `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
+    All responses count, whether or not the ranker was asked about them. A tie counts one half. A response that the
+    ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons decided so. A
+    comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that have one, and not in
+    `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
     Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
@@ -71,41 +73,55 @@ def evaluate(
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
     fields = {row["prompt_id"]: fields_of(row) for row in prompts.to_pylist()}
-    responses = pa.concat_tables([baseline, candidates])
-    response_texts = text_by_id(responses, "candidate_id")
-    if special_tokens:
-        raw_texts = column_by_id(responses, "candidate_id", "raw_text")
-        response_texts |= {name: text for name, text in raw_texts.items() if text is not None}
-    lengths = column_by_id(candidates, "candidate_id", "n_tokens")
     logp_kinds = candidates.column("logp_kind").unique().to_pylist()
     draw_logp = {"exact": policy_logp, "steered": candidates}.get(logp_kinds[0]) if len(logp_kinds) == 1 else None
     policy_scores, baseline_scores = (
         {} if table is None else column_by_id(table, "candidate_id", "logp") for table in (draw_logp, baseline_logp)
     )
 
-    outcomes = []
+    def gold_of(gold: Bound, row: Row) -> float:
+        prompt, name = row["prompt_id"], row["candidate_id"]
+        text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
+        known = (fields[prompt],) if gold.metadata.get("reads_fields") else ()
+        return number(gold, gold(prompt_texts[prompt], text, *known), of=f"prompt {prompt}, candidate {name}")
+
+    judgements_by_candidate: dict[str, list[Row]] = {}
     for row in judgements.to_pylist():
-        ours, theirs = row["candidate_id"], row["baseline_id"]
-        outcome = {name: row[name] for name in ("prompt_id", "k", "candidate_id", "baseline_id")}
-        verdict = None if row["logit"] is None else _win_score(row["logit"])
-        outcome |= {"proxy_win": verdict, "n_tokens": lengths[ours]}
-        if ours in policy_scores and ours in baseline_scores:
-            outcome["kl"] = float(policy_scores[ours] - baseline_scores[ours])
+        judgements_by_candidate.setdefault(row["candidate_id"], []).append(row)
+    golds_by_prompt: dict[str, list[float]] = {}
+    if gold is not None:
+        for row in baseline.to_pylist():
+            golds_by_prompt.setdefault(row["prompt_id"], []).append(gold_of(gold, row))
+    outcomes = []
+    for row in (row for _, group in rows_by_prompt(candidates) for row in group):
+        name, judged = row["candidate_id"], judgements_by_candidate.pop(row["candidate_id"], [])
+        wins = [
+            UNREAD_WINS[match["unread"]] if match["unread"] else _win_score(match["logit"])
+            for match in judged
+            if match["unread"] or match["logit"] is not None
+        ]
+        outcome = dict(prompt_id=row["prompt_id"], k=row["k"], candidate_id=name, n_tokens=row["n_tokens"])
+        outcome["proxy_win"] = _mean(wins)
+        outcome["proxy_verdicts"] = _mean(match["logit"] is not None for match in judged)
+        outcome["proxy_unread"] = _mean(match["unread"] is not None for match in judged)
         if gold is not None:
-            prompt = prompt_texts[row["prompt_id"]]
-            known = (fields[row["prompt_id"]],) if gold.metadata.get("reads_fields") else ()
-            of = f"prompt {row['prompt_id']}, candidate "
-            outcome["gold"] = number(gold, gold(prompt, response_texts[ours], *known), of=of + ours)
-            outcome["gold_baseline"] = number(gold, gold(prompt, response_texts[theirs], *known), of=of + theirs)
-            outcome["gold_win"] = _win_score(outcome["gold"] - outcome["gold_baseline"])
+            outcome["gold"], opponents = gold_of(gold, row), golds_by_prompt.get(row["prompt_id"], [])
+            outcome["gold_baseline"] = _mean(opponents)
+            outcome["gold_win"] = _mean(_win_score(outcome["gold"] - opponent) for opponent in opponents)
+        if name in policy_scores and name in baseline_scores:
+            outcome["kl"] = float(policy_scores[name] - baseline_scores[name])
         outcomes.append(outcome)
+    if judgements_by_candidate:
+        raise WinnowError(
+            f"evaluate: judgements of {len(judgements_by_candidate):,} responses that `candidates` lacks, such as "
+            f"{next(iter(judgements_by_candidate))}; give it the candidates that were judged"
+        )
 
     # Average per prompt first, so that prompts with more responses do not weigh more. In one thread and in the order of
     # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
-    table = pa.Table.from_pylist(outcomes, OUTCOMES)
-    has_verdict = pc.is_valid(table.column("proxy_win")).cast(pa.float64())
-    by_prompt = table.append_column("proxy_verdicts", has_verdict)
-    by_prompt = by_prompt.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
+    asked = pa.schema([(name, pa.float64()) for name in ("proxy_verdicts", "proxy_unread")])
+    table = pa.Table.from_pylist(outcomes, pa.schema([*OUTCOMES, *asked]))
+    by_prompt = table.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
     by_prompt, rng = by_prompt.sort_by("prompt_id"), np.random.default_rng(seed)
     evaluations = []
     for metric in METRICS:
@@ -114,11 +130,16 @@ def evaluate(
             low, high = bootstrap_interval(means, resamples, rng)
             row = {"metric": metric, "value": float(means.mean()), "low": low, "high": high, "n": len(means)}
             evaluations.append(row)
-    return table, pa.Table.from_pylist(evaluations, EVALUATIONS)
+    return table.select(OUTCOMES.names), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
 
 def _win_score(margin: float) -> float:
     return 0.5 if margin == 0 else float(margin > 0)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def bootstrap_interval(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> tuple[float, float]:
