@@ -12,6 +12,7 @@ from pipeline.registry import entry_of
 from schemas import Candidates, Evaluations, Judgements, Outcomes, Prompts, Reference, WinnowError
 from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import Row, column_by_id, fields_of, rows_by_prompt, text_by_id
+from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
 from stages.ranking.rankers import FIELDS, PROGRAM, fields_problems, plain_program
 from stages.ranking.verifiers import code_tests, json_schema, math_answer
@@ -65,10 +66,12 @@ def evaluate(
     ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons decided so. A
     comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that have one, and not in
     `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
-    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
+    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. `proxy_win_lc` and
+    `gold_win_lc` are win rates at equal length, by the logistic model of AlpacaEval 2.
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
-    (steered, for which `policy_logp` is not read). It is null otherwise. A gold reward that is no finite number ends
+    (steered, for which `policy_logp` is not read). It is null otherwise; of responses cut at max_tokens, it is of the
+    cut ones. A gold reward that is no finite number ends
     the stage.
     """
     prompt_texts = text_by_id(prompts, "prompt_id")
@@ -88,26 +91,36 @@ def evaluate(
     judgements_by_candidate: dict[str, list[Row]] = {}
     for row in judgements.to_pylist():
         judgements_by_candidate.setdefault(row["candidate_id"], []).append(row)
-    golds_by_prompt: dict[str, list[float]] = {}
-    if gold is not None:
-        for row in baseline.to_pylist():
-            golds_by_prompt.setdefault(row["prompt_id"], []).append(gold_of(gold, row))
+    baseline_by_prompt = dict(rows_by_prompt(baseline))
+    baseline_length = column_by_id(baseline, "candidate_id", "n_tokens")
+    baseline_gold = {} if gold is None else {row["candidate_id"]: gold_of(gold, row) for row in baseline.to_pylist()}
     outcomes = []
+    matches: dict[str, list[Match]] = {"proxy_win": [], "gold_win": []}
     for row in (row for _, group in rows_by_prompt(candidates) for row in group):
         name, judged = row["candidate_id"], judgements_by_candidate.pop(row["candidate_id"], [])
-        wins = [
-            UNREAD_WINS[match["unread"]] if match["unread"] else _win_score(match["logit"])
+        wins = {
+            match["baseline_id"]: UNREAD_WINS[match["unread"]] if match["unread"] else _win_score(match["logit"])
             for match in judged
             if match["unread"] or match["logit"] is not None
-        ]
+        }
         outcome = dict(prompt_id=row["prompt_id"], k=row["k"], candidate_id=name, n_tokens=row["n_tokens"])
-        outcome["proxy_win"] = _mean(wins)
         outcome["proxy_verdicts"] = _mean(match["logit"] is not None for match in judged)
         outcome["proxy_unread"] = _mean(match["unread"] is not None for match in judged)
+        gold_wins = {}
         if gold is not None:
-            outcome["gold"], opponents = gold_of(gold, row), golds_by_prompt.get(row["prompt_id"], [])
-            outcome["gold_baseline"] = _mean(opponents)
-            outcome["gold_win"] = _mean(_win_score(outcome["gold"] - opponent) for opponent in opponents)
+            outcome["gold"] = gold_of(gold, row)
+            golds = {
+                opponent["candidate_id"]: baseline_gold[opponent["candidate_id"]]
+                for opponent in baseline_by_prompt.get(row["prompt_id"], [])
+            }
+            outcome["gold_baseline"] = _mean(golds.values())
+            gold_wins = {opponent: _win_score(outcome["gold"] - value) for opponent, value in golds.items()}
+        for metric, by_opponent in (("proxy_win", wins), ("gold_win", gold_wins)):
+            outcome[metric] = _mean(by_opponent.values())
+            matches[metric] += [
+                Match(row["prompt_id"], win, row["n_tokens"] - baseline_length[opponent])
+                for opponent, win in by_opponent.items()
+            ]
         if name in policy_scores and name in baseline_scores:
             outcome["kl"] = float(policy_scores[name] - baseline_scores[name])
         outcomes.append(outcome)
@@ -130,6 +143,11 @@ def evaluate(
             low, high = bootstrap_interval(means, resamples, rng)
             row = {"metric": metric, "value": float(means.mean()), "low": low, "high": high, "n": len(means)}
             evaluations.append(row)
+    for metric, met in matches.items():
+        if met:
+            value, (low, high) = length_controlled(met, resamples, rng)
+            n = len({match.prompt for match in met})
+            evaluations.append({"metric": f"{metric}_lc", "value": value, "low": low, "high": high, "n": n})
     return table.select(OUTCOMES.names), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
 

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ from schemas.tables import (
     SELECTIONS,
 )
 from stages.evaluation.evaluate import evaluate
+from stages.evaluation.length_control import Match, length_controlled
 from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker as rankers
@@ -583,6 +585,44 @@ def test_the_interval_shrinks_with_prompts_and_has_the_width_of_theory():
         _, metrics = evaluated(*judged({f"p{m:03}": [1.0 if m % 2 else -1.0] for m in range(n)}), resamples=2000)
         row = metrics["proxy_win"]
         assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.25 / n), rel=0.2)
+
+
+def test_the_win_rate_at_equal_length_is_that_of_the_model_that_made_the_wins():
+    """Wins drawn by s(a + b tanh(d / sd d)): s(a) is in the interval, whatever b; without an effect it is the rate."""
+    rng = np.random.default_rng(0)
+    for a, b in ((-0.4, 2.0), (0.3, -1.0), (0.8, 0.0)):
+        longer_by = rng.integers(-40, 60, 3000)
+        chance = 1 / (1 + np.exp(-(a + b * np.tanh(longer_by / longer_by.std()))))
+        matches = [
+            Match(f"p{n // 4}", float(win), int(d))
+            for n, (win, d) in enumerate(zip(rng.random(3000) < chance, longer_by, strict=True))
+        ]
+        value, (low, high) = length_controlled(matches, 400, rng)
+        assert low < 1 / (1 + math.exp(-a)) < high
+        assert high - low < 0.09
+        plain = float(np.mean([match.win for match in matches]))
+        assert abs(plain - value) > 0.04 or b == 0
+    # All won, all of one length: near 1, and finite; half won: one half.
+    assert 0.99 < length_controlled([Match(f"p{n}", 1.0, 0) for n in range(50)], 10, rng)[0] < 1
+    assert length_controlled([Match("p", 0.5, 3), Match("q", 0.5, -9)], 10, rng)[0] == pytest.approx(0.5)
+
+
+def test_longer_responses_that_win_by_length_have_a_lower_controlled_rate():
+    """gold = length of the text: a policy that only writes more wins, and not at equal length."""
+    texts = {f"p{n}": ["x" * (20 + n % 7), "x" * (9 + n % 5)] for n in range(60)}
+    tables = [
+        candidate_table(
+            candidate(name, 0, text=pair[side], n_tokens=len(pair[side]), candidate_id=f"{name}-{side}")
+            for name, pair in texts.items()
+        )
+        for side in (0, 1)
+    ]
+    gold = Bound(Entry("length", lambda prompt, response: float(len(response)), {}), {})
+    none = pa.Table.from_pylist([], schema=JUDGEMENTS)
+    _, metrics = evaluated(prompts_of(texts), *tables, none, gold=gold)
+    assert metrics["gold_win"]["value"] == 1.0
+    assert metrics["gold_win_lc"]["value"] < 0.95
+    assert "proxy_win_lc" not in metrics
 
 
 def test_an_interval_is_the_same_every_time_and_moves_with_the_seed():
