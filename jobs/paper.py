@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from pipeline.store.store import Store
 from stages.evaluation.evaluate import bootstrap_interval
 
 PAPER_YAML = Path(__file__).parent / "paper.yaml"
+AGAINST_TARGETS = Path(__file__).parent / "paper_targets.yaml"
 RESAMPLES = 2000
 METRICS = {"gold_win": 1, "proxy_win": 0}  # and the index of the paper's figure for it, see paper.yaml
 WINS = """
@@ -29,6 +31,7 @@ SELECT run, avg(selected) AS selected
 FROM (SELECT run, stage, key, prompt_id, count(*) AS selected FROM selections JOIN runs USING (stage, key) GROUP BY ALL)
 GROUP BY run
 """
+Against = Literal["target", "sft"]
 Wins = dict[str, dict[str, dict[str, float]]]  # run -> metric -> prompt -> share of wins
 
 
@@ -60,22 +63,25 @@ def cells() -> list[Cell]:
     return all_cells
 
 
-def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0) -> list[Plan]:
+def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0, against: Against = "target") -> list[Plan]:
     """Return one plan per cell; equal cells of the two tables have one key, and run once.
 
-    `gamma` is the paper's factor of the log-ratio in both reference-normalised losses (there 0.05; 1 suits the demo).
-    The hinge, which has no reference, keeps its margin 1.
+    gamma: the paper's factor of the log-ratio in all three pair losses (there 0.05; 1 suits the demo). Without a
+    reference, max(0, 1 - gamma h) is gamma times the hinge with the margin 1 / gamma. against: whose responses the win
+    rates compare with, the data's target texts as in the paper, or draws of the SFT policy.
     """
     objectives = {
         "sigmoid-norm": f"{{name: sigmoid_norm, beta: {gamma}}}",
-        "hinge": "{name: hinge, delta: 1.0}",
+        "hinge": f"{{name: hinge, delta: {1 / gamma}}}",
         "hinge-norm": f"{{name: hinge_norm, gamma: {gamma}}}",
     }
+    if against == "target":
+        configs = [*configs, AGAINST_TARGETS]
     plans = []
     for cell in cells():
-        objective = objectives[cell.labels.get("loss", "sigmoid-norm")]
-        overrides = [f"optimize.objective={objective}", *cell.sets, *sets]
-        plans.append(plan_named(cell.recipe, configs, overrides, cell.run))
+        objective = objectives.get(cell.labels.get("loss", "sigmoid-norm"))
+        chosen = [f"optimize.objective={objective}"] if objective else []
+        plans.append(plan_named(cell.recipe, configs, [*chosen, *cell.sets, *sets], cell.run))
     return plans
 
 

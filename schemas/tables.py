@@ -275,7 +275,7 @@ HEADS = table(
 )
 JUDGEMENTS = table(
     "judgements",
-    "one row per held-out response of a policy, compared with the baseline policy's response of the same k",
+    "one row per held-out response of a policy and response of the baseline policy to the same prompt",
     PROMPT_ID,
     K,
     CANDIDATE_ID,
@@ -286,23 +286,35 @@ JUDGEMENTS = table(
         "the ranker's logit of P(candidate beats baseline), nats, mean of both orders; null if it gave no verdict",
         nullable=True,
     ),
+    column(
+        "unread",
+        pa.string(),
+        "candidate, baseline or both: whose response the ranker could not read, or the longer of two that did not fit "
+        "its context together; null if it read both",
+        nullable=True,
+    ),
 )
 OUTCOMES = table(
     "outcomes",
-    "one row per judged held-out response",
+    "one row per held-out response of a policy",
     PROMPT_ID,
     K,
     CANDIDATE_ID,
-    BASELINE_RESPONSE_ID,
     column(
         "proxy_win",
         pa.float64(),
-        "1 for a win by the ranker, 0 for a loss, 0.5 for a tie; null if it gave no verdict",
+        "share of the baseline's responses that it beats by the ranker, a tie being half; a response that the ranker "
+        "cannot read loses to one that it can; null without a verdict",
         nullable=True,
     ),
-    column("gold_win", pa.float64(), "1 for a win by the gold reward, 0 for a loss, 0.5 for a tie", nullable=True),
+    column(
+        "gold_win",
+        pa.float64(),
+        "share of the baseline's responses that it beats by the gold reward, a tie being half",
+        nullable=True,
+    ),
     column("gold", pa.float64(), "gold reward of the response", nullable=True),
-    column("gold_baseline", pa.float64(), "gold reward of the baseline's response", nullable=True),
+    column("gold_baseline", pa.float64(), "mean gold reward of the baseline's responses to the prompt", nullable=True),
     column(
         "kl",
         pa.float64(),

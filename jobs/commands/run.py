@@ -5,7 +5,7 @@ import signal
 from contextlib import closing, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -152,12 +152,15 @@ def paper(
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
-    gamma: Annotated[float, typer.Option(help="factor of the log-ratio in both normalised losses; paper: 0.05")] = 1.0,
+    gamma: Annotated[float, typer.Option(help="factor of the log-ratio in the pair losses; paper: 0.05")] = 1.0,
+    against: Annotated[
+        Literal["target", "sft"], typer.Option(help="win rates against the data's target texts, or the SFT policy's")
+    ] = "target",
 ) -> None:
     """Reproduce tables 1 and 2 of the RSO paper on your data: every cell trained and judged, beside the paper's."""
     from jobs.paper import paper_plans, tables
 
-    _run_plans(paper_plans(configs, sets, gamma), Store(store), LocalExecutor())
+    _run_plans(paper_plans(configs, sets, gamma, against), Store(store), LocalExecutor())
     for title, table in tables(Store(store)):
         console.print(as_table(table, title))
 

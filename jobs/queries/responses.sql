@@ -1,5 +1,10 @@
 -- Three held-out prompts with the responses of the SFT policy and the trained policy; choose one run with --run.
-WITH sampled AS (SELECT * FROM outcomes WHERE k = 0 ORDER BY prompt_id, stage, key LIMIT 3),
+-- gold_baseline is the mean of all of the SFT policy's responses to the prompt.
+WITH sampled AS (
+    SELECT outcomes.*, min(baseline_id) AS baseline_id
+    FROM outcomes LEFT JOIN judgements USING (prompt_id, candidate_id)
+    WHERE outcomes.k = 0 GROUP BY ALL ORDER BY prompt_id, outcomes.stage, outcomes.key LIMIT 3
+),
 texts AS (
     SELECT candidate_id, any_value(coalesce(raw_text, text)) AS text FROM candidates
     WHERE candidate_id IN (SELECT candidate_id FROM sampled UNION ALL SELECT baseline_id FROM sampled)
@@ -11,5 +16,5 @@ prompt_texts AS (
 SELECT prompt_texts.text AS prompt, base.text AS baseline, policy.text AS response, gold_baseline, gold
 FROM sampled JOIN prompt_texts USING (prompt_id)
 JOIN texts AS policy ON policy.candidate_id = sampled.candidate_id
-JOIN texts AS base ON base.candidate_id = sampled.baseline_id
+LEFT JOIN texts AS base ON base.candidate_id = sampled.baseline_id
 ORDER BY prompt_id, sampled.stage, sampled.key

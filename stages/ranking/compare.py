@@ -29,7 +29,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=4, check=_check_compare, given_by={"ranker": "by"}, choose=ranker_for)
+@stage(version=5, check=_check_compare, given_by={"ranker": "by"}, choose=ranker_for)
 def compare(
     prompts: Prompts,
     candidates: Candidates,
@@ -47,7 +47,8 @@ def compare(
     Neighbours in the (random) order of acceptance, or of drawing for all candidates if there are no selections.
     The first two are from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425; all_pairs suits `score`.
     With `special_tokens`, text is read with the special tokens inside it. Rejected are a prompt with one candidate, or
-    with only one that the ranker can read, and a comparison on which the ranker has no verdict.
+    with only one that the ranker can read, the last of an odd number in first_round, which has no neighbour, and a
+    comparison on which the ranker has no verdict.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
@@ -73,6 +74,10 @@ def compare(
             players.remove(longest)
         if len(players) < 2:
             ctx.reject("one candidate", place=rule, prompt=prompt, detail=f"of {len(group)}")
+        elif rule == "first_round" and len(players) % 2:
+            ctx.reject(
+                "no neighbour", place=rule, prompt=prompt, candidate=players[-1], detail=f"last of {len(players)}"
+            )
 
         def prefer(pairs: list[IdPair], context: str = context, readings: dict[str, Any] = readings) -> list[float]:
             ctx.count(ranker_calls=len(pairs))
@@ -94,8 +99,9 @@ def compare(
 def matches_of(rule: str, players: list[str], prefer: Prefer) -> Iterator[Row]:
     """Yield the matches of one prompt's candidates, without `prompt_id`.
 
-    In a tournament winners advance (without a verdict, nan, the left one), and an odd last player has a bye;
-    first_round is its first round.
+    In a tournament winners advance (without a verdict, nan, the left one), and an odd last player has a bye, after
+    which it is the first: at the end, it would have another in the next round, and be in the final of five by byes
+    alone. first_round is its first round.
     prefer: logits P(left beats right) of the pairs of a tournament round.
     """
     tournament_round = 0
@@ -108,5 +114,5 @@ def matches_of(rule: str, players: list[str], prefer: Prefer) -> Iterator[Row]:
         if rule != "tournament":
             break
         winners = [right if logit < 0 else left for (left, right), logit in zip(pairs, logits, strict=True)]
-        players = winners + players[2 * len(pairs) :]
+        players = players[2 * len(pairs) :] + winners
         tournament_round += 1

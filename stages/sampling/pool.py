@@ -1,9 +1,12 @@
 """Stages `pool` and `mismatch`: candidates of other origins (an earlier round, demonstrations, another prompt)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import StageContext, stage
+from pipeline import InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Selections
 from schemas.tables import CANDIDATES
 from stages.data.files import check_demonstrations
@@ -11,19 +14,30 @@ from stages.data.rows import Row, column_by_id, imported_candidate, rows_by_prom
 from stages.limits import context_length
 
 
-@stage(version=3, check=check_demonstrations)
+def _check_pool(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    problems = check_demonstrations(options, inputs)
+    if not inputs.keys() & {"candidates", "prompts"}:
+        problems.append("nothing to merge: add `candidates` or `prompts` under `from`")
+    return problems
+
+
+@stage(version=3, check=_check_pool)
 def pool(
-    candidates: Candidates, ctx: StageContext, prompts: Prompts | None = None, earlier: Candidates | None = None
+    ctx: StageContext,
+    candidates: Candidates | None = None,
+    prompts: Prompts | None = None,
+    earlier: Candidates | None = None,
 ) -> Candidates:
     """Merge `candidates`, those of an `earlier` round, and the demonstrations of `prompts`; each id once.
 
+    Without candidates, they are the demonstrations of all prompts: the target texts of the data, to compare with.
     A demonstration has finish_reason `given`; if the policy drew the very same tokens, it is one more candidate.
     """
-    rows = candidates.to_pylist() + ([] if earlier is None else earlier.to_pylist())
+    rows = [row for table in (candidates, earlier) if table is not None for row in table.to_pylist()]
     sampled_ids = {row["candidate_id"] for row in rows}
     sampled_prompts = {row["prompt_id"] for row in rows}
     for prompt in [] if prompts is None else prompts.to_pylist():
-        if prompt["prompt_id"] not in sampled_prompts:
+        if candidates is not None and prompt["prompt_id"] not in sampled_prompts:
             continue
         if prompt["demonstration_ids"]:
             demonstration = prompt["demonstration_ids"], prompt["demonstration"]

@@ -72,7 +72,7 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
         data_problems = missing_data(loss, weight, present, planned.get("labels") == "soft")
         needs = data_needs(loss, weight)
         needs["reference"] = True  # or not: see above
-        needs["pairs"] |= planned.get("imitate") == "chosen" or planned.get("desirable") == "pairs"
+        needs["pairs"] |= planned.get("imitate") in ("chosen", "winner") or planned.get("desirable") == "pairs"
         for surplus in (key for key in needs if present[key] and not needs[key]):
             cure = f"remove `{surplus}` from the inputs" if surplus in INPUTS else f"unset `{surplus}`"
             data_problems.append(f"objective {loss.name} reads no {(INPUTS | OPTIONS)[surplus]}; {cure}")

@@ -20,12 +20,13 @@ from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, ro
 from stages.options import split_problems
 from stages.training.agreement import drawn
 
-Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen"]
+Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen", "winner"]
 Desirable = Literal["nothing", "pairs", "rewards"]
 INPUT_READ_BY = {
     ("imitate", "selected"): "selections",
     ("imitate", "best"): "selections",
     ("imitate", "chosen"): "pairs",
+    ("imitate", "winner"): "pairs",
     ("desirable", "pairs"): "pairs",
     ("desirable", "rewards"): "selections",
     ("labels", "soft"): "pairs",
@@ -88,8 +89,9 @@ def examples(
 ) -> Examples:
     """Join all inputs by prompt to training groups; rows that nothing reads are dropped.
 
-    imitate: whose likelihood counts: a `demonstration` and the `best` or `chosen` with weight 1, the `selected` with
-    the weights of their selection, but none of a prompt whose selected responses are all labelled wrong. desirable:
+    imitate: whose likelihood counts: a `demonstration`, the `best` by reward, the `winner` of the pairs' tournament and
+    those `chosen` in any pair with weight 1, the `selected` with the weights of their selection, but none of a prompt
+    whose selected responses are all labelled wrong. desirable:
     unpaired labels, from `pairs` (chosen 1, rejected -1) or from the selected `rewards`, 1 above the `threshold` and -1
     below it; by default it is that of labels (0.5 of 0 and 1, 0 of -1 and 1), and of other rewards their mean per
     prompt, for the sign of a reward says only whether it beats one random draw. labels: what a pair says, 1 or the
@@ -160,13 +162,21 @@ def examples(
 
 
 def _likelihood_weights(imitate: Imitate, pairs: list[Row], selected: list[Row]) -> dict[str, float]:
-    """Return likelihood weights by candidate id. `best`: the highest reward, the earliest draw on ties."""
+    """Return likelihood weights by candidate id.
+
+    best: the highest reward, the earliest draw on ties. winner: what was chosen most often of all that were never
+    rejected, which in a tournament is its winner, the first by id on ties.
+    """
     if imitate == "selected":
         return {row["candidate_id"]: row["weight"] for row in selected}
     if imitate == "best":
         best = sorted(selected, key=lambda row: (-row["reward"], row["draw"]))[:1]
         return {row["candidate_id"]: 1.0 for row in best}
-    return {pair["chosen_id"]: 1.0 for pair in pairs} if imitate == "chosen" else {}
+    chosen = Counter(pair["chosen_id"] for pair in pairs)
+    if imitate == "winner":
+        wins = {name: count for name, count in chosen.items() if all(pair["rejected_id"] != name for pair in pairs)}
+        return {min(wins, key=lambda name: (-wins[name], name)): 1.0} if wins else {}
+    return dict.fromkeys(chosen, 1.0) if imitate == "chosen" else {}
 
 
 def _unpaired_labels(

@@ -16,6 +16,7 @@ from schemas.tables import (
     COMPARISONS,
     EVALUATIONS,
     EXAMPLES,
+    JUDGEMENTS,
     METRICS,
     OUTCOMES,
     PAIRS,
@@ -75,7 +76,7 @@ def candidate(name: str, tokens: list[int], **values) -> dict:
 
 
 def outcome(k: int, candidate_id: str, **values) -> dict:
-    return dict(prompt_id="h", k=k, candidate_id=candidate_id, baseline_id="base") | values
+    return dict(prompt_id="h", k=k, candidate_id=candidate_id) | values
 
 
 def metric(name: str, value: float) -> dict:
@@ -132,10 +133,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         outcome(1, "ours", proxy_win=1.0, gold_win=0.5, gold=3.0, gold_baseline=3.0),
     ]
     put(store, "generate", "9", [table(CANDIDATES, *held)])
+    met = dict(prompt_id="h", candidate_id="ours", baseline_id="base", logit=1.0)
+    put(store, "judge", "10", [table(JUDGEMENTS, met)])
     for key, win in (("a", 0.6), ("b", 0.8)):
         metrics = [metric("gold_win", win), metric("proxy_win", 0.9), metric("kl", 10 * win)]
         put(store, "evaluate", key, [table(OUTCOMES, *judged), table(EVALUATIONS, *metrics)])
-    shared = ["prompts", "sample", "reward", "select", "compare", "pair", "reference", "optimize", "generate"]
+    shared = ["prompts", "sample", "reward", "select", "compare", "pair", "reference", "optimize", "generate", "judge"]
     rounds = {"evaluate@1": ("evaluate", "a"), "evaluate@2": ("evaluate", "b")}
     link(store, "rso", **{stage: (stage, str(n + 1)) for n, stage in enumerate(shared)}, **rounds)
     return store

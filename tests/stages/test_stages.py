@@ -3,9 +3,11 @@
 import math
 import warnings
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -29,6 +31,7 @@ from schemas.tables import (
     SELECTIONS,
 )
 from stages.evaluation.evaluate import evaluate
+from stages.evaluation.length_control import Match, length_controlled
 from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker as rankers
@@ -171,7 +174,8 @@ def test_a_knock_out_finds_the_best_in_k_minus_1_calls(strengths):
     """prefer = s(left) - s(right) is transitive: k - 1 matches, the strongest never loses and ends alone.
 
     Everyone else loses exactly once. A round halves the field, n -> ceil(n / 2), by floor(n / 2) matches; in the first
-    one an odd last candidate has a bye. With k = 2^m the winner plays m = log2 k matches.
+    one an odd last candidate has a bye. With k = 2^m the winner plays m = log2 k matches, with any other k at most
+    one less than there are rounds: nobody has two byes.
     """
     strength = {str(n): value for n, value in enumerate(strengths)}
     k, best = len(strength), max(strength, key=lambda name: strength[name])
@@ -186,7 +190,7 @@ def test_a_knock_out_finds_the_best_in_k_minus_1_calls(strengths):
     losers = [match["right_id"] if match["logit"] >= 0 else match["left_id"] for match in matches]
     assert sorted(losers) == sorted(set(strength) - {best})
     played = sum(best in (match["left_id"], match["right_id"]) for match in matches)
-    assert played <= math.ceil(math.log2(k))
+    assert math.ceil(math.log2(k)) - 1 <= played <= math.ceil(math.log2(k))
     if k & (k - 1) == 0:
         assert played == int(math.log2(k))
     field, rounds = k, []
@@ -200,7 +204,10 @@ def test_a_knock_out_finds_the_best_in_k_minus_1_calls(strengths):
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8, 9])
 def test_compare_costs_k_halves_or_k_minus_1_calls(ranker, k):
-    """first_round: floor(k / 2) neighbours in order of acceptance. tournament: k - 1, and its round 0 is that round."""
+    """first_round: floor(k / 2) neighbours in order of acceptance, and the last of an odd number is a reject.
+
+    tournament: k - 1, and its round 0 is that round.
+    """
     draws = [(3 * n) % k for n in range(k)] if k % 3 else list(range(k))[::-1]
     order = [f"a-{draws.index(n)}" for n in range(k)]
     rows = {}
@@ -209,6 +216,9 @@ def test_compare_costs_k_halves_or_k_minus_1_calls(ranker, k):
         table = compare(prompts_of("a"), candidates_of({"a": k}), ctx, selections, ranker, by=PAIRWISE, rule=name)
         rows[name] = conform(table, COMPARISONS).to_pylist()
         assert len(rows[name]) == ctx.counters["ranker_calls"] == calls
+        odd_one = [order[-1]] if name == "first_round" and k % 2 and k > 1 else []
+        rejects = [row for row in ctx.rejects.to_pylist() if row["reason"] == "no neighbour"]
+        assert [row["candidate_id"] for row in rejects] == odd_one
     first = rows["first_round"]
     assert [(row["left_id"], row["right_id"]) for row in first] == list(zip(order[::2], order[1::2], strict=False))
     assert [row for row in rows["tournament"] if row["round"] == 0] == first
@@ -373,6 +383,14 @@ def test_weights_go_to_what_is_imitated():
         assert weights == dict.fromkeys({"a-3", "a-0"}, 0.0) | dict.fromkeys(weighted, 1.0)
 
 
+def test_the_winner_of_a_tournament_is_imitated():
+    """Of 3 over 0, 2 over 1, 3 over 2: 3 alone. Where a tie left two unbeaten, the one that won more often."""
+    for sides, weighted in (([(3, 0), (2, 1), (3, 2)], {"a-3"}), ([(3, 0), (2, 1), (4, 5), (2, 4)], {"a-2"})):
+        table = examples(prompts_of("a"), context(), candidates_of({"a": 6}), pairs_of(sides), imitate="winner")
+        (group,) = table.to_pylist()
+        assert {row["candidate_id"] for row in group["responses"] if row["weight"]} == weighted
+
+
 def test_prompts_of_more_than_2_gib_of_text_are_sorted():
     """2.25 GiB in one column, 64 MiB of memory: its 36 chunks are one, and nearly all rows are held out."""
     names = [f"p{n * 7919 % 2304:04d}" for n in range(2304)]
@@ -438,6 +456,7 @@ def test_examples_without_their_inputs_are_refused_at_plan_time():
         ({}, ("candidates",), "nothing to learn from"),
         ({"imitate": "best"}, ("pairs", "candidates"), "`selections`"),
         ({"imitate": "chosen"}, ("candidates",), "`pairs`"),
+        ({"imitate": "winner"}, ("candidates",), "`pairs`"),
         ({"desirable": "rewards"}, ("candidates",), "`selections`"),
         ({"desirable": "pairs"}, ("candidates",), "`pairs`"),
         ({}, ("pairs",), "candidates"),
@@ -462,8 +481,8 @@ def test_examples_without_their_inputs_are_refused_at_plan_time():
 # judge and evaluate
 
 
-def test_judge_reads_pairs_of_equal_k(ranker):
-    """Candidate k meets the baseline's k; a k that one side lacks is not judged; swapped sides negate the logit."""
+def test_every_response_meets_every_baseline_response_or_that_of_its_k(ranker):
+    """All pairs of a prompt's responses by default, those of equal k by option; swapped sides negate the logit."""
     prompts, candidates = prompts_of("ab"), candidates_of({"a": 3, "b": 2})
     baseline = candidate_table(
         candidate(prompt, k, text=f"No {k}.", candidate_id=f"base-{prompt}-{k}")
@@ -472,10 +491,45 @@ def test_judge_reads_pairs_of_equal_k(ranker):
     ctx = context()
     table = conform(judge(prompts, candidates, baseline, ctx, ranker, by=PAIRWISE), JUDGEMENTS)
     logits = {(row["candidate_id"], row["baseline_id"]): row["logit"] for row in table.to_pylist()}
-    assert list(logits) == [("a-0", "base-a-0"), ("a-2", "base-a-2"), ("b-1", "base-b-1")]
-    assert ctx.counters["ranker_calls"] == 3
+    ids = [row["candidate_id"] for row in candidates.to_pylist()]
+    theirs = [row["candidate_id"] for row in baseline.to_pylist()]
+    assert list(logits) == [(a, b) for a, b in product(ids, theirs) if a[0] == b[len("base-")]]
+    assert ctx.counters["ranker_calls"] == len(logits) == 3 * 2 + 2
     for row in judge(prompts, baseline, candidates, context(), ranker, by=PAIRWISE).to_pylist():
         assert row["logit"] == pytest.approx(-logits[row["baseline_id"], row["candidate_id"]], rel=0, abs=1e-4)
+    few = judge(prompts, candidates, baseline, context(), ranker, by=PAIRWISE, matches="same_k").to_pylist()
+    equal = [("a-0", "base-a-0"), ("a-2", "base-a-2"), ("b-1", "base-b-1")]
+    assert [(row["candidate_id"], row["baseline_id"]) for row in few] == equal
+
+
+def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
+    """A policy that rambles on one of two responses: it loses those by the proxy, and gold is of all four pairs.
+
+    gold = length of the text, so that the long one wins both of its pairs, and the other ties both.
+    """
+    prompts = prompts_of("a")
+    ours = candidate_table([candidate("a", 0), candidate("a", 1, text=LONG, n_tokens=900)])
+    theirs = candidate_table(candidate("a", k, candidate_id=f"base-{k}") for k in range(2))
+    ctx = context()
+    judgements = conform(judge(prompts, ours, theirs, ctx, ranker, by=PAIRWISE), JUDGEMENTS)
+    assert [row["unread"] for row in judgements.to_pylist()] == [None, None, "candidate", "candidate"]
+    assert (ctx.counters["unread_responses"], ctx.rejects.num_rows) == (2, 0)
+    gold = Bound(Entry("length", lambda prompt, response: float(len(response)), {}), {})
+    outcomes, metrics = evaluated(prompts, ours, theirs, judgements, gold=gold)
+    assert [row["proxy_win"] for row in outcomes][1] == 0.0
+    assert [row["gold_win"] for row in outcomes] == [0.5, 1.0]
+    expected = {"proxy_unread": 0.5, "proxy_verdicts": 0.5, "gold_win": 0.75}
+    assert {name: metrics[name]["value"] for name in expected} == expected
+    swapped = judge(prompts, theirs, ours, context(), ranker, by=PAIRWISE)
+    assert evaluated(prompts, theirs, ours, swapped)[1]["proxy_win"]["value"] == pytest.approx(
+        1 - metrics["proxy_win"]["value"]
+    )
+
+
+def test_judgements_of_other_responses_are_refused():
+    prompts, candidates, baseline, judgements = judged({"a": [1.0, 1.0]})
+    with pytest.raises(WinnowError, match=r"1 responses.*a-1"):
+        evaluate(prompts, candidates.slice(0, 1), baseline, judgements)
 
 
 def judged(logits, **columns):
@@ -541,6 +595,44 @@ def test_the_interval_shrinks_with_prompts_and_has_the_width_of_theory():
         _, metrics = evaluated(*judged({f"p{m:03}": [1.0 if m % 2 else -1.0] for m in range(n)}), resamples=2000)
         row = metrics["proxy_win"]
         assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * math.sqrt(0.25 / n), rel=0.2)
+
+
+def test_the_win_rate_at_equal_length_is_that_of_the_model_that_made_the_wins():
+    """Wins drawn by s(a + b tanh(d / sd d)): s(a) is in the interval, whatever b; without an effect it is the rate."""
+    rng = np.random.default_rng(0)
+    for a, b in ((-0.4, 2.0), (0.3, -1.0), (0.8, 0.0)):
+        longer_by = rng.integers(-40, 60, 3000)
+        chance = 1 / (1 + np.exp(-(a + b * np.tanh(longer_by / longer_by.std()))))
+        matches = [
+            Match(f"p{n // 4}", float(win), int(d))
+            for n, (win, d) in enumerate(zip(rng.random(3000) < chance, longer_by, strict=True))
+        ]
+        value, (low, high) = length_controlled(matches, 400, rng)
+        assert low < 1 / (1 + math.exp(-a)) < high
+        assert high - low < 0.09
+        plain = float(np.mean([match.win for match in matches]))
+        assert abs(plain - value) > 0.04 or b == 0
+    # All won, all of one length: near 1, and finite; half won: one half.
+    assert 0.99 < length_controlled([Match(f"p{n}", 1.0, 0) for n in range(50)], 10, rng)[0] < 1
+    assert length_controlled([Match("p", 0.5, 3), Match("q", 0.5, -9)], 10, rng)[0] == pytest.approx(0.5)
+
+
+def test_longer_responses_that_win_by_length_have_a_lower_controlled_rate():
+    """gold = length of the text: a policy that only writes more wins, and not at equal length."""
+    texts = {f"p{n}": ["x" * (20 + n % 7), "x" * (9 + n % 5)] for n in range(60)}
+    tables = [
+        candidate_table(
+            candidate(name, 0, text=pair[side], n_tokens=len(pair[side]), candidate_id=f"{name}-{side}")
+            for name, pair in texts.items()
+        )
+        for side in (0, 1)
+    ]
+    gold = Bound(Entry("length", lambda prompt, response: float(len(response)), {}), {})
+    none = pa.Table.from_pylist([], schema=JUDGEMENTS)
+    _, metrics = evaluated(prompts_of(texts), *tables, none, gold=gold)
+    assert metrics["gold_win"]["value"] == 1.0
+    assert metrics["gold_win_lc"]["value"] < 0.95
+    assert "proxy_win_lc" not in metrics
 
 
 def test_an_interval_is_the_same_every_time_and_moves_with_the_seed():

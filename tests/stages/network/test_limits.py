@@ -189,9 +189,9 @@ def test_responses_without_an_opponent_are_counted(tiny, ctx):
         rows = [common | {"candidate_id": f"{name}{k}", "k": k, "text": "a boat"} for k in range(draws)]
         return pa.Table.from_pylist(rows, schema=CANDIDATES)
 
-    table = judge(one_prompt(), candidates(5, "a"), candidates(2, "b"), ctx, tiny, by=ranker.bind("pairwise"))
-    assert table.num_rows == 2
-    assert [reason for _, reason in reasons(ctx)] == ["no baseline response with this k"] * 3
+    ours, theirs = candidates(5, "a"), candidates(2, "b")
+    assert judge(one_prompt(), ours, theirs.slice(0, 0), ctx, tiny, by=ranker.bind("pairwise")).num_rows == 0
+    assert [reason for _, reason in reasons(ctx)] == ["no baseline response"]
 
 
 def test_a_model_folder_that_does_not_load_is_refused_when_it_is_copied(tiny, ctx, tmp_path):

@@ -126,7 +126,7 @@ def test_spin_pairs_the_demonstration_with_every_sample_of_the_policy():
     prompts = prompts_of("ab", demonstration="Yes.", demonstration_ids=[8, 1])
     drawn = table([candidate("a", 0), candidate("a", 1) | {"finish_reason": "length"}, candidate("b", 0, ids=[8, 1])])
     ctx = space()
-    pooled = conform(pool(drawn, ctx, prompts), CANDIDATES)
+    pooled = conform(pool(ctx, drawn, prompts), CANDIDATES)
     demonstrations = {row["candidate_id"] for row in pooled.to_pylist() if row["finish_reason"] == "given"}
     assert len(demonstrations) == 2
     pairs = pair(pooled, ctx, rule=rule("demonstration_vs_sample"), finished=True).to_pylist()
@@ -142,7 +142,7 @@ def test_a_demonstration_that_the_policy_drew_too_costs_that_pair_alone():
     """It stays in the pool beside the draw of its tokens, and goes against the policy's other draws."""
     ids = [8, 1]
     drawn = [candidate("a", 0, ids=ids) | {"candidate_id": candidate_id("a", ids, 0)}, candidate("a", 1)]
-    pooled = pool(table(drawn), space(), prompts_of("a", demonstration="Yes.", demonstration_ids=ids))
+    pooled = pool(space(), table(drawn), prompts_of("a", demonstration="Yes.", demonstration_ids=ids))
     assert len(set(pooled.column("candidate_id").to_pylist())) == 3
     ctx = space()
     pairs = pair(pooled, ctx, rule=rule("demonstration_vs_sample")).to_pylist()
@@ -153,10 +153,10 @@ def test_a_demonstration_that_the_policy_drew_too_costs_that_pair_alone():
 def test_a_pool_has_every_candidate_once_and_says_which_prompt_has_no_demonstration():
     """This round's and the last's; an equal id is one row; order by prompt."""
     now, before = candidates_of({"a": 2, "b": 1}), candidates_of({"a": 3})
-    names = pool(now, space(), None, before).column("candidate_id").to_pylist()
+    names = pool(space(), now, None, before).column("candidate_id").to_pylist()
     assert names == ["a-0", "a-1", "a-2", "b-0"]
     ctx = space()
-    assert pool(now, ctx, prompts_of("ab")).num_rows == 3
+    assert pool(ctx, now, prompts_of("ab")).num_rows == 3
     assert {row["reason"] for row in ctx.rejects.to_pylist()} == {"no demonstration"}
 
 
@@ -180,11 +180,24 @@ def test_candidates_that_a_rule_cannot_read_are_refused_at_plan_time():
     assert check({"rule": rule("next_likelier_loser")}, {"selections": InputStep("select")}) == []
 
 
+def test_a_pool_without_candidates_is_the_target_texts():
+    prompts = prompts_of("ab", demonstration="Yes.", demonstration_ids=[7, 1])
+    ctx = space()
+    rows = conform(pool(ctx, prompts=prompts), CANDIDATES).to_pylist()
+    assert [(row["prompt_id"], row["text"], row["token_ids"]) for row in rows] == [
+        ("a", "Yes.", [7, 1]),
+        ("b", "Yes.", [7, 1]),
+    ]
+    assert pool(ctx, prompts=prompts_of("a")).num_rows == 0
+    assert ctx.rejects.column("reason").to_pylist() == ["no demonstration"]
+
+
 def test_a_pool_needs_prompts_with_demonstrations():
     """At plan time: the column is named, or the stage behind has none; no word where its options are wrong already."""
     check = entry_of(pool).metadata["signature"].check
     assert check({}, {"prompts": InputStep("prompts", {"demonstration": "answer"})}) == []
-    assert check({}, {"prompts": InputStep("prompts")}) == check({}, {}) == []
+    assert check({}, {"prompts": InputStep("prompts")}) == check({}, {"candidates": InputStep("sample")}) == []
+    assert "`candidates` or `prompts`" in check({}, {})[0]
     for step in (InputStep("prompts", {"demonstration": None}), InputStep("preferences", {"chosen": "chosen"})):
         (problem,) = check({}, {"prompts": step})
         assert f"{step.stage} provides none" in problem
