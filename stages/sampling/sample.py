@@ -37,10 +37,12 @@ from stages.options import (
 from stages.sampling.engines import LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
+    AnyEngine,
     EngineOptions,
     engine_problems,
     is_policy_itself,
     length_limit,
+    name_of,
 )
 
 MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NUM_BAD_WORDS)
@@ -48,7 +50,8 @@ MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NU
 
 def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
-    problems = input_problems(inputs, "policy", "vocabulary", quantized=options["engine"] != "transformers")
+    engine = name_of(options["engine"])
+    problems = input_problems(inputs, "policy", "vocabulary", quantized=engine in ("vllm", "fake"))
     problems += split_problems(options, inputs.get("prompts"))
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
@@ -56,7 +59,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     problems += generation_problems(config, options["stop"] or ()) if config else []
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
-    problems += engine_problems(options["engine"], options["engine_options"])
+    problems += engine_problems(engine, options["engine_options"])
     speculates = [name for name in SPECULATION if name in (options["engine_options"] or {})]
     for name in ("min_p", "logit_bias"):
         if speculates and options[name]:
@@ -69,13 +72,20 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     if len(options["bad_words"] or ()) > MAX_BAD_WORDS:
         problems.append(f"bad_words: {len(options['bad_words'])} words, and vLLM takes {MAX_BAD_WORDS} at most")
     policy = inputs.get("policy")
-    is_rounded = options["dtype"] == "bfloat16" and options["engine"] != "fake"
+    is_rounded = options["dtype"] == "bfloat16" and engine != "fake"
     if is_rounded and policy and policy.stage == "optimize" and policy.options.get("save_dtype") == "float32":
         warnings.warn(
             "sample.dtype: bfloat16, and its policy is an `optimize` step with save_dtype: float32: the engine rounds "
             "the trained weights, so draws are of another policy than `reference` scores, and may lack most of a small "
             "change; set `dtype: float32` in `sample`, or `save_dtype: bfloat16` and `save_rounding: stochastic` in "
             "`optimize`, so that both read the same weights",
+            WinnowWarning,
+            stacklevel=2,
+        )
+    if engine == "endpoint" and policy and policy.stage not in ("model", "untrained"):
+        warnings.warn(
+            f"sample: engine endpoint, and its policy is made by a step of stage {policy.stage}: the server must serve "
+            "that step's folder when this one starts, which is checked then; or set `engine: vllm` in this step",
             WinnowWarning,
             stacklevel=2,
         )
@@ -95,8 +105,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         defaults = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
         changed = [name for name in defaults if name.startswith("steer") and options[name] != defaults[name]]
         return problems + [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
-    if options["engine"] != "transformers":
-        engine = options["engine"]
+    if engine != "transformers":
         problems.append(f"engine: {engine} cannot steer; set `engine: transformers`, or remove `head` under `from`")
     features = inputs["head"].inputs.get("features")
     if features and features.stage == "features" and features.inputs.get("policy") != inputs.get("policy"):
@@ -152,7 +161,7 @@ def sample(
     head: Heads | None = None,
     *,
     split: Literal["train", "heldout"] = "train",
-    engine: Literal["vllm", "transformers", "fake"] = "vllm",
+    engine: AnyEngine = "vllm",
     engine_options: EngineOptions = None,
     dtype: Precision = "float32",
     n: SmallCount = 64,
