@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ EXTRA = "pip install 'winnow-pipeline[endpoint]'"
 NO_KEY = "EMPTY"  # what vLLM's own examples send to a server without a key
 FIRST_RETRIES = 2  # before a server counts as down: nothing is lost yet, so that the user learns it in seconds
 PROGRESS_SECONDS = 0.5
+IDLE_SECONDS = 15.0  # in which a server could have been started anew; vLLM needs longer
 PASSING = (408, 409, 429)  # and all from 500 on: status codes after which the client has tried again
 
 
@@ -118,16 +120,19 @@ class EndpointClient:
                     f"{endpoint}: api_key_env: the environment variable {endpoint.api_key_env} is not set where this "
                     "step runs; set it there, or remove `api_key_env` for a server without a key"
                 )
-        self.lost_connections = 0
+        # Lost connections, and times without an answer that are as long as a start: after each, the server may be
+        # another one. A connection that was idle is no sign, for vLLM closes it after 5 s.
+        self.interruptions = 0
+        self.last_answer = time.monotonic()
 
         class Transport(httpx2.AsyncHTTPTransport):
-            """Transport that counts lost connections: after one, the server may be another one."""
+            """Transport that counts lost connections."""
 
             async def handle_async_request(transport, request: Any) -> Any:  # noqa: N805
                 try:
                     return await super().handle_async_request(request)
                 except httpx2.TransportError:
-                    self.lost_connections += 1
+                    self.interruptions += 1
                     raise
 
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
@@ -193,11 +198,7 @@ class EndpointClient:
             return model.model_validate(answer)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise WinnowError(
-                f"{self.endpoint}: its answer is none of an OpenAI-compatible server ({where}: {first['msg']}); see "
-                "whether `url` is right, which ends in /v1"
-            ) from None
+            raise self._no_answer(": ".join([*map(str, first["loc"]), first["msg"]])) from None
 
     def close(self) -> None:
         """Close the connections, and end the thread."""
@@ -208,6 +209,12 @@ class EndpointClient:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def _no_answer(self, why: str) -> WinnowError:
+        return WinnowError(
+            f"{self.endpoint}: its answer is none of an OpenAI-compatible server ({why}); see whether `url` is right, "
+            "which ends in /v1"
+        )
 
     async def _get_models(self) -> _Cards:
         retries = min(FIRST_RETRIES, self.endpoint.max_retries)
@@ -240,8 +247,12 @@ class EndpointClient:
         import openai
 
         attempts = f"in {retries + 1} attempts"
+        if time.monotonic() - self.last_answer > IDLE_SECONDS:
+            self.interruptions += 1
         try:
-            return await request()
+            answer = await request()
+            self.last_answer = time.monotonic()
+            return answer
         except openai.APITimeoutError:
             raise MachineError(
                 f"{self.endpoint}: no answer within {self.endpoint.timeout:g} s, {attempts}; see whether the server "
@@ -266,6 +277,8 @@ class EndpointClient:
             elif error.status_code == 404:
                 text = f"{text}; see whether `url` ends in /v1, and what the server was started for"
             raise WinnowError(text) from None
+        except ValueError as error:  # it calls itself JSON, and is none
+            raise self._no_answer(self._line(error)) from None
 
     def _line(self, text: object) -> str:
         """Return a text in one line, cut, and without the key, which a server may repeat."""

@@ -184,8 +184,8 @@ def llm_judge(
     in one of the orders has no verdict. Votes without a verdict are counted; a judge with more than the share
     `max_without_verdict` of them is refused, with examples of what it wrote. If the share of votes is within
     `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not public: the default `template` is
-    another. To let the model reason first, ask for it there and raise `max_tokens`. `engine_options` are those of
-    `sample`.
+    another. To let the model reason first, ask for it there and raise `max_tokens`. `engine` and `engine_options` are
+    those of `sample`.
     """
     from stages.data.tokenizer import Tokenizer
     from stages.ranking.llm_judge import LlmJudge

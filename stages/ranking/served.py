@@ -42,7 +42,7 @@ class ServedRewardModel(PointwiseRanker):
             self.client.close()
             raise
         self.lock = Lock()  # guards what follows
-        self.lost_connections = -1  # at the last check; never checked
+        self.interruptions = -1  # of the client at the last check; never checked
 
     def close(self) -> None:
         self.client.close()
@@ -81,22 +81,20 @@ class ServedRewardModel(PointwiseRanker):
     def _check_server(self, rows: Sequence[IdRow]) -> None:
         """Compare the shortest rows' scores with those of the folder's network, once per connection to the server."""
         with self.lock:
-            lost = self.client.lost_connections
-            if self.lost_connections == lost:
+            if self.interruptions == self.client.interruptions:
                 return
             if self.verify:
                 from stages.network.local import scores_on_cpu
 
                 trials = sorted(set(rows), key=lambda row: (len(row[0]) + len(row[1]), row))[:TRIALS]
+                expected = scores_on_cpu(self.folder, trials, self.dtype)
                 absolute, share = LIMITS[self.dtype]
-                for served, local in zip(
-                    self._ask(trials), scores_on_cpu(self.folder, trials, self.dtype), strict=True
-                ):
-                    if not abs(served - local) <= absolute + share * abs(local):  # NaN is no agreement
+                for score, local in zip(self._ask(trials), expected, strict=True):
+                    if not abs(score - local) <= absolute + share * abs(local):  # NaN is no agreement
                         raise WinnowError(
-                            f"{self.endpoint}: what it serves as {self.endpoint.model} scores {served:.4g} where the "
+                            f"{self.endpoint}: what it serves as {self.endpoint.model} scores {score:.4g} where the "
                             f"network in {self.folder} scores {local:.4g} in {self.dtype}: it is another model, or "
                             f"computes in another dtype; start it with `vllm serve {self.folder} --served-model-name "
                             f"{self.endpoint.model} --dtype {self.dtype}`, or set `by.dtype` to the server's"
                         )
-            self.lost_connections = lost
+            self.interruptions = self.client.interruptions

@@ -199,6 +199,9 @@ def sample(
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
     some models write their reasoning between special tokens. `raw_text` shows what was kept.
 
+    engine: a name, or `{name: endpoint, url: ..., model: ...}` for a policy that vLLM serves elsewhere; `dtype` is then
+    what that server computes in.
+
     engine_options: vLLM's engine arguments by its own names (`gpu_memory_utilization`, `max_num_seqs`,
     `speculative_config`, ...), of which those that say how it runs are not part of the key; stages/sampling/engines/
     options.py lists them. With one that makes it compute another network than the policy's (`quantization`,

@@ -56,7 +56,7 @@ class EndpointEngine(Engine):
             self.client.close()
             raise
         self.lock = Lock()  # guards what follows
-        self.lost_connections = -1  # at the last check; never checked
+        self.interruptions = -1  # of the client at the last check; never checked
         self.fingerprints: set[str | None] = set()  # of servers that were checked
 
     def close(self) -> None:
@@ -161,19 +161,24 @@ class EndpointEngine(Engine):
     def _check_server(self, requests: Sequence[Request], sampling: Sampling, fingerprints: set[str | None]) -> None:
         """Check that the server draws from the policy, if it was not checked since it was reached or seen anew."""
         with self.lock:
-            lost = self.client.lost_connections
-            if self.lost_connections == lost and fingerprints <= self.fingerprints:
+            if self.interruptions == self.client.interruptions and fingerprints <= self.fingerprints:
                 return
             # The shortest prompts, since a CPU reads them.
             unique = {tuple(request.prompt_ids): request for request in requests}
             trials = [unique[ids] for ids in sorted(unique, key=lambda ids: (len(ids), ids))[:TRIALS]]
             self._check_logprobs_mode(trials[0])
+            interruptions = self.client.interruptions
             self._check_bad_words(sampling)
             size = min(TRIAL_TOKENS, sampling.max_tokens)
-            drawn = self._ask(trials, replace(sampling, max_tokens=size, min_tokens=min(size, sampling.min_tokens)))
+            short = replace(sampling, max_tokens=size, min_tokens=min(size, sampling.min_tokens))
+            drawn = self._ask(trials, short)
             if self.verify:
                 self._check_weights(trials, [completion for completion, _ in drawn])
-            self.lost_connections = lost
+                # To read the weights takes as long as a start of the server: one that draws the same is the same.
+                again, _ = self._ask(trials[:1], short)[0]
+                if again.token_ids == drawn[0][0].token_ids:
+                    interruptions = self.client.interruptions
+            self.interruptions = interruptions
             self.fingerprints |= fingerprints | {fingerprint for _, fingerprint in drawn}
 
     def _check_logprobs_mode(self, trial: Request) -> None:
