@@ -261,14 +261,13 @@ class EndpointClient:
         except openai.APIConnectionError as error:
             raise MachineError(
                 f"{self.endpoint}: no connection {attempts} ({self._line(error.__cause__ or error)}); start the "
-                f"server, so that it serves {self.endpoint.model}, and give the command again: finished parts stay"
+                f"server, so that it serves {self.endpoint.model}"
             ) from None
         except openai.APIStatusError as error:
             text = f"{self.endpoint}: status {error.status_code}: {self._line(_message(error.body) or error.message)}"
             if error.status_code in PASSING or error.status_code >= 500:
                 raise MachineError(
-                    f"{text} ({attempts}); see the server's log, lower `concurrency` if it is overloaded, and give the "
-                    "command again: finished parts stay"
+                    f"{text} ({attempts}); see the server's log, and lower `concurrency` if it is overloaded"
                 ) from None
             if error.status_code in (401, 403):
                 variable = self.endpoint.api_key_env
