@@ -24,6 +24,7 @@ EXTRA = "pip install 'winnow-pipeline[endpoint]'"
 NO_KEY = "EMPTY"  # what vLLM's own examples send to a server without a key
 FIRST_RETRIES = 2  # before a server counts as down: nothing is lost yet, so that the user learns it in seconds
 PROGRESS_SECONDS = 0.5
+CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 15.0  # in which a server could have been started anew; vLLM needs longer
 PASSING = (408, 409, 429)  # and all from 500 on: status codes after which the client has tried again
 
@@ -125,24 +126,24 @@ class EndpointClient:
         self.interruptions = 0
         self.last_answer = time.monotonic()
 
-        class Transport(httpx2.AsyncHTTPTransport):
-            """Transport that counts lost connections."""
+        class Client(DefaultAsyncHttpxClient):
+            """HTTP client that counts lost connections, which openai's own attempts hide."""
 
-            async def handle_async_request(transport, request: Any) -> Any:  # noqa: N805
+            async def send(client, *arguments: Any, **options: Any) -> Any:  # noqa: N805
                 try:
-                    return await super().handle_async_request(request)
+                    return await super().send(*arguments, **options)
                 except httpx2.TransportError:
                     self.interruptions += 1
                     raise
 
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
-        timeout = httpx2.Timeout(endpoint.timeout, connect=min(10.0, endpoint.timeout))
+        timeout = httpx2.Timeout(endpoint.timeout, connect=min(CONNECT_SECONDS, endpoint.timeout))
         self.client = AsyncOpenAI(
             base_url=endpoint.url,
             api_key=self.key,
             max_retries=endpoint.max_retries,
             timeout=timeout,
-            http_client=DefaultAsyncHttpxClient(transport=Transport(limits=limits), timeout=timeout),
+            http_client=Client(limits=limits, timeout=timeout),
         )
         # Else those of the environment, which are for OpenAI and not for this server.
         self.client.organization = self.client.project = self.client.admin_api_key = None

@@ -1,4 +1,4 @@
-"""Judge and reward model on a server: what they say is what they say in this process (tests/served.py, real sockets)."""
+"""Judge and reward model on a server (tests/served.py): they say what they say in this process."""
 
 from contextlib import closing
 from typing import Any

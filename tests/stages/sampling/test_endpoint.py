@@ -94,7 +94,7 @@ def test_every_sampling_parameter_is_in_the_request(name, server, opened):
         "max_tokens": 8,
         "seed": 3,
     }
-    engine, sent = opened(server.url), []
+    engine, sent = opened(server.url, verify=False), []
     for value in (neutral[name], changed[name]):
         options: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "max_tokens": 8, "stop_token_ids": (EOS,)}
         options |= {} if name == "seed" else {name: value}
@@ -108,7 +108,7 @@ def test_every_sampling_parameter_is_in_the_request(name, server, opened):
 
 def test_no_more_requests_are_on_their_way_than_allowed(server, opened):
     """Two threads share the limit, as the parts of a step do."""
-    engine = opened(server.url, concurrency=3)
+    engine = opened(server.url, concurrency=3, verify=False)
     engine.generate(REQUESTS, SAMPLING)
     assert server.most_running == 3
 
@@ -179,7 +179,7 @@ def test_a_server_that_does_not_answer_in_time_is_named_with_what_to_raise(serve
     ],
 )
 def test_what_a_server_did_otherwise_than_asked_is_refused(alter, facts, server, opened):
-    engine = opened(server.url)
+    engine = opened(server.url, verify=False)
     engine.generate(REQUESTS[:1], SAMPLING)
     server.alter = lambda answer: alter(answer["choices"][0])
     with pytest.raises(WinnowError) as refused:
