@@ -1,7 +1,9 @@
 """Recipes and profiles by name or file, and plans of several recipes at once."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
 import stages.all  # noqa: F401 - registers every stage
@@ -10,7 +12,7 @@ from pipeline.config.layers import read_file
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Override, default_run_name, load_recipe
 from pipeline.config.rounds import split_round
-from pipeline.registry import nearest
+from pipeline.registry import Bound, Entry, nearest
 from pipeline.resources import Profile, load_profile
 from pipeline.stage import stages as registry
 from schemas import WinnowError
@@ -69,8 +71,19 @@ def _is_execution(override: Override, plan: Plan) -> bool:
     """Return whether an option says how its step runs, and not what it computes; trackers are told what it did."""
     if override.name == "track":
         return True
-    entries = [step.entry for step in plan.steps if split_round(step.name)[0] == override.step]
-    return bool(entries) and all(override.path[:1] and override.path[0] in entry.execution for entry in entries)
+    steps = [step for step in plan.steps if split_round(step.name)[0] == override.step]
+    return bool(steps) and all(_path_is_execution(step.entry, step.options, list(override.path)) for step in steps)
+
+
+def _path_is_execution(entry: Entry, options: Mapping[str, Any], path: list[str]) -> bool:
+    """Return whether a path names an option that is EXECUTION, an entry of a mapping, or an option of a function."""
+    if not path:
+        return False
+    name, *inner = path
+    value = options.get(name)
+    if isinstance(value, Bound):
+        return name in entry.execution or _path_is_execution(value.entry, value.options, inner)
+    return name in entry.execution or (len(inner) > 0 and inner[0] in entry.execution_entries.get(name, ()))
 
 
 def _refuse_config(path: Path) -> None:

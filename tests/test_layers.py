@@ -15,7 +15,7 @@ RAY = {f"pipeline/execution/{name}.py" for name in ("actors", "distributed", "ra
 VLLM = {"stages/sampling/engines/vllm.py"}
 TORCH = {
     f"stages/network/{name}.py"
-    for name in ("forward", "lm_head", "load", "lora", "models", "packing", "prefix_attention", "router")
+    for name in ("forward", "lm_head", "load", "local", "lora", "models", "packing", "prefix_attention", "router")
 }
 TORCH |= {
     f"stages/training/{name}.py"

@@ -17,14 +17,15 @@ from typing import Annotated, Any, Literal, NotRequired
 import numpy as np
 from pydantic import AfterValidator
 
-from pipeline import Bound, InputStep, Range, Registry
+from pipeline import EXECUTION, Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
+from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout, Url, VariableName, endpoint_problems
 from stages.limits import context_length
 from stages.model_config import input_problems, planned_output
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, Response, Scorer
 from stages.results import floats, number
-from stages.sampling.engines.options import EngineOptions, engine_problems, length_limit
+from stages.sampling.engines.options import EngineOptions, JudgeEngine, engine_problems, length_limit, name_of
 
 PROGRAM = ("prompt", "response")
 FIELDS = (*PROGRAM, "fields")
@@ -137,6 +138,33 @@ def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype)
 
 
+@ranker(reads_model=True, output="score")
+def endpoint(
+    reward_model: Model,
+    *,
+    url: Annotated[Url, EXECUTION],
+    model: Annotated[ServedName, EXECUTION],
+    api_key_env: Annotated[VariableName | None, EXECUTION] = None,
+    concurrency: Annotated[Concurrency, EXECUTION] = 256,
+    timeout: Annotated[Timeout, EXECUTION] = 600.0,
+    max_retries: Annotated[Retries, EXECUTION] = 10,
+    verify: Annotated[bool, EXECUTION] = True,
+    dtype: Precision = "float32",
+) -> Ranker:
+    """Score with a reward model that vLLM serves under the name `model`, at `url` (which ends in /v1): `/classify`.
+
+    It reads what `pointwise` reads, as token ids, and its score is that before any activation. The reward model stays
+    a step with a folder, under `ranker`, whose content is part of the key, and whose tokenizer and chat template render
+    what is sent. Start the server with `vllm serve FOLDER --served-model-name NAME --dtype float32` (or bfloat16, as
+    `dtype` says). When the step starts, and after a lost connection, a few scores are compared with the folder's own
+    network on a CPU of this machine, unless `verify: false`. The other options are those of the engine `endpoint`.
+    """
+    from stages.ranking.served import ServedRewardModel
+
+    server = Endpoint(url, model, api_key_env, concurrency, timeout, max_retries)
+    return ServedRewardModel(_with_output(reward_model, "score", "endpoint"), dtype, server, verify)
+
+
 @ranker(reads_model=True, output="vocabulary", version=3)
 def llm_judge(
     model: Model,
@@ -147,7 +175,7 @@ def llm_judge(
     max_without_verdict: Annotated[float, Range(ge=0, le=1)] = 0.5,
     temperature: Temperature = 0.7,
     max_tokens: Count = 8,
-    engine: Literal["vllm", "transformers"] = "vllm",
+    engine: JudgeEngine = "vllm",
     engine_options: EngineOptions = None,
     dtype: Precision = "float32",
     seed: Seed = 0,
@@ -158,8 +186,8 @@ def llm_judge(
     in one of the orders has no verdict. Votes without a verdict are counted; a judge with more than the share
     `max_without_verdict` of them is refused, with examples of what it wrote. If the share of votes is within
     `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not public: the default `template` is
-    another. To let the model reason first, ask for it there and raise `max_tokens`. `engine_options` are those of
-    `sample`.
+    another. To let the model reason first, ask for it there and raise `max_tokens`. `engine` and `engine_options` are
+    those of `sample`.
     """
     from stages.data.tokenizer import Tokenizer
     from stages.ranking.llm_judge import LlmJudge
@@ -260,8 +288,10 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     by: Bound = options["by"]
     # Only the judge samples, and vLLM can do so from quantised weights; a ranker of a plugin knows best itself.
     output = by.metadata.get("output")
-    problems = engine_problems(str(by.options.get("engine")), by.options.get("engine_options"))
-    problems += input_problems(inputs, "ranker", output, quantized=by.options.get("engine") == "vllm" or not output)
+    engine = name_of(by.options.get("engine", ""))
+    problems = endpoint_problems("by") if by.name == "endpoint" else []
+    problems += engine_problems(engine, by.options.get("engine_options"))
+    problems += input_problems(inputs, "ranker", output, quantized=engine == "vllm" or not output)
     problems += fields_problems(by, inputs, "by")
     if by.metadata["reads_model"] and "ranker" not in inputs:
         problems.append(f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`")

@@ -38,10 +38,12 @@ from stages.options import (
 from stages.sampling.engines import POLICY_ITSELF, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
+    AnyEngine,
     EngineOptions,
     engine_problems,
     is_policy_itself,
     length_limit,
+    name_of,
 )
 
 # Temperature and top-k are not among them: every recipe sets them, and a dry run is one of that recipe.
@@ -54,7 +56,8 @@ MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NU
 
 def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
-    problems = input_problems(inputs, "policy", "vocabulary", quantized=options["engine"] != "transformers")
+    engine = name_of(options["engine"])
+    problems = input_problems(inputs, "policy", "vocabulary", quantized=engine in ("vllm", "fake"))
     problems += split_problems(options, inputs.get("prompts"))
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
@@ -62,8 +65,8 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     problems += generation_problems(config, options["stop"] or ()) if config else []
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
-    problems += engine_problems(options["engine"], options["engine_options"])
-    if options["engine"] == "fake":
+    problems += engine_problems(engine, options["engine_options"])
+    if engine == "fake":
         changed = [
             name for name in UNREAD_BY_FAKE if options[name] not in (None, [], {}, POLICY_ITSELF.get(name, False))
         ]
@@ -80,13 +83,20 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     if len(options["bad_words"] or ()) > MAX_BAD_WORDS:
         problems.append(f"bad_words: {len(options['bad_words'])} words, and vLLM takes {MAX_BAD_WORDS} at most")
     policy = inputs.get("policy")
-    is_rounded = options["dtype"] == "bfloat16" and options["engine"] != "fake"
+    is_rounded = options["dtype"] == "bfloat16" and engine != "fake"
     if is_rounded and policy and policy.stage == "optimize" and policy.options.get("save_dtype") == "float32":
         warnings.warn(
             "sample.dtype: bfloat16, and its policy is an `optimize` step with save_dtype: float32: the engine rounds "
             "the trained weights, so draws are of another policy than `reference` scores, and may lack most of a small "
             "change; set `dtype: float32` in `sample`, or `save_dtype: bfloat16` and `save_rounding: stochastic` in "
             "`optimize`, so that both read the same weights",
+            WinnowWarning,
+            stacklevel=2,
+        )
+    if engine == "endpoint" and policy and policy.stage not in ("model", "untrained"):
+        warnings.warn(
+            f"sample: engine endpoint, and its policy is made by a step of stage {policy.stage}: the server must serve "
+            "that step's folder when this one starts, which is checked then; or set `engine: vllm` in this step",
             WinnowWarning,
             stacklevel=2,
         )
@@ -106,8 +116,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         defaults = {name: option.default for name, option in inspect.signature(sample).parameters.items()}
         changed = [name for name in defaults if name.startswith("steer") and options[name] != defaults[name]]
         return problems + [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
-    if options["engine"] != "transformers":
-        engine = options["engine"]
+    if engine != "transformers":
         problems.append(f"engine: {engine} cannot steer; set `engine: transformers`, or remove `head` under `from`")
     features = inputs["head"].inputs.get("features")
     if features and features.stage == "features" and features.inputs.get("policy") != inputs.get("policy"):
@@ -163,7 +172,7 @@ def sample(
     head: Heads | None = None,
     *,
     split: Literal["train", "heldout"] = "train",
-    engine: Literal["vllm", "transformers", "fake"] = "vllm",
+    engine: AnyEngine = "vllm",
     engine_options: EngineOptions = None,
     dtype: Precision = "float32",
     n: SmallCount = 64,
@@ -200,6 +209,9 @@ def sample(
     Also rejected, unless `keep_special`, are those with a special token of the tokenizer (BOS, PAD, a role) before
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
     some models write their reasoning between special tokens. `raw_text` shows what was kept.
+
+    engine: a name, or `{name: endpoint, url: ..., model: ...}` for a policy that vLLM serves elsewhere; `dtype` is then
+    what that server computes in.
 
     engine_options: vLLM's engine arguments by its own names (`gpu_memory_utilization`, `max_num_seqs`,
     `speculative_config`, ...), of which those that say how it runs are not part of the key; stages/sampling/engines/

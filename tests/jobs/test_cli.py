@@ -103,7 +103,7 @@ MISTAKES = [
     ("plan rso --set select", ["--set select", "step.option=value"]),
     ("plan rso --set select.rule.k=[1", ["--set select.rule.k=[1", "not YAML"]),
     ("plan rso --set optimize.objective=hing", ["optimize.objective", "'hing'", "'hinge'"]),
-    ("plan rso --set sample.engine=vlm", ["sample.engine", "'vllm', 'transformers' or 'fake'", "'vlm'"]),
+    ("plan rso --set sample.engine=vlm", ["sample.engine", "'vllm', 'transformers', 'fake' or 'endpoint'", "'vlm'"]),
     ("plan rso --set target=evaluat", ["target: no step 'evaluat'", "did you mean 'evaluate'?"]),
     ("plan rso --set prompts.path=gone.jsonl", ["prompts.path: no such file", "gone.jsonl"]),
     ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),

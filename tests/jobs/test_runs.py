@@ -54,10 +54,22 @@ def test_a_name_of_ones_own(winnow, words: list[str], tmp_path: Path):
     assert (code, "--name 'x'" in text) == (2, True)
 
 
-def test_what_does_not_change_a_result_makes_no_other_run(data_dir: Path):
-    """An option of execution is not in the name, and the keys are the same."""
+SERVED = "sample.engine={name: endpoint, url: 'http://one/v1', model: sft}"
+
+
+@pytest.mark.filterwarnings("ignore:sample. engine endpoint")
+@pytest.mark.parametrize(
+    ("sets", "execution"),
+    [
+        ([], "optimize.tokens_per_pass=64"),
+        (["sample.engine=vllm"], "sample.engine_options.max_num_seqs=8"),
+        ([SERVED], "sample.engine.url=http://two/v1"),
+    ],
+)
+def test_what_does_not_change_a_result_makes_no_other_run(sets: list[str], execution: str, data_dir: Path):
+    """An option of execution is not in the name, and the keys are the same; also one of a function or of a mapping."""
     config = [data_dir / "demo.yaml"]
-    (plain,), (fast,) = plans(["rso"], config, []), plans(["rso"], config, ["optimize.tokens_per_pass=64"])
+    (plain,), (fast,) = plans(["rso"], config, sets), plans(["rso"], config, [*sets, execution])
     assert (fast.name, [step.key for step in fast.steps]) == (plain.name, [step.key for step in plain.steps])
 
 

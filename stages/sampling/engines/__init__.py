@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline import Bound
 from schemas import WinnowError
 from stages.head.relu import ReluHead
 
@@ -111,18 +112,27 @@ class Engine(ABC):
         """Free what outlives the object: nothing, by default."""
 
 
-def open_engine(name: str, folder: Path, dtype: str, tensor_parallel: int = 1, options: str = "{}") -> Engine:
-    """Start the engine of this name on the model in `folder`.
+def open_engine(engine: str | Bound, folder: Path, dtype: str, tensor_parallel: int = 1, options: str = "{}") -> Engine:
+    """Start the engine of this name, or with these options of its own, on the model in `folder`.
 
     vLLM and torch are only imported here: a recipe can be planned without them. `fake` needs neither.
     tensor_parallel: the GPUs that share one vLLM. Raises WinnowError if it is above 1 for transformers, which has
-    the whole model on one GPU. options: `engine_options` of vLLM as JSON, for arguments of `open_once` are hashable.
+    the whole model on one GPU, or for a server. options: `engine_options` of vLLM as JSON, for arguments of `open_once`
+    are hashable.
     """
-    if name == "vllm":
+    if isinstance(engine, Bound):
+        if tensor_parallel > 1:
+            raise WinnowError(
+                f"tensor_parallel: {tensor_parallel}, but the engine {engine.name} has its GPUs elsewhere: set "
+                "`tensor_parallel: 1` in the profile, and give the number to the server"
+            )
+        opened: Engine = engine(folder, dtype)
+        return opened
+    if engine == "vllm":
         from stages.sampling.engines.vllm import VllmEngine
 
         return VllmEngine(folder, dtype, tensor_parallel, json.loads(options))
-    if name == "fake":
+    if engine == "fake":
         from stages.sampling.engines.fake import FakeEngine
 
         return FakeEngine(folder)

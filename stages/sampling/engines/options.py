@@ -1,4 +1,4 @@
-"""Option `engine_options`: vLLM's own engine arguments, checked when a plan is made, without importing vLLM."""
+"""Options `engine` and `engine_options`, checked when a plan is made, without importing torch or vLLM."""
 
 import ast
 import json
@@ -6,12 +6,84 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PlainValidator
 
-from pipeline import ExecutionEntries
+from pipeline import EXECUTION, Bound, ExecutionEntries, Registry
 from pipeline.registry import nearest
+from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout, Url, VariableName, endpoint_problems
+
+if TYPE_CHECKING:
+    from stages.sampling.engines import Engine
+
+engine = Registry("engine", "folder", "dtype")  # those with options of their own; the others are a name alone
+
+
+@engine
+def endpoint(
+    folder: Path,
+    dtype: str,
+    *,
+    url: Annotated[Url, EXECUTION],
+    model: Annotated[ServedName, EXECUTION],
+    api_key_env: Annotated[VariableName | None, EXECUTION] = None,
+    concurrency: Annotated[Concurrency, EXECUTION] = 256,
+    timeout: Annotated[Timeout, EXECUTION] = 600.0,
+    max_retries: Annotated[Retries, EXECUTION] = 10,
+    verify: Annotated[bool, EXECUTION] = True,
+) -> "Engine":
+    """Ask a server that serves the policy under the name `model`: vLLM's OpenAI-compatible one, at `url`, with /v1.
+
+    The policy stays a step with a folder, whose content is part of the key: its tokenizer and chat template render the
+    prompts, which are sent as token ids, and the server returns the ids that it drew. A server that returns no ids is
+    refused. Every sampling option is in the request, so that defaults of the server count for nothing; seeds are those
+    of the other engines. A server's batches are not ours: its draws may differ from theirs, and from its own, where
+    two tokens are equally likely but for rounding.
+
+    Start it with `vllm serve FOLDER --served-model-name NAME --dtype float32` (or bfloat16, as the step's `dtype`
+    says), without logits processors of its own, which nobody can see from here. When the step starts, and when the
+    server was lost or its fingerprint changed meanwhile, a few draws are compared with the folder's own network on a
+    CPU of this machine: other weights, another dtype than a float32 that was promised, another tokenizer and processed
+    log-probs are refused. `verify: false`, for a folder that this machine cannot hold, leaves that to `reference` and
+    `optimize`, and for the draws of an evaluation to nobody.
+
+    api_key_env: name of the environment variable that holds the server's key, where the step runs. concurrency:
+    requests of one worker on their way at once. timeout: seconds for one answer, time in the server's queue included.
+    max_retries: attempts after the first, 10 of them within a minute; then the step fails, and the same command goes
+    on with the parts that are missing.
+    """
+    from stages.sampling.engines.endpoint import EndpointEngine
+
+    return EndpointEngine(folder, dtype, Endpoint(url, model, api_key_env, concurrency, timeout, max_retries), verify)
+
+
+def _chosen(names: tuple[str, ...], value: Any) -> Any:
+    """Return the name of an engine without options, or a registered one with its options."""
+    if isinstance(value, dict) and value.get("name") in names:
+        if len(value) > 1:
+            raise ValueError(f"{value['name']} has no options here; vLLM's are in `engine_options`")
+        value = value["name"]
+    if isinstance(value, str) and value not in (*names, *engine.entries):
+        *first, last = map(repr, (*names, *engine.entries))
+        raise ValueError(f"must be {', '.join(first)} or {last}")
+    return value if isinstance(value, str) and value in names else engine.bind(value)
+
+
+AnyEngine = Annotated[
+    Literal["vllm", "transformers", "fake"] | Annotated[Bound, engine],
+    PlainValidator(lambda value: _chosen(("vllm", "transformers", "fake"), value)),
+]
+JudgeEngine = Annotated[
+    Literal["vllm", "transformers"] | Annotated[Bound, engine],
+    PlainValidator(lambda value: _chosen(("vllm", "transformers"), value)),
+]
+
+
+def name_of(value: str | Bound) -> str:
+    """Return the name of an engine, with or without options."""
+    return value if isinstance(value, str) else value.name
+
 
 # How the engine runs: memory, batches, devices, kernels, and speculation, whose draws have the policy's distribution.
 # Draws can differ by rounding, as on another machine. All others are part of the key: they may change what is computed.
@@ -93,10 +165,15 @@ EngineOptions = Annotated[dict[str, Any] | None, AfterValidator(_check), Executi
 
 
 def engine_problems(engine: str, options: Mapping[str, Any] | None) -> list[str]:
-    """Return at plan time why an engine takes no such options."""
-    if options and engine != "vllm":
-        return [f"engine_options: they are vLLM's, and the engine is {engine}; unset them, or set `engine: vllm`"]
-    return []
+    """Return at plan time why an engine cannot start, or takes no such options."""
+    problems = endpoint_problems("engine") if engine == "endpoint" else []
+    if options and engine == "endpoint":
+        problems.append("engine_options: they are the server's own; start it with them, and unset them here")
+    elif options and engine != "vllm":
+        problems.append(
+            f"engine_options: they are vLLM's, and the engine is {engine}; unset them, or set `engine: vllm`"
+        )
+    return problems
 
 
 def is_policy_itself(options: Mapping[str, Any] | None) -> bool:

@@ -1,0 +1,29 @@
+"""Numbers of a folder's network on this machine's CPU: what a server computes is compared with them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stages.network.forward import Measure, Row, completion_logp, completion_scores
+from stages.network.load import read_network
+from stages.network.packing import PromptGroup
+
+
+def logp_on_cpu(folder: Path, rows: Sequence[Row], dtype: str) -> list[float]:
+    """Return the summed log-prob of each response given its prompt, by the folder's network in `dtype`."""
+    return _measured(folder, rows, dtype, lambda *arguments: completion_logp(*arguments)[0])
+
+
+def scores_on_cpu(folder: Path, rows: Sequence[Row], dtype: str) -> list[float]:
+    """Return the score of each prompt and response, by the folder's reward model in `dtype`."""
+    return _measured(folder, rows, dtype, completion_scores)
+
+
+@torch.inference_mode()
+def _measured(folder: Path, rows: Sequence[Row], dtype: str, measure: Measure) -> list[float]:
+    # On a CPU, because a GPU may be full of the server's own memory; row by row, because few are asked for.
+    network = read_network(folder, getattr(torch, dtype)).eval()
+    if hasattr(network, "score"):
+        network.score.float()  # which `completion_scores` gives states in fp32
+    return [float(measure(network, [PromptGroup(prompt, [response])], dtype)) for prompt, response in rows]

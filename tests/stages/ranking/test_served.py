@@ -1,0 +1,113 @@
+"""Judge and reward model on a server (tests/served.py): they say what they say in this process."""
+
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.store.fingerprints import model_digest
+from schemas import Model, WinnowError
+from stages.network.load import load_network, save_network
+from stages.ranking.base import Response
+from stages.ranking.rankers import open_ranker
+from stages.ranking.rankers import ranker as rankers
+from tests.material import bound
+from tests.served import CLASSIFY, served
+from tests.stages.ranking.test_rankers import BAD, GOOD
+from tests.stages.ranking.test_reward_models import headed
+from tests.stages.sampling.test_endpoint import endpoint
+
+CONTEXT = "Please book a boat."
+
+
+def reward_model(tiny, folder, seed):
+    """Return the tiny model with a random head, whose scores lie units apart."""
+    init = headed(tiny, folder / "head")
+    network = load_network(init)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        network.score.weight.copy_(torch.randn(network.score.weight.shape, generator=generator))
+    model = save_network(network, init, folder / "model")
+    return Model(model.folder, model_digest(model.folder))
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
+    return reward_model(tiny, tmp_path_factory.mktemp("one"), 3)
+
+
+def opened_on(url, model, **options) -> Any:
+    return closing(open_ranker(rankers.bind(endpoint(url, **options)), model))
+
+
+def readings(ranker, *texts):
+    return [ranker.read(CONTEXT, Response(text)) for text in texts]
+
+
+def test_a_served_reward_model_scores_as_one_in_this_process(model):
+    """It reads the same ids, and is asked for the score before any activation."""
+    own: Any = open_ranker(bound(rankers, "pointwise"), model)
+    with served(model) as server, opened_on(server.url, model) as ranker:
+        rows = readings(ranker, GOOD, BAD, "boat")
+        assert rows == readings(own, GOOD, BAD, "boat")
+        scores = ranker.score(CONTEXT, rows)
+        assert scores == pytest.approx(own.score(CONTEXT, rows), abs=1e-4)
+        assert np.ptp(scores) > 0.1
+        (body, *_) = server.bodies(CLASSIFY)
+        assert body["input"] in [[*prompt, *response] for prompt, response in rows]
+        assert (body["use_activation"], body["add_special_tokens"]) == (False, False)
+
+
+def test_another_reward_model_is_refused(model, tiny, tmp_path):
+    """When the step starts, and when the server was lost meanwhile."""
+    other = reward_model(tiny, tmp_path, 4)
+    with (
+        served(other) as server,
+        opened_on(server.url, model) as ranker,
+        pytest.raises(WinnowError, match="vllm serve"),
+    ):
+        ranker.score(CONTEXT, readings(ranker, GOOD, BAD))
+    with served(model) as server, opened_on(server.url, model) as ranker:
+        ranker.score(CONTEXT, readings(ranker, GOOD, BAD))
+        server.network = load_network(other)
+        server.failures.append(None)
+        with pytest.raises(WinnowError, match="vllm serve"):
+            ranker.score(CONTEXT, readings(ranker, GOOD, BAD))
+
+
+def test_a_served_classifier_of_several_labels_is_refused(model):
+    with served(model) as server, opened_on(server.url, model) as ranker:
+        server.alter = lambda answer: answer["data"][0].update(probs=[0.1, 0.9])
+        with pytest.raises(WinnowError, match=r"2 classes.*one label"):
+            ranker.score(CONTEXT, readings(ranker, GOOD))
+
+
+def test_a_server_with_less_room_than_a_response_needs_is_refused(model):
+    with served(model) as server:
+        server.max_model_len = 4
+        with opened_on(server.url, model) as ranker, pytest.raises(WinnowError, match=r"max-model-len 128"):
+            ranker.score(CONTEXT, readings(ranker, GOOD))
+
+
+def test_a_served_judge_votes_as_one_in_this_process(tiny):
+    options = dict(max_tokens=2, temperature=1.0, template="{prompt} {a} or {b}?", seed=5)
+    pairs = [(GOOD, BAD), (BAD, "x"), ("x", GOOD)]
+    with served(tiny) as server:
+        by_server, own = (
+            open_ranker(bound(rankers, "llm_judge", engine=engine, **options), tiny)
+            for engine in (endpoint(server.url), "transformers")
+        )
+        logits = by_server.logits(CONTEXT, pairs)
+        assert np.array_equal(logits, own.logits(CONTEXT, pairs), equal_nan=True)
+        sent = {tuple(body["prompt"]) for body in server.bodies()}
+    assert {tuple(ids) for a, b in pairs for ids in own.questions(CONTEXT, a, b)} <= sent  # type: ignore[attr-defined]
+
+
+def test_where_a_reward_model_is_served_is_not_part_of_the_key():
+    one, two = (
+        rankers.bind(endpoint(url, max_retries=n, dtype=dtype)) for url, n, dtype in
+        (("http://one/v1", 1, "float32"), ("http://two/v1", 2, "float32"))
+    )  # fmt: skip
+    assert one.entry.identity_of(one.options) == two.entry.identity_of(two.options) == {"dtype": "float32"}
