@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import Bound, InputStep, Registry, StageContext, stage
+from pipeline import Bound, Registry, StageContext, stage
 from pipeline.registry import entry_of
 from schemas import (
     Candidates,
@@ -52,7 +52,17 @@ for program in (code_tests, instruction_share, instructions, json_schema, math_a
 
 WIDE = 0.1  # half of a 95 % interval of a win rate: wider, it tells few methods apart
 ENOUGH = math.ceil((1.96 * 0.5 / WIDE) ** 2)  # prompts, each won or lost, of which a rate of one half has that interval
-METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts", "proxy_unread", "gold_gain")
+METRICS = (
+    "proxy_win",
+    "gold_win",
+    "gold",
+    "gold_baseline",
+    "kl",
+    "n_tokens",
+    "proxy_verdicts",
+    "proxy_unread",
+    "gold_gain",
+)
 UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 

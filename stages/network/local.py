@@ -26,4 +26,5 @@ def _measured(folder: Path, rows: Sequence[Row], dtype: str, measure: Measure) -
     network = read_network(folder, getattr(torch, dtype)).eval()
     if hasattr(network, "score"):
         network.score.float()  # which `completion_scores` gives states in fp32
-    return [float(measure(network, [PromptGroup(prompt, [response])], dtype)) for prompt, response in rows]
+    groups = [PromptGroup(prompt, [response], masks=mask) for prompt, response, *mask in rows]
+    return [float(measure(network, [group], dtype)) for group in groups]
