@@ -52,7 +52,7 @@ def reference(
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
 
     # Once per prompt and token ids, whatever number of candidates have them.
-    network = ctx.open_once(load_network, policy)
+    network = ctx.open_once(load_network, policy, dtype)
     unique = list(dict.fromkeys((row["prompt_id"], tuple(row["token_ids"])) for row in rows))
     with closing(TokenCounter(network)) as counter:
         inputs = [(prompt_ids[prompt], ids) for prompt, ids in unique]

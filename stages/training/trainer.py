@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.context import Mirror, ProgressCallback
 from pipeline.store.fingerprints import ADAPTER
 from schemas import Model, WinnowError, WinnowWarning
+from stages.network.device import REFERENCE_TOLERANCE
 from stages.network.forward import check_router_loss
 from stages.network.load import (
     Adapt,
@@ -42,7 +43,6 @@ from stages.training.throughput import ThroughputMeter
 PREFIXES = ("", "imitation/")  # of the metrics of each term
 UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
 LOST = 0.1  # fraction of a change by which a saved policy may be off without a warning
-TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
 
 
 def train_policy(
@@ -77,7 +77,7 @@ def train_policy(
 
         rank, alpha, targets = config.lora_r, config.lora_alpha, config.lora_target_modules
         adapt = partial(train_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
-    network = load_network(init, train=True, adapt=adapt)
+    network = load_network(init, config.dtype, train=True, adapt=adapt)
     if not is_reward_model(network):
         check_router_loss(network)
     if config.gradient_checkpointing:
@@ -181,7 +181,7 @@ def train_policy(
     size = _save_policy(network, init, folder, dist, adapt, config)
     del optimizer, parameters, meter, param_group, loss
     _free(network, dist)
-    network = load_network(Model(folder, ""), train=True)
+    network = load_network(Model(folder, ""), config.dtype, train=True)
     dist.shard(network)
     for one_term, prefix in zip(terms, PREFIXES, strict=False):
         if one_term.heldout is not None:
@@ -189,7 +189,7 @@ def train_policy(
             state.history.append({"step": float(state.step)} | heldout)
     saved = _margins(term, batch, network)
     _free(network, dist)
-    network = load_network(init, train=True)
+    network = load_network(init, config.dtype, train=True)
     dist.shard(network)
     initial = _margins(term, batch, network)
     _free(network, dist)
@@ -276,7 +276,7 @@ def check_reference(term: ObjectiveTerm, network: PreTrainedModel) -> None:
             "the log-probs are; correct the objective"
         )
     drift, scale = loss - expected, max(1.0, float(expected.abs().mean()))
-    tolerance, tolerance_per_pair = (bound * scale for bound in TOLERANCE[term.dtype])
+    tolerance, tolerance_per_pair = (bound * scale for bound in REFERENCE_TOLERANCE[term.dtype])
     # A NaN compares false with any bound, so the test must be for agreement and not for its opposite.
     if not (abs(float(drift.mean())) <= tolerance and float(drift.abs().mean()) <= tolerance_per_pair):
         raise WinnowError(
@@ -320,7 +320,7 @@ def _save_policy(
     weights = get_model_state_dict(network, options=options)  # empty on other ranks
     size = 0
     if dist.rank == 0:
-        unsharded = load_network(init, train=True, adapt=adapt)
+        unsharded = load_network(init, config.dtype, train=True, adapt=adapt)
         unsharded.load_state_dict(weights)
         save(unsharded)
         size = int(unsharded.num_parameters())
