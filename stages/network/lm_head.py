@@ -163,9 +163,7 @@ class _KeptLogp(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b in fp32: of bfloat16, products are exact, and added up in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda":
+    if a.dtype != torch.float32 and a.device.type != "cpu":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

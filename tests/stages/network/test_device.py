@@ -1,16 +1,21 @@
 """What a GPU computes, without one: its algorithms on emulated kernels, and bytes and kernels of fake CUDA tensors."""
 
+from collections import Counter as Counts
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.network import device, lm_head, prefix_attention
+from stages.network import device, forward, lm_head, prefix_attention
 from stages.network.forward import (
     completion_logp,
+    hidden_states,
     logp_of,
     next_logits,
     response_means,
@@ -200,21 +205,66 @@ VIEWS = (
 
 
 class Counter(TorchDispatchMode):
-    """Bytes that each kernel reads and writes, tensors of its arguments and results once, and the kernels."""
+    """Bytes that kernels read and write, each tensor of their arguments and results once, and how often each runs."""
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.kernels, self.by_name = 0, 0, {}
+        self.bytes, self.largest, self.calls = 0, 0, Counts()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        name = str(function).removeprefix("aten.")
+        name = str(function).removeprefix("aten.").partition(".")[0]
         if not name.startswith((*VIEWS, "prim")):
             tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            if name.partition(".")[0].endswith("_"):  # in place: read and written
-                size += args[0].numel() * args[0].element_size()
-            self.bytes += size
-            self.kernels += 1
-            self.by_name[name] = self.by_name.get(name, 0) + size
+            touched = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+            if name in ("gather", "scatter_"):  # one number of each row
+                touched = [16 * len(args[0])]
+            elif name.endswith("_"):  # in place: read and written
+                touched.append(touched[0])
+            self.bytes += sum(touched)
+            self.largest = max(self.largest, *(tensor.numel() for tensor in tensors.values()))
+            self.calls[name] += 1
         return out
+
+
+def test_the_head_reads_and_writes_little_more_than_its_logits():
+    """8,192 tokens of an 8B's head."""
+    vocabulary, hidden, n = 128256, 4096, 8192
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_head, "kept_bytes", lambda _: 5 << 30)
+        weight = torch.empty(vocabulary, hidden, requires_grad=True)
+        states = torch.empty(n, hidden, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.zeros(n, dtype=torch.long)
+        head = LMHead(weight, None, 1.0, None)
+        with Counter() as ahead:
+            logp, _ = lm_head.token_logp(states, head, targets)
+        with Counter() as back:
+            logp.sum().backward()
+    once = 4 * n * vocabulary  # of logits in fp32
+    assert (ahead.bytes + back.bytes) / (2 * once + 4 * vocabulary * hidden) == 0
+
+
+def test_a_layer_has_two_attentions_and_no_mask():
+    """7,656 tokens: no tensor of a number per pair of tokens; kernels and bytes at most what they are today."""
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1, num_attention_heads=16,
+        num_key_value_heads=4, attn_implementation="sdpa",
+    )  # fmt: skip
+    groups = [PromptGroup([5] * 512, [[n] * 256 for n in range(8)]) for _ in range(3)]
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_attention, "has_flash", lambda *_: True)
+        patch.setattr(forward, "autocast", lambda *_: nullcontext())
+        patch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+        network = transformers.LlamaForCausalLM(config).bfloat16()
+        network.set_attn_implementation(prefix_attention.NAME)
+        with Counter() as ahead:
+            states, _ = hidden_states(network, groups, "bfloat16")
+        with Counter() as back:
+            states.sum().backward()
+    tokens, stream = states.numel() // config.hidden_size, 2 * states.numel()
+    assert ahead.largest <= tokens * config.intermediate_size < tokens**2 / 2
+    assert back.largest <= tokens * config.intermediate_size
+    assert ahead.calls["_flash_attention_forward"] == back.calls["_flash_attention_backward"] == 2
+    print(ahead.bytes / stream, back.bytes / stream, sum(ahead.calls.values()), sum(back.calls.values()))
+    assert ahead.bytes <= 120 * stream
+    assert back.bytes <= 260 * stream
