@@ -4,9 +4,15 @@ Nothing here depends on what else a device holds at the moment, only on the devi
 interrupted must compute what it would have computed.
 """
 
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+
+from schemas import WinnowWarning
 
 CPU = torch.device("cpu")
 # How far the trial of a network at its load may be off, as a fraction of the largest number: fp32 added up in another
@@ -15,8 +21,9 @@ TRIAL_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 # How far the loss of step 0 may be off that of policy = reference: on average, and of a pair on average.
 REFERENCE_TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}
 CPU_LOGITS = 1 << 21  # 8 MiB in fp32, which a processor's cache can hold some of
-CUDA_LOGITS = 1 << 28  # 1 GiB in fp32: thousands of rows, for matrix products as fast as they get
+CUDA_LOGITS = 1 << 29  # 2 GiB in fp32: thousands of rows, so that the head is read seldom
 KEPT_FRACTION = 1 / 16  # of a card's memory, for what the head's forward pass keeps for its backward pass
+FUSED_NUMBERS = 1 << 24  # below, a kernel is not worth being compiled
 FLASH_HEAD_SIZE = 256  # of torch's flash attention at most, in multiples of 8
 
 
@@ -61,3 +68,38 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile has what it needs for a device: on a GPU, Triton."""
+    return device.type == "cpu" or find_spec("triton") is not None
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def fused(function: Callable[..., Any], numbers: int, device: torch.device) -> Callable[..., Any]:
+    """Return a function of so many numbers as few kernels, where that pays: on a GPU, for many, with Triton.
+
+    torch.compile reads the numbers twice where the function as it is written reads and writes them eight times. If it
+    cannot compile (Triton wants a C compiler), a warning says so, and the function goes on as it is written.
+    """
+    if device.type != "cuda" or numbers < FUSED_NUMBERS or not can_compile(device):
+        return function
+
+    def call(*args: Any) -> Any:
+        for tensor in args:
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return _compiled.setdefault(function, torch.compile(function))(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of many kinds
+            reason = (str(error).splitlines() or [""])[0]
+            message = f"torch.compile fails here ({type(error).__name__}: {reason}): slower kernels take its place"
+            warnings.warn(message, WinnowWarning, stacklevel=2)
+            _compiled[function] = function
+            return function(*args)
+
+    return call

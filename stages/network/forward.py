@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -194,10 +194,10 @@ def share_prefixes(network: PreTrainedModel, dtype: str = "float32") -> None:
     try:
         if network.config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder")
-        expected = _trial(network)
+        expected = trial(network)
         if network.get_output_embeddings() is not None:
             LINEAR_HEADS.add(network)
-            _check_close(_trial(network), expected)
+            _check_close(trial(network), expected)
     except Exception as error:  # a model's code may raise anything on what it does not know
         LINEAR_HEADS.discard(network)
         return _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
@@ -205,39 +205,12 @@ def share_prefixes(network: PreTrainedModel, dtype: str = "float32") -> None:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
             raise ValueError("its attention is not transformers' interface")
-        _check_close(_trial(network), expected)
+        _check_close(trial(network), expected)
         if dtype != "float32" and network.device != CPU:
-            _check_close(_trial(network, dtype), expected, dtype)
+            _check_close(trial(network, dtype), expected, dtype)
     except Exception as error:
         network.set_attn_implementation(before)
         _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
-
-
-@torch.no_grad()
-def round_linear_layers(network: PreTrainedModel) -> None:
-    """Store linear layers in bfloat16, for passes under autocast, if a trial gives the same numbers, bit for bit.
-
-    A layer that computes in fp32 even under autocast, or weights that are no linear layer's, keep fp32: as do
-    embeddings, norms, and the head of a reward model, which autocast leaves alone.
-    """
-    if network.config.is_encoder_decoder:
-        return
-    expected = _trial(network, "bfloat16")
-    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    layers = [layer for layer in (*network.base_model.modules(), head) if type(layer) is nn.Linear]
-    layers = [layer for layer in layers if layer.weight is not embedding.weight]
-    stored = [(layer.weight.data, None if layer.bias is None else layer.bias.data) for layer in layers]
-    for layer in layers:
-        layer.to(torch.bfloat16)
-    try:
-        is_same = all(map(torch.equal, _trial(network, "bfloat16"), expected))
-    except RuntimeError:  # two precisions in one product
-        is_same = False
-    if not is_same:
-        for layer, (weight, bias) in zip(layers, stored, strict=True):
-            layer.weight.data = weight
-            if bias is not None:
-                layer.bias.data = bias
 
 
 @torch.no_grad()
@@ -267,7 +240,7 @@ def check_router_loss(network: PreTrainedModel) -> None:
         ) from None
 
 
-def _trial(network: PreTrainedModel, dtype: str = "float32") -> list[Tensor]:
+def trial(network: PreTrainedModel, dtype: str = "float32") -> list[Tensor]:
     """Return mean hidden states of some responses and, where there is a vocabulary, their log-probs."""
     logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, dtype)[0]]
     return [response_means(network, TRIAL, dtype), *logp]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from stages.network.device import kept_bytes, logits_at_once
+from stages.network.device import fused, kept_bytes, logits_at_once
 
 
 @dataclass(frozen=True)
@@ -126,24 +126,20 @@ class _KeptLogp(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, head: LMHead, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        trained = any(ctx.needs_input_grad)
+        keep = any(ctx.needs_input_grad)
         logp = states.new_empty(len(states), dtype=torch.float32)
         is_correct = targets.new_empty(len(targets), dtype=torch.bool)
-        # What d log softmax(logits)[target] / d (states weight^T + bias) = (onehot(target) - softmax) * slope needs.
-        kept = states.new_empty(len(states) if trained else 0, len(low))
+        kept = states.new_empty(len(states) if keep else 0, len(low))
         target_slope = torch.empty_like(logp)
+        softmax = fused(_softmax, len(states) * len(low), states.device)
         for rows in _row_slices(len(states), head, states.device):
-            logits, target = head.logits(states[rows], low), targets[rows, None]
-            target_logit = logits.gather(-1, target)
-            largest = logits.amax(-1, keepdim=True)
-            slope = head.slope(logits) if trained else 1.0
-            target_slope[rows] = slope.gather(-1, target)[:, 0] if isinstance(slope, Tensor) else slope
-            logits.sub_(largest).exp_()
-            total = logits.sum(-1, keepdim=True)
-            logp[rows] = (target_logit - largest - total.log())[:, 0]
-            is_correct[rows] = (target_logit == largest)[:, 0]
-            if trained:
-                torch.mul(logits, slope / total, out=kept[rows])
+            logits = product(states[rows], low.T)
+            if bias is not None:
+                logits += bias
+            out = kept[rows] if keep else None
+            logp[rows], is_correct[rows], target_slope[rows] = softmax(
+                logits, targets[rows], out, head.scale, head.soft_cap
+            )
         ctx.save_for_backward(states, low, targets, kept, logp, target_slope)
         ctx.mark_non_differentiable(is_correct)
         return logp, is_correct
@@ -159,6 +155,30 @@ class _KeptLogp(torch.autograd.Function):
         d_weight = product(d_logits.T, states) if ctx.needs_input_grad[1] else None
         d_bias = d_logits.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         return d_states, d_weight, d_bias, None, None, None
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, kept: Tensor | None, scale: float, soft_cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p of the targets, whether each is the likeliest, and its slope, [n], of fp32 products [n, V].
+
+    Writes softmax * slope to `kept`, of which d log softmax(logits)[target] / d product = (onehot - softmax) * slope.
+    """
+    if scale != 1:
+        logits = logits * scale
+    if soft_cap is not None:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    target_logit = logits.gather(-1, targets[:, None])
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = (logits - largest).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    logp = target_logit - largest - total.log()
+    slope, target_slope = (
+        scale if soft_cap is None else scale * (1 - (values / soft_cap) ** 2) for values in (logits, target_logit)
+    )
+    if kept is not None:
+        kept.copy_(exponentials * (slope / total))
+    return logp[:, 0], (target_logit == largest)[:, 0], (torch.ones_like(logp) * target_slope)[:, 0]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,14 @@ from stages.network.forward import check_router_loss
 from stages.network.load import (
     Adapt,
     checkpoint_layers,
+    compile_layers,
     free,
     is_reward_model,
     load_network,
     round_weights,
     save_network,
 )
+from stages.network.working_weights import WorkingWeights
 from stages.options import Precision
 from stages.results import number
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
@@ -80,6 +83,9 @@ def train_policy(
     network = load_network(init, config.dtype, train=True, adapt=adapt)
     if not is_reward_model(network):
         check_router_loss(network)
+    working = WorkingWeights(network) if config.dtype == "bfloat16" and dist.world_size == 1 else None
+    if config.compile_layers:
+        compile_layers(network)
     if config.gradient_checkpointing:
         checkpoint_layers(network)
     dist.shard(network)
@@ -116,11 +122,12 @@ def train_policy(
         meter.start()
         means = {}
         try:
-            for n, batch in batches.items():
-                metrics = StepMetrics(batch, config.nll_per)
-                for loss in terms[n].micro_batch_losses(network, batch, metrics):
-                    (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
-                means[n] = metrics.means()
+            with working.passes() if working else nullcontext():
+                for n, batch in batches.items():
+                    metrics = StepMetrics(batch, config.nll_per)
+                    for loss in terms[n].micro_batch_losses(network, batch, metrics):
+                        (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
+                    means[n] = metrics.means()
         except RuntimeError as error:
             # On a GPU there is a class for it; a CPU's allocator has only words.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -179,7 +186,7 @@ def train_policy(
     trained = term.mean_margin(network, batch)
     folder = mirror.here / "model"
     size = _save_policy(network, init, folder, dist, adapt, config)
-    del optimizer, parameters, meter, param_group, loss
+    del optimizer, parameters, meter, param_group, loss, working
     _free(network, dist)
     network = load_network(Model(folder, ""), config.dtype, train=True)
     dist.shard(network)

@@ -8,9 +8,10 @@ import transformers
 
 from stages.network import prefix_attention
 from stages.network.device import say_precision
-from stages.network.forward import completion_logp, round_linear_layers, share_prefixes, uses_shared_prefix
+from stages.network.forward import completion_logp, share_prefixes, uses_shared_prefix
 from stages.network.packing import PromptGroup, pack
 from stages.network.prefix_attention import VariableLengthAttention, masked_attention
+from stages.network.working_weights import round_linear_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 VOCABULARY = 3000
@@ -85,7 +86,8 @@ def test_flash_attention_is_the_masked_one(size):
         torch.manual_seed(0)
         parts = [torch.randn(tokens, heads, size, device="cuda") for heads in (8, 2, 2)]
         parts = [part.to(dtype).requires_grad_() for part in parts]
-        out = attend(*parts, layout, size**-0.5)
+        q, k, v = parts
+        out = attend(q, k, v, layout, size**-0.5)
         (out.float() * torch.randn(out.shape, device="cuda")).sum().backward()
         results.append([tensor.detach().float() for tensor in (out, *(part.grad for part in parts))])
     for expected, ours in zip(*results, strict=True):
