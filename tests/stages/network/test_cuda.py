@@ -80,6 +80,7 @@ def test_flash_attention_is_the_masked_one(size):
     """Of heads of this size; output and gradients, bfloat16 against fp32."""
     say_precision()
     layout = pack(some_groups(), "cuda").layout
+    assert layout
     tokens = len(layout.mask)
     results = []
     for attend, dtype in ((masked_attention, torch.float32), (VariableLengthAttention.apply, torch.bfloat16)):
