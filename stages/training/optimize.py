@@ -69,7 +69,7 @@ def optimize(
     whole step, so accumulation changes nothing and weights keep their scale. If the objective reads a reference, step
     0 must have the loss that policy = reference gives, or training refuses to start: a stale cache would train another
     objective. `reference: other` declares that the cached policy is not `init`, as when rounds continue from each other
-    and the reference stays the SFT policy. A rerun resumes from the last checkpoint, bit for bit on the same machine.
+    and the reference stays the SFT policy. A rerun resumes from the last checkpoint, on a CPU bit for bit.
 
     Where no cached reference has compared draws of `init` with the engine's own log-probs, those of the first batch
     are, as `reference` does it; the difference is a metric of step 0, and `engine_tolerance` raises its limit.

@@ -59,9 +59,9 @@ def train_policy(
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
     Called by one process or by every rank. An interrupted run resumes from its last checkpoint, bit for bit on the same
-    machine. Returns the policy's number of parameters, the steps, the tokens of its data, and the history: metrics per
-    step. Raises WinnowError for data that do not fit the objective, a stale reference, a loss that is not finite, and
-    out of memory again after halving.
+    machine (on a GPU, to rounding). Returns the policy's number of parameters, the steps, the tokens of its data, and
+    the history: metrics per step. Raises WinnowError for data that do not fit the objective, a stale reference, a loss
+    that is not finite, and out of memory again after halving.
     """
     # Data first: what cannot be trained on is refused before a weight is loaded.
     dist = Distributed()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from schemas import WinnowError
 from stages.network import device, forward, lm_head, prefix_attention
 from stages.network.forward import (
     completion_logp,
@@ -22,6 +23,7 @@ from stages.network.forward import (
     share_prefixes,
 )
 from stages.network.lm_head import LMHead
+from stages.network.load import compile_layers
 from stages.network.packing import PromptGroup, pack
 from stages.network.prefix_attention import VariableLengthAttention, masked_attention
 from stages.network.working_weights import WorkingWeights, round_linear_layers
@@ -307,3 +309,11 @@ def test_a_layer_has_two_attentions_and_no_mask():
     print(ahead.bytes / stream, back.bytes / stream, sum(ahead.calls.values()), sum(back.calls.values()))
     assert ahead.bytes <= 120 * stream
     assert back.bytes <= 290 * stream
+
+
+def test_layers_that_cannot_be_compiled_are_refused(monkeypatch):
+    """A GPU without Triton, before the first step."""
+    network = enlarged(SHARING["llama"]())
+    monkeypatch.setattr("stages.network.load.can_compile", lambda _: False)
+    with pytest.raises(WinnowError, match="compile_layers: Triton is not installed"):
+        compile_layers(network)
