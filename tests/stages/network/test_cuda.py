@@ -1,4 +1,4 @@
-"""On a GPU: the numbers of its kernels against fp32 on the CPU. Skipped where torch sees none."""
+"""On a GPU: the numbers of its kernels against fp32 on the CPU. `WINNOW_TEST_DEVICE=cuda pytest` runs them."""
 
 import copy
 
