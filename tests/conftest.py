@@ -12,6 +12,9 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # Ray on the loopback address, as pipeline.execution.ray_executor has it
 )
 
+if os.environ.get("WINNOW_TEST_DEVICE") != "cuda":  # tests state laws of a CPU, exact ones among them
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 from hypothesis import settings
 

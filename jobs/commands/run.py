@@ -39,9 +39,12 @@ from jobs.runs import with_free_names
 from jobs.tables import leaderboard_table, overruled, plan_tree
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
+from pipeline.config.precision import float32_by_default
+from pipeline.config.rounds import split_round
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run as run_plan
+from pipeline.resources import Profile
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -174,7 +177,7 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
         with closing(reporter):
             for plan in plans:
                 console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
-                _print_notes(plan)
+                _print_notes(plan, executor.profile)
                 _warn_of_other_data(plan, store)
                 _print_changed_code(plan, store)
                 run_plan(plan, store, executor, reporter)
@@ -189,12 +192,17 @@ def _print_store(store: Store, notes: list[str]) -> None:
         console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
-def _print_notes(plan: Plan) -> None:
+def _print_notes(plan: Plan, profile: Profile = Profile()) -> None:  # noqa: B008 - frozen
     lines = [*plan.left_out, *plan.notes]
-    if GPU.exists() and not any(path.rpartition(".")[2] == "dtype" for step in plan.steps for path in step.origins):
+    slow = {
+        split_round(step.name)[0]: None
+        for step in plan.steps
+        if (GPU.exists() or profile.of(step.entry.name).gpus) and float32_by_default(step.options, step.origins)
+    }
+    if slow and not any(note.startswith("dtype:") for note in plan.notes):  # else those steps are named there
         lines.append(
-            "dtype: not set, and every step computes in float32; on a GPU, `dtype: bfloat16` at the top of the config "
-            "takes less memory and time"
+            f"dtype: not set for {', '.join(slow)}, which compute in float32, the default on every machine; on a GPU, "
+            "`dtype: bfloat16` at the top of the config takes less memory and a small part of the time"
         )
     for line in lines:
         console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)

@@ -47,17 +47,23 @@ def mixed_precision(steps: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Or
     written: dict[str, None] = {}
     defaults: dict[str, None] = {}
     for name, (options, origins) in steps.items():
+        step = split_round(name)[0]
         for path, value in _dtypes(options):
-            step = ".".join([split_round(name)[0], *path[:-1]])
             if value == "bfloat16" and ".".join(path) in origins:
-                written[step] = None
-            elif value == "float32" and ".".join(path) not in origins:
-                defaults[step] = None
+                written[".".join([step, *path[:-1]])] = None
+        defaults |= dict.fromkeys(".".join(filter(None, [step, of])) for of in float32_by_default(options, origins))
     if not written or not defaults:
         return []
     return [
         f"dtype: {', '.join(defaults)} compute in float32, the default, and {', '.join(written)} in bfloat16, as you "
         "say; `dtype: bfloat16` at the top of a config is for all of them"
+    ]
+
+
+def float32_by_default(options: Mapping[str, Any], origins: Mapping[str, Origin]) -> list[str]:
+    """Return which precisions of a step, by the function that has it or "", are float32 because nobody said another."""
+    return [
+        ".".join(path[:-1]) for path, value in _dtypes(options) if value == "float32" and ".".join(path) not in origins
     ]
 
 

@@ -42,7 +42,7 @@ def features(
     responses = [(row["prompt_id"], tuple(row["token_ids"]), mask_of(row)) for row in rows]
     unique = list(dict.fromkeys(responses))
     ctx.count(tokens=sum(len(prompt_ids[prompt]) + len(token_ids) for prompt, token_ids, _ in unique))
-    network = ctx.open_once(load_network, policy)
+    network = ctx.open_once(load_network, policy, dtype)
     sequences = [(prompt_ids[prompt], token_ids, mask) for prompt, token_ids, mask in unique]
     means = forward_rows(response_means, network, sequences, dtype, SCORING_TOKENS_PER_PASS)
     mean_by_response = dict(zip(unique, means, strict=True))

@@ -7,7 +7,6 @@ so that a cached number is the trainer's own.
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from weakref import WeakSet
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from schemas import WinnowError, WinnowWarning
+from stages.network.device import CPU, TRIAL_TOLERANCE, autocast
 from stages.network.lm_head import lm_head_of, token_logp
 from stages.network.packing import (
     Ids,
@@ -36,14 +36,8 @@ from stages.network.router import RouterLoss, has_router_loss
 Row = tuple[Ids, Ids] | tuple[Ids, Ids, Mask]  # prompt, response, and which of its ids count
 Measure = Callable[[PreTrainedModel, Sequence[PromptGroup], str], Tensor]
 TRIAL = (PromptGroup([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), PromptGroup([1, 6], [[1, 8, 0], [3]]))
-CLOSE = 1e-4  # of the largest number: fp32 added up in another order
 LINEAR_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are those of `lm_head.LMHead`
 WARNED: WeakSet[PreTrainedModel] = WeakSet()  # networks whose window was reported as too short
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
-    """Return torch's autocast to bfloat16, switched off for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def completion_logp(
@@ -192,8 +186,11 @@ def uses_shared_prefix(network: PreTrainedModel, groups: Sequence[PromptGroup] =
 
 
 @torch.no_grad()
-def share_prefixes(network: PreTrainedModel) -> None:
+def share_prefixes(network: PreTrainedModel, dtype: str = "float32") -> None:
     """Let `network` compute a prompt once for all of its responses from now on, if a trial gives the same numbers.
+
+    The trial is in fp32, whose tolerance is the smallest; on a GPU another one is in `dtype`, since each precision has
+    its own kernels there.
 
     A trial, for a list of architectures would be outdated with every release of transformers. A network whose attention
     has a state, a bias or a cap of its own fails it; it goes on with padded rows, and a warning says so. If its head is
@@ -203,10 +200,10 @@ def share_prefixes(network: PreTrainedModel) -> None:
     try:
         if network.config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder")
-        expected = _trial(network)
+        expected = trial(network)
         if network.get_output_embeddings() is not None:
             LINEAR_HEADS.add(network)
-            _check_close(_trial(network), expected)
+            _check_close(trial(network), expected)
     except Exception as error:  # a model's code may raise anything on what it does not know
         LINEAR_HEADS.discard(network)
         return _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
@@ -214,7 +211,9 @@ def share_prefixes(network: PreTrainedModel) -> None:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
             raise ValueError("its attention is not transformers' interface")
-        _check_close(_trial(network), expected)
+        _check_close(trial(network), expected)
+        if dtype != "float32" and network.device != CPU:
+            _check_close(trial(network, dtype), expected, dtype)
     except Exception as error:
         network.set_attn_implementation(before)
         _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
@@ -237,7 +236,7 @@ def check_router_loss(network: PreTrainedModel) -> None:
         for router.counting in (True, False):
             completion_logp(network, TRIAL, "float32", router)
         value = float(router.take())
-        if not abs(value - expected) <= CLOSE * abs(expected):
+        if not abs(value - expected) <= TRIAL_TOLERANCE["float32"] * abs(expected):
             raise ValueError(f"it is {expected:.6f} on a trial, and computed here {value:.6f}")
     except Exception as error:  # a model's code may raise anything on what it does not know
         raise WinnowError(
@@ -247,16 +246,16 @@ def check_router_loss(network: PreTrainedModel) -> None:
         ) from None
 
 
-def _trial(network: PreTrainedModel) -> list[Tensor]:
+def trial(network: PreTrainedModel, dtype: str = "float32") -> list[Tensor]:
     """Return mean hidden states of some responses and, where there is a vocabulary, their log-probs."""
-    logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, "float32")[0]]
-    return [response_means(network, TRIAL, "float32"), *logp]
+    logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, dtype)[0]]
+    return [response_means(network, TRIAL, dtype), *logp]
 
 
-def _check_close(values: list[Tensor], expected: list[Tensor]) -> None:
+def _check_close(values: list[Tensor], expected: list[Tensor], dtype: str = "float32") -> None:
     off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(values, expected, strict=True))
-    if not off <= CLOSE:
-        raise ValueError(f"a trial is off by {off:.1e} of the largest number")
+    if not off <= TRIAL_TOLERANCE[dtype]:
+        raise ValueError(f"a trial in {dtype} is off by {off:.1e} of the largest number")
 
 
 def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:

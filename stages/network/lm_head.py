@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-ELEMENTS = 1 << 21  # logits in memory at once: 8 MiB, which a processor's cache can hold some of
+from stages.network.device import fused, kept_bytes, logits_at_once
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,20 @@ class LMHead:
     scale: float
     soft_cap: float | None
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Return fp32 [n, V] of states [n, hidden]; the product is in the dtype of the states."""
-        bias = None if self.bias is None else self.bias.to(states.dtype)
-        logits = nn.functional.linear(states, self.weight.to(states.dtype), bias).float()
+    def logits(self, states: Tensor, low: Tensor | None = None) -> Tensor:
+        """Return fp32 [n, V] of states [n, hidden].
+
+        low: the weights in the dtype of the states, if they are at hand. A GPU adds products up in fp32; a CPU rounds
+        their sum to the dtype of the states.
+        """
+        low = self.weight.to(states.dtype) if low is None else low
+        if states.device.type == "cpu":
+            bias = None if self.bias is None else self.bias.to(states.dtype)
+            logits = nn.functional.linear(states, low, bias).float()
+        else:
+            logits = product(states, low.T)
+            if self.bias is not None:
+                logits += self.bias
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -44,13 +55,25 @@ def lm_head_of(network: PreTrainedModel) -> LMHead:
 def token_logp(states: Tensor, head: LMHead, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p(target | state), fp32 [n], and whether the target is the likeliest token, [n].
 
-    The softmax is in fp32. Logits are computed a slice at a time, and again in the backward pass instead of being
-    stored. The head's gradient adds up in fp32: bfloat16 would round every slice.
+    The softmax is in fp32, and so are sums of the head's gradient. A CPU computes logits a slice at a time, and again
+    in the backward pass. A GPU keeps probabilities, in the dtype of the states, for the backward pass, as many as
+    `device.kept_bytes` allows, so that the head is cast once and logits are computed once.
     """
-    return _TokenLogp.apply(states, head.weight, head.bias, head, targets)  # type: ignore[no-untyped-call]
+    if states.device.type == "cpu":
+        return _RecomputedLogp.apply(states, head.weight, head.bias, head, targets)  # type: ignore[no-untyped-call]
+    low = head.weight.detach().to(states.dtype)
+    rows = max(1, kept_bytes(states.device) // (len(low) * states.element_size()))
+    if len(states) <= rows or not torch.is_grad_enabled():
+        return _KeptLogp.apply(states, head.weight, head.bias, low, head, targets)  # type: ignore[no-untyped-call]
+    parts = [
+        checkpoint(_KeptLogp.apply, state, head.weight, head.bias, low, head, target, use_reentrant=False)
+        for state, target in zip(states.split(rows), targets.split(rows), strict=True)
+    ]
+    logp, is_correct = zip(*parts, strict=True)
+    return torch.cat(logp), torch.cat(is_correct)
 
 
-class _TokenLogp(torch.autograd.Function):
+class _RecomputedLogp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, head: LMHead, targets: Tensor
@@ -93,5 +116,84 @@ class _TokenLogp(torch.autograd.Function):
         return d_states, d_weight, d_bias, None, None
 
 
+class _KeptLogp(torch.autograd.Function):
+    """The same, with softmax(logits) kept: of three matrix products and one softmax, each once.
+
+    low: the head's weights in the dtype of the states.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, head: LMHead, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        keep = any(ctx.needs_input_grad)
+        logp = states.new_empty(len(states), dtype=torch.float32)
+        is_correct = targets.new_empty(len(targets), dtype=torch.bool)
+        kept = states.new_empty(len(states) if keep else 0, len(low))
+        target_slope = torch.empty_like(logp)
+        softmax = fused(_softmax, len(states) * len(low), states.device)
+        for rows in _row_slices(len(states), head, states.device):
+            logits = product(states[rows], low.T)
+            if bias is not None:
+                logits += bias
+            out = kept[rows] if keep else None
+            logp[rows], is_correct[rows], target_slope[rows] = softmax(
+                logits, targets[rows], out, head.scale, head.soft_cap
+            )
+        ctx.save_for_backward(states, low, targets, kept, logp, target_slope)
+        ctx.mark_non_differentiable(is_correct)
+        return logp, is_correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        states, low, targets, kept, logp, target_slope = ctx.saved_tensors
+        # The target's own entry from fp32: 1 - p is lost where p, rounded, is 1.
+        of_target = grads[0] * target_slope * -torch.expm1(logp)
+        d_logits = kept.mul_(-grads[0][:, None])
+        d_logits.scatter_(1, targets[:, None], of_target[:, None].to(kept.dtype))
+        d_states = d_logits @ low if ctx.needs_input_grad[0] else None
+        d_weight = product(d_logits.T, states) if ctx.needs_input_grad[1] else None
+        d_bias = d_logits.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return d_states, d_weight, d_bias, None, None, None
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, kept: Tensor | None, scale: float, soft_cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p of the targets, whether each is the likeliest, and its slope, [n], of fp32 products [n, V].
+
+    Writes softmax * slope to `kept`, of which d log softmax(logits)[target] / d product = (onehot - softmax) * slope.
+    """
+    if scale != 1:
+        logits = logits * scale
+    if soft_cap is not None:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    target_logit = logits.gather(-1, targets[:, None])
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = (logits - largest).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    logp = target_logit - largest - total.log()
+    slope, target_slope = (
+        scale if soft_cap is None else scale * (1 - (values / soft_cap) ** 2) for values in (logits, target_logit)
+    )
+    if kept is not None:
+        kept.copy_(exponentials * (slope / total))
+    return logp[:, 0], (target_logit == largest)[:, 0], (torch.ones_like(logp) * target_slope)[:, 0]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b in fp32: of bfloat16, products are exact, and added up in fp32."""
+    if a.dtype != torch.float32 and a.device.type != "cpu":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def _slices(rows: Tensor, head: LMHead) -> tuple[Tensor, ...]:
-    return rows.split(max(1, ELEMENTS // len(head.weight)))
+    return rows.split(max(1, logits_at_once(rows.device) // len(head.weight)))
+
+
+def _row_slices(count: int, head: LMHead, device: torch.device) -> list[slice]:
+    """Return slices of so many rows, of equal sizes to one row."""
+    parts = -(-count * len(head.weight) // logits_at_once(device))
+    size = -(-count // parts) if parts else 1
+    return [slice(start, start + size) for start in range(0, count, size)]

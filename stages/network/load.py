@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -30,7 +31,10 @@ from pipeline.store.fingerprints import ADAPTER, CARD
 from pipeline.store.weights import weight_files
 from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, ModelConfig
+from stages.network.device import can_compile, default_device, say_precision
 from stages.network.forward import share_prefixes
+from stages.network.prefix_attention import NAME, shared_prefix_attention
+from stages.network.working_weights import round_linear_layers
 from stages.options import Precision, Rounding
 
 Adapt = Callable[[PreTrainedModel], None]
@@ -39,8 +43,13 @@ THREADS = torch.get_num_threads()
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
-def load_network(model: Model, *, train: bool = False, adapt: Adapt | None = None) -> PreTrainedModel:
-    """Return the network with fp32 weights and dropout off (a policy that drops out does not equal its own reference).
+def load_network(
+    model: Model, dtype: Precision = "float32", *, train: bool = False, adapt: Adapt | None = None
+) -> PreTrainedModel:
+    """Return the network with dropout off (a policy that drops out does not equal its own reference).
+
+    dtype: what its forward passes will run in. Weights are fp32; for scoring in bfloat16, those of linear layers are
+    rounded here, once, as autocast would in every pass: the same numbers from half the memory.
 
     adapt: a change to the network, such as `add_adapter`, before the trial whether prompts can be shared.
 
@@ -49,13 +58,16 @@ def load_network(model: Model, *, train: bool = False, adapt: Adapt | None = Non
     is no reward model.
     """
     torch.set_num_threads(THREADS if train else 1)
+    say_precision()
     network = read_network(model.folder, torch.float32)
     if is_reward_model(network):
         check_head(network)
     if adapt:
         adapt(network)
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
-    share_prefixes(network.eval())
+    network.to(default_device())
+    share_prefixes(network.eval(), dtype)
+    if dtype == "bfloat16" and not train:
+        round_linear_layers(network)
     network.close = partial(free, network)  # what a `WarmCache` calls
     return network
 
@@ -166,6 +178,21 @@ def checkpoint_layers(network: PreTrainedModel) -> None:
         )
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_layers(network: PreTrainedModel) -> None:
+    """Let torch compile each layer: what is between its matrix products and its attention as few kernels.
+
+    Attention stays a call of its own. Shapes are free from the start, so that a run which goes on where it was
+    interrupted has the kernels that it had.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers or not can_compile(network.device):
+        what = "Triton is not installed" if layers else f"{type(network).__name__} has no layers that can be compiled"
+        raise WinnowError(f"compile_layers: {what}; unset it")
+    AttentionInterface.register(NAME, torch.compiler.disable(shared_prefix_attention))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def save_network(

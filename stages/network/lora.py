@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.registry import nearest
 from pipeline.store.fingerprints import ADAPTER_WEIGHTS, BASE
 from schemas import WinnowError
-from stages.network.forward import CLOSE
+from stages.network.device import TRIAL_TOLERANCE
 from stages.network.load import is_reward_model
 
 ADAPTER = "default"  # peft's name for the one adapter of a network
@@ -155,7 +155,7 @@ def merge_adapter(network: PreTrainedModel, folder: Path) -> None:
     logits: Tensor = network(input_ids=ids).logits
     adapted.merge_and_unload(safe_merge=True)
     difference = float((network(input_ids=ids).logits - logits).abs().max() / logits.abs().max())
-    if not difference <= CLOSE:
+    if not difference <= TRIAL_TOLERANCE["float32"]:
         raise WinnowError(
             f"adapter: merged, its logits are off by {difference:.1e} of the largest; it cannot be merged"
         )

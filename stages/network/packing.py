@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.network.prefix_attention import Layout, Tiles
+from stages.network.layout import Index, Layout, lengths_of, starts_of
 
 Ids = Sequence[int]
 Mask = Sequence[bool] | None  # which ids of a response count in its sums; None: all
-Index = NDArray[np.int64]
-ToDevice = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,15 +77,15 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
     unique = [list(dict.fromkeys(groups[n].masked_responses)) for n in order]
     flat = [response for responses in unique for response, _ in responses]
     masks = [mask for responses in unique for _, mask in responses]
-    prompt_lengths, lengths = _lengths([groups[n].prompt for n in order]), _lengths(flat)
+    prompt_lengths, lengths = lengths_of([groups[n].prompt for n in order]), lengths_of(flat)
     packed_lengths = lengths if last else lengths - 1
-    owner = np.repeat(np.arange(len(groups)), _lengths(unique))  # [S] which prompt each response answers
-    prompt_starts = _starts(prompt_lengths)
-    response_starts = prompt_lengths.sum() + _starts(packed_lengths)
+    owner = np.repeat(np.arange(len(groups)), lengths_of(unique))  # [S] which prompt each response answers
+    prompt_starts = starts_of(prompt_lengths)
+    response_starts = prompt_lengths.sum() + starts_of(packed_lengths)
 
     # A response's first token is predicted by the last of its prompt, each other one by the token before it.
     predictors = _ranges(response_starts - 1, lengths)
-    predictors[_starts(lengths)] = (prompt_starts + prompt_lengths - 1)[owner]
+    predictors[starts_of(lengths)] = (prompt_starts + prompt_lengths - 1)[owner]
 
     # Which different response each of the given ones is.
     first = dict(zip(order, accumulate(map(len, unique), initial=0), strict=False))
@@ -98,7 +95,8 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
     }
 
     rows = [row_of[n][response] for n, group in enumerate(groups) for response in group.masked_responses]
-    responses_of_prompt, copies = _lengths([groups[n].responses for n in order]), np.bincount(rows, minlength=len(flat))
+    responses_of_prompt = lengths_of([groups[n].responses for n in order])
+    copies = np.bincount(rows, minlength=len(flat))
 
     from_start = _ranges(0 * prompt_starts, prompt_lengths)
     from_prompt = _ranges(prompt_lengths[owner], packed_lengths)
@@ -107,7 +105,7 @@ def pack(groups: Sequence[PromptGroup], device: torch.device | str = "cpu", *, l
     return PackedTokens(
         ids=to_device(ids)[None],
         position_ids=to_device(np.r_[from_start, from_prompt])[None],
-        layout=_layout(prompt_lengths, owner, packed_lengths, to_device),
+        layout=Layout(prompt_lengths, packed_lengths, owner, torch.device(device)),
         predictors=to_device(predictors),
         targets=to_device([token for response in flat for token in response]),
         lengths=to_device(lengths),
@@ -122,8 +120,8 @@ def pad(groups: Sequence[PromptGroup], device: torch.device | str = "cpu") -> Pa
     """Return one row per response, padded on the right, where causal attention never sees it."""
     to_device = partial(_to_device, device=device)
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
-    lengths = _lengths([response for group in groups for response in group.responses])
-    row_lengths = _lengths(rows)
+    lengths = lengths_of([response for group in groups for response in group.responses])
+    row_lengths = lengths_of(rows)
     ids = np.zeros((len(rows), row_lengths.max()), dtype=np.int64)
     for row, values in zip(ids, rows, strict=True):
         row[: len(values)] = values
@@ -146,7 +144,7 @@ def pad(groups: Sequence[PromptGroup], device: torch.device | str = "cpu") -> Pa
     )
 
 
-def _counted(responses: Sequence[Ids], masks: Sequence[Mask], to_device: ToDevice) -> Tensor | None:
+def _counted(responses: Sequence[Ids], masks: Sequence[Mask], to_device: Callable[[Any], Tensor]) -> Tensor | None:
     """Return whether each token of the responses counts, one after the other; None if all do."""
     if all(mask is None for mask in masks):
         return None
@@ -162,54 +160,9 @@ def _to_device(values: Any, device: torch.device | str) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
 
-def _lengths(parts: Sequence[Sequence[Any]]) -> Index:
-    return np.array([len(part) for part in parts], dtype=np.int64)
-
-
-def _starts(lengths: Index) -> Index:
-    return np.cumsum(lengths) - lengths
-
-
 def _ranges(starts: Index, lengths: Index) -> Index:
     """Return start, start + 1, ... of each length, one after the other."""
-    return np.repeat(starts - _starts(lengths), lengths) + np.arange(lengths.sum())
-
-
-def _layout(prompt_lengths: Index, owner: Index, packed_lengths: Index, to_device: ToDevice) -> Layout:
-    """Prompts of one length go together, so that none is padded: a padded key would need a mask."""
-    prompts, first_response = np.arange(len(prompt_lengths)), prompt_lengths.sum()
-    tokens_of_prompt = np.bincount(owner, packed_lengths, len(prompt_lengths)).astype(np.int64)  # of all its responses
-    prompt_tiles: list[Any] = []
-    response_tiles: list[Tiles | None] = []
-    for length in np.unique(prompt_lengths):
-        alike = prompt_lengths == length
-        prompt_tiles.append(_tiles(_starts(prompt_lengths)[alike], prompt_lengths[alike], to_device))
-        starts = first_response + _starts(tokens_of_prompt)[alike]
-        response_tiles.append(_tiles(starts, tokens_of_prompt[alike], to_device))
-    # A response of one token is not packed at all if its last token is not.
-    packed = packed_lengths > 0
-    of_prompts = np.repeat(prompts, prompt_lengths)
-    of_responses = np.repeat(len(prompts) + np.arange(len(packed_lengths)), packed_lengths)
-    return Layout(
-        prompts=prompt_tiles,
-        response_tokens=response_tiles,
-        responses=_tiles(first_response + _starts(packed_lengths)[packed], packed_lengths[packed], to_device),
-        segments=to_device(np.r_[of_prompts, of_responses]),
-        prompt_segments=to_device(np.r_[of_prompts, np.repeat(owner, packed_lengths)]),
-    )
-
-
-def _tiles(starts: Index, lengths: Index, to_device: ToDevice) -> Tiles | None:
-    """Return segments that follow each other, one per row; None if there is no token."""
-    if not lengths.sum():
-        return None
-    shape = len(lengths), int(lengths.max())
-    if shape[0] * shape[1] == lengths.sum():
-        return Tiles(shape, slice(int(starts[0]), int(starts[0] + lengths.sum())))
-    steps = np.arange(shape[1])
-    valid = steps < lengths[:, None]
-    tokens = np.where(valid, starts[:, None] + steps, 0).flatten()
-    return Tiles(shape, to_device(tokens), to_device(valid.flatten()).bool())
+    return np.repeat(starts - starts_of(lengths), lengths) + np.arange(lengths.sum())
 
 
 def longest_row(group: PromptGroup) -> int:

@@ -4,11 +4,12 @@ A packed sequence holds all prompts, then all responses. A token attends to its 
 in a response, to all of its prompt. The two parts of a response's attention are computed separately and merged by
 their log-sum-exps, as ring attention does (arXiv:2310.01889): no mask, no copy of a prompt's keys, no padding outside
 this file. The backward pass of each part, given the merged output and log-sum-exp, is its part of the whole gradient.
+
+On a CPU, a part is tiles of segments, and on a GPU one call of flash attention over segments of any length
+(arXiv:2307.08691). Where a GPU has none for a precision or a size of heads, a mask says who attends to whom.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,65 +19,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stages.network.device import has_flash
+from stages.network.layout import Layout, Tiles
+
 NAME = "shared_prefix"
 PADDING_LSE = 1e30  # a log-sum-exp that no score comes near: what pads a row then weighs nothing
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # what transformers' attentions pass that is not computed here
 _flash: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward: Callable[..., Any] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """N segments of up to W tokens of a packed sequence, as rows; a short one is padded at its end.
-
-    Segments of one length that follow each other are a slice, which is read without a copy.
-    """
-
-    shape: tuple[int, int]  # N, W
-    tokens: slice | Tensor  # their indices in the sequence; [N W], padded by 0
-    valid: Tensor | None = None  # [N W] False where a row is padded; None for a slice
-
-    def gather(self, packed: Tensor, padding: float | None = None) -> Tensor:
-        """Return [N, ..., W] of [T, ...] in the order of attention: [T, H, D] gives [N, H, W, D]."""
-        rows = packed[self.tokens] if isinstance(self.tokens, slice) else packed.index_select(0, self.tokens)
-        if self.valid is not None and padding is not None:
-            rows[~self.valid] = padding
-        return rows.unflatten(0, self.shape).transpose(1, 2)
-
-    def scatter(self, packed: Tensor, tiles: Tensor) -> None:
-        """Write tiles back to their tokens."""
-        values = tiles.transpose(1, 2).flatten(0, 1)
-        if isinstance(self.tokens, slice):
-            packed[self.tokens] = values
-        else:
-            packed.index_copy_(0, self.tokens[self.valid], values[self.valid])
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which tokens of a packed sequence [T] attend to which."""
-
-    prompts: list[Tiles]  # prompts of one length per entry, [G, P]
-    response_tokens: list[Tiles | None]  # all response tokens of each of those prompts, [G, W]
-    responses: Tiles | None  # one response per row, [S, R]
-    segments: Tensor  # [T] a number for each prompt and each response
-    prompt_segments: Tensor  # [T] the number of the token's prompt
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """Return [T, T], whether the query may attend to the key. Prompts precede all responses, so tril suffices."""
-        same_segment = self.segments[:, None] == self.segments
-        return (same_segment | (self.prompt_segments[:, None] == self.segments)).tril()
-
-    @property
-    def parts(self) -> list[tuple[Tiles, Tiles, bool]]:
-        """Return (queries, keys, causal): every segment attends to itself; then every response to its prompt."""
-        segments = self.prompts if self.responses is None else [*self.prompts, self.responses]
-        across = zip(self.response_tokens, self.prompts, strict=True)
-        return [
-            *((tiles, tiles, True) for tiles in segments),
-            *((queries, prompts, False) for queries, prompts in across if queries),
-        ]
+_varlen_flash: Callable[..., Any] = torch.ops.aten._flash_attention_forward
+_varlen_flash_backward: Callable[..., Any] = torch.ops.aten._flash_attention_backward
 
 
 def shared_prefix_attention(
@@ -105,9 +57,12 @@ def shared_prefix_attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend: Callable[..., Tensor] = masked_attention
     if device == "cpu":
-        return MergedAttention.apply(q, k, v, layout, scale)[None], None  # type: ignore[no-untyped-call]
-    return masked_attention(q, k, v, layout, scale)[None], None
+        attend = MergedAttention.apply
+    elif has_flash(query.device, dtype, query.shape[-1]) and value.shape[-1] == query.shape[-1]:
+        attend = VariableLengthAttention.apply
+    return attend(q, k, v, layout, scale)[None], None
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
@@ -115,11 +70,64 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Compute the same as `MergedAttention` by a mask, for devices on which torch's fused kernels take one."""
+    """Compute the same as `MergedAttention` by a mask: in fp32 on a GPU, and on cards without flash attention.
+
+    Keys are repeated for the heads that use them: with `enable_gqa`, torch would fall back on a plain product, of 29 GB
+    at 7,515 tokens where its memory-efficient kernel takes 1.2 GB (tests/bench/h100.md).
+    """
+    k, v = (_repeated(tensor, q.shape[1]) for tensor in (k, v))
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, scale=scale, enable_gqa=grouped)
-    return out[0].transpose(0, 1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, scale=scale)[0].transpose(0, 1)
+
+
+class VariableLengthAttention(torch.autograd.Function):
+    """Attention of q [T, H, D] to k and v [T, H or fewer, D] over a layout, by two calls of flash attention.
+
+    One is causal, over all segments; one is of all response tokens to their prompt. Returns [T, H, D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+        at, start = layout.cumulative, layout.cumulative.prompt_tokens
+        size = at.longest_segment
+        out, lse, *states, _ = _varlen_flash(
+            q, k, v, at.segments, at.segments, size, size, 0.0, True, False, scale=scale
+        )
+        if start < len(q):
+            sizes = at.longest_response_tokens, at.longest_prompt
+            part, part_lse, *more, _ = _varlen_flash(
+                q[start:], k[:start], v[:start], at.response_tokens, at.prompts, *sizes, 0.0, False, False, scale=scale
+            )
+            # Softmax over both sets of keys from the softmax over each: weights are exp(log-sum-exp - the joint one).
+            own_lse = lse[:, start:]
+            weight = (part_lse - own_lse).sigmoid().T[..., None]
+            out[start:].lerp_(part, weight.to(out.dtype))
+            own_lse.copy_(torch.logaddexp(own_lse, part_lse))
+            states += more
+        ctx.save_for_backward(q, k, v, out, lse, *states)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *states = ctx.saved_tensors
+        at, start = ctx.layout.cumulative, ctx.layout.cumulative.prompt_tokens
+        grad, size = grads[0].contiguous(), at.longest_segment
+        dq, dk, dv = _varlen_flash_backward(
+            grad, q, k, v, out, lse, at.segments, at.segments, size, size, 0.0, True, *states[:2], scale=ctx.scale
+        )
+        if start < len(q):
+            responses = (tensor[start:] for tensor in (grad, q))
+            prompts = (tensor[:start] for tensor in (k, v))
+            merged = out[start:], lse[:, start:].contiguous()
+            lengths = at.response_tokens, at.prompts, at.longest_response_tokens, at.longest_prompt
+            part = _varlen_flash_backward(
+                *responses, *prompts, *merged, *lengths, 0.0, False, *states[2:], scale=ctx.scale
+            )
+            dq[start:] += part[0]
+            dk[:start] += part[1]
+            dv[:start] += part[2]
+        return dq, dk, dv, None, None
 
 
 class MergedAttention(torch.autograd.Function):
@@ -166,8 +174,10 @@ class MergedAttention(torch.autograd.Function):
 
 def _attention_inputs(q: Tensor, k: Tensor, v: Tensor, queries: Tiles, keys: Tiles) -> tuple[Tensor, Tensor, Tensor]:
     """With grouped queries, repeat each key for the heads that use it; the copies live for this part only."""
-    heads_per_key = q.shape[1] // k.shape[1]
-    key, value = keys.gather(k), keys.gather(v)
-    if heads_per_key > 1:
-        key, value = (tensor.repeat_interleave(heads_per_key, dim=1) for tensor in (key, value))
+    key, value = (_repeated(keys.gather(tensor), q.shape[1]) for tensor in (k, v))
     return queries.gather(q), key, value
+
+
+def _repeated(keys: Tensor, heads: int) -> Tensor:
+    """Return keys (or values) with their heads, dimension 1, repeated until there are as many as of queries."""
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)

@@ -23,6 +23,7 @@ from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
+from stages.options import Precision
 from stages.ranking.base import QUESTION, SPECIAL_TOKEN, PairFormat, Ranker, Reading, ReadingPair, Response
 
 LABELS = ("A", "B")
@@ -92,10 +93,10 @@ class PairwiseRanker(Ranker):
     """Trained pairwise ranker in memory. budget: tokens in a forward pass."""
 
     def __init__(
-        self, model: Model, dtype: str, budget: int = SCORING_TOKENS_PER_PASS, format: PairFormat | None = None
+        self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, format: PairFormat | None = None
     ) -> None:
         self.prompt = RankerPrompt(model, format)
-        self.network = load_network(model)
+        self.network = load_network(model, dtype)
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 

@@ -10,6 +10,7 @@ from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import load_network
+from stages.options import Precision
 from stages.ranking.base import Response, Scorer
 
 IdRow = tuple[tuple[int, ...], tuple[int, ...]]
@@ -18,9 +19,9 @@ IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 class PointwiseRanker(Scorer):
     """Reward model in memory, which reads a prompt and a response as the ids that it was trained on."""
 
-    def __init__(self, model: Model, dtype: str, budget: int = SCORING_TOKENS_PER_PASS) -> None:
+    def __init__(self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS) -> None:
         self.tokenizer = Tokenizer(model)
-        self.network = load_network(model)
+        self.network = load_network(model, dtype)
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
 

@@ -12,6 +12,7 @@ from schemas import Model, WinnowError
 from stages.data.tokenizer import Tokenizer
 from stages.endpoint import Endpoint, EndpointClient
 from stages.limits import context_length
+from stages.options import Precision
 from stages.ranking.pointwise import IdRow, PointwiseRanker
 
 TRIALS = 4  # rows whose scores are compared with the folder's own network
@@ -30,7 +31,7 @@ class _Classes(BaseModel):
 class ServedRewardModel(PointwiseRanker):
     """Reward model that reads the same ids as `PointwiseRanker`, in a server's memory."""
 
-    def __init__(self, model: Model, dtype: str, endpoint: Endpoint, verify: bool) -> None:
+    def __init__(self, model: Model, dtype: Precision, endpoint: Endpoint, verify: bool) -> None:
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
         self.folder, self.dtype, self.endpoint, self.verify = model.folder, dtype, endpoint, verify

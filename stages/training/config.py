@@ -52,5 +52,6 @@ class TrainConfig:
     save_rounding: Rounding
     tokens_per_pass: int
     gradient_checkpointing: bool
+    compile_layers: bool
     checkpoint_every: int
     seed: int

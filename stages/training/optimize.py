@@ -56,6 +56,7 @@ def optimize(
     save_rounding: Rounding = "nearest",
     tokens_per_pass: Annotated[Count, EXECUTION] = 8192,
     gradient_checkpointing: Annotated[bool, EXECUTION] = False,
+    compile_layers: Annotated[bool, EXECUTION] = False,
     world_size: Annotated[SmallCount, EXECUTION] = 1,
     checkpoint_every: Annotated[Count, EXECUTION] = 100,
     track: Annotated[Trackers, EXECUTION] = [],  # noqa: B006 - read, never written
@@ -68,7 +69,7 @@ def optimize(
     whole step, so accumulation changes nothing and weights keep their scale. If the objective reads a reference, step
     0 must have the loss that policy = reference gives, or training refuses to start: a stale cache would train another
     objective. `reference: other` declares that the cached policy is not `init`, as when rounds continue from each other
-    and the reference stays the SFT policy. A rerun resumes from the last checkpoint, bit for bit on the same machine.
+    and the reference stays the SFT policy. A rerun resumes from the last checkpoint, on a CPU bit for bit.
 
     Where no cached reference has compared draws of `init` with the engine's own log-probs, those of the first batch
     are, as `reference` does it; the difference is a metric of step 0, and `engine_tolerance` raises its limit.
@@ -76,7 +77,7 @@ def optimize(
     `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
     layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
-    pass.
+    pass. `compile_layers` lets torch compile each layer: on a GPU, faster by half after a first step of some 20 s.
 
     The policy is saved as it was trained: in fp32, 4 bytes a weight; a LoRA as an adapter beside the weights of `init`,
     in one folder that transformers with peft, vLLM and every stage read as a policy. `merge_lora` merges it into the

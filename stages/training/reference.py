@@ -52,7 +52,7 @@ def reference(
     check_ids(policy, "candidates", [*prompt_ids.values(), *(row["token_ids"] for row in rows)])
 
     # Once per prompt and token ids, whatever number of candidates have them.
-    network = ctx.open_once(load_network, policy)
+    network = ctx.open_once(load_network, policy, dtype)
     scored_as = [(row["prompt_id"], tuple(row["token_ids"]), mask_of(row)) for row in rows]
     unique = list(dict.fromkeys(scored_as))
     with closing(TokenCounter(network)) as counter:

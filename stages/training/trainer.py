@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +18,19 @@ from transformers import PreTrainedModel
 from pipeline.context import Mirror, ProgressCallback
 from pipeline.store.fingerprints import ADAPTER
 from schemas import Model, WinnowError, WinnowWarning
+from stages.network.device import REFERENCE_TOLERANCE
 from stages.network.forward import check_router_loss
 from stages.network.load import (
     Adapt,
     checkpoint_layers,
+    compile_layers,
     free,
     is_reward_model,
     load_network,
     round_weights,
     save_network,
 )
+from stages.network.working_weights import WorkingWeights
 from stages.options import Precision
 from stages.results import number
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
@@ -42,7 +46,6 @@ from stages.training.throughput import ThroughputMeter
 PREFIXES = ("", "imitation/")  # of the metrics of each term
 UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
 LOST = 0.1  # fraction of a change by which a saved policy may be off without a warning
-TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}  # step-0 loss: of the mean; of a pair, on average
 
 
 def train_policy(
@@ -56,9 +59,9 @@ def train_policy(
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
     Called by one process or by every rank. An interrupted run resumes from its last checkpoint, bit for bit on the same
-    machine. Returns the policy's number of parameters, the steps, the tokens of its data (all, and those since the
-    checkpoint), and the history: metrics per step. Raises WinnowError for data that do not fit the objective, a stale
-    reference, a loss that is not finite, and out of memory again after halving.
+    machine (on a GPU, to rounding). Returns the policy's number of parameters, the steps, the tokens of its data (all,
+    and those since the checkpoint), and the history: metrics per step. Raises WinnowError for data that do not fit the
+    objective, a stale reference, a loss that is not finite, and out of memory again after halving.
     """
     # Data first: what cannot be trained on is refused before a weight is loaded.
     dist = Distributed()
@@ -77,9 +80,12 @@ def train_policy(
 
         rank, alpha, targets = config.lora_r, config.lora_alpha, config.lora_target_modules
         adapt = partial(train_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
-    network = load_network(init, train=True, adapt=adapt)
+    network = load_network(init, config.dtype, train=True, adapt=adapt)
     if not is_reward_model(network):
         check_router_loss(network)
+    working = WorkingWeights(network) if config.dtype == "bfloat16" and dist.world_size == 1 else None
+    if config.compile_layers:
+        compile_layers(network)
     if config.gradient_checkpointing:
         checkpoint_layers(network)
     dist.shard(network)
@@ -117,11 +123,12 @@ def train_policy(
         meter.start()
         means = {}
         try:
-            for n, batch in batches.items():
-                metrics = StepMetrics(batch, config.nll_per)
-                for loss in terms[n].micro_batch_losses(network, batch, metrics):
-                    (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
-                means[n] = metrics.means()
+            with working.passes() if working else nullcontext():
+                for n, batch in batches.items():
+                    metrics = StepMetrics(batch, config.nll_per)
+                    for loss in terms[n].micro_batch_losses(network, batch, metrics):
+                        (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
+                    means[n] = metrics.means()
         except RuntimeError as error:
             # On a GPU there is a class for it; a CPU's allocator has only words.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -180,9 +187,9 @@ def train_policy(
     trained = term.mean_margin(network, batch)
     folder = mirror.here / "model"
     size = _save_policy(network, init, folder, dist, adapt, config)
-    del optimizer, parameters, meter, param_group, loss
+    del optimizer, parameters, meter, param_group, loss, working
     _free(network, dist)
-    network = load_network(Model(folder, ""), train=True)
+    network = load_network(Model(folder, ""), config.dtype, train=True)
     dist.shard(network)
     for one_term, prefix in zip(terms, PREFIXES, strict=False):
         if one_term.heldout is not None:
@@ -190,7 +197,7 @@ def train_policy(
             state.history.append({"step": float(state.step)} | heldout)
     saved = _margins(term, batch, network)
     _free(network, dist)
-    network = load_network(init, train=True)
+    network = load_network(init, config.dtype, train=True)
     dist.shard(network)
     initial = _margins(term, batch, network)
     _free(network, dist)
@@ -278,7 +285,7 @@ def check_reference(term: ObjectiveTerm, network: PreTrainedModel) -> None:
             "the log-probs are; correct the objective"
         )
     drift, scale = loss - expected, max(1.0, float(expected.abs().mean()))
-    tolerance, tolerance_per_pair = (bound * scale for bound in TOLERANCE[term.dtype])
+    tolerance, tolerance_per_pair = (bound * scale for bound in REFERENCE_TOLERANCE[term.dtype])
     # A NaN compares false with any bound, so the test must be for agreement and not for its opposite.
     if not (abs(float(drift.mean())) <= tolerance and float(drift.abs().mean()) <= tolerance_per_pair):
         raise WinnowError(
@@ -322,7 +329,7 @@ def _save_policy(
     weights = get_model_state_dict(network, options=options)  # empty on other ranks
     size = 0
     if dist.rank == 0:
-        unsharded = load_network(init, train=True, adapt=adapt)
+        unsharded = load_network(init, config.dtype, train=True, adapt=adapt)
         unsharded.load_state_dict(weights)
         save(unsharded)
         size = int(unsharded.num_parameters())

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -70,10 +71,15 @@ def test_help_lists_the_commands_in_the_order_of_use(winnow):
 
 
 def test_a_gpu_and_no_dtype_is_said(winnow, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing is said where a dtype is set: a step in float32 is then a choice."""
+    """By the names of the steps. Nothing is said where a dtype is set: a step in float32 is then a choice."""
     command = ("plan", "sft", "--config", data_dir / "demo.yaml")
     monkeypatch.setattr("jobs.commands.run.GPU", tmp_path)
-    assert "dtype: not set" in winnow(*command)[1]
+    steps = re.search("dtype: not set for (.*), which", winnow(*command)[1])[1].split(", ")
+    assert "sft" in steps
+    others = re.search("dtype: not set for (.*), which", winnow(*command, "--set", "sft.dtype=float32")[1])[1].split(
+        ", "
+    )
+    assert {*others} == {*steps} - {"sft"}
     assert "dtype: not set" not in winnow(*command, "--set", "dtype=float32")[1]
     monkeypatch.setattr("jobs.commands.run.GPU", tmp_path / "none")
     assert "dtype: not set" not in winnow(*command)[1]

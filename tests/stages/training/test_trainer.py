@@ -539,7 +539,7 @@ def test_tokens_of_a_step_and_of_a_policy(tiny, tmp_path):
 def test_the_reference_counts_the_tokens_of_its_forward_passes(tiny, preferred, monkeypatch, sharing):
     """P + sum over responses of (R - 1) per prompt; in padded rows, one per response, all as wide as the longest."""
     if not sharing:
-        monkeypatch.setattr("stages.network.load.share_prefixes", lambda network: None)
+        monkeypatch.setattr("stages.network.load.share_prefixes", lambda *_: None)
     prompts, candidates, _ = preferred
     ctx = context()
     for _ in range(2):  # on one cached network
