@@ -10,7 +10,7 @@ from pipeline.registry import nearest
 from pipeline.store.gc import remove
 from pipeline.store.inventory import Inventory, StoredStep, followers_first
 from pipeline.store.store import Store
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Rerun:
         ]
         if others:
             forget = [word for run in others for word in ("--forget", run)]
-            command = shlex.join(["winnow", "gc", "--store", str(self.store.root), *forget, "--yes"])
+            command = shlex.join([COMMAND, "gc", "--store", str(self.store.root), *forget, "--yes"])
             needs, recipes = ("need", "their recipes") if len(others) > 1 else ("needs", "its recipe")
             raise WinnowError(
                 f"--force {self.force}: {', '.join(others)} {needs} what would be deleted; add {recipes} to the "

@@ -189,7 +189,7 @@ def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luc
     make(planned(recipe(tmp_path), "target=rate"), store)
     folder.manifest_path.unlink()
     (local(folder.path) / "part-00001.json").unlink()
-    with pytest.raises(WinnowError, match=r"2 of 3 parts are finished already; winnow run --only rate"):
+    with pytest.raises(WinnowError, match=r"2 of 3 parts are finished already; `winnow run --only rate`"):
         adopt(plan, "rate", file, store)
 
 

@@ -332,7 +332,7 @@ def test_the_evaluation_is_of_the_policy_itself_and_ends_where_sampling_does(dat
         (["ignore_eos=true"], ["ignore_eos", "keep_special"]),
         (["ignore_eos=true", "keep_special=true", "min_tokens=2"], ["min_tokens", "ignore_eos"]),
         (["top_p=0"], ["top_p", "0"]),
-        (["stop=['']"], ["stop", "empty"]),
+        (["stop=['']"], ["stop", "at least 1 character"]),
         (["logit_bias={boat: 1.0}"], ["logit_bias", "boat", "token id"]),
         (["logit_bias={'5': 200}"], ["logit_bias", "200", "100"]),
         (["engine=fake", "top_p=0.5", "stop=[x]"], ["top_p: engine fake", "stop: engine fake"]),
