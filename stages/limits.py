@@ -8,6 +8,8 @@ from stages.model_config import ModelConfig
 
 # Tokens in a forward pass of scoring, which keeps no activations; training has its own option.
 SCORING_TOKENS_PER_PASS = 16_384
+# Logits that the head computes at once, by the device's type: what stages/network computes with, for a plan to count.
+LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 21}
 
 
 def context_length(folder: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import InputStep, Range, StageContext, stage
+from pipeline.costs import Cost
 from pipeline.registry import nearest
 from schemas import Candidates, Heads, Model, Prompts, WinnowError, WinnowWarning, candidate_id, seed_for
 from schemas.tables import CANDIDATES
@@ -42,6 +43,8 @@ from stages.sampling.engines.options import (
     is_policy_itself,
     length_limit,
 )
+from stages.sampling.memory import draws_need, less_memory
+from stages.work import sampling_work
 
 MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NUM_BAD_WORDS)
 
@@ -144,7 +147,7 @@ def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]
     return {index for index, token in special_tokens.items() if token not in allowed}
 
 
-@stage(version=5, concurrent=True, check=_check_sample)
+@stage(version=5, concurrent=True, check=_check_sample, cost=Cost(draws_need, less_memory, sampling_work))
 def sample(
     prompts: Prompts,
     policy: Model,

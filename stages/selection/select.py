@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import Bound, InputStep, StageContext, stage
+from pipeline.costs import Amount, Cost, Work
 from schemas import Candidates, Rewards, Selections, WinnowError, WinnowWarning, seed_for
 from schemas.tables import SELECTIONS
 from stages.data.rows import ALL_WRONG
@@ -51,7 +52,14 @@ def _draws_per_prompt(step: InputStep | None) -> int | None:
     return step.options.get("n") if step else None
 
 
-@stage(version=4, check=_check_rule)
+def _select_work(options: Mapping[str, Any], inputs: Mapping[str, InputStep], work: Mapping[str, Work]) -> Work:
+    """Return at most k of the n draws of each prompt, where the rule keeps k."""
+    k, n = options["rule"].options.get("k"), _draws_per_prompt(inputs.get("rewards"))
+    share = min(1.0, k / n) if k and n else 1.0
+    return Work({"selections": work["rewards"].of("rewards").times(Amount(share, "at most"))})
+
+
+@stage(version=4, check=_check_rule, cost=Cost(work=_select_work))
 def select(
     rewards: Rewards,
     ctx: StageContext,
