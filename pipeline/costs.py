@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-GB = 1e9
 GIB = 2**30
 MODEL_ERROR = 0.15  # of an estimate of memory, as tests/bench/memory.md measures it
 
@@ -129,11 +128,9 @@ def memory_problem(
     for setting, changed, changed_device in cost.less(options, device):
         less = cost.need(changed, inputs, changed_device)
         if less and changed_device.memory is not None and less.total <= changed_device.memory:
-            cure = f"{setting} would take {less.total / GB:,.1f} GB"
+            cure = f"{setting} would take {less.total / GIB:,.1f} GiB"
             break
     largest = sorted(need.parts.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {size / GB:,.1f}" for name, size in largest if size)
-    where = "a GPU has" if device.kind == "cuda" else "there are"
-    return need, (
-        f"needs about {need.total / GB:,.1f} GB of memory ({parts}), and {where} {device.memory / GB:,.1f} GB; {cure}"
-    )
+    parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in largest if size)
+    has = f"{'a GPU has' if device.kind == 'cuda' else 'there are'} {device.memory / GIB:,.1f} GiB"
+    return need, f"needs about {need.total / GIB:,.1f} GiB of memory ({parts}), and {has}; {cure}"

@@ -49,12 +49,12 @@ class Case:
 
 
 CASES = [
-    *(Case("30M", name, 2048, options, heap=True) for name, options in TRAININGS.items()),
-    *(Case("135M", name, 1024, options, heap=name != "LoRA of rank 16") for name, options in TRAININGS.items()),
-    *(Case("315M", name, 512, options) for name, options in TRAININGS.items()),
-    Case("30M", "scoring", 8192, None, heap=True),
-    Case("135M", "scoring", 4096, None),
-    Case("315M", "scoring", 2048, None),
+    *(Case("135M", name, 512, options) for name, options in TRAININGS.items()),
+    *(Case("30M", name, 1024, options, heap=name == "all weights") for name, options in TRAININGS.items()),
+    Case("30M", "scoring", 4096, None),
+    Case("135M", "scoring", 2048, None),
+    *(Case("315M", name, 256, options) for name, options in TRAININGS.items()),
+    Case("315M", "scoring", 1024, None),
 ]
 
 
