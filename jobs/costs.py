@@ -24,14 +24,14 @@ def cost_table(costs: list[StepCost]) -> Table:
     """Return a row per step: rows, tokens or calls, network, memory of each device, and time on the devices."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("step")
-    for name in ("rows", "tokens", "model", "memory/device", "time"):
+    for name in ("rows", "tokens", "model", "GiB/device", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for cost in costs:
         need, work = cost.need, cost.work
         units = f"{as_short(work.units)}{' calls' if work.unit == 'calls' else ''}"
         model = f"{short(need.parameters)} {DTYPES.get(need.dtype, need.dtype)}" if need else ""
         of = f" of {cost.device.memory / GIB:.0f}" if cost.device.memory else ""
-        memory = f"~ {need.total / GIB:.1f}{of} GiB" if need else ""
+        memory = f"~ {need.total / GIB:.1f}{of}" if need else ""
         is_unknown = cost.seconds.value is None
         time = "" if need is None else "unknown" if is_unknown else as_duration(cost.seconds)
         cells = (as_count(main_rows(cost)), "" if work.units.value is None else units, model, memory, time)

@@ -131,6 +131,6 @@ def memory_problem(
             cure = f"{setting} would take {less.total / GIB:,.1f} GiB"
             break
     largest = sorted(need.parts.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in largest if size)
+    parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in largest if size >= need.total / 20)
     has = f"{'a GPU has' if device.kind == 'cuda' else 'there are'} {device.memory / GIB:,.1f} GiB"
     return need, f"needs about {need.total / GIB:,.1f} GiB of memory ({parts}), and {has}; {cure}"

@@ -19,7 +19,7 @@ def plan_of(data_dir: Path, *sets: str):
 
 
 def costs_of(plan, store: Path | None, profile: Profile = Profile()):  # noqa: B008 - frozen
-    costs = step_costs(plan, store and Store(store), profile, local=True, machine=MACHINE)
+    costs = step_costs(plan, Store(store) if store else None, profile, local=True, machine=MACHINE)
     return {cost.step.name: cost for cost in costs}
 
 
@@ -109,7 +109,7 @@ def test_a_step_that_cannot_fit_is_refused_with_the_setting_that_would(winnow, d
         code, text = winnow(command, *words)
         assert code == 2
         assert [fact for fact in facts if fact not in text] == [], text
-    assert "memory/device" in winnow("plan", *words)[1]
+    assert "GiB/device" in winnow("plan", *words)[1]
     assert not Path("store").exists()
     smaller = [item for name in ("sft", "ranker", "optimize") for item in ("--set", f"{name}.tokens_per_pass=256")]
     assert winnow("plan", *words, *smaller)[0] == 0
@@ -119,7 +119,7 @@ def test_the_table_of_costs_is_readable_in_80_columns(winnow, data_dir: Path):
     """A line per step that will run; signs are explained, and what a missing rate needs."""
     code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml")
     lines = text.splitlines()
-    start = next(n for n, line in enumerate(lines) if "memory/device" in line)
+    start = next(n for n, line in enumerate(lines) if "GiB/device" in line)
     end = next(n for n, line in enumerate(lines) if "at most about" in line)
     assert code == 0
     assert max(map(len, lines[start:end])) <= 80
@@ -130,7 +130,7 @@ def test_the_table_of_costs_is_readable_in_80_columns(winnow, data_dir: Path):
 
 def test_nothing_is_said_of_costs_where_all_is_finished(winnow, data_dir: Path, finished: Path):
     code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--store", finished)
-    assert (code, "memory/device" in text) == (0, False)
+    assert (code, "GiB/device" in text) == (0, False)
 
 
 def test_python_gets_the_same_numbers_as_plain_rows(data_dir: Path, finished: Path):
