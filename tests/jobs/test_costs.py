@@ -70,7 +70,7 @@ def test_what_the_store_has_run_is_the_best_estimate_of_what_it_has_not(data_dir
     manifest = store.folder(before.step).manifest
     assert (sample.rate, sample.source) == (manifest["counters"]["tokens"] / manifest["seconds"], "measured")
     assert sample.seconds.value == pytest.approx(sample.work.units.value / sample.rate)
-    assert costs["pair"].work.of("pairs").known == "estimated"
+    assert costs["pair"].work.of("pairs").known == "at most about"
 
 
 def test_a_given_rate_outranks_the_measured_and_devices_divide_the_time(data_dir: Path, finished: Path):

@@ -103,7 +103,7 @@ def test_the_cache_of_a_token_is_two_vectors_per_layer_and_key_head(tiny: Model,
     ("memory", "setting"),
     [
         (700, "`tokens_per_pass: 32768`"),
-        (160, "`gradient_checkpointing: true`"),
+        (130, "`gradient_checkpointing: true`"),
         (70, "`world_size: "),
         (1, "no setting"),
     ],
