@@ -124,7 +124,7 @@ def memory_problem(
     need = cost.need(options, inputs, device)
     if need is None or device.memory is None or need.total <= device.memory * (1 + MODEL_ERROR):
         return need, ""
-    cure = "and no setting would; take a smaller model or a larger device"
+    cure = "no setting would make it fit: take a smaller model or a larger device"
     for setting, changed, changed_device in cost.less(options, device):
         less = cost.need(changed, inputs, changed_device)
         if less and changed_device.memory is not None and less.total <= changed_device.memory:

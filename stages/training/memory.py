@@ -58,24 +58,31 @@ def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], d
 
 
 def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
-    """Yield changes that take less memory: those that leave the result as it is first, a LoRA last."""
-    checkpointed: dict[str, Any] = dict(options) | {"gradient_checkpointing": True}
-    for tokens in fewer_tokens(options)[:2]:  # a quarter: below, a device idles
-        yield f"`tokens_per_pass: {tokens}`", dict(options) | {"tokens_per_pass": tokens}, device
-    if not options["gradient_checkpointing"]:
-        yield "`gradient_checkpointing: true`", checkpointed, device
-    both = "" if options["gradient_checkpointing"] else " and `gradient_checkpointing: true`"
-    for tokens in fewer_tokens(options):
-        yield f"`tokens_per_pass: {tokens}`{both}", checkpointed | {"tokens_per_pass": tokens}, device
-    smallest = checkpointed | {"tokens_per_pass": min([int(options["tokens_per_pass"]), *fewer_tokens(options)])}
-    named = f"`tokens_per_pass: {smallest['tokens_per_pass']}`{both}"
+    """Yield changes that take less memory: those that leave the result as it is first, a LoRA last.
+
+    Shorter passes down to a quarter, below which a device idles; checkpointing; both; more processes; a LoRA.
+    """
+    full = int(options["tokens_per_pass"])
+    named = [] if options["gradient_checkpointing"] else ["`gradient_checkpointing: true`"]
+
+    def change(tokens: int, *settings: str, **changes: Any) -> Change:
+        shorter = [f"`tokens_per_pass: {tokens}`"] if tokens < full else []
+        return " and ".join([*settings, *shorter]), {**options, "tokens_per_pass": tokens, **changes}, device
+
+    for tokens in fewer_tokens(options)[:2]:
+        yield change(tokens)
+    checkpointed = [tokens for tokens in (full, *fewer_tokens(options)) if named or tokens < full]
+    for tokens in checkpointed:
+        yield change(tokens, *named, gradient_checkpointing=True)
     ranks = 2 * int(options["world_size"])
     while ranks <= min(MAX_RANKS, int(options["batch_size"])) and device.kind == "cuda":
-        yield f"`world_size: {ranks}`, {named}", smallest | {"world_size": ranks}, device
+        for tokens in (full, *fewer_tokens(options)):
+            yield change(tokens, f"`world_size: {ranks}`", *named, gradient_checkpointing=True, world_size=ranks)
         ranks *= 2
     if not options["lora_r"]:
-        changed = smallest | {"lora_r": ADAPTER_RANK}
-        yield f"a LoRA (`lora_r: {ADAPTER_RANK}`), {named}", changed, device
+        for tokens in (full, *fewer_tokens(options)):
+            settings = (f"a LoRA (`lora_r: {ADAPTER_RANK}`)", *named)
+            yield change(tokens, *settings, gradient_checkpointing=True, lora_r=ADAPTER_RANK)
 
 
 def _outside(shape: NetworkShape) -> int:
