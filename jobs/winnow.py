@@ -18,7 +18,9 @@ from jobs.commands.app import console, existing_store
 from jobs.console import ProgressReporter
 from jobs.models import find_model
 from jobs.runs import with_free_names
+from pipeline.config.estimates import as_rows, check_memory, step_costs
 from pipeline.config.layers import rooted
+from pipeline.config.partial import unfinished
 from pipeline.config.plan import Plan
 from pipeline.context import StageContext, WarmCache
 from pipeline.execution.executor import LocalExecutor
@@ -80,6 +82,15 @@ def plan(recipe: str | Path, config: Configs = (), options: Mapping[str, Any] = 
     return _plans([recipe], config, options)[0]
 
 
+def costs(plan: Plan, store: str | Path = "store", profile: str | None = None) -> list[dict[str, Any]]:
+    """Return what each step of a plan will take: rows, tokens or calls, memory by what it is for, seconds.
+
+    Numbers come with what is known of them: `exactly`, `estimated`, `at most`; None is unknown. `winnow plan` prints
+    them. profile: a name, or a file.
+    """
+    return as_rows(step_costs(plan, Store(str(store)), recipes.load_resources(profile), local=True))
+
+
 def run(
     *recipe: str | Path,
     config: Configs = (),
@@ -96,10 +107,13 @@ def run(
     """
     target, plans = Store(str(store)), _plans(recipe, config, options)
     with_free_names(plans, target)
+    chosen = executor or LocalExecutor()
+    steps = unfinished([step for item in plans for step in item.steps], target)
+    check_memory(plans, steps, chosen.profile, local=getattr(chosen, "address", None) is None)
     with closing(ProgressReporter(console)) as reporter:
         for item in plans:
             item.tags = dict(tags)
-            run_plan(item, target, executor or LocalExecutor(), reporter)
+            run_plan(item, target, chosen, reporter)
     return Results(target, [item.name for item in plans])
 
 

@@ -18,7 +18,8 @@ class Resources(BaseModel):
     A stage without `cpus` and `gpus` shares all that the cluster has among its workers; it has GPUs only if it reads a
     model, be it for the tokenizer. `min_workers` stay up while their step waits for parts of the previous step, unless
     another step waits for their resources. `max_workers` is the most there may be (None: `--workers`, or `min_workers`
-    if that is more). `in_flight` parts are with a worker at a time, so that its engine does not idle between two.
+    if that is more). `gpu_memory` is what one GPU has: a step that cannot fit is refused when it is planned.
+    `in_flight` parts are with a worker at a time, so that its engine does not idle between two.
     """
 
     model_config = STRICT
@@ -26,6 +27,7 @@ class Resources(BaseModel):
     cpus: Amount | None = None
     gpus: Amount | None = None
     memory: Amount | None = Field(default=None, description="a finite number of GiB, at least 0")
+    gpu_memory: Annotated[float, Field(gt=0)] | None = Field(default=None, description="GiB of one GPU, above 0")
     accelerator_type: str | None = Field(default=None, description="Ray's name of an accelerator, such as H100")
     min_workers: int = Field(default=0, ge=0)
     max_workers: int | None = Field(default=None, ge=1)
@@ -55,13 +57,18 @@ class Resources(BaseModel):
 
 
 class Profile(BaseModel):
-    """Resources by stage. With `autoscaling`, a cluster that is too small now is accepted: it may grow."""
+    """Resources by stage. With `autoscaling`, a cluster that is too small now is accepted: it may grow.
+
+    rates: by stage, what one device does in a second, for `plan` to say how long a step takes: tokens of `sample`,
+    `reference`, `features` and `optimize`, calls of a ranker of the others. They outrank what the store has measured.
+    """
 
     model_config = STRICT
 
     default: Resources = Resources()
     stages: dict[str, Resources] = {}
     autoscaling: bool = False
+    rates: dict[str, Annotated[float, Field(gt=0)]] = {}
 
     def of(self, stage: str) -> Resources:
         """Return the resources of a stage: its own, or the default."""
@@ -78,14 +85,14 @@ def load_profile(path: Path, stages: list[str]) -> Profile:
     content = read_yaml(path, "profile") or {}
     if not isinstance(content, dict):
         raise WinnowError(f"profile {path}: must be a mapping of stages, got {content!r}")
-    names = ["default", "autoscaling", *stages]
+    names = ["default", "autoscaling", "rates", *stages]
     problems = [f"{name}: unknown stage; {nearest(str(name), names)}" for name in content if name not in names]
 
     # The default first: its problems are reported once, not again for each stage that inherits them
     default: dict[str, Any] = {}
     resources: dict[str, Any] = {}
     for name in sorted(content, key=lambda name: name != "default"):
-        if name == "autoscaling":
+        if name in ("autoscaling", "rates"):
             continue
         body = {} if content[name] is None else content[name]
         try:
@@ -97,7 +104,9 @@ def load_profile(path: Path, stages: list[str]) -> Profile:
             problems += error.problems
     try:
         base, autoscaling = resources.pop("default", Resources()), content.get("autoscaling", False)
-        profile = validated(Profile, {"default": base, "stages": resources, "autoscaling": autoscaling})
+        rates = content.get("rates") or {}
+        profile = validated(Profile, {"default": base, "stages": resources, "autoscaling": autoscaling, "rates": rates})
+        problems += [f"rates.{name}: unknown stage; {nearest(name, stages)}" for name in rates if name not in stages]
     except WinnowError as error:
         problems += error.problems
     if problems:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pyarrow as pa
 
 from pipeline.context import StageContext
+from pipeline.costs import NO_COST, Cost
 from pipeline.registry import Entry, Registry
 from schemas import Model
 
@@ -64,6 +65,7 @@ class StageSignature:
     check: Check
     given_by: Mapping[str, str]  # input -> the option that names a function in its place
     choose: Choose  # options that nobody set, by what the inputs are
+    cost: Cost
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -79,13 +81,15 @@ def stage(
     check: Check = lambda options, inputs: [],
     given_by: Mapping[str, str] = MappingProxyType({}),
     choose: Choose = lambda inputs: {},
+    cost: Cost = NO_COST,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
     Raise `version` when its results change. `check` returns what is wrong with a combination of options and inputs,
     at plan time. `given_by` maps an input to an option: where a recipe's step for that input uses a function that this
     option can name (`ranker: {use: pattern}`), the option is set to it and there is no input. `choose` returns options
-    for these inputs, which are set where neither recipe nor user sets them.
+    for these inputs, which are set where neither recipe nor user sets them. `cost` says what it takes
+    (pipeline/costs.py).
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +120,7 @@ def stage(
             check,
             given_by,
             choose,
+            cost,
         )
         return stages(signature=signature)(fn)
 

@@ -8,6 +8,10 @@ from stages.model_config import ModelConfig
 
 # Tokens in a forward pass of scoring, which keeps no activations; training has its own option.
 SCORING_TOKENS_PER_PASS = 16_384
+# Logits that the head computes at once, by the type of the device: on a CPU 8 MiB in fp32, which its cache can hold
+# some of; on a GPU 2 GiB, thousands of rows, so that the head is read seldom.
+LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 29}
+KEPT_FRACTION = 1 / 16  # of a card's memory, for what the head's forward pass keeps for its backward pass
 
 
 def context_length(folder: Path) -> int:

@@ -242,6 +242,18 @@ def planned_config(step: InputStep) -> ModelConfig | None:
     return None
 
 
+def planned_context(step: InputStep | None) -> int | None:
+    """Return the length of the longest sequence that the model of a step reads, as far as a plan can know it."""
+    while step is not None and (source := step.inputs.get("init") or step.inputs.get("policy")):
+        step = source
+    if step is None:
+        return None
+    if step.stage == "untrained":
+        return step.options.get("context")
+    config = planned_config(step)
+    return config.context_length if config else None
+
+
 @lru_cache
 def network_classes() -> dict[str, dict[str, str]]:
     """Return transformers' names of network classes by model type, by list.

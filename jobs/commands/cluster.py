@@ -30,6 +30,7 @@ from jobs.commands.app import (
 )
 from jobs.console import visible
 from jobs.resume import hint, without_force
+from pipeline.config.estimates import check_memory
 from pipeline.config.partial import Part, followers, narrowed, unfinished
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.ray_executor import check_fits
@@ -82,6 +83,7 @@ def submit(
     steps = unfinished_steps(parts, force, Store(store))
     bundle.check_paths(plans)
     resources = recipes.load_resources(profile)
+    check_memory(plans, steps, resources, local=False)
     location = str(parse_location(store))
     resume = hint(*without_force(sys.argv[1:]))
     cluster = RayJobs(address)

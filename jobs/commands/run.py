@@ -33,10 +33,12 @@ from jobs.commands.app import (
 )
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
+from jobs.costs import cost_lines, cost_table, shown
 from jobs.demo import OVERLAY, SMALL, data
 from jobs.models import find_model
 from jobs.runs import with_free_names
 from jobs.tables import leaderboard_table, overruled, plan_tree
+from pipeline.config.estimates import check_memory, step_costs
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.config.precision import float32_by_default
@@ -81,19 +83,30 @@ def plan(
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
     name: Name = None,
+    profile: ProfileName = None,
     options: Annotated[
         bool, typer.Option("--options", help="also each option that is not a default, and the file that it comes from")
     ] = False,
 ) -> None:
-    """Print each recipe's tree of steps: keys, what is cached, what will run and why. Runs nothing."""
+    """Print each recipe's tree of steps: keys, what is cached, what will run, why, and at what cost. Runs nothing."""
     plans = recipes.plans(recipe, configs, sets, name)
+    resources = recipes.load_resources(profile)
+    problems: list[str] = []
     _print_store(Store(store), with_free_names(plans, Store(store)))
     for item in plans:
         console.print(plan_tree(item, Store(store), options), highlight=False, soft_wrap=True)
         for line in overruled(item):
             console.print(f"  [dim]{escape(line)}[/]", highlight=False)
+        costs = shown(step_costs(item, Store(store), resources, local=True))
+        if costs:
+            console.print(cost_table(costs))
+            for line in cost_lines(costs):
+                console.print(f"  [dim]{escape(line)}[/]", highlight=False)
+        problems += [cost.problem for cost in costs if cost.problem]
         _print_notes(item)
         _print_changed_code(item, Store(store))
+    if problems:
+        raise WinnowError(*dict.fromkeys(problems))
 
 
 def run(
@@ -129,6 +142,7 @@ def run(
     notes = with_free_names(plans, target)
     selection = rerun(plans, target, Part(only, until, from_step, force))
     resources = recipes.load_resources(profile)
+    check_memory(plans, selection.to_run(), resources, local=address is None)
     chosen: LocalExecutor = LocalExecutor(resources)
     if executor is ExecutorName.ray or address:
         chosen = RayExecutor(workers or DEFAULT_WORKERS, address, resources)
@@ -136,8 +150,8 @@ def run(
         chosen.check(selection.to_run())
     elif profile:
         console.print(
-            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` of it is read; "
-            "add `--executor ray` for its workers, CPUs, GPUs and memory",
+            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` of it is read, "
+            "and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
             highlight=False,
         )
     _print_store(target, notes)

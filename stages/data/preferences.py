@@ -5,6 +5,7 @@ from typing import Annotated
 import pyarrow as pa
 
 from pipeline import Bound, DataPath, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_reader
@@ -13,12 +14,14 @@ from stages.data.prompts import DataTables, check_system_prompt
 from stages.data.rows import Row
 from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
 from stages.options import Count, HeldoutShare, Prefill, TooLong
+from stages.work import preferences_work
 
 
 @stage(
     version=5,
     unsharded=True,
     check=lambda options, inputs: check_system_prompt(options, inputs) + check_reader(options),
+    cost=Cost(work=preferences_work),
 )
 def preferences(
     tokenizer: Model,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Model, Prompts, WinnowError, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
@@ -28,6 +29,7 @@ from stages.data.texts import (
 )
 from stages.limits import context_length
 from stages.options import Count, HeldoutShare, Prefill, TooLong
+from stages.work import prompts_work
 
 SYSTEM_ROLES = ("system", "developer")
 
@@ -61,7 +63,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
     return []
 
 
-@stage(version=5, unsharded=True, check=_check_prompts)
+@stage(version=5, unsharded=True, check=_check_prompts, cost=Cost(work=prompts_work))
 def prompts(
     tokenizer: Model,
     ctx: StageContext,

@@ -5,14 +5,19 @@ from typing import Literal
 import pyarrow as pa
 
 from pipeline import StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Features, Model, Prompts
 from schemas.tables import FEATURES
 from stages.data.rows import column_by_id, mask_of
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 from stages.model_config import input_problems
+from stages.network.memory import policy_need
+from stages.work import scoring_work
 
 
-@stage(version=2, check=lambda options, inputs: input_problems(inputs, "policy"))
+@stage(
+    version=2, check=lambda options, inputs: input_problems(inputs, "policy"), cost=Cost(policy_need, work=scoring_work)
+)
 def features(
     prompts: Prompts,
     candidates: Candidates,

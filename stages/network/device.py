@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from schemas import WinnowWarning
+from stages.limits import KEPT_FRACTION, LOGITS_AT_ONCE
 
 CPU = torch.device("cpu")
 # How far the trial of a network at its load may be off, as a fraction of the largest number: fp32 added up in another
@@ -20,9 +21,6 @@ CPU = torch.device("cpu")
 TRIAL_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 # How far the loss of step 0 may be off that of policy = reference: on average, and of a pair on average.
 REFERENCE_TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)}
-CPU_LOGITS = 1 << 21  # 8 MiB in fp32, which a processor's cache can hold some of
-CUDA_LOGITS = 1 << 29  # 2 GiB in fp32: thousands of rows, so that the head is read seldom
-KEPT_FRACTION = 1 / 16  # of a card's memory, for what the head's forward pass keeps for its backward pass
 FUSED_NUMBERS = 1 << 24  # below, a kernel is not worth being compiled
 FLASH_HEAD_SIZE = 256  # of torch's flash attention at most, in multiples of 8
 
@@ -50,7 +48,7 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
 
 def logits_at_once(device: torch.device) -> int:
     """Return how many logits the head computes at a time."""
-    return CPU_LOGITS if device.type == "cpu" else CUDA_LOGITS
+    return LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"]
 
 
 def kept_bytes(device: torch.device) -> int:

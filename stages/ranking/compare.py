@@ -8,12 +8,15 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import Bound, InputStep, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import Unreadable, both_orders, fits_or_reject, read_candidates
+from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
+from stages.work import calls
 
 IdPair = tuple[str, str]
 Prefer = Callable[[list[IdPair]], list[float]]
@@ -29,7 +32,13 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=5, check=_check_compare, given_by={"ranker": "by"}, choose=ranker_for)
+@stage(
+    version=5,
+    check=_check_compare,
+    given_by={"ranker": "by"},
+    choose=ranker_for,
+    cost=Cost(ranker_need, less_memory, calls),
+)
 def compare(
     prompts: Prompts,
     candidates: Candidates,

@@ -7,15 +7,24 @@ from typing import Annotated, Literal
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import ReadingPair, both_orders, read_candidates
+from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
+from stages.work import judging_work
 
 
-@stage(version=4, check=reads_its_model, given_by={"ranker": "by"}, choose=ranker_for)
+@stage(
+    version=4,
+    check=reads_its_model,
+    given_by={"ranker": "by"},
+    choose=ranker_for,
+    cost=Cost(ranker_need, less_memory, judging_work),
+)
 def judge(
     prompts: Prompts,
     candidates: Candidates,

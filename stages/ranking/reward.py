@@ -6,16 +6,25 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.options import Seed
 from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates
+from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
+from stages.work import ranking_work
 
 
-@stage(version=3, check=reads_its_model, given_by={"ranker": "by"}, choose=ranker_for)
+@stage(
+    version=3,
+    check=reads_its_model,
+    given_by={"ranker": "by"},
+    choose=ranker_for,
+    cost=Cost(ranker_need, less_memory, ranking_work),
+)
 def reward(
     prompts: Prompts,
     candidates: Candidates,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import InputStep, Range, StageContext, stage
+from pipeline.costs import Cost
 from pipeline.registry import nearest
 from schemas import Candidates, Heads, Model, Prompts, WinnowError, WinnowWarning, candidate_id, seed_for
 from schemas.tables import CANDIDATES
@@ -45,6 +46,8 @@ from stages.sampling.engines.options import (
     length_limit,
     name_of,
 )
+from stages.sampling.memory import draws_need, less_memory
+from stages.work import sampling_work
 
 # Temperature and top-k are not among them: every recipe sets them, and a dry run is one of that recipe.
 UNREAD_BY_FAKE = (
@@ -164,7 +167,7 @@ def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]
     return {index for index, token in special_tokens.items() if token not in allowed}
 
 
-@stage(version=6, concurrent=True, check=_check_sample)
+@stage(version=6, concurrent=True, check=_check_sample, cost=Cost(draws_need, less_memory, sampling_work))
 def sample(
     prompts: Prompts,
     policy: Model,

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import Bound, InputStep, StageContext, stage
+from pipeline.costs import Amount, Cost, Work
 from schemas import Candidates, Rewards, Selections, WinnowError, WinnowWarning, seed_for
 from schemas.tables import SELECTIONS
 from stages.data.rows import ALL_WRONG
@@ -27,10 +28,7 @@ MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return problems of the rule and of `finished`; warn of a rule that would keep every candidate."""
     rule: Bound = options["rule"]
-    source = inputs.get("rewards")
-    while source is not None and source.stage != "sample":
-        source = source.inputs.get("candidates") or source.inputs.get("first")
-    k, draws = rule.options.get("k"), source.options.get("n") if source else None  # None of candidates of other origin
+    k, draws = rule.options.get("k"), _draws_per_prompt(inputs.get("rewards"))
     if rule.name != "plain" and k is not None and draws is not None and k >= draws:  # plain reads no rewards
         warnings.warn(
             f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {draws} per prompt: it keeps "
@@ -47,7 +45,21 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     return problems
 
 
-@stage(version=4, check=_check_rule)
+def _draws_per_prompt(step: InputStep | None) -> int | None:
+    """Return n of the `sample` that rewards are of; None if they are of other candidates."""
+    while step is not None and step.stage != "sample":
+        step = step.inputs.get("candidates") or step.inputs.get("first")
+    return step.options.get("n") if step else None
+
+
+def _select_work(options: Mapping[str, Any], inputs: Mapping[str, InputStep], work: Mapping[str, Work]) -> Work:
+    """Return at most k of the n draws of each prompt, where the rule keeps k."""
+    k, n = options["rule"].options.get("k"), _draws_per_prompt(inputs.get("rewards"))
+    share = min(1.0, k / n) if k and n else 1.0
+    return Work({"selections": work["rewards"].of("rewards").times(Amount(share, "at most"))})
+
+
+@stage(version=4, check=_check_rule, cost=Cost(work=_select_work))
 def select(
     rewards: Rewards,
     ctx: StageContext,

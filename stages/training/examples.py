@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import Bound, Finite, InputStep, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import EXAMPLES
 from stages.data.files import check_demonstrations
 from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
 from stages.options import split_problems
 from stages.training.agreement import drawn
+from stages.work import examples_work
 
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen", "winner"]
 Desirable = Literal["nothing", "pairs", "rewards"]
@@ -71,7 +73,7 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=4, check=check_examples)
+@stage(version=4, check=check_examples, cost=Cost(work=examples_work))
 def examples(
     prompts: Prompts,
     ctx: StageContext,

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import EXECUTION, Bound, Range, StageContext, stage
+from pipeline.costs import Cost
 from pipeline.registry import entry_of
 from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
@@ -15,15 +16,17 @@ from stages.options import Count, NotNegative, Positive, Precision, Rounding, Se
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, record_agreement
 from stages.training.checks import LIKELIHOOD, check_optimize
 from stages.training.config import SPEED, TermData, TrainConfig
+from stages.training.memory import less_memory, training_need
 from stages.training.mixing import UnitInterval
 from stages.training.mixing import mix as mixes
 from stages.training.objectives import objective as objectives
 from stages.training.trackers import Trackers
+from stages.work import training_work
 
 LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=5, unsharded=True, check=check_optimize)
+@stage(version=5, unsharded=True, check=check_optimize, cost=Cost(training_need, less_memory, training_work))
 def optimize(
     init: Model,
     examples: Examples,

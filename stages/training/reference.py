@@ -8,16 +8,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import EXECUTION, StageContext, stage
+from pipeline.costs import Cost
 from schemas import Candidates, Model, Prompts, Reference, Selections, WinnowError, token_digest
 from schemas.tables import REFERENCE
 from stages.data.rows import column_by_id, mask_of
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 from stages.model_config import input_problems
+from stages.network.memory import policy_need
 from stages.options import Positive
 from stages.training.agreement import check_agreement, drawn, record_agreement
+from stages.work import scoring_work
 
 
-@stage(version=4, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
+@stage(
+    version=4,
+    check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"),
+    cost=Cost(policy_need, work=scoring_work),
+)
 def reference(
     prompts: Prompts,
     candidates: Candidates,

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -98,6 +99,10 @@ EXECUTION_OPTIONS = frozenset({
     "prefix_caching_hash_algo", "safetensors_load_strategy", "scheduling_policy", "spec_method", "spec_model",
     "spec_tokens", "speculative_config",
 })  # fmt: skip
+MAX_SEQUENCES = 512  # that run at once; as many again wait in the engine, so that the end of one leaves no gap
+CPU_STEP_TOKENS = 16_384  # of a step on a CPU; raised to the context length, for one whole prompt must fit
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # environment variable: GiB of the KV cache on a CPU, where it must be set
+CPU_CACHE_GIB = "2"
 # Part of the key, and the network stays the policy's own.
 SAME_NETWORK = EXECUTION_OPTIONS | {"max_model_len"}
 SPECULATION = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
@@ -162,6 +167,14 @@ def _check(options: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 EngineOptions = Annotated[dict[str, Any] | None, AfterValidator(_check), ExecutionEntries(EXECUTION_OPTIONS)]
+
+
+def cpu_cache_gib() -> float:
+    """Return the GiB of the KV cache on a CPU: what the environment says, or ours."""
+    try:
+        return float(os.environ.get(CPU_CACHE, CPU_CACHE_GIB))
+    except ValueError:  # which vLLM reports
+        return float(CPU_CACHE_GIB)
 
 
 def engine_problems(engine: str, options: Mapping[str, Any] | None) -> list[str]:

@@ -18,20 +18,19 @@ from pipeline.store.fingerprints import ADAPTER
 from schemas import WinnowError
 from stages.limits import context_length
 from stages.sampling.engines import Completion, Request, Sampling
+from stages.sampling.engines.options import CPU_CACHE, CPU_CACHE_GIB, CPU_STEP_TOKENS, MAX_SEQUENCES
 from stages.sampling.engines.request_queue import QueuedEngine
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; must be set on a CPU
+    CPU_CACHE: CPU_CACHE_GIB,
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards, on all of its threads
 }
 ERROR_LINE = re.compile(
     r"((?:[A-Z]\w*Error|[A-Z]\w*Exception): .+)"
 )  # last of a traceback, perhaps in a line of the log
 LLVMLITE = "llvmlite.binding.ffi"
-MAX_SEQUENCES = 512  # that run at once; as many again wait in the engine, so that the end of one leaves no gap
-STEP_TOKENS = 16_384  # of a step on a CPU; raised to the context length, for one whole prompt must fit
 # Tokens in a block of the KV cache on a CPU, where vLLM has 128: the draws of a prompt share its whole blocks alone. A
 # random Llama of 135M parameters, fp32, one core that others used too, 8 draws of 40 tokens from each of 6 prompts, two
 # runs each: prompts of 100 tokens 51 and 43 tokens/s with 128, 122 and 99 with 32; of 300, 37 and 61, then 53 and 101;
@@ -74,7 +73,7 @@ class VllmEngine(QueuedEngine):
                 enforce_eager=on_cpu,
                 logprobs_mode="raw_logprobs",
                 max_num_seqs=MAX_SEQUENCES,
-                max_num_batched_tokens=max(STEP_TOKENS, context_length(folder)) if on_cpu else None,
+                max_num_batched_tokens=max(CPU_STEP_TOKENS, context_length(folder)) if on_cpu else None,
                 disable_log_stats=True,
                 generation_config="vllm",  # the folder's own sampling defaults would change draws
                 **_lora_options(folder),

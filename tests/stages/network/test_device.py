@@ -167,7 +167,7 @@ def test_a_head_that_keeps_probabilities_is_the_one_that_computes_them_again(kin
     """To 1e-5 in fp32, however many rows at once; gradients in bf16 to three of its steps of the largest."""
     expected = head_results(lm_head.token_logp, torch.float32, kind, frozen)
     low_expected = head_results(lm_head.token_logp, torch.bfloat16, kind, frozen)
-    monkeypatch.setattr(device, "CPU_LOGITS", at_once)
+    monkeypatch.setitem(device.LOGITS_AT_ONCE, "cpu", at_once)
     for ours, want in zip(head_results(kept, torch.float32, kind, frozen), expected, strict=True):
         assert torch.allclose(ours, want, rtol=1e-5, atol=1e-5)
     for ours, want in zip(head_results(kept, torch.bfloat16, kind, frozen), low_expected, strict=True):

@@ -1,0 +1,30 @@
+"""Memory of a ranker: that of scoring by its network, or of the engine that a judge answers with."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline import Bound, InputStep
+from pipeline.costs import Change, Device, Need
+from stages.network.memory import scoring_need
+from stages.sampling import memory as engine
+
+QUESTION_TOKENS = 4096  # of a judge's question, for the engine transformers
+
+
+def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:
+    """Return the memory of the ranker that `by` names; None for programs, and for rankers of plugins."""
+    by: Bound = options["by"]
+    if by.name == "llm_judge":
+        return engine.sampling_need(by.options, inputs.get("ranker"), QUESTION_TOKENS, device)
+    if not by.metadata.get("output"):
+        return None
+    return scoring_need(inputs.get("ranker"), by.options["dtype"], device)
+
+
+def less_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:
+    """Yield changes that take less memory: those of a judge's engine."""
+    by: Bound = options["by"]
+    if by.name != "llm_judge":
+        return
+    for setting, changed, changed_device in engine.less_memory(by.options, device):
+        yield f"in `by`: {setting}", dict(options) | {"by": Bound(by.entry, dict(changed))}, changed_device

@@ -1,0 +1,154 @@
+"""What a run will cost, before it runs: exact where it has run, else marked; and what cannot fit is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs import recipes
+from jobs import winnow as python
+from pipeline.config.estimates import as_rows, step_costs
+from pipeline.costs import GIB, UNKNOWN, Amount, Device
+from pipeline.resources import Profile, Resources
+from pipeline.store.store import Store
+
+MACHINE = Device("cpu", 16 * GIB)
+
+
+def plan_of(data_dir: Path, *sets: str):
+    return recipes.plans(["rso"], [data_dir / "demo.yaml"], list(sets))[0]
+
+
+def costs_of(plan, store: Path | None, profile: Profile = Profile()):  # noqa: B008 - frozen
+    costs = step_costs(plan, Store(store) if store else None, profile, local=True, machine=MACHINE)
+    return {cost.step.name: cost for cost in costs}
+
+
+def test_amounts_are_known_as_well_as_what_they_are_made_of():
+    """A bound of a bound is a bound, a bound of an estimate may be exceeded, and of the unknown nothing is known."""
+    bound, estimate = Amount(10, "at most"), Amount(3, "estimated")
+    assert Amount(2).times(bound) == Amount(20, "at most")
+    assert Amount(2).times(3) == Amount(6)
+    assert estimate.times(bound) == Amount(30, "at most about")
+    assert estimate.plus(Amount(1)) == Amount(4, "estimated")
+    assert bound.times(UNKNOWN) == bound.plus(UNKNOWN) == UNKNOWN
+
+
+def test_counts_of_what_is_finished_are_those_of_the_tables(data_dir: Path, finished: Path):
+    """Rows and tokens of every manifest; nothing is estimated where the store has all of it."""
+    store, costs = Store(finished), costs_of(plan_of(data_dir), finished)
+    for cost in costs.values():
+        manifest = store.folder(cost.step).manifest
+        assert cost.is_finished
+        assert {name: rows.value for name, rows in cost.work.rows.items()} == manifest["rows"]
+        assert {rows.known for rows in cost.work.rows.values()} <= {"exactly"}
+    assert costs["sample"].work.units == Amount(store.folder(costs["sample"].step).manifest["counters"]["tokens"])
+
+
+def test_before_anything_has_run_there_are_bounds_and_no_times(data_dir: Path, tmp_path: Path):
+    """24 prompts, of which about 0.6 train, 8 draws each, of 24 tokens at most; nobody has measured a rate."""
+    costs = costs_of(plan_of(data_dir), tmp_path)
+    assert costs["prompts"].work.of("prompts") == Amount(25, "at most")
+    rows = costs["sample"].work.of("candidates")
+    assert (rows.known, rows.value) == ("at most about", pytest.approx(25 * 0.6 * 8))
+    assert costs["sample"].work.units.value == pytest.approx(24 * rows.value)
+    assert costs["select"].work.of("selections").value == pytest.approx(rows.value / 2)
+    assert costs["optimize"].work.units.value > 0
+    assert {cost.seconds for cost in costs.values()} == {UNKNOWN}
+
+
+def test_what_the_store_has_run_is_the_best_estimate_of_what_it_has_not(data_dir: Path, finished: Path):
+    """Twice the draws, nothing of which is there: prompts by count, tokens per draw and rate as measured, marked so."""
+    store, costs = Store(finished), costs_of(plan_of(data_dir, "sample.n=16"), finished)
+    before = costs_of(plan_of(data_dir), finished)["sample"]
+    train = before.work.of("candidates").value
+    sample = costs["sample"]
+    assert not sample.is_finished
+    assert sample.work.of("candidates").known == "at most"
+    assert sample.work.of("candidates").value >= 2 * train
+    assert sample.work.units.known == "estimated"
+    assert sample.work.units.value == pytest.approx(2 * before.work.units.value, rel=0.1)
+    manifest = store.folder(before.step).manifest
+    assert (sample.rate, sample.source) == (manifest["counters"]["tokens"] / manifest["seconds"], "measured")
+    assert sample.seconds.value == pytest.approx(sample.work.units.value / sample.rate)
+    assert costs["pair"].work.of("pairs").known == "at most about"
+
+
+def test_a_given_rate_outranks_the_measured_and_devices_divide_the_time(data_dir: Path, finished: Path):
+    profile = Profile(rates={"sample": 100.0}, stages={"sample": Resources(gpus=1, max_workers=4)})
+    sample = costs_of(plan_of(data_dir, "sample.n=16"), finished, profile)["sample"]
+    assert (sample.rate, sample.source, sample.devices) == (100.0, "given", 4)
+    assert sample.seconds.value == pytest.approx(sample.work.units.value / 400)
+
+
+def test_the_device_is_what_the_profile_says_and_else_the_machine(data_dir: Path, tmp_path: Path):
+    profile = Profile(
+        default=Resources(gpus=0, memory=2),
+        stages={"optimize": Resources(gpus=1, gpu_memory=80), "sample": Resources(gpus=0)},
+    )
+    costs = costs_of(plan_of(data_dir), tmp_path, profile)
+    assert costs["optimize"].device == Device("cuda", 80 * GIB)
+    assert costs["reward"].device == Device("cpu", 2 * GIB)
+    assert costs["sample"].device == MACHINE
+    remote = step_costs(plan_of(data_dir), None, Profile(), local=False)
+    assert {cost.device.memory for cost in remote} == {None}
+
+
+@pytest.fixture
+def small_card(tmp_path: Path) -> Path:
+    """A profile of a GPU on which the demo's training does not fit at its pass of 8,192 tokens."""
+    path = tmp_path / "card.yaml"
+    path.write_text("optimize: {gpus: 1, gpu_memory: 0.05}\n")
+    return path
+
+
+def test_a_step_that_cannot_fit_is_refused_with_the_setting_that_would(winnow, data_dir: Path, small_card: Path):
+    """By `plan`, after what it costs, and by `run` before anything is computed; the setting makes both go on."""
+    words = ("rso", "--config", data_dir / "demo.yaml", "--profile", small_card)
+    facts = ("optimize: needs about", "a GPU has 0.1 GiB", "`tokens_per_pass: ")
+    for command in ("plan", "run"):
+        code, text = winnow(command, *words)
+        assert code == 2
+        assert [fact for fact in facts if fact not in text] == [], text
+    assert "GiB/device" in winnow("plan", *words)[1]
+    assert not Path("store").exists()
+    smaller = [item for name in ("sft", "ranker", "optimize") for item in ("--set", f"{name}.tokens_per_pass=256")]
+    assert winnow("plan", *words, *smaller)[0] == 0
+
+
+def test_the_table_of_costs_is_readable_in_80_columns(winnow, data_dir: Path):
+    """A line per step that will run; signs are explained, and what a missing rate needs."""
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml")
+    lines = text.splitlines()
+    start = next(n for n, line in enumerate(lines) if "GiB/device" in line)
+    end = next(n for n, line in enumerate(lines) if "at most about" in line)
+    assert code == 0
+    assert max(map(len, lines[start:end])) <= 80
+    assert any(line.split()[0] == "sample" for line in lines[start + 2 : end] if line.strip())
+    assert "`rates: {" in text
+    assert "nothing finished here by" in text
+
+
+def test_nothing_is_said_of_costs_where_all_is_finished(winnow, data_dir: Path, finished: Path):
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--store", finished)
+    assert (code, "GiB/device" in text) == (0, False)
+
+
+def test_python_gets_the_same_numbers_as_plain_rows(data_dir: Path, finished: Path):
+    plan = plan_of(data_dir, "sample.n=16")
+    rows = {row["step"]: row for row in python.costs(plan, finished)}
+    assert rows["sample"]["tokens"]["known"] == "estimated"
+    assert rows["sample"]["memory"]["weights"] > 0
+    assert rows.keys() == {row["step"] for row in as_rows(list(costs_of(plan, finished).values()))}
+
+
+def test_no_torch_is_needed_to_say_what_training_takes(data_dir: Path):
+    """A plan with its costs is made in a process that never loads torch."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path; from jobs import winnow\n"
+        f"rows = winnow.costs(winnow.plan('rso', {str(data_dir / 'demo.yaml')!r}), '/nonexistent')\n"
+        "assert any(row['memory'] for row in rows); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
