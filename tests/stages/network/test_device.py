@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from schemas import WinnowError
-from stages.network import device, forward, lm_head, prefix_attention
+from stages.limits import LOGITS_AT_ONCE
+from stages.network import forward, lm_head, prefix_attention
 from stages.network.forward import (
     completion_logp,
     hidden_states,
@@ -167,7 +168,7 @@ def test_a_head_that_keeps_probabilities_is_the_one_that_computes_them_again(kin
     """To 1e-5 in fp32, however many rows at once; gradients in bf16 to three of its steps of the largest."""
     expected = head_results(lm_head.token_logp, torch.float32, kind, frozen)
     low_expected = head_results(lm_head.token_logp, torch.bfloat16, kind, frozen)
-    monkeypatch.setitem(device.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     for ours, want in zip(head_results(kept, torch.float32, kind, frozen), expected, strict=True):
         assert torch.allclose(ours, want, rtol=1e-5, atol=1e-5)
     for ours, want in zip(head_results(kept, torch.bfloat16, kind, frozen), low_expected, strict=True):
