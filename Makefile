@@ -1,7 +1,7 @@
 # make setup [EXTRA=gpu]  make .venv with the pinned packages (vLLM for CPU unless EXTRA=gpu)
 # make test               setup if needed, then lint, format, types, tests
 # make demo               setup if needed, then `winnow demo`
-# make bench WHAT="..."   setup if needed, then one benchmark: mixes, optimize, rounding or store, with its options (tests/README.md)
+# make bench WHAT="..."   setup if needed, then one benchmark: diagnose, mixes, optimize, rounding or store (tests/README.md)
 # make clean              remove .venv and caches
 
 PYTHON ?= python3.11

@@ -13,6 +13,7 @@ from jobs import resume
 from jobs.commands.app import Command, app, error_console
 from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
+from jobs.commands.diagnose import diagnose
 from jobs.commands.inspect import inspect
 from jobs.commands.query import export, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run
@@ -22,7 +23,7 @@ from schemas import COMMAND, WinnowError, WinnowWarning
 
 # Groups and commands as `--help` lists them: in the order of use.
 GROUPS = {
-    "Run": (demo, inspect, plan, run),
+    "Run": (demo, inspect, plan, run, diagnose),
     "Ask": (status, sql, trace, report, ls, why),
     "Data": (model, export, adopt, gc),
     "Cluster": (submit, logs, stop),

@@ -16,6 +16,7 @@ from pipeline.registry import Bound, Entry, nearest
 from pipeline.resources import Profile, load_profile
 from pipeline.stage import stages as registry
 from schemas import WinnowError
+from stages.evaluation.evaluate import gold_reward
 
 FOLDER = Path(__file__).parent / "recipes"
 PROFILES = Path(__file__).parent / "profiles"
@@ -65,6 +66,20 @@ def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | No
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
         raise WinnowError(*error.problems, *([NO_CONFIG] if incomplete else [])) from None
+
+
+def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[Plan, tuple[Bound, bool] | None]:
+    """Return a plan, and the gold reward of its evaluation with whether that reads special tokens, None without one.
+
+    Also where the plan ends before `evaluate`, as that of `own_candidates` does: a config or --set may still name it.
+    Raises WinnowError with all mistakes.
+    """
+    plan = plan_named(recipe, configs, sets)
+    written = load_recipe(recipe_path(recipe), tuple(configs), tuple(sets), None, (FOLDER,)).steps
+    bodies = [body.get("with") or {} for name, body in written.items() if split_round(name)[0] == "evaluate"]
+    options = bodies[0] if bodies else {}
+    gold = next((step.options["gold"] for step in plan.steps if step.stage == "evaluate"), options.get("gold"))
+    return plan, None if gold is None else (gold_reward.bind(gold), bool(options.get("special_tokens", False)))
 
 
 def _is_execution(override: Override, plan: Plan) -> bool:

@@ -1,27 +1,20 @@
 """Self-contained HTML report about a store: SQL in, plots and tables out. No stage depends on it."""
 
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import matplotlib
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from jobs import queries
-from jobs.console import visible
+from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
 from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
 
-FOLDER = Path(__file__).parent
 # Metrics that are plotted for all runs together, each with the label of its axis; the first two come first on the page.
 CURVES = {
     "loss": "loss (nats)",
@@ -40,10 +33,6 @@ CURVES = {
     "mfu": "model flop utilisation",
 }
 HISTOGRAM_COLORS = {"all candidates": "#8793a0", "kept": "#2a9d5c"}  # by `what` of reward_histogram.sql
-# Of runs, in their order: each is seen on white and on black.
-COLORS = ("#3b7dd8", "#d1495b", "#2a9d5c", "#b8860b", "#8a5fd0", "#0f8f9c", "#c2569b", "#7a8490")
-INK = "#010203"  # stands for the page's color of text in a plot, which depends on the reader's light or dark mode
-WIDTH = 4.6  # inches: about a phone's width at the size at which it was drawn, so that its text is read there
 WIN_RATES = ("gold_win", "proxy_win")
 TITLES = {  # of the leaderboard's columns; low and high are of the column before them
     **{f"{name}_{end}": end for name in (*WIN_RATES, "gold_reward") for end in ("low", "high")},
@@ -79,26 +68,21 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "commits": [
             row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, COMMITS).to_pylist()
         ],
-        "sources": _table(_sources(catalog)),
-        "differences": _table(_differences(catalog)),
-        "leaderboard": _table(_in_percent(leaderboard), TITLES),
+        "sources": page_table(_sources(catalog)),
+        "differences": page_table(_differences(catalog)),
+        "leaderboard": page_table(_in_percent(leaderboard), TITLES),
         "leaderboard_plot": _plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
         "kl_plot": _plot_win_against_kl(leaderboard, colors),
         "colors": colors,
         "curves": _plot_curves(curve_rows, colors),
         "runs": sections,
-        "steps": _table(query(catalog, STEPS).to_pylist()),
+        "steps": page_table(query(catalog, STEPS).to_pylist()),
         "rejects": _query_table(catalog, "rejects"),
         "heldout": _query_table(catalog, "heldout"),
         "two_losses": _query_table(catalog, "two_losses"),
         "two_losses_plot": _plot_two_losses(_query_rows(catalog, "two_losses")),
     }
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,  # plots, marked as safe, are no str
-    )
-    html = environment.get_template("report.html").render(content, contents=_contents(content))
+    html = render("report.html", content | {"contents": _contents(content)})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
 
@@ -197,39 +181,12 @@ def _in_percent(leaderboard: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in row if any(other[name] is not None for other in rows)} for row in rows]
 
 
-def _table(rows: list[dict[str, Any]], titles: Mapping[str, str] = MappingProxyType({})) -> dict[str, list[Any]]:
-    """Return the titles of the columns, which of them are numbers, and rows of text, for a table of the page."""
-    columns = list(rows[0]) if rows else []
-    numbers = [
-        n
-        for n, name in enumerate(columns)
-        if all(_is_number(row[name]) for row in rows) and any(row[name] is not None for row in rows)
-    ]
-    return {
-        "columns": [titles.get(name, name) for name in columns],
-        "numbers": numbers,
-        "rows": [[_cell(value) for value in row.values()] for row in rows],
-    }
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.replace(".", "", 1).isdigit()
-    return value is None or isinstance(value, int | float)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _query_rows(catalog: Catalog, name: str) -> list[dict[str, Any]]:
     return query(catalog, queries.text(name)).to_pylist()
 
 
 def _query_table(catalog: Catalog, name: str) -> dict[str, list[Any]]:
-    return _table(_query_rows(catalog, name))
+    return page_table(_query_rows(catalog, name))
 
 
 # Plots.
@@ -240,7 +197,7 @@ def _plot_leaderboard(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    figure, axes = _new_figure(1.1 + 0.4 * len(runs))
+    figure, axes = new_figure(1.1 + 0.4 * len(runs))
     for metric, color, shift in (("gold_win", COLORS[3], -0.12), ("proxy_win", COLORS[0], 0.12)):
         wins = [row for row in rows if row["metric"] == metric]
         rates = [100 * row["value"] for row in wins]
@@ -252,7 +209,7 @@ def _plot_leaderboard(rows: list[dict[str, Any]]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("win rate against the SFT policy (%)")
     axes.legend(frameon=False, fontsize=8)
-    return _to_svg(figure, "win rates")
+    return to_svg(figure, "win rates")
 
 
 def _plot_win_against_kl(leaderboard: list[dict[str, Any]], colors: dict[str, str]) -> str:
@@ -261,7 +218,7 @@ def _plot_win_against_kl(leaderboard: list[dict[str, Any]], colors: dict[str, st
     rows = [row for row in leaderboard if row[metric] is not None and row["kl_nats"] is not None]
     if not rows:
         return ""
-    figure, axes = _new_figure(3.2)
+    figure, axes = new_figure(3.2)
     for row in rows:
         value = 100 * row[metric]
         error = [[value - 100 * row[f"{metric}_low"]], [100 * row[f"{metric}_high"] - value]]
@@ -273,14 +230,14 @@ def _plot_win_against_kl(leaderboard: list[dict[str, Any]], colors: dict[str, st
     axes.set_xlabel("KL from the SFT policy (nats per response)")
     axes.set_ylabel(f"{metric.replace('_', ' ')} rate (%)")
     axes.margins(x=0.15)
-    return _to_svg(figure, "win rate against KL")
+    return to_svg(figure, "win rate against KL")
 
 
 def _plot_histogram(rows: list[dict[str, Any]]) -> str:
     """Plot the density of rewards before and after selection."""
     if not rows:
         return ""
-    figure, axes = _new_figure(2.6)
+    figure, axes = new_figure(2.6)
     for name, color in HISTOGRAM_COLORS.items():
         bins = [row for row in rows if row["what"] == name]
         if total := sum(row["n"] for row in bins):  # without rows there is no density
@@ -291,7 +248,7 @@ def _plot_histogram(rows: list[dict[str, Any]]) -> str:
     axes.set_xlabel("reward (logit of P(response beats the prompt's baseline))", fontsize=8)
     axes.set_ylabel("density")
     axes.legend(frameon=False, fontsize=8)
-    return _to_svg(figure, "rewards before and after selection")
+    return to_svg(figure, "rewards before and after selection")
 
 
 def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
@@ -300,7 +257,7 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
         return ""
     points = np.array([[row["imitation_loss"], row["preference_loss"]] for row in rows])
     ideal = points.min(axis=0)
-    figure, axes = _new_figure(3.4)
+    figure, axes = new_figure(3.4)
     axes.plot(*ideal, "*", color=INK, markersize=11, label="ideal point: minimum of each loss")
     axes.legend(frameon=False, fontsize=8)
     for row, point in zip(rows, points, strict=True):
@@ -311,7 +268,7 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
     axes.set_xlabel("held-out imitation loss (nats per token)")
     axes.set_ylabel("held-out preference loss (nats)")
     axes.margins(x=0.2)
-    return _to_svg(figure, "held-out losses")
+    return to_svg(figure, "held-out losses")
 
 
 def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str]:
@@ -324,42 +281,15 @@ def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str
                 curves.setdefault(row["run"], []).append((row["step"], row["value"]))
         if not curves:
             continue
-        figure, axes = _new_figure(2.8)
+        figure, axes = new_figure(2.8)
         for run, points in curves.items():
             marker = "o" if len(points) == 1 else None
             axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(label)
-        plots.append(_to_svg(figure, f"{label} of each run"))
+        plots.append(to_svg(figure, f"{label} of each run"))
     return plots
 
 
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _new_figure(height: float) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.patch.set_visible(False)
-    return figure, axes
-
-
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it is searched, copied, and small
-    "svg.hashsalt": "winnow",  # ids that are the same in each report
-    "font.size": 9.0,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-}
-
-
-def _to_svg(figure: Figure, label: str) -> str:
-    """Return inline SVG without a date, in the page's color of text, so that the same store gives the same page."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -109,10 +109,7 @@ def evaluate(
     )
 
     def gold_of(gold: Bound, row: Row) -> float:
-        prompt, name = row["prompt_id"], row["candidate_id"]
-        text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
-        known = (fields[prompt],) if gold.metadata.get("reads_fields") else ()
-        return number(gold, gold(prompt_texts[prompt], text, *known), of=f"prompt {prompt}, candidate {name}")
+        return score_by_gold(gold, prompt_texts[row["prompt_id"]], fields[row["prompt_id"]], row, special_tokens)
 
     # Prompts that the gold reward can score by the columns that were kept.
     scorable = set(prompt_texts)
@@ -198,6 +195,16 @@ def evaluate(
             n = len({match.prompt for match in met})
             evaluations.append({"metric": f"{metric}_lc", "value": value, "low": low, "high": high, "n": n})
     return table.select(OUTCOMES.names), pa.Table.from_pylist(evaluations, EVALUATIONS)
+
+
+def score_by_gold(
+    gold: Bound, prompt: str, fields: Mapping[str, str], candidate: Mapping[str, Any], special_tokens: bool
+) -> float:
+    """Return the gold reward of a candidate of the prompt; raise WinnowError if it is no finite number."""
+    use_raw = special_tokens and candidate["raw_text"] is not None
+    known = (fields,) if gold.metadata.get("reads_fields") else ()
+    score = gold(prompt, candidate["raw_text"] if use_raw else candidate["text"], *known)
+    return number(gold, score, of=f"prompt {candidate['prompt_id']}, candidate {candidate['candidate_id']}")
 
 
 def _win_score(margin: float) -> float:

@@ -111,3 +111,35 @@ def gumbel_top_k_batch(
         for i in range(min(k, len(pool))):
             chosen[g, i] = pool[order[i]]
     return chosen
+
+
+@njit(cache=True, parallel=True)
+def pair_agreement(
+    rewards: np.ndarray, values: np.ndarray, weights: np.ndarray, starts: np.ndarray, edges: np.ndarray
+) -> np.ndarray:  # pragma: no cover - compiled
+    """Weigh the pairs of every prompt's candidates by whether their rewards order them as their values do.
+
+    A pair counts with the product of its two weights; one of equal values, or with a value that is nan, not at all. All
+    arrays but starts [G + 1] and edges [B - 1] are [N]. Returns [G, B, 2]: weight of the pairs that agree (of equal
+    rewards half) and of all, by the distance of their rewards, of which edges are the bounds.
+    """
+    n_prompts = len(starts) - 1
+    result = np.zeros((n_prompts, len(edges) + 1, 2))
+    for g in prange(n_prompts):
+        for i in range(starts[g], starts[g + 1]):
+            if weights[i] == 0.0:
+                continue
+            for j in range(starts[g], i):
+                difference, distance = values[i] - values[j], rewards[i] - rewards[j]
+                weight = weights[i] * weights[j]
+                if weight == 0.0 or difference == 0.0 or np.isnan(difference):
+                    continue
+                bin = 0
+                while bin < len(edges) and abs(distance) >= edges[bin]:
+                    bin += 1
+                result[g, bin, 1] += weight
+                if distance == 0.0:
+                    result[g, bin, 0] += weight / 2
+                elif (distance > 0.0) == (difference > 0.0):
+                    result[g, bin, 0] += weight
+    return result

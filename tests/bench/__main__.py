@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench mixes|optimize|rounding|store`."""
+"""Command line of the benchmarks: `python -m tests.bench diagnose|mixes|optimize|rounding|store`."""
 
 import os
 import tempfile
@@ -17,6 +17,28 @@ from tests.bench.store import PARTS, Sizes
 
 SIZES = Sizes()
 bench = typer.Typer(help="Benchmarks, measured on this machine.", no_args_is_help=True)
+
+
+@bench.command()
+def diagnose(
+    candidates: Annotated[Path | None, typer.Option(help="Parquet with prompt, response, p_beats_baseline")] = None,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """Measure whether `winnow diagnose` orders selection rules by the gold of what they keep: demo, real candidates."""
+    from tests.bench.diagnose import demo_world, measure, page, real_worlds
+
+    reporter, results = ProgressReporter(console), {}
+    with tempfile.TemporaryDirectory() as folder:
+        worlds = [demo_world(Path(folder) / "demo")]
+        worlds += real_worlds(Path(folder) / "real", candidates) if candidates else []
+        try:
+            for world in worlds:
+                results[world.name], _ = measure(world, reporter)
+        finally:
+            reporter.close()
+    console.print(page(results), markup=False, highlight=False)
+    if out:
+        out.write_text(page(results), encoding="utf-8")
 
 
 @bench.command()

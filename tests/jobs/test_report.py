@@ -188,9 +188,13 @@ def page(finished, tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_phones_and_screens_in_light_and_dark(page, tmp_path, width, scheme):
-    """Nothing is wider than the window but tables, which scroll in a box; text has a contrast of 4.5 at least."""
     shutil.copy(page, tmp_path / page.name)
-    found = seen(tmp_path / page.name, tmp_path, width, scheme)
+    assert_fits(tmp_path / page.name, tmp_path, width, scheme)
+
+
+def assert_fits(page, folder, width, scheme):
+    """Nothing is wider than the window but tables, which scroll in a box; text has a contrast of 4.5 at least."""
+    found = seen(page, folder, width, scheme)
     assert found["width"] == width
     assert found["scroll"] <= width
     assert (found["wide"], found["faint"]) == ([], [])
