@@ -29,6 +29,18 @@ RUNS = table(
     column("round", pa.int32(), "number of the round, from 1; null for a step that all rounds share", nullable=True),
     STAGE,
     KEY,
+    column(
+        "method",
+        pa.string(),
+        "hash as `key`, without any seed: steps that differ in seeds alone have one; null until the step is finished",
+        nullable=True,
+    ),
+    column(
+        "seeds",
+        pa.string(),
+        "JSON: every seed that the step depends on, its own and those of steps behind it, by step and option",
+        nullable=True,
+    ),
 )
 STEPS = table(
     "steps",
