@@ -14,7 +14,7 @@ from jobs.commands.app import Command, app, error_console
 from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
 from jobs.commands.inspect import inspect
-from jobs.commands.query import export, options, recipes, report, sql, status, trace
+from jobs.commands.query import export, leaderboard, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run, sweep
 from pipeline.execution.retries import describe_os_error
 from pipeline.execution.run import commit
@@ -23,7 +23,7 @@ from schemas import WinnowError, WinnowWarning
 # Groups and commands as `--help` lists them: in the order of use.
 GROUPS = {
     "Run": (demo, inspect, plan, run, sweep),
-    "Ask": (status, sql, trace, report, ls, why),
+    "Ask": (leaderboard, status, sql, trace, report, ls, why),
     "Data": (model, export, adopt, gc),
     "Cluster": (submit, logs, stop),
     "Reference": (recipes, options, paper),

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jobs import queries
+from jobs import methods, queries
 from jobs.console import visible
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
@@ -69,6 +69,8 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
                 }
             )
     leaderboard, curve_rows = _query_rows(catalog, "leaderboard"), _query_rows(catalog, "curves")
+    board, statement = methods.leaderboard(catalog)
+    of_methods = [row for row in board.to_pylist() if row.get("seeds", 1) > 1]
     names = dict.fromkeys([row["run"] for row in leaderboard] + [row["run"] for row in curve_rows])
     colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
     content = {
@@ -78,6 +80,8 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "sources": _table(_sources(catalog)),
         "differences": _table(_differences(catalog)),
         "leaderboard": _table(_in_percent(leaderboard), TITLES),
+        "methods": _table(_in_percent(of_methods), TITLES),
+        "statement": [line.strip() for line in statement],
         "leaderboard_plot": _plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
         "kl_plot": _plot_win_against_kl(leaderboard, colors),
         "colors": colors,

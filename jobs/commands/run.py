@@ -35,6 +35,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.demo import OVERLAY, SMALL, data
+from jobs.methods import leaderboard
 from jobs.models import find_model
 from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
@@ -296,9 +297,13 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
     for name, title in titles.items():
         sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
+            lines: list[str] = []
             if name == "leaderboard":
-                table = leaderboard_table(query(open_catalog(store), sql))
+                board, lines = leaderboard(open_catalog(store))
+                table = leaderboard_table(board)
             console.print(as_table(table, title))
+            for line in lines:
+                console.print(line, highlight=False, markup=False)
     for plan in plans:
         with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
             console.print(
