@@ -100,14 +100,14 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
 
 
 def sweep_table(plans: list[Plan], store: Store) -> pa.Table:
-    """Return a row per run: its steps, how many are cached, shared with runs above, and which will run."""
+    """Return a row per run: its steps, how many are cached, shared with rows above, and which will run."""
     seen: set[str] = set()
     rows = []
     for plan in plans:
         cached = {step.key for step in plan.steps if store.folder(step).manifest}
         new = [step.name for step in plan.steps if step.key not in seen | cached]
         shared = {step.key for step in plan.steps if step.key in seen - cached}
-        row = {"run": plan.name, "steps": len(plan.steps), "cached": len(cached), "shared with runs above": len(shared)}
+        row = {"run": plan.name, "steps": len(plan.steps), "cached": len(cached), "shared": len(shared)}
         rows.append(row | {"will run": len(new), "these": ", ".join(new)})
         seen |= {step.key for step in plan.steps}
     return pa.Table.from_pylist(rows)
