@@ -1,8 +1,9 @@
 """Sweeps: a run for each value of an option, and for each combination of several; what runs share is computed once."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 import pyarrow as pa
@@ -32,10 +33,9 @@ class Axis:
         if not equals or not option.strip() or not values.strip():
             raise WinnowError(f"--over {text}: must be step.option=value,value,...")
         axis = cls(option.strip(), parse_items(values, f"--over {text}"))
-        contents = [parse(value, f"--over {text}") for value in axis.texts]
-        alike = [a for (a, x), (_, y) in combinations(list(zip(axis.texts, contents, strict=True)), 2) if x == y]
-        if alike:
-            raise WinnowError(f"--over {text}: {alike[0]} is listed twice; list each value once")
+        counts = Counter(json.dumps(parse(value, f"--over {text}"), sort_keys=True) for value in axis.texts)
+        if twice := [value for value, count in counts.items() if count > 1]:
+            raise WinnowError(f"--over {text}: {twice[0]} is listed twice; list each value once")
         return axis
 
     @property

@@ -27,6 +27,7 @@ def test_values_are_those_of_a_yaml_list():
         "0.1", "1e-6", "{name: hinge, delta: 1.0}", "[1, 2]", "'a,b'", "é",
     ]  # fmt: skip
     assert Axis.parse("select.rule.beta=0.1,0.5").sets == ["select.rule.beta=0.1", "select.rule.beta=0.5"]
+    assert Axis.parse("x.y=1,true,1.0").texts == ["1", "true", "1.0"], "three values to YAML"
 
 
 def test_names_have_the_ends_of_options_that_tell_them_apart(data_dir: Path):
