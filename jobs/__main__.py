@@ -15,16 +15,16 @@ from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
 from jobs.commands.diagnose import diagnose
 from jobs.commands.inspect import inspect
-from jobs.commands.query import export, options, recipes, report, sql, status, trace
-from jobs.commands.run import demo, paper, plan, run
+from jobs.commands.query import export, leaderboard, options, recipes, report, sql, status, trace
+from jobs.commands.run import demo, paper, plan, run, sweep
 from pipeline.execution.retries import describe_os_error
 from pipeline.execution.run import commit
 from schemas import COMMAND, WinnowError, WinnowWarning
 
 # Groups and commands as `--help` lists them: in the order of use.
 GROUPS = {
-    "Run": (demo, inspect, plan, run, diagnose),
-    "Ask": (status, sql, trace, report, ls, why),
+    "Run": (demo, inspect, plan, run, sweep, diagnose),
+    "Ask": (leaderboard, status, sql, trace, report, ls, why),
     "Data": (model, export, adopt, gc),
     "Cluster": (submit, logs, stop),
     "Reference": (recipes, options, paper),

@@ -182,7 +182,8 @@ def as_table(table: pa.Table, title: str | None = None) -> Table:
     """Return an Arrow table for the terminal; floats have four significant digits."""
     result = Table(title=title and escape(title), title_justify="left")
     for name in table.column_names:
-        result.add_column(escape(name))
+        # Runs are told apart by the ends of their names, which a narrow terminal would cut.
+        result.add_column(escape(name), overflow="fold" if name == "run" else "ellipsis")
     for row in table.to_pylist():
         cells = ("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values())
         result.add_row(*(Text(visible(cell)) for cell in cells))

@@ -113,7 +113,8 @@ def tables(store: Store) -> list[tuple[str, pa.Table]]:
         rows_by_table[cell.table].append(row)
 
     titled = [(f"{table} of arXiv 2309.06657", rows) for table, rows in rows_by_table.items()]
-    titled.append(("the paper's conclusions: differences in points, ours with 95 % intervals", conclusions(wins)))
+    about = "the paper's conclusions: differences in points, ours of one seed with 95 % intervals over prompts"
+    titled.append((about, conclusions(wins)))
     return [(title, pa.Table.from_pylist(rows)) for title, rows in titled]
 
 

@@ -59,9 +59,8 @@ def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | No
     loaded = load_recipe(path, tuple(configs), tuple(sets), name, (FOLDER,))
     try:
         plan = make_plan(loaded)
-        if name is None:  # how a step runs is no other run
-            identity = [text for text in sets if not _is_execution(Override.parse(text), plan)]
-            plan.name = default_run_name(path, identity)
+        if name is None:
+            plan.name = run_name(path, sets, plan)
         return plan
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
@@ -82,7 +81,12 @@ def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[P
     return plan, None if gold is None else (gold_reward.bind(gold), bool(options.get("special_tokens", False)))
 
 
-def _is_execution(override: Override, plan: Plan) -> bool:
+def run_name(path: Path, sets: list[str], plan: Plan) -> str:
+    """Return the name of a plan's run by its recipe and --set: how a step runs is no other run."""
+    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)])
+
+
+def is_execution(override: Override, plan: Plan) -> bool:
     """Return whether an option says how its step runs, and not what it computes; trackers are told what it did."""
     if override.name == "track":
         return True

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs import queries
+from jobs import methods, queries
 from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
 from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
@@ -60,6 +60,8 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
                 }
             )
     leaderboard, curve_rows = _query_rows(catalog, "leaderboard"), _query_rows(catalog, "curves")
+    board, statement = methods.leaderboard(catalog)
+    of_methods = [row for row in board.to_pylist() if row.get("seeds", 1) > 1]
     names = dict.fromkeys([row["run"] for row in leaderboard] + [row["run"] for row in curve_rows])
     colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
     content = {
@@ -71,6 +73,8 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "sources": page_table(_sources(catalog)),
         "differences": page_table(_differences(catalog)),
         "leaderboard": page_table(_in_percent(leaderboard), TITLES),
+        "methods": page_table(_in_percent(of_methods), TITLES),
+        "statement": [line.strip() for line in statement],
         "leaderboard_plot": _plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
         "kl_plot": _plot_win_against_kl(leaderboard, colors),
         "colors": colors,

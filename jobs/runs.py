@@ -1,29 +1,38 @@
 """Names of runs: a name stands for its finished results until `winnow gc --forget` takes it back."""
 
+from collections.abc import Mapping
 from itertools import count
+from types import MappingProxyType
 
 from pipeline.config.plan import Plan
 from pipeline.store.store import Store
 from schemas import WinnowError
 
 
-def with_free_names(plans: list[Plan], store: Store) -> list[str]:
+def with_free_names(plans: list[Plan], store: Store, bases: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Give each plan whose name stands for finished results of another plan the next number: `rso-2`.
 
     The earlier run stays as it is, on the leaderboard too. A run that has not reached its target gives up its name: a
-    mistake that was interrupted need not be kept. Return a note for each new name.
+    mistake that was interrupted need not be kept. The runs of a sweep, whose names begin with the base that `bases`
+    has for them, get one number together, so that they stay one sweep. Return a note for each new name.
     """
-    notes = []
+    families: dict[str, list[Plan]] = {}
     for plan in plans:
-        taken = []
+        families.setdefault(bases.get(plan.name, plan.name), []).append(plan)
+    notes = []
+    for base, members in families.items():
+        taken = ""
         for number in count(1):
-            name = plan.name if number == 1 else f"{plan.name}-{number}"
-            if not _is_taken(name, plan, store):
+            numbered = base if number == 1 else f"{base}-{number}"
+            names = [numbered + plan.name.removeprefix(base) for plan in members]
+            others = [name for name, plan in zip(names, members, strict=True) if _is_taken(name, plan, store)]
+            if not others:
                 break
-            taken.append(name)
+            taken = others[0]
         if taken:
-            notes.append(f"{name}: {taken[-1]} stands for the results of other options or data, and stays as it is")
-            plan.name = name
+            notes.append(f"{numbered}: {taken} stands for the results of other options or data, and stays as it is")
+            for plan, name in zip(members, names, strict=True):
+                plan.name = name
     return notes
 
 

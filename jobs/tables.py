@@ -105,7 +105,7 @@ def status(step: Step, run: str, store: Store) -> str:
         # The step as this run last had it, else the run whose name with a number this one has, else the latest run
         # of the same recipe without overrides, else any run.
         runs = store.runs()
-        names = [run.rpartition("-")[0], run.partition("[")[0]]
+        names = [run.rpartition("-")[0], run.partition("[")[0], run.partition(" ")[0]]  # rso-2, rso[n=8], rso seed=1
         earlier = [latest_run(name, list(runs)) for name in names]
         candidates = [runs.get(run, {}), *(runs[name] for name in earlier if name), *runs.values()]
         link = next((steps[step.name] for steps in candidates if step.name in steps), None)
@@ -188,7 +188,10 @@ def steps_table(store: Store, run: str) -> pa.Table:
 
 
 def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
-    """Return the query `leaderboard` for people: rates in percent, each number with its interval in one cell."""
+    """Return a leaderboard for people: rates in percent, each number with its interval in one cell.
+
+    It is that of the query, or of jobs/methods.py, which has a column `seeds` where a method has several.
+    """
 
     def cell(row: dict[str, Any], name: str, factor: float, digits: int, unit: str = "") -> str | None:
         if row[name] is None:
@@ -203,7 +206,8 @@ def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
         cells["gold_reward"] = cell(row, "gold_reward", 1, 2)
         plain = {name: None if row[name] is None else f"{row[name]:.1f}" for name in ("kl_nats", "tokens")}
         seconds = {name: f"{row[name]:.1f}" for name in ("seconds", "own_seconds")}
-        rows.append(cells | plain | {"prompts": str(row["prompts"])} | seconds)
+        counts = {name: str(row[name]) for name in ("prompts", "seeds") if name in row}
+        rows.append(cells | plain | counts | seconds)
     return pa.table({name: [row[name] for row in rows] for name in rows[0]}) if rows else leaderboard
 
 

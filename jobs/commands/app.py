@@ -1,6 +1,7 @@
 """Consoles of `winnow`, and the parameters that several commands share."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,22 @@ Tags = Annotated[
 StorePath = Annotated[
     str,
     typer.Option("--store", help="where results are stored: a folder, or s3://bucket/folder", callback=_checked_store),
+]
+Over = Annotated[
+    list[str],
+    typer.Option("--over", help="step.option=value,value,...: a run for each value; of several, each combination"),
+]
+
+
+class ExecutorName(StrEnum):
+    in_process = "in-process"
+    ray = "ray"
+
+
+Executor = Annotated[ExecutorName | None, typer.Option(help="this process, or Ray (which --address implies)")]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option("--address", help="with Ray: a cluster that this machine is part of, or auto; by default a new one"),
 ]
 DEFAULT_WORKERS = 2
 Workers = Annotated[

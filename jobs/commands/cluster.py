@@ -16,6 +16,7 @@ from jobs.commands.app import (
     Name,
     Only,
     Onward,
+    Over,
     ProfileName,
     Recipes,
     Sets,
@@ -30,6 +31,7 @@ from jobs.commands.app import (
 )
 from jobs.console import visible
 from jobs.resume import hint, without_force
+from jobs.sweeps import plan_sweep
 from pipeline.config.estimates import check_memory
 from pipeline.config.partial import Part, followers, narrowed, unfinished
 from pipeline.config.plan import Plan, Step
@@ -64,20 +66,26 @@ def submit(
     force: Force = None,
     track: Track = [],  # noqa: B006
     tags: Tags = [],  # noqa: B006
+    over: Over = [],  # noqa: B006
     attach: Annotated[
         bool, typer.Option("--attach", help="follow the job that computes the same, if one is running")
     ] = False,
     no_wait: NoWait = False,
 ) -> None:
-    """Run recipes on a Ray cluster, and follow the log. The cluster must see the data, models and store."""
+    """Run recipes on a Ray cluster, and follow the log. The cluster must see the data, models and store.
+
+    With --over, the job is a sweep.
+    """
     from jobs.ray_jobs import RayJobs
 
     # Everything that can be checked here is checked before the first request to the cluster.
     if attach and force:
         raise WinnowError(f"--attach --force {force}: a running job cannot be forced; omit one of them")
+    if over and run_name is not None:
+        raise WinnowError(f"--over --name {run_name}: a sweep names its runs; omit --name")
     sets = with_trackers(sets, track)
     parsed_tags(tags)
-    plans = recipes.plans(recipe, configs, sets, run_name)
+    plans = plan_sweep(recipe, configs, sets, over).plans if over else recipes.plans(recipe, configs, sets, run_name)
     part = Part(only, until, from_step, force)
     parts = narrowed(plans, part)
     steps = unfinished_steps(parts, force, Store(store))
@@ -91,9 +99,9 @@ def submit(
     _say(f"store {location}")
     check_fits(resources, steps, cluster.nodes())
 
-    # The job runs `winnow run` with these words, in a copy of what is packed here.
+    # The job runs `winnow run`, or `sweep`, with these words, in a copy of what is packed here.
     names, plan = " ".join(recipes.recipe_path(name).stem for name in recipe), bundle.plan_key(parts)
-    flags = [("--set", item) for item in sets]
+    flags = [("--set", item) for item in sets] + [("--over", item) for item in over]
     flags += [("--tag", word) for word in tags]
     flags += [("--name", run_name)] if run_name is not None else []
     flags += [
@@ -104,7 +112,7 @@ def submit(
     ]
     with TemporaryDirectory() as folder:
         packed = bundle.pack(Path(folder), recipe, configs, profile)
-        words = ["run", *packed, *(word for flag, value in flags for word in (flag, value))]
+        words = ["sweep" if over else "run", *packed, *(word for flag, value in flags for word in (flag, value))]
         name, running = cluster.submit(Path(folder), words, recipes=names, plan=plan, store=location, resume=resume)
 
     if running and not attach:

@@ -12,6 +12,7 @@ from jobs.export import Split, export_pairs
 from jobs.export_formats import FORMATS, FormatName
 from jobs.output import Format, format_of, interruptible, write
 from jobs.reference import option_pages, recipe_table, stage_table
+from jobs.tables import leaderboard_table
 from pipeline.config.recipe import plugin_files
 from pipeline.plugins import load_plugins
 from pipeline.sql.catalog import open_catalog, query
@@ -79,6 +80,16 @@ def trace(
     from jobs.trace import trace_prompt
 
     trace_prompt(existing_store(store), run, prompt or "", console, round)
+
+
+def leaderboard(store: StorePath = STORE) -> None:
+    """Compare the policies of a store: one line for runs that differ in seeds alone, with intervals over these too."""
+    from jobs.methods import leaderboard as board_of
+
+    table, lines = board_of(open_catalog(existing_store(store)))
+    console.print(as_table(leaderboard_table(table)))
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 def report(

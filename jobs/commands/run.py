@@ -1,9 +1,8 @@
-"""Commands that compute: demo, plan, run, paper."""
+"""Commands that compute: demo, plan, run, sweep, paper."""
 
 import shutil
 import signal
 from contextlib import closing, suppress
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,11 +13,15 @@ from jobs import queries, recipes, resume
 from jobs.commands.app import (
     DEFAULT_WORKERS,
     STORE,
+    ClusterAddress,
     Configs,
+    Executor,
+    ExecutorName,
     Force,
     Name,
     Only,
     Onward,
+    Over,
     ProfileName,
     Recipes,
     Sets,
@@ -35,11 +38,13 @@ from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.costs import cost_lines, cost_table, shown
 from jobs.demo import OVERLAY, SMALL, data
+from jobs.methods import leaderboard
 from jobs.models import find_model
 from jobs.runs import with_free_names
+from jobs.sweeps import Sweep, plan_sweep, sweep_table
 from jobs.tables import leaderboard_table, overruled, plan_tree
 from pipeline.config.estimates import check_memory, step_costs
-from pipeline.config.partial import Part, rerun
+from pipeline.config.partial import Part, Rerun, rerun, unfinished
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.config.precision import float32_by_default
 from pipeline.config.rounds import split_round
@@ -53,11 +58,6 @@ from schemas import WinnowError
 
 GPU = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
 DEMO_RECIPES = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
-
-
-class ExecutorName(StrEnum):
-    in_process = "in-process"
-    ray = "ray"
 
 
 def demo(
@@ -87,8 +87,19 @@ def plan(
     options: Annotated[
         bool, typer.Option("--options", help="also each option that is not a default, and the file that it comes from")
     ] = False,
+    over: Over = [],  # noqa: B006
 ) -> None:
-    """Print each recipe's tree of steps: keys, what is cached, what will run, why, and at what cost. Runs nothing."""
+    """Print each recipe's tree of steps: keys, what is cached, what will run, why, and at what cost. Runs nothing.
+
+    With --over, a row per run of the sweep instead, and what all of them together would run.
+    """
+    if over:
+        if name is not None or options:
+            raise WinnowError(
+                f"--over {over[0]}: a sweep names its runs and prints no trees; omit --name and --options"
+            )
+        _print_sweep(plan_sweep(recipe, configs, sets, over), Store(store))
+        return
     plans = recipes.plans(recipe, configs, sets, name)
     resources = recipes.load_resources(profile)
     problems: list[str] = []
@@ -114,13 +125,9 @@ def run(
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
     store: StorePath = STORE,
-    executor: Annotated[
-        ExecutorName | None, typer.Option(help="this process, or Ray (which --address implies)")
-    ] = None,
+    executor: Executor = None,
     workers: Workers = None,
-    address: Annotated[
-        str | None, typer.Option(help="with Ray: a cluster that this machine is part of, or auto; by default a new one")
-    ] = None,
+    address: ClusterAddress = None,
     profile: ProfileName = None,
     name: Name = None,
     only: Only = None,
@@ -131,38 +138,84 @@ def run(
     tags: Tags = [],  # noqa: B006
 ) -> None:
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
-    if address and executor is ExecutorName.in_process:
-        raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
-    if workers and not (address or executor is ExecutorName.ray):
-        raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
+    _check_executor(executor, workers, address)
     target = Store(store)
     plans = recipes.plans(recipe, configs, with_trackers(sets, track), name)
     for item in plans:
         item.tags = parsed_tags(tags)
     notes = with_free_names(plans, target)
     selection = rerun(plans, target, Part(only, until, from_step, force))
+    _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
+    if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
+        _print_next_commands(selection.plans[0], recipe[0], configs, sets, store)
+
+
+def sweep(
+    recipe: Recipes,
+    over: Over = [],  # noqa: B006
+    configs: Configs = [],  # noqa: B006
+    sets: Sets = [],  # noqa: B006
+    store: StorePath = STORE,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: ClusterAddress = None,
+    profile: ProfileName = None,
+    only: Only = None,
+    until: Until = None,
+    from_step: Onward = None,
+    force: Force = None,
+    track: Track = [],  # noqa: B006
+    tags: Tags = [],  # noqa: B006
+) -> None:
+    """Run recipes for each combination of --over values: what runs share is computed once, seeds are summarised."""
+    _check_executor(executor, workers, address)
+    if not over:
+        raise WinnowError("--over: not given; `--over optimize.seed=0,1,2` runs each recipe with three seeds")
+    target = Store(store)
+    swept = plan_sweep(recipe, configs, with_trackers(sets, track), over)
+    for item in swept.plans:
+        item.tags = parsed_tags(tags)
+    notes = [*with_free_names(swept.plans, target, swept.bases), *swept.notes]
+    selection = rerun(swept.plans, target, Part(only, until, from_step, force))
+    _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
+
+
+def _check_executor(executor: ExecutorName | None, workers: int | None, address: str | None) -> None:
+    """Raise WinnowError for options of Ray without Ray, before anything else is read."""
+    if address and executor is ExecutorName.in_process:
+        raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
+    if workers and not (address or executor is ExecutorName.ray):
+        raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
+
+
+def _executor(
+    selection: Rerun, name: ExecutorName | None, workers: int | None, address: str | None, profile: str | None
+) -> LocalExecutor:
+    """Return the executor that a command names. Raise WinnowError if a cluster cannot run what is selected."""
     resources = recipes.load_resources(profile)
-    check_memory(plans, selection.to_run(), resources, local=address is None)
-    chosen: LocalExecutor = LocalExecutor(resources)
-    if executor is ExecutorName.ray or address:
-        chosen = RayExecutor(workers or DEFAULT_WORKERS, address, resources)
-        target.check()
-        chosen.check(selection.to_run())
-    elif profile:
+    check_memory(selection.plans, selection.to_run(), resources, local=address is None)
+    if name is ExecutorName.ray or address:
+        executor = RayExecutor(workers or DEFAULT_WORKERS, address, resources)
+        selection.store.check()
+        executor.check(selection.to_run())
+        return executor
+    if profile:
         console.print(
             f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` of it is read, "
             "and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
             highlight=False,
         )
-    _print_store(target, notes)
-    # Results to compute again are deleted only now that all checks are over.
+    return LocalExecutor(resources)
+
+
+def _run_selection(selection: Rerun, store: Store, notes: list[str], executor: LocalExecutor) -> None:
+    """Delete what is computed again, only now that all checks are over; run; print what was achieved."""
+    _print_store(store, notes)
     for step in selection.to_delete:
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)
     selection.delete()
-    _run_plans(selection.plans, target, chosen)
-    _print_summary(target, selection.plans)
-    if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
-        _print_next_commands(selection.plans[0], recipe[0], configs, sets, store)
+    _run_plans(selection.plans, store, executor)
+    _print_summary(store, selection.plans)
 
 
 def paper(
@@ -203,6 +256,22 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
 def _print_store(store: Store, notes: list[str]) -> None:
     console.print(f"store {store.root}", style="dim", highlight=False, markup=False)
     for line in notes:
+        console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
+
+
+def _print_sweep(swept: Sweep, store: Store) -> None:
+    """Print a row per run of a sweep, and how much of it is computed once."""
+    _print_store(store, [*with_free_names(swept.plans, store, swept.bases), *swept.notes])
+    console.print(as_table(sweep_table(swept.plans, store)))
+    steps = [step for plan in swept.plans for step in plan.steps]
+    different = {step.key: step for step in steps}
+    to_run = unfinished(list(different.values()), store)
+    console.print(
+        f"{len(swept.plans)} runs of {len(steps)} steps: {len(different)} different ones, of which "
+        f"{len(different) - len(to_run)} are cached and {len(to_run)} will run",
+        highlight=False,
+    )
+    for line in dict.fromkeys(line for plan in swept.plans for line in (*plan.left_out, *plan.notes)):
         console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
@@ -261,9 +330,13 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
     for name, title in titles.items():
         sql = queries.text(name)
         if (table := query(of_these_runs, sql)).num_rows:
+            lines: list[str] = []
             if name == "leaderboard":
-                table = leaderboard_table(query(open_catalog(store), sql))
+                board, lines = leaderboard(open_catalog(store))
+                table = leaderboard_table(board)
             console.print(as_table(table, title))
+            for line in lines:
+                console.print(line, highlight=False, markup=False)
     for plan in plans:
         with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
             console.print(

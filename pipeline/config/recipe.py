@@ -243,8 +243,12 @@ def default_run_name(path: Path, sets: Iterable[str]) -> str:
         option, _, value = override.text.partition("=")
         end = (override.path or (override.name,))[-1]
         labels.append(f"{end if ends[end] == 1 else option}={value}")
-    full = path.stem + (f"[{','.join(labels)}]" if labels else "")
-    name = full.replace("/", "_").encode()[:150].decode(errors="ignore")
+    return as_file_name(path.stem + (f"[{','.join(labels)}]" if labels else ""), 150)
+
+
+def as_file_name(full: str, bytes: int) -> str:
+    """Return a run's name as it is, or cut to what a file can be called, and made unique by a hash."""
+    name = full.replace("/", "_").encode()[:bytes].decode(errors="ignore")
     return name if name == full else f"{name}-{sha256(full.encode()).hexdigest()[:8]}"
 
 

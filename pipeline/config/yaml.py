@@ -126,6 +126,18 @@ def parse(text: str, source: str) -> Any:
     raise WinnowError(f"{source}: not YAML: {where}{problem}")
 
 
+def parse_items(text: str, source: str) -> list[str]:
+    """Return the text of each value of a list without its brackets: `0.1, {a: 1, b: 2}` are two.
+
+    Raise WinnowError as `parse` does.
+    """
+    line = f"[{' '.join(text.splitlines())}]"
+    parse(line, source)
+    node = yaml.compose(line, Loader=_Loader)
+    assert isinstance(node, yaml.SequenceNode)
+    return [line[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+
+
 def read_yaml(path: Path, what: str) -> Any:
     """Return the content of a YAML file. Raise WinnowError that says what the file is to the user: a recipe, ..."""
     source = f"{what} {path}"

@@ -21,6 +21,7 @@ import pyarrow as pa
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.sql.live import live_rows
+from pipeline.sql.replicates import with_methods
 from pipeline.sql.views import (
     LIVE,
     VIEWS,
@@ -208,7 +209,8 @@ def open_catalog(store: Store, run: str | list[str] | None = None, round: int | 
     """Return the catalog of all finished steps, of one run or several, or of one round with what all rounds share."""
     manifests = store.sealed()
     evolved = len(stage_versions(manifests)) > len({manifest["stage"] for manifest in manifests})
-    return Catalog(store.root, store.runs(), manifests, evolved, tags=store.tags()).for_run(run, round)
+    runs = with_methods(store.runs(), manifests)
+    return Catalog(store.root, runs, manifests, evolved, tags=store.tags()).for_run(run, round)
 
 
 def query(catalog: Catalog, sql: str) -> pa.Table:

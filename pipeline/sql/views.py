@@ -37,6 +37,18 @@ RUNS = table(
         "what --tag says of the run: values by names, empty for a tag without a value; null if it has none",
         nullable=True,
     ),
+    column(
+        "method",
+        pa.string(),
+        "hash as `key`, without any seed: steps that differ in seeds alone have one; null until the step is finished",
+        nullable=True,
+    ),
+    column(
+        "seeds",
+        pa.string(),
+        "JSON: every seed that the step depends on, its own and those of steps behind it, by step and option",
+        nullable=True,
+    ),
 )
 STEPS = table(
     "steps",

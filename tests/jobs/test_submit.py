@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -20,6 +21,7 @@ from ray.job_submission import JobDetails
 from jobs import bundle, ray_jobs, recipes
 from jobs.commands.cluster import unfinished_steps
 from jobs.ray_jobs import RayJobs, dashboard_url
+from jobs.sweeps import plan_sweep
 from pipeline.config.partial import Part, narrowed
 from pipeline.config.yaml import dump, parse
 from pipeline.execution.executor import LocalExecutor
@@ -267,6 +269,41 @@ def test_an_unknown_step_is_refused_before_the_cluster_is_asked(winnow, data_dir
     code, text = winnow(*words)
     assert code == 2
     assert "--force selct: no step 'selct' in rso" in text
+
+
+def test_a_sweep_is_submitted_as_a_sweep(winnow, data_dir, tmp_path, monkeypatch):
+    """The words of the job, in the folder that is sent, make the runs of the sweep here, with their keys."""
+    over = ["select.rule.beta=0.1,2", "optimize.seed=0,1"]
+    here = plan_sweep(["rso"], [data_dir / "demo.yaml"], [], over).plans
+    submitted: list[Any] = []
+
+    class Cluster:
+        url = source = "fake"
+
+        def __init__(self, address: str | None) -> None: ...
+
+        def nodes(self) -> list:
+            return []
+
+        def submit(self, folder: Path, words: list[str], **about: str) -> tuple[str, None]:
+            with monkeypatch.context() as patch:
+                patch.chdir(folder)
+                values = [words[n + 1] for n, word in enumerate(words) if word == "--over"]
+                submitted.extend([words[0], plan_sweep([words[1]], [], [], values).plans, about["plan"]])
+            return "sweep-1", None
+
+    monkeypatch.setattr(ray_jobs, "RayJobs", Cluster)
+    monkeypatch.setattr("jobs.commands.cluster.check_fits", lambda *facts: None)
+    words = ["submit", "rso", "--config", data_dir / "demo.yaml", "--address", "http://head:8265", "--no-wait"]
+    words += ["--store", tmp_path / "store", "--over", over[0], "--over", over[1]]
+    code, text = winnow(*words)
+    assert code == 0, text
+    command, plans, key = submitted
+    assert (command, key) == ("sweep", bundle.plan_key(here))
+    assert [plan.name for plan in plans] == [plan.name for plan in here]
+    assert [[step.key for step in plan.steps] for plan in plans] == [[step.key for step in plan.steps] for plan in here]
+    code, text = winnow(*words, "--name", "x")
+    assert (code, "--name x" in text) == (2, True)
 
 
 class FakeJob:

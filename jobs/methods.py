@@ -1,0 +1,363 @@
+"""Methods on the leaderboard: runs that differ in seeds alone are replicates of one (pipeline/sql/replicates.py).
+
+A figure of a method with several seeds has an interval over seeds and prompts. Of two methods, the interval of their
+difference decides: where it contains zero, they cannot be told apart. A run of one seed is not compared: its interval
+over prompts says how well one policy was measured, and nothing about another training of the same method.
+
+**Interval.** All seeds answer the same prompts, so a table [seeds, prompts] has variance from both. The half-width is
+the root of the sum of squares of two t intervals: over the means of the seeds, and over the means of the prompts
+(MOVER: Zou and Donner, Statistics in Medicine 27, 2008). It is not a hierarchical bootstrap, which resamples two or
+three seeds into too few different sets: simulated with seeds that matter more than prompts, 95 % intervals of the
+bootstrap covered 76 % (2 seeds) and 83 % (3), these 96 to 97 %; where seeds hardly matter, these cover 98 to 99 %. The
+known weakness is width: t is 12.7 for 2 seeds, 4.3 for 3, 2.8 for 5. Where seeds of both methods spread by 2 points and
+there are 200 prompts, a difference of 10 points is seen by 2 seeds each in 14 stores of 100, by 3 in 65, by 5 in 98.
+Of seeds that were not varied (`optimize.seed` alone leaves the candidates as they are) no interval says anything.
+
+**Difference.** On the prompts that both have. Seeds are paired where the pair shares a step that the other seeds do not
+have, such as its candidates under `--over sample.seed=0,1,2`; otherwise their variances add up, with the degrees of
+freedom of Welch and Satterthwaite.
+
+**Several comparisons.** The method with the highest mean is compared with each of M - 1 others at the level
+1 - 0.05 / (M - 1) (Bonferroni). The truly best method is then called lower with a probability of at most 5 %, although
+the highest mean was chosen from the same data (Gupta's argument for subsets: it suffices that none of the M - 1 others
+beats the truly best by chance). That is all that holds together: among many methods, one that is not the best may be
+called lower than the highest by chance, and the size of a difference from a chosen highest is somewhat exaggerated.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from jobs import queries
+from pipeline.config.keys import key_of
+from pipeline.sql.catalog import Catalog, query
+from pipeline.sql.replicates import drawn_from, method_keys, without_seeds
+from pipeline.store.store import Json
+
+Values = NDArray[np.float64]  # [seeds, prompts], NaN where a prompt has no figure
+WINS = ("gold_win", "proxy_win")  # in the order in which methods are compared by them
+COLUMNS = dict(zip(WINS, WINS, strict=True)) | {"gold": "gold_reward", "kl": "kl_nats", "n_tokens": "tokens"}
+EVALUATED = """
+SELECT DISTINCT run || coalesce('@' || round, '') AS run, method, stage, key
+FROM runs JOIN evaluations USING (stage, key) ORDER BY ALL
+"""
+SEED_LABEL = r"(?:[\w@]+\.)*seed=\d+"  # in a run's name
+ERROR = 0.05
+
+
+@dataclass
+class Method:
+    """Method with several seeds; of each replicate, a row of `values` by metric, and the keys of all its steps."""
+
+    name: str
+    runs: list[str]
+    yardsticks: dict[str, str]  # by metric: what a figure depends on beside the policy; only equal ones are compared
+    steps: list[set[str]] = field(default_factory=list)
+    values: dict[str, Values] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of a method from the best, with the ends of its interval."""
+
+    method: Method
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods that are measured alike, by one metric: the one with the highest mean, and the others beside it."""
+
+    metric: str
+    best: Method
+    differences: list[Difference]
+
+
+# The laws.
+
+
+def interval(values: Values, level: float = 1 - ERROR) -> tuple[float, float, float]:
+    """Return mean and interval over seeds and prompts of [seeds > 1, prompts], each seed with the same weight.
+
+    The interval is NaN for one prompt.
+    """
+    seed_means, prompt_means = _means(values)
+    variance = seed_means.var(ddof=1) / len(seed_means)
+    mean, half = float(seed_means.mean()), _half_width(variance, len(seed_means) - 1, prompt_means, level)
+    return mean, mean - half, mean + half
+
+
+def difference_interval(
+    a: Values, b: Values, pairs: list[tuple[int, int]] | None = None, level: float = 1 - ERROR
+) -> tuple[float, float, float]:
+    """Return mean and interval of a - b on the prompts that both have; `pairs` are the rows that belong together.
+
+    The interval is NaN for fewer than two such prompts.
+    """
+    shared = ~np.isnan(a).all(axis=0) & ~np.isnan(b).all(axis=0)
+    if shared.sum() < 2:
+        return np.nan, np.nan, np.nan
+    a, b = a[:, shared], b[:, shared]
+    if pairs is not None:
+        return interval(np.stack([a[i] - b[j] for i, j in pairs]), level)
+    (seeds_a, prompts_a), (seeds_b, prompts_b) = _means(a), _means(b)
+    of_a, of_b = seeds_a.var(ddof=1) / len(seeds_a), seeds_b.var(ddof=1) / len(seeds_b)
+    lower = min(len(seeds_a), len(seeds_b)) - 1  # where no seed makes a difference
+    weights = of_a**2 / (len(seeds_a) - 1) + of_b**2 / (len(seeds_b) - 1)
+    freedom = (of_a + of_b) ** 2 / weights if weights else lower
+    mean, half = float(seeds_a.mean() - seeds_b.mean()), _half_width(of_a + of_b, freedom, prompts_a - prompts_b, level)
+    return mean, mean - half, mean + half
+
+
+def _means(values: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean of each seed, and of each prompt that has a figure."""
+    values = values[:, ~np.isnan(values).all(axis=0)]
+    return np.nanmean(values, axis=1), np.nanmean(values, axis=0)
+
+
+def _half_width(seed_variance: float, freedom: float, prompts: NDArray[np.float64], level: float) -> float:
+    """Return the half-width from the variance of the mean over seeds, its degrees of freedom, and means of prompts."""
+    from scipy.special import stdtrit  # the quantile of t
+
+    if len(prompts) < 2:
+        return np.nan
+    prompt_variance = prompts.var(ddof=1) / len(prompts)
+    t_seeds, t_prompts = (float(stdtrit(df, (1 + level) / 2)) for df in (freedom, len(prompts) - 1))
+    return float(np.sqrt(t_seeds**2 * seed_variance + t_prompts**2 * prompt_variance))
+
+
+# From a store to methods.
+
+
+def methods_of(catalog: Catalog) -> list[Method]:
+    """Return the methods of which several policies, trained with different seeds, were evaluated.
+
+    Runs that evaluate one policy with other seeds of the evaluation are one replicate, the mean of them.
+    """
+    identities = {
+        manifest["key"]: {"stage": manifest["stage"]} | manifest["identity"] for manifest in catalog.manifests
+    }
+    evaluated = query(catalog, EVALUATED).to_pylist()
+    groups: dict[str, dict[str, dict[str, list[str]]]] = {}  # method -> policy -> key of evaluate -> runs
+    for row in evaluated:
+        candidates = identities[row["key"]]["inputs"].get("candidates", row["key"])
+        policy = drawn_from(identities[candidates]) if candidates in identities else candidates
+        groups.setdefault(row["method"], {}).setdefault(policy, {}).setdefault(row["key"], []).append(row["run"])
+    groups = {method: policies for method, policies in groups.items() if len(policies) > 1}
+    if not groups:
+        return []
+
+    method_by_key = method_keys(catalog.manifests)
+    values = _values(catalog, [key for policies in groups.values() for keys in policies.values() for key in keys])
+    methods = []
+    for policies in groups.values():
+        runs = [run for keys in policies.values() for labels in keys.values() for run in labels]
+        first = next(iter(next(iter(policies.values()))))
+        method = Method(_name(runs), runs, _yardsticks(first, identities, method_by_key))
+        for keys in policies.values():
+            method.steps.append(set().union(*(_behind(key, identities) for key in keys)))
+        for metric in COLUMNS:
+            rows = [_nanmean(np.stack([values[key][metric] for key in keys])) for keys in policies.values()]
+            table = np.stack(rows)
+            if not np.isnan(table).all(axis=1).any():  # a figure that a replicate lacks is none of the method
+                method.values[metric] = table
+        methods.append(method)
+    names = Counter([method.name for method in methods] + _single_runs(evaluated, methods))
+    for method in methods:
+        if names[method.name] > 1:
+            method.name = f"{method.name} ({method.runs[0]} and {len(method.runs) - 1} more)"
+    return methods
+
+
+def _single_runs(evaluated: list[dict[str, Any]], methods: list[Method]) -> list[str]:
+    of_methods = {run for method in methods for run in method.runs}
+    return [run for run in dict.fromkeys(row["run"] for row in evaluated) if run not in of_methods]
+
+
+def _values(catalog: Catalog, keys: list[str]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return key of evaluate -> metric -> mean per prompt, NaN for a prompt without; all keys have the same prompts."""
+    means = ", ".join(f"avg({metric}) AS {metric}" for metric in COLUMNS)
+    listed = ", ".join(f"'{key}'" for key in keys)  # hashes, which manifests are checked for
+    sql = f"SELECT key, prompt_id, {means} FROM outcomes WHERE key IN ({listed}) GROUP BY key, prompt_id ORDER BY ALL"
+    table = query(catalog, sql)
+    prompts, columns = np.unique(table["prompt_id"].to_numpy(zero_copy_only=False), return_inverse=True)
+    of_key = table["key"].to_numpy(zero_copy_only=False)
+    figures = {metric: table[metric].cast(pa.float64()).to_numpy(zero_copy_only=False) for metric in COLUMNS}
+    result = {}
+    for key in keys:
+        here = of_key == key
+        result[key] = {metric: np.full(len(prompts), np.nan) for metric in COLUMNS}
+        for metric, column in figures.items():
+            result[key][metric][columns[here]] = column[here]
+    return result
+
+
+def _nanmean(rows: Values) -> NDArray[np.float64]:
+    """Return the mean of each column over the rows that have a figure, NaN where none has."""
+    counts = (~np.isnan(rows)).sum(axis=0)
+    return np.where(counts > 0, np.nansum(rows, axis=0) / np.maximum(counts, 1), np.nan)
+
+
+def _yardsticks(key: str, identities: dict[str, Json], method_by_key: dict[str, str]) -> dict[str, str]:
+    """Return by metric what its figures depend on beside the policy: gold reward, baseline and prompts; the ranker."""
+
+    def of(key: str, names: Iterable[str]) -> Json:
+        identity = identities[key]
+        inputs = {name: method_by_key[identity["inputs"][name]] for name in names if name in identity["inputs"]}
+        return identity | {"options": without_seeds(identity["options"]), "inputs": inputs}
+
+    evaluate = of(key, ("prompts", "baseline"))
+    judge = identities[key]["inputs"].get("judgements")
+    judged = of(judge, identities[judge]["inputs"].keys() - {"candidates"}) if judge in identities else judge
+    return {"gold_win": key_of(evaluate), "proxy_win": key_of([evaluate, judged])}
+
+
+def _behind(key: str, identities: dict[str, Json]) -> set[str]:
+    """Return the key of a step and of all steps that it was computed from."""
+    keys, queue = {key}, [key]
+    for reached in queue:
+        sources = set(identities[reached]["inputs"].values()) - keys if reached in identities else set()
+        keys |= sources
+        queue += sources
+    return keys
+
+
+def _name(runs: list[str]) -> str:
+    """Return what the names of runs are without seeds: `rso beta=0.1` of `rso beta=0.1 seed=0`; the most frequent."""
+    names = []
+    for run in runs:
+        name = re.sub(rf" {SEED_LABEL}(?=[ @]|$)", "", run)
+        items = re.search(r"\[(.*)\]", name)
+        if items:
+            rest = [item for item in items[1].split(",") if not re.fullmatch(SEED_LABEL, item)]
+            name = name.replace(items[0], f"[{','.join(rest)}]" if rest else "")
+        names.append(name)
+    return min(names, key=lambda name: (-names.count(name), len(name), name))
+
+
+# Comparisons.
+
+
+def comparisons(methods: list[Method]) -> list[Comparison]:
+    """Return a comparison for each set of methods that are measured alike, by gold wins if there are any."""
+    metric = next((metric for metric in WINS if any(metric in method.values for method in methods)), WINS[0])
+    alike: dict[str, list[Method]] = {}
+    for method in methods:
+        if metric in method.values:
+            alike.setdefault(method.yardsticks[metric], []).append(method)
+    result = []
+    for members in alike.values():
+        members = sorted(members, key=lambda method: -_means(method.values[metric])[0].mean())
+        best, *others = members
+        differences = []
+        for other in others:
+            level = 1 - ERROR / len(others)
+            pairs = shared_seeds(other.steps, best.steps)
+            differences.append(
+                Difference(other, *difference_interval(other.values[metric], best.values[metric], pairs, level))
+            )
+        result.append(Comparison(metric, best, differences))
+    return result
+
+
+def shared_seeds(a: list[set[str]], b: list[set[str]]) -> list[tuple[int, int]] | None:
+    """Return which replicates of two methods share a step that no other replicate has, if that pairs all of them."""
+
+    def own(steps: list[set[str]]) -> list[set[str]]:
+        counts = Counter(key for keys in steps for key in keys)
+        return [{key for key in keys if counts[key] == 1} for keys in steps]
+
+    own_a, own_b = own(a), own(b)
+    pairs = [(i, j) for i, keys in enumerate(own_a) for j, others in enumerate(own_b) if keys & others]
+    is_matching = len(pairs) == len(a) == len(b) == len({i for i, _ in pairs}) == len({j for _, j in pairs})
+    return pairs if is_matching else None
+
+
+def statement(methods: list[Method], single: list[str]) -> list[str]:
+    """Return in words which methods cannot be told apart from the best one, and which are lower.
+
+    `single` are runs of one seed, which are not compared.
+    """
+    lines: list[str] = []
+    compared = comparisons(methods)
+    for comparison in compared:
+        best, differences = comparison.best, comparison.differences
+        if not differences:
+            if len(methods) > 1:
+                lines.append(f"no other method has the gold reward, ranker, baseline and prompts of {best.name}")
+            continue
+        lines.append(f"{comparison.metric}, methods with several seeds: the highest mean is that of {best.name}")
+        unclear = [_in_points(item) for item in differences if item.high >= 0]
+        lower = [_in_points(item) for item in differences if item.high < 0]
+        unknown = [item.method.name for item in differences if np.isnan(item.high)]
+        lines += [f"  cannot be told apart from it: {', '.join(unclear)}"] if unclear else []
+        lines += [f"  lower: {', '.join(lower)}"] if lower else []
+        lines += [f"  no two prompts in common with it: {', '.join(unknown)}"] if unknown else []
+        n = len(differences)
+        widened = f", widened for {n} comparisons (Bonferroni)" if n > 1 else ""
+        lines.append(f"  differences in points with 95 % intervals over seeds and prompts{widened}")
+    if unmeasured := [method.name for method in methods if compared and compared[0].metric not in method.values]:
+        lines.append(f"no {compared[0].metric}, so not compared: {', '.join(unmeasured)}")
+    if methods and single:
+        lines.append(f"one seed each, so not compared: {', '.join(single)}")
+    elif len(single) > 1:
+        lines.append("one seed each: their order is no evidence about the methods; `winnow sweep` runs several seeds")
+    return lines
+
+
+def _in_points(difference: Difference) -> str:
+    value, low, high = (100 * number for number in (difference.value, difference.low, difference.high))
+    return f"{difference.method.name} ({value:+.1f} [{low:+.1f}, {high:+.1f}])"
+
+
+# The leaderboard.
+
+
+def leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
+    """Return the query `leaderboard` with one row for each method of several seeds, and the statement about them.
+
+    Such a row has the mean over seeds, intervals over seeds and prompts, and seconds per run; `seeds` is the number of
+    policies. Where every run is alone, the table is that of the query.
+    """
+    table = query(catalog, queries.text("leaderboard"))
+    rows = table.to_pylist()
+    methods = methods_of(catalog)
+    of_methods = {run for method in methods for run in method.runs}
+    single = [row["run"] for row in rows if row["run"] not in of_methods]
+    lines = statement(methods, single)
+    if not methods:
+        return table, lines
+    by_run = {row["run"]: row for row in rows}
+    rows = [row | {"seeds": 1} for row in rows if row["run"] not in of_methods]
+    rows += [_row(method, [by_run[run] for run in method.runs], table.column_names) for method in methods]
+    rows.sort(key=lambda row: [(row[name] is None, -(row[name] or 0)) for name in WINS] + [row["run"]])
+    return pa.Table.from_pylist(rows, table.schema.append(pa.field("seeds", pa.int64()))), lines
+
+
+def _row(method: Method, runs: list[dict[str, Any]], columns: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(columns) | {"run": method.name, "seeds": method.seeds}
+    for metric, column in COLUMNS.items():
+        if metric not in method.values:
+            continue
+        mean, low, high = interval(method.values[metric])
+        row[column] = mean
+        row["prompts"] = max(row["prompts"] or 0, int((~np.isnan(method.values[metric]).all(axis=0)).sum()))
+        if f"{column}_low" in columns:
+            if metric in WINS:  # shares
+                low, high = max(low, 0.0), min(high, 1.0)
+            row |= {f"{column}_low": low, f"{column}_high": high}
+    for name in ("seconds", "own_seconds"):
+        row[name] = float(np.mean([run[name] for run in runs]))
+    return row
