@@ -20,6 +20,7 @@ from schemas import WinnowError, seed_for, table_name
 from schemas.tables import CANDIDATES, COMPARISONS, PROMPTS, REWARDS
 from stages.data.rows import fields_of
 from stages.evaluation.evaluate import score_by_gold
+from stages.ranking.rankers import check_fields
 from stages.selection.groups import Floats, Ints, RewardGroups
 
 ROWS = """
@@ -210,6 +211,10 @@ def _gold(
             key = (row["prompt_id"], row["raw_text"], row["text"])
             if key not in scores:
                 prompt, fields = by_prompt[row["prompt_id"]]
+                try:
+                    check_fields(gold, fields)
+                except ValueError as error:
+                    raise WinnowError(f"evaluate.gold: {gold.name}: prompt {row['prompt_id']}: {error}") from None
                 scores[key] = score_by_gold(gold, prompt, fields, row, special_tokens)
             values[position] = scores[key]
     return values
