@@ -29,11 +29,11 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         with suppress(pa.ArrowNotImplementedError, pa.ArrowInvalid):
             # pyarrow also turns numbers into text and text into numbers, which would hide a mistake in a stage
             if _means_the_same(column.type, field.type):
-                result = column
                 if column.type != field.type:
                     plain = (_plain(chunk, field.type) for chunk in column.chunks)
                     parts = [part.cast(field.type) for array in plain for part in _slices(array)]
-                    result = pa.chunked_array(parts, field.type)
+                    column = pa.chunked_array(parts, field.type)
+                result = column
         if result is None:
             problems.append(f"column {field.name!r} is {column.type}, must be {field.type}")
         elif result.null_count and not field.nullable:
