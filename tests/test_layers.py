@@ -15,8 +15,20 @@ RAY = {f"pipeline/execution/{name}.py" for name in ("actors", "distributed", "ra
 VLLM = {"stages/sampling/engines/vllm.py"}
 TORCH = {
     f"stages/network/{name}.py"
-    for name in ("forward", "lm_head", "load", "local", "lora", "models", "packing", "prefix_attention", "router")
+    for name in (
+        "device",
+        "forward",
+        "layout",
+        "lm_head",
+        "load",
+        "local",
+        "lora",
+        "models",
+        "packing",
+        "prefix_attention",
+    )
 }
+TORCH |= {"stages/network/router.py", "stages/network/working_weights.py"}
 TORCH |= {
     f"stages/training/{name}.py"
     for name in ("checkpoints", "distributed", "objectives", "terms", "throughput", "trackers", "trainer")
