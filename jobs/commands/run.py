@@ -31,7 +31,7 @@ from jobs.commands.app import (
 )
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
-from jobs.demo import OVERLAY, SMALL, data
+from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.models import find_model
 from jobs.runs import with_free_names
 from jobs.tables import leaderboard_table, overruled, plan_tree
@@ -46,6 +46,7 @@ from schemas import WinnowError
 
 GPU = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
 DEMO_RECIPES = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
+REAL_RECIPES = ("rso", "raft")  # from the same candidates
 
 
 class ExecutorName(StrEnum):
@@ -56,17 +57,33 @@ class ExecutorName(StrEnum):
 def demo(
     folder: Annotated[Path, typer.Option(help="where the demo's data, store and report are written")] = Path("demo"),
     methods: Annotated[bool, typer.Option("--methods", help="every method, small, in a store of its own")] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="a real chat model and real prompts instead: RSO and RAFT by a program")
+    ] = False,
 ) -> None:
     """Run the whole pipeline on generated data: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
-    data.write(folder)
-    configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
-    store = str(folder / ("methods" if methods else "store"))
-    names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES] if methods else list(DEMO_RECIPES)
+    if methods and real:
+        raise WinnowError("demo: --methods and --real are two demos; omit one of them")
+    if real:
+        title, names = "real", list(REAL_RECIPES)
+        smollm2.write(folder / smollm2.NAME)
+        configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (REAL, QUESTIONS, REWARD)][:1]
+    else:
+        title = "methods" if methods else "store"
+        names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES]
+        names = names if methods else list(DEMO_RECIPES)
+        data.write(folder)
+        configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
+    store = str(folder / title)
     plans = recipes.plans(names, configs, [])
     _print_store(Store(store), with_free_names(plans, Store(store)))
     _run_plans(plans, Store(store), LocalExecutor())
     _print_summary(Store(store), plans)
-    report(store, folder / ("methods.html" if methods else "report.html"))
+    if real:
+        for name in ("evaluations_by_run", "responses"):
+            table = query(open_catalog(Store(store)), queries.text(name))
+            console.print(as_table(table, queries.about(name)))
+    report(store, folder / f"{'report' if title == 'store' else title}.html")
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
 

@@ -38,7 +38,7 @@ for program in (code_tests, json_schema, math_answer):
     shared = {name: entry.metadata[name] for name in ("columns", "requires") if name in entry.metadata}
     gold_reward(arguments=FIELDS, reads_fields=True, version=entry.version, **shared)(program)
 
-METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts")
+METRICS = ("proxy_win", "gold_win", "gold", "gold_baseline", "kl", "n_tokens", "proxy_verdicts", "gold_gain")
 
 
 def _check_gold(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
