@@ -45,7 +45,7 @@ def _check_gold(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     return fields_problems(options["gold"], inputs, "gold") if options["gold"] else []
 
 
-@stage(version=3, unsharded=True, check=_check_gold)
+@stage(version=4, unsharded=True, check=_check_gold)
 def evaluate(
     prompts: Prompts,
     candidates: Candidates,
@@ -63,7 +63,8 @@ def evaluate(
 
     A tie counts one half. A comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that
     have one, and not in `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
-    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts.
+    Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts; `gold_gain` is the difference
+    of the gold rewards of policy and baseline, paired by prompt.
     The mean of log p - log p_baseline estimates KL without bias only where p is the distribution of the draws: that
     of the policy, as `policy_logp` scored it (logp_kind exact), or of the policy with a head, recorded at the draw
     (steered, for which `policy_logp` is not read). It is null otherwise. A gold reward that is no finite number ends
@@ -104,7 +105,8 @@ def evaluate(
     # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
     table = pa.Table.from_pylist(outcomes, OUTCOMES)
     has_verdict = pc.is_valid(table.column("proxy_win")).cast(pa.float64())
-    by_prompt = table.append_column("proxy_verdicts", has_verdict)
+    gain = pc.subtract(table.column("gold"), table.column("gold_baseline"))
+    by_prompt = table.append_column("proxy_verdicts", has_verdict).append_column("gold_gain", gain)
     by_prompt = by_prompt.group_by("prompt_id", use_threads=False).aggregate([(metric, "mean") for metric in METRICS])
     by_prompt, rng = by_prompt.sort_by("prompt_id"), np.random.default_rng(seed)
     evaluations = []
