@@ -58,22 +58,24 @@ def demo(
     folder: Annotated[Path, typer.Option(help="where the demo's data, store and report are written")] = Path("demo"),
     methods: Annotated[bool, typer.Option("--methods", help="every method, small, in a store of its own")] = False,
     real: Annotated[
-        bool, typer.Option("--real", help="a real chat model and real prompts instead: RSO and RAFT by a program")
+        bool, typer.Option("--real", help="RSO and RAFT on SmolLM2-135M-Instruct, with a program as the reward")
     ] = False,
 ) -> None:
-    """Run the whole pipeline on generated data: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
+    """Run the whole pipeline on generated data, from SFT to RAFT and a report, or with --real on a real chat model."""
     if methods and real:
         raise WinnowError("demo: --methods and --real are two demos; omit one of them")
-    if real:
-        title, names = "real", list(REAL_RECIPES)
-        smollm2.write(folder / smollm2.NAME)
-        configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (REAL, QUESTIONS, REWARD)][:1]
-    else:
-        title = "methods" if methods else "store"
+    files, names, title = [OVERLAY], list(DEMO_RECIPES), "store"
+    if methods:
+        files, title = [OVERLAY, SMALL], "methods"
         names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES]
-        names = names if methods else list(DEMO_RECIPES)
+    if real:
+        files, names, title = [REAL], list(REAL_RECIPES), "real"
+        smollm2.write(folder / smollm2.NAME)
+        for file in (QUESTIONS, REWARD):
+            shutil.copyfile(file, folder / file.name)
+    else:
         data.write(folder)
-        configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
+    configs = [Path(shutil.copyfile(file, folder / file.name)) for file in files]
     store = str(folder / title)
     plans = recipes.plans(names, configs, [])
     _print_store(Store(store), with_free_names(plans, Store(store)))
