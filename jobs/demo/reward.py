@@ -11,11 +11,11 @@ SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 # The instructions, by what the column `check` of questions.jsonl says of a prompt.
 CHECKS: dict[str, Callable[[str], bool]] = {
     "at_most_12_words": lambda text: len(text.split()) <= 12,
-    "one_sentence": lambda text: len(SENTENCE_END.findall(text)) == 1 and text[-1] in ".!?",
+    "one_sentence": lambda text: _sentences(text) == 1,
+    "two_sentences": lambda text: _sentences(text) == 2,
     "no_comma": lambda text: "," not in text,
     "says_because": lambda text: re.search(r"\bbecause\b", text, re.IGNORECASE) is not None,
-    "begins_with_well": lambda text: re.match(r"Well\b", text) is not None,
-    "ends_with_thanks": lambda text: text.endswith("Thanks for asking."),
+    "says_you": lambda text: re.search(r"\byou\b", text, re.IGNORECASE) is not None,
 }
 
 
@@ -23,3 +23,8 @@ def follows(prompt: str, response: str, fields: Mapping[str, str]) -> float:
     """Return 1 if the response is not empty and does what its prompt's column `check` says, else 0."""
     text = response.strip()
     return float(bool(text) and CHECKS[fields["check"]](text))
+
+
+def _sentences(text: str) -> int:
+    """Return the number of sentences; 0 if the last has no end, as where the response was cut at max_tokens."""
+    return len(SENTENCE_END.findall(text)) if text[-1] in ".!?" else 0

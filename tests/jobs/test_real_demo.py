@@ -22,8 +22,8 @@ INSTRUCTIONS = {
     "one_sentence": "Answer in one sentence.",
     "no_comma": "Do not use any commas.",
     "says_because": 'Use the word "because".',
-    "begins_with_well": 'Begin with the word "Well".',
-    "ends_with_thanks": 'End with the words "Thanks for asking."',
+    "two_sentences": "Answer in two sentences.",
+    "says_you": 'Use the word "you".',
 }
 HELDOUT = 0.4  # as in the demo's config
 MAX_TOKENS = 12  # of a response of the small run
@@ -47,9 +47,8 @@ def test_the_reward_is_whether_the_instruction_was_followed():
         ("one_sentence", "Why?\n", "It is"),
         ("no_comma", "Red and blue.", "Red, blue."),
         ("says_because", "Because it rains.", "Rain is the becauses."),
-        ("begins_with_well", " Well, no.", "well, no."),
-        ("begins_with_well", "Well no.", "Wells are deep."),
-        ("ends_with_thanks", "No. Thanks for asking.\n", "Thanks for asking. No."),
+        ("two_sentences", "It is. Or not?", "It is. Or not"),
+        ("says_you", "You can, if you like.", "Your turn, youth."),
         ("no_comma", "x", " \n"),
     ]:
         assert [follows("", text, {"check": check}) for text in (right, wrong)] == [1, 0], (check, right)
