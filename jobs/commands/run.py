@@ -82,9 +82,9 @@ def demo(
     _run_plans(plans, Store(store), LocalExecutor())
     _print_summary(Store(store), plans)
     if real:
-        for name in ("evaluations_by_run", "responses"):
-            table = query(open_catalog(Store(store)), queries.text(name))
-            console.print(as_table(table, queries.about(name)))
+        runs = [plan.name for plan in plans]
+        for name, shown in (("gold", runs), ("responses", runs[:1])):
+            console.print(as_table(query(open_catalog(Store(store), shown), queries.text(name)), queries.about(name)))
     report(store, folder / f"{'report' if title == 'store' else title}.html")
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
