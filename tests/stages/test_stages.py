@@ -681,4 +681,6 @@ def test_gold_reads_the_texts_of_both_sides():
     assert [row["gold_win"] for row in outcomes] == [0.0, 0.5]
     assert metrics["gold_win"]["value"] == 0.25
     assert metrics["gold_baseline"]["value"] - metrics["gold"]["value"] == pytest.approx(len(" and more") / 2)
+    # Paired: the interval is that of the differences (0 and -9), however far apart the two prompts' lengths are.
+    assert metrics["gold_gain"] | {"n": 2} == {"metric": "gold_gain", "value": -4.5, "low": -9.0, "high": 0.0, "n": 2}
     assert metrics["n_tokens"]["value"] == 3.0

