@@ -80,7 +80,8 @@ def optimize(
     `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
     layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
-    pass. `compile_layers` lets torch compile each layer: on a GPU, faster by half after a first step of some 20 s.
+    pass. `compile_layers` lets torch compile each layer: on a GPU, faster by a third after a first step of some 20 s,
+    and not proven there (tests/bench/h100.md).
 
     The policy is saved as it was trained: in fp32, 4 bytes a weight; a LoRA as an adapter beside the weights of `init`,
     in one folder that transformers with peft, vLLM and every stage read as a policy. `merge_lora` merges it into the

@@ -73,7 +73,6 @@ class ObjectiveTerm:
         # Apart, because ranks must do equally many forward passes: they divide the parts of one group among them.
         for group, parts in oversized:
             yield from self._losses_of_oversized_group(network, group, parts, kl, metrics, router)
-        metrics.collect()
         metrics.sums = dict(zip(metrics.sums, self.dist.all_reduce_values([*metrics.sums.values()]), strict=True))
 
     def micro_batches(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> list[list[TrainingGroup]]:
@@ -314,16 +313,12 @@ class StepMetrics:
         self.divisors |= dict.fromkeys(("nll", "token_accuracy"), tokens)
         self.desirable, self.undesirable = max(1, signs.count(1)), max(1, signs.count(-1))
         self.sums = dict.fromkeys(("loss", *self.divisors, "shift/desirable", "shift/undesirable", "aux_loss"), 0.0)
-        self._pending: list[tuple[str, Tensor, float]] = []  # name, value and its factor, in their order
         self.kl: float | None = None
         self.has_router_loss = False
 
     @torch.no_grad()
     def add(self, batch: Batch, n_correct: Tensor, total: Tensor, rank_scale: float) -> None:
-        """Add a micro-batch. rank_scale: 1, or 1 / world_size where all ranks add the same rows.
-
-        The numbers stay on the device until `collect`: it would wait for each, and have nothing to do meanwhile.
-        """
+        """Add a micro-batch. rank_scale: 1, or 1 / world_size where all ranks add the same rows."""
         margin = batch.margin(batch.logp if batch.ref is None else batch.logratio)
         values = {
             "loss": total,
@@ -337,7 +332,8 @@ class StepMetrics:
         if batch.desirable is not None:
             values["shift/desirable"] = batch.logratio[batch.desirable > 0].sum()
             values["shift/undesirable"] = batch.logratio[batch.desirable < 0].sum()
-        self._pending += [(name, value.detach(), rank_scale) for name, value in values.items()]
+        for name, value in values.items():
+            self.sums[name] += rank_scale * float(value)
         self.kl = None if batch.kl is None else float(batch.kl)
 
     def router_loss(self, router: RouterLoss | None) -> Tensor | float:
@@ -345,20 +341,12 @@ class StepMetrics:
         if router is None:
             return 0.0
         loss = router.take()
-        self._pending += [("aux_loss", loss.detach(), 1.0), ("loss", loss.detach(), router.coefficient)]
+        self.sums["aux_loss"] += float(loss.detach())
+        self.sums["loss"] += router.coefficient * float(loss.detach())
         return router.coefficient * loss
-
-    def collect(self) -> None:
-        """Add up what micro-batches have added, in float64 and in their order."""
-        if self._pending:
-            values = torch.stack([value for _, value, _ in self._pending]).tolist()
-            for (name, _, factor), value in zip(self._pending, values, strict=True):
-                self.sums[name] += factor * value
-            self._pending = []
 
     def means(self) -> dict[str, float]:
         """Return means by metric; without those that the batch has no rows for."""
-        self.collect()
         means = {"loss": self.sums["loss"]} | ({"pairs": self.pairs} if self.pairs else {})
         means |= {"aux_loss": self.sums["aux_loss"]} if self.has_router_loss else {}
         means |= {name: self.sums[name] / count for name, count in self.divisors.items() if count}
