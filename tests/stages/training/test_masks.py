@@ -104,7 +104,7 @@ def test_loss_and_gradient_are_those_of_plain_computation(sharp, name, budget):
     assert means["loss"] == pytest.approx(float(expected), rel=1e-5)
     for key, weight in network.named_parameters():
         difference = (ours[key] - weight.grad).abs().max() / weight.grad.abs().max()
-        assert float(difference) < 1e-4, (key, float(difference))
+        assert float(difference) < 1e-3, (key, float(difference))
 
 
 def tables_of(rows):
