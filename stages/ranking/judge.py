@@ -11,7 +11,7 @@ from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import ReadingPair, both_orders, read_candidates
+from stages.ranking.base import ReadingPair, Unreadable, both_orders, read_candidates
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -63,8 +63,9 @@ def judge(
             judgement = dict(prompt_id=prompt, k=row["k"], candidate_id=row["candidate_id"])
             judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
             rows.append(judgement)
-            if None in pair:
-                judgement["unread"] = "both" if pair == (None, None) else "baseline" if pair[1] is None else "candidate"
+            unreadable = [isinstance(reading, Unreadable) for reading in pair]
+            if any(unreadable):
+                judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
             elif opened.fits(context, *pair):
                 met.append((judgement, pair))
             else:

@@ -71,18 +71,23 @@ def test_gold_is_a_finite_number_for_any_text(prompt, response):
     assert abs(concierge(prompt, response)) < 1e6
 
 
-def test_only_the_evaluation_and_the_demos_judge_use_gold():
+def test_only_the_evaluation_its_diagnosis_and_the_demos_judge_use_gold():
+    """`diagnose`, for which jobs/recipes.py reads it from the config, trains nothing."""
     users = set()
     for path in [*ROOT.glob("stages/**/*.py"), *ROOT.glob("jobs/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         if names & {"concierge", "gold_reward"}:
             users.add(path.relative_to(ROOT).as_posix())
-    assert users == {"stages/evaluation/evaluate.py", "jobs/demo/gold.py", "jobs/demo/data.py"}
+    assert users == {"stages/evaluation/evaluate.py", "jobs/recipes.py", "jobs/demo/gold.py", "jobs/demo/data.py"}
 
 
 def test_the_papers_cells_are_the_demos_own_runs_where_they_are_the_same(folder):
     """gamma = 1 is the demo's beta: `winnow paper` trains no policy again that `winnow demo` has trained."""
     overlay = Path(shutil.copyfile(OVERLAY, folder / "demo.yaml"))
-    cells = {plan.name: plan.target.key for plan in paper_plans([overlay], [])}
+
+    def policy(plan):
+        return next(step.key for step in plan.steps if step.name == "optimize")
+
+    cells = {plan.name: policy(plan) for plan in paper_plans([overlay], []) if "likelihood" not in plan.name}
     for recipe, pairs in (("dpo", "direct"), ("sft_sample_rank", "sft-sample-rank"), ("rso", "rso-sample-rank")):
-        assert cells[f"paper sigmoid-norm {pairs}"] == plan_named(recipe, [overlay], []).target.key
+        assert cells[f"paper sigmoid-norm {pairs}"] == policy(plan_named(recipe, [overlay], []))

@@ -529,7 +529,7 @@ def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
 def test_judgements_of_other_responses_are_refused():
     prompts, candidates, baseline, judgements = judged({"a": [1.0, 1.0]})
     with pytest.raises(WinnowError, match=r"1 responses.*a-1"):
-        evaluate(prompts, candidates.slice(0, 1), baseline, judgements)
+        evaluate(prompts, candidates.slice(0, 1), baseline, judgements, context())
 
 
 def judged(logits, **columns):

@@ -122,7 +122,7 @@ def test_any_single_select_is_answered(store: Store):
         ("WITH a AS (SELECT 1) SELECT * FROM a UNION ALL SELECT 2", 2),
         ("SELECT ';' AS a", 1),
         ("SELECT [1, 2] AS a, {'b': 1} AS c, NULL AS d, 1::DECIMAL(4, 2) AS e, DATE '2026-01-01' AS f", 1),
-        ("DESCRIBE runs", 7),
+        ("DESCRIBE runs", 8),
     ):
         assert query(catalog, statement).num_rows == count, statement
 

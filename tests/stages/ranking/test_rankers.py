@@ -568,7 +568,7 @@ def judge_pairs(scripted, n, ctx):
 
 
 def test_a_comparison_without_a_verdict_is_no_tie_on_the_leaderboard(tiny, ctx):
-    """Of four comparisons the judge decides three, all for the policy: 3 of 3, and 3 of 4 with a verdict.
+    """Of four responses the judge decides on three, all for the policy: 3 of 3, and 3 of 4 with a verdict.
 
     It is no half of a win, which would make 3.5 of 4; the gold reward, which needs no judge, counts all four.
     """
@@ -577,9 +577,9 @@ def test_a_comparison_without_a_verdict_is_no_tie_on_the_leaderboard(tiny, ctx):
         return "hmm" if "Oslo 0" in question else "A" if question.index("Oslo") < question.index("car") else "B"
 
     (prompts, candidates, baseline), judgements = judge_pairs(scripted_judge(tiny, answer)[0], 4, ctx)
-    assert [row["logit"] is None for row in judgements.to_pylist()] == [True, False, False, False]
-    assert ctx.counters["votes"] == 32
-    assert ctx.counters["votes_without_verdict"] == 8
+    assert [row["logit"] is None for row in judgements.to_pylist()] == [True] * 4 + [False] * 12
+    assert ctx.counters["votes"] == 8 * 4 * 4
+    assert ctx.counters["votes_without_verdict"] == 8 * 4
     gold = gold_reward.bind("concierge")
     outcomes, metrics = evaluate(prompts, candidates, baseline, judgements, context(), gold=gold, resamples=10)
     assert outcomes["proxy_win"].to_pylist() == [None, 1.0, 1.0, 1.0]
@@ -589,12 +589,12 @@ def test_a_comparison_without_a_verdict_is_no_tie_on_the_leaderboard(tiny, ctx):
 
 
 def test_a_judge_that_mostly_gives_no_verdict_is_refused_with_what_it_wrote(tiny, ctx):
-    """A random judge would otherwise end as a leaderboard of one half. Six silent pairs of eight are three quarters."""
+    """A random judge would otherwise end as a leaderboard of one half. Six silent responses of eight are three quarters."""
 
     def answer(question):
         return "A" if "Oslo 0" in question or "Oslo 1" in question else "I like both."
 
-    with pytest.raises(WinnowError, match=r"48 of 64 votes.*0\.5.*'I like both\.'.*by\.template"):
+    with pytest.raises(WinnowError, match=r"384 of 512 votes.*0\.5.*'I like both\.'.*by\.template"):
         judge_pairs(scripted_judge(tiny, answer)[0], 8, ctx)
     judge_pairs(scripted_judge(tiny, answer, max_without_verdict=0.75)[0], 8, ctx)
 

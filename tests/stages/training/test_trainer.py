@@ -177,7 +177,7 @@ def test_a_reference_on_other_tokens_is_refused(tiny, preferred):
         (pa.Table.from_pylist(longer, schema=PROMPTS), context(), candidates),
         (prompts, context(), pa.Table.from_pylist(cut, schema=CANDIDATES)),
     ):
-        with pytest.raises(WinnowError, match=r"other tokens than those to train on.*template.*truncation; score it"):
+        with pytest.raises(WinnowError, match=r"other tokens than those to train on.*template.*or mask; score it"):
             examples(*changed, pairs, reference=scores)
 
 
