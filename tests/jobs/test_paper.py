@@ -78,9 +78,8 @@ def test_all_pair_losses_take_the_same_gamma_and_the_hinge_the_margin_of_it(data
             expected = {"hinge": ("delta", 1 / gamma), "hinge_norm": ("gamma", gamma), "sigmoid_norm": ("beta", gamma)}
             assert expected[loss] in options.items(), name
     changed = paper_plans([data_dir / "demo.yaml"], ["optimize.epochs=3"])
-    assert {step.options["epochs"] for plan in changed for step in plan.steps if step.name.startswith("optimize")} == {
-        3
-    }
+    steps = [step for plan in changed for step in plan.steps if step.name.startswith("optimize")]
+    assert {step.options["epochs"] for step in steps} == {3}
 
 
 def test_wins_are_against_the_target_texts_as_in_the_paper(data_dir):

@@ -589,7 +589,7 @@ def test_a_comparison_without_a_verdict_is_no_tie_on_the_leaderboard(tiny, ctx):
 
 
 def test_a_judge_that_mostly_gives_no_verdict_is_refused_with_what_it_wrote(tiny, ctx):
-    """A random judge would otherwise end as a leaderboard of one half. Six silent responses of eight are three quarters."""
+    """A random judge would otherwise end as a leaderboard of one half. Silent on six of eight: three quarters."""
 
     def answer(question):
         return "A" if "Oslo 0" in question or "Oslo 1" in question else "I like both."
