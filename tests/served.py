@@ -14,9 +14,11 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
 from schemas import Model
+from stages.endpoint import EndpointClient
 from stages.limits import context_length
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import is_reward_model, load_network
@@ -172,3 +174,20 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def no_client_left(monkeypatch):
+    """Close the clients that a test leaves to its context, as an executor does at the end of a run."""
+    clients: list[EndpointClient] = []
+    start = EndpointClient.__init__
+
+    def recorded(client, endpoint):
+        start(client, endpoint)
+        clients.append(client)
+
+    monkeypatch.setattr(EndpointClient, "__init__", recorded)
+    yield
+    for client in clients:
+        if not client.loop.is_closed():
+            client.close()

@@ -14,7 +14,7 @@ from stages.ranking.base import Response
 from stages.ranking.rankers import open_ranker
 from stages.ranking.rankers import ranker as rankers
 from tests.material import bound
-from tests.served import CLASSIFY, served
+from tests.served import CLASSIFY, no_client_left, served  # noqa: F401 - a fixture
 from tests.stages.ranking.test_rankers import BAD, GOOD
 from tests.stages.ranking.test_reward_models import headed
 from tests.stages.sampling.test_endpoint import endpoint

@@ -19,7 +19,7 @@ from stages.sampling.engines import POLICY_ITSELF, Request, Sampling, open_engin
 from stages.sampling.engines.options import engine as engines
 from stages.sampling.sample import sample
 from tests.runs import plan_of
-from tests.served import refusal, served
+from tests.served import no_client_left, refusal, served  # noqa: F401 - a fixture
 from tests.stages.network.test_limits import one_prompt
 from tests.stages.sampling.test_engines import PROMPTS as PROMPT_IDS
 from tests.stages.sampling.test_sampling_parameters import OTHER_LAWS, sampling_of
@@ -359,6 +359,7 @@ def test_a_server_that_is_down_is_missed_when_the_step_starts_and_not_before(dat
     assert "winnow run rso" in output.partition(line)[2]  # the command that goes on
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the server that dies
 def test_a_server_that_dies_in_the_middle_costs_only_the_parts_that_are_missing(data_dir, tiny, tmp_path, winnow):
     """Killed after a part, started again on its port: finished parts stay, and the tables are those undisturbed."""
     with served(tiny) as server:
