@@ -115,6 +115,7 @@ def results(folder):
 
 
 @needs_model
+@pytest.mark.bench  # 90 s
 def test_the_policy_is_trained_on_pairs_and_evaluated_by_the_reward(results):
     pairs = results.table("rso", "pair")
     passed = {row["candidate_id"]: row["reward"] for row in results.table("rso", "reward").to_pylist()}
@@ -128,6 +129,7 @@ def test_the_policy_is_trained_on_pairs_and_evaluated_by_the_reward(results):
 
 
 @needs_model
+@pytest.mark.bench
 def test_the_saved_policy_answers_in_transformers_and_vllm_as_in_the_evaluation(results):
     """Loaded as anybody would, without a line of ours, from the folder that `winnow model` prints."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
