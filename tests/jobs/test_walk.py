@@ -128,7 +128,13 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
 
 
 @pytest.mark.bench
+@pytest.mark.filterwarnings("ignore:what `sample` with")  # bfloat16 reads little of what so short a training changed
 @pytest.mark.parametrize("name", WALKS)
 def test_every_recipe_ends_at_the_first_try(folder, winnow, name, tmp_path):
-    """In one command: it takes minutes."""
-    run_to_the_end(winnow, folder / f"{name}.yaml", names(), Store(tmp_path / "runs"))
+    """In one command, all but SPIN, which learns from finished responses alone: a random policy ends none here.
+
+    Gemma's layers with windows cannot be steered by a head, which is refused.
+    """
+    steered = ("cvx_dpo", "logistic_head") if name == "gemma" else ()
+    recipes = [recipe for recipe in names() if recipe not in ("spin", *steered)]
+    run_to_the_end(winnow, folder / f"{name}.yaml", recipes, Store(tmp_path / "runs"))
