@@ -1,4 +1,4 @@
-"""What a plan's steps will take, for the terminal: a table of those that will run, and lines about memory and rates."""
+"""Show what a plan's steps will take: a table of those that will run, and lines about memory and rates."""
 
 from collections.abc import Iterable
 

@@ -81,7 +81,9 @@ def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0, agains
     for cell in cells():
         objective = objectives.get(cell.labels.get("loss", "sigmoid-norm"))
         chosen = [f"optimize.objective={objective}"] if objective else []
-        plans.append(plan_named(cell.recipe, configs, [*chosen, *cell.sets, *sets], cell.run))
+        # RAFT and ReST have the likelihood as their loss, whatever --set says of that of pairs.
+        others = [text for text in sets if objective or not text.startswith("optimize.objective")]
+        plans.append(plan_named(cell.recipe, configs, [*chosen, *cell.sets, *others], cell.run))
     return plans
 
 

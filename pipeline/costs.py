@@ -1,4 +1,4 @@
-"""What a step will take before it runs: memory of a device, rows, work and hours, and what is known of each.
+"""Estimate what a step will take: memory of a device, rows, work and hours, each exact, a bound or a guess.
 
 A stage says what it takes as functions of its options and inputs (`Cost`, in its decorator); this file asks them for
 the steps of a plan, beside what the store has of them. Estimates are marked as such everywhere.
@@ -14,7 +14,7 @@ MODEL_ERROR = 0.15  # of an estimate of memory, as tests/bench/memory.md measure
 
 @dataclass(frozen=True)
 class Device:
-    """What the network of one worker is on: a GPU, or a machine's RAM. memory: bytes, None if unknown.
+    """Device that holds the network of one worker: a GPU, or a machine's RAM. memory: bytes, None if unknown.
 
     count: GPUs of a worker, among which vLLM divides a network (`tensor_parallel` of the profile).
     """

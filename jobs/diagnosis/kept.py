@@ -1,4 +1,4 @@
-"""What selection rules keep of cached candidates: stage `select` itself, called with one seed after the other."""
+"""Measure what selection rules keep of cached candidates: stage `select` itself, with one seed after the other."""
 
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ UNSCALED = ("best_of", "everything", "plain")  # rules that read the order of th
 
 @dataclass
 class Kept:
-    """What a rule keeps of the candidates, over repetitions with other seeds."""
+    """Candidates that a rule keeps, over repetitions with other seeds."""
 
     label: str
     rule: Bound

@@ -77,6 +77,9 @@ def test_all_pair_losses_take_the_same_gamma_and_the_hinge_the_margin_of_it(data
         for name, (loss, options) in by_run.items():
             expected = {"hinge": ("delta", 1 / gamma), "hinge_norm": ("gamma", gamma), "sigmoid_norm": ("beta", gamma)}
             assert expected[loss] in options.items(), name
+    hinge = objectives(paper_plans([data_dir / "demo.yaml"], ["optimize.objective={name: hinge, delta: 2.0}"]))
+    assert {hinge.pop(f"paper likelihood {name}")[0] for name in ("raft", "rest")} == {"nll"}
+    assert {options["delta"] for _, options in hinge.values()} == {2.0}
     changed = paper_plans([data_dir / "demo.yaml"], ["optimize.epochs=3"])
     steps = [step for plan in changed for step in plan.steps if step.name.startswith("optimize")]
     assert {step.options["epochs"] for step in steps} == {3}
