@@ -14,7 +14,7 @@ DURATIONS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def shown(costs: Iterable[StepCost]) -> list[StepCost]:
+def remaining_costs(costs: Iterable[StepCost]) -> list[StepCost]:
     """Return the costs of steps that will run and of which something is known, each result once."""
     by_key = {cost.step.key: cost for cost in reversed(list(costs)) if not cost.is_finished}
     return [cost for cost in reversed(by_key.values()) if cost.need or main_rows(cost).value is not None]
@@ -44,7 +44,7 @@ def cost_lines(costs: list[StepCost]) -> list[str]:
     marks = {amount.known for cost in costs for amount in (main_rows(cost), cost.work.units, cost.seconds)
              if amount.value is not None}  # fmt: skip
     names = {"at most": "≤ at most", "at most about": "≲ at most about", "estimated": "~ estimated"}
-    lines = [", ".join(sign for known, sign in names.items() if known in marks or known == "estimated")]
+    lines = [", ".join(sign for mark, sign in names.items() if mark in marks or mark == "estimated")]
     by_parts: dict[str, list[str]] = {}
     for cost in costs:
         if cost.need:

@@ -129,9 +129,10 @@ def _rows(
         if table in tables:
             yield Finding(name, "rows", table, tables[table].num_rows)
     reasons = Counter(rejects.column("reason").to_pylist())
-    places = dict(zip(*(reversed(rejects.column(column).to_pylist()) for column in ("reason", "place")), strict=True))
+    columns = (reversed(rejects.column(column).to_pylist()) for column in ("reason", "place"))
+    place_by_reason = dict(zip(*columns, strict=True))
     for reason, count in reasons.most_common():
-        yield Finding(name, "rejected", reason, count, None, places[reason])
+        yield Finding(name, "rejected", reason, count, None, place_by_reason[reason])
 
 
 def _lengths(name: str, tables: dict[str, pa.Table]) -> Iterator[Finding]:

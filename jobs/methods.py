@@ -275,12 +275,12 @@ def comparisons(methods: list[Method]) -> list[Comparison]:
 def shared_seeds(a: list[set[str]], b: list[set[str]]) -> list[tuple[int, int]] | None:
     """Return which replicates of two methods share a step that no other replicate has, if that pairs all of them."""
 
-    def own(steps: list[set[str]]) -> list[set[str]]:
+    def single_keys(steps: list[set[str]]) -> list[set[str]]:
         counts = Counter(key for keys in steps for key in keys)
         return [{key for key in keys if counts[key] == 1} for keys in steps]
 
-    own_a, own_b = own(a), own(b)
-    pairs = [(i, j) for i, keys in enumerate(own_a) for j, others in enumerate(own_b) if keys & others]
+    keys_a, keys_b = single_keys(a), single_keys(b)
+    pairs = [(i, j) for i, keys in enumerate(keys_a) for j, others in enumerate(keys_b) if keys & others]
     is_matching = len(pairs) == len(a) == len(b) == len({i for i, _ in pairs}) == len({j for _, j in pairs})
     return pairs if is_matching else None
 

@@ -88,7 +88,7 @@ def copy_model(model: RunModel, folder: Path, link: bool = False) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WinnowError(f"--to {folder}: exists, and is not an empty folder; give a new one")
 
-    def place(source: str, target: str) -> None:
+    def link_or_copy(source: str, target: str) -> None:
         if link and source.endswith(".safetensors"):
             try:
                 os.link(source, target)
@@ -98,7 +98,7 @@ def copy_model(model: RunModel, folder: Path, link: bool = False) -> None:
         shutil.copyfile(source, target)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(model.folder, folder, copy_function=place, dirs_exist_ok=True)
+    shutil.copytree(model.folder, folder, copy_function=link_or_copy, dirs_exist_ok=True)
     _add_to_card(model, folder)
 
 

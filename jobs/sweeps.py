@@ -171,7 +171,7 @@ def _notes(plans: list[Plan]) -> list[str]:
     for plan in plans:
         if candidates := plan.target.inputs.get("candidates"):
             policies.setdefault(methods[plan.target.key], []).append(drawn_from(candidates.identity))
-    if all(len(set(drawn)) == len(drawn) for drawn in policies.values()):
+    if all(len(set(samples)) == len(samples) for samples in policies.values()):
         return []
     return [
         "some of these runs evaluate one policy: a seed of the evaluation alone is no further seed of a method on the "

@@ -139,29 +139,29 @@ def runs_table(store: Store, tags: Sequence[str] = ()) -> pa.Table:
 
     Raise WinnowError if no run has them.
     """
-    known = store.tags()
+    run_tags = store.tags()
     inventory = Inventory(store)
     keys = {run: {link["key"] for link in steps.values()} for run, steps in inventory.runs.items()}
     rows = []
     for run, run_keys in keys.items():
-        if not all(has_tag(known.get(run, {}), word) for word in tags):
+        if not all(has_tag(run_tags.get(run, {}), word) for word in tags):
             continue
         steps = [inventory.steps[key] for key in run_keys if key in inventory.steps]
         other_keys = {key for other, others in keys.items() if other != run for key in others}
         finished = [step.manifest for step in steps if step.manifest]
         rows.append({
             "run": run,
-            "tags": tags_text(known.get(run, {})),
+            "tags": tags_text(run_tags.get(run, {})),
             "age": format_age(max((manifest["made"] for manifest in finished), default=None)),
             "finished": f"{len(finished)} of {len(run_keys)} steps",
             "size": format_size(sum(step.bytes for step in steps)),
             "shared with other runs": format_size(sum(step.bytes for step in steps if step.key in other_keys)),
         })  # fmt: skip
     if tags and not rows:
-        names = sorted({tags_text({name: value}) for of_run in known.values() for name, value in of_run.items()})
+        names = sorted({tags_text({name: value}) for of_run in run_tags.values() for name, value in of_run.items()})
         raise WinnowError(f"--tag {' --tag '.join(tags)}: no run has it; there are {', '.join(names) or 'none'}")
     table = pa.Table.from_pylist(rows, RUN_LIST)
-    return table if known else table.drop_columns("tags")
+    return table if run_tags else table.drop_columns("tags")
 
 
 def steps_table(store: Store, run: str) -> pa.Table:

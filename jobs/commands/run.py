@@ -36,7 +36,7 @@ from jobs.commands.app import (
 )
 from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
-from jobs.costs import cost_lines, cost_table, shown
+from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.methods import leaderboard
 from jobs.models import find_model
@@ -90,8 +90,9 @@ def demo(
     _print_summary(Store(store), plans)
     if real:
         runs = [plan.name for plan in plans]
-        for name, shown in (("gold", runs), ("responses", runs[:1])):
-            console.print(as_table(query(open_catalog(Store(store), shown), queries.text(name)), queries.about(name)))
+        for name, query_runs in (("gold", runs), ("responses", runs[:1])):
+            result = query(open_catalog(Store(store), query_runs), queries.text(name))
+            console.print(as_table(result, queries.about(name)))
     report(store, folder / f"{'report' if title == 'store' else title}.html")
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
 
@@ -127,7 +128,7 @@ def plan(
         console.print(plan_tree(item, Store(store), options), highlight=False, soft_wrap=True)
         for line in overruled(item):
             console.print(f"  [dim]{escape(line)}[/]", highlight=False)
-        costs = shown(step_costs(item, Store(store), resources, local=True))
+        costs = remaining_costs(step_costs(item, Store(store), resources, local=True))
         if costs:
             console.print(cost_table(costs))
             for line in cost_lines(costs):

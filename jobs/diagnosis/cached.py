@@ -54,8 +54,8 @@ class CachedCandidates:
 
     def index(self, names: pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the position of candidates by their ids; -1 for those that have no reward."""
-        found = pc.index_in(names.combine_chunks(), value_set=self.rewards.column("candidate_id").combine_chunks())
-        return np.asarray(pc.fill_null(found, -1), dtype=np.int64)
+        positions = pc.index_in(names.combine_chunks(), value_set=self.rewards.column("candidate_id").combine_chunks())
+        return np.asarray(pc.fill_null(positions, -1), dtype=np.int64)
 
 
 def read_cached(
@@ -129,8 +129,8 @@ def _selection(plan: Plan, round: int | None) -> Step:
     if round is None:
         return steps[0]
     if round not in rounds:
-        known = ", ".join(str(number) for number in rounds if number) or "no rounds"
-        raise WinnowError(f"--round {round}: {plan.name} has {known}")
+        numbers = ", ".join(str(number) for number in rounds if number) or "no rounds"
+        raise WinnowError(f"--round {round}: {plan.name} has {numbers}")
     return steps[rounds.index(round)]
 
 
@@ -190,8 +190,8 @@ def _comparisons(cached: CachedCandidates, plan: Plan, store: Store) -> tuple[In
         if step.stage == "compare" and step.inputs.get("selections") is cached.select and store.folder(step).manifest:
             table = store.folder(step).read(COMPARISONS)
             left, right = (cached.index(table[name]) for name in ("left_id", "right_id"))
-            known = (left >= 0) & (right >= 0)
-            return left[known], right[known], table["logit"].to_numpy()[known]
+            rewarded = (left >= 0) & (right >= 0)
+            return left[rewarded], right[rewarded], table["logit"].to_numpy()[rewarded]
     return None
 
 

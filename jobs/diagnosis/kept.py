@@ -20,7 +20,7 @@ UNSCALED = ("best_of", "everything", "plain")  # rules that read the order of th
 
 
 @dataclass
-class Kept:
+class RuleOutcome:
     """Candidates that a rule keeps, over repetitions with other seeds."""
 
     label: str
@@ -31,15 +31,17 @@ class Kept:
     weights: list[Floats]  # of the candidates in single repetitions, [N] each
 
 
-def compared_rules(own: Bound, own_scale: Bound, extra: list[Bound], k: int, beta: float) -> list[tuple[Bound, Bound]]:
+def compared_rules(
+    recipe_rule: Bound, recipe_scale: Bound, extra: list[Bound], k: int, beta: float
+) -> list[tuple[Bound, Bound]]:
     """Return the recipe's own rule, the extra ones, and those of the recipes that ship, with its k and beta; each once.
 
     With the scale on which each reads the rewards.
     """
     raw, temperature = reward_scale.bind("raw"), dict(k=k, beta=beta)
     shipped = [
-        (dict(name="rejection_sample", **temperature), own_scale),
-        (dict(name="gumbel_top_k", **temperature), own_scale),
+        (dict(name="rejection_sample", **temperature), recipe_scale),
+        (dict(name="gumbel_top_k", **temperature), recipe_scale),
         (dict(name="best_of", k=1), raw),
         (dict(name="best_of", k=k), raw),
         (dict(name="plain", k=k), raw),
@@ -48,7 +50,7 @@ def compared_rules(own: Bound, own_scale: Bound, extra: list[Bound], k: int, bet
         (dict(name="advantage_weights", beta=1.0), raw),
         (dict(name="chi_square", beta=1.0), raw),
     ]
-    rules = [(own, own_scale), *((rule, own_scale) for rule in extra)]
+    rules = [(recipe_rule, recipe_scale), *((rule, recipe_scale) for rule in extra)]
     rules += [(selection_rule.bind(options), scale) for options, scale in shipped]
     return list({label_of(rule, scale): (rule, scale) for rule, scale in rules}.values())
 
@@ -62,7 +64,7 @@ def label_of(rule: Bound, scale: Bound) -> str:
     return f"{rule.name} {', '.join(words)}".strip()
 
 
-def keep(cached: CachedCandidates, rule: Bound, scale: Bound, rewards: pa.Table | None = None) -> Kept:
+def keep(cached: CachedCandidates, rule: Bound, scale: Bound, rewards: pa.Table | None = None) -> RuleOutcome:
     """Return what a rule keeps of the candidates by their rewards, or by others in a table of the same rows."""
     groups = cached.groups
     most = int(np.clip(REPEATED_ROWS // len(groups.values), FEWEST_REPETITIONS, MOST_REPETITIONS))
@@ -81,5 +83,5 @@ def keep(cached: CachedCandidates, rule: Bound, scale: Bound, rewards: pa.Table 
             if seed < PAIR_REPETITIONS:
                 weights.append(weight)
             if seed == 1 and (weights[0] == weights[1]).all():
-                return Kept(label_of(rule, scale), rule, shares / 2, number / 2, np.inf, weights[:1])
-    return Kept(label_of(rule, scale), rule, shares / repetitions, number / repetitions, repetitions, weights)
+                return RuleOutcome(label_of(rule, scale), rule, shares / 2, number / 2, np.inf, weights[:1])
+    return RuleOutcome(label_of(rule, scale), rule, shares / repetitions, number / repetitions, repetitions, weights)

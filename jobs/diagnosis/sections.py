@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from jobs import queries
 from jobs.diagnosis.cached import CachedCandidates
-from jobs.diagnosis.kept import Kept, compared_rules, keep, label_of
+from jobs.diagnosis.kept import RuleOutcome, compared_rules, keep, label_of
 from pipeline.registry import Bound
 from pipeline.sql.catalog import query
 from stages.selection import diagnostics as measures
@@ -89,22 +89,22 @@ def diagnose(cached: CachedCandidates, name: str, extra: list[Bound], seed: int 
     from jobs.diagnosis.findings import findings
 
     groups, step = cached.groups, cached.select
-    own, scale = step.options["rule"], step.options["scale"]
-    k, beta = own.options.get("k") or DEFAULT_K, own.options.get("beta")
+    rule, scale = step.options["rule"], step.options["scale"]
+    k, beta = rule.options.get("k") or DEFAULT_K, rule.options.get("beta")
     beta = DEFAULT_BETA if beta is None or not 0 < beta < np.inf else beta
-    kept = [keep(cached, *pair) for pair in compared_rules(own, scale, extra, k, beta)]
-    top = next(item for item in kept if item.rule.name == "best_of" and item.rule.options["k"] == k)
+    outcomes = [keep(cached, *pair) for pair in compared_rules(rule, scale, extra, k, beta)]
+    top = next(item for item in outcomes if item.rule.name == "best_of" and item.rule.options["k"] == k)
     resamples = Resamples(len(groups.sizes), RESAMPLES, seed)
     limit = float(np.log(groups.sizes / np.minimum(k, groups.sizes)).mean())
     on_scale = scaled(scale, groups)
     edge = _edge(on_scale, limit, beta)
-    rules, apart = _rules(cached, kept, resamples, seed)
+    rules, apart = _rules(cached, outcomes, resamples, seed)
     best, past_peak = _best_of(cached, resamples)
     sections = [
         rules,
         _tilt(cached, on_scale, k, beta, edge, limit, top, resamples, seed),
         best,
-        _agreement(cached, kept[0], top, scale, resamples),
+        _agreement(cached, outcomes[0], top, scale, resamples),
         _length(cached, resamples),
     ]
     biases = [] if cached.orders is None else query(cached.catalog, queries.text("position_bias")).to_pylist()
@@ -114,7 +114,7 @@ def diagnose(cached: CachedCandidates, name: str, extra: list[Bound], seed: int 
         f"which {np.median(cached.distinct):.0f} are different",
         "rewards": f"{step.inputs['rewards'].name}; standard deviation {_deviation(groups, groups.values):.3g} within "
         "a prompt",
-        "selection": f"{step.name}: {label_of(own, scale)}",
+        "selection": f"{step.name}: {label_of(rule, scale)}",
         "gold": cached.gold_name or "none",
     }
     result = Diagnosis(
@@ -130,7 +130,7 @@ def diagnose(cached: CachedCandidates, name: str, extra: list[Bound], seed: int 
         flat=float((groups.range == 0).mean()),
         labels=cached.rewards["label_threshold"].null_count < cached.rewards.num_rows,
         gold=cached.gold is not None,
-        weighing={item.label for item in kept if item.rule.metadata.get("weighs")},
+        weighing={item.label for item in outcomes if item.rule.metadata.get("weighs")},
         apart=apart,
         past_peak=past_peak,
         position_bias=biases[0] if biases else None,
@@ -147,10 +147,10 @@ def _cells(name: str, estimate: Estimate, factor: float = 1.0, interval: bool = 
     return cells if interval else {name: cells[name]}
 
 
-def _kept_mean(cached: CachedCandidates, kept: Kept, values: Floats) -> Floats:
+def _kept_mean(cached: CachedCandidates, outcome: RuleOutcome, values: Floats) -> Floats:
     """Return the mean of values in what a rule keeps of each prompt, [G]; nan where it keeps nothing."""
-    total = cached.groups.sum(np.where(kept.shares > 0, kept.shares * values, 0.0))
-    return np.where(kept.number > 0, total, np.nan)
+    total = cached.groups.sum(np.where(outcome.shares > 0, outcome.shares * values, 0.0))
+    return np.where(outcome.number > 0, total, np.nan)
 
 
 def _deviation(groups: RewardGroups, values: Floats) -> float:
@@ -159,20 +159,20 @@ def _deviation(groups: RewardGroups, values: Floats) -> float:
     return float(np.sqrt(groups.mean((values - mean) ** 2)).mean())
 
 
-def _pairs_of_kept(groups: RewardGroups, values: Floats, kept: Kept) -> Floats:
+def _pairs_of_kept(groups: RewardGroups, values: Floats, outcome: RuleOutcome) -> Floats:
     """Return columns of which `ratio` is the share of pairs in the same order, among what a rule keeps, [G, 2]."""
-    return np.sum([measures.agreement(groups, values, weight)[:, 0] for weight in kept.weights], axis=0)
+    return np.sum([measures.agreement(groups, values, weight)[:, 0] for weight in outcome.weights], axis=0)
 
 
 def _rules(
-    cached: CachedCandidates, kept: list[Kept], resamples: Resamples, seed: int
+    cached: CachedCandidates, outcomes: list[RuleOutcome], resamples: Resamples, seed: int
 ) -> tuple[Section, list[Estimate]]:
     """Return what rules keep, best first by gold or else by reward, and by how much each row is ahead of the next."""
     groups, gold = cached.groups, cached.gold
-    shares = [item.shares for item in kept]
+    shares = [item.shares for item in outcomes]
     predictions = [] if gold is None else measures.curve_prediction(groups, gold, shares, seed)
     rows: list[tuple[Row, Floats]] = []
-    for number, item in enumerate(kept):
+    for number, item in enumerate(outcomes):
         rewards = _kept_mean(cached, item, groups.values)
         row: Row = {"rule": item.label} | _cells("reward", resamples.mean(rewards))
         if gold is not None:
@@ -220,27 +220,27 @@ def _tilt(
     beta: float,
     edge: float,
     limit: float,
-    top: Kept,
+    top: RuleOutcome,
     resamples: Resamples,
     seed: int,
 ) -> Section:
     """Return what temperatures ask for and what Algorithm 1 achieves at them."""
     rows = []
     for value in sorted({factor * beta for factor in GRID} | {edge}):
-        asked, of_n = measures.asked_tilt(on_scale, value, seed)
+        target, of_n = measures.asked_tilt(on_scale, value, seed)
         if value == 0:  # no number of candidates shows what a temperature of 0 asks for
-            asked = replace(asked, kl=np.full_like(asked.kl, np.nan), reward=np.full_like(asked.reward, np.nan))
+            target = replace(target, kl=np.full_like(target.kl, np.nan), reward=np.full_like(target.reward, np.nan))
         rule = selection_rule.bind(dict(name="rejection_sample", k=k, beta=float(value)))
-        kept = keep(cached, rule, cached.select.options["scale"])
-        nats = measures.share_divergence(cached.groups, kept.shares, kept.number, kept.repetitions)
-        row: Row = {"beta": float(f"{value:.3g}")} | _cells("asked", resamples.mean(asked.kl))
+        outcome = keep(cached, rule, cached.select.options["scale"])
+        nats = measures.share_divergence(cached.groups, outcome.shares, outcome.number, outcome.repetitions)
+        row: Row = {"beta": float(f"{value:.3g}")} | _cells("asked", resamples.mean(target.kl))
         row |= _cells("of n", resamples.mean(of_n.kl), interval=False)
         row |= _cells("kept", resamples.mean(nats))
         row |= _cells("ess", resamples.mean(of_n.ess), interval=False)
         row |= _cells("accepted %", resamples.mean(of_n.acceptance), 100.0, interval=False)
-        row |= _cells("asked reward", resamples.mean(asked.reward), interval=False)
-        row |= _cells("kept reward", resamples.mean(_kept_mean(cached, kept, on_scale.values)))
-        in_top = _kept_mean(cached, kept, (top.shares > 0).astype(np.float64))
+        row |= _cells("asked reward", resamples.mean(target.reward), interval=False)
+        row |= _cells("kept reward", resamples.mean(_kept_mean(cached, outcome, on_scale.values)))
+        in_top = _kept_mean(cached, outcome, (top.shares > 0).astype(np.float64))
         rows.append(row | _cells("top k %", resamples.mean(in_top), 100.0, interval=False))
     about = (
         f"rejection_sample, k = {k}, on the recipe's scale. asked: nats by which exp(reward / beta) moves the policy. "
@@ -286,14 +286,16 @@ def _best_of(cached: CachedCandidates, resamples: Resamples) -> tuple[Section, E
     return Section("best-of", "Best of n", about, rows, short, {"deviations": deviations}), past_peak
 
 
-def _agreement(cached: CachedCandidates, own: Kept, top: Kept, scale: Bound, resamples: Resamples) -> Section:
+def _agreement(
+    cached: CachedCandidates, of_recipe: RuleOutcome, top: RuleOutcome, scale: Bound, resamples: Resamples
+) -> Section:
     """Return how far the order of the rewards agrees with other orders, of all candidates and of what rules keep."""
     groups, edges = cached.groups, measures.distances(cached.groups, DISTANCE_BINS)
     # By source: groups whose rewards order the pairs, what they are held against, and what the two rules keep. An order
     # of reading is held against what the other one selects: among what their mean selects, chance sets one against the
     # other, for where one is high by chance, the other need not be.
-    two = list({item.label: item for item in (own, top)}.values())
-    sources: dict[str, tuple[RewardGroups, Floats, list[Kept]]] = {}
+    two = list({item.label: item for item in (of_recipe, top)}.values())
+    sources: dict[str, tuple[RewardGroups, Floats, list[RuleOutcome]]] = {}
     if cached.orders is not None:
         first, second = cached.orders
         column = cached.rewards.column_names.index("reward")
@@ -315,8 +317,8 @@ def _agreement(cached: CachedCandidates, own: Kept, top: Kept, scale: Bound, res
         for item, label in zip(rules, two, strict=True):
             row |= _cells(f"in {label.label}: %", resamples.estimate(_pairs_of_kept(ranked, values, item)), 100.0)
         gains = [_kept_mean(cached, rules[0], one) - groups.mean(one) for one in (values, ranked.values)]
-        known = ~np.isnan(gains[0]) & ~np.isnan(gains[1])
-        columns = np.where(known[:, None], np.stack(gains, axis=1), 0.0)
+        valid = ~np.isnan(gains[0]) & ~np.isnan(gains[1])
+        columns = np.where(valid[:, None], np.stack(gains, axis=1), 0.0)
         row |= dict.fromkeys(f"confirmed %{end}" for end in ("", *ENDS))
         if what != "gold" and columns[:, 1].sum() > 0:  # in other units
             row |= _cells("confirmed %", resamples.estimate(columns), 100.0)
@@ -325,12 +327,12 @@ def _agreement(cached: CachedCandidates, own: Kept, top: Kept, scale: Bound, res
     if cached.comparisons is not None:
         left, right, logit = cached.comparisons
         difference = groups.values[left] - groups.values[right]
-        known = (difference != 0) & (logit != 0)
-        prompt = groups.broadcast(np.arange(len(groups.sizes)))[left[known]]
+        decided = (difference != 0) & (logit != 0)
+        prompt = groups.broadcast(np.arange(len(groups.sizes)))[left[decided]]
         columns = np.zeros((len(groups.sizes), 2))
-        np.add.at(columns, (prompt, 0), (np.sign(logit) == np.sign(difference))[known])
+        np.add.at(columns, (prompt, 0), (np.sign(logit) == np.sign(difference))[decided])
         np.add.at(columns, (prompt, 1), 1.0)
-        compared = {"against": "direct comparisons", "pairs": int(known.sum())}
+        compared = {"against": "direct comparisons", "pairs": int(decided.sum())}
         rows.append(compared | _cells("alike %", resamples.estimate(columns), 100.0))
     rows = [{name: row.get(name) for name in max(rows, key=len)} for row in rows]
     about = (

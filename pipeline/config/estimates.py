@@ -110,12 +110,12 @@ def device_of(profile: Profile, step: Step, machine: Device) -> Device:
     count = resources.tensor_parallel
     memory = resources.gpu_memory and resources.gpu_memory * GIB
     if resources.gpus or (resources.gpus is None and memory):
-        own = machine.memory if machine.kind == "cuda" else None
-        return Device("cuda", memory or own, count)
+        installed = machine.memory if machine.kind == "cuda" else None
+        return Device("cuda", memory or installed, count)
     if resources.gpus is None and machine.kind == "cuda":
         return replace(machine, count=count)
-    own = machine.memory if machine.kind == "cpu" else None
-    return Device("cpu", resources.memory * GIB if resources.memory else own)
+    installed = machine.memory if machine.kind == "cpu" else None
+    return Device("cpu", resources.memory * GIB if resources.memory else installed)
 
 
 @lru_cache

@@ -84,7 +84,7 @@ def with_methods(runs: dict[str, Json], manifests: list[Json]) -> dict[str, Json
     """
     identities = {manifest["key"]: manifest["identity"] for manifest in manifests}
     methods = method_keys(manifests)
-    own = {key: list(seeds_of(identity["options"])) for key, identity in identities.items()}
+    step_seeds = {key: list(seeds_of(identity["options"])) for key, identity in identities.items()}
     result = {}
     for run, steps in runs.items():
         names: dict[str, str] = {}
@@ -94,7 +94,7 @@ def with_methods(runs: dict[str, Json], manifests: list[Json]) -> dict[str, Json
             step: link
             | {
                 "method": methods[link["key"]] if link["key"] in identities else None,
-                "seeds": _seeds_behind(link["key"], names, identities, own),
+                "seeds": _seeds_behind(link["key"], names, identities, step_seeds),
             }
             for step, link in steps.items()
         }
@@ -102,7 +102,7 @@ def with_methods(runs: dict[str, Json], manifests: list[Json]) -> dict[str, Json
 
 
 def _seeds_behind(
-    key: str, names: dict[str, str], identities: dict[str, Json], own: dict[str, list[tuple[str, int]]]
+    key: str, names: dict[str, str], identities: dict[str, Json], step_seeds: dict[str, list[tuple[str, int]]]
 ) -> str | None:
     if key not in identities:
         return None
@@ -110,7 +110,7 @@ def _seeds_behind(
     queue, keys = [key], {key}
     for reached in queue:
         step = names.get(reached, reached)
-        seeds |= {f"{step}.{path}": value for path, value in own.get(reached, ())}
+        seeds |= {f"{step}.{path}": value for path, value in step_seeds.get(reached, ())}
         sources = identities[reached]["inputs"].values() if reached in identities else ()
         queue += [source for source in dict.fromkeys(sources) if source not in keys]
         keys.update(sources)

@@ -98,15 +98,15 @@ def unreadable(templates: dict[str, str]) -> list[str]:
 
 def unread_options(templates: dict[str, str], options: dict[str, Any]) -> list[str]:
     """Return what is wrong with variables that are to be given to templates: names that reach none of them."""
-    known, problems = {name for template in templates.values() for name in variables(template)}, []
+    names_read, problems = {name for template in templates.values() for name in variables(template)}, []
     for name in options:
         if name in ARGUMENTS:
             problems.append(
                 f"{name} is an argument of apply_chat_template, and no variable that a template is free to read; "
                 "remove it"
             )
-        elif name not in known:
-            readable = sorted(known.difference(ARGUMENTS))
+        elif name not in names_read:
+            readable = sorted(names_read.difference(ARGUMENTS))
             hint = nearest(name, readable) if readable else "there is none that it reads"
             problems.append(f"no chat template of the folder reads {name!r}; {hint}")
     return problems

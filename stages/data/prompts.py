@@ -262,11 +262,11 @@ class DataTables:
             prompt, ids, text, used_ids, k=self.counts[prompt], finish_reason=finish_reason, mask=mask,
             chat=reply_json(reply),
         )  # fmt: skip
-        known = self.candidates_by_id.get(row["candidate_id"])
-        if known is None:
+        earlier_row = self.candidates_by_id.get(row["candidate_id"])
+        if earlier_row is None:
             self.candidates_by_id[row["candidate_id"]] = row
             self.counts[prompt] += 1
-        elif known["mask"] != mask:  # turns that a template renders alike, whoever takes them
+        elif earlier_row["mask"] != mask:  # turns that a template renders alike, whoever takes them
             raise ValueError("its ids are those of another response, in which the assistant wrote others of them")
         return str(row["candidate_id"])
 

@@ -82,8 +82,8 @@ class Tokenizer:
             return ids
         # Where they part, only what follows the last message may be left out, which the text of another shows.
         changed = [*messages[:-1], messages[-1] | {"content": PROBE}]
-        _, found, behind = self._render(changed, conversation.tools, **{mode: True}).rpartition(PROBE)
-        if found and len(self.rendered(ids[len(shared) :])) > len(behind):
+        _, probe, behind = self._render(changed, conversation.tools, **{mode: True}).rpartition(PROBE)
+        if probe and len(self.rendered(ids[len(shared) :])) > len(behind):
             raise ValueError("the chat template renders the prompt differently once an answer follows")
         if any(token in self._added_tokens for token in ids[len(shared) :]):
             rest = self.rendered(ids[len(shared) :])
@@ -354,9 +354,9 @@ class Tokenizer:
     @cached_property
     def _reasoning_key(self) -> str | None:
         """Return the key of a message under which the template reads reasoning."""
-        reads = r"""(\.|\[['"]|get\(['"])"""
+        access = r"""(\.|\[['"]|get\(['"])"""
         template = str(self.inner.chat_template)
-        return next((key for key in REASONING_KEYS if re.search(rf"{reads}{key}\b", template)), None)
+        return next((key for key in REASONING_KEYS if re.search(rf"{access}{key}\b", template)), None)
 
     def _plain_text(self, conversation: Conversation) -> str:
         """Return the text of a prompt for a tokenizer without chat template."""

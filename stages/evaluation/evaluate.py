@@ -202,8 +202,8 @@ def score_by_gold(
 ) -> float:
     """Return the gold reward of a candidate of the prompt; raise WinnowError if it is no finite number."""
     use_raw = special_tokens and candidate["raw_text"] is not None
-    known = (fields,) if gold.metadata.get("reads_fields") else ()
-    score = gold(prompt, candidate["raw_text"] if use_raw else candidate["text"], *known)
+    arguments = (fields,) if gold.metadata.get("reads_fields") else ()
+    score = gold(prompt, candidate["raw_text"] if use_raw else candidate["text"], *arguments)
     return number(gold, score, of=f"prompt {candidate['prompt_id']}, candidate {candidate['candidate_id']}")
 
 

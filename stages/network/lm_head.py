@@ -129,28 +129,28 @@ class _KeptLogp(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         logp = states.new_empty(len(states), dtype=torch.float32)
         is_correct = targets.new_empty(len(targets), dtype=torch.bool)
-        kept = states.new_empty(len(states) if keep else 0, len(low))
+        p_slope = states.new_empty(len(states) if keep else 0, len(low))
         target_slope = torch.empty_like(logp)
         softmax = fused(_softmax, len(states) * len(low), states.device)
         for rows in _row_slices(len(states), head, states.device):
             logits = product(states[rows], low.T)
             if bias is not None:
                 logits += bias
-            out = kept[rows] if keep else None
+            out = p_slope[rows] if keep else None
             logp[rows], is_correct[rows], target_slope[rows] = softmax(
                 logits, targets[rows], out, head.scale, head.soft_cap
             )
-        ctx.save_for_backward(states, low, targets, kept, logp, target_slope)
+        ctx.save_for_backward(states, low, targets, p_slope, logp, target_slope)
         ctx.mark_non_differentiable(is_correct)
         return logp, is_correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        states, low, targets, kept, logp, target_slope = ctx.saved_tensors
+        states, low, targets, p_slope, logp, target_slope = ctx.saved_tensors
         # The target's own entry from fp32: 1 - p is lost where p, rounded, is 1.
         of_target = grads[0] * target_slope * -torch.expm1(logp)
-        d_logits = kept.mul_(-grads[0][:, None])
-        d_logits.scatter_(1, targets[:, None], of_target[:, None].to(kept.dtype))
+        d_logits = p_slope.mul_(-grads[0][:, None])
+        d_logits.scatter_(1, targets[:, None], of_target[:, None].to(p_slope.dtype))
         d_states = d_logits @ low if ctx.needs_input_grad[0] else None
         d_weight = product(d_logits.T, states) if ctx.needs_input_grad[1] else None
         d_bias = d_logits.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
@@ -158,11 +158,11 @@ class _KeptLogp(torch.autograd.Function):
 
 
 def _softmax(
-    logits: Tensor, targets: Tensor, kept: Tensor | None, scale: float, soft_cap: float | None
+    logits: Tensor, targets: Tensor, p_slope: Tensor | None, scale: float, soft_cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p of the targets, whether each is the likeliest, and its slope, [n], of fp32 products [n, V].
 
-    Writes softmax * slope to `kept`, of which d log softmax(logits)[target] / d product = (onehot - softmax) * slope.
+    Writes softmax * slope to `p_slope`: d log softmax(logits)[target] / d product = (onehot - softmax) * slope.
     """
     if scale != 1:
         logits = logits * scale
@@ -176,8 +176,8 @@ def _softmax(
     slope, target_slope = (
         scale if soft_cap is None else scale * (1 - (values / soft_cap) ** 2) for values in (logits, target_logit)
     )
-    if kept is not None:
-        kept.copy_(exponentials * (slope / total))
+    if p_slope is not None:
+        p_slope.copy_(exponentials * (slope / total))
     return logp[:, 0], (target_logit == largest)[:, 0], (torch.ones_like(logp) * target_slope)[:, 0]
 
 

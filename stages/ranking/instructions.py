@@ -54,8 +54,7 @@ def instructions_of(ids: str, arguments: str) -> tuple[tuple[str, Mapping[str, A
         if missing := [key for key in needed if key not in values]:
             raise ValueError(f"instruction {name} has no {missing[0]}")
         kinds = get_type_hints(CHECKS[name])
-        own = {key: _argument(name, key, values[key], kinds[key]) for key in needed}
-        items.append((name, own))
+        items.append((name, {key: _argument(name, key, values[key], kinds[key]) for key in needed}))
     return tuple(items)
 
 

@@ -47,9 +47,9 @@ def ranker_examples(
         if prompt not in prompt_rows:
             continue
         text = prompt_rows[prompt]["text"]
-        place = dict(place="pairs", prompt=prompt)
+        of_pair = dict(place="pairs", prompt=prompt)
         if not all(map(ranker_prompt.can_read, (text, texts[chosen], texts[rejected]))):
-            ctx.reject("special token in the text", candidate=chosen, detail=rejected, **place)
+            ctx.reject("special token in the text", candidate=chosen, detail=rejected, **of_pair)
             continue
         flipped = seed_for(seed, prompt, chosen, rejected) % 2
         first, second = (rejected, chosen) if flipped else (chosen, rejected)
@@ -58,10 +58,10 @@ def ranker_examples(
             context = ranker_prompt.context(text, conversation_of(prompt_rows[prompt]), *responses)
             ids = ranker_prompt.ids(context, texts[first], texts[second])
         except ValueError as error:
-            ctx.reject(str(error), candidate=chosen, detail=rejected, **place)
+            ctx.reject(str(error), candidate=chosen, detail=rejected, **of_pair)
             continue
         if len(ids) > max_prompt_tokens:
-            ctx.reject("comparison too long", detail=f"{len(ids)} tokens", **place)
+            ctx.reject("comparison too long", detail=f"{len(ids)} tokens", **of_pair)
             continue
         right, wrong = ranker_prompt.labels[flipped], ranker_prompt.labels[1 - flipped]
         answers = [{"candidate_id": chosen, "token_ids": [right], "weight": 1.0}]

@@ -79,10 +79,10 @@ def fields_problems(program: Bound, inputs: Mapping[str, InputStep], option: str
     step = inputs.get("prompts")
     if not program.metadata.get("reads_fields") or step is None or not step.stage:
         return problems
-    kept = step.options.get("keep") or []
+    prompt_columns = step.options.get("keep") or []
     columns = [program.options[name] for name in program.metadata.get("columns", ())]
-    lacking = [name for name in columns if name not in kept]
-    if step.stage != "prompts" or lacking or not kept:
+    lacking = [name for name in columns if name not in prompt_columns]
+    if step.stage != "prompts" or lacking or not prompt_columns:
         cure = f"set `keep: [{', '.join(lacking or ['COLUMN'])}]` in the step of stage prompts that it reads"
         what = f"the column {' and '.join(lacking)}" if lacking else "columns"
         problems.append(

@@ -185,7 +185,7 @@ def runs_to_its_end(sources: list[str], timeout: float, memory: int) -> bool:
     token = token_hex(16)
     read, write = os.pipe()
     limits = {"RLIMIT_CPU": math.ceil(timeout), "RLIMIT_AS": memory << 20, "RLIMIT_FSIZE": 16 << 20, "RLIMIT_CORE": 0}
-    given = json.dumps({"sources": sources, "token": token, "pipe": write, "limits": limits})
+    runner_input = json.dumps({"sources": sources, "token": token, "pipe": write, "limits": limits})
     try:
         with tempfile.TemporaryDirectory() as folder:
             process = subprocess.Popen(
@@ -201,7 +201,7 @@ def runs_to_its_end(sources: list[str], timeout: float, memory: int) -> bool:
             )
             try:
                 with suppress(subprocess.TimeoutExpired):
-                    process.communicate(given, timeout=timeout)
+                    process.communicate(runner_input, timeout=timeout)
             finally:
                 with suppress(ProcessLookupError):  # all of it has ended
                     os.killpg(process.pid, signal.SIGKILL)

@@ -76,17 +76,19 @@ def divergence(groups: RewardGroups, p: Floats) -> Floats:
     return groups.sum(p * np.log(np.where(p > 0, p * groups.broadcast(groups.sizes), 1.0)))
 
 
-def share_divergence(groups: RewardGroups, shares: Floats, kept: Floats, repetitions: float) -> Floats:
+def share_divergence(groups: RewardGroups, shares: Floats, number: Floats, repetitions: float) -> Floats:
     """Return `divergence` of shares that were estimated by repeating a rule, without the bias of chance, nats, [G].
 
-    shares: of each candidate in what the rule keeps of its prompt, [N]. kept: mean number of candidates that a
+    shares: of each candidate in what the rule keeps of its prompt, [N]. number: mean number of candidates that a
     repetition keeps, [G]. repetitions: infinite where the shares are exact. A candidate that is kept with probability
-    f has a frequency whose variance f (1 - f) / repetitions alone adds (1 - f) / (2 kept repetitions) to the
+    f has a frequency whose variance f (1 - f) / repetitions alone adds (1 - f) / (2 number repetitions) to the
     divergence. nan where nothing was kept.
     """
-    frequency = np.minimum(shares * groups.broadcast(kept), 1.0)
-    chance = groups.sum(np.where(shares > 0, 1.0 - frequency, 0.0)) / (2 * np.where(kept > 0, kept, 1.0) * repetitions)
-    return np.where(kept > 0, np.maximum(divergence(groups, shares) - chance, 0.0), np.nan)
+    frequency = np.minimum(shares * groups.broadcast(number), 1.0)
+    chance = groups.sum(np.where(shares > 0, 1.0 - frequency, 0.0)) / (
+        2 * np.where(number > 0, number, 1.0) * repetitions
+    )
+    return np.where(number > 0, np.maximum(divergence(groups, shares) - chance, 0.0), np.nan)
 
 
 def halves(groups: RewardGroups, seed: int) -> tuple[RewardGroups, RewardGroups]:
@@ -110,12 +112,12 @@ def asked_tilt(groups: RewardGroups, beta: float, seed: int) -> tuple[Tilt, Tilt
     halves. Where few candidates carry the weight, the bias has other orders too, and the result is still too small.
     """
     betas = np.full(len(groups.sizes), beta)
-    whole = tilt(groups, betas)
+    full = tilt(groups, betas)
     parts = [tilt(half, betas) for half in halves(groups, seed)]
     kl, reward = (
-        2 * getattr(whole, name) - (getattr(parts[0], name) + getattr(parts[1], name)) / 2 for name in ("kl", "reward")
+        2 * getattr(full, name) - (getattr(parts[0], name) + getattr(parts[1], name)) / 2 for name in ("kl", "reward")
     )
-    return replace(whole, kl=kl, reward=reward), whole
+    return replace(full, kl=kl, reward=reward), full
 
 
 # Best of n
@@ -197,18 +199,18 @@ def correlation(sums: Floats) -> Floats:
 
 def means(per_prompt: Floats) -> Floats:
     """Return columns of which `ratio` is the mean over the prompts that are not nan: [G] -> [G, 2]."""
-    known = ~np.isnan(per_prompt)
-    return np.stack([np.where(known, per_prompt, 0.0), known.astype(np.float64)], axis=1)
+    valid = ~np.isnan(per_prompt)
+    return np.stack([np.where(valid, per_prompt, 0.0), valid.astype(np.float64)], axis=1)
 
 
 def squares(groups: RewardGroups, x: Floats, y: Floats) -> Floats:
     """Return columns for `correlation` of x and y within prompts, [G, 3]: sums of products of deviations."""
-    known = ~(np.isnan(x) | np.isnan(y))
-    count = np.maximum(groups.sum(known.astype(np.float64)), 1.0)
+    valid = ~(np.isnan(x) | np.isnan(y))
+    count = np.maximum(groups.sum(valid.astype(np.float64)), 1.0)
     deviations = []
     for values in (x, y):
-        values = np.where(known, values, 0.0)
-        deviations.append(np.where(known, values - groups.broadcast(groups.sum(values) / count), 0.0))
+        values = np.where(valid, values, 0.0)
+        deviations.append(np.where(valid, values - groups.broadcast(groups.sum(values) / count), 0.0))
     a, b = deviations
     return np.stack([groups.sum(a * b), groups.sum(a * a), groups.sum(b * b)], axis=1)
 
@@ -241,8 +243,8 @@ class Resamples:
         """Return the measure of columns [G, C] with its interval; nan if it has no value."""
         value = float(measure(columns.sum(axis=0)))
         resampled = self.values(columns, measure)
-        known = resampled[~np.isnan(resampled)]
-        low, high = np.percentile(known, [2.5, 97.5]).tolist() if len(known) else (np.nan, np.nan)
+        numbers = resampled[~np.isnan(resampled)]
+        low, high = np.percentile(numbers, [2.5, 97.5]).tolist() if len(numbers) else (np.nan, np.nan)
         return Estimate(value, low, high)
 
     def mean(self, per_prompt: Floats) -> Estimate:

@@ -171,15 +171,15 @@ class EndpointEngine(Engine):
             self._check_bad_words(sampling)
             size = min(TRIAL_TOKENS, sampling.max_tokens)
             short = replace(sampling, max_tokens=size, min_tokens=min(size, sampling.min_tokens))
-            drawn = self._ask(trials, short)
+            draws = self._ask(trials, short)
             if self.verify:
-                self._check_weights(trials, [completion for completion, _ in drawn])
+                self._check_weights(trials, [completion for completion, _ in draws])
                 # To read the weights takes as long as a start of the server: one that draws the same is the same.
                 again, _ = self._ask(trials[:1], short)[0]
-                if again.token_ids == drawn[0][0].token_ids:
+                if again.token_ids == draws[0][0].token_ids:
                     interruptions = self.client.interruptions
             self.interruptions = interruptions
-            self.fingerprints |= fingerprints | {fingerprint for _, fingerprint in drawn}
+            self.fingerprints |= fingerprints | {fingerprint for _, fingerprint in draws}
 
     def _check_logprobs_mode(self, trial: Request) -> None:
         """Refuse log-probs of the processed logits: a bias makes two different tokens certain, one after the other."""
