@@ -42,7 +42,7 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _variable(name: str) -> str:
+def _environment_variable(name: str) -> str:
     """Return the name of an environment variable. Errors do not repeat it: it may be the key itself."""
     if not re.fullmatch("[A-Z_][A-Z0-9_]*", name):  # keys have lower case, and some are identifiers
         raise WinnowError(
@@ -59,7 +59,7 @@ def _filled(name: str) -> str:
 
 Url = Annotated[str, AfterValidator(_url)]
 ServedName = Annotated[str, AfterValidator(_filled)]
-VariableName = Annotated[str, AfterValidator(_variable)]
+VariableName = Annotated[str, AfterValidator(_environment_variable)]
 Concurrency = Annotated[int, Range(gt=0, le=10_000)]
 Timeout = Annotated[float, Range(gt=0, le=86_400)]
 Retries = Annotated[int, Range(ge=0, le=1000)]
@@ -104,6 +104,9 @@ class EndpointClient:
 
     The library openai tries again after a lost connection, a timeout, 408, 409, 429 and 5xx, and waits 0.5, 1, 2, ...
     8 s before it does (or as long as `Retry-After` says). All requests are made in a thread of this object.
+
+    max_model_len: the longest sequence that the server takes, None if it does not say so; it is asked at the start.
+    Raises MachineError if the server is down, and WinnowError if it serves no model of this name.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -151,13 +154,17 @@ class EndpointClient:
         self.loop = asyncio.new_event_loop()
         self.thread = Thread(target=self.loop.run_forever, name="endpoint", daemon=True)
         self.thread.start()
+        try:
+            self.max_model_len = self._run(self._get_max_model_len())
+        except BaseException:
+            self.close()
+            raise
 
-    def max_model_len(self) -> int | None:
-        """Return the longest sequence that the server takes, if it says so.
-
-        Raises MachineError if it is down, and WinnowError if it serves no model of this name.
-        """
-        cards = self._run(self._get_models())
+    async def _get_max_model_len(self) -> int | None:
+        """Return the longest sequence that the server takes, if it says so."""
+        retries = min(FIRST_RETRIES, self.endpoint.max_retries)
+        client = self.client.with_options(max_retries=retries)
+        cards = self.parse(_Cards, await self._answer(lambda: client.get("/models", cast_to=object), retries))
         names = [card.id for card in cards.data]
         if self.endpoint.model not in names:
             raise WinnowError(
@@ -217,11 +224,6 @@ class EndpointClient:
             "which ends in /v1"
         )
 
-    async def _get_models(self) -> _Cards:
-        retries = min(FIRST_RETRIES, self.endpoint.max_retries)
-        client = self.client.with_options(max_retries=retries)
-        return self.parse(_Cards, await self._answer(lambda: client.get("/models", cast_to=object), retries))
-
     async def _post_all(
         self,
         path: str,
@@ -265,7 +267,7 @@ class EndpointClient:
                 f"server, so that it serves {self.endpoint.model}"
             ) from None
         except openai.APIStatusError as error:
-            text = f"{self.endpoint}: status {error.status_code}: {self._line(_message(error.body) or error.message)}"
+            text = f"{self.endpoint}: status {error.status_code}: {self._line(_error_of(error.body) or error.message)}"
             if error.status_code in PASSING or error.status_code >= 500:
                 raise MachineError(
                     f"{text} ({attempts}); see the server's log, and lower `concurrency` if it is overloaded"
@@ -286,7 +288,7 @@ class EndpointClient:
         return (line if self.key == NO_KEY else line.replace(self.key, "***"))[:500]
 
 
-def _message(body: object) -> str | None:
+def _error_of(body: object) -> str | None:
     """Return the message of a server's error, as vLLM (`error.message`) or FastAPI (`detail`) has it."""
     if isinstance(body, dict):
         inner = body.get("error", body)

@@ -13,7 +13,7 @@ from rich.text import Text
 from jobs import recipes
 from jobs.commands.app import STORE, Configs, Sets, StorePath, console, existing_store
 from jobs.console import visible
-from jobs.output import Format, format_of, write
+from jobs.output import Format, format_of, write_result
 from pipeline.registry import Bound
 from pipeline.sql.catalog import QueryResult
 from schemas import WinnowError
@@ -41,7 +41,7 @@ def diagnose(
 ) -> None:
     """Say what cached candidates and rewards can support, before training: agreement, tilt, best of n, length."""
     from jobs.diagnosis.cached import read_cached
-    from jobs.diagnosis.sections import diagnose as diagnosis_of
+    from jobs.diagnosis.sections import make_diagnosis
 
     output_format = format_of(format, out)
     source = existing_store(store)
@@ -49,7 +49,7 @@ def diagnose(
         raise WinnowError(f"--to {to}: no such folder {to.parent}; create it first")
     plan, gold = recipes.plan_with_gold(recipe, configs, sets)
     extra = [_rule(text) for text in rules]
-    result = diagnosis_of(read_cached(plan, source, gold, round, prompts), plan.name, extra)
+    result = make_diagnosis(read_cached(plan, source, gold, round, prompts), plan.name, extra)
     if output_format is Format.table and out is None:
         for name, fact in result.facts.items():
             console.print(f"{name:<11} {fact}", highlight=False, markup=False, width=WIDTH, soft_wrap=False)
@@ -59,7 +59,7 @@ def diagnose(
             console.print(f"- {finding}", highlight=False, markup=False, width=WIDTH, soft_wrap=False)
     else:
         with duckdb.connect() as connection:
-            write(QueryResult(connection.from_arrow(result.flat_table())), output_format, out, console)
+            write_result(QueryResult(connection.from_arrow(result.flat_table())), output_format, out, console)
     if out:
         console.print(f"wrote {out}", highlight=False, markup=False)
     if to:
@@ -89,8 +89,11 @@ def _console_table(section: "Section") -> Table:
     from jobs.page import page_table
 
     rows = [{name: row[name] for name in section.short if name in row} for row in section.rows]
-    table = page_table([{name: _short(value) if number else value for number, (name, value) in enumerate(row.items())}
-                        for row in rows])  # fmt: skip
+    for row in rows:
+        for name in [*row][1:]:  # numbers, to four digits; the first column is the row's label
+            if isinstance(row[name], float):
+                row[name] = round(row[name], 3 - len(f"{abs(row[name]):.0f}"))
+    table = page_table(rows)
     result = Table(title=section.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
                    padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
     for number, name in enumerate(rows[0]):
@@ -100,7 +103,3 @@ def _console_table(section: "Section") -> Table:
     for row in table["rows"]:
         result.add_row(*(Text(visible(cell)) for cell in row))
     return result
-
-
-def _short(value: object) -> object:
-    return round(value, 3 - len(f"{abs(value):.0f}")) if isinstance(value, float) else value

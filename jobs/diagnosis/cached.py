@@ -76,7 +76,9 @@ def read_cached(
                 f"result; `{hint('run', '...', '--until', split_round(rewards_step.name)[0])}` with the same recipe, "
                 "config, --set and --store computes it"
             )
-    catalog = _catalog_of(plan, store)
+    # The plan's finished steps, as if they were one run, whether or not a run has linked them.
+    links = {step.name: {"stage": step.stage, "key": step.key} for step in plan.steps}
+    catalog = replace(_only(open_catalog(store), {step.key for step in plan.steps}), runs={plan.name: links})
     read = _only(catalog, {candidates_step.key, rewards_step.key})
     rows = read.sql(ROWS).arrow()
     expected = store.folder(rewards_step).manifest["rows"]["rewards"]  # type: ignore[index]
@@ -97,12 +99,15 @@ def read_cached(
     starts = np.concatenate([np.zeros(1, np.int64), np.asarray(runs.run_ends, dtype=np.int64)])
     seeds = np.zeros(len(starts) - 1, dtype=np.uint64)  # `select` makes its own
     groups = RewardGroups(rows["reward"].to_numpy(), starts, seeds)
+    ids = rows["ids"].to_numpy()
+    order = np.lexsort((ids, groups.broadcast(np.arange(len(groups.sizes)))))
+    is_new = (groups.position == 0) | (ids[order] != np.roll(ids[order], 1))
     cached = CachedCandidates(
         select=select,
         rewards=rows.select(REWARDS.names),
         groups=groups,
         tokens=rows["n_tokens"].to_numpy().astype(np.float64),
-        distinct=_distinct(rows["ids"].to_numpy(), groups),
+        distinct=groups.sum(is_new.astype(np.float64)),
         catalog=catalog,
     )
     if rows["logit_ab"].null_count < rows.num_rows and rows["logit_ba"].null_count < rows.num_rows:
@@ -115,7 +120,7 @@ def read_cached(
         prompts_step = source_of(rewards_step, PROMPTS)
         prompts = store.folder(prompts_step).read(PROMPTS).to_pylist()
         by_prompt = {row["prompt_id"]: (row["text"], fields_of(row)) for row in prompts}
-        cached.gold = _gold(cached, gold[0], gold[1], by_prompt, _only(catalog, {candidates_step.key}))
+        cached.gold = _gold_scores(cached, gold[0], gold[1], by_prompt, _only(catalog, {candidates_step.key}))
         cached.gold_name = gold[0].name
     return cached
 
@@ -145,23 +150,9 @@ def source_of(step: Step, schema: pa.Schema) -> Step:
     raise WinnowError(f"no step behind the rewards has the table {names.pop()}")
 
 
-def _catalog_of(plan: Plan, store: Store) -> Catalog:
-    """Return a catalog of the plan's finished steps, as if they were one run, whether or not a run has linked them."""
-    catalog = open_catalog(store)
-    keys = {step.key for step in plan.steps}
-    links = {step.name: {"stage": step.stage, "key": step.key} for step in plan.steps}
-    return replace(_only(catalog, keys), runs={plan.name: links})
-
-
 def _only(catalog: Catalog, keys: set[str]) -> Catalog:
     manifests = [manifest for manifest in catalog.manifests if manifest["key"] in keys]
     return replace(catalog, manifests=manifests, is_part=True)
-
-
-def _distinct(ids: NDArray[np.uint64], groups: RewardGroups) -> Floats:
-    order = np.lexsort((ids, groups.broadcast(np.arange(len(groups.sizes)))))
-    new = (groups.position == 0) | (ids[order] != np.roll(ids[order], 1))
-    return groups.sum(new.astype(np.float64))
 
 
 def _repeats(cached: CachedCandidates, step: Step, store: Store) -> dict[str, Floats]:
@@ -195,7 +186,7 @@ def _comparisons(cached: CachedCandidates, plan: Plan, store: Store) -> tuple[In
     return None
 
 
-def _gold(
+def _gold_scores(
     cached: CachedCandidates, gold: Bound, special_tokens: bool, by_prompt: dict[str, Any], catalog: Catalog
 ) -> Floats:
     """Return the gold reward of every candidate; equal texts of a prompt are scored once."""

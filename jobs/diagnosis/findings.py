@@ -17,7 +17,7 @@ FEW = 3.0  # candidates on which all weight of a prompt rests
 def findings(diagnosis: Diagnosis) -> Iterator[str]:
     """Yield a sentence or two per finding, in the order in which one would act on them."""
     yield from _order(diagnosis)
-    yield from _candidates(diagnosis)
+    yield from _spread(diagnosis)
     yield from _tilt(diagnosis)
     yield from _other_rules(diagnosis)
     yield from _best_of(diagnosis)
@@ -35,7 +35,7 @@ def _order(diagnosis: Diagnosis) -> Iterator[str]:
     yield f"Order of the rules by {key} of what they keep (~: not told apart): {names[0]}{text}."
 
 
-def _candidates(diagnosis: Diagnosis) -> Iterator[str]:
+def _spread(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.distinct < 0.75:
         yield (
             f"Of a prompt's {diagnosis.n} candidates {100 * diagnosis.distinct:.0f} % are different, and no rule finds "

@@ -39,7 +39,7 @@ def write_page(diagnosis: Diagnosis, out: Path, date: datetime | None = None) ->
     out.write_text(render("diagnosis/page.html", content), encoding="utf-8")
 
 
-def _error(rows: list[Row], name: str) -> list[list[float]]:
+def _error_bars(rows: list[Row], name: str) -> list[list[float]]:
     """Return the lengths of the intervals below and above the values, as error bars have them."""
     return [[abs(row[f"{name} {end}"] - row[name]) for row in rows] for end in ("low", "high")]
 
@@ -50,7 +50,7 @@ def _plot_rules(section: Section) -> str:
     rows = [row for row in section.rows if row[name] is not None]
     figure, axes = new_figure(1.1 + 0.42 * len(rows))
     heights, color = np.arange(len(rows)), GOLD_COLOR if name == "gold" else REWARD_COLOR
-    axes.errorbar([row[name] for row in rows], heights, xerr=_error(rows, name), fmt="o", color=color, capsize=3,
+    axes.errorbar([row[name] for row in rows], heights, xerr=_error_bars(rows, name), fmt="o", color=color, capsize=3,
                   label=f"{name} of what is kept")  # fmt: skip
     if name == "gold":
         predicted = [row["predicted"] for row in rows]
@@ -87,7 +87,7 @@ def _plot_best_of(section: Section) -> str:
         if name in section.plot["deviations"]:
             deviation = section.plot["deviations"][name] or 1.0
             gains = [(row[name] - section.rows[0][name]) / deviation for row in section.rows]
-            error = np.array(_error(section.rows, name)) / deviation
+            error = np.array(_error_bars(section.rows, name)) / deviation
             axes.errorbar(sizes, gains, yerr=error, fmt="o-", color=color, capsize=3, markersize=3.5, linewidth=1.2,
                           label=name)  # fmt: skip
     axes.set_xscale("log", base=2)

@@ -84,7 +84,7 @@ class Diagnosis:
         return pa.Table.from_pylist(rows, pa.schema(names))
 
 
-def diagnose(cached: CachedCandidates, name: str, extra: list[Bound], seed: int = 0) -> Diagnosis:
+def make_diagnosis(cached: CachedCandidates, name: str, extra: list[Bound], seed: int = 0) -> Diagnosis:
     """Return the diagnosis of cached candidates for the recipe's own rule, the rules that ship, and `extra` ones."""
     from jobs.diagnosis.findings import findings
 
@@ -97,15 +97,18 @@ def diagnose(cached: CachedCandidates, name: str, extra: list[Bound], seed: int 
     resamples = Resamples(len(groups.sizes), RESAMPLES, seed)
     limit = float(np.log(groups.sizes / np.minimum(k, groups.sizes)).mean())
     on_scale = scaled(scale, groups)
-    edge = _edge(on_scale, limit, beta)
-    rules, apart = _rules(cached, outcomes, resamples, seed)
-    best, past_peak = _best_of(cached, resamples)
+    # The beta, median over prompts, at which the candidates' own tilt is log(n / k).
+    betas = temperature(on_scale, None, None, max(limit, 1e-3))
+    usable = betas[np.isfinite(betas) & (betas > 0)]
+    edge = float(f"{np.median(usable):.2g}") if len(usable) else beta
+    rules, apart = _rules_section(cached, outcomes, resamples, seed)
+    best, past_peak = _best_of_section(cached, resamples)
     sections = [
         rules,
-        _tilt(cached, on_scale, k, beta, edge, limit, top, resamples, seed),
+        _tilt_section(cached, on_scale, k, beta, edge, limit, top, resamples, seed),
         best,
-        _agreement(cached, outcomes[0], top, scale, resamples),
-        _length(cached, resamples),
+        _agreement_section(cached, outcomes[0], top, scale, resamples),
+        _length_section(cached, resamples),
     ]
     biases = [] if cached.orders is None else query(cached.catalog, queries.text("position_bias")).to_pylist()
     sizes, distinct = groups.sizes, cached.distinct / groups.sizes
@@ -164,7 +167,7 @@ def _pairs_of_kept(groups: RewardGroups, values: Floats, outcome: RuleOutcome) -
     return np.sum([measures.agreement(groups, values, weight)[:, 0] for weight in outcome.weights], axis=0)
 
 
-def _rules(
+def _rules_section(
     cached: CachedCandidates, outcomes: list[RuleOutcome], resamples: Resamples, seed: int
 ) -> tuple[Section, list[Estimate]]:
     """Return what rules keep, best first by gold or else by reward, and by how much each row is ahead of the next."""
@@ -206,14 +209,7 @@ def _rules(
     return Section("rules", "What rules keep", about, [row for row, _ in rows], short), apart
 
 
-def _edge(on_scale: RewardGroups, limit: float, beta: float) -> float:
-    """Return the beta, median over prompts, at which the candidates' own tilt is log(n / k)."""
-    betas = temperature(on_scale, None, None, max(limit, 1e-3))
-    usable = betas[np.isfinite(betas) & (betas > 0)]
-    return float(f"{np.median(usable):.2g}") if len(usable) else beta
-
-
-def _tilt(
+def _tilt_section(
     cached: CachedCandidates,
     on_scale: RewardGroups,
     k: int,
@@ -254,15 +250,15 @@ def _tilt(
     return Section("tilt", "Asked and achieved tilt", about, rows, short, {"limit": limit, "beta": beta})
 
 
-def _best_of(cached: CachedCandidates, resamples: Resamples) -> tuple[Section, Estimate | None]:
+def _best_of_section(cached: CachedCandidates, resamples: Resamples) -> tuple[Section, Estimate | None]:
     """Return the best of n for several n, and what gold loses (below 0) from its highest n to the last."""
     groups = cached.groups
     sizes = measures.subset_sizes(int(groups.sizes.max()))
-    rewards = measures.best_of(groups, groups.values, sizes)
+    rewards = measures.best_of_n(groups, groups.values, sizes)
     # An n that most prompts have: of the few others the rows could not be compared.
     sizes = [size for column, size in enumerate(sizes) if np.isnan(rewards[:, column]).mean() <= 0.5]
-    golds = None if cached.gold is None else measures.best_of(groups, cached.gold, sizes)
-    tokens = measures.best_of(groups, cached.tokens, sizes)
+    golds = None if cached.gold is None else measures.best_of_n(groups, cached.gold, sizes)
+    tokens = measures.best_of_n(groups, cached.tokens, sizes)
     rows = []
     for column, size in enumerate(sizes):
         row: Row = {"n": size, "nats": float(np.log(size) - (size - 1) / size)}
@@ -286,7 +282,7 @@ def _best_of(cached: CachedCandidates, resamples: Resamples) -> tuple[Section, E
     return Section("best-of", "Best of n", about, rows, short, {"deviations": deviations}), past_peak
 
 
-def _agreement(
+def _agreement_section(
     cached: CachedCandidates, of_recipe: RuleOutcome, top: RuleOutcome, scale: Bound, resamples: Resamples
 ) -> Section:
     """Return how far the order of the rewards agrees with other orders, of all candidates and of what rules keep."""
@@ -348,7 +344,7 @@ def _agreement(
     return Section("agreement", "Agreement of the ranker's order", about, rows, short, plot)
 
 
-def _length(cached: CachedCandidates, resamples: Resamples) -> Section:
+def _length_section(cached: CachedCandidates, resamples: Resamples) -> Section:
     """Return how reward and gold go with the number of tokens, within prompts."""
     groups, tokens = cached.groups, cached.tokens
     by_length = replace(groups, values=tokens)

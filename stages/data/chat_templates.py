@@ -51,8 +51,14 @@ def chat_templates(folder: Path) -> dict[str, str]:
     """
     files = [file for file in (folder / "chat_template.jinja",) if file.is_file()]
     files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if files:
-        return {file.relative_to(folder).as_posix(): _text(file) for file in files}
+    texts = {}
+    for file in files:
+        try:
+            texts[file.relative_to(folder).as_posix()] = file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise WinnowError(f"{file} is not UTF-8 text ({error}); copy it again") from None
+    if texts:
+        return texts
     for name in ("tokenizer_config.json", "chat_template.json"):
         content = json_object(folder / name).get("chat_template") if (folder / name).is_file() else None
         if isinstance(content, str):
@@ -122,10 +128,3 @@ def literals(template: str) -> list[str]:
     tree = ENVIRONMENT.parse(template)
     constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
     return constants + [node.data for node in tree.find_all(nodes.TemplateData)]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise WinnowError(f"{file} is not UTF-8 text ({error}); copy it again") from None

@@ -66,7 +66,7 @@ def column_names(file: Path) -> list[str]:
             else:
                 with closing(_open(file, "rt", **ESCAPED)) as lines:
                     names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
-                repeated = _repeated(names)
+                repeated = _repeated_names(names)
             if repeated:
                 raise WinnowError(f"{file.name}: more than one column {', '.join(map(repr, repeated))}; rename one")
             return names
@@ -148,7 +148,7 @@ class RepeatedKeys:
     def __call__(self, pairs: list[tuple[str, Any]]) -> Row:
         row = dict(pairs)
         if len(row) < len(pairs):
-            self.names.update(_repeated([name for name, _ in pairs]))
+            self.names.update(_repeated_names([name for name, _ in pairs]))
         return row
 
     def pop(self) -> list[str]:
@@ -230,7 +230,7 @@ def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None], nam
                 yield location, row
 
 
-def _repeated(names: Sequence[str]) -> list[str]:
+def _repeated_names(names: Sequence[str]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
 
 
@@ -239,7 +239,7 @@ def _repeated_fields(fields: Iterable[pa.Field]) -> list[str]:
     fields = list(fields)
     nested = ([field.type.field(n) for n in range(field.type.num_fields)] for field in fields)
     return [
-        *_repeated([field.name for field in fields]),
+        *_repeated_names([field.name for field in fields]),
         *(name for inner in nested for name in _repeated_fields(inner)),
     ]
 

@@ -169,7 +169,9 @@ class DataSource:
             return [folder]
         _, _, splits = self._split_files()
         self._require_split(str(folder), list(splits))
-        if _card_names_files(folder):  # and perhaps how to read them
+        # A folder may say itself which files it has for each configuration and split, and perhaps how to read them.
+        cards = (folder / name for name in ("README.md", ".huggingface.yaml"))
+        if any(card.is_file() and CARD_CONFIGURATIONS.search(card.read_text(errors="replace")) for card in cards):
             return None
         files = list(dict.fromkeys(map(Path, splits[self.dataset_split])))
         _refuse_pointers(files, folder)
@@ -369,12 +371,6 @@ def _refuse_pointers(files: Iterable[Path], folder: Path) -> None:
     if names := sorted(str(file).removeprefix(f"{folder}/") for file in files if _is_pointer(file)):
         cure = "fetch the data with `git lfs pull`"
         raise WinnowError(*(f"{folder}: {name} is a Git LFS pointer and not the data; {cure}" for name in names))
-
-
-def _card_names_files(folder: Path) -> bool:
-    """Return whether a folder says itself which files it has for each configuration and split."""
-    cards = (folder / name for name in ("README.md", ".huggingface.yaml"))
-    return any(card.is_file() and CARD_CONFIGURATIONS.search(card.read_text(errors="replace")) for card in cards)
 
 
 def _is_saved_dataset(folder: Path) -> bool:

@@ -166,7 +166,7 @@ def _sharegpt_messages(row: Row, name: str) -> list[dict[str, Any]]:
         if "from" not in value:
             messages.append(value)
         elif value["from"] == "function_call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": _tool_calls(value.get("value"))})
+            messages.append({"role": "assistant", "content": "", "tool_calls": _function_calls(value.get("value"))})
         else:
             role = text_of(value, "from")
             role = SHAREGPT_ROLES.get(role, role)
@@ -174,7 +174,7 @@ def _sharegpt_messages(row: Row, name: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _tool_calls(text: Any) -> list[dict[str, Any]]:
+def _function_calls(text: Any) -> list[dict[str, Any]]:
     """Return the calls in the value of a function_call turn, the JSON of one call or of a list, as of chat messages."""
     try:
         calls = json.loads(text)
@@ -206,7 +206,7 @@ def _v1_messages(row: Row, name: str) -> list[dict[str, Any]]:
         texts: dict[str, list[str]] = {"text": [], "reasoning": [], "tool_call": []}
         for part in parts:
             texts[part["type"]].append(text_of(part, "value"))
-        calls = [call for text in texts["tool_call"] for call in _tool_calls(text)]
+        calls = [call for text in texts["tool_call"] for call in _function_calls(text)]
         messages.append(
             {"role": message.get("role"), "content": "".join(texts["text"])}
             | {REASONING: "".join(texts["reasoning"]), "tool_calls": calls}

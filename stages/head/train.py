@@ -187,7 +187,7 @@ def preference_head(
     sd[sd == 0] = 1.0  # a constant feature carries no information, and is 0 without its mean
     standardised = PairFeatures((train.chosen - mean) / sd, (train.rejected - mean) / sd, train.weight)
     with threadpool_limits(1):  # the order of a sum, and so its last bits, would depend on the number of threads
-        trained, figures = check_head(head, head(standardised, ctx.progress), mean.shape[0])
+        trained, figures = check_trained_head(head, head(standardised, ctx.progress), mean.shape[0])
     inner = trained.inner / sd  # fold the standardisation in: inner . (x - mean) / sd
     trained = ReluHead(inner, trained.bias - inner @ mean, trained.outer)
 
@@ -197,7 +197,7 @@ def preference_head(
     return trained.to_table(), pa.Table.from_pylist(metric_rows, schema=METRICS)
 
 
-def check_head(head: Bound, result: Any, width: int) -> TrainedHead:
+def check_trained_head(head: Bound, result: Any, width: int) -> TrainedHead:
     """Return the head and the figures that a function made for features of this width; raise WinnowError for others."""
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], ReluHead)):
         raise head.wrong_result(result, "a ReluHead and a dict of figures")

@@ -79,7 +79,7 @@ class _RecomputedLogp(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, head: LMHead, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         logp, is_correct, lse = [], [], []
-        for state, target in zip(_slices(states, head), _slices(targets, head), strict=True):
+        for state, target in zip(_row_chunks(states, head), _row_chunks(targets, head), strict=True):
             logits = head.logits(state)
             target_logit = logits.gather(-1, target[:, None])[:, 0]
             lse.append(logits.logsumexp(-1))
@@ -100,7 +100,7 @@ class _RecomputedLogp(torch.autograd.Function):
             for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
         low = weight.to(states.dtype)
-        slices = [_slices(tensor, head) for tensor in (states, targets, lse, grads[0], d_states)]
+        slices = [_row_chunks(tensor, head) for tensor in (states, targets, lse, grads[0], d_states)]
         for state, target, total, grad, d_state in zip(*slices, strict=True):
             # d log softmax(logits)[target] / d logits = onehot(target) - softmax(logits)
             logits = head.logits(state)
@@ -132,7 +132,11 @@ class _KeptLogp(torch.autograd.Function):
         p_slope = states.new_empty(len(states) if keep else 0, len(low))
         target_slope = torch.empty_like(logp)
         softmax = fused(_softmax, len(states) * len(low), states.device)
-        for rows in _row_slices(len(states), head, states.device):
+        # Slices of equal sizes to one row, of as many rows as have their logits in memory at once.
+        parts = max(1, -(-len(states) * len(low) // logits_at_once(states.device)))
+        size = -(-len(states) // parts)
+        for start in range(0, len(states), max(1, size)):
+            rows = slice(start, start + size)
             logits = product(states[rows], low.T)
             if bias is not None:
                 logits += bias
@@ -188,12 +192,5 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _slices(rows: Tensor, head: LMHead) -> tuple[Tensor, ...]:
+def _row_chunks(rows: Tensor, head: LMHead) -> tuple[Tensor, ...]:
     return rows.split(max(1, logits_at_once(rows.device) // len(head.weight)))
-
-
-def _row_slices(count: int, head: LMHead, device: torch.device) -> list[slice]:
-    """Return slices of so many rows, of equal sizes to one row."""
-    parts = -(-count * len(head.weight) // logits_at_once(device))
-    size = -(-count // parts) if parts else 1
-    return [slice(start, start + size) for start in range(0, count, size)]

@@ -21,7 +21,7 @@ ABBREVIATIONS = r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)(?<!\
 SENTENCE_END = re.compile(ABBREVIATIONS + r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 
 
-def follows(name: str, *arguments: str) -> Callable[[Check], Check]:
+def instruction_check(name: str, *arguments: str) -> Callable[[Check], Check]:
     """Register the check of an instruction, with the names of the arguments that the data give it."""
 
     def register(check: Check) -> Check:
@@ -87,25 +87,25 @@ def _words(text: str) -> list[str]:
 # Keywords
 
 
-@follows("keywords:existence", "keywords")
+@instruction_check("keywords:existence", "keywords")
 def has_keywords(response: str, keywords: list[str]) -> bool:
     """Return whether every keyword occurs, in any case, also inside a word."""
     return all(re.search(re.escape(word), response, re.IGNORECASE) for word in keywords)
 
 
-@follows("keywords:frequency", "keyword", "frequency", "relation")
+@instruction_check("keywords:frequency", "keyword", "frequency", "relation")
 def keyword_frequency(response: str, keyword: str, frequency: int, relation: str) -> bool:
     """Return whether a keyword occurs so often."""
     return _holds(len(re.findall(re.escape(keyword), response, re.IGNORECASE)), relation, frequency)
 
 
-@follows("keywords:forbidden_words", "forbidden_words")
+@instruction_check("keywords:forbidden_words", "forbidden_words")
 def lacks_words(response: str, forbidden_words: list[str]) -> bool:
     """Return whether none of the words occurs as a word."""
     return not any(re.search(rf"\b{re.escape(word)}\b", response, re.IGNORECASE) for word in forbidden_words)
 
 
-@follows("keywords:letter_frequency", "letter", "let_frequency", "let_relation")
+@instruction_check("keywords:letter_frequency", "letter", "let_frequency", "let_relation")
 def letter_frequency(response: str, letter: str, let_frequency: int, let_relation: str) -> bool:
     """Return whether a letter occurs so often, in either case."""
     return _holds(response.lower().count(letter.lower()), let_relation, let_frequency)
@@ -114,19 +114,19 @@ def letter_frequency(response: str, letter: str, let_frequency: int, let_relatio
 # Lengths
 
 
-@follows("length_constraints:number_words", "num_words", "relation")
+@instruction_check("length_constraints:number_words", "num_words", "relation")
 def number_of_words(response: str, num_words: int, relation: str) -> bool:
     """Return whether the response has so many runs of letters and digits."""
     return _holds(len(_words(response)), relation, num_words)
 
 
-@follows("length_constraints:number_sentences", "num_sentences", "relation")
+@instruction_check("length_constraints:number_sentences", "num_sentences", "relation")
 def number_of_sentences(response: str, num_sentences: int, relation: str) -> bool:
     """Return whether the response has so many sentences: texts that end with a mark before a space, and a last one."""
     return _holds(sum(bool(_words(part)) for part in SENTENCE_END.split(response)), relation, num_sentences)
 
 
-@follows("length_constraints:number_paragraphs", "num_paragraphs")
+@instruction_check("length_constraints:number_paragraphs", "num_paragraphs")
 def number_of_paragraphs(response: str, num_paragraphs: int) -> bool:
     """Return whether the response is so many paragraphs between `***`, none of them empty but outside of the first."""
     parts = re.split(r"\s?\*\*\*\s?", response)
@@ -134,7 +134,7 @@ def number_of_paragraphs(response: str, num_paragraphs: int) -> bool:
     return len(inner) == num_paragraphs and all(part.strip() for part in inner)
 
 
-@follows("length_constraints:nth_paragraph_first_word", "num_paragraphs", "nth_paragraph", "first_word")
+@instruction_check("length_constraints:nth_paragraph_first_word", "num_paragraphs", "nth_paragraph", "first_word")
 def first_word_of_paragraph(response: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     """Return whether there are so many paragraphs between empty lines, and the nth begins with the word."""
     parts = response.split("\n\n")
@@ -148,13 +148,13 @@ def first_word_of_paragraph(response: str, num_paragraphs: int, nth_paragraph: i
 # Content
 
 
-@follows("detectable_content:number_placeholders", "num_placeholders")
+@instruction_check("detectable_content:number_placeholders", "num_placeholders")
 def number_of_placeholders(response: str, num_placeholders: int) -> bool:
     """Return whether there are at least so many placeholders such as [address]."""
     return len(re.findall(r"\[.*?\]", response)) >= num_placeholders
 
 
-@follows("detectable_content:postscript", "postscript_marker")
+@instruction_check("detectable_content:postscript", "postscript_marker")
 def has_postscript(response: str, postscript_marker: str) -> bool:
     """Return whether a postscript begins with the marker; letters of P.S. and P.P.S may have spaces between them."""
     marks = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
@@ -165,20 +165,20 @@ def has_postscript(response: str, postscript_marker: str) -> bool:
 # Format
 
 
-@follows("detectable_format:number_bullet_lists", "num_bullets")
+@instruction_check("detectable_format:number_bullet_lists", "num_bullets")
 def number_of_bullets(response: str, num_bullets: int) -> bool:
     """Return whether exactly so many lines begin with `* ` or `-`."""
     stars = re.findall(r"^\s*\*[^\*].*$", response, re.MULTILINE)
     return len(stars) + len(re.findall(r"^\s*-.*$", response, re.MULTILINE)) == num_bullets
 
 
-@follows("detectable_format:constrained_response")
+@instruction_check("detectable_format:constrained_response")
 def is_one_of_three_answers(response: str) -> bool:
     """Return whether it says that its answer is yes, no or maybe, in just these words."""
     return any(answer in response for answer in ANSWERS)
 
 
-@follows("detectable_format:number_highlighted_sections", "num_highlights")
+@instruction_check("detectable_format:number_highlighted_sections", "num_highlights")
 def number_of_highlights(response: str, num_highlights: int) -> bool:
     """Return whether at least so many texts stand between `*` or `**`."""
     single = re.findall(r"\*([^\n\*]*)\*", response)
@@ -186,13 +186,13 @@ def number_of_highlights(response: str, num_highlights: int) -> bool:
     return sum(bool(text.strip()) for text in (*single, *double)) >= num_highlights
 
 
-@follows("detectable_format:multiple_sections", "section_spliter", "num_sections")
+@instruction_check("detectable_format:multiple_sections", "section_spliter", "num_sections")
 def number_of_sections(response: str, section_spliter: str, num_sections: int) -> bool:
     """Return whether at least so many sections begin with the word and a number."""
     return len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", response)) >= num_sections
 
 
-@follows("detectable_format:json_format")
+@instruction_check("detectable_format:json_format")
 def is_json(response: str) -> bool:
     """Return whether all of it is JSON, perhaps in a block fenced as code."""
     text = re.sub(r"^```(json)?", "", response.strip(), flags=re.IGNORECASE).removesuffix("```").strip()
@@ -203,7 +203,7 @@ def is_json(response: str) -> bool:
     return True
 
 
-@follows("detectable_format:title")
+@instruction_check("detectable_format:title")
 def has_title(response: str) -> bool:
     """Return whether a title stands in double angular brackets."""
     return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", response))
@@ -212,7 +212,7 @@ def has_title(response: str) -> bool:
 # Combinations, start and end, case, punctuation
 
 
-@follows("combination:two_responses")
+@instruction_check("combination:two_responses")
 def is_two_responses(response: str) -> bool:
     """Return whether it is two different responses with six asterisks between them."""
     parts = response.split("******")
@@ -220,44 +220,44 @@ def is_two_responses(response: str) -> bool:
     return len(inner) == 2 and all(inner) and inner[0] != inner[1]
 
 
-@follows("combination:repeat_prompt", "prompt_to_repeat")
+@instruction_check("combination:repeat_prompt", "prompt_to_repeat")
 def repeats_the_prompt(response: str, prompt_to_repeat: str) -> bool:
     """Return whether it begins with the prompt."""
     return response.strip().lower().startswith(prompt_to_repeat.strip().lower())
 
 
-@follows("startend:end_checker", "end_phrase")
+@instruction_check("startend:end_checker", "end_phrase")
 def ends_with_phrase(response: str, end_phrase: str) -> bool:
     """Return whether it ends with the phrase, in any case; a quotation mark may follow."""
     return response.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
-@follows("startend:quotation")
+@instruction_check("startend:quotation")
 def is_quoted(response: str) -> bool:
     """Return whether all of it stands in double quotation marks."""
     text = response.strip()
     return len(text) > 1 and text[0] == text[-1] == '"'
 
 
-@follows("change_case:english_capital")
+@instruction_check("change_case:english_capital")
 def is_upper_case(response: str) -> bool:
     """Return whether all letters are capitals."""
     return response.isupper()
 
 
-@follows("change_case:english_lowercase")
+@instruction_check("change_case:english_lowercase")
 def is_lower_case(response: str) -> bool:
     """Return whether all letters are small."""
     return response.islower()
 
 
-@follows("change_case:capital_word_frequency", "capital_frequency", "capital_relation")
+@instruction_check("change_case:capital_word_frequency", "capital_frequency", "capital_relation")
 def capital_words(response: str, capital_frequency: int, capital_relation: str) -> bool:
     """Return whether so many words are in capitals alone."""
     return _holds(sum(word.isupper() for word in response.split()), capital_relation, capital_frequency)
 
 
-@follows("punctuation:no_comma")
+@instruction_check("punctuation:no_comma")
 def has_no_comma(response: str) -> bool:
     """Return whether it has no comma."""
     return "," not in response

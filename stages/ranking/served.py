@@ -37,11 +37,6 @@ class ServedRewardModel(PointwiseRanker):
         self.folder, self.dtype, self.endpoint, self.verify = model.folder, dtype, endpoint, verify
         self.address = endpoint.url.removesuffix("/v1") + "/classify"  # vLLM's own, beside OpenAI's
         self.client = EndpointClient(endpoint)
-        try:
-            self.max_model_len = self.client.max_model_len()
-        except BaseException:
-            self.client.close()
-            raise
         self.lock = Lock()  # guards what follows
         self.interruptions = -1  # of the client at the last check; never checked
 
@@ -51,10 +46,11 @@ class ServedRewardModel(PointwiseRanker):
     def score(self, context: str, texts: Sequence[IdRow]) -> np.ndarray:
         """Return one score per row, float64 [N]; raise WinnowError if the server has another model."""
         longest = max((len(prompt) + len(response) for prompt, response in texts), default=0)
-        if self.max_model_len is not None and longest > self.max_model_len:
+        limit = self.client.max_model_len
+        if limit is not None and longest > limit:
             raise WinnowError(
                 f"{self.endpoint}: a prompt and a response have {longest:,} tokens, and the server has room for "
-                f"{self.max_model_len:,}; start it with `--max-model-len {self.context}`"
+                f"{limit:,}; start it with `--max-model-len {self.context}`"
             )
         if not texts:
             return np.empty(0)

@@ -123,7 +123,7 @@ def asked_tilt(groups: RewardGroups, beta: float, seed: int) -> tuple[Tilt, Tilt
 # Best of n
 
 
-def best_of(groups: RewardGroups, values: Floats, sizes: Sequence[int]) -> Floats:
+def best_of_n(groups: RewardGroups, values: Floats, sizes: Sequence[int]) -> Floats:
     """Return [G, S]: expected value of the best by reward of m candidates, for each m of sizes; nan where m > n.
 
     Over all subsets of the prompt's n candidates, so that it has no bias: of the rewards in order, the i-th is the best

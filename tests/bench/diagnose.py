@@ -19,7 +19,7 @@ from jobs.demo import OVERLAY, data
 from jobs.demo.gold import concierge
 from jobs.diagnosis.cached import read_cached, source_of
 from jobs.diagnosis.kept import label_of
-from jobs.diagnosis.sections import Diagnosis, diagnose
+from jobs.diagnosis.sections import Diagnosis, make_diagnosis
 from jobs.recipes import plan_named, plan_with_gold
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
@@ -150,7 +150,7 @@ def measure(world: World, reporter: Reporter) -> tuple[list[dict[str, Any]], Dia
     world.run(world.scored, reporter)
     plan, gold = plan_with_gold(world.recipe, [world.config], world.sets)
     extra = [selection_rule.bind(rule) for rule, scale in RULES if scale == "raw"]
-    found = diagnose(read_cached(plan, world.store, gold, None, None), plan.name, extra)
+    found = make_diagnosis(read_cached(plan, world.store, gold, None, None), plan.name, extra)
     diagnosed = {row["rule"]: row for row in found.sections["rules"].rows}
     rows = []
     for rule, scale in RULES:

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.diagnosis.cached import read_cached
 from jobs.diagnosis.page import write_page
-from jobs.diagnosis.sections import diagnose
+from jobs.diagnosis.sections import make_diagnosis
 from jobs.recipes import plan_with_gold
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
@@ -83,7 +83,7 @@ def diagnosis(world, column="reward", *sets, gold=True, limit=None, extra=()):
     """Return the diagnosis of the candidates by one column of rewards."""
     config = world / (f"{column}.yaml" if gold else f"{column}-blind.yaml")
     plan, program = plan_with_gold("own_candidates", [config], list(sets))
-    return diagnose(read_cached(plan, Store(world / "store"), program, None, limit), plan.name, list(extra))
+    return make_diagnosis(read_cached(plan, Store(world / "store"), program, None, limit), plan.name, list(extra))
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def compared(data_dir, finished, tmp_path_factory):
             run(again, Store(root), LocalExecutor(), Silent())
         program = next(step.options["gold"] for step in plan.steps if step.stage == "evaluate")
         cached = read_cached(plan, Store(root), (program, False), None, None)
-        found.append((cached, diagnose(cached, "rso", [])))
+        found.append((cached, make_diagnosis(cached, "rso", [])))
     return found
 
 

@@ -50,11 +50,6 @@ class EndpointEngine(Engine):
     def __init__(self, folder: Path, dtype: str, endpoint: Endpoint, verify: bool) -> None:
         self.folder, self.dtype, self.endpoint, self.verify = folder, dtype, endpoint, verify
         self.client = EndpointClient(endpoint)
-        try:
-            self.max_model_len = self.client.max_model_len()
-        except BaseException:
-            self.client.close()
-            raise
         self.lock = Lock()  # guards what follows
         self.interruptions = -1  # of the client at the last check; never checked
         self.fingerprints: set[str | None] = set()  # of servers that were checked
@@ -68,7 +63,13 @@ class EndpointEngine(Engine):
         """Return completions in the order of the requests; raise WinnowError if another model is served meanwhile."""
         if not requests:
             return []
-        self._check_room(requests, sampling)
+        longest = max(len(request.prompt_ids) for request in requests) + sampling.max_tokens
+        limit = self.client.max_model_len
+        if limit is not None and longest > limit:
+            raise WinnowError(
+                f"{self.endpoint}: a prompt and max_tokens take {longest:,} tokens, and the server has room for "
+                f"{limit:,}; start it with `--max-model-len {longest}` or more, or set max_tokens lower"
+            )
         self._check_server(requests, sampling, self.fingerprints)
         answers = self._ask(requests, sampling, progress)
         # A server that was lost may have come back as another: nothing of it counts until it is checked.
@@ -149,14 +150,6 @@ class EndpointEngine(Engine):
         elif reason not in ("stop", "length"):
             raise WinnowError(f"{self.endpoint}: the server ended a response for the reason {reason!r}; see its log")
         return Completion(ids, sum(logprobs.token_logprobs), reason)
-
-    def _check_room(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        longest = max(len(request.prompt_ids) for request in requests) + sampling.max_tokens
-        if self.max_model_len is not None and longest > self.max_model_len:
-            raise WinnowError(
-                f"{self.endpoint}: a prompt and max_tokens take {longest:,} tokens, and the server has room for "
-                f"{self.max_model_len:,}; start it with `--max-model-len {longest}` or more, or set max_tokens lower"
-            )
 
     def _check_server(self, requests: Sequence[Request], sampling: Sampling, fingerprints: set[str | None]) -> None:
         """Check that the server draws from the policy, if it was not checked since it was reached or seen anew."""

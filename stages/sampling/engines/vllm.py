@@ -95,7 +95,11 @@ class VllmEngine(QueuedEngine):
                 lines = [_cause(error), *start_log().splitlines()]
                 errors = [error for line in lines for error in ERROR_LINE.findall(line)]
                 raise ChildProcessError(f"vLLM's engine did not start: {errors[0] if errors else lines[0]}") from error
-            self.adapter = _adapter_request(folder)
+            self.adapter: Any = None  # vLLM's name for the policy's adapter, which each request has
+            if (folder / ADAPTER).exists():
+                from vllm.lora.request import LoRARequest
+
+                self.adapter = LoRARequest("policy", 1, str(folder))
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
@@ -185,15 +189,6 @@ def _cause(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
     return " ".join(str(error).split())
-
-
-def _adapter_request(folder: Path) -> Any:
-    """Return vLLM's name for that adapter, which each request has; None without one."""
-    if not (folder / ADAPTER).exists():
-        return None
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest("policy", 1, str(folder))
 
 
 def _wake_when_engine_dies(client: Any) -> None:

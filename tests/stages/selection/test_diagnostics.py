@@ -76,7 +76,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(rows):
     """Of the value of the best by reward, any of them where several are equal; nan where there are not n candidates."""
     groups, values = groups_of(rows)
     sizes = list(range(1, 8))
-    result = measures.best_of(groups, values, sizes)
+    result = measures.best_of_n(groups, values, sizes)
     for g, row in enumerate(rows):
         for column, size in enumerate(sizes):
             if size > len(row):
@@ -90,7 +90,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(rows):
 def test_best_of_n_of_many_candidates_is_exact():
     """The best of 64 of 64, and of 32: C(64, 32) is beyond a float's digits."""
     groups = gaussian(3, 64)
-    result = measures.best_of(groups, groups.values, [1, 32, 64])
+    result = measures.best_of_n(groups, groups.values, [1, 32, 64])
     ordered = np.sort(groups.values.reshape(3, 64), axis=1)
     weights = np.array([comb(i, 31) / comb(64, 32) for i in range(64)])
     assert result[:, 0] == pytest.approx(ordered.mean(axis=1))
