@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from jobs import queries
 from pipeline.config.keys import key_of
 from pipeline.sql.catalog import Catalog, query
-from pipeline.sql.replicates import drawn_from, method_keys, without_seeds
+from pipeline.sql.replicates import drawn_from, keys_behind, method_keys, without_seeds
 from pipeline.store.store import Json
 
 Values = NDArray[np.float64]  # [seeds, prompts], NaN where a prompt has no figure
@@ -167,23 +167,20 @@ def methods_of(catalog: Catalog) -> list[Method]:
         first = next(iter(next(iter(policies.values()))))
         method = Method(_name(runs), runs, _yardsticks(first, identities, method_by_key))
         for keys in policies.values():
-            method.steps.append(set().union(*(_behind(key, identities) for key in keys)))
+            method.steps.append(set().union(*(keys_behind(key, identities) for key in keys)))
         for metric in COLUMNS:
             rows = [_nanmean(np.stack([values[key][metric] for key in keys])) for keys in policies.values()]
             table = np.stack(rows)
             if not np.isnan(table).all(axis=1).any():  # a figure that a replicate lacks is none of the method
                 method.values[metric] = table
         methods.append(method)
-    names = Counter([method.name for method in methods] + _single_runs(evaluated, methods))
+    of_methods = {run for method in methods for run in method.runs}
+    single_runs = [run for run in dict.fromkeys(row["run"] for row in evaluated) if run not in of_methods]
+    names = Counter([method.name for method in methods] + single_runs)
     for method in methods:
         if names[method.name] > 1:
             method.name = f"{method.name} ({method.runs[0]} and {len(method.runs) - 1} more)"
     return methods
-
-
-def _single_runs(evaluated: list[dict[str, Any]], methods: list[Method]) -> list[str]:
-    of_methods = {run for method in methods for run in method.runs}
-    return [run for run in dict.fromkeys(row["run"] for row in evaluated) if run not in of_methods]
 
 
 def _values(catalog: Catalog, keys: list[str]) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -222,16 +219,6 @@ def _yardsticks(key: str, identities: dict[str, Json], method_by_key: dict[str, 
     judge = identities[key]["inputs"].get("judgements")
     judged = of(judge, identities[judge]["inputs"].keys() - {"candidates"}) if judge in identities else judge
     return {"gold_win": key_of(evaluate), "proxy_win": key_of([evaluate, judged])}
-
-
-def _behind(key: str, identities: dict[str, Json]) -> set[str]:
-    """Return the key of a step and of all steps that it was computed from."""
-    keys, queue = {key}, [key]
-    for reached in queue:
-        sources = set(identities[reached]["inputs"].values()) - keys if reached in identities else set()
-        keys |= sources
-        queue += sources
-    return keys
 
 
 def _name(runs: list[str]) -> str:
@@ -285,7 +272,7 @@ def shared_seeds(a: list[set[str]], b: list[set[str]]) -> list[tuple[int, int]] 
     return pairs if is_matching else None
 
 
-def statement(methods: list[Method], single: list[str]) -> list[str]:
+def comparison_statement(methods: list[Method], single: list[str]) -> list[str]:
     """Return in words which methods cannot be told apart from the best one, and which are lower.
 
     `single` are runs of one seed, which are not compared.
@@ -325,7 +312,7 @@ def _in_points(difference: Difference) -> str:
 # The leaderboard.
 
 
-def leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
+def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     """Return the query `leaderboard` with one row for each method of several seeds, and the statement about them.
 
     Such a row has the mean over seeds, intervals over seeds and prompts, and seconds per run; `seeds` is the number of
@@ -336,7 +323,7 @@ def leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     methods = methods_of(catalog)
     of_methods = {run for method in methods for run in method.runs}
     single = [row["run"] for row in rows if row["run"] not in of_methods]
-    lines = statement(methods, single)
+    lines = comparison_statement(methods, single)
     if not methods:
         return table, lines
     by_run = {row["run"]: row for row in rows}

@@ -175,9 +175,10 @@ def make_plan(recipe: Recipe) -> Plan:
         all_steps, training = (_inputs_first(names, sources, []) for names in (targets, trained))
         lacking = {name: entries[name] for name in all_steps if _is_not_given(recipe.steps[name], entries[name])}
         if lacking and set(trained) <= set(all_steps) and not lacking.keys() & set(training):
+            paths = " and ".join(f"{name}.path" for name in lacking)
             plan.left_out = [
-                f"{recipe.target} is left out, and the run ends with {recipe.trained}: {_phrase(lacking)} not given; "
-                "name them in a config for a leaderboard"
+                f"{recipe.target} is left out, and the run ends with {recipe.trained}: {paths} "
+                f"{'are' if len(lacking) > 1 else 'is'} not given; name them in a config for a leaderboard"
             ]
             targets = trained
 
@@ -227,11 +228,6 @@ def _is_not_given(body: dict[str, Any], entry: Entry) -> bool:
     return "path" in entry.options.model_fields and not any(options.get(name) for name in ("path", "dataset"))
 
 
-def _phrase(lacking: dict[str, Entry]) -> str:
-    paths = [f"{name}.path" for name in lacking]
-    return f"{' and '.join(paths)} {'are' if len(paths) > 1 else 'is'}"
-
-
 def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
     """Return the recipe with a function in place of each input whose step uses one: `ranker: {use: pattern}`.
 
@@ -252,7 +248,8 @@ def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
             continue
         try:
             for name, _, option in readers:
-                registry = _registry_of(stages.entries[steps[name].get("use", name)], option)
+                field = stages.entries[steps[name].get("use", name)].options.model_fields[option]
+                registry = next(item for item in field.metadata if isinstance(item, Registry))
                 if not (registry.plain and use == FROM_FILE):
                     registry.find(use)
         except WinnowError as error:
@@ -300,11 +297,6 @@ def _with_choices(recipe: Recipe) -> Recipe:
             if added := {option: value for option, value in chosen.items() if option not in options}:
                 steps[name] = body | {"with": options | added}
     return replace(recipe, steps=steps)
-
-
-def _registry_of(entry: Entry, option: str) -> Registry:
-    """Return the registry of the functions that an option can name."""
-    return next(item for item in entry.options.model_fields[option].metadata if isinstance(item, Registry))
 
 
 def _other_meanings(recipe: Recipe, steps: list[Step]) -> list[str]:

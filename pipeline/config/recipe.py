@@ -215,6 +215,12 @@ def load_recipe(
         ]
         origins[unrolled_name] = origins_of(step, body.get("with") or {}, of_round)
 
+    dtype = None  # of the last layer that sets it, and where it comes from
+    if "dtype" in replaced:
+        dtype = replaced["dtype"], Origin("--set dtype", True)
+    elif layer := next((layer for layer in reversed(layers) if layer.content.get("dtype") is not None), None):
+        dtype = layer.content["dtype"], Origin(f"dtype of {layer.name}", layer.is_own)
+
     return Recipe(
         name or default_run_name(path, sets),
         settings.shards,
@@ -226,7 +232,7 @@ def load_recipe(
         "" if "target" in replaced or _is_target_required(layers) else settings.trained,
         origins,
         notes,
-        _dtype(layers, replaced),
+        dtype,
         settings.track,
     )
 
@@ -272,14 +278,6 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     removed = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
     content = {name: value for name, value in content.items() if name not in removed}
     return content | ({"plugins": plugins} if plugins else {})
-
-
-def _dtype(layers: list[Layer], replaced: dict[str, Any]) -> tuple[str, Origin] | None:
-    """Return the setting `dtype` of the last layer that has it, and where it comes from."""
-    if "dtype" in replaced:
-        return replaced["dtype"], Origin("--set dtype", True)
-    layer = next((layer for layer in reversed(layers) if layer.content.get("dtype") is not None), None)
-    return (layer.content["dtype"], Origin(f"dtype of {layer.name}", layer.is_own)) if layer else None
 
 
 def _is_target_required(layers: list[Layer]) -> bool:

@@ -152,10 +152,10 @@ def check_fits(profile: Profile, steps: list[Step], nodes: Nodes) -> None:
             for node in nodes
         )
         if room < count:
-            has = "; ".join(", ".join(_phrase(kind, node.get(kind, 0)) for kind in needs) for node in nodes)
+            has = "; ".join(", ".join(_amount(kind, node.get(kind, 0)) for kind in needs) for node in nodes)
             problems.append(
                 f"profile, {name}: {count} worker{'s' * (count > 1)} with "
-                f"{', '.join(_phrase(kind, amount) for kind, amount in needs.items())} each, and the cluster has room "
+                f"{', '.join(_amount(kind, amount) for kind, amount in needs.items())} each, and the cluster has room "
                 f"for {room} (its nodes: {has}); ask for less, add nodes, or set `autoscaling: true` if it grows by "
                 "itself"
             )
@@ -163,7 +163,7 @@ def check_fits(profile: Profile, steps: list[Step], nodes: Nodes) -> None:
         raise WinnowError(*problems)
 
 
-def _phrase(kind: str, amount: float) -> str:
+def _amount(kind: str, amount: float) -> str:
     if kind == "memory":
         return f"{amount / 2**30:,.1f} GiB"
     if kind.startswith("accelerator_type:"):

@@ -142,7 +142,13 @@ def execute(
             context = {signature.context_parameter: ctx} if signature.context_parameter else {}
             with spec.entry.failures():
                 result = spec.entry.fn(**inputs, **context, **spec.options)
-            _check_contents(spec)
+            # Its result would be stored, for good, as that of the content before. A later run plans with the new one.
+            if changed := [file for path in content_paths(spec.options) for file in path.changes()]:
+                raise MachineError(
+                    f"{spec.name}: {', '.join(changed)} changed after the plan was made, so that the step's key stands "
+                    "for other content than what was read; nothing of this step is stored: run again once nothing "
+                    "writes there"
+                )
             items = result if isinstance(result, tuple) else (result,)
             results = [item for item in items if not isinstance(item, Model)]
             expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
@@ -169,18 +175,6 @@ def execute(
             return
     out = spec.out if task.span is None else spec.piece(task)
     out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost, ctx.measures) | {"inputs": keys})
-
-
-def _check_contents(spec: StepSpec) -> None:
-    """Raise MachineError if files that a step has read are no longer those of its key.
-
-    Its result would be stored, for good, as that of the content before. A run later plans with the content of then.
-    """
-    if changed := [file for path in content_paths(spec.options) for file in path.changes()]:
-        raise MachineError(
-            f"{spec.name}: {', '.join(changed)} changed after the plan was made, so that the step's key stands "
-            "for other content than what was read; nothing of this step is stored: run again once nothing writes there"
-        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
-from pipeline.sql.live import live_rows
+from pipeline.sql.live import metrics_now_rows, running_rows
 from pipeline.sql.replicates import with_methods
 from pipeline.sql.views import (
     LIVE,
@@ -146,7 +146,8 @@ class Catalog:
     def live(self, name: str) -> pa.Table:
         """Return the rows of `running` or `metrics_now` at this moment."""
         links = [link for steps in self.runs.values() for link in steps.values()]
-        return live_rows(name, self.root, {link["key"] for link in links} if self.is_part else None)
+        keys = {link["key"] for link in links} if self.is_part else None
+        return (running_rows if name == "running" else metrics_now_rows)(self.root, keys)
 
     def interrupt(self) -> None:
         """Stop the statement that another thread is running on this catalog."""

@@ -14,16 +14,12 @@ from pipeline.store.store import PROGRESS, Json, StepFolder
 SILENT_SECONDS = 3600.0  # after which a step in a store without locks does not count as running
 
 
-def live_rows(name: str, root: Location, keys: set[str] | None) -> pa.Table:
-    """Return the rows of `running` or `metrics_now`, of all steps or of those with these keys."""
-    return (_running if name == "running" else _metrics_now)(root, keys)
-
-
-def _running(root: Location, keys: set[str] | None) -> pa.Table:
+def running_rows(root: Location, keys: set[str] | None) -> pa.Table:
+    """Return the rows of `running`, of all steps or of those with these keys."""
     rows = []
     for path, content in read_all(root, f"*/*/{PROGRESS}").items():
         stage, key = path.parent.parent.name, path.parent.name
-        record = _decoded(content.decode())
+        record = _complete_object(content.decode())
         if record is None or (keys is not None and key not in keys):
             continue
         # A process that was killed has left this file, and no lock.
@@ -36,14 +32,15 @@ def _running(root: Location, keys: set[str] | None) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RUNNING)
 
 
-def _metrics_now(root: Location, keys: set[str] | None) -> pa.Table:
+def metrics_now_rows(root: Location, keys: set[str] | None) -> pa.Table:
+    """Return the rows of `metrics_now`, of all steps or of those with these keys."""
     rows = []
     for path, content in read_all(root, f"*/*/{METRICS_FILE}").items():
         stage, key = path.parent.parent.name, path.parent.name
         if (keys is not None and key not in keys) or (path.parent / "manifest.json").exists():
             continue
         for line in content.decode().splitlines():
-            entry = _decoded(line)
+            entry = _complete_object(line)
             for name, value in (entry or {}).items():
                 if entry and name != "step":
                     metric = name.removeprefix("speed/")
@@ -53,7 +50,7 @@ def _metrics_now(root: Location, keys: set[str] | None) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=METRICS_NOW)
 
 
-def _decoded(text: str) -> Json | None:
+def _complete_object(text: str) -> Json | None:
     """Return a JSON object, or None for a line that is being written."""
     try:
         decoded: Json = json.loads(text)

@@ -85,33 +85,30 @@ def with_methods(runs: dict[str, Json], manifests: list[Json]) -> dict[str, Json
     identities = {manifest["key"]: manifest["identity"] for manifest in manifests}
     methods = method_keys(manifests)
     step_seeds = {key: list(seeds_of(identity["options"])) for key, identity in identities.items()}
-    result = {}
+    result: dict[str, Json] = {}
     for run, steps in runs.items():
         names: dict[str, str] = {}
         for step, link in steps.items():
             names.setdefault(link["key"], step)
-        result[run] = {
-            step: link
-            | {
-                "method": methods[link["key"]] if link["key"] in identities else None,
-                "seeds": _seeds_behind(link["key"], names, identities, step_seeds),
-            }
-            for step, link in steps.items()
-        }
+        result[run] = {}
+        for step, link in steps.items():
+            method, seeds = None, None
+            if link["key"] in identities:
+                method = methods[link["key"]]
+                values = {
+                    f"{names.get(key, key)}.{path}": seed
+                    for key in keys_behind(link["key"], identities)
+                    for path, seed in step_seeds.get(key, ())
+                }
+                seeds = json.dumps(values, sort_keys=True)
+            result[run][step] = link | {"method": method, "seeds": seeds}
     return result
 
 
-def _seeds_behind(
-    key: str, names: dict[str, str], identities: dict[str, Json], step_seeds: dict[str, list[tuple[str, int]]]
-) -> str | None:
-    if key not in identities:
-        return None
-    seeds: dict[str, int] = {}
-    queue, keys = [key], {key}
-    for reached in queue:
-        step = names.get(reached, reached)
-        seeds |= {f"{step}.{path}": value for path, value in step_seeds.get(reached, ())}
+def keys_behind(key: str, identities: dict[str, Json]) -> list[str]:
+    """Return the key of a step, and those of all steps that it was computed from."""
+    keys = [key]
+    for reached in keys:  # grows while it is read
         sources = identities[reached]["inputs"].values() if reached in identities else ()
-        queue += [source for source in dict.fromkeys(sources) if source not in keys]
-        keys.update(sources)
-    return json.dumps(seeds, sort_keys=True)
+        keys += [source for source in dict.fromkeys(sources) if source not in keys]
+    return keys

@@ -100,7 +100,7 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
     return GarbageReport(items, unlinked)
 
 
-def sweep(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
+def delete_garbage(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
     """Delete the runs in `forget`, then each item of the report that is still garbage; yield it when it is deleted."""
     tagged = store.tags() if forget else {}
     for run in forget:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from jobs import queries
-from jobs.methods import Method, comparisons, difference_interval, interval, leaderboard, methods_of, shared_seeds
+from jobs.methods import Method, comparisons, difference_interval, interval, make_leaderboard, methods_of, shared_seeds
 from jobs.report import write_report
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
@@ -142,7 +142,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_method_with_several_seeds_is_one_row(store: Store):
     """With its mean, interval and number of seeds; the row of a run of one seed is that of the query."""
-    board, _ = leaderboard(open_catalog(store))
+    board, _ = make_leaderboard(open_catalog(store))
     rows = board.to_pylist()
     assert [(row["run"], row["seeds"]) for row in rows] == [("alone", 1), ("high x=2", 3), ("low x=1", 3)]
     assert [row["gold_win"] for row in rows] == pytest.approx([0.9, 0.61, 0.41])
@@ -155,14 +155,14 @@ def test_a_method_with_several_seeds_is_one_row(store: Store):
 
 def test_the_statement_tells_apart_what_can_be_and_nothing_of_one_seed(store: Store):
     """`low` is 20 points below. A method between them is not told apart from the best; `alone` has the highest mean."""
-    text = "\n".join(leaderboard(open_catalog(store))[1])
+    text = "\n".join(make_leaderboard(open_catalog(store))[1])
     assert "highest mean is that of high x=2" in text
     assert "lower: low x=1 (-20.0 [" in text
     assert "one seed each, so not compared: alone" in text
     assert "Bonferroni" not in text
     for seed in range(3):
         evaluated(store, f"wild seed={seed}", f"d{seed}", np.linspace(0.3, 0.5, 40) + 0.3 * (seed - 0.5), seed, x=4)
-    text = "\n".join(leaderboard(open_catalog(store))[1])
+    text = "\n".join(make_leaderboard(open_catalog(store))[1])
     assert "cannot be told apart from it: wild (-6.0 [" in text
     assert "2 comparisons (Bonferroni)" in text
 
@@ -171,7 +171,7 @@ def test_only_what_is_measured_alike_is_compared(store: Store):
     """Against another baseline, a win rate is of another kind."""
     for seed in range(2):
         evaluated(store, f"other seed={seed}", f"e{seed}", np.linspace(0.6, 0.9, 40), seed, baseline="b2", x=5)
-    lines = leaderboard(open_catalog(store))[1]
+    lines = make_leaderboard(open_catalog(store))[1]
     assert not any("other" in line for line in lines if "told apart" in line or "lower" in line or "highest" in line)
     assert any("no other method has" in line and line.endswith("of other") for line in lines)
 
@@ -181,22 +181,22 @@ def test_seeds_of_the_evaluation_are_no_further_seeds(tmp_path: Path):
     store = Store(tmp_path / "store")
     evaluated(store, "a", "00000000a", [0.0, 1.0], seed=0, draws=1)
     evaluated(store, "a-2", "00000000b", [1.0, 1.0], seed=0, draws=2)
-    board, _ = leaderboard(open_catalog(store))
+    board, _ = make_leaderboard(open_catalog(store))
     assert board.equals(query(open_catalog(store), queries.text("leaderboard")))
     evaluated(store, "a-3", "00000001a", [0.0, 0.0], seed=1, draws=1)
     (method,) = methods_of(open_catalog(store))
     assert sorted(method.values["gold_win"].tolist()) == [[0.0, 0.0], [0.5, 1.0]]
-    assert leaderboard(open_catalog(store))[0]["seeds"].to_pylist() == [2]
+    assert make_leaderboard(open_catalog(store))[0]["seeds"].to_pylist() == [2]
 
 
 def test_where_every_run_is_alone_the_leaderboard_is_as_it_was(finished: Path, tmp_path: Path):
     """To the last digit, without a column of seeds; of several runs, their order is said to be no evidence."""
     catalog = open_catalog(Store(finished))
-    assert leaderboard(catalog) == (query(catalog, queries.text("leaderboard")), [])
+    assert make_leaderboard(catalog) == (query(catalog, queries.text("leaderboard")), [])
     store = Store(tmp_path / "store")
     for n in range(2):
         evaluated(store, f"r{n}", f"{n}", [0.2 * n, 0.4], x=n)
-    board, (line,) = leaderboard(open_catalog(store))
+    board, (line,) = make_leaderboard(open_catalog(store))
     assert board.equals(query(open_catalog(store), queries.text("leaderboard")))
     assert "no evidence" in line
 

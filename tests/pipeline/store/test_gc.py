@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.plan import Plan, reads_files
 from pipeline.stage import stages
-from pipeline.store.gc import STALE_SECONDS, GarbageReport, garbage, sweep
+from pipeline.store.gc import STALE_SECONDS, GarbageReport, delete_garbage, garbage
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.chain import Luck, Raced, make, planned, recipe, step, toys
@@ -70,7 +70,7 @@ def contents(store: Store, plan: Plan) -> dict[str, bytes]:
 
 def test_a_store_without_garbage(store: Store):
     assert paths(garbage(store)) == []
-    assert list(sweep(store, garbage(store))) == []
+    assert list(delete_garbage(store, garbage(store))) == []
 
 
 def test_a_forgotten_run_leaves_only_what_no_other_run_reaches(store: Store, plan: Plan, other: Plan):
@@ -82,7 +82,7 @@ def test_a_forgotten_run_leaves_only_what_no_other_run_reaches(store: Store, pla
     only_other = contents(store, other).keys() - before.keys()
     assert report.garbage[0].bytes == sum(len(contents(store, other)[name]) for name in only_other)
     assert set(store.runs()) == {"toy", "other"}, "listing deletes nothing"
-    assert [item.path for item in sweep(store, report, ("other",))] == paths(report)
+    assert [item.path for item in delete_garbage(store, report, ("other",))] == paths(report)
     assert set(store.runs()) == {"toy"}
     assert contents(store, plan) == before
     assert make(plan, store) == []
@@ -114,7 +114,7 @@ def test_a_locked_step_stays_and_so_does_all_that_it_may_read(store: Store, othe
     assert paths(report) == [path_of(other, "keep")]
     lock = store.folder(step(other, "keep")).try_lock()
     assert lock
-    assert list(sweep(store, report, ("other",))) == [], "locked since it was listed"
+    assert list(delete_garbage(store, report, ("other",))) == [], "locked since it was listed"
     lock.release()
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_starts_during_the_deletion_keeps_what_it_reaches(store: Stor
     make(other, store)
     report = garbage(store, ("other", "toy"))
     assert len(report.garbage) == 4
-    deleting = sweep(store, report, ("other", "toy"))
+    deleting = delete_garbage(store, report, ("other", "toy"))
     deleted = [next(deleting).path]
     store.link_run("again", plan.steps)
     deleted += [item.path for item in deleting]
@@ -138,7 +138,7 @@ def test_a_run_that_starts_between_the_check_and_the_deletion(store: Store, plan
     before = contents(store, plan)
     (local(store.root) / "runs" / "toy.json").unlink()
     raced = Raced(store.root, plan, nth)
-    deleted = list(sweep(raced, GarbageReport(items, [])))
+    deleted = list(delete_garbage(raced, GarbageReport(items, [])))
     assert raced.found is found
     assert bool(deleted) is not found
     assert make(plan, store) == ([] if found else ["draw"])
@@ -165,7 +165,7 @@ def test_unlisted_files_stale_locks_and_scratch_files_are_garbage(store: Store, 
         f"locks/{UNLINKED}",
     }
     assert set(paths(garbage(store))) == expected
-    assert {item.path for item in sweep(store, garbage(store))} == expected
+    assert {item.path for item in delete_garbage(store, garbage(store))} == expected
     (folder / ".part-00001.json.12.34").unlink()
     assert contents(store, plan) == before
     assert all(file.exists() for file in others)
@@ -220,7 +220,7 @@ def test_a_sweep_keeps_exactly_what_runs_reach(
                 manifest.unlink()
         remaining = [plan for name, plan in plans.items() if name not in forget]
         before = [contents(store, plan) for plan in remaining]
-        list(sweep(store, garbage(store, tuple(forget)), tuple(forget)))
+        list(delete_garbage(store, garbage(store, tuple(forget)), tuple(forget)))
         assert [contents(store, plan) for plan in remaining] == before
         linked = {step.key for plan in remaining for step in plan.steps}
         assert {path.name for path in local(store.root).glob("toy_*/*")} <= linked
@@ -239,13 +239,13 @@ def test_garbage_in_an_object_store(store: Store, plan: Plan, monkeypatch: pytes
     assert (paths(report), report.busy) == ([], [UNLINKED])
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now + STALE_SECONDS + 60)
-    deleted = [item.path for item in sweep(bucket, garbage(bucket))]
+    deleted = [item.path for item in delete_garbage(bucket, garbage(bucket))]
     assert deleted[0] == f"toy_keep/{UNLINKED}"
     assert {manifest["stage"] for manifest in bucket.sealed()} == {"toy_draw", "toy_rate", "toy_keep"}
     bucket.link_run("toy[keep.above=3.0]", plan.steps)
-    list(sweep(bucket, garbage(bucket, ("toy[keep.above=3.0]",)), ("toy[keep.above=3.0]",)))
+    list(delete_garbage(bucket, garbage(bucket, ("toy[keep.above=3.0]",)), ("toy[keep.above=3.0]",)))
     assert list(bucket.runs()) == ["toy"], "brackets are not a pattern"
-    list(sweep(bucket, garbage(bucket, ("toy",)), ("toy",)))
+    list(delete_garbage(bucket, garbage(bucket, ("toy",)), ("toy",)))
     assert bucket.root.fs.find(bucket.root.path) == []
 
 
