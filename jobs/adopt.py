@@ -57,7 +57,7 @@ class Artifact:
     origin: Json
 
 
-def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
+def adopt_artifact(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
     """Return the step and its new manifest. Raise WinnowError, with nothing written, for all that does not fit."""
     steps = matching(plan, name)
     if not steps:
@@ -72,7 +72,7 @@ def adopt(plan: Plan, name: str, path: str, store: Store) -> tuple[Step, Json]:
     if folder.path in (source, *source.parents):
         raise WinnowError(f"{where}: is inside the folder of the step itself; move it elsewhere first")
     artifact = _read_artifact(step, path, where)
-    if problems := list(_problems(step, artifact, store)):
+    if problems := list(_content_problems(step, artifact, store)):
         raise WinnowError(*(f"{where}: {problem}" for problem in problems))
 
     store.check()
@@ -206,7 +206,7 @@ def _read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
         raise WinnowError(*(f"{file.name}: {problem}" for problem in error.problems)) from None
 
 
-def _problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
+def _content_problems(step: Step, artifact: Artifact, store: Store) -> Iterator[str]:
     """Yield what schemas do not check: duplicate or unknown ids, numbers that are not finite, nulls in lists."""
     not_finite, missing, rows, reasons = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     ids: dict[str, list[pa.Table]] = {table_name(schema): [] for schema in step.signature.outputs}

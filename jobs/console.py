@@ -62,7 +62,7 @@ class _FigureLines(Progress):
 
 
 @dataclass
-class RunningStep:
+class StepBar:
     """Step with its bar and its progress."""
 
     task: TaskID
@@ -89,7 +89,7 @@ class ProgressReporter(Reporter):
             disable=not console.is_terminal,
         )
         self.interrupted = 0
-        self.steps: dict[str, RunningStep] = {}
+        self.steps: dict[str, StepBar] = {}
 
     def interrupt(self, number: int, frame: Any = None) -> None:
         """Handle a signal that ends the run, such as SIGINT or SIGTERM, and keep its number.
@@ -118,7 +118,7 @@ class ProgressReporter(Reporter):
         self._print(step, f"[cyan]running[/] {step.key}{before}")
         self.bar.start()
         task = self.bar.add_task(visible(step.name), total=total, completed=done, unit="parts", figures="")
-        self.steps[step.name] = RunningStep(task, StepProgress(total, done))
+        self.steps[step.name] = StepBar(task, StepProgress(total, done))
 
     def part_finished(self, step: Step) -> None:
         self._raise_if_interrupted()

@@ -58,10 +58,10 @@ def cost_lines(costs: list[StepCost]) -> list[str]:
         if rates:
             lines.append(f"rates per device, {what}: {', '.join(rates.values())}")
     if unknown := list(dict.fromkeys(cost.step.stage for cost in costs if cost.need and cost.rate is None)):
+        in_calls = any(cost.step.stage == unknown[0] and cost.work.unit == "calls" for cost in costs)
         lines.append(
             f"time unknown: nothing finished here by {', '.join(unknown)} with such a network; give "
-            f"`rates: {{{unknown[0]}: ...}}` in a profile ({'calls' if _counts_calls(costs, unknown[0]) else 'tokens'} "
-            "per second and device)"
+            f"`rates: {{{unknown[0]}: ...}}` in a profile ({'calls' if in_calls else 'tokens'} per second and device)"
         )
     lines += [
         f"{cost.step.name}: about as much memory as there is; {cost.need.total / GIB:.1f} of "
@@ -99,7 +99,3 @@ def short(value: float) -> str:
         if value >= size:
             return f"{value / size:.{0 if value >= 100 * size else 1}f}{unit}"
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _counts_calls(costs: list[StepCost], stage: str) -> bool:
-    return any(cost.step.stage == stage and cost.work.unit == "calls" for cost in costs)

@@ -43,7 +43,7 @@ class Reject(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format:
+class PairFormat:
     """Suffixes of the file, function that makes its rows, and what is in these.
 
     `columns` are those of a Parquet file, apart from reference log-probs. `complete` is the format that holds the pairs
@@ -172,7 +172,7 @@ def prompt_input(row: Row) -> Row | None:
     return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
-def plain(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
+def jsonl(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
     """Yield every column of every pair; the texts are for people, the ids are what was trained on."""
     for row in rows:
         texts = {side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES}
@@ -192,8 +192,8 @@ def _references(row: Row) -> Row:
     return {name: row[name] for name in REFS if row[name] is not None}
 
 
-FORMATS: dict[FormatName, Format] = {
-    "trl-ids": Format(
+FORMATS: dict[FormatName, PairFormat] = {
+    "trl-ids": PairFormat(
         (".parquet", ".jsonl"),
         trl_ids,
         dict.fromkeys(ID_COLUMNS, pa.list_(pa.int32())),
@@ -201,7 +201,7 @@ FORMATS: dict[FormatName, Format] = {
         note="TRL's DPOTrainer tokenises text unless _prepare_dataset is overridden, and its RewardTrainer expects the "
         "prompt in chosen_ids and rejected_ids: see jobs/README.md",
     ),
-    "trl": Format((".parquet", ".jsonl"), trl, dict.fromkeys(("prompt", *SIDES), pa.string()), complete="trl-ids"),
-    "openai-messages": Format((".jsonl",), openai_messages, complete="jsonl", references=False),
-    "jsonl": Format((".jsonl",), plain, weights=True, masks=True),
+    "trl": PairFormat((".parquet", ".jsonl"), trl, dict.fromkeys(("prompt", *SIDES), pa.string()), complete="trl-ids"),
+    "openai-messages": PairFormat((".jsonl",), openai_messages, complete="jsonl", references=False),
+    "jsonl": PairFormat((".jsonl",), jsonl, weights=True, masks=True),
 }

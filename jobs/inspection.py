@@ -249,7 +249,7 @@ def _grams(texts: list[str], words: int) -> pa.Table:
     """Return a row per n-gram of words: the number of its text, and a hash of 64 bits."""
     numbers, grams = [], []
     for number, text in enumerate(texts):
-        hashes = np.array([_hash(word) for word in _words(text)], dtype=np.uint64)
+        hashes = np.array([_word_hash(word) for word in _words(text)], dtype=np.uint64)
         size = min(words, len(hashes))
         count = len(hashes) - size + 1 if size else 0
         # A polynomial in the hashes of the words, modulo 2^64.
@@ -265,7 +265,7 @@ def _grams(texts: list[str], words: int) -> pa.Table:
 
 
 @cache
-def _hash(word: str) -> int:
+def _word_hash(word: str) -> int:
     """Return a hash of 64 bits that is the same in every process."""
     return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 

@@ -145,7 +145,7 @@ def _add_to_card(model: RunModel, folder: Path) -> None:
             source = model.store.at(link["stage"], link["key"]).manifest
             if source and source["key"] not in [item["key"] for item in queue]:
                 queue.append(source)
-        if manifest["rows"] and (read := _sources(manifest)):
+        if manifest["rows"] and (read := _data_read(manifest)):
             rows = ", ".join(f"{count:,} {table}" for table, count in manifest["rows"].items() if table != "rejects")
             data.append((names[manifest["key"]], manifest["stage"], read, rows))
             datasets += [name] if (name := manifest["identity"]["options"].get("dataset")) else []
@@ -172,7 +172,7 @@ def _add_to_card(model: RunModel, folder: Path) -> None:
     write_card(folder, f"\n{text.strip()}\n" + "\n".join(lines) + "\n", metadata)
 
 
-def _sources(manifest: Json) -> str:
+def _data_read(manifest: Json) -> str:
     """Return what a step read: names of files, with the beginning of their digests, or a data set and its revision."""
     options: dict[str, Any] = manifest["identity"]["options"]
     files = [

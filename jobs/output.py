@@ -43,7 +43,7 @@ def format_of(format: Format | None, out: Path | None) -> Format:
     return SUFFIXES[out.suffix.lower()]
 
 
-def write(result: QueryResult, format: Format, out: Path | None, console: Console) -> None:
+def write_result(result: QueryResult, format: Format, out: Path | None, console: Console) -> None:
     """Write a result to the terminal, or to a file: completely, or not at all. All formats but tables are streamed."""
     if out is None:
         if format is Format.parquet:

@@ -105,7 +105,7 @@ def option_pages(name: str) -> list[str]:
         by_kind[kind] = [*registry.entries, *registry.aliases]
         if name in (kind, _variable(registry)):
             rows = [{"name": f"`{entry.name}`", "about": first_line(entry)} for entry in registry.entries.values()]
-            pages.append("\n".join([f"# {kind}", "", markdown_table(rows)]))
+            pages.append("\n".join([f"# {kind}", "", rows_as_markdown(rows)]))
         for entry in registry.entries.values():
             if name in (entry.name, *entry.aliases):
                 pages.append(function_page(entry, registry.kind))
@@ -138,7 +138,7 @@ def stage_page(entry: Entry) -> str:
         for registry in _registries_in(Annotated[field.annotation, None, *field.metadata]):
             rows = [{option: ", ".join(f"`{name}`" for name in (item.name, *item.aliases)), "about": first_line(item)}
                     for _, item in sorted(registry.entries.items())]  # fmt: skip
-            lines += ["", markdown_table(rows)]
+            lines += ["", rows_as_markdown(rows)]
     return "\n".join(lines)
 
 
@@ -160,7 +160,7 @@ def options_markdown(entry: Entry) -> str:
             "type": describe_type(field.annotation, tuple(field.metadata)) + note,
             "default": default,
         })  # fmt: skip
-    return markdown_table(rows) if rows else "No options."
+    return rows_as_markdown(rows) if rows else "No options."
 
 
 def describe_type(hint: Any, metadata: tuple[Any, ...] = ()) -> str:
@@ -209,7 +209,7 @@ def first_line(entry: Entry) -> str:
     return docstring(entry).partition("\n")[0]
 
 
-def markdown_table(rows: list[dict[str, str]]) -> str:
+def rows_as_markdown(rows: list[dict[str, str]]) -> str:
     """Return a Markdown table with the keys of the first row as its header."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -60,7 +60,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
                 }
             )
     leaderboard, curve_rows = _query_rows(catalog, "leaderboard"), _query_rows(catalog, "curves")
-    board, statement = methods.leaderboard(catalog)
+    board, statement = methods.make_leaderboard(catalog)
     of_methods = [row for row in board.to_pylist() if row.get("seeds", 1) > 1]
     names = dict.fromkeys([row["run"] for row in leaderboard] + [row["run"] for row in curve_rows])
     colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
@@ -129,7 +129,7 @@ def _sources(catalog: Catalog) -> list[dict[str, Any]]:
     rows = []
     for row in query(catalog, sql).to_pylist():
         options = json.loads(row["options"])
-        digests = [value[:12] for name, value in _leaves(options) if name.endswith(".content") and value]
+        digests = [value[:12] for name, value in _option_texts(options) if name.endswith(".content") and value]
         named = [str(options[name]) for name in ("dataset", "revision") if options.get(name)]
         rows.append({
             "step": row["step"],
@@ -152,7 +152,7 @@ def _differences(catalog: Catalog) -> list[dict[str, Any]]:
         run = row["run"] if row["round"] is None else f"{row['run']}@{row['round']}"
         runs[run] = None
         steps.setdefault(row["step"], set()).add(run)
-        for name, value in _leaves(json.loads(row["options"])):
+        for name, value in _option_texts(json.loads(row["options"])):
             values.setdefault((row["step"], name), {})[run] = value
     # An option that a function has and another lacks differs too; a step that a run lacks does not.
     differing = {
@@ -167,11 +167,11 @@ def _differences(catalog: Catalog) -> list[dict[str, Any]]:
     ]
 
 
-def _leaves(options: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _option_texts(options: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield each option by its dotted path, as text."""
     if isinstance(options, dict) and options:
         for name, value in options.items():
-            yield from _leaves(value, f"{path}.{name}" if path else name)
+            yield from _option_texts(value, f"{path}.{name}" if path else name)
     else:
         yield path, options if isinstance(options, str) else json.dumps(options)
 

@@ -83,7 +83,10 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
             try:
                 plan = plans[values] = recipes.plan_named(name, configs, [*sets, *values], path.stem)
             except WinnowError as error:
-                problems += [f"{name}: {_of_axes(line, values)}" for line in error.problems]
+                for problem in error.problems:
+                    for value in values:  # which the plan knows as --set
+                        problem = problem.replace(f"--set {value}", f"--over {value}")
+                    problems.append(f"{name}: {problem}")
                 continue
             base = recipes.run_name(path, sets, plan)
             plan.name = f"{base} {as_file_name(' '.join(labels[value] for value in values), LABEL_BYTES)}"
@@ -121,23 +124,12 @@ def _labels(axes: list[Axis]) -> dict[str, str]:
         length = next(n for n in range(1, len(path) + 1)
                       if n == len(path) or sum(other[-n:] == path[-n:] for other in paths) == 1)  # fmt: skip
         for text in axis.texts:
-            labels[f"{axis.option}={text}"] = f"{'.'.join(path[-length:])}={_short(parse(text, '--over'), text)}"
+            value, label = parse(text, "--over"), text
+            if isinstance(value, dict) and isinstance(value.get("name"), str):  # `hinge(delta=1.0)`
+                options = ",".join(f"{name}={option}" for name, option in value.items() if name != "name")
+                label = f"{value['name']}({options})" if options else value["name"]
+            labels[f"{axis.option}={text}"] = f"{'.'.join(path[-length:])}={''.join(label.split())}"
     return labels
-
-
-def _short(value: Any, text: str) -> str:
-    """Return a value without spaces: `hinge(delta=1.0)` for the mapping {name: hinge, delta: 1.0}."""
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        options = ",".join(f"{name}={option}" for name, option in value.items() if name != "name")
-        text = f"{value['name']}({options})" if options else value["name"]
-    return "".join(text.split())
-
-
-def _of_axes(problem: str, values: tuple[str, ...]) -> str:
-    """Return a mistake in a value of --over, which a plan knows as --set, under the name that users wrote."""
-    for value in values:
-        problem = problem.replace(f"--set {value}", f"--over {value}")
-    return problem
 
 
 def _without_effect(axes: list[Axis], plans: dict[tuple[str, ...], Plan]) -> list[str]:

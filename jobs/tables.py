@@ -45,7 +45,7 @@ def plan_tree(plan: Plan, store: Store, options: bool = False) -> Tree:
         names_by_key[step.key] = step.name
         stage = "" if split_round(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
         listed = "".join(f"\n  [dim]{escape(line)}[/]" for line in option_lines(step)) if options else ""
-        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status(step, plan.name, store)}{listed}")
+        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {step_status(step, plan.name, store)}{listed}")
         for input_name, source in step.inputs.items():
             add(branch, source, input_name)
 
@@ -91,7 +91,7 @@ def _written_value(step: Step, path: str) -> tuple[Any, Any]:
     return value, default
 
 
-def status(step: Step, run: str, store: Store) -> str:
+def step_status(step: Step, run: str, store: Store) -> str:
     """Return `cached` with rows and origin, or `will run` with the reason, in rich's markup."""
     folder = store.folder(step)
     if manifest := folder.manifest:

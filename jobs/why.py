@@ -10,7 +10,7 @@ from schemas import WinnowError
 KEY_PREFIX = re.compile(r"[0-9a-f]{4,16}")
 
 
-def why(store: Store, one: str, other: str) -> list[str]:
+def explain_difference(store: Store, one: str, other: str) -> list[str]:
     """Return lines for people: each field that differs, and the steps that differ only through their inputs.
 
     Both arguments are runs, or both are steps (`run/step`, a key or its beginning). Raise WinnowError for unknown

@@ -14,9 +14,9 @@ from jobs.__main__ import GROUPS
 from jobs.reference import (
     first_line,
     function_page,
-    markdown_table,
     recipe_table,
     registries,
+    rows_as_markdown,
     stage_entries,
     stage_page,
 )
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 def recipes_markdown() -> str:
     """Return the table of recipes."""
-    return markdown_table([row | {"recipe": f"[`{row['recipe']}`]({row['recipe']}.yaml)",
+    return rows_as_markdown([row | {"recipe": f"[`{row['recipe']}`]({row['recipe']}.yaml)",
                                   "objective": f"`{row['objective']}`"}
                            for row in recipe_table().to_pylist()])  # fmt: skip
 
@@ -36,7 +36,7 @@ def stages_markdown() -> str:
     """Return every stage of this package, then every function that an option can name, by kind."""
     entries = stage_entries()
     index = [{"stage": f"[`{entry.name}`](#{entry.name})", "about": first_line(entry)} for entry in entries]
-    pages = [markdown_table(index), *(f"##{stage_page(entry)}" for entry in entries)]
+    pages = [rows_as_markdown(index), *(f"##{stage_page(entry)}" for entry in entries)]
     for kind, registry in sorted(registries().items()):
         functions = [f"##{function_page(entry, kind)}" for _, entry in sorted(registry.entries.items())]
         pages += [f"## Functions: {kind}", *functions]
@@ -50,7 +50,7 @@ def schemas_markdown() -> str:
         rows = [{"column": f"`{column.name}`", "type": str(column.type).replace("<", "\\<"),
                  "null": "yes" if column.nullable else "", "meaning": column.metadata[b"meaning"].decode()}
                 for column in schema]  # fmt: skip
-        pages.append(f"### {name}\n\n{schema.metadata[b'about'].decode()}\n\n{markdown_table(rows)}")
+        pages.append(f"### {name}\n\n{schema.metadata[b'about'].decode()}\n\n{rows_as_markdown(rows)}")
     return "\n\n".join(pages)
 
 
@@ -59,7 +59,7 @@ def commands_markdown() -> str:
     rows = [{"": group if n == 0 else "", "command": f"`winnow {command.__name__}`",
              "what it does": inspect.cleandoc(command.__doc__ or "").partition("\n")[0]}
             for group, commands in GROUPS.items() for n, command in enumerate(commands)]  # fmt: skip
-    return markdown_table(rows)
+    return rows_as_markdown(rows)
 
 
 def execution_markdown() -> str:
@@ -72,7 +72,7 @@ def execution_markdown() -> str:
         for name, marked in entry.execution_entries.items():
             entries = textwrap.fill(", ".join(f"`{item}`" for item in sorted(marked)), 120, break_on_hyphens=False)
             lists[name] = f"Of the entries of `{name}`:\n\n{entries}"
-    return "\n\n".join([markdown_table(rows), *lists.values()])
+    return "\n\n".join([rows_as_markdown(rows), *lists.values()])
 
 
 README_BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {  # name of a block -> README, and what generates the block

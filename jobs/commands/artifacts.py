@@ -34,9 +34,9 @@ def why(
     store: StorePath = STORE,
 ) -> None:
     """Explain why two runs, or two steps, differ: the fields in which a difference arises, not what follows from it."""
-    from jobs.why import why
+    from jobs.why import explain_difference
 
-    for line in why(existing_store(store), one, other):
+    for line in explain_difference(existing_store(store), one, other):
         console.print(line, highlight=False, markup=False)
 
 
@@ -71,9 +71,9 @@ def adopt(
     store: StorePath = STORE,
 ) -> None:
     """Register files from elsewhere as the result of a step, after checking them. The manifest names their origin."""
-    from jobs.adopt import adopt
+    from jobs.adopt import adopt_artifact
 
-    adopted, manifest = adopt(plan_named(recipe, configs, sets), step, path, Store(store))
+    adopted, manifest = adopt_artifact(plan_named(recipe, configs, sets), step, path, Store(store))
     origin = manifest["adopted"]
     console.print(f"adopted {adopted.name} [dim]{adopted.key}[/]: {row_count(manifest):,} rows", highlight=False)
     for line in differences(origin["identity"], adopted.identity) if origin["identity"] else []:
@@ -86,12 +86,12 @@ def gc(
     forget: Annotated[list[str], typer.Option(help="a run to forget; with --yes its name is deleted")] = [],  # noqa: B006
 ) -> None:
     """List what no run uses, with sizes; --yes deletes it. What a run uses is never deleted."""
-    from pipeline.store.gc import garbage, sweep
+    from pipeline.store.gc import delete_garbage, garbage
 
     report = garbage(Store(store), tuple(forget))
     for key in report.busy:
         console.print(f"{key} is running, and no run links to it: finished steps are kept until it ends")
-    items = list(sweep(Store(store), report, tuple(forget))) if yes else report.garbage
+    items = list(delete_garbage(Store(store), report, tuple(forget))) if yes else report.garbage
     for item in items:
         console.print(f"{format_size(item.bytes):>10}  {escape(item.path)}  [dim]{item.why}[/]", highlight=False)
     total = format_size(sum(item.bytes for item in items))

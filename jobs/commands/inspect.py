@@ -8,7 +8,7 @@ import typer
 
 from jobs import recipes
 from jobs.commands.app import Configs, Sets, console
-from jobs.output import Format, format_of, write
+from jobs.output import Format, format_of, write_result
 from pipeline.sql.catalog import QueryResult
 
 
@@ -29,6 +29,6 @@ def inspect(
     output_format = format_of(format, out)
     table = inspect_data(recipes.plan_named(recipe, configs, sets), words, overlap)
     with duckdb.connect() as connection:
-        write(QueryResult(connection.from_arrow(table)), output_format, out, console)
+        write_result(QueryResult(connection.from_arrow(table)), output_format, out, console)
     if out:
         console.print(f"wrote {out}", highlight=False, markup=False)

@@ -10,7 +10,7 @@ from jobs.commands.app import STORE, Configs, RunName, StorePath, console, error
 from jobs.console import as_table
 from jobs.export import Split, export_pairs
 from jobs.export_formats import FORMATS, FormatName
-from jobs.output import Format, format_of, interruptible, write
+from jobs.output import Format, format_of, interruptible, write_result
 from jobs.reference import option_pages, recipe_table, stage_table
 from jobs.tables import leaderboard_table
 from pipeline.config.recipe import plugin_files
@@ -59,13 +59,15 @@ def sql(
     elif statement is None:
         from jobs.shell import Shell
 
-        shell = Shell(catalog, lambda result: write(result, output_format, None, console), console, error_console)
+        shell = Shell(
+            catalog, lambda result: write_result(result, output_format, None, console), console, error_console
+        )
         shell.run()
         if shell.errors and not shell.interactive:
             raise typer.Exit(2)
     else:
         text = queries.statement(statement)
-        interruptible(catalog, lambda: write(catalog.sql(text), output_format, out, console))
+        interruptible(catalog, lambda: write_result(catalog.sql(text), output_format, out, console))
         if out:
             console.print(f"wrote {out}", highlight=False, markup=False)
 
@@ -84,9 +86,9 @@ def trace(
 
 def leaderboard(store: StorePath = STORE) -> None:
     """Compare the policies of a store: one line for runs that differ in seeds alone, with intervals over these too."""
-    from jobs.methods import leaderboard as board_of
+    from jobs.methods import make_leaderboard
 
-    table, lines = board_of(open_catalog(existing_store(store)))
+    table, lines = make_leaderboard(open_catalog(existing_store(store)))
     console.print(as_table(leaderboard_table(table)))
     for line in lines:
         console.print(line, highlight=False, markup=False)

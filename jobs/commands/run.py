@@ -38,7 +38,7 @@ from jobs.commands.query import report
 from jobs.console import ProgressReporter, as_table
 from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
-from jobs.methods import leaderboard
+from jobs.methods import make_leaderboard
 from jobs.models import find_model
 from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
@@ -352,7 +352,7 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
         if (table := query(of_these_runs, sql)).num_rows:
             lines: list[str] = []
             if name == "leaderboard":
-                board, lines = leaderboard(open_catalog(store))
+                board, lines = make_leaderboard(open_catalog(store))
                 table = leaderboard_table(board)
             console.print(as_table(table, title))
             for line in lines:

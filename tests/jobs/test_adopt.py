@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.adopt import adopt
-from jobs.tables import status
-from jobs.why import why
+from jobs.adopt import adopt_artifact
+from jobs.tables import step_status
+from jobs.why import explain_difference
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
 from pipeline.sql.catalog import open_catalog
@@ -61,7 +61,7 @@ def has_folder(store: Store, plan: Plan, name: str) -> bool:
 def test_a_file_becomes_the_step_and_later_steps_read_it(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
     """Rows are dealt to shards by prompt; the run continues from them; plan, why and gc know where they came from."""
     make(planned(recipe(tmp_path), "target=draw"), store)
-    adopted, manifest = adopt(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)
+    adopted, manifest = adopt_artifact(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)
     folder = store.folder(adopted)
     for shard in range(SHARDS):
         ids = folder.read(REWARDS, shard)["prompt_id"].to_pylist()
@@ -70,11 +70,11 @@ def test_a_file_becomes_the_step_and_later_steps_read_it(tmp_path: Path, store: 
     assert manifest["identity"] == adopted.identity
     assert manifest["adopted"]["from"] == "ours.parquet"
     assert str(tmp_path) not in json.dumps(manifest)
-    assert "adopted from ours.parquet" in status(adopted, plan.name, store)
+    assert "adopted from ours.parquet" in step_status(adopted, plan.name, store)
     assert [item.path for item in garbage(store).garbage] == []
     luck.calls.clear()
     assert make(plan, store) == ["keep"]
-    assert why(store, "toy", "toy")[1:] == ["toy: rate is adopted from ours.parquet"] * 2
+    assert explain_difference(store, "toy", "toy")[1:] == ["toy: rate is adopted from ours.parquet"] * 2
 
 
 def test_a_folder_of_files_of_every_table(tmp_path: Path, store: Store, plan: Plan):
@@ -88,11 +88,11 @@ def test_a_folder_of_files_of_every_table(tmp_path: Path, store: Store, plan: Pl
     candidates = [candidate(name, n) for n, name in enumerate(names)]
     pq.write_table(pa.Table.from_pylist(candidates, CANDIDATES), folder / "candidates.parquet")
     parquet(folder / "promptsof.parquet", [{"x": 1}])
-    _, manifest = adopt(plan, "draw", str(folder), store)
+    _, manifest = adopt_artifact(plan, "draw", str(folder), store)
     assert manifest["rows"] == {"prompts": 5, "candidates": 5, "rejects": 0}
     (folder / "candidates.parquet").unlink()
     with pytest.raises(WinnowError, match=r"lacks candidates \(files like candidates\.parquet"):
-        adopt(planned(recipe(tmp_path), "draw.rows=3"), "draw", str(folder), store)
+        adopt_artifact(planned(recipe(tmp_path), "draw.rows=3"), "draw", str(folder), store)
 
 
 MISTAKES = [
@@ -114,14 +114,16 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: P
     make(planned(recipe(tmp_path), "target=draw"), store)
     for wrong, match in MISTAKES:
         with pytest.raises(WinnowError, match=match):
-            adopt(plan, "rate", str(parquet(tmp_path / "wrong.parquet", wrong)), store)
+            adopt_artifact(plan, "rate", str(parquet(tmp_path / "wrong.parquet", wrong)), store)
         assert not has_folder(store, plan, "rate")
     assert "toy" not in store.runs()
 
 
 def test_a_step_whose_inputs_are_not_finished_can_be_adopted(tmp_path: Path, store: Store, plan: Plan):
     """There is nothing to check its ids against: its inputs may be elsewhere."""
-    assert adopt(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)[1]["rows"]["rewards"] == 12
+    assert (
+        adopt_artifact(plan, "rate", str(parquet(tmp_path / "ours.parquet", rows())), store)[1]["rows"]["rewards"] == 12
+    )
 
 
 def large(table: pa.Table) -> pa.Table:
@@ -148,12 +150,12 @@ def test_rows_of_sql_are_adopted_as_they_are(tmp_path: Path, store: Store, plan:
     before = store.folder(step(plan, "rate")).read(REWARDS).sort_by("candidate_id")
     for n, file in enumerate(files.values()):
         other = Store(tmp_path / f"store{n}")
-        adopted, _ = adopt(plan, "rate", str(file), other)
+        adopted, _ = adopt_artifact(plan, "rate", str(file), other)
         assert other.folder(adopted).read(REWARDS).sort_by("candidate_id").equals(before)
     other = rewards.arrow().set_column(rewards.columns.index("key"), "key", pa.array(list("ab") * 6))
     pq.write_table(other, tmp_path / "two.parquet")
     with pytest.raises(WinnowError, match=r"two\.parquet: has rows of several steps; .* WHERE key = 'a'"):
-        adopt(plan, "rate", str(tmp_path / "two.parquet"), Store(tmp_path / "new"))
+        adopt_artifact(plan, "rate", str(tmp_path / "two.parquet"), Store(tmp_path / "new"))
 
 
 def test_numbers_inside_lists_and_maps_are_checked(tmp_path: Path, store: Store, plan: Plan):
@@ -161,14 +163,14 @@ def test_numbers_inside_lists_and_maps_are_checked(tmp_path: Path, store: Store,
     components = pa.array([[("a", math.nan)], [("a", 1.0)], *[None] * 10], REWARDS.field("components").type)
     pq.write_table(pa.Table.from_pylist(rows()).append_column("components", components), tmp_path / "nan.parquet")
     with pytest.raises(WinnowError, match=r"1 values of rewards\.components are not finite"):
-        adopt(plan, "rate", str(tmp_path / "nan.parquet"), store)
+        adopt_artifact(plan, "rate", str(tmp_path / "nan.parquet"), store)
     name = prompt_id("a")
     prompts = [dict(prompt_id=name, text="p", token_ids=[1, None], split="train")]
     (tmp_path / "draw").mkdir()
     pq.write_table(pa.Table.from_pylist(prompts, PROMPTS), tmp_path / "draw" / "prompts.parquet")
     pq.write_table(pa.Table.from_pylist([candidate(name, 0)], CANDIDATES), tmp_path / "draw" / "candidates.parquet")
     with pytest.raises(WinnowError, match=r"1 values in lists of prompts\.token_ids are null"):
-        adopt(plan, "draw", str(tmp_path / "draw"), store)
+        adopt_artifact(plan, "draw", str(tmp_path / "draw"), store)
 
 
 def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
@@ -178,19 +180,19 @@ def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luc
     claim = folder.try_lock()
     assert claim
     with pytest.raises(WinnowError, match="another run is computing it"):
-        adopt(plan, "rate", file, store)
+        adopt_artifact(plan, "rate", file, store)
     claim.release()
-    _, manifest = adopt(plan, "rate", file, store)
+    _, manifest = adopt_artifact(plan, "rate", file, store)
     folder.manifest_path.unlink()
-    assert adopt(plan, "rate", file, store)[1]["files"] == manifest["files"]
+    assert adopt_artifact(plan, "rate", file, store)[1]["files"] == manifest["files"]
     with pytest.raises(WinnowError, match="finished already"):
-        adopt(plan, "rate", file, store)
+        adopt_artifact(plan, "rate", file, store)
     shutil.rmtree(local(folder.path))
     make(planned(recipe(tmp_path), "target=rate"), store)
     folder.manifest_path.unlink()
     (local(folder.path) / "part-00001.json").unlink()
     with pytest.raises(WinnowError, match=r"2 of 3 parts are finished already; `winnow run --only rate`"):
-        adopt(plan, "rate", file, store)
+        adopt_artifact(plan, "rate", file, store)
 
 
 def test_a_step_of_another_store_keeps_its_identity(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
@@ -199,24 +201,24 @@ def test_a_step_of_another_store_keeps_its_identity(tmp_path: Path, store: Store
     old = planned(recipe(tmp_path, "old", rate="with: {scale: 2.0}"))
     make(old, elsewhere)
     source = elsewhere.folder(step(old, "rate"))
-    _, manifest = adopt(plan, "rate", str(source.path), store)
+    _, manifest = adopt_artifact(plan, "rate", str(source.path), store)
     assert manifest["adopted"]["identity"] == step(old, "rate").identity
     assert manifest["adopted"]["from"] == f"toy_rate/{step(old, 'rate').key}"
     assert [file["sha256"] for file in manifest["files"]] == [file["sha256"] for file in source.manifest["files"]]
     file = recipe(tmp_path, "five")
     file.write_text(file.read_text().replace("shards: 3", "shards: 5"))
     five = planned(file)
-    adopt(five, "rate", str(source.path), store)
+    adopt_artifact(five, "rate", str(source.path), store)
     both = [store.folder(step(item, "rate")).read(REWARDS).sort_by("candidate_id") for item in (plan, five)]
     assert both[0].equals(both[1])
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(WinnowError, match="is not a step's"):
-        adopt(plan, "keep", str(tmp_path), store)
+        adopt_artifact(plan, "keep", str(tmp_path), store)
     with pytest.raises(WinnowError, match="toy_rate has no selections"):
-        adopt(plan, "keep", str(source.path), store)
+        adopt_artifact(plan, "keep", str(source.path), store)
     source.manifest_path.unlink()
     with pytest.raises(WinnowError, match="a step that is not finished"):
-        adopt(planned(recipe(tmp_path), "rate.scale=3.0"), "rate", str(source.path), store)
+        adopt_artifact(planned(recipe(tmp_path), "rate.scale=3.0"), "rate", str(source.path), store)
 
 
 def test_a_model_folder(tmp_path: Path, store: Store, tiny: Model):
@@ -225,21 +227,21 @@ def test_a_model_folder(tmp_path: Path, store: Store, tiny: Model):
         plan = make_plan(Recipe("m", shards=1, target="m", steps={"m": {"use": "toy_model"}}))
         shutil.copytree(tiny.folder, tmp_path / "model")
         (tmp_path / "model" / "optimizer.pt").write_bytes(b"x")
-        adopted, manifest = adopt(plan, "m", str(tmp_path / "model"), store)
+        adopted, manifest = adopt_artifact(plan, "m", str(tmp_path / "model"), store)
         model = store.folder(adopted).model()
         assert manifest["model"] == model.digest == model_digest(model.folder) == tiny.digest
         assert not (model.folder / "optimizer.pt").exists()
         (tmp_path / "model" / "config.json").unlink()
         again = make_plan(Recipe("m", shards=1, target="m", steps={"m": {"use": "toy_model", "with": {"size": 9}}}))
         with pytest.raises(WinnowError, match=r"adopt m: .*has no"):
-            adopt(again, "m", str(tmp_path / "model"), store)
+            adopt_artifact(again, "m", str(tmp_path / "model"), store)
 
 
 def test_every_step_of_a_real_run_can_be_adopted(data_dir: Path, finished: Path, tmp_path: Path):
     """Of RSO on tiny data: the same bytes under the same keys, and every real result passes the checks."""
     plan, old, new = plan_of(data_dir), Store(finished), Store(tmp_path / "new")
     for item in plan.steps:
-        adopt(plan, item.name, str(old.folder(item).path), new)
+        adopt_artifact(plan, item.name, str(old.folder(item).path), new)
     assert digests(plan, new) == digests(plan, old)
     for item in plan.steps:
         assert new.folder(item).manifest["model"] == old.folder(item).manifest["model"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.resume import command
-from jobs.why import why
+from jobs.why import explain_difference
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.store.storage import delete
@@ -275,14 +275,14 @@ def test_why_names_the_field_where_a_difference_arises_and_the_steps_that_follow
     make(plan, store)
     changed = planned(recipe(tmp_path, "other", rate="with: {scale: 2.0}"))
     make(changed, store)
-    field, through = why(store, "toy", "other")
+    field, through = explain_difference(store, "toy", "other")
     assert field == "rate.options.scale: 1.0 -> 2.0"
     assert through.endswith("inputs: keep")
-    assert why(store, "toy/keep", "other/keep") == [field, through]
+    assert explain_difference(store, "toy/keep", "other/keep") == [field, through]
     keys = [step(each, "keep").key for each in (plan, changed)]
-    assert why(store, keys[0][:8], keys[1])[0] == "toy_keep.rewards.options.scale: 1.0 -> 2.0"
+    assert explain_difference(store, keys[0][:8], keys[1])[0] == "toy_keep.rewards.options.scale: 1.0 -> 2.0"
     for one, other in (("toy", "toy"), ("toy/draw", "other/draw")):
-        (line,) = why(store, one, other)
+        (line,) = explain_difference(store, one, other)
         assert "no difference" in line
 
 
@@ -293,14 +293,14 @@ def test_why_names_steps_that_one_run_lacks_and_inputs_from_elsewhere(tmp_path: 
     for file in (one, other):
         make(planned(file), store)
     lines = ["keep.inputs.rewards: rate -> again", "only in one: rate", "only in other: again"]
-    assert why(store, "one", "other") == lines
+    assert explain_difference(store, "one", "other") == lines
 
 
 def test_why_says_what_it_cannot_know(store: Store, plan: Plan, tmp_path: Path, luck: Luck):
     make(plan, store)
     other = planned(recipe(tmp_path, "other", rate="with: {scale: 2.0}"))
     make(rerun([other], store, Part(only="draw")).plans[0], store)
-    (line,) = why(store, "toy", "other")
+    (line,) = explain_difference(store, "toy", "other")
     assert line.endswith("keep, rate")
     for wrong, words in {
         "toi": "did you mean 'toy'",
@@ -309,4 +309,4 @@ def test_why_says_what_it_cannot_know(store: Store, plan: Plan, tmp_path: Path, 
         "toy/keep": "a run and a step",
     }.items():
         with pytest.raises(WinnowError, match=words):
-            why(store, wrong, "toy")
+            explain_difference(store, wrong, "toy")
