@@ -29,7 +29,7 @@ class Step:
     entry: Entry
     options: dict[str, Any]
     inputs: dict[str, "Step"]
-    shards: int
+    shards: int  # parts of its tables, unless its result has another number; not part of the key
     origins: dict[str, Origin] = field(default_factory=dict)  # of its options, by dotted path; not part of the key
 
     @property
@@ -54,7 +54,6 @@ class Step:
         identity = {
             "stage": self.entry.name,
             "version": self.signature.version,
-            "shards": self.shards,
             "options": canonical(self.entry.identity_of(self.options)),
             "inputs": {name: step.key for name, step in self.inputs.items()},
         }

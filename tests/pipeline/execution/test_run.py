@@ -17,7 +17,8 @@ from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
-from schemas.tables import CANDIDATES, SELECTIONS
+from schemas import table_name
+from schemas.tables import CANDIDATES, REJECTS, SELECTIONS
 from tests.runs import RECIPES, Silent, local, plan_of
 
 
@@ -93,6 +94,23 @@ def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path
     run(plan, store, executor, reporter)
     assert reporter.ran[0] == first
     assert digests(plan, store) == digests(plan, Store(finished))
+
+
+def test_in_any_number_of_parts_tables_have_the_same_rows_and_training_ends_in_the_same_policy(
+    data_dir, finished, tmp_path
+):
+    """From `reward` on in other parts than the candidates that are finished: rows, and the policy by its bytes."""
+    plan = plan_of(data_dir, "target=optimize", "shards=3")
+    store = without(finished, plan, "reward", tmp_path / "store")
+    run(plan, store, LocalExecutor(), Silent())
+    for step in plan.steps:
+        before, after = (root.folder(step) for root in (Store(finished), store))
+        assert before.manifest["model"] == after.manifest["model"]
+        for schema in [*step.signature.outputs, REJECTS]:
+            if table_name(schema) != "speeds":
+                tables = [folder.read(schema).to_pylist() for folder in (before, after)]
+                assert sorted(map(repr, tables[0])) == sorted(map(repr, tables[1]))
+    assert store.folder(plan.target).manifest["parts"] == 3
 
 
 @pytest.mark.parametrize("victim", ["reward", "optimize"])
