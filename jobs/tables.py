@@ -115,6 +115,8 @@ def status(step: Step, run: str, store: Store) -> str:
             reason = escape("; ".join(changes) or "its result was deleted")
         else:
             reason = "never run"
+    if sources := store.earlier(step):
+        reason += f"; takes what {', '.join(f'{step.stage} {folder.path.name}' for folder in sources)} has of it"
     return f"[yellow]will run[/]: {reason}"
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class StepSpec:
     sources: dict[str, StepFolder]
     out: StepFolder
     run: str = ""  # name of the run that computes it, for people
+    earlier: tuple[StepFolder, ...] = ()  # finished steps whose rows it can take
 
     @property
     def signature(self) -> StageSignature:
@@ -98,7 +100,8 @@ def step_spec(step: Step, store: Store, run: str = "", running: Mapping[str, Ste
     running: the folders of inputs that are not finished yet, by their keys.
     """
     sources = {name: running.get(source.key) or store.folder(source).divided() for name, source in step.inputs.items()}
-    return StepSpec(step.name, step.entry, step.options, sources, store.folder(step).divided(), run)
+    out, earlier = store.folder(step).divided(), tuple(store.earlier(step))
+    return StepSpec(step.name, step.entry, step.options, sources, out, run, earlier)
 
 
 def is_split_by_prompt(item: Input) -> bool:
@@ -127,7 +130,8 @@ def execute(
     keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
     with named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
         title = f"{spec.run} {spec.name}".strip()
-        ctx = StageContext(folder, cache, progress, resources, spec.out.path, title)
+        earlier = [partial(folder.read, shard=task.shard, of=spec.shards) for folder in spec.earlier]
+        ctx = StageContext(folder, cache, progress, resources, spec.out.path, title, earlier)
 
         # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
         inputs: dict[str, Any] = {}

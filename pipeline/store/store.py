@@ -304,6 +304,17 @@ class Store:
             manifests.append(checked_manifest(_decoded(path, content) | {"folder": str(path.parent)}))
         return manifests
 
+    def earlier(self, step: "Step") -> list[StepFolder]:
+        """Return the finished steps whose rows a step can take for its own (`Step.row_key`), most rows first."""
+        if not (step.signature.goes_on and step.takes_earlier_rows):
+            return []
+        rows: dict[StepFolder, int] = {}
+        for path, content in read_all(self.root / step.stage, "*/manifest.json").items():
+            manifest = checked_manifest(_decoded(path, content) | {"folder": str(path.parent)})
+            if manifest.get("row_key") == step.row_key and manifest["key"] != step.key:
+                rows[StepFolder(path.parent, manifest["parts"])] = sum(manifest["rows"].values())
+        return sorted(rows, key=lambda folder: (-rows[folder], folder.path.name))
+
     def runs(self) -> dict[str, Json]:
         """Return run name -> step name -> stage and key."""
         files = read_all(self.root, f"{RUNS}/*.json").items()
@@ -364,9 +375,9 @@ def overlapping(shard: int, of: int, parts: int) -> list[int]:
 
 
 def shards_of_rows(table: pa.Table, shards: int) -> NDArray[np.int64]:
-    """Return the part of each row by its prompt id, int64 [N]; one hash per prompt."""
+    """Return the part of each row by its prompt id, int64 [N], one hash per prompt; 0 for rejects without one."""
     prompts = table.column("prompt_id").to_pylist()
-    shard_by_prompt = {prompt: shard_of(prompt, shards) for prompt in set(prompts)}
+    shard_by_prompt = {prompt: shard_of(prompt, shards) if prompt else 0 for prompt in set(prompts)}
     return np.array([shard_by_prompt[prompt] for prompt in prompts], dtype=np.int64)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
@@ -94,6 +95,40 @@ def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path
     run(plan, store, executor, reporter)
     assert reporter.ran[0] == first
     assert digests(plan, store) == digests(plan, Store(finished))
+
+
+def test_draws_that_a_finished_step_has_are_taken_from_there(data_dir, finished, tmp_path):
+    """Fewer, more, and those of a longer file of prompts: only what is missing is drawn, and the rows are those of a
+    store that had none. With another option, or by force, all are drawn."""
+    longer = Path(shutil.copytree(data_dir, tmp_path / "longer"))
+    with (longer / "prompts.jsonl").open("a") as file:
+        for city in ("Ulm", "Bonn", "Kiel", "Jena"):
+            file.write(json.dumps({"prompt": f"Please book a tram in {city}.", "demonstration": "Done."}) + "\n")
+
+    def sampled(folder: Path, *sets: str, force: str | None = None) -> tuple[int, int]:
+        """Return how many draws there are with their rejects, and how many of them were taken."""
+        plan, name = plan_of(folder, "target=sample", *sets), f"{len(list(tmp_path.iterdir()))}"
+        stores = [Store(shutil.copytree(finished, tmp_path / name)), Store(tmp_path / f"fresh{name}")]
+        for store in stores:
+            selection = rerun([plan], store, Part(force=force))
+            selection.delete()
+            run(plan, store, LocalExecutor(), Silent())
+        rows = [store.folder(plan.target).read(CANDIDATES).to_pylist() for store in stores]
+        for row in (row for table in rows for row in table):
+            row["logp"] = pytest.approx(row["logp"], abs=1e-4)  # another batch rounds differently
+        assert rows[0] == rows[1]
+        manifest = stores[0].folder(plan.target).manifest
+        return sum(manifest["rows"].values()), manifest["counters"].get("draws_of_earlier_steps", 0)
+
+    n = next(step for step in plan_of(data_dir).steps if step.name == "sample").options["n"]
+    fewer, taken = sampled(data_dir, f"sample.n={n - 1}")
+    assert fewer == taken > 0
+    prompts = fewer // (n - 1)
+    assert sampled(data_dir, f"sample.n={n + 1}") == (prompts * (n + 1), prompts * n)
+    more, taken = sampled(longer)
+    assert taken == prompts * n < more
+    assert sampled(data_dir, "sample.temperature=0.6") == (prompts * n, 0)
+    assert sampled(data_dir, f"sample.n={n - 1}", force="sample") == (fewer, 0)
 
 
 def test_in_any_number_of_parts_tables_have_the_same_rows_and_training_ends_in_the_same_policy(
