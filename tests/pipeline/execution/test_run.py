@@ -69,13 +69,14 @@ def test_another_beta_runs_select_and_what_follows_but_neither_sample_nor_reward
 
 
 def test_ranker_calls_are_those_of_table_7(data_dir, finished):
-    """n - 1 for the reward of n candidates, k / 2 for first-round ranking of k (Table 7 of arXiv:2309.06657)."""
+    """n - 1 for the reward of n candidates, k / 2 for first-round ranking of k (Table 7 of arXiv:2309.06657), each in
+    both orders."""
     steps = {step.name: Store(finished).folder(step) for step in plan_of(data_dir).steps}
     sampled = steps["sample"].read(CANDIDATES).column("prompt_id").value_counts().to_pylist()
     selected = steps["select"].read(SELECTIONS).column("prompt_id").value_counts().to_pylist()
     calls = {name: steps[name].manifest["counters"]["ranker_calls"] for name in ("reward", "compare")}
-    assert calls["reward"] == sum(group["counts"] - 1 for group in sampled)
-    assert calls["compare"] == sum(group["counts"] // 2 for group in selected)
+    assert calls["reward"] == 2 * sum(group["counts"] - 1 for group in sampled)
+    assert calls["compare"] == 2 * sum(group["counts"] // 2 for group in selected)
 
 
 @pytest.mark.parametrize(
