@@ -95,7 +95,7 @@ def adopt_artifact(plan: Plan, name: str, path: str, store: Store) -> tuple[Step
             record = part_record(tables) | {"adopted": artifact.origin["from"]}
             folder.write_part(shard, tables, record | ({"model": model} if shard == 0 else {}))
         record = record_of(step, 0.0) | {"adopted": artifact.origin}
-        return step, folder.seal(record, step.shards, lambda manifest: None)
+        return step, folder.seal(record, lambda manifest: None)
     finally:
         claim.release()
 
@@ -103,10 +103,11 @@ def adopt_artifact(plan: Plan, name: str, path: str, store: Store) -> tuple[Step
 def _check_vacant(step: Step, folder: StepFolder) -> None:
     if folder.manifest:
         raise WinnowError(f"adopt {step.name}: {folder.path} is finished already, and is not overwritten")
-    computed = [part for shard in range(step.shards) if (part := folder.sidecar(shard)) and "adopted" not in part]
+    begun = folder.divided()
+    computed = [part for shard in range(begun.parts) if (part := begun.sidecar(shard)) and "adopted" not in part]
     if computed:
         raise WinnowError(
-            f"adopt {step.name}: {len(computed)} of {step.shards} parts are finished already; `{COMMAND} run --only "
+            f"adopt {step.name}: {len(computed)} of {begun.parts} parts are finished already; `{COMMAND} run --only "
             f"{step.name}` computes the others, or delete {folder.path}"
         )
 
@@ -168,7 +169,7 @@ def _read_step(step: Step, source: StepFolder, manifest: Json, where: str) -> Ar
     schemas = [*step.signature.outputs, REJECTS]
 
     def part(shard: int | None) -> Tables:
-        return {table_name(schema): conform(source.read(schema, shard), schema) for schema in schemas}
+        return {table_name(schema): conform(source.divided().read(schema, shard), schema) for schema in schemas}
 
     files = "".join(f"{file['file']} {file['sha256']}\n" for file in manifest["files"])
     origin = {
@@ -179,7 +180,7 @@ def _read_step(step: Step, source: StepFolder, manifest: Json, where: str) -> Ar
     model = source.model().folder if step.signature.makes_model else None
     if model and model_digest(model) != manifest["model"]:
         raise WinnowError(f"{where}: its model is not the one that its manifest names; use the original folder")
-    if manifest["identity"]["shards"] == step.shards:
+    if manifest.get("parts") == step.shards:
         return Artifact(part, model, origin)
     return Artifact(split_by_shard(part(None), step.shards).__getitem__, model, origin)
 

@@ -26,9 +26,15 @@ GROUP BY run, prompt_id
 ORDER BY prompt_id
 """
 # The 8 or 64 of a label are what the paper kept; a config that samples fewer, or rows that are rejected, leave fewer.
+# Plain samples are compared without a selection.
 SELECTED = """
-SELECT run, avg(selected) AS selected
-FROM (SELECT run, stage, key, prompt_id, count(*) AS selected FROM selections JOIN runs USING (stage, key) GROUP BY ALL)
+WITH kept AS (
+    SELECT run, stage, key, prompt_id, candidate_id FROM selections JOIN runs USING (stage, key)
+    UNION
+    SELECT run, stage, key, prompt_id, unnest([left_id, right_id]) FROM comparisons JOIN runs USING (stage, key)
+)
+SELECT run, max(selected) AS selected
+FROM (SELECT run, key, count(*) / count(DISTINCT prompt_id) AS selected FROM kept GROUP BY ALL)
 GROUP BY run
 """
 Against = Literal["target", "sft"]

@@ -93,14 +93,14 @@ def _written_value(step: Step, path: str) -> tuple[Any, Any]:
 
 def step_status(step: Step, run: str, store: Store) -> str:
     """Return `cached` with rows and origin, or `will run` with the reason, in rich's markup."""
-    folder = store.folder(step)
+    folder = store.folder(step).divided()
     if manifest := folder.manifest:
         adopted = f", adopted from {escape(manifest['adopted']['from'])}" if "adopted" in manifest else ""
         rows = f"{row_count(manifest):,} rows" if step.signature.outputs else "a model"
         return f"[green]cached[/] {rows}{adopted}"
-    missing = len(folder.missing(step.shards))
-    if missing < step.shards and not signature_of(step.entry).unsharded:
-        reason = f"{missing} of {step.shards} parts are missing"
+    missing = len(folder.missing())
+    if missing < folder.parts and not signature_of(step.entry).unsharded:
+        reason = f"{missing} of {folder.parts} parts are missing"
     else:
         # The step as this run last had it, else the run whose name with a number this one has, else the latest run
         # of the same recipe without overrides, else any run.
@@ -115,6 +115,8 @@ def step_status(step: Step, run: str, store: Store) -> str:
             reason = escape("; ".join(changes) or "its result was deleted")
         else:
             reason = "never run"
+    if sources := store.earlier(step):
+        reason += f"; takes what {', '.join(f'{step.stage} {folder.path.name}' for folder in sources)} has of it"
     return f"[yellow]will run[/]: {reason}"
 
 
@@ -172,13 +174,12 @@ def steps_table(store: Store, run: str) -> pa.Table:
     links = inventory.runs[run]
     steps = {link["key"]: inventory.steps.get(link["key"]) for link in links.values()}
     order = followers_first({key: step.inputs if step else None for key, step in steps.items()})[::-1]
-    shards = next((step.manifest["identity"]["shards"] for step in steps.values() if step and step.manifest), None)
     rows = []
     for name, link in sorted(links.items(), key=lambda item: order.index(item[1]["key"])):
         step = steps[link["key"]]
         row = {"step": name, "stage": link["stage"], "key": link["key"], "state": "not run"}
         if step:
-            parts = f"{len(step.parts)}{f' of {shards}' if shards else ''} parts"
+            parts = f"{len(step.parts)} of {step.folder.divided().parts} parts"
             row |= {"state": "finished" if step.manifest else parts, "size": format_size(step.bytes)}
         if step and (manifest := step.manifest):
             row |= {"rows": f"{row_count(manifest):,}", "age": format_age(manifest["made"])}

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,8 +112,12 @@ class StageContext:
         resources: Resources = Resources(),  # noqa: B008 - frozen
         location: Location | None = None,
         title: str = "",
+        earlier: Sequence[Callable[[pa.Schema], pa.Table]] = (),
     ) -> None:
         self.folder = folder
+        # Each reads the table of a schema of a finished step whose rows are the stage's own, if it `goes_on`
+        # (pipeline/stage.py): those of this part, and with pieces of more prompts. The one with most rows comes first.
+        self.earlier = earlier
         self.title = title  # run and step, for people: `rso optimize@2`
         self.open_once = cache.open_once
         self.progress = progress

@@ -66,6 +66,8 @@ class StageSignature:
     given_by: Mapping[str, str]  # input -> the option that names a function in its place
     choose: Choose  # options that nobody set, by what the inputs are
     cost: Cost
+    which_rows: tuple[str, ...]  # options that decide which rows there are, and nothing of what is in any of them
+    goes_on: bool  # it takes the rows of steps that differ in those alone
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -82,6 +84,8 @@ def stage(
     given_by: Mapping[str, str] = MappingProxyType({}),
     choose: Choose = lambda inputs: {},
     cost: Cost = NO_COST,
+    which_rows: tuple[str, ...] = (),
+    goes_on: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
@@ -89,7 +93,9 @@ def stage(
     at plan time. `given_by` maps an input to an option: where a recipe's step for that input uses a function that this
     option can name (`ranker: {use: pattern}`), the option is set to it and there is no input. `choose` returns options
     for these inputs, which are set where neither recipe nor user sets them. `cost` says what it takes
-    (pipeline/costs.py).
+    (pipeline/costs.py). `which_rows` names the options that decide which rows there are, and nothing of what is in any
+    of them. A stage that `goes_on` finds in `StageContext.earlier` the rows of steps that differ from it, and in their
+    inputs, in such options alone, and computes only the others.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +127,8 @@ def stage(
             given_by,
             choose,
             cost,
+            which_rows,
+            goes_on,
         )
         return stages(signature=signature)(fn)
 

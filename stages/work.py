@@ -47,17 +47,17 @@ def sampling_work(options: Options, inputs: Inputs, work: Works) -> Work:
 
 
 def ranking_work(options: Options, inputs: Inputs, work: Works) -> Work:
-    """Return at most a call of the ranker per candidate."""
+    """Return at most a read of each candidate, or of it beside another in one order or both."""
     rows = _candidates(work).times(Amount(1, "at most"))
-    return Work({"rewards": rows}, rows, CALLS)
+    return Work({"rewards": rows}, rows.times(_reads_per_pair(options)), CALLS)
 
 
 def judging_work(options: Options, inputs: Inputs, work: Works) -> Work:
-    """Return at most a call of the ranker per candidate and draw of the baseline to its prompt."""
+    """Return at most a read in each order per candidate and draw of the baseline to its prompt."""
     baseline = inputs.get("baseline")
     all_draws = options["matches"] == "all" and baseline is not None
     rows = _candidates(work).times(Amount(baseline.options.get("n", 1) if baseline and all_draws else 1, "at most"))
-    return Work({"judgements": rows}, rows, CALLS)
+    return Work({"judgements": rows}, rows.times(_reads_per_pair(options)), CALLS)
 
 
 def calls(options: Options, inputs: Inputs, work: Works) -> Work:
@@ -106,6 +106,13 @@ def most_rows(source: DataPath | None) -> int | None:
         return None
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
+
+
+def _reads_per_pair(options: Options) -> int:
+    """Return how often a ranker reads a pair at most: once if it scores each response alone, whatever the orders."""
+    by = options["by"]
+    is_scored = by.metadata.get("program") or by.metadata.get("output") == "score"
+    return 1 if is_scored or options.get("orders") == "one" else 2
 
 
 def _candidates(work: Works) -> Amount:

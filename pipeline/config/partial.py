@@ -66,6 +66,8 @@ class Rerun:
     def delete(self) -> None:
         """Delete the stored steps, followers first: wherever this ends, no finished step lacks its inputs.
 
+        The step that is forced takes no rows of other steps.
+
         Raise WinnowError, with nothing deleted, where another run computes one of them, or needs one by now.
         """
 
@@ -83,6 +85,9 @@ class Rerun:
                     )
                 claims.callback(claim.release)
             remove([stored.folder for stored in self.to_delete], is_needed)
+        for plan in self.plans if self.force else ():
+            for step in matching(plan, self.force or ""):
+                step.takes_earlier_rows = False
 
 
 def rerun(plans: list[Plan], store: Store, part: Part = Part()) -> Rerun:

@@ -29,8 +29,9 @@ class Step:
     entry: Entry
     options: dict[str, Any]
     inputs: dict[str, "Step"]
-    shards: int
+    shards: int  # parts of its tables, unless its result has another number; not part of the key
     origins: dict[str, Origin] = field(default_factory=dict)  # of its options, by dotted path; not part of the key
+    takes_earlier_rows: bool = True  # if its stage can; not where it is forced to compute all of them again
 
     @property
     def signature(self) -> StageSignature:
@@ -54,7 +55,6 @@ class Step:
         identity = {
             "stage": self.entry.name,
             "version": self.signature.version,
-            "shards": self.shards,
             "options": canonical(self.entry.identity_of(self.options)),
             "inputs": {name: step.key for name, step in self.inputs.items()},
         }
@@ -65,6 +65,19 @@ class Step:
     @cached_property
     def key(self) -> str:
         return key_of(self.identity)
+
+    @cached_property
+    def row_key(self) -> str:
+        """Return the hash of what decides the content of its rows, whichever of them there are.
+
+        Steps of one row key have equal rows for one prompt (and draw): with another n, or prompts of a longer file.
+        """
+        which_rows = self.signature.which_rows
+        if not which_rows:
+            return self.key
+        options = {name: value for name, value in self.identity["options"].items() if name not in which_rows}
+        inputs = {name: step.row_key for name, step in self.inputs.items()}
+        return key_of(self.identity | {"options": options, "inputs": inputs})
 
     @cached_property
     def code(self) -> dict[str, str]:

@@ -45,6 +45,7 @@ def record_of(step: Step, seconds: float) -> Json:
         "stage": step.entry.name,
         "key": step.key,
         "identity": step.identity,
+        **({"row_key": step.row_key} if step.signature.goes_on else {}),
         "sources": {name: value.source for name, value in step.options.items() if isinstance(value, ContentPath)},
         "code": step.code,
         "wall_seconds": round(seconds, 3),

@@ -25,7 +25,7 @@ from pipeline.execution.tasks import (
     read_rejects,
     step_spec,
 )
-from pipeline.store.store import Json, StepLock, Store
+from pipeline.store.store import Json, StepLock, Store, overlapping
 from schemas import WinnowError
 
 POLL_SECONDS = 0.2
@@ -125,8 +125,9 @@ class Scheduler:
                 self._report_waiting(step, "another run is making it")
             else:
                 self.waiting.remove(step)
-                spec = step_spec(step, self.store, self.run_name)
-                missing, parts = set(folder.missing(step.shards)), step.shards
+                unfinished = {key: running.spec.out for key, running in self.running.items()}
+                spec = step_spec(step, self.store, self.run_name, unfinished)
+                missing, parts = set(spec.out.missing()), spec.shards
                 if spec.signature.unsharded:  # one call computes all parts
                     missing, parts = {0} if missing else set(), 1
                 todo, finished_parts = deque(map(Task, sorted(missing))), set(range(parts)) - missing
@@ -147,7 +148,7 @@ class Scheduler:
     def _submit_tasks(self) -> None:
         """Submit the tasks that can run, of earlier steps first: later steps wait for their parts."""
         for running in self.running.values():
-            ready = [task for task in running.todo if self._inputs_finished(running.step, task)]
+            ready = [task for task in running.todo if self._inputs_finished(running, task)]
             self.executor.request_workers(running.spec, len(ready))
             for task in ready:
                 failed_before = task.span is not None or running.retries.attempts[task] > 0
@@ -156,17 +157,17 @@ class Scheduler:
                     running.running_tasks += 1
                     running.started = running.started or time.perf_counter()
 
-    def _inputs_finished(self, step: Step, task: Task) -> bool:
-        """Return whether all that a task reads is finished: its part of each input, or the whole input."""
-        for item in step.signature.inputs:
-            source = step.inputs.get(item.name)
+    def _inputs_finished(self, running: RunningStep, task: Task) -> bool:
+        """Return whether all that a task reads is finished: its prompts' parts of each input, or the whole input."""
+        spec = running.spec
+        for item in spec.signature.inputs:
+            source = running.step.inputs.get(item.name)
             if source is None or source.key in self.finished:
                 continue
-            running = self.running[source.key]
-            reads_part = (
-                is_split_by_prompt(item) and not step.signature.unsharded and not running.spec.signature.unsharded
-            )
-            if not reads_part or task.shard not in running.finished_parts:
+            before = self.running[source.key]
+            if not is_split_by_prompt(item) or spec.signature.unsharded or before.spec.signature.unsharded:
+                return False
+            if not before.finished_parts.issuperset(overlapping(task.shard, spec.shards, before.spec.shards)):
                 return False
         return True
 
@@ -201,12 +202,11 @@ class Scheduler:
             seconds = time.perf_counter() - running.started if running.started else 0.0
             manifest = running.spec.out.seal(
                 self.record_of(running.step, seconds),
-                running.step.shards,
                 partial(
                     check_not_empty,
                     running.step.name,
                     running.step.options,
-                    rejects=partial(read_rejects, running.spec.out, running.step.shards),
+                    rejects=partial(read_rejects, running.spec.out),
                 ),
             )
             self.finished.add(key)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
 from pipeline.store.storage import download, named, send
-from pipeline.store.store import Json, StepFolder, Store, add_records, model_name
-from schemas import MachineError, Model, WinnowError, combine_chunks, conform, shard_of, table_name
+from pipeline.store.store import Json, StepFolder, Store, add_records, model_name, shards_of_rows
+from schemas import MachineError, Model, WinnowError, combine_chunks, conform, table_name
 from schemas.tables import REJECTS
 
 POISON = "killed its worker"  # reason of a reject: stored in tables
@@ -48,13 +49,18 @@ class StepSpec:
     options: dict[str, Any]
     sources: dict[str, StepFolder]
     out: StepFolder
-    shards: int
     run: str = ""  # name of the run that computes it, for people
+    earlier: tuple[StepFolder, ...] = ()  # finished steps whose rows it can take
 
     @property
     def signature(self) -> StageSignature:
         """Return the signature of the step's stage."""
         return signature_of(self.entry)
+
+    @property
+    def shards(self) -> int:
+        """Return the number of parts of its result."""
+        return self.out.parts
 
     @property
     def world_size(self) -> int:
@@ -66,14 +72,16 @@ class StepSpec:
         prompts = set[str]()
         for item in self.signature.inputs:
             if is_split_by_prompt(item) and item.name in self.sources:
-                table = self.sources[item.name].read(item.schema, shard)
+                table = self.sources[item.name].read(item.schema, shard, self.shards)
                 prompts.update(pc.unique(table["prompt_id"]).to_pylist())
         return sorted(prompts)
 
     def piece(self, task: Task) -> StepFolder:
         """Return the folder of a part's piece, until all pieces are there and are joined."""
         first, last = task.span or (0, 0)
-        return StepFolder(self.out.path / "pieces" / f"{task.shard:05d}.{first}-{last}")
+        return StepFolder(
+            self.out.path / "pieces" / f"{task.shard:05d}-of-{self.shards:05d}.{first}-{last}", self.shards
+        )
 
     def cost(self, resources: Resources, seconds: float) -> dict[str, float]:
         """Return the seconds of a task, and those times the GPUs and the CPUs of all processes that train together.
@@ -86,10 +94,14 @@ class StepSpec:
         return {name: round(value, 3) for name, value in cost.items()}
 
 
-def step_spec(step: Step, store: Store, run: str = "") -> StepSpec:
-    """Return what workers need of a step whose inputs and result are in this store."""
-    sources = {name: store.folder(source) for name, source in step.inputs.items()}
-    return StepSpec(step.name, step.entry, step.options, sources, store.folder(step), step.shards, run)
+def step_spec(step: Step, store: Store, run: str = "", running: Mapping[str, StepFolder] = {}) -> StepSpec:
+    """Return what workers need of a step whose inputs and result are in this store.
+
+    running: the folders of inputs that are not finished yet, by their keys.
+    """
+    sources = {name: running.get(source.key) or store.folder(source).divided() for name, source in step.inputs.items()}
+    out, earlier = store.folder(step).divided(), tuple(store.earlier(step))
+    return StepSpec(step.name, step.entry, step.options, sources, out, run, earlier)
 
 
 def is_split_by_prompt(item: Input) -> bool:
@@ -118,7 +130,8 @@ def execute(
     keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
     with named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
         title = f"{spec.run} {spec.name}".strip()
-        ctx = StageContext(folder, cache, progress, resources, spec.out.path, title)
+        earlier = [partial(folder.read, shard=task.shard, of=spec.shards) for folder in spec.earlier]
+        ctx = StageContext(folder, cache, progress, resources, spec.out.path, title, earlier)
 
         # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
         inputs: dict[str, Any] = {}
@@ -128,7 +141,7 @@ def execute(
             if source is None or item.schema is None:
                 inputs[item.name] = source.model() if source else None
                 continue
-            table = source.read(item.schema, task.shard if is_split and not signature.unsharded else None)
+            table = source.read(item.schema, task.shard if is_split and not signature.unsharded else None, spec.shards)
             if task.span and is_split:
                 prompts = spec.prompts(task.shard)[slice(*task.span)]
                 table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
@@ -218,9 +231,7 @@ def split_by_shard(tables: dict[str, pa.Table], shards: int) -> list[dict[str, p
         if name == "rejects" or "prompt_id" not in table.schema.names:
             shard_of_row[name] = np.zeros(table.num_rows, dtype=np.int64)
         else:
-            prompts = table.column("prompt_id").to_pylist()
-            shard_by_prompt = {prompt: shard_of(prompt, shards) for prompt in set(prompts)}  # a hash for each, once
-            shard_of_row[name] = np.array([shard_by_prompt[prompt] for prompt in prompts], dtype=np.int64)
+            shard_of_row[name] = shards_of_rows(table, shards)
     return [
         {name: table.filter(pa.array(shard_of_row[name] == shard)) for name, table in tables.items()}
         for shard in range(shards)
@@ -250,9 +261,9 @@ def join(spec: StepSpec, shard: int, pieces: list[Task], poison: dict[str, str])
     spec.out.write_part(shard, tables, record | {"inputs": keys})
 
 
-def read_rejects(folder: StepFolder, shards: int) -> pa.Table:
+def read_rejects(folder: StepFolder) -> pa.Table:
     """Return the rejected rows of all parts of a step, which need not have its manifest yet."""
-    return pa.concat_tables([folder.read(REJECTS, shard) for shard in range(shards)])
+    return pa.concat_tables([folder.read(REJECTS, shard) for shard in range(folder.parts)])
 
 
 def check_not_empty(

@@ -63,7 +63,7 @@ STEPS = table(
     column("seconds", pa.float64(), "working time, summed over workers; parts made in one call share its time"),
     column("wall_seconds", pa.float64(), "time from its first part to its last, in the run that finished it"),
     column("tokens", pa.int64(), "tokens generated or read by a network"),
-    column("ranker_calls", pa.int64(), "pairs or responses read by a ranker"),
+    column("ranker_calls", pa.int64(), "reads of a ranker: of a response alone, or of a pair in one order"),
     column("gpu_seconds", pa.float64(), "cost: seconds times the GPUs of a worker", nullable=True),
     column("cpu_seconds", pa.float64(), "cost: seconds times the CPUs of a worker", nullable=True),
     column("made", pa.string(), "time at which it was finished, UTC"),

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.registry import nearest
-from pipeline.store.inventory import KEY, SIDECAR, Inventory, followers_first
+from pipeline.store.inventory import KEY, Inventory, followers_first
 from pipeline.store.storage import create, delete, read, sizes
-from pipeline.store.store import LOCKS, RUNS, TAGS, StepFolder, Store
+from pipeline.store.store import LOCKS, RUNS, SIDECAR_NAME, TAGS, StepFolder, Store
 from schemas import WinnowError
 
 STALE_SECONDS = 3600.0
@@ -165,7 +165,7 @@ def remove(folders: list[StepFolder], reached: Callable[[], bool]) -> bool:
         # The manifest and the sidecars go first, so that no half of a step counts.
         delete(folder.manifest_path)
         for name in sizes(folder.path):
-            if SIDECAR.fullmatch(name):
+            if SIDECAR_NAME.fullmatch(name):
                 delete(folder.path / name)
         delete(folder.path)
         delete(folder.path.parent.parent / LOCKS / folder.path.name)

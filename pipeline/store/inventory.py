@@ -8,10 +8,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from pipeline.store.storage import File, walk
-from pipeline.store.store import LOCKS, RUNS, Json, StepFolder, Store, model_name, read_json
+from pipeline.store.store import LOCKS, RUNS, SIDECAR_NAME, Json, StepFolder, Store, model_name, read_json
 
 KEY = re.compile(r"[0-9a-f]{16}")
-SIDECAR = re.compile(r"part-(\d{5}|whole)\.json")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class StoredStep:
     @property
     def parts(self) -> list[str]:
         """Return the names of the sidecars, one per finished part."""
-        return [name for name in self.files if SIDECAR.fullmatch(name)]
+        return [name for name in self.files if SIDECAR_NAME.fullmatch(name)]
 
     @cached_property
     def inputs(self) -> frozenset[str] | None:

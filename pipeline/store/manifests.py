@@ -49,6 +49,7 @@ class Manifest(StrictModel):
     bytes: dict[str, int]
     counters: dict[str, float]
     measures: dict[str, dict[str, float]] = {}  # by name: total, count and largest; the mean is total / count
+    parts: int = 0  # into which its tables are divided
     seconds: float
     wall_seconds: float
     gpu_seconds: float | None = None

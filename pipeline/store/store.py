@@ -1,25 +1,31 @@
 """The artifact store: <root>/<stage>/<key>/ holds a step, in a folder or in an object store.
 
-A part of a step is its tables, each in a file named by its content, and then a sidecar (part-00003.json; a stage that
-is called once for all parts has one for all, part-whole.json). A manifest is written last and marks the step as
-finished. Whatever lacks its last file does not count, so a crash loses only the parts in flight. Sidecars and manifests
-are written once: of two runs that make the same part the first one's counts, and both continue from it.
+A part of a step is its tables, each in a file named by its content, and then a sidecar (part-00003-of-00008.json; a
+stage that is called once for all parts has one for all, part-whole.json). A manifest is written last and marks the step
+as finished. Whatever lacks its last file does not count, so a crash loses only the parts in flight. Sidecars and
+manifests are written once: of two runs that make the same part the first one's counts, and both continue from it.
 """
 
 import fcntl
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from functools import lru_cache
 from hashlib import sha256
+from math import gcd
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.store.manifests import FORMAT, checked_format, checked_manifest, checked_run
 from pipeline.store.storage import (
@@ -34,7 +40,7 @@ from pipeline.store.storage import (
     replace,
     sizes,
 )
-from schemas import COMMAND, TABLES, MachineError, Model, WinnowError, combine_chunks, table_name
+from schemas import COMMAND, TABLES, MachineError, Model, WinnowError, combine_chunks, shard_of, table_name
 
 if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
     from pipeline.config.plan import Step
@@ -42,7 +48,8 @@ if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the 
 Json = dict[str, Any]
 
 LOCKS, RUNS, TAGS = "locks", "runs", "tags"  # folders beside those of the stages
-SIDECAR = "part-{:05d}.json"
+SIDECAR = "part-{:05d}-of-{:05d}.json"
+SIDECAR_NAME = re.compile(r"part-(\d{5}-of-(\d{5})|whole)\.json")
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
 PROGRESS, METRICS_NOW = (
@@ -58,9 +65,26 @@ REPAIR_HINT = (
 
 @dataclass(frozen=True)
 class StepFolder:
-    """Folder of one step; small, because it travels to every worker."""
+    """Folder of one step; small, because it travels to every worker.
+
+    parts: into how many parts its tables are divided, as a recipe wants it; `divided` says how they are.
+    """
 
     path: Location
+    parts: int = 0
+
+    def divided(self) -> "StepFolder":
+        """Return this folder with the number of parts of its result, else of most finished parts, else as wanted."""
+        if manifest := self.manifest:
+            return with_changes(self, parts=manifest.get("parts", 0))
+        matches = [match for name in sizes(self.path) if (match := SIDECAR_NAME.fullmatch(name))]
+        if any(match[1] == "whole" for match in matches):
+            with suppress(WinnowError):  # a damaged one does not count
+                if record := read_json(self.path / WHOLE):
+                    return with_changes(self, parts=len(record["parts"]))
+        finished = Counter(int(match[2]) for match in matches if match[2])
+        most = max(finished, key=lambda parts: (finished[parts], parts == self.parts, parts), default=self.parts)
+        return with_changes(self, parts=most)
 
     @property
     def manifest_path(self) -> Location:
@@ -78,7 +102,7 @@ class StepFolder:
         `file_sizes` of this folder spare a listing where many parts are looked up.
         """
         file_sizes = sizes(self.path) if file_sizes is None else file_sizes
-        if not file_sizes.keys() & {WHOLE, SIDECAR.format(shard)}:
+        if not file_sizes.keys() & {WHOLE, SIDECAR.format(shard, self.parts)}:
             return None
         try:
             record = self._read_sidecar(shard)
@@ -89,22 +113,27 @@ class StepFolder:
         return None
 
     def _read_sidecar(self, shard: int) -> Json | None:
-        if record := read_json(self.path / SIDECAR.format(shard)):
+        if record := read_json(self.path / SIDECAR.format(shard, self.parts)):
             return record
         record = read_json(self.path / WHOLE)
-        return record["parts"][shard] if record else None
+        return record["parts"][shard] if record and len(record["parts"]) == self.parts else None
 
-    def missing(self, shards: int) -> list[int]:
+    def missing(self) -> list[int]:
         """Return the numbers of the parts that are not finished."""
         file_sizes = sizes(self.path)
-        return [shard for shard in range(shards) if self.sidecar(shard, file_sizes) is None]
+        return [shard for shard in range(self.parts) if self.sidecar(shard, file_sizes) is None]
 
-    def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
+    def read(self, schema: pa.Schema, shard: int | None = None, of: int = 0) -> pa.Table:
         """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
 
-        Raises WinnowError if the table is not there or a file of it is damaged, and OSError if the disk or object
-        store fails, which may succeed when it is tried again.
+        of: the number of parts that `shard` is one of, if this table is divided into another number: then the rows are
+        of all parts that share prompts with it. Raises WinnowError if the table is not there or a file of it is
+        damaged, and OSError if the disk or object store fails, which may succeed when it is tried again.
         """
+        if shard is not None and of and of != self.parts:
+            shared = [self.read(schema, part) for part in overlapping(shard, of, self.parts)]
+            table = pa.concat_tables(shared)
+            return combine_chunks(table.filter(pa.array(shards_of_rows(table, of) == shard)))
         name = table_name(schema)
         record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
         files = [file["file"] for file in record["files"] if table_of(file) == name]
@@ -137,7 +166,7 @@ class StepFolder:
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
         """Write all tables of one part, then its sidecar, unless another run's sidecar exists already."""
-        self._write(SIDECAR.format(shard), {shard: (tables, record)})
+        self._write(SIDECAR.format(shard, self.parts), {shard: (tables, record)})
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
         """Write all tables of all parts that one call made, then one sidecar for all."""
@@ -164,17 +193,20 @@ class StepFolder:
                 files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
             records.append({"shard": shard, "files": files, **record})
         path, sidecar = self.path / sidecar_name, {"parts": records} if sidecar_name == WHOLE else records[0]
-        if not write_json(path, sidecar, overwrite=False) and any(self.sidecar(shard) is None for shard in parts):
-            write_json(path, sidecar)  # the one that exists is damaged
+        if not write_json(path, sidecar, overwrite=False):
+            existing = self.divided()  # another run may have divided it into another number
+            numbers = range(existing.parts) if sidecar_name == WHOLE else parts
+            if any(existing.sidecar(shard) is None for shard in numbers):
+                write_json(path, sidecar)  # the one that exists is damaged
 
-    def seal(self, record: Json, shards: int, check: Callable[[Json], None]) -> Json:
+    def seal(self, record: Json, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
 
         Returns the manifest that counts: if another run wrote one in the meantime, that one.
         """
         file_sizes = sizes(self.path)
         parts: list[Json] = []
-        for shard in range(shards):
+        for shard in range(self.parts):
             if (part := self.sidecar(shard, file_sizes)) is None:
                 raise MachineError(f"{self.path}: part {shard} is not finished; run again")
             parts.append(part)
@@ -190,6 +222,7 @@ class StepFolder:
             "rows": {name: rows[name] for name in TABLES if name in rows},
             "bytes": {name: size[name] for name in TABLES if name in size},
             **add_records(parts),
+            "parts": self.parts,
             "model": parts[0].get("model"),
             "files": files,
         }
@@ -259,7 +292,7 @@ class Store:
             raise WinnowError(f"--store {self.root}: is a file; give a folder or a URL such as s3://bucket/store")
 
     def folder(self, step: "Step") -> StepFolder:
-        return self.at(step.stage, step.key)
+        return StepFolder(self.root / step.stage / step.key, step.shards)
 
     def at(self, stage: str, key: str) -> StepFolder:
         return StepFolder(self.root / stage / key)
@@ -270,6 +303,17 @@ class Store:
         for path, content in read_all(self.root, "*/*/manifest.json").items():
             manifests.append(checked_manifest(_decoded(path, content) | {"folder": str(path.parent)}))
         return manifests
+
+    def earlier(self, step: "Step") -> list[StepFolder]:
+        """Return the finished steps whose rows a step can take for its own (`Step.row_key`), most rows first."""
+        if not (step.signature.goes_on and step.takes_earlier_rows):
+            return []
+        rows: dict[StepFolder, int] = {}
+        for path, content in read_all(self.root / step.stage, "*/manifest.json").items():
+            manifest = checked_manifest(_decoded(path, content) | {"folder": str(path.parent)})
+            if manifest.get("row_key") == step.row_key and manifest["key"] != step.key:
+                rows[StepFolder(path.parent, manifest["parts"])] = sum(manifest["rows"].values())
+        return sorted(rows, key=lambda folder: (-rows[folder], folder.path.name))
 
     def runs(self) -> dict[str, Json]:
         """Return run name -> step name -> stage and key."""
@@ -318,6 +362,23 @@ def _checked_tags(path: Location, content: Json) -> dict[str, str]:
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise WinnowError(f"{path}: is not the tags of a run, texts by their names; correct or delete it")
     return content
+
+
+def overlapping(shard: int, of: int, parts: int) -> list[int]:
+    """Return which of `parts` parts of a table have prompts of part `shard`, of `of` parts of another.
+
+    A part is a prompt's hash modulo their number, so that these are the parts with the same remainder by the greatest
+    common divisor: all of them, unless the numbers share one.
+    """
+    step = gcd(of, parts)
+    return list(range(shard % step, parts, step))
+
+
+def shards_of_rows(table: pa.Table, shards: int) -> NDArray[np.int64]:
+    """Return the part of each row by its prompt id, int64 [N], one hash per prompt; 0 for rejects without one."""
+    prompts = table.column("prompt_id").to_pylist()
+    shard_by_prompt = {prompt: shard_of(prompt, shards) if prompt else 0 for prompt in set(prompts)}
+    return np.array([shard_by_prompt[prompt] for prompt in prompts], dtype=np.int64)
 
 
 @lru_cache(maxsize=128)  # a schema's paths cost milliseconds, once per part and table

@@ -63,7 +63,27 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
     return []
 
 
-@stage(version=5, unsharded=True, check=_check_prompts, cost=Cost(work=prompts_work))
+# The id of a prompt is of its content, wherever that was read.
+@stage(
+    version=5,
+    unsharded=True,
+    check=_check_prompts,
+    cost=Cost(work=prompts_work),
+    which_rows=(
+        "path",
+        "dataset",
+        "revision",
+        "subset",
+        "dataset_split",
+        "prompt",
+        "system",
+        "input",
+        "demonstration",
+        "keep",
+        "heldout",
+        "max_tokens",
+    ),
+)
 def prompts(
     tokenizer: Model,
     ctx: StageContext,

@@ -145,6 +145,11 @@ def fits_or_reject(
     return False
 
 
+def reads_per_pair(ranker: Ranker, orders: str) -> int:
+    """Return how often the network reads a pair: twice in both orders, unless the order says nothing."""
+    return 1 if orders == "one" or ranker.symmetric else 2
+
+
 def both_orders(
     ranker: Ranker, context: str, pairs: Sequence[ReadingPair], orders: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -153,7 +158,7 @@ def both_orders(
     The second order is read only for `orders` "both" and a ranker that is not symmetric; else the last is None.
     """
     forward = ranker.logits(context, pairs)
-    if orders == "one" or ranker.symmetric:
+    if reads_per_pair(ranker, orders) == 1:
         return forward, forward, None
     backward = -ranker.logits(context, [(second, first) for first, second in pairs])
     # The mean of logits, not of probabilities: it cancels a position bias exactly.

@@ -12,7 +12,7 @@ from pipeline.costs import Cost
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import Unreadable, both_orders, fits_or_reject, read_candidates
+from stages.ranking.base import Unreadable, both_orders, fits_or_reject, read_candidates, reads_per_pair
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -89,7 +89,7 @@ def compare(
             )
 
         def prefer(pairs: list[IdPair], context: str = context, readings: dict[str, Any] = readings) -> list[float]:
-            ctx.count(ranker_calls=len(pairs))
+            ctx.count(ranker_calls=len(pairs) * reads_per_pair(opened, orders))
             reading_pairs = [(readings[left], readings[right]) for left, right in pairs]
             mean, *_ = both_orders(opened, context, reading_pairs, orders)
             return mean.tolist()

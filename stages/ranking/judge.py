@@ -11,7 +11,7 @@ from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import ReadingPair, Unreadable, both_orders, read_candidates
+from stages.ranking.base import ReadingPair, Unreadable, both_orders, read_candidates, reads_per_pair
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -71,7 +71,7 @@ def judge(
             else:
                 judgement["unread"] = "baseline" if opponent["n_tokens"] > row["n_tokens"] else "candidate"
 
-        ctx.count(ranker_calls=len(met))
+        ctx.count(ranker_calls=len(met) * reads_per_pair(opened, "both"))
         logits, *_ = both_orders(opened, context, [pair for _, pair in met], "both")
         for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
             judgement["logit"] = None if opened.abstains and isnan(logit) else logit

@@ -11,7 +11,7 @@ from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.options import Seed
-from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates
+from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates, reads_per_pair
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -68,7 +68,7 @@ def reward(
             columns = {"reward": np.array([scores[reading] for _, reading in pairs])}
         else:
             mean, forward, backward = both_orders(opened, context, pairs, orders)
-            ctx.count(ranker_calls=len(pairs))
+            ctx.count(ranker_calls=len(pairs) * reads_per_pair(opened, orders))
             columns = {"reward": -mean}
             if not opened.symmetric:
                 columns["logit_ab"] = -forward

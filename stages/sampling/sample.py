@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from pipeline import InputStep, Range, StageContext, stage
 from pipeline.costs import Cost
 from pipeline.registry import nearest
 from schemas import Candidates, Heads, Model, Prompts, WinnowError, WinnowWarning, candidate_id, seed_for
-from schemas.tables import CANDIDATES
+from schemas.tables import CANDIDATES, REJECTS
 from stages.data.rows import Row
 from stages.data.texts import is_continued
 from stages.head.relu import read_relu_head
@@ -36,7 +37,7 @@ from stages.options import (
     TopP,
     split_problems,
 )
-from stages.sampling.engines import POLICY_ITSELF, LogpKind, Request, Sampling, Steering, open_engine
+from stages.sampling.engines import POLICY_ITSELF, Completion, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
     AnyEngine,
@@ -54,6 +55,7 @@ UNREAD_BY_FAKE = (
     "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words",
     "min_tokens", "ignore_eos", "stop",
 )  # fmt: skip
+DRAW_PLACE = re.compile(r"k=(\d+)")  # of the rejects of single draws
 MAX_BAD_WORDS = 64  # two sequences of ids each, and vLLM takes 128 (VLLM_MAX_NUM_BAD_WORDS)
 
 
@@ -167,7 +169,34 @@ def _refused_ids(special_tokens: dict[int, str], allowed: list[str]) -> set[int]
     return {index for index, token in special_tokens.items() if token not in allowed}
 
 
-@stage(version=6, concurrent=True, check=_check_sample, cost=Cost(draws_need, less_memory, sampling_work))
+def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[str, int], Row]:
+    """Return the draws that finished steps have, by prompt id and k: rows of `candidates`, or of `rejects`.
+
+    Of each prompt those of one step, which has most: elsewhere than on one machine, equal seeds can give other draws.
+    """
+    draws: dict[tuple[str, int], Row] = {}
+    missing = set(prompts)
+    for read in ctx.earlier:
+        found = {}
+        for row in read(CANDIDATES).to_pylist():
+            if row["prompt_id"] in missing:
+                found[row["prompt_id"], row["k"]] = row
+        for row in read(REJECTS).to_pylist():
+            if row["prompt_id"] in missing and (place := DRAW_PLACE.fullmatch(row["place"])):
+                found[row["prompt_id"], int(place[1])] = row
+        draws |= {draw: row for draw, row in found.items() if draw[1] < n}
+        missing -= {prompt for prompt, _ in found}
+    return draws
+
+
+@stage(
+    version=6,
+    concurrent=True,
+    check=_check_sample,
+    cost=Cost(draws_need, less_memory, sampling_work),
+    which_rows=("n", "split"),
+    goes_on=True,
+)
 def sample(
     prompts: Prompts,
     policy: Model,
@@ -203,7 +232,9 @@ def sample(
 ) -> Candidates:
     """Draw n responses of at most max_tokens; top_k = 0 disables top-k (sec. 3.2 of arXiv:2309.06657: 64, 0.7, 40).
 
-    The seed of a draw is a hash of (seed, prompt id, k). Kernels and batching can still change a draw on other
+    The seed of a draw is a hash of (seed, prompt id, k). Draws that a finished step of this store has by the same
+    options but `n`, of the same prompt, are taken from there: a smaller n draws nothing, and a larger one, or more
+    prompts, only what is missing. Kernels and batching can still change a draw on other
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
     start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. So are draws
     with an id that the tokenizer has no token for, in a vocabulary that is padded. The engine holds weights and
@@ -261,9 +292,13 @@ def sample(
     if not fitting:
         return CANDIDATES.empty_table()
 
-    # One request per draw.
+    # One request per draw, but for those that are there.
     draws = [(row, k, seed_for(seed, row["prompt_id"], k)) for row in fitting for k in range(n)]
-    requests = [Request(row["token_ids"], draw_seed) for row, _, draw_seed in draws]
+    earlier = _earlier_draws(ctx, {row["prompt_id"] for row in fitting}, n)
+    requests = [
+        Request(row["token_ids"], draw_seed) for row, k, draw_seed in draws if (row["prompt_id"], k) not in earlier
+    ]
+    ctx.count(draws_of_earlier_steps=len(draws) - len(requests))
     steering = Steering(read_relu_head(head), steer, steer_top, steer_every) if head is not None else None
     ends = dict.fromkeys([*(() if ignore_eos else tokenizer.stop), *(stop_token_ids or ())])
     sampling = Sampling(
@@ -273,16 +308,29 @@ def sample(
         stop=tuple(stop or ()),
     )  # fmt: skip
     vllm_options = json.dumps(engine_options or {}, sort_keys=True)
-    generator = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel, vllm_options)
     logp_kind: LogpKind = sampling.logp_kind if is_policy_itself(engine_options) else "approximate"
-    completions = generator.generate(requests, sampling, lambda done: ctx.progress(done, len(draws), "draws"))
+    completions: list[Completion] = []
+    if requests:
+        opened = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel, vllm_options)
+        completions = opened.generate(requests, sampling, lambda done: ctx.progress(done, len(requests), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
+    drawn = iter(completions)
 
     # Rows in order of (prompt, k). Equal responses to a prompt stay apart: an id counts the copies before it.
     candidates: list[Row] = []
     copies: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for (row, k, draw_seed), completion in zip(draws, completions, strict=True):
-        ids, prompt = completion.token_ids, row["prompt_id"]
+    for row, k, draw_seed in draws:
+        prompt = row["prompt_id"]
+        if draw := earlier.get((prompt, k)):
+            if "reason" in draw:
+                ctx.reject(draw["reason"], place=draw["place"], prompt=prompt, detail=draw["detail"])
+            else:
+                copy = (prompt, tuple(draw["token_ids"]))
+                candidates.append(draw | {"candidate_id": candidate_id(*copy, copies[copy])})
+                copies[copy] += 1
+            continue
+        completion = next(drawn)
+        ids = completion.token_ids
         if not math.isfinite(completion.logp):
             raise WinnowError(
                 f"sample: policy {policy.digest[:12]} gave a draw of prompt {prompt} (k={k}) the log-prob "

@@ -190,7 +190,7 @@ def test_existing_results_are_kept(tmp_path: Path, store: Store, plan: Plan, luc
     shutil.rmtree(local(folder.path))
     make(planned(recipe(tmp_path), "target=rate"), store)
     folder.manifest_path.unlink()
-    (local(folder.path) / "part-00001.json").unlink()
+    (local(folder.path) / f"part-00001-of-{SHARDS:05d}.json").unlink()
     with pytest.raises(WinnowError, match=r"2 of 3 parts are finished already; `winnow run --only rate`"):
         adopt_artifact(plan, "rate", file, store)
 
@@ -208,8 +208,10 @@ def test_a_step_of_another_store_keeps_its_identity(tmp_path: Path, store: Store
     file = recipe(tmp_path, "five")
     file.write_text(file.read_text().replace("shards: 3", "shards: 5"))
     five = planned(file)
-    adopt_artifact(five, "rate", str(source.path), store)
-    both = [store.folder(step(item, "rate")).read(REWARDS).sort_by("candidate_id") for item in (plan, five)]
+    other = Store(tmp_path / "other")
+    _, in_five = adopt_artifact(five, "rate", str(source.path), other)
+    assert in_five["parts"] == 5
+    both = [some.folder(step(plan, "rate")).read(REWARDS).sort_by("candidate_id") for some in (store, other)]
     assert both[0].equals(both[1])
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(WinnowError, match="is not a step's"):

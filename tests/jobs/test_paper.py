@@ -161,19 +161,20 @@ def test_the_tables_come_out_with_intervals_beside_the_papers_figures(measured):
 
 
 def test_the_number_that_was_selected_stands_beside_the_papers(measured):
-    """The tiny configuration samples 8 candidates per prompt, of which `sft 64` cannot keep 64."""
+    """Plain samples are counted where they are compared; a few of 64 are rejected."""
     rows = tables(measured[0])[1][1].to_pylist()
     selected = {(row["pairs"], row["rank"]): float(row["our selected per prompt"]) for row in rows}
-    assert 4 < selected["sft 64", "first-round"] == selected["sft 64", "tournament"] <= 8
+    assert 50 < selected["sft 64", "first-round"] <= selected["sft 64", "tournament"] <= 64
+    assert 4 < selected["sft 8", "first-round"] <= 8
     assert selected["rso 8", "first-round"] <= 8
 
 
 def test_cells_share_all_that_is_the_same(measured):
-    """One set of candidates, rewards and judge for all; table 2's first-round cells of 8 are two of table 1."""
+    """All but the 64 plain samples; the first-round cells of 8 of table 2 are two of table 1."""
     _, ran = measured
     shared = {"sft", "ranker", "sample", "reward", "targets"}
     made = [step for steps in ran.values() for step in steps if step in shared]
-    assert made == ["targets"]  # the others are those of the run before
+    assert made == ["targets", "sample"]  # the others are those of the run before
     assert ran["paper sft 8 first-round"] == ran["paper rso 8 first-round"] == []
 
 

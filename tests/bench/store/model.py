@@ -192,7 +192,7 @@ def seal_step(store: Store, step: Step, tables_of: Callable[[int], Tables]) -> N
         tables = tables_of(shard) | {"rejects": REJECTS.empty_table()}
         record = {"seconds": 1.0, "gpu_seconds": 0.0, "cpu_seconds": 1.0, "counters": {}, "rejects": {}, "inputs": {}}
         folder.write_part(shard, {name: tables[name] for name in TABLES if name in tables}, record)
-    folder.seal(record_of(step, 1.0), step.shards, lambda manifest: None)
+    folder.seal(record_of(step, 1.0), lambda manifest: None)
 
 
 def make_policy(folder: Path, hidden: int, layers: int) -> None:

@@ -62,7 +62,8 @@ def measure_workers(folder: Path, workers: int, engine: str = "vllm") -> Workers
         run(plan, store, executor, Silent())
     seconds = time.perf_counter() - start
     output = store.folder(plan.target)
-    sidecars = ((output.path / f"part-{shard:05d}.json", output.sidecar(shard) or {}) for shard in range(PARTS))
+    names = (f"part-{shard:05d}-of-{PARTS:05d}.json" for shard in range(PARTS))
+    sidecars = ((output.path / name, output.sidecar(shard) or {}) for shard, name in enumerate(names))
     parts = [(file.stat().st_mtime, sidecar["counters"].get("tokens", 0)) for file, sidecar in sidecars]
     delete(output.path)
     return WorkersRun(parts, seconds)

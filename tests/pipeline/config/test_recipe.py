@@ -118,7 +118,7 @@ def test_a_config_reaches_every_recipe_of_ours(data_dir: Path, tmp_path: Path):
     """Epochs, and how many candidates are kept wherever the rule has a k that does not make the method what it is."""
     config = tmp_path / "mine.yaml"
     config.write_text("optimize: {with: {epochs: 3}}\nselect: {with: {rule: {k: 4}}}")
-    for name in ("rso", "sft_sample_rank", "kto", "simpo", "rrhf"):
+    for name in ("rso", "ipo", "kto", "simpo", "rrhf"):
         (plan,) = recipes.plans([name], [data_dir / "demo.yaml", config], [])
         found = {step.name.partition("@")[0]: step.options for step in plan.steps}
         assert (found["optimize"]["epochs"], found["select"]["rule"].options["k"]) == (3, 4), name

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
-from schemas.tables import CANDIDATES, SELECTIONS
+from schemas import table_name
+from schemas.tables import CANDIDATES, REJECTS, SELECTIONS
 from tests.runs import RECIPES, Silent, local, plan_of
 
 
@@ -67,13 +69,14 @@ def test_another_beta_runs_select_and_what_follows_but_neither_sample_nor_reward
 
 
 def test_ranker_calls_are_those_of_table_7(data_dir, finished):
-    """n - 1 for the reward of n candidates, k / 2 for first-round ranking of k (Table 7 of arXiv:2309.06657)."""
+    """n - 1 for the reward of n candidates, k / 2 for first-round ranking of k (Table 7 of arXiv:2309.06657), each in
+    both orders."""
     steps = {step.name: Store(finished).folder(step) for step in plan_of(data_dir).steps}
     sampled = steps["sample"].read(CANDIDATES).column("prompt_id").value_counts().to_pylist()
     selected = steps["select"].read(SELECTIONS).column("prompt_id").value_counts().to_pylist()
     calls = {name: steps[name].manifest["counters"]["ranker_calls"] for name in ("reward", "compare")}
-    assert calls["reward"] == sum(group["counts"] - 1 for group in sampled)
-    assert calls["compare"] == sum(group["counts"] // 2 for group in selected)
+    assert calls["reward"] == 2 * sum(group["counts"] - 1 for group in sampled)
+    assert calls["compare"] == 2 * sum(group["counts"] // 2 for group in selected)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,57 @@ def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path
     run(plan, store, executor, reporter)
     assert reporter.ran[0] == first
     assert digests(plan, store) == digests(plan, Store(finished))
+
+
+def test_draws_that_a_finished_step_has_are_taken_from_there(data_dir, finished, tmp_path):
+    """Fewer, more, and those of a longer file of prompts: only what is missing is drawn, and the rows are those of a
+    store that had none. With another option, or by force, all are drawn."""
+    longer = Path(shutil.copytree(data_dir, tmp_path / "longer"))
+    with (longer / "prompts.jsonl").open("a") as file:
+        for city in ("Ulm", "Bonn", "Kiel", "Jena"):
+            file.write(json.dumps({"prompt": f"Please book a tram in {city}.", "demonstration": "Done."}) + "\n")
+
+    def sampled(folder: Path, *sets: str, force: str | None = None) -> tuple[int, int]:
+        """Return how many draws there are with their rejects, and how many of them were taken."""
+        plan, name = plan_of(folder, "target=sample", *sets), f"{len(list(tmp_path.iterdir()))}"
+        stores = [Store(shutil.copytree(finished, tmp_path / name)), Store(tmp_path / f"fresh{name}")]
+        for store in stores:
+            selection = rerun([plan], store, Part(force=force))
+            selection.delete()
+            run(plan, store, LocalExecutor(), Silent())
+        rows = [store.folder(plan.target).read(CANDIDATES).to_pylist() for store in stores]
+        for row in (row for table in rows for row in table):
+            row["logp"] = pytest.approx(row["logp"], abs=1e-4)  # another batch rounds differently
+        assert rows[0] == rows[1]
+        manifest = stores[0].folder(plan.target).manifest
+        return sum(manifest["rows"].values()), manifest["counters"].get("draws_of_earlier_steps", 0)
+
+    n = next(step for step in plan_of(data_dir).steps if step.name == "sample").options["n"]
+    fewer, taken = sampled(data_dir, f"sample.n={n - 1}")
+    assert fewer == taken > 0
+    prompts = fewer // (n - 1)
+    assert sampled(data_dir, f"sample.n={n + 1}") == (prompts * (n + 1), prompts * n)
+    more, taken = sampled(longer)
+    assert taken == prompts * n < more
+    assert sampled(data_dir, "sample.temperature=0.6") == (prompts * n, 0)
+    assert sampled(data_dir, f"sample.n={n - 1}", force="sample") == (fewer, 0)
+
+
+def test_in_any_number_of_parts_tables_have_the_same_rows_and_training_ends_in_the_same_policy(
+    data_dir, finished, tmp_path
+):
+    """From `reward` on in other parts than the candidates that are finished: rows, and the policy by its bytes."""
+    plan = plan_of(data_dir, "target=optimize", "shards=3")
+    store = without(finished, plan, "reward", tmp_path / "store")
+    run(plan, store, LocalExecutor(), Silent())
+    for step in plan.steps:
+        before, after = (root.folder(step) for root in (Store(finished), store))
+        assert before.manifest["model"] == after.manifest["model"]
+        for schema in [*step.signature.outputs, REJECTS]:
+            if table_name(schema) != "speeds":
+                tables = [folder.read(schema).to_pylist() for folder in (before, after)]
+                assert sorted(map(repr, tables[0])) == sorted(map(repr, tables[1]))
+    assert store.folder(plan.target).manifest["parts"] == 3
 
 
 @pytest.mark.parametrize("victim", ["reward", "optimize"])

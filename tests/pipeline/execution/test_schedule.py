@@ -164,14 +164,14 @@ def test_bisection_finds_the_prompts_that_kill(tmp_path: Path, poison: set[int])
     accepted = spec.out.read(PROMPTS, 0).column("prompt_id").to_pylist()
     assert accepted == [f"{n:020x}" for n in range(32) if n not in poison]
     assert {int(prompt, 16) for prompt in spec.out.read(REJECTS, 0).column("prompt_id").to_pylist()} == poison
-    assert spec.out.missing(1) == []
+    assert spec.out.missing() == []
 
 
 def test_the_pieces_of_a_part_are_joined_to_the_bytes_of_the_whole(tmp_path: Path):
     """A part that was halved, though nothing in it is bad, is the part that one call writes."""
     whole, _, _ = run_with_poison(tmp_path / "whole", 32, set())
     halved, _, _ = run_with_poison(tmp_path / "pieces", 32, set())
-    halved.out.path.joinpath("part-00000.json").unlink()
+    halved.out.path.joinpath("part-00000-of-00001.json").unlink()
     retries = Retries(halved)
     for _ in range(MAX_ATTEMPTS):
         halves, _ = retries.failed(Task(0), DeadError("killed"))

@@ -151,9 +151,9 @@ def test_unlisted_files_stale_locks_and_scratch_files_are_garbage(store: Store, 
     root, key = local(store.root), step(plan, "rate").key
     folder = root / "toy_rate" / key
     (folder / "rewards-00001.0123456789ab.parquet").write_text("lost")
-    (folder / "pieces" / "00001.0-3").mkdir(parents=True)
-    (folder / "pieces" / "00001.0-3" / "part-00001.json").write_text("{}")
-    (folder / ".part-00001.json.12.34").write_text("recent")
+    (folder / "pieces" / "00001-of-00003.0-3").mkdir(parents=True)
+    (folder / "pieces" / "00001-of-00003.0-3" / "part-00001-of-00003.json").write_text("{}")
+    (folder / ".part-00001-of-00003.json.12.34").write_text("recent")
     for name in (f"toy_rate/{key}/.manifest.json.12.34", "runs/.toy.json.12.34", f"locks/{UNLINKED}"):
         old_file(root / name)
     others = [old_file(root / "report.html"), old_file(root / "mine" / "notes" / "thoughts.txt")]
@@ -166,7 +166,7 @@ def test_unlisted_files_stale_locks_and_scratch_files_are_garbage(store: Store, 
     }
     assert set(paths(garbage(store))) == expected
     assert {item.path for item in delete_garbage(store, garbage(store))} == expected
-    (folder / ".part-00001.json.12.34").unlink()
+    (folder / ".part-00001-of-00003.json.12.34").unlink()
     assert contents(store, plan) == before
     assert all(file.exists() for file in others)
     assert paths(garbage(store)) == []
@@ -233,7 +233,7 @@ def test_garbage_in_an_object_store(store: Store, plan: Plan, monkeypatch: pytes
     for file in local(store.root).rglob("*"):
         if file.is_file():
             bucket.root.fs.pipe_file((bucket.root / file.relative_to(local(store.root))).path, file.read_bytes())
-    sidecar = bucket.root / "toy_keep" / UNLINKED / "part-00000.json"
+    sidecar = bucket.root / "toy_keep" / UNLINKED / "part-00000-of-00003.json"
     bucket.root.fs.pipe_file(sidecar.path, json.dumps({"inputs": {}}).encode())
     report = garbage(bucket, ("toy",))
     assert (paths(report), report.busy) == ([], [UNLINKED])

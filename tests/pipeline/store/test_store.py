@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import StageContext, stage
 from pipeline.config.partial import Part, rerun
@@ -22,7 +25,7 @@ from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.stage import stages
-from pipeline.store.store import StepFolder, Store
+from pipeline.store.store import StepFolder, Store, overlapping
 from schemas import Candidates, Model, Prompts, Rewards, WinnowError, prompt_id, shard_of
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS
 from tests.runs import Silent, local
@@ -108,12 +111,12 @@ def complete(store: Store) -> Store:
     return store
 
 
-def plan(grade: dict | None = None, source: dict | None = None) -> Plan:
+def plan(grade: dict | None = None, source: dict | None = None, parts: int = SHARDS) -> Plan:
     steps = {
         "source": {"use": "toy_source", "with": source or {}},
         "grade": {"use": "toy_grade", "from": {"prompts": "source"}, "with": grade or {}},
     }
-    return make_plan(Recipe("toy", shards=SHARDS, target="grade", steps=steps))
+    return make_plan(Recipe("toy", shards=parts, target="grade", steps=steps))
 
 
 def plan_of_one(stage: str, shards: int = 1, **options: Any) -> Plan:
@@ -216,12 +219,45 @@ def test_a_failed_stage_leaves_its_finished_parts_and_a_rerun_makes_the_rest(sto
     step = folder(store)
     assert step.manifest is None
     files = [file["file"] for file in step.sidecar(0)["files"]]
-    assert sorted(file.name for file in step.path.iterdir()) == sorted(["part-00000.json", *files])
+    assert sorted(file.name for file in step.path.iterdir()) == sorted([f"part-00000-of-{SHARDS:05d}.json", *files])
     assert sorted(name.split(".")[0] for name in files) == ["rejects-00000", "rewards-00000"]
     before = times(store)
     assert make(store) == ["grade"]
     assert trouble.calls == 2 + 2
     assert before.items() < times(store).items()
+
+
+@given(st.lists(st.text(), min_size=1), st.integers(1, 12), st.integers(1, 12))
+def test_a_part_has_its_prompts_in_the_parts_of_another_division_that_overlap_it(prompts, parts, others):
+    """h mod P = i and h mod Q = j have a common h only if i = j modulo gcd(P, Q)."""
+    for prompt in prompts:
+        assert shard_of(prompt, others) in overlapping(shard_of(prompt, parts), parts, others)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 6])
+def test_a_table_in_other_parts_is_read_by_prompt(complete: Store, trouble: Trouble, parts: int):
+    """Its rows, each in one part; what is finished is found whatever number of parts a recipe wants."""
+    source, other = folder(complete, "source"), plan(parts=parts)
+    tables = [source.read(PROMPTS, shard, parts) for shard in range(parts)]
+    for shard, table in enumerate(tables):
+        assert {shard_of(prompt, parts) for prompt in table["prompt_id"].to_pylist()} <= {shard}
+    assert pa.concat_tables(tables).sort_by("prompt_id") == source.read(PROMPTS).sort_by("prompt_id")
+    assert make(complete, other) == []
+    rewards = folder(complete).read(REWARDS).sort_by("candidate_id")
+    shutil.rmtree(local(folder(complete).path))
+    assert make(complete, other) == ["grade"]
+    assert folder(complete).manifest["parts"] == parts
+    assert folder(complete).read(REWARDS).sort_by("candidate_id") == rewards
+
+
+def test_a_step_that_was_begun_ends_in_the_parts_that_it_has(store: Store, trouble: Trouble):
+    """One of three parts is finished when a run that wants five takes over: two calls remain."""
+    trouble.fail_at = 2
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(store)
+    assert make(store, plan(parts=5)) == ["grade"]
+    assert trouble.calls == 2 + 2
+    assert folder(store).manifest["parts"] == SHARDS
 
 
 def test_a_killed_process_loses_only_the_part_in_flight(complete: Store, tmp_path: Path, trouble: Trouble):
@@ -235,7 +271,7 @@ with toy_stages() as trouble:
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 9
     killed = Store(tmp_path / "killed")
-    assert folder(killed).missing(SHARDS) == [1, 2]
+    assert folder(killed).missing() == [1, 2]
     make(killed)
     assert trouble.calls == SHARDS + 2
     assert contents(killed) == contents(complete)
@@ -301,10 +337,10 @@ def test_a_damaged_part_of_an_unfinished_step_is_made_again(complete: Store, tro
     elif damage == "deleted table":
         file.unlink()
     elif damage == "deleted sidecar":
-        (step.path / "part-00001.json").unlink()
+        (step.path / f"part-00001-of-{SHARDS:05d}.json").unlink()
     else:
-        (step.path / "part-00001.json").write_bytes(b"")
-    assert step.missing(SHARDS) == [1]
+        (step.path / f"part-00001-of-{SHARDS:05d}.json").write_bytes(b"")
+    assert step.missing() == [1]
     others = {path: time for path, time in times(complete).items() if "00001" not in path.name}
     make(complete)
     assert trouble.calls == SHARDS + 1
@@ -351,7 +387,7 @@ def test_a_stage_is_not_called_for_a_part_without_rows(store: Store, trouble: Tr
     make(store, small)
     used = {shard_of(prompt_id(f"prompt {n}"), SHARDS) for n in range(2)}
     assert trouble.calls == len(used) < SHARDS
-    assert folder(store, of=small).missing(SHARDS) == []
+    assert folder(store, of=small).missing() == []
 
 
 def test_a_finished_model_has_the_digest_of_its_content(store: Store):
