@@ -45,7 +45,7 @@ WINS = ("gold_win", "proxy_win")  # in the order in which methods are compared b
 COLUMNS = dict(zip(WINS, WINS, strict=True)) | {"gold": "gold_reward", "kl": "kl_nats", "n_tokens": "tokens"}
 EVALUATED = """
 SELECT DISTINCT run || coalesce('@' || round, '') AS run, method, stage, key
-FROM runs JOIN evaluations USING (stage, key) ORDER BY ALL
+FROM runs JOIN evaluations USING (stage, key) WHERE NOT starts_with(step, 'evaluate_') ORDER BY ALL
 """
 SEED_LABEL = r"(?:[\w@]+\.)*seed=\d+"  # in a run's name
 ERROR = 0.05

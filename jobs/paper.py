@@ -89,7 +89,8 @@ def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0, agains
         chosen = [f"optimize.objective={objective}"] if objective else []
         # RAFT and ReST have the likelihood as their loss, whatever --set says of that of pairs.
         others = [text for text in sets if objective or not text.startswith("optimize.objective")]
-        plans.append(plan_named(cell.recipe, configs, [*chosen, *cell.sets, *others], cell.run))
+        alone = "evaluations=[]"  # at temperature 1
+        plans.append(plan_named(cell.recipe, configs, [*chosen, *cell.sets, alone, *others], cell.run))
     return plans
 
 

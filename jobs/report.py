@@ -34,8 +34,11 @@ CURVES = {
 }
 HISTOGRAM_COLORS = {"all candidates": "#8793a0", "kept": "#2a9d5c"}  # by `what` of reward_histogram.sql
 WIN_RATES = ("gold_win", "proxy_win")
+AT = ("_as_sampled", "_greedy")  # beside temperature 1
+OTHER_WIN_RATES = [f"{name}{at}" for name in WIN_RATES for at in AT]
 TITLES = {  # of the leaderboard's columns; low and high are of the column before them
-    **{f"{name}_{end}": end for name in (*WIN_RATES, "gold_reward") for end in ("low", "high")},
+    **{f"{name}_{end}": end for name in (*WIN_RATES, *OTHER_WIN_RATES, "gold_reward") for end in ("low", "high")},
+    **{f"{name}{at}": f"{name.replace('_', ' ')} % {at.replace('_', ' ').strip()}" for name in WIN_RATES for at in AT},
     "gold_win": "gold win %", "proxy_win": "proxy win %", "gold_reward": "gold reward", "kl_nats": "KL (nats)",
     "own_seconds": "own seconds",
 }  # fmt: skip

@@ -49,7 +49,7 @@ def plan_tree(plan: Plan, store: Store, options: bool = False) -> Tree:
         for input_name, source in step.inputs.items():
             add(branch, source, input_name)
 
-    for target in plan.targets:
+    for target in (*plan.targets, *plan.evaluations):
         add(tree, target)
     return tree
 
@@ -200,10 +200,15 @@ def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
         value, low, high = (f"{factor * row[column]:.{digits}f}" for column in (name, f"{name}_low", f"{name}_high"))
         return f"{value}{unit} [{low}, {high}]"
 
+    # The win rate at other temperatures, by gold where there is one.
+    judge = "gold_win" if leaderboard["gold_win"].null_count < leaderboard.num_rows else "proxy_win"
+    other_wins = [name for name in (f"{judge}_as_sampled", f"{judge}_greedy")
+                  if leaderboard[name].null_count < leaderboard.num_rows]  # fmt: skip
     rows = []
     for row in leaderboard.to_pylist():
         cells = {"run": row["run"]}
         cells |= {name: cell(row, name, 100, 1, " %") for name in ("gold_win", "proxy_win")}
+        cells |= {name: cell(row, name, 100, 1, " %") for name in other_wins}
         cells["gold_reward"] = cell(row, "gold_reward", 1, 2)
         plain = {name: None if row[name] is None else f"{row[name]:.1f}" for name in ("kl_nats", "tokens")}
         seconds = {name: f"{row[name]:.1f}" for name in ("seconds", "own_seconds")}

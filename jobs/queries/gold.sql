@@ -13,6 +13,6 @@ SELECT
     any_value(high) FILTER (metric = 'gold_gain') AS gain_high,
     max(n) AS prompts
 FROM runs JOIN evaluations USING (stage, key)
-WHERE metric IN ('gold', 'gold_baseline', 'gold_gain')
+WHERE metric IN ('gold', 'gold_baseline', 'gold_gain') AND NOT starts_with(step, 'evaluate_')
 GROUP BY runs.run, round
 ORDER BY gain DESC, runs.run, round

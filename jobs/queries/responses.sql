@@ -3,7 +3,7 @@
 WITH sampled AS (
     SELECT outcomes.*, min(baseline_id) AS baseline_id
     FROM outcomes LEFT JOIN judgements USING (prompt_id, candidate_id)
-    WHERE outcomes.k = 0 GROUP BY ALL ORDER BY prompt_id, outcomes.stage, outcomes.key LIMIT 3
+    WHERE outcomes.k = 0 AND (outcomes.stage, outcomes.key) IN (SELECT (stage, key) FROM runs WHERE NOT starts_with(step, 'evaluate_')) GROUP BY ALL ORDER BY prompt_id, outcomes.stage, outcomes.key LIMIT 3
 ),
 texts AS (
     SELECT candidate_id, any_value(coalesce(raw_text, text)) AS text FROM candidates

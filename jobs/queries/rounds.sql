@@ -4,7 +4,7 @@ WITH summary AS (
         any_value(value) FILTER (metric = 'gold_win') AS gold_win, any_value(value) FILTER (metric = 'proxy_win') AS proxy_win,
         any_value(value) FILTER (metric = 'gold') AS gold_reward, any_value(value) FILTER (metric = 'kl') AS kl,
         any_value(value) FILTER (metric = 'n_tokens') AS tokens
-    FROM runs JOIN evaluations USING (stage, key) WHERE round IS NOT NULL
+    FROM runs JOIN evaluations USING (stage, key) WHERE round IS NOT NULL AND NOT starts_with(step, 'evaluate_')
     GROUP BY run, round
 )
 SELECT run, round, gold_win, proxy_win, gold_reward, kl, tokens,

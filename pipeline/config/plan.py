@@ -130,6 +130,7 @@ class Plan:
     name: str
     steps: list[Step] = field(default_factory=list)
     targets: list[Step] = field(default_factory=list)
+    evaluations: list[Step] = field(default_factory=list)  # beside the targets
     part: list[Step] | None = None  # the steps to run, if not all; what else they read is finished
     plugins: list[Path] = field(default_factory=list)  # files that must be shipped with the recipe
     notes: list[str] = field(default_factory=list)  # what users should know of it, and need not act on
@@ -176,11 +177,12 @@ def make_plan(recipe: Recipe) -> Plan:
             elif source is not None:
                 hint = unknown_step_hint(source, recipe.step_names, recipe.rounds)
                 problems.append(f"{name}.from.{item}: no step {source!r} in this recipe; {hint}")
-    targets = recipe.targets
-    if targets[-1] not in recipe.steps:
-        hint = unknown_step_hint(recipe.target, recipe.step_names, recipe.rounds)
-        problems.append(f"target: no step {recipe.target!r} in this recipe; {hint}")
-        targets = []
+    targets, evaluations = recipe.targets, recipe.further_targets
+    for setting, names in (("target", targets), ("evaluations", evaluations)):
+        for name in [name for name in names if name not in recipe.steps]:
+            hint = unknown_step_hint(name, recipe.step_names, recipe.rounds)
+            problems.append(f"{setting}: no step {name!r} in this recipe; {hint}")
+            names.remove(name)
 
     # Without what only the evaluation reads, the run ends with what is trained.
     if recipe.trained in recipe.step_names and not problems:
@@ -193,12 +195,12 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"{recipe.target} is left out, and the run ends with {recipe.trained}: {paths} "
                 f"{'are' if len(lacking) > 1 else 'is'} not given; name them in a config for a leaderboard"
             ]
-            targets = trained
+            targets, evaluations = trained, []
 
     # Order: what reads files first, then each round's target with all that it needs.
-    needed = _inputs_first(targets, sources, problems)
+    needed = _inputs_first([*targets, *evaluations], sources, problems)
     first = [name for name in needed if reads_files(entries.get(name))]
-    order = _inputs_first([*first, *targets], sources, problems)
+    order = _inputs_first([*first, *targets, *evaluations], sources, problems)
 
     # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
     options: dict[str, dict[str, Any]] = {}
@@ -229,6 +231,7 @@ def make_plan(recipe: Recipe) -> Plan:
         steps[name] = Step(name, entries[name], options[name], inputs_of_step, recipe.shards, origins)
     plan.steps = list(steps.values())
     plan.targets = [steps[name] for name in targets]
+    plan.evaluations = [steps[name] for name in evaluations]
     plan.notes = [note for note in recipe.notes if note.partition(".")[0] in {split_round(name)[0] for name in order}]
     plan.notes += _other_meanings(recipe, plan.steps)
     plan.notes += mixed_precision({step.name: (step.options, step.origins) for step in plan.steps})

@@ -2,8 +2,8 @@
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
 (options); `like` takes all three from another step, and the step writes only what differs. `about`, `dtype`,
-`extends`, `plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole recipe. `rounds` is a number of
-equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
+`evaluations`, `extends`, `plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole recipe. `rounds`
+is a number of equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
 """
 
 from collections import Counter
@@ -32,7 +32,16 @@ from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTABLE = ("about", "dtype", "rounds", "shards", "target", "track", "trained")  # settings that --set may name
+SETTABLE = (
+    "about",
+    "dtype",
+    "evaluations",
+    "rounds",
+    "shards",
+    "target",
+    "track",
+    "trained",
+)  # settings that --set may name
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -70,6 +79,7 @@ class Settings(BaseModel):
     model_config = STRICT
     about: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
+    evaluations: list[str] = []
     plugins: list[str] = []
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
@@ -96,11 +106,18 @@ class Recipe:
     notes: list[str] = field(default_factory=list)  # parts of configs that do not concern this recipe
     dtype: tuple[str, Origin] | None = None  # of all stages and functions with such an option (config/precision.py)
     track: list[Any] = field(default_factory=list)  # option of each step whose stage has it, unless the step sets it
+    evaluations: list[str] = field(default_factory=list)  # steps to end with beside `evaluate`, if that is the target
 
     @property
     def targets(self) -> list[str]:
         """Return the target of every round, that of the last round last."""
         return self.in_rounds(self.target)
+
+    @property
+    def further_targets(self) -> list[str]:
+        """Return the other evaluations of every round; none where something else than `evaluate` is wanted."""
+        names = self.evaluations if self.target == Settings.model_fields["target"].default else []
+        return [step for name in names for step in self.in_rounds(name)]
 
     def in_rounds(self, step: str) -> list[str]:
         """Return the names of a step in every round, or its name if it is one step for all."""
@@ -234,6 +251,7 @@ def load_recipe(
         notes,
         dtype,
         settings.track,
+        settings.evaluations,
     )
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import queries
+from jobs.tables import leaderboard_table
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -31,6 +32,8 @@ from tests.catalogs import link, put, table
 
 # Columns that the report, the terminal and scripts of users read.
 COLUMNS = {
+    "all_evaluations": "run step gold_win gold_win_low gold_win_high proxy_win proxy_win_low proxy_win_high "
+    "gold_reward gold_reward_baseline tokens prompts",
     "acceptance": "run step prompt_id kept passes beta acceptance ess mean_reward",
     "best_of": "run step n prompts best gained",
     "cost": "run stage steps rows rejects seconds wall_seconds gpu_seconds cpu_seconds share tokens ranker_calls",
@@ -42,7 +45,10 @@ COLUMNS = {
     "gold": "run policy policy_low policy_high sft sft_low sft_high gain gain_low gain_high prompts",
     "heldout": "run step metric value",
     "leaderboard": "run gold_win gold_win_low gold_win_high proxy_win proxy_win_low proxy_win_high gold_reward "
-    "gold_reward_low gold_reward_high kl_nats tokens prompts seconds own_seconds",
+    "gold_reward_low gold_reward_high kl_nats tokens prompts gold_win_as_sampled gold_win_as_sampled_low "
+    "gold_win_as_sampled_high gold_win_greedy gold_win_greedy_low gold_win_greedy_high proxy_win_as_sampled "
+    "proxy_win_as_sampled_low proxy_win_as_sampled_high proxy_win_greedy proxy_win_greedy_low proxy_win_greedy_high "
+    "seconds own_seconds",
     "length_bias": "run step rule pairs chosen_tokens rejected_tokens longer_chosen gap_and_length",
     "lengths": "run step finish_reason n share mean_tokens median p95 most",
     "pair_gaps": "run step rule pairs prompts mean_gap p10 median p90 near_ties chosen_better",
@@ -141,7 +147,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         metrics += [metric("gold", win), metric("gold_baseline", 0.5), metric("gold_gain", win - 0.5)]
         put(store, "evaluate", key, [table(OUTCOMES, *judged), table(EVALUATIONS, *metrics)])
     shared = ["prompts", "sample", "reward", "select", "compare", "pair", "reference", "optimize", "generate", "judge"]
-    rounds = {"evaluate@1": ("evaluate", "a"), "evaluate@2": ("evaluate", "b")}
+    greedy = [metric("gold_win", 0.3), metric("proxy_win", 0.2)]
+    put(store, "evaluate", "c", [table(OUTCOMES, judged[0]), table(EVALUATIONS, *greedy)])
+    rounds = {"evaluate@1": ("evaluate", "a"), "evaluate@2": ("evaluate", "b"), "evaluate_greedy@2": ("evaluate", "c")}
     link(store, "rso", **{stage: (stage, str(n + 1)) for n, stage in enumerate(shared)}, **rounds)
     return store
 
@@ -238,12 +246,12 @@ def test_answers_on_a_known_store(store: Store):
 
 
 def test_cost_and_slow_steps_say_where_the_time_went(store: Store):
-    """100 s of training, and 10 s of sampling by two workers in 5 s, on two GPUs; nine other steps took 1.5 s each."""
+    """100 s of training, and 10 s of sampling by two workers in 5 s, on two GPUs; ten other steps took 1.5 s each."""
     cost = {row["stage"]: row for row in rows_of(store, "cost")}
     total = sum(row["gpu_seconds"] for row in cost.values())
     assert next(iter(cost)) == "optimize"
     assert cost["sample"]["gpu_seconds"] == 2 * cost["sample"]["cpu_seconds"] == 2 * cost["sample"]["seconds"]
-    assert cost["evaluate"]["steps"] == 2
+    assert cost["evaluate"]["steps"] == 3
     assert sum(row["share"] for row in cost.values()) == pytest.approx(1)
     assert cost["optimize"]["share"] == pytest.approx(cost["optimize"]["gpu_seconds"] / total)
     rows = rows_of(store, "slow_steps")
@@ -300,3 +308,18 @@ def test_every_query_runs_on_a_whole_run(finished: Path):
     none = {"now", "rejects", "rounds", "two_losses", "unpaired"}
     assert {name for name in queries.names() if not query(catalog, queries.text(name)).num_rows} <= none
     assert isinstance(query(catalog, queries.text("cost")), pa.Table)
+
+
+def test_other_evaluations_are_columns_of_the_leaderboard_and_rows_of_all_evaluations(store):
+    """Round 2 was also evaluated greedily: win rates, rounds and gains are those at temperature 1."""
+    catalog = open_catalog(store)
+    board = {row["run"]: row for row in query(catalog, queries.text("leaderboard")).to_pylist()}
+    assert {run: row["gold_win"] for run, row in board.items()} == {"rso@1": 0.6, "rso@2": 0.8}
+    assert [board[run]["gold_win_greedy"] for run in ("rso@1", "rso@2")] == [None, 0.3]
+    assert board["rso@2"]["proxy_win_greedy_low"] == pytest.approx(0.1)
+    assert board["rso@2"]["gold_win_as_sampled"] is None
+    shown = leaderboard_table(query(catalog, queries.text("leaderboard"))).to_pylist()[0]
+    assert shown["gold_win_greedy"] == "30.0 % [20.0, 40.0]"
+    assert not {"gold_win_as_sampled", "proxy_win_greedy"} & shown.keys()
+    rows = [(row["run"], row["step"], row["gold_win"]) for row in rows_of(store, "all_evaluations")]
+    assert rows == [("rso@2", "evaluate", 0.8), ("rso@1", "evaluate", 0.6), ("rso@2", "evaluate_greedy", 0.3)]

@@ -62,6 +62,28 @@ def test_the_pipeline_runs_on_real_vllm(data_dir, finished, tmp_path):
     assert {"proxy_win", "gold_win", "kl", "n_tokens"} <= set(metrics)
 
 
+def test_a_policy_is_evaluated_at_three_temperatures(data_dir, finished, tmp_path):
+    """Beside temperature 1: as `sample` draws, and greedily, of which draws of one seed and another are the same."""
+    root = tmp_path / "store"
+    shutil.copytree(finished, root)
+    also = "evaluations=[evaluate_as_sampled, evaluate_greedy]"
+    plan, ran = run_recipe(data_dir, root, "rso", also)
+    assert len(ran) == 8
+    assert set(ran) == {step.name for step in plan.steps if step.name.endswith(("_as_sampled", "_greedy"))}
+    steps = {step.name: step for step in plan.steps}
+    law = ("temperature", "top_k", "top_p", "max_tokens")
+    of = {name: tuple(steps[name].options[option] for option in law) for name in steps if "sample" in name}
+    assert of["eval_sample_as_sampled"] == of["sample"] == (0.7, 40, 1.0, 24)
+    assert of["eval_sample"] == (1.0, 0, 1.0, 24)
+    greedy = Store(root).folder(steps["eval_sample_greedy"]).read(CANDIDATES)
+    assert set(pc.value_counts(greedy["prompt_id"]).field("counts").to_pylist()) == {1}
+    again, _ = run_recipe(data_dir, root, "rso", also, "eval_sample_greedy.seed=9")
+    other = Store(root).folder(next(step for step in again.steps if step.name == "eval_sample_greedy")).read(CANDIDATES)
+    assert other["token_ids"] == greedy["token_ids"]
+    board = query(open_catalog(Store(root), "rso"), queries.text("leaderboard")).to_pylist()
+    assert all(row["gold_win_as_sampled"] is not None and row["gold_win_greedy"] is not None for row in board)
+
+
 def test_each_shape_of_data_ends_on_one_leaderboard(store):
     """Every run, and every round of one with rounds, ends in a measured policy beside those of the others."""
     board = query(open_catalog(Store(store)), queries.text("leaderboard")).to_pylist()

@@ -434,7 +434,7 @@ def test_set_reaches_into_nested_options_and_opens_a_function_given_by_name(tmp_
         ("a.k", ["--set a.k", "step.option=value"]),
         ("a=1", ["--set a=1", "step.option=value"]),
         ("sharsd=4", ["--set sharsd=4", "did you mean 'shards'?"]),
-        ("extends=x", ["--set extends=x", "known: about, dtype, rounds, shards, target"]),
+        ("extends=x", ["--set extends=x", "known: about, dtype, evaluations, rounds"]),
         ("a.=1", ["--set a.=1", "step.option=value"]),
         ("shards=null", ["--set shards=null", "shards must have a value"]),
         ("target=", ["--set target=", "target must have a value"]),

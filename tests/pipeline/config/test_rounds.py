@@ -156,6 +156,19 @@ def test_the_target_is_that_of_every_round_the_last_one_last(tmp_path: Path):
     assert position["evaluate@1"] < position["sample@2"], "a round is measured before the next one begins"
 
 
+def test_every_round_is_evaluated_in_all_ways_unless_something_else_is_the_target(tmp_path: Path):
+    """`evaluations` names steps beside the target; one that is none is refused by name."""
+    also = "rounds: 2\nevaluations: [evaluate_more]\nevaluate_more: {like: evaluate}"
+    loop = plan(tmp_path, also)
+    assert [step.name for step in loop.targets] == ["evaluate@1", "evaluate@2"]
+    assert [step.name for step in loop.evaluations] == ["evaluate_more@1", "evaluate_more@2"]
+    assert {"evaluate_more@1", "evaluate_more@2"} <= {step.name for step in loop.steps}
+    assert plan(tmp_path, also, "target=optimize").evaluations == []
+    assert plan(tmp_path, also, "evaluations=[]").evaluations == []
+    with pytest.raises(WinnowError, match=r"evaluations: no step 'evalute_more'.*did you mean 'evaluate_more'"):
+        plan(tmp_path, also, "evaluations=[evalute_more]")
+
+
 def test_one_round_may_be_the_target(tmp_path: Path):
     loop = plan(tmp_path, "rounds: 3", "target=optimize@2")
     assert [step.name for step in loop.targets] == ["optimize@2"]
