@@ -61,27 +61,29 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Files that take longest, longest first: a long one at the end would leave the other worker without work.
-LONGEST = [
-    "pipeline/execution/test_distributed.py",
-    "stages/test_end_to_end.py",
+# Files of one process: those that sample with vLLM import it once, and those that run toys on Ray start it once.
+WITH_VLLM = [
     "stages/sampling/test_engines.py",
     "stages/sampling/test_engine_options.py",
     "stages/sampling/test_sampling_parameters.py",
     "stages/training/test_agreement.py",
-    "pipeline/execution/test_run.py",
-    "pipeline/execution/test_schedule.py",
+    "jobs/test_real_demo.py",
+]
+WITH_RAY = ["pipeline/execution/test_run.py", "pipeline/execution/test_schedule.py"]
+# A long file at the end would leave the other worker without work: these are the first.
+LONGEST = [
+    *WITH_VLLM,
+    "stages/test_end_to_end.py",
+    "pipeline/execution/test_distributed.py",
+    *WITH_RAY,
     "jobs/test_submit.py",
     "jobs/test_cli.py",
     "jobs/test_report.py",
-    "jobs/test_real_demo.py",
     "pipeline/store/test_object_store.py",
     "jobs/test_diagnose.py",
-    "stages/training/test_live.py",
     "stages/training/test_trainer.py",
 ]
-# Files of one process: those that sample with vLLM import it once, and those that run toys on Ray start it once.
-TOGETHER = {f"tests/{file}": "vllm" for file in LONGEST[2:6]} | {f"tests/{file}": "ray" for file in LONGEST[6:8]}
+TOGETHER = {f"tests/{file}": files[0] for files in (WITH_VLLM, WITH_RAY) for file in files}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
