@@ -5,6 +5,7 @@ The suite keeps two of the network's 30 layers; `-m bench` all of them.
 
 import json
 import shutil
+import sys
 from collections import Counter
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from jobs import winnow
 from jobs.demo import QUESTIONS, REAL, REWARD, smollm2
 from jobs.demo.reward import CHECKS, follows
 from schemas import WinnowError, split_of
+from stages.sampling.engines.vllm import LLVMLITE
 from tests.conftest import write_jsonl
 
 needs_model = pytest.mark.skipif(
@@ -165,6 +167,7 @@ def test_the_saved_policy_answers_in_transformers_and_vllm_as_in_the_evaluation(
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.delitem(sys.modules, LLVMLITE, raising=False)  # which vLLM's start does not stand
     engine = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, disable_log_stats=True)
     outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     engine.llm_engine.engine_core.shutdown()
