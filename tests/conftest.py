@@ -1,10 +1,12 @@
 """Shared by all tests: a tiny model of random weights, and a tiny data set on disk, both made on the spot."""
 
+import gc
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
@@ -29,6 +31,8 @@ from pipeline.store.store import Store
 from schemas import Model
 from stages.network.models import untrained
 from tests.runs import Silent, plan_of
+
+gc.set_threshold(50_000)  # one for every 700 new objects takes a quarter of the time in which tests are collected
 
 WORLD = Path(__file__).parent / "tiny.yaml"
 MARKS = ["[CONTEXT]", "[RESPONSE A]", "[RESPONSE B]"]
@@ -56,6 +60,60 @@ TOOL_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+# Files of one process: those that sample with vLLM import it once, and those that run toys on Ray start it once.
+WITH_VLLM = [
+    "stages/sampling/test_engines.py",
+    "stages/sampling/test_engine_options.py",
+    "stages/sampling/test_sampling_parameters.py",
+    "stages/training/test_agreement.py",
+    "jobs/test_real_demo.py",
+]
+WITH_RAY = ["pipeline/execution/test_run.py", "pipeline/execution/test_schedule.py"]
+# A long file at the end would leave the other worker without work: these are the first.
+LONGEST = [
+    *WITH_VLLM,
+    "stages/test_end_to_end.py",
+    "pipeline/execution/test_distributed.py",
+    *WITH_RAY,
+    "jobs/test_submit.py",
+    "jobs/test_cli.py",
+    "jobs/test_report.py",
+    "pipeline/store/test_object_store.py",
+    "jobs/test_diagnose.py",
+    "stages/training/test_trainer.py",
+]
+TOGETHER = {f"tests/{file}": files[0] for files in (WITH_VLLM, WITH_RAY) for file in files}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {f"tests/{file}": place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the libraries and tests that are loaded: there are millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker a file at a time, or the files of one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    scheduler = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+    scheduler._split_scope = lambda nodeid: TOGETHER.get(file_of(nodeid), file_of(nodeid))
+    return scheduler
+
 
 settings.register_profile("shared machine", deadline=None)  # how long a case takes is no claim
 settings.load_profile("shared machine")

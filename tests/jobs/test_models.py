@@ -39,9 +39,11 @@ pipeline_tag: image-to-text
 
 
 @pytest.fixture(scope="module")
-def policies(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store with two rounds of RAFT, without their evaluation."""
-    store = Store(tmp_path_factory.mktemp("policies"))
+def policies(data_dir: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with two rounds of RAFT, without their evaluation; what they share with RSO is from its run."""
+    root = tmp_path_factory.mktemp("policies") / "store"
+    shutil.copytree(finished, root, ignore=shutil.ignore_patterns("runs"))
+    store = Store(root)
     run(plan_of(data_dir, "rounds=2", "target=optimize", recipe="raft"), store, LocalExecutor(), Silent())
     return store
 

@@ -21,6 +21,7 @@ from pipeline.store.store import Store, write_json
 from schemas.tables import METRICS
 from tests.runs import Silent, plan_of
 
+SHORT = "eval_sample.max_tokens=8"  # a steered token is dear
 BOTH = "Preferences and demonstrations in one run"
 
 
@@ -30,10 +31,10 @@ def mixed(data_dir, finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("mixed") / "store"
     shutil.copytree(finished, root)
     for name, recipe, *sets in (
-        ("maxright", "maxright"),
-        ("cvx_dpo", "cvx_dpo"),
-        ("logistic_head", "logistic_head"),
-        ("unsteered", "cvx_dpo", "eval_sample.steer=0.0"),
+        ("maxright", "maxright", "optimize.epochs=2"),
+        ("cvx_dpo", "cvx_dpo", SHORT),
+        ("logistic_head", "logistic_head", SHORT),
+        ("unsteered", "cvx_dpo", SHORT, "eval_sample.steer=0.0"),
     ):
         plan = plan_of(data_dir, *sets, recipe=recipe)
         plan.name = name

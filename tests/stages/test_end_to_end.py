@@ -27,6 +27,7 @@ SHAPES = {
 }
 SHARED = {"prompts", "preferences", "sft", "ranker"}  # steps that RSO's run has finished, and every recipe uses
 SHORT = ("optimize.epochs=1", "optimize.checkpoint_every=100")
+BASELINE = "eval_baseline.engine=transformers"  # as in RSO's run, which has drawn it
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -52,7 +53,7 @@ def test_the_pipeline_runs_on_real_vllm(data_dir, finished, tmp_path):
     """From the SFT policy, as it was saved here, to a measured one: 6 draws per prompt, all seeds different."""
     root = tmp_path / "store"
     shutil.copytree(finished, root)
-    plan, _ = run_recipe(data_dir, root, "rso", "sample.engine=vllm", "sample.n=6", *SHORT)
+    plan, _ = run_recipe(data_dir, root, "rso", "sample.engine=vllm", "sample.n=6", BASELINE, *SHORT)
     folders = {step.name: Store(root).folder(step) for step in plan.steps}
     candidates = folders["sample"].read(CANDIDATES)
     assert set(pc.value_counts(candidates.column("prompt_id")).field("counts").to_pylist()) == {6}

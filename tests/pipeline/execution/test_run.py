@@ -79,22 +79,17 @@ def test_ranker_calls_are_those_of_table_7(data_dir, finished):
     assert calls["compare"] == 2 * sum(group["counts"] // 2 for group in selected)
 
 
-@pytest.mark.parametrize(
-    ("first", "target", "executor"),
-    [
-        ("reward", "select", RayExecutor(2)),
-        # Two parts in flight: their requests share batches
-        ("sample", "sample", RayExecutor(1, profile=Profile(stages={"sample": Resources(cpus=1, max_workers=1)}))),
-    ],
-    ids=["two workers", "one engine"],
-)
-def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path, first, target, executor):
-    """Given the same inputs, under any number of workers and of parts at once in each of them."""
-    plan = plan_of(data_dir, f"target={target}")
-    store = without(finished, plan, first, tmp_path / "store")
+def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path):
+    """Given the same inputs, under any number of workers and of parts at once in each of them.
+
+    `sample` has one worker, in which the requests of two parts share batches; `reward` has two.
+    """
+    plan = plan_of(data_dir, "target=reward")
+    store = without(finished, plan, "sample", tmp_path / "store")
     reporter = Silent()
-    run(plan, store, executor, reporter)
-    assert reporter.ran[0] == first
+    one_engine = Profile(stages={"sample": Resources(cpus=1, max_workers=1)})
+    run(plan, store, RayExecutor(2, profile=one_engine), reporter)
+    assert reporter.ran == ["sample", "reward"]
     assert digests(plan, store) == digests(plan, Store(finished))
 
 
@@ -136,7 +131,7 @@ def test_in_any_number_of_parts_tables_have_the_same_rows_and_training_ends_in_t
     data_dir, finished, tmp_path
 ):
     """From `reward` on in other parts than the candidates that are finished: rows, and the policy by its bytes."""
-    plan = plan_of(data_dir, "target=optimize", "shards=3")
+    plan = plan_of(data_dir, "target=optimize", "shards=5")
     store = without(finished, plan, "reward", tmp_path / "store")
     run(plan, store, LocalExecutor(), Silent())
     for step in plan.steps:
@@ -146,20 +141,33 @@ def test_in_any_number_of_parts_tables_have_the_same_rows_and_training_ends_in_t
             if table_name(schema) != "speeds":
                 tables = [folder.read(schema).to_pylist() for folder in (before, after)]
                 assert sorted(map(repr, tables[0])) == sorted(map(repr, tables[1]))
-    assert store.folder(plan.target).manifest["parts"] == 3
+    assert store.folder(plan.target).manifest["parts"] == 5
 
 
-@pytest.mark.parametrize("victim", ["reward", "optimize"])
-def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path, victim):
-    """Killed after its first part (or checkpoint), run again: finished parts untouched, the same bytes.
+def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path):
+    """Killed after the first part of `reward`, then at a checkpoint of `optimize`, then run to its end: finished parts
+    are untouched, and all bytes are those of a run that was not killed.
 
     `sample` is killed in tests/bench/test_bench_cluster.py, with a node and a head; a Ray worker in test_schedule.py.
     """
     plan = plan_of(data_dir)
-    store = without(finished, plan, victim, tmp_path / "store")
-    folder = local(store.folder(next(step for step in plan.steps if step.name == victim)).path)
+    store = without(finished, plan, "reward", tmp_path / "store")
+    before: dict[Path, int] = {}
+    for victim in ("reward", "optimize"):
+        folder = local(store.folder(next(step for step in plan.steps if step.name == victim)).path)
+        kill_when_begun(folder, data_dir, store)
+        assert not (folder / "manifest.json").exists()
+        finished_parts = [json.loads(part.read_text())["files"] for part in folder.glob("part-*.json")]
+        paths = [folder / file["file"] for files in finished_parts for file in files]
+        before |= {path: path.stat().st_mtime_ns for path in paths}
+    assert before
+    run(plan, store, LocalExecutor(), Silent())
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert digests(plan, store) == digests(plan, Store(finished))
 
-    # The command in a process of its own, killed as soon as the step has something to lose
+
+def kill_when_begun(folder: Path, data_dir: Path, store: Store) -> None:
+    """Run the command in a process of its own, and kill it as soon as the step in this folder has something to lose."""
     command = [sys.executable, "-m", "jobs", "run", str(RECIPES / "rso.yaml"), "--config", str(data_dir / "demo.yaml")]
     command += ["--store", str(store.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
@@ -169,11 +177,3 @@ def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path, victim)
             assert time.monotonic() < deadline
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
-
-    assert not (folder / "manifest.json").exists()
-    finished_parts = [json.loads(part.read_text())["files"] for part in folder.glob("part-*.json")]
-    paths = [folder / file["file"] for files in finished_parts for file in files]
-    before = {path: path.stat().st_mtime_ns for path in paths}
-    run(plan, store, LocalExecutor(), Silent())
-    assert {file: file.stat().st_mtime_ns for file in before} == before
-    assert digests(plan, store) == digests(plan, Store(finished))

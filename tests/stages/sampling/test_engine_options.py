@@ -86,16 +86,6 @@ def test_what_says_how_the_engine_runs_is_not_part_of_the_key(data_dir, step, pl
     assert numbers == both != plain
 
 
-def test_they_reach_vllm_over_winnows_own(tiny):
-    options = {"max_num_seqs": 9, "block_size": 64, "max_model_len": 100}
-    opened: Any = open_engine("vllm", tiny.folder, "float32", 1, json.dumps(options))
-    config = opened.llm.llm_engine.vllm_config
-    sizes = config.scheduler_config.max_num_seqs, config.cache_config.block_size, config.model_config.max_model_len
-    opened.close()
-    assert sizes == (9, 64, 100)
-    assert opened.window == 18
-
-
 def test_draws_share_the_blocks_of_a_prompt_on_a_cpu_and_have_its_log_probs(engine, tiny):
     """Of 70 tokens two blocks of 32 are read from the cache; log-probs are our forward's."""
     if hasattr(engine, "llm") and not torch.cuda.is_available():

@@ -12,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas import WinnowError
+from schemas import Model, WinnowError
 from stages.network.forward import completion_logp
 from stages.network.load import load_network, save_network
 from stages.network.lora import add_adapter
 from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling, ignore_progress, open_engine
 from stages.sampling.engines.request_queue import QueuedEngine
-from tests.material import alone
+from stages.sampling.sample import sample
+from tests.material import alone, context
+from tests.stages.network.test_limits import one_prompt
 from tests.stages.selection.test_kernels import follows
 
 PROMPTS = ([0, 5, 9, 14, 30, 8], [0, 7, 7, 21], [0, 60, 61, 62, 63, 64, 65, 66, 67])
@@ -47,23 +49,47 @@ def test_logp_is_raw_whatever_the_temperature(engine, tiny):
     assert [completion.logp for completion in completions] == pytest.approx(ours.tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["transformers", "vllm"])
-def test_a_policy_with_its_adapter_is_sampled_with_it(name, tiny, tmp_path):
-    """Both engines read the adapter that training leaves beside its base's weights: log-probs are our forward's."""
+@pytest.fixture(scope="module")
+def adapted(tiny, tmp_path_factory):
+    """The tiny model with an adapter, which training leaves beside its base's weights."""
     network = load_network(tiny, adapt=partial(add_adapter, rank=3, alpha=None, targets=[], seed=0))
     with torch.no_grad():
         for parameter, weight in network.named_parameters():
             if "lora_B" in parameter:
                 weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
-    policy = save_network(network, tiny, tmp_path / "model", merge=False)
-    opened = open_engine(name, policy.folder, "float32")
-    completions = opened.generate([Request(ids, seed) for seed, ids in enumerate(PROMPTS)], SAMPLING)
+    return save_network(network, tiny, tmp_path_factory.mktemp("adapted") / "model", merge=False)
+
+
+OPTIONS = {"max_num_seqs": 9, "block_size": 64, "max_model_len": 100}
+
+
+@pytest.fixture(scope="module", params=["transformers", "vllm"])
+def engine_with_options(request, adapted):
+    """An engine of that policy; vLLM with options."""
+    opened = open_engine(
+        request.param, adapted.folder, "float32", 1, json.dumps(OPTIONS if "vllm" in request.param else {})
+    )
+    yield opened
     opened.close()
+
+
+def test_a_policy_with_its_adapter_is_sampled_with_it(engine_with_options, adapted, tiny):
+    """Both engines read the adapter: log-probs are our forward's."""
+    requests = [Request(ids, seed) for seed, ids in enumerate(PROMPTS)]
+    completions = engine_with_options.generate(requests, SAMPLING)
     rows = alone([(ids, answer.token_ids) for ids, answer in zip(PROMPTS, completions, strict=True)])
     with torch.inference_mode():
-        ours, bases = (completion_logp(load_network(model), rows, "float32")[0] for model in (policy, tiny))
+        ours, bases = (completion_logp(load_network(model), rows, "float32")[0] for model in (adapted, tiny))
     assert [completion.logp for completion in completions] == pytest.approx(ours.tolist(), abs=1e-3)
     assert (ours - bases).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("engine_with_options", ["vllm"], indirect=True)
+def test_engine_options_reach_vllm_over_winnows_own(engine_with_options):
+    config = engine_with_options.llm.llm_engine.vllm_config
+    sizes = config.scheduler_config.max_num_seqs, config.cache_config.block_size, config.model_config.max_model_len
+    assert sizes == (9, 64, 100)
+    assert engine_with_options.window == 18
 
 
 @pytest.mark.parametrize(("option", "fact"), [({"r": 1000}, "rank 1000"), ({"use_dora": True}, "DoRA")])
@@ -171,6 +197,22 @@ def test_a_failed_call_leaves_no_requests_in_vllm(engine):
         engine.generate([*requests, Request([5] * 500, 0)], SAMPLING)
     assert engine.generate(requests, SAMPLING) == before
     assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_a_draw_whose_log_prob_is_not_finite_is_refused_with_its_policy(engine, tiny, monkeypatch):
+    """vLLM itself draws id 0 from NaN logits, again and again, and says nothing."""
+    monkeypatch.setattr("stages.sampling.sample.open_engine", lambda *arguments: engine)
+    (norm,) = engine.llm.apply_model(lambda network: network.model.norm.weight)
+    kept = norm[0].item()
+    try:
+        with torch.inference_mode():
+            norm[0] = float("nan")
+        with pytest.raises(WinnowError, match=r"policy spoilt gave a draw of prompt aa \(k=0\) the log-prob nan"):
+            sample(one_prompt(), Model(tiny.folder, "spoilt"), context(), engine="vllm", n=2, max_tokens=4)
+    finally:
+        with torch.inference_mode():
+            norm[0] = kept
 
 
 def test_a_model_on_one_gpu_is_not_spread_over_two(tiny):

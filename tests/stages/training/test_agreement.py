@@ -26,6 +26,7 @@ from stages.training.examples import examples
 from stages.training.reference import reference
 from tests.families import write_family
 from tests.material import context, train
+from tests.pipeline.execution.test_run import without
 from tests.runs import Silent, plan_of
 from tests.stages.test_stages import prompts_of
 
@@ -232,21 +233,23 @@ def test_what_the_reference_has_compared_is_not_compared_again(policy, prompts, 
 # In the summary of a run
 
 
-def test_the_difference_is_in_the_manifest_of_a_run_and_in_what_it_prints(data_dir, tmp_path):
+def test_the_difference_is_in_the_manifest_of_a_run_and_in_what_it_prints(data_dir, finished, tmp_path):
     console = Console(record=True, width=300, file=StringIO())
     plan = plan_of(data_dir, "target=reference")
+    store = without(finished, plan, "reference", tmp_path / "store")
     reporter = ProgressReporter(console)
-    run(plan, Store(tmp_path / "store"), LocalExecutor(), reporter)
+    run(plan, store, LocalExecutor(), reporter)
     reporter.close()
-    measures = Store(tmp_path / "store").folder(plan.target).manifest["measures"]
+    measures = store.folder(plan.target).manifest["measures"]
     assert 0 < measures[MEASURE]["total"] / measures[MEASURE]["count"] < 1e-4
     lines = [line.split() for line in console.export_text().splitlines()]
     line = " ".join(next(words for words in lines if words[:2] == ["reference", "finished"]))
     assert "engine difference in nats per token" in line
 
 
-def test_rounds_without_reference_record_it_too(data_dir, tmp_path):
+def test_rounds_without_reference_record_it_too(data_dir, finished, tmp_path):
     plan = plan_of(data_dir, "target=optimize", recipe="raft")
+    shutil.copytree(finished, tmp_path / "store")
     run(plan, Store(tmp_path / "store"), LocalExecutor(), Silent())
     trained = [step for step in plan.steps if step.name.startswith("optimize")]
     assert len(trained) == 2

@@ -28,21 +28,24 @@ TRAINED = ("optimize.learning_rate=2.0e-3", "optimize.batch_size=2", "optimize.e
 
 
 class Watch(Silent):
-    """Reporter that asks the store at each report of a training's progress, as another process would."""
+    """Reporter that asks the store at one report of a training's progress, as another process would."""
 
-    def __init__(self, store, stop_at=None):
+    def __init__(self, store, at, stop=False):
         super().__init__()
-        self.store, self.stop_at, self.seen = store, stop_at, []
+        self.store, self.at, self.stop, self.reports = store, at, stop, []
 
     def progress(self, step, done, total, unit, figures):
         if step.entry.name != "optimize":
+            return
+        self.reports.append(done)
+        if done != self.at:
             return
         catalog = open_catalog(self.store, "run")
         rows = query(catalog, "SELECT step, metric, value FROM metrics_now ORDER BY ALL").to_pylist()
         status = query(catalog, queries.text("status")).to_pylist()
         now = query(catalog, queries.text("now")).to_pylist()
-        self.seen.append((done, rows, next(row for row in status if row["step"] == "optimize"), now, figures))
-        if done == self.stop_at:
+        self.seen = rows, next(row for row in status if row["step"] == "optimize"), now, figures
+        if self.stop:
             raise KeyboardInterrupt
 
 
@@ -55,13 +58,13 @@ def store(finished, tmp_path):
 def test_a_training_is_watched_by_sql_while_it_runs(store, data_dir, monkeypatch):
     """Steps done so far have rows in `metrics_now`, `status` says that it runs; when it is finished, neither does."""
     monkeypatch.setattr("pipeline.execution.progress.WRITE_SECONDS", 0.0)
-    watch = Watch(store)
+    watch = Watch(store, at=3)
     run(plan_of(data_dir, *TRAINED), store, LocalExecutor(), watch)
-    done, rows, status, now, figures = watch.seen[2]
-    assert done == 3
+    rows, status, now, figures = watch.seen
+    assert watch.reports == list(range(1, len(watch.reports) + 1))
     assert {row["step"] for row in rows} == {1, 2, 3}
     assert {"loss", "accuracy", "margin", "grad_norm", "tokens_per_second"} <= {row["metric"] for row in rows}
-    assert (status["state"], status["done"].split()[1:]) == ("running", ["of", f"{len(watch.seen)}", "steps"])
+    assert (status["state"], status["done"].split()[1:]) == ("running", ["of", f"{len(watch.reports)}", "steps"])
     assert (now[0]["step"], now[0]["done_steps"], now[0]["loss"]) == ("optimize", 3, figures["loss"])
     catalog = open_catalog(store, "run")
     assert query(catalog, "SELECT count(*) AS n FROM metrics_now")["n"][0].as_py() == 0
@@ -76,22 +79,21 @@ def test_a_resumed_training_shows_no_step_twice(store, data_dir):
     """Killed after step 5, with a checkpoint of step 4: step 5 is computed again, and its first row is gone."""
     plan = plan_of(data_dir, *TRAINED)
     with pytest.raises(KeyboardInterrupt):
-        run(plan, store, LocalExecutor(), Watch(store, stop_at=5))
+        run(plan, store, LocalExecutor(), Watch(store, at=5, stop=True))
     left = query(open_catalog(store, "run"), "SELECT max(step) AS last FROM metrics_now")["last"][0].as_py()
     assert left == 5  # what an interrupted training has measured stays readable
     assert query(open_catalog(store, "run"), queries.text("status")).to_pylist()[-1]["state"] == "not finished"
-    watch = Watch(store)
+    watch = Watch(store, at=5)
     run(plan, store, LocalExecutor(), watch)
-    first = watch.seen[0]
-    assert first[0] == 5
-    assert sorted(row["step"] for row in first[1] if row["metric"] == "loss") == [1, 2, 3, 4, 5]
+    assert watch.reports[0] == 5
+    assert sorted(row["step"] for row in watch.seen[0] if row["metric"] == "loss") == [1, 2, 3, 4, 5]
 
 
 def test_a_killed_run_does_not_count_as_running(store, data_dir, monkeypatch):
     """It leaves its progress and no lock."""
     monkeypatch.setattr("pipeline.execution.progress.ProgressFile.delete", lambda self: None)
     with pytest.raises(KeyboardInterrupt):
-        run(plan_of(data_dir, *TRAINED), store, LocalExecutor(), Watch(store, stop_at=2))
+        run(plan_of(data_dir, *TRAINED), store, LocalExecutor(), Watch(store, at=2, stop=True))
     assert list(store.root.rglob(PROGRESS))
     assert query(open_catalog(store), "FROM running").num_rows == 0
 
