@@ -73,7 +73,7 @@ def test_a_policy_is_evaluated_at_three_temperatures(data_dir, finished, tmp_pat
     assert set(ran) == {step.name for step in plan.steps if step.name.endswith(("_as_sampled", "_greedy"))}
     steps = {step.name: step for step in plan.steps}
     law = ("temperature", "top_k", "top_p", "max_tokens")
-    of = {name: tuple(steps[name].options[option] for option in law) for name in steps if "sample" in name}
+    of = {name: tuple(steps[name].options[option] for option in law) for name in steps if steps[name].stage == "sample"}
     assert of["eval_sample_as_sampled"] == of["sample"] == (0.7, 40, 1.0, 24)
     assert of["eval_sample"] == (1.0, 0, 1.0, 24)
     greedy = Store(root).folder(steps["eval_sample_greedy"]).read(CANDIDATES)
