@@ -548,7 +548,7 @@ def test_what_the_ranker_cannot_read_is_in_the_rejects_with_its_reason():
             return Picky()
 
     ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
-    ours = candidate_table(candidate("a", k, text=text) for k, text in enumerate(("Yes!", "Yes.", "")))
+    ours = candidate_table(candidate("a", k, text=text) for k, text in enumerate(("Yes!", "Yes.", "?")))
     theirs = candidate_table(
         candidate("a", k, text=text, candidate_id=f"base-{k}") for k, text in enumerate(("No!", "No."))
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from pipeline import InputStep, ModelPath
 from pipeline.context import StageContext, WarmCache
@@ -480,8 +481,8 @@ def hub_config(folder, kind):
     """The config of a folder as `save_pretrained` or the hub has it, and its step."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(kind))
-    for name in ("model.safetensors", "tokenizer.json"):  # which nothing reads here
-        (folder / name).touch()
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # which nothing reads here, as the tokenizer
+    (folder / "tokenizer.json").write_text("{}")
     return InputStep("model", {"path": ModelPath(str(folder))})
 
 
