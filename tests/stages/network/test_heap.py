@@ -21,8 +21,8 @@ def gradients(network):
 def test_freed_blocks_between_others_go_back_beyond_the_limit(sharp):
     """64 MiB in blocks that small ones keep apart: below the limit they stay, beyond it they are the system's."""
     network = load_network(sharp)
-    torch.empty(1 << 24)  # of 64 MiB, after which glibc takes blocks of up to 32 MiB from its heap
-    blocks = [(torch.zeros(1 << 18), torch.zeros(1 << 6)) for _ in range(64)]
+    torch.empty(1 << 22)  # of 16 MiB: having freed it, glibc takes blocks of up to this size from its heap
+    blocks = [(torch.ones(1 << 18), torch.ones(1 << 6)) for _ in range(64)]
     apart = [small for _, small in blocks]
     del blocks
     before = resident_bytes()
