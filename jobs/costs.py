@@ -17,7 +17,12 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 def remaining_costs(costs: Iterable[StepCost]) -> list[StepCost]:
     """Return the costs of steps that will run and of which something is known, each result once."""
     by_key = {cost.step.key: cost for cost in reversed(list(costs)) if not cost.is_finished}
-    return [cost for cost in reversed(by_key.values()) if cost.need or main_rows(cost).value is not None]
+    return [cost for cost in reversed(by_key.values()) if is_known(cost)]
+
+
+def is_known(cost: StepCost) -> bool:
+    """Return whether there is anything to say of a step, be it that its memory is not estimated."""
+    return bool(cost.need or cost.not_estimated) or main_rows(cost).value is not None
 
 
 def cost_table(costs: list[StepCost]) -> Table:
@@ -31,7 +36,7 @@ def cost_table(costs: list[StepCost]) -> Table:
         units = f"{as_short(work.units)}{' calls' if work.unit == 'calls' else ''}"
         model = f"{short(need.parameters)} {DTYPES.get(need.dtype, need.dtype)}" if need else ""
         of = f" of {cost.device.memory / GIB:.0f}" if cost.device.memory else ""
-        memory = f"~ {need.total / GIB:.1f}{of}" if need else ""
+        memory = f"~ {need.total / GIB:.1f}{of}" if need else "not estimated" if cost.not_estimated else ""
         is_unknown = cost.seconds.value is None
         time = "" if need is None else "unknown" if is_unknown else as_duration(cost.seconds)
         cells = (as_count(main_rows(cost)), "" if work.units.value is None else units, model, memory, time)
@@ -49,8 +54,12 @@ def cost_lines(costs: list[StepCost]) -> list[str]:
     for cost in costs:
         if cost.need:
             parts = ", ".join(f"{size / GIB:.1f} {name}" for name, size in cost.need.parts.items() if size >= GIB / 20)
+            parts += f" ({cost.need.note})" if cost.need.note else ""
             by_parts.setdefault(parts, []).append(cost.step.name)
     lines += [f"{', '.join(steps)}: {parts}" for parts, steps in by_parts.items() if parts]
+    for reason in dict.fromkeys(cost.not_estimated for cost in costs if cost.not_estimated):
+        steps = ", ".join(cost.step.name for cost in costs if cost.not_estimated == reason)
+        lines.append(f"{steps}: memory is not estimated, and nothing is refused for lack of it: {reason}")
     for source, what in (("measured", "measured in this store"), ("given", "of the profile")):
         rates = {
             cost.step.stage: f"{cost.step.stage} {short(cost.rate or 0)}/s" for cost in costs if cost.source == source

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 GIB = 2**30
-MODEL_ERROR = 0.15  # of an estimate of memory, as tests/bench/memory.md measures it
+MODEL_ERROR = 0.15  # of an estimate of memory, as stages/training/README.md has it measured
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that a step takes of each device, in bytes by what it is for, and the network that it holds."""
+    """Memory that a step takes of each device, in bytes by what it is for, and the network that it holds.
+
+    note: what the step will do to take so little, if it decides that by the device's memory.
+    """
 
     parameters: int
     dtype: str
     parts: Mapping[str, float]
+    note: str = ""
 
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+
+class NotEstimatedError(Exception):
+    """Error of a stage's `need` for a network whose memory it does not count; the text says what it is."""
 
 
 Known = Literal["exactly", "estimated", "at most", "at most about"]
@@ -101,9 +109,9 @@ WorkOf = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Work]], Wo
 class Cost:
     """What a stage takes, as functions that a plan can call: no weight is loaded, and torch is not imported.
 
-    need: memory per device, None where it is not known, or no network is held. less: changes that take less memory, in
-    the order in which to try them. work: what it makes and goes through, from what its inputs have. The inputs are
-    `InputStep`s, as in a stage's `check`.
+    need: memory per device, None where no network is held, or none is known yet; it raises NotEstimatedError for one
+    whose memory is not counted. less: changes that take less memory, in the order in which to try them. work: what it
+    makes and goes through, from what its inputs have. The inputs are `InputStep`s, as in a stage's `check`.
     """
 
     need: NeedOf = lambda options, inputs, device: None
@@ -119,7 +127,8 @@ def memory_problem(
 ) -> tuple[Need | None, str]:
     """Return the need of a step on a device, and why it cannot fit, with the setting that would; "" if it can.
 
-    An estimate may be off by MODEL_ERROR: what is above the device's memory by less is not refused.
+    An estimate may be off by MODEL_ERROR: what is above the device's memory by less is not refused. Raises
+    NotEstimatedError where `need` does.
     """
     need = cost.need(options, inputs, device)
     if need is None or device.memory is None or need.total <= device.memory * (1 + MODEL_ERROR):

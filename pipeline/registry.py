@@ -433,7 +433,25 @@ class Registry:
             raise WinnowError(f"must name one {self.kind}, or be a mapping with `name`; got {value!r}")
         rest = {key: item for key, item in options.items() if key != "name"}
         entry = self._in_file(rest) if self.plain and options["name"] == FROM_FILE else self.find(options["name"])
-        return Bound(entry, entry.validate(rest, ""))
+        try:
+            return Bound(entry, entry.validate(rest, ""))
+        except WinnowError as error:
+            raise WinnowError(*(line + self._owners_hint(entry, line, rest) for line in error.problems)) from None
+
+    def having(self, option: str) -> list[str]:
+        """Return the names of the functions that have an option of this name."""
+        return [name for name, entry in self.entries.items() if option in entry.options.model_fields]
+
+    def _owners_hint(self, entry: Entry, problem: str, options: dict[str, Any]) -> str:
+        """Return the end of a problem with an option that other functions have: how to say which one is meant."""
+        option = problem.partition(":")[0]
+        others = self.having(option)
+        if option not in options or option in entry.options.model_fields or not others:
+            return ""
+        return (
+            f"; {entry.name} has none, and of {', '.join(others)} it is one: in a config, "
+            f"`{{name: {others[0]}, {option}: {options[option]}}}` is for recipes with that {self.kind} alone"
+        )
 
     def _in_file(self, options: dict[str, Any]) -> Entry:
         """Return the entry of the function that `file` and `function` name, and take both from the options."""

@@ -128,6 +128,25 @@ class ModelConfig:
         method = self.content.get("quantization_config") or self.text.get("quantization_config")
         return str(method.get("quant_method") or "unknown") if method else None
 
+    @property
+    def narrow_attention(self) -> str:
+        """Return by which key layers attend to less than all that precedes a token; "" if the config names none.
+
+        A config that leaves windows to its class's defaults names none.
+        """
+        types = self.text.get("layer_types")
+        if isinstance(types, list):
+            others = sorted({str(kind) for kind in types} - {"full_attention"})
+            return f"layer_types: {', '.join(others)}" if others else ""
+        layers, first = self.text.get("num_hidden_layers"), self.text.get("max_window_layers")  # Qwen2's
+        has_windows = self.text.get("use_sliding_window", first is None) and (
+            first is None or not layers or first < layers
+        )
+        for key in ("sliding_window", "attention_chunk_size"):
+            if self.text.get(key) and (has_windows or key != "sliding_window"):
+                return f"{key}: {self.text[key]}"
+        return ""
+
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
         """Return the shape of each of its weights by name."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from pipeline import InputStep, Range
 
@@ -15,6 +15,12 @@ def _by_token_id(bias: dict[str, float]) -> dict[str, float]:
     return {str(int(token)): value for token, value in bias.items()}
 
 
+def _above_zero(temperature: Any) -> Any:
+    if isinstance(temperature, int | float) and temperature == 0:
+        raise ValueError("must be greater than 0; to draw the likeliest token at every step, set `top_k: 1`")
+    return temperature
+
+
 Seed = Annotated[int, Range(ge=0, lt=2**32)]  # numpy, torch, scikit-learn and vLLM all take such
 Count = Annotated[int, Range(gt=0, le=10**9)]  # products of two are int64
 SmallCount = Annotated[int, Range(gt=0, le=10**6)]  # where memory or time grow with it
@@ -22,7 +28,7 @@ Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
-Temperature = Annotated[float, Range(gt=0, le=2)]
+Temperature = Annotated[float, Range(gt=0, le=2), BeforeValidator(_above_zero)]
 TopP = Annotated[float, Range(gt=0, le=1)]
 Penalty = Annotated[float, Range(ge=-2, le=2)]
 LogitBias = Annotated[dict[str, Annotated[float, Range(ge=-100, le=100)]], AfterValidator(_by_token_id)]

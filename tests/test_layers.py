@@ -18,6 +18,7 @@ TORCH = {
     for name in (
         "device",
         "forward",
+        "heap",
         "layout",
         "lm_head",
         "load",

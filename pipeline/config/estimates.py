@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.plan import Plan, Step
-from pipeline.costs import GIB, UNKNOWN, Amount, Device, Need, Work, memory_problem
+from pipeline.costs import GIB, UNKNOWN, Amount, Device, Need, NotEstimatedError, Work, memory_problem
 from pipeline.resources import Profile
 from pipeline.stage import InputStep
 from pipeline.store.storage import read
@@ -36,6 +36,7 @@ LARGEST_READ = GIB // 4  # bytes of a table that is read to count its tokens
 class StepCost:
     """Cost of a step. need: of each device, if it holds a network and its memory is known; problem: why it cannot fit.
 
+    not_estimated: why the memory of its network is not known, "" if it is, or there is none.
     rate: units per second and device, `source` where it is from, `devices` how many there are; seconds: of them all.
     """
 
@@ -44,6 +45,7 @@ class StepCost:
     work: Work
     device: Device
     need: Need | None
+    not_estimated: str
     problem: str
     rate: float | None
     source: str
@@ -79,7 +81,11 @@ def step_costs(
 
         resources = profile.of(step.stage)
         device = device_of(profile, step, machine)
-        need, problem = memory_problem(cost, step.options, inputs, device)
+        need, problem, not_estimated = None, "", ""
+        try:
+            need, problem = memory_problem(cost, step.options, inputs, device)
+        except NotEstimatedError as error:
+            not_estimated = str(error)
         devices = float(step.options.get("world_size", resources.max_workers or 1) * device.count)
         rate, source = profile.rates.get(step.stage), "given"
         if rate is None and need is not None:
@@ -91,8 +97,10 @@ def step_costs(
         source = source if rate else ""
         is_finished = manifest is not None
         costs.append(
-            StepCost(step, is_finished, work[step.name], device, need, problem, rate, source, devices, seconds)
-        )
+            StepCost(
+                step, is_finished, work[step.name], device, need, not_estimated, problem, rate, source, devices, seconds
+            )
+        )  # fmt: skip
     return costs
 
 
@@ -261,6 +269,7 @@ def as_rows(costs: list[StepCost]) -> list[dict[str, Any]]:
             "parameters": cost.need.parameters if cost.need else None,
             "dtype": cost.need.dtype if cost.need else None,
             "memory": dict(cost.need.parts) if cost.need else None,
+            "not_estimated": cost.not_estimated or None,
             "device_memory": cost.device.memory,
             "rate": cost.rate,
             "rate_source": cost.source or None,

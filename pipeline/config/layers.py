@@ -231,12 +231,16 @@ def _value(content: Any, path: OptionPath) -> Any:
 
 def _canonical(use: str, path: OptionPath, name: Any) -> Any:
     """Return the name of a function that an option of a stage names, for an alias; any other value as it is."""
-    if path[:1] == ("with",) and isinstance(name, str) and use in stages.entries:
-        option = stages.entries[use].options.model_fields.get(path[1])
-        for registry in option.metadata if option else ():
-            if isinstance(registry, Registry):
-                return registry.aliases.get(name, name)
-    return name
+    registry = _registry_of(use, path)
+    return registry.aliases.get(name, name) if registry and isinstance(name, str) else name
+
+
+def _registry_of(use: str, path: OptionPath) -> Registry | None:
+    """Return the registry of the functions that an option of a stage names; None if it names none."""
+    if path[:1] != ("with",) or use not in stages.entries:
+        return None
+    option = stages.entries[use].options.model_fields.get(path[1])
+    return next((item for item in option.metadata if isinstance(item, Registry)), None) if option else None
 
 
 def _without_other_functions(below: list[Layer], configs: list[Layer]) -> tuple[list[Layer], list[str]]:
@@ -289,8 +293,24 @@ def _contradictions(below: list[Layer], configs: list[Layer], above: list[Layer]
                         f"a recipe of your own that extends {Path(layer.name).stem}, or, if this is meant for other "
                         f"recipes of the command, put it under `{ONLY}` in the config"
                         + (f", or --set {where}={actual}" if path[0] == "with" else "")
+                        + _naming_hint(use, path, recipe[step], configs, step, actual)
                     )
     return problems
+
+
+def _naming_hint(use: str, path: OptionPath, body: dict[str, Any], configs: list[Layer], step: str, value: Any) -> str:
+    """Return the end of a line about an option of a function that the configs do not name: how to say which."""
+    registry, written = _registry_of(use, path), merge_all(configs)[step].get("with", {}).get(path[-2])
+    if registry is None or len(path) != 3 or not isinstance(written, dict) or "name" in written:
+        return ""
+    name = _canonical(use, path[:2], _value(body, path[:2]))
+    others = [other for other in registry.having(path[2]) if other != name]
+    if not others:
+        return ""
+    return (
+        f", or name the {registry.kind} that is meant: `{path[1]}: {{name: {others[0]}, {path[2]}: {value}}}` leaves "
+        f"recipes with {name} as they are"
+    )
 
 
 # Where options come from.

@@ -10,8 +10,11 @@ from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
+import psutil
 import torch
 
+from pipeline.costs import GIB, Device
+from pipeline.resources import Resources
 from schemas import WinnowWarning
 from stages.limits import KEPT_FRACTION, LOGITS_AT_ONCE
 
@@ -54,6 +57,14 @@ def logits_at_once(device: torch.device) -> int:
 def kept_bytes(device: torch.device) -> int:
     """Return how many bytes of probabilities a forward pass may keep for its backward pass; beyond, they are redone."""
     return int(torch.cuda.get_device_properties(device).total_memory * KEPT_FRACTION) if device.type == "cuda" else 0
+
+
+def memory_of(device: torch.device, resources: Resources) -> Device:
+    """Return a device with its memory: as a profile says, else what it has (of a CPU, the machine's RAM)."""
+    if device.type == "cpu":
+        return Device("cpu", resources.memory * GIB if resources.memory else float(psutil.virtual_memory().total))
+    own = float(torch.cuda.get_device_properties(device).total_memory)
+    return Device("cuda", resources.gpu_memory * GIB if resources.gpu_memory else own)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

@@ -78,17 +78,21 @@ class _RecomputedLogp(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, head: LMHead, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logp, is_correct, lse = [], [], []
-        for state, target in zip(_row_chunks(states, head), _row_chunks(targets, head), strict=True):
+        # Results have their memory before the first logits: glibc would put those of each slice into the block that its
+        # logits leave, and no logits would fit there again.
+        logp, lse = (states.new_empty(len(states), dtype=torch.float32) for _ in range(2))
+        is_correct = states.new_empty(len(states), dtype=torch.bool)
+        slices = [_row_chunks(tensor, head) for tensor in (states, targets, logp, lse, is_correct)]
+        for state, target, slice_logp, slice_lse, slice_correct in zip(*slices, strict=True):
             logits = head.logits(state)
             target_logit = logits.gather(-1, target[:, None])[:, 0]
-            lse.append(logits.logsumexp(-1))
-            logp.append(target_logit - lse[-1])
-            is_correct.append(target_logit == logits.amax(-1))
-        ctx.save_for_backward(states, weight, bias, targets, torch.cat(lse))
+            torch.logsumexp(logits, -1, out=slice_lse)
+            torch.sub(target_logit, slice_lse, out=slice_logp)
+            torch.eq(target_logit, logits.amax(-1), out=slice_correct)
+        ctx.save_for_backward(states, weight, bias, targets, lse)
         ctx.head = head
-        ctx.mark_non_differentiable(correct := torch.cat(is_correct))
-        return torch.cat(logp), correct
+        ctx.mark_non_differentiable(is_correct)
+        return logp, is_correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

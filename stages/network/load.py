@@ -33,6 +33,7 @@ from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, ModelConfig
 from stages.network.device import can_compile, default_device, say_precision
 from stages.network.forward import share_prefixes
+from stages.network.heap import give_back
 from stages.network.prefix_attention import NAME, shared_prefix_attention
 from stages.network.working_weights import round_linear_layers
 from stages.options import Precision, Rounding
@@ -83,6 +84,7 @@ def free(network: PreTrainedModel) -> None:
     if torch.cuda.is_available():
         gc.collect()  # activations, and the state of an optimizer; of a process with many objects, a second
         torch.cuda.empty_cache()
+    give_back()
 
 
 def read_network(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -166,12 +168,17 @@ def check_head(network: PreTrainedModel) -> None:
         )
 
 
+def layers_to_checkpoint(network: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the layers that can be run again in the backward pass."""
+    return [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
 def checkpoint_layers(network: PreTrainedModel) -> None:
     """Let each layer store its inputs alone from now on, and run again in the backward pass: the same gradients.
 
     transformers' own switch requires training mode, which would turn dropout on.
     """
-    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = layers_to_checkpoint(network)
     if not layers:
         raise WinnowError(
             f"gradient_checkpointing: {type(network).__name__} has no layers that can be run again; unset it"

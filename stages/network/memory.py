@@ -1,7 +1,7 @@
 """Memory of a network from its config and the headers of its weights: nothing is loaded, and torch is not imported.
 
-Counted are the tensors that are held at once, as a GPU's allocator counts them. tests/bench/memory.md compares the
-counts with measured peaks.
+Counted are the tensors that are held at once, as a GPU's allocator counts them; a training on a CPU keeps near them by
+heap.py. stages/training/README.md compares the counts with peaks that tests/bench/memory.py measured.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ from math import prod
 from typing import Any
 
 from pipeline import InputStep
-from pipeline.costs import Device, Need
+from pipeline.costs import Device, Need, NotEstimatedError
 from stages.limits import LOGITS_AT_ONCE, SCORING_TOKENS_PER_PASS
 from stages.model_config import ModelConfig, planned_config
 
 FP32, BF16 = 4, 2  # bytes of a number
+CODE = 40e6  # bytes of a process on a CPU: pages of torch's code that are read when it computes, Python's objects
 SLICES = 3  # of logits that are held at once: logits, their softmax or gradient, and a temporary
 NAMES = {  # of the numbers of a network, in the configs of its families
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -89,16 +90,24 @@ class NetworkShape:
         return FP32 * max(2 * self.hidden + wide * self.intermediate, attention)
 
 
-def shape_of(config: ModelConfig) -> NetworkShape | None:
-    """Return the shape of the network in a folder; None for kinds whose memory is not counted here.
+def shape_of(config: ModelConfig) -> NetworkShape:
+    """Return the shape of the network in a folder; raise NotEstimatedError for kinds whose memory is not counted here.
 
     Those are encoder-decoders, mixtures of experts, quantised weights, and networks without heads of attention.
     """
     text = config.text
     numbers = {name: next((text[key] for key in keys if text.get(key)), None) for name, keys in NAMES.items()}
-    is_other = config.content.get("is_encoder_decoder") or config.quantization or any(map(text.get, EXPERTS))
-    if is_other or not all(isinstance(number, int) for number in numbers.values()) or not config.shapes:
-        return None
+    lacking = [name for name, number in numbers.items() if not isinstance(number, int)]
+    kinds = {
+        "an encoder-decoder": config.content.get("is_encoder_decoder"),
+        f"quantised weights ({config.quantization})": config.quantization,
+        "a mixture of experts": any(map(text.get, EXPERTS)),
+        f"a network whose config.json has no number of {' and '.join(lacking)}": lacking,
+        "a folder whose weights have no readable header": not config.shapes,
+    }
+    for kind, is_it in kinds.items():
+        if is_it:
+            raise NotEstimatedError(f"{config.folder} is {kind}")
     hidden, heads = int(numbers["hidden"] or 0), int(numbers["heads"] or 0)
     vocabulary = config.vocabulary or 0
     tied = bool(text.get("tie_word_embeddings", config.content.get("tie_word_embeddings", True)))
@@ -128,7 +137,7 @@ def shape_of(config: ModelConfig) -> NetworkShape | None:
 
 
 def planned_shape(step: InputStep | None) -> NetworkShape | None:
-    """Return the shape of the network of a step, as far as a plan can know it."""
+    """Return the shape of the network of a step, None if a plan cannot know it yet; raise as `shape_of` does."""
     if step is None:
         return None
     if (config := planned_config(step)) is not None:
@@ -158,6 +167,11 @@ def logits_bytes(shape: NetworkShape, device: Device, tokens: int) -> float:
     return float(SLICES * FP32 * rows * shape.vocabulary)
 
 
+def code_part(device: Device) -> dict[str, float]:
+    """Return what a process takes on a CPU beside its tensors, as a part of a `Need`; nothing is on a GPU."""
+    return {"code": CODE} if device.kind == "cpu" else {}
+
+
 def scoring_need(
     step: InputStep | None, dtype: str, device: Device, tokens: int = SCORING_TOKENS_PER_PASS
 ) -> Need | None:
@@ -171,7 +185,7 @@ def scoring_need(
         "weights": FP32 * shape.parameters + copies,
         "activations": tokens * (shape.passing_per_token() + FP32 * shape.hidden),
         "logits": logits_bytes(shape, device, tokens),
-    })  # fmt: skip
+    } | code_part(device))  # fmt: skip
 
 
 def policy_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:

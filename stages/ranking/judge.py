@@ -19,7 +19,7 @@ from stages.work import judging_work
 
 
 @stage(
-    version=4,
+    version=5,
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
@@ -42,7 +42,8 @@ def judge(
     error that unbiased use of the draws has (Hoeffding 1948), or only against the one with the same k, which asks the
     ranker less often by the number of draws. With `special_tokens`, text is read with the special tokens inside it. The
     logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it cannot read a
-    response: `unread` then says whose; of two that do not fit its context together, the longer.
+    response: `unread` then says whose; of two that do not fit its context together, the longer. The table `rejects`
+    has each such response once, with the reason.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
@@ -55,6 +56,12 @@ def judge(
         readings, opponent_readings = (
             read_candidates(opened, prompt_by_id[prompt], side, special_tokens) for side in (group, opponents)
         )
+        # Once per response, and not per opponent.
+        for place, read in (("candidates", readings), ("baseline", opponent_readings)):
+            for name, reading in read.items():
+                if isinstance(reading, Unreadable):
+                    ctx.reject(reading.reason, place=place, prompt=prompt, candidate=name)
+        too_long: dict[str, tuple[str, Row]] = {}  # response -> where it is, and the first that it does not fit with
         met: list[tuple[Row, ReadingPair]] = []
         for row, opponent in product(group, opponents):
             if matches == "same_k" and row["k"] != opponent["k"]:
@@ -69,7 +76,13 @@ def judge(
             elif opened.fits(context, *pair):
                 met.append((judgement, pair))
             else:
-                judgement["unread"] = "baseline" if opponent["n_tokens"] > row["n_tokens"] else "candidate"
+                is_longer = opponent["n_tokens"] > row["n_tokens"]
+                longer, other = (opponent, row) if is_longer else (row, opponent)
+                judgement["unread"] = "baseline" if is_longer else "candidate"
+                too_long.setdefault(longer["candidate_id"], ("baseline" if is_longer else "candidates", other))
+        for name, (place, other) in too_long.items():
+            detail = f"together with {other['candidate_id']}"
+            ctx.reject(Unreadable.reason, place=place, prompt=prompt, candidate=name, detail=detail)
 
         ctx.count(ranker_calls=len(met) * reads_per_pair(opened, "both"))
         logits, *_ = both_orders(opened, context, [pair for _, pair in met], "both")

@@ -207,6 +207,34 @@ def llm_judge(
     )
 
 
+@ranker(reads_model=False, version=1)
+def hosted_judge(
+    local_model: None,
+    *,
+    url: Annotated[Url, EXECUTION],
+    model: ServedName,
+    template: Annotated[str, AfterValidator(_template)] = QUESTION,
+    max_without_verdict: Annotated[float, Range(ge=0, le=1)] = 0.5,
+    api_key_env: Annotated[VariableName | None, EXECUTION] = None,
+    concurrency: Annotated[Concurrency, EXECUTION] = 64,
+    timeout: Annotated[Timeout, EXECUTION] = 600.0,
+    max_retries: Annotated[Retries, EXECUTION] = 10,
+) -> Ranker:
+    """Ask a chat model on a server which response is better, and read the log-probs of A and B as its first token.
+
+    For a judge without a local folder: the question goes to `/chat/completions` as one user's message, and the server
+    renders it. The server must give `logprobs` and `top_logprobs` (OpenAI's API and vLLM do); both orders are asked. A
+    label that is not among the 20 likeliest tokens counts with the probability of the last of them (counter
+    `answers_of_one_label`); with neither there is no verdict. The server's model is known by its name alone, which is
+    part of the key: a server that has other weights under the same name is not noticed. A question that is too long
+    for it ends the step. `url` ends in /v1; the other options are those of the engine `endpoint`.
+    """
+    from stages.ranking.hosted_judge import HostedJudge
+
+    server = Endpoint(url, model, api_key_env, concurrency, timeout, max_retries)
+    return HostedJudge(server, template, max_without_verdict)
+
+
 @verifiable(version=2, label_threshold=0.5)
 def pattern(prompt: str, response: str, *, regex: Annotated[str, AfterValidator(_regex)]) -> float:
     """Return 1 if the regular expression matches somewhere in the response, else 0."""
@@ -289,7 +317,7 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     # Only the judge samples, and vLLM can do so from quantised weights; a ranker of a plugin knows best itself.
     output = by.metadata.get("output")
     engine = name_of(by.options.get("engine", ""))
-    problems = endpoint_problems("by") if by.name == "endpoint" else []
+    problems = endpoint_problems("by") if by.name in ("endpoint", "hosted_judge") else []
     problems += engine_problems(engine, by.options.get("engine_options"))
     problems += input_problems(inputs, "ranker", output, quantized=engine == "vllm" or not output)
     problems += fields_problems(by, inputs, "by")

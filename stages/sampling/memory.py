@@ -24,8 +24,10 @@ def sampling_need(
     On a GPU, vLLM fills what it is given (`gpu_memory_utilization`) with its KV cache; counted is the cache of one
     sequence of the longest kind, below which it refuses to start. On a CPU the cache is of a fixed size.
     """
+    if name_of(options["engine"]) not in ("vllm", "transformers"):  # a server has its own memory
+        return None
     shape = planned_shape(policy)
-    if shape is None or name_of(options["engine"]) not in ("vllm", "transformers"):  # a server has its own memory
+    if shape is None:
         return None
     extra = options.get("engine_options") or {}
     size = BF16 if options["dtype"] == "bfloat16" else FP32

@@ -123,6 +123,12 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         return problems + [f"{name}: there is no head to steer by; add `head` under `from`" for name in changed]
     if engine != "transformers":
         problems.append(f"engine: {engine} cannot steer; set `engine: transformers`, or remove `head` under `from`")
+    if config and (narrow := config.narrow_attention):
+        problems.append(
+            f"policy: {config.folder} cannot be steered by a head, since not all of its layers attend to all that "
+            f"precedes a token (config.json has {narrow}); remove `head` under `from` (the head can rank what is "
+            "sampled without it: `head_reward`), or give another policy"
+        )
     features = inputs["head"].inputs.get("features")
     if features and features.stage == "features" and features.inputs.get("policy") != inputs.get("policy"):
         problems.append("head was trained on features of another policy than the one sampled from; use one for both")

@@ -51,7 +51,7 @@ class TrainConfig:
     save_dtype: Precision
     save_rounding: Rounding
     tokens_per_pass: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]
     compile_layers: bool
     checkpoint_every: int
     seed: int

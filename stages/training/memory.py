@@ -4,11 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline import InputStep
-from pipeline.costs import Change, Device, Need
+from pipeline.costs import MODEL_ERROR, Change, Device, Need
 from stages.limits import KEPT_FRACTION
-from stages.network.memory import BF16, FP32, NetworkShape, fewer_tokens, logits_bytes, planned_shape
+from stages.network.memory import BF16, FP32, NetworkShape, code_part, fewer_tokens, logits_bytes, planned_shape
 
 MOMENTS = 2 * FP32  # AdamW's two means of a weight's gradient, in fp32
+# Of all that a training needs, what it may hold in free blocks on a CPU before they go back (stages/network/heap.py):
+# that costs time, and at 0 in place of 0.1 a step of a network of 26M weights took 6 % longer, not 1 or 2.
+HEAP_SLACK = 0.1
 MAX_RANKS = 64
 ADAPTER_RANK = 16  # of the LoRA that is named where nothing else would fit
 
@@ -16,12 +19,28 @@ ADAPTER_RANK = 16  # of the LoRA that is named where nothing else would fit
 def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:
     """Return the memory of each process of a training at its widest moment, the backward pass of a full step's last.
 
-    None where the network's memory is not counted (stages/network/memory.py). Weights are fp32 whatever is computed in;
-    with several processes these, gradients and moments are divided, and gathered a layer at a time.
+    None where no network is known yet. Raises NotEstimatedError where its memory is not counted
+    (stages/network/memory.py). Weights are fp32 whatever is computed in; with several processes these, gradients and
+    moments are divided, and gathered a layer at a time.
     """
     shape = planned_shape(inputs.get("init"))
-    if shape is None:
-        return None
+    return None if shape is None else network_need(shape, options, device)
+
+
+def checkpoints_layers(shape: NetworkShape, options: Mapping[str, Any], device: Device) -> bool:
+    """Return what `gradient_checkpointing` says; of `auto`, whether the training may not fit the device without.
+
+    An estimate may be off by MODEL_ERROR: what needs almost all of a device's memory counts as more.
+    """
+    if options["gradient_checkpointing"] != "auto":
+        return bool(options["gradient_checkpointing"])
+    without = network_need(shape, {**options, "gradient_checkpointing": False}, device)
+    return device.memory is not None and without.total * (1 + MODEL_ERROR) > device.memory
+
+
+def network_need(shape: NetworkShape, options: Mapping[str, Any], device: Device) -> Need:
+    """Return the memory of each process that trains a network of this shape (`training_need`)."""
+    checkpointed = checkpoints_layers(shape, options, device)
     tokens, ranks, rank = int(options["tokens_per_pass"]), int(options["world_size"]), int(options["lora_r"])
     low = options["dtype"] == "bfloat16"
     added = rank * shape.adapted
@@ -33,7 +52,7 @@ def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], d
     # the weights are part of it.
     kept = tokens * shape.kept_per_token(options["dtype"], rank)
     copies = BF16 * (shape.linear + added) if low else 0
-    if options["gradient_checkpointing"]:
+    if checkpointed:
         activations: float = tokens * FP32 * shape.hidden * shape.layers
         once = kept + tokens * shape.passing_per_token() + copies / max(1, shape.layers)
     else:
@@ -54,11 +73,14 @@ def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], d
         "optimizer": MOMENTS * trained / ranks,
         "activations": activations + max(0.0, once - head),
         "logits": head,
-    }
+    } | code_part(device)
+    if device.kind == "cpu":
+        parts["heap"] = HEAP_SLACK * sum(parts.values())
     # The whole network is loaded on each device before it is divided, and again on the first to be saved.
     if ranks > 1 and (at_save := weights + (FP32 * shape.parameters + MOMENTS * trained) / ranks) > sum(parts.values()):
         parts["loading"] = at_save - sum(parts.values())
-    return Need(shape.parameters + added, options["dtype"], parts)
+    note = "gradient_checkpointing: auto is on" if checkpointed and options["gradient_checkpointing"] == "auto" else ""
+    return Need(shape.parameters + added, options["dtype"], parts, note)
 
 
 def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:

@@ -58,7 +58,7 @@ def optimize(
     save_dtype: Precision = "float32",
     save_rounding: Rounding = "nearest",
     tokens_per_pass: Annotated[Count, EXECUTION] = 8192,
-    gradient_checkpointing: Annotated[bool, EXECUTION] = False,
+    gradient_checkpointing: Annotated[bool | Literal["auto"], EXECUTION] = "auto",
     compile_layers: Annotated[bool, EXECUTION] = False,
     world_size: Annotated[SmallCount, EXECUTION] = 1,
     checkpoint_every: Annotated[Count, EXECUTION] = 100,
@@ -80,8 +80,9 @@ def optimize(
     `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
     layer again in the backward pass instead of storing its activations: less memory for the time of one more forward
-    pass. `compile_layers` lets torch compile each layer: on a GPU, faster by a third after a first step of some 20 s,
-    and not proven there (tests/bench/h100.md).
+    pass. `auto` does so if the memory that `plan` estimates without it, and 15 % by which that may be off, is more than
+    the device has (of the profile, or of the machine that trains). `compile_layers` lets torch compile each layer: on a
+    GPU, faster by a third after a first step of some 20 s, and not proven there (tests/bench/h100.md).
 
     The policy is saved as it was trained: in fp32, 4 bytes a weight; a LoRA as an adapter beside the weights of `init`,
     in one folder that transformers with peft, vLLM and every stage read as a policy. `merge_lora` merges it into the
@@ -124,7 +125,7 @@ def optimize(
     settings: dict[str, Any] = {"objective": objective, "nll_weight": nll_weight, "world_size": world_size}
     settings |= {option.name: getattr(config, option.name) for option in fields(config)}
     live = LiveMetrics(ctx.mirror, track, ctx.title, settings)
-    job = partial(train_policy, init, data, config, ctx.mirror, live)
+    job = partial(train_policy, init, data, config, ctx.resources, ctx.mirror, live)
     if world_size == 1:
         outcome = job(ctx.progress)
     else:

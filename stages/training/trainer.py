@@ -4,32 +4,39 @@ import math
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch.distributed import ReduceOp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pipeline.context import Mirror, ProgressCallback
+from pipeline.costs import Device, NotEstimatedError
+from pipeline.resources import Resources
 from pipeline.store.fingerprints import ADAPTER
 from schemas import Model, WinnowError, WinnowWarning
-from stages.network.device import REFERENCE_TOLERANCE
+from stages.model_config import ModelConfig
+from stages.network.device import REFERENCE_TOLERANCE, memory_of
 from stages.network.forward import check_router_loss
+from stages.network.heap import HeapLimit, give_back, resident_bytes
 from stages.network.load import (
     Adapt,
     checkpoint_layers,
     compile_layers,
     free,
     is_reward_model,
+    layers_to_checkpoint,
     load_network,
     round_weights,
     save_network,
 )
+from stages.network.memory import NetworkShape, shape_of
 from stages.network.working_weights import WorkingWeights
 from stages.options import Precision
 from stages.results import number
@@ -39,6 +46,7 @@ from stages.training.config import TermData, TrainConfig
 from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
 from stages.training.live import LiveMetrics
+from stages.training.memory import checkpoints_layers, network_need
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
@@ -52,6 +60,7 @@ def train_policy(
     init: Model,
     data: list[TermData],
     config: TrainConfig,
+    resources: Resources,
     mirror: Mirror,
     live: LiveMetrics,
     report_progress: ProgressCallback,
@@ -80,21 +89,24 @@ def train_policy(
 
         rank, alpha, targets = config.lora_r, config.lora_alpha, config.lora_target_modules
         adapt = partial(train_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
+    give_back()  # what steps before left in the heap of this process
+    resident = resident_bytes()
     network = load_network(init, config.dtype, train=True, adapt=adapt)
     if not is_reward_model(network):
         check_router_loss(network)
     working = WorkingWeights(network) if config.dtype == "bfloat16" and dist.world_size == 1 else None
     if config.compile_layers:
         compile_layers(network)
-    if config.gradient_checkpointing:
+    if checkpointed := _checkpoints_layers(network, init, config, resources, dist):
         checkpoint_layers(network)
+    heap = _limit_heap(network, init, config, checkpointed, resident, dist)
     dist.shard(network)
     parameters = list(trained_weights(network).values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     state = checkpoints.restore(network, optimizer)
     restored_tokens = state.tokens
     live.open(state.history, dist.rank)
-    meter = ThroughputMeter(network, dist, config.gradient_checkpointing)
+    meter = ThroughputMeter(network, dist, checkpointed)
     if state.step == 0 and "ref" in terms[0].objective.metadata["reads"] and config.reference == "init":
         check_reference(terms[0], network)
     if state.step == 0 and (difference := check_first_batches(terms, network, config.engine_tolerance)):
@@ -160,6 +172,8 @@ def train_policy(
             )
         groups = [group for batch in batches.values() for group in batch]
         speeds = meter.metrics(groups, terms[0].tokens_per_pass)
+        if heap:
+            heap.check()  # before AdamW's moments come, in the first step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -212,6 +226,38 @@ def train_policy(
     live.close()
     outcome = {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
     return outcome | {"tokens_since_restore": state.tokens - restored_tokens}
+
+
+def _need_options(init: Model, config: TrainConfig, dist: Distributed) -> tuple[NetworkShape | None, dict[str, Any]]:
+    """Return what the memory of this training is estimated from: the network's shape, None if it is not counted."""
+    options = {option.name: getattr(config, option.name) for option in fields(config)} | {"world_size": dist.world_size}
+    try:
+        return shape_of(ModelConfig(init.folder)), options
+    except NotEstimatedError:
+        return None, options
+
+
+def _checkpoints_layers(
+    network: PreTrainedModel, init: Model, config: TrainConfig, resources: Resources, dist: Distributed
+) -> bool:
+    """Return whether layers store their inputs alone: what the option says, of `auto` what the device's memory says."""
+    shape, options = _need_options(init, config, dist)
+    if config.gradient_checkpointing != "auto" or shape is None or not layers_to_checkpoint(network):
+        return config.gradient_checkpointing is True
+    needed = checkpoints_layers(shape, options, memory_of(network.device, resources))
+    # The same on all ranks, whatever their devices: layers that run again gather their weights again.
+    return bool(dist.all_reduce_values([float(needed)], ReduceOp.MAX)[0])
+
+
+def _limit_heap(
+    network: PreTrainedModel, init: Model, config: TrainConfig, checkpointed: bool, resident: int, dist: Distributed
+) -> HeapLimit | None:
+    """Return the limit of a CPU's heap, what the plan estimates above the `resident` bytes before; None for a GPU."""
+    shape, options = _need_options(init, config, dist)
+    if network.device.type != "cpu" or shape is None:
+        return None
+    need = network_need(shape, options | {"gradient_checkpointing": checkpointed}, Device())
+    return HeapLimit(network, layers_to_checkpoint(network), resident, need.total)
 
 
 def _free(network: PreTrainedModel, dist: Distributed) -> None:

@@ -1,11 +1,9 @@
 """Measure the memory of training and scoring, each in a process of its own, beside what a plan says of it.
 
-    python -m tests.bench.memory          # all cases, a table in Markdown; half an hour on one core
-    python -m tests.bench.memory 30M      # those of one size
+    python -m tests.bench.memory               # all cases, a table in Markdown; half an hour on one core
+    python -m tests.bench.memory 30M 135M      # those of two sizes
 
-Measured is the largest resident set of a fresh process, less that after its imports. glibc is told to give blocks of
-128 KiB and more back (MALLOC_MMAP_THRESHOLD_), as a GPU's allocator counts them; what it keeps otherwise is the column
-`heap`, for the cases that say so.
+Measured is the largest resident set of a fresh process, less that after its imports, on glibc's heap as it is.
 """
 
 import json
@@ -29,7 +27,6 @@ SIZES = {  # shapes of networks with real vocabularies: family and config
 }  # fmt: skip
 PROMPT, RESPONSE, RESPONSES = 64, 32, 6  # tokens of a group's prompt and responses: 256, and 5 pairs
 GROUP = PROMPT + RESPONSE * RESPONSES
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 TRAININGS: dict[str, dict[str, Any]] = {
     "all weights": {},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -45,12 +42,11 @@ class Case:
     name: str
     tokens: int
     options: dict[str, Any] | None = field(default_factory=dict)
-    heap: bool = False  # also as glibc does by default
 
 
 CASES = [
     *(Case("135M", name, 512, options) for name, options in TRAININGS.items()),
-    *(Case("30M", name, 1024, options, heap=name == "all weights") for name, options in TRAININGS.items()),
+    *(Case("30M", name, 1024, options) for name, options in TRAININGS.items()),
     Case("30M", "scoring", 4096, None),
     Case("135M", "scoring", 2048, None),
     *(Case("315M", name, 256, options) for name, options in TRAININGS.items()),
@@ -89,9 +85,9 @@ def estimate(case: Case, network: Path) -> float:
     return need.total
 
 
-def measure(case: Case, network: Path, *, heap: bool = False) -> float:
+def measure(case: Case, network: Path) -> float:
     """Return the peak of a fresh process in bytes, less that of its imports."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | ({} if heap else GIVES_BACK)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     call = json.dumps([str(network), case.tokens, case.options, SIZES[case.size][1]["vocab_size"]])
     code = f"from tests.bench.memory import run_here; run_here({call!r})"
     output = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
@@ -145,15 +141,14 @@ def run_here(call: str) -> None:
 def main(sizes: list[str]) -> None:
     """Print the table, a row as soon as it is measured."""
     folder = Path(mkdtemp(prefix="winnow-memory-"))
-    print("| network | what | tokens | plan | measured | off | heap |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print("| network | what | tokens | plan | measured | off |\n| --- | --- | --- | --- | --- | --- |")
     for case in CASES:
         if sizes and case.size not in sizes:
             continue
         network = write_network(case.size, folder)
         planned, measured = estimate(case, network), measure(case, network)
-        kept = f"{measure(case, network, heap=True) / 1e9:.2f}" if case.heap else ""
         cells = [case.size, case.name, f"{case.tokens:,}", f"{planned / 1e9:.2f}", f"{measured / 1e9:.2f}"]
-        print("|", " | ".join([*cells, f"{planned / measured - 1:+.0%}", kept]), "|", flush=True)
+        print("|", " | ".join([*cells, f"{planned / measured - 1:+.0%}"]), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,8 +128,30 @@ MISTAKES = [
     ("plan rso --set optimize.gradient_accumulation_steps=4", ["unknown option", "'tokens_per_pass'"]),
     ("plan rso --set sample.num_generations=4", ["sample.num_generations: unknown option", "'n'"]),
     ("plan rso --set prompts.prompt=question", ["no column 'question' (option `prompt`)"]),
+    ("plan rso --set sample.temperature=0", ["sample.temperature: must be greater than 0", "`top_k: 1`", "got 0"]),
+    ("plan rso --set sample.temperature=0.0", ["set `top_k: 1`"]),
     ("plan rso --set prompts.heldout=0.0", ["eval_sample: split: heldout", "`heldout: 0.0`", "--until"]),
 ]
+
+
+def test_an_option_for_one_rule_of_several_recipes_is_written_with_its_name(winnow, data_dir: Path, tmp_path: Path):
+    """Laid over recipes with another rule, the refusal says what to write, and that plans them all."""
+
+    def plan(rule: str) -> tuple[int, str]:
+        (tmp_path / "k.yaml").write_text(f"select: {{with: {{rule: {rule}}}}}")
+        return winnow(
+            "plan", "rso", "rest", "raft", "--config", data_dir / "demo.yaml", "--config", tmp_path / "k.yaml"
+        )
+
+    code, text = plan("{k: 4}")
+    assert code == 2
+    (rest,) = re.findall("rest: (select.rule.k: unknown option.*)", text)
+    (raft,) = re.findall("raft: (select.rule.k: .*says 4.*)", text)
+    for line in (rest, raft):
+        (cure,) = re.findall(r"\{name: \w+, k: 4\}", line)
+    assert "rejection_sample, gumbel_top_k, best_of, plain" in rest
+    code, text = plan(cure)
+    assert code == 0, text
 
 
 def test_a_mistake_in_a_recipe_names_place_value_and_cure(winnow, data_dir: Path):

@@ -1,5 +1,6 @@
 """What a run will cost, before it runs: exact where it has run, else marked; and what cannot fit is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pipeline.config.estimates import as_rows, step_costs
 from pipeline.costs import GIB, UNKNOWN, Amount, Device
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
+from schemas import Model
 
 MACHINE = Device("cpu", 16 * GIB)
 
@@ -113,6 +115,22 @@ def test_a_step_that_cannot_fit_is_refused_with_the_setting_that_would(winnow, d
     assert not Path("store").exists()
     smaller = [item for name in ("sft", "ranker", "optimize") for item in ("--set", f"{name}.tokens_per_pass=256")]
     assert winnow("plan", *words, *smaller)[0] == 0
+
+
+def test_a_network_whose_memory_is_not_estimated_is_said_so(winnow, data_dir: Path, tiny: Model, tmp_path: Path):
+    """A mixture of experts: every step that holds it is named with the reason, and the plan stands."""
+    folder = tmp_path / "moe"
+    shutil.copytree(tiny.folder, folder)
+    config = (folder / "config.json").read_text().replace("{", '{"num_local_experts": 4,', 1)
+    (folder / "config.json").write_text(config)
+    (tmp_path / "moe.yaml").write_text(f"sft: {{use: model, with: {{path: {folder}}}}}")
+    code, out = winnow("plan", "raft", "--config", data_dir / "demo.yaml", "--config", tmp_path / "moe.yaml")
+    assert code == 0, out
+    (line,) = [line for line in " ".join(out.split()).split(". ") if "memory is not estimated" in line]
+    assert "moe is a mixture of experts" in line
+    for step in ("sample", "optimize", "eval_sample"):
+        assert step in line
+        assert any(row.strip().startswith(step) and "not estimated" in row for row in out.splitlines())
 
 
 def test_the_table_of_costs_is_readable_in_80_columns(winnow, data_dir: Path):

@@ -31,6 +31,7 @@ WALKS: dict[str, tuple[str, str, set[str]]] = {
     "llama": ("llama", "gemma", {"reward"}),
     "gemma": ("gemma", "qwen2", {"prompts", "preferences", "own_candidates"}),
 }
+STEERED = ("cvx_dpo", "logistic_head")  # recipes in which a head steers the policy
 CONFIG = """\
 sft:            {{use: model, with: {{path: {folder}/{policy}-policy}}}}
 ranker:         {{use: model, with: {{path: {folder}/{scorer}-reward}}}}
@@ -97,6 +98,17 @@ def test_every_recipe_plans_at_the_first_try(folder):
         assert plan.steps[-1].name.startswith(("evaluate", "optimize")), name
 
 
+@pytest.mark.parametrize("recipe", STEERED)
+def test_a_policy_with_windows_is_not_steered(folder, winnow, recipe, tmp_path):
+    """Gemma's layers with windows, of which the plan says the step and the cure, before anything runs."""
+    code, out = winnow("plan", recipe, "--config", folder / "gemma.yaml", "--store", tmp_path / "runs")
+    assert code == 2, out
+    for fact in ("eval_sample", "gemma-policy", "sliding_attention", "remove `head` under `from`", "`head_reward`"):
+        assert fact in out
+    code, out = winnow("plan", "cvx_rerank", "--config", folder / "gemma.yaml", "--store", tmp_path / "runs")
+    assert code == 0, out
+
+
 def rejected(store: Store, stage: str) -> set[str]:
     sql = f"SELECT DISTINCT reason || ' ' || detail AS reason FROM rejects WHERE stage = '{stage}'"
     return set(query(open_catalog(store), sql)["reason"].to_pylist())
@@ -133,8 +145,8 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
 def test_every_recipe_ends_at_the_first_try(folder, winnow, name, tmp_path):
     """In one command, all but SPIN, which learns from finished responses alone: a random policy ends none here.
 
-    Gemma's layers with windows cannot be steered by a head, which is refused.
+    And without those that are refused: test_a_policy_with_windows_is_not_steered.
     """
-    steered = ("cvx_dpo", "logistic_head") if name == "gemma" else ()
-    recipes = [recipe for recipe in names() if recipe not in ("spin", *steered)]
+    refused = STEERED if name == "gemma" else ()
+    recipes = [recipe for recipe in names() if recipe not in ("spin", *refused)]
     run_to_the_end(winnow, folder / f"{name}.yaml", recipes, Store(tmp_path / "runs"))

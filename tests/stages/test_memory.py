@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from pipeline import InputStep, ModelPath
-from pipeline.costs import GIB, Amount, Device, Work, memory_problem
+from pipeline.costs import GIB, Amount, Device, Need, NotEstimatedError, Work, memory_problem
 from pipeline.registry import Bound
 from pipeline.stage import signature_of, stages
 from schemas import Model
@@ -79,6 +79,21 @@ def test_memory_grows_with_the_pass_and_falls_with_what_saves_it():
     assert total(init, world_size=8, gradient_checkpointing=True) < total(init, gradient_checkpointing=True)
 
 
+def test_checkpointing_that_is_decided_by_memory_is_what_a_device_needs():
+    """Without it where that surely fits, with it where that might not; the plan says so."""
+    inputs = {"init": large_step()}
+
+    def need(way: bool | str, memory: float | None = None) -> Need:
+        found = training_need(OPTIMIZE | {"gradient_checkpointing": way}, inputs, Device("cpu", memory))
+        assert found is not None
+        return found
+
+    without = need(False).total
+    for memory, way in ((None, False), (1.2 * without, False), (1.1 * without, True), (1.0, True)):
+        assert need("auto", memory).total == need(way).total
+        assert ("gradient_checkpointing: auto is on" in need("auto", memory).note) == way
+
+
 def test_gradients_and_moments_are_divided_among_ranks():
     parts = [training_need(OPTIMIZE | {"world_size": ranks}, {"init": large_step()}, CARD) for ranks in (1, 8)]
     assert parts[0]
@@ -139,13 +154,20 @@ def test_scoring_holds_weights_in_fp32_and_copies_under_autocast(tiny: Model):
     assert low.parts["weights"] > full.parts["weights"]
 
 
-def test_kinds_of_networks_that_are_not_counted_are_unknown(tiny: Model, tmp_path: Path):
-    """A mixture of experts: no number is better than a wrong one."""
-    folder = tmp_path / "moe"
+@pytest.mark.parametrize(
+    ("key", "kind"), [('"num_experts": 4,', "mixture of experts"), ('"is_encoder_decoder": true,', "encoder-decoder")]
+)
+def test_kinds_of_networks_that_are_not_counted_are_said(tiny: Model, tmp_path: Path, key: str, kind: str):
+    """No number is better than a wrong one, and the plan says that there is none, and why."""
+    folder = tmp_path / "other"
     shutil.copytree(tiny.folder, folder)
-    config = (folder / "config.json").read_text().replace("{", '{"num_experts": 4,', 1)
+    config = (folder / "config.json").read_text().replace("{", "{" + key, 1)
     (folder / "config.json").write_text(config)
-    assert scoring_need(model_step(folder), "float32", CARD) is None
+    with pytest.raises(NotEstimatedError, match=f"other is an? {kind}"):
+        scoring_need(model_step(folder), "float32", CARD)
+    trained = InputStep("optimize", {}, {"init": model_step(folder)})
+    with pytest.raises(NotEstimatedError, match=kind):
+        training_need(OPTIMIZE, {"init": trained}, CARD)
 
 
 def test_draws_are_at_most_n_per_prompt_and_max_tokens_each():

@@ -32,6 +32,7 @@ from schemas.tables import (
 )
 from stages.evaluation.evaluate import evaluate
 from stages.evaluation.length_control import Match, length_controlled
+from stages.ranking.base import Scorer
 from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker as rankers
@@ -513,7 +514,11 @@ def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
     ctx = context()
     judgements = conform(judge(prompts, ours, theirs, ctx, ranker, by=PAIRWISE), JUDGEMENTS)
     assert [row["unread"] for row in judgements.to_pylist()] == [None, None, "candidate", "candidate"]
-    assert (ctx.counters["unread_responses"], ctx.rejects.num_rows) == (2, 0)
+    assert ctx.counters["unread_responses"] == 2
+    (reject,) = ctx.rejects.to_pylist()  # once, although it met two
+    assert (reject["candidate_id"], reject["place"]) == ("a-1", "candidates")
+    assert reject["reason"] == "does not fit the ranker"
+    assert "base-0" in reject["detail"]
     gold = Bound(Entry("length", lambda prompt, response: float(len(response)), {}), {})
     outcomes, metrics = evaluated(prompts, ours, theirs, judgements, gold=gold)
     assert [row["proxy_win"] for row in outcomes][1] == 0.0
@@ -524,6 +529,36 @@ def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
     assert evaluated(prompts, theirs, ours, swapped)[1]["proxy_win"]["value"] == pytest.approx(
         1 - metrics["proxy_win"]["value"]
     )
+
+
+def test_what_the_ranker_cannot_read_is_in_the_rejects_with_its_reason():
+    """Of both policies, for SQL to list: a ranker that says why."""
+
+    class Picky(Scorer):
+        def read(self, context, response):
+            if "!" in response.text:
+                raise ValueError("it shouts")
+            return None if response.text == "?" else response.text
+
+        def score(self, context, texts):
+            return np.array([float(len(text)) for text in texts])
+
+    class Opened(WarmCache):
+        def open_once(self, open_it, *args):
+            return Picky()
+
+    ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
+    ours = candidate_table(candidate("a", k, text=text) for k, text in enumerate(("Yes!", "Yes.", "?")))
+    theirs = candidate_table(
+        candidate("a", k, text=text, candidate_id=f"base-{k}") for k, text in enumerate(("No!", "No."))
+    )
+    rows = judge(prompts_of("a"), ours, theirs, ctx, None, by={"name": "pattern", "regex": "x"}).to_pylist()
+    assert [row["unread"] for row in rows] == ["both", "candidate", "baseline", None, "both", "candidate"]
+    listed = [(row["candidate_id"], row["place"], row["reason"]) for row in ctx.rejects.to_pylist()]
+    shouts = "the ranker cannot read it: it shouts"
+    assert listed == [
+        ("a-0", "candidates", shouts), ("a-2", "candidates", "does not fit the ranker"), ("base-0", "baseline", shouts),
+    ]  # fmt: skip
 
 
 def test_judgements_of_other_responses_are_refused():

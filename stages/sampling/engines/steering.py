@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from schemas import WinnowError
 from stages.sampling.engines import Sampling, Steering
@@ -58,8 +59,11 @@ class Guide:
         head.check_width(network.config.get_text_config().hidden_size)
         self.network, self.steering = network, steering
         self.cache = DynamicCache(config=network.config)
-        if any(self.cache.is_sliding):  # its cache cannot be cropped back
-            raise WinnowError("sample: a model with sliding windows cannot be steered; remove `head` under `from`")
+        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):  # such a cache cannot be cropped back
+            raise WinnowError(
+                "sample: a model of which not all layers attend to all that precedes a token (sliding windows, linear "
+                "attention) cannot be steered; remove `head` under `from`"
+            )
         self.inner, self.bias, self.outer = (
             torch.from_numpy(array).to(network.device) for array in (head.inner, head.bias, head.outer)
         )

@@ -11,8 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline import AdapterPath, ModelPath
+from pipeline.context import StageContext, WarmCache
+from pipeline.costs import GIB, Device
+from pipeline.resources import Resources
 from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
+from stages.model_config import ModelConfig
 from stages.network.forward import (
     completion_logp,
     forward_rows,
@@ -23,15 +27,21 @@ from stages.network.forward import (
 )
 from stages.network.load import checkpoint_layers, load_network, save_network
 from stages.network.lora import add_adapter
+from stages.network.memory import shape_of
 from stages.network.models import model, reward_head
 from stages.network.packing import PromptGroup
+from stages.training.memory import network_need
+from stages.training.objectives import objective
+from stages.training.optimize import optimize
 from tests.material import (
+    bound,
     cache,
     interrupt_at,
     largest_difference,
     loss_of,
     random_rows,
     responses_of,
+    table,
     term_of,
     train,
     weights_of,
@@ -447,9 +457,34 @@ def test_layers_that_run_again_give_the_same_gradients(sharp, rows):
 def test_gradient_checkpointing_is_no_part_of_the_result(sharp, rows, data_dir, tmp_path):
     """The same weights, and the same key: it says how, not what."""
     runs, keys = [], []
-    for way in (False, True):
+    for way in (False, True, "auto"):
         runs.append(train(sharp, rows, tmp_path / str(way), gradient_checkpointing=way, epochs=2)[0])
         plan = planned(data_dir, tmp_path, {"optimize": {"with": {"gradient_checkpointing": way}}})
         keys.append([step.key for step in plan.steps])
     assert largest_difference(weights_of(runs[0]), weights_of(runs[1])) == 0
-    assert keys[0] == keys[1]
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_layers_run_again_by_themselves_where_memory_is_short(sharp, rows, tmp_path):
+    """gradient_checkpointing: auto, by the memory that a profile gives the worker; the weights are the same."""
+    shape = shape_of(ModelConfig(sharp.folder))
+    options = {
+        "tokens_per_pass": 60,
+        "world_size": 1,
+        "lora_r": 0,
+        "dtype": "float32",
+        "gradient_checkpointing": "auto",
+    }
+    without = network_need(shape, options, Device()).total
+    weights, ways = [], []
+    for gib in (None, 2 * without / GIB, without / GIB):
+        ctx = StageContext(tmp_path / str(gib), WarmCache(), lambda *progress: None, Resources(memory=gib))
+        need = network_need(shape, options, Device("cpu", gib and gib * GIB))
+        assert ("auto is on" in need.note) == (gib == without / GIB)
+        trained, _, _, speeds = optimize(
+            sharp, table(rows), ctx, objective=bound(objective, "sigmoid_norm"), learning_rate=1e-3, tokens_per_pass=60
+        )
+        ways.append({row["value"] for row in speeds.to_pylist() if row["measure"] == "gradient_checkpointing"})
+        weights.append(weights_of(trained))
+    assert ways == [{0.0}, {0.0}, {1.0}]
+    assert largest_difference(weights[0], weights[2]) == 0

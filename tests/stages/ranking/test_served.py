@@ -1,5 +1,7 @@
 """Judge and reward model on a server (tests/served.py): they say what they say in this process."""
 
+import math
+import re
 from contextlib import closing
 from typing import Any
 
@@ -10,16 +12,18 @@ import torch
 from pipeline.store.fingerprints import model_digest
 from schemas import Model, WinnowError
 from stages.network.load import load_network, save_network
-from stages.ranking.base import Response
+from stages.ranking.base import Response, both_orders
 from stages.ranking.rankers import open_ranker
 from stages.ranking.rankers import ranker as rankers
-from tests.material import bound
-from tests.served import CLASSIFY, no_client_left, served  # noqa: F401 - a fixture
+from tests.material import bound, context
+from tests.served import CLASSIFY, ServedModel, no_client_left, served  # noqa: F401 - a fixture
 from tests.stages.ranking.test_rankers import BAD, GOOD
 from tests.stages.ranking.test_reward_models import headed
 from tests.stages.sampling.test_endpoint import endpoint
+from tests.stages.training.test_checks import planned
 
 CONTEXT = "Please book a boat."
+CHAT = "/v1/chat/completions"
 
 
 def reward_model(tiny, folder, seed):
@@ -111,3 +115,82 @@ def test_where_a_reward_model_is_served_is_not_part_of_the_key():
         (("http://one/v1", 1, "float32"), ("http://two/v1", 2, "float32"))
     )  # fmt: skip
     assert one.entry.identity_of(one.options) == two.entry.identity_of(two.options) == {"dtype": "float32"}
+
+
+class ChatServer(ServedModel):
+    """Server of chat completions that prefers the longer response, by half a nat per letter, and A by a nat.
+
+    answer_with: what it does instead, of the texts of the question.
+    """
+
+    def respond(self, path, body):
+        assert path == CHAT
+        (message,) = body["messages"]
+        first, second = re.findall(r"<(.*?)>", message["content"])
+        logit = 1.0 + 0.5 * (len(first) - len(second))
+        a = -math.log1p(math.exp(-logit))
+        top = [{"token": token, "logprob": logp} for token, logp in self.tokens(first, second, a, a - logit)]
+        return {"choices": [{"logprobs": {"content": [{"token": "A", "logprob": a, "top_logprobs": top}]}}]}
+
+    def tokens(self, first, second, a, b):
+        half = math.log(0.5)
+        return [("A", a + half), (" A", a + half), ("B", b), ("The", -20.0)]
+
+
+def hosted(url, **options):
+    by = {"name": "hosted_judge", "url": url, "model": "tiny", "template": "{prompt} <{a}> <{b}>", "max_retries": 2}
+    return closing(open_ranker(rankers.bind(by | options), None))
+
+
+@pytest.fixture
+def chat(tiny):
+    with closing(ChatServer(tiny)) as server:
+        yield server
+
+
+def test_a_hosted_judge_needs_no_folder_and_its_logits_are_those_of_the_servers_labels(chat):
+    """Label tokens add up; both orders cancel the server's bias to A; each question is one user's message."""
+    pairs = [("long one", "short"), ("x", "y"), ("a", "much longer"), ("long one", "short")]
+    with hosted(chat.url) as judge:
+        mean, forward, _ = both_orders(judge, CONTEXT, pairs, "both")
+    assert forward == pytest.approx([1 + 0.5 * (len(a) - len(b)) for a, b in pairs])
+    assert mean == pytest.approx([0.5 * (len(a) - len(b)) for a, b in pairs])
+    bodies = chat.bodies(CHAT)
+    assert len(bodies) == 6  # equal pairs are asked once
+    assert {(body["max_tokens"], body["logprobs"], body["top_logprobs"], body["temperature"]) for body in bodies} == {
+        (1, True, 20, 1.0)
+    }
+    assert {message["role"] for body in bodies for message in body["messages"]} == {"user"}
+
+
+def test_a_label_that_is_not_listed_is_bounded_and_neither_is_no_verdict(chat):
+    chat.tokens = lambda first, second, a, b: {
+        "x": [("A", -0.1), ("The", -9.0)], "y": [("The", -0.1), ("It", -3.0)],
+    }[first]  # fmt: skip
+    ctx = context()
+    with hosted(chat.url) as judge:
+        assert judge.logits(CONTEXT, [("x", "z"), ("y", "z")]) == pytest.approx([8.9, math.nan], nan_ok=True)
+        judge.finish_part(ctx)
+        assert ctx.counters == {"answers": 2, "answers_without_verdict": 1, "answers_of_one_label": 1}
+        chat.tokens = lambda first, second, a, b: [("The", -0.1)]
+        judge.logits(CONTEXT, [("x", f"w{n}") for n in range(31)])
+        with pytest.raises(WinnowError, match=r"32 of 33 answers.*`by.max_without_verdict`.*'The'.*`by.template`"):
+            judge.finish_part(ctx)
+
+
+@pytest.mark.parametrize("logprobs", [None, {"content": None}, {"content": []}])
+def test_a_server_without_log_probs_is_refused_with_the_cure(chat, logprobs):
+    chat.respond = lambda path, body: {"choices": [{"logprobs": logprobs}]}
+    with hosted(chat.url) as judge, pytest.raises(WinnowError, match=r"log-probs.*vLLM.*`llm_judge`"):
+        judge.logits(CONTEXT, [("a", "b")])
+
+
+def test_a_hosted_judge_is_known_by_its_name_and_not_by_its_address(data_dir, tmp_path):
+    """It takes the place of a ranker's step in a config; the key has the model's name, and no URL."""
+
+    def key(url, model):
+        use = {"use": "hosted_judge", "with": {"url": url, "model": model}}
+        plan = planned(data_dir, tmp_path, {"ranker": use})
+        return next(step.key for step in plan.steps if step.name == "reward")
+
+    assert key("http://one:1/v1", "judge") == key("http://two:2/v1", "judge") != key("http://one:1/v1", "other")

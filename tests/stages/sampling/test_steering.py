@@ -1,5 +1,6 @@
 """Preference heads: features of the frozen policy, heads trained on pairs, scores as rewards, steered decoding."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from pipeline import InputStep
+from pipeline import InputStep, ModelPath
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import entry_of
 from schemas import WinnowError, conform
@@ -449,7 +451,7 @@ def test_a_model_that_cannot_be_steered_raises(engine):
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
         vocab_size=50, sliding_window=4,
     )  # fmt: skip
-    with pytest.raises(WinnowError, match=r"sliding windows cannot be steered.*`head`"):
+    with pytest.raises(WinnowError, match=r"sliding windows.*cannot be steered.*`head`"):
         Guide(AutoModelForCausalLM.from_config(config), Steering(linear(*range(32)), 1.0, 4, 1))
     with pytest.raises(WinnowError, match="features have 64 numbers, and the head reads 2"):
         engine.generate(requests_of(1), Sampling(1.0, 0, 4, (1,), Steering(linear(1, 1), 1.0, 4, 1)))
@@ -473,3 +475,41 @@ def test_steering_that_cannot_be_is_rejected_at_plan_time():
         ({"engine": "transformers"}, steered | {"policy": other}, "head was trained on features of another policy"),
     ):
         assert re.match(facts, *problems(options, inputs))
+
+
+def hub_config(folder, kind):
+    """The config of a folder as `save_pretrained` or the hub has it, and its step."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(kind))
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # which nothing reads here, as the tokenizer
+    (folder / "tokenizer.json").write_text("{}")
+    return InputStep("model", {"path": ModelPath(str(folder))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "narrow"),
+    [
+        ({"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"model_type": "qwen3_5", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+        ({"model_type": "gemma2", "sliding_window": 4096}, "sliding_window: 4096"),
+        ({"model_type": "gemma3", "text_config": {"sliding_window": 512}}, "sliding_window: 512"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 8192}, "attention_chunk_size: 8192"),
+        ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2}, "window: 9"),
+        ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 4}, ""),
+        ({"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 2}, ""),
+        ({"model_type": "qwen2", "sliding_window": 32768, "max_window_layers": 2}, ""),
+        ({"model_type": "mistral", "sliding_window": None}, ""),
+        ({"model_type": "llama", "layer_types": ["full_attention"] * 4}, ""),
+    ],
+)
+def test_a_policy_that_attends_in_windows_is_refused_a_head_when_planned(kind, narrow, tmp_path):
+    """By its config alone; a policy trained from it, too."""
+    base = hub_config(tmp_path / "model", {"num_hidden_layers": 4, "max_position_embeddings": 64} | kind)
+    entry = entry_of(sample)
+    options = entry.validate({"engine": "transformers", "max_tokens": 8}, "sample")
+    for policy in (base, InputStep("optimize", {}, {"init": base})):
+        head_step = InputStep("preference_head", {}, {"features": InputStep("features", {}, {"policy": policy})})
+        problems = entry.metadata["signature"].check(options, {"policy": policy, "head": head_step})
+        assert len(problems) == bool(narrow)
+        assert all(re.search(rf"policy: .*cannot be steered.*{narrow}.*`head` under `from`", line) for line in problems)
+        assert entry.metadata["signature"].check(options, {"policy": policy}) == []
