@@ -58,11 +58,6 @@ class HostedJudge(Ranker):
         self.unclear: list[str] = []  # likeliest tokens of the answers without a verdict since then
         self.seen = 0  # answers since a check for too few verdicts
         self.seen_unclear: list[str] = []
-        try:
-            self.client.max_model_len()  # refuses a server that is down, or has no model of this name
-        except BaseException:
-            self.client.close()
-            raise
 
     def close(self) -> None:
         self.client.close()
