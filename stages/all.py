@@ -6,7 +6,7 @@ from stages.data import own_candidates, preferences, prompts
 from stages.evaluation import evaluate
 from stages.head import features, train
 from stages.network import models
-from stages.ranking import combine, compare, judge, ranker_examples, reward, score, verifiers
+from stages.ranking import combine, compare, judge, ranker_examples, rescale, reward, score, verifiers
 from stages.sampling import pool, sample
 from stages.selection import pair, select
 from stages.training import examples, optimize, reference
