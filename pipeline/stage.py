@@ -6,7 +6,7 @@ not part of the identity.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -21,6 +21,17 @@ from schemas import Model
 stages = Registry("stage", signature=object)
 
 
+class Columns:
+    """Annotation of a stage's input: the columns that the stage reads, which alone are read from the store.
+
+    `Annotated[Rewards, Columns("prompt_id", "reward")]`, or of a function from the stage's options to the names, None
+    for all columns.
+    """
+
+    def __init__(self, *names: str, by: Callable[[Mapping[str, Any]], Sequence[str] | None] | None = None) -> None:
+        self.names = by or (lambda options: names)
+
+
 @dataclass(frozen=True)
 class Input:
     """Input of a stage: a table (by its schema) or a model (schema is None)."""
@@ -28,6 +39,18 @@ class Input:
     name: str
     schema: pa.Schema | None
     optional: bool
+    columns: Columns | None = None  # that the stage reads; None: all
+
+    def schema_read(self, options: Mapping[str, Any]) -> pa.Schema:
+        """Return the schema of what the stage reads of its table with these options."""
+        assert self.schema is not None
+        names = self.columns.names(options) if self.columns else None
+        return self.schema if names is None else self.schema_of(names)
+
+    def schema_of(self, names: Sequence[str]) -> pa.Schema:
+        """Return the schema of some of its table's columns, in the table's order."""
+        assert self.schema is not None
+        return pa.schema([field for field in self.schema if field.name in names], metadata=self.schema.metadata)
 
     @property
     def kind(self) -> str:
@@ -105,7 +128,8 @@ def stage(
             optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
             if optional:
                 hint = next(arm for arm in get_args(hint) if arm is not NoneType)
-            inputs.append(Input(name, _table_schema(hint), optional))
+            columns = next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Columns)), None)
+            inputs.append(Input(name, _table_schema(hint), optional, columns))
         returned = get_args(hints["return"]) if get_origin(hints["return"]) is tuple else (hints["return"],)
         outputs = [_table_schema(hint) for hint in returned]
         tables = tuple(schema for schema in outputs if schema is not None)

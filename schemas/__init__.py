@@ -10,6 +10,7 @@ from schemas.errors import WinnowWarning as WinnowWarning
 from schemas.ids import candidate_id as candidate_id
 from schemas.ids import prompt_id as prompt_id
 from schemas.ids import seed_for as seed_for
+from schemas.ids import seeds_for as seeds_for
 from schemas.ids import shard_of as shard_of
 from schemas.ids import split_of as split_of
 from schemas.ids import token_digest as token_digest

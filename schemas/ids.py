@@ -10,6 +10,8 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 Message = dict[str, Any]  # role, content, and what else a chat template renders, such as tool calls
 
@@ -54,6 +56,19 @@ def seed_for(seed: int, *names: str | int) -> int:
     has a seed of its own.
     """
     return int.from_bytes(_hash("seed", str(seed), *map(str, names), size=8), "little") >> 1
+
+
+def seeds_for(seed: int, name: str, ids: pa.Array) -> NDArray[np.uint64]:
+    """Return `seed_for(seed, name, id)` of every id: the state after the parts before is hashed once, and copied."""
+    begun = blake2b(digest_size=8)
+    for part in ("seed", str(seed), name):
+        begun.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+    digests = []
+    for part in ids.cast(pa.large_binary()).to_pylist():
+        digest = begun.copy()
+        digest.update(len(part).to_bytes(8, "little") + part)
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64) >> np.uint64(1)
 
 
 def shard_of(prompt: str, shards: int) -> int:

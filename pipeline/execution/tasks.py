@@ -66,7 +66,7 @@ class StepSpec:
         prompts = set[str]()
         for item in self.signature.inputs:
             if is_split_by_prompt(item) and item.name in self.sources:
-                table = self.sources[item.name].read(item.schema, shard)
+                table = self.sources[item.name].read(item.schema_of(["prompt_id"]), shard)
                 prompts.update(pc.unique(table["prompt_id"]).to_pylist())
         return sorted(prompts)
 
@@ -128,7 +128,8 @@ def execute(
             if source is None or item.schema is None:
                 inputs[item.name] = source.model() if source else None
                 continue
-            table = source.read(item.schema, task.shard if is_split and not signature.unsharded else None)
+            schema = item.schema_read(spec.options)
+            table = source.read(schema, task.shard if is_split and not signature.unsharded else None)
             if task.span and is_split:
                 prompts = spec.prompts(task.shard)[slice(*task.span)]
                 table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))

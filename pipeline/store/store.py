@@ -102,8 +102,9 @@ class StepFolder:
     def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
         """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
 
-        Raises WinnowError if the table is not there or a file of it is damaged, and OSError if the disk or object
-        store fails, which may succeed when it is tried again.
+        A schema with some of the table's columns reads these alone, of a file on a disk. Raises WinnowError if the
+        table is not there or a file of it is damaged, and OSError if the disk or object store fails, which may succeed
+        when it is tried again.
         """
         name = table_name(schema)
         record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
@@ -112,12 +113,15 @@ class StepFolder:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
         tables = []
         for file in files:
-            content = None
+            path, content = self.path / file, None
             try:
-                content = read(self.path / file)
-                tables.append(pq.read_table(pa.BufferReader(content), schema=schema, partitioning=None))
+                if not isinstance(path, Path):  # one request; a request per column and row group takes longer
+                    content = pa.BufferReader(read(path))
+                tables.append(pq.read_table(content or str(path), schema=schema, partitioning=None))
             except (OSError, pa.ArrowInvalid) as error:
-                if content is None and not isinstance(error, FileNotFoundError):
+                # A disk that fails says so by a number, and an object store before there is any content.
+                has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
+                if has_failed and not isinstance(error, FileNotFoundError):
                     raise
                 raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
         return combine_chunks(pa.concat_tables(tables))
