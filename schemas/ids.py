@@ -7,6 +7,7 @@ would join with an older one.
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,34 @@ def token_digest(prompt_ids: Sequence[int], response_ids: Sequence[int], mask: S
     return _hash("tokens", token_bytes(prompt_ids), token_bytes(response_ids), *masks).hex()
 
 
-def token_bytes(token_ids: Sequence[int]) -> bytes:
+def token_digests(
+    prompts: pa.ListArray, of_row: NDArray[np.int64], responses: pa.ListArray, masks: pa.ListArray
+) -> list[str]:
+    """Return `token_digest` of every response: its prompt is that of number `of_row`; a mask may be null."""
+    begun: dict[int, Any] = {}  # the state after a prompt, which all its responses share
+    digests = []
+    contents = zip(of_row.tolist(), _bytes_of(responses), masks.to_pylist(), strict=True)
+    ids = _bytes_of(prompts)
+    for number, response, mask in contents:
+        if number not in begun:
+            begun[number] = blake2b(digest_size=10)
+            for part in (b"tokens", ids[number]):
+                begun[number].update(len(part).to_bytes(8, "little") + part)
+        digest = begun[number].copy()
+        for part in (response,) if mask is None else (response, bytes(mask)):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _bytes_of(lists: pa.ListArray) -> list[bytes]:
+    """Return `token_bytes` of every list."""
+    content = token_bytes(lists.values)
+    ends = lists.offsets.to_numpy().astype(np.int64) * 4
+    return [content[start:end] for start, end in pairwise(ends.tolist())]
+
+
+def token_bytes(token_ids: Sequence[int] | pa.Array) -> bytes:
     """Return token ids as little-endian int32."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import StageContext
-from schemas import WinnowError, candidate_id
+from schemas import WinnowError, candidate_id, combine_chunks
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -38,11 +38,11 @@ def rows_by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:
 
 def in_order_of_prompts(table: pa.Table) -> pa.Table:
     """Return the table in order of prompt id, rows of one prompt as they were; the same table if it is so already."""
-    table = table.combine_chunks()
+    table = combine_chunks(table)
     if table.num_rows:
         prompts = table.column("prompt_id").combine_chunks()
         if not pc.all(pc.less_equal(prompts[:-1], prompts[1:])).as_py():
-            return table.take(pc.sort_indices(prompts)).combine_chunks()  # a stable sort
+            return combine_chunks(table.take(pc.sort_indices(prompts)))  # a stable sort
     return table
 
 
@@ -57,6 +57,11 @@ def starts_of_prompts(prompts: pa.Array) -> tuple[pa.Array, Ints]:
 def column_of(table: pa.Table, name: str) -> pa.Array:
     """Return a column as one array."""
     return table.column(name).combine_chunks()
+
+
+def numbers_of(table: pa.Table, name: str) -> NDArray[Any]:
+    """Return a column of numbers; nan where there is none."""
+    return column_of(table, name).to_numpy(zero_copy_only=False)
 
 
 def positions_of(ids: pa.Array, among: pa.ChunkedArray) -> Ints:
@@ -164,6 +169,17 @@ def equal_rewards(group: list[Row]) -> str | None:
     if threshold is not None:
         return "all labelled right" if group[0]["reward"] > threshold else ALL_WRONG
     return "one candidate" if len(group) == 1 else "all rewards equal"
+
+
+def equal_rewards_by_prompt(rows: pa.Table, starts: Ints) -> NDArray[np.str_]:
+    """Return `equal_rewards` of every prompt, [G]; empty text where rewards order two of its candidates."""
+    if len(starts) == 1:
+        return np.zeros(0, dtype="<U1")
+    rewards, thresholds = numbers_of(rows, "reward"), numbers_of(rows, "label_threshold")
+    first, threshold = rewards[starts[:-1]], thresholds[starts[:-1]]
+    differ = np.maximum.reduceat(rewards, starts[:-1]) > np.minimum.reduceat(rewards, starts[:-1])
+    cases = [differ, first > threshold, ~np.isnan(threshold), np.diff(starts) == 1]
+    return np.select(cases, ["", "all labelled right", ALL_WRONG, "one candidate"], "all rewards equal")
 
 
 def imported_candidate(

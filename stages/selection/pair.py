@@ -20,7 +20,6 @@ from pipeline import Bound, Columns, Finite, InputStep, Registry, StageContext, 
 from schemas import Candidates, Comparisons, Pairs, Selections, WinnowError
 from schemas.tables import PAIRS
 from stages.data.rows import (
-    ALL_WRONG,
     SMALLEST_WEIGHT,
     Ints,
     RejectedRows,
@@ -28,6 +27,7 @@ from stages.data.rows import (
     RowsById,
     column_of,
     cutoff,
+    equal_rewards_by_prompt,
     in_order_of_prompts,
     positions_of,
     require_ids,
@@ -267,7 +267,7 @@ def pair(
     positions = {name: positions_of(column_of(rows, name), names) for name in id_columns}
     if table == "selections":
         require_ids(column_of(rows, "candidate_id"), positions["candidate_id"])
-        sizes, reasons = np.diff(starts), _equal_rewards(rows, starts)
+        sizes, reasons = np.diff(starts), equal_rewards_by_prompt(rows, starts)
         is_equal = reasons != ""
         details = [f"{size} {table}" for size in sizes[is_equal]]
         rejects.add(numbers[is_equal], place=rule.name, reason=reasons[is_equal], detail=details)
@@ -311,19 +311,6 @@ def pair(
     columns |= {"prompt_id": prompts.take(pa.array(of_prompt[kept])), "rule": pa.repeat(rule.name, size)}
     columns |= {"gap": pa.array(gap, mask=np.isnan(gap)), "weight": pa.array(pairs.weight[kept])}
     return pa.table([columns[name] for name in PAIRS.names], names=PAIRS.names)
-
-
-def _equal_rewards(rows: pa.Table, starts: Ints) -> NDArray[np.str_]:
-    """Return `equal_rewards` of every prompt, [G]; empty text where rewards order two of its candidates."""
-    if len(starts) == 1:
-        return np.zeros(0, dtype="<U1")
-    rewards, thresholds = (
-        column_of(rows, name).to_numpy(zero_copy_only=False) for name in ("reward", "label_threshold")
-    )
-    first, threshold = rewards[starts[:-1]], thresholds[starts[:-1]]  # nan where rewards are no labels
-    differ = np.maximum.reduceat(rewards, starts[:-1]) > np.minimum.reduceat(rewards, starts[:-1])
-    cases = [differ, first > threshold, ~np.isnan(threshold), np.diff(starts) == 1]
-    return np.select(cases, ["", "all labelled right", ALL_WRONG, "one candidate"], "all rewards equal")
 
 
 def _pairs_of(

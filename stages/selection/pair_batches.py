@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas import WinnowError
-from stages.data.rows import Floats, Ints, column_of, cutoffs
+from stages.data.rows import Floats, Ints, column_of, cutoffs, numbers_of
 
 NO_LOGP = (
     "next_likelier_loser reads the policy's own candidates.logp, and these candidates have none; sample them "
@@ -34,7 +34,7 @@ class PairRows:
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return a column of numbers, [N], nan where there is none."""
-        return column_of(self.table, name).to_numpy(zero_copy_only=False)
+        return numbers_of(self.table, name)
 
     def has(self, name: str, text: str) -> NDArray[np.bool_]:
         """Return whether a column of text has this one, [N]."""
