@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -125,7 +126,7 @@ class StageContext:
         self.mirror = Mirror(folder, location or folder)
         self.counters: Counter[str] = Counter()
         self.measures: dict[str, dict[str, float]] = {}
-        self._rejects: list[pa.Table] = []
+        self._rejects: list[tuple[int, pa.Table]] = []
         self._rejected: list[dict[str, str | None]] = []  # rows after those tables
 
     def count(self, **amounts: int) -> None:
@@ -144,9 +145,19 @@ class StageContext:
         self._rejected.append(row)
 
     def reject_rows(
-        self, prompts: pa.Array, *, reason: Column, place: Column, detail: Column = "", candidates: Column = None
+        self,
+        prompts: pa.Array,
+        *,
+        reason: Column,
+        place: Column,
+        detail: Column = "",
+        candidates: Column = None,
+        phase: int = 0,
     ) -> None:
-        """Record rejected rows by columns, each an array or a list with a value per row, or one value for all."""
+        """Record rejected rows by columns, each an array or a list with a value per row, or one value for all.
+
+        Those of a lower phase of the stage stand first, also where it is called for a part in pieces.
+        """
         columns = [prompts, candidates, place, reason, detail]
         arrays = []
         for column in columns:
@@ -155,13 +166,16 @@ class StageContext:
             else:
                 arrays.append(column if isinstance(column, pa.Array) else pa.array(column, pa.string()))
         arrays[-1] = pc.utf8_slice_codeunits(arrays[-1], 0, DETAIL)
-        self._rejects += [self._rejected_rows(), conform(pa.Table.from_arrays(arrays, REJECTS.names), REJECTS)]
-        self._rejected = []
+        self._add_rejected()
+        self._rejects.append((phase, conform(pa.Table.from_arrays(arrays, REJECTS.names), REJECTS)))
 
-    def _rejected_rows(self) -> pa.Table:
-        return pa.Table.from_pylist(self._rejected, schema=REJECTS)
+    def _add_rejected(self) -> None:
+        self._rejects.append((0, pa.Table.from_pylist(self._rejected, schema=REJECTS)))
+        self._rejected = []
 
     @property
     def rejects(self) -> pa.Table:
         """Return the rejected rows as table `rejects`."""
-        return combine_chunks(pa.concat_tables([*self._rejects, self._rejected_rows()]))
+        self._add_rejected()
+        tables = sorted(self._rejects, key=itemgetter(0))
+        return combine_chunks(pa.concat_tables([table for _, table in tables]))

@@ -67,6 +67,7 @@ class InputStep:
 
 
 Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]
+ByPrompt = Callable[[Mapping[str, Any]], bool]
 Choose = Callable[[Mapping[str, InputStep]], dict[str, Any]]
 
 
@@ -89,6 +90,7 @@ class StageSignature:
     given_by: Mapping[str, str]  # input -> the option that names a function in its place
     choose: Choose  # options that nobody set, by what the inputs are
     cost: Cost
+    by_prompt: ByPrompt
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -105,6 +107,7 @@ def stage(
     given_by: Mapping[str, str] = MappingProxyType({}),
     choose: Choose = lambda inputs: {},
     cost: Cost = NO_COST,
+    by_prompt: ByPrompt = lambda options: False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
@@ -112,7 +115,8 @@ def stage(
     at plan time. `given_by` maps an input to an option: where a recipe's step for that input uses a function that this
     option can name (`ranker: {use: pattern}`), the option is set to it and there is no input. `choose` returns options
     for these inputs, which are set where neither recipe nor user sets them. `cost` says what it takes
-    (pipeline/costs.py).
+    (pipeline/costs.py). `by_prompt` returns whether, with these options, the rows of a prompt depend on no other prompt
+    and all tables are in order of prompt ids: then the stage is called for a part in pieces that fit into memory.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +149,7 @@ def stage(
             given_by,
             choose,
             cost,
+            by_prompt,
         )
         return stages(signature=signature)(fn)
 

@@ -1,5 +1,6 @@
 """One task: a part of a step, or a piece of a part, in whatever process it runs."""
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +21,11 @@ from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
 from pipeline.store.storage import download, named, send
-from pipeline.store.store import Json, StepFolder, Store, add_records, model_name
+from pipeline.store.store import IdRange, Json, StepFolder, Store, add_records, model_name
 from schemas import MachineError, Model, WinnowError, combine_chunks, conform, shard_of, table_name
 from schemas.tables import REJECTS
 
+ID_RANGES = 16**4  # by the first four hex digits of a prompt's id
 POISON = "killed its worker"  # reason of a reject: stored in tables
 NO_COST = {"seconds": 0.0, "gpu_seconds": 0.0, "cpu_seconds": 0.0}
 
@@ -120,42 +122,9 @@ def execute(
         title = f"{spec.run} {spec.name}".strip()
         ctx = StageContext(folder, cache, progress, resources, spec.out.path, title)
 
-        # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
-        inputs: dict[str, Any] = {}
-        rows = []
-        for item in signature.inputs:
-            source, is_split = spec.sources.get(item.name), is_split_by_prompt(item)
-            if source is None or item.schema is None:
-                inputs[item.name] = source.model() if source else None
-                continue
-            schema = item.schema_read(spec.options)
-            table = source.read(schema, task.shard if is_split and not signature.unsharded else None)
-            if task.span and is_split:
-                prompts = spec.prompts(task.shard)[slice(*task.span)]
-                table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
-            if is_split:
-                rows.append(table.num_rows)
-            inputs[item.name] = table
-
-        if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
-            results: list[Any] = [schema.empty_table() for schema in signature.outputs]
-        else:
-            context = {signature.context_parameter: ctx} if signature.context_parameter else {}
-            with spec.entry.failures():
-                result = spec.entry.fn(**inputs, **context, **spec.options)
-            _check_contents(spec)
-            items = result if isinstance(result, tuple) else (result,)
-            results = [item for item in items if not isinstance(item, Model)]
-            expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
-            if len(items) != len(expected) or not all(isinstance(item, pa.Table) for item in results):
-                types = ", ".join(type(item).__name__ for item in items)
-                raise WinnowError(f"{spec.entry.location()}: must return tables {', '.join(expected)}; got {types}")
-        tables = {
-            table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
-        }
-        tables["rejects"] = ctx.rejects
-        cost = spec.cost(resources, seconds())
         if signature.unsharded:
+            tables = _call_stage(spec, task, ctx) | {"rejects": ctx.rejects}
+            cost = spec.cost(resources, seconds())
             # The model, and the tables split by prompt: part i of every table holds the same prompts
             digest = store_model(spec.out, ctx.folder / "model") if signature.makes_model else None
             parts = []
@@ -168,8 +137,72 @@ def execute(
                 parts.append((part, record | {"inputs": keys}))
             spec.out.write_whole(parts)
             return
-    out = spec.out if task.span is None else spec.piece(task)
-    out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost, ctx.measures) | {"inputs": keys})
+        out = spec.out if task.span is None else spec.piece(task)
+        with out.part_writer(task.shard) as writer:
+            for ids in _pieces(spec, task, resources):
+                writer.write(_call_stage(spec, task, ctx, ids))
+            tables = {"rejects": ctx.rejects}
+            writer.write(tables)
+            record = part_record(tables, ctx.counters, spec.cost(resources, seconds()), ctx.measures)
+            writer.finish(record | {"inputs": keys})
+
+
+def _pieces(spec: StepSpec, task: Task, resources: Resources) -> list[IdRange | None]:
+    """Return the ranges of prompt ids that a part is read by, so that each piece fits into memory; None: all of it.
+
+    Ids are hashes: ranges of one width hold about as many prompts each.
+    """
+    if task.span is not None or not spec.signature.by_prompt(spec.options):
+        return [None]
+    sizes = [
+        spec.sources[item.name].uncompressed_bytes(item.schema_read(spec.options), task.shard)
+        for item in spec.signature.inputs
+        if is_split_by_prompt(item) and item.name in spec.sources
+    ]
+    count = min(ID_RANGES, math.ceil(sum(sizes) / 2**30 / resources.piece_memory))
+    if count <= 1:
+        return [None]
+    bounds = [f"{ID_RANGES * n // count:04x}" for n in range(1, count)]
+    return list(zip(["", *bounds], [*bounds, None], strict=True))
+
+
+def _call_stage(spec: StepSpec, task: Task, ctx: StageContext, ids: IdRange | None = None) -> dict[str, pa.Table]:
+    """Return the tables of a stage, called with the rows of its task, of these prompt ids."""
+    signature = spec.signature
+    # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
+    inputs: dict[str, Any] = {}
+    rows = []
+    for item in signature.inputs:
+        source, is_split = spec.sources.get(item.name), is_split_by_prompt(item)
+        if source is None or item.schema is None:
+            inputs[item.name] = source.model() if source else None
+            continue
+        schema = item.schema_read(spec.options)
+        of_part = (task.shard, ids) if is_split and not signature.unsharded else ()
+        table = source.read(schema, *of_part)
+        if task.span and is_split:
+            prompts = spec.prompts(task.shard)[slice(*task.span)]
+            table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
+        if is_split:
+            rows.append(table.num_rows)
+        inputs[item.name] = table
+
+    if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
+        results: list[Any] = [schema.empty_table() for schema in signature.outputs]
+    else:
+        context = {signature.context_parameter: ctx} if signature.context_parameter else {}
+        with spec.entry.failures():
+            result = spec.entry.fn(**inputs, **context, **spec.options)
+        _check_contents(spec)
+        items = result if isinstance(result, tuple) else (result,)
+        results = [item for item in items if not isinstance(item, Model)]
+        expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
+        if len(items) != len(expected) or not all(isinstance(item, pa.Table) for item in results):
+            types = ", ".join(type(item).__name__ for item in items)
+            raise WinnowError(f"{spec.entry.location()}: must return tables {', '.join(expected)}; got {types}")
+    return {
+        table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
+    }
 
 
 def _check_contents(spec: StepSpec) -> None:

@@ -10,15 +10,19 @@ import fcntl
 import io
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
+from threading import get_ident
 from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.store.manifests import FORMAT, checked_format, checked_manifest, checked_run
@@ -28,6 +32,7 @@ from pipeline.store.storage import (
     create,
     delete,
     download,
+    named,
     parse_location,
     read,
     read_all,
@@ -44,6 +49,8 @@ Json = dict[str, Any]
 LOCKS, RUNS, TAGS = "locks", "runs", "tags"  # folders beside those of the stages
 SIDECAR = "part-{:05d}.json"
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
+IdRange = tuple[str, str | None]  # prompt ids from the first to below the second; None: to the last
+ROW_GROUP = 8192  # rows
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
 PROGRESS, METRICS_NOW = (
     "progress.json",
@@ -99,25 +106,29 @@ class StepFolder:
         file_sizes = sizes(self.path)
         return [shard for shard in range(shards) if self.sidecar(shard, file_sizes) is None]
 
-    def read(self, schema: pa.Schema, shard: int | None = None) -> pa.Table:
+    def read(self, schema: pa.Schema, shard: int | None = None, ids: IdRange | None = None) -> pa.Table:
         """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
 
-        A schema with some of the table's columns reads these alone, of a file on a disk. Raises WinnowError if the
-        table is not there or a file of it is damaged, and OSError if the disk or object store fails, which may succeed
-        when it is tried again.
+        A schema with some of the table's columns reads these alone, of a file on a disk, and `ids` the rows of these
+        prompts, hardly more than once if the table is in their order. Raises WinnowError if the table is not there or a
+        file of it is damaged, and OSError if the disk or object store fails, which may succeed when it is tried again.
         """
         name = table_name(schema)
         record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
         files = [file["file"] for file in record["files"] if table_of(file) == name]
         if not files:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
+        rows_read = None
+        if ids is not None:
+            prompt = pc.field("prompt_id")
+            rows_read = (prompt >= ids[0]) if ids[1] is None else (prompt >= ids[0]) & (prompt < ids[1])
         tables = []
         for file in files:
             path, content = self.path / file, None
             try:
                 if not isinstance(path, Path):  # one request; a request per column and row group takes longer
                     content = pa.BufferReader(read(path))
-                tables.append(pq.read_table(content or str(path), schema=schema, partitioning=None))
+                tables.append(pq.read_table(content or str(path), schema=schema, partitioning=None, filters=rows_read))
             except (OSError, pa.ArrowInvalid) as error:
                 # A disk that fails says so by a number, and an object store before there is any content.
                 has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
@@ -125,6 +136,26 @@ class StepFolder:
                     raise
                 raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
         return combine_chunks(pa.concat_tables(tables))
+
+    def uncompressed_bytes(self, schema: pa.Schema, shard: int) -> int:
+        """Return the size of the schema's columns in a finished part, decompressed; 0 in an object store.
+
+        There a part is read at once: one request for each column of each row group takes longer.
+        """
+        record, size = self._read_sidecar(shard) or {"files": []}, 0
+        for file in record["files"]:
+            if isinstance(self.path, Path) and table_of(file) == table_name(schema):
+                footer = pq.read_metadata(self.path / file["file"])
+                chunks = (
+                    footer.row_group(n).column(leaf)
+                    for n in range(footer.num_row_groups)
+                    for leaf in range(footer.num_columns)
+                )
+                names = set(schema.names)
+                size += sum(
+                    chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names
+                )
+        return size
 
     def model(self) -> Model:
         """Return the finished model, from an object store as a copy on this machine; raise WinnowError without one."""
@@ -141,35 +172,33 @@ class StepFolder:
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
         """Write all tables of one part, then its sidecar, unless another run's sidecar exists already."""
-        self._write(SIDECAR.format(shard), {shard: (tables, record)})
+        with self.part_writer(shard) as part:
+            part.write(tables)
+            part.finish(record)
+
+    @contextmanager
+    def part_writer(self, shard: int) -> Iterator["PartWriter"]:
+        """Yield a writer of one part, whose tables may come in pieces; without its `finish` nothing stays."""
+        writer = PartWriter(self, shard)
+        try:
+            yield writer
+        finally:
+            writer.discard()
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
         """Write all tables of all parts that one call made, then one sidecar for all."""
-        self._write(WHOLE, dict(enumerate(parts)))
-
-    def _write(self, sidecar_name: str, parts: dict[int, tuple[dict[str, pa.Table], Json]]) -> None:
         records = []
-        for shard, (tables, record) in parts.items():
-            files = []
-            for table, rows in tables.items():
-                buffer = io.BytesIO()
-                pq.write_table(
-                    rows,
-                    buffer,
-                    compression="zstd",
-                    row_group_size=8192,
-                    use_dictionary=DICTIONARY_COLUMNS,
-                    write_statistics=columns_with_statistics(rows.schema),
-                )
-                content = buffer.getvalue()
-                digest = sha256(content).hexdigest()
-                name = f"{table}-{shard:05d}.{digest[:12]}.parquet"
-                replace(self.path / name, content)
-                files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
-            records.append({"shard": shard, "files": files, **record})
-        path, sidecar = self.path / sidecar_name, {"parts": records} if sidecar_name == WHOLE else records[0]
-        if not write_json(path, sidecar, overwrite=False) and any(self.sidecar(shard) is None for shard in parts):
-            write_json(path, sidecar)  # the one that exists is damaged
+        for shard, (tables, record) in enumerate(parts):
+            with self.part_writer(shard) as part:
+                part.write(tables)
+                records.append({"shard": shard, "files": part.files(), **record})
+        self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+
+    def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
+        """Write the record of finished parts, unless there is one already that is not damaged."""
+        path = self.path / name
+        if not write_json(path, content, overwrite=False) and any(self.sidecar(shard) is None for shard in shards):
+            write_json(path, content)
 
     def seal(self, record: Json, shards: int, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
@@ -241,6 +270,88 @@ class StepFolder:
         except OSError:  # a shared disk without locks
             return None
         return False
+
+
+class PartWriter:
+    """Tables of a part, each in a file that grows by row groups: the same bytes in one piece and in many."""
+
+    def __init__(self, folder: StepFolder, shard: int) -> None:
+        self.folder, self.shard = folder, shard
+        self.writers: dict[str, TableWriter] = {}
+
+    def write(self, tables: Mapping[str, pa.Table]) -> None:
+        """Append rows to the tables."""
+        for table, rows in tables.items():
+            if table not in self.writers:
+                self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.shard:05d}", rows.schema)
+            self.writers[table].write(rows)
+
+    def files(self) -> list[Json]:
+        """Finish all tables; return what a sidecar records of their files."""
+        return [writer.finish() for writer in self.writers.values()]
+
+    def finish(self, record: Json) -> None:
+        """Finish all tables, then write the part's sidecar, unless another run's sidecar exists already."""
+        content = {"shard": self.shard, "files": self.files(), **record}
+        self.folder.write_sidecar(SIDECAR.format(self.shard), content, [self.shard])
+
+    def discard(self) -> None:
+        """Delete what is not finished."""
+        for writer in self.writers.values():
+            writer.discard()
+
+
+class TableWriter:
+    """File of a table, named by its content when it is finished. Until then it is a scratch file on this machine."""
+
+    def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
+        self.folder, self.name = folder, name
+        self.here = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
+        self.here.mkdir(parents=True, exist_ok=True)
+        self.scratch = self.here / f".{name}.{os.getpid()}.{get_ident()}"  # no other process or thread uses it
+        self.rows, self.rest = 0, schema.empty_table()
+        with named(self.folder):
+            self.writer = pq.ParquetWriter(
+                str(self.scratch),
+                schema,
+                compression="zstd",
+                use_dictionary=DICTIONARY_COLUMNS,
+                write_statistics=columns_with_statistics(schema),
+            )
+
+    def write(self, rows: pa.Table) -> None:
+        """Append rows, in row groups of one size whatever their number."""
+        self.rows += rows.num_rows
+        self.rest = pa.concat_tables([self.rest, rows])
+        ready = self.rest.num_rows // ROW_GROUP * ROW_GROUP
+        for start in range(0, ready, ROW_GROUP):
+            self._write_group(self.rest.slice(start, ROW_GROUP))
+        self.rest = combine_chunks(self.rest.slice(ready))
+
+    def _write_group(self, rows: pa.Table) -> None:
+        with named(self.folder):
+            self.writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
+
+    def finish(self) -> Json:
+        """Write the rest, and give the file its name; return what a sidecar records of it."""
+        if self.rest.num_rows or not self.rows:
+            self._write_group(self.rest)
+        with named(self.folder):
+            self.writer.close()
+        with self.scratch.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+        size, name = self.scratch.stat().st_size, f"{self.name}.{digest[:12]}.parquet"
+        if isinstance(self.folder, Path):
+            self.scratch.replace(self.folder / name)
+        else:
+            replace(self.folder / name, self.scratch.read_bytes())
+        return {"file": name, "rows": self.rows, "bytes": size, "sha256": digest}
+
+    def discard(self) -> None:
+        """Delete the scratch file, if there still is one."""
+        with suppress(OSError):  # of a full disk, which has raised already
+            self.writer.close()
+        self.scratch.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def _candidate_columns(options: Mapping[str, Any]) -> tuple[str, ...] | None:
     return ("prompt_id", "candidate_id", "token_ids", *finish_reason, *rule.metadata.get("candidate_columns", ()))
 
 
-@stage(version=3, check=_check_inputs)
+@stage(version=3, check=_check_inputs, by_prompt=lambda options: True)
 def pair(
     candidates: Annotated[Candidates, Columns(by=_candidate_columns)],
     ctx: StageContext,

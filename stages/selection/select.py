@@ -63,7 +63,18 @@ def _select_work(options: Mapping[str, Any], inputs: Mapping[str, InputStep], wo
     return Work({"selections": work["rewards"].of("rewards").times(Amount(share, "at most"))})
 
 
-@stage(version=4, check=_check_rule, cost=Cost(work=_select_work))
+def _is_by_prompt(options: Mapping[str, Any]) -> bool:
+    """Return whether no prompt's selection depends on others: a user's rule or scale gets them all, and may read them.
+
+    So does a normaliser that pools all prompts.
+    """
+    rule, scale = options["rule"], options["scale"]
+    normaliser = rule.options.get("normaliser")
+    is_ours = all(function.entry.fn.__module__.startswith("stages.selection.") for function in (rule, scale))
+    return is_ours and not (isinstance(normaliser, Bound) and normaliser.metadata["pooled"])
+
+
+@stage(version=4, check=_check_rule, cost=Cost(work=_select_work), by_prompt=_is_by_prompt)
 def select(
     rewards: Annotated[Rewards, REWARD_COLUMNS],
     ctx: StageContext,
@@ -92,7 +103,7 @@ def select(
         is_large = pc.is_finite(refused.column("reward"))
         reasons = pc.if_else(is_large, "reward is too large", "reward is not finite")
         details = [str(reward) for reward in refused.column("reward").to_pylist()]
-        _reject(ctx, refused, reasons.combine_chunks(), details)
+        _reject(ctx, refused, reasons.combine_chunks(), details, phase=0)
         rows = rows.filter(finite).combine_chunks()
 
     # Reject responses that were cut.
@@ -102,7 +113,7 @@ def select(
             raise WinnowError("select: rewards of candidates that `candidates` lacks; give it the step that was scored")
         is_cut = pc.equal(candidates.column("finish_reason"), "length")
         cut = pc.is_in(names, candidates.filter(is_cut).column("candidate_id"))
-        _reject(ctx, rows.filter(cut).combine_chunks(), "cut at max_tokens")
+        _reject(ctx, rows.filter(cut).combine_chunks(), "cut at max_tokens", phase=1)
         rows = rows.filter(pc.invert(cut)).combine_chunks()
 
     # Order by prompt and candidate, as `reward` leaves its rows: a check of neighbours nearly always saves the sort.
@@ -130,7 +141,9 @@ def select(
     unusable = (groups.range == 0) & ~all_right if needy else all_wrong if right_only else np.zeros_like(all_wrong)
     if unusable.any():
         reasons = pc.if_else(pa.array(all_wrong[unusable]), ALL_WRONG, "one candidate, or all rewards equal")
-        ctx.reject_rows(prompts.filter(pa.array(unusable)), reason=reasons, place=needy[0] if needy else rule.name)
+        ctx.reject_rows(
+            prompts.filter(pa.array(unusable)), reason=reasons, place=needy[0] if needy else rule.name, phase=2
+        )
     keep = ~groups.broadcast(unusable) & ~(is_wrong & right_only)
     all_sizes = groups.sizes[~unusable]
     if not keep.all():
@@ -151,7 +164,7 @@ def select(
     is_empty = np.ones(len(prompts), dtype=bool)
     is_empty[prompt_of_row] = False
     if is_empty.any():
-        ctx.reject_rows(prompts.filter(pa.array(is_empty)), reason=selection.empty_reason, place=rule.name)
+        ctx.reject_rows(prompts.filter(pa.array(is_empty)), reason=selection.empty_reason, place=rule.name, phase=3)
 
     # Build the table: the reward column keeps the reward before scaling.
     size = len(selection.index)
@@ -165,7 +178,7 @@ def select(
     return pa.table([columns[name] for name in SELECTIONS.names], names=SELECTIONS.names)
 
 
-def _reject(ctx: StageContext, rows: pa.Table, reason: Column, detail: Column = "") -> None:
+def _reject(ctx: StageContext, rows: pa.Table, reason: Column, detail: Column = "", *, phase: int) -> None:
     """Reject rows of `rewards`."""
     prompts, candidates = (pc.cast(rows[name].combine_chunks(), pa.string()) for name in ("prompt_id", "candidate_id"))
-    ctx.reject_rows(prompts, candidates=candidates, place="rewards", reason=reason, detail=detail)
+    ctx.reject_rows(prompts, candidates=candidates, place="rewards", reason=reason, detail=detail, phase=phase)

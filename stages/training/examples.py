@@ -88,7 +88,7 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=4, check=check_examples, cost=Cost(work=examples_work))
+@stage(version=4, check=check_examples, cost=Cost(work=examples_work), by_prompt=lambda options: True)
 def examples(
     prompts: Annotated[Prompts, Columns("prompt_id", "text", "token_ids", "split", "demonstration_ids")],
     ctx: StageContext,
