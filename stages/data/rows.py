@@ -222,7 +222,13 @@ def reject_not_finite(
 ) -> pa.Table:
     """Return the rows in which `column` is finite or null; the others are rejected with their values as detail."""
     finite = pc.fill_null(pc.is_finite(table[column]), True)
-    for row in table.filter(pc.invert(finite)).to_pylist():
-        ids = dict(prompt=row["prompt_id"], candidate=row[candidate])
-        ctx.reject(f"{column} is not finite", place=place, detail=str(row), **ids)
+    rejected = table.filter(pc.invert(finite))
+    ctx.reject_rows(
+        column_of(rejected, "prompt_id"),
+        candidates=column_of(rejected, candidate),
+        reason=f"{column} is not finite",
+        place=place,
+        detail=[str(row) for row in rejected.to_pylist()],
+        phase=1,
+    )
     return table.filter(finite)
