@@ -155,7 +155,7 @@ def _pieces(spec: StepSpec, task: Task, resources: Resources) -> list[IdRange | 
     if task.span is not None or not spec.signature.by_prompt(spec.options):
         return [None]
     sizes = [
-        spec.sources[item.name].uncompressed_bytes(item.schema_read(spec.options), task.shard)
+        spec.sources[item.name].decoded_bytes(item.schema_read(spec.options), task.shard)
         for item in spec.signature.inputs
         if is_split_by_prompt(item) and item.name in spec.sources
     ]

@@ -51,6 +51,7 @@ SIDECAR = "part-{:05d}.json"
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 IdRange = tuple[str, str | None]  # prompt ids from the first to below the second; None: to the last
 ROW_GROUP = 8192  # rows
+ID_BYTES = 24  # of an id in memory, with its offset
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
 PROGRESS, METRICS_NOW = (
     "progress.json",
@@ -137,24 +138,23 @@ class StepFolder:
                 raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
         return combine_chunks(pa.concat_tables(tables))
 
-    def uncompressed_bytes(self, schema: pa.Schema, shard: int) -> int:
-        """Return the size of the schema's columns in a finished part, decompressed; 0 in an object store.
+    def decoded_bytes(self, schema: pa.Schema, shard: int) -> int:
+        """Return about how many bytes the schema's columns of a finished part take in memory; 0 in an object store.
 
         There a part is read at once: one request for each column of each row group takes longer.
         """
         record, size = self._read_sidecar(shard) or {"files": []}, 0
         for file in record["files"]:
-            if isinstance(self.path, Path) and table_of(file) == table_name(schema):
-                footer = pq.read_metadata(self.path / file["file"])
-                chunks = (
-                    footer.row_group(n).column(leaf)
-                    for n in range(footer.num_row_groups)
-                    for leaf in range(footer.num_columns)
-                )
-                names = set(schema.names)
-                size += sum(
-                    chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names
-                )
+            if not isinstance(self.path, Path) or table_of(file) != table_name(schema):
+                continue
+            footer = pq.read_metadata(self.path / file["file"])
+            groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
+            chunks = (group.column(leaf) for group in groups for leaf in range(footer.num_columns))
+            names = set(schema.names)
+            size += sum(
+                chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names
+            )
+            size += ID_BYTES * len(names.intersection(DICTIONARY_COLUMNS)) * footer.num_rows  # not in the file again
         return size
 
     def model(self) -> Model:

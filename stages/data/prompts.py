@@ -193,6 +193,7 @@ class DataTables:
         self.context = context_length(model.folder)
         self.heldout, self.max_tokens, self.too_long, self.prefill = heldout, max_tokens, too_long, prefill
         self.prompts_by_id: dict[str, Row] = {}
+        self.known_prompts: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
@@ -236,24 +237,32 @@ class DataTables:
         if isinstance(reply, list):
             ids, mask = self.tokenizer.turns_ids(conversation, reply)
         else:
-            ids = self.tokenizer.response_ids(conversation, reply)
+            ids = self.tokenizer.response_ids(conversation, reply, prompt_ids)
         limit = min(self.max_tokens, self.context - len(prompt_ids))
         return (ids, mask, "stop") if len(ids) <= limit else (ids[:limit], mask and mask[:limit], "length")
 
     def add_prompt(self, conversation: Conversation) -> str:
-        """Add a prompt unless it is there already; return its id."""
-        row = self.prompt_row(conversation)
-        self.prompts_by_id.setdefault(row["prompt_id"], row)
+        """Add a prompt unless it is there already; return its id.
+
+        It is rendered and tokenised once, however many rows of the file have it, in whatever order.
+        """
+        key = self._key_of(conversation)
+        if (row := self.known_prompts.get(key)) is None:
+            row = self.known_prompts[key] = self.prompt_row(conversation)
+            self.prompts_by_id.setdefault(row["prompt_id"], row)
         return str(row["prompt_id"])
+
+    def _key_of(self, conversation: Conversation) -> tuple[str, str | None]:
+        return prompt_id(conversation.content, conversation.tools), conversation.plain
 
     def add_response(self, conversation: Conversation, reply: Reply, *, repeated: bool = False) -> str:
         """Add a response to a prompt that was added; return the candidate's id.
 
         Equal texts of a prompt are one candidate, unless `repeated` makes each its own, as draws of a policy are.
         """
-        conversation = self.with_system_prompt(conversation)
-        prompt = prompt_id(conversation.content, conversation.tools)
-        ids, mask, finish_reason = self.response_ids(conversation, self.prompts_by_id[prompt]["token_ids"], reply)
+        known = self.known_prompts[self._key_of(conversation)]
+        prompt = str(known["prompt_id"])
+        ids, mask, finish_reason = self.response_ids(conversation, known["token_ids"], reply)
         if finish_reason == "length" and self.too_long == "reject":
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()
@@ -262,11 +271,11 @@ class DataTables:
             prompt, ids, text, used_ids, k=self.counts[prompt], finish_reason=finish_reason, mask=mask,
             chat=reply_json(reply),
         )  # fmt: skip
-        known = self.candidates_by_id.get(row["candidate_id"])
-        if known is None:
+        same = self.candidates_by_id.get(row["candidate_id"])
+        if same is None:
             self.candidates_by_id[row["candidate_id"]] = row
             self.counts[prompt] += 1
-        elif known["mask"] != mask:  # turns that a template renders alike, whoever takes them
+        elif same["mask"] != mask:  # turns that a template renders alike, whoever takes them
             raise ValueError("its ids are those of another response, in which the assistant wrote others of them")
         return str(row["candidate_id"])
 
