@@ -5,17 +5,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.resources import Resources
 from pipeline.store.storage import Location, delete, send
+from schemas import combine_chunks, conform
 from schemas.tables import REJECTS
 
 T = TypeVar("T")
+Column: TypeAlias = pa.Array | Sequence[str | None] | str | None  # of rejects: a value per row, or one for all
+DETAIL = 500  # characters of a reject's detail
 ProgressCallback = Callable[..., None]  # called with the fields of a Progress
 
 
@@ -125,7 +130,8 @@ class StageContext:
         self.mirror = Mirror(folder, location or folder)
         self.counters: Counter[str] = Counter()
         self.measures: dict[str, dict[str, float]] = {}
-        self._rejects: list[dict[str, str | None]] = []
+        self._rejects: list[tuple[int, pa.Table]] = []
+        self._rejected: list[dict[str, str | None]] = []  # rows after those tables
 
     def count(self, **amounts: int) -> None:
         """Add to the step's counters (tokens, ranker_calls), which its manifest records."""
@@ -139,10 +145,41 @@ class StageContext:
         self, reason: str, *, place: str, detail: str = "", prompt: str | None = None, candidate: str | None = None
     ) -> None:
         """Record a rejected row with its reason, and where it was: a row of table `rejects`."""
-        row = dict(prompt_id=prompt, candidate_id=candidate, place=place, reason=reason, detail=detail[:500])
-        self._rejects.append(row)
+        row = dict(prompt_id=prompt, candidate_id=candidate, place=place, reason=reason, detail=detail[:DETAIL])
+        self._rejected.append(row)
+
+    def reject_rows(
+        self,
+        prompts: pa.Array,
+        *,
+        reason: Column,
+        place: Column,
+        detail: Column = "",
+        candidates: Column = None,
+        phase: int = 0,
+    ) -> None:
+        """Record rejected rows by columns, each an array or a list with a value per row, or one value for all.
+
+        Those of a lower phase of the stage stand first, also where it is called for a part in pieces.
+        """
+        columns = [prompts, candidates, place, reason, detail]
+        arrays = []
+        for column in columns:
+            if column is None or isinstance(column, str):
+                arrays.append(pa.repeat(pa.scalar(column, pa.string()), len(prompts)))
+            else:
+                arrays.append(column if isinstance(column, pa.Array) else pa.array(column, pa.string()))
+        arrays[-1] = pc.utf8_slice_codeunits(arrays[-1], 0, DETAIL)
+        self._add_rejected()
+        self._rejects.append((phase, conform(pa.Table.from_arrays(arrays, REJECTS.names), REJECTS)))
+
+    def _add_rejected(self) -> None:
+        self._rejects.append((0, pa.Table.from_pylist(self._rejected, schema=REJECTS)))
+        self._rejected = []
 
     @property
     def rejects(self) -> pa.Table:
         """Return the rejected rows as table `rejects`."""
-        return pa.Table.from_pylist(self._rejects, schema=REJECTS)
+        self._add_rejected()
+        tables = sorted(self._rejects, key=itemgetter(0))
+        return combine_chunks(pa.concat_tables([table for _, table in tables]))

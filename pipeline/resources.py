@@ -19,6 +19,7 @@ class Resources(BaseModel):
     model, be it for the tokenizer. `min_workers` stay up while their step waits for parts of the previous step, unless
     another step waits for their resources. `max_workers` is the most there may be (None: `--workers`, or `min_workers`
     if that is more). `gpu_memory` is what one GPU has: a step that cannot fit is refused when it is planned.
+    `piece_memory` GiB of its tables are read at a time by a stage that treats each prompt by itself.
     `in_flight` parts are with a worker at a time, so that its engine does not idle between two.
     """
 
@@ -29,6 +30,7 @@ class Resources(BaseModel):
     memory: Amount | None = Field(default=None, description="a finite number of GiB, at least 0")
     gpu_memory: Annotated[float, Field(gt=0)] | None = Field(default=None, description="GiB of one GPU, above 0")
     accelerator_type: str | None = Field(default=None, description="Ray's name of an accelerator, such as H100")
+    piece_memory: Annotated[float, Field(gt=0)] = Field(default=0.125, description="GiB of tables, above 0")
     min_workers: int = Field(default=0, ge=0)
     max_workers: int | None = Field(default=None, ge=1)
     in_flight: int = Field(default=2, ge=1)

@@ -6,7 +6,7 @@ not part of the identity.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -21,6 +21,17 @@ from schemas import Model
 stages = Registry("stage", signature=object)
 
 
+class Columns:
+    """Annotation of a stage's input: the columns that the stage reads, which alone are read from the store.
+
+    `Annotated[Rewards, Columns("prompt_id", "reward")]`, or of a function from the stage's options to the names, None
+    for all columns.
+    """
+
+    def __init__(self, *names: str, by: Callable[[Mapping[str, Any]], Sequence[str] | None] | None = None) -> None:
+        self.names = by or (lambda options: names)
+
+
 @dataclass(frozen=True)
 class Input:
     """Input of a stage: a table (by its schema) or a model (schema is None)."""
@@ -28,6 +39,18 @@ class Input:
     name: str
     schema: pa.Schema | None
     optional: bool
+    columns: Columns | None = None  # that the stage reads; None: all
+
+    def schema_read(self, options: Mapping[str, Any]) -> pa.Schema:
+        """Return the schema of what the stage reads of its table with these options."""
+        assert self.schema is not None
+        names = self.columns.names(options) if self.columns else None
+        return self.schema if names is None else self.schema_of(names)
+
+    def schema_of(self, names: Sequence[str]) -> pa.Schema:
+        """Return the schema of some of its table's columns, in the table's order."""
+        assert self.schema is not None
+        return pa.schema([field for field in self.schema if field.name in names], metadata=self.schema.metadata)
 
     @property
     def kind(self) -> str:
@@ -44,6 +67,7 @@ class InputStep:
 
 
 Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]
+ByPrompt = Callable[[Mapping[str, Any]], bool]
 Choose = Callable[[Mapping[str, InputStep]], dict[str, Any]]
 
 
@@ -68,6 +92,7 @@ class StageSignature:
     cost: Cost
     which_rows: tuple[str, ...]  # options that decide which rows there are, and nothing of what is in any of them
     goes_on: bool  # it takes the rows of steps that differ in those alone
+    by_prompt: ByPrompt
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -86,6 +111,7 @@ def stage(
     cost: Cost = NO_COST,
     which_rows: tuple[str, ...] = (),
     goes_on: bool = False,
+    by_prompt: ByPrompt = lambda options: False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
@@ -95,7 +121,9 @@ def stage(
     for these inputs, which are set where neither recipe nor user sets them. `cost` says what it takes
     (pipeline/costs.py). `which_rows` names the options that decide which rows there are, and nothing of what is in any
     of them. A stage that `goes_on` finds in `StageContext.earlier` the rows of steps that differ from it, and in their
-    inputs, in such options alone, and computes only the others.
+    inputs, in such options alone, and computes only the others. `by_prompt` returns whether, with these options, the
+    rows of a prompt depend on no other prompt and all tables are in order of prompt ids: then the stage is called for a
+    part in pieces that fit into memory.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +139,8 @@ def stage(
             optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
             if optional:
                 hint = next(arm for arm in get_args(hint) if arm is not NoneType)
-            inputs.append(Input(name, _table_schema(hint), optional))
+            columns = next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Columns)), None)
+            inputs.append(Input(name, _table_schema(hint), optional, columns))
         returned = get_args(hints["return"]) if get_origin(hints["return"]) is tuple else (hints["return"],)
         outputs = [_table_schema(hint) for hint in returned]
         tables = tuple(schema for schema in outputs if schema is not None)
@@ -129,6 +158,7 @@ def stage(
             cost,
             which_rows,
             goes_on,
+            by_prompt,
         )
         return stages(signature=signature)(fn)
 

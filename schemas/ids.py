@@ -7,9 +7,12 @@ would join with an older one.
 import json
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 Message = dict[str, Any]  # role, content, and what else a chat template renders, such as tool calls
 
@@ -42,7 +45,34 @@ def token_digest(prompt_ids: Sequence[int], response_ids: Sequence[int], mask: S
     return _hash("tokens", token_bytes(prompt_ids), token_bytes(response_ids), *masks).hex()
 
 
-def token_bytes(token_ids: Sequence[int]) -> bytes:
+def token_digests(
+    prompts: pa.ListArray, of_row: NDArray[np.int64], responses: pa.ListArray, masks: pa.ListArray
+) -> list[str]:
+    """Return `token_digest` of every response: its prompt is that of number `of_row`; a mask may be null."""
+    begun: dict[int, Any] = {}  # the state after a prompt, which all its responses share
+    digests = []
+    contents = zip(of_row.tolist(), _bytes_of(responses), masks.to_pylist(), strict=True)
+    ids = _bytes_of(prompts)
+    for number, response, mask in contents:
+        if number not in begun:
+            begun[number] = blake2b(digest_size=10)
+            for part in (b"tokens", ids[number]):
+                begun[number].update(len(part).to_bytes(8, "little") + part)
+        digest = begun[number].copy()
+        for part in (response,) if mask is None else (response, bytes(mask)):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _bytes_of(lists: pa.ListArray) -> list[bytes]:
+    """Return `token_bytes` of every list."""
+    content = token_bytes(lists.values)
+    ends = lists.offsets.to_numpy().astype(np.int64) * 4
+    return [content[start:end] for start, end in pairwise(ends.tolist())]
+
+
+def token_bytes(token_ids: Sequence[int] | pa.Array) -> bytes:
     """Return token ids as little-endian int32."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
 
@@ -54,6 +84,19 @@ def seed_for(seed: int, *names: str | int) -> int:
     has a seed of its own.
     """
     return int.from_bytes(_hash("seed", str(seed), *map(str, names), size=8), "little") >> 1
+
+
+def seeds_for(seed: int, name: str, ids: pa.Array) -> NDArray[np.uint64]:
+    """Return `seed_for(seed, name, id)` of every id: the state after the parts before is hashed once, and copied."""
+    begun = blake2b(digest_size=8)
+    for part in ("seed", str(seed), name):
+        begun.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+    digests = []
+    for part in ids.cast(pa.large_binary()).to_pylist():
+        digest = begun.copy()
+        digest.update(len(part).to_bytes(8, "little") + part)
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64) >> np.uint64(1)
 
 
 def shard_of(prompt: str, shards: int) -> int:

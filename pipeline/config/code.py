@@ -22,7 +22,15 @@ from typing import Any
 FORMAT = "2:"  # begins a digest: another number where other parts of the source count, for such say nothing together
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 PACKAGES = ("schemas", "stages")  # that are followed, beside a function's own
-WITHOUT_EFFECT = {"version", "aliases", "check", "cost"}  # keywords of a decorator that change no result
+WITHOUT_EFFECT = {
+    "version",
+    "aliases",
+    "check",
+    "cost",
+    "by_prompt",
+    "batch",
+    "candidate_columns",
+}  # keywords of a decorator that change no result
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """One task: a part of a step, or a piece of a part, in whatever process it runs."""
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +22,11 @@ from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import model_digest
 from pipeline.store.storage import download, named, send
-from pipeline.store.store import Json, StepFolder, Store, add_records, model_name, shards_of_rows
+from pipeline.store.store import IdRange, Json, StepFolder, Store, add_records, model_name, shards_of_rows
 from schemas import MachineError, Model, WinnowError, combine_chunks, conform, table_name
 from schemas.tables import REJECTS
 
+ID_RANGES = 16**4  # by the first four hex digits of a prompt's id
 POISON = "killed its worker"  # reason of a reject: stored in tables
 NO_COST = {"seconds": 0.0, "gpu_seconds": 0.0, "cpu_seconds": 0.0}
 
@@ -72,7 +74,7 @@ class StepSpec:
         prompts = set[str]()
         for item in self.signature.inputs:
             if is_split_by_prompt(item) and item.name in self.sources:
-                table = self.sources[item.name].read(item.schema, shard, self.shards)
+                table = self.sources[item.name].read(item.schema_of(["prompt_id"]), shard, of=self.shards)
                 prompts.update(pc.unique(table["prompt_id"]).to_pylist())
         return sorted(prompts)
 
@@ -133,47 +135,9 @@ def execute(
         earlier = [partial(folder.read, shard=task.shard, of=spec.shards) for folder in spec.earlier]
         ctx = StageContext(folder, cache, progress, resources, spec.out.path, title, earlier)
 
-        # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
-        inputs: dict[str, Any] = {}
-        rows = []
-        for item in signature.inputs:
-            source, is_split = spec.sources.get(item.name), is_split_by_prompt(item)
-            if source is None or item.schema is None:
-                inputs[item.name] = source.model() if source else None
-                continue
-            table = source.read(item.schema, task.shard if is_split and not signature.unsharded else None, spec.shards)
-            if task.span and is_split:
-                prompts = spec.prompts(task.shard)[slice(*task.span)]
-                table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
-            if is_split:
-                rows.append(table.num_rows)
-            inputs[item.name] = table
-
-        if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
-            results: list[Any] = [schema.empty_table() for schema in signature.outputs]
-        else:
-            context = {signature.context_parameter: ctx} if signature.context_parameter else {}
-            with spec.entry.failures():
-                result = spec.entry.fn(**inputs, **context, **spec.options)
-            # Its result would be stored, for good, as that of the content before. A later run plans with the new one.
-            if changed := [file for path in content_paths(spec.options) for file in path.changes()]:
-                raise MachineError(
-                    f"{spec.name}: {', '.join(changed)} changed after the plan was made, so that the step's key stands "
-                    "for other content than what was read; nothing of this step is stored: run again once nothing "
-                    "writes there"
-                )
-            items = result if isinstance(result, tuple) else (result,)
-            results = [item for item in items if not isinstance(item, Model)]
-            expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
-            if len(items) != len(expected) or not all(isinstance(item, pa.Table) for item in results):
-                types = ", ".join(type(item).__name__ for item in items)
-                raise WinnowError(f"{spec.entry.location()}: must return tables {', '.join(expected)}; got {types}")
-        tables = {
-            table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
-        }
-        tables["rejects"] = ctx.rejects
-        cost = spec.cost(resources, seconds())
         if signature.unsharded:
+            tables = _call_stage(spec, task, ctx) | {"rejects": ctx.rejects}
+            cost = spec.cost(resources, seconds())
             # The model, and the tables split by prompt: part i of every table holds the same prompts
             digest = store_model(spec.out, ctx.folder / "model") if signature.makes_model else None
             parts = []
@@ -186,8 +150,78 @@ def execute(
                 parts.append((part, record | {"inputs": keys}))
             spec.out.write_whole(parts)
             return
-    out = spec.out if task.span is None else spec.piece(task)
-    out.write_part(task.shard, tables, part_record(tables, ctx.counters, cost, ctx.measures) | {"inputs": keys})
+        out = spec.out if task.span is None else spec.piece(task)
+        with out.part_writer(task.shard) as writer:
+            for ids in _pieces(spec, task, resources):
+                writer.write(_call_stage(spec, task, ctx, ids))
+            tables = {"rejects": ctx.rejects}
+            writer.write(tables)
+            record = part_record(tables, ctx.counters, spec.cost(resources, seconds()), ctx.measures)
+            writer.finish(record | {"inputs": keys})
+
+
+def _pieces(spec: StepSpec, task: Task, resources: Resources) -> list[IdRange | None]:
+    """Return the ranges of prompt ids that a part is read by, so that each piece fits into memory; None: all of it.
+
+    Ids are hashes: ranges of one width hold about as many prompts each.
+    """
+    if task.span is not None or not spec.signature.by_prompt(spec.options):
+        return [None]
+    sizes = [
+        spec.sources[item.name].decoded_bytes(item.schema_read(spec.options), task.shard, spec.shards)
+        for item in spec.signature.inputs
+        if is_split_by_prompt(item) and item.name in spec.sources
+    ]
+    count = min(ID_RANGES, math.ceil(sum(sizes) / 2**30 / resources.piece_memory))
+    if count <= 1:
+        return [None]
+    bounds = [f"{ID_RANGES * n // count:04x}" for n in range(1, count)]
+    return list(zip(["", *bounds], [*bounds, None], strict=True))
+
+
+def _call_stage(spec: StepSpec, task: Task, ctx: StageContext, ids: IdRange | None = None) -> dict[str, pa.Table]:
+    """Return the tables of a stage, called with the rows of its task, of these prompt ids."""
+    signature = spec.signature
+    # Arguments of the stage's function: tables (of the part, of its piece), models, None for optional inputs
+    inputs: dict[str, Any] = {}
+    rows = []
+    for item in signature.inputs:
+        source, is_split = spec.sources.get(item.name), is_split_by_prompt(item)
+        if source is None or item.schema is None:
+            inputs[item.name] = source.model() if source else None
+            continue
+        schema = item.schema_read(spec.options)
+        of_part = (task.shard, ids, spec.shards) if is_split and not signature.unsharded else ()
+        table = source.read(schema, *of_part)
+        if task.span and is_split:
+            prompts = spec.prompts(task.shard)[slice(*task.span)]
+            table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompts, pa.string())))
+        if is_split:
+            rows.append(table.num_rows)
+        inputs[item.name] = table
+
+    if rows and not any(rows) and not signature.unsharded:  # a part without rows must not open an engine
+        results: list[Any] = [schema.empty_table() for schema in signature.outputs]
+    else:
+        context = {signature.context_parameter: ctx} if signature.context_parameter else {}
+        with spec.entry.failures():
+            result = spec.entry.fn(**inputs, **context, **spec.options)
+        # Its result would be stored, for good, as that of the content before. A later run plans with the new one.
+        if changed := [file for path in content_paths(spec.options) for file in path.changes()]:
+            raise MachineError(
+                f"{spec.name}: {', '.join(changed)} changed after the plan was made, so that the step's key stands "
+                "for other content than what was read; nothing of this step is stored: run again once nothing writes "
+                "there"
+            )
+        items = result if isinstance(result, tuple) else (result,)
+        results = [item for item in items if not isinstance(item, Model)]
+        expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
+        if len(items) != len(expected) or not all(isinstance(item, pa.Table) for item in results):
+            types = ", ".join(type(item).__name__ for item in items)
+            raise WinnowError(f"{spec.entry.location()}: must return tables {', '.join(expected)}; got {types}")
+    return {
+        table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
+    }
 
 
 @contextmanager

@@ -11,19 +11,22 @@ import io
 import json
 import os
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import file_digest
 from math import gcd
 from pathlib import Path
+from threading import get_ident
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -34,6 +37,7 @@ from pipeline.store.storage import (
     create,
     delete,
     download,
+    named,
     parse_location,
     read,
     read_all,
@@ -51,6 +55,9 @@ LOCKS, RUNS, TAGS = "locks", "runs", "tags"  # folders beside those of the stage
 SIDECAR = "part-{:05d}-of-{:05d}.json"
 SIDECAR_NAME = re.compile(r"part-(\d{5}-of-(\d{5})|whole)\.json")
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
+IdRange = tuple[str, str | None]  # prompt ids from the first to below the second; None: to the last
+ROW_GROUP = 8192  # rows
+ID_BYTES = 24  # of an id in memory, with its offset
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
 PROGRESS, METRICS_NOW = (
     "progress.json",
@@ -123,33 +130,67 @@ class StepFolder:
         file_sizes = sizes(self.path)
         return [shard for shard in range(self.parts) if self.sidecar(shard, file_sizes) is None]
 
-    def read(self, schema: pa.Schema, shard: int | None = None, of: int = 0) -> pa.Table:
+    def read(self, schema: pa.Schema, shard: int | None = None, ids: IdRange | None = None, of: int = 0) -> pa.Table:
         """Return one finished part of a table or, without `shard`, all parts of a finished step in order.
 
-        of: the number of parts that `shard` is one of, if this table is divided into another number: then the rows are
-        of all parts that share prompts with it. Raises WinnowError if the table is not there or a file of it is
-        damaged, and OSError if the disk or object store fails, which may succeed when it is tried again.
+        A schema with some of the table's columns reads these alone, of a file on a disk, and `ids` the rows of these
+        prompts, hardly more than once if the table is in their order. of: the number of parts that `shard` is one of,
+        if this table is divided into another number: then the rows are of all parts that share prompts with it, in
+        order of prompt ids. Raises WinnowError if the table is not there or a file of it is damaged, and OSError if the
+        disk or object store fails, which may succeed when it is tried again.
         """
         if shard is not None and of and of != self.parts:
-            shared = [self.read(schema, part) for part in overlapping(shard, of, self.parts)]
-            table = pa.concat_tables(shared)
-            return combine_chunks(table.filter(pa.array(shards_of_rows(table, of) == shard)))
+            fields = [*schema, *([] if "prompt_id" in schema.names else [pa.field("prompt_id", pa.string())])]
+            tables = []
+            for part in overlapping(shard, of, self.parts):
+                table = self.read(pa.schema(fields, schema.metadata), part, ids)
+                tables.append(table.filter(pa.array(shards_of_rows(table, of) == shard)))
+            table = pa.concat_tables(tables)
+            return combine_chunks(table.take(pc.sort_indices(table["prompt_id"])).select(schema.names))
         name = table_name(schema)
         record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
         files = [file["file"] for file in record["files"] if table_of(file) == name]
         if not files:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
+        rows_read = None
+        if ids is not None:
+            prompt = pc.field("prompt_id")
+            rows_read = (prompt >= ids[0]) if ids[1] is None else (prompt >= ids[0]) & (prompt < ids[1])
         tables = []
         for file in files:
-            content = None
+            path, content = self.path / file, None
             try:
-                content = read(self.path / file)
-                tables.append(pq.read_table(pa.BufferReader(content), schema=schema, partitioning=None))
+                if not isinstance(path, Path):  # one request; a request per column and row group takes longer
+                    content = pa.BufferReader(read(path))
+                tables.append(pq.read_table(content or str(path), schema=schema, partitioning=None, filters=rows_read))
             except (OSError, pa.ArrowInvalid) as error:
-                if content is None and not isinstance(error, FileNotFoundError):
+                # A disk that fails says so by a number, and an object store before there is any content.
+                has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
+                if has_failed and not isinstance(error, FileNotFoundError):
                     raise
                 raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
         return combine_chunks(pa.concat_tables(tables))
+
+    def decoded_bytes(self, schema: pa.Schema, shard: int, of: int) -> int:
+        """Return about how many bytes the schema's columns of a finished part take in memory; 0 in an object store.
+
+        There a part is read at once: one request for each column of each row group takes longer. of: the number of
+        parts that `shard` is one of; of a table in other parts, it is the bytes of all that share prompts with it.
+        """
+        records = [self._read_sidecar(part) or {"files": []} for part in overlapping(shard, of, self.parts)]
+        size = 0
+        for file in (file for record in records for file in record["files"]):
+            if not isinstance(self.path, Path) or table_of(file) != table_name(schema):
+                continue
+            footer = pq.read_metadata(self.path / file["file"])
+            groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
+            chunks = (group.column(leaf) for group in groups for leaf in range(footer.num_columns))
+            names = set(schema.names)
+            size += sum(
+                chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names
+            )
+            size += ID_BYTES * len(names.intersection(DICTIONARY_COLUMNS)) * footer.num_rows  # not in the file again
+        return size
 
     def model(self) -> Model:
         """Return the finished model, from an object store as a copy on this machine; raise WinnowError without one."""
@@ -166,38 +207,36 @@ class StepFolder:
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
         """Write all tables of one part, then its sidecar, unless another run's sidecar exists already."""
-        self._write(SIDECAR.format(shard, self.parts), {shard: (tables, record)})
+        with self.part_writer(shard) as part:
+            part.write(tables)
+            part.finish(record)
+
+    @contextmanager
+    def part_writer(self, shard: int) -> Iterator["PartWriter"]:
+        """Yield a writer of one part, whose tables may come in pieces; without its `finish` nothing stays."""
+        writer = PartWriter(self, shard)
+        try:
+            yield writer
+        finally:
+            writer.discard()
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
         """Write all tables of all parts that one call made, then one sidecar for all."""
-        self._write(WHOLE, dict(enumerate(parts)))
-
-    def _write(self, sidecar_name: str, parts: dict[int, tuple[dict[str, pa.Table], Json]]) -> None:
         records = []
-        for shard, (tables, record) in parts.items():
-            files = []
-            for table, rows in tables.items():
-                buffer = io.BytesIO()
-                pq.write_table(
-                    rows,
-                    buffer,
-                    compression="zstd",
-                    row_group_size=8192,
-                    use_dictionary=DICTIONARY_COLUMNS,
-                    write_statistics=columns_with_statistics(rows.schema),
-                )
-                content = buffer.getvalue()
-                digest = sha256(content).hexdigest()
-                name = f"{table}-{shard:05d}.{digest[:12]}.parquet"
-                replace(self.path / name, content)
-                files.append({"file": name, "rows": rows.num_rows, "bytes": len(content), "sha256": digest})
-            records.append({"shard": shard, "files": files, **record})
-        path, sidecar = self.path / sidecar_name, {"parts": records} if sidecar_name == WHOLE else records[0]
-        if not write_json(path, sidecar, overwrite=False):
+        for shard, (tables, record) in enumerate(parts):
+            with self.part_writer(shard) as part:
+                part.write(tables)
+                records.append({"shard": shard, "files": part.files(), **record})
+        self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+
+    def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
+        """Write the record of finished parts, unless there is one already that is not damaged."""
+        path = self.path / name
+        if not write_json(path, content, overwrite=False):
             existing = self.divided()  # another run may have divided it into another number
-            numbers = range(existing.parts) if sidecar_name == WHOLE else parts
+            numbers = range(existing.parts) if name == WHOLE else shards
             if any(existing.sidecar(shard) is None for shard in numbers):
-                write_json(path, sidecar)  # the one that exists is damaged
+                write_json(path, content)
 
     def seal(self, record: Json, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
@@ -270,6 +309,88 @@ class StepFolder:
         except OSError:  # a shared disk without locks
             return None
         return False
+
+
+class PartWriter:
+    """Tables of a part, each in a file that grows by row groups: the same bytes in one piece and in many."""
+
+    def __init__(self, folder: StepFolder, shard: int) -> None:
+        self.folder, self.shard = folder, shard
+        self.writers: dict[str, TableWriter] = {}
+
+    def write(self, tables: Mapping[str, pa.Table]) -> None:
+        """Append rows to the tables."""
+        for table, rows in tables.items():
+            if table not in self.writers:
+                self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.shard:05d}", rows.schema)
+            self.writers[table].write(rows)
+
+    def files(self) -> list[Json]:
+        """Finish all tables; return what a sidecar records of their files."""
+        return [writer.finish() for writer in self.writers.values()]
+
+    def finish(self, record: Json) -> None:
+        """Finish all tables, then write the part's sidecar, unless another run's sidecar exists already."""
+        content = {"shard": self.shard, "files": self.files(), **record}
+        self.folder.write_sidecar(SIDECAR.format(self.shard, self.folder.parts), content, [self.shard])
+
+    def discard(self) -> None:
+        """Delete what is not finished."""
+        for writer in self.writers.values():
+            writer.discard()
+
+
+class TableWriter:
+    """File of a table, named by its content when it is finished. Until then it is a scratch file on this machine."""
+
+    def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
+        self.folder, self.name = folder, name
+        self.here = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
+        self.here.mkdir(parents=True, exist_ok=True)
+        self.scratch = self.here / f".{name}.{os.getpid()}.{get_ident()}"  # no other process or thread uses it
+        self.rows, self.rest = 0, schema.empty_table()
+        with named(self.folder):
+            self.writer = pq.ParquetWriter(
+                str(self.scratch),
+                schema,
+                compression="zstd",
+                use_dictionary=DICTIONARY_COLUMNS,
+                write_statistics=columns_with_statistics(schema),
+            )
+
+    def write(self, rows: pa.Table) -> None:
+        """Append rows, in row groups of one size whatever their number."""
+        self.rows += rows.num_rows
+        self.rest = pa.concat_tables([self.rest, rows])
+        ready = self.rest.num_rows // ROW_GROUP * ROW_GROUP
+        for start in range(0, ready, ROW_GROUP):
+            self._write_group(self.rest.slice(start, ROW_GROUP))
+        self.rest = combine_chunks(self.rest.slice(ready))
+
+    def _write_group(self, rows: pa.Table) -> None:
+        with named(self.folder):
+            self.writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
+
+    def finish(self) -> Json:
+        """Write the rest, and give the file its name; return what a sidecar records of it."""
+        if self.rest.num_rows or not self.rows:
+            self._write_group(self.rest)
+        with named(self.folder):
+            self.writer.close()
+        with self.scratch.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+        size, name = self.scratch.stat().st_size, f"{self.name}.{digest[:12]}.parquet"
+        if isinstance(self.folder, Path):
+            self.scratch.replace(self.folder / name)
+        else:
+            replace(self.folder / name, self.scratch.read_bytes())
+        return {"file": name, "rows": self.rows, "bytes": size, "sha256": digest}
+
+    def discard(self) -> None:
+        """Delete the scratch file, if there still is one."""
+        with suppress(OSError):  # of a full disk, which has raised already
+            self.writer.close()
+        self.scratch.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ class DataTables:
         self.context = context_length(model.folder)
         self.heldout, self.max_tokens, self.too_long, self.prefill = heldout, max_tokens, too_long, prefill
         self.prompts_by_id: dict[str, Row] = {}
+        self.known_prompts: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
@@ -256,24 +257,32 @@ class DataTables:
         if isinstance(reply, list):
             ids, mask = self.tokenizer.turns_ids(conversation, reply)
         else:
-            ids = self.tokenizer.response_ids(conversation, reply)
+            ids = self.tokenizer.response_ids(conversation, reply, prompt_ids)
         limit = min(self.max_tokens, self.context - len(prompt_ids))
         return (ids, mask, "stop") if len(ids) <= limit else (ids[:limit], mask and mask[:limit], "length")
 
     def add_prompt(self, conversation: Conversation) -> str:
-        """Add a prompt unless it is there already; return its id."""
-        row = self.prompt_row(conversation)
-        self.prompts_by_id.setdefault(row["prompt_id"], row)
+        """Add a prompt unless it is there already; return its id.
+
+        It is rendered and tokenised once, however many rows of the file have it, in whatever order.
+        """
+        key = self._key_of(conversation)
+        if (row := self.known_prompts.get(key)) is None:
+            row = self.known_prompts[key] = self.prompt_row(conversation)
+            self.prompts_by_id.setdefault(row["prompt_id"], row)
         return str(row["prompt_id"])
+
+    def _key_of(self, conversation: Conversation) -> tuple[str, str | None]:
+        return prompt_id(conversation.content, conversation.tools), conversation.plain
 
     def add_response(self, conversation: Conversation, reply: Reply, *, repeated: bool = False) -> str:
         """Add a response to a prompt that was added; return the candidate's id.
 
         Equal texts of a prompt are one candidate, unless `repeated` makes each its own, as draws of a policy are.
         """
-        conversation = self.with_system_prompt(conversation)
-        prompt = prompt_id(conversation.content, conversation.tools)
-        ids, mask, finish_reason = self.response_ids(conversation, self.prompts_by_id[prompt]["token_ids"], reply)
+        known = self.known_prompts[self._key_of(conversation)]
+        prompt = str(known["prompt_id"])
+        ids, mask, finish_reason = self.response_ids(conversation, known["token_ids"], reply)
         if finish_reason == "length" and self.too_long == "reject":
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()

@@ -97,12 +97,15 @@ class Tokenizer:
         """Return ids as text with all special tokens: the prompt or response as the model reads it."""
         return str(self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def response_ids(self, prompt: Conversation | Prompt, reply: str | Message) -> list[int]:
+    def response_ids(
+        self, prompt: Conversation | Prompt, reply: str | Message, prompt_ids: list[int] | None = None
+    ) -> list[int]:
         """Return the ids of a response to a prompt, the token that ends it included.
 
         They are those that follow the prompt's in the ids of both together, so that no space is added and no token
-        lies across. Raise ValueError with the reason to reject the response, as `prompt_ids` does, and where the ids
-        of both do not begin with those of the prompt.
+        lies across. `prompt_ids` are the prompt's where they are known, and need not be computed again. Raise
+        ValueError with the reason to reject the response, as the method `prompt_ids` does, and where the ids of both do
+        not begin with those of the prompt.
         """
         conversation = _conversation(prompt)
         text = reply if isinstance(reply, str) else str(reply["content"])
@@ -110,7 +113,7 @@ class Tokenizer:
             text = text.removesuffix(self.inner.eos_token).rstrip()
         message = _assistant(text) if isinstance(reply, str) else reply | {"content": text}
         self._refuse_special_tokens(Conversation([message]))
-        prompt_ids = self.prompt_ids(conversation)
+        prompt_ids = self.prompt_ids(conversation) if prompt_ids is None else prompt_ids
         if self.inner.chat_template is None:
             if not isinstance(reply, str):
                 raise ValueError("a message with more than text, and the tokenizer has no chat template")

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline import InputStep, StageContext, stage
+from pipeline import Columns, InputStep, StageContext, stage
 from schemas import Rewards
 from schemas.tables import REWARDS
-from stages.data.rows import Row, reject_not_finite
+from stages.data.rows import column_of, numbers_of, positions_of, reject_not_finite
+
+REWARD_COLUMNS = Columns("prompt_id", "candidate_id", "reward")
 
 
 def _check_weights(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -24,13 +28,13 @@ def _check_weights(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=1, check=_check_weights)
+@stage(version=1, check=_check_weights, by_prompt=lambda options: True)
 def combine(
-    first: Rewards,
+    first: Annotated[Rewards, REWARD_COLUMNS],
     ctx: StageContext,
-    second: Rewards | None = None,
-    third: Rewards | None = None,
-    fourth: Rewards | None = None,
+    second: Annotated[Rewards, REWARD_COLUMNS] | None = None,
+    third: Annotated[Rewards, REWARD_COLUMNS] | None = None,
+    fourth: Annotated[Rewards, REWARD_COLUMNS] | None = None,
     *,
     weights: dict[str, float],
 ) -> Rewards:
@@ -39,20 +43,54 @@ def combine(
     Each ranker has its own unit of reward, so a weight is also an exchange rate. A candidate that one of the inputs
     lacks, or whose sum is not finite, is rejected.
     """
-    inputs = {"first": first, "second": second, "third": third, "fourth": fourth}
-    rewards_by_input = {
-        name: {(row["prompt_id"], row["candidate_id"]): row["reward"] for row in table.to_pylist()}
-        for name, table in inputs.items()
+    inputs = {
+        name: table
+        for name, table in (("first", first), ("second", second), ("third", third), ("fourth", fourth))
         if table is not None
     }
-    rows: list[Row] = []
-    for key in sorted(set().union(*rewards_by_input.values())):
-        addends = {name: rewards[key] for name, rewards in rewards_by_input.items() if key in rewards}
-        if missing := [name for name in rewards_by_input if name not in addends]:
-            detail = f"none from {', '.join(missing)}"
-            ctx.reject("no reward from every ranker", place="rewards", prompt=key[0], candidate=key[1], detail=detail)
-            continue
-        total = sum(weights[name] * value for name, value in addends.items())
-        row = dict(prompt_id=key[0], candidate_id=key[1], reward=total)
-        rows.append(row | dict(components=list(addends.items())))
-    return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="rewards")
+    # The key of a row is prompt and candidate in one text: no id has a NUL, so that keys are in the order of both.
+    keys = {
+        name: pc.binary_join_element_wise(column_of(table, "prompt_id"), column_of(table, "candidate_id"), "\0")
+        for name, table in inputs.items()
+    }
+    every = pc.unique(pa.concat_arrays(list(keys.values())))
+    if not pc.all(pc.less(every[:-1], every[1:])).as_py():
+        every = every.take(pc.sort_indices(every))
+    positions = {name: positions_of(every, pa.chunked_array([key])) for name, key in keys.items()}
+    parts = pc.list_flatten(pc.split_pattern(every, "\0"))
+    ids = {
+        name: parts.take(pa.array(np.arange(n, len(parts), 2))) for n, name in enumerate(("prompt_id", "candidate_id"))
+    }
+
+    # Reject candidates that one of the inputs lacks.
+    lacking = {name: found < 0 for name, found in positions.items()}
+    is_lacking = np.logical_or.reduce(list(lacking.values()))
+    rejected = {name: column.filter(pa.array(is_lacking)) for name, column in ids.items()}
+    details = [
+        f"none from {', '.join(name for name in inputs if lacking[name][n])}" for n in np.flatnonzero(is_lacking)
+    ]
+    ctx.reject_rows(
+        rejected["prompt_id"],
+        candidates=rejected["candidate_id"],
+        reason="no reward from every ranker",
+        place="rewards",
+        detail=details,
+    )
+
+    # Add up, from the first input on, as components lists the addends.
+    kept = ~is_lacking
+    rewards = {name: numbers_of(inputs[name], "reward")[found[kept]] for name, found in positions.items()}
+    size = int(kept.sum())
+    total = np.zeros(size)
+    with np.errstate(over="ignore", invalid="ignore"):  # sums that are not finite are rejected
+        for name, values in rewards.items():
+            total = total + weights[name] * values
+    names = pa.array(list(inputs) * size, pa.string())
+    addends = pa.array(np.stack(list(rewards.values()), axis=1).ravel())
+    columns = {
+        **{name: column.filter(pa.array(kept)) for name, column in ids.items()},
+        "reward": pa.array(total),
+        "components": pa.MapArray.from_arrays(np.arange(size + 1, dtype=np.int32) * len(inputs), names, addends),
+    }
+    arrays = [columns.get(field.name, pa.nulls(size, field.type)) for field in REWARDS]
+    return reject_not_finite(pa.Table.from_arrays(arrays, schema=REWARDS), "reward", ctx, place="rewards")

@@ -4,11 +4,12 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline import Bound, Range, Registry, StageContext, stage
+from pipeline import Bound, Columns, Range, Registry, StageContext, stage
 from schemas import Comparisons, Rewards, WinnowError
 from schemas.tables import REWARDS
-from stages.data.rows import Row, rows_by_prompt
+from stages.data.rows import column_of, in_order_of_prompts, numbers_of, starts_of_prompts
 from stages.results import floats
 
 score_method = Registry("score method", "edges", "logits")
@@ -59,9 +60,9 @@ def bradley_terry(
     return solution.x - solution.x.mean()
 
 
-@stage(version=1)
+@stage(version=1, by_prompt=lambda options: True)
 def score(
-    comparisons: Comparisons,
+    comparisons: Annotated[Comparisons, Columns("prompt_id", "left_id", "right_id", "logit")],
     ctx: StageContext,
     *,
     method: Annotated[Bound, score_method] = "least_squares",  # type: ignore[assignment]
@@ -74,25 +75,52 @@ def score(
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    rows: list[Row] = []
-    for prompt, group in rows_by_prompt(comparisons):
-        # Graph with candidates as nodes, in order of id, and comparisons as edges.
-        names = np.array(sorted({match[side] for match in group for side in ("left_id", "right_id")}))
-        edges = np.searchsorted(names, [(match["left_id"], match["right_id"]) for match in group])
-        logits = np.array([match["logit"] for match in group])
+    rows = in_order_of_prompts(comparisons)
+    prompts, starts = starts_of_prompts(column_of(rows, "prompt_id"))
+    if not len(prompts):
+        return REWARDS.empty_table()
 
-        graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(names), len(names)))
-        _, component = connected_components(graph, directed=False)
-        sizes = np.bincount(component)[component]
-        largest = component == component[sizes.argmax()]  # argmax is the first of equals
-        for name in names[~largest]:
-            ctx.reject("not compared with the rest", place="comparisons", prompt=prompt, candidate=str(name))
+    # One graph of all prompts, with candidates as nodes in order of prompt and id, and comparisons as edges.
+    ids = pa.concat_arrays([column_of(rows, "left_id"), column_of(rows, "right_id")])
+    names = pc.unique(ids)
+    names = names.take(pc.sort_indices(names))
+    prompt_of_row = np.repeat(np.arange(len(prompts)), np.diff(starts))
+    code = np.tile(prompt_of_row, 2) * len(names) + pc.index_in(ids, value_set=names).to_numpy()
+    nodes, numbers = np.unique(code, return_inverse=True)
+    prompt_of_node, name_of_node = np.divmod(nodes, len(names))
+    node_starts = np.searchsorted(prompt_of_node, np.arange(len(prompts) + 1))
+    edges = numbers.reshape(2, -1).T
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(nodes), len(nodes)))
+    _, component = connected_components(graph, directed=False)
 
-        # Edges of the largest component, with its nodes numbered from 0.
-        inside = largest[edges[:, 0]]
-        edges = (largest.cumsum() - 1)[edges[inside]]
-        result = floats(method, method(edges, logits[inside]), (int(largest.sum()),), "one per candidate")
-        theta = result.round(REWARD_DECIMALS) + 0.0  # + 0.0: no -0.0 in a table
-        for name, value in zip(names[largest].tolist(), theta.tolist(), strict=True):
-            rows.append(dict(prompt_id=prompt, candidate_id=name, reward=value))
-    return pa.Table.from_pylist(rows, schema=REWARDS)
+    # Of each prompt the largest component counts, of equal ones that of the first id.
+    sizes = np.bincount(component)[component]
+    best_first = np.lexsort((np.arange(len(nodes)), -sizes, prompt_of_node))
+    is_scored = component == np.repeat(component[best_first[node_starts[:-1]]], np.diff(node_starts))
+    node_names = names.take(pa.array(name_of_node))
+    node_prompts = prompts.take(pa.array(prompt_of_node))
+    apart = pa.array(~is_scored)
+    ctx.reject_rows(
+        node_prompts.filter(apart),
+        candidates=node_names.filter(apart),
+        reason="not compared with the rest",
+        place="comparisons",
+    )
+
+    # Edges of the largest component, with its nodes numbered from 0.
+    logits, theta = numbers_of(rows, "logit"), np.zeros(len(nodes))
+    for begin, end, first, last in zip(starts[:-1], starts[1:], node_starts[:-1], node_starts[1:], strict=True):
+        scored = is_scored[first:last]
+        of_prompt = edges[begin:end] - first
+        inside = scored[of_prompt[:, 0]]
+        of_component = (scored.cumsum() - 1)[of_prompt[inside]]
+        result = method(of_component, logits[begin:end][inside])
+        theta[first:last][scored] = floats(method, result, (int(scored.sum()),), "one per candidate")
+    kept = pa.array(is_scored)
+    columns = {
+        "prompt_id": node_prompts.filter(kept),
+        "candidate_id": node_names.filter(kept),
+        "reward": pa.array(theta[is_scored].round(REWARD_DECIMALS) + 0.0),  # + 0.0: no -0.0 in a table
+    }
+    arrays = [columns.get(field.name, pa.nulls(int(is_scored.sum()), field.type)) for field in REWARDS]
+    return pa.Table.from_arrays(arrays, schema=REWARDS)

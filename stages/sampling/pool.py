@@ -1,16 +1,25 @@
 """Stages `pool` and `mismatch`: candidates of other origins (an earlier round, demonstrations, another prompt)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import InputStep, StageContext, stage
-from schemas import Candidates, Model, Prompts, Selections
+from pipeline import Columns, InputStep, StageContext, stage
+from schemas import Candidates, Model, Prompts, Selections, candidate_id
 from schemas.tables import CANDIDATES
 from stages.data.files import check_demonstrations
-from stages.data.rows import Row, column_by_id, imported_candidate, rows_by_prompt
+from stages.data.rows import (
+    Row,
+    column_by_id,
+    column_of,
+    imported_candidate,
+    in_order_of_prompts,
+    positions_of,
+    rows_by_prompt,
+)
 from stages.limits import context_length
 
 
@@ -21,11 +30,11 @@ def _check_pool(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     return problems
 
 
-@stage(version=3, check=_check_pool)
+@stage(version=3, check=_check_pool, by_prompt=lambda options: True)
 def pool(
     ctx: StageContext,
     candidates: Candidates | None = None,
-    prompts: Prompts | None = None,
+    prompts: Annotated[Prompts, Columns("prompt_id", "text", "demonstration", "demonstration_ids")] | None = None,
     earlier: Candidates | None = None,
 ) -> Candidates:
     """Merge `candidates`, those of an `earlier` round, and the demonstrations of `prompts`; each id once.
@@ -33,20 +42,54 @@ def pool(
     Without candidates, they are the demonstrations of all prompts: the target texts of the data, to compare with.
     A demonstration has finish_reason `given`; if the policy drew the very same tokens, it is one more candidate.
     """
-    rows = [row for table in (candidates, earlier) if table is not None for row in table.to_pylist()]
-    sampled_ids = {row["candidate_id"] for row in rows}
-    sampled_prompts = {row["prompt_id"] for row in rows}
-    for prompt in [] if prompts is None else prompts.to_pylist():
-        if candidates is not None and prompt["prompt_id"] not in sampled_prompts:
-            continue
-        if prompt["demonstration_ids"]:
-            demonstration = prompt["demonstration_ids"], prompt["demonstration"]
-            rows.append(imported_candidate(prompt["prompt_id"], *demonstration, sampled_ids))
-        else:
-            ctx.reject("no demonstration", place="prompts", prompt=prompt["prompt_id"], detail=prompt["text"])
-    unique = {row["candidate_id"]: row for row in rows}
-    ordered = sorted(unique.values(), key=lambda row: row["prompt_id"])
-    return pa.Table.from_pylist(ordered, schema=CANDIDATES)
+    rows = pa.concat_tables(
+        [CANDIDATES.empty_table(), *(table for table in (candidates, earlier) if table is not None)]
+    )
+    ids = column_of(rows, "candidate_id")
+    is_first = pc.index_in(ids, value_set=ids).to_numpy() == np.arange(len(ids))
+    if not is_first.all():  # an id stands where it occurs first, with its last row, which is that of the earlier round
+        rows = rows.take(pa.array(positions_of(ids, rows["candidate_id"])[is_first]))
+    if prompts is not None:
+        prompts = in_order_of_prompts(prompts)
+        if candidates is not None:
+            prompts = prompts.filter(pc.is_in(prompts["prompt_id"], value_set=column_of(rows, "prompt_id")))
+        has_demonstration = pc.fill_null(pc.greater(pc.list_value_length(prompts["demonstration_ids"]), 0), False)
+        without = prompts.filter(pc.invert(has_demonstration))
+        text = column_of(without, "text")
+        ctx.reject_rows(column_of(without, "prompt_id"), reason="no demonstration", place="prompts", detail=text)
+        rows = pa.concat_tables([rows, _demonstrations(prompts.filter(has_demonstration), ids)])
+    return in_order_of_prompts(rows)
+
+
+def _demonstrations(prompts: pa.Table, used_ids: pa.Array) -> pa.Table:
+    """Return the demonstrations of prompts as candidates, each under the first id of its tokens that is not used."""
+    ids = [candidate_id(*content) for content in _contents(prompts)]
+    copy, is_used = 0, pc.is_in(pa.array(ids, pa.string()), value_set=used_ids).to_numpy(False)
+    while is_used.any():
+        copy += 1
+        taken = pa.array(is_used)
+        again = [candidate_id(*content, copy) for content in _contents(prompts.filter(taken))]
+        for n, name in zip(np.flatnonzero(is_used), again, strict=True):
+            ids[n] = name
+        is_used[is_used] = pc.is_in(pa.array(again, pa.string()), value_set=used_ids).to_numpy(False)
+    size, tokens = prompts.num_rows, column_of(prompts, "demonstration_ids")
+    columns = {
+        "prompt_id": column_of(prompts, "prompt_id"),
+        "candidate_id": pa.array(ids, pa.string()),
+        "k": pa.repeat(pa.scalar(0, pa.int32()), size),
+        "token_ids": tokens,
+        "text": column_of(prompts, "demonstration"),
+        "logp_kind": pa.repeat("none", size),
+        "n_tokens": pc.list_value_length(tokens),
+        "finish_reason": pa.repeat("given", size),
+    }
+    arrays = [columns.get(field.name, pa.nulls(size, field.type)) for field in CANDIDATES]
+    return pa.Table.from_arrays(arrays, schema=CANDIDATES)
+
+
+def _contents(prompts: pa.Table) -> Iterator[tuple[str, list[int]]]:
+    """Yield what the id of each demonstration is a hash of."""
+    return zip(prompts["prompt_id"].to_pylist(), prompts["demonstration_ids"].to_pylist(), strict=True)
 
 
 @stage(version=4, unsharded=True)

@@ -1,4 +1,4 @@
-"""Compiled sampling kernels: Algorithm 1 of the RSO paper (arXiv:2309.06657), and the Gumbel-top-k trick.
+"""Compiled kernels: Algorithm 1 of the RSO paper (arXiv:2309.06657), the Gumbel-top-k trick, and loops over pairs.
 
 Candidates are identified by row index, so equal texts keep their multiplicity. They are shuffled first, because
 Algorithm 1 stops at the k-th acceptance and would otherwise favour those that come early.
@@ -143,3 +143,88 @@ def pair_agreement(
                 elif (distance > 0.0) == (difference > 0.0):
                     result[g, bin, 0] += weight
     return result
+
+
+@njit(cache=True)
+def neighbour_pairs(
+    rewards: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover - compiled
+    """Pair the rows of every prompt as pair rule `neighbours` does; return two rows per pair, prompt by prompt.
+
+    rewards: float64 [N], of each prompt in the order of acceptance; starts: [G + 1].
+    """
+    first = np.empty(len(rewards) // 2, dtype=np.int64)
+    second = np.empty(len(rewards) // 2, dtype=np.int64)
+    n_pairs = 0
+    for g in range(len(starts) - 1):
+        begin, end = starts[g], starts[g + 1]
+        # Rows that tie with their neighbour or have none, in lists by reward: heads[j] and tails[j] are the ends of
+        # list j, follower[i] is the row after begin + i.
+        rewards_left = np.empty(end - begin)
+        heads, tails, counts, follower = np.zeros((4, end - begin), dtype=np.int64)
+        n_lists = 0
+        for i in range(begin, end, 2):
+            if i + 1 < end and rewards[i] != rewards[i + 1]:
+                first[n_pairs], second[n_pairs] = i, i + 1
+                n_pairs += 1
+                continue
+            for row in range(i, min(i + 2, end)):
+                j = 0
+                while j < n_lists and rewards_left[j] != rewards[row]:
+                    j += 1
+                if j == n_lists:
+                    rewards_left[j], heads[j] = rewards[row], row
+                    n_lists += 1
+                else:
+                    follower[tails[j] - begin] = row
+                tails[j] = row
+                counts[j] += 1
+        while True:
+            most, next_most = -1, -1  # the two most frequent rewards, of equally frequent ones the lower
+            for j in range(n_lists):
+                if counts[j] == 0:
+                    continue
+                if most < 0 or (counts[j], -rewards_left[j]) > (counts[most], -rewards_left[most]):
+                    most, next_most = j, most
+                elif next_most < 0 or (counts[j], -rewards_left[j]) > (counts[next_most], -rewards_left[next_most]):
+                    next_most = j
+            if most < 0:
+                break
+            if next_most < 0:  # all that are left are equal
+                if counts[most] < 2:
+                    break
+                next_most = most
+            first[n_pairs] = heads[most]
+            heads[most] = follower[heads[most] - begin]
+            counts[most] -= 1
+            second[n_pairs] = heads[next_most]
+            heads[next_most] = follower[heads[next_most] - begin]
+            counts[next_most] -= 1
+            n_pairs += 1
+    return first[:n_pairs], second[:n_pairs]
+
+
+@njit(cache=True)
+def likelier_losers(
+    rewards: np.ndarray, logps: np.ndarray, levels: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover - compiled
+    """Pair the rows of every prompt as pair rule `next_likelier_loser` does; return the rows of the good and the bad.
+
+    rewards, logps: float64 [N]; levels: [G], what separates good from bad; starts: [G + 1].
+    """
+    good = np.empty(len(rewards), dtype=np.int64)
+    bad = np.empty(len(rewards), dtype=np.int64)
+    n_pairs = 0
+    for g in range(len(starts) - 1):
+        for i in range(starts[g], starts[g + 1]):
+            if not rewards[i] < levels[g]:
+                continue
+            likeliest = -1
+            for j in range(starts[g], starts[g + 1]):
+                is_candidate = rewards[j] > levels[g] and logps[j] < logps[i]
+                if is_candidate and (likeliest < 0 or logps[j] > logps[likeliest]):
+                    likeliest = j
+            if likeliest >= 0:
+                good[n_pairs], bad[n_pairs] = likeliest, i
+                n_pairs += 1
+    return good[:n_pairs], bad[:n_pairs]

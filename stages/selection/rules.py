@@ -230,9 +230,9 @@ def check_selection(rule: Bound, selection: Any, groups: RewardGroups) -> Select
     index = integers("index", "rows of the groups")
     if (index >= len(groups.values)).any():
         raise rule.wrong_result(int(index.max()), f"`index` below {len(groups.values)}, the number of candidates")
-    if len(np.unique(index)) < len(index):
-        values, counts = np.unique(index, return_counts=True)
-        raise rule.wrong_result(int(values[counts.argmax()]), "every row in `index` once")
+    counts = np.bincount(index)
+    if (counts > 1).any():
+        raise rule.wrong_result(int(counts.argmax()), "every row in `index` once")
     draw = integers("draw", "one per selected row")
     integers("round", "one per selected row, or one for all")
     prompt = groups.broadcast(np.arange(len(groups.sizes)))[index]

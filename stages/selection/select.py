@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import Bound, InputStep, StageContext, stage
+from pipeline import Bound, Columns, InputStep, StageContext, stage
+from pipeline.context import Column
 from pipeline.costs import Amount, Cost, Work
-from schemas import Candidates, Rewards, Selections, WinnowError, WinnowWarning, seed_for
+from schemas import Candidates, Rewards, Selections, WinnowError, WinnowWarning, seeds_for
 from schemas.tables import SELECTIONS
 from stages.data.rows import ALL_WRONG
 from stages.options import Seed
@@ -18,10 +19,13 @@ from stages.selection.groups import RewardGroups
 from stages.selection.rules import check_selection, selection_rule
 from stages.selection.scales import reward_scale, scaled
 
+REWARD_COLUMNS = Columns("prompt_id", "candidate_id", "reward", "label_threshold")
+CANDIDATE_COLUMNS = Columns("prompt_id", "candidate_id", "finish_reason")
 LARGE_IDS = pa.schema(
     [(name, pa.large_string()) for name in ("prompt_id", "candidate_id")]
     + [(name, pa.float64()) for name in ("reward", "label_threshold")]
 )
+MAX_BYTES = 1 << 30  # of ids with offsets of 32 bits
 MAX_REWARD = 1e100  # squares and sums of smaller rewards stay finite
 
 
@@ -59,11 +63,22 @@ def _select_work(options: Mapping[str, Any], inputs: Mapping[str, InputStep], wo
     return Work({"selections": work["rewards"].of("rewards").times(Amount(share, "at most"))})
 
 
-@stage(version=4, check=_check_rule, cost=Cost(work=_select_work))
+def _is_by_prompt(options: Mapping[str, Any]) -> bool:
+    """Return whether no prompt's selection depends on others: a user's rule or scale gets them all, and may read them.
+
+    So does a normaliser that pools all prompts.
+    """
+    rule, scale = options["rule"], options["scale"]
+    normaliser = rule.options.get("normaliser")
+    is_ours = all(function.entry.fn.__module__.startswith("stages.selection.") for function in (rule, scale))
+    return is_ours and not (isinstance(normaliser, Bound) and normaliser.metadata["pooled"])
+
+
+@stage(version=4, check=_check_rule, cost=Cost(work=_select_work), by_prompt=_is_by_prompt)
 def select(
-    rewards: Rewards,
+    rewards: Annotated[Rewards, REWARD_COLUMNS],
     ctx: StageContext,
-    candidates: Candidates | None = None,
+    candidates: Annotated[Candidates, CANDIDATE_COLUMNS] | None = None,
     *,
     rule: Annotated[Bound, selection_rule],
     scale: Annotated[Bound, reward_scale] = "raw",  # type: ignore[assignment]
@@ -76,16 +91,19 @@ def select(
     keeps k selects nothing where a prompt has no more candidates: these prompts are counted. With `finished`, responses
     that were cut at max_tokens are rejected before, so that no rule compares with a reward of what has no end.
     """
-    # Ids with offsets of 64 bits: those of a hundred million candidates are 2 GiB of text, which string cannot sort.
-    rows = rewards.select(LARGE_IDS.names).cast(LARGE_IDS).combine_chunks()
+    rows = rewards.select(LARGE_IDS.names)
+    if rows.nbytes >= MAX_BYTES:  # ids of a hundred million candidates are 2 GiB of text, which string cannot sort
+        rows = rows.cast(LARGE_IDS)
+    rows = rows.combine_chunks()
 
     # Reject rewards that are not finite.
     finite = pc.and_(pc.is_finite(rows.column("reward")), pc.less(pc.abs(rows.column("reward")), MAX_REWARD))
     if not pc.all(finite).as_py():
-        for row in rows.filter(pc.invert(finite)).to_pylist():
-            reason = "reward is too large" if np.isfinite(row["reward"]) else "reward is not finite"
-            ids = {"prompt": row["prompt_id"], "candidate": row["candidate_id"]}
-            ctx.reject(reason, place="rewards", detail=str(row["reward"]), **ids)
+        refused = rows.filter(pc.invert(finite)).combine_chunks()
+        is_large = pc.is_finite(refused.column("reward"))
+        reasons = pc.if_else(is_large, "reward is too large", "reward is not finite")
+        details = [str(reward) for reward in refused.column("reward").to_pylist()]
+        _reject(ctx, refused, reasons.combine_chunks(), details, phase=0)
         rows = rows.filter(finite).combine_chunks()
 
     # Reject responses that were cut.
@@ -95,8 +113,7 @@ def select(
             raise WinnowError("select: rewards of candidates that `candidates` lacks; give it the step that was scored")
         is_cut = pc.equal(candidates.column("finish_reason"), "length")
         cut = pc.is_in(names, candidates.filter(is_cut).column("candidate_id"))
-        for row in rows.filter(cut).to_pylist():
-            ctx.reject("cut at max_tokens", place="rewards", prompt=row["prompt_id"], candidate=row["candidate_id"])
+        _reject(ctx, rows.filter(cut).combine_chunks(), "cut at max_tokens", phase=1)
         rows = rows.filter(pc.invert(cut)).combine_chunks()
 
     # Order by prompt and candidate, as `reward` leaves its rows: a check of neighbours nearly always saves the sort.
@@ -108,11 +125,10 @@ def select(
             rows = rows.sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")])
 
     # Group by prompt. Each has its own seed, so that its draw does not depend on the shard's other prompts.
-    runs = pc.run_end_encode(rows.column("prompt_id").combine_chunks())
-    prompts = np.array(runs.values.to_pylist(), dtype=object)
-    starts = np.concatenate([np.zeros(1, np.int64), np.asarray(runs.run_ends, dtype=np.int64)])
-    seeds = np.array([seed_for(seed, "select", prompt) for prompt in prompts], dtype=np.uint64)
-    groups = RewardGroups(rows.column("reward").to_numpy(), starts, seeds)
+    runs = pc.run_end_encode(rows.column("prompt_id").combine_chunks(), run_end_type=pa.int64())
+    prompts = runs.values
+    starts = np.append(0, runs.run_ends.to_numpy())
+    groups = RewardGroups(rows.column("reward").to_numpy(), starts, seeds_for(seed, "select", prompts))
 
     # Reject prompts without two different rewards, if the scale or the rule needs them; the first one is the place.
     # Labels need no other to compare with: where all are right, all are kept. A rule that is for the right ones alone
@@ -121,17 +137,19 @@ def select(
     right_only = rule.metadata.get("right_only", False)
     thresholds = rows.column("label_threshold").to_numpy()  # nan without labels, above and below which nothing lies
     is_right, is_wrong = groups.values > thresholds, groups.values <= thresholds
-    all_right, all_wrong = (groups.min(mask.astype(np.float64)) == 1 for mask in (is_right, is_wrong))
+    all_right, all_wrong = (np.logical_and.reduceat(mask, groups.starts[:-1]) for mask in (is_right, is_wrong))
     unusable = (groups.range == 0) & ~all_right if needy else all_wrong if right_only else np.zeros_like(all_wrong)
-    for prompt, without_right in zip(prompts[unusable], all_wrong[unusable], strict=True):
-        reason = ALL_WRONG if without_right else "one candidate, or all rewards equal"
-        ctx.reject(reason, place=needy[0] if needy else rule.name, prompt=prompt)
+    if unusable.any():
+        reasons = pc.if_else(pa.array(all_wrong[unusable]), ALL_WRONG, "one candidate, or all rewards equal")
+        ctx.reject_rows(
+            prompts.filter(pa.array(unusable)), reason=reasons, place=needy[0] if needy else rule.name, phase=2
+        )
     keep = ~groups.broadcast(unusable) & ~(is_wrong & right_only)
     all_sizes = groups.sizes[~unusable]
     if not keep.all():
         sizes = groups.sum(keep.astype(np.float64)).astype(np.int64)[~unusable]
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        rows, prompts = rows.filter(pa.array(keep)), prompts[~unusable]
+        rows, prompts = rows.filter(pa.array(keep)), prompts.filter(pa.array(~unusable))
         groups = RewardGroups(groups.values[keep], starts, groups.seeds[~unusable])
     if not len(prompts):
         return SELECTIONS.empty_table()
@@ -143,8 +161,10 @@ def select(
     groups = scaled(scale, groups)
     selection = check_selection(rule, rule(groups), groups)
     prompt_of_row = groups.broadcast(np.arange(len(prompts)))[selection.index]
-    for prompt in np.delete(prompts, prompt_of_row):
-        ctx.reject(selection.empty_reason, place=rule.name, prompt=prompt)
+    is_empty = np.ones(len(prompts), dtype=bool)
+    is_empty[prompt_of_row] = False
+    if is_empty.any():
+        ctx.reject_rows(prompts.filter(pa.array(is_empty)), reason=selection.empty_reason, place=rule.name, phase=3)
 
     # Build the table: the reward column keeps the reward before scaling.
     size = len(selection.index)
@@ -156,3 +176,9 @@ def select(
         per_prompt = getattr(selection, name)
         columns[name] = pa.nulls(size, pa.float64()) if per_prompt is None else pa.array(per_prompt[prompt_of_row])
     return pa.table([columns[name] for name in SELECTIONS.names], names=SELECTIONS.names)
+
+
+def _reject(ctx: StageContext, rows: pa.Table, reason: Column, detail: Column = "", *, phase: int) -> None:
+    """Reject rows of `rewards`."""
+    prompts, candidates = (pc.cast(rows[name].combine_chunks(), pa.string()) for name in ("prompt_id", "candidate_id"))
+    ctx.reject_rows(prompts, candidates=candidates, place="rewards", reason=reason, detail=detail, phase=phase)

@@ -3,25 +3,40 @@
 What the optimizer will see is all in this one table: a method's data recipe ends here.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from operator import itemgetter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipeline import Bound, Finite, InputStep, StageContext, stage
+from pipeline import Bound, Columns, Finite, InputStep, StageContext, stage
 from pipeline.costs import Cost
-from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digest
-from schemas.tables import EXAMPLES
+from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections, WinnowError, token_digests
+from schemas.tables import CANDIDATES, EXAMPLES, PAIRS, REFERENCE, SELECTIONS
 from stages.data.files import check_demonstrations
-from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
+from stages.data.rows import (
+    ALL_WRONG,
+    Ints,
+    RejectedRows,
+    column_of,
+    cutoffs,
+    equal_rewards_by_prompt,
+    in_order_of_prompts,
+    numbers_of,
+    positions_of,
+    require_ids,
+    starts_of_prompts,
+)
 from stages.options import split_problems
-from stages.training.agreement import drawn
+from stages.training.agreement import COMPARABLE
 from stages.work import examples_work
 
+RESPONSE = EXAMPLES.field("responses").type.value_type
+RESPONSE_COLUMNS = ("prompt_id", "candidate_id", "token_ids", "mask", "logp", "logp_kind", "model", "dtype")
+SELECTION_COLUMNS = ("prompt_id", "candidate_id", "draw", "reward", "label_threshold", "weight")
+REFERENCE_COLUMNS = ("prompt_id", "candidate_id", "logp", "tokens", "model", "dtype")
 Imitate = Literal["nothing", "demonstration", "selected", "best", "chosen", "winner"]
 Desirable = Literal["nothing", "pairs", "rewards"]
 INPUT_READ_BY = {
@@ -73,15 +88,15 @@ def check_examples(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     return problems
 
 
-@stage(version=4, check=check_examples, cost=Cost(work=examples_work))
+@stage(version=4, check=check_examples, cost=Cost(work=examples_work), by_prompt=lambda options: True)
 def examples(
-    prompts: Prompts,
+    prompts: Annotated[Prompts, Columns("prompt_id", "text", "token_ids", "split", "demonstration_ids")],
     ctx: StageContext,
-    candidates: Candidates | None = None,
-    pairs: Pairs | None = None,
-    selections: Selections | None = None,
-    reference: Reference | None = None,
-    mismatched: Candidates | None = None,
+    candidates: Annotated[Candidates, Columns(*RESPONSE_COLUMNS)] | None = None,
+    pairs: Annotated[Pairs, Columns("prompt_id", "chosen_id", "rejected_id", "gap", "weight")] | None = None,
+    selections: Annotated[Selections, Columns(*SELECTION_COLUMNS)] | None = None,
+    reference: Annotated[Reference, Columns(*REFERENCE_COLUMNS)] | None = None,
+    mismatched: Annotated[Candidates, Columns(*RESPONSE_COLUMNS)] | None = None,
     *,
     split: Literal["train", "heldout"] = "train",
     imitate: Imitate = "nothing",
@@ -100,122 +115,222 @@ def examples(
     ranker's own probability (the sigmoid of its gap). Raises WinnowError if a reference log-prob is of other tokens
     than those to train on.
     """
-    candidates_by_prompt, pairs_by_prompt, selections_by_prompt, reference_by_prompt, mismatched_by_prompt = (
-        {} if table is None else dict(rows_by_prompt(table))
-        for table in (candidates, pairs, selections, reference, mismatched)
-    )
-    groups = []
-    # Sorted as rows: pyarrow sorts no table with a column of more than 2 GiB of text, as a part can have.
-    of_split = prompts.filter(pc.equal(prompts["split"], split)).to_pylist()
-    for prompt in sorted(of_split, key=itemgetter("prompt_id")):
-        name = prompt["prompt_id"]
-        pairs_here = pairs_by_prompt.get(name, [])
-        selected = selections_by_prompt.get(name, [])
+    has_candidates, has_reference = candidates is not None, reference is not None
+    candidates = CANDIDATES.empty_table() if candidates is None else candidates
+    prompts = in_order_of_prompts(prompts.filter(pc.equal(prompts["split"], split)))
+    names, rejects = column_of(prompts, "prompt_id"), RejectedRows()
+    if (is_twice := pc.equal(names[1:], names[:-1])).true_count:
+        raise WinnowError(f"examples: prompt {names[1:].filter(is_twice)[0]} is twice in `prompts`; each has one row")
+    # From here on a prompt is its number in order of ids, and rows of other prompts are left out.
+    pairs, of_pair = _of_prompts(PAIRS.empty_table() if pairs is None else pairs, names)
+    selections, of_selected = _of_prompts(SELECTIONS.empty_table() if selections is None else selections, names)
+    reference, _ = _of_prompts(REFERENCE.empty_table() if reference is None else reference, names)
+    mismatched, of_mismatched = _of_prompts(CANDIDATES.empty_table() if mismatched is None else mismatched, names)
 
-        # Which responses are imitated, labelled or paired; the others are not read.
-        weights = _likelihood_weights(imitate, pairs_here, selected)
-        if imitate in ("selected", "best") and selected and equal_rewards(selected) == ALL_WRONG:
-            ctx.reject(ALL_WRONG, place="selections", prompt=name, detail=f"{len(selected)} selected, none imitated")
-            weights = {}
-        signs = _unpaired_labels(desirable, pairs_here, selected, threshold, ctx)
-        used = {*weights, *signs, *(pair[side] for pair in pairs_here for side in ("chosen_id", "rejected_id"))}
-        responses = [row for row in candidates_by_prompt.get(name, []) if row["candidate_id"] in used]
-        scores = None
-        if reference is not None:
-            scores = {row["candidate_id"]: row for row in reference_by_prompt.get(name, [])}
-            # A prompt that the reference lacks was rejected by that step; a response that it lacks is a wrong input.
-            if responses and not scores:
-                ctx.reject("no reference log-prob", place="reference", prompt=name, detail=prompt["text"])
-                continue
+    # Responses that pairs or selections name, [U] in the table's order, and which of these each row of both names.
+    ids = [column_of(pairs, "chosen_id"), column_of(pairs, "rejected_id"), column_of(selections, "candidate_id")]
+    positions = positions_of(pa.concat_arrays(ids), candidates["candidate_id"])
+    used_rows = np.unique(positions[positions >= 0])
+    responses = candidates.take(pa.array(used_rows))
+    prompt_of = pc.fill_null(pc.index_in(responses["prompt_id"], value_set=names), -1).to_numpy().astype(np.int64)
+    named = np.where(positions >= 0, np.searchsorted(used_rows, positions), -1)
+    is_own = (named >= 0) & (np.append(prompt_of, -1)[named] == np.concatenate([of_pair, of_pair, of_selected]))
+    chosen, rejected, selected = np.split(np.where(is_own, named, -1), [len(of_pair), 2 * len(of_pair)])
+    for side, column in ((chosen, ids[0]), (rejected, ids[1])):
+        require_ids(column, side)
 
-        rows = [
-            _response_row(prompt, row, scores, weights.get(row["candidate_id"], 0.0), signs.get(row["candidate_id"]))
-            for row in responses
-        ]
-        if imitate == "demonstration" and prompt["demonstration_ids"]:
-            demonstration = {"candidate_id": "demonstration", "token_ids": prompt["demonstration_ids"]}
-            rows.append(_response_row(prompt, demonstration, None, 1.0, None))
-        index = RowsById((row["candidate_id"], n) for n, row in enumerate(rows))
-        if rows:
-            rows += [_response_row(prompt, row, scores, 0.0, 0) for row in mismatched_by_prompt.get(name, [])]
-        pair_rows = [
-            {
-                "chosen": index[pair["chosen_id"]],
-                "rejected": index[pair["rejected_id"]],
-                "weight": pair["weight"],
-                "label": 1 / (1 + np.exp(-pair["gap"])) if labels == "soft" and pair["gap"] is not None else 1.0,
-            }
-            for pair in pairs_here
-        ]
-        if not rows:
-            if name in candidates_by_prompt or candidates is None:
-                ctx.reject("nothing to learn from", place="prompts", prompt=name, detail=prompt["text"])
-            continue
-        scored = scores[responses[0]["candidate_id"]] if scores and responses else {}
-        groups.append({
-            "prompt_id": name,
-            "prompt_ids": prompt["token_ids"],
-            "responses": rows,
-            "pairs": pair_rows,
-            "ref_model": scored.get("model"),
-            "ref_dtype": scored.get("dtype"),
-        })  # fmt: skip
-    return pa.Table.from_pylist(groups, schema=EXAMPLES)
+    # Which of them are imitated, labelled or paired; the others are not read.
+    is_used = np.zeros(len(used_rows), dtype=bool)
+    is_used[chosen] = is_used[rejected] = True
+    weights, signs = np.zeros(len(used_rows)), np.zeros(len(used_rows), dtype=np.int8)
+    rewards = numbers_of(selections, "reward")
+    _, starts = starts_of_prompts(column_of(selections, "prompt_id"))
+    if imitate in ("selected", "best"):
+        all_wrong = equal_rewards_by_prompt(selections, starts) == ALL_WRONG
+        details = [f"{size} selected, none imitated" for size in np.diff(starts)[all_wrong]]
+        wrong_prompts = of_selected[starts[:-1][all_wrong]]
+        rejects.add(wrong_prompts, reason=ALL_WRONG, place="selections", detail=details)
+        imitated = (selected >= 0) & ~np.repeat(all_wrong, np.diff(starts))
+        if imitate == "best":  # the highest reward, the earliest draw on ties
+            order = np.lexsort((numbers_of(selections, "draw"), -rewards, of_selected))
+            imitated &= np.isin(np.arange(len(order)), order[starts[:-1]])
+        weights[selected[imitated]] = 1.0 if imitate == "best" else numbers_of(selections, "weight")[imitated]
+        is_used[selected[imitated]] = True
+    elif imitate == "chosen":
+        weights[chosen] = 1.0
+    elif imitate == "winner":
+        weights[_winners(chosen, rejected, prompt_of, column_of(responses, "candidate_id"))] = 1.0
 
-
-def _likelihood_weights(imitate: Imitate, pairs: list[Row], selected: list[Row]) -> dict[str, float]:
-    """Return likelihood weights by candidate id.
-
-    best: the highest reward, the earliest draw on ties. winner: what was chosen most often of all that were never
-    rejected, which in a tournament is its winner, the first by id on ties.
-    """
-    if imitate == "selected":
-        return {row["candidate_id"]: row["weight"] for row in selected}
-    if imitate == "best":
-        best = sorted(selected, key=lambda row: (-row["reward"], row["draw"]))[:1]
-        return {row["candidate_id"]: 1.0 for row in best}
-    chosen = Counter(pair["chosen_id"] for pair in pairs)
-    if imitate == "winner":
-        wins = {name: count for name, count in chosen.items() if all(pair["rejected_id"] != name for pair in pairs)}
-        return {min(wins, key=lambda name: (-wins[name], name)): 1.0} if wins else {}
-    return dict.fromkeys(chosen, 1.0) if imitate == "chosen" else {}
-
-
-def _unpaired_labels(
-    desirable: Desirable, pairs: list[Row], selected: list[Row], threshold: float | None, ctx: StageContext
-) -> dict[str, int]:
-    """Return 1 or -1 by candidate id; without a response chosen as often as rejected, or a reward at the threshold."""
+    # Unpaired labels, none of a response chosen as often as rejected, or with a reward at the threshold.
     if desirable == "pairs":
-        votes: Counter[str] = Counter()
-        for pair in pairs:
-            votes.update({pair["chosen_id"]: 1, pair["rejected_id"]: -1})
-        return {name: 1 if total > 0 else -1 for name, total in votes.items() if total}
-    if desirable == "nothing" or not selected:
-        return {}
-    level = cutoff(selected, threshold)
-    for row in selected:
-        if row["reward"] == level:
-            ids = dict(prompt=row["prompt_id"], candidate=row["candidate_id"])
-            ctx.reject("neither above nor below", place="selections", detail=str(level), **ids)
-    return {row["candidate_id"]: 1 if row["reward"] > level else -1 for row in selected if row["reward"] != level}
+        signs[:] = np.sign(np.bincount(chosen, minlength=len(signs)) - np.bincount(rejected, minlength=len(signs)))
+    elif desirable == "rewards" and len(rewards):
+        levels = cutoffs(rewards, starts, numbers_of(selections, "label_threshold"), threshold)
+        level = np.repeat(levels, np.diff(starts))
+        at_level = rewards == level
+        details = [str(value) for value in level[at_level].tolist()]
+        ids_at_level = column_of(selections, "candidate_id").filter(pa.array(at_level))
+        reason = "neither above nor below"
+        rejects.add(of_selected[at_level], reason=reason, place="selections", candidates=ids_at_level, detail=details)
+        labelled = (selected >= 0) & ~at_level
+        signs[selected[labelled]] = np.where(rewards > level, 1, -1)[labelled]
+        is_used[selected[labelled]] = True
+
+    # Reject prompts that the reference lacks, which that step has rejected.
+    is_left = np.ones(n_prompts := len(names), dtype=bool)
+    if has_reference:
+        scored = pc.is_in(names, value_set=column_of(reference, "prompt_id")).to_numpy(zero_copy_only=False)
+        lacking = (np.bincount(prompt_of[is_used], minlength=n_prompts) > 0) & ~scored
+        texts = prompts["text"].filter(pa.array(lacking))
+        rejects.add(np.flatnonzero(lacking), reason="no reference log-prob", place="reference", detail=texts)
+        is_left &= ~lacking
+        is_used &= is_left[prompt_of]
+
+    # All rows of responses: those above, the demonstrations, and other prompts' responses where there is any of these.
+    of_used, drawn_by = prompt_of[is_used], responses.filter(pa.array(is_used))
+    desirable_labels = pa.array(signs[is_used], mask=signs[is_used] == 0)
+    kinds = [_response_rows(drawn_by, of_used, weights[is_used], desirable_labels)]
+    if imitate == "demonstration":
+        tokens = column_of(prompts, "demonstration_ids")
+        has_demonstration = pc.fill_null(pc.greater(pc.list_value_length(tokens), 0), False).to_numpy(False) & is_left
+        numbers = np.flatnonzero(has_demonstration)
+        ids = pa.repeat("demonstration", len(numbers))
+        demonstrations = pa.table({"candidate_id": ids, "token_ids": tokens.take(pa.array(numbers))})
+        no_labels = pa.nulls(len(numbers), pa.int8())
+        kinds.append(_response_rows(demonstrations, numbers, np.ones(len(numbers)), no_labels))
+    has_rows = np.bincount(np.concatenate([_numbers(rows) for rows in kinds]), minlength=n_prompts) > 0
+    borrowed = has_rows[of_mismatched]
+    zeros = np.zeros(int(borrowed.sum()), dtype=np.int8)
+    mismatched = mismatched.filter(pa.array(borrowed))
+    kinds.append(_response_rows(mismatched, of_mismatched[borrowed], zeros, pa.array(zeros)))
+    model, dtype = pa.nulls(n_prompts, pa.string()), pa.nulls(n_prompts, pa.string())
+    if has_reference:  # which has no demonstrations
+        kinds[0], scores = _with_reference(kinds[0], prompts, reference)
+        kinds[-1], _ = _with_reference(kinds[-1], prompts, reference)
+        firsts = np.full(n_prompts, -1)
+        firsts[of_used[::-1]] = np.arange(len(of_used))[::-1]  # the first of each prompt's responses is written last
+        rows_of_scores = pa.array(firsts, mask=firsts < 0)
+        model, dtype = (column_of(scores, name).take(rows_of_scores) for name in ("model", "dtype"))
+
+    # Reject prompts without a row, but not those of which all candidates were rejected before.
+    without = is_left & ~has_rows
+    if has_candidates and without.any():
+        without &= pc.is_in(names, value_set=column_of(candidates, "prompt_id")).to_numpy(False)
+    texts = column_of(prompts, "text").filter(pa.array(without))
+    rejects.add(np.flatnonzero(without), reason="nothing to learn from", place="prompts", detail=texts)
+    rejects.record(ctx, names)
+
+    # Group rows and pairs by prompt, where a pair has its responses' positions in the group.
+    rows = pa.concat_tables(kinds)
+    n_rows = np.bincount(_numbers(rows), minlength=n_prompts)
+    order, position = np.argsort(_numbers(rows), kind="stable"), np.zeros(rows.num_rows, dtype=np.int64)
+    position[order] = np.arange(len(order)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)
+    position_of_used = np.zeros(len(used_rows), dtype=np.int64)
+    position_of_used[is_used] = position[: len(of_used)]
+    grouped = has_rows[of_pair]  # all but those of a prompt that the reference lacks
+    gap = pc.fill_null(column_of(pairs, "gap"), np.inf).to_numpy()  # people's labels have none
+    pair_columns = {
+        "chosen": position_of_used[chosen],
+        "rejected": position_of_used[rejected],
+        "weight": numbers_of(pairs, "weight"),
+        "label": 1 / (1 + np.exp(-gap)) if labels == "soft" else np.ones(len(gap)),
+    }
+    pair_rows = pa.table({name: pa.array(column[grouped]) for name, column in pair_columns.items()})
+    n_pairs, kept = np.bincount(of_pair[grouped], minlength=n_prompts), pa.array(has_rows)
+    columns = {
+        "prompt_id": names.filter(kept),
+        "prompt_ids": column_of(prompts, "token_ids").filter(kept),
+        "responses": _lists("responses", rows.take(pa.array(order)), n_rows[has_rows]),
+        "pairs": _lists("pairs", pair_rows, n_pairs[has_rows]),
+        "ref_model": model.filter(kept),
+        "ref_dtype": dtype.filter(kept),
+    }
+    return pa.table(columns)
 
 
-def _response_row(
-    prompt: Row, candidate: Row, scores: dict[str, Row] | None, weight: float, desirable: int | None
-) -> Row:
-    """Return a response of `examples`; raise WinnowError if its cached log-prob is missing or of other tokens."""
-    name, ids, mask = candidate["candidate_id"], candidate["token_ids"], candidate.get("mask")
-    if scores is not None and name not in scores:
+def _of_prompts(table: pa.Table, names: pa.Array) -> tuple[pa.Table, Ints]:
+    """Return a table's rows of these prompts, in order of prompts, and the number of each row's prompt."""
+    table = in_order_of_prompts(table)
+    numbers = pc.index_in(column_of(table, "prompt_id"), value_set=names)
+    if numbers.null_count:
+        table, numbers = table.filter(pc.is_valid(numbers)), numbers.drop_null()
+    return table, numbers.to_numpy().astype(np.int64)
+
+
+def _winners(chosen: Ints, rejected: Ints, prompt_of: Ints, names: pa.Array) -> Ints:
+    """Return the response of each prompt that was chosen most often of all that were never rejected.
+
+    In a tournament it is its winner; the first by id on ties.
+    """
+    wins = np.bincount(chosen, minlength=len(names))
+    undefeated = np.flatnonzero((wins > 0) & (np.bincount(rejected, minlength=len(names)) == 0))
+    rank = np.zeros(len(undefeated), dtype=np.int64)
+    rank[pc.sort_indices(names.take(pa.array(undefeated))).to_numpy()] = np.arange(len(undefeated))
+    best_first = undefeated[np.lexsort((rank, -wins[undefeated], prompt_of[undefeated]))]
+    _, firsts = np.unique(prompt_of[best_first], return_index=True)
+    return best_first[firsts]
+
+
+def _response_rows(table: pa.Table, numbers: Ints, weights: NDArray[Any], desirable: pa.Array) -> pa.Table:
+    """Return rows of `candidates` as responses of `examples`, without a reference, and the numbers of their prompts."""
+    columns = {
+        name: table[name] if name in table.column_names else pa.nulls(table.num_rows, CANDIDATES.field(name).type)
+        for name in RESPONSE_COLUMNS
+    }
+    kind, policy, logp = columns["logp_kind"], columns["model"], columns["logp"]
+    # Drawn as stages/training/agreement.py `drawn` says.
+    is_drawn = pc.and_(pc.is_in(kind, value_set=pa.array(COMPARABLE)), pc.greater(pc.binary_length(policy), 0))
+    is_drawn = pc.and_(pc.fill_null(is_drawn, False), pc.is_valid(logp))
+    rows = {
+        "candidate_id": columns["candidate_id"],
+        "token_ids": columns["token_ids"],
+        "mask": columns["mask"],
+        "weight": pa.array(weights),
+        "ref_logp": pa.nulls(table.num_rows, pa.float32()),
+        "drawn_logp": pc.if_else(is_drawn, logp, None),
+        "drawn_by": pc.if_else(is_drawn, policy, None),
+        "drawn_dtype": pc.if_else(is_drawn, columns["dtype"], None),
+        "desirable": desirable,
+    }
+    return pa.table({"number": pa.array(numbers)} | {name: rows[name].cast(RESPONSE.field(name).type) for name in rows})
+
+
+def _numbers(rows: pa.Table) -> Ints:
+    return numbers_of(rows, "number")
+
+
+def _with_reference(rows: pa.Table, prompts: pa.Table, reference: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Return the rows with their reference log-probs, and the rows of `reference`.
+
+    Raise WinnowError if a log-prob is missing or of other tokens.
+    """
+    names, numbers = column_of(rows, "candidate_id"), _numbers(rows)
+    positions = positions_of(names, reference["candidate_id"])
+    if (positions < 0).any():
+        name = names[int((positions < 0).argmax())]
         raise WinnowError(
             f"examples: candidate {name} has no reference log-prob; give `reference` the step that scored it"
         )
-    if scores is not None and scores[name]["tokens"] != token_digest(prompt["token_ids"], ids, mask):
+    scores = reference.take(pa.array(positions))
+    tokens, masks = (column_of(rows, name) for name in ("token_ids", "mask"))
+    digests = token_digests(column_of(prompts, "token_ids"), numbers, tokens, masks)
+    differs = pc.not_equal(column_of(scores, "tokens"), pa.array(digests, pa.string())).to_numpy(False)
+    if differs.any():
+        n = int(differs.argmax())
         raise WinnowError(
-            f"examples: the reference of candidate {name} (prompt {prompt['prompt_id']}) was scored on other "
-            "tokens than those to train on: another chat template, tokenizer, truncation or mask; score it again"
+            f"examples: the reference of candidate {names[n]} (prompt {prompts['prompt_id'][numbers[n]]}) was scored "
+            "on other tokens than those to train on: another chat template, tokenizer, truncation or mask; score it "
+            "again"
         )
-    row = {"candidate_id": name, "token_ids": ids, "mask": mask, "weight": weight, "desirable": desirable}
-    row["ref_logp"] = None if scores is None else scores[name]["logp"]
-    if draw := drawn(candidate):
-        row |= {"drawn_logp": draw.logp, "drawn_by": draw.model, "drawn_dtype": draw.dtype}
-    return row
+    index = rows.column_names.index("ref_logp")
+    return rows.set_column(index, "ref_logp", scores["logp"]), scores
+
+
+def _lists(name: str, rows: pa.Table, sizes: Ints) -> pa.ListArray:
+    """Return rows, grouped by prompt, as a column of `examples`: a list of so many of them per prompt."""
+    kind = EXAMPLES.field(name).type
+    fields = list(kind.value_type)
+    structs = pa.StructArray.from_arrays(
+        [column_of(rows, field.name).cast(field.type) for field in fields], fields=fields
+    )
+    return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(sizes)), pa.int32()), structs)

@@ -186,10 +186,19 @@ def test_shares_are_of_one_repeat_or_turn():
 def test_another_beta_is_a_share_of_sampling(bench):
     """Seconds of all parts over tokens / rate."""
     results = bench.results | {("sample", "sides", "0"): dict.fromkeys(SIDES, 1e9)}
-    (verdict,) = beta.summarize(SMALL, results).verdicts
-    seconds = sum(bench.results["beta", "run"].seconds.values()) * SMALL.parts / beta.MEASURED
+    *_, verdict = beta.summarize(SMALL, results).verdicts
+    seconds = sum(bench.results["beta", step, "0"].seconds for step in beta.STEPS)
     assert float(verdict.measured.replace(",", "")) == pytest.approx(seconds * 1e9 / (400 * 64 * 32), rel=0.01)
-    assert "select, pair, examples, scaled from 2 of 4 parts" in verdict.what
+
+
+def test_a_step_of_another_beta_stands_beside_bare_duckdb(bench):
+    """Both sides read the same rows and write as many; the last row is the sum."""
+    rows = next(table for title, table in bench.tables().items() if title.startswith("another beta")).to_pylist()
+    expected = [("select", "25,600", "3,200"), ("pair", "25,600", "1,600"), ("examples", "25,600", "400")]
+    assert [(row["step"], row["rows read"], row["rows written"]) for row in rows[:-1]] == expected
+    for step in beta.STEPS:
+        both = bench.results["beta", step, "0"], bench.results["beta", step, "0", "bare"]
+        assert all(run.seconds > 0 and run.cpu_seconds > 0 and run.gibibytes > 0 for run in both)
 
 
 def test_the_stage_is_judged_with_its_files(bench):
@@ -346,7 +355,7 @@ def test_the_command_writes_its_page(tmp_path):
     words = ["store", "--only", "beta", "--prompts", "200", "--parts", "2", "--out", str(tmp_path / "page.md")]
     result = CliRunner().invoke(cli.bench, words)
     assert result.exit_code == 0, result.output
-    assert "left: beta, run" in result.output
+    assert "left: beta, examples, 0, bare" in result.output
     assert (tmp_path / "page.md").read_text().startswith("# Benchmark of the store")
 
 

@@ -238,7 +238,7 @@ def test_a_part_has_its_prompts_in_the_parts_of_another_division_that_overlap_it
 def test_a_table_in_other_parts_is_read_by_prompt(complete: Store, trouble: Trouble, parts: int):
     """Its rows, each in one part; what is finished is found whatever number of parts a recipe wants."""
     source, other = folder(complete, "source"), plan(parts=parts)
-    tables = [source.read(PROMPTS, shard, parts) for shard in range(parts)]
+    tables = [source.read(PROMPTS, shard, of=parts) for shard in range(parts)]
     for shard, table in enumerate(tables):
         assert {shard_of(prompt, parts) for prompt in table["prompt_id"].to_pylist()} <= {shard}
     assert pa.concat_tables(tables).sort_by("prompt_id") == source.read(PROMPTS).sort_by("prompt_id")

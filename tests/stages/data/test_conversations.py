@@ -222,3 +222,18 @@ def test_near_copies_of_a_prompt_are_in_one_split():
     for n in range(50):
         text = f"Name {n} cities  of Italy"
         assert split_of(text, 0.5) == split_of(f" name {n}\nCITIES of italy ", 0.5)
+
+
+def test_a_prompt_is_rendered_once_in_whatever_order_its_responses_stand(tiny, ctx, tmp_path, monkeypatch):
+    """Two prompts of three responses each, in turn; a prompt that is refused is refused in every row."""
+    rows = [{"prompt": prompt, "response": f"Yes {n}.", "reward": n} for n in range(3) for prompt in ("Hi", "Ho", " ")]
+    rendered, prompt_ids = [], Tokenizer._prompt_ids
+
+    def recorded(self, prompt):
+        rendered.append(prompt)
+        return prompt_ids(self, prompt)
+
+    monkeypatch.setattr(Tokenizer, "_prompt_ids", recorded)
+    table, candidates, _ = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), reward="reward")
+    assert (table.num_rows, candidates.num_rows, len(reasons(ctx))) == (2, 6, 3)
+    assert len([prompt for prompt in rendered if prompt.content in ("Hi", "Ho")]) == 2
