@@ -19,9 +19,11 @@ from schemas import (
     conform,
     prompt_id,
     seed_for,
+    seeds_for,
     shard_of,
     split_of,
     token_digest,
+    token_digests,
 )
 from schemas.tables import CANDIDATES, EVALUATIONS, EXAMPLES, REWARDS
 
@@ -298,6 +300,28 @@ def test_a_seed_fits_63_bits(seed: int, names: list):
     assert 0 <= result < 2**63
     assert result == seed_for(seed, *names)
     assert np.int64(result) == result
+
+
+@calm
+@given(st.integers(), TEXT, st.lists(TEXT, max_size=4))
+def test_seeds_of_many_ids_are_those_of_each(seed: int, name: str, ids: list[str]):
+    assert seeds_for(seed, name, pa.array(ids, pa.string())).tolist() == [seed_for(seed, name, item) for item in ids]
+
+
+@calm
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=3), st.data())
+def test_token_digests_of_many_responses_are_those_of_each(prompts: list[list[int]], data: st.DataObject):
+    """Responses with and without a mask, of any prompt; also of arrays that begin within a larger one."""
+    rows = st.tuples(st.integers(0, len(prompts) - 1), st.lists(st.integers(0, 9), max_size=3), st.booleans())
+    drawn = data.draw(st.lists(rows, max_size=5))
+    masks = [[token % 2 == 0 for token in ids] if masked else None for _, ids, masked in drawn]
+    arrays = [
+        pa.array([[7, 7], *values], pa.list_(kind))[1:]
+        for values, kind in ((prompts, pa.int32()), ([ids for _, ids, _ in drawn], pa.int32()))
+    ]
+    numbers = np.array([number for number, _, _ in drawn], dtype=np.int64)
+    expected = [token_digest(prompts[n], ids, mask) for (n, ids, _), mask in zip(drawn, masks, strict=True)]
+    assert token_digests(arrays[0], numbers, arrays[1], pa.array(masks, pa.list_(pa.bool_()))) == expected
 
 
 def test_every_draw_has_its_own_seed():

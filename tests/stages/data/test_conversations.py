@@ -227,13 +227,14 @@ def test_near_copies_of_a_prompt_are_in_one_split():
 def test_a_prompt_is_rendered_once_in_whatever_order_its_responses_stand(tiny, ctx, tmp_path, monkeypatch):
     """Two prompts of three responses each, in turn; a prompt that is refused is refused in every row."""
     rows = [{"prompt": prompt, "response": f"Yes {n}.", "reward": n} for n in range(3) for prompt in ("Hi", "Ho", " ")]
-    rendered, prompt_ids = [], Tokenizer._prompt_ids
+    rendered: list[Any] = []
+    prompt_ids = Tokenizer._prompt_ids
 
-    def recorded(self, prompt):
-        rendered.append(prompt)
-        return prompt_ids(self, prompt)
+    def count(tokenizer, conversation):
+        rendered.append(conversation.content)
+        return prompt_ids(tokenizer, conversation)
 
-    monkeypatch.setattr(Tokenizer, "_prompt_ids", recorded)
+    monkeypatch.setattr(Tokenizer, "_prompt_ids", count)
     table, candidates, _ = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), reward="reward")
     assert (table.num_rows, candidates.num_rows, len(reasons(ctx))) == (2, 6, 3)
-    assert len([prompt for prompt in rendered if prompt.content in ("Hi", "Ho")]) == 2
+    assert sorted(item for item in rendered if item in ("Hi", "Ho")) == ["Hi", "Ho"]
