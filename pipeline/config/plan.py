@@ -12,11 +12,11 @@ from typing import Any
 from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
-from pipeline.config.precision import mixed_precision, with_dtype
+from pipeline.config.precision import mixed_precision, registry_of, with_dtype
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import FROM_FILE, Bound, Entry, Registry, bound_entries, nearest
+from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import COMMAND, WinnowError
 
@@ -252,7 +252,8 @@ def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
             continue
         try:
             for name, _, option in readers:
-                registry = _registry_of(stages.entries[steps[name].get("use", name)], option)
+                registry = registry_of(stages.entries[steps[name].get("use", name)].options.model_fields[option])
+                assert registry is not None, f"{name}.{option} names a function, as its stage's `given_by` says"
                 if not (registry.plain and use == FROM_FILE):
                     registry.find(use)
         except WinnowError as error:
@@ -300,11 +301,6 @@ def _with_choices(recipe: Recipe) -> Recipe:
             if added := {option: value for option, value in chosen.items() if option not in options}:
                 steps[name] = body | {"with": options | added}
     return replace(recipe, steps=steps)
-
-
-def _registry_of(entry: Entry, option: str) -> Registry:
-    """Return the registry of the functions that an option can name."""
-    return next(item for item in entry.options.model_fields[option].metadata if isinstance(item, Registry))
 
 
 def _other_meanings(recipe: Recipe, steps: list[Step]) -> list[str]:

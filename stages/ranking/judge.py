@@ -1,5 +1,6 @@
 """Stage `judge`: a policy's held-out responses against the baseline policy's, by the proxy ranker."""
 
+from collections.abc import Sequence
 from itertools import product
 from math import isnan
 from typing import Annotated, Literal
@@ -11,11 +12,14 @@ from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import ReadingPair, Unreadable, both_orders, read_candidates
+from stages.ranking.base import Ranker, ReadingPair, Unreadable, both_orders, read_candidates
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
+
+Matches = Literal["all", "same_k"]
+UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 
 @stage(
@@ -33,7 +37,7 @@ def judge(
     ranker: Model | None = None,
     *,
     by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
-    matches: Literal["all", "same_k"] = "all",
+    matches: Matches = "all",
     special_tokens: bool = False,
 ) -> Judgements:
     """Compute logit P(candidate beats a baseline response to the same prompt), both orders averaged.
@@ -49,32 +53,65 @@ def judge(
     baseline_by_prompt = dict(rows_by_prompt(baseline))
     rows: list[Row] = []
     for prompt, group in rows_by_prompt(candidates):
-        context, opponents = prompt_by_id[prompt]["text"], baseline_by_prompt.get(prompt, [])
+        opponents = baseline_by_prompt.get(prompt, [])
         if not opponents:
             ctx.reject("no baseline response", place="baseline", prompt=prompt, detail=f"{len(group)} responses")
-        readings, opponent_readings = (
-            read_candidates(opened, prompt_by_id[prompt], side, special_tokens) for side in (group, opponents)
-        )
-        met: list[tuple[Row, ReadingPair]] = []
-        for row, opponent in product(group, opponents):
-            if matches == "same_k" and row["k"] != opponent["k"]:
-                continue
-            pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
-            judgement = dict(prompt_id=prompt, k=row["k"], candidate_id=row["candidate_id"])
-            judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
-            rows.append(judgement)
-            unreadable = [isinstance(reading, Unreadable) for reading in pair]
-            if any(unreadable):
-                judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
-            elif opened.fits(context, *pair):
-                met.append((judgement, pair))
-            else:
-                judgement["unread"] = "baseline" if opponent["n_tokens"] > row["n_tokens"] else "candidate"
-
-        ctx.count(ranker_calls=len(met))
-        logits, *_ = both_orders(opened, context, [pair for _, pair in met], "both")
-        for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
-            judgement["logit"] = None if opened.abstains and isnan(logit) else logit
+        judgements, calls = judge_prompt(opened, prompt_by_id[prompt], group, opponents, matches, special_tokens)
+        ctx.count(ranker_calls=calls)
+        rows += judgements
     ctx.count(unread_responses=sum(row["unread"] is not None for row in rows))
     opened.finish_part(ctx)
     return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
+
+
+def judge_prompt(
+    ranker: Ranker,
+    prompt: Row,
+    candidates: Sequence[Row],
+    baseline: Sequence[Row],
+    matches: Matches = "all",
+    special_tokens: bool = False,
+) -> tuple[list[Row], int]:
+    """Return a row of `judgements` per match of a prompt's candidates with its baseline, and how many were asked about.
+
+    The ranker is asked about those that it can read, in one call.
+    """
+    readings, opponent_readings = (
+        read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
+    )
+    rows: list[Row] = []
+    met: list[tuple[Row, ReadingPair]] = []
+    for row, opponent in product(candidates, baseline):
+        if matches == "same_k" and row["k"] != opponent["k"]:
+            continue
+        pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
+        judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
+        judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
+        rows.append(judgement)
+        unreadable = [isinstance(reading, Unreadable) for reading in pair]
+        if any(unreadable):
+            judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
+        elif ranker.fits(prompt["text"], *pair):
+            met.append((judgement, pair))
+        else:
+            judgement["unread"] = "baseline" if opponent["n_tokens"] > row["n_tokens"] else "candidate"
+
+    logits, *_ = both_orders(ranker, prompt["text"], [pair for _, pair in met], "both")
+    for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
+        judgement["logit"] = None if ranker.abstains and isnan(logit) else logit
+    return rows, len(met)
+
+
+def win_of(judgement: Row) -> float | None:
+    """Return 1 for a win, 0 for a loss, 1/2 for a tie; None without a verdict.
+
+    A response that the ranker could not read loses to one that it could.
+    """
+    if judgement["unread"]:
+        return UNREAD_WINS[judgement["unread"]]
+    return None if judgement["logit"] is None else win_score(judgement["logit"])
+
+
+def win_score(margin: float) -> float:
+    """Return 1 for a margin above 0, 0 for one below, 1/2 for a tie."""
+    return 0.5 if margin == 0 else float(margin > 0)

@@ -54,4 +54,6 @@ class TrainConfig:
     gradient_checkpointing: bool
     compile_layers: bool
     checkpoint_every: int
+    evaluate_every: int
+    keep: Literal["last", "best"]
     seed: int

@@ -18,7 +18,7 @@ from schemas import Candidates, Examples, Pairs, Prompts, Reference, Selections,
 from schemas.tables import EXAMPLES
 from stages.data.files import check_demonstrations
 from stages.data.rows import ALL_WRONG, Row, RowsById, cutoff, equal_rewards, rows_by_prompt
-from stages.options import split_problems
+from stages.options import Split, split_problems
 from stages.training.agreement import drawn
 from stages.work import examples_work
 
@@ -83,7 +83,7 @@ def examples(
     reference: Reference | None = None,
     mismatched: Candidates | None = None,
     *,
-    split: Literal["train", "heldout"] = "train",
+    split: Split = "train",
     imitate: Imitate = "nothing",
     desirable: Desirable = "nothing",
     threshold: Finite | None = None,
