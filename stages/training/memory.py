@@ -7,6 +7,7 @@ from pipeline import InputStep
 from pipeline.costs import Change, Device, Need
 from stages.limits import KEPT_FRACTION
 from stages.network.memory import BF16, FP32, NetworkShape, fewer_tokens, logits_bytes, planned_shape
+from stages.ranking.memory import ranker_need
 
 MOMENTS = 2 * FP32  # AdamW's two means of a weight's gradient, in fp32
 MAX_RANKS = 64
@@ -58,7 +59,23 @@ def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], d
     # The whole network is loaded on each device before it is divided, and again on the first to be saved.
     if ranks > 1 and (at_save := weights + (FP32 * shape.parameters + MOMENTS * trained) / ranks) > sum(parts.values()):
         parts["loading"] = at_save - sum(parts.values())
+    kept_at_evaluation = parts["weights"] + parts["optimizer"] + copies
+    if (at_evaluation := _evaluation_bytes(options, inputs, device, kept_at_evaluation)) > sum(parts.values()):
+        parts["evaluation"] = at_evaluation - sum(parts.values())
     return Need(shape.parameters + added, options["dtype"], parts)
+
+
+def _evaluation_bytes(
+    options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device, kept: float
+) -> float:
+    """Return the memory of an evaluation during training: what is `kept` of the training, and the ranker; or 0.
+
+    Draws take less than a pass of training: their batches are of as many tokens, and keep keys and values alone.
+    """
+    if not options.get("evaluate_every") or options["by"] is None:
+        return 0.0
+    need = ranker_need(options, inputs, device)
+    return kept + (need.total if need else 0.0)
 
 
 def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
