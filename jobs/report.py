@@ -14,8 +14,8 @@ from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
+from stages.training.config import PROXY_WIN, VALIDATION
 
-PROXY_WIN = "validation/proxy_win"
 # Metrics that are plotted for all runs together, each with the label of its axis; the first come first on the page.
 CURVES = {
     PROXY_WIN: "validation proxy win rate",
@@ -305,7 +305,7 @@ def _plot_curves(
         if not curves:
             continue
         figure, axes = new_figure(2.8)
-        is_evaluated = metric.startswith("validation/")
+        is_evaluated = metric.startswith(VALIDATION)
         for run, points in curves.items():
             marker = "o" if len(points) == 1 or is_evaluated else None
             axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker, markersize=4)

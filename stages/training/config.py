@@ -12,6 +12,8 @@ from pipeline import Bound
 from stages.options import Precision, Rounding
 
 SPEED = "speed/"  # prefix of metrics that depend on the machine and go to the table `speeds`
+VALIDATION = "validation/"  # prefix of metrics of evaluations during training
+PROXY_WIN = VALIDATION + "proxy_win"
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ def optimize(
         for name, option in declared.options.model_fields.items()
         if name not in declared.execution and options[name] != option.default
     }
+    if by is not None:
+        changed["by"] = by.name  # whose options may be of this machine
     write_trained_card(ctx.folder / "model", init, method, changed, examples, outcome)
     policy = {
         "init": init.digest,

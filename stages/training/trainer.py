@@ -35,14 +35,14 @@ from stages.options import Precision
 from stages.results import number
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
-from stages.training.config import TermData, TrainConfig
+from stages.training.config import PROXY_WIN, TermData, TrainConfig
 from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
 from stages.training.live import LiveMetrics
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
-from stages.training.validation import PROXY_WIN, Validation
+from stages.training.validation import Validation
 
 PREFIXES = ("", "imitation/")  # of the metrics of each term
 UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
@@ -113,6 +113,9 @@ def train_policy(
     if state.step == 0 and mix and mix.metadata["uses_losses"]:
         _measure_excess_losses(range(len(terms)), terms, network, state)
     measure_every = mix.options[mix.metadata["measure_every"]] if mix and "measure_every" in mix.metadata else 0
+
+    evaluated = [past[PROXY_WIN] for past in state.history if PROXY_WIN in past]
+    latest = {PROXY_WIN: evaluated[-1]} if evaluated else {}  # for people who watch
 
     while state.step < steps:
         # Learning rate and batches of this step. A term of weight 0 is neither drawn nor forwarded.
@@ -194,12 +197,12 @@ def train_policy(
                 arguments = (state.step, terms[0].tokens_per_pass, base_is_reference)
                 figures |= validation.measure(network, config.dtype, *arguments)
             state.history.append({"step": float(state.step)} | figures)
+            latest = {PROXY_WIN: figures[PROXY_WIN]}
             is_best = config.keep == "best" and figures[PROXY_WIN] > state.best_win  # of equal ones, the first
             if is_best:
                 state.best_step, state.best_tokens, state.best_win = state.step, state.tokens, figures[PROXY_WIN]
         live.update(state.history)
-        evaluated = next((entry for entry in reversed(state.history) if PROXY_WIN in entry), {})
-        report_progress(state.step, steps, "steps", evaluated | entry)
+        report_progress(state.step, steps, "steps", entry | latest)
         if state.step < steps:
             if is_best:
                 checkpoints.save_best(state.step, network)

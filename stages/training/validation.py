@@ -27,9 +27,7 @@ from stages.ranking.judge import judge_prompt, win_of
 from stages.sampling.draws import draw_texts, unknown_ids_of
 from stages.sampling.engines import Request, Sampling
 from stages.sampling.engines.transformers import NetworkEngine
-
-PREFIX = "validation/"
-PROXY_WIN = PREFIX + "proxy_win"
+from stages.training.config import VALIDATION
 
 
 class Validation:
@@ -174,7 +172,7 @@ class Validation:
         }
         if ranker.abstains:
             figures["proxy_verdicts"] = mean(verdicts)
-        return {PREFIX + name: value for name, value in figures.items() if value is not None}
+        return {VALIDATION + name: value for name, value in figures.items() if value is not None}
 
     def _kl(
         self, network: PreTrainedModel, dtype: str, draws: list[tuple[Row, list[Row]]], tokens_per_pass: int
@@ -188,7 +186,7 @@ class Validation:
         logp = forward_rows(logp_of, network, rows, dtype, tokens_per_pass)
         with without_adapter(network):
             reference = forward_rows(logp_of, network, rows, dtype, tokens_per_pass)
-        return {PREFIX + "kl": float((logp - reference).mean(dtype="float64"))}
+        return {VALIDATION + "kl": float((logp - reference).mean(dtype="float64"))}
 
 
 def mean(values: Iterable[float | None]) -> float | None:
