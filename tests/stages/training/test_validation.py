@@ -1,5 +1,6 @@
 """Evaluation during training: what is measured and when, that training does not notice, and that the best is kept."""
 
+import json
 import warnings
 
 import numpy as np
@@ -7,8 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from jobs.console import figures_line
 from pipeline.context import Mirror
 from pipeline.store.fingerprints import DataPath
+from pipeline.store.store import METRICS_NOW
 from schemas import WinnowError, WinnowWarning, seed_for
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages.data.prompts import prompts
@@ -169,6 +172,23 @@ def test_evaluations_are_after_every_so_many_steps_and_the_last(tiny, imitated, 
     assert policy["steps"] == 5
     assert sorted(win_rates(metrics)) == [3, 5]
     assert sorted(step for step, name in metrics if name == "heldout/loss") == [3, 5]
+
+
+def test_the_win_rate_is_seen_while_training_runs(tiny, imitated, evaluated, tmp_path):
+    """The latest one on the console, after the first evaluation; each as a row of `metrics_now`."""
+    shown = {}
+
+    def report_progress(done, total, unit, figures):
+        shown[done] = figures_line(figures)
+
+    options = evaluated(objective="nll", batch_size=1, report_progress=report_progress)
+    _, metrics, _ = train(tiny, imitated.slice(0, 5), tmp_path, **options)
+    wins = win_rates(metrics)
+    assert "proxy" not in shown[1]
+    for step, latest in ((2, 2), (3, 2), (4, 4), (5, 5)):
+        assert f"validation proxy win {wins[latest]:.4g}" in shown[step]
+    rows = [json.loads(line) for line in (tmp_path / METRICS_NOW).read_text().splitlines()]
+    assert {row["step"]: row["validation/proxy_win"] for row in rows if "validation/proxy_win" in row} == wins
 
 
 def test_a_response_that_cannot_be_read_loses(tiny, imitated, evaluated, tmp_path, monkeypatch):
