@@ -1,5 +1,4 @@
--- Trainings that run now, at their latest step: loss, accuracy, margin, gradient norm, KL, the win rate of the latest
--- evaluation, and how long the rest takes.
+-- Trainings that run now, at their latest step: loss, accuracy, margin, win rate when last evaluated, and time left.
 WITH latest AS (
     SELECT stage, key, max(step) AS done_steps,
         coalesce(arg_max(value, step) FILTER (metric = 'loss'), arg_max(value, step) FILTER (metric = 'imitation/loss')) AS loss,

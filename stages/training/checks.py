@@ -190,6 +190,10 @@ def validation_problems(options: Mapping[str, Any], inputs: Mapping[str, InputSt
             f"evaluate_every: {every}, and {config.architecture} is an encoder-decoder, which no engine here samples "
             "from; set it to 0"
         )
+    if "examples" in inputs and inputs["examples"].stage == "ranker_examples":
+        problems.append(
+            f"evaluate_every: {every}, and the examples train a ranker, whose responses nothing judges; set it to 0"
+        )
     if options["world_size"] > 1:
         problems.append(
             f"evaluate_every: {every}, and `world_size: {options['world_size']}`: a network that is divided among "

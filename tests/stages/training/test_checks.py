@@ -160,6 +160,7 @@ def test_evaluations_that_cannot_be_made_are_refused(data_dir, tmp_path):
         (optimize(READ, **every), ["evaluate_split: validation", "`validation: 0.0`", "such as 0.1"]),
         (SPLIT | optimize(READ, world_size=2, **every), ["`world_size: 2`", "set world_size to 1"]),
         (SPLIT | optimize(READ | {"init": "reward_head"}, **every), ["`init` is a reward model"]),
+        (SPLIT | optimize(READ | {"examples": "ranker_examples"}, **every), ["the examples train a ranker"]),
         (SPLIT | optimize(READ | {"baseline": "eval_baseline"}, **every), ["prompts of split heldout, and"]),
         (SPLIT | optimize(READ | {"baseline": "targets"}, **every), ["evaluate_max_tokens: ", "of `sample`"]),
         (SPLIT | optimize(READ, evaluate_max_tokens=128, **every), ["evaluate_max_tokens: 128", "context of 128"]),
