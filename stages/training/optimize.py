@@ -170,14 +170,13 @@ def optimize(
     settings |= {option.name: getattr(config, option.name) for option in fields(config)}
     live = LiveMetrics(ctx.mirror, track, ctx.title, settings)
     validation = None
-    if evaluate_every:
+    if evaluate_every or keep == "best":
         from stages.training.validation import Validation
 
-        if prompts is None or baseline is None or evaluate_max_tokens is None:
+        if not evaluate_every or prompts is None or baseline is None or evaluate_max_tokens is None:
             raise WinnowError(
-                "evaluate_every: it needs `prompts`, `baseline` and `evaluate_max_tokens`; give all three"
+                "evaluations need `evaluate_every`, `prompts`, `baseline` and `evaluate_max_tokens`; give all four"
             )
-
         opening = partial(open_ranker, by or rankers.bind("pairwise"), ranker)
         validation = Validation(
             ctx, init, prompts, baseline, opening, split=evaluate_split, n=evaluate_n,
