@@ -20,7 +20,7 @@ from stages.data.texts import Conversation
 from stages.data.tokenizer import Tokenizer
 from stages.evaluation.evaluate import evaluate
 from stages.network.forward import forward_rows, logp_of
-from stages.network.load import checkpoint_layers, load_network
+from stages.network.load import checkpoint_layers, load_network, plain_layers
 from stages.ranking.base import Scorer
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ProgramScorer, ranker
@@ -239,6 +239,16 @@ def test_training_is_the_same_with_and_without(tiny, asked, declined, tmp_path, 
     assert len(win_rates(evaluated[1])) == plain[2]["steps"]
 
 
+def test_layers_are_wrapped_again_after_a_draw(tiny):
+    network = load_network(tiny, train=True)
+    checkpoint_layers(network)
+    wrapped = [vars(module).get("forward") for module in network.modules()]
+    with plain_layers(network):
+        assert not any(vars(module).get("forward") for module in network.modules())
+    assert [vars(module).get("forward") for module in network.modules()] == wrapped
+    assert any(wrapped)
+
+
 def test_the_ranker_takes_the_place_of_gradients(tiny, imitated, evaluated, tmp_path, monkeypatch):
     """It is opened when there are none, and closed before the next step."""
     networks: list = []
@@ -279,6 +289,17 @@ def test_the_best_policy_is_kept(tiny, asked, declined, imitated, derailed):
     assert policy["steps"] < max(wins)
     assert best > max(0.6, wins[max(wins)])
     assert figures_of(model, tiny, asked, declined)["proxy_win"] == pytest.approx(best, abs=1e-12)
+
+
+def test_the_best_adapter_is_kept(tiny, asked, declined, imitated, evaluated, tmp_path):
+    """Of a LoRA, whose weights alone are written; `init` beside it is as it was."""
+    options = DERAILED | {"lora_r": 4, "learning_rate": 2.0}
+    model, metrics, policy = train(tiny, imitated, tmp_path, **evaluated(**options))
+    wins = win_rates(metrics)
+    assert policy["steps"] == min(step for step, value in wins.items() if value == max(wins.values())) < max(wins)
+    assert figures_of(model, tiny, asked, declined)["proxy_win"] == pytest.approx(max(wins.values()), abs=1e-12)
+    (file,) = tmp_path.glob("checkpoint/best-*/*.safetensors")
+    assert file.stat().st_size < sum(weight.nbytes for weight in weights_of(tiny).values()) / 4
 
 
 def test_what_is_measured_of_the_saved_folder_is_of_the_best_policy(tiny, imitated, derailed):
