@@ -25,7 +25,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and new
 # Metrics of training that are shown while it runs, in this order, by the names that the table `metrics` has.
 FIGURES = {
     "loss": "loss", "imitation/loss": "imitation loss", "accuracy": "accuracy", "token_accuracy": "token accuracy",
-    "margin": "margin", "grad_norm": "gradient norm", "kl": "KL",
+    "margin": "margin", "grad_norm": "gradient norm", "kl": "KL", "validation/proxy_win": "validation proxy win",
 }  # fmt: skip
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 

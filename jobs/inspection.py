@@ -25,6 +25,7 @@ from schemas import Model, WinnowError, table_name
 from stages.network.models import replace_chat_templates, write_template_options
 
 DATA_STAGES = ("prompts", "preferences", "own_candidates")
+HELD_OUT = {"heldout": "held-out", "validation": "validation"}  # splits that are not trained on, as they are called
 QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 SCRIPTS = 5  # most frequent ones that are listed
 EXAMPLE = 80  # characters
@@ -74,10 +75,12 @@ def inspect_data(plan: Plan, words: int, overlap: float) -> pa.Table:
             findings += _lengths(step.name, tables)
             findings += _scripts(step.name, [row["text"] for row in prompts[step.name]])
     texts = {(name, split): [row["text"] for row in rows if row["split"] == split]
-             for name, rows in prompts.items() for split in ("train", "heldout")}  # fmt: skip
+             for name, rows in prompts.items() for split in ("train", *HELD_OUT)}  # fmt: skip
     for held in prompts:
         for trained in prompts:
-            findings += _duplicates(held, trained, texts[held, "heldout"], texts[trained, "train"], words, overlap)
+            for split in HELD_OUT:
+                check = f"{HELD_OUT[split]} prompts like train of {trained}"
+                findings += _duplicates(held, check, texts[held, split], texts[trained, "train"], words, overlap)
     return pa.Table.from_pylist([finding._asdict() for finding in findings], COLUMNS)
 
 
@@ -178,13 +181,12 @@ def _script(character: str) -> str:
 
 
 def _duplicates(
-    held: str, trained: str, heldout: list[str], train: list[str], words: int, overlap: float
+    held: str, check: str, heldout: list[str], train: list[str], words: int, overlap: float
 ) -> Iterator[Finding]:
     """Yield how many held-out prompts have a copy, or a near duplicate, among the prompts to train on."""
     if not heldout or not train:
         return
     matches = near_duplicates(heldout, train, words, overlap)
-    check = f"held-out prompts like train of {trained}"
     exact = [row for row in matches if row[2] == 1.0 and _words(heldout[row[0]]) == _words(train[row[1]])]
     near = [row for row in matches if row not in exact]
     for item, rows in (("the same words", exact), (f"at least {overlap:g} of {words}-grams of words", near)):

@@ -14,9 +14,11 @@ from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.store import Store
+from stages.training.config import PROXY_WIN, VALIDATION
 
-# Metrics that are plotted for all runs together, each with the label of its axis; the first two come first on the page.
+# Metrics that are plotted for all runs together, each with the label of its axis; the first come first on the page.
 CURVES = {
+    PROXY_WIN: "validation proxy win rate",
     "loss": "loss (nats)",
     "margin": "margin (nats)",
     "accuracy": "accuracy (fraction of pairs)",
@@ -25,6 +27,9 @@ CURVES = {
     "logp/rejected": "log-prob of rejected (nats)",
     "token_accuracy": "accuracy (fraction of tokens)",
     "kl": "KL estimate of the objective (nats)",
+    "validation/kl": "KL on validation prompts (nats)",
+    "validation/n_tokens": "length on validation prompts (tokens)",
+    "validation/proxy_unread": "validation responses not read (fraction)",
     "learning_rate": "learning rate",
     "tokens/saved": "tokens saved (fraction)",
     "pairs_per_second": "pairs per second",
@@ -67,6 +72,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     of_methods = [row for row in board.to_pylist() if row.get("seeds", 1) > 1]
     names = dict.fromkeys([row["run"] for row in leaderboard] + [row["run"] for row in curve_rows])
     colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
+    curves = _plot_curves(curve_rows, colors, query(catalog, KEPT).to_pylist())
     content = {
         "store": store.root.name,
         "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -81,7 +87,8 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "leaderboard_plot": _plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
         "kl_plot": _plot_win_against_kl(leaderboard, colors),
         "colors": colors,
-        "curves": _plot_curves(curve_rows, colors),
+        "curves": curves,
+        "first_curves": 3 if any(row["metric"] == PROXY_WIN for row in curve_rows) else 2,
         "runs": sections,
         "steps": page_table(query(catalog, STEPS).to_pylist()),
         "rejects": _query_table(catalog, "rejects"),
@@ -104,6 +111,13 @@ SELECT string_agg(DISTINCT runs.step, ', ' ORDER BY runs.step) AS step, stage, k
     any_value(rejects) AS rejects, any_value(seconds) AS seconds, any_value(tokens) AS tokens,
     any_value(ranker_calls) AS ranker_calls
 FROM runs LEFT JOIN steps USING (stage, key) GROUP BY stage, key ORDER BY any_value(made) NULLS LAST, step, key
+"""
+
+
+# Of each trained policy, the step after which it was saved.
+KEPT = """
+SELECT min(run || coalesce('@' || round, '')) AS run, any_value(steps) AS step
+FROM runs JOIN policies USING (stage, key) WHERE runs.step = 'optimize' GROUP BY stage, key
 """
 
 
@@ -278,9 +292,14 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
     return to_svg(figure, "held-out losses")
 
 
-def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str]:
-    """Plot each metric of training over the optimizer steps, all runs in one plot."""
-    plots = []
+def _plot_curves(
+    rows: list[dict[str, Any]], colors: dict[str, str], kept: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """Return the plot over the optimizer steps and the caption of each metric of training, all runs in one plot.
+
+    kept: the step of each run's saved policy, which has a star among its evaluations.
+    """
+    kept_steps, plots = {row["run"]: row["step"] for row in kept}, []
     for metric, label in CURVES.items():
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
@@ -289,12 +308,17 @@ def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str
         if not curves:
             continue
         figure, axes = new_figure(2.8)
+        is_evaluated = metric.startswith(VALIDATION)
         for run, points in curves.items():
-            marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker)
+            marker = "o" if len(points) == 1 or is_evaluated else None
+            axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker, markersize=4)
+            if is_evaluated and kept_steps.get(run) in dict(points):
+                best = kept_steps[run]
+                axes.plot(best, dict(points)[best], "*", color=colors[run], markersize=13, zorder=3)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(label)
-        plots.append(to_svg(figure, f"{label} of each run"))
+        caption = "Evaluations during training; a star: the policy that was saved." if is_evaluated else ""
+        plots.append((to_svg(figure, f"{label} of each run"), caption))
     return plots
 
 

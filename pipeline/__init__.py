@@ -5,11 +5,12 @@ running (config, execution, sql, store) are imported by their own names.
 """
 
 from pipeline.context import StageContext
-from pipeline.registry import EXECUTION, Bound, ExecutionEntries, Finite, Range, Registry
+from pipeline.registry import ADDED, EXECUTION, Bound, ExecutionEntries, Finite, Range, Registry
 from pipeline.stage import Columns, InputStep, stage, stages
 from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath, TemplatePath
 
 __all__ = [
+    "ADDED",
     "EXECUTION",
     "AdapterPath",
     "Bound",

@@ -46,6 +46,8 @@ Function = Callable[..., Any]
 PlainFunction = Callable[[Function, dict[str, Any]], tuple[tuple[str, ...], dict[str, Any]]]
 FROM_FILE = "python"  # name under which a function is named by `file` and `function`, without a decorator
 EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
+# Likewise beside the type. Without it, a new option would change the key of every result that does not use it.
+ADDED = "added when results were stored already: part of the identity only where it is not the default"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ ELSEWHERE = {
     "num_return_sequences": "n", "num_generations": "n", "best_of": "n", "n_samples_per_prompt": "n",
     "model": "path", "model_name_or_path": "path", "dataset_name": "dataset", "train_file": "path",
     "split": "dataset_split", "prompt_key": "prompt", "input_key": "prompt", "messages": "prompt",
-    "test_size": "heldout",
+    "test_size": "heldout", "eval_steps": "evaluate_every", "eval_strategy": "evaluate_every",
+    "load_best_model_at_end": "keep", "metric_for_best_model": "keep",
 }  # fmt: skip
 
 
@@ -157,6 +160,12 @@ class Entry:
         return frozenset(name for name, hint in hints.items() if EXECUTION in getattr(hint, "__metadata__", ()))
 
     @cached_property
+    def added(self) -> dict[str, Any]:
+        """Return the defaults of the options marked ADDED, by name."""
+        defaults = options_of(self.fn, lambda hint: ADDED in getattr(hint, "__metadata__", ()))()
+        return {name: getattr(defaults, name) for name in type(defaults).model_fields}
+
+    @cached_property
     def execution_entries(self) -> dict[str, frozenset[str]]:
         """Return the entries that are EXECUTION, by the name of the option that is a mapping of them."""
         hints = _option_hints(self.fn)
@@ -169,7 +178,11 @@ class Entry:
 
     def identity_of(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the options, and of mappings the entries, that decide the result."""
-        deciding = {name: value for name, value in options.items() if name not in self.execution}
+        deciding = {
+            name: value
+            for name, value in options.items()
+            if name not in self.execution and not (name in self.added and value == self.added[name])
+        }
         for name, entries in self.execution_entries.items():
             value = deciding.get(name) or {}
             deciding[name] = {entry: value[entry] for entry in value if entry not in entries} or None

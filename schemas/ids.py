@@ -104,11 +104,15 @@ def shard_of(prompt: str, shards: int) -> int:
     return int.from_bytes(_hash("shard", prompt, size=8), "little") % shards
 
 
-def split_of(text: str, heldout: float) -> str:
-    """Return `heldout` for a share `heldout` of all prompts' texts, else `train`: the same in every file and every run.
+def split_of(text: str, heldout: float, validation: float = 0.0) -> str:
+    """Return `heldout` or `validation` for these shares of all prompts' texts, else `train`.
 
-    Texts that differ in case or white space only are in the same split: a near copy of a training prompt is no test.
+    The same in every file and every run: the two are at opposite ends of the hashes, so that neither share changes
+    which prompts the other has. Texts that differ in case or white space only are in the same split: a near copy of a
+    training prompt is no test.
     """
     normalised = " ".join(text.casefold().split())
     point = int.from_bytes(_hash("split", normalised, size=8), "little") / 2**64
-    return "heldout" if point < heldout else "train"
+    if point < heldout:
+        return "heldout"
+    return "validation" if point > 1 - validation else "train"  # none for 0, even where a point is rounded to 1

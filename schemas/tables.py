@@ -38,7 +38,11 @@ PROMPTS = table(
     column("chat", pa.string(), "its chat messages and tools as JSON; null if it is one text", nullable=True),
     column("token_ids", TOKEN_IDS, "the prompt as the policy reads it: chat template applied, BOS exactly once"),
     column("rendered", pa.string(), "these ids as text, special tokens included", nullable=True),
-    column("split", pa.string(), "train or heldout, by hash of the text in lower case, white space as one space"),
+    column(
+        "split",
+        pa.string(),
+        "train, heldout or validation, by hash of the text in lower case, white space as one space",
+    ),
     column("demonstration", pa.string(), "a response to imitate; null if the data has none", nullable=True),
     column("demonstration_ids", TOKEN_IDS, "tokens of the demonstration, the one that ends it last", nullable=True),
     column(
@@ -231,14 +235,18 @@ POLICIES = table(
     column("init", pa.string(), "digest of the weights that training started from"),
     column("objective", pa.string(), "name and options of the loss"),
     column("parameters", pa.int64(), "number of the policy's weights; a LoRA is merged and adds none"),
-    column("steps", pa.int64(), "number of optimizer steps"),
-    column("tokens", pa.int64(), "tokens of its data, over all steps: a group's prompt once and each response"),
+    column("steps", pa.int64(), "optimizer steps after which the policy was saved"),
+    column("tokens", pa.int64(), "tokens of its data, over these steps: a group's prompt once and each response"),
 )
 METRICS = table(
     "metrics",
     "one row per metric per training step",
     column("step", pa.int32(), "optimizer steps done so far"),
-    column("metric", pa.string(), "name; prefixed with heldout/ if measured on held-out examples"),
+    column(
+        "metric",
+        pa.string(),
+        "name; prefixed with heldout/ if measured on held-out examples, validation/ on validation prompts",
+    ),
     column("value", pa.float64(), "value; losses and log-probs are in nats"),
 )
 SPEEDS = table(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 from pydantic import AfterValidator, BeforeValidator
 
-from pipeline import InputStep, Range
+from pipeline import ADDED, InputStep, Range
 
 
 def _by_token_id(bias: dict[str, float]) -> dict[str, float]:
@@ -27,7 +27,9 @@ SmallCount = Annotated[int, Range(gt=0, le=10**6)]  # where memory or time grow 
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
-HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their ids
+HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their texts
+ValidationShare = Annotated[HeldoutShare, ADDED]
+Split = Literal["train", "heldout", "validation"]
 Temperature = Annotated[float, Range(gt=0, le=2), BeforeValidator(_above_zero)]
 TopP = Annotated[float, Range(gt=0, le=1)]
 Penalty = Annotated[float, Range(ge=-2, le=2)]
@@ -40,14 +42,25 @@ Precision = Literal["float32", "bfloat16"]
 Rounding = Literal["nearest", "stochastic"]
 
 
-def split_problems(options: Mapping[str, Any], prompts: InputStep | None) -> list[str]:
-    """Return the problem of a stage that reads held-out prompts of a step that holds out none.
+def split_problems(options: Mapping[str, Any], prompts: InputStep | None, option: str = "split") -> list[str]:
+    """Return the problem of a stage that reads held-out or validation prompts of a step that holds out none.
+
+    option: the one that names the split.
 
     Without it, the error would come after sampling and training.
     """
-    if options.get("split") != "heldout" or prompts is None or prompts.options.get("heldout") != 0:
+    split = options.get(option)
+    if split not in ("heldout", "validation") or prompts is None or prompts.options.get(split) != 0:
         return []
-    return [
-        "split: heldout, and the step behind `prompts` holds out none (`heldout: 0.0`); set its `heldout`, or end the "
-        "run before the evaluation with `--until`"
-    ]
+    cure = "set its `heldout`, or end the run before the evaluation with `--until`"
+    if split == "validation":
+        cure = "set its `validation`, such as 0.1"
+    return [f"{option}: {split}, and the step behind `prompts` holds out none (`{split}: 0.0`); {cure}"]
+
+
+def share_problems(options: Mapping[str, Any]) -> list[str]:
+    """Return the problem of a data step that leaves no prompt to train on."""
+    heldout, validation = options["heldout"], options["validation"]
+    if heldout + validation < 1:
+        return []
+    return [f"validation: {validation} beside `heldout: {heldout}` leaves no prompt to train on; set it lower"]

@@ -23,11 +23,9 @@ CALLS = "calls"
 
 def prompts_work(options: Options, inputs: Inputs, work: Works) -> Work:
     """Return at most a prompt per row of the file, held out by hash: of each split, about its share."""
-    rows, heldout = most_rows(options.get("path")), float(options["heldout"])
-    splits = {
-        "train": Amount(rows and rows * (1 - heldout), "estimated"),
-        "heldout": Amount(rows and rows * heldout, "estimated"),
-    }
+    rows, shares = most_rows(options.get("path")), {name: float(options[name]) for name in ("heldout", "validation")}
+    shares["train"] = 1 - sum(shares.values())
+    splits = {name: Amount(rows and rows * share, "estimated") for name, share in shares.items()}
     return Work({"prompts": Amount(rows, "at most")}, splits=splits)
 
 

@@ -6,7 +6,8 @@ WITH trained AS (
 ),
 measured AS (
     SELECT run, trained.step, stage, key, replace(metric, 'heldout/', '') AS metric, value
-    FROM trained JOIN metrics USING (stage, key) WHERE starts_with(metric, 'heldout/')
+    FROM trained JOIN metrics USING (stage, key) LEFT JOIN policies USING (stage, key)
+    WHERE starts_with(metric, 'heldout/') AND metrics.step = coalesce(policies.steps, metrics.step) -- of what was saved
 ),
 sides AS (
     SELECT key, steps.inputs ->> 'candidates' AS origin, responses[pair.chosen + 1].candidate_id AS chosen,

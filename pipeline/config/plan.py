@@ -12,11 +12,11 @@ from typing import Any
 from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
-from pipeline.config.precision import mixed_precision, with_dtype
+from pipeline.config.precision import mixed_precision, registry_of, with_dtype
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import FROM_FILE, Bound, Entry, Registry, bound_entries, nearest
+from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import COMMAND, WinnowError
 
@@ -264,8 +264,8 @@ def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:
             continue
         try:
             for name, _, option in readers:
-                field = stages.entries[steps[name].get("use", name)].options.model_fields[option]
-                registry = next(item for item in field.metadata if isinstance(item, Registry))
+                registry = registry_of(stages.entries[steps[name].get("use", name)].options.model_fields[option])
+                assert registry is not None, f"{name}.{option} names a function, as its stage's `given_by` says"
                 if not (registry.plain and use == FROM_FILE):
                     registry.find(use)
         except WinnowError as error:

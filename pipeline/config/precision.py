@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from pipeline.config.layers import Origin
 from pipeline.config.recipe import Recipe
@@ -77,7 +78,7 @@ def _inherit(model: type[BaseModel], options: Mapping[str, Any], dtype: str) -> 
         if name == DTYPE and name not in options:
             options[name] = dtype
             paths.append(name)
-        registry = next(filter(None, map(_registry_in, (*field.metadata, field.annotation))), None)
+        registry = registry_of(field)
         written = options.get(name, field.default)
         function = {"name": written} if isinstance(written, str) else written
         if registry and isinstance(function, dict) and isinstance(function.get("name"), str):
@@ -89,8 +90,13 @@ def _inherit(model: type[BaseModel], options: Mapping[str, Any], dtype: str) -> 
     return options, paths
 
 
+def registry_of(field: FieldInfo) -> Registry | None:
+    """Return the registry whose functions an option can name, or None."""
+    return next(filter(None, map(_registry_in, (*field.metadata, field.annotation))), None)
+
+
 def _registry_in(hint: Any) -> Registry | None:
-    """Return the registry whose functions an option can name, `Annotated[Bound, registry]`, or None."""
+    """Return the registry in a type, which is `Annotated[Bound, registry]` somewhere in it, or None."""
     if isinstance(hint, Registry):
         return hint
     return next(filter(None, map(_registry_in, get_args(hint))), None)

@@ -312,9 +312,11 @@ def check_not_empty(
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["rejects"].items()))
     empty = " and ".join(table for table, count in rows.items() if not count)
-    split = f" of split {options['split']}: see `heldout` of the data" if "split" in options else ""
+    split = options.get("split")
+    share = "validation" if split == "validation" else "heldout"
+    of_split = f" of split {split}: see `{share}` of the data" if split else ""
     if reasons:
         details = (detail for detail in rejects()["detail"].to_pylist() if detail)
         example = f"; of the first: {detail}" if (detail := next(details, "")) else ""
         raise WinnowError(f"{name}: every row of {empty} was rejected ({reasons}{example})")
-    raise WinnowError(f"{name}: {empty} would be empty, because the step's inputs have no rows{split}")
+    raise WinnowError(f"{name}: {empty} would be empty, because the step's inputs have no rows{of_split}")

@@ -15,15 +15,16 @@ from stages.data.prompts import DataTables, check_system_prompt
 from stages.data.rows import Row, label_threshold
 from stages.data.texts import Conversation, number_of, prompt_with, reply_of, tools_of
 from stages.data.trainer_formats import candidate_reader
-from stages.options import Count, HeldoutShare, Prefill, TooLong
+from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 
 
 def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     reward, probability = options["reward"], options["probability"]
     if options["reader"] is not None:
         defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
-        return check_no_columns(options, **defaults) or check_system_prompt(options, inputs) + check_reader(options)
-    problems = check_system_prompt(options, inputs)
+        problems = check_no_columns(options, **defaults) or check_system_prompt(options, inputs) + check_reader(options)
+        return share_problems(options) + problems
+    problems = share_problems(options) + check_system_prompt(options, inputs)
     if reward is not None and probability is not None:
         problems.append(
             f"`reward` is {reward!r} and `probability` is {probability!r}, but only one of them can be read; unset the "
@@ -54,6 +55,7 @@ def own_candidates(
     input: str | None = None,
     reader: Annotated[Bound, candidate_reader] | None = None,
     heldout: HeldoutShare = 0.0,
+    validation: ValidationShare = 0.0,
     max_tokens: Count = 1024,
     too_long: TooLong = "reject",
     prefill: Prefill = "reject",
@@ -75,7 +77,10 @@ def own_candidates(
     """
     column = reward or probability or ""
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill, system_prompt=system_prompt)
+    data = DataTables(
+        tokenizer, heldout, max_tokens, validation=validation, too_long=too_long, prefill=prefill,
+        system_prompt=system_prompt,
+    )  # fmt: skip
     columns, optional = [name for name in (prompt, response, column, system, input) if name], list[str]()
     if reader is not None:
         reader = candidate_reader.bind(reader)

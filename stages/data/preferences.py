@@ -13,14 +13,16 @@ from stages.data.formats import pairs_of, preference_reader
 from stages.data.prompts import DataTables, check_system_prompt
 from stages.data.rows import Row
 from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
-from stages.options import Count, HeldoutShare, Prefill, TooLong
+from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 from stages.work import preferences_work
 
 
 @stage(
     version=5,
     unsharded=True,
-    check=lambda options, inputs: check_system_prompt(options, inputs) + check_reader(options),
+    check=lambda options, inputs: (
+        share_problems(options) + check_system_prompt(options, inputs) + check_reader(options)
+    ),
     cost=Cost(work=preferences_work),
 )
 def preferences(
@@ -35,6 +37,7 @@ def preferences(
     reader: Annotated[Bound, preference_reader] = "columns",  # type: ignore[assignment]
     system_prompt: str | None = None,
     heldout: HeldoutShare = 0.2,
+    validation: ValidationShare = 0.0,
     max_tokens: Count = 1024,
     too_long: TooLong = "reject",
     prefill: Prefill = "reject",
@@ -44,14 +47,18 @@ def preferences(
     A row with a ranking of more than two responses gives the pairs that the reader's option `pairs` names. `subset` is
     a configuration of the data set, or a folder in it. Rows that are no pair are rejected with a reason. So are
     responses longer than `max_tokens`: one that is cut is not what was preferred, and has no end (`too_long: cut`
-    keeps it). Ids, `system_prompt` and `prefill` are as in stage `prompts`.
+    keeps it). Ids, `system_prompt`, `prefill` and `validation` are as in stage
+    `prompts`.
 
     A response may be several turns, with calls and results of tools: the column `mask` says which ids the assistant
     wrote, and they alone are trained on and scored. Rejected are those whose turns the chat template renders
     differently once others follow.
     """
     reader = preference_reader.bind(reader)
-    data = DataTables(tokenizer, heldout, max_tokens, too_long=too_long, prefill=prefill, system_prompt=system_prompt)
+    data = DataTables(
+        tokenizer, heldout, max_tokens, validation=validation, too_long=too_long, prefill=prefill,
+        system_prompt=system_prompt,
+    )  # fmt: skip
     pairs: list[Row] = []
     source = DataSource(path, dataset, revision, subset, dataset_split)
     for location, row, pair in source.reader_results(ctx, reader, pairs_of):

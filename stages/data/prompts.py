@@ -28,13 +28,17 @@ from stages.data.texts import (
     tools_of,
 )
 from stages.limits import context_length
-from stages.options import Count, HeldoutShare, Prefill, TooLong
+from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 from stages.work import prompts_work
 
 SYSTEM_ROLES = ("system", "developer")
 
 
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    return share_problems(options) + _column_problems(options, inputs)
+
+
+def _column_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     reader, demonstration = options["reader"], options["demonstration"]
     if reader is None:
         columns = [options[name] for name in ("prompt", "demonstration", "system", "input") if options[name]]
@@ -101,6 +105,7 @@ def prompts(
     keep: list[str] = [],  # noqa: B006
     reader: Annotated[Bound, preference_reader] | None = None,
     heldout: HeldoutShare = 0.2,
+    validation: ValidationShare = 0.0,
     max_tokens: Count = 1024,
     prefill: Prefill = "reject",
 ) -> Prompts:
@@ -113,7 +118,8 @@ def prompts(
     Columns in `keep` stay with the prompt, as text or JSON, for programs that score responses by them, such as
     `math_answer`; a row without one of them is rejected.
     A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
-    a copy of it in another case or spacing.
+    a copy of it in another case or spacing. `validation` is the share that is held out apart, in the same way, for
+    evaluations during training: what chooses a policy is then not what judges it.
 
     Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
     are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless
@@ -121,7 +127,9 @@ def prompts(
     cutting it would remove its end; its prompt stays.
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
-    data = DataTables(tokenizer, heldout, max_tokens, prefill=prefill, system_prompt=system_prompt)
+    data = DataTables(
+        tokenizer, heldout, max_tokens, validation=validation, prefill=prefill, system_prompt=system_prompt
+    )
     results: Iterator[tuple[str, Row, PreferencePair | ValueError | None]]
     if reader is None:
         columns = [name for name in (prompt, demonstration, system, input, *keep) if name]
@@ -194,6 +202,7 @@ class DataTables:
         heldout: float,
         max_tokens: int,
         *,
+        validation: float = 0.0,
         too_long: TooLong = "reject",
         prefill: Prefill = "reject",
         system_prompt: str | None = None,
@@ -211,7 +220,8 @@ class DataTables:
                     "step of stage `model` to a template with system messages"
                 ) from None
         self.context = context_length(model.folder)
-        self.heldout, self.max_tokens, self.too_long, self.prefill = heldout, max_tokens, too_long, prefill
+        self.heldout, self.validation = heldout, validation
+        self.max_tokens, self.too_long, self.prefill = max_tokens, too_long, prefill
         self.prompts_by_id: dict[str, Row] = {}
         self.known_prompts: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
         self.candidates_by_id: dict[str, Row] = {}
@@ -227,7 +237,7 @@ class DataTables:
     def prompt_row(self, conversation: Conversation) -> Row:
         """Return the row of a prompt, without a demonstration."""
         # By the text of the file: the same prompts are held out with every system prompt.
-        split = split_of(readable(conversation.content, conversation.tools), self.heldout)
+        split = split_of(readable(conversation.content, conversation.tools), self.heldout, self.validation)
         conversation = self.with_system_prompt(conversation)
         content, tools = conversation.content, conversation.tools
         if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":

@@ -25,6 +25,7 @@ from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import Row, column_by_id, fields_of, rows_by_prompt, text_by_id
 from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
+from stages.ranking.judge import win_of, win_score
 from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_program
 from stages.ranking.verifiers import code_tests, instruction_share, instructions, json_schema, math_answer
 from stages.results import number
@@ -63,7 +64,6 @@ METRICS = (
     "proxy_unread",
     "gold_gain",
 )
-UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 
 @stage(
@@ -135,11 +135,7 @@ def evaluate(
     matches: dict[str, list[Match]] = {"proxy_win": [], "gold_win": []}
     for row in (row for _, group in rows_by_prompt(candidates) for row in group):
         name, judged = row["candidate_id"], judgements_by_candidate.pop(row["candidate_id"], [])
-        wins = {
-            match["baseline_id"]: UNREAD_WINS[match["unread"]] if match["unread"] else _win_score(match["logit"])
-            for match in judged
-            if match["unread"] or match["logit"] is not None
-        }
+        wins = {match["baseline_id"]: win for match in judged if (win := win_of(match)) is not None}
         outcome = dict(prompt_id=row["prompt_id"], k=row["k"], candidate_id=name, n_tokens=row["n_tokens"])
         outcome["proxy_verdicts"] = _mean(match["logit"] is not None for match in judged)
         outcome["proxy_unread"] = _mean(match["unread"] is not None for match in judged)
@@ -152,7 +148,7 @@ def evaluate(
             }
             outcome["gold_baseline"] = _mean(golds.values())
             outcome["gold_gain"] = outcome["gold"] - outcome["gold_baseline"] if golds else None
-            gold_wins = {opponent: _win_score(outcome["gold"] - value) for opponent, value in golds.items()}
+            gold_wins = {opponent: win_score(outcome["gold"] - value) for opponent, value in golds.items()}
         for metric, by_opponent in (("proxy_win", wins), ("gold_win", gold_wins)):
             outcome[metric] = _mean(by_opponent.values())
             matches[metric] += [
@@ -205,10 +201,6 @@ def score_by_gold(
     arguments = (fields,) if gold.metadata.get("reads_fields") else ()
     score = gold(prompt, candidate["raw_text"] if use_raw else candidate["text"], *arguments)
     return number(gold, score, of=f"prompt {candidate['prompt_id']}, candidate {candidate['candidate_id']}")
-
-
-def _win_score(margin: float) -> float:
-    return 0.5 if margin == 0 else float(margin > 0)
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -3,7 +3,8 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,18 @@ def checkpoint_layers(network: PreTrainedModel) -> None:
         )
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def plain_layers(network: PreTrainedModel) -> Iterator[None]:
+    """Let layers run inside as transformers has them: neither checkpointed nor compiled, which is for training."""
+    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    wrapped = {layer: vars(layer).pop("forward") for layer in layers if "forward" in vars(layer)}
+    try:
+        yield
+    finally:
+        for layer, forward in wrapped.items():
+            layer.forward = forward
 
 
 def compile_layers(network: PreTrainedModel) -> None:

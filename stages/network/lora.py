@@ -1,5 +1,7 @@
 """LoRA (arXiv:2106.09685), by peft: beside a frozen W is alpha / rank B A, and B and A alone are trained."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -89,6 +91,19 @@ def train_adapter(network: PreTrainedModel, rank: int, alpha: float | None, targ
         raise WinnowError(*(problem + cure for problem in problems))
     for name, weight in network.named_parameters():
         weight.requires_grad_(f".{ADAPTER}" in name)
+
+
+@contextmanager
+def without_adapter(network: PreTrainedModel) -> Iterator[None]:
+    """Let the network be the one inside that its adapter was added to."""
+    layers = [layer for layer in network.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # and trainable again
 
 
 def save_adapter(network: PreTrainedModel, folder: Path, base: str) -> None:

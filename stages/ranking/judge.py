@@ -1,5 +1,6 @@
 """Stage `judge`: a policy's held-out responses against the baseline policy's, by the proxy ranker."""
 
+from collections.abc import Sequence
 from itertools import product
 from math import isnan
 from typing import Annotated, Literal
@@ -11,15 +12,18 @@ from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import ReadingPair, Unreadable, both_orders, read_candidates, reads_per_pair
+from stages.ranking.base import Ranker, ReadingPair, Unreadable, both_orders, read_candidates, reads_per_pair
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
 
+Matches = Literal["all", "same_k"]
+UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
+
 
 @stage(
-    version=5,
+    version=6,
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
@@ -33,7 +37,7 @@ def judge(
     ranker: Model | None = None,
     *,
     by: Annotated[Bound, rankers] = "pairwise",  # type: ignore[assignment]
-    matches: Literal["all", "same_k"] = "all",
+    matches: Matches = "all",
     special_tokens: bool = False,
 ) -> Judgements:
     """Compute logit P(candidate beats a baseline response to the same prompt), both orders averaged.
@@ -42,52 +46,90 @@ def judge(
     error that unbiased use of the draws has (Hoeffding 1948), or only against the one with the same k, which asks the
     ranker less often by the number of draws. With `special_tokens`, text is read with the special tokens inside it. The
     logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it cannot read a
-    response: `unread` then says whose; of two that do not fit its context together, the longer. The table `rejects`
-    has each such response once, with the reason.
+    response: `unread` then says whose; of two that do not fit its context together, the longer, or both if their
+    lengths are equal. A reward model reads each response alone, and both are unread where neither fits. The table
+    `rejects` has each such response once, with the reason.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
     baseline_by_prompt = dict(rows_by_prompt(baseline))
     rows: list[Row] = []
     for prompt, group in rows_by_prompt(candidates):
-        context, opponents = prompt_by_id[prompt]["text"], baseline_by_prompt.get(prompt, [])
+        opponents = baseline_by_prompt.get(prompt, [])
         if not opponents:
             ctx.reject("no baseline response", place="baseline", prompt=prompt, detail=f"{len(group)} responses")
-        readings, opponent_readings = (
-            read_candidates(opened, prompt_by_id[prompt], side, special_tokens) for side in (group, opponents)
+        judgements, calls, unread = judge_prompt(
+            opened, prompt_by_id[prompt], group, opponents, matches, special_tokens
         )
-        # Once per response, and not per opponent.
-        for place, read in (("candidates", readings), ("baseline", opponent_readings)):
-            for name, reading in read.items():
-                if isinstance(reading, Unreadable):
-                    ctx.reject(reading.reason, place=place, prompt=prompt, candidate=name)
-        too_long: dict[str, tuple[str, Row]] = {}  # response -> where it is, and the first that it does not fit with
-        met: list[tuple[Row, ReadingPair]] = []
-        for row, opponent in product(group, opponents):
-            if matches == "same_k" and row["k"] != opponent["k"]:
-                continue
-            pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
-            judgement = dict(prompt_id=prompt, k=row["k"], candidate_id=row["candidate_id"])
-            judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
-            rows.append(judgement)
-            unreadable = [isinstance(reading, Unreadable) for reading in pair]
-            if any(unreadable):
-                judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
-            elif opened.fits(context, *pair):
-                met.append((judgement, pair))
-            else:
-                is_longer = opponent["n_tokens"] > row["n_tokens"]
-                longer, other = (opponent, row) if is_longer else (row, opponent)
-                judgement["unread"] = "baseline" if is_longer else "candidate"
-                too_long.setdefault(longer["candidate_id"], ("baseline" if is_longer else "candidates", other))
-        for name, (place, other) in too_long.items():
-            detail = f"together with {other['candidate_id']}"
-            ctx.reject(Unreadable.reason, place=place, prompt=prompt, candidate=name, detail=detail)
-
-        ctx.count(ranker_calls=len(met) * reads_per_pair(opened, "both"))
-        logits, *_ = both_orders(opened, context, [pair for _, pair in met], "both")
-        for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
-            judgement["logit"] = None if opened.abstains and isnan(logit) else logit
+        ctx.count(ranker_calls=calls)
+        for name, (place, reason, detail) in unread.items():
+            ctx.reject(reason, place=place, prompt=prompt, candidate=name, detail=detail)
+        rows += judgements
     ctx.count(unread_responses=sum(row["unread"] is not None for row in rows))
     opened.finish_part(ctx)
     return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
+
+
+def judge_prompt(
+    ranker: Ranker,
+    prompt: Row,
+    candidates: Sequence[Row],
+    baseline: Sequence[Row],
+    matches: Matches = "all",
+    special_tokens: bool = False,
+) -> tuple[list[Row], int, dict[str, tuple[str, str, str]]]:
+    """Judge each match of a prompt's candidates with its baseline; the ranker is asked about all in one call.
+
+    Returns the rows of `judgements`, how often the ranker read, and of each response that it could not read, by id:
+    whose it is, the reason and a detail.
+    """
+    readings, opponent_readings = (
+        read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
+    )
+    unread = {
+        name: (place, reading.reason, "")
+        for place, side in (("candidates", readings), ("baseline", opponent_readings))
+        for name, reading in side.items()
+        if isinstance(reading, Unreadable)
+    }
+    rows: list[Row] = []
+    met: list[tuple[Row, ReadingPair]] = []
+    for row, opponent in product(candidates, baseline):
+        if matches == "same_k" and row["k"] != opponent["k"]:
+            continue
+        pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
+        judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
+        judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
+        rows.append(judgement)
+        unreadable = [isinstance(reading, Unreadable) for reading in pair]
+        if any(unreadable):
+            judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
+        elif ranker.fits(prompt["text"], *pair):
+            met.append((judgement, pair))
+        else:
+            excess = opponent["n_tokens"] - row["n_tokens"]
+            judgement["unread"] = "both" if not excess else "baseline" if excess > 0 else "candidate"
+            for place, one, other in (("candidates", row, opponent), ("baseline", opponent, row)):
+                if one["n_tokens"] >= other["n_tokens"]:  # once, however many it does not fit with
+                    detail = f"together with {other['candidate_id']}"
+                    unread.setdefault(one["candidate_id"], (place, Unreadable.reason, detail))
+
+    logits, *_ = both_orders(ranker, prompt["text"], [pair for _, pair in met], "both")
+    for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
+        judgement["logit"] = None if ranker.abstains and isnan(logit) else logit
+    return rows, len(met) * reads_per_pair(ranker, "both"), unread
+
+
+def win_of(judgement: Row) -> float | None:
+    """Return 1 for a win, 0 for a loss, 1/2 for a tie; None without a verdict.
+
+    A response that the ranker could not read loses to one that it could.
+    """
+    if judgement["unread"]:
+        return UNREAD_WINS[judgement["unread"]]
+    return None if judgement["logit"] is None else win_score(judgement["logit"])
+
+
+def win_score(margin: float) -> float:
+    """Return 1 for a margin above 0, 0 for one below, 1/2 for a tie."""
+    return 0.5 if margin == 0 else float(margin > 0)

@@ -10,7 +10,7 @@ from schemas.tables import EXAMPLES
 from stages.data.rows import Row, text_by_id
 from stages.data.texts import conversation_of, reply_of_candidate
 from stages.limits import context_length
-from stages.options import Seed, split_problems
+from stages.options import Seed, Split, split_problems
 from stages.ranking.base import PairFormat
 
 
@@ -22,7 +22,7 @@ def ranker_examples(
     tokenizer: Model,
     ctx: StageContext,
     *,
-    split: Literal["train", "heldout"] = "train",
+    split: Split = "train",
     format: PairFormat | None = None,
     labels: Literal["both", "right"] = "both",
     seed: Seed = 0,

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pyarrow as pa
 
@@ -20,7 +20,7 @@ from stages.data.rows import Row
 from stages.data.texts import is_continued
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
+from stages.model_config import generation_problems, input_problems, planned_config
 from stages.options import (
     Count,
     LogitBias,
@@ -31,12 +31,14 @@ from stages.options import (
     Seed,
     Share,
     SmallCount,
+    Split,
     Temperature,
     Texts,
     TokenIds,
     TopP,
     split_problems,
 )
+from stages.sampling.draws import draw_texts, ids_before_end, unknown_ids_of
 from stages.sampling.engines import POLICY_ITSELF, Completion, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
@@ -209,7 +211,7 @@ def sample(
     ctx: StageContext,
     head: Heads | None = None,
     *,
-    split: Literal["train", "heldout"] = "train",
+    split: Split = "train",
     engine: AnyEngine = "vllm",
     engine_options: EngineOptions = None,
     dtype: Precision = "float32",
@@ -278,7 +280,7 @@ def sample(
     tokenizer = ctx.open_once(Tokenizer, policy)
     # A padded vocabulary has ids of no token. A draw of one is rejected and not masked: a mask would change the law
     # that `logp` is under, and cost time in every step of every engine, for what a trained model hardly ever draws.
-    unknown_ids = {*range(ModelConfig(policy.folder).vocabulary or 0)} - {*tokenizer.inner.get_vocab().values()}
+    unknown_ids = unknown_ids_of(policy, tokenizer)
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
     refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
@@ -347,24 +349,15 @@ def sample(
             detail = f"id {min(unknown)} of {ids}"
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue
-        inside = ids[:-1] if completion.finish_reason == "stop" else ids
-        continues = is_continued(row)
-        is_special = not tokenizer.special_tokens.keys().isdisjoint(inside)
+        try:
+            text, raw_text, rest = draw_texts(tokenizer, completion, sampling.stop, is_continued(row))
+        except ValueError as error:
+            ctx.reject(str(error), place=f"k={k}", prompt=prompt, detail=repr(ids))
+            continue
         if completion.finish_reason == "stop_string":
-            try:
-                text, rest = tokenizer.decode_before(ids, sampling.stop, continues=continues)
-                raw_text = None
-                if is_special:
-                    raw_text, _ = tokenizer.decode_before(ids, sampling.stop, special_tokens=True, continues=continues)
-            except ValueError as error:
-                ctx.reject(str(error), place=f"k={k}", prompt=prompt, detail=repr(ids))
-                continue
             ctx.count(stop_strings=1, stop_strings_inside_a_token=bool(rest))
-        else:
-            text = tokenizer.decode(inside, continues=continues)
-            raw_text = tokenizer.decode(inside, special_tokens=True, continues=continues) if is_special else None
-        if is_special and not refused_ids.isdisjoint(inside):
-            ctx.reject("special token in the response", place=f"k={k}", prompt=prompt, detail=raw_text or "")
+        if raw_text is not None and not refused_ids.isdisjoint(ids_before_end(completion)):
+            ctx.reject("special token in the response", place=f"k={k}", prompt=prompt, detail=raw_text)
             continue
         if not text.strip() and not keep_empty:
             ctx.reject("empty response", place=f"k={k}", prompt=prompt, detail=repr(ids))

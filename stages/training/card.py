@@ -53,7 +53,7 @@ def write_trained_card(
     lines = ["", f"# {kind} trained by Winnow", "", *markdown_table(("", ""), facts.items()), ""]
     lines += ["## Options of the training", "", "Those that are not defaults.", ""]
     lines += [*markdown_table(("option", "value"), changes), "", "## Figures of the training", ""]
-    lines += ["Of the first and the last step that have them; `heldout/` is of what was saved.", ""]
+    lines += ["Of the first and the last step that have them; the last of `heldout/` are of what was saved.", ""]
     lines += markdown_table(("metric", "first", "last"), measured)
     text = "\n".join(lines)
     write_card(folder, text + "\n", metadata)

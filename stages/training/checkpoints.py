@@ -4,6 +4,8 @@ import json
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,11 @@ class TrainState:
     batches_taken: list[int] = field(default_factory=lambda: [0, 0])  # by each term
     excess_losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # each term's last loss minus its optimum
     tokens: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # one entry per step
+    history: list[dict[str, float]] = field(default_factory=list)  # one entry per step, and one per evaluation
+    # With `keep: best`: the best evaluation so far, the tokens until then, and its proxy win rate.
+    best_step: int = 0
+    best_tokens: int = 0
+    best_win: float = -1.0
 
 
 def trained_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -39,10 +45,11 @@ def trained_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 class Checkpoints:
-    """Last complete states of a run, in `checkpoint/step-...` of the stage's folder.
+    """Last complete states of a run, in `checkpoint/step-...` of the stage's folder; best weights in `best-...` there.
 
     Trained weights and Adam's moments are safetensors, each rank's its shards; the rest is JSON, which lists those
-    files with their sizes and is written last.
+    files with their sizes and is written last. The best weights are there before a state that names them, and are
+    dropped after the last one that does.
     """
 
     def __init__(self, mirror: Mirror, dist: Distributed) -> None:
@@ -62,37 +69,52 @@ class Checkpoints:
         self.mirror("checkpoint/out_of_memory")
 
     def save(self, state: TrainState, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint of all ranks, and delete all but the last two."""
+        """Write a checkpoint of all ranks; delete all but the last two, and best weights that none of these names."""
+        self._write(f"step-{state.step:08d}", _tensors(network, optimizer), asdict(state))
+        if self.dist.rank == 0:
+            steps = sorted(self.folder.glob("step-*"))
+            best = {f"best-{(_record(step) or {}).get('best_step', 0):08d}" for step in steps[-CHECKPOINTS:]}
+            olds = [old for old in sorted(self.folder.glob("best-*")) if old.name not in best]
+            for old in (*steps[:-CHECKPOINTS], *olds):
+                self.mirror.drop(f"checkpoint/{old.name}")
+        self.dist.barrier()
+
+    def save_best(self, step: int, network: torch.nn.Module) -> None:
+        """Write the trained weights as those of the best evaluation so far, before the checkpoint that says so."""
+        self._write(f"best-{step:08d}", _weights(network), {})
+
+    def load_best(self, step: int, network: torch.nn.Module) -> None:
+        """Fill the network with the weights that `save_best` wrote after this step."""
+        with torch.no_grad():
+            reader = HuggingFaceStorageReader(str(self.folder / f"best-{step:08d}"))
+            load(_weights(network), storage_reader=reader, no_dist=self.dist.world_size == 1)
+
+    def _write(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         scratch = self.folder / ".writing"
         if self.dist.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         self.dist.barrier()
         writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-        save(_tensors(network, optimizer), storage_writer=writer, no_dist=self.dist.world_size == 1)
+        save(tensors, storage_writer=writer, no_dist=self.dist.world_size == 1)
         if self.dist.rank == 0:
             files = {file.name: file.stat().st_size for file in scratch.iterdir()}
-            (scratch / "state.json").write_text(json.dumps(asdict(state) | {"files": files}))
-            target = self.folder / f"step-{state.step:08d}"
+            (scratch / "state.json").write_text(json.dumps(record | {"files": files}))
+            target = self.folder / name
             shutil.rmtree(target, ignore_errors=True)  # an incomplete one
             scratch.rename(target)
-            self.mirror(f"checkpoint/{target.name}")
-            for old in sorted(self.folder.glob("step-*"))[:-CHECKPOINTS]:
-                self.mirror.drop(f"checkpoint/{old.name}")
+            self.mirror(f"checkpoint/{name}")
         self.dist.barrier()
 
     def restore(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
         """Return the state of the newest complete checkpoint, with weights and moments filled in place; else a new one.
 
-        An incomplete checkpoint is passed over with a warning.
+        An incomplete checkpoint, or one whose best weights are, is passed over with a warning.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                state = json.loads((folder / "state.json").read_text())
-                complete = all((folder / name).stat().st_size == size for name, size in state.pop("files").items())
-            except (OSError, ValueError, KeyError):
-                complete = False
-            if complete:
+            state = _record(folder)
+            best = state and state.get("best_step", 0)
+            if state is not None and (not best or _record(self.folder / f"best-{best:08d}") is not None):
                 break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
             warnings.warn(message, WinnowWarning, stacklevel=2)
@@ -107,11 +129,25 @@ class Checkpoints:
         return TrainState(**state)
 
 
+def _record(folder: Path) -> dict[str, Any] | None:
+    """Return what was written beside the tensors of a folder; None if one of its files is missing or cut."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        complete = all((folder / name).stat().st_size == size for name, size in record.pop("files").items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if complete else None
+
+
+def _weights(network: torch.nn.Module) -> dict[str, Tensor]:
+    """Return trained weights by name: the tensors themselves, so that loading fills them."""
+    return {f"weights.{name}": weight.detach() for name, weight in trained_weights(network).items()}
+
+
 def _tensors(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return weights and moments by name: the tensors themselves, so that loading fills them."""
-    tensors: dict[str, Tensor] = {}
+    """Return weights and moments, as `_weights` does."""
+    tensors = _weights(network)
     for name, weight in trained_weights(network).items():
-        tensors[f"weights.{name}"] = weight.detach()
         for kind, value in optimizer.state[weight].items():
             tensors[f"moments.{name}.{kind}"] = value
     return tensors

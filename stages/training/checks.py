@@ -1,10 +1,15 @@
 """Inputs that a loss reads, checked against the steps that a plan has and against the tables that training gets."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline import Bound, InputStep
-from stages.model_config import input_problems, planned_output
+from schemas import WinnowWarning
+from stages.model_config import input_problems, planned_config, planned_context, planned_output
+from stages.options import split_problems
+from stages.ranking.rankers import ranker_for, reads_its_model
+from stages.sampling.engines.options import name_of
 from stages.training.objectives import nll
 from stages.training.trackers import tracker_problems
 
@@ -13,6 +18,14 @@ LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
 # What a loss may read, by the input or the option of `examples` that provides it.
 INPUTS = {"reference": "a reference", "pairs": "pairs", "mismatched": "mismatched rows"}
 OPTIONS = {"imitate": "responses with a weight", "desirable": "unpaired labels"}
+
+
+# Options of evaluations during training with their defaults, and what else only these read.
+EVALUATION = {
+    "evaluate_split": "validation", "evaluate_n": 1, "evaluate_temperature": 1.0, "evaluate_max_tokens": None,
+    "evaluate_stop": None, "evaluate_stop_token_ids": None, "by": None, "keep": "last",
+}  # fmt: skip
+EVALUATED = ("prompts", "baseline", "ranker")
 
 
 def trains_scores(objective: Bound, nll_weight: float) -> bool:
@@ -102,6 +115,8 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
             f"responses) to share; set world_size to {options['batch_size']} at most"
         )
 
+    problems += validation_problems(options, inputs)
+
     # Inputs of a mix, and the option that its decorator names.
     interval = mix.metadata.get("measure_every") if mix else None
     if mix and interval is not None and not isinstance(mix.options.get(interval), int):
@@ -132,4 +147,97 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
                 f"dtype: {options['dtype']}, and the reference is scored in {reference.options['dtype']}; "
                 "set both to the same"
             )
+    return problems
+
+
+def validation_choices(inputs: Mapping[str, InputStep]) -> dict[str, Any]:
+    """Return options of evaluations that follow from their inputs: the kind of ranker, and what ends a response."""
+    choices: dict[str, Any] = {}
+    if "ranker" in inputs:
+        choices["by"] = ranker_for(inputs).get("by", "pairwise")
+    if "baseline" in inputs:
+        ends = {name: inputs["baseline"].options.get(name) for name in ("max_tokens", "stop", "stop_token_ids")}
+        choices |= {f"evaluate_{name}": value for name, value in ends.items() if value}
+    return choices
+
+
+def validation_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return the reasons why evaluations during training cannot be made, or what is set for none."""
+    every, by, split = options["evaluate_every"], options["by"], options["evaluate_split"]
+    if not every:
+        read = [name for name in EVALUATED if name in inputs]
+        changed = [name for name, default in EVALUATION.items() if options[name] != default and not read]
+        return [
+            f"{name}: only evaluations during training read it, and there are none; set `evaluate_every`, or unset it"
+            for name in (*read, *changed)
+        ]
+    lacking = [name for name in ("prompts", "baseline") if name not in inputs]
+    if by is None and "ranker" not in inputs:
+        lacking.append("ranker")
+    problems = [
+        f"evaluate_every: {every}, and there is no `{name}`; add it under `from`, as in `{{prompts: prompts, baseline: "
+        "validation_baseline, ranker: ranker}`"
+        for name in lacking
+    ]
+
+    # What cannot be sampled here.
+    init, baseline = inputs.get("init"), inputs.get("baseline")
+    config = planned_config(init) if init else None
+    if init and planned_output(init) == "score":
+        problems.append(f"evaluate_every: {every}, and `init` is a reward model, which draws no responses; set it to 0")
+    elif config and config.content.get("is_encoder_decoder"):
+        problems.append(
+            f"evaluate_every: {every}, and {config.architecture} is an encoder-decoder, which no engine here samples "
+            "from; set it to 0"
+        )
+    if "examples" in inputs and inputs["examples"].stage == "ranker_examples":
+        problems.append(
+            f"evaluate_every: {every}, and the examples train a ranker, whose responses nothing judges; set it to 0"
+        )
+    if options["world_size"] > 1:
+        problems.append(
+            f"evaluate_every: {every}, and `world_size: {options['world_size']}`: a network that is divided among "
+            "processes is not sampled from while it trains; set world_size to 1, or evaluate_every to 0"
+        )
+
+    # The ranker, which is opened beside the network.
+    if by is not None:
+        problems += reads_its_model(dict(options), inputs)
+        if name_of(by.options.get("engine", "")) == "vllm":
+            problems.append(
+                f"by: {by.name} would start vLLM beside the network that is trained, at every evaluation; serve the "
+                "judge, and set `engine: {name: endpoint, url: ..., model: ...}` in `by`"
+            )
+
+    # The prompts, and the baseline's responses to them.
+    problems += split_problems(options, inputs.get("prompts"), "evaluate_split")
+    of_baseline = baseline.options if baseline else {}
+    if of_baseline.get("split", split) != split:
+        problems.append(
+            f"baseline: its responses are to prompts of split {of_baseline['split']}, and `evaluate_split: {split}`; "
+            "set both to the same"
+        )
+    if baseline and "prompts" in baseline.inputs and baseline.inputs["prompts"] != inputs.get("prompts"):
+        problems.append("baseline: its responses are to the prompts of another step; give both the same `prompts`")
+    if of_baseline.get("ignore_eos"):
+        problems.append("baseline: its responses go on after EOS, which draws during training do not; unset ignore_eos")
+    if split == "heldout" and options["keep"] == "best":
+        warnings.warn(
+            "optimize.evaluate_split: heldout, and `keep: best`: the prompts that choose the policy are those that the "
+            "final evaluation judges it by, whose win rate is then too high; set a share `validation` of `prompts`, "
+            "and `evaluate_split: validation`",
+            WinnowWarning,
+            stacklevel=2,
+        )
+    length, longest = planned_context(init), options["evaluate_max_tokens"]
+    if baseline and longest is None:
+        problems.append(
+            "evaluate_max_tokens: the step of `baseline` does not say how long a response may be; set it, such as to "
+            "max_tokens of `sample`"
+        )
+    if longest and length and longest >= length:
+        problems.append(
+            f"evaluate_max_tokens: {longest:,} leaves no room for a prompt in the policy's context of {length:,}; set "
+            "it lower"
+        )
     return problems

@@ -12,6 +12,8 @@ from pipeline import Bound
 from stages.options import Precision, Rounding
 
 SPEED = "speed/"  # prefix of metrics that depend on the machine and go to the table `speeds`
+VALIDATION = "validation/"  # prefix of metrics of evaluations during training
+PROXY_WIN = VALIDATION + "proxy_win"
 
 
 @dataclass(frozen=True)
@@ -54,4 +56,6 @@ class TrainConfig:
     gradient_checkpointing: bool | Literal["auto"]
     compile_layers: bool
     checkpoint_every: int
+    evaluate_every: int
+    keep: Literal["last", "best"]
     seed: int

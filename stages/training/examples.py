@@ -29,7 +29,7 @@ from stages.data.rows import (
     require_ids,
     starts_of_prompts,
 )
-from stages.options import split_problems
+from stages.options import Split, split_problems
 from stages.training.agreement import COMPARABLE
 from stages.work import examples_work
 
@@ -98,7 +98,7 @@ def examples(
     reference: Annotated[Reference, Columns(*REFERENCE_COLUMNS)] | None = None,
     mismatched: Annotated[Candidates, Columns(*RESPONSE_COLUMNS)] | None = None,
     *,
-    split: Literal["train", "heldout"] = "train",
+    split: Split = "train",
     imitate: Imitate = "nothing",
     desirable: Desirable = "nothing",
     threshold: Finite | None = None,

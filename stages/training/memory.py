@@ -1,12 +1,14 @@
 """Memory of stage `optimize`: weights, gradients, AdamW's moments, what is kept for the backward pass, the head."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline import InputStep
 from pipeline.costs import MODEL_ERROR, Change, Device, Need
 from stages.limits import KEPT_FRACTION
 from stages.network.memory import BF16, FP32, NetworkShape, code_part, fewer_tokens, logits_bytes, planned_shape
+from stages.ranking.memory import ranker_need
 
 MOMENTS = 2 * FP32  # AdamW's two means of a weight's gradient, in fp32
 # Of all that a training needs, what it may hold in free blocks on a CPU before they go back (stages/network/heap.py):
@@ -24,7 +26,18 @@ def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], d
     moments are divided, and gathered a layer at a time.
     """
     shape = planned_shape(inputs.get("init"))
-    return None if shape is None else network_need(shape, options, device)
+    if shape is None:
+        return None
+    need = network_need(shape, options, device)
+    if not options.get("evaluate_every") or options["by"] is None:
+        return need
+    # An evaluation keeps weights and moments, and has the ranker beside them. Draws take less than a pass of training:
+    # their batches are of as many tokens, and keep keys and values alone.
+    ranker = ranker_need(options, inputs, device)
+    low = options["dtype"] == "bfloat16"
+    kept = need.parts["weights"] + need.parts["optimizer"] + (BF16 * shape.linear if low else 0)
+    more = kept + (ranker.total if ranker else 0.0) - need.total
+    return replace(need, parts={**need.parts, "evaluation": more}) if more > 0 else need
 
 
 def checkpoints_layers(shape: NetworkShape, options: Mapping[str, Any], device: Device) -> bool:

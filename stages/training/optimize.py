@@ -7,14 +7,27 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import EXECUTION, Bound, Range, StageContext, stage
+from pipeline import ADDED, EXECUTION, Bound, Range, StageContext, stage
 from pipeline.costs import Cost
 from pipeline.registry import entry_of
-from schemas import Examples, Metrics, Model, Policies, Speeds, WinnowError
+from schemas import Candidates, Examples, Metrics, Model, Policies, Prompts, Speeds, WinnowError
 from schemas.tables import METRICS, POLICIES, SPEEDS
-from stages.options import Count, NotNegative, Positive, Precision, Rounding, Seed, SmallCount
+from stages.options import (
+    Count,
+    NotNegative,
+    Positive,
+    Precision,
+    Rounding,
+    Seed,
+    SmallCount,
+    Temperature,
+    Texts,
+    TokenIds,
+)
+from stages.ranking.rankers import open_ranker
+from stages.ranking.rankers import ranker as rankers
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, record_agreement
-from stages.training.checks import LIKELIHOOD, check_optimize
+from stages.training.checks import LIKELIHOOD, check_optimize, validation_choices
 from stages.training.config import SPEED, TermData, TrainConfig
 from stages.training.memory import less_memory, training_need
 from stages.training.mixing import UnitInterval
@@ -26,7 +39,14 @@ from stages.work import training_work
 LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its objective alone can reach
 
 
-@stage(version=5, unsharded=True, check=check_optimize, cost=Cost(training_need, less_memory, training_work))
+@stage(
+    version=5,
+    unsharded=True,
+    check=check_optimize,
+    given_by={"ranker": "by"},
+    choose=validation_choices,
+    cost=Cost(training_need, less_memory, training_work),
+)
 def optimize(
     init: Model,
     examples: Examples,
@@ -36,6 +56,9 @@ def optimize(
     heldout_demonstrations: Examples | None = None,
     preference_optimum: Metrics | None = None,
     imitation_optimum: Metrics | None = None,
+    prompts: Prompts | None = None,
+    baseline: Candidates | None = None,
+    ranker: Model | None = None,
     *,
     objective: Annotated[Bound, objectives],
     nll_weight: NotNegative = 0.0,
@@ -64,6 +87,15 @@ def optimize(
     checkpoint_every: Annotated[Count, EXECUTION] = 100,
     track: Annotated[Trackers, EXECUTION] = [],  # noqa: B006 - read, never written
     seed: Seed = 0,
+    evaluate_every: Annotated[int, Range(ge=0, le=10**9), ADDED] = 0,
+    evaluate_split: Annotated[Literal["validation", "heldout"], ADDED] = "validation",
+    evaluate_n: Annotated[SmallCount, ADDED] = 1,
+    evaluate_temperature: Annotated[Temperature, ADDED] = 1.0,
+    evaluate_max_tokens: Annotated[Count | None, ADDED] = None,
+    evaluate_stop: Annotated[Texts | None, ADDED] = None,
+    evaluate_stop_token_ids: Annotated[TokenIds | None, ADDED] = None,
+    by: Annotated[Annotated[Bound, rankers] | None, ADDED] = None,
+    keep: Annotated[Literal["last", "best"], ADDED] = "last",
 ) -> tuple[Model, Policies, Metrics, Speeds]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
@@ -106,6 +138,19 @@ def optimize(
     `track: [tensorboard]`, or `{name: mlflow, uri: ...}`. One that fails is warned of, and training goes on without it;
     a run that resumes goes on in the tracker's run.
 
+    evaluate_every: after so many steps, and after the last, the policy draws `evaluate_n` responses to each prompt of
+    split `evaluate_split` that has a response in `baseline`, from its network in memory, and the ranker judges them
+    against these, all against all, as stage `judge` does with `by`. Metrics: `validation/proxy_win` (a response that
+    the ranker cannot read loses), `validation/proxy_unread`, `validation/n_tokens`, with a new LoRA `validation/kl`
+    from `init`, and `heldout/` of the network in memory. `keep: best` saves the policy with the highest
+    `validation/proxy_win`, of equal ones the first, as arXiv:2309.06657 chose its checkpoints; `steps` in `policies` is
+    its own. The training itself stays as it is without, bit for bit.
+
+    A draw has its own seed, the same at every evaluation. Responses end as those of `baseline`: `evaluate_max_tokens`,
+    `evaluate_stop` and `evaluate_stop_token_ids` are its step's unless they are set. Gradients and activations are
+    freed by then, and the ranker is in memory for this time alone: it takes more than training does only where its
+    weights (fp32, 4 bytes each) and passes are larger than these. One behind an endpoint, or a program, takes none.
+
     With `demonstrations`, `mix` returns per step the weight of the objective against the likelihood of what the
     demonstrations imitate. There are as many steps as `epochs` over `examples` take; each term draws its next batch in
     the steps that give it a weight. `preference_optimum` and `imitation_optimum` are the metrics of runs of one term
@@ -125,7 +170,21 @@ def optimize(
     settings: dict[str, Any] = {"objective": objective, "nll_weight": nll_weight, "world_size": world_size}
     settings |= {option.name: getattr(config, option.name) for option in fields(config)}
     live = LiveMetrics(ctx.mirror, track, ctx.title, settings)
-    job = partial(train_policy, init, data, config, ctx.resources, ctx.mirror, live)
+    validation = None
+    if evaluate_every or keep == "best":
+        from stages.training.validation import Validation
+
+        if not evaluate_every or prompts is None or baseline is None or evaluate_max_tokens is None:
+            raise WinnowError(
+                "evaluations need `evaluate_every`, `prompts`, `baseline` and `evaluate_max_tokens`; give all four"
+            )
+        opening = partial(open_ranker, by or rankers.bind("pairwise"), ranker)
+        validation = Validation(
+            ctx, init, prompts, baseline, opening, split=evaluate_split, n=evaluate_n,
+            temperature=evaluate_temperature, max_tokens=evaluate_max_tokens, stop=evaluate_stop or (),
+            stop_token_ids=evaluate_stop_token_ids or (), seed=seed,
+        )  # fmt: skip
+    job = partial(train_policy, init, data, config, ctx.resources, ctx.mirror, live, validation)
     if world_size == 1:
         outcome = job(ctx.progress)
     else:
@@ -143,6 +202,8 @@ def optimize(
         for name, option in declared.options.model_fields.items()
         if name not in declared.execution and options[name] != option.default
     }
+    if by is not None:
+        changed["by"] = by.name  # whose options may be of this machine
     write_trained_card(ctx.folder / "model", init, method, changed, examples, outcome)
     policy = {
         "init": init.digest,

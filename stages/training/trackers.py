@@ -15,6 +15,7 @@ from typing import Annotated, Any, Protocol
 from pipeline import Bound, Registry
 from pipeline.store.storage import Location
 from schemas import WinnowError
+from stages.training.config import PROXY_WIN
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb", "trackio": "trackio"}  # by library
 PROJECT = "winnow"  # of MLflow, Weights & Biases and Trackio, unless the option or their environment names another
@@ -148,7 +149,7 @@ def mlflow(training: TrackedTraining, *, uri: str | None = None, experiment: str
                 self.client.log_batch(self.run_id, params=params)
 
         def log(self, metrics: dict[str, float], step: int) -> None:
-            if "grad_norm" in metrics and step <= self.logged:
+            if ("grad_norm" in metrics or PROXY_WIN in metrics) and step <= self.logged:
                 return  # MLflow keeps both values of a step that is logged twice
             now = int(time.time() * 1000)
             self.client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in metrics.items()])

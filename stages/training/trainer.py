@@ -42,7 +42,7 @@ from stages.options import Precision
 from stages.results import number
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
-from stages.training.config import TermData, TrainConfig
+from stages.training.config import PROXY_WIN, TermData, TrainConfig
 from stages.training.data import TrainingGroup
 from stages.training.distributed import Distributed
 from stages.training.live import LiveMetrics
@@ -50,6 +50,7 @@ from stages.training.memory import checkpoints_layers, network_need
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
+from stages.training.validation import Validation
 
 PREFIXES = ("", "imitation/")  # of the metrics of each term
 UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
@@ -63,20 +64,25 @@ def train_policy(
     resources: Resources,
     mirror: Mirror,
     live: LiveMetrics,
+    validation: Validation | None,
     report_progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.
 
-    Called by one process or by every rank. An interrupted run resumes from its last checkpoint, bit for bit on the same
-    machine (on a GPU, to rounding). Returns the policy's number of parameters, the steps, the tokens of its data (all,
-    and those since the checkpoint), and the history: metrics per step. Raises WinnowError for data that do not fit the
-    objective, a stale reference, a loss that is not finite, and out of memory again after halving.
+    Called by one process or by every rank; with a validation, by one. An interrupted run resumes from its last
+    checkpoint, bit for bit on the same machine (on a GPU, to rounding). Returns the policy's number of parameters, its
+    steps and the tokens of their data, the tokens since the checkpoint, and the history: metrics per step. Raises
+    WinnowError for data that do not fit the objective, a stale reference, a loss that is not finite, and out of memory
+    again after halving.
     """
     # Data first: what cannot be trained on is refused before a weight is loaded.
     dist = Distributed()
     terms = [ObjectiveTerm(term_data, init, config, index, dist) for index, term_data in enumerate(data)]
     check_world_size(dist.world_size, terms)
     steps = terms[0].batches.steps(config.epochs)
+    if validation and config.evaluate_every > steps:
+        message = f"evaluate_every: {config.evaluate_every}, and the training has {steps} steps: it is evaluated once"
+        warnings.warn(f"{message}, at its end; set it lower", WinnowWarning, stacklevel=2)
     checkpoints = Checkpoints(mirror, dist)
     halved = checkpoints.ran_out_of_memory(config.tokens_per_pass)
     if halved:
@@ -92,6 +98,8 @@ def train_policy(
     give_back()  # what steps before left in the heap of this process
     resident = resident_bytes()
     network = load_network(init, config.dtype, train=True, adapt=adapt)
+    # Without its new adapter, the network is `init`, and so the reference of the objective.
+    base_is_reference = bool(config.lora_r) and not (init.folder / ADAPTER).exists() and config.reference == "init"
     if not is_reward_model(network):
         check_router_loss(network)
     working = WorkingWeights(network) if config.dtype == "bfloat16" and dist.world_size == 1 else None
@@ -117,6 +125,9 @@ def train_policy(
     if state.step == 0 and mix and mix.metadata["uses_losses"]:
         _measure_excess_losses(range(len(terms)), terms, network, state)
     measure_every = mix.options[mix.metadata["measure_every"]] if mix and "measure_every" in mix.metadata else 0
+
+    evaluated = [past[PROXY_WIN] for past in state.history if PROXY_WIN in past]
+    latest = {PROXY_WIN: evaluated[-1]} if evaluated else {}  # for people who watch
 
     while state.step < steps:
         # Learning rate and batches of this step. A term of weight 0 is neither drawn nor forwarded.
@@ -191,10 +202,33 @@ def train_policy(
         state.history.append(entry | speeds)
         if measure_every and state.step % measure_every == 0:
             _measure_excess_losses(set(range(len(terms))) - set(active), terms, network, state)
+
+        # Evaluation, while there are neither gradients nor activations: the ranker takes their place.
+        is_best = False
+        if validation and (state.step % config.evaluate_every == 0 or state.step == steps):
+            figures = _heldout_metrics(terms, network)
+            with working.passes() if working else nullcontext():
+                arguments = (state.step, terms[0].tokens_per_pass, base_is_reference)
+                figures |= validation.measure(network, config.dtype, *arguments)
+            state.history.append({"step": float(state.step)} | figures)
+            latest = {PROXY_WIN: figures[PROXY_WIN]}
+            is_best = config.keep == "best" and figures[PROXY_WIN] > state.best_win  # of equal ones, the first
+            if is_best:
+                state.best_step, state.best_tokens, state.best_win = state.step, state.tokens, figures[PROXY_WIN]
         live.update(state.history)
-        report_progress(state.step, steps, "steps", entry)
-        if state.step % config.checkpoint_every == 0 and state.step < steps:
-            checkpoints.save(state, network, optimizer)
+        report_progress(state.step, steps, "steps", entry | latest)
+        if state.step < steps:
+            if is_best:
+                checkpoints.save_best(state.step, network)
+            if is_best or state.step % config.checkpoint_every == 0:
+                checkpoints.save(state, network, optimizer)
+
+    # The policy: that of the last step, or of the best evaluation.
+    kept_step, tokens = state.step, state.tokens
+    if config.keep == "best":
+        kept_step, tokens = state.best_step, state.best_tokens
+    if kept_step < state.step:
+        checkpoints.load_best(kept_step, network)
 
     # Save, and measure what was saved: the folder, loaded again, is what later stages read. One network in memory.
     term, batch = next((terms[n], batches[n]) for n in active)  # of the last step
@@ -205,10 +239,13 @@ def train_policy(
     _free(network, dist)
     network = load_network(Model(folder, ""), config.dtype, train=True)
     dist.shard(network)
-    for one_term, prefix in zip(terms, PREFIXES, strict=False):
-        if one_term.heldout is not None:
-            heldout = {f"heldout/{prefix}{name}": v for name, v in one_term.evaluate(network, one_term.heldout).items()}
-            state.history.append({"step": float(state.step)} | heldout)
+    heldout = _heldout_metrics(terms, network)
+    for past in state.history:  # the same policy, in memory: a metric has one value per step
+        if past["step"] == kept_step and PROXY_WIN in past:
+            for name in heldout:
+                del past[name]
+    if heldout:
+        state.history.append({"step": float(kept_step)} | heldout)
     saved = _margins(term, batch, network)
     _free(network, dist)
     network = load_network(init, config.dtype, train=True)
@@ -221,10 +258,10 @@ def train_policy(
         if dist.rank == 0:
             warn_of_lost_margin(fraction, moved, config.save_dtype)
         figures = {"saved/margin_kept": fraction["float32"], "saved/margin_kept_bfloat16": fraction["bfloat16"]}
-        state.history.append({"step": float(state.step)} | figures)
+        state.history.append({"step": float(kept_step)} | figures)
     live.update(state.history)
     live.close()
-    outcome = {"parameters": size, "steps": state.step, "tokens": state.tokens, "history": state.history}
+    outcome = {"parameters": size, "steps": kept_step, "tokens": tokens, "history": state.history}
     return outcome | {"tokens_since_restore": state.tokens - restored_tokens}
 
 
@@ -258,6 +295,16 @@ def _limit_heap(
         return None
     need = network_need(shape, options | {"gradient_checkpointing": checkpointed}, Device())
     return HeapLimit(network, layers_to_checkpoint(network), resident, need.total)
+
+
+def _heldout_metrics(terms: list[ObjectiveTerm], network: PreTrainedModel) -> dict[str, float]:
+    """Return the metrics of each term's held-out rows by this network."""
+    return {
+        f"heldout/{prefix}{name}": value
+        for term, prefix in zip(terms, PREFIXES, strict=False)
+        if term.heldout is not None
+        for name, value in term.evaluate(network, term.heldout).items()
+    }
 
 
 def _free(network: PreTrainedModel, dist: Distributed) -> None:

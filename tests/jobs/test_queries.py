@@ -62,7 +62,7 @@ COLUMNS = {
     "rounds": "run round gold_win proxy_win gold_reward kl tokens gained",
     "selection": "prompts kept mean_reward_kept mean_reward_all first_pass_acceptance effective_sample_size passes",
     "slow_steps": "run step stage key seconds wall_seconds busy rows_per_second tokens_per_second bytes",
-    "now": "run step done_steps steps loss accuracy margin grad_norm kl per_second seconds_left",
+    "now": "run step done_steps steps loss accuracy margin grad_norm kl proxy_win per_second seconds_left",
     "status": "run step stage key state rows rejects seconds tokens ranker_calls done per_second seconds_left",
     "two_losses": "policy preference_loss imitation_loss preference_accuracy",
     "unpaired": "run prompt_id candidates kept spread reject_reasons text",

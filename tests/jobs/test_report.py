@@ -12,13 +12,14 @@ import pyarrow as pa
 import pytest
 
 from jobs import queries
+from jobs.recipes import plan_named
 from jobs.report import _plot_histogram, write_report
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.sql.views import RUNS
 from pipeline.store.store import Store, write_json
-from schemas.tables import METRICS
+from schemas.tables import METRICS, POLICIES
 from tests.runs import Silent, plan_of
 
 SHORT = "eval_sample.max_tokens=8"  # a steered token is dear
@@ -81,6 +82,7 @@ def catalog_of(links, losses):
         "metrics": pa.Table.from_pylist(
             rows, schema=pa.schema([*METRICS, pa.field("stage", pa.string()), pa.field("key", pa.string())])
         ),
+        "policies": pa.schema([*POLICIES, pa.field("stage", pa.string()), pa.field("key", pa.string())]).empty_table(),
     }
     connection = duckdb.connect()
     for name, table in tables.items():
@@ -241,3 +243,53 @@ def test_runs_are_overlaid_in_one_plot_per_metric(mixed, tmp_path):
     trained = {row["run"] for row in query(open_catalog(mixed), queries.text("curves")).to_pylist()}
     assert {name for _, name in colors} >= trained
     assert all(f"stroke: {color}" in loss for color, name in colors if name in trained)
+
+
+# Evaluations during training
+
+
+@pytest.fixture(scope="module")
+def evaluated(data_dir, finished, tmp_path_factory):
+    """A store with a run that was evaluated while it trained, and kept its best policy."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(finished, folder / "store")
+    (folder / "mine.yaml").write_text(
+        "extends: rso\n"
+        "prompts: {with: {validation: 0.3}}\n"
+        "heldout_pairs: {use: examples, from: {prompts: preferences, candidates: preferences, pairs: preferences,"
+        " reference: preference_reference}, with: {split: heldout}}\n"
+        "optimize: {from: {heldout: heldout_pairs, prompts: prompts, baseline: validation_baseline, ranker: ranker},"
+        " with: {evaluate_every: 3, keep: best, learning_rate: 1.0e-2}}\n"
+    )
+    plan = plan_named(str(folder / "mine.yaml"), [data_dir / "demo.yaml"], [])
+    run(plan, Store(folder / "store"), LocalExecutor(), Silent())
+    return Store(folder / "store")
+
+
+def test_the_report_plots_evaluations_during_training_first(evaluated, tmp_path):
+    """A point per evaluation of the run that has them, and a star at the policy that was saved."""
+    write_report(evaluated, tmp_path / "page.html")
+    training = (tmp_path / "page.html").read_text().split('<h2 id="training">')[1].split("<h2")[0]
+    shown, more = training.split("<details>")
+    labels = re.findall(r">([^<>]+ \(nats\)|validation proxy win rate)<", shown)
+    assert labels == ["validation proxy win rate", "loss (nats)", "margin (nats)"]
+    assert "a star: the policy that was saved" in shown
+    assert "length on validation prompts (tokens)" in more
+
+
+def test_held_out_figures_are_of_the_policy_that_was_saved(evaluated):
+    """One per metric, at its step, of the several that were measured during training."""
+    catalog = open_catalog(evaluated, "mine")
+    of_step = "JOIN runs USING (stage, key) WHERE runs.step = 'optimize'"
+    (steps,) = query(catalog, f"SELECT steps FROM policies {of_step}")["steps"].to_pylist()
+    losses, wins = (
+        {row["at"]: row["value"] for row in query(catalog, sql).to_pylist()}
+        for sql in (
+            f"SELECT metrics.step AS at, value FROM metrics {of_step} AND metric = '{metric}'"
+            for metric in ("heldout/loss", "validation/proxy_win")
+        )
+    )
+    assert len(losses) == len(wins) > 2
+    assert steps == min(at for at, value in wins.items() if value == max(wins.values()))
+    shown = query(catalog, queries.text("heldout")).to_pylist()
+    assert [row["value"] for row in shown if (row["step"], row["metric"]) == ("optimize", "loss")] == [losses[steps]]

@@ -14,9 +14,11 @@ from pipeline.stage import signature_of, stages
 from schemas import Model
 from stages.model_config import ModelConfig
 from stages.network.memory import planned_shape, scoring_need, shape_of
+from stages.ranking.rankers import ranker
 from stages.sampling.memory import cache_per_token
 from stages.training.memory import training_need
 from tests.families import write_family
+from tests.material import bound
 
 CARD = Device("cuda", 80 * GIB)
 OPTIMIZE = {"tokens_per_pass": 8192, "world_size": 1, "lora_r": 0, "dtype": "float32", "gradient_checkpointing": False,
@@ -92,6 +94,21 @@ def test_checkpointing_that_is_decided_by_memory_is_what_a_device_needs():
     for memory, way in ((None, False), (1.2 * without, False), (1.1 * without, True), (1.0, True)):
         assert need("auto", memory).total == need(way).total
         assert ("gradient_checkpointing: auto is on" in need("auto", memory).note) == way
+
+
+def test_the_ranker_of_evaluations_takes_the_place_of_gradients_and_activations():
+    """So that one of the policy's size needs nothing more, unless there were few of both, as with a LoRA."""
+    init = large_step()
+    evaluated = OPTIMIZE | {"evaluate_every": 10, "by": bound(ranker, "pairwise")}
+    lean = {"lora_r": 16, "gradient_checkpointing": True, "tokens_per_pass": 1024}
+    for options, is_more in [({}, False), (lean, True)]:
+        plain = training_need(OPTIMIZE | options, {"init": init}, CARD)
+        need = training_need(evaluated | options, {"init": init, "ranker": init}, CARD)
+        assert plain is not None
+        assert need is not None
+        assert (need.total > plain.total) == is_more
+    program = training_need(evaluated | {"by": bound(ranker, "brevity", words=3)}, {"init": init}, CARD)
+    assert program == training_need(OPTIMIZE, {"init": init}, CARD)
 
 
 def test_gradients_and_moments_are_divided_among_ranks():

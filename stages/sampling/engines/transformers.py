@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -152,21 +153,17 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
             return self.streams[row].step(self.tokenizer, token) or ""
 
 
-class TransformersEngine(Engine):
-    """Engine that batches rows of equal prompt length, so that nothing is padded, for one caller at a time."""
+class NetworkEngine(Engine):
+    """Engine on a network in memory, in batches of rows of equal prompt length, so that nothing is padded.
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder = folder
-        disable_progress_bar()
-        torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
-        self.network = read_network(folder, getattr(torch, dtype))
-        self.network.generation_config = GenerationConfig()  # its penalties and minima would change the distribution
-        self.network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    folder: that of the network's tokenizer. max_tokens: of prompts and responses together in a batch of several rows.
+    One caller at a time.
+    """
+
+    def __init__(self, network: PreTrainedModel, folder: Path, max_tokens: float = inf) -> None:
+        self.network, self.folder, self.max_tokens = network, folder, max_tokens
+        network.generation_config = GenerationConfig()  # its penalties and minima would change the distribution
         self.lock = Lock()
-
-    def close(self) -> None:
-        """Free the weights."""
-        free(self.network)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
@@ -176,15 +173,16 @@ class TransformersEngine(Engine):
             indices_by_length.setdefault(len(request.prompt_ids), []).append(index)
         completions: dict[int, Completion] = {}
         with self.lock:
-            for _, indices in sorted(indices_by_length.items()):
-                for start in range(0, len(indices), BATCH_ROWS):
-                    batch = indices[start : start + BATCH_ROWS]
+            for length, indices in sorted(indices_by_length.items()):
+                rows = int(min(BATCH_ROWS, max(1, self.max_tokens // (length + sampling.max_tokens))))
+                for start in range(0, len(indices), rows):
+                    batch = indices[start : start + rows]
                     outputs = self._generate_batch([requests[index] for index in batch], sampling)
                     completions |= zip(batch, outputs, strict=True)
                     progress(len(completions))
         return [completions[index] for index in range(len(requests))]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and no inference mode: a tensor that a layer keeps from it could not be trained with afterwards
     def _generate_batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         """Return completions of requests whose prompts have one length."""
         ids = torch.tensor([list(request.prompt_ids) for request in requests], device=self.network.device)
@@ -252,3 +250,18 @@ class TransformersEngine(Engine):
             if spaced and spaced[0] != first[0] and len(spaced) == len(first):
                 sequences.append(spaced)
         return sequences
+
+
+class TransformersEngine(NetworkEngine):
+    """Engine that reads a policy's folder."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        disable_progress_bar()
+        torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
+        network = read_network(folder, getattr(torch, dtype))
+        network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        super().__init__(network, folder)
+
+    def close(self) -> None:
+        """Free the weights."""
+        free(self.network)

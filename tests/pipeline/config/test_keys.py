@@ -202,3 +202,18 @@ print(json.dumps({name: keys_of(plan_of(name, Path(sys.argv[1]))) for name in re
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {name: keys_of(plan_of(name, data_dir)) for name in recipes.names()}
+
+
+def test_an_option_that_was_added_later_is_in_a_key_only_where_it_is_not_the_default(data_dir: Path):
+    """So that results from before it are found again; written out, the default is the same key."""
+    plain, written, other = (
+        plan_of("rso", data_dir, *sets)
+        for sets in ([], ["prompts.validation=0.0", "optimize.by=null"], ["prompts.validation=0.1"])
+    )
+    assert keys_of(plain) == keys_of(written)
+    identities = {step.name: step.identity["options"] for step in plain.steps}
+    assert not identities["prompts"].keys() & {"validation"}
+    assert not identities["optimize"].keys() & {"by", "keep", "evaluate_every", "evaluate_split"}
+    of_prompts = next(step for step in other.steps if step.name == "prompts")
+    assert of_prompts.identity["options"]["validation"] == 0.1
+    assert keys_of(other)["prompts"] != keys_of(plain)["prompts"]

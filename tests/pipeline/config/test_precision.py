@@ -23,7 +23,7 @@ def dtypes(plan: Plan) -> dict[str, str]:
     """Return the value of each `dtype` of a plan, of the functions under `by` too."""
     values = {step.name: step.options["dtype"] for step in plan.steps if "dtype" in step.options}
     return values | {
-        f"{step.name}.by": step.options["by"].options["dtype"] for step in plan.steps if "by" in step.options
+        f"{step.name}.by": step.options["by"].options["dtype"] for step in plan.steps if step.options.get("by")
     }
 
 
@@ -40,6 +40,14 @@ def test_sampling_reference_ranker_judge_training_and_evaluation_inherit_it(data
         "reward.by",
         "judge.by",
     }
+
+
+def test_the_ranker_of_evaluations_during_training_inherits_it(data_dir: Path, tmp_path: Path):
+    text = (
+        "dtype: bfloat16\nprompts: {with: {validation: 0.2}}\n"
+        "optimize: {from: {prompts: prompts, baseline: validation_baseline, ranker: ranker}, with: {evaluate_every: 2}}"
+    )
+    assert dtypes(plan(data_dir, tmp_path, text))["optimize.by"] == "bfloat16"
 
 
 def test_without_it_nothing_changes(data_dir: Path, tmp_path: Path):

@@ -31,6 +31,7 @@ from stages.data.texts import readable, text_of
 from stages.data.tokenizer import Tokenizer
 from tests.conftest import write_jsonl
 from tests.hub import add_snapshot
+from tests.runs import plan_of
 
 ROWS = [{"prompt": f"Ask {n}, é “{n}”\nplease.", "extra": n} for n in range(6)]
 PLAIN_TEMPLATE = (
@@ -525,3 +526,25 @@ def test_columns_of_a_folder_are_checked_when_the_plan_is_made(tmp_path):
 
 def options_of_source(path):
     return dict(path=DataPath(str(path)), dataset=None, revision=None, subset=None, dataset_split="train")
+
+
+def test_a_validation_share_leaves_the_held_out_prompts_as_they_are(tiny, ctx, tmp_path):
+    """The same rows in every split but train, which it is taken from."""
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Book {n} boats."} for n in range(60)])
+    splits = [
+        {row["text"]: row["split"] for row in prompts(tiny, ctx, path=DataPath(str(path)), **options).to_pylist()}
+        for options in ({"heldout": 0.3}, {"heldout": 0.3, "validation": 0.3})
+    ]
+    moved = {text for text in splits[0] if splits[0][text] != splits[1][text]}
+    assert {splits[1][text] for text in moved} == {"validation"}
+    assert {splits[0][text] for text in moved} == {"train"}
+    assert set(splits[1].values()) == {"train", "heldout", "validation"}
+
+
+def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused_by_the_plan(data_dir):
+    for sets, facts in [
+        (["prompts.heldout=0.6", "prompts.validation=0.4"], r"prompts: validation: 0\.4 .*heldout: 0\.6"),
+        (["eval_sample.split=validation"], r"split: validation.*`validation: 0\.0`.*such as 0\.1"),
+    ]:
+        with pytest.raises(WinnowError, match=facts):
+            plan_of(data_dir, *sets)

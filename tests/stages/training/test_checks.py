@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from jobs import recipes
-from schemas import WinnowError
+from schemas import WinnowError, WinnowWarning
 
 NO_PAIRS = {"pairs": None, "reference": None, "selections": "select"}
 SELECTED = {"selections": "select", "comparisons": None}
@@ -108,3 +108,78 @@ def test_an_option_of_a_step_of_the_base_fits_every_recipe(data_dir, tmp_path):
     overlay.write_text("reward: {with: {orders: one}}\ncompare: {with: {orders: one}}\n")
     for recipe in sorted({*recipes.names()} - {*recipes.OWN_CANDIDATES}):
         assert recipes.plan_named(recipe, [data_dir / "demo.yaml", overlay], []).steps
+
+
+# Evaluations during training
+
+SPLIT = {"prompts": {"with": {"validation": 0.2}}}
+READ = {"prompts": "prompts", "baseline": "validation_baseline", "ranker": "ranker"}
+
+
+def options_of(plan, name="optimize"):
+    return next(step.options for step in plan.steps if step.name == name)
+
+
+def test_two_lines_of_a_config_evaluate_any_recipe_while_it_trains(data_dir, tmp_path):
+    """The ranker's kind is that of its model, and a response ends as those of the baseline."""
+    lines = ["prompts: {with: {validation: 0.2}}",
+             f"optimize: {{from: {yaml.safe_dump(READ, default_flow_style=True).strip()}, "
+             "with: {evaluate_every: 5, keep: best}}"]  # fmt: skip
+    (tmp_path / "my.yaml").write_text("\n".join(lines))
+    for recipe, step in [("rso", "optimize"), ("dpo", "optimize"), ("raft", "optimize@2"), ("mixture", "optimize")]:
+        plan = recipes.plan_named(recipe, [data_dir / "demo.yaml", tmp_path / "my.yaml"], [])
+        options = options_of(plan, step)
+        assert (options["by"].name, options["evaluate_max_tokens"], options["evaluate_stop"]) == ("pairwise", 24, None)
+        assert options_of(plan, "validation_baseline")["split"] == "validation"
+        assert options_of(plan, "eval_baseline")["split"] == "heldout"
+    sets = ["sample.stop=[Sure]", "sample.stop_token_ids=[7]"]
+    options = options_of(recipes.plan_named("rso", [data_dir / "demo.yaml", tmp_path / "my.yaml"], sets))
+    assert (options["evaluate_stop"], options["evaluate_stop_token_ids"]) == (["Sure"], [7])
+
+
+def test_a_program_evaluates_in_place_of_the_ranker(data_dir, tmp_path):
+    steps = SPLIT | optimize(READ, evaluate_every=5) | {"short": {"use": "brevity", "with": {"words": 3}}}
+    steps["optimize"]["from"] = READ | {"ranker": "short"}
+    plan = planned(data_dir, tmp_path, steps)
+    assert options_of(plan)["by"].name == "brevity"
+    assert "ranker" not in next(step for step in plan.steps if step.name == "optimize").inputs
+
+
+def test_evaluations_that_cannot_be_made_are_refused(data_dir, tmp_path):
+    """And so is what only they read where there are none: each with the reason and the cure."""
+    every = {"evaluate_every": 5}
+    judge = {"name": "llm_judge", "engine": "vllm"}
+    for steps, problems in [
+        (
+            optimize(evaluate_every=5),
+            [f"evaluate_every: 5, and there is no `{name}`; add it under `from`" for name in READ],
+        ),
+        (SPLIT | optimize(READ), [f"{name}: only evaluations during training read it" for name in READ]),
+        (optimize(keep="best"), ["keep: only evaluations during training read it", "set `evaluate_every`"]),
+        (optimize(evaluate_n=2), ["evaluate_n: only evaluations"]),
+        (optimize(READ, **every), ["evaluate_split: validation", "`validation: 0.0`", "such as 0.1"]),
+        (SPLIT | optimize(READ, world_size=2, **every), ["`world_size: 2`", "set world_size to 1"]),
+        (SPLIT | optimize(READ | {"init": "reward_head"}, **every), ["`init` is a reward model"]),
+        (SPLIT | optimize(READ | {"examples": "ranker_examples"}, **every), ["the examples train a ranker"]),
+        (SPLIT | optimize(READ | {"baseline": "eval_baseline"}, **every), ["prompts of split heldout, and"]),
+        (SPLIT | optimize(READ | {"baseline": "targets"}, **every), ["evaluate_max_tokens: ", "of `sample`"]),
+        (SPLIT | optimize(READ, evaluate_max_tokens=128, **every), ["evaluate_max_tokens: 128", "context of 128"]),
+        (SPLIT | optimize(READ, by=judge, **every), ["by: llm_judge would start vLLM", "name: endpoint"]),
+        (SPLIT | optimize(READ | {"prompts": "demonstrations"}, **every), ["the prompts of another step"]),
+        (
+            SPLIT | optimize(READ, **every) | {"sample": {"with": {"ignore_eos": True, "keep_special": True}}},
+            ["baseline: its responses go on after EOS"],
+        ),
+    ]:
+        steps = {"reward_head": {"from": {"init": "sft"}}} | steps
+        with pytest.raises(WinnowError) as caught:
+            planned(data_dir, tmp_path, steps)
+        for problem in problems:
+            assert problem in str(caught.value), steps
+
+
+def test_prompts_that_choose_and_judge_the_policy_are_warned_of(data_dir, tmp_path):
+    inputs = READ | {"baseline": "eval_baseline"}
+    steps = optimize(inputs, evaluate_every=5, evaluate_split="heldout", keep="best")
+    with pytest.warns(WinnowWarning, match="evaluate_split: heldout.*final evaluation"):
+        planned(data_dir, tmp_path, steps)
