@@ -49,16 +49,16 @@ def token_digests(
     prompts: pa.ListArray, of_row: NDArray[np.int64], responses: pa.ListArray, masks: pa.ListArray
 ) -> list[str]:
     """Return `token_digest` of every response: its prompt is that of number `of_row`; a mask may be null."""
-    begun: dict[int, Any] = {}  # the state after a prompt, which all its responses share
+    states: dict[int, Any] = {}  # the state after a prompt, which all its responses share
     digests = []
     contents = zip(of_row.tolist(), _bytes_of(responses), masks.to_pylist(), strict=True)
     ids = _bytes_of(prompts)
     for number, response, mask in contents:
-        if number not in begun:
-            begun[number] = blake2b(digest_size=10)
+        if number not in states:
+            states[number] = blake2b(digest_size=10)
             for part in (b"tokens", ids[number]):
-                begun[number].update(len(part).to_bytes(8, "little") + part)
-        digest = begun[number].copy()
+                states[number].update(len(part).to_bytes(8, "little") + part)
+        digest = states[number].copy()
         for part in (response,) if mask is None else (response, bytes(mask)):
             digest.update(len(part).to_bytes(8, "little") + part)
         digests.append(digest.hexdigest())
@@ -88,12 +88,12 @@ def seed_for(seed: int, *names: str | int) -> int:
 
 def seeds_for(seed: int, name: str, ids: pa.Array) -> NDArray[np.uint64]:
     """Return `seed_for(seed, name, id)` of every id: the state after the parts before is hashed once, and copied."""
-    begun = blake2b(digest_size=8)
+    state = blake2b(digest_size=8)
     for part in ("seed", str(seed), name):
-        begun.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        state.update(len(part.encode()).to_bytes(8, "little") + part.encode())
     digests = []
     for part in ids.cast(pa.large_binary()).to_pylist():
-        digest = begun.copy()
+        digest = state.copy()
         digest.update(len(part).to_bytes(8, "little") + part)
         digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64) >> np.uint64(1)

@@ -345,9 +345,9 @@ class TableWriter:
 
     def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
         self.folder, self.name = folder, name
-        self.here = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
-        self.here.mkdir(parents=True, exist_ok=True)
-        self.scratch = self.here / f".{name}.{os.getpid()}.{get_ident()}"  # no other process or thread uses it
+        local = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
+        local.mkdir(parents=True, exist_ok=True)
+        self.scratch = local / f".{name}.{os.getpid()}.{get_ident()}"  # no other process or thread uses it
         self.rows, self.rest = 0, schema.empty_table()
         with named(self.folder):
             self.writer = pq.ParquetWriter(

@@ -68,8 +68,8 @@ def positions_of(ids: pa.Array, among: pa.ChunkedArray) -> Ints:
     """Return the row of each id among those of a table, the last one that has it, or -1."""
     # A hash table of the ids that are looked up, which are the fewer: a join with the larger table takes twice as long.
     rows = np.flatnonzero(pc.is_in(among, value_set=ids).to_numpy())[::-1]
-    found = pc.index_in(ids, value_set=among.take(pa.array(rows)).combine_chunks())
-    positions: Ints = np.append(rows, -1)[pc.fill_null(found, len(rows)).to_numpy()]
+    index = pc.index_in(ids, value_set=among.take(pa.array(rows)).combine_chunks())
+    positions: Ints = np.append(rows, -1)[pc.fill_null(index, len(rows)).to_numpy()]
     return positions
 
 

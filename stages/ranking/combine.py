@@ -53,17 +53,17 @@ def combine(
         name: pc.binary_join_element_wise(column_of(table, "prompt_id"), column_of(table, "candidate_id"), "\0")
         for name, table in inputs.items()
     }
-    every = pc.unique(pa.concat_arrays(list(keys.values())))
-    if not pc.all(pc.less(every[:-1], every[1:])).as_py():
-        every = every.take(pc.sort_indices(every))
-    positions = {name: positions_of(every, pa.chunked_array([key])) for name, key in keys.items()}
-    parts = pc.list_flatten(pc.split_pattern(every, "\0"))
+    all_keys = pc.unique(pa.concat_arrays(list(keys.values())))
+    if not pc.all(pc.less(all_keys[:-1], all_keys[1:])).as_py():
+        all_keys = all_keys.take(pc.sort_indices(all_keys))
+    positions = {name: positions_of(all_keys, pa.chunked_array([key])) for name, key in keys.items()}
+    parts = pc.list_flatten(pc.split_pattern(all_keys, "\0"))
     ids = {
         name: parts.take(pa.array(np.arange(n, len(parts), 2))) for n, name in enumerate(("prompt_id", "candidate_id"))
     }
 
     # Reject candidates that one of the inputs lacks.
-    lacking = {name: found < 0 for name, found in positions.items()}
+    lacking = {name: position < 0 for name, position in positions.items()}
     is_lacking = np.logical_or.reduce(list(lacking.values()))
     rejected = {name: column.filter(pa.array(is_lacking)) for name, column in ids.items()}
     details = [
@@ -78,9 +78,9 @@ def combine(
     )
 
     # Add up, from the first input on, as components lists the addends.
-    kept = ~is_lacking
-    rewards = {name: numbers_of(inputs[name], "reward")[found[kept]] for name, found in positions.items()}
-    size = int(kept.sum())
+    is_complete = ~is_lacking
+    rewards = {name: numbers_of(inputs[name], "reward")[position[is_complete]] for name, position in positions.items()}
+    size = int(is_complete.sum())
     total = np.zeros(size)
     with np.errstate(over="ignore", invalid="ignore"):  # sums that are not finite are rejected
         for name, values in rewards.items():
@@ -88,7 +88,7 @@ def combine(
     names = pa.array(list(inputs) * size, pa.string())
     addends = pa.array(np.stack(list(rewards.values()), axis=1).ravel())
     columns = {
-        **{name: column.filter(pa.array(kept)) for name, column in ids.items()},
+        **{name: column.filter(pa.array(is_complete)) for name, column in ids.items()},
         "reward": pa.array(total),
         "components": pa.MapArray.from_arrays(np.arange(size + 1, dtype=np.int32) * len(inputs), names, addends),
     }

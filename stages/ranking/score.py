@@ -99,10 +99,10 @@ def score(
     is_scored = component == np.repeat(component[best_first[node_starts[:-1]]], np.diff(node_starts))
     node_names = names.take(pa.array(name_of_node))
     node_prompts = prompts.take(pa.array(prompt_of_node))
-    apart = pa.array(~is_scored)
+    is_unconnected = pa.array(~is_scored)
     ctx.reject_rows(
-        node_prompts.filter(apart),
-        candidates=node_names.filter(apart),
+        node_prompts.filter(is_unconnected),
+        candidates=node_names.filter(is_unconnected),
         reason="not compared with the rest",
         place="comparisons",
     )
@@ -116,10 +116,10 @@ def score(
         of_component = (scored.cumsum() - 1)[of_prompt[inside]]
         result = method(of_component, logits[begin:end][inside])
         theta[first:last][scored] = floats(method, result, (int(scored.sum()),), "one per candidate")
-    kept = pa.array(is_scored)
+    has_reward = pa.array(is_scored)
     columns = {
-        "prompt_id": node_prompts.filter(kept),
-        "candidate_id": node_names.filter(kept),
+        "prompt_id": node_prompts.filter(has_reward),
+        "candidate_id": node_names.filter(has_reward),
         "reward": pa.array(theta[is_scored].round(REWARD_DECIMALS) + 0.0),  # + 0.0: no -0.0 in a table
     }
     arrays = [columns.get(field.name, pa.nulls(int(is_scored.sum()), field.type)) for field in REWARDS]

@@ -54,9 +54,9 @@ def pool(
         if candidates is not None:
             prompts = prompts.filter(pc.is_in(prompts["prompt_id"], value_set=column_of(rows, "prompt_id")))
         has_demonstration = pc.fill_null(pc.greater(pc.list_value_length(prompts["demonstration_ids"]), 0), False)
-        without = prompts.filter(pc.invert(has_demonstration))
-        text = column_of(without, "text")
-        ctx.reject_rows(column_of(without, "prompt_id"), reason="no demonstration", place="prompts", detail=text)
+        lacking = prompts.filter(pc.invert(has_demonstration))
+        text = column_of(lacking, "text")
+        ctx.reject_rows(column_of(lacking, "prompt_id"), reason="no demonstration", place="prompts", detail=text)
         rows = pa.concat_tables([rows, _demonstrations(prompts.filter(has_demonstration), ids)])
     return in_order_of_prompts(rows)
 
@@ -67,11 +67,11 @@ def _demonstrations(prompts: pa.Table, used_ids: pa.Array) -> pa.Table:
     copy, is_used = 0, pc.is_in(pa.array(ids, pa.string()), value_set=used_ids).to_numpy(False)
     while is_used.any():
         copy += 1
-        taken = pa.array(is_used)
-        again = [candidate_id(*content, copy) for content in _contents(prompts.filter(taken))]
-        for n, name in zip(np.flatnonzero(is_used), again, strict=True):
+        mask = pa.array(is_used)
+        other_ids = [candidate_id(*content, copy) for content in _contents(prompts.filter(mask))]
+        for n, name in zip(np.flatnonzero(is_used), other_ids, strict=True):
             ids[n] = name
-        is_used[is_used] = pc.is_in(pa.array(again, pa.string()), value_set=used_ids).to_numpy(False)
+        is_used[is_used] = pc.is_in(pa.array(other_ids, pa.string()), value_set=used_ids).to_numpy(False)
     size, tokens = prompts.num_rows, column_of(prompts, "demonstration_ids")
     columns = {
         "prompt_id": column_of(prompts, "prompt_id"),

@@ -276,9 +276,9 @@ def pair(
         numbers, starts = numbers[~is_equal], np.append(0, np.cumsum(sizes[~is_equal]))
 
     pairs = _pairs_of(rule, rows, prompts.take(pa.array(numbers)), starts, positions, candidates)
-    without = np.bincount(pairs.prompt, minlength=len(numbers)) == 0
-    details = [f"{size} {table}" for size in np.diff(starts)[without]]
-    rejects.add(numbers[without], place=rule.name, reason="no pair", detail=details)
+    has_no_pair = np.bincount(pairs.prompt, minlength=len(numbers)) == 0
+    details = [f"{size} {table}" for size in np.diff(starts)[has_no_pair]]
+    rejects.add(numbers[has_no_pair], place=rule.name, reason="no pair", detail=details)
 
     # Reject pairs; of several reasons the first one counts.
     lengths = pc.list_value_length(candidates["token_ids"]).to_numpy()
@@ -292,24 +292,24 @@ def pair(
         is_cut = pc.equal(candidates["finish_reason"], "length").to_numpy()
         is_rejected["cut at max_tokens"] = is_cut[pairs.chosen] | is_cut[pairs.rejected]
     is_rejected["weight 0"] = pairs.weight <= SMALLEST_WEIGHT  # 0 in float32
-    left = np.flatnonzero(~np.logical_or.reduce(list(is_rejected.values())))
-    _, firsts = np.unique(pairs.chosen[left] * len(lengths) + pairs.rejected[left], return_index=True)
-    is_again = is_rejected["the same pair again"] = np.zeros_like(is_tie)
-    is_again[np.delete(left, firsts)] = True
+    remaining = np.flatnonzero(~np.logical_or.reduce(list(is_rejected.values())))
+    _, firsts = np.unique(pairs.chosen[remaining] * len(lengths) + pairs.rejected[remaining], return_index=True)
+    is_repeated = is_rejected["the same pair again"] = np.zeros_like(is_tie)
+    is_repeated[np.delete(remaining, firsts)] = True
     reasons = np.select(list(is_rejected.values()), list(is_rejected), "")
-    dropped = reasons != ""
+    is_dropped = reasons != ""
     ids = {"chosen_id": pairs.chosen, "rejected_id": pairs.rejected}
-    chosen, rejected = (names.take(pa.array(rows[dropped])).combine_chunks() for rows in ids.values())
+    chosen, rejected = (names.take(pa.array(rows[is_dropped])).combine_chunks() for rows in ids.values())
     of_prompt = numbers[pairs.prompt]
-    rejects.add(of_prompt[dropped], place=rule.name, reason=reasons[dropped], candidates=chosen, detail=rejected)
+    rejects.add(of_prompt[is_dropped], place=rule.name, reason=reasons[is_dropped], candidates=chosen, detail=rejected)
     rejects.record(ctx, prompts)
 
-    kept = ~dropped
-    size = int(kept.sum())
-    gap = pairs.gap[kept] if pairs.gap is not None else np.full(size, np.nan)
-    columns = {name: names.take(pa.array(rows[kept])) for name, rows in ids.items()}
-    columns |= {"prompt_id": prompts.take(pa.array(of_prompt[kept])), "rule": pa.repeat(rule.name, size)}
-    columns |= {"gap": pa.array(gap, mask=np.isnan(gap)), "weight": pa.array(pairs.weight[kept])}
+    is_kept = ~is_dropped
+    size = int(is_kept.sum())
+    gap = pairs.gap[is_kept] if pairs.gap is not None else np.full(size, np.nan)
+    columns = {name: names.take(pa.array(rows[is_kept])) for name, rows in ids.items()}
+    columns |= {"prompt_id": prompts.take(pa.array(of_prompt[is_kept])), "rule": pa.repeat(rule.name, size)}
+    columns |= {"gap": pa.array(gap, mask=np.isnan(gap)), "weight": pa.array(pairs.weight[is_kept])}
     return pa.table([columns[name] for name in PAIRS.names], names=PAIRS.names)
 
 
@@ -318,13 +318,13 @@ def _pairs_of(
 ) -> PairBatch:
     """Return what a rule yields of all prompts; raise WinnowError for what are no pairs of a prompt's candidates."""
     if not len(prompts):
-        nothing = np.zeros(0, dtype=np.int64)
-        return PairBatch(nothing, nothing, nothing, None, np.zeros(0))
+        empty = np.zeros(0, dtype=np.int64)
+        return PairBatch(empty, empty, empty, None, np.zeros(0))
     if "batch" not in rule.metadata:
         return _pairs_by_prompt(rule, rows, prompts, starts, candidates)
-    for name, found in positions.items():
-        of_row = candidates["prompt_id"].take(pa.array(np.maximum(found, 0)))
-        is_foreign = (found < 0) | pc.not_equal(of_row, rows["prompt_id"]).to_numpy()
+    for name, position in positions.items():
+        of_row = candidates["prompt_id"].take(pa.array(np.maximum(position, 0)))
+        is_foreign = (position < 0) | pc.not_equal(of_row, rows["prompt_id"]).to_numpy()
         if is_foreign.any():
             n = int(is_foreign.argmax())
             raise rule.wrong_result(rows[name][n].as_py(), OF_PROMPT, f"prompt {rows['prompt_id'][n]}")

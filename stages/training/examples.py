@@ -133,9 +133,11 @@ def examples(
     used_rows = np.unique(positions[positions >= 0])
     responses = candidates.take(pa.array(used_rows))
     prompt_of = pc.fill_null(pc.index_in(responses["prompt_id"], value_set=names), -1).to_numpy().astype(np.int64)
-    named = np.where(positions >= 0, np.searchsorted(used_rows, positions), -1)
-    is_own = (named >= 0) & (np.append(prompt_of, -1)[named] == np.concatenate([of_pair, of_pair, of_selected]))
-    chosen, rejected, selected = np.split(np.where(is_own, named, -1), [len(of_pair), 2 * len(of_pair)])
+    candidate_of = np.where(positions >= 0, np.searchsorted(used_rows, positions), -1)
+    belongs = (candidate_of >= 0) & (
+        np.append(prompt_of, -1)[candidate_of] == np.concatenate([of_pair, of_pair, of_selected])
+    )
+    chosen, rejected, selected = np.split(np.where(belongs, candidate_of, -1), [len(of_pair), 2 * len(of_pair)])
     for side, column in ((chosen, ids[0]), (rejected, ids[1])):
         require_ids(column, side)
 
@@ -177,14 +179,14 @@ def examples(
         is_used[selected[labelled]] = True
 
     # Reject prompts that the reference lacks, which that step has rejected.
-    is_left = np.ones(n_prompts := len(names), dtype=bool)
+    has_scores = np.ones(n_prompts := len(names), dtype=bool)
     if has_reference:
         scored = pc.is_in(names, value_set=column_of(reference, "prompt_id")).to_numpy(zero_copy_only=False)
         lacking = (np.bincount(prompt_of[is_used], minlength=n_prompts) > 0) & ~scored
         texts = prompts["text"].filter(pa.array(lacking))
         rejects.add(np.flatnonzero(lacking), reason="no reference log-prob", place="reference", detail=texts)
-        is_left &= ~lacking
-        is_used &= is_left[prompt_of]
+        has_scores &= ~lacking
+        is_used &= has_scores[prompt_of]
 
     # All rows of responses: those above, the demonstrations, and other prompts' responses where there is any of these.
     of_used, drawn_by = prompt_of[is_used], responses.filter(pa.array(is_used))
@@ -192,17 +194,19 @@ def examples(
     kinds = [_response_rows(drawn_by, of_used, weights[is_used], desirable_labels)]
     if imitate == "demonstration":
         tokens = column_of(prompts, "demonstration_ids")
-        has_demonstration = pc.fill_null(pc.greater(pc.list_value_length(tokens), 0), False).to_numpy(False) & is_left
+        has_demonstration = (
+            pc.fill_null(pc.greater(pc.list_value_length(tokens), 0), False).to_numpy(False) & has_scores
+        )
         numbers = np.flatnonzero(has_demonstration)
         ids = pa.repeat("demonstration", len(numbers))
         demonstrations = pa.table({"candidate_id": ids, "token_ids": tokens.take(pa.array(numbers))})
         no_labels = pa.nulls(len(numbers), pa.int8())
         kinds.append(_response_rows(demonstrations, numbers, np.ones(len(numbers)), no_labels))
     has_rows = np.bincount(np.concatenate([_numbers(rows) for rows in kinds]), minlength=n_prompts) > 0
-    borrowed = has_rows[of_mismatched]
-    zeros = np.zeros(int(borrowed.sum()), dtype=np.int8)
-    mismatched = mismatched.filter(pa.array(borrowed))
-    kinds.append(_response_rows(mismatched, of_mismatched[borrowed], zeros, pa.array(zeros)))
+    is_borrowed = has_rows[of_mismatched]
+    zeros = np.zeros(int(is_borrowed.sum()), dtype=np.int8)
+    mismatched = mismatched.filter(pa.array(is_borrowed))
+    kinds.append(_response_rows(mismatched, of_mismatched[is_borrowed], zeros, pa.array(zeros)))
     model, dtype = pa.nulls(n_prompts, pa.string()), pa.nulls(n_prompts, pa.string())
     if has_reference:  # which has no demonstrations
         kinds[0], scores = _with_reference(kinds[0], prompts, reference)
@@ -213,11 +217,11 @@ def examples(
         model, dtype = (column_of(scores, name).take(rows_of_scores) for name in ("model", "dtype"))
 
     # Reject prompts without a row, but not those of which all candidates were rejected before.
-    without = is_left & ~has_rows
-    if has_candidates and without.any():
-        without &= pc.is_in(names, value_set=column_of(candidates, "prompt_id")).to_numpy(False)
-    texts = column_of(prompts, "text").filter(pa.array(without))
-    rejects.add(np.flatnonzero(without), reason="nothing to learn from", place="prompts", detail=texts)
+    has_no_rows = has_scores & ~has_rows
+    if has_candidates and has_no_rows.any():
+        has_no_rows &= pc.is_in(names, value_set=column_of(candidates, "prompt_id")).to_numpy(False)
+    texts = column_of(prompts, "text").filter(pa.array(has_no_rows))
+    rejects.add(np.flatnonzero(has_no_rows), reason="nothing to learn from", place="prompts", detail=texts)
     rejects.record(ctx, names)
 
     # Group rows and pairs by prompt, where a pair has its responses' positions in the group.
@@ -236,14 +240,14 @@ def examples(
         "label": 1 / (1 + np.exp(-gap)) if labels == "soft" else np.ones(len(gap)),
     }
     pair_rows = pa.table({name: pa.array(column[grouped]) for name, column in pair_columns.items()})
-    n_pairs, kept = np.bincount(of_pair[grouped], minlength=n_prompts), pa.array(has_rows)
+    n_pairs, is_kept = np.bincount(of_pair[grouped], minlength=n_prompts), pa.array(has_rows)
     columns = {
-        "prompt_id": names.filter(kept),
-        "prompt_ids": column_of(prompts, "token_ids").filter(kept),
+        "prompt_id": names.filter(is_kept),
+        "prompt_ids": column_of(prompts, "token_ids").filter(is_kept),
         "responses": _lists("responses", rows.take(pa.array(order)), n_rows[has_rows]),
         "pairs": _lists("pairs", pair_rows, n_pairs[has_rows]),
-        "ref_model": model.filter(kept),
-        "ref_dtype": dtype.filter(kept),
+        "ref_model": model.filter(is_kept),
+        "ref_dtype": dtype.filter(is_kept),
     }
     return pa.table(columns)
 

@@ -170,6 +170,9 @@ def summarize(sizes: Sizes, results: Results) -> Summary:
             "bare: seconds": spread([run.seconds for run in bare]),
             "bare: CPU-seconds": spread([run.cpu_seconds for run in bare]),
             "times bare": spread([mine.seconds / its.seconds for mine, its in zip(runs, bare, strict=True)]),
+            "times bare, of CPU-seconds": spread(
+                [mine.cpu_seconds / its.cpu_seconds for mine, its in zip(runs, bare, strict=True)]
+            ),
             "GiB": spread([run.gibibytes for run in runs]),
         }
         rows.append(row)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pipeline.execution.tasks import Task, _pieces, execute, step_spec
 from pipeline.registry import Bound
 from pipeline.resources import Resources
 from pipeline.store.store import Store
+from schemas.tables import CANDIDATES, PAIRS
 from stages.selection.groups import RewardGroups
 from stages.selection.rules import Selection, selection_rule
 from tests.bench.store.model import Part, make_step, seal_step
@@ -80,3 +82,25 @@ def test_a_rule_that_reads_all_prompts_has_its_part_at_once(tmp_path: Path):
     for step in (pooled, of_user):
         assert _pieces(step_spec(step, store), Task(0), SMALL) == [None]
     assert len(_pieces(step_spec(select, store), Task(0), SMALL)) > 2
+
+
+def test_a_stage_gets_the_columns_that_it_declares(tmp_path: Path):
+    """By its options: a rule for all prompts reads few columns of candidates, and a user's gets whole rows."""
+    store = Store(tmp_path)
+    columns: list[list[str]] = []
+    _, pair, _ = steps(store, np.arange(960))
+
+    def record(candidates: pa.Table, **inputs: Any) -> pa.Table:
+        columns.append(candidates.column_names)
+        return PAIRS.empty_table()
+
+    rule = pair.options["rule"]
+    plain = Bound(replace(rule.entry, metadata={"reads": "selections"}), {})
+    for shard_rule, finished in ((rule, False), (rule, True), (plain, False)):
+        step = replace(pair, inputs={"candidates": pair.inputs["candidates"]})
+        spec = step_spec(step, store)
+        options = pair.options | {"rule": shard_rule, "finished": finished}
+        entry = replace(spec.entry, fn=record, metadata={"signature": spec.signature})
+        execute(replace(spec, entry=entry, options=options), Task(0), WarmCache(), lambda *report: None)
+    few = ["prompt_id", "candidate_id", "token_ids"]
+    assert columns == [few, [*few, "finish_reason"], CANDIDATES.names]
