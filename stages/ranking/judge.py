@@ -19,7 +19,7 @@ from stages.work import judging_work
 
 
 @stage(
-    version=4,
+    version=5,
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
@@ -42,7 +42,8 @@ def judge(
     error that unbiased use of the draws has (Hoeffding 1948), or only against the one with the same k, which asks the
     ranker less often by the number of draws. With `special_tokens`, text is read with the special tokens inside it. The
     logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it cannot read a
-    response: `unread` then says whose; of two that do not fit its context together, the longer.
+    response: `unread` then says whose; of two that do not fit its context together, the longer, or both if their
+    lengths are equal. A reward model reads each response alone, and both are unread where neither fits.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
@@ -69,7 +70,8 @@ def judge(
             elif opened.fits(context, *pair):
                 met.append((judgement, pair))
             else:
-                judgement["unread"] = "baseline" if opponent["n_tokens"] > row["n_tokens"] else "candidate"
+                longer = opponent["n_tokens"] - row["n_tokens"]
+                judgement["unread"] = "both" if not longer else "baseline" if longer > 0 else "candidate"
 
         ctx.count(ranker_calls=len(met) * reads_per_pair(opened, "both"))
         logits, *_ = both_orders(opened, context, [pair for _, pair in met], "both")

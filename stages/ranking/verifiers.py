@@ -25,6 +25,13 @@ from stages.ranking.rankers import verifier
 
 Seconds = Annotated[float, Range(gt=0, le=3600)]
 Megabytes = Annotated[int, Range(ge=64, le=10**6)]
+DELIMITED = re.compile(r"\$.+\$|\\boxed|\\\(|\\\[", re.DOTALL)  # LaTeX that says where it begins
+NUMBER = re.compile(r"[-+]?[$€£]?(?:\d+|[1-9]\d{0,2}(?:[ ,]\d{3})+)?(?:\.\d*)?\s*%?")
+E_NOTATION = re.compile(r"\d[eE][-+]?\d")  # e would be Euler's number
+TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf)|mbox)\b")
+COMMAND = re.compile(r"\\[A-Za-z]+")
+OPTION_LETTER = re.compile(r"[\s(){}.]*[A-Z][\s(){}.]*")
+VARIABLES = re.compile("[a-d]+|[k-n]+|[p-t]+|[w-z]+")  # of a product without signs, such as xyz
 FENCE = re.compile(r"```([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 # Runs in the sandboxed process. What was given is read before any code runs; the token is written only if it ends.
@@ -43,11 +50,31 @@ UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "
 
 @lru_cache(maxsize=4096)
 def _reference_answer(text: str, limit: int | None) -> Any:
-    """Return a reference answer as math-verify reads it; empty if it cannot."""
-    from math_verify import parse
+    """Return a reference answer as math-verify reads it in `\\boxed`; empty if it cannot, or is no mathematics."""
+    from math_verify import parse, verify
 
     text = text.rpartition("####")[2].strip()  # GSM8K writes its answer after this mark
-    return parse(text, parsing_timeout=limit) or parse(f"${text}$", parsing_timeout=limit)
+    if DELIMITED.search(text) or NUMBER.fullmatch(text):
+        return parse(text, parsing_timeout=limit)
+    # As LaTeX: of a text without delimiters, it would read the last number only, 3 of 3\sqrt{13}.
+    boxed = parse(rf"\boxed{{{text}}}", parsing_timeout=limit)
+    answer = boxed[0] if boxed else None  # a text where only the text was read
+    if E_NOTATION.search(text) or answer is None or isinstance(answer, str):
+        return []
+    if _has_words(text) and answer.free_symbols:  # which it reads as products of variables
+        return []
+    return boxed if verify([answer], [answer], timeout_seconds=limit) else []
+
+
+def _has_words(text: str) -> bool:
+    """Return whether letters of a LaTeX text are words, or one that names an option, and not variables."""
+    plain = COMMAND.sub(" ", TEXT_COMMAND.sub(" ", text))
+    if OPTION_LETTER.fullmatch(plain):
+        return True
+    runs = re.findall("[A-Za-z]{2,}", plain)
+    return any(
+        bool(set(run.lower()) & set("eiou")) or (len(run) > 2 and not VARIABLES.fullmatch(run.lower())) for run in runs
+    )
 
 
 def _parsing_limit() -> int | None:
@@ -57,15 +84,17 @@ def _parsing_limit() -> int | None:
 def check_answer(fields: Mapping[str, str], *, column: str) -> None:
     """Raise ValueError if the reference answer cannot be parsed."""
     if not _reference_answer(fields[column], _parsing_limit()):
-        raise ValueError(f"{column} is no answer that math-verify can parse")
+        raise ValueError(f"{column} is no answer that math-verify can parse, such as a number or LaTeX, and no word")
 
 
-@verifier(columns=("column",), check=check_answer, requires="math_verify", label_threshold=0.5, version=2)
+@verifier(columns=("column",), check=check_answer, requires="math_verify", label_threshold=0.5, version=3)
 def math_answer(prompt: str, response: str, fields: Mapping[str, str], *, column: str = "answer") -> float:
     r"""Return 1 if the response's last answer equals the one in the kept column, by math-verify, else 0.
 
-    `1/2`, `0.5` and `\frac{1}{2}` are equal. Responses are rejected if the reference answer cannot be parsed. A
-    comparison may take 5 seconds, outside the main thread without a limit.
+    `1/2`, `0.5` and `\frac{1}{2}` are equal. A reference answer is LaTeX, with or without `$`, or the number after
+    `####`; of a response, `\boxed{}`, the LaTeX between `$`, or else the last number is read. Responses are rejected if
+    the reference answer cannot be parsed, or is a word, the letter of an option, or in the notation `1e5`. A comparison
+    may take 5 seconds, outside the main thread without a limit.
     """
     from math_verify import parse, verify
 

@@ -32,6 +32,54 @@ def test_answers_are_equal_as_mathematics():
         assert math_answer("", response, {"answer": answer}) == score, (answer, response)
 
 
+def test_a_reference_in_latex_is_read_in_full():
+    """As MATH writes it, without delimiters: what begins or ends with the same number is another answer."""
+    wrong = {
+        r"3\sqrt{13}": r"\boxed{3}",
+        r"\left( 3, \frac{\pi}{2} \right)": r"\boxed{3}",
+        "6+9i": "It is 6.",
+        "2x": "2",
+        "10^{-3}": "10",
+        r"(-\infty, 3]": "3",
+        "1,2,3": "1.2",
+        "12!": r"$12$",
+        "5x-7": "5",
+        r"\begin{pmatrix}1\\2\end{pmatrix}": "1",
+        "2xy": "2",
+        "1,234": "1.234",
+        "50%": "51%",
+        "$18": "19",
+    }
+    for answer, other in wrong.items():
+        fields = {"answer": answer}
+        check_fields(bound(rankers, "math_answer"), fields)
+        assert math_answer("", rf"So \boxed{{{answer}}}.", fields) == 1, answer
+        assert math_answer("", other, fields) == 0, answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "3.14e5",
+        "2 hours 30 minutes",
+        "A",
+        "(C)",
+        r"\text{(C)}",
+        "Yes",
+        "No",
+        "Paris",
+        r"\text{Evelyn}",
+        "",
+        "####",
+        "?",
+    ],
+)
+def test_a_reference_that_is_no_mathematics_rejects_its_row(answer):
+    """It would be read as a product of variables, or as its last number, and every plain response be wrong."""
+    with pytest.raises(ValueError, match="answer is no answer that math-verify can parse"):
+        check_fields(bound(rankers, "math_answer"), {"answer": answer})
+
+
 def test_json_fits_its_schema_or_is_wrong():
     fenced = 'Here:\n```json\n{"city": "Oslo"}\n```'
     for response, score in {fenced: 1, '{"city": "Oslo"}': 1, '{"city": 1}': 0, "Oslo": 0, "[" * 10**5: 0}.items():
