@@ -20,7 +20,7 @@ from stages.data.rows import Row
 from stages.data.texts import is_continued
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
+from stages.model_config import generation_problems, input_problems, planned_config
 from stages.options import (
     Count,
     LogitBias,
@@ -272,7 +272,7 @@ def sample(
     tokenizer = ctx.open_once(Tokenizer, policy)
     # A padded vocabulary has ids of no token. A draw of one is rejected and not masked: a mask would change the law
     # that `logp` is under, and cost time in every step of every engine, for what a trained model hardly ever draws.
-    unknown_ids = {*range(ModelConfig(policy.folder).vocabulary or 0)} - {*tokenizer.inner.get_vocab().values()}
+    known_ids = {*tokenizer.inner.get_vocab().values()}
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
     refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
@@ -337,7 +337,7 @@ def sample(
                 f"{completion.logp}: its weights or its activations in {dtype} are not finite; give a policy from "
                 "before its training failed, or another `dtype`"
             )
-        if unknown := unknown_ids.intersection(ids):
+        if unknown := {*ids} - known_ids:
             detail = f"id {min(unknown)} of {ids}"
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue
