@@ -140,8 +140,8 @@ class EndpointEngine(Engine):
         if beyond := [token for token in ids if token < 0 or (self.vocabulary and token >= self.vocabulary)]:
             limit = "none below 0" if self.vocabulary is None else f"those from 0 to {self.vocabulary - 1}"
             raise WinnowError(
-                f"{self.endpoint}: the server drew id {beyond[0]}, and of ids the network in {self.folder} has {limit}: "
-                "it serves another model; serve the policy's own folder"
+                f"{self.endpoint}: the server drew id {beyond[0]}, and the network in {self.folder} has {limit}: it "
+                "serves another model; serve the policy's own folder"
             )
         if (largest := max(logprobs.token_logprobs, default=0.0)) > ROUNDING:
             raise WinnowError(
