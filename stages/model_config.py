@@ -50,6 +50,7 @@ class _File(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
 
 
@@ -213,7 +214,10 @@ class ModelConfig:
 
         rows: number of ids that the network has embeddings for; None if unknown.
         """
-        known = tokenizer_ids(folder)
+        try:
+            known = tokenizer_ids(folder)
+        except WinnowError as error:
+            return list(error.problems)
         if known is None:
             return []
         ids, special = known
@@ -238,19 +242,30 @@ class ModelConfig:
 
 
 def tokenizer_ids(folder: Path) -> tuple[set[int], set[int]] | None:
-    """Return all ids of a folder's tokenizer, and those of its special tokens; None if no tokenizer.json has them."""
-    file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    content = json_object(file) if file.is_file() else {}
-    vocabulary = (content.get("model") or {}).get("vocab")
-    if not vocabulary:
-        return None
-    ids = {*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))}
-    added = {token["id"]: token.get("special", False) for token in content.get("added_tokens") or []}
-    config = json_object(config_file) if config_file.is_file() else {}
-    for number, token in (config.get("added_tokens_decoder") or {}).items():
-        added[int(number)] = added.get(int(number), False) or token.get("special", False)
-    more = folder / "added_tokens.json"
-    ids |= {*added, *(json_object(more) if more.is_file() else {}).values()}
+    """Return all ids of a folder's tokenizer, and those of its special tokens; None if no tokenizer.json has them.
+
+    Raises WinnowError for files of another form.
+    """
+    content, config, more = (
+        json_object(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    )
+    try:
+        vocabulary = (content.get("model") or {}).get("vocab")
+        if not vocabulary:
+            return None
+        ids = {*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))}
+        added = {token["id"]: token.get("special", False) for token in content.get("added_tokens") or []}
+        for number, token in (config.get("added_tokens_decoder") or {}).items():
+            added[int(number)] = added.get(int(number), False) or token.get("special", False)
+        ids |= {*added, *more.values()}
+        if not all(type(token) is int for token in ids):
+            raise TypeError("an id is no whole number")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WinnowError(
+            f"{folder}: its tokenizer.json, tokenizer_config.json and added_tokens.json are not those of a tokenizer "
+            f"({type(error).__name__}: {error}); copy them again"
+        ) from None
     return ids, {number for number, is_special in added.items() if is_special}
 
 

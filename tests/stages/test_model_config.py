@@ -438,6 +438,24 @@ def test_an_id_of_an_end_that_the_tokenizer_lacks_is_refused_when_the_plan_is_ma
     assert all(fact in message for fact in ["sft: path: ", name, f"{key} 99999", str(folder), "tokenizer"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model": "x"}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 1}}, "added_tokens": [1]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("added_tokens.json", '{"a": [1]}'),
+    ],
+)
+def test_files_of_a_tokenizer_of_another_form_are_refused_when_the_plan_is_made(tiny, bare, tmp_path, name, content):
+    folder = copied(tiny, tmp_path / "other")
+    (folder / name).write_text(content)
+    message = bare(folder)
+    assert all(fact in message for fact in [str(folder), name, "copy them again"])
+
+
 def test_a_tokenizer_larger_than_the_network_is_refused_when_the_plan_is_made(tiny, bare, tmp_path):
     """A special token beyond is not: Gemma-3 has one, and no text with it is read."""
     for special in (True, False):
