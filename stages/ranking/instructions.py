@@ -18,7 +18,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {}  # that the data give each check
 COUNTED_FROM_ONE = ("num_paragraphs", "nth_paragraph")
 RELATIONS = ("at least", "less than")
 ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|vs|e\.g|i\.e)$")
+ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|vs|e\.g|i\.e)\Z")
 MARKS = ".!?…"
 SENTENCE_END = re.compile(r"[.!?…]++[\"'”’)\]]*+")  # before a space, or at the end of the text
 
