@@ -70,7 +70,7 @@ class Profile(BaseModel):
     default: Resources = Resources()
     stages: dict[str, Resources] = {}
     autoscaling: bool = False
-    rates: dict[str, Annotated[float, Field(gt=0)]] = {}
+    rates: dict[str, Annotated[float, Field(ge=1e-6, le=1e12)]] = {}
 
     def of(self, stage: str) -> Resources:
         """Return the resources of a stage: its own, or the default."""

@@ -1,6 +1,7 @@
 """Client of a model that an OpenAI-compatible server serves: what engine and ranker `endpoint` share."""
 
 import asyncio
+import json
 import os
 import re
 import time
@@ -31,9 +32,16 @@ PASSING = (408, 409, 429)  # and all from 500 on: status codes after which the c
 
 def _url(text: str) -> str:
     """Return the URL without a slash at its end. Errors do not repeat it: it may hold a password."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise WinnowError("must be the address of a server, as in http://host:8000/v1")
+    wrong = WinnowError(
+        "must be the address of a server, as in http://host:8000/v1, with a port from 1 to 65535 if any"
+    )
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # of brackets, or of a port; its message repeats the text
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not re.fullmatch(r"[!-~]+", text):
+        raise wrong
     if parts.username or parts.password or parts.query or parts.fragment:
         raise WinnowError(
             "must hold no user, password, query or fragment: a key does not belong in a config; put it into an "
@@ -118,7 +126,12 @@ class EndpointClient:
         self.endpoint = endpoint
         self.key = NO_KEY
         if endpoint.api_key_env is not None:
-            self.key = os.environ.get(endpoint.api_key_env, "").strip()
+            self.key = os.environ.get(endpoint.api_key_env, "").removesuffix("\n").removesuffix("\r")  # as a file ends
+            if self.key and not re.fullmatch("[!-~]+", self.key):  # libraries would repeat it in their refusal
+                raise WinnowError(
+                    f"{endpoint}: api_key_env: the key in the environment variable {endpoint.api_key_env} has a space, "
+                    "a line break or a character that is not ASCII, which no header can hold: set the key alone"
+                )
             if not self.key:
                 raise WinnowError(
                     f"{endpoint}: api_key_env: the environment variable {endpoint.api_key_env} is not set where this "
@@ -130,14 +143,21 @@ class EndpointClient:
         self.last_answer = time.monotonic()
 
         class Client(DefaultAsyncHttpxClient):
-            """HTTP client that counts lost connections, which openai's own attempts hide."""
+            """HTTP client that counts lost connections, which openai's own attempts hide, and limits whole answers.
 
-            async def send(client, *arguments: Any, **options: Any) -> Any:  # noqa: N805
+            httpx2's own limit is between two bytes: of an answer that drips, it would never be reached.
+            """
+
+            async def send(client, request: Any, **options: Any) -> Any:  # noqa: N805
                 try:
-                    return await super().send(*arguments, **options)
+                    async with asyncio.timeout(endpoint.timeout):
+                        return await super().send(request, **options)
                 except httpx2.TransportError:
                     self.interruptions += 1
                     raise
+                except TimeoutError:
+                    self.interruptions += 1
+                    raise httpx2.ReadTimeout("no whole answer", request=request) from None
 
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
         timeout = httpx2.Timeout(endpoint.timeout, connect=min(CONNECT_SECONDS, endpoint.timeout))
@@ -285,7 +305,10 @@ class EndpointClient:
     def _line(self, text: object) -> str:
         """Return a text in one line, cut, and without the key, which a server may repeat."""
         line = " ".join(str(text).split())
-        return (line if self.key == NO_KEY else line.replace(self.key, "***"))[:500]
+        if self.key != NO_KEY:
+            for written in (self.key, repr(self.key)[1:-1], json.dumps(self.key)[1:-1]):
+                line = line.replace(written, "***")
+        return line[:500]
 
 
 def _error_of(body: object) -> str | None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,12 +14,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import InputStep, ModelPath
-from pipeline.store.weights import tensor_shapes, weight_files
+from pipeline.store.weights import tensor_shapes, tensor_types, weight_files
 from schemas import WinnowError, WinnowWarning
 
 Output = Literal["vocabulary", "score"]
 CLASSIFIER = "ForSequenceClassification"
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # in the names of a layer's tensors
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+HEADS = ("lm_head.", "embed_out.", "output.")  # layers that end in the vocabulary
 GENERATION = "generation_config.json"
 OTHER_INPUTS = {"vision_config": "images", "audio_config": "sound"}  # parts of a config that a text model has not
 AUTO_CLASSES = (  # transformers' lists of network classes by model type: policies, and reward models among classifiers
@@ -45,6 +50,7 @@ class _File(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
 
 
@@ -187,7 +193,99 @@ class ModelConfig:
         if self.output == "score" and self.labels != 1:
             actual = "no tensor `score.weight`" if self.labels is None else f"{self.labels} scores"
             return [f"{architecture} with {actual} is no reward model: one score, by a layer `score`, is what is read"]
+        return self.weight_problems()
+
+    def weight_problems(self) -> list[str]:
+        """Return where the headers of the weights contradict the config: types, layers, embedding, head.
+
+        When a model is read, all names and shapes are compared with the network's, for which it takes torch.
+        """
+        of_two = "config.json and weights are of two models, or files of one are missing; copy both again"
+        if self.quantization:  # of other names, shapes and types
+            return []
+        types = tensor_types(weight_files(self.folder))
+        integer = [name for name, kind in types.items() if name.endswith("weight") and kind[0] in "IU"]
+        if integer:
+            return [
+                f"{min(integer)} is of type {types[min(integer)]} ({len(integer)} such tensors), and config.json has "
+                "no quantization_config that says what these integers stand for: give the folder that they were "
+                "quantised from"
+            ]
+        count = next((self.text[name] for name in LAYER_COUNTS if isinstance(self.text.get(name), int)), None)
+        layers = {int(match[1]) for name in self.shapes if (match := LAYER.search(name))}
+        missing = sorted({*range(count)} - layers) if count is not None and layers else []
+        if missing and not self.content.get("is_encoder_decoder"):
+            return [f"its weights lack layer {missing[0]} ({len(missing)} of {count} layers): {of_two}"]
+        # Some have layers beyond the count that predict further tokens, and transformers leaves these out.
+        extra = [layer for layer in layers if count is not None and layer >= count]
+        if extra and not self.content.get("is_encoder_decoder") and "num_nextn_predict_layers" not in self.text:
+            return [f"its weights have layer {max(extra)}, and config.json {count} layers: {of_two}"]
+        for name, shape in self.shapes.items():
+            if name.endswith(EMBEDDINGS) and self.vocabulary is not None and shape[0] < self.vocabulary:
+                return [f"{name} has {shape[0]} rows, and config.json vocab_size {self.vocabulary}: {of_two}"]
+        is_untied = self.text.get("tie_word_embeddings") is False and self.output == "vocabulary"
+        if is_untied and layers and not any(head in name for name in self.shapes for head in HEADS):
+            return [f"its weights lack the head (lm_head), which by config.json is not tied to the embedding: {of_two}"]
         return []
+
+    def token_problems(self, folder: Path, rows: int | None) -> list[str]:
+        """Return where the tokenizer in a folder is not this network's: ids without an embedding, ends that it lacks.
+
+        rows: number of ids that the network has embeddings for; None if unknown.
+        """
+        try:
+            known = tokenizer_ids(folder)
+        except WinnowError as error:
+            return list(error.problems)
+        if known is None:
+            return []
+        ids, special = known
+        named = {("config.json", name): self.content.get(name) for name in ("bos_token_id", "eos_token_id")}
+        named |= {(GENERATION, name): self.generation.get(name) for name in ("bos_token_id", "eos_token_id")}
+        problems = []
+        for (file, name), value in named.items():
+            lacking = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
+            if lacking := [token for token in lacking if token not in ids]:
+                problems.append(
+                    f"{file} has {name} {lacking[0]}, and the tokenizer in {folder} no such token: they are of two "
+                    "models; copy the model's own tokenizer, or set the id that ends its responses"
+                )
+        # A special token beyond is never read: texts with one are rejected.
+        beyond = [] if rows is None else [token for token in ids - special if token >= rows]
+        if beyond:
+            problems.append(
+                f"the tokenizer in {folder} has id {max(beyond)} ({len(beyond)} such tokens), and its network only ids "
+                f"below {rows}: they are of two models; to keep both, resize the network's embeddings first"
+            )
+        return problems
+
+
+def tokenizer_ids(folder: Path) -> tuple[set[int], set[int]] | None:
+    """Return all ids of a folder's tokenizer, and those of its special tokens; None if no tokenizer.json has them.
+
+    Raises WinnowError for files of another form.
+    """
+    content, config, more = (
+        json_object(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    )
+    try:
+        vocabulary = (content.get("model") or {}).get("vocab")
+        if not vocabulary:
+            return None
+        ids = {*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))}
+        added = {token["id"]: token.get("special", False) for token in content.get("added_tokens") or []}
+        for number, token in (config.get("added_tokens_decoder") or {}).items():
+            added[int(number)] = added.get(int(number), False) or token.get("special", False)
+        ids |= {*added, *more.values()}
+        if not all(type(token) is int for token in ids):
+            raise TypeError("an id is no whole number")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WinnowError(
+            f"{folder}: its tokenizer.json, tokenizer_config.json and added_tokens.json are not those of a tokenizer "
+            f"({type(error).__name__}: {error}); copy them again"
+        ) from None
+    return ids, {number for number, is_special in added.items() if is_special}
 
 
 def planned_output(step: InputStep) -> Output | None:

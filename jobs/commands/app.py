@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from jobs.console import VisibleConsole
+from pipeline.config.recipe import name_problems
 from pipeline.store.storage import parse_location
 from pipeline.store.store import Store
 from schemas import COMMAND, WinnowError
@@ -100,6 +101,8 @@ def parsed_tags(words: list[str]) -> dict[str, str]:
         name, _, value = word.partition("=")
         if not name.strip():
             raise WinnowError(f"--tag {word}: has no name; write a word, or KEY=VALUE")
+        if problems := name_problems(name):
+            raise WinnowError(f"--tag {word!r}: its name {problems[0]}; give another")
         if tags.setdefault(name, value) != value:
             raise WinnowError(f"--tag {word}: {name} is {tags[name]!r} already; give one value")
     return tags

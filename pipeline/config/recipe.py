@@ -6,6 +6,7 @@ A recipe is a mapping of step names to `use` (a stage; the step's own name by de
 is a number of equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,16 +33,11 @@ from pipeline.config.yaml import parse
 from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
-SETTABLE = (
-    "about",
-    "dtype",
-    "evaluations",
-    "rounds",
-    "shards",
-    "target",
-    "track",
-    "trained",
-)  # settings that --set may name
+NAME_BYTES = 150  # of a run's name
+# What names of files lack, lines of a terminal, and runs, whose rounds end with an @ and their number.
+NOT_IN_FILES = re.compile(r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]|@(?=[0-9]+$)")
+# Settings that --set may name
+SETTABLE = ("about", "dtype", "evaluations", "rounds", "shards", "target", "track", "trained")
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 # What a recipe may contain.
@@ -167,6 +163,11 @@ def load_recipe(
     pipeline/config/layers.py says which file outranks which; `like` is resolved by `_with_like`, rounds by `unroll`
     (pipeline/config/rounds.py).
     """
+    if naming := name_problems(path.stem if name is None else name):
+        what, cure = (f"{path.name}: its name, which is the run's,", "rename the file, or give `--name`")
+        if name is not None:
+            what, cure = f"--name {name!r}", "give another"
+        raise WinnowError(f"{what} {naming[0]}; {cure}")
     layers, notes, layer_problems = read_layers(path, overlays, library, _layer_problems)
     set_problems: list[str] = []
     problems: list[str] = []
@@ -267,12 +268,27 @@ def default_run_name(path: Path, sets: Iterable[str]) -> str:
         option, _, value = override.text.partition("=")
         end = (override.path or (override.name,))[-1]
         labels.append(f"{end if ends[end] == 1 else option}={value}")
-    return as_file_name(path.stem + (f"[{','.join(labels)}]" if labels else ""), 150)
+    return as_file_name(path.stem + (f"[{','.join(labels)}]" if labels else ""), NAME_BYTES)
+
+
+def name_problems(name: str) -> list[str]:
+    """Return why a run, or a tag, cannot have a name that a user writes: it is a file's, and a word of commands."""
+    if not name.strip() or name != name.strip():
+        return ["is empty, or begins or ends with a space"]
+    if "@" in name:
+        return ["has an @, which begins the number of a round: `raft@1` is what round 1 of raft trained"]
+    if name.startswith(("-", ".")):
+        return [f"begins with {name[0]}, as an option or a hidden file does"]
+    if not name.isprintable() or NOT_IN_FILES.search(name):
+        return ["has a slash, or a character that cannot be printed in a line"]
+    if len(name.encode()) > NAME_BYTES:
+        return [f"has more than {NAME_BYTES} bytes, and a file cannot be called so"]
+    return []
 
 
 def as_file_name(full: str, bytes: int) -> str:
     """Return a run's name as it is, or cut to what a file can be called, and made unique by a hash."""
-    name = full.replace("/", "_").encode()[:bytes].decode(errors="ignore")
+    name = NOT_IN_FILES.sub("_", full).encode()[:bytes].decode(errors="ignore")
     return name if name == full else f"{name}-{sha256(full.encode()).hexdigest()[:8]}"
 
 

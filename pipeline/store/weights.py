@@ -33,6 +33,15 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
     return shapes
 
 
+def tensor_types(files: Iterable[Path]) -> dict[str, str]:
+    """Return the number type of each tensor by name, as headers write it: F32, BF16, I8."""
+    types: dict[str, str] = {}
+    for path in files:
+        with safe_open(path, "np") as file:
+            types |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+    return types
+
+
 def weight_problems(folder: Path) -> list[str]:
     """Return why these files are not one set of weights: files of two, some that are missing, damaged ones."""
     names = [file.name for file in sorted(folder.glob("*.safetensors"))]

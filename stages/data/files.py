@@ -88,6 +88,8 @@ class DataSource:
             return []
         names = _names_in(own_files)
         if not names:
+            if place := _first_bad_encoding(own_files):
+                return [f"{path.name}: no row of it is UTF-8 ({place}); save it as UTF-8"]
             cure = "in JSONL, each row is one JSON object on its own line, and .json may be a list of them"
             return [f"{path.name}: no rows; {cure}"]
         require_columns(names, columns, path.name, lambda: _head(own_files, names), options)
@@ -324,6 +326,21 @@ def _existing(columns: Sequence[str], optional: Sequence[str], names: Sequence[s
 def _names_in(files: Sequence[Path]) -> list[str]:
     """Return the names of columns that some file has."""
     return list(dict.fromkeys(name for file in files for name in column_names(file)))
+
+
+def _first_bad_encoding(files: Sequence[Path]) -> str:
+    """Return the place of the first row that is no UTF-8, of files without a row that can be read; empty if none."""
+    places = list[str]()
+
+    def note(reason: str, *, place: str, detail: str) -> None:
+        if reason == "bad UTF-8":
+            places.append(f"{place}: {detail}")
+
+    for file in files:
+        next(file_rows(file, [], note), None)
+        if places:
+            break
+    return next(iter(places), "")
 
 
 def _head(files: Sequence[Path], names: Sequence[str]) -> list[Row]:

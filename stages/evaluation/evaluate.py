@@ -53,6 +53,7 @@ for program in (code_tests, instruction_share, instructions, json_schema, math_a
 
 WIDE = 0.1  # half of a 95 % interval of a win rate: wider, it tells few methods apart
 ENOUGH = math.ceil((1.96 * 0.5 / WIDE) ** 2)  # prompts, each won or lost, of which a rate of one half has that interval
+MANY_UNREAD = 0.2  # share of comparisons that are decided by what the ranker cannot read
 METRICS = (
     "proxy_win",
     "gold_win",
@@ -88,7 +89,8 @@ def evaluate(
     """Compare a policy with the baseline: wins of every response against every one of the baseline, log-ratio, length.
 
     All responses count, whether or not the ranker was asked about them. A tie counts one half. A response that the
-    ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons decided so. A
+    ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons decided so, of which
+    more than 20 % are warned of. A
     comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that have one, and not in
     `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
     Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. `proxy_win_lc` and
@@ -175,6 +177,15 @@ def evaluate(
             f"evaluate: {n} held-out prompts are few: the 95 % interval of a win rate may reach "
             f"±{98 / math.sqrt(n):.0f} points; {ENOUGH} make it ±{100 * WIDE:.0f}: raise `heldout` of `prompts`, or "
             "bring more prompts",
+            WinnowWarning,
+            stacklevel=2,
+        )
+    unread = _mean(value for value in by_prompt.column("proxy_unread_mean").to_pylist() if value is not None)
+    if unread is not None and unread > MANY_UNREAD:
+        warnings.warn(
+            f"evaluate: {100 * unread:.0f} % of the comparisons have a response that the ranker cannot read, and say "
+            "more of that than of which is better (`proxy_unread`): give a ranker with a longer context, or lower "
+            "`max_tokens` of `sample`",
             WinnowWarning,
             stacklevel=2,
         )

@@ -66,6 +66,9 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
         )
     except WinnowError as error:
         problems += [f"{option}: {problem}" for problem in error.problems]
+    if adapter is None or option == "path":
+        rows = config.vocabulary if adapter is None else None  # an adapter may bring more
+        problems += [f"path: model folder {path}: {problem}" for problem in config.token_problems(folder, rows)]
     if adapter is None and options["save_dtype"] != "float32":
         problems.append(
             f"save_dtype: {options['save_dtype']}, and without an adapter the folder's files are copied as they are; "

@@ -113,7 +113,8 @@ def read_candidates(
 ) -> dict[str, Reading | Unreadable]:
     """Return what the ranker reads of each candidate of a prompt, by candidate id.
 
-    special_tokens: rankers of text see the special tokens inside the responses.
+    A Scorer reads each response alone, so that whether one fits depends on no other. special_tokens: rankers of text
+    see the special tokens inside the responses.
     """
     readings: dict[str, Reading | Unreadable] = {}
     conversation, fields = conversation_of(prompt), fields_of(prompt)
@@ -129,6 +130,8 @@ def read_candidates(
             raise
         except ValueError as error:
             reading = Unreadable(f"the ranker cannot read it: {error}")
+        if isinstance(ranker, Scorer) and reading is not None and not isinstance(reading, Unreadable):
+            reading = reading if ranker.fits(prompt["text"], reading, reading) else None
         readings[row["candidate_id"]] = Unreadable() if reading is None else reading
     return readings
 

@@ -33,7 +33,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
 
 
 @stage(
-    version=5,
+    version=6,
     check=_check_compare,
     given_by={"ranker": "by"},
     choose=ranker_for,

@@ -15,10 +15,12 @@ from typing import Any, get_type_hints
 Check = Callable[..., bool]
 CHECKS: dict[str, Check] = {}
 ARGUMENTS: dict[str, tuple[str, ...]] = {}  # that the data give each check
+COUNTED_FROM_ONE = ("num_paragraphs", "nth_paragraph")
 RELATIONS = ("at least", "less than")
 ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-ABBREVIATIONS = r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)"
-SENTENCE_END = re.compile(ABBREVIATIONS + r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
+ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|vs|e\.g|i\.e)\Z")
+MARKS = ".!?…"
+SENTENCE_END = re.compile(r"[.!?…]++[\"'”’)\]]*+")  # before a space, or at the end of the text
 
 
 def instruction_check(name: str, *arguments: str) -> Callable[[Check], Check]:
@@ -36,19 +38,21 @@ def instruction_check(name: str, *arguments: str) -> Callable[[Check], Check]:
 def instructions_of(ids: str, arguments: str) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     """Return instruction ids with their arguments, of two JSON lists of one length.
 
-    Raise ValueError with the reason to reject the row: no such lists, an unknown instruction, arguments that it lacks
-    or that are of another type.
+    Raise ValueError with the reason to reject the row: no such lists, an unknown instruction, arguments that it lacks,
+    or of another type, or that no response could follow or all do: a paragraph before the first, no keywords.
     """
     try:
         names, kwargs = json.loads(ids), json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("instructions are not JSON") from None
     if not isinstance(names, list) or not isinstance(kwargs, list) or len(names) != len(kwargs) or not names:
         raise ValueError("instructions and their arguments are not two lists of one length")
     items = []
     for name, values in zip(names, kwargs, strict=True):
-        if name not in CHECKS:
+        if not isinstance(name, str) or name not in CHECKS:
             raise ValueError(f"unknown instruction {name}")
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"arguments of instruction {name} are no mapping")
         values = {key: value for key, value in (values or {}).items() if value is not None}  # Parquet fills in nulls
         needed = ARGUMENTS[name]
         if missing := [key for key in needed if key not in values]:
@@ -62,9 +66,13 @@ def _argument(name: str, key: str, value: Any, kind: Any) -> Any:
     """Return the argument of an instruction; raise ValueError for one of another type, or an unknown relation."""
     if kind is int and isinstance(value, float) and value.is_integer():  # as a table with nulls has it
         value = int(value)
-    is_right = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if kind in (int, str):
-        is_right = type(value) is kind and (kind is int or bool(value.strip()))
+    if kind is int:
+        is_right = type(value) is int and value >= (key in COUNTED_FROM_ONE)
+    elif kind is str:
+        is_right = isinstance(value, str) and bool(value.strip())
+    else:
+        is_right = isinstance(value, list) and bool(value)
+        is_right = is_right and all(isinstance(item, str) and item.strip() for item in value)
     if not is_right or (key.endswith("relation") and value not in RELATIONS):
         raise ValueError(f"instruction {name} cannot read {key}")
     return value
@@ -78,6 +86,20 @@ def followed(response: str, ids: str, arguments: str) -> list[bool]:
 
 def _holds(count: int, relation: str, limit: float) -> bool:
     return count >= limit if relation == "at least" else count < limit
+
+
+def _sentences(text: str) -> list[str]:
+    """Return the texts that end with a mark before a space, none of an abbreviation, and what follows the last."""
+    parts, start = [], 0
+    # In one pass: a pattern with the conditions in it would begin anew at each of many marks.
+    for match in SENTENCE_END.finditer(text):
+        is_inside = match.end() < len(text) and not text[match.end()].isspace()
+        before = text[max(0, match.start() - 8) : match.start()]
+        is_abbreviation = not set(match[0][1:]) & set(MARKS) and ABBREVIATION.search(before)
+        if not is_inside and not is_abbreviation:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [*parts, text[start:]]
 
 
 def _words(text: str) -> list[str]:
@@ -123,7 +145,7 @@ def number_of_words(response: str, num_words: int, relation: str) -> bool:
 @instruction_check("length_constraints:number_sentences", "num_sentences", "relation")
 def number_of_sentences(response: str, num_sentences: int, relation: str) -> bool:
     """Return whether the response has so many sentences: texts that end with a mark before a space, and a last one."""
-    return _holds(sum(bool(_words(part)) for part in SENTENCE_END.split(response)), relation, num_sentences)
+    return _holds(sum(bool(_words(part)) for part in _sentences(response)), relation, num_sentences)
 
 
 @instruction_check("length_constraints:number_paragraphs", "num_paragraphs")
@@ -151,7 +173,8 @@ def first_word_of_paragraph(response: str, num_paragraphs: int, nth_paragraph: i
 @instruction_check("detectable_content:number_placeholders", "num_placeholders")
 def number_of_placeholders(response: str, num_placeholders: int) -> bool:
     """Return whether there are at least so many placeholders such as [address]."""
-    return len(re.findall(r"\[.*?\]", response)) >= num_placeholders
+    closed = (part for line in response.split("\n") for part in line.split("]")[:-1])
+    return sum("[" in part for part in closed) >= num_placeholders
 
 
 @instruction_check("detectable_content:postscript", "postscript_marker")
@@ -168,8 +191,8 @@ def has_postscript(response: str, postscript_marker: str) -> bool:
 @instruction_check("detectable_format:number_bullet_lists", "num_bullets")
 def number_of_bullets(response: str, num_bullets: int) -> bool:
     """Return whether exactly so many lines begin with `* ` or `-`."""
-    stars = re.findall(r"^\s*\*[^\*].*$", response, re.MULTILINE)
-    return len(stars) + len(re.findall(r"^\s*-.*$", response, re.MULTILINE)) == num_bullets
+    stars = re.findall(r"^[^\S\n]*\*[^\*].*$", response, re.MULTILINE)
+    return len(stars) + len(re.findall(r"^[^\S\n]*-.*$", response, re.MULTILINE)) == num_bullets
 
 
 @instruction_check("detectable_format:constrained_response")
@@ -206,7 +229,11 @@ def is_json(response: str) -> bool:
 @instruction_check("detectable_format:title")
 def has_title(response: str) -> bool:
     """Return whether a title stands in double angular brackets."""
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", response))
+    for line in response.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if 0 <= start < end - 2 and line[start : end + 2].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 # Combinations, start and end, case, punctuation

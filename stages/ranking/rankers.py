@@ -35,6 +35,12 @@ def plain_program(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tupl
     """Return arguments and metadata of a function in a user's file: of prompt and response, and perhaps of `fields`."""
     parameters = [item for item in signature(fn).parameters.values() if item.kind in POSITIONAL]
     reads_fields = len(parameters) > len(PROGRAM)
+    if reads_fields and parameters[2].default is not Parameter.empty and parameters[2].name != FIELDS[2]:
+        name = parameters[2].name
+        raise WinnowError(
+            f"function: the third parameter of {fn.__name__}, {name}={parameters[2].default!r}, would be given the "
+            f"columns that are kept with a prompt; write `*, {name}` if it is an option, or call it `fields`"
+        )
     metadata: dict[str, Any] = {"reads_model": False, "program": True, "reads_fields": reads_fields}
     if (threshold := options.pop("label_threshold", None)) is not None:
         metadata["label_threshold"] = float(threshold)

@@ -11,7 +11,15 @@ from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.options import Seed
-from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates, reads_per_pair
+from stages.ranking.base import (
+    ReadingPair,
+    Scorer,
+    Unreadable,
+    both_orders,
+    fits_or_reject,
+    read_candidates,
+    reads_per_pair,
+)
 from stages.ranking.memory import less_memory, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
@@ -19,7 +27,7 @@ from stages.work import ranking_work
 
 
 @stage(
-    version=3,
+    version=4,
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
@@ -38,7 +46,8 @@ def reward(
 ) -> Rewards:
     """Compute r(y) = logit P(y beats y_b), y_b a random candidate of the prompt (sec. 3.2.1 of arXiv:2309.06657).
 
-    The baseline y_b is read first, so that prompt and baseline go through the network once for all comparisons.
+    The baseline y_b is one that the ranker can read, and is read first, so that prompt and baseline go through the
+    network once for all comparisons.
     `both` also reads each pair in the other order and averages the logits, if the ranker can have a position bias.
     A reward model or a program scores each candidate alone: that score is the reward, and there is no baseline.
     With `special_tokens`, text is read with the special tokens inside it (`</think>`, where it is one), without the
@@ -51,7 +60,10 @@ def reward(
         context = prompt_by_id[prompt]["text"]
         readings = read_candidates(opened, prompt_by_id[prompt], group, special_tokens)
         # By hash, so that neither the other prompts of the shard nor their order move the baseline.
-        baseline = None if isinstance(opened, Scorer) else group[seed_for(seed, "baseline", prompt) % len(group)]
+        readable = [row for row in group if not isinstance(readings[row["candidate_id"]], Unreadable)]
+        baseline = None
+        if readable and not isinstance(opened, Scorer):
+            baseline = readable[seed_for(seed, "baseline", prompt) % len(readable)]
         compared: list[Row] = []
         pairs: list[ReadingPair] = []
         for row in group:

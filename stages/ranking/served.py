@@ -66,7 +66,12 @@ class ServedRewardModel(PointwiseRanker):
 
         def read(n: int, answer: Any) -> float:
             parsed = self.client.parse(_Classes, answer)
-            if len(parsed.data) != 1 or len(parsed.data[0].probs) != 1:
+            if len(parsed.data) != 1:
+                raise WinnowError(
+                    f"{self.endpoint}: {len(parsed.data)} scores for one response; serve {self.endpoint.model} by "
+                    "vLLM, whose `/classify` gives one"
+                )
+            if len(parsed.data[0].probs) != 1:
                 raise WinnowError(
                     f"{self.endpoint}: {self.endpoint.model} has {len(parsed.data[0].probs)} classes; serve a reward "
                     "model, which has one label"

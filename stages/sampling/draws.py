@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from schemas import Model
-from stages.model_config import ModelConfig
 from stages.sampling.engines import Completion
 
 if TYPE_CHECKING:
     from stages.data.tokenizer import Tokenizer
 
 
-def unknown_ids_of(policy: Model, tokenizer: "Tokenizer") -> set[int]:
-    """Return the ids of a padded vocabulary that the tokenizer has no token for."""
-    return {*range(ModelConfig(policy.folder).vocabulary or 0)} - {*tokenizer.inner.get_vocab().values()}
+def known_ids_of(tokenizer: "Tokenizer") -> set[int]:
+    """Return the ids that the tokenizer has a token for: not all that a padded vocabulary, or a server, can give."""
+    return {*tokenizer.inner.get_vocab().values()}
 
 
 def ids_before_end(completion: Completion) -> list[int]:

@@ -38,7 +38,7 @@ from stages.options import (
     TopP,
     split_problems,
 )
-from stages.sampling.draws import draw_texts, ids_before_end, unknown_ids_of
+from stages.sampling.draws import draw_texts, ids_before_end, known_ids_of
 from stages.sampling.engines import POLICY_ITSELF, Completion, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
@@ -280,7 +280,7 @@ def sample(
     tokenizer = ctx.open_once(Tokenizer, policy)
     # A padded vocabulary has ids of no token. A draw of one is rejected and not masked: a mask would change the law
     # that `logp` is under, and cost time in every step of every engine, for what a trained model hardly ever draws.
-    unknown_ids = unknown_ids_of(policy, tokenizer)
+    known_ids = known_ids_of(tokenizer)
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
     refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
@@ -345,7 +345,7 @@ def sample(
                 f"{completion.logp}: its weights or its activations in {dtype} are not finite; give a policy from "
                 "before its training failed, or another `dtype`"
             )
-        if unknown := unknown_ids.intersection(ids):
+        if unknown := {*ids} - known_ids:
             detail = f"id {min(unknown)} of {ids}"
             ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
             continue

@@ -24,7 +24,7 @@ from stages.network.forward import forward_rows, logp_of
 from stages.network.load import plain_layers
 from stages.ranking.base import Ranker
 from stages.ranking.judge import judge_prompt, win_of
-from stages.sampling.draws import draw_texts, unknown_ids_of
+from stages.sampling.draws import draw_texts, known_ids_of
 from stages.sampling.engines import Request, Sampling
 from stages.sampling.engines.transformers import NetworkEngine
 from stages.training.config import VALIDATION
@@ -54,7 +54,7 @@ class Validation:
     ) -> None:
         self.ctx, self.init, self.open_ranker, self.n, self.seed = ctx, init, open_ranker, n, seed
         self.tokenizer = Tokenizer(init)
-        self.unknown_ids = unknown_ids_of(init, self.tokenizer)
+        self.known_ids = known_ids_of(self.tokenizer)
         ends = tuple(dict.fromkeys([*self.tokenizer.stop, *stop_token_ids]))
         self.sampling = Sampling(temperature, 0, max_tokens, ends, stop=tuple(stop))
         self.baseline = dict(rows_by_prompt(baseline))
@@ -124,7 +124,7 @@ class Validation:
                     "learning_rate"
                 )
             text, raw_text = None, None
-            if self.unknown_ids.isdisjoint(completion.token_ids):
+            if self.known_ids.issuperset(completion.token_ids):
                 with suppress(ValueError):  # no stop text where one ended it
                     texts = draw_texts(self.tokenizer, completion, self.sampling.stop, is_continued(prompt))
                     text, raw_text, _ = texts

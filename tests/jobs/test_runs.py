@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.commands.app import parsed_tags
 from jobs.recipes import plans
 from pipeline.config.recipe import default_run_name
 from pipeline.store.store import Store
+from schemas import WinnowError
 
 OTHER = "evaluate: {with: {seed: 5}}\n"
 
@@ -52,6 +54,29 @@ def test_a_name_of_ones_own(winnow, words: list[str], tmp_path: Path):
     assert "baseline" in Store(tmp_path / "store").runs()
     code, text = winnow("run", "rso", "dpo", *words[1:], "--name", "x")
     assert (code, "--name 'x'" in text) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "name", ["raft@1", "a@", ".", "..", ".rso", "-x", "a\nb", "a\x1b[31m", "a/b", "", " ", "x" * 200]
+)
+def test_a_name_that_a_round_a_file_or_an_option_could_have_is_refused(name: str, data_dir: Path):
+    """`raft@1` would stand in the place of what round 1 of raft trained; a slash would make a folder."""
+    with pytest.raises(WinnowError, match=r"--name .*give another"):
+        plans(["rso"], [data_dir / "demo.yaml"], [], name)
+    with pytest.raises(WinnowError, match="--tag"):
+        parsed_tags([name])
+
+
+def test_the_file_of_a_recipe_that_would_give_a_run_the_name_of_a_round_is_refused(data_dir: Path, tmp_path: Path):
+    (tmp_path / "raft@1.yaml").write_text("extends: rso\n")
+    with pytest.raises(WinnowError, match=r"raft@1\.yaml: its name.*--name"):
+        plans([str(tmp_path / "raft@1.yaml")], [data_dir / "demo.yaml"], [])
+    assert plans([str(tmp_path / "raft@1.yaml")], [data_dir / "demo.yaml"], [], "mine")[0].name == "mine"
+
+
+def test_a_line_break_of_an_option_is_none_in_the_name_of_its_run():
+    name = default_run_name(Path("rso.yaml"), ['reward.by.regex="a\nb"'])
+    assert name.isprintable()
 
 
 SERVED = "sample.engine={name: endpoint, url: 'http://one/v1', model: sft}"

@@ -365,6 +365,32 @@ def test_a_config_of_another_model_is_refused_before_anything_is_drawn(tiny, ctx
             load()
 
 
+def only_integers(tensors):
+    return {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
+
+
+def short_embedding(tensors):
+    return {name: tensor[:-3].clone() if "embed_tokens" in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "change", "facts"),
+    [
+        ({}, tensors_without("layers.1."), ["lack layer 1", "1 of 2 layers"]),
+        ({"num_hidden_layers": 1}, dict, ["have layer 1", "config.json 1 layers"]),
+        ({}, short_embedding, ["embed_tokens.weight has", "vocab_size"]),
+        ({"tie_word_embeddings": False}, tensors_without("lm_head"), ["lack the head", "lm_head"]),
+        ({}, only_integers, ["is of type I8", "no quantization_config"]),
+    ],
+    ids=["a layer missing", "a layer too many", "short embedding", "no head", "integers"],
+)
+def test_headers_of_weights_that_contradict_the_config_are_refused_when_the_plan_is_made(
+    tiny, bare, tmp_path, changes, change, facts
+):
+    message = bare(rewritten(copied(tiny, tmp_path / "other", **changes), change))
+    assert all(fact in message for fact in ["sft: path: ", str(tmp_path / "other"), *facts])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(tiny, ctx, tmp_path, value):
     """When the folder is copied, and wherever a network is loaded."""
@@ -399,6 +425,47 @@ def test_tokens_without_an_embedding_are_refused_unless_they_are_special(tiny, c
         else:
             with pytest.raises(WinnowError, match=r"'<image>'.*resize"):
                 model(ctx, path=ModelPath(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id"])
+def test_an_id_of_an_end_that_the_tokenizer_lacks_is_refused_when_the_plan_is_made(tiny, bare, tmp_path, name, key):
+    """No response would end there: config and tokenizer are of two models."""
+    folder = copied(tiny, tmp_path / "other")
+    content = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    (folder / name).write_text(json.dumps(content | {key: 99_999}))
+    message = bare(folder)
+    assert all(fact in message for fact in ["sft: path: ", name, f"{key} 99999", str(folder), "tokenizer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model": "x"}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 1}}, "added_tokens": [1]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("added_tokens.json", '{"a": [1]}'),
+    ],
+)
+def test_files_of_a_tokenizer_of_another_form_are_refused_when_the_plan_is_made(tiny, bare, tmp_path, name, content):
+    folder = copied(tiny, tmp_path / "other")
+    (folder / name).write_text(content)
+    message = bare(folder)
+    assert all(fact in message for fact in [str(folder), name, "copy them again"])
+
+
+def test_a_tokenizer_larger_than_the_network_is_refused_when_the_plan_is_made(tiny, bare, tmp_path):
+    """A special token beyond is not: Gemma-3 has one, and no text with it is read."""
+    for special in (True, False):
+        folder = copied(tiny, tmp_path / str(special))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["<image>"], special_tokens=special)
+        tokenizer.save_pretrained(folder)
+        message = bare(folder)
+        assert ("resize the network's embeddings" in message) != special
+        assert special or f"only ids below {ModelConfig(folder).vocabulary}" in message
 
 
 @pytest.fixture

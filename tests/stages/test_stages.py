@@ -503,6 +503,7 @@ def test_every_response_meets_every_baseline_response_or_that_of_its_k(ranker):
     assert [(row["candidate_id"], row["baseline_id"]) for row in few] == equal
 
 
+@pytest.mark.filterwarnings("ignore:.*the ranker cannot read")
 def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
     """A policy that rambles on one of two responses: it loses those by the proxy, and gold is of all four pairs.
 
@@ -598,6 +599,63 @@ def test_a_tie_is_one_half_and_the_mean_is_over_prompts():
     assert metrics["proxy_win"]["value"] == pytest.approx(3 / 8)
     assert metrics["proxy_win"]["n"] == 2
     assert not {"gold_win", "kl"} & set(metrics)
+
+
+def test_two_responses_that_do_not_fit_a_reward_model_tie(ctx):
+    """A reward model reads each alone: of two misfits of one length neither wins, and most comparisons are a warning.
+
+    Short against short has a verdict, misfit against short loses, misfit against misfit is unread on both sides.
+    """
+    by = limited_scorer()
+    ours = candidate_table([candidate("a", 0), candidate("a", 1, text=LONG)])
+    theirs = candidate_table([row | {"candidate_id": f"base-{row['k']}"} for row in ours.to_pylist()])
+    judgements = conform(judge(prompts_of("a"), ours, theirs, ctx, by=by), JUDGEMENTS)
+    assert [row["unread"] for row in judgements.to_pylist()] == [None, "baseline", "candidate", "both"]
+    with pytest.warns(WinnowWarning, match=r"75.*% of the comparisons.*cannot read"):
+        metrics = evaluated(prompts_of("a"), ours, theirs, judgements)[1]
+    assert (metrics["proxy_win"]["value"], metrics["proxy_unread"]["value"]) == (0.5, 0.75)
+
+
+def test_two_responses_of_one_length_that_do_not_fit_together_tie(ranker):
+    """No side is favoured: neither of a pair that is too long for the ranker is the longer one."""
+    half = "q " * 60
+    ours = candidate_table([candidate("a", 0, text=half)])
+    theirs = candidate_table([candidate("a", 0, text=half, candidate_id="base")])
+    (judgement,) = judge(prompts_of("a"), ours, theirs, context(), ranker, by=PAIRWISE).to_pylist()
+    assert judgement["unread"] == "both"
+
+
+def test_of_candidates_compared_by_a_reward_model_only_those_that_do_not_fit_are_rejected(ctx):
+    """By their own reading: the longer text, which has fewer ids here, stays."""
+    table = candidate_table([candidate("a", 0), candidate("a", 1, text="!"), candidate("a", 2, text="longer")])
+    (match,) = compare(prompts_of("a"), table, ctx, by=limited_scorer(misfits=("!",))).to_pylist()
+    assert {match["left_id"], match["right_id"]} == {"a-0", "a-2"}
+    assert [row["candidate_id"] for row in ctx.rejects.to_pylist()] == ["a-1"]
+
+
+def test_a_response_that_the_ranker_cannot_read_is_no_baseline_of_rewards(ranker):
+    """Whatever the seed: it is rejected, and the others are compared with one that can be read."""
+    marked = "[RESPONSE B] a boat"
+    table = candidate_table([candidate("a", 0), candidate("a", 1), candidate("a", 2, text=marked)])
+    for seed in range(6):
+        ctx = context()
+        rewards = reward(prompts_of("a"), table, ctx, ranker, by=PAIRWISE, seed=seed).to_pylist()
+        assert [row["candidate_id"] for row in rewards] == ["a-0", "a-1"]
+        assert [row["candidate_id"] for row in ctx.rejects.to_pylist()] == ["a-2"]
+
+
+def limited_scorer(misfits=(LONG,)):
+    """Return a ranker that scores each response by its length, and cannot read some texts."""
+
+    class Limited(Scorer):
+        def fits(self, context, first, second):
+            return not {first, second} & set(misfits)
+
+        def score(self, context, texts):
+            return np.array([float(len(text)) for text in texts])
+
+    metadata = {"reads_model": False}
+    return Bound(Entry("limited", lambda model, **options: Limited(), metadata, "ranker"), {})
 
 
 @few

@@ -7,15 +7,17 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, StrictInt
 
 from schemas import WinnowError
 from stages.endpoint import Endpoint, EndpointClient
+from stages.model_config import ModelConfig
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 
 PATH = "/completions"
 TRIALS = 4  # draws that are compared with the folder's own network
 TRIAL_TOKENS = 16  # of each at most
+ROUNDING = 1e-3  # nats that a log-prob may be above 0
 CERTAIN = -0.5  # nats: of two different tokens, one has a lower log-prob than log 1/2
 
 
@@ -26,8 +28,8 @@ class _Logprobs(BaseModel):
 class _Choice(BaseModel):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    prompt_token_ids: list[int] | None = None
-    token_ids: list[int] | None = None
+    prompt_token_ids: list[StrictInt] | None = None
+    token_ids: list[StrictInt] | None = None
     logprobs: _Logprobs | None = None
 
 
@@ -37,19 +39,20 @@ class _Answer(BaseModel):
 
 
 class _Tokens(BaseModel):
-    tokens: list[int]
+    tokens: list[StrictInt]
 
 
 class EndpointEngine(Engine):
     """Engine that asks for one draw per request, each with its own seed, as the one on vLLM does.
 
     What a server could do otherwise than it was asked to, and a response shows, ends the step: another prompt, fewer
-    tokens than max_tokens, an end that nobody named.
+    tokens than max_tokens, an end that nobody named, ids that the network has not, log-probs above 0.
     """
 
     def __init__(self, folder: Path, dtype: str, endpoint: Endpoint, verify: bool) -> None:
         self.folder, self.dtype, self.endpoint, self.verify = folder, dtype, endpoint, verify
         self.client = EndpointClient(endpoint)
+        self.vocabulary = ModelConfig(folder).vocabulary
         self.lock = Lock()  # guards what follows
         self.interruptions = -1  # of the client at the last check; never checked
         self.fingerprints: set[str | None] = set()  # of servers that were checked
@@ -134,6 +137,17 @@ class EndpointEngine(Engine):
             )
         if len(logprobs.token_logprobs) != len(ids):
             raise WinnowError(f"{self.endpoint}: {len(ids)} ids, and log-probs of {len(logprobs.token_logprobs)}")
+        if beyond := [token for token in ids if token < 0 or (self.vocabulary and token >= self.vocabulary)]:
+            limit = "none below 0" if self.vocabulary is None else f"those from 0 to {self.vocabulary - 1}"
+            raise WinnowError(
+                f"{self.endpoint}: the server drew id {beyond[0]}, and the network in {self.folder} has {limit}: it "
+                "serves another model; serve the policy's own folder"
+            )
+        if (largest := max(logprobs.token_logprobs, default=0.0)) > ROUNDING:
+            raise WinnowError(
+                f"{self.endpoint}: the server gives a token the log-prob {largest:.4g}, and none is above 0: these are "
+                "no log-probs; start it with `--logprobs-mode raw_logprobs`"
+            )
         if reason == "length" and len(ids) != sampling.max_tokens:
             raise WinnowError(
                 f"{self.endpoint}: the server cut a response at {len(ids):,} tokens, and max_tokens is "

@@ -44,6 +44,8 @@ MISTAKES = {
     "default: {gpus: 1}\nsample: {tensor_parallel: 4}": "sample.gpus: must be >= tensor_parallel (4), got 1",
     "sample: {tensor_parallel: 4}": "sample.gpus: must be >= tensor_parallel (4), got no value",
     "autoscaling: 1": "autoscaling: must be a valid boolean, got 1",
+    "rates: {sample: 1.0e+308}": "rates.sample: must be less than or equal to 1000000000000",
+    "rates: {sample: 1.0e-300}": "rates.sample: must be greater than or equal to 0.000001",
     "a: [": "not YAML",
 }
 

@@ -461,6 +461,12 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_at_plan_time(tmp_path)
         ("in.parquet", b"", "not a complete Parquet file"),
         ("in.jsonl", b'[\n{"prompt": "Hi"},\n{"prompt": "Ho"}\n]\n', "one JSON list; end its name in .json"),
         ("in.jsonl", b"Hi\nHo\n", "no rows; in JSONL, each row is one JSON object on its own line"),
+        (
+            "in.jsonl",
+            '{"prompt": "Où ?"}\n'.encode("latin-1"),
+            r"no row of it is UTF-8 \(in.jsonl:1: .*save it as UTF-8",
+        ),
+        ("in.json", '[{"prompt": "Où ?"}]'.encode("latin-1"), r"no row of it is UTF-8 \(in.json:0: .*save it as UTF-8"),
         ("in.jsonl", b"", "no rows"),
         ("in.csv", b"", "no rows"),
     ]:

@@ -1,6 +1,8 @@
 """IFEval's instructions: each followed and not followed, and rows of the data set with what is not known."""
 
 import json
+import random
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ from schemas.tables import CANDIDATES, JUDGEMENTS, PROMPTS
 from stages.data.prompts import prompts
 from stages.data.rows import fields_of
 from stages.evaluation.evaluate import evaluate, gold_reward
-from stages.ranking.instructions import CHECKS, followed, instructions_of
+from stages.ranking.instructions import CHECKS, followed, instructions_of, number_of_sentences
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
 from stages.ranking.verifiers import instruction_share, instructions
@@ -115,12 +117,60 @@ def test_a_response_is_scored_by_all_of_its_instructions_or_by_their_share():
         (["length_constraints:number_words"], [{"num_words": "3", "relation": LESS}], "cannot read num_words"),
         (["length_constraints:number_words"], [{"num_words": 3, "relation": "most"}], "cannot read relation"),
         (["keywords:existence"], [{"keywords": "boat"}], "cannot read keywords"),
+        (["punctuation:no_comma"], [[1]], "arguments of instruction punctuation:no_comma are no mapping"),
+        (["punctuation:no_comma"], ["x"], "are no mapping"),
+        (["punctuation:no_comma"], [0], "are no mapping"),
+        ([["punctuation:no_comma"]], [{}], "unknown instruction"),
+        ([{}], [{}], "unknown instruction"),
+        ([1], [{}], "unknown instruction 1"),
+        (
+            ["length_constraints:nth_paragraph_first_word"],
+            [{"num_paragraphs": 2, "nth_paragraph": 0, "first_word": "so"}],
+            "cannot read nth_paragraph",
+        ),
+        (
+            ["length_constraints:nth_paragraph_first_word"],
+            [{"num_paragraphs": 2, "nth_paragraph": -1, "first_word": "so"}],
+            "cannot read nth_paragraph",
+        ),
+        (["length_constraints:number_words"], [{"num_words": -3, "relation": LESS}], "cannot read num_words"),
+        (["length_constraints:number_words"], [{"num_words": True, "relation": LESS}], "cannot read num_words"),
+        (["keywords:existence"], [{"keywords": []}], "cannot read keywords"),
+        (["keywords:forbidden_words"], [{"forbidden_words": [" "]}], "cannot read forbidden_words"),
         (["keywords:letter_frequency"], [{"letter": " ", "let_frequency": 1, "let_relation": LESS}], "read letter"),
     ],
 )
 def test_what_cannot_be_checked_has_a_reason(ids, kwargs, reason):
     with pytest.raises(ValueError, match=reason):
         instructions_of(json.dumps(ids), json.dumps(kwargs))
+
+
+def test_lists_nested_too_deep_have_a_reason():
+    with pytest.raises(ValueError, match="not JSON"):
+        instructions_of("[" * 10**5, "[]")
+
+
+@pytest.mark.parametrize("text", ["[", "!", "!a", "<<", ">", "*", "\n", " ", "-", "[]", ". ", "* ", "<<a>", "\"'"])
+def test_a_long_response_of_one_mark_takes_linear_time(text):
+    """200,000 of them by every check: at quadratic cost, the first would take minutes, and some would never end."""
+    names = [case[0] for case in CASES]
+    kwargs = [case[1] for case in CASES]
+    followed(text * 200_000 + "a", json.dumps(names), json.dumps(kwargs))
+
+
+def test_sentences_end_where_a_pattern_with_all_conditions_says():
+    """The reference is one regular expression, which takes quadratic time where many marks stand side by side."""
+    short = r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)"
+    ends = re.compile(short + r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
+    rng, pieces = (
+        random.Random(3),
+        ["Mr", "Prof", "e.g", "i.e", ".", "!", "?", '"', ")", " ", "\n", "a", "boat", "…", "xMr", "vs"],
+    )
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
+        expected = sum(bool(re.search(r"\w", part)) for part in ends.split(text))
+        assert number_of_sentences(text, expected, AT_LEAST), text
+        assert number_of_sentences(text, expected + 1, LESS), text
 
 
 def test_rows_of_the_data_set_keep_their_columns(tiny, tmp_path, ctx):

@@ -88,6 +88,14 @@ def test_a_served_classifier_of_several_labels_is_refused(model):
             ranker.score(CONTEXT, readings(ranker, GOOD))
 
 
+@pytest.mark.parametrize("items", [0, 2])
+def test_another_number_of_scores_than_asked_for_is_refused(items, model):
+    with served(model) as server, opened_on(server.url, model, verify=False) as ranker:
+        server.alter = lambda answer: answer.update(data=answer["data"] * items)
+        with pytest.raises(WinnowError, match=rf"{server.url}.*{items} scores for one response"):
+            ranker.score(CONTEXT, readings(ranker, GOOD))
+
+
 def test_a_server_with_less_room_than_a_response_needs_is_refused(model):
     with served(model) as server:
         server.max_model_len = 4

@@ -32,13 +32,91 @@ def test_answers_are_equal_as_mathematics():
         assert math_answer("", response, {"answer": answer}) == score, (answer, response)
 
 
+def test_a_reference_in_latex_is_read_in_full():
+    """As MATH writes it, without delimiters: what begins or ends with the same number is another answer."""
+    wrong = {
+        r"3\sqrt{13}": r"\boxed{3}",
+        r"\left( 3, \frac{\pi}{2} \right)": r"\boxed{3}",
+        "6+9i": "It is 6.",
+        "2x": "2",
+        "10^{-3}": "10",
+        r"(-\infty, 3]": "3",
+        "1,2,3": "1.2",
+        "12!": r"$12$",
+        "5x-7": "5",
+        r"\begin{pmatrix}1\\2\end{pmatrix}": "1",
+        "2xy": "2",
+        "1,234": "1.234",
+        "50%": "51%",
+        "$18": "19",
+    }
+    for answer, other in wrong.items():
+        fields = {"answer": answer}
+        check_fields(bound(rankers, "math_answer"), fields)
+        assert math_answer("", rf"So \boxed{{{answer}}}.", fields) == 1, answer
+        assert math_answer("", other, fields) == 0, answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "3.14e5",
+        "2 hours 30 minutes",
+        "A",
+        "(C)",
+        r"\text{(C)}",
+        "Yes",
+        "No",
+        "Paris",
+        r"\text{Evelyn}",
+        "",
+        "####",
+        "?",
+    ],
+)
+def test_a_reference_that_is_no_mathematics_rejects_its_row(answer):
+    """It would be read as a product of variables, or as its last number, and every plain response be wrong."""
+    with pytest.raises(ValueError, match="answer is no answer that math-verify can parse"):
+        check_fields(bound(rankers, "math_answer"), {"answer": answer})
+
+
 def test_json_fits_its_schema_or_is_wrong():
     fenced = 'Here:\n```json\n{"city": "Oslo"}\n```'
     for response, score in {fenced: 1, '{"city": "Oslo"}': 1, '{"city": 1}': 0, "Oslo": 0, "[" * 10**5: 0}.items():
         assert json_schema("", response, {"schema": SCHEMA}) == score, response[:30]
     with pytest.raises(ValueError, match="schema is no JSON schema"):
         check_fields(bound(rankers, "json_schema"), {"schema": '{"type": "objeckt"}'})
-    assert json_schema("", fenced, {"schema": '{"$ref": "http://127.0.0.1:9/x"}'}) == 0  # not fetched
+
+
+def test_what_json_has_no_number_for_is_wrong():
+    """No error ends the step, and no schema is fitted by it: Python's reader would take them for numbers."""
+    for response in ("NaN", "Infinity", "-Infinity", "1e400", "[1e999]", '"\\ud800"'):
+        for schema in ("{}", '{"type": "number", "multipleOf": 0.01}'):
+            assert json_schema("", response, {"schema": schema}) == 0, (response, schema)
+    assert json_schema("", "1" + "0" * 400, {"schema": '{"type": "number", "multipleOf": 0.01}'}) == 1
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"$ref": "#/definitions/money"}',
+        '{"properties": {"a": {"items": {"$ref": "#/$defs/b"}}}}',
+        '{"$ref": "http://127.0.0.1:9/x"}',
+        '{"pattern": "["}',
+        r'{"pattern": "(?=a)b"}',
+        r'{"pattern": "(a)\\1"}',
+        '{"multipleOf": NaN}',
+        "[" * 10**5,
+    ],
+)
+def test_a_schema_that_no_response_can_be_held_against_rejects_its_row(schema):
+    with pytest.raises(ValueError, match="schema is no JSON schema"):
+        check_fields(bound(rankers, "json_schema"), {"schema": schema})
+
+
+def test_a_pattern_that_backtracking_would_never_end_on_takes_linear_time():
+    text = '"' + "a" * 50_000 + 'b"'
+    assert json_schema("", text, {"schema": '{"pattern": "^(a+)+$"}'}) == 0
 
 
 def test_code_is_right_if_its_tests_run_to_their_end():
@@ -52,6 +130,65 @@ def test_code_is_right_if_its_tests_run_to_their_end():
         "raise SystemExit": 0,
     }.items():
         assert code_tests("", response, {"tests": "assert double(4) == 8"}) == score, response
+
+
+def test_tests_that_are_no_python_reject_their_row():
+    with pytest.raises(ValueError, match="tests is no Python"):
+        check_fields(bound(rankers, "code_tests"), {"tests": "assert add(1, 2 == 3"})
+
+
+ADD = "def add(a, b):\n    return a + b"
+CASE = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 2), 3)\n"
+VACUOUS = {
+    "nothing": "",
+    "a literal": '"assert add(1, 2) == 3"',
+    "pytest": "def test_add():\n    assert add(1, 2) == 3",
+    "unittest": CASE,
+    "HumanEval": "def check(candidate):\n    assert candidate(1, 2) == 3",
+    "an exit": "raise SystemExit",
+}
+
+
+@pytest.mark.parametrize("tests", VACUOUS.values(), ids=VACUOUS)
+def test_tests_that_an_empty_program_passes_reject_their_row(tests):
+    """Every program would be right by them."""
+    with pytest.raises(ValueError, match="tests is no test that an empty program fails"):
+        check_fields(bound(rankers, "code_tests"), {"tests": tests})
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        '["assert add(1, 2) == 3", "assert add(2, 2) == 4"]',
+        CASE + "unittest.main()",
+        VACUOUS["HumanEval"] + "\ncheck(add)",
+    ],
+    ids=["MBPP", "unittest", "HumanEval"],
+)
+def test_tests_that_call_the_code_are_right_for_right_code_alone(tests):
+    """A JSON list is its lines, and `unittest.main()`, which exits with code 0, is success."""
+    check_fields(bound(rankers, "code_tests"), {"tests": tests})
+    assert code_tests("", ADD, {"tests": tests}) == 1
+    assert code_tests("", ADD.replace("+", "-"), {"tests": tests}) == 0
+
+
+def test_an_exit_that_the_tests_reach_in_the_program_is_no_success():
+    assert code_tests("", "def add(a, b):\n    raise SystemExit(0)", {"tests": "assert add(1, 2) == 3"}) == 0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"Use ``` to fence:\n```python\n{ADD}\n```\nDone.",
+        "1. So:\n\n   ```python\n" + "".join(f"   {line}\n" for line in ADD.split("\n")) + "   ```",
+        f"~~~python\n{ADD}\n~~~\n",
+        f"```python\n{ADD}```",
+        f"````\n{ADD}\n\ns = '```'\n````",
+    ],
+    ids=["inline before", "indented", "tildes", "closed on the last line", "four"],
+)
+def test_the_block_is_what_markdown_takes_for_one(response):
+    assert code_tests("", response, {"tests": "assert add(1, 2) == 3"}) == 1
 
 
 def test_a_sandboxed_process_is_limited_in_time_memory_and_files(tmp_path):
@@ -199,6 +336,16 @@ def test_a_file_or_function_that_cannot_be_used_is_one_line(file):
         rankers.bind({"name": "python", "file": str(file)})
     with pytest.raises(WinnowError, match=r"fails of .*mine\.py, line \d+: KeyError: 'x'"):
         from_file(rankers, file, "fails")("", "")
+
+
+def test_a_third_parameter_with_a_default_is_no_option_that_the_columns_would_fill(file):
+    """`strict=False` would silently be the mapping of columns, which is true; a `fields` with a default may be that."""
+    head = "def strict(prompt, response, strict=False):\n    return float(strict)\n"
+    file.write_text(f"{head}def columns(prompt, response, fields=None):\n    return float(bool(fields))\n")
+    for registry in (rankers, gold_reward):
+        with pytest.raises(WinnowError, match=r"strict=False.*\*, strict.*fields"):
+            from_file(registry, file, "strict")
+        assert from_file(registry, file, "columns").metadata["reads_fields"]
 
 
 def planned(tiny, data_dir, tmp_path, *lines, keep="[]"):

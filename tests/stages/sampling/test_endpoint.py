@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,30 @@ def test_a_server_that_does_not_answer_in_time_is_named_with_what_to_raise(serve
     release.set()
 
 
+def test_a_server_whose_answer_drips_is_given_up_at_the_timeout(server, opened):
+    """One that sends a byte now and then: the limit is of the whole answer, not of the time between two bytes."""
+    engine = opened(server.url, timeout=0.5, max_retries=0, verify=False)
+    engine.generate(REQUESTS[:1], SAMPLING)
+    release = threading.Event()
+
+    def drip(handler, answer):
+        handler.send_response(200)
+        handler.send_header("content-type", "application/json")
+        handler.send_header("content-length", "100000")
+        handler.end_headers()
+        with suppress(OSError):
+            while not release.wait(0.05):
+                handler.wfile.write(b" ")
+
+    server.answer = drip
+    try:
+        with pytest.raises(MachineError, match=r"no answer within 0\.5 s"):
+            engine.generate(REQUESTS[:1], SAMPLING)
+    finally:
+        release.set()
+        del server.answer
+
+
 @pytest.mark.parametrize(
     ("alter", "facts"),
     [
@@ -176,6 +200,10 @@ def test_a_server_that_does_not_answer_in_time_is_named_with_what_to_raise(serve
         (lambda choice: cut(choice, "length"), ["max_tokens", "generation-config"]),
         (lambda choice: cut(choice, "stop"), ["no end of this policy", "stop_token_ids"]),
         (lambda choice: choice.update(finish_reason="abort"), ["abort"]),
+        (lambda choice: choice["token_ids"].__setitem__(0, 99_999), ["id 99999", "another model"]),
+        (lambda choice: choice["token_ids"].__setitem__(0, -1), ["id -1", "another model"]),
+        (lambda choice: choice["token_ids"].__setitem__(0, True), ["token_ids", "integer"]),
+        (lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(0, 0.5), ["log-prob 0.5", "above 0"]),
     ],
 )
 def test_what_a_server_did_otherwise_than_asked_is_refused(alter, facts, server, opened):
@@ -295,6 +323,29 @@ def test_a_variable_that_is_not_set_is_named(server, opened, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(WinnowError, match="environment variable MY_KEY is not set"):
         opened(server.url, api_key_env="MY_KEY")
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk one", "sk-\x7f", "sk-é", "\nsk-one", " "])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(key, server, opened, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(WinnowError, match="api_key_env: the key in the environment variable MY_KEY has") as refused:
+        opened(server.url, api_key_env="MY_KEY")
+    assert "sk" not in str(refused.value)
+    assert not server.requests
+
+
+def test_a_line_break_after_the_key_is_the_files_that_it_is_from(server, opened, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY + "\n")
+    opened(server.url, api_key_env="MY_KEY", verify=False).generate(REQUESTS[:1], SAMPLING)
+    assert {headers["authorization"] for _, _, headers in server.requests} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:99999/v1", "http://h:abc/v1", "http://h:0/v1", "http://[::1/v1", "http://h h/v1"]
+)
+def test_an_address_that_is_none_is_refused_when_the_plan_is_made(url):
+    with pytest.raises(WinnowError, match=r"url: must be the address of a server.*port from 1 to 65535"):
+        engines.bind(endpoint(url))
 
 
 @pytest.mark.parametrize(
