@@ -377,7 +377,10 @@ def _print_next_commands(plan: Plan, recipe: str, configs: list[Path], sets: lis
         "a page about all runs": ["report", *at_store],
     }
     rules = [step.options["rule"] for step in plan.steps if step.entry.name == "select"]
-    if any(rule.options.get("beta") for rule in rules):
-        commands["what another beta would run"] = ["plan", recipe, *same, "--set", "select.rule.beta=0.1", *at_store]
+    if betas := {rule.options["beta"] for rule in rules if rule.options.get("beta")}:
+        other = 10 * max(betas) if 0.1 in betas else 0.1
+        commands["what another beta would run"] = [
+            "plan", recipe, *same, "--set", f"select.rule.beta={other}", *at_store
+        ]  # fmt: skip
     lines = [f"{resume.hint(*words)}  # {what}" for what, words in commands.items()]
     console.print("\n  ".join(["Next, for example:", *lines]), highlight=False, markup=False)

@@ -12,7 +12,7 @@ from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.options import Seed
 from stages.ranking.base import ReadingPair, Scorer, both_orders, fits_or_reject, read_candidates, reads_per_pair
-from stages.ranking.memory import less_memory, ranker_need
+from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import ranking_work
@@ -23,7 +23,7 @@ from stages.work import ranking_work
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, ranking_work),
+    cost=Cost(ranker_need, less_memory, ranking_work, ranker_device_problem),
 )
 def reward(
     prompts: Prompts,

@@ -37,6 +37,7 @@ from stages.options import (
     TopP,
     split_problems,
 )
+from stages.sampling.devices import draws_device_problem
 from stages.sampling.engines import POLICY_ITSELF, Completion, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
     SPECULATION,
@@ -193,7 +194,7 @@ def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[s
     version=6,
     concurrent=True,
     check=_check_sample,
-    cost=Cost(draws_need, less_memory, sampling_work),
+    cost=Cost(draws_need, less_memory, sampling_work, draws_device_problem),
     which_rows=("n", "split"),
     goes_on=True,
 )

@@ -1,5 +1,6 @@
 """What a run will cost, before it runs: exact where it has run, else marked; and what cannot fit is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from pipeline.config.estimates import as_rows, step_costs
 from pipeline.costs import GIB, UNKNOWN, Amount, Device
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
+from schemas import Model
+from stages.model_config import ModelConfig
 
 MACHINE = Device("cpu", 16 * GIB)
 
@@ -91,6 +94,37 @@ def test_the_device_is_what_the_profile_says_and_else_the_machine(data_dir: Path
     assert costs["sample"].device == MACHINE
     remote = step_costs(plan_of(data_dir), None, Profile(), local=False)
     assert {cost.device.memory for cost in remote} == {None}
+
+
+@pytest.mark.parametrize(
+    ("sets", "step"),
+    [("sample.engine=vllm", "sample: engine"), ("compare.by={name: llm_judge, engine: vllm}", "compare: by.engine")],
+)
+def test_vllm_on_a_cpu_is_refused_heads_that_it_has_no_attention_for(data_dir: Path, sets: str, step: str):
+    """Four heads of 16 numbers: on this machine, or where a profile says so; nobody knows what a cluster has."""
+    plan = plan_of(data_dir, "base.heads=4", sets)
+
+    def problems(profile: Profile, local: bool, machine: Device = MACHINE):
+        return [cost.problem for cost in step_costs(plan, None, profile, local=local, machine=machine) if cost.problem]
+
+    on_cpu = Profile(default=Resources(gpus=0))
+    for profile, local in ((Profile(), True), (on_cpu, True), (on_cpu, False)):
+        found = problems(profile, local)
+        assert found
+        assert all("heads of 16" in problem and "set `engine: transformers`" in problem for problem in found)
+        assert any(problem.startswith(step) for problem in found)
+    assert not problems(Profile(), False)
+    assert not problems(Profile(), True, Device("cuda", 80 * GIB))
+    assert not problems(Profile(default=Resources(gpus=1)), False)
+
+
+def test_heads_of_a_folder_are_those_of_its_config(tiny: Model, tmp_path: Path):
+    """`head_dim`, where the config has it; a family whose keys are latent has kernels of its own."""
+    assert ModelConfig(tiny.folder).head_size == 32
+    for numbers, size in (({"head_dim": 16}, 16), ({"num_attention_heads": 4}, 16), ({"kv_lora_rank": 8}, None)):
+        content = json.loads((tiny.folder / "config.json").read_text()) | {"head_dim": None} | numbers
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert ModelConfig(tmp_path).head_size == size
 
 
 @pytest.fixture
