@@ -420,7 +420,8 @@ class Registry:
         canonical = self.aliases.get(name, name)
         if canonical not in self.entries:
             listed = [f"{name} ({', '.join(e.aliases)})" if e.aliases else name for name, e in self.entries.items()]
-            hint = nearest(name, [*self.entries, *self.aliases], listed)
+            from_file = [FROM_FILE] if self.plain else []
+            hint = nearest(name, [*self.entries, *self.aliases, *from_file], [*listed, *from_file])
             raise WinnowError(f"unknown {self.kind} {name!r}; {hint}")
         return self.entries[canonical]
 
@@ -551,16 +552,15 @@ def validated(model: type[M], content: Any, prefix: str = "", noun: str = "optio
         inner = inner_options(model)
         # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
         items = [item for item in error.errors() if item["type"] != "none_required"]
-        raise WinnowError(
-            *(line for item in items for line in _error_lines(item, prefix, fields, noun, inner))
-        ) from None
+        lines = [line for item in items for line in _error_lines(item, prefix, fields, noun, inner)]
+        raise WinnowError(*lines) from None
 
 
 def inner_options(model: type[BaseModel]) -> dict[str, list[str]]:
     """Return the options of the functions that a model's own options can name: for each, the latter (beta: [rule])."""
     inner: dict[str, list[str]] = {}
-    for option, field in model.model_fields.items():
-        entries = [entry for item in field.metadata if isinstance(item, Registry) for entry in item.entries.values()]
+    for option, info in model.model_fields.items():
+        entries = [entry for item in info.metadata if isinstance(item, Registry) for entry in item.entries.values()]
         for name in dict.fromkeys(name for entry in entries for name in entry.options.model_fields):
             inner.setdefault(name, []).append(option)
     return inner

@@ -398,7 +398,7 @@ def option_paths(name: str, steps: Steps) -> list[str]:
                 function = (body.get("with") or {}).get(option, field.default)
                 function = function.get("name") if isinstance(function, dict) else getattr(function, "name", function)
                 registries = [item for item in field.metadata if isinstance(item, Registry)]
-                entries = [item.entries.get(item.aliases.get(function, function)) for item in registries]
+                entries = [item.entries.get(item.aliases.get(str(function), str(function))) for item in registries]
                 if any(entry and name in entry.options.model_fields for entry in entries):
                     paths.append(f"{step}.{option}.{name}")
     return paths

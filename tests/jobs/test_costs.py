@@ -10,9 +10,11 @@ from jobs import winnow as python
 from pipeline.config.estimates import as_rows, step_costs
 from pipeline.costs import GIB, UNKNOWN, Amount, Device
 from pipeline.resources import Profile, Resources
+from pipeline.store.fingerprints import DataPath
 from pipeline.store.store import Store
 from schemas import Model
 from stages.model_config import ModelConfig
+from stages.work import most_rows
 
 MACHINE = Device("cpu", 16 * GIB)
 
@@ -48,15 +50,29 @@ def test_counts_of_what_is_finished_are_those_of_the_tables(data_dir: Path, fini
 
 
 def test_before_anything_has_run_there_are_bounds_and_no_times(data_dir: Path, tmp_path: Path):
-    """24 prompts, of which about 0.6 train, 8 draws each, of 24 tokens at most; nobody has measured a rate."""
+    """24 lines, of which about 0.6 train, 8 draws each, of 24 tokens at most; nobody has measured a rate."""
     costs = costs_of(plan_of(data_dir), tmp_path)
-    assert costs["prompts"].work.of("prompts") == Amount(25, "at most")
+    assert costs["prompts"].work.of("prompts") == Amount(24, "at most")
     rows = costs["sample"].work.of("candidates")
-    assert (rows.known, rows.value) == ("at most about", pytest.approx(25 * 0.6 * 8))
+    assert (rows.known, rows.value) == ("at most about", pytest.approx(24 * 0.6 * 8))
     assert costs["sample"].work.units.value == pytest.approx(24 * rows.value)
     assert costs["select"].work.of("selections").value == pytest.approx(rows.value / 2)
     assert costs["optimize"].work.units.value > 0
     assert {cost.seconds for cost in costs.values()} == {UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n' * 60, 60),
+        ("b.jsonl", '{"prompt": "x"}\n{"prompt": "y"}', 2),
+        ("c.csv", "prompt\nx\ny\n", 2),
+        ("d.csv", "", 0),
+    ],
+)
+def test_a_file_has_at_most_as_many_rows_as_lines_below_its_header(tmp_path: Path, name: str, text: str, rows: int):
+    (tmp_path / name).write_text(text)
+    assert most_rows(DataPath(str(tmp_path / name))) == rows
 
 
 def test_what_the_store_has_run_is_the_best_estimate_of_what_it_has_not(data_dir: Path, finished: Path):
