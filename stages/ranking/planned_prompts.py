@@ -17,7 +17,8 @@ from stages.data.texts import Conversation, as_messages, prompt_with, tools_of
 
 ROWS = 1000
 PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone
-TOOL = {"type": "function", "function": {"name": "winnow_probe", "description": "", "parameters": {"type": "object", "properties": {}}}}  # fmt: skip # noqa: E501
+PARAMETERS = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "winnow_probe", "description": "", "parameters": PARAMETERS}}
 Shape = tuple[tuple[str, ...], bool]  # roles of a prompt's turns, and whether it has tools
 
 
@@ -36,13 +37,13 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
         unread[_unread_part(shape, template)] += count
     del unread[""]
     for part, count in unread.items():
-        cure = (
-            "set `chat_template` of its step of stage `model` to a template that does" if template else "take another"
-        )
-        what = "its chat template renders" if template else "its format rlhflow holds"
+        holder, cure = "its format rlhflow", "take another ranker"
+        if template:
+            holder = "its chat template"
+            cure = "set `chat_template` of its step of stage `model` to one that does"
         warnings.warn(
-            f"ranker: {count} of the first {shapes.total()} prompts of {prompts.options['path']} have {part}, and "
-            f"{what} none: it would reject their responses, which then train nothing; {cure}, or leave them out",
+            f"ranker: {count} of the first {shapes.total()} prompts of {prompts.options['path']} have {part}, which "
+            f"{holder} does not hold: their responses will be rejected, and train nothing; {cure}, or leave them out",
             WinnowWarning,
             stacklevel=2,
         )

@@ -1,6 +1,7 @@
 """Prompts that a ranker would reject one by one are said when the plan is made, from its template and the file."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from pipeline import InputStep, ModelPath
 from pipeline.registry import Bound
 from pipeline.store.fingerprints import DataPath
-from schemas import WinnowWarning
+from schemas import Model, WinnowWarning
 from stages.ranking.planned_prompts import warn_of_unread_prompts
 from stages.ranking.rankers import ranker as rankers
 from tests.conftest import TOOL_TEMPLATE, write_jsonl
@@ -30,9 +31,15 @@ ROWS: dict[str, dict] = {
 }
 
 
+@pytest.fixture
+def folder(tiny: Model, tmp_path: Path) -> Path:
+    """The folder of a model, of which only the files of its tokenizer are read."""
+    return shutil.copytree(tiny.folder, tmp_path / "ranker")
+
+
 def warned(folder: Path, template: str, rows: list[dict], by: Bound | None = None, **options: object) -> list[str]:
+    """Return the warnings of a plan whose ranker, in this folder, has this template."""
     (folder / "chat_template.jinja").write_text(template)
-    (folder / "tokenizer_config.json").write_text("{}")
     model = InputStep("model", {"path": ModelPath(str(folder)), "chat_template": None, "adapter": None})
     data = DataPath(str(write_jsonl(folder / "prompts.jsonl", rows)))
     reads = dict(path=data, prompt="prompt", system=None, input=None, reader=None, subset=None, dataset_split="train",
@@ -55,31 +62,31 @@ def warned(folder: Path, template: str, rows: list[dict], by: Bound | None = Non
         ("{{ raise_exception('never') }}", []),  # of which nothing can be told: the run says so itself
     ],
 )
-def test_what_the_template_of_a_reward_model_does_not_hold_is_said_with_its_count(tmp_path, template, unread):
-    said = warned(tmp_path, template, [*ROWS.values(), *ROWS.values()])
+def test_what_the_template_of_a_reward_model_does_not_hold_is_said_with_its_count(folder, template, unread):
+    said = warned(folder, template, [*ROWS.values(), *ROWS.values()])
     assert len(said) == len(unread)
     for part, text in zip(unread, said, strict=True):
-        assert f"2 of the first 8 prompts of {tmp_path / 'prompts.jsonl'} have {part}" in text
+        assert f"2 of the first 8 prompts of {folder / 'prompts.jsonl'} have {part}" in text
         assert "set `chat_template`" in text
 
 
-def test_nothing_is_said_of_prompts_that_it_holds(tmp_path):
-    assert warned(tmp_path, PLAIN, [ROWS["plain"], ROWS["several turns"], ROWS["a system turn"]]) == []
+def test_nothing_is_said_of_prompts_that_it_holds(folder):
+    assert warned(folder, PLAIN, [ROWS["plain"], ROWS["several turns"], ROWS["a system turn"]]) == []
 
 
-def test_a_system_prompt_of_the_step_is_a_system_turn(tmp_path):
-    (text,) = warned(tmp_path, WITHOUT_SYSTEM, [ROWS["plain"]], system_prompt="Be brief.")
+def test_a_system_prompt_of_the_step_is_a_system_turn(folder):
+    (text,) = warned(folder, WITHOUT_SYSTEM, [ROWS["plain"]], system_prompt="Be brief.")
     assert "1 of the first 1 prompts" in text
     assert "a system turn" in text
 
 
-def test_a_format_of_turns_alone_holds_neither_tools_nor_system_turns(tmp_path):
-    said = warned(tmp_path, PLAIN, [*ROWS.values()], bound(rankers, "pairwise", format="rlhflow"))
+def test_a_format_of_turns_alone_holds_neither_tools_nor_system_turns(folder):
+    said = warned(folder, PLAIN, [*ROWS.values()], bound(rankers, "pairwise", format="rlhflow"))
     assert ["tools" in said[0], "a system turn" in said[1], len(said)] == [True, True, 2]
 
 
-def test_rankers_of_texts_read_all(tmp_path):
-    assert warned(tmp_path, ONE_TURN, [*ROWS.values()], bound(rankers, "pairwise")) == []
+def test_rankers_of_texts_read_all(folder):
+    assert warned(folder, ONE_TURN, [*ROWS.values()], bound(rankers, "pairwise")) == []
 
 
 def test_a_plan_says_it_once(winnow, tmp_path, data_dir, tiny):
