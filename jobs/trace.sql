@@ -25,7 +25,7 @@ FROM pairs
 WHERE prompt_id = {prompt_id}
 ORDER BY gap DESC
 
--- responses of pairs that nothing selected: those of your data
+-- responses of pairs that no reward or selection shows above
 SELECT response, candidate_id, n_tokens, coalesce(raw_text, text) AS text
 FROM (
     SELECT DISTINCT prompt_id, 'chosen' AS response, chosen_id AS candidate_id FROM pairs
