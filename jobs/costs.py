@@ -1,6 +1,6 @@
 """Show what a plan's steps will take: a table of those that will run, and lines about memory and rates."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,9 +14,9 @@ DURATIONS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def remaining_costs(costs: Iterable[StepCost]) -> list[StepCost]:
-    """Return the costs of steps that will run and of which something is known, each result once."""
-    by_key = {cost.step.key: cost for cost in reversed(list(costs)) if not cost.is_finished}
+def remaining_costs(costs: Iterable[StepCost], to_run: Collection[str]) -> list[StepCost]:
+    """Return the costs of steps that will run, by their keys, and of which something is known, each result once."""
+    by_key = {cost.step.key: cost for cost in reversed(list(costs)) if cost.step.key in to_run}
     return [cost for cost in reversed(by_key.values()) if is_known(cost)]
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from jobs.recipes import FOLDER, names
 from pipeline.config.recipe import load_recipe
 from pipeline.config.rounds import split_round
-from pipeline.registry import Entry, Range, Registry, nearest
+from pipeline.registry import FROM_FILE, Entry, Range, Registry, nearest
 from pipeline.stage import signature_of, stages
 from pipeline.store.fingerprints import AdapterPath, ContentPath, DataPath, ModelPath, TemplatePath
 from schemas import WinnowError, table_name
@@ -29,6 +29,7 @@ PATHS = {
     TemplatePath: "path of a Jinja file",
     ContentPath: "path",
 }
+ABOUT_FILE = "Call a function of a Python file of yours, which needs no decorator."
 
 
 def recipe_table() -> pa.Table:
@@ -102,13 +103,16 @@ def option_pages(name: str) -> list[str]:
     pages = [stage_page(entry) for entry in stages.entries.values() if name == entry.name]
     by_kind = {"stage": list(stages.entries)}
     for kind, registry in registries().items():
-        by_kind[kind] = [*registry.entries, *registry.aliases]
+        by_kind[kind] = [*registry.entries, *registry.aliases, *([FROM_FILE] if registry.plain else [])]
         if name in (kind, _variable(registry)):
             rows = [{"name": f"`{entry.name}`", "about": first_line(entry)} for entry in registry.entries.values()]
+            rows += [{"name": f"`{FROM_FILE}`", "about": ABOUT_FILE}] if registry.plain else []
             pages.append("\n".join([f"# {kind}", "", rows_as_markdown(rows)]))
         for entry in registry.entries.values():
             if name in (entry.name, *entry.aliases):
                 pages.append(function_page(entry, registry.kind))
+        if registry.plain and name == FROM_FILE:
+            pages.append(file_page(registry))
     if not pages:
         every = list(dict.fromkeys([*by_kind, *(item for names in by_kind.values() for item in names)]))
         hint = nearest(name, every)
@@ -138,6 +142,7 @@ def stage_page(entry: Entry) -> str:
         for registry in _registries_in(Annotated[field.annotation, None, *field.metadata]):
             rows = [{option: ", ".join(f"`{name}`" for name in (item.name, *item.aliases)), "about": first_line(item)}
                     for _, item in sorted(registry.entries.items())]  # fmt: skip
+            rows += [{option: f"`{FROM_FILE}`", "about": ABOUT_FILE}] if registry.plain else []
             lines += ["", rows_as_markdown(rows)]
     return "\n".join(lines)
 
@@ -145,6 +150,14 @@ def stage_page(entry: Entry) -> str:
 def function_page(entry: Entry, kind: str) -> str:
     """Return Markdown of a registered function: docstring and options."""
     return "\n".join([f"# {entry.name} ({kind})", "", docstring(entry), "", options_markdown(entry)])
+
+
+def file_page(registry: Registry) -> str:
+    """Return Markdown of a function in a file of the user's, which an option takes in place of a registered one."""
+    about = f"{ABOUT_FILE} Its content is part of the key, and its keyword-only parameters are further options."
+    options = [{"option": "`file`", "type": "path of a Python file", "default": "required"},
+               {"option": "`function`", "type": "name of a function in it", "default": "required"}]  # fmt: skip
+    return "\n".join([f"# {FROM_FILE} ({registry.kind})", "", about, "", rows_as_markdown(options)])
 
 
 def options_markdown(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -102,17 +103,21 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
     return result
 
 
-def sweep_table(plans: list[Plan], store: Store) -> pa.Table:
-    """Return a row per run: its steps, how many are cached, shared with rows above, and which will run."""
+def sweep_table(plans: list[Plan], store: Store, to_run: Collection[str]) -> pa.Table:
+    """Return a row per run: its steps, how many are cached, shared with rows above, and which will run.
+
+    to_run: the keys of all that will; `steps` are those of the plan's part.
+    """
     seen: set[str] = set()
     rows = []
     for plan in plans:
-        cached = {step.key for step in plan.steps if store.folder(step).manifest}
-        new = [step.name for step in plan.steps if step.key not in seen | cached]
-        shared = {step.key for step in plan.steps if step.key in seen - cached}
-        row = {"run": plan.name, "steps": len(plan.steps), "cached": len(cached), "shared": len(shared)}
+        steps = plan.steps_to_run
+        cached = {step.key for step in steps} - set(to_run)
+        new = [step.name for step in steps if step.key not in seen | cached]
+        shared = {step.key for step in steps if step.key in seen - cached}
+        row = {"run": plan.name, "steps": len(steps), "cached": len(cached), "shared": len(shared)}
         rows.append(row | {"will run": len(new), "these": ", ".join(new)})
-        seen |= {step.key for step in plan.steps}
+        seen |= {step.key for step in steps}
     return pa.Table.from_pylist(rows)
 
 

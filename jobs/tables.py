@@ -1,6 +1,6 @@
 """Plans and stores for the terminal: trees of steps, and tables of runs and steps."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,13 +28,16 @@ STEP_LIST = pa.schema(
 )
 
 
-def plan_tree(plan: Plan, store: Store, options: bool = False) -> Tree:
+def plan_tree(plan: Plan, store: Store, options: bool = False, deleted: Collection[str] = ()) -> Tree:
     """Return the steps under their consumers, each once per run: name, key, `cached`, or `will run` and why.
+
+    Steps that are not in the plan's part are `not run`; those with a key in `deleted` will run again.
 
     With `options`, also each option that is not the stage's default, and the file or --set that it comes from.
     """
     rounds = f", {len(plan.targets)} rounds" if len(plan.targets) > 1 else ""
     tree = Tree(f"[bold]{escape(plan.name)}[/]  ({len(plan.steps)} steps{rounds})")
+    keys_to_run = {step.key for step in plan.steps_to_run}
     names_by_key: dict[str, str] = {}  # of the steps above: two rounds may share a step, which runs once
 
     def add(parent: Tree, step: Step, read_as: str = "") -> None:
@@ -45,7 +48,12 @@ def plan_tree(plan: Plan, store: Store, options: bool = False) -> Tree:
         names_by_key[step.key] = step.name
         stage = "" if split_round(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
         listed = "".join(f"\n  [dim]{escape(line)}[/]" for line in option_lines(step)) if options else ""
-        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {step_status(step, plan.name, store)}{listed}")
+        status = step_status(step, plan.name, store)
+        if step.key in deleted:
+            status = "[yellow]will run again[/]: --force"
+        elif step.key not in keys_to_run and store.folder(step).manifest is None:
+            status = "[dim]not run by this command[/]"
+        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status}{listed}")
         for input_name, source in step.inputs.items():
             add(branch, source, input_name)
 

@@ -25,6 +25,18 @@ FROM pairs
 WHERE prompt_id = {prompt_id}
 ORDER BY gap DESC
 
+-- responses of pairs that no reward or selection shows above
+SELECT response, candidate_id, n_tokens, coalesce(raw_text, text) AS text
+FROM (
+    SELECT DISTINCT prompt_id, 'chosen' AS response, chosen_id AS candidate_id FROM pairs
+    UNION ALL
+    SELECT DISTINCT prompt_id, 'rejected' AS response, rejected_id AS candidate_id FROM pairs
+) JOIN candidates USING (prompt_id, candidate_id)
+WHERE prompt_id = {prompt_id}
+    AND candidate_id NOT IN (SELECT candidate_id FROM selections WHERE prompt_id = {prompt_id})
+    AND candidate_id NOT IN (SELECT candidate_id FROM rewards WHERE prompt_id = {prompt_id})
+ORDER BY ALL
+
 -- reference log-probs
 SELECT candidate_id, round(logp, 3) AS logp, n_tokens, dtype, left(model, 12) AS model
 FROM reference

@@ -433,7 +433,8 @@ class Registry:
         canonical = self.aliases.get(name, name)
         if canonical not in self.entries:
             listed = [f"{name} ({', '.join(e.aliases)})" if e.aliases else name for name, e in self.entries.items()]
-            hint = nearest(name, [*self.entries, *self.aliases], listed)
+            from_file = [FROM_FILE] if self.plain else []
+            hint = nearest(name, [*self.entries, *self.aliases, *from_file], [*listed, *from_file])
             raise WinnowError(f"unknown {self.kind} {name!r}; {hint}")
         return self.entries[canonical]
 
@@ -579,12 +580,26 @@ def validated(model: type[M], content: Any, prefix: str = "", noun: str = "optio
         return model.model_validate(content)
     except ValidationError as error:
         fields = {field.alias or name: field.description for name, field in model.model_fields.items()}
+        inner = inner_options(model)
         # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
         items = [item for item in error.errors() if item["type"] != "none_required"]
-        raise WinnowError(*(line for item in items for line in _error_lines(item, prefix, fields, noun))) from None
+        lines = [line for item in items for line in _error_lines(item, prefix, fields, noun, inner)]
+        raise WinnowError(*lines) from None
 
 
-def _error_lines(item: ErrorDetails, prefix: str, fields: dict[str, str | None], noun: str) -> list[str]:
+def inner_options(model: type[BaseModel]) -> dict[str, list[str]]:
+    """Return the options of the functions that a model's own options can name: for each, the latter (beta: [rule])."""
+    inner: dict[str, list[str]] = {}
+    for option, info in model.model_fields.items():
+        entries = [entry for item in info.metadata if isinstance(item, Registry) for entry in item.entries.values()]
+        for name in dict.fromkeys(name for entry in entries for name in entry.options.model_fields):
+            inner.setdefault(name, []).append(option)
+    return inner
+
+
+def _error_lines(
+    item: ErrorDetails, prefix: str, fields: dict[str, str | None], noun: str, inner: dict[str, list[str]]
+) -> list[str]:
     """Return one error of pydantic as lines that name place, value, cause and cure."""
     # Names that pydantic gives to validators and alternatives are not places in a recipe.
     path = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "none", "["))]
@@ -597,6 +612,9 @@ def _error_lines(item: ErrorDetails, prefix: str, fields: dict[str, str | None],
             for inner, colon, rest in nested
         ]
     if item["type"] == "extra_forbidden":
+        if len(path) == 1 and path[0] in inner:
+            places = " or ".join(f"{prefix}.{option}.{path[0]}".strip(".") for option in inner[path[0]])
+            return [f"{where}: unknown {noun}; set {places}"]
         return [
             f"{where}: unknown {noun}; {nearest(path[-1], list(fields)) if fields else f'there are no {noun}s here'}"
         ]

@@ -18,10 +18,10 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 
 from pipeline import Range
 from schemas import MachineError, WinnowError
+from stages.extras import install_command
 
 T = TypeVar("T")
 A = TypeVar("A", bound=BaseModel)
-EXTRA = "pip install 'winnow-pipeline[endpoint]'"
 NO_KEY = "EMPTY"  # what vLLM's own examples send to a server without a key
 FIRST_RETRIES = 2  # before a server counts as down: nothing is lost yet, so that the user learns it in seconds
 PROGRESS_SECONDS = 0.5
@@ -103,7 +103,7 @@ class _Cards(BaseModel):
 def endpoint_problems(option: str) -> list[str]:
     """Return at plan time why no server can be asked: the client is not installed. The server need not be up yet."""
     if find_spec("openai") is None:
-        return [f"{option}: endpoint needs the library openai: {EXTRA}"]
+        return [f"{option}: endpoint needs the library openai: {install_command('endpoint', 'openai')}"]
     return []
 
 
@@ -119,7 +119,7 @@ class EndpointClient:
 
     def __init__(self, endpoint: Endpoint) -> None:
         if find_spec("openai") is None:
-            raise WinnowError(f"{endpoint}: needs the library openai: {EXTRA}")
+            raise WinnowError(f"{endpoint}: needs the library openai: {install_command('endpoint', 'openai')}")
         import httpx2
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 

@@ -24,6 +24,8 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # in the names of a layer's tensors
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.", "embed_out.", "output.")  # layers that end in the vocabulary
+HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
+HEAD_COUNTS = ("num_attention_heads", "n_head")
 GENERATION = "generation_config.json"
 OTHER_INPUTS = {"vision_config": "images", "audio_config": "sound"}  # parts of a config that a text model has not
 AUTO_CLASSES = (  # transformers' lists of network classes by model type: policies, and reward models among classifiers
@@ -127,6 +129,17 @@ class ModelConfig:
     def context_length(self) -> int | None:
         """Return the length of the longest sequence that it reads, in tokens; None if the config does not say."""
         return next((int(self.text[name]) for name in CONTEXT_LENGTHS if self.text.get(name)), None)
+
+    @property
+    def head_size(self) -> int | None:
+        """Return the size of a head of attention; None if the config does not say, or if keys are latent (MLA)."""
+        hidden, heads = (
+            next((self.text[name] for name in names if self.text.get(name)), None)
+            for names in (HIDDEN_SIZES, HEAD_COUNTS)
+        )
+        if self.text.get("kv_lora_rank") or not isinstance(hidden, int) or not isinstance(heads, int):
+            return None
+        return int(self.text.get("head_dim") or hidden // heads)
 
     @property
     def quantization(self) -> str | None:
@@ -369,6 +382,18 @@ def planned_context(step: InputStep | None) -> int | None:
         return step.options.get("context")
     config = planned_config(step)
     return config.context_length if config else None
+
+
+def planned_head_size(step: InputStep | None) -> int | None:
+    """Return the size of a head of attention of the model of a step, as far as a plan can know it."""
+    while step is not None and (source := step.inputs.get("init") or step.inputs.get("policy")):
+        step = source
+    if step is None:
+        return None
+    if step.stage == "untrained" and step.options:
+        return int(step.options["hidden"] // step.options["heads"])
+    config = planned_config(step)
+    return config.head_size if config else None
 
 
 @lru_cache

@@ -18,6 +18,7 @@ Options = Mapping[str, Any]
 Inputs = Mapping[str, InputStep]
 Works = Mapping[str, Work]
 LINES = (".jsonl", ".csv", ".tsv")  # of which each row takes a line or more
+WITH_HEADER = (".csv", ".tsv")
 CALLS = "calls"
 
 
@@ -103,7 +104,11 @@ def most_rows(source: DataPath | None) -> int | None:
     if path.suffix not in LINES:
         return None
     with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) + 1
+        lines, last = 0, b"\n"
+        for block in iter(lambda: file.read(1 << 20), b""):
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    lines += last != b"\n"  # the last line may have no end
+    return max(0, lines - (path.suffix in WITH_HEADER))
 
 
 def _reads_per_pair(options: Options) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jobs.__main__ import GROUPS
 from jobs.reference import (
+    file_page,
     first_line,
     function_page,
     recipe_table,
@@ -39,6 +40,7 @@ def stages_markdown() -> str:
     pages = [rows_as_markdown(index), *(f"##{stage_page(entry)}" for entry in entries)]
     for kind, registry in sorted(registries().items()):
         functions = [f"##{function_page(entry, kind)}" for _, entry in sorted(registry.entries.items())]
+        functions += [f"##{file_page(registry)}"] if registry.plain else []
         pages += [f"## Functions: {kind}", *functions]
     return "\n\n".join(pages)
 
@@ -64,11 +66,11 @@ def commands_markdown() -> str:
 
 def execution_markdown() -> str:
     """Return the options that are not part of a key, by stage or function, then entries of options that are not."""
-    functions = [entry for registry in registries().values() for entry in registry.entries.values()]
+    functions = [(kind, entry) for kind, registry in registries().items() for entry in registry.entries.values()]
     rows, lists = [], {}
-    for entry in [*stage_entries(), *functions]:
+    for kind, entry in [*(("stage", entry) for entry in stage_entries()), *functions]:
         if names := [f"`{name}`" for name in entry.options.model_fields if name in entry.execution]:
-            rows.append({"stage or function": f"`{entry.name}`", "outside its key": ", ".join(names)})
+            rows.append({"stage or function": f"{kind} `{entry.name}`", "outside its key": ", ".join(names)})
         for name, marked in entry.execution_entries.items():
             entries = textwrap.fill(", ".join(f"`{item}`" for item in sorted(marked)), 120, break_on_hyphens=False)
             lists[name] = f"Of the entries of `{name}`:\n\n{entries}"

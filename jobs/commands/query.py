@@ -21,17 +21,20 @@ from schemas import WinnowError
 
 def status(
     store: StorePath = STORE,
+    run: RunName = None,
     address: Annotated[
         str | None, typer.Option(help="list the jobs of this cluster instead, by its dashboard's URL")
     ] = None,
 ) -> None:
     """Show the runs of a store with their steps, rows and seconds, or the jobs of a cluster."""
+    if address and run:
+        raise WinnowError(f"--address {address} --run {run}: runs are in a store, and jobs on a cluster; omit one")
     if address:
         from jobs.ray_jobs import RayJobs
 
         table = RayJobs(address).jobs_table()
     else:
-        table = query(open_catalog(existing_store(store)), queries.text("status"))
+        table = query(open_catalog(existing_store(store), run), queries.text("status"))
     console.print(as_table(table))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
+from rich.measure import Measurement
 
 from jobs import queries, recipes, resume
 from jobs.commands.app import (
@@ -44,7 +45,7 @@ from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
 from jobs.tables import leaderboard_table, overruled, plan_tree
 from pipeline.config.estimates import check_memory, step_costs
-from pipeline.config.partial import Part, Rerun, rerun, unfinished
+from pipeline.config.partial import Part, Rerun, rerun
 from pipeline.config.plan import Plan, reads_files, stale_code
 from pipeline.config.precision import float32_by_default
 from pipeline.config.rounds import split_round
@@ -108,27 +109,38 @@ def plan(
         bool, typer.Option("--options", help="also each option that is not a default, and the file that it comes from")
     ] = False,
     over: Over = [],  # noqa: B006
+    only: Only = None,
+    until: Until = None,
+    from_step: Onward = None,
+    force: Force = None,
 ) -> None:
     """Print each recipe's tree of steps: keys, what is cached, what will run, why, and at what cost. Runs nothing.
 
-    With --over, a row per run of the sweep instead, and what all of them together would run.
+    --only, --until, --from and --force are those of `run`, and what they would run is what is printed. With --over, a
+    row per run of the sweep instead, and what all of them together would run.
     """
+    part = Part(only, until, from_step, force)
     if over:
         if name is not None or options:
             raise WinnowError(
                 f"--over {over[0]}: a sweep names its runs and prints no trees; omit --name and --options"
             )
-        _print_sweep(plan_sweep(recipe, configs, sets, over), Store(store))
+        _print_sweep(plan_sweep(recipe, configs, sets, over), Store(store), part)
         return
     plans = recipes.plans(recipe, configs, sets, name)
     resources = recipes.load_resources(profile)
     problems: list[str] = []
-    _print_store(Store(store), with_free_names(plans, Store(store)))
-    for item in plans:
-        console.print(plan_tree(item, Store(store), options), highlight=False, soft_wrap=True)
+    notes = with_free_names(plans, Store(store))
+    selection = rerun(plans, Store(store), part)
+    deleted, to_run = {stored.key for stored in selection.to_delete}, {step.key for step in selection.to_run()}
+    _print_store(Store(store), notes)
+    for item in selection.plans:
+        tree = plan_tree(item, Store(store), options, deleted)
+        width = Measurement.get(console, console.options.update(width=10**6), tree).maximum  # else it is cut
+        console.print(tree, highlight=False, soft_wrap=True, width=width)
         for line in overruled(item):
             console.print(f"  [dim]{escape(line)}[/]", highlight=False)
-        costs = remaining_costs(step_costs(item, Store(store), resources, local=True))
+        costs = remaining_costs(step_costs(item, Store(store), resources, local=True), to_run)
         if costs:
             console.print(cost_table(costs))
             for line in cost_lines(costs):
@@ -279,15 +291,16 @@ def _print_store(store: Store, notes: list[str]) -> None:
         console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
 
 
-def _print_sweep(swept: Sweep, store: Store) -> None:
+def _print_sweep(swept: Sweep, store: Store, part: Part) -> None:
     """Print a row per run of a sweep, and how much of it is computed once."""
     _print_store(store, [*with_free_names(swept.plans, store, swept.bases), *swept.notes])
-    console.print(as_table(sweep_table(swept.plans, store)))
-    steps = [step for plan in swept.plans for step in plan.steps]
-    different = {step.key: step for step in steps}
-    to_run = unfinished(list(different.values()), store)
+    selection = rerun(swept.plans, store, part)
+    to_run = {step.key for step in selection.to_run()}
+    console.print(as_table(sweep_table(selection.plans, store, to_run)))
+    steps = [step for plan in selection.plans for step in plan.steps_to_run]
+    different = {step.key for step in steps}
     console.print(
-        f"{len(swept.plans)} runs of {len(steps)} steps: {len(different)} different ones, of which "
+        f"{len(selection.plans)} runs of {len(steps)} steps: {len(different)} different ones, of which "
         f"{len(different) - len(to_run)} are cached and {len(to_run)} will run",
         highlight=False,
     )
@@ -377,7 +390,10 @@ def _print_next_commands(plan: Plan, recipe: str, configs: list[Path], sets: lis
         "a page about all runs": ["report", *at_store],
     }
     rules = [step.options["rule"] for step in plan.steps if step.entry.name == "select"]
-    if any(rule.options.get("beta") for rule in rules):
-        commands["what another beta would run"] = ["plan", recipe, *same, "--set", "select.rule.beta=0.1", *at_store]
+    if betas := {rule.options["beta"] for rule in rules if rule.options.get("beta")}:
+        other = 10 * max(betas) if 0.1 in betas else 0.1
+        commands["what another beta would run"] = [
+            "plan", recipe, *same, "--set", f"select.rule.beta={other}", *at_store
+        ]  # fmt: skip
     lines = [f"{resume.hint(*words)}  # {what}" for what, words in commands.items()]
     console.print("\n  ".join(["Next, for example:", *lines]), highlight=False, markup=False)

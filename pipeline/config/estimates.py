@@ -34,7 +34,7 @@ LARGEST_READ = GIB // 4  # bytes of a table that is read to count its tokens
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of a step. need: of each device, if it holds a network and its memory is known; problem: why it cannot fit.
+    """Cost of a step. need: of each device, if it holds a network and its memory is known; problem: why it cannot run.
 
     not_estimated: why the memory of its network is not known, "" if it is, or there is none.
     rate: units per second and device, `source` where it is from, `devices` how many there are; seconds: of them all.
@@ -93,6 +93,8 @@ def step_costs(
         seconds = UNKNOWN
         if rate and (units := work[step.name].units).value is not None:
             seconds = units.times(Amount(1 / rate / devices, "estimated"))
+        if local or resources.gpus is not None:  # else nobody knows what a cluster's workers have
+            problem = cost.device_problem(step.options, inputs, device) or problem
         problem = problem and f"{step.name}: {problem}"
         source = source if rate else ""
         is_finished = manifest is not None
@@ -105,7 +107,7 @@ def step_costs(
 
 
 def check_memory(plans: list[Plan], steps: Iterable[Step], profile: Profile, *, local: bool) -> None:
-    """Raise WinnowError with every one of these steps of the plans, which will run, that cannot fit its device."""
+    """Raise WinnowError with every one of these steps of the plans, which will run, that its device cannot run."""
     keys = {step.key for step in steps}
     costs = [cost for plan in plans for cost in step_costs(plan, None, profile, local=local)]
     if problems := [cost.problem for cost in costs if cost.problem and cost.step.key in keys]:

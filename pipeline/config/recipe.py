@@ -9,7 +9,7 @@ is a number of equal rounds, or a list of overlays, one per round (pipeline/conf
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +30,8 @@ from pipeline.config.layers import (
 )
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
-from pipeline.registry import nearest, validated
+from pipeline.registry import Registry, nearest, validated
+from pipeline.stage import stages
 from schemas import WinnowError
 
 NAME_BYTES = 150  # of a run's name
@@ -176,7 +177,7 @@ def load_recipe(
     overrides: list[Override] = []
     for text in sets:
         with _collected(set_problems):
-            overrides.append(Override.parse(text))
+            overrides.append(Override.parse(text, _steps(layers)))
     replaced = {override.name: override.value for override in overrides if not override.path}
     content = merge_all(layers)
     settings = Settings()
@@ -418,6 +419,25 @@ def _with_like(step: str, steps: Steps) -> dict[str, Any]:
 # --set.
 
 
+def option_paths(name: str, steps: Steps) -> list[str]:
+    """Return where an option of this name is set: in steps (`optimize.epochs`), and in the functions that they use."""
+    paths = []
+    for step in steps:
+        with suppress(WinnowError, KeyError, TypeError, AttributeError):  # wrong steps are reported later
+            body = _with_like(step, steps)
+            fields = stages.find(body.get("use", step)).options.model_fields
+            if name in fields:
+                paths.append(f"{step}.{name}")
+            for option, field in fields.items():
+                function = (body.get("with") or {}).get(option, field.default)
+                function = function.get("name") if isinstance(function, dict) else getattr(function, "name", function)
+                registries = [item for item in field.metadata if isinstance(item, Registry)]
+                entries = [item.entries.get(item.aliases.get(str(function), str(function))) for item in registries]
+                if any(entry and name in entry.options.model_fields for entry in entries):
+                    paths.append(f"{step}.{option}.{name}")
+    return paths
+
+
 @dataclass(frozen=True)
 class Override:
     """Value of --set: for a setting (no path), for an option of a step in every round, or in one (`step@2`)."""
@@ -430,13 +450,18 @@ class Override:
     value: Any
 
     @classmethod
-    def parse(cls, text: str) -> "Override":
-        """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value` (YAML)."""
+    def parse(cls, text: str, steps: Steps | None = None) -> "Override":
+        """Read `step.option=value`, `step.option.inner=value`, `step@2.option=value` or `setting=value` (YAML).
+
+        Raises WinnowError for anything else; of an option alone it names the steps that have it.
+        """
         path, equals, value = text.partition("=")
         names = path.strip().split(".")
         if not equals or not all(names):
             raise WinnowError(f"--set {text}: must be step.option=value")
         if len(names) < 2 and names[0] not in SETTABLE:
+            if paths := option_paths(names[0], steps or {}):
+                raise WinnowError(f"--set {text}: must be step.option=value; steps have {', '.join(paths)}")
             hint = nearest(names[0], list(SETTABLE))
             raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
         content = parse(value, f"--set {text}")

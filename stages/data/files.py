@@ -130,6 +130,16 @@ class DataSource:
             except READ_ERRORS as error:
                 raise _damaged(name, location, error) from None
 
+    def head(self, columns: Sequence[str], count: int) -> list[Row]:
+        """Return the first rows of files that are read here, with those of these columns that exist, and tools.
+
+        None of a data set that `datasets` reads. Raises WinnowError if a file is damaged there.
+        """
+        files = self._files()
+        if not files:
+            return []
+        return _head(files, _existing((), (*columns, *OPTIONAL_COLUMNS), _names_in(files)), count)
+
     def reader_results(
         self,
         ctx: StageContext,
@@ -343,14 +353,14 @@ def _first_bad_encoding(files: Sequence[Path]) -> str:
     return next(iter(places), "")
 
 
-def _head(files: Sequence[Path], names: Sequence[str]) -> list[Row]:
+def _head(files: Sequence[Path], names: Sequence[str], count: int = HEAD_ROWS) -> list[Row]:
     """Return the first rows that can be read; raise WinnowError if a file is damaged there."""
     rows = list[Row]()
     for file in files:
         location = "its start"
         try:
             readable = file_rows(file, names, reject=lambda *args, **kwargs: None)
-            for location, row in islice(readable, HEAD_ROWS - len(rows)):  # noqa: B007 - the error names the last one
+            for location, row in islice(readable, count - len(rows)):  # noqa: B007 - the error names the last one
                 rows.append(with_message_lists(row))
         except READ_ERRORS as error:
             raise _damaged(file.name, location, error) from None

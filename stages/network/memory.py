@@ -12,15 +12,15 @@ from typing import Any
 from pipeline import InputStep
 from pipeline.costs import Device, Need, NotEstimatedError
 from stages.limits import LOGITS_AT_ONCE, SCORING_TOKENS_PER_PASS
-from stages.model_config import ModelConfig, planned_config
+from stages.model_config import HEAD_COUNTS, HIDDEN_SIZES, ModelConfig, planned_config
 
 FP32, BF16 = 4, 2  # bytes of a number
 CODE = 40e6  # bytes of a process on a CPU: pages of torch's code that are read when it computes, Python's objects
 SLICES = 3  # of logits that are held at once: logits, their softmax or gradient, and a temporary
 NAMES = {  # of the numbers of a network, in the configs of its families
-    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "hidden": HIDDEN_SIZES,
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "heads": ("num_attention_heads", "n_head"),
+    "heads": HEAD_COUNTS,
 }
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 

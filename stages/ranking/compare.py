@@ -13,7 +13,7 @@ from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import Unreadable, both_orders, fits_or_reject, read_candidates, reads_per_pair
-from stages.ranking.memory import less_memory, ranker_need
+from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import calls
@@ -37,7 +37,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     check=_check_compare,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, calls),
+    cost=Cost(ranker_need, less_memory, calls, ranker_device_problem),
 )
 def compare(
     prompts: Prompts,

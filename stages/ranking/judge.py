@@ -13,7 +13,7 @@ from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import Ranker, ReadingPair, Unreadable, both_orders, read_candidates, reads_per_pair
-from stages.ranking.memory import less_memory, ranker_need
+from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
@@ -27,7 +27,7 @@ UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose respo
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, judging_work),
+    cost=Cost(ranker_need, less_memory, judging_work, ranker_device_problem),
 )
 def judge(
     prompts: Prompts,

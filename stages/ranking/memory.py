@@ -7,6 +7,7 @@ from pipeline import Bound, InputStep
 from pipeline.costs import Change, Device, Need
 from stages.network.memory import scoring_need
 from stages.sampling import memory as engine
+from stages.sampling.devices import vllm_problem
 
 QUESTION_TOKENS = 4096  # of a judge's question, for the engine transformers
 
@@ -19,6 +20,15 @@ def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], dev
     if not by.metadata.get("output"):
         return None
     return scoring_need(inputs.get("ranker"), by.options["dtype"], device)
+
+
+def ranker_device_problem(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> str:
+    """Return why a device cannot run the engine of a judge, and the cure; "" if it can."""
+    by: Bound = options["by"]
+    if by.name != "llm_judge":
+        return ""
+    problem = vllm_problem(by.options["engine"], inputs.get("ranker"), device)
+    return problem and f"by.{problem}"
 
 
 def less_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:

@@ -20,10 +20,12 @@ from pydantic import AfterValidator
 from pipeline import EXECUTION, Bound, InputStep, Range, Registry
 from schemas import Model, WinnowError
 from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout, Url, VariableName, endpoint_problems
+from stages.extras import install_command
 from stages.limits import context_length
 from stages.model_config import input_problems, planned_output
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, Response, Scorer
+from stages.ranking.planned_prompts import warn_of_unread_prompts
 from stages.results import floats, number
 from stages.sampling.engines.options import EngineOptions, JudgeEngine, engine_problems, length_limit, name_of
 
@@ -80,7 +82,7 @@ def fields_problems(program: Bound, inputs: Mapping[str, InputStep], option: str
     library = program.metadata.get("requires")
     if library and find_spec(library) is None:
         problems.append(
-            f"{option}: {program.name} needs the library {library}: pip install 'winnow-pipeline[verifiers]'"
+            f"{option}: {program.name} needs the library {library}: {install_command('verifiers', library)}"
         )
     step = inputs.get("prompts")
     if not program.metadata.get("reads_fields") or step is None or not step.stage:
@@ -327,6 +329,7 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     problems += engine_problems(engine, by.options.get("engine_options"))
     problems += input_problems(inputs, "ranker", output, quantized=engine == "vllm" or not output)
     problems += fields_problems(by, inputs, "by")
+    warn_of_unread_prompts(by, inputs)
     if by.metadata["reads_model"] and "ranker" not in inputs:
         problems.append(f"`by: {by.name}` reads a model, and there is none: add `ranker` under `from`")
     trained_on = inputs["ranker"].inputs.get("examples") if "ranker" in inputs else None

@@ -20,7 +20,7 @@ from stages.ranking.base import (
     read_candidates,
     reads_per_pair,
 )
-from stages.ranking.memory import less_memory, ranker_need
+from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import ranking_work
@@ -31,7 +31,7 @@ from stages.work import ranking_work
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, ranking_work),
+    cost=Cost(ranker_need, less_memory, ranking_work, ranker_device_problem),
 )
 def reward(
     prompts: Prompts,

@@ -38,6 +38,7 @@ from stages.options import (
     TopP,
     split_problems,
 )
+from stages.sampling.devices import draws_device_problem
 from stages.sampling.draws import draw_texts, ids_before_end, known_ids_of
 from stages.sampling.engines import POLICY_ITSELF, Completion, LogpKind, Request, Sampling, Steering, open_engine
 from stages.sampling.engines.options import (
@@ -201,7 +202,7 @@ def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[s
     version=6,
     concurrent=True,
     check=_check_sample,
-    cost=Cost(draws_need, less_memory, sampling_work),
+    cost=Cost(draws_need, less_memory, sampling_work, draws_device_problem),
     which_rows=("n", "split"),
     goes_on=True,
 )
@@ -252,8 +253,10 @@ def sample(
     their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
     some models write their reasoning between special tokens. `raw_text` shows what was kept.
 
-    engine: a name, or `{name: endpoint, url: ..., model: ...}` for a policy that vLLM serves elsewhere; `dtype` is then
-    what that server computes in.
+    engine: `vllm` is the fastest, on a GPU or a CPU, for which it lacks some sizes of heads; `transformers` runs every
+    model that can be trained here, in this process, and alone can steer; `fake` draws random tokens and reads no
+    weights, for dry runs; `{name: endpoint, url: ..., model: ...}` is a policy that vLLM serves elsewhere, whose server
+    computes in `dtype`.
 
     engine_options: vLLM's engine arguments by its own names (`gpu_memory_utilization`, `max_num_seqs`,
     `speculative_config`, ...), of which those that say how it runs are not part of the key; stages/sampling/engines/

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Protocol
 from pipeline import Bound, Registry
 from pipeline.store.storage import Location
 from schemas import WinnowError
+from stages.extras import install_command
 from stages.training.config import PROXY_WIN
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb", "trackio": "trackio"}  # by library
@@ -78,7 +79,7 @@ def tracker_problems(trackers: list[Bound]) -> list[str]:
     """Return a line for each tracker whose library is not installed here, with the command that installs it."""
     libraries = {bound.metadata["library"] for bound in trackers}
     return [
-        f"track: {library} is not installed; `pip install 'winnow-pipeline[{EXTRAS[library]}]'` installs it"
+        f"track: {library} is not installed; `{install_command(EXTRAS[library], library)}` installs it"
         if library in EXTRAS
         else f"track: {library} is not installed"
         for library in sorted(libraries)
@@ -96,7 +97,7 @@ def tensorboard(training: TrackedTraining, *, folder: str | None = None) -> Trac
 
     class Run:
         def __init__(self) -> None:
-            path = Path(folder or training.folder("tensorboard")) / training.name.replace("/", "_")
+            path = Path(folder or training.folder("tensorboard")) / training.name.replace("/", "_").replace(" ", "_")
             # What an earlier process logged after its last checkpoint is purged: it is computed again.
             self.writer: Any = SummaryWriter(str(path), purge_step=training.last_step + 1, flush_secs=FLUSH_SECONDS)
             if training.last_step == 0:

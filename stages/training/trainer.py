@@ -38,7 +38,7 @@ from stages.network.load import (
 )
 from stages.network.memory import NetworkShape, shape_of
 from stages.network.working_weights import WorkingWeights
-from stages.options import Precision
+from stages.options import Precision, Rounding
 from stages.results import number
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, check_first_batches
 from stages.training.checkpoints import Checkpoints, TrainState, trained_weights
@@ -256,7 +256,7 @@ def train_policy(
     if abs(moved) > UNMOVED:
         fraction = {dtype: (saved[dtype] - initial[dtype]) / moved for dtype in saved}
         if dist.rank == 0:
-            warn_of_lost_margin(fraction, moved, config.save_dtype)
+            warn_of_lost_margin(fraction, moved, config.save_dtype, config.save_rounding)
         figures = {"saved/margin_kept": fraction["float32"], "saved/margin_kept_bfloat16": fraction["bfloat16"]}
         state.history.append({"step": float(kept_step)} | figures)
     live.update(state.history)
@@ -320,19 +320,30 @@ def _margins(term: ObjectiveTerm, batch: list[TrainingGroup], network: PreTraine
     return {"float32": margin, "bfloat16": term.mean_margin(network, batch)}
 
 
-def warn_of_lost_margin(fraction: dict[str, float], moved: float, save_dtype: Precision) -> None:
-    """Warn where the saved policy, or what an engine in bfloat16 reads of it, is not the one that was trained."""
+def warn_of_lost_margin(
+    fraction: dict[str, float], moved: float, save_dtype: Precision, save_rounding: Rounding
+) -> None:
+    """Warn where the saved policy, or what an engine in bfloat16 reads of it, is not the one that was trained.
+
+    Only cures that are not set are named.
+    """
+    wanted = (("save_dtype", "bfloat16", save_dtype), ("save_rounding", "stochastic", save_rounding))
+    to_set = [f"`{name}: {value}`" for name, value, current in wanted if value != current]
+    cures, reason = [f"set {' and '.join(to_set)}"] if to_set else ["train for more steps"], ""
     if not abs(fraction["float32"] - 1) <= LOST:
-        dtype, policy, cure = "float32", "the saved policy", "set `save_dtype: float32`"
+        dtype, policy = "float32", "the saved policy"
+        if save_dtype != "float32":
+            cures.insert(0, "set `save_dtype: float32`")
+        if not to_set:
+            reason = "; on average stochastic rounding keeps it, and on few small steps this is its noise"
     elif save_dtype == "float32" and not fraction["bfloat16"] >= 0.5:  # of weights that bfloat16 lacks: else noise
         dtype, policy = "bfloat16", "what `sample` with `dtype: bfloat16` reads of the saved policy"
-        cure = "sample in float32"
+        cures.insert(0, "sample in float32")
     else:
         return
     warnings.warn(
         f"{policy} has {fraction[dtype]:.1%} of what training changed ({fraction[dtype] * moved:.4g} of "
-        f"{moved:.4g} nats, on average over the last batch): {cure}, or set `save_dtype: bfloat16` and "
-        "`save_rounding: stochastic`, or raise learning_rate",
+        f"{moved:.4g} nats, on average over the last batch){reason}: {', or '.join(cures)}, or raise learning_rate",
         WinnowWarning,
         stacklevel=3,
     )

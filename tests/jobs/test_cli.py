@@ -21,6 +21,7 @@ from rich.tree import Tree
 
 from jobs import recipes
 from jobs.__main__ import GROUPS
+from jobs.commands.run import _print_next_commands
 from jobs.console import VisibleConsole, as_table
 from jobs.output import _Visible
 from pipeline.config.code import FORMAT
@@ -85,6 +86,72 @@ def test_a_gpu_and_no_dtype_is_said(winnow, data_dir: Path, tmp_path: Path, monk
     assert "dtype: not set" not in winnow(*command)[1]
 
 
+def test_plan_shows_what_a_part_would_run(winnow, data_dir: Path, finished: Path, tmp_path: Path):
+    """--until, --from, --only and --force, as `run` takes them; and what they leave out."""
+    words = ("plan", "rso", "--config", data_dir / "demo.yaml")
+
+    def statuses(*part: str | Path) -> dict[str, str]:
+        code, text = winnow(*words, *part)
+        assert code == 0
+        found = re.findall(r"── (?:\w+: )?(\w+)(?: \w+)? [0-9a-f]{16} (cached|will run again|will run|not run)", text)
+        return dict(found)
+
+    until = statuses("--until", "sample")
+    assert {name for name, status in until.items() if status == "will run"} == {"base", "demonstrations",
+        "sft_examples", "sft", "prompts", "sample"}  # fmt: skip
+    assert until["optimize"] == "not run"
+    shutil.copytree(finished, tmp_path / "done")
+    store = ("--store", tmp_path / "done")
+    code, text = winnow(*words, *store, "--force", "pair")
+    assert (code, missing(["run needs what would be deleted"], text)) == (2, [])
+    mine = (*store, "--name", "run")
+    again = {name for name, status in statuses(*mine, "--force", "pair").items() if status == "will run again"}
+    assert {"pair", "examples", "optimize", "evaluate"} <= again
+    assert "sample" not in again
+    assert {*statuses(*mine).values()} == {"cached"}
+
+
+def test_a_plan_of_a_part_that_cannot_run_is_refused(winnow, data_dir: Path):
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--only", "pair")
+    assert code == 2
+    assert missing(["--only pair", "not finished", "--until sample"], text) == []
+
+
+def test_a_tree_is_whole_in_a_pipe(winnow, data_dir: Path, finished: Path, tmp_path: Path):
+    """A reason to run again may be longer than a line of any width."""
+    shutil.copytree(finished, tmp_path / "store")
+    path = data_dir / ("p" * 180 + ".jsonl")
+    shutil.copyfile(data_dir / "prompts.jsonl", path)
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--options", "--set", f"prompts.path={path}")[1]
+    assert f"path: {path} (--set)" in text
+
+
+def test_status_of_one_run(winnow, finished: Path):
+    code, text = winnow("status", "--store", finished, "--run", "run")
+    assert (code, missing(["optimize", "finished"], text)) == (0, [])
+    code, text = winnow("status", "--store", finished, "--run", "runn")
+    assert (code, missing(["runn", "'run'"], text)) == (2, [])
+
+
+def test_a_trace_shows_the_pairs_of_the_data(winnow, data_dir: Path, finished: Path, tmp_path: Path):
+    """Nothing selects them, so that no other section has their texts."""
+    shutil.copytree(finished, tmp_path / "store")
+    assert winnow("run", "dpo", "--config", data_dir / "demo.yaml", "--until", "examples")[0] == 0
+    code, text = winnow("trace", "dpo")
+    assert code == 0
+    section = text[text.index("responses of pairs") :]
+    assert missing(["chosen", "Gladly. I have booked a", "rejected", "Um, a"], section[:4000]) == []
+
+
+@pytest.mark.parametrize(("beta", "other"), [(0.1, "1.0"), (0.5, "0.1")])
+def test_another_beta_is_another(capsys, data_dir: Path, beta: float, other: str):
+    sets = [f"select.rule.beta={beta}"]
+    (plan,) = recipes.plans(["rso"], [data_dir / "demo.yaml"], sets)
+    _print_next_commands(plan, "rso", [data_dir / "demo.yaml"], sets, "store")
+    assert f"select.rule.beta={other} " in capsys.readouterr().out
+
+
 # Mistakes
 
 
@@ -106,6 +173,10 @@ MISTAKES = [
     ("plan rso --set select.rule.beat=4", ["rso: select.rule.beat: unknown option", "did you mean 'beta'?"]),
     ("plan rso --set select.rule.k=four", ["rso: select.rule.k", "integer", "'four'"]),
     ("plan rso --set select.rule.k=0", ["rso: select.rule.k", "greater than 0", "got 0"]),
+    ("plan rso --set optimize.beta=0.2", ["optimize.beta: unknown option; set optimize.objective.beta"]),
+    ("plan rso --set select.beta=0.2", ["select.beta: unknown option; set select.rule.beta"]),
+    ("plan rso --set beta=0.2", ["--set beta=0.2: must be", "optimize.objective.beta", "select.rule.beta"]),
+    ("plan rso --set learning_rate=1", ["--set learning_rate=1: must be", "optimize.learning_rate"]),
     ("plan rso --set select", ["--set select", "step.option=value"]),
     ("plan rso --set select.rule.k=[1", ["--set select.rule.k=[1", "not YAML"]),
     ("plan rso --set optimize.objective=hing", ["optimize.objective", "'hing'", "'hinge'"]),

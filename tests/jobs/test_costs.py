@@ -1,5 +1,6 @@
 """What a run will cost, before it runs: exact where it has run, else marked; and what cannot fit is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from jobs import winnow as python
 from pipeline.config.estimates import as_rows, step_costs
 from pipeline.costs import GIB, UNKNOWN, Amount, Device
 from pipeline.resources import Profile, Resources
+from pipeline.store.fingerprints import DataPath
 from pipeline.store.store import Store
 from schemas import Model
+from stages.model_config import ModelConfig
+from stages.work import most_rows
 
 MACHINE = Device("cpu", 16 * GIB)
 
@@ -47,15 +51,29 @@ def test_counts_of_what_is_finished_are_those_of_the_tables(data_dir: Path, fini
 
 
 def test_before_anything_has_run_there_are_bounds_and_no_times(data_dir: Path, tmp_path: Path):
-    """24 prompts, of which about 0.6 train, 8 draws each, of 24 tokens at most; nobody has measured a rate."""
+    """24 lines, of which about 0.6 train, 8 draws each, of 24 tokens at most; nobody has measured a rate."""
     costs = costs_of(plan_of(data_dir), tmp_path)
-    assert costs["prompts"].work.of("prompts") == Amount(25, "at most")
+    assert costs["prompts"].work.of("prompts") == Amount(24, "at most")
     rows = costs["sample"].work.of("candidates")
-    assert (rows.known, rows.value) == ("at most about", pytest.approx(25 * 0.6 * 8))
+    assert (rows.known, rows.value) == ("at most about", pytest.approx(24 * 0.6 * 8))
     assert costs["sample"].work.units.value == pytest.approx(24 * rows.value)
     assert costs["select"].work.of("selections").value == pytest.approx(rows.value / 2)
     assert costs["optimize"].work.units.value > 0
     assert {cost.seconds for cost in costs.values()} == {UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n' * 60, 60),
+        ("b.jsonl", '{"prompt": "x"}\n{"prompt": "y"}', 2),
+        ("c.csv", "prompt\nx\ny\n", 2),
+        ("d.csv", "", 0),
+    ],
+)
+def test_a_file_has_at_most_as_many_rows_as_lines_below_its_header(tmp_path: Path, name: str, text: str, rows: int):
+    (tmp_path / name).write_text(text)
+    assert most_rows(DataPath(str(tmp_path / name))) == rows
 
 
 def test_what_the_store_has_run_is_the_best_estimate_of_what_it_has_not(data_dir: Path, finished: Path):
@@ -93,6 +111,37 @@ def test_the_device_is_what_the_profile_says_and_else_the_machine(data_dir: Path
     assert costs["sample"].device == MACHINE
     remote = step_costs(plan_of(data_dir), None, Profile(), local=False)
     assert {cost.device.memory for cost in remote} == {None}
+
+
+@pytest.mark.parametrize(
+    ("sets", "step"),
+    [("sample.engine=vllm", "sample: engine"), ("compare.by={name: llm_judge, engine: vllm}", "compare: by.engine")],
+)
+def test_vllm_on_a_cpu_is_refused_heads_that_it_has_no_attention_for(data_dir: Path, sets: str, step: str):
+    """Four heads of 16 numbers: on this machine, or where a profile says so; nobody knows what a cluster has."""
+    plan = plan_of(data_dir, "base.heads=4", sets)
+
+    def problems(profile: Profile, local: bool, machine: Device = MACHINE):
+        return [cost.problem for cost in step_costs(plan, None, profile, local=local, machine=machine) if cost.problem]
+
+    on_cpu = Profile(default=Resources(gpus=0))
+    for profile, local in ((Profile(), True), (on_cpu, True), (on_cpu, False)):
+        found = problems(profile, local)
+        assert found
+        assert all("heads of 16" in problem and "set `engine: transformers`" in problem for problem in found)
+        assert any(problem.startswith(step) for problem in found)
+    assert not problems(Profile(), False)
+    assert not problems(Profile(), True, Device("cuda", 80 * GIB))
+    assert not problems(Profile(default=Resources(gpus=1)), False)
+
+
+def test_heads_of_a_folder_are_those_of_its_config(tiny: Model, tmp_path: Path):
+    """`head_dim`, where the config has it; a family whose keys are latent has kernels of its own."""
+    assert ModelConfig(tiny.folder).head_size == 32
+    for numbers, size in (({"head_dim": 16}, 16), ({"num_attention_heads": 4}, 16), ({"kv_lora_rank": 8}, None)):
+        content = json.loads((tiny.folder / "config.json").read_text()) | {"head_dim": None} | numbers
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert ModelConfig(tmp_path).head_size == size
 
 
 @pytest.fixture

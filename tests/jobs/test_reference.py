@@ -1,10 +1,13 @@
 """Reference of recipes, stages and options: what `winnow recipes` and `winnow options` print, and the READMEs."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
+
+import pytest
 
 from jobs.recipes import names
 from jobs.reference import describe_type, recipe_table, registries, stage_table
@@ -12,6 +15,7 @@ from pipeline import Bound, Finite, Range
 from pipeline.plugins import unload_plugins
 from pipeline.stage import stages
 from schemas import WinnowError
+from stages.ranking.rankers import ranker as rankers
 from stages.selection.rules import selection_rule
 
 
@@ -108,3 +112,19 @@ def test_options_describes_functions_of_plugins(winnow, tmp_path):
         assert (code, "Prefer short responses" in text) == (0, True)
     finally:
         unload_plugins()
+
+
+def test_a_function_of_a_file_is_listed_where_an_option_takes_one(winnow):
+    """As a ranker, a gold reward and a pair rule; and no other kind of function can be in a file."""
+    for words, count in (
+        (("ranker",), 1),
+        (("gold reward",), 1),
+        (("objective",), 0),
+        (("reward",), 1),
+        (("python",), 3),
+    ):
+        code, text = winnow("options", *words)
+        assert code == 0
+        assert len(re.findall(r"^ ?`?python\b", text, re.MULTILINE)) == count
+    with pytest.raises(WinnowError, match="did you mean 'python'"):
+        rankers.bind("pythn")

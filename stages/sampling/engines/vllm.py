@@ -30,6 +30,7 @@ ENVIRONMENT = {
 ERROR_LINE = re.compile(
     r"((?:[A-Z]\w*Error|[A-Z]\w*Exception): .+)"
 )  # last of a traceback, perhaps in a line of the log
+CURE = "set `engine: transformers` (of a judge: in its `by`)"
 LLVMLITE = "llvmlite.binding.ffi"
 # Tokens in a block of the KV cache on a CPU, where vLLM has 128: the draws of a prompt share its whole blocks alone. A
 # random Llama of 135M parameters, fp32, one core that others used too, 8 draws of 40 tokens from each of 6 prompts, two
@@ -85,22 +86,26 @@ class VllmEngine(QueuedEngine):
                     raise WinnowError("engine_options: enable_chunked_prefill: on a CPU, draws would lose their seeds")
             try:
                 self.llm: Any = LLM(**arguments | options)
-            except (ValueError, TypeError, NotImplementedError) as error:  # pydantic's are ValueErrors
-                refused = f"engine_options: vLLM refuses {options}" if options else f"vLLM refuses {folder}"
-                raise WinnowError(f"{refused}: {_cause(error)}") from error
+            except (OSError, MemoryError, torch.OutOfMemoryError):  # of this machine: not what vLLM says of the model
+                raise
+            except NotImplementedError as error:  # a RuntimeError
+                raise WinnowError(_refusal(folder, options, error)) from error
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
                 # On a GPU the engine is a process: what ended it is only in its log. Another worker may do better.
                 lines = [_cause(error), *start_log().splitlines()]
                 errors = [error for line in lines for error in ERROR_LINE.findall(line)]
-                raise ChildProcessError(f"vLLM's engine did not start: {errors[0] if errors else lines[0]}") from error
+                raise ChildProcessError(
+                    f"vLLM's engine did not start: {errors[0] if errors else lines[0]}; {CURE}"
+                ) from error
+            except Exception as error:  # a model that it does not know can end in any error, of pydantic as of Python
+                raise WinnowError(_refusal(folder, options, error)) from error
             self.adapter: Any = None  # vLLM's name for the policy's adapter, which each request has
             if (folder / ADAPTER).exists():
                 from vllm.lora.request import LoRARequest
 
                 self.adapter = LoRARequest("policy", 1, str(folder))
         _wake_when_engine_dies(self.llm.llm_engine.engine_core)
+        self.on_cpu, self.has_answered = on_cpu, False
         self.params: dict[Sampling, Any] = {}  # per engine: vLLM adds its folder's stop ids to a set that copies share
 
     def add(self, request_id: str, request: Request, sampling: Sampling) -> None:
@@ -137,8 +142,21 @@ class VllmEngine(QueuedEngine):
         )
 
     def step(self) -> dict[str, Completion]:
+        import torch
+
+        try:
+            answers = self.llm.llm_engine.step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # On a CPU, kernels that lack the model's shape are only called by the first step. Later the cause may be a
+            # prompt, which is looked for (pipeline/execution/retries.py); on a GPU the engine is a process, and dies.
+            if self.on_cpu and not self.has_answered:
+                raise WinnowError(f"vLLM's engine ended in its first step: {_cause(error)}; {CURE}") from error
+            raise
         completions = {}
-        for answer in self.llm.llm_engine.step():
+        self.has_answered = True
+        for answer in answers:
             if answer.finished:
                 output = answer.outputs[0]
                 ids, reason = list(output.token_ids), str(output.finish_reason)
@@ -184,11 +202,20 @@ def _lora_options(folder: Path) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": size}
 
 
+def _refusal(folder: Path, options: dict[str, Any], error: Exception) -> str:
+    """Return in one line why vLLM takes no such options, or no such model, and what to do."""
+    refused = f"engine_options: vLLM refuses {options}" if options else f"vLLM refuses {folder}"
+    return f"{refused}: {_cause(error)}; {'change them' if options else CURE}"
+
+
 def _cause(error: Exception) -> str:
     """Return the message of an exception in one line, of pydantic's the messages of its errors."""
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
-    return " ".join(str(error).split())
+    message = " ".join(str(error).split())
+    if not message or isinstance(error, LookupError | AttributeError | AssertionError):  # which say little alone
+        message = f"{type(error).__name__} {message}".strip()
+    return message
 
 
 def _wake_when_engine_dies(client: Any) -> None:

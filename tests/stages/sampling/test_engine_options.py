@@ -2,14 +2,18 @@
 
 import json
 import os
+from contextlib import closing
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.store.fingerprints import DataPath
 from schemas import WinnowError
 from stages.network.forward import completion_logp
 from stages.network.load import load_network
+from stages.network.models import untrained
+from stages.sampling.devices import cpu_head_sizes
 from stages.sampling.engines import Completion, Request, Sampling, open_engine
 from stages.sampling.engines.fake import FakeEngine
 from stages.sampling.engines.options import EXECUTION_OPTIONS, REFUSED, vllm_arguments
@@ -111,6 +115,8 @@ def test_a_value_that_vllm_refuses_is_one_line_before_anything_is_drawn(tiny):
     [
         (RuntimeError("Engine core failed. See root cause above."), OSError),
         (ValueError("no such architecture"), WinnowError),
+        (AssertionError("heads must be divisible by ranks"), WinnowError),
+        (KeyError("model.layers.0.mlp.weight"), WinnowError),
     ],
 )
 def test_an_engine_that_does_not_start_is_one_line_with_the_cause(tiny, monkeypatch, capfd, error, kind):
@@ -127,9 +133,36 @@ def test_an_engine_that_does_not_start_is_one_line_with_the_cause(tiny, monkeypa
     with pytest.raises(kind) as failure:
         open_engine("vllm", tiny.folder, "float32")
     cause = "ValueError: Free memory on device cuda:0 (1.2/80.0 GiB) is too little" if kind is OSError else str(error)
-    assert str(failure.value).endswith(cause)
+    assert f"{cause}; set `engine: transformers`" in str(failure.value)
     assert "\n" not in str(failure.value)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_first_step_that_fails_is_one_line_with_the_cause_and_the_cure(tmp_path, data_dir, ctx):
+    """On a CPU, vLLM starts with heads of any size; its first step ends where no kernel has that size, here 16."""
+    corpus = DataPath(str(data_dir / "demonstrations.jsonl"))
+    folder = untrained(ctx, corpus=corpus, columns=["prompt"], vocabulary=400, hidden=32, layers=1, heads=2).folder
+    opened = open_engine("vllm", folder, "float32")
+    with closing(opened), pytest.raises(WinnowError, match=r"head_dim=16.*set `engine: transformers`") as failure:
+        opened.generate([Request([5, 6, 7], 0)], Sampling(1.0, 0, 4, (1,)))
+    assert "\n" not in str(failure.value)
+
+
+def test_head_sizes_are_those_that_the_kernels_take(monkeypatch):
+    """Read from vLLM's source; each size up to 600 is what its kernel says."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    def has_kernel(size):
+        isa = _get_attn_isa(torch.float32, 32, size, "auto")
+        lengths, starts = torch.tensor([5], dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
+        try:
+            ops.cpu_attn_get_scheduler_metadata(1, 4, 4, size, lengths, torch.float32, starts, True, -1, isa, True)
+        except RuntimeError:
+            return False
+        return True
+
+    assert cpu_head_sizes() == {size for size in range(1, 600) if has_kernel(size)}
 
 
 class Recorder(FakeEngine):

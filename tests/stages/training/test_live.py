@@ -180,6 +180,7 @@ def test_tensorboard_has_each_step_once_after_a_resumed_run(tiny, rows, tmp_path
         tracked(tiny, rows, tmp_path, writer, report_progress=interrupt_at(5))
     _, metrics, _ = tracked(tiny, rows, tmp_path, writer)
     (folder,) = (tmp_path / "store" / "tensorboard").iterdir()
+    assert " " not in folder.name  # which shells and TensorBoard's own filters would split
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
     losses = {(point.step, "loss"): point.value for point in events.Scalars("loss")}
@@ -233,7 +234,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(data_di
     step = plan.steps[[item.name for item in plan.steps].index("optimize")]
     monkeypatch.setattr("stages.training.trackers.find_spec", lambda name: None)
     (problem,) = check_optimize(step.options | {"track": [bound(tracker, "wandb")]}, {})
-    assert "winnow-pipeline[wandb]" in problem
+    assert " -m pip install 'wandb>=" in problem  # a name that an index has
     monkeypatch.setattr("stages.training.trackers.find_spec", lambda name: True)
     tracked_plan = plan_of(data_dir, "optimize.track=[wandb, {name: mlflow, experiment: mine}]")
     assert [item.key for item in tracked_plan.steps] == [item.key for item in plan.steps]

@@ -26,6 +26,7 @@ from stages.training.distributed import Distributed
 from stages.training.examples import examples
 from stages.training.reference import reference
 from stages.training.throughput import ThroughputMeter
+from stages.training.trainer import warn_of_lost_margin
 from tests import material
 from tests.conftest import write_jsonl
 from tests.material import (
@@ -444,6 +445,24 @@ def test_what_was_kept_is_of_weights_whatever_training_runs_in(half, tmp_path):
         _, metrics, policy = train(half, random_rows(prompts=12), tmp_path, **options)
     assert metrics[policy["steps"], "saved/margin_kept"] == pytest.approx(1, abs=1e-3)
     assert metrics[policy["steps"], "saved/margin_kept_bfloat16"] < 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("kept", [{"float32": 0.65, "bfloat16": 0.65}, {"float32": 1.0, "bfloat16": 0.2}])
+def test_a_lost_margin_is_said_with_cures_that_are_not_set(dtype, rounding, kept):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_lost_margin(kept, 0.01, dtype, rounding)
+    said = [str(warning.message) for warning in caught]
+    if dtype == "bfloat16" and kept["float32"] == 1:
+        assert said == []  # what is read in bfloat16 is what was saved
+        return
+    (text,) = said
+    assert f"save_dtype: {dtype}" not in text
+    assert f"save_rounding: {rounding}" not in text
+    assert "raise learning_rate" in text
+    assert ("noise" in text) == (dtype == "bfloat16" and rounding == "stochastic")
 
 
 @pytest.mark.parametrize(("rounding", "low", "high"), [("nearest", -0.1, 0.5), ("stochastic", 0.5, 1.5)])

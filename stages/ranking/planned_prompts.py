@@ -1,0 +1,130 @@
+"""Look, when a plan is made, at whether a ranker can read the first prompts of a data file: their turns and tools."""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from jinja2 import TemplateError
+
+from pipeline import Bound, InputStep
+from schemas import WinnowError, WinnowWarning
+from stages.data.chat_templates import ENVIRONMENT, planned_chat_template
+from stages.data.files import DataSource
+from stages.data.formats import columns_of, first_pairs, optional_columns_of
+from stages.data.rows import Row
+from stages.data.texts import Conversation, as_messages, prompt_with, tools_of
+
+ROWS = 1000
+PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone
+PARAMETERS = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "winnow_probe", "description": "", "parameters": PARAMETERS}}
+Shape = tuple[tuple[str, ...], bool]  # roles of a prompt's turns, and whether it has tools
+
+
+def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
+    """Warn of prompts of a local file that the ranker would reject one by one: tools, system turns, several turns.
+
+    What a template does is seen by rendering turns of the same roles. Nothing is said where it cannot be told.
+    """
+    prompts, ranker = inputs.get("prompts"), inputs.get("ranker")
+    template = planned_chat_template(ranker) if ranker and by.name == "pointwise" else None
+    if prompts is None or not (template or by.options.get("format") == "rlhflow"):
+        return
+    shapes = Counter(map(_shape, _first_conversations(prompts)))
+    unread: Counter[str] = Counter()
+    for shape, count in shapes.items():
+        unread[_unread_part(shape, template)] += count
+    del unread[""]
+    for part, count in unread.items():
+        holder, cure = "its format rlhflow", "take another ranker"
+        if template:
+            holder = "its chat template"
+            cure = "set `chat_template` of its step of stage `model` to one that does"
+        warnings.warn(
+            f"ranker: {count} of the first {shapes.total()} prompts of {prompts.options['path']} have {part}, which "
+            f"{holder} does not hold: their responses will be rejected, and train nothing; {cure}, or leave them out",
+            WinnowWarning,
+            stacklevel=2,
+        )
+
+
+def _first_conversations(step: InputStep) -> list[Conversation]:
+    """Return the first prompts of a step that reads a local file; those that cannot be read are left out."""
+    options, reader = step.options, step.options.get("reader")
+    if step.stage not in ("prompts", "preferences") or options.get("path") is None:
+        return []
+    source = DataSource(options["path"], None, None, options["subset"], options["dataset_split"])
+    columns = [options.get(name) for name in ("prompt", "system", "input")]
+    if reader is not None:
+        columns = [*columns_of(reader), *optional_columns_of(reader)]
+    try:
+        rows = source.head([name for name in columns if name], ROWS)
+    except (WinnowError, OSError):  # which the step's own check reports
+        return []
+    conversations = []
+    for row in rows:
+        try:
+            conversations.append(_conversation(row, options, reader))
+        except (ValueError, WinnowError):
+            continue
+    system = options.get("system_prompt")
+    return [_with_system(conversation, system) if system else conversation for conversation in conversations]
+
+
+def _conversation(row: Row, options: Mapping[str, object], reader: Bound | None) -> Conversation:
+    if reader is None:
+        names = {name: str(options[name]) if options.get(name) else None for name in ("system", "input")}
+        return Conversation(prompt_with(row, str(options["prompt"]), **names), tools_of(row))
+    pair = first_pairs(reader, [row])[0]
+    if isinstance(pair, ValueError):
+        raise pair
+    return Conversation(pair.prompt, pair.tools or tools_of(row))
+
+
+def _with_system(conversation: Conversation, text: str) -> Conversation:
+    messages = as_messages(conversation.content)
+    if messages[0]["role"] in PLAIN[:2]:
+        return conversation
+    return Conversation([{"role": "system", "content": text}, *messages], conversation.tools)
+
+
+def _shape(conversation: Conversation) -> Shape:
+    return tuple(str(message["role"]) for message in as_messages(conversation.content)), bool(conversation.tools)
+
+
+def _unread_part(shape: Shape, template: str | None) -> str:
+    """Return what the ranker does not read of prompts of this shape; "" if it reads all of it, or nobody can tell."""
+    roles, has_tools = shape
+    if template is None:  # format rlhflow, see RankerPrompt.context
+        if has_tools:
+            return "tools"
+        if roles[0] in PLAIN[:2]:
+            return "a system turn"
+        alternates = roles[0] == "user" and all(one != other for one, other in pairwise(roles))
+        return "" if alternates and set(roles) <= {"user", "assistant"} else "turns that do not alternate"
+    if not _renders(template, ("user",), False):
+        return ""
+    if has_tools and not _renders(template, ("user",), True):
+        return "tools"
+    if not set(roles) <= set(PLAIN) or _renders(template, roles, False):
+        return ""
+    has_system = roles[0] in PLAIN[:2]
+    return "a system turn" if has_system and not _renders(template, (roles[0], "user"), False) else "several turns"
+
+
+def _renders(template: str, roles: Sequence[str], has_tools: bool) -> bool:
+    """Return whether a template writes the texts of turns of these roles, and a tool's name."""
+    messages = [{"role": role, "content": f"winnow probe {n}."} for n, role in enumerate(roles)]
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    try:
+        text = ENVIRONMENT.from_string(template).render(
+            messages=messages, tools=[TOOL] if has_tools else None, add_generation_prompt=roles[-1] != "assistant",
+            bos_token="", eos_token="", raise_exception=refuse, strftime_now=lambda pattern: "",
+        )  # fmt: skip
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return all(message["content"] in text for message in messages) and (not has_tools or "winnow_probe" in text)

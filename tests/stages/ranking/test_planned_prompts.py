@@ -1,0 +1,108 @@
+"""Prompts that a ranker would reject one by one are said when the plan is made, from its template and the file."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from pipeline import InputStep, ModelPath
+from pipeline.registry import Bound
+from pipeline.store.fingerprints import DataPath
+from schemas import Model, WinnowWarning
+from stages.ranking.planned_prompts import warn_of_unread_prompts
+from stages.ranking.rankers import ranker as rankers
+from tests.conftest import TOOL_TEMPLATE, write_jsonl
+from tests.material import bound
+
+TURN = "{{ m['role'] }}: {{ m['content'] }}\n"
+PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}"
+ONE_TURN = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + PLAIN
+WITHOUT_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}"
+USER = {"role": "user", "content": "What time is it?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+ROWS: dict[str, dict] = {
+    "plain": {"prompt": [USER]},
+    "tools": {"prompt": [USER], "tools": json.dumps(TOOLS)},
+    "a system turn": {"prompt": [SYSTEM, USER]},
+    "several turns": {"prompt": [USER, {"role": "assistant", "content": "Noon."}, USER]},
+}
+
+
+@pytest.fixture
+def folder(tiny: Model, tmp_path: Path) -> Path:
+    """The folder of a model, of which only the files of its tokenizer are read."""
+    return shutil.copytree(tiny.folder, tmp_path / "ranker")
+
+
+def warned(folder: Path, template: str, rows: list[dict], by: Bound | None = None, **options: object) -> list[str]:
+    """Return the warnings of a plan whose ranker, in this folder, has this template."""
+    (folder / "chat_template.jinja").write_text(template)
+    model = InputStep("model", {"path": ModelPath(str(folder)), "chat_template": None, "adapter": None})
+    data = DataPath(str(write_jsonl(folder / "prompts.jsonl", rows)))
+    reads = dict(path=data, prompt="prompt", system=None, input=None, reader=None, subset=None, dataset_split="train",
+                 system_prompt=None)  # fmt: skip
+    prompts = InputStep("prompts", reads | options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_unread_prompts(by or bound(rankers, "pointwise"), {"ranker": model, "prompts": prompts})
+    assert all(item.category is WinnowWarning for item in caught)
+    return [str(item.message) for item in caught]
+
+
+@pytest.mark.parametrize(
+    ("template", "unread"),
+    [
+        (PLAIN, ["tools"]),
+        (TOOL_TEMPLATE, []),
+        (ONE_TURN, ["tools", "a system turn", "several turns"]),
+        (WITHOUT_SYSTEM, ["tools", "a system turn"]),
+        ("{{ raise_exception('never') }}", []),  # of which nothing can be told: the run says so itself
+    ],
+)
+def test_what_the_template_of_a_reward_model_does_not_hold_is_said_with_its_count(folder, template, unread):
+    said = warned(folder, template, [*ROWS.values(), *ROWS.values()])
+    assert len(said) == len(unread)
+    for part, text in zip(unread, said, strict=True):
+        assert f"2 of the first 8 prompts of {folder / 'prompts.jsonl'} have {part}" in text
+        assert "set `chat_template`" in text
+
+
+def test_nothing_is_said_of_prompts_that_it_holds(folder):
+    assert warned(folder, PLAIN, [ROWS["plain"], ROWS["several turns"], ROWS["a system turn"]]) == []
+
+
+def test_a_system_prompt_of_the_step_is_a_system_turn(folder):
+    (text,) = warned(folder, WITHOUT_SYSTEM, [ROWS["plain"]], system_prompt="Be brief.")
+    assert "1 of the first 1 prompts" in text
+    assert "a system turn" in text
+
+
+def test_a_format_of_turns_alone_holds_neither_tools_nor_system_turns(folder):
+    said = warned(folder, PLAIN, [*ROWS.values()], bound(rankers, "pairwise", format="rlhflow"))
+    assert ["tools" in said[0], "a system turn" in said[1], len(said)] == [True, True, 2]
+
+
+def test_rankers_of_texts_read_all(folder):
+    assert warned(folder, ONE_TURN, [*ROWS.values()], bound(rankers, "pairwise")) == []
+
+
+def test_a_plan_says_it_once(winnow, tmp_path, data_dir, tiny):
+    """By reward, compare and judge one line; of a reward model that is trained here, by the template that it keeps."""
+    rows = [{"prompt": [USER], "tools": json.dumps(TOOLS)}] * 3
+    write_jsonl(tmp_path / "asked.jsonl", rows)
+    template = tmp_path / "plain.jinja"
+    template.write_text(PLAIN)
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"""
+policy: {{use: model, with: {{path: {tiny.folder}}}}}
+sft: {{use: model, with: {{path: {tiny.folder}, chat_template: {template}}}}}
+ranker: {{use: reward_head, from: {{policy: sft}}}}
+prompts: {{from: {{tokenizer: policy}}, with: {{path: {tmp_path}/asked.jsonl}}}}
+sample: {{with: {{engine: transformers, max_tokens: 16}}}}
+""")
+    code, text = winnow("plan", "rso", "--config", config)
+    assert code == 0
+    assert " ".join(text.split()).count("3 of the first 3 prompts") == 1
