@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.segment import Segments
+from rich.tree import Tree
 from typer.core import TyperCommand
 
 from jobs.console import VisibleConsole
@@ -24,6 +26,13 @@ app = typer.Typer(
 console = VisibleConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 error_console = VisibleConsole(soft_wrap=True, stderr=True)
 STORE = "store"
+
+
+def print_tree(tree: Tree) -> None:
+    """Print a tree with lines as long as they are: `console.print` would cut them at its width."""
+    options = console.options.update(width=console.measure(tree, options=console.options.update(width=10**6)).maximum)
+    lines = console.render_lines(tree, options, pad=False, new_lines=True)
+    console.print(Segments(segment for line in lines for segment in line), soft_wrap=True, end="")
 
 
 class Command(TyperCommand):

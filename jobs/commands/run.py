@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
-from rich.measure import Measurement
 
 from jobs import queries, recipes, resume
 from jobs.commands.app import (
@@ -33,6 +32,7 @@ from jobs.commands.app import (
     Workers,
     console,
     parsed_tags,
+    print_tree,
     with_trackers,
 )
 from jobs.commands.query import report
@@ -135,9 +135,7 @@ def plan(
     deleted, to_run = {stored.key for stored in selection.to_delete}, {step.key for step in selection.to_run()}
     _print_store(Store(store), notes)
     for item in selection.plans:
-        tree = plan_tree(item, Store(store), options, deleted)
-        width = Measurement.get(console, console.options.update(width=10**6), tree).maximum  # else it is cut
-        console.print(tree, highlight=False, soft_wrap=True, width=width)
+        print_tree(plan_tree(item, Store(store), options, deleted))
         for line in overruled(item):
             console.print(f"  [dim]{escape(line)}[/]", highlight=False)
         costs = remaining_costs(step_costs(item, Store(store), resources, local=True), to_run)

@@ -345,7 +345,7 @@ def test_plan_says_where_options_come_from(winnow, data_dir: Path, tmp_path: Pat
     config.write_text("select: {with: {rule: {k: 6}}}\nreward: {with: {orders: both}}")
     words = (
         "plan",
-        "sft_sample_rank",
+        "rrhf",
         "--config",
         data_dir / "demo.yaml",
         "--config",
@@ -358,7 +358,7 @@ def test_plan_says_where_options_come_from(winnow, data_dir: Path, tmp_path: Pat
     assert missing(["select.rule.k: 6 (", "mine.yaml), not 8 of the recipe"], text) == []
     assert "orders" not in text
     text = winnow(*words, "--options")[1]
-    assert missing(["rule.name: plain (sft_sample_rank.yaml)", "seed: 3 (--set)", "mine.yaml)"], text) == []
+    assert missing(["rule.name: plain (rrhf.yaml)", "seed: 3 (--set)", "mine.yaml)"], text) == []
     assert "orders: both" not in text
 
 
