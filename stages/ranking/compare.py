@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
-from math import inf, isnan
+from math import inf, isnan, nan
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -57,7 +57,7 @@ def compare(
     The first two are from sec. 3.2.2 of arXiv:2309.06657 and from SLiC-HF, arXiv:2305.10425; all_pairs suits `score`.
     With `special_tokens`, text is read with the special tokens inside it. Rejected are a prompt with one candidate, or
     with only one that the ranker can read, the last of an odd number in first_round, which has no neighbour, and a
-    comparison on which the ranker has no verdict.
+    comparison of two that do not fit the ranker together, or on which it has no verdict.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
@@ -69,7 +69,7 @@ def compare(
         responses = [candidate_by_id[row["candidate_id"]] for row in group]
         readings = read_candidates(opened, prompt_by_id[prompt], responses, special_tokens)
 
-        # Candidates that fit the ranker: every two fit once the two longest do; those that it cannot read go first.
+        # Candidates that fit the ranker: mostly every two do once the two longest do. Unreadable ones go first.
         lengths = {
             row["candidate_id"]: inf if isinstance(readings[row["candidate_id"]], Unreadable) else len(row["text"])
             for row in responses
@@ -88,14 +88,28 @@ def compare(
                 "no neighbour", place=rule, prompt=prompt, candidate=players[-1], detail=f"last of {len(players)}"
             )
 
-        def prefer(pairs: list[IdPair], context: str = context, readings: dict[str, Any] = readings) -> list[float]:
-            ctx.count(ranker_calls=len(pairs) * reads_per_pair(opened, orders))
-            reading_pairs = [(readings[left], readings[right]) for left, right in pairs]
-            mean, *_ = both_orders(opened, context, reading_pairs, orders)
-            return mean.tolist()
+        unfit: set[IdPair] = set()  # texts can have fewer characters than others, and more tokens
+
+        def prefer(
+            pairs: list[IdPair],
+            context: str = context,
+            readings: dict[str, Any] = readings,
+            unfit: set[IdPair] = unfit,
+        ) -> list[float]:
+            unfit |= {pair for pair in pairs if not opened.fits(context, *(readings[name] for name in pair))}
+            fitting = [pair for pair in pairs if pair not in unfit]
+            ctx.count(ranker_calls=len(fitting) * reads_per_pair(opened, orders))
+            mean, *_ = both_orders(
+                opened, context, [(readings[left], readings[right]) for left, right in fitting], orders
+            )
+            logits = dict(zip(fitting, mean.tolist(), strict=True))
+            return [logits.get(pair, nan) for pair in pairs]
 
         for match in matches_of(rule, players, prefer):
-            if opened.abstains and isnan(match["logit"]):
+            if (match["left_id"], match["right_id"]) in unfit:
+                ids = dict(place=rule, prompt=prompt, candidate=match["left_id"])
+                ctx.reject(Unreadable.reason, detail=match["right_id"], **ids)
+            elif opened.abstains and isnan(match["logit"]):
                 ids = dict(place=rule, prompt=prompt, candidate=match["left_id"])
                 ctx.reject("no verdict", detail=match["right_id"], **ids)
             else:

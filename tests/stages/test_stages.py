@@ -633,6 +633,17 @@ def test_of_candidates_compared_by_a_reward_model_only_those_that_do_not_fit_are
     assert [row["candidate_id"] for row in ctx.rejects.to_pylist()] == ["a-1"]
 
 
+def test_two_that_do_not_fit_the_ranker_together_are_not_compared(ranker):
+    """Fewer characters than the two longest texts, which fit, and more tokens: four of a llama, one of most words."""
+    texts = ["Please book a boat for two.", "Please book a car for two.", "🦙" * 16, "🦙" * 17]
+    table, ctx = candidate_table(candidate("a", k, text=text) for k, text in enumerate(texts)), context()
+    (match,) = compare(prompts_of("a"), table, ctx, None, ranker, by=PAIRWISE).to_pylist()
+    assert {match["left_id"], match["right_id"]} == {"a-0", "a-1"}
+    (reject,) = ctx.rejects.to_pylist()
+    assert (reject["reason"], reject["candidate_id"], reject["detail"]) == ("does not fit the ranker", "a-2", "a-3")
+    assert ctx.counters["ranker_calls"] == 2
+
+
 def test_a_response_that_the_ranker_cannot_read_is_no_baseline_of_rewards(ranker):
     """Whatever the seed: it is rejected, and the others are compared with one that can be read."""
     marked = "[RESPONSE B] a boat"

@@ -50,7 +50,7 @@ def endpoint(
     `optimize`, and for the draws of an evaluation to nobody.
 
     api_key_env: name of the environment variable that holds the server's key, where the step runs. concurrency:
-    requests of one worker on their way at once. timeout: seconds for one answer, time in the server's queue included.
+    requests of one worker on their way at once. timeout: seconds for one whole answer, time in the queue included.
     max_retries: attempts after the first, 10 of them within a minute; then the step fails, and the same command goes
     on with the parts that are missing.
     """

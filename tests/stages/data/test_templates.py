@@ -163,14 +163,18 @@ def test_templates_with_a_date_read_the_models_own(tokenizer_of):
     path = ModelPath(str(tokenizer.folder))
     names = ("adapter", "date", "chat_template", "chat_template_kwargs")
     options = dict(path=path, save_dtype="float32") | dict.fromkeys(names)
-    check = signature_of(stages.entries["model"]).check
-    assert check(options, {}) == []  # a folder of a store has its day
+    check_model = signature_of(stages.entries["model"]).check
+
+    def check(options):  # the template has tokens for which the tiny network has no embedding: not what is tested
+        return [problem for problem in check_model(options, {}) if "embeddings" not in problem]
+
+    assert check(options) == []  # a folder of a store has its day
     config = tokenizer.folder / "tokenizer_config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps({name: value for name, value in content.items() if name != TEMPLATE_OPTIONS}))
-    assert "date: 2026-01-31" in " ".join(check(options, {}))
-    assert check(options | {"date": DATE}, {}) == []
-    assert check(options | {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}, {}) == []
+    assert "date: 2026-01-31" in " ".join(check(options))
+    assert check(options | {"date": DATE}) == []
+    assert check(options | {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}) == []
 
 
 def test_options_of_the_template_stay_with_the_model(tiny, tmp_path, ctx):
