@@ -142,7 +142,7 @@ def test_only_the_tables_in_a_statement_are_opened(store: Store):
     with pytest.raises(WinnowError, match="sql: "):
         query(catalog, "SELECT * FROM rewards")
     rewards_file(store, "2222").unlink()
-    with pytest.raises(WinnowError, match="put the file back, or make its step"):
+    with pytest.raises(WinnowError, match="verify --repair"):
         query(catalog, "SELECT * FROM rewards")
 
 

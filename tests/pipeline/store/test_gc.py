@@ -179,6 +179,8 @@ def test_a_held_lock_is_never_stale(store: Store, plan: Plan):
     assert lock
     assert paths(garbage(store)) == []
     lock.release()
+    assert not list((local(store.root) / "locks").iterdir()), "it is deleted with the claim"
+    old_file(local(store.root) / "locks" / folder.path.name)
     assert paths(garbage(store)) == [f"locks/{folder.path.name}"]
 
 
@@ -190,7 +192,7 @@ def test_what_cannot_be_known_is_refused(store: Store, other: Plan):
     link = local(store.root) / "runs" / "toy.json"
     for text in ("{", "[]", '{"draw": 3}', '{"draw": {"stage": "toy_draw"}}'):
         link.write_text(text)
-        with pytest.raises(WinnowError, match=r"toy.*delete it"):
+        with pytest.raises(WinnowError, match=r"toy.*verify --repair"):
             garbage(store, ("other",))
     for file in link.parent.iterdir():
         file.unlink()
@@ -321,5 +323,5 @@ def test_bad_stores_are_reported_by_every_command(winnow, tmp_path: Path, luck: 
     link.write_text("{")
     for words in (["ls"], ["gc", "--yes"], ["why", "toy", "toy"]):
         code, output = winnow(*words)
-        assert (code, "toy.json: " in output, "delete it" in output) == (2, True, True), output
+        assert (code, "toy.json: " in output, "verify --repair" in output) == (2, True, True), output
     assert manifest.exists()
