@@ -21,6 +21,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it is searched, copied, and small
     "svg.hashsalt": "winnow",  # ids that are the same in each report
     "font.size": 9.0,
+    "text.parse_math": False,  # a run's name may have dollars
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
 

@@ -13,6 +13,7 @@ from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
 from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
+from pipeline.store.storage import replace
 from pipeline.store.store import Store
 
 # Metrics that are plotted for all runs together, each with the label of its axis; the first two come first on the page.
@@ -42,7 +43,10 @@ TITLES = {  # of the leaderboard's columns; low and high are of the column befor
 
 
 def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
-    """Write the report about all runs of a store: the same store gives the same bytes, except for the date."""
+    """Write the report about all runs of a store, at once or not at all: the same store gives the same bytes.
+
+    date: that on the page; by default that of the newest result.
+    """
     catalog = open_catalog(store)
     sections: list[dict[str, Any]] = []
     for run, steps in catalog.runs.items():
@@ -66,7 +70,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
     content = {
         "store": store.root.name,
-        "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "date": f"{date or _newest(catalog):%Y-%m-%d %H:%M} UTC",
         "commits": [
             row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, COMMITS).to_pylist()
         ],
@@ -87,8 +91,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "two_losses_plot": _plot_two_losses(_query_rows(catalog, "two_losses")),
     }
     html = render("report.html", content | {"contents": _contents(content)})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
+    replace(out, html.encode(), durable=False)
 
 
 # What the page says.
@@ -102,6 +105,12 @@ SELECT string_agg(DISTINCT runs.step, ', ' ORDER BY runs.step) AS step, stage, k
     any_value(ranker_calls) AS ranker_calls
 FROM runs LEFT JOIN steps USING (stage, key) GROUP BY stage, key ORDER BY any_value(made) NULLS LAST, step, key
 """
+
+
+def _newest(catalog: Catalog) -> datetime:
+    """Return when the newest result was finished; now if there is none."""
+    times = [datetime.fromisoformat(manifest["made"]) for manifest in catalog.manifests]
+    return max(times, default=datetime.now(UTC)).astimezone(UTC)
 
 
 def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:

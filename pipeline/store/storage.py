@@ -152,16 +152,23 @@ class File:
 
 
 def walk(folder: Location) -> dict[str, File]:
-    """Return all files below a folder, sorted by relative path; files deleted during the walk are skipped."""
+    """Return all files below a folder, sorted by relative path; files deleted during the walk are skipped.
+
+    A link in it may lead to a folder on another disk, whose files are among them; links below that are not followed.
+    """
     files: dict[str, File] = {}
     with _as_os_error(folder):
         if isinstance(folder, Path):
-            for parent, _, names in os.walk(folder):
-                for name in names:
-                    path = os.path.join(parent, name)
-                    with suppress(FileNotFoundError):
-                        stat = os.lstat(path)
-                        files[os.path.relpath(path, folder)] = File(stat.st_size, stat.st_mtime)
+            links = (
+                [path for path in folder.iterdir() if path.is_symlink() and path.is_dir()] if folder.is_dir() else []
+            )
+            for top in (folder, *links):
+                for parent, _, names in os.walk(top):
+                    for name in names:
+                        path = os.path.join(parent, name)
+                        with suppress(FileNotFoundError):
+                            stat = os.lstat(path)
+                            files[os.path.relpath(path, folder)] = File(stat.st_size, stat.st_mtime)
         else:
             for path, info in folder.fs.find(folder.path, detail=True).items():
                 # every kind of object store has its own name for the time
@@ -337,7 +344,12 @@ def move(source: Location, target: Location) -> None:
             assert isinstance(target, Path)
             make_folder(target.parent)
             with suppress(FileNotFoundError):
-                source.rename(target)
+                try:
+                    source.rename(target)
+                except OSError as error:
+                    if error.errno != errno.EXDEV:  # of a stage's folder that is a link to another disk
+                        raise
+                    shutil.move(source, target)
                 sync(target.parent, source.parent)
             return
         assert not isinstance(target, Path)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from pipeline.store.fingerprints import digests_of, model_digest
 from pipeline.store.manifests import (
+    FORMAT,
     VERIFY_HINT,
     DamagedError,
     checked_manifest,
@@ -279,6 +280,7 @@ class StepFolder:
             rows[table_of(file)] += file["rows"]
             size[table_of(file)] += file["bytes"]
         manifest = record | {
+            "format": FORMAT,
             "rows": {name: rows[name] for name in TABLES if name in rows},
             "bytes": {name: size[name] for name in TABLES if name in size},
             **add_records(parts),

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.context import Mirror
+from pipeline.store.storage import make_folder, named, replace, sync, sync_tree
 from schemas import WinnowWarning
 from stages.training.distributed import Distributed
 
@@ -52,13 +53,14 @@ class Checkpoints:
 
     def ran_out_of_memory(self, tokens_per_pass: int) -> bool:
         """Return whether this run, before it was restarted, was out of memory with as many tokens per pass."""
-        note = self.folder / "out_of_memory"
-        return note.exists() and tokens_per_pass >= int(note.read_text())
+        try:
+            return tokens_per_pass >= int((self.folder / "out_of_memory").read_text())
+        except (OSError, ValueError):  # there is none, or it was cut off: this run finds out again
+            return False
 
     def note_out_of_memory(self, tokens_per_pass: int) -> None:
         """Record for a restart that so many tokens per pass are too many."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "out_of_memory").write_text(str(tokens_per_pass))
+        replace(self.folder / "out_of_memory", str(tokens_per_pass).encode())
         self.mirror("checkpoint/out_of_memory")
 
     def save(self, state: TrainState, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -66,16 +68,19 @@ class Checkpoints:
         scratch = self.folder / ".writing"
         if self.dist.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+            make_folder(scratch)
         self.dist.barrier()
         writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-        save(_tensors(network, optimizer), storage_writer=writer, no_dist=self.dist.world_size == 1)
+        with named(scratch):
+            save(_tensors(network, optimizer), storage_writer=writer, no_dist=self.dist.world_size == 1)
         if self.dist.rank == 0:
             files = {file.name: file.stat().st_size for file in scratch.iterdir()}
             (scratch / "state.json").write_text(json.dumps(asdict(state) | {"files": files}))
             target = self.folder / f"step-{state.step:08d}"
             shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+            sync_tree(scratch)
             scratch.rename(target)
+            sync(self.folder)
             self.mirror(f"checkpoint/{target.name}")
             for old in sorted(self.folder.glob("step-*"))[:-CHECKPOINTS]:
                 self.mirror.drop(f"checkpoint/{old.name}")
@@ -90,7 +95,8 @@ class Checkpoints:
             try:
                 state = json.loads((folder / "state.json").read_text())
                 complete = all((folder / name).stat().st_size == size for name, size in state.pop("files").items())
-            except (OSError, ValueError, KeyError):
+                progress = TrainState(**state)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 complete = False
             if complete:
                 break
@@ -104,7 +110,7 @@ class Checkpoints:
         with torch.no_grad():
             reader = HuggingFaceStorageReader(str(folder))
             load(_tensors(network, optimizer), storage_reader=reader, no_dist=self.dist.world_size == 1)
-        return TrainState(**state)
+        return progress
 
 
 def _tensors(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def losses(operations: list[Operation], folder: Path) -> list[str]:
                 holds = folder_of_step.manifest is not None or len(folder_of_step.missing()) <= (
                     0 if whole else SHARDS - parts
                 )
-            lost += [] if holds else [f"{place.name}: {kind} {claim[0]}"]
+            lost += [] if holds else [f"{place.name}: {kind} {getattr(claim[0], 'name', claim[0])}"]
         finished = {manifest["key"] for manifest in store.sealed()} if store.root.exists() else set()
         lost += [f"{place.name}: {damage}" for damage in find_damage(store, finished)]
         shutil.rmtree(place)
