@@ -21,7 +21,6 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it is searched, copied, and small
     "svg.hashsalt": "winnow",  # ids that are the same in each report
     "font.size": 9.0,
-    "text.parse_math": False,  # a run's name may have dollars
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
 
@@ -62,6 +61,11 @@ def _cell(value: Any) -> str:
 def without_control(value: Any) -> Any:
     """Return a text as terminals get it; plots, which are marked as safe, stay."""
     return visible(value) if type(value) is str else value
+
+
+def label(text: str) -> str:
+    """Return a name for a plot: matplotlib takes what is between two dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:

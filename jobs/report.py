@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs import methods, queries
-from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
+from jobs.page import COLORS, INK, label, new_figure, page_table, render, to_svg
 from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
@@ -256,8 +256,8 @@ def _plot_histogram(rows: list[dict[str, Any]]) -> str:
         if total := sum(row["n"] for row in bins):  # without rows there is no density
             widths = [row["high"] - row["low"] for row in bins]
             heights = [row["n"] / total / width for row, width in zip(bins, widths, strict=True)]
-            label = f"{name} ({total:,})"
-            axes.bar([row["low"] for row in bins], heights, widths, align="edge", alpha=0.6, color=color, label=label)
+            title = f"{name} ({total:,})"
+            axes.bar([row["low"] for row in bins], heights, widths, align="edge", alpha=0.6, color=color, label=title)
     axes.set_xlabel("reward (logit of P(response beats the prompt's baseline))", fontsize=8)
     axes.set_ylabel("density")
     axes.legend(frameon=False, fontsize=8)
@@ -276,8 +276,8 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
     for row, point in zip(rows, points, strict=True):
         axes.plot(*zip(ideal, point, strict=True), color=INK, alpha=0.25, linewidth=0.8, zorder=0)
         axes.plot(*point, "o", color=COLORS[2])
-        label = f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})"
-        axes.annotate(label, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        name = label(f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})")
+        axes.annotate(name, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("held-out imitation loss (nats per token)")
     axes.set_ylabel("held-out preference loss (nats)")
     axes.margins(x=0.2)
@@ -287,7 +287,7 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
 def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str]:
     """Plot each metric of training over the optimizer steps, all runs in one plot."""
     plots = []
-    for metric, label in CURVES.items():
+    for metric, title in CURVES.items():
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             if row["metric"] == metric:
@@ -299,10 +299,10 @@ def _plot_curves(rows: list[dict[str, Any]], colors: dict[str, str]) -> list[str
             marker = "o" if len(points) == 1 else None
             axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker)
         axes.set_xlabel("optimizer steps")
-        axes.set_ylabel(label)
-        plots.append(to_svg(figure, f"{label} of each run"))
+        axes.set_ylabel(title)
+        plots.append(to_svg(figure, f"{title} of each run"))
     return plots
 
 
 def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return label(text if len(text) <= length else f"{text[: length - 1]}…")

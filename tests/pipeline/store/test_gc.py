@@ -325,3 +325,17 @@ def test_bad_stores_are_reported_by_every_command(winnow, tmp_path: Path, luck: 
         code, output = winnow(*words)
         assert (code, "toy.json: " in output, "verify --repair" in output) == (2, True, True), output
     assert manifest.exists()
+
+
+def test_forgetting_a_run_can_be_repeated(winnow, store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+    """Also where it was cut off after the run's name was gone: what it alone used is deleted, and no other word is."""
+    words = ("gc", "--forget", "toy", "--yes", "--store", str(store.root))
+    report = garbage(store, ("toy",))
+    next(delete_garbage(store, report, ("toy",)))  # cut off after the first step
+    assert store.runs() == {}
+    code, output = winnow(*words)
+    assert code == 0, output
+    assert not list(local(store.root).glob("toy_*/*"))
+    code, output = winnow(*words)
+    assert (code, "toy: no such run" in output) == (0, True), output
+    assert winnow(*words[:3], *words[4:])[0] == 2, "a mistyped name is refused before anything is deleted"

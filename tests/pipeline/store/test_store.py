@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.retries import may_pass
 from pipeline.execution.run import run
 from pipeline.stage import stages
 from pipeline.store.storage import create, scratch_path
@@ -607,6 +609,27 @@ def test_a_full_disk_leaves_no_incomplete_file(tmp_path: Path, trouble: Trouble)
         assert not list(local(store.root).rglob(".*")), "no scratch file"
         make(store, large)
         assert contents(store) == contents(reference)
+
+
+@pytest.mark.parametrize(
+    "text", ["Error while serializing: I/O error: No space left on device (os error 28)", "engine died"]
+)
+def test_a_full_disk_is_an_error_of_the_disk_whatever_a_library_makes_of_it(store: Store, text: str, monkeypatch):
+    """In its text, or, where a process of an engine died without one, by how much room the disk has."""
+
+    @stage(version=1, unsharded=True)
+    def toy_full(ctx: StageContext) -> Rewards:
+        if text == "engine died":
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+        raise RuntimeError(text)
+
+    try:
+        with pytest.raises(OSError, match="No space left on device") as error:
+            make(store, plan_of_one("toy_full"))
+        assert may_pass(error.value), "the command that resumes is printed"
+        assert str(error.value.__cause__) == text
+    finally:
+        stages.entries.pop("toy_full")
 
 
 def test_the_results_of_two_calls_for_all_parts_are_never_mixed(tmp_path: Path):
