@@ -23,6 +23,11 @@ def trouble() -> Iterator[Trouble]:
         yield trouble
 
 
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SYNC, "on")
+
+
 class Saying(Silent):
     """Reporter whose words about finished parts and steps are recorded with what was asked of the disk."""
 

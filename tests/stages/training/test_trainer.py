@@ -384,8 +384,9 @@ def test_an_incomplete_checkpoint_is_passed_over_with_a_message(tiny, cached, st
         assert same_run(again, straight)
 
 
-def test_a_checkpoint_survives_a_power_cut_once_it_is_saved(tiny, tmp_path):
+def test_a_checkpoint_survives_a_power_cut_once_it_is_saved(tiny, tmp_path, monkeypatch):
     """Whatever a cut leaves of what was not synced, the newest checkpoint that was said to be saved is complete."""
+    monkeypatch.setenv("WINNOW_SYNC", "on")
     network = load_network(tiny)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
     for weight in network.parameters():
