@@ -191,13 +191,15 @@ def restart(disk: Folder, target: Path, way: str, seed: int = 0) -> None:
             (target / name).write_bytes(content)
 
 
-def restarts(operations: list[Operation], folder: Path, every: int = 1) -> Iterator[tuple[Path, list[Operation]]]:
+def restarts(
+    operations: list[Operation], folder: Path, every: int = 1, first: int = 1
+) -> Iterator[tuple[Path, list[Operation]]]:
     """Yield what prefixes of the operations may leave, and what was said before the cut.
 
-    Without `every`, all of them in three ways; else one in so many, in one of the ways.
+    Of those with at least `first` operations, without `every`, all in three ways; else one in so many, in one of them.
     """
     ways = ("lost", "empty", "either")
-    for length in range(1, len(operations) + 1, every):
+    for length in range(first, len(operations) + 1, every):
         disk = replayed(operations[:length])
         said = [operation[1:] for operation in operations[:length] if operation[0] == "said"]
         for way in ways if every == 1 else (ways[length // every % 3],):

@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.registry import nearest
 from pipeline.store.inventory import Inventory, followers_first
 from pipeline.store.manifests import KEY
-from pipeline.store.storage import SCRATCH, create, delete, move, read, sizes
+from pipeline.store.storage import SCRATCH, create, delete, move, read, sizes, sync
 from pipeline.store.store import COMMANDS, FORGOTTEN, LOCKS, RUNS, SIDECAR_NAME, TAGS, StepFolder, Store
 from schemas import WinnowError
 
@@ -168,6 +168,8 @@ def remove(folders: list[StepFolder], reached: Callable[[], bool]) -> bool:
         for name in sizes(folder.path):
             if SIDECAR_NAME.fullmatch(name):
                 delete(folder.path / name)
+        if isinstance(folder.path, Path):  # else a power cut may bring the manifest back, and not its tables
+            sync(folder.path)
         delete(folder.path)
         delete(folder.path.parent.parent / LOCKS / folder.path.name)
     return True

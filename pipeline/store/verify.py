@@ -177,6 +177,6 @@ def _with_sidecars(folder: StepFolder, names: list[str]) -> list[str]:
                 any(part.get("model") for part in parts) and any(not name.endswith(".parquet") for name in contents)
             ):
                 broken.append(name)
-    return [
-        name for name in dict.fromkeys([*contents, *broken, *names]) if name != REPAIR and (folder.path / name).exists()
-    ]
+    # The manifest first, then the sidecars: wherever this ends, nothing counts that lacks what it lists.
+    order = sorted(dict.fromkeys([*broken, *names]), key=lambda name: (name != "manifest.json", name not in sidecars))
+    return [name for name in order if name != REPAIR and (folder.path / name).exists()]

@@ -9,10 +9,11 @@ import pytest
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
+from pipeline.store.gc import delete_garbage, garbage
 from pipeline.store.storage import SYNC
 from pipeline.store.store import Json, Store
-from pipeline.store.verify import find_damage
-from tests.pipeline.store.test_store import SHARDS, Trouble, contents, make, plan, plan_of_one, toy_stages
+from pipeline.store.verify import Damage, find_damage, set_aside
+from tests.pipeline.store.test_store import SHARDS, Trouble, contents, folder, make, plan, plan_of_one, toy_stages
 from tests.power_cut import Operation, Recorder, recorded, restarts
 from tests.runs import Silent
 
@@ -61,10 +62,10 @@ def record(root: Path) -> list[Operation]:
     return recorder.operations
 
 
-def losses(operations: list[Operation], folder: Path) -> list[str]:
+def losses(operations: list[Operation], target: Path) -> list[str]:
     """Return what was said before some cut and does not hold after it."""
     lost = []
-    for place, said in restarts(operations, folder):
+    for place, said in restarts(operations, target):
         store = Store(place / "store")
         for kind, *claim in said:
             if kind == "run":
@@ -111,4 +112,21 @@ def test_after_any_cut_a_rerun_ends_in_the_same_bytes(tmp_path: Path, monkeypatc
             make(store, one())
         assert contents(store) == expected, place.name
         assert (store.folder(PLANS[1]().target).path / "model" / "model.safetensors").read_bytes() == b"x" * 30
+        shutil.rmtree(place)
+
+
+def test_a_cut_while_a_step_is_deleted_or_set_aside_leaves_no_half_of_it(tmp_path: Path):
+    """Its manifest is gone for good before its tables go."""
+    (tmp_path / "disk").mkdir()
+    store = Store(tmp_path / "disk" / "store")
+    with recorded(tmp_path / "disk") as recorder:
+        make(store)
+        make(store, plan_of_one("toy_model", size=30))
+        before = len(recorder.operations)
+        set_aside(store, [Damage("toy_grade", folder(store).path.name, "manifest.json", "")])
+        list(delete_garbage(store, garbage(store, ("toy", "m")), ("toy", "m")))
+    for place, _ in restarts(recorder.operations, tmp_path, first=before):
+        store = Store(place / "store")
+        finished = {manifest["key"] for manifest in store.sealed()}
+        assert list(find_damage(store, finished)) == [], place.name
         shutil.rmtree(place)
