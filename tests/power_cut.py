@@ -57,6 +57,8 @@ class Recorder:
 
     def called(self, event: str, args: tuple[Any, ...]) -> None:
         """Record a call of the operating system, before it happens."""
+        if event in ("os.remove", "os.rmdir") and args[1] != -1:  # shutil.rmtree gives a name and an open folder
+            args = (os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), args[0]),)
         names = [self._relative(arg) for arg in args[: 2 if event in ("os.rename", "os.link") else 1]]
         in_vain = (event == "os.mkdir" and os.path.exists(args[0])) or (
             event == "os.remove" and not os.path.exists(args[0])
@@ -191,18 +193,25 @@ def restart(disk: Folder, target: Path, way: str, seed: int = 0) -> None:
             (target / name).write_bytes(content)
 
 
+WAYS = ("lost", "empty", "either")
+# By the last call, the ways that leave what they did not before it; of other calls, the last two.
+CHANGED = {"sync": WAYS, "said": WAYS, "write": ("either",)}
+
+
 def restarts(
     operations: list[Operation], folder: Path, every: int = 1, first: int = 1
 ) -> Iterator[tuple[Path, list[Operation]]]:
     """Yield what prefixes of the operations may leave, and what was said before the cut.
 
-    Of those with at least `first` operations, without `every`, all in three ways; else one in so many, in one of them.
+    Of those with at least `first` operations, without `every`, all in each way in which they differ from the one
+    before; else one in so many, in one of the ways.
     """
-    ways = ("lost", "empty", "either")
     for length in range(first, len(operations) + 1, every):
+        ways = CHANGED.get(operations[length - 1][0], WAYS[1:])
+        ways = ways if every == 1 else (ways[length // every % len(ways)],)
         disk = replayed(operations[:length])
         said = [operation[1:] for operation in operations[:length] if operation[0] == "said"]
-        for way in ways if every == 1 else (ways[length // every % 3],):
+        for way in ways:
             target = folder / f"{length}-{way}"
             restart(disk, target, way, length)
             yield target, said
