@@ -17,6 +17,7 @@ from jobs.commands.diagnose import diagnose
 from jobs.commands.inspect import inspect
 from jobs.commands.query import export, leaderboard, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run, sweep
+from jobs.commands.verify import verify
 from pipeline.execution.retries import describe_os_error
 from pipeline.execution.run import commit
 from schemas import COMMAND, WinnowError, WinnowWarning
@@ -25,7 +26,7 @@ from schemas import COMMAND, WinnowError, WinnowWarning
 GROUPS = {
     "Run": (demo, inspect, plan, run, sweep, diagnose),
     "Ask": (leaderboard, status, sql, trace, report, ls, why),
-    "Data": (model, export, adopt, gc),
+    "Data": (model, export, adopt, gc, verify),
     "Cluster": (submit, logs, stop),
     "Reference": (recipes, options, paper),
 }

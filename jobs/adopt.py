@@ -83,7 +83,7 @@ def adopt_artifact(plan: Plan, name: str, path: str, store: Store) -> tuple[Step
     try:
         _check_vacant(step, folder)  # again: another run may have finished it while the files were read
         delete(folder.path)  # the remains of an adoption that was interrupted
-        model = None
+        model: Json = {}
         if artifact.model:
             with local_folder(folder) as local:
                 (local / "model").mkdir(parents=True)  # new: the step's folder has just been deleted
@@ -93,7 +93,7 @@ def adopt_artifact(plan: Plan, name: str, path: str, store: Store) -> tuple[Step
         for shard in range(step.shards):
             tables = artifact.part(shard)
             record = part_record(tables) | {"adopted": artifact.origin["from"]}
-            folder.write_part(shard, tables, record | ({"model": model} if shard == 0 else {}))
+            folder.write_part(shard, tables, record | (model if shard == 0 else {}))
         record = record_of(step, 0.0) | {"adopted": artifact.origin}
         return step, folder.seal(record, lambda manifest: None)
     finally:
@@ -108,7 +108,7 @@ def _check_vacant(step: Step, folder: StepFolder) -> None:
     if computed:
         raise WinnowError(
             f"adopt {step.name}: {len(computed)} of {begun.parts} parts are finished already; `{COMMAND} run --only "
-            f"{step.name}` computes the others, or delete {folder.path}"
+            f"{step.name}` computes the others, or move {folder.path} out of the store"
         )
 
 

@@ -63,6 +63,11 @@ def without_control(value: Any) -> Any:
     return visible(value) if type(value) is str else value
 
 
+def label(text: str) -> str:
+    """Return a name for a plot: matplotlib takes what is between two dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(height: float) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")

@@ -22,6 +22,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from jobs.resume import SUBMITTED
 from pipeline.registry import nearest
+from pipeline.store.storage import SYNC, is_synced
 from schemas import COMMAND, WinnowError
 
 Nodes = list[dict[str, float]]  # per node its resources: CPU, GPU, memory in bytes, ...
@@ -184,11 +185,12 @@ class RayJobs(JobSubmissionClient):
                     return name, job
             attempt = 1 + max((int(name.rsplit("-", 1)[1]) for name in same_plan), default=0)
             name = f"{stem}-{plan}-{attempt}"
+            environment = {SUBMITTED: resume} | ({} if is_synced() else {SYNC: "off"})
             try:
                 self.submit_job(
                     entrypoint=f"sh jobs/start.sh $PPID {shlex.join(words)}",
                     submission_id=name,
-                    runtime_env={"working_dir": str(folder), "env_vars": {SUBMITTED: resume}},
+                    runtime_env={"working_dir": str(folder), "env_vars": environment},
                     metadata=metadata,
                 )
             except (WinnowError, RuntimeError, ValueError) as error:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from jobs import methods, queries
-from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
+from jobs.page import COLORS, INK, label, new_figure, page_table, render, to_svg
 from jobs.tables import tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
+from pipeline.store.storage import replace
 from pipeline.store.store import Store
 from stages.training.config import PROXY_WIN, VALIDATION
 
@@ -50,7 +51,10 @@ TITLES = {  # of the leaderboard's columns; low and high are of the column befor
 
 
 def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
-    """Write the report about all runs of a store: the same store gives the same bytes, except for the date."""
+    """Write the report about all runs of a store, at once or not at all: the same store gives the same bytes.
+
+    date: that on the page; by default that of the newest result.
+    """
     catalog = open_catalog(store)
     sections: list[dict[str, Any]] = []
     for run, steps in catalog.runs.items():
@@ -75,7 +79,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     curves = _plot_curves(curve_rows, colors, query(catalog, KEPT).to_pylist())
     content = {
         "store": store.root.name,
-        "date": f"{date or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "date": f"{date or _newest(catalog):%Y-%m-%d %H:%M} UTC",
         "commits": [
             row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, COMMITS).to_pylist()
         ],
@@ -97,8 +101,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "two_losses_plot": _plot_two_losses(_query_rows(catalog, "two_losses")),
     }
     html = render("report.html", content | {"contents": _contents(content)})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
+    replace(out, html.encode(), durable=False)
 
 
 # What the page says.
@@ -119,6 +122,12 @@ KEPT = """
 SELECT min(run || coalesce('@' || round, '')) AS run, any_value(steps) AS step
 FROM runs JOIN policies USING (stage, key) WHERE runs.step = 'optimize' GROUP BY stage, key
 """
+
+
+def _newest(catalog: Catalog) -> datetime:
+    """Return when the newest result was finished; now if there is none."""
+    times = [datetime.fromisoformat(manifest["made"]) for manifest in catalog.manifests]
+    return max(times, default=datetime.now(UTC)).astimezone(UTC)
 
 
 def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -264,8 +273,8 @@ def _plot_histogram(rows: list[dict[str, Any]]) -> str:
         if total := sum(row["n"] for row in bins):  # without rows there is no density
             widths = [row["high"] - row["low"] for row in bins]
             heights = [row["n"] / total / width for row, width in zip(bins, widths, strict=True)]
-            label = f"{name} ({total:,})"
-            axes.bar([row["low"] for row in bins], heights, widths, align="edge", alpha=0.6, color=color, label=label)
+            title = f"{name} ({total:,})"
+            axes.bar([row["low"] for row in bins], heights, widths, align="edge", alpha=0.6, color=color, label=title)
     axes.set_xlabel("reward (logit of P(response beats the prompt's baseline))", fontsize=8)
     axes.set_ylabel("density")
     axes.legend(frameon=False, fontsize=8)
@@ -284,8 +293,8 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
     for row, point in zip(rows, points, strict=True):
         axes.plot(*zip(ideal, point, strict=True), color=INK, alpha=0.25, linewidth=0.8, zorder=0)
         axes.plot(*point, "o", color=COLORS[2])
-        label = f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})"
-        axes.annotate(label, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        name = label(f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})")
+        axes.annotate(name, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("held-out imitation loss (nats per token)")
     axes.set_ylabel("held-out preference loss (nats)")
     axes.margins(x=0.2)
@@ -300,7 +309,7 @@ def _plot_curves(
     kept: the step of each run's saved policy, which has a star among its evaluations.
     """
     kept_steps, plots = {row["run"]: row["step"] for row in kept}, []
-    for metric, label in CURVES.items():
+    for metric, title in CURVES.items():
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             if row["metric"] == metric:
@@ -316,11 +325,11 @@ def _plot_curves(
                 best = kept_steps[run]
                 axes.plot(best, dict(points)[best], "*", color=colors[run], markersize=13, zorder=3)
         axes.set_xlabel("optimizer steps")
-        axes.set_ylabel(label)
+        axes.set_ylabel(title)
         caption = "Evaluations during training; a star: the policy that was saved." if is_evaluated else ""
-        plots.append((to_svg(figure, f"{label} of each run"), caption))
+        plots.append((to_svg(figure, f"{title} of each run"), caption))
     return plots
 
 
 def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return label(text if len(text) <= length else f"{text[: length - 1]}…")

@@ -36,6 +36,11 @@ def command(words: list[str]) -> str:
     return shlex.join([*_program(program), *without_force(rest)])
 
 
+def recorded_command() -> list[str]:
+    """Return the words that this process was called with, for the store; none in a job, whose files are copies."""
+    return [] if os.environ.get(SUBMITTED) else without_force(sys.argv[1:])
+
+
 def hint(*words: str) -> str:
     """Return a command of ours that can be pasted: with the program as this process was called, quoted for a shell."""
     program = sys.argv[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ["WINNOW_SYNC"] = "off"  # stores of tests are scratch; tests of power cuts set it to on
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # Ray on the loopback address, as pipeline.execution.ray_executor has it
 )

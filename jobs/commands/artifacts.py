@@ -88,7 +88,9 @@ def gc(
     """List what no run uses, with sizes; --yes deletes it. What a run uses is never deleted."""
     from pipeline.store.gc import delete_garbage, garbage
 
-    report = garbage(Store(store), tuple(forget))
+    report = garbage(Store(store), tuple(forget), missing_ok=yes)
+    for run in set(forget) - Store(store).runs().keys() if yes else ():
+        console.print(f"{run}: no such run; what it alone used is deleted", highlight=False, markup=False)
     for key in report.busy:
         console.print(f"{key} is running, and no run links to it: finished steps are kept until it ends")
     items = list(delete_garbage(Store(store), report, tuple(forget))) if yes else report.garbage

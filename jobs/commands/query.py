@@ -1,5 +1,6 @@
 """Commands that read a store, and those that describe what a recipe can contain."""
 
+import errno
 from pathlib import Path
 from typing import Annotated
 
@@ -99,14 +100,22 @@ def leaderboard(store: StorePath = STORE) -> None:
 
 def report(
     store: StorePath = STORE,
-    out: Annotated[Path | None, typer.Option(help="the page; report.html in the store, or here for a bucket")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the page; report.html in the store, or here if that is a bucket or read-only")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about all runs of the store."""
     from jobs.report import write_report
 
     source = existing_store(store)
     page = out or (source.root / "report.html" if isinstance(source.root, Path) else Path("report.html"))
-    write_report(source, page)
+    try:
+        write_report(source, page)
+    except OSError as error:
+        if out or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        page = Path("report.html")  # of a store that is read-only
+        write_report(source, page)
     console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)
 
 

@@ -277,6 +277,7 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
                 _print_notes(plan, executor.profile)
                 _warn_of_other_data(plan, store)
                 _print_changed_code(plan, store)
+                plan.command = resume.recorded_command()
                 run_plan(plan, store, executor, reporter)
     except KeyboardInterrupt:
         raise SystemExit(128 + (reporter.interrupted or signal.SIGINT)) from None

@@ -9,6 +9,7 @@ import numpy as np
 
 from jobs.diagnosis.sections import Diagnosis, Row, Section
 from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
+from pipeline.store.storage import replace
 
 REWARD_COLOR, GOLD_COLOR = COLORS[0], COLORS[3]
 
@@ -36,7 +37,7 @@ def write_page(diagnosis: Diagnosis, out: Path, date: datetime | None = None) ->
         "findings": diagnosis.findings,
         "sections": sections,
     }
-    out.write_text(render("diagnosis/page.html", content), encoding="utf-8")
+    replace(out, render("diagnosis/page.html", content).encode(), durable=False)
 
 
 def _error_bars(rows: list[Row], name: str) -> list[list[float]]:

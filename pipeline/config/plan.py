@@ -136,6 +136,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # what users should know of it, and need not act on
     left_out: list[str] = field(default_factory=list)  # what the recipe would do and the plan does not, and why
     tags: dict[str, str] = field(default_factory=dict)  # of the run; no part of a key
+    command: list[str] = field(default_factory=list)  # words that it was called with, without the program
 
     @property
     def steps_to_run(self) -> list[Step]:

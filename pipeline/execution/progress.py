@@ -93,7 +93,7 @@ class ProgressFile:
             "process": f"{socket.gethostname()}:{os.getpid()}",
         }
         with suppress(OSError):  # a full disk ends the step itself
-            write_json(self.path, content)
+            write_json(self.path, content, durable=False)
         self._written = time.monotonic()
 
     def delete(self) -> None:

@@ -33,8 +33,11 @@ LIBRARIES = (  # those that decide results
 def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -> None:
     """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
     store.check()
+    store.sweep()
     store.link_run(plan.name, plan.steps)
     store.tag_run(plan.name, plan.tags)
+    if plan.command:
+        store.record_command(plan.name, plan.command, str(Path.cwd()))
     Scheduler(plan, store, executor, reporter, record_of).run()
     store.link_run(plan.name, plan.steps)  # again: another process may have removed the run meanwhile
 

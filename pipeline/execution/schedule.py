@@ -25,6 +25,7 @@ from pipeline.execution.tasks import (
     read_rejects,
     step_spec,
 )
+from pipeline.store.inventory import followers_of
 from pipeline.store.store import Json, StepLock, Store, overlapping
 from schemas import WinnowError
 
@@ -36,11 +37,13 @@ class Reporter:
 
     A step is cached if it is finished in the store already; it is reported as waiting once. It starts with `done` of
     `total` parts finished by an earlier run, and it is finished once its manifest is written. A prompt is rejected
-    here if it killed each of its workers, the last one with `message`.
+    here if it killed each of its workers, the last one with `message`. Files of a step were set aside because they were
+    damaged, or all of it (`stage/key`) because it was computed from a damaged result that is another now.
     """
 
     def step_cached(self, step: Step) -> None: ...
     def step_waiting(self, step: Step, why: str) -> None: ...
+    def set_aside(self, step: Step, names: list[str]) -> None: ...
     def step_started(self, step: Step, done: int, total: int) -> None: ...
     def part_finished(self, step: Step) -> None: ...
     def progress(self, step: Step, done: float, total: float, unit: str, figures: Mapping[str, float]) -> None: ...
@@ -86,6 +89,7 @@ class Scheduler:
         # Keys of finished steps. Of a partial rerun, inputs outside of the plan are finished, which was checked before
         self.finished = {source.key for step in plan.steps_to_run for source in step.inputs.values()} - keys
         self.reported_waiting: set[str] = set()
+        self.repairing: set[str] = set()  # keys of running steps that were finished once, and damaged
 
     def run(self) -> None:
         """Run all steps to their end; raise WinnowError at the first that fails."""
@@ -109,6 +113,7 @@ class Scheduler:
         """Start or skip each step whose inputs are finished, or are running if the executor overlaps steps."""
         for step in list(self.waiting):
             available = self.finished | self.running.keys() if self.executor.overlaps else self.finished
+            available -= self.repairing  # whose followers are computed again too if it turns out otherwise than before
             if step.key in self.running or not available.issuperset(source.key for source in step.inputs.values()):
                 continue
             folder = self.store.folder(step)
@@ -125,6 +130,12 @@ class Scheduler:
                 self._report_waiting(step, "another run is making it")
             else:
                 self.waiting.remove(step)
+                if claim.path:
+                    folder.sweep()
+                if damaged := folder.set_aside_damaged():
+                    self.reporter.set_aside(step, damaged)
+                if folder.is_repaired:
+                    self.repairing.add(step.key)
                 unfinished = {key: running.spec.out for key, running in self.running.items()}
                 spec = step_spec(step, self.store, self.run_name, unfinished)
                 missing, parts = set(spec.out.missing()), spec.shards
@@ -200,19 +211,26 @@ class Scheduler:
                 continue
             self.executor.end(running.spec)
             seconds = time.perf_counter() - running.started if running.started else 0.0
-            manifest = running.spec.out.seal(
-                self.record_of(running.step, seconds),
-                partial(
-                    check_not_empty,
-                    running.step.name,
-                    running.step.options,
-                    rejects=partial(read_rejects, running.spec.out),
-                ),
-            )
+            record = self.record_of(running.step, seconds)
+            manifest = running.spec.out.seal(record, partial(self._check_result, running))
+            self.repairing.discard(key)
             self.finished.add(key)
             del self.running[key]
             running.claim.release()
             self.reporter.step_finished(running.step, manifest)
+
+    def _check_result(self, running: RunningStep, manifest: Json) -> None:
+        """Raise WinnowError for an empty result; set aside what was computed from a result that this one replaces."""
+        step, out = running.step, running.spec.out
+        check_not_empty(step.name, step.options, manifest, rejects=partial(read_rejects, out))
+        if step.key in self.repairing and not out.is_as_before(manifest):
+            for stage, key in followers_of(step.key, self.store):
+                folder = self.store.at(stage, key)
+                if claim := folder.try_lock():
+                    folder.set_aside()
+                    claim.release()
+                    later = next((other for other in self.waiting if other.key == key), step)
+                    self.reporter.set_aside(later, [f"{stage}/{key}"])
 
     def _report_progress(self, running: RunningStep, progress: Progress) -> None:
         running.progress.update(*progress)

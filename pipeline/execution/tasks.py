@@ -20,8 +20,8 @@ from pipeline.context import ProgressCallback, StageContext, WarmCache
 from pipeline.registry import Entry
 from pipeline.resources import Resources
 from pipeline.stage import Input, StageSignature, signature_of
-from pipeline.store.fingerprints import model_digest
-from pipeline.store.storage import download, named, send
+from pipeline.store.fingerprints import digests_of, model_digest
+from pipeline.store.storage import download, named, send, sync_tree
 from pipeline.store.store import IdRange, Json, StepFolder, Store, add_records, model_name, shards_of_rows
 from schemas import MachineError, Model, WinnowError, combine_chunks, conform, table_name
 from schemas.tables import REJECTS
@@ -139,13 +139,11 @@ def execute(
             tables = _call_stage(spec, task, ctx) | {"rejects": ctx.rejects}
             cost = spec.cost(resources, seconds())
             # The model, and the tables split by prompt: part i of every table holds the same prompts
-            digest = store_model(spec.out, ctx.folder / "model") if signature.makes_model else None
+            model = store_model(spec.out, ctx.folder / "model") if signature.makes_model else {"model": None}
             parts = []
             for shard, part in enumerate(split_by_shard(tables, spec.shards)):
                 record = (
-                    part_record(part, ctx.counters, cost, ctx.measures) | {"model": digest}
-                    if shard == 0
-                    else part_record(part)
+                    part_record(part, ctx.counters, cost, ctx.measures) | model if shard == 0 else part_record(part)
                 )
                 parts.append((part, record | {"inputs": keys}))
             spec.out.write_whole(parts)
@@ -239,12 +237,17 @@ def local_folder(out: StepFolder) -> Iterator[Path]:
         yield Path(folder)
 
 
-def store_model(out: StepFolder, folder: Path) -> str:
-    """Copy a model to its step's folder, if that is in an object store, and return the model's digest."""
+def store_model(out: StepFolder, folder: Path) -> Json:
+    """Sync a model, or copy it to its step's folder in an object store; return what its sidecar records of it.
+
+    That is the model's digest, and those of all files in its folder by their names, its card's among them.
+    """
     digest = model_digest(folder)
-    if not isinstance(out.path, Path):
+    if isinstance(out.path, Path):
+        sync_tree(folder)
+    else:
         send(folder, out.path / model_name(digest))
-    return digest
+    return {"model": digest, "model_files": digests_of(folder)}
 
 
 def part_record(

@@ -26,6 +26,7 @@ from pipeline.sql.views import (
     LIVE,
     VIEWS,
     address,
+    linked_files,
     null_columns,
     run_rows,
     sql_identifier,
@@ -35,7 +36,7 @@ from pipeline.sql.views import (
     table_files,
     view,
 )
-from pipeline.store.storage import Location
+from pipeline.store.storage import Location, rename_new
 from pipeline.store.store import REPAIR_HINT, Json, Store
 from schemas import COMMAND, TABLES, WinnowError
 
@@ -164,7 +165,7 @@ class Catalog:
 
         A statement that hides a table's name (`query_table('rew' || 'ards')`) thus fails instead of returning no rows.
         """
-        connection = _confined_connection(self.root, ":memory:")
+        connection = _confined_connection(self.root, ":memory:", linked_files(self.manifests, self.root))
         for name in TABLES:
             message = sql_literal(f"write the name {name} in full in the statement: its files are opened by that name")
             placeholder = f"SELECT {null_columns(name, connection)} WHERE error({message})::BOOLEAN"
@@ -174,18 +175,21 @@ class Catalog:
             _create_table(connection, name, schema.empty_table())
         return connection
 
+    def _file_connection(self, file: Path) -> duckdb.DuckDBPyConnection:
+        return _confined_connection(self.root, str(file), linked_files(self.manifests, self.root))
+
     def export(self, file: Path) -> None:
         """Write a DuckDB file with all rows, `runs` and `steps`, and each column's meaning; it needs no store.
 
         Raises WinnowError if the file exists already, or if its folder does not.
         """
         if file.exists():
-            raise WinnowError(f"--db {file}: exists already; delete it, or give another name")
+            raise WinnowError(f"--db {file}: exists already; give another name, or move it away")
         if not file.parent.is_dir():
             raise WinnowError(f"--db {file}: there is no folder {file.parent}; create it first")
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            with _as_winnow_error(), _confined_connection(self.root, str(scratch)) as connection:
+            with _as_winnow_error(), self._file_connection(scratch) as connection:
                 _create_runs_and_steps(connection, self)
                 for name in LIVE:
                     _create_table(connection, name, self.live(name))
@@ -200,7 +204,7 @@ class Catalog:
                     for field in schema:
                         meaning = sql_literal(field.metadata[b"meaning"].decode())
                         connection.execute(f"COMMENT ON COLUMN {table}.{sql_identifier(field.name)} IS {meaning}")
-            os.link(scratch, file)  # unlike a rename, fails if another process has created the file meanwhile
+            rename_new(scratch, file)  # fails if another process has created the file meanwhile
         finally:
             scratch.unlink(missing_ok=True)
             scratch.with_name(f"{scratch.name}.wal").unlink(missing_ok=True)
@@ -242,14 +246,18 @@ def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, ca
     connection.execute(f"CREATE OR REPLACE VIEW {schema}.{sql_identifier(name)} AS {body}")
 
 
-def _confined_connection(root: Location, database: str) -> duckdb.DuckDBPyConnection:
-    """Return a connection that reads nothing but the store, and spills to a temporary folder of its own."""
+def _confined_connection(root: Location, database: str, linked: list[str]) -> duckdb.DuckDBPyConnection:
+    """Return a connection that reads nothing but the store and the `linked` files of its stages on other disks.
+
+    It spills to a temporary folder of its own.
+    """
     connection = duckdb.connect(database)
     if not isinstance(root, Path):
         connection.register_filesystem(root.fs)
     spill = Path(tempfile.gettempdir()) / f"winnow-{secrets.token_hex(8)}"
     for setting in (
         f"allowed_directories=[{sql_literal(address(root) + '/')}]",
+        f"allowed_paths=[{', '.join(map(sql_literal, linked))}]",
         f"temp_directory={sql_literal(str(spill))}",
         "enable_external_access=false",
         "python_enable_replacements=false",

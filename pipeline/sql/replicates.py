@@ -11,6 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from pipeline.config.keys import key_of
+from pipeline.store.manifests import VERIFY_HINT
 from pipeline.store.store import Json
 from schemas import WinnowError
 
@@ -60,7 +61,7 @@ def method_keys(manifests: list[Json]) -> dict[str, str]:
     try:
         order = list(TopologicalSorter(inputs).static_order())
     except CycleError as error:
-        raise WinnowError(f"manifests name each other as inputs: {' -> '.join(error.args[1])}; delete them") from None
+        raise WinnowError(f"manifests name each other as inputs: {' -> '.join(error.args[1])}; {VERIFY_HINT}") from None
     methods: dict[str, str] = {}
     for key in order:
         if key not in identities:

@@ -248,7 +248,7 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
     That of a large file is cached on disk, so that a model of many gigabytes is read once and not for every plan.
     """
     is_large = state[0] >= LARGE_FILE
-    entry = cache() / "digests" / f"{sha256(str(path).encode()).hexdigest()[:32]}.json"
+    entry = _cache_entry(path)
     if is_large:
         with suppress(OSError, ValueError, KeyError, TypeError):  # no entry, or a damaged one
             cached = json.loads(entry.read_text())
@@ -259,5 +259,17 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
         digest = file_digest(file, "sha256").hexdigest()
     if is_large and settled and _file_state(path) == state:  # else it may have changed while it was read
         with suppress(OSError):  # without room for the entry, the file is read again next time
-            replace(entry, json.dumps({"path": str(path), "state": state, "digest": digest}).encode())
+            replace(entry, json.dumps({"path": str(path), "state": state, "digest": digest}).encode(), durable=False)
     return digest
+
+
+def _cache_entry(path: Path) -> Path:
+    return cache() / "digests" / f"{sha256(str(path).encode()).hexdigest()[:32]}.json"
+
+
+def forget_digests(folder: Path) -> None:
+    """Let the digests of a folder's files be computed anew: a fault of a disk leaves their times as they were."""
+    _digest_of_file.cache_clear()
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            _cache_entry(file).unlink(missing_ok=True)

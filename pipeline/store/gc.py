@@ -6,7 +6,6 @@ manifests then. So either its link is seen, and the manifest is put back, or it 
 again once the lock is free. An object store has no locks: run `gc --yes` there only while no run is working.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.registry import nearest
-from pipeline.store.inventory import KEY, Inventory, followers_first
-from pipeline.store.storage import create, delete, read, sizes
-from pipeline.store.store import LOCKS, RUNS, SIDECAR_NAME, TAGS, StepFolder, Store
+from pipeline.store.inventory import Inventory, followers_first
+from pipeline.store.manifests import KEY
+from pipeline.store.storage import SCRATCH, create, delete, move, read, sizes, sync
+from pipeline.store.store import COMMANDS, FORGOTTEN, LOCKS, RUNS, SIDECAR_NAME, TAGS, StepFolder, Store
 from schemas import WinnowError
 
 STALE_SECONDS = 3600.0
-SCRATCH = re.compile(r"\..+\.\d+\.\d+")  # names that pipeline.store.storage writes to before it renames them
 
 
 @dataclass(frozen=True)
@@ -43,31 +42,29 @@ class GarbageReport:
     busy: list[str]
 
 
-def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
-    """Return what could be deleted if the runs in `forget` did not exist; change nothing.
+def garbage(store: Store, forget: tuple[str, ...] = (), missing_ok: bool = False) -> GarbageReport:
+    """Return what could be deleted if the runs in `forget` did not exist; write nothing, not even a lock.
 
     While a step is being made that no run links to, nothing says which steps it reads: no finished step is garbage
-    then. Raises WinnowError if a run in `forget` does not exist, or if there are no runs at all.
+    then. Raises WinnowError if a run in `forget` does not exist and that is not ok, or if there are steps and no runs.
     """
     inventory = Inventory(store)
     runs = list(inventory.runs)
-    if unknown := [run for run in forget if run not in runs]:
+    forgotten = any(path.startswith(f"{FORGOTTEN}/") for path in inventory.files)  # by a `gc` that was cut off
+    if not missing_ok and (unknown := [run for run in forget if run not in runs]):
         raise WinnowError(*(f"--forget {run}: no such run; {nearest(run, runs)}" for run in unknown))
-    if not runs:  # a store copied without its runs, or a wrong folder: all of it would be garbage
+    if not runs and not forgotten and (inventory.steps or not missing_ok):
+        # a store copied without its runs, or a wrong folder: all of it would be garbage
         raise WinnowError(
-            f"--store {store.root}: no runs here, so everything would be deleted; if you want that, delete the folder"
+            f"--store {store.root}: no runs here, so that everything would count as garbage, and nothing is deleted; "
+            "run a recipe whose results you want to keep, or remove the folder yourself"
         )
 
     # An object store has no locks: there, a step that was written to lately counts as being made.
     steps, recent = inventory.steps, time.time() - STALE_SECONDS
     if isinstance(store.root, Path):
-        busy = set()
         names = [path.partition("/")[2] for path in inventory.files if path.startswith(f"{LOCKS}/")]
-        for key in filter(KEY.fullmatch, names):
-            if lock := store.at(LOCKS, key).try_lock():
-                lock.release()
-            else:
-                busy.add(key)
+        busy = {key for key in filter(KEY.fullmatch, names) if store.at(LOCKS, key).is_locked()}
     else:
         unfinished = {key: step.files.values() for key, step in steps.items() if not step.manifest}
         busy = {key for key, files in unfinished.items() if any(file.modified > recent for file in files)}
@@ -95,19 +92,23 @@ def garbage(store: Store, forget: tuple[str, ...] = ()) -> GarbageReport:
             continue
         if folder == LOCKS and name not in busy and (KEY.fullmatch(name) or name.startswith(".trial-")):
             items.append(GarbageItem(path, "no process holds this lock", file.bytes))
-        elif SCRATCH.fullmatch(name) and (folder in (LOCKS, RUNS) or folder.partition("/")[2] in steps):
+        elif SCRATCH.fullmatch(name) and (folder in (LOCKS, RUNS, TAGS, COMMANDS) or folder.partition("/")[2] in steps):
             items.append(GarbageItem(path, "scratch file that was never renamed", file.bytes))
     return GarbageReport(items, unlinked)
 
 
 def delete_garbage(store: Store, report: GarbageReport, forget: tuple[str, ...] = ()) -> Iterator[GarbageItem]:
     """Delete the runs in `forget`, then each item of the report that is still garbage; yield it when it is deleted."""
-    tagged = store.tags() if forget else {}
-    for run in forget:
-        delete(store.root / RUNS / f"{run}.json")
-        if run in tagged:
-            delete(store.root / TAGS / f"{run}.json")
-    for item in report.garbage:
+    for run in forget:  # their files stay until all is deleted, so that a `gc` that is cut off can be repeated
+        move(store.root / RUNS / f"{run}.json", store.root / FORGOTTEN / f"{run}.json")
+        for folder_name in (TAGS, COMMANDS):
+            delete(store.root / folder_name / f"{run}.json")
+    yield from _delete_items(store, report.garbage)
+    delete(store.root / FORGOTTEN)
+
+
+def _delete_items(store: Store, items: list[GarbageItem]) -> Iterator[GarbageItem]:
+    for item in items:
         stage, key, *rest = item.path.split("/")
         if SCRATCH.fullmatch((rest or [key])[0]) or key.startswith(".trial-"):
             delete(store.root / item.path)
@@ -167,6 +168,8 @@ def remove(folders: list[StepFolder], reached: Callable[[], bool]) -> bool:
         for name in sizes(folder.path):
             if SIDECAR_NAME.fullmatch(name):
                 delete(folder.path / name)
+        if isinstance(folder.path, Path):  # else a power cut may bring the manifest back, and not its tables
+            sync(folder.path)
         delete(folder.path)
         delete(folder.path.parent.parent / LOCKS / folder.path.name)
     return True

@@ -1,16 +1,15 @@
 """Contents of a store at one moment: its step folders, what each step was made from, and which runs reach it."""
 
-import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from pipeline.store.manifests import KEY, DamagedError
 from pipeline.store.storage import File, walk
-from pipeline.store.store import LOCKS, RUNS, SIDECAR_NAME, Json, StepFolder, Store, model_name, read_json
-
-KEY = re.compile(r"[0-9a-f]{16}")
+from pipeline.store.store import COMMANDS, LOCKS, RUNS, SIDECAR_NAME, Json, StepFolder, Store, model_name
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,13 @@ class StoredStep:
         """Return the keys of the steps that it was made from, or None if no file in it says so."""
         if self.manifest:
             return frozenset(self.manifest["identity"]["inputs"].values())
-        sidecar = read_json(self.folder.path / self.parts[0]) if self.parts else None
-        part = sidecar["parts"][0] if sidecar and "parts" in sidecar else sidecar
-        return frozenset(part["inputs"].values()) if part and "inputs" in part else None
+        for name in self.parts:
+            with suppress(DamagedError):
+                sidecar = self.folder.read_sidecar(name) or {}
+                part = sidecar["parts"][0] if sidecar.get("parts") else sidecar
+                if "inputs" in part:
+                    return frozenset(part["inputs"].values())
+        return None
 
     def unlisted(self) -> dict[str, int]:
         """Return names and bytes of the files and subfolders that a finished step does not need.
@@ -61,18 +64,18 @@ class StoredStep:
 class Inventory:
     """All files, runs and steps (by key) of a store, read from one listing.
 
-    Raises WinnowError if the file of a run or a manifest is damaged: the run may reach any step.
+    Raises DamagedError if the file of a run is damaged: the run may reach any step.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, runs: dict[str, Json] | None = None) -> None:
         self.store = store
         self.files = walk(store.root)
-        self.runs = store.runs()
+        self.runs = store.runs() if runs is None else runs
         files_by_step: dict[tuple[str, str], dict[str, File]] = {}
         for path, file in self.files.items():  # anything else in the store's folder is not ours
             stage, _, rest = path.partition("/")
             key, _, name = rest.partition("/")
-            if name and KEY.fullmatch(key) and stage not in (LOCKS, RUNS):
+            if name and KEY.fullmatch(key) and stage not in (LOCKS, RUNS, COMMANDS):
                 files_by_step.setdefault((stage, key), {})[name] = file
         finished = {manifest["key"]: manifest for manifest in store.sealed()}
         self.steps = {
@@ -83,6 +86,16 @@ class Inventory:
     def reached(self, without: tuple[str, ...] = ()) -> set[str]:
         """Return the keys that runs link to, except the runs in `without`."""
         return {link["key"] for run, steps in self.runs.items() if run not in without for link in steps.values()}
+
+
+def followers_of(key: str, store: Store) -> list[tuple[str, str]]:
+    """Return stage and key of all stored steps that were made from a step, directly or not, each before its inputs."""
+    steps = Inventory(store).steps
+    inputs = {other: step.inputs for other, step in steps.items()}
+    keys = {key}
+    while more := {other for other, sources in inputs.items() if sources and sources & keys} - keys:
+        keys |= more
+    return [(steps[other].stage, other) for other in followers_first(inputs) if other in keys - {key}]
 
 
 def followers_first(inputs: Mapping[str, Collection[str] | None]) -> list[str]:

@@ -4,16 +4,28 @@ A store may have been copied, edited or written by somebody else, and SQL is bui
 here, so that no statement and no path is ever made of an unchecked one.
 """
 
+import json
+import re
+from hashlib import sha256
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, RootModel, StringConstraints
 
 from pipeline.registry import validated
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
-FORMAT = 1  # of manifests; a manifest with a larger number was written by a later version of this code
+# Of manifests and sidecars; one with a larger number was written by a later version of this code. Since 2 they end with
+# the digest of their content.
+FORMAT = 2
+DIGEST = "sha256"
+VERIFY_HINT = f"`{COMMAND} verify --repair` sets it aside and makes it again"
 
+KEY = re.compile(r"[0-9a-f]{16}")
 PlainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # no separator, glob or quote
+
+
+class DamagedError(WinnowError):
+    """File of a store that is not as it was written: it counts as if it were not there."""
 
 
 class StrictModel(BaseModel):
@@ -59,6 +71,18 @@ class Manifest(StrictModel):
     model: str | None = None
 
 
+class PartSidecar(StrictModel):
+    """Record of a finished part."""
+
+    files: list[ListedFile]
+
+
+class WholeSidecar(StrictModel):
+    """Record of all parts, by one call."""
+
+    parts: list[PartSidecar]
+
+
 class StepLink(StrictModel):
     """Where a step of a run is stored: `<store>/<stage>/<key>/`."""
 
@@ -70,9 +94,49 @@ class RunLinks(RootModel[dict[str, StepLink]]):
     """Steps of a run by name."""
 
 
+def encode_sealed(content: dict[str, Any]) -> bytes:
+    """Return the bytes of a manifest or sidecar, with its format and the digest of the rest as its last fields."""
+    plain = {name: value for name, value in content.items() if name != DIGEST} | {"format": FORMAT}
+    return _encoded(plain | {DIGEST: sha256(_encoded(plain)).hexdigest()})
+
+
+def decode_sealed(path: Any, content: bytes) -> dict[str, Any]:
+    """Return what a manifest or sidecar holds besides its digest.
+
+    Raises DamagedError if a byte of it is not as it was written, and WinnowError if a later version wrote it. Those of
+    format 1 have no digest.
+    """
+    decoded = checked_format(path, decode(path, content))
+    digest = decoded.pop(DIGEST, None)
+    if digest is None and decoded.get("format", 1) < FORMAT:
+        return decoded
+    plain = _encoded(decoded)
+    if sha256(plain).hexdigest() != digest or _encoded(decoded | {DIGEST: digest}) != content:
+        raise DamagedError(f"{path}: is damaged (its content has another digest than it says); {VERIFY_HINT}")
+    return decoded
+
+
+def decode(path: Any, content: bytes) -> dict[str, Any]:
+    """Return the object in a JSON file; raise DamagedError if there is none."""
+    try:
+        decoded = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: cannot be read ({error}); {VERIFY_HINT}") from None
+    if not isinstance(decoded, dict):
+        raise DamagedError(f"{path}: cannot be read (it is not a JSON object); {VERIFY_HINT}")
+    return decoded
+
+
+def _encoded(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
 def checked_format(path: Any, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest that was read from `path`; raise WinnowError if a later version of this code wrote it."""
-    if manifest.get("format", FORMAT) > FORMAT:
+    number = manifest.get("format", 1)
+    if not isinstance(number, int):
+        raise DamagedError(f"{path}: is damaged (its format is no number); {VERIFY_HINT}")
+    if number > FORMAT:
         raise WinnowError(
             f"{path}: has format {manifest['format']}, and this version of Winnow reads up to {FORMAT}; update Winnow "
             "to the version that wrote it"
@@ -80,10 +144,21 @@ def checked_format(path: Any, manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def checked_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+def checked_sidecar(path: Any, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Return a sidecar as it is; raise DamagedError if it lists no files, or one outside its own folder."""
+    try:
+        validated(WholeSidecar if "parts" in sidecar else PartSidecar, sidecar)
+    except WinnowError as error:
+        raise DamagedError(f"{path}: not a valid sidecar ({error.problems[0]:.200}); {VERIFY_HINT}") from None
+    return sidecar
+
+
+def checked_manifest(manifest: dict[str, Any], in_place: bool = True) -> dict[str, Any]:
     """Return a manifest as it is; its item `folder` says where it was read from.
 
-    Raises WinnowError if a field is missing or has another type, if it lists a file outside its own folder, or if it
+    in_place: that folder is one of a store. Of another, which may be a copy, the name alone is compared if it is a key.
+
+    Raises DamagedError if a field is missing or has another type, if it lists a file outside its own folder, or if it
     lies in the folder of another step.
     """
     folder = manifest["folder"]
@@ -93,10 +168,12 @@ def checked_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
         validated(Manifest, manifest)
     except WinnowError as error:
         reason = f"{error.problems[0]:.200}"
-        raise WinnowError(f"{path}: not a valid manifest ({reason}); delete its folder and run again") from None
-    if [manifest["stage"], manifest["key"]] != folder.rstrip("/").split("/")[-2:]:
-        raise WinnowError(
-            f"{path}: it belongs to {manifest['stage']}/{manifest['key']}; move its folder there, or delete it"
+        raise DamagedError(f"{path}: not a valid manifest ({reason}); {VERIFY_HINT}") from None
+    stage, key = ["", "", *folder.rstrip("/").split("/")][-2:]
+    belongs = manifest["key"] == key and manifest["stage"] == stage
+    if not (belongs if in_place else manifest["key"] == key or not KEY.fullmatch(key)):
+        raise DamagedError(
+            f"{path}: it belongs to {manifest['stage']}/{manifest['key']}; move its folder there, or {VERIFY_HINT}"
         )
     return manifest
 
@@ -110,4 +187,4 @@ def checked_run(name: str, steps: Any) -> dict[str, dict[str, str]]:
         return validated(RunLinks, steps).model_dump()
     except WinnowError as error:
         reason = f"{error.problems[0]:.200}"
-        raise WinnowError(f"run {name!r}: its file in runs/ is not valid ({reason}); delete it") from None
+        raise DamagedError(f"run {name!r}: its file in runs/ is not valid ({reason}); {VERIFY_HINT}") from None

@@ -12,16 +12,16 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from functools import lru_cache
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from math import gcd
 from pathlib import Path
-from threading import get_ident
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,21 +30,49 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.store.manifests import FORMAT, checked_format, checked_manifest, checked_run
+from pipeline.store.fingerprints import digests_of, model_digest
+from pipeline.store.manifests import (
+    FORMAT,
+    VERIFY_HINT,
+    DamagedError,
+    checked_manifest,
+    checked_run,
+    checked_sidecar,
+    decode,
+    decode_sealed,
+    encode_sealed,
+)
 from pipeline.store.storage import (
+    SCRATCH,
     Location,
     cache,
     create,
     delete,
     download,
+    is_left_over,
+    is_synced,
+    make_folder,
+    move,
     named,
     parse_location,
     read,
     read_all,
     replace,
+    scratch_path,
     sizes,
+    sync,
 )
-from schemas import COMMAND, TABLES, MachineError, Model, WinnowError, combine_chunks, shard_of, table_name
+from schemas import (
+    COMMAND,
+    TABLES,
+    MachineError,
+    Model,
+    WinnowError,
+    WinnowWarning,
+    combine_chunks,
+    shard_of,
+    table_name,
+)
 
 if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the run, its stage and its key
     from pipeline.config.plan import Step
@@ -52,8 +80,13 @@ if TYPE_CHECKING:  # a step of a plan, of which the store needs its name in the 
 Json = dict[str, Any]
 
 LOCKS, RUNS, TAGS = "locks", "runs", "tags"  # folders beside those of the stages
+COMMANDS = "commands"  # of each run, what was called
+FORGOTTEN = "forgotten"  # runs that `gc` is deleting
+SET_ASIDE = "set_aside"  # what was damaged, in folders as those of the steps; nothing reads it
+REPAIR = "repair.json"  # in a step that was finished and is computed again: what it had
 SIDECAR = "part-{:05d}-of-{:05d}.json"
 SIDECAR_NAME = re.compile(r"part-(\d{5}-of-(\d{5})|whole)\.json")
+TABLE_FILE = re.compile(r"(?!speeds-).+-\d{5}\.[0-9a-f]{12}\.parquet")
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 IdRange = tuple[str, str | None]  # prompt ids from the first to below the second; None: to the last
 ROW_GROUP = 8192  # rows
@@ -64,10 +97,8 @@ PROGRESS, METRICS_NOW = (
     "metrics_now.jsonl",
 )  # of a step that runs: how far it is, and its metrics so far
 # Scratch files, removed when the step is finished.
-LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train", PROGRESS, METRICS_NOW)
-REPAIR_HINT = (
-    f"put the file back, or make its step and all that depend on it again: `{COMMAND} run RECIPE --force STEP`"
-)
+LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train", PROGRESS, METRICS_NOW, REPAIR)
+REPAIR_HINT = f"`{COMMAND} verify --repair` sets aside what is damaged and makes it again"
 
 
 @dataclass(frozen=True)
@@ -86,8 +117,8 @@ class StepFolder:
             return with_changes(self, parts=manifest.get("parts", 0))
         matches = [match for name in sizes(self.path) if (match := SIDECAR_NAME.fullmatch(name))]
         if any(match[1] == "whole" for match in matches):
-            with suppress(WinnowError):  # a damaged one does not count
-                if record := read_json(self.path / WHOLE):
+            with suppress(DamagedError):
+                if record := self.read_sidecar(WHOLE):
                     return with_changes(self, parts=len(record["parts"]))
         finished = Counter(int(match[2]) for match in matches if match[2])
         most = max(finished, key=lambda parts: (finished[parts], parts == self.parts, parts), default=self.parts)
@@ -99,9 +130,20 @@ class StepFolder:
 
     @property
     def manifest(self) -> Json | None:
-        """Return the step's record, or None while the step is not finished."""
-        manifest = read_json(self.manifest_path)
-        return manifest and checked_format(self.manifest_path, manifest)
+        """Return the step's record, or None while the step is not finished; a damaged record is none."""
+        try:
+            return self.read_manifest()
+        except DamagedError:
+            return None
+
+    def read_manifest(self) -> Json | None:
+        """Return the step's record, or None if there is no file of it; raise DamagedError if that is damaged."""
+        try:
+            manifest = decode_sealed(self.manifest_path, read(self.manifest_path))
+        except FileNotFoundError:
+            return None
+        checked_manifest(manifest | {"folder": str(self.path)}, in_place=False)
+        return manifest
 
     def sidecar(self, shard: int, file_sizes: dict[str, int] | None = None) -> Json | None:
         """Return the record of a finished part, or None if it, or a file that it lists, is missing or damaged.
@@ -112,18 +154,35 @@ class StepFolder:
         if not file_sizes.keys() & {WHOLE, SIDECAR.format(shard, self.parts)}:
             return None
         try:
-            record = self._read_sidecar(shard)
-        except WinnowError:  # a sidecar that lost its content in a power cut
+            record = self._record(shard)
+        except DamagedError:
             return None
         if record and all(file_sizes.get(file["file"]) == file["bytes"] for file in record["files"]):
             return record
         return None
 
-    def _read_sidecar(self, shard: int) -> Json | None:
-        if record := read_json(self.path / SIDECAR.format(shard, self.parts)):
+    def _record(self, shard: int) -> Json | None:
+        if record := self.read_sidecar(SIDECAR.format(shard, self.parts)):
             return record
-        record = read_json(self.path / WHOLE)
+        record = self.read_sidecar(WHOLE)
         return record["parts"][shard] if record and len(record["parts"]) == self.parts else None
+
+    def read_sidecar(self, name: str) -> Json | None:
+        """Return what a sidecar holds, or None if there is no such file; raise DamagedError if it is damaged."""
+        try:
+            return checked_sidecar(self.path / name, decode_sealed(self.path / name, read(self.path / name)))
+        except FileNotFoundError:
+            return None
+
+    def _files(self, shard: int | None) -> list[Json]:
+        """Return the files of a finished part, as its sidecar or else the manifest lists them, or of all parts."""
+        if shard is None:
+            return list((self.manifest or {"files": []})["files"])
+        with suppress(DamagedError):
+            if record := self._record(shard):
+                return list(record["files"])
+        of_part = f"-{shard:05d}."
+        return [file for file in (self.manifest or {"files": []})["files"] if of_part in file["file"]]
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not finished."""
@@ -148,8 +207,7 @@ class StepFolder:
             table = pa.concat_tables(tables)
             return combine_chunks(table.take(pc.sort_indices(table["prompt_id"])).select(schema.names))
         name = table_name(schema)
-        record = (self.manifest if shard is None else self._read_sidecar(shard)) or {"files": []}
-        files = [file["file"] for file in record["files"] if table_of(file) == name]
+        files = [file for file in self._files(shard) if table_of(file) == name]
         if not files:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
         rows_read = None
@@ -158,17 +216,27 @@ class StepFolder:
             rows_read = (prompt >= ids[0]) if ids[1] is None else (prompt >= ids[0]) & (prompt < ids[1])
         tables = []
         for file in files:
-            path, content = self.path / file, None
+            path, content, where = (
+                self.path / file["file"],
+                None,
+                f"{self.path}: table {name} is damaged ({file['file']}: ",
+            )
             try:
-                if not isinstance(path, Path):  # one request; a request per column and row group takes longer
-                    content = pa.BufferReader(read(path))
-                tables.append(pq.read_table(content or str(path), schema=schema, partitioning=None, filters=rows_read))
+                if isinstance(path, Path):
+                    problem = file_problem(path, file)
+                else:  # one request; a request per column and row group takes longer
+                    content = read(path)
+                    problem = content_problem(file, content)
+                if problem:
+                    raise DamagedError(f"{where}{problem}); {REPAIR_HINT}")
+                source = str(path) if content is None else pa.BufferReader(content)
+                tables.append(pq.read_table(source, schema=schema, partitioning=None, filters=rows_read))
             except (OSError, pa.ArrowInvalid) as error:
                 # A disk that fails says so by a number, and an object store before there is any content.
                 has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
                 if has_failed and not isinstance(error, FileNotFoundError):
                     raise
-                raise WinnowError(f"{self.path}: table {name} is damaged ({file}: {error}); {REPAIR_HINT}") from None
+                raise DamagedError(f"{where}{error}); {REPAIR_HINT}") from None
         return combine_chunks(pa.concat_tables(tables))
 
     def decoded_bytes(self, schema: pa.Schema, shard: int, of: int) -> int:
@@ -177,12 +245,14 @@ class StepFolder:
         There a part is read at once: one request for each column of each row group takes longer. of: the number of
         parts that `shard` is one of; of a table in other parts, it is the bytes of all that share prompts with it.
         """
-        records = [self._read_sidecar(part) or {"files": []} for part in overlapping(shard, of, self.parts)]
         size = 0
-        for file in (file for record in records for file in record["files"]):
+        for file in (file for part in overlapping(shard, of, self.parts) for file in self._files(part)):
             if not isinstance(self.path, Path) or table_of(file) != table_name(schema):
                 continue
-            footer = pq.read_metadata(self.path / file["file"])
+            try:
+                footer = pq.read_metadata(self.path / file["file"])
+            except (OSError, pa.ArrowInvalid):  # which `read` reports
+                continue
             groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
             chunks = (group.column(leaf) for group in groups for leaf in range(footer.num_columns))
             names = set(schema.names)
@@ -198,12 +268,13 @@ class StepFolder:
         if manifest is None or not manifest["model"]:
             raise MachineError(f"{self.path}: no finished model here; run the recipe again")
         digest: str = manifest["model"]
-        if isinstance(self.path, Path):
-            return Model(self.path / "model", digest)
-        copy = cache() / "models" / digest
-        if not copy.exists():
-            download(self.path / model_name(digest), copy)
-        return Model(copy, digest)
+        folder = self.path / "model" if isinstance(self.path, Path) else cache() / "models" / digest
+        if not isinstance(self.path, Path) and not folder.exists():
+            download(self.path / model_name(digest), folder)
+        # Digests of large files are cached by their times and sizes: this reads weights once per machine.
+        if problems := model_problems(folder, digest, manifest.get("model_files")):
+            raise DamagedError(f"{folder}: the model is damaged ({problems[0]}); {REPAIR_HINT}")
+        return Model(folder, digest)
 
     def write_part(self, shard: int, tables: dict[str, pa.Table], record: Json) -> None:
         """Write all tables of one part, then its sidecar, unless another run's sidecar exists already."""
@@ -230,13 +301,16 @@ class StepFolder:
         self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
 
     def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
-        """Write the record of finished parts, unless there is one already that is not damaged."""
+        """Write the record of finished parts, unless there is one already that is not damaged.
+
+        The names of their files are synced with its own.
+        """
         path = self.path / name
-        if not write_json(path, content, overwrite=False):
+        if not create(path, encode_sealed(content)):
             existing = self.divided()  # another run may have divided it into another number
             numbers = range(existing.parts) if name == WHOLE else shards
             if any(existing.sidecar(shard) is None for shard in numbers):
-                write_json(path, content)
+                replace(path, encode_sealed(content))
 
     def seal(self, record: Json, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
@@ -263,14 +337,91 @@ class StepFolder:
             **add_records(parts),
             "parts": self.parts,
             "model": parts[0].get("model"),
+            **({"model_files": parts[0]["model_files"]} if "model_files" in parts[0] else {}),
             "files": files,
         }
         check(manifest)
-        if not write_json(self.manifest_path, manifest, overwrite=False):
-            manifest = self.manifest or manifest
+        if isinstance(self.path, Path):  # what it lists may be of another run, which has not synced its names yet
+            sync(self.path, self.path.parent, self.path.parent.parent)
+        if not create(self.manifest_path, encode_sealed(manifest)):
+            if existing := self.manifest:
+                manifest = existing
+            else:
+                replace(self.manifest_path, encode_sealed(manifest))  # the one that exists is damaged
         for leftover in LEFTOVERS:
             delete(self.path / leftover)
         return manifest
+
+    def sweep(self) -> None:
+        """Delete scratch of processes that have ended; the caller holds the step's lock, so that nobody writes here."""
+        for name in sizes(self.path):
+            if SCRATCH.fullmatch(name):
+                delete(self.path / name)
+
+    def set_aside(self, *names: str) -> Location:
+        """Move files of this step, or its whole folder if none is named, to where nothing reads them; return where."""
+        folder, number = self.path.parent.parent / SET_ASIDE / self.path.parent.name / self.path.name, 1
+        while (folder / str(number)).exists():
+            number += 1
+        if not names:
+            move(self.path, folder / str(number))
+        for name in names:
+            move(self.path / name, folder / str(number) / name)
+        return folder / str(number)
+
+    def set_aside_damaged(self) -> list[str]:
+        """Move aside what cannot be read of a step that is not finished; return the names.
+
+        The caller holds the step's lock, so that nobody else writes here. Parts that lack their sidecar, or a file of
+        it, are computed again.
+        """
+        file_sizes = sizes(self.path)
+        damaged: list[str] = []
+        try:
+            if self.read_manifest():
+                return []
+        except DamagedError as error:
+            damaged = list(file_sizes) if "belongs to" in str(error) else ["manifest.json"]
+        was_finished = bool(damaged)
+        for name in sorted(file_sizes):
+            if SIDECAR_NAME.fullmatch(name) and name not in damaged:
+                try:
+                    record = self.read_sidecar(name) or {"files": []}
+                except DamagedError:
+                    damaged.append(name)
+                    continue
+                files = [file for part in record.get("parts", [record]) for file in part["files"]]
+                short = [file["file"] for file in files if file_sizes.get(file["file"]) != file["bytes"]]
+                if short:
+                    damaged += [name, *(file for file in short if file in file_sizes)]
+        if was_finished and (damaged != ["manifest.json"] or self.divided().missing()):
+            self.note_repair()
+        if damaged:
+            self.set_aside(*dict.fromkeys(damaged))
+        return list(dict.fromkeys(damaged))
+
+    def note_repair(self) -> None:
+        """Record the content of a step that was finished, for it is about to be computed again: in part or whole."""
+        if not self.is_repaired:
+            model = ""
+            if isinstance(self.path, Path) and (self.path / "model").is_dir():
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    model = model_digest(self.path / "model")
+            manifest = self.manifest or {}
+            names = [file["file"] for file in manifest["files"]] if manifest else list(sizes(self.path))
+            write_json(self.path / REPAIR, content_of(names, manifest.get("model") or model))
+
+    @property
+    def is_repaired(self) -> bool:
+        """Return whether this step was finished once, was damaged, and is not finished again."""
+        return (self.path / REPAIR).exists()
+
+    def is_as_before(self, manifest: Json) -> bool:
+        """Return whether a step that was computed again has the content that it had, as far as that is known."""
+        names = [file["file"] for file in manifest["files"]]
+        with suppress(DamagedError):
+            return read_json(self.path / REPAIR) == content_of(names, manifest["model"] or "")
+        return False
 
     def try_lock(self) -> "StepLock | None":
         """Return the right to make this step until it is released, or None while another run on this disk has it.
@@ -290,9 +441,10 @@ class StepFolder:
             return None
         except OSError:  # a shared disk without locks
             return StepLock(file)
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return StepLock(file)
-        file.close()  # `gc` deleted it between open and flock: lock the file that other runs see
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return StepLock(file, path)
+        file.close()  # it was deleted between open and flock: lock the file that other runs see
         return self.try_lock()
 
     def is_locked(self) -> bool | None:
@@ -326,8 +478,11 @@ class PartWriter:
             self.writers[table].write(rows)
 
     def files(self) -> list[Json]:
-        """Finish all tables; return what a sidecar records of their files."""
-        return [writer.finish() for writer in self.writers.values()]
+        """Finish all tables, on the disk before they have their names; return what a sidecar records of their files."""
+        for writer in self.writers.values():
+            writer.close()
+        sync(*(writer.scratch for writer in self.writers.values()))
+        return [writer.publish() for writer in self.writers.values()]
 
     def finish(self, record: Json) -> None:
         """Finish all tables, then write the part's sidecar, unless another run's sidecar exists already."""
@@ -346,8 +501,8 @@ class TableWriter:
     def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
         self.folder, self.name = folder, name
         local = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
-        local.mkdir(parents=True, exist_ok=True)
-        self.scratch = local / f".{name}.{os.getpid()}.{get_ident()}"  # no other process or thread uses it
+        make_folder(local)
+        self.scratch = scratch_path(local / name)
         self.rows, self.rest = 0, schema.empty_table()
         with named(self.folder):
             self.writer = pq.ParquetWriter(
@@ -371,12 +526,15 @@ class TableWriter:
         with named(self.folder):
             self.writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
 
-    def finish(self) -> Json:
-        """Write the rest, and give the file its name; return what a sidecar records of it."""
+    def close(self) -> None:
+        """Write the rest."""
         if self.rest.num_rows or not self.rows:
             self._write_group(self.rest)
         with named(self.folder):
             self.writer.close()
+
+    def publish(self) -> Json:
+        """Give the file its name; return what a sidecar records of it."""
         with self.scratch.open("rb") as file:
             digest = file_digest(file, "sha256").hexdigest()
         size, name = self.scratch.stat().st_size, f"{self.name}.{digest[:12]}.parquet"
@@ -395,11 +553,14 @@ class TableWriter:
 
 @dataclass(frozen=True)
 class StepLock:
-    """Lock of a step; it ends with the process at the latest."""
+    """Lock of a step; it ends with the process at the latest. `path` is its file, where the disk has locks."""
 
     file: IO[str] | None
+    path: Path | None = None
 
     def release(self) -> None:
+        if self.path and self.file and not self.file.closed:
+            self.path.unlink(missing_ok=True)  # who opened it before sees that, and locks the next one
         if self.file:
             self.file.close()
 
@@ -419,10 +580,22 @@ class Store:
         return StepFolder(self.root / stage / key)
 
     def sealed(self) -> list[Json]:
-        """Return the checked manifests of all finished steps, sorted by path, each with its `folder`."""
-        manifests = []
-        for path, content in read_all(self.root, "*/*/manifest.json").items():
-            manifests.append(checked_manifest(_decoded(path, content) | {"folder": str(path.parent)}))
+        """Return the checked manifests of all finished steps, sorted by path, each with its `folder`.
+
+        Steps whose manifests are damaged are not finished; one warning names them.
+        """
+        return self._manifests("*/*/manifest.json")
+
+    def _manifests(self, pattern: str) -> list[Json]:
+        manifests, damaged = [], []
+        for path, content in read_all(self.root, pattern).items():
+            try:
+                manifests.append(checked_manifest(decode_sealed(path, content) | {"folder": str(path.parent)}))
+            except DamagedError as error:
+                damaged.append(error.problems[0])
+        if damaged:
+            more = f" ({len(damaged)} such manifests)" if len(damaged) > 1 else ""
+            warnings.warn(f"counts as not finished{more}: {damaged[0]}", WinnowWarning, stacklevel=3)
         return manifests
 
     def earlier(self, step: "Step") -> list[StepFolder]:
@@ -430,16 +603,23 @@ class Store:
         if not (step.signature.goes_on and step.takes_earlier_rows):
             return []
         rows: dict[StepFolder, int] = {}
-        for path, content in read_all(self.root / step.stage, "*/manifest.json").items():
-            manifest = checked_manifest(_decoded(path, content) | {"folder": str(path.parent)})
+        for manifest in self._manifests(f"{step.stage}/*/manifest.json"):
             if manifest.get("row_key") == step.row_key and manifest["key"] != step.key:
-                rows[StepFolder(path.parent, manifest["parts"])] = sum(manifest["rows"].values())
+                folder = self.root / manifest["stage"] / manifest["key"]
+                rows[StepFolder(folder, manifest["parts"])] = sum(manifest["rows"].values())
         return sorted(rows, key=lambda folder: (-rows[folder], folder.path.name))
 
     def runs(self) -> dict[str, Json]:
-        """Return run name -> step name -> stage and key."""
-        files = read_all(self.root, f"{RUNS}/*.json").items()
-        return {path.stem: checked_run(path.stem, _decoded(path, content)) for path, content in files}
+        """Return run name -> step name -> stage and key; raise DamagedError with all damaged files."""
+        runs, problems = {}, list[str]()
+        for path, content in read_all(self.root, f"{RUNS}/*.json").items():
+            try:
+                runs[path.stem] = checked_run(path.stem, decode(path, content))
+            except DamagedError as error:
+                problems += error.problems
+        if problems:
+            raise DamagedError(*problems)
+        return runs
 
     def run(self, name: str) -> Json:
         """Return step name -> stage and key of a run; empty if there is no such run."""
@@ -452,20 +632,45 @@ class Store:
     def tags(self) -> dict[str, dict[str, str]]:
         """Return the tags of each run that has any, by their names; those without a value have an empty one."""
         files = read_all(self.root, f"{TAGS}/*.json").items()
-        return {path.stem: _checked_tags(path, _decoded(path, content)) for path, content in files}
+        return {path.stem: checked_tags(path, decode(path, content)) for path, content in files}
 
     def tag_run(self, name: str, tags: dict[str, str]) -> None:
         """Add tags to a run, in a file of their own: they are words about its results, and no part of what they are."""
         if tags:
             path = self.root / TAGS / f"{name}.json"
-            write_json(path, _checked_tags(path, read_json(path) or {}) | tags)
+            write_json(path, checked_tags(path, read_json(path) or {}) | tags)
+
+    def record_command(self, name: str, words: list[str], folder: str) -> None:
+        """Record the command line that a run was called with, and in which folder: `verify --repair` calls it again."""
+        write_json(self.root / COMMANDS / f"{name}.json", {"words": words, "folder": folder})
+
+    def command(self, name: str) -> Json | None:
+        """Return the `words` of the command line that a run was called with, and its `folder`; None if not known."""
+        with suppress(DamagedError):
+            command = read_json(self.root / COMMANDS / f"{name}.json") or {}
+            words, folder = command.get("words"), command.get("folder")
+            if isinstance(folder, str) and isinstance(words, list) and all(isinstance(word, str) for word in words):
+                return command
+        return None
+
+    def sweep(self) -> None:
+        """Delete locks that no process holds, and scratch of processes of this machine that have ended."""
+        if not isinstance(self.root, Path):
+            return
+        for folder in (LOCKS, RUNS, TAGS, COMMANDS):
+            for name in sizes(self.root / folder):
+                if is_left_over(name):
+                    delete(self.root / folder / name)
+                elif folder == LOCKS and not name.startswith(".") and (lock := self.at(LOCKS, name).try_lock()):
+                    lock.release()
 
     def check(self) -> None:
         """Raise WinnowError if the store cannot be written to; called before any work is done."""
+        is_synced()  # which checks the environment
         trial = self.root / LOCKS / f".trial-{os.getpid()}-{id(self):x}"
         try:
-            replace(trial, b"")  # before create(), because its error says why
-            created_twice = create(trial, b"")
+            replace(trial, b"", durable=False)  # before create(), because its error says why
+            created_twice = create(trial, b"", durable=False)
             delete(trial)
         except OSError as error:
             raise WinnowError(
@@ -479,9 +684,9 @@ class Store:
             )
 
 
-def _checked_tags(path: Location, content: Json) -> dict[str, str]:
+def checked_tags(path: Location, content: Json) -> dict[str, str]:
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise WinnowError(f"{path}: is not the tags of a run, texts by their names; correct or delete it")
+        raise DamagedError(f"{path}: is not the tags of a run, texts by their names; correct it, or {VERIFY_HINT}")
     return content
 
 
@@ -539,31 +744,66 @@ def add_records(records: list[Json]) -> Json:
     return total | {"measures": measures}
 
 
-def write_json(path: Location, content: Any, overwrite: bool = True) -> bool:
-    """Write a JSON file atomically; without `overwrite`, return False, and write nothing, if it exists already."""
-    encoded = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-    if not overwrite:
-        return create(path, encoded)
-    replace(path, encoded)
-    return True
+def content_of(files: list[str], model: str) -> Json:
+    """Return what two results of one key have in common: their tables, whose names have digests, and their model.
+
+    Measured speeds differ between two computations.
+    """
+    return {"files": sorted(name for name in files if TABLE_FILE.fullmatch(name)), "model": model}
+
+
+def model_problems(folder: Path, digest: str, recorded: dict[str, str] | None) -> list[str]:
+    """Return which files of a model folder are not as they were stored; `recorded` has their digests by name."""
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    try:
+        now = digests_of(folder, [folder / name for name in recorded]) if recorded else {}
+        problems = [
+            f"{name} is not as it was written" for name, value in (recorded or {}).items() if now[name] != value
+        ]
+        if not problems and model_digest(folder) != digest:
+            problems = ["its files are not those that were stored"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{type(error).__name__}: {error}"]
+    return problems
+
+
+def file_problem(path: Path, file: Json) -> str:
+    """Return what is wrong with a file on a disk, as `content_problem` does; a process reads it for that once."""
+    stat = path.stat()
+    if stat.st_size == file["bytes"] and (
+        "sha256" not in file or _digest_of(path, stat.st_size, stat.st_mtime_ns) == file["sha256"]
+    ):
+        return ""
+    return content_problem(file, path.read_bytes())
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest_of(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def content_problem(file: Json, content: bytes) -> str:
+    """Return why the content of a file is not what a sidecar or manifest recorded of it; empty if it is."""
+    if len(content) != file["bytes"]:
+        return f"it has {len(content):,} bytes of {file['bytes']:,}"
+    if file.get("sha256", digest := sha256(content).hexdigest()) != digest:
+        return "a byte of it is not as it was written"
+    return ""
+
+
+def write_json(path: Location, content: Any, durable: bool = True) -> None:
+    """Write a JSON file atomically; without `durable`, what a power cut may lose."""
+    replace(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), durable)
 
 
 def read_json(path: Location) -> Json | None:
-    """Return the object in a JSON file, or None if there is no such file; raise WinnowError if it is damaged."""
+    """Return the object in a JSON file, or None if there is no such file; raise DamagedError if it is damaged."""
     try:
-        return _decoded(path, read(path))
+        return decode(path, read(path))
     except FileNotFoundError:
         return None
-
-
-def _decoded(path: Location, content: bytes) -> Json:
-    try:
-        decoded = json.loads(content)
-    except ValueError as error:
-        raise WinnowError(f"{path}: cannot be read ({error}); delete it and run again") from None
-    if not isinstance(decoded, dict):
-        raise WinnowError(f"{path}: cannot be read (it is not a JSON object); delete it and run again")
-    return decoded
 
 
 def table_of(file: Json) -> str:

@@ -29,6 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.store.fingerprints import ADAPTER, CARD
+from pipeline.store.storage import named
 from pipeline.store.weights import weight_files
 from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, ModelConfig
@@ -232,6 +233,27 @@ def save_network(
     """
     scratch = folder.with_name(".model")
     shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        with named(folder):  # a full disk is an error of Rust in safetensors
+            _write_network(network, init, scratch, dtype=dtype, rounding=rounding, seed=seed, merge=merge)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+    return Model(folder, "")
+
+
+def _write_network(
+    network: PreTrainedModel,
+    init: Model,
+    scratch: Path,
+    *,
+    dtype: Precision,
+    rounding: Rounding,
+    seed: int,
+    merge: bool,
+) -> None:
     adapted = hasattr(network, "peft_config")
     if adapted:
         from stages.network.lora import merge_layers, save_adapter
@@ -256,9 +278,6 @@ def save_network(
         shutil.copytree(templates, scratch / templates.name)
     if is_reward_model(network):
         _set_pad_token(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
-    return Model(folder, "")
 
 
 def _set_pad_token(folder: Path) -> None:

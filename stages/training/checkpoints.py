@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.context import Mirror
+from pipeline.store.storage import make_folder, named, replace, sync, sync_tree
 from schemas import WinnowWarning
 from stages.training.distributed import Distributed
 
@@ -59,13 +60,14 @@ class Checkpoints:
 
     def ran_out_of_memory(self, tokens_per_pass: int) -> bool:
         """Return whether this run, before it was restarted, was out of memory with as many tokens per pass."""
-        note = self.folder / "out_of_memory"
-        return note.exists() and tokens_per_pass >= int(note.read_text())
+        try:
+            return tokens_per_pass >= int((self.folder / "out_of_memory").read_text())
+        except (OSError, ValueError):  # there is none, or it was cut off: this run finds out again
+            return False
 
     def note_out_of_memory(self, tokens_per_pass: int) -> None:
         """Record for a restart that so many tokens per pass are too many."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "out_of_memory").write_text(str(tokens_per_pass))
+        replace(self.folder / "out_of_memory", str(tokens_per_pass).encode())
         self.mirror("checkpoint/out_of_memory")
 
     def save(self, state: TrainState, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -93,16 +95,19 @@ class Checkpoints:
         scratch = self.folder / ".writing"
         if self.dist.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+            make_folder(scratch)
         self.dist.barrier()
         writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-        save(tensors, storage_writer=writer, no_dist=self.dist.world_size == 1)
+        with named(scratch):
+            save(tensors, storage_writer=writer, no_dist=self.dist.world_size == 1)
         if self.dist.rank == 0:
             files = {file.name: file.stat().st_size for file in scratch.iterdir()}
             (scratch / "state.json").write_text(json.dumps(record | {"files": files}))
             target = self.folder / name
             shutil.rmtree(target, ignore_errors=True)  # an incomplete one
+            sync_tree(scratch)
             scratch.rename(target)
+            sync(self.folder)
             self.mirror(f"checkpoint/{name}")
         self.dist.barrier()
 
@@ -115,6 +120,7 @@ class Checkpoints:
             state = _record(folder)
             best = state and state.get("best_step", 0)
             if state is not None and (not best or _record(self.folder / f"best-{best:08d}") is not None):
+                progress = TrainState(**state)
                 break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
             warnings.warn(message, WinnowWarning, stacklevel=2)
@@ -126,7 +132,7 @@ class Checkpoints:
         with torch.no_grad():
             reader = HuggingFaceStorageReader(str(folder))
             load(_tensors(network, optimizer), storage_reader=reader, no_dist=self.dist.world_size == 1)
-        return TrainState(**state)
+        return progress
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -134,7 +140,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((folder / "state.json").read_text())
         complete = all((folder / name).stat().st_size == size for name, size in record.pop("files").items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if complete else None
 

@@ -293,3 +293,33 @@ def test_held_out_figures_are_of_the_policy_that_was_saved(evaluated):
     assert steps == min(at for at, value in wins.items() if value == max(wins.values()))
     shown = query(catalog, queries.text("heldout")).to_pylist()
     assert [row["value"] for row in shown if (row["step"], row["metric"]) == ("optimize", "loss")] == [losses[steps]]
+
+
+def test_the_page_of_a_store_is_the_same_at_any_time_and_there_all_at_once(finished, tmp_path, monkeypatch):
+    """Its date is that of the newest result; a page that cannot be written leaves the one before."""
+    first, second = tmp_path / "first.html", tmp_path / "second.html"
+    for page in (first, second):
+        write_report(Store(finished), page)
+    assert first.read_bytes() == second.read_bytes()
+    newest = max(datetime.fromisoformat(manifest["made"]) for manifest in Store(finished).sealed())
+    assert f"{newest:%Y-%m-%d %H:%M} UTC" in first.read_text()
+    before = first.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(Store(finished), first)
+    assert first.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["first.html", "second.html"]
+
+
+def test_a_name_with_dollars_is_plotted_as_it_is(finished, tmp_path):
+    """It is no formula of matplotlib's."""
+    root = tmp_path / "store"
+    shutil.copytree(finished, root)
+    links = root / "runs" / "run.json"
+    links.rename(links.with_name("a$$b$x_$.json"))
+    write_report(Store(root), tmp_path / "page.html")
+    assert "a$$b$x_$" in (tmp_path / "page.html").read_text()

@@ -15,10 +15,12 @@ from upath import UPath
 from jobs import queries
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.sql.views import LIVE, VIEWS, view
+from pipeline.store.inventory import Inventory
 from pipeline.store.store import Store
 from schemas import TABLES, WinnowError
 from schemas.tables import CANDIDATES, EXAMPLES, FEATURES, PROMPTS, REWARDS
 from tests.catalogs import link, put, rejects, rewards, table
+from tests.power_cut import recorded
 from tests.runs import local
 
 NASTY = ["it's", 'a "quoted" name', "'; DROP TABLE runs; --", "semi;colon", "émoji 🙂", "%s {x} $1 ?", "back\\slash"]
@@ -142,7 +144,7 @@ def test_only_the_tables_in_a_statement_are_opened(store: Store):
     with pytest.raises(WinnowError, match="sql: "):
         query(catalog, "SELECT * FROM rewards")
     rewards_file(store, "2222").unlink()
-    with pytest.raises(WinnowError, match="put the file back, or make its step"):
+    with pytest.raises(WinnowError, match="verify --repair"):
         query(catalog, "SELECT * FROM rewards")
 
 
@@ -249,7 +251,7 @@ def test_an_export_of_one_run_overwrites_nothing(store: Store, tmp_path: Path):
         assert copy.sql("SELECT count(*) FROM rewards").fetchall() == [(0,)]
         assert copy.sql("SELECT DISTINCT run FROM runs").fetchall() == [("two",)]
     (tmp_path / "there.duckdb").write_text("mine")
-    with pytest.raises(WinnowError, match="exists already; delete it, or give another name"):
+    with pytest.raises(WinnowError, match="exists already; give another name"):
         catalog.export(tmp_path / "there.duckdb")
     assert (tmp_path / "there.duckdb").read_text() == "mine"
     with pytest.raises(WinnowError, match="there is no folder"):
@@ -330,3 +332,43 @@ def test_nan_in_a_parquet_file_that_sql_writes_is_found_by_any_duckdb(winnow, tm
     link(store, "one", numbers=("numbers", "5555"))
     assert winnow("sql", "SELECT logp FROM candidates", "--store", store.root, "--out", out)[0] == 0
     assert duckdb.sql(f"SELECT count(*) FROM '{out}' WHERE isnan(logp)").fetchall() == [(1,)]
+
+
+def test_a_stage_on_another_disk_is_read_through_its_link(tmp_path: Path):
+    """By SQL, verify and gc as by a run; of the other disk, nothing but the files that manifests list."""
+    store = Store(tmp_path / "store")
+    put(store, "reward", "0" * 16, [rewards(1.0, 2.0)])
+    link(store, "a", rewards=("reward", "0" * 16))
+    big = tmp_path / "big"
+    local(store.root / "reward").rename(big)
+    local(store.root / "reward").symlink_to(big)
+    (big / "secret.txt").write_text("secret")
+    catalog = open_catalog(store)
+    assert query(catalog, "SELECT sum(reward) AS total FROM rewards").to_pylist() == [{"total": 3.0}]
+    catalog.export(tmp_path / "all.duckdb")
+    with pytest.raises(WinnowError, match="sql: "):
+        query(catalog, f"SELECT * FROM read_text('{store.root}/reward/secret.txt')")
+    assert [step.key for step in Inventory(store).steps.values()] == ["0" * 16]
+
+
+def test_listing_and_asking_writes_nothing_to_a_store(winnow, tmp_path: Path):
+    """So that it may be read-only: no lock, no scratch file; the page of `report` is written beside it then."""
+    store = Store(tmp_path / "store")
+    put(store, "reward", "0" * 16, [rewards(1.0, 2.0)])
+    link(store, "a", rewards=("reward", "0" * 16))
+    (local(store.root) / "locks").mkdir()
+    (local(store.root) / "locks" / ("0" * 16)).touch()
+    page = tmp_path / "elsewhere" / "page.html"
+    with recorded(local(store.root)) as recorder:
+        for words in (
+            ["ls"],
+            ["ls", "a"],
+            ["status"],
+            ["sql", "FROM runs"],
+            ["gc"],
+            ["verify"],
+            ["report", "--out", page],
+        ):
+            assert winnow(*words)[0] == 0, words
+    assert [operation for operation in recorder.operations if operation[0] not in ("write", "os.mkdir")] == []
+    assert len({operation[1] for operation in recorder.operations}) == len(recorder.operations)

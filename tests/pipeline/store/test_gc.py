@@ -179,6 +179,8 @@ def test_a_held_lock_is_never_stale(store: Store, plan: Plan):
     assert lock
     assert paths(garbage(store)) == []
     lock.release()
+    assert not list((local(store.root) / "locks").iterdir()), "it is deleted with the claim"
+    old_file(local(store.root) / "locks" / folder.path.name)
     assert paths(garbage(store)) == [f"locks/{folder.path.name}"]
 
 
@@ -190,7 +192,7 @@ def test_what_cannot_be_known_is_refused(store: Store, other: Plan):
     link = local(store.root) / "runs" / "toy.json"
     for text in ("{", "[]", '{"draw": 3}', '{"draw": {"stage": "toy_draw"}}'):
         link.write_text(text)
-        with pytest.raises(WinnowError, match=r"toy.*delete it"):
+        with pytest.raises(WinnowError, match=r"toy.*verify --repair"):
             garbage(store, ("other",))
     for file in link.parent.iterdir():
         file.unlink()
@@ -321,5 +323,19 @@ def test_bad_stores_are_reported_by_every_command(winnow, tmp_path: Path, luck: 
     link.write_text("{")
     for words in (["ls"], ["gc", "--yes"], ["why", "toy", "toy"]):
         code, output = winnow(*words)
-        assert (code, "toy.json: " in output, "delete it" in output) == (2, True, True), output
+        assert (code, "toy.json: " in output, "verify --repair" in output) == (2, True, True), output
     assert manifest.exists()
+
+
+def test_forgetting_a_run_can_be_repeated(winnow, store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+    """Also where it was cut off after the run's name was gone: what it alone used is deleted, and no other word is."""
+    words = ("gc", "--forget", "toy", "--yes", "--store", str(store.root))
+    report = garbage(store, ("toy",))
+    next(delete_garbage(store, report, ("toy",)))  # cut off after the first step
+    assert store.runs() == {}
+    code, output = winnow(*words)
+    assert code == 0, output
+    assert not list(local(store.root).glob("toy_*/*"))
+    code, output = winnow(*words)
+    assert (code, "toy: no such run" in output) == (0, True), output
+    assert winnow(*words[:3], *words[4:])[0] == 2, "a mistyped name is refused before anything is deleted"

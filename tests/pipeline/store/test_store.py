@@ -1,5 +1,6 @@
 """The manifest is written last: a crash loses only the parts in flight, and a rerun writes the same bytes."""
 
+import errno
 import json
 import os
 import resource
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -23,8 +26,10 @@ from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.retries import may_pass
 from pipeline.execution.run import run
 from pipeline.stage import stages
+from pipeline.store.storage import create, scratch_path
 from pipeline.store.store import StepFolder, Store, overlapping
 from schemas import Candidates, Model, Prompts, Rewards, WinnowError, prompt_id, shard_of
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS
@@ -137,7 +142,8 @@ def folder(store: Store, name: str = "grade", of: Plan | None = None) -> StepFol
 def contents(store: Store) -> dict[str, str]:
     """Digest of every Parquet file by its path."""
     root = local(store.root)
-    return {str(file.relative_to(root)): sha256(file.read_bytes()).hexdigest() for file in root.rglob("*.parquet")}
+    files = (file for file in root.rglob("*.parquet") if file.relative_to(root).parts[0] != "set_aside")
+    return {str(file.relative_to(root)): sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def times(store: Store) -> dict[Path, int]:
@@ -354,7 +360,7 @@ def test_a_damaged_table_of_a_finished_step_is_named_when_it_is_read(complete: S
     before, source = contents(complete), folder(complete, "source")
     for file in local(source.path).glob("prompts-*.parquet"):
         damage(file)
-    with pytest.raises(WinnowError, match=rf"{source.path}: table prompts .* --force STEP"):
+    with pytest.raises(WinnowError, match=rf"{source.path}: table prompts .* verify --repair"):
         make(complete, plan({"leave_out": 5}))
     rerun([plan()], complete, Part(force="source")).delete()
     make(complete)
@@ -430,17 +436,154 @@ def test_any_option_gives_the_run_a_valid_file_name(store: Store, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "toy.yaml"]
 
 
-def test_a_manifest_that_cannot_be_read_is_named(complete: Store):
-    """Damaged, or of a later version of this code."""
+def set_aside(store: Store) -> list[str]:
+    """Stage and name of each file that was set aside."""
+    root = local(store.root) / "set_aside"
+    return sorted(f"{file.relative_to(root).parts[0]} {file.name}" for file in root.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "a list", "another byte", "none of these"])
+def test_a_damaged_manifest_is_set_aside_and_written_again_from_the_parts(
+    complete: Store, trouble: Trouble, damage: str
+):
+    """All of a store at once, as a power cut leaves them, and nothing is deleted or computed again."""
+    before = contents(complete)
+    if damage == "none of these":
+        assert make(complete) == []
+        return
+    for path in local(complete.root).glob("*/*/manifest.json"):
+        text = path.read_text()
+        path.write_text(
+            {"empty": "", "cut": text[:-3], "a list": "[]"}.get(damage, text.replace('"parts": 3', '"parts": 2'))
+        )
+    assert make(complete) == ["source", "grade"]
+    assert trouble.calls == SHARDS
+    assert contents(complete) == before
+    assert set_aside(complete) == ["toy_grade manifest.json", "toy_source manifest.json"]
+    assert make(complete) == []
+
+
+def test_a_manifest_of_a_later_version_is_refused(complete: Store):
     path = local(folder(complete, "source").manifest_path)
-    manifest = path.read_text()
-    for text in (manifest[:-3], "[]"):
-        path.write_text(text)
-        with pytest.raises(WinnowError, match=r"manifest\.json: cannot be read"):
-            make(complete)
-    path.write_text(json.dumps(json.loads(manifest) | {"format": 99}))
-    with pytest.raises(WinnowError, match=r"manifest\.json: .*format 99.* reads up to 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(WinnowError, match=r"manifest\.json: .*format 99.* reads up to 2"):
         make(complete)
+
+
+def test_all_that_a_power_cut_emptied_is_made_again_in_one_run(complete: Store):
+    """Every file of an older store, which was not synced: one run, the same bytes."""
+    before = contents(complete)
+    files = [file for file in local(complete.root).glob("toy_*/*/*") if file.is_file()]
+    for file in files:
+        file.write_bytes(b"")
+    assert make(complete) == ["source", "grade"]
+    assert contents(complete) == before
+    sidecars = [f"toy_grade part-{part:05d}-of-{SHARDS:05d}.json" for part in range(SHARDS)]
+    manifests = ["toy_grade manifest.json", "toy_source manifest.json"]
+    assert set_aside(complete) == sorted([*sidecars, *manifests, "toy_source part-whole.json"])
+
+
+def test_what_was_made_from_a_damaged_result_that_is_another_now_is_made_again(tmp_path: Path, trouble: Trouble):
+    """A sampler draws otherwise on other hardware: rewards of the lost draws are none of the new ones."""
+    calls = iter(range(100))
+
+    @stage(version=1)
+    def toy_luck(prompts: Prompts) -> Rewards:
+        rows = [
+            dict(prompt_id=prompt, candidate_id="c", reward=float(next(calls)))
+            for prompt in prompts["prompt_id"].to_pylist()
+        ]
+        return pa.Table.from_pylist(rows, REWARDS)
+
+    @stage(version=1)
+    def toy_double(rewards: Rewards) -> Rewards:
+        return rewards.set_column(2, "reward", pc.multiply(rewards["reward"], 2.0))
+
+    steps: dict[str, dict[str, Any]] = {
+        "source": {"use": "toy_source"},
+        "luck": {"use": "toy_luck", "from": {"prompts": "source"}},
+        "double": {"use": "toy_double", "from": {"rewards": "luck"}},
+    }
+    lucky, store = make_plan(Recipe("toy", shards=1, target="double", steps=steps)), Store(tmp_path / "store")
+    try:
+        make(store, lucky)
+        folders = [folder(store, name, lucky) for name in ("luck", "double")]
+        first = folders[0].read(REWARDS)
+        for name in ("manifest.json", "part-00000-of-00001.json"):
+            (local(folders[0].path) / name).write_bytes(b"")
+        assert make(store, lucky) == ["luck", "double"]
+        luck, double = (step.read(REWARDS) for step in folders)
+        assert luck != first
+        assert double["reward"].to_pylist() == [2 * reward for reward in luck["reward"].to_pylist()]
+    finally:
+        for name in ("toy_luck", "toy_double"):
+            stages.entries.pop(name)
+
+
+def test_a_flipped_bit_in_a_part_is_said_where_it_is_read(complete: Store):
+    """Parquet has no digest: most flips are read as other rows."""
+    file = next(local(folder(complete, "source").path).glob("prompts-00001.*.parquet"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(WinnowError, match=rf"table prompts .*{file.name}.*not as it was written.*verify --repair"):
+        make(complete, plan({"leave_out": 5}))
+
+
+def test_a_flipped_bit_in_a_model_is_said_where_it_is_read(store: Store):
+    to_make = plan_of_one("toy_model", size=9)
+    make(store, to_make)
+    step = store.folder(to_make.target)
+    (step.path / "model" / "model.safetensors").write_bytes(b"xxxxyxxxx")
+    with pytest.raises(WinnowError, match=r"model\.safetensors is not as it was written.*verify --repair"):
+        step.model()
+
+
+def test_a_finished_step_without_a_sidecar_is_read_by_its_manifest(complete: Store):
+    """All its bytes are there: it is not lost with a damaged sidecar."""
+    step = folder(complete)
+    before = step.read(REWARDS, 1)
+    (step.path / f"part-00001-of-{SHARDS:05d}.json").write_bytes(b"{")
+    assert step.read(REWARDS, 1) == before
+    assert make(complete) == []
+
+
+def test_locks_and_scratch_of_killed_runs_go_at_the_next_run(store: Store, trouble: Trouble):
+    """Those of a process that has ended; those of one that lives stay."""
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    dead, alive = int(ended.stdout), os.getpid()
+    make(store)
+    root, step = local(store.root), local(folder(store).path)
+    step.joinpath("manifest.json").unlink()
+    (root / "locks" / "0123456789abcdef").touch()
+    name = scratch_path(root / "runs" / "other.json").name
+    names = [name.replace(f".{alive}.", f".{process}.") for process in (dead, alive)]
+    for name in names:
+        (root / "runs" / name).touch()
+    (step / scratch_path(step / "x").name.replace(f".{alive}.", f".{dead}.")).touch()
+    make(store)
+    assert sorted(file.name for file in root.rglob(".*")) == names[1:]
+    assert list((root / "locks").iterdir()) == []
+
+
+def test_a_disk_without_hard_links_has_a_store_too(tmp_path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch):
+    """And of two writers there, the first one wins."""
+
+    def refuse(*names: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(tmp_path / "store")
+    assert make(store) == ["source", "grade"]
+    assert make(store) == []
+    assert (create(tmp_path / "x", b"1"), create(tmp_path / "x", b"2"), (tmp_path / "x").read_bytes()) == (
+        True,
+        False,
+        b"1",
+    )
+    assert not list(tmp_path.rglob(".*"))
 
 
 @contextmanager
@@ -466,6 +609,27 @@ def test_a_full_disk_leaves_no_incomplete_file(tmp_path: Path, trouble: Trouble)
         assert not list(local(store.root).rglob(".*")), "no scratch file"
         make(store, large)
         assert contents(store) == contents(reference)
+
+
+@pytest.mark.parametrize(
+    "text", ["Error while serializing: I/O error: No space left on device (os error 28)", "engine died"]
+)
+def test_a_full_disk_is_an_error_of_the_disk_whatever_a_library_makes_of_it(store: Store, text: str, monkeypatch):
+    """In its text, or, where a process of an engine died without one, by how much room the disk has."""
+
+    @stage(version=1, unsharded=True)
+    def toy_full(ctx: StageContext) -> Rewards:
+        if text == "engine died":
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+        raise RuntimeError(text)
+
+    try:
+        with pytest.raises(OSError, match="No space left on device") as error:
+            make(store, plan_of_one("toy_full"))
+        assert may_pass(error.value), "the command that resumes is printed"
+        assert str(error.value.__cause__) == text
+    finally:
+        stages.entries.pop("toy_full")
 
 
 def test_the_results_of_two_calls_for_all_parts_are_never_mixed(tmp_path: Path):

@@ -1,6 +1,8 @@
 """One network in memory: its log-probs against a naive transcription, and what it writes to disk."""
 
+import errno
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -159,6 +161,19 @@ def half(tiny, tmp_path_factory):
     shutil.copytree(tiny.folder, folder)
     load_network(tiny).to(torch.bfloat16).save_pretrained(folder)
     return Model(folder, model_digest(folder))
+
+
+def test_a_full_disk_while_weights_are_written_is_an_error_of_the_disk_and_leaves_no_scratch(tiny, network, tmp_path):
+    """safetensors raises one of its own, which is no OSError; the run ends by it as by that of any other file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=str(tmp_path / "model")) as error:
+            save_network(network, tiny, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_network_saves_fp32_weights_as_they_are_whatever_the_initial_folder_holds(half, tmp_path):

@@ -1,5 +1,7 @@
 """The training loop on the tiny model: its first loss, its refusals, its sums, its checkpoints, its cost."""
 
+import contextlib
+import json
 import math
 import pickle
 import shutil
@@ -15,13 +17,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.context import Mirror
 from pipeline.store.fingerprints import DataPath, model_digest
 from schemas import Model, WinnowError, WinnowWarning
 from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages.data.preferences import preferences
 from stages.limits import SCORING_TOKENS_PER_PASS
 from stages.network.load import load_network
-from stages.training import objectives, trainer
+from stages.training import checkpoints, objectives, trainer
 from stages.training.distributed import Distributed
 from stages.training.examples import examples
 from stages.training.reference import reference
@@ -44,6 +47,7 @@ from tests.material import (
     train_speeds,
     weights_of,
 )
+from tests.power_cut import recorded, restarts
 
 LN2 = math.log(2)
 ROOT = Path(__file__).parents[3]
@@ -356,21 +360,54 @@ def test_kill_9_during_a_checkpoint_write(tiny, cached, straight, tmp_path):
 
 
 def test_an_incomplete_checkpoint_is_passed_over_with_a_message(tiny, cached, straight, tmp_path):
-    """A disk that lost the end of a file, a file, or the state: the one before it is taken, to the same end."""
+    """A disk that lost the end of a file, a file, the state or what is in it: the one before it is taken.
+
+    The note of how much memory was too much may be cut off too.
+    """
     with pytest.raises(KeyboardInterrupt):
         train(tiny, cached, tmp_path / "died", report_progress=interrupt_at(5), **INTERRUPTED)
-    for damage in ("short", "gone", "no state"):
+    for damage in ("short", "gone", "no state", "a list", "another field", "empty"):
         folder = tmp_path / damage
         shutil.copytree(tmp_path / "died", folder)
         newest = folder / "checkpoint" / "step-00000004"
         (file,) = newest.glob("*.safetensors")
         if damage == "short":
             file.write_bytes(file.read_bytes()[:-1])
-        else:
+        elif damage in ("gone", "no state"):
             (file if damage == "gone" else newest / "state.json").unlink()
+        else:
+            state = json.loads((newest / "state.json").read_text()) | {"other": 1}
+            text = {"a list": "[]", "another field": json.dumps(state), "empty": ""}[damage]
+            (newest / "state.json").write_text(text)
+            (folder / "checkpoint" / "out_of_memory").write_text("")
         with pytest.warns(UserWarning, match="step-00000004: this checkpoint is incomplete"):
             again = train(tiny, cached, folder, **INTERRUPTED)
         assert same_run(again, straight)
+
+
+def test_a_checkpoint_survives_a_power_cut_once_it_is_saved(tiny, tmp_path, monkeypatch):
+    """Whatever a cut leaves of what was not synced, the newest checkpoint that was said to be saved is complete."""
+    monkeypatch.setenv("WINNOW_SYNC", "on")
+    network = load_network(tiny)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    (tmp_path / "disk").mkdir()
+    with recorded(tmp_path / "disk") as recorder:
+        kept = checkpoints.Checkpoints(Mirror(tmp_path / "disk", tmp_path / "disk"), Distributed())
+        for step in (1, 2):
+            kept.save(checkpoints.TrainState(step), network, optimizer)
+            recorder.said(step)
+    for place, said in restarts(recorder.operations, tmp_path):
+        found = [0]
+        for folder in (place / "checkpoint").glob("step-*"):
+            with contextlib.suppress(OSError, ValueError):
+                state = json.loads((folder / "state.json").read_text())
+                if all((folder / name).stat().st_size == size for name, size in state["files"].items()):
+                    found.append(state["step"])
+        assert max(found) >= max([0, *(step for (step,) in said)]), place.name
+        shutil.rmtree(place)
 
 
 # Metrics
