@@ -232,7 +232,7 @@ def examples(
     position_of_used = np.zeros(len(used_rows), dtype=np.int64)
     position_of_used[is_used] = position[: len(of_used)]
     grouped = has_rows[of_pair]  # all but those of a prompt that the reference lacks
-    gap = pc.fill_null(column_of(pairs, "gap"), np.inf).to_numpy()  # people's labels have none
+    gap = pc.fill_null(column_of(pairs, "gap").cast(pa.float64()), np.inf).to_numpy()  # people's labels have none
     pair_columns = {
         "chosen": position_of_used[chosen],
         "rejected": position_of_used[rejected],

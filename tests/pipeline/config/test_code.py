@@ -210,4 +210,4 @@ def test_digests_are_the_same_in_every_process_and_planning_imports_no_torch():
     assert plain[0] == imported[0]
     assert (plain[1], imported[1]) == ("False", "True")
     assert "stages.network.forward.completion_logp" in plain[0]
-    assert "schemas.ids.seed_for" in plain[0]
+    assert "schemas.ids.seeds_for" in plain[0]
