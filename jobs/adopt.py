@@ -120,7 +120,10 @@ def _read_artifact(step: Step, path: str, where: str) -> Artifact:
     try:
         manifest = None if isinstance(location, Path) and not location.is_dir() else source.read_manifest()
     except DamagedError as error:
-        raise WinnowError(f"{where}: its manifest.json is not a step's, or damaged ({error})") from None
+        raise WinnowError(
+            f"{where}: its manifest.json is not a step's, or is damaged ({error}); move it elsewhere to adopt the other "
+            "files"
+        ) from None
     if manifest is not None:
         return _read_step(step, source, manifest, where)
     if not isinstance(location, Path):
