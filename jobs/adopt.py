@@ -121,8 +121,8 @@ def _read_artifact(step: Step, path: str, where: str) -> Artifact:
         manifest = None if isinstance(location, Path) and not location.is_dir() else source.read_manifest()
     except DamagedError as error:
         raise WinnowError(
-            f"{where}: its manifest.json is not a step's, or is damaged ({error}); move it elsewhere to adopt the other "
-            "files"
+            f"{where}: its manifest.json is not a step's, or is damaged ({error}); move it elsewhere to adopt the "
+            "other files"
         ) from None
     if manifest is not None:
         return _read_step(step, source, manifest, where)
