@@ -29,6 +29,7 @@ from pipeline.execution.tasks import (
 from pipeline.registry import nearest
 from pipeline.sql.views import KEY, STAGE
 from pipeline.store.fingerprints import ModelPath, digest_of, model_digest, model_files
+from pipeline.store.manifests import DamagedError
 from pipeline.store.storage import delete, parse_location
 from pipeline.store.store import Json, StepFolder, Store
 from schemas import COMMAND, WinnowError, conform, table_name
@@ -116,7 +117,13 @@ def _read_artifact(step: Step, path: str, where: str) -> Artifact:
     """Read a step's folder of a store, Parquet files, a model folder, or the last two in one folder."""
     location = parse_location(path)
     source = StepFolder(location)
-    manifest = None if isinstance(location, Path) and not location.is_dir() else source.manifest
+    try:
+        manifest = None if isinstance(location, Path) and not location.is_dir() else source.read_manifest()
+    except DamagedError as error:
+        raise WinnowError(
+            f"{where}: its manifest.json is not a step's, or is damaged ({error}); move it elsewhere to adopt the "
+            "other files"
+        ) from None
     if manifest is not None:
         return _read_step(step, source, manifest, where)
     if not isinstance(location, Path):

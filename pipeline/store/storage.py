@@ -106,7 +106,7 @@ def _full_disk(error: BaseException, location: Location) -> OSError | None:
     for number in IN_TEXTS:
         if os.strerror(number) in text:
             return OSError(number, os.strerror(number), str(location))
-    folders = [tempfile.gettempdir(), *([str(location)] if isinstance(location, Path) else [])]
+    folders = [tempfile.gettempdir(), str(Path.home()), *([str(location)] if isinstance(location, Path) else [])]
     for folder in folders:
         with suppress(OSError):
             if shutil.disk_usage(folder).free < FULL_BYTES:

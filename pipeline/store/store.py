@@ -560,7 +560,9 @@ class StepLock:
 
     def release(self) -> None:
         if self.path and self.file and not self.file.closed:
-            self.path.unlink(missing_ok=True)  # who opened it before sees that, and locks the next one
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+                    self.path.unlink()  # who opened it before sees that, and locks the next one
         if self.file:
             self.file.close()
 

@@ -25,6 +25,7 @@ from jobs.commands.run import _print_next_commands
 from jobs.console import VisibleConsole, as_table
 from jobs.output import _Visible
 from pipeline.config.code import FORMAT
+from pipeline.store.manifests import encode_sealed
 from pipeline.store.store import Store
 from schemas import Model
 
@@ -537,7 +538,7 @@ def test_plan_and_run_say_which_code_changed_without_its_version(winnow, data_di
     words = ("rso", "--config", data_dir / "demo.yaml", "--store", tmp_path / "store")
     assert "code changed" not in winnow("plan", *words)[1]
     content["code"]["matches"] = FORMAT + "0" * 12
-    manifest.write_text(json.dumps(content))
+    manifest.write_bytes(encode_sealed(content))
     for command in ("plan", "run"):
         code, text = winnow(command, *words)
         assert code == 0

@@ -15,7 +15,9 @@ import pyarrow as pa
 
 from jobs.recipes import plan_named
 from pipeline.config.plan import Step
-from pipeline.store.store import Store, write_json
+from pipeline.store.manifests import encode_sealed
+from pipeline.store.storage import replace
+from pipeline.store.store import Store
 from schemas import table_name
 from schemas.tables import EVALUATIONS
 from stages.evaluation.evaluate import METRICS
@@ -86,7 +88,8 @@ def _link_step(store: Store, first: Step, step: Step) -> None:
         if file.name != "manifest.json":
             os.link(file, target / file.name)
     manifest = store.folder(first).manifest or {}
-    write_json(target / "manifest.json", manifest | {"key": step.key, "identity": step.identity})
+    content = manifest | {"key": step.key, "identity": step.identity}
+    replace(target / "manifest.json", encode_sealed(content), durable=False)
 
 
 def _step_tables(step: Step, part: int) -> Tables:

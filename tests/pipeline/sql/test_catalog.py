@@ -1,5 +1,6 @@
 """SQL over the store: every table has a view, whatever it holds."""
 
+import errno
 import json
 import math
 import subprocess
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
+import jobs.report
 from jobs import queries
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.sql.views import LIVE, VIEWS, view
 from pipeline.store.inventory import Inventory
+from pipeline.store.storage import replace
 from pipeline.store.store import Store
 from schemas import TABLES, WinnowError
 from schemas.tables import CANDIDATES, EXAMPLES, FEATURES, PROMPTS, REWARDS
@@ -372,3 +375,18 @@ def test_listing_and_asking_writes_nothing_to_a_store(winnow, tmp_path: Path):
             assert winnow(*words)[0] == 0, words
     assert [operation for operation in recorder.operations if operation[0] not in ("write", "os.mkdir")] == []
     assert len({operation[1] for operation in recorder.operations}) == len(recorder.operations)
+
+
+def test_the_page_of_a_read_only_store_is_written_here(winnow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = Store(tmp_path / "store")
+    put(store, "reward", "0" * 16, [rewards(1.0, 2.0)])
+    link(store, "a", rewards=("reward", "0" * 16))
+
+    def refuse(path: Path, content: bytes, durable: bool = True) -> None:
+        if path.is_relative_to(local(store.root)):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        replace(path, content, durable)
+
+    monkeypatch.setattr(jobs.report, "replace", refuse)
+    code, output = winnow("report")
+    assert (code, "wrote report.html" in output, (tmp_path / "report.html").exists()) == (0, True, True)
