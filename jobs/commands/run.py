@@ -58,7 +58,7 @@ from pipeline.store.store import Store
 from schemas import WinnowError
 
 GPU = Path("/dev/nvidiactl")  # exists where NVIDIA's driver is loaded
-DEMO_RECIPES = ("sft", "dpo", "sft_sample_rank", "rso", "raft")
+DEMO_RECIPES = ("sft", "dpo", "rso", "sft_sample_rank", "raft")  # which takes its draws from those of rso
 REAL_RECIPES = ("rso", "raft")  # from the same candidates
 
 

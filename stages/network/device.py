@@ -4,13 +4,13 @@ Nothing here depends on what else a device holds at the moment, only on the devi
 interrupted must compute what it would have computed.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
-import psutil
 import torch
 
 from pipeline.costs import GIB, Device
@@ -62,7 +62,8 @@ def kept_bytes(device: torch.device) -> int:
 def memory_of(device: torch.device, resources: Resources) -> Device:
     """Return a device with its memory: as a profile says, else what it has (of a CPU, the machine's RAM)."""
     if device.type == "cpu":
-        return Device("cpu", resources.memory * GIB if resources.memory else float(psutil.virtual_memory().total))
+        installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Device("cpu", resources.memory * GIB if resources.memory else installed)
     own = float(torch.cuda.get_device_properties(device).total_memory)
     return Device("cuda", resources.gpu_memory * GIB if resources.gpu_memory else own)
 

@@ -25,7 +25,6 @@ from stages.limits import context_length
 from stages.model_config import input_problems, planned_output
 from stages.options import Count, Precision, Seed, SmallCount, Temperature
 from stages.ranking.base import QUESTION, PairFormat, Ranker, Reading, Response, Scorer
-from stages.ranking.planned_prompts import warn_of_unread_prompts
 from stages.results import floats, number
 from stages.sampling.engines.options import EngineOptions, JudgeEngine, engine_problems, length_limit, name_of
 
@@ -321,6 +320,8 @@ def ranker_for(inputs: Mapping[str, InputStep]) -> dict[str, Any]:
 
 def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return the plan-time problems of a stage that ranks: its ranker has no model, or one that it does not read."""
+    from stages.ranking.planned_prompts import warn_of_unread_prompts  # jinja2: workers that train have none
+
     by: Bound = options["by"]
     # Only the judge samples, and vLLM can do so from quantised weights; a ranker of a plugin knows best itself.
     output = by.metadata.get("output")

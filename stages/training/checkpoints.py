@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,10 @@ class Checkpoints:
         An incomplete checkpoint, or one whose best weights are, is passed over with a warning.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            state = _record(folder)
-            best = state and state.get("best_step", 0)
-            if state is not None and (not best or _record(self.folder / f"best-{best:08d}") is not None):
-                progress = TrainState(**state)
-                break
+            with suppress(TypeError):  # fields of another version, or none
+                progress = TrainState(**(_record(folder) or {"": 0}))
+                if not progress.best_step or _record(self.folder / f"best-{progress.best_step:08d}") is not None:
+                    break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
             warnings.warn(message, WinnowWarning, stacklevel=2)
         else:

@@ -81,7 +81,7 @@ def optimize(
     save_dtype: Precision = "float32",
     save_rounding: Rounding = "nearest",
     tokens_per_pass: Annotated[Count, EXECUTION] = 8192,
-    gradient_checkpointing: Annotated[bool | Literal["auto"], EXECUTION] = "auto",
+    gradient_checkpointing: Annotated[Literal[False, True, "auto"], EXECUTION] = "auto",
     compile_layers: Annotated[bool, EXECUTION] = False,
     world_size: Annotated[SmallCount, EXECUTION] = 1,
     checkpoint_every: Annotated[Count, EXECUTION] = 100,

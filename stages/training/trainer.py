@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import ReduceOp
@@ -50,7 +50,9 @@ from stages.training.memory import checkpoints_layers, network_need
 from stages.training.mixing import MixState
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
-from stages.training.validation import Validation
+
+if TYPE_CHECKING:  # which reads texts, and a machine that trains alone need not
+    from stages.training.validation import Validation
 
 PREFIXES = ("", "imitation/")  # of the metrics of each term
 UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
@@ -64,7 +66,7 @@ def train_policy(
     resources: Resources,
     mirror: Mirror,
     live: LiveMetrics,
-    validation: Validation | None,
+    validation: "Validation | None",
     report_progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Train `init` on one or two terms and save the policy in `mirror.here / "model"`.

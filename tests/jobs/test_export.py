@@ -38,14 +38,15 @@ from pipeline.config.recipe import load_recipe
 from pipeline.context import StageContext, WarmCache
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
-from pipeline.store.fingerprints import DataPath
+from pipeline.store.fingerprints import DataPath, model_digest
 from pipeline.store.store import Store
 from schemas import Model, prompt_id
 from stages.data.preferences import preferences
 from stages.data.tokenizer import Tokenizer
+from tests.catalogs import record_changes
 from tests.conftest import MARKS, answer, ask, write_jsonl
 from tests.material import cache
-from tests.runs import RECIPES, Silent, plan_of
+from tests.runs import RECIPES, Silent, local, plan_of
 
 LN2 = math.log(2)
 RUNS = {
@@ -230,12 +231,14 @@ def ids_read(trainer):
 
 
 def rewrite_examples(store, name, root, change):
-    """Copy the store, and let `change` change the groups of a run's examples, file by file."""
-    shutil.copytree(store.root, root)
+    """Copy the store unless it is there, and let `change` change the groups of a run's examples, file by file."""
+    if store.root != root:
+        shutil.copytree(store.root, root)
     link = store.runs()[name]["examples"]
     for file in (root / link["stage"] / link["key"]).glob("examples-*.parquet"):
         table = pq.read_table(file)
         pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), table.schema), file)
+    record_changes(root / link["stage"] / link["key"])
     return Store(root)
 
 
@@ -305,12 +308,14 @@ def ended(store, tmp_path_factory):
         for response in (response for group in others for response in group["responses"]):
             assert response["token_ids"][-1] == eos
             response["token_ids"][-1] = end_id
-        return groups
+        digest = model_digest(root / "optimize" / step.name / "model")
+        return [group | {"ref_model": digest} for group in groups]
 
-    ended = rewrite_examples(store, "dpo", root, end_otherwise)
-    folder = ended.at(**ended.runs()["dpo"]["sft"]).model().folder
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, end_id]}))
-    return ended, end
+    shutil.copytree(store.root, root)
+    step = local(Store(root).at(**store.runs()["dpo"]["sft"]).path)
+    (step / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, end_id]}))
+    record_changes(step)
+    return rewrite_examples(Store(root), "dpo", root, end_otherwise), end
 
 
 def test_a_policy_that_ends_by_its_templates_token_can_be_exported(ended, winnow, tmp_path):

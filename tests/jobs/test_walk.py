@@ -129,6 +129,9 @@ def run_to_the_end(winnow, config: Path, recipes: list[str], store: Store) -> No
 
 
 @pytest.mark.parametrize("name", WALKS)
+@pytest.mark.filterwarnings(
+    "ignore:ranker. .* have tools", "ignore:evaluate. .* of the comparisons"
+)  # Llama's template
 def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
     """RSO and DPO, from data to evaluation; only what a template cannot render is left out, with its reason."""
     store = Store(tmp_path / "runs")
