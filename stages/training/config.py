@@ -53,7 +53,7 @@ class TrainConfig:
     save_dtype: Precision
     save_rounding: Rounding
     tokens_per_pass: int
-    gradient_checkpointing: bool | Literal["auto"]
+    gradient_checkpointing: Literal[False, True, "auto"]
     compile_layers: bool
     checkpoint_every: int
     evaluate_every: int
