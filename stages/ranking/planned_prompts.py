@@ -3,9 +3,10 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 
 from pipeline import Bound, InputStep
 from schemas import WinnowError, WinnowWarning
@@ -113,6 +114,11 @@ def _unread_part(shape: Shape, template: str | None) -> str:
     return "a system turn" if has_system and not _renders(template, (roles[0], "user"), False) else "several turns"
 
 
+@lru_cache(maxsize=16)  # long templates take 40 ms, and a plan renders one for each step that ranks
+def _compiled(template: str) -> Template:
+    return ENVIRONMENT.from_string(template)
+
+
 def _renders(template: str, roles: Sequence[str], has_tools: bool) -> bool:
     """Return whether a template writes the texts of turns of these roles, and a tool's name."""
     messages = [{"role": role, "content": f"winnow probe {n}."} for n, role in enumerate(roles)]
@@ -121,7 +127,7 @@ def _renders(template: str, roles: Sequence[str], has_tools: bool) -> bool:
         raise TemplateError(message)
 
     try:
-        text = ENVIRONMENT.from_string(template).render(
+        text = _compiled(template).render(
             messages=messages, tools=[TOOL] if has_tools else None, add_generation_prompt=roles[-1] != "assistant",
             bos_token="", eos_token="", raise_exception=refuse, strftime_now=lambda pattern: "",
         )  # fmt: skip

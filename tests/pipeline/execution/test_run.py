@@ -104,7 +104,10 @@ def test_draws_that_a_finished_step_has_are_taken_from_there(data_dir, finished,
     def sampled(folder: Path, *sets: str, force: str | None = None) -> tuple[int, int]:
         """Return how many draws there are with their rejects, and how many of them were taken."""
         plan, name = plan_of(folder, "target=sample", *sets), f"{len(list(tmp_path.iterdir()))}"
-        stores = [Store(shutil.copytree(finished, tmp_path / name)), Store(tmp_path / f"fresh{name}")]
+        stores = [
+            Store(shutil.copytree(finished, tmp_path / name)),
+            without(finished, plan_of(data_dir), "sample", tmp_path / f"fresh{name}"),
+        ]
         for store in stores:
             selection = rerun([plan], store, Part(force=force))
             selection.delete()
