@@ -1,4 +1,4 @@
-"""What an engine's completions are as text: of stage `sample`, and of evaluations during training."""
+"""Read an engine's completions as text: for stage `sample`, and for evaluations during training."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

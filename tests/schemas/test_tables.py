@@ -350,7 +350,7 @@ def test_a_prompt_once_held_out_stays_so_when_more_is_held_out(prompt: str, one:
 @calm
 @given(TEXT, st.floats(0, 0.5), st.floats(0, 0.49))
 def test_validation_is_taken_from_what_is_trained_on_alone(prompt: str, heldout: float, validation: float):
-    """Which prompts are held out does not depend on it, nor it on how many are; none are of a share of 0."""
+    """Hold out the same prompts whatever the share, and take none for a share of 0."""
     split = split_of(prompt, heldout, validation)
     assert (split == "heldout") == (split_of(prompt, heldout) == "heldout")
     assert (split == "validation") == (split_of(prompt, 0.0, validation) == "validation")
@@ -358,7 +358,7 @@ def test_validation_is_taken_from_what_is_trained_on_alone(prompt: str, heldout:
 
 
 def test_the_validation_share_is_about_the_option():
-    """Of 4,000 prompts, within five standard deviations."""
+    """Draw 4,000 prompts: the share is met within five standard deviations."""
     splits = [split_of(prompt_id(f"prompt {n}"), 0.3, 0.2) for n in range(4000)]
     assert abs(np.mean([split == "validation" for split in splits]) - 0.2) <= 5 * np.sqrt(0.16 / 4000)
 

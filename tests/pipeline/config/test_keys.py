@@ -168,7 +168,7 @@ def test_methods_share_what_they_have_in_common(data_dir: Path):
 
 
 def test_how_tables_are_divided_is_part_of_no_key(data_dir: Path):
-    """What is in a table does not depend on the number of its parts."""
+    """Leave keys as they are: what is in a table does not depend on the number of its parts."""
     few, many = keys_of(plan_of("rso", data_dir)), keys_of(plan_of("rso", data_dir, "shards=4"))
     assert few == many
 

@@ -549,7 +549,7 @@ def test_a_finished_step_without_a_sidecar_is_read_by_its_manifest(complete: Sto
 
 
 def test_locks_and_scratch_of_killed_runs_go_at_the_next_run(store: Store, trouble: Trouble):
-    """Those of a process that has ended; those of one that lives stay."""
+    """Delete those of a process that has ended, and leave those of one that lives."""
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
