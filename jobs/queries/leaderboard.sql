@@ -1,7 +1,9 @@
 -- Every run compared with the SFT policy on held-out prompts: win rates, gold reward, KL, length, and seconds.
 -- One row per round (rest@2). Win rates are fractions, at temperature 1, and as `sample` draws and greedily; _low and _high are 95 % intervals. seconds: working time of all steps of the run; own_seconds: of those that no other run uses.
 WITH costs AS (
-    SELECT run, sum(seconds) AS seconds, coalesce(sum(seconds) FILTER (n_runs = 1), 0) AS own_seconds
+    -- Sums of decimals are exact: those of doubles depend on the order in which threads come, and a page on how one is rounded.
+    SELECT run, sum(seconds::DECIMAL(18, 3))::DOUBLE AS seconds,
+        coalesce(sum(seconds::DECIMAL(18, 3)) FILTER (n_runs = 1), 0)::DOUBLE AS own_seconds
     FROM (SELECT *, count(*) OVER (PARTITION BY stage, key) AS n_runs FROM (SELECT DISTINCT run, stage, key FROM runs))
     JOIN steps USING (stage, key)
     GROUP BY run
