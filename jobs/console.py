@@ -27,6 +27,7 @@ FIGURES = {
     "loss": "loss", "imitation/loss": "imitation loss", "accuracy": "accuracy", "token_accuracy": "token accuracy",
     "margin": "margin", "grad_norm": "gradient norm", "kl": "KL", "validation/proxy_win": "validation proxy win",
 }  # fmt: skip
+MIN_COLUMN = 12  # characters of a long value by which rows can be told apart
 QUIET_SECONDS = 10.0  # between two lines about a running step, without a terminal
 
 
@@ -189,9 +190,34 @@ def as_table(table: pa.Table, title: str | None = None) -> Table:
         # Runs are told apart by the ends of their names, which a narrow terminal would cut.
         result.add_column(escape(name), overflow="fold" if name == "run" else "ellipsis")
     for row in table.to_pylist():
-        cells = ("" if v is None else f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values())
-        result.add_row(*(Text(visible(cell)) for cell in cells))
+        result.add_row(*(_cell(value) for value in row.values()))
     return result
+
+
+def as_result(table: pa.Table, width: int) -> Table:
+    """Return the rows of a query side by side, or, where `width` characters cannot hold the columns, one below another.
+
+    Rows below each other have a line per column, as in psql's expanded display: 27 columns of three characters say
+    nothing. Long values are cut or folded in either.
+    """
+    side_by_side = as_table(table)
+    columns = (
+        max([len(str(column.header)), *(cell.cell_len for cell in column.cells)]) for column in side_by_side.columns
+    )
+    if 1 + sum(3 + min(MIN_COLUMN, length) for length in columns) <= width:
+        return side_by_side
+    result = Table(show_header=False)
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
+    for row in table.to_pylist():
+        for name, value in row.items():
+            result.add_row(escape(name), _cell(value))
+        result.add_section()
+    return result
+
+
+def _cell(value: Any) -> Text:
+    return Text(visible("" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)))
 
 
 def as_json(value: Any) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from jobs.console import VisibleConsole, as_json, as_table, visible
+from jobs.console import VisibleConsole, as_json, as_result, visible
 from pipeline.sql.catalog import Catalog, QueryResult
 from pipeline.store.store import columns_with_statistics
 from schemas import WinnowError
@@ -100,7 +100,7 @@ def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
 def _write_text(result: QueryResult, format: Format, file: TextIO | _Visible, console: Console) -> None:
     if format is Format.table:
         rows = result.head(MAX_TABLE_ROWS + 1)
-        console.print(as_table(rows.slice(0, MAX_TABLE_ROWS)))
+        console.print(as_result(rows.slice(0, MAX_TABLE_ROWS), console.width))
         if rows.num_rows > MAX_TABLE_ROWS:
             more = f"{result.count() - MAX_TABLE_ROWS:,} more rows; --format csv, json or parquet gives all of them"
             console.print(more, highlight=False)

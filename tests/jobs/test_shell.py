@@ -14,13 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import jobs.__main__  # noqa: F401 - registers every command
 from jobs import queries
 from jobs.commands.app import app
+from jobs.console import as_result
 from jobs.output import MAX_TABLE_ROWS
 from jobs.shell import completions, split
 from pipeline.store.store import Store
@@ -88,6 +91,19 @@ def test_a_long_table_says_how_many_rows_it_omits(store: Store, tmp_path: Path):
     assert f"│ {MAX_TABLE_ROWS + 1} " not in text
     assert sql(store, many, "--format", "parquet", "--out", tmp_path / "many.parquet")[0] == 0
     assert pq.read_metadata(tmp_path / "many.parquet").num_rows == 5_000_000
+
+
+def test_columns_that_do_not_fit_are_below_each_other():
+    table = pa.table({f"column_{n}": [f"value {n} of the first", f"value {n} of the second"] for n in range(8)})
+    text = [""] * 2
+    for n, width in enumerate((200, 80)):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(as_result(table, width))
+        text[n] = console.file.getvalue()
+        assert all(value in text[n] for column in table.to_pydict().values() for value in column)
+    beside, below = text
+    assert [line.count("value") for line in beside.splitlines() if "value" in line] == [8, 8]
+    assert [line.count("value") for line in below.splitlines() if "value" in line] == [1] * 16
 
 
 def test_json_has_null_where_json_has_no_number(store: Store):
