@@ -200,18 +200,16 @@ def as_result(table: pa.Table, width: int) -> Table:
     Rows below each other have a line per column, as in psql's expanded display: 27 columns of three characters say
     nothing. Long values are cut or folded in either.
     """
-    side_by_side = as_table(table)
-    columns = (
-        max([len(str(column.header)), *(cell.cell_len for cell in column.cells)]) for column in side_by_side.columns
-    )
-    if 1 + sum(3 + min(MIN_COLUMN, length) for length in columns) <= width:
-        return side_by_side
+    rows = [[_cell(value) for value in row.values()] for row in table.to_pylist()]
+    lengths = (max([len(name), *(row[n].cell_len for row in rows)]) for n, name in enumerate(table.column_names))
+    if 1 + sum(3 + min(MIN_COLUMN, length) for length in lengths) <= width:
+        return as_table(table)
     result = Table(show_header=False)
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
-    for row in table.to_pylist():
-        for name, value in row.items():
-            result.add_row(escape(name), _cell(value))
+    for row in rows:
+        for name, cell in zip(table.column_names, row, strict=True):
+            result.add_row(escape(name), cell)
         result.add_section()
     return result
 

@@ -97,9 +97,9 @@ def test_columns_that_do_not_fit_are_below_each_other():
     table = pa.table({f"column_{n}": [f"value {n} of the first", f"value {n} of the second"] for n in range(8)})
     text = [""] * 2
     for n, width in enumerate((200, 80)):
-        console = Console(file=io.StringIO(), width=width)
-        console.print(as_result(table, width))
-        text[n] = console.file.getvalue()
+        out = io.StringIO()
+        Console(file=out, width=width).print(as_result(table, width))
+        text[n] = out.getvalue()
         assert all(value in text[n] for column in table.to_pydict().values() for value in column)
     beside, below = text
     assert [line.count("value") for line in beside.splitlines() if "value" in line] == [8, 8]
