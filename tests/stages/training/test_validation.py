@@ -144,16 +144,21 @@ def figures_of(model, tiny, asked, declined, n=1):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_network_that_trains_draws_as_its_folder_does(tiny, wrapped):
-    """With prompts shared and layers checkpointed, as training has them; in batches of any size."""
+    """With prompts shared and layers checkpointed, as training has them; in batches of any size.
+
+    Prompts of three lengths are three batches where their tokens have no limit.
+    """
     network = load_network(tiny, train=True)
     if wrapped:
         checkpoint_layers(network)
     requests = [Request([0, *range(5, 9 + n % 3)], seed) for n, seed in enumerate(range(8))]
     sampling = Sampling(1.0, 0, 10, (1,))
     expected = TransformersEngine(tiny.folder, "float32").generate(requests, sampling)
-    for max_tokens in (float("inf"), 30, 1):
-        completions = NetworkEngine(network, tiny.folder, max_tokens).generate(requests, sampling)
+    for max_tokens, batches in ((None, 3), (30, 7), (1, 8)):
+        finished: list[int] = []
+        completions = NetworkEngine(network, tiny.folder, max_tokens).generate(requests, sampling, finished.append)
         assert [item.token_ids for item in completions] == [item.token_ids for item in expected]
+        assert len(finished) == batches
 
 
 def test_the_figures_are_those_of_judge_and_evaluate(tiny, asked, declined, imitated, evaluated, tmp_path):
