@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ if os.environ.get("WINNOW_TEST_DEVICE") != "cuda":  # tests state laws of a CPU,
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 import jobs.demo.gold  # noqa: F401 - registers the gold reward
@@ -35,6 +37,7 @@ from tests.runs import Silent, plan_of
 
 gc.set_threshold(50_000)  # one for every 700 new objects takes a quarter of the time in which tests are collected
 
+BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 WORLD = Path(__file__).parent / "tiny.yaml"
 MARKS = ["[CONTEXT]", "[RESPONSE A]", "[RESPONSE B]"]
 WORDS = ("boat", "table", "room", "car")
@@ -69,6 +72,7 @@ WITH_VLLM = [
     "stages/sampling/test_sampling_parameters.py",
     "stages/training/test_agreement.py",
     "jobs/test_real_demo.py",
+    "stages/test_pipeline_on_vllm.py",
 ]
 WITH_RAY = ["pipeline/execution/test_run.py", "pipeline/execution/test_schedule.py"]
 # A long file at the end would leave the other worker without work: these are the first.
@@ -127,9 +131,33 @@ def ctx(tmp_path: Path) -> StageContext:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> BuildOnce:
+    """Returns the folder of this name that a function has filled: in the first worker that needs it, for all of them.
+
+    No test may change what is in it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "built_once"
+
+    def build(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, finished = root / name, root / f"{name}.finished"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{name}.lock"):
+            if not finished.exists():
+                fill(folder)
+                finished.touch()
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def data_dir(build_once: BuildOnce) -> Path:
     """A folder with demonstrations, prompts, preferences, and the demo.yaml that names them."""
-    folder = tmp_path_factory.mktemp("data_dir")
+    return build_once("data_dir", write_data)
+
+
+def write_data(folder: Path) -> None:
     slots = [(thing, city, day) for thing in WORDS for city in CITIES for day in DAYS]
     write_jsonl(
         folder / "demonstrations.jsonl",
@@ -147,59 +175,55 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     (folder / "demo.yaml").write_text(WORLD.read_text())
-    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def tiny(data_dir: Path, build_once: BuildOnce) -> Model:
     """A two-layer Llama with random weights and a tokenizer of its own."""
-    space = StageContext(tmp_path_factory.mktemp("tiny"), WarmCache(), lambda *progress: None)
-    made = untrained(
-        space,
-        corpus=DataPath(str(data_dir / "demonstrations.jsonl")),
-        columns=["prompt", "demonstration"],
-        vocabulary=400,
-        marks=MARKS,
-        hidden=64,
-        layers=2,
-        heads=2,
-        context=128,
-    )
-    return Model(made.folder, model_digest(made.folder))
+    return untrained_model(build_once, "tiny", data_dir, marks=MARKS, hidden=64, layers=2, heads=2, context=128)
 
 
 @pytest.fixture(scope="session")
-def unmarked(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def unmarked(data_dir: Path, build_once: BuildOnce) -> Model:
     """A model whose tokenizer has no marks of the pairwise ranker, as public ones have none."""
-    space = StageContext(tmp_path_factory.mktemp("unmarked"), WarmCache(), lambda *progress: None)
+    return untrained_model(build_once, "unmarked", data_dir, hidden=32, layers=1)
+
+
+def untrained_model(build_once: BuildOnce, name: str, data_dir: Path, **options: Any) -> Model:
     corpus = DataPath(str(data_dir / "demonstrations.jsonl"))
-    return untrained(space, corpus=corpus, columns=["prompt", "demonstration"], vocabulary=400, hidden=32, layers=1)
+
+    def fill(folder: Path) -> None:
+        ctx = StageContext(folder, WarmCache(), lambda *progress: None)
+        untrained(ctx, corpus=corpus, columns=["prompt", "demonstration"], vocabulary=400, **options)
+
+    folder = build_once(name, fill) / "model"
+    return Model(folder, model_digest(folder))
 
 
 @pytest.fixture(scope="session")
-def sharp(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def sharp(tiny: Model, build_once: BuildOnce) -> Model:
     """The tiny model with larger weights: its logits differ by nats, so that a wrong position or mask shows."""
     import torch
 
     from stages.network.load import load_network
 
-    folder = tmp_path_factory.mktemp("sharp") / "model"
-    shutil.copytree(tiny.folder, folder)
-    network = load_network(tiny)
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.dim() == 2:
-                weight.mul_(5)
-    network.save_pretrained(folder)
+    def fill(folder: Path) -> None:
+        shutil.copytree(tiny.folder, folder, dirs_exist_ok=True)
+        network = load_network(tiny)
+        with torch.no_grad():
+            for weight in network.parameters():
+                if weight.dim() == 2:
+                    weight.mul_(5)
+        network.save_pretrained(folder)
+
+    folder = build_once("sharp", fill)
     return Model(folder, model_digest(folder))
 
 
 @pytest.fixture(scope="session")
-def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(data_dir: Path, build_once: BuildOnce) -> Path:
     """The store of an undisturbed run of RSO on the tiny data set, in process."""
-    root = tmp_path_factory.mktemp("finished")
-    run(plan_of(data_dir), Store(root), LocalExecutor(), Silent())
-    return root
+    return build_once("finished", lambda root: run(plan_of(data_dir), Store(root), LocalExecutor(), Silent()))
 
 
 @pytest.fixture

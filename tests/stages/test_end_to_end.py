@@ -1,4 +1,4 @@
-"""Complete runs at the size of a test, one per shape of data: real stages, real vLLM, the command as users type it."""
+"""Complete runs at the size of a test, one per shape of data: real stages, the command as users type it."""
 
 import json
 import shutil
@@ -10,12 +10,10 @@ import pytest
 from jobs import queries
 from jobs.recipes import OWN_CANDIDATES, names
 from jobs.report import write_report
-from pipeline.execution.executor import LocalExecutor
-from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
-from schemas.tables import CANDIDATES, EVALUATIONS, PAIRS
-from tests.runs import Silent, plan_of
+from schemas.tables import CANDIDATES, PAIRS
+from tests.runs import SHORT, plan_of, run_recipe
 
 SHAPES = {
     "pairs": "dpo",
@@ -26,17 +24,7 @@ SHAPES = {
     "rounds": "raft",
 }
 SHARED = {"prompts", "preferences", "sft", "ranker"}  # steps that RSO's run has finished, and every recipe uses
-SHORT = ("optimize.epochs=1", "optimize.checkpoint_every=100")
-BASELINE = "eval_baseline.engine=transformers"  # as in RSO's run, which has drawn it
 DATA = Path(__file__).parents[1] / "data"
-
-
-def run_recipe(data_dir, root, recipe, *sets):
-    """Run a recipe under its own name; return its plan and the steps that were executed."""
-    plan, reporter = plan_of(data_dir, *sets, recipe=recipe), Silent()
-    plan.name = recipe
-    run(plan, Store(root), LocalExecutor(), reporter)
-    return plan, reporter.ran
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +35,6 @@ def store(data_dir, finished, tmp_path_factory) -> Path:
     for recipe in SHAPES.values():
         assert not (SHARED | {"sample", "reward"}) & set(run_recipe(data_dir, root, recipe, *SHORT)[1])
     return root
-
-
-def test_the_pipeline_runs_on_real_vllm(data_dir, finished, tmp_path):
-    """From the SFT policy, as it was saved here, to a measured one: 6 draws per prompt, all seeds different."""
-    root = tmp_path / "store"
-    shutil.copytree(finished, root)
-    plan, _ = run_recipe(data_dir, root, "rso", "sample.engine=vllm", "sample.n=6", BASELINE, *SHORT)
-    folders = {step.name: Store(root).folder(step) for step in plan.steps}
-    candidates = folders["sample"].read(CANDIDATES)
-    assert set(pc.value_counts(candidates.column("prompt_id")).field("counts").to_pylist()) == {6}
-    assert len(set(candidates.column("seed").to_pylist())) == candidates.num_rows
-    assert pc.all(pc.less_equal(candidates.column("logp"), 0)).as_py()
-    metrics = folders["evaluate"].read(EVALUATIONS).column("metric").to_pylist()
-    assert {"proxy_win", "gold_win", "kl", "n_tokens"} <= set(metrics)
 
 
 def test_a_policy_is_evaluated_at_three_temperatures(data_dir, finished, tmp_path):
