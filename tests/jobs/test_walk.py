@@ -143,6 +143,7 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
 
 
 @pytest.mark.bench
+@pytest.mark.filterwarnings("ignore:ranker. .* have tools", "ignore:evaluate. .* of the comparisons")
 @pytest.mark.filterwarnings("ignore:what `sample` with")  # bfloat16 reads little of what so short a training changed
 @pytest.mark.parametrize("name", WALKS)
 def test_every_recipe_ends_at_the_first_try(folder, winnow, name, tmp_path):
