@@ -65,7 +65,7 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Files of one process: those that sample with vLLM import it once, and those that run toys on Ray start it once.
+# Files of one process: those that sample with vLLM import it once.
 WITH_VLLM = [
     "stages/sampling/test_engines.py",
     "stages/sampling/test_engine_options.py",
@@ -74,13 +74,13 @@ WITH_VLLM = [
     "jobs/test_real_demo.py",
     "stages/test_pipeline_on_vllm.py",
 ]
-WITH_RAY = ["pipeline/execution/test_run.py", "pipeline/execution/test_schedule.py"]
 # A long file at the end would leave the other worker without work: these are the first.
 LONGEST = [
     *WITH_VLLM,
     "stages/test_end_to_end.py",
     "pipeline/execution/test_distributed.py",
-    *WITH_RAY,
+    "pipeline/execution/test_run.py",
+    "pipeline/execution/test_schedule.py",
     "jobs/test_submit.py",
     "jobs/test_cli.py",
     "jobs/test_report.py",
@@ -88,7 +88,7 @@ LONGEST = [
     "jobs/test_diagnose.py",
     "stages/training/test_trainer.py",
 ]
-TOGETHER = {f"tests/{file}": files[0] for files in (WITH_VLLM, WITH_RAY) for file in files}
+TOGETHER = {f"tests/{file}": WITH_VLLM[0] for file in WITH_VLLM}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

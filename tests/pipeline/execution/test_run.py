@@ -1,4 +1,4 @@
-"""The same bytes whatever happens: any executor, any number of workers, a kill in the middle."""
+"""The same bytes whatever happens: any number of parts, a kill in the middle; on Ray, see test_object_store."""
 
 import json
 import os
@@ -14,9 +14,7 @@ import pytest
 from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.execution.executor import LocalExecutor
-from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
-from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
 from schemas import table_name
 from schemas.tables import CANDIDATES, REJECTS, SELECTIONS
@@ -77,20 +75,6 @@ def test_ranker_calls_are_those_of_table_7(data_dir, finished):
     calls = {name: steps[name].manifest["counters"]["ranker_calls"] for name in ("reward", "compare")}
     assert calls["reward"] == 2 * sum(group["counts"] - 1 for group in sampled)
     assert calls["compare"] == 2 * sum(group["counts"] // 2 for group in selected)
-
-
-def test_ray_writes_the_bytes_of_the_run_in_process(data_dir, finished, tmp_path):
-    """Given the same inputs, under any number of workers and of parts at once in each of them.
-
-    `sample` has one worker, in which the requests of two parts share batches; `reward` has two.
-    """
-    plan = plan_of(data_dir, "target=reward")
-    store = without(finished, plan, "sample", tmp_path / "store")
-    reporter = Silent()
-    one_engine = Profile(stages={"sample": Resources(cpus=1, max_workers=1)})
-    run(plan, store, RayExecutor(2, profile=one_engine), reporter)
-    assert reporter.ran == ["sample", "reward"]
-    assert digests(plan, store) == digests(plan, Store(finished))
 
 
 def test_draws_that_a_finished_step_has_are_taken_from_there(data_dir, finished, tmp_path):

@@ -16,6 +16,7 @@ import ray
 
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
+from pipeline.resources import Profile, Resources
 from pipeline.store.storage import create, parse_location, replace, sizes
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -167,10 +168,16 @@ def test_a_url_that_cannot_be_read_is_refused():
         assert "secret" not in str(refused.value)
 
 
-def test_ray_workers_write_the_same_bytes_to_a_bucket(bucket: str, cache: Path, data_dir: Path, finished: Path):
-    """Pairs, which have parts, and a trained model, given the other steps of a run: every table and the model."""
+def test_ray_workers_write_the_bytes_of_the_run_in_process_to_a_bucket(
+    bucket: str, cache: Path, data_dir: Path, finished: Path
+):
+    """Given the other steps of a run, under any number of workers and of parts at once in each of them.
+
+    `sample` has one worker, in which the requests of two parts share batches; `reward` has two; `optimize` makes a
+    model. Every table and the model are the same.
+    """
     plan, store, reference = plan_of(data_dir), Store(f"{bucket}/ray"), Store(finished)
-    to_make = {"pair", "optimize"}  # each step starts workers of its own
+    to_make = {"sample", "reward", "optimize"}  # each step starts workers of its own
     for step in plan.steps:
         if step.name in to_make:
             continue
@@ -182,7 +189,8 @@ def test_ray_workers_write_the_same_bytes_to_a_bucket(bucket: str, cache: Path, 
     reporter = Silent()
     ray.shutdown()  # a Ray of another test has no credentials: workers have the environment in which Ray started
     try:
-        run(plan, store, RayExecutor(2), reporter)
+        one_engine = Profile(stages={"sample": Resources(cpus=1, max_workers=1)})
+        run(plan, store, RayExecutor(2, profile=one_engine), reporter)
     finally:
         ray.shutdown()  # nor should other tests get one that has them
     assert set(reporter.ran) == to_make
