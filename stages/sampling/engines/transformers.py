@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -156,11 +155,11 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
 class NetworkEngine(Engine):
     """Engine on a network in memory, in batches of rows of equal prompt length, so that nothing is padded.
 
-    folder: that of the network's tokenizer. max_tokens: of prompts and responses together in a batch of several rows.
-    One caller at a time.
+    folder: that of the network's tokenizer. max_tokens: of prompts and responses together in a batch of several rows;
+    None: as many as BATCH_ROWS rows have. One caller at a time.
     """
 
-    def __init__(self, network: PreTrainedModel, folder: Path, max_tokens: float = inf) -> None:
+    def __init__(self, network: PreTrainedModel, folder: Path, max_tokens: int | None = None) -> None:
         self.network, self.folder, self.max_tokens = network, folder, max_tokens
         network.generation_config = GenerationConfig()  # its penalties and minima would change the distribution
         self.lock = Lock()
@@ -174,7 +173,9 @@ class NetworkEngine(Engine):
         completions: dict[int, Completion] = {}
         with self.lock:
             for length, indices in sorted(indices_by_length.items()):
-                rows = int(min(BATCH_ROWS, max(1, self.max_tokens // (length + sampling.max_tokens))))
+                rows = BATCH_ROWS
+                if self.max_tokens is not None:
+                    rows = min(rows, max(1, self.max_tokens // (length + sampling.max_tokens)))
                 for start in range(0, len(indices), rows):
                     batch = indices[start : start + rows]
                     outputs = self._generate_batch([requests[index] for index in batch], sampling)

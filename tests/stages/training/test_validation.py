@@ -24,7 +24,7 @@ from stages.network.load import checkpoint_layers, load_network, plain_layers
 from stages.ranking.base import Scorer
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ProgramScorer, ranker
-from stages.sampling.engines import Request, Sampling
+from stages.sampling.engines import Completion, Request, Sampling
 from stages.sampling.engines.transformers import NetworkEngine, TransformersEngine
 from stages.training import trainer
 from stages.training.checkpoints import Checkpoints
@@ -151,9 +151,25 @@ def test_the_network_that_trains_draws_as_its_folder_does(tiny, wrapped):
     requests = [Request([0, *range(5, 9 + n % 3)], seed) for n, seed in enumerate(range(8))]
     sampling = Sampling(1.0, 0, 10, (1,))
     expected = TransformersEngine(tiny.folder, "float32").generate(requests, sampling)
-    for max_tokens in (float("inf"), 30, 1):
+    for max_tokens in (None, 30, 1):
         completions = NetworkEngine(network, tiny.folder, max_tokens).generate(requests, sampling)
         assert [item.token_ids for item in completions] == [item.token_ids for item in expected]
+
+
+@pytest.mark.parametrize(("max_tokens", "sizes"), [(None, [8]), (45, [3, 3, 2]), (1, [1] * 8)])
+def test_rows_of_one_length_are_a_batch(tiny, monkeypatch, max_tokens, sizes):
+    """Batches have all of them, or as many as have `max_tokens` tokens together, of 5 and 10 each: a row alone takes
+    as long as many."""
+    batches = []
+
+    def record(engine, requests, sampling):
+        batches.append(len(requests))
+        return [Completion([1], 0.0, "stop") for _ in requests]
+
+    monkeypatch.setattr(NetworkEngine, "_generate_batch", record)
+    engine = NetworkEngine(load_network(tiny), tiny.folder, max_tokens)
+    engine.generate([Request([0, 5, 6, 7, 8], seed) for seed in range(8)], Sampling(1.0, 0, 10, (1,)))
+    assert batches == sizes
 
 
 def test_the_figures_are_those_of_judge_and_evaluate(tiny, asked, declined, imitated, evaluated, tmp_path):
