@@ -12,13 +12,15 @@ from typing import Any
 from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
-from pipeline.config.precision import mixed_precision, registry_of, with_dtype
+from pipeline.config.precision import mixed_precision, with_dtype
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest
+from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import COMMAND, WinnowError
+
+FURTHER = "evaluate_"  # begins the name of each evaluation beside the main one, in queries (jobs/queries) too
 
 
 @dataclass(eq=False)
