@@ -186,6 +186,12 @@ def make_plan(recipe: Recipe) -> Plan:
             hint = unknown_step_hint(name, recipe.step_names, recipe.rounds)
             problems.append(f"{setting}: no step {name!r} in this recipe; {hint}")
             names.remove(name)
+    for name in dict.fromkeys(split_round(name)[0] for name in evaluations):
+        if not name.startswith(FURTHER):
+            problems.append(
+                f"evaluations: the name of step {name!r} must begin with {FURTHER}, by which the leaderboard tells "
+                f"it from the main evaluation; call it {FURTHER}{name}"
+            )
 
     # Without what only the evaluation reads, the run ends with what is trained.
     if recipe.trained in recipe.step_names and not problems:
