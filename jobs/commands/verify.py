@@ -1,4 +1,4 @@
-"""Command about damage: verify."""
+"""Command that checks every stored byte: verify."""
 
 import os
 import subprocess
