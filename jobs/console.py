@@ -190,7 +190,7 @@ def as_table(table: pa.Table, title: str | None = None) -> Table:
         # Runs are told apart by the ends of their names, which a narrow terminal would cut.
         result.add_column(escape(name), overflow="fold" if name == "run" else "ellipsis")
     for row in table.to_pylist():
-        result.add_row(*(_cell(value) for value in row.values()))
+        result.add_row(*(_cell_text(value) for value in row.values()))
     return result
 
 
@@ -200,7 +200,7 @@ def as_result(table: pa.Table, width: int) -> Table:
     Rows below each other have a line per column, as in psql's expanded display: 27 columns of three characters say
     nothing. Long values are cut or folded in either.
     """
-    rows = [[_cell(value) for value in row.values()] for row in table.to_pylist()]
+    rows = [[_cell_text(value) for value in row.values()] for row in table.to_pylist()]
     lengths = (max([len(name), *(row[n].cell_len for row in rows)]) for n, name in enumerate(table.column_names))
     if 1 + sum(3 + min(MIN_COLUMN, length) for length in lengths) <= width:
         return as_table(table)
@@ -214,7 +214,7 @@ def as_result(table: pa.Table, width: int) -> Table:
     return result
 
 
-def _cell(value: Any) -> Text:
+def _cell_text(value: Any) -> Text:
     return Text(visible("" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)))
 
 

@@ -17,12 +17,11 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 def remaining_costs(costs: Iterable[StepCost], to_run: Collection[str]) -> list[StepCost]:
     """Return the costs of steps that will run, by their keys, and of which something is known, each result once."""
     by_key = {cost.step.key: cost for cost in reversed(list(costs)) if cost.step.key in to_run}
-    return [cost for cost in reversed(by_key.values()) if is_known(cost)]
-
-
-def is_known(cost: StepCost) -> bool:
-    """Return whether there is anything to say of a step, be it that its memory is not estimated."""
-    return bool(cost.need or cost.not_estimated) or main_rows(cost).value is not None
+    return [
+        cost
+        for cost in reversed(by_key.values())
+        if cost.need or cost.not_estimated or main_rows(cost).value is not None
+    ]
 
 
 def cost_table(costs: list[StepCost]) -> Table:

@@ -76,7 +76,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     of_methods = [row for row in board.to_pylist() if row.get("seeds", 1) > 1]
     names = dict.fromkeys([row["run"] for row in leaderboard] + [row["run"] for row in curve_rows])
     colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(names)}
-    curves = _plot_curves(curve_rows, colors, query(catalog, KEPT).to_pylist())
+    curves = _plot_curves(curve_rows, colors, query(catalog, SAVED_STEPS).to_pylist())
     content = {
         "store": store.root.name,
         "date": f"{date or _newest(catalog):%Y-%m-%d %H:%M} UTC",
@@ -118,7 +118,7 @@ FROM runs LEFT JOIN steps USING (stage, key) GROUP BY stage, key ORDER BY any_va
 
 
 # Of each trained policy, the step after which it was saved.
-KEPT = """
+SAVED_STEPS = """
 SELECT min(run || coalesce('@' || round, '')) AS run, any_value(steps) AS step
 FROM runs JOIN policies USING (stage, key) WHERE runs.step = 'optimize' GROUP BY stage, key
 """
@@ -302,13 +302,13 @@ def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
 
 
 def _plot_curves(
-    rows: list[dict[str, Any]], colors: dict[str, str], kept: list[dict[str, Any]]
+    rows: list[dict[str, Any]], colors: dict[str, str], saved: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
     """Return the plot over the optimizer steps and the caption of each metric of training, all runs in one plot.
 
-    kept: the step of each run's saved policy, which has a star among its evaluations.
+    saved: the step of each run's saved policy, which has a star among its evaluations.
     """
-    kept_steps, plots = {row["run"]: row["step"] for row in kept}, []
+    saved_steps, plots = {row["run"]: row["step"] for row in saved}, []
     for metric, title in CURVES.items():
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
@@ -321,8 +321,8 @@ def _plot_curves(
         for run, points in curves.items():
             marker = "o" if len(points) == 1 or is_evaluated else None
             axes.plot(*zip(*points, strict=True), color=colors[run], linewidth=1.2, marker=marker, markersize=4)
-            if is_evaluated and kept_steps.get(run) in dict(points):
-                best = kept_steps[run]
+            if is_evaluated and saved_steps.get(run) in dict(points):
+                best = saved_steps[run]
                 axes.plot(best, dict(points)[best], "*", color=colors[run], markersize=13, zorder=3)
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(title)

@@ -34,6 +34,7 @@ from typing import (
 
 from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
 from schemas import WinnowError
@@ -396,7 +397,7 @@ class Registry:
                     other = self.entries[owner]
                     origin = other.plugin.path if other.plugin else other.fn.__module__
                     raise TypeError(f"{self.kind} {word!r} is already registered, in {origin}; choose another name")
-            if any(_names_registry(hint) for hint in _option_hints(fn).values()):
+            if any(map(registry_in, _option_hints(fn).values())):
                 fn = _binding_options(fn)
             entry = Entry(name, fn, metadata, self.kind, aliases, None if plugin and plugin.package else plugin)
             self.entries[name] = entry
@@ -522,8 +523,18 @@ def _problems(fn: Function, arguments: tuple[str, ...]) -> list[str]:
     return problems
 
 
-def _names_registry(hint: Any) -> bool:
-    return isinstance(hint, Registry) or any(_names_registry(part) for part in get_args(hint))
+def registry_in(hint: Any) -> Registry | None:
+    """Return the registry in a type, which is `Annotated[Bound, registry]` somewhere in it, or None."""
+    if isinstance(hint, Registry):
+        return hint
+    return next(filter(None, map(registry_in, get_args(hint))), None)
+
+
+def registry_of(option: FieldInfo) -> Registry | None:
+    """Return the registry of which an option names one function, or None; an option that is a list names several."""
+    if get_origin(option.annotation) is list:
+        return None
+    return next(filter(None, map(registry_in, (*option.metadata, option.annotation))), None)
 
 
 def _binding_options(fn: Function) -> Function:
@@ -535,7 +546,7 @@ def _binding_options(fn: Function) -> Function:
 
     @cache
     def registry_options() -> type[BaseModel]:
-        return options_of(fn, _names_registry)
+        return options_of(fn, registry_in)
 
     @wraps(fn)
     def call(*args: Any, **options: Any) -> Any:
@@ -558,7 +569,7 @@ def _option_hints(fn: Function) -> dict[str, Any]:
     return get_type_hints(SimpleNamespace(__annotations__=annotations), fn.__globals__, include_extras=True)
 
 
-def options_of(fn: Function, chosen: Callable[[Any], bool] = lambda hint: True) -> type[BaseModel]:
+def options_of(fn: Function, chosen: Callable[[Any], object] = lambda hint: True) -> type[BaseModel]:
     """Return a strict pydantic model of the keyword-only parameters; `chosen` selects them by their type."""
     parameters = inspect.signature(fn).parameters
     fields: dict[str, Any] = {
@@ -591,7 +602,7 @@ def inner_options(model: type[BaseModel]) -> dict[str, list[str]]:
     """Return the options of the functions that a model's own options can name: for each, the latter (beta: [rule])."""
     inner: dict[str, list[str]] = {}
     for option, info in model.model_fields.items():
-        entries = [entry for item in info.metadata if isinstance(item, Registry) for entry in item.entries.values()]
+        entries = registry.entries.values() if (registry := registry_of(info)) else ()
         for name in dict.fromkeys(name for entry in entries for name in entry.options.model_fields):
             inner.setdefault(name, []).append(option)
     return inner
@@ -608,8 +619,8 @@ def _error_lines(
     if isinstance(cause, WinnowError):  # of a nested function: its places continue ours
         nested = (problem.partition(": ") for problem in cause.problems)
         return [
-            f"{where}.{inner}: {rest}" if colon and " " not in inner else f"{where}: {inner}{colon}{rest}"
-            for inner, colon, rest in nested
+            f"{where}.{option}: {rest}" if colon and " " not in option else f"{where}: {option}{colon}{rest}"
+            for option, colon, rest in nested
         ]
     if item["type"] == "extra_forbidden":
         if len(path) == 1 and path[0] in inner:

@@ -287,7 +287,7 @@ class EndpointClient:
                 f"server, so that it serves {self.endpoint.model}"
             ) from None
         except openai.APIStatusError as error:
-            text = f"{self.endpoint}: status {error.status_code}: {self._line(_error_of(error.body) or error.message)}"
+            text = f"{self.endpoint}: status {error.status_code}: {self._line(_detail_of(error.body) or error.message)}"
             if error.status_code in PASSING or error.status_code >= 500:
                 raise MachineError(
                     f"{text} ({attempts}); see the server's log, and lower `concurrency` if it is overloaded"
@@ -311,7 +311,7 @@ class EndpointClient:
         return line[:500]
 
 
-def _error_of(body: object) -> str | None:
+def _detail_of(body: object) -> str | None:
     """Return the message of a server's error, as vLLM (`error.message`) or FastAPI (`detail`) has it."""
     if isinstance(body, dict):
         inner = body.get("error", body)

@@ -247,12 +247,12 @@ class ModelConfig:
         rows: number of ids that the network has embeddings for; None if unknown.
         """
         try:
-            known = tokenizer_ids(folder)
+            tokens = tokenizer_ids(folder)
         except WinnowError as error:
             return list(error.problems)
-        if known is None:
+        if tokens is None:
             return []
-        ids, special = known
+        ids, special = tokens
         named = {("config.json", name): self.content.get(name) for name in ("bos_token_id", "eos_token_id")}
         named |= {(GENERATION, name): self.generation.get(name) for name in ("bos_token_id", "eos_token_id")}
         problems = []

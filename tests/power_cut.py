@@ -37,17 +37,17 @@ Operation = tuple[Any, ...]  # name of the call and its arguments: paths relativ
 
 
 class Recorder:
-    """Every write, rename, link, deletion and sync below a folder, in order; `said` adds what a program claims."""
+    """Every write, rename, link, deletion and sync below a folder, in order; `claim` adds what a program says."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.operations = root, list[Operation]()
         self._states: dict[str, tuple[int, ...]] = {}
         self._lock = threading.RLock()
 
-    def said(self, *claim: Any) -> None:
+    def claim(self, *facts: Any) -> None:
         with self._lock:
             self._record_writes()
-            self.operations.append(("said", *claim))
+            self.operations.append(("claim", *facts))
 
     def synced(self, path: str) -> None:
         with self._lock:
@@ -141,7 +141,7 @@ def replayed(operations: list[Operation]) -> Folder:
         return node.names, name
 
     for event, *args in operations:
-        if event == "said":
+        if event == "claim":
             continue
         try:
             names, name = parent(args[0])
@@ -176,18 +176,18 @@ def restart(disk: Folder, target: Path, way: str, seed: int = 0) -> None:
     """Write to `target` what a cut leaves: all that was not synced is `lost`, its content is `empty`, or either."""
     choose = random.Random(seed)
 
-    def kept(synced: Any, now: Any) -> Any:
+    def surviving(synced: Any, now: Any) -> Any:
         return choose.choice([synced, now]) if way == "either" else synced
 
     target.mkdir(exist_ok=True)
     for name in sorted({*disk.names, *disk.synced}):
         now, synced = disk.names.get(name), disk.synced.get(name)
-        node = now if way == "empty" else kept(synced, now)
+        node = now if way == "empty" else surviving(synced, now)
         if isinstance(node, Folder):
             restart(node, target / name, way, choose.randrange(1 << 30))
         elif isinstance(node, File):
             before = node.synced if node.synced is not None else b""
-            content = kept(before, node.content)
+            content = surviving(before, node.content)
             if way == "either" and node.synced is None:
                 content = content[: choose.randrange(len(content) + 1)]
             (target / name).write_bytes(content)
@@ -195,13 +195,13 @@ def restart(disk: Folder, target: Path, way: str, seed: int = 0) -> None:
 
 WAYS = ("lost", "empty", "either")
 # By the last call, the ways that leave what they did not before it; of other calls, the last two.
-CHANGED = {"sync": WAYS, "said": WAYS, "write": ("either",)}
+CHANGED = {"sync": WAYS, "claim": WAYS, "write": ("either",)}
 
 
 def restarts(
     operations: list[Operation], folder: Path, every: int = 1, first: int = 1
 ) -> Iterator[tuple[Path, list[Operation]]]:
-    """Yield what prefixes of the operations may leave, and what was said before the cut.
+    """Yield what prefixes of the operations may leave, and what was claimed before the cut.
 
     Of those with at least `first` operations, without `every`, all in each way in which they differ from the one
     before; else one in so many, in one of the ways.
@@ -210,8 +210,8 @@ def restarts(
         ways = CHANGED.get(operations[length - 1][0], WAYS[1:])
         ways = ways if every == 1 else (ways[length // every % len(ways)],)
         disk = replayed(operations[:length])
-        said = [operation[1:] for operation in operations[:length] if operation[0] == "said"]
+        claims = [operation[1:] for operation in operations[:length] if operation[0] == "claim"]
         for way in ways:
             target = folder / f"{length}-{way}"
             restart(disk, target, way, length)
-            yield target, said
+            yield target, claims

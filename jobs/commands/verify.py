@@ -1,4 +1,4 @@
-"""Command about damage: verify."""
+"""Command that checks every stored byte: verify."""
 
 import os
 import subprocess
@@ -61,12 +61,12 @@ def verify(
             f"running in {command['folder']}: {resume.hint(*command['words'])}", highlight=False, markup=False
         )
         _call(command)
-    left = list(find_damage(source, keys))
-    waiting = sorted(key for key in unfinished if not _is_finished(source, key))
-    for damage in left:
+    damages = list(find_damage(source, keys))
+    lacking = sorted(unfinished - {manifest["key"] for manifest in source.sealed()})
+    for damage in damages:
         console.print(f"damaged  {damage}", highlight=False, markup=False)
-    if left or waiting:
-        raise WinnowError(f"not made again: {', '.join(waiting) or left[0]}; run the recipes that need it again")
+    if damages or lacking:
+        raise WinnowError(f"not made again: {', '.join(lacking) or damages[0]}; run the recipes that need it again")
     console.print("no damage any more", highlight=False)
 
 
@@ -79,10 +79,6 @@ def _readable_runs(store: Store) -> dict[str, Json]:
         except WinnowError:  # it is among the damage
             continue
     return runs
-
-
-def _is_finished(store: Store, key: str) -> bool:
-    return any(manifest["key"] == key for manifest in store.sealed())
 
 
 def _call(command: Json) -> None:

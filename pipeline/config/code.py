@@ -27,6 +27,8 @@ WITHOUT_EFFECT = {
     "aliases",
     "check",
     "cost",
+    "which_rows",
+    "goes_on",
     "by_prompt",
     "batch",
     "candidate_columns",

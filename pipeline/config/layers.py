@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.yaml import read_yaml
-from pipeline.registry import Registry, nearest
+from pipeline.registry import Registry, nearest, registry_of
 from pipeline.stage import stages
 from schemas import WinnowError
 
@@ -240,7 +240,7 @@ def _registry_of(use: str, path: OptionPath) -> Registry | None:
     if path[:1] != ("with",) or use not in stages.entries:
         return None
     option = stages.entries[use].options.model_fields.get(path[1])
-    return next((item for item in option.metadata if isinstance(item, Registry)), None) if option else None
+    return registry_of(option) if option else None
 
 
 def _without_other_functions(below: list[Layer], configs: list[Layer]) -> tuple[list[Layer], list[str]]:

@@ -12,13 +12,15 @@ from typing import Any
 from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
-from pipeline.config.precision import mixed_precision, registry_of, with_dtype
+from pipeline.config.precision import mixed_precision, with_dtype
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest
+from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import COMMAND, WinnowError
+
+FURTHER = "evaluate_"  # begins the name of each evaluation beside the main one, in queries (jobs/queries) too
 
 
 @dataclass(eq=False)
@@ -184,6 +186,12 @@ def make_plan(recipe: Recipe) -> Plan:
             hint = unknown_step_hint(name, recipe.step_names, recipe.rounds)
             problems.append(f"{setting}: no step {name!r} in this recipe; {hint}")
             names.remove(name)
+    for name in dict.fromkeys(split_round(name)[0] for name in evaluations):
+        if not name.startswith(FURTHER):
+            problems.append(
+                f"evaluations: the name of step {name!r} must begin with {FURTHER}, by which the leaderboard tells "
+                f"it from the main evaluation; call it {FURTHER}{name}"
+            )
 
     # Without what only the evaluation reads, the run ends with what is trained.
     if recipe.trained in recipe.step_names and not problems:

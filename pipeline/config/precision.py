@@ -7,15 +7,14 @@ depend on the machine: a plan made on a laptop and one made beside a GPU have th
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from pipeline.config.layers import Origin
 from pipeline.config.recipe import Recipe
 from pipeline.config.rounds import split_round
-from pipeline.registry import Bound, Registry
+from pipeline.registry import Bound, registry_of
 from pipeline.stage import stages
 from schemas import WinnowError
 
@@ -88,18 +87,6 @@ def _inherit(model: type[BaseModel], options: Mapping[str, Any], dtype: str) -> 
                     options[name] = inner
                     paths += [f"{name}.{path}" for path in inner_paths]
     return options, paths
-
-
-def registry_of(field: FieldInfo) -> Registry | None:
-    """Return the registry whose functions an option can name, or None."""
-    return next(filter(None, map(_registry_in, (*field.metadata, field.annotation))), None)
-
-
-def _registry_in(hint: Any) -> Registry | None:
-    """Return the registry in a type, which is `Annotated[Bound, registry]` somewhere in it, or None."""
-    if isinstance(hint, Registry):
-        return hint
-    return next(filter(None, map(_registry_in, get_args(hint))), None)
 
 
 def _dtypes(options: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -30,7 +30,7 @@ from pipeline.config.layers import (
 )
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
-from pipeline.registry import Registry, nearest, validated
+from pipeline.registry import nearest, registry_of, validated
 from pipeline.stage import stages
 from schemas import WinnowError
 
@@ -431,9 +431,9 @@ def option_paths(name: str, steps: Steps) -> list[str]:
             for option, field in fields.items():
                 function = (body.get("with") or {}).get(option, field.default)
                 function = function.get("name") if isinstance(function, dict) else getattr(function, "name", function)
-                registries = [item for item in field.metadata if isinstance(item, Registry)]
-                entries = [item.entries.get(item.aliases.get(str(function), str(function))) for item in registries]
-                if any(entry and name in entry.options.model_fields for entry in entries):
+                registry = registry_of(field)
+                entry = registry and registry.entries.get(registry.aliases.get(str(function), str(function)))
+                if entry and name in entry.options.model_fields:
                     paths.append(f"{step}.{option}.{name}")
     return paths
 

@@ -175,10 +175,10 @@ class Scheduler:
             source = running.step.inputs.get(item.name)
             if source is None or source.key in self.finished:
                 continue
-            before = self.running[source.key]
-            if not is_split_by_prompt(item) or spec.signature.unsharded or before.spec.signature.unsharded:
+            producer = self.running[source.key]
+            if not is_split_by_prompt(item) or spec.signature.unsharded or producer.spec.signature.unsharded:
                 return False
-            if not before.finished_parts.issuperset(overlapping(task.shard, spec.shards, before.spec.shards)):
+            if not producer.finished_parts.issuperset(overlapping(task.shard, spec.shards, producer.spec.shards)):
                 return False
         return True
 

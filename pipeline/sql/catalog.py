@@ -175,9 +175,6 @@ class Catalog:
             _create_table(connection, name, schema.empty_table())
         return connection
 
-    def _file_connection(self, file: Path) -> duckdb.DuckDBPyConnection:
-        return _confined_connection(self.root, str(file), linked_files(self.manifests, self.root))
-
     def export(self, file: Path) -> None:
         """Write a DuckDB file with all rows, `runs` and `steps`, and each column's meaning; it needs no store.
 
@@ -189,7 +186,8 @@ class Catalog:
             raise WinnowError(f"--db {file}: there is no folder {file.parent}; create it first")
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            with _as_winnow_error(), self._file_connection(scratch) as connection:
+            linked = linked_files(self.manifests, self.root)
+            with _as_winnow_error(), _confined_connection(self.root, str(scratch), linked) as connection:
                 _create_runs_and_steps(connection, self)
                 for name in LIVE:
                     _create_table(connection, name, self.live(name))

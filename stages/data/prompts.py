@@ -85,6 +85,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
         "demonstration",
         "keep",
         "heldout",
+        "validation",
         "max_tokens",
     ),
 )
@@ -223,7 +224,7 @@ class DataTables:
         self.heldout, self.validation = heldout, validation
         self.max_tokens, self.too_long, self.prefill = max_tokens, too_long, prefill
         self.prompts_by_id: dict[str, Row] = {}
-        self.known_prompts: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
+        self.rows_by_content: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
@@ -277,8 +278,8 @@ class DataTables:
         It is rendered and tokenised once, however many rows of the file have it, in whatever order.
         """
         key = self._key_of(conversation)
-        if (row := self.known_prompts.get(key)) is None:
-            row = self.known_prompts[key] = self.prompt_row(conversation)
+        if (row := self.rows_by_content.get(key)) is None:
+            row = self.rows_by_content[key] = self.prompt_row(conversation)
             self.prompts_by_id.setdefault(row["prompt_id"], row)
         return str(row["prompt_id"])
 
@@ -290,9 +291,9 @@ class DataTables:
 
         Equal texts of a prompt are one candidate, unless `repeated` makes each its own, as draws of a policy are.
         """
-        known = self.known_prompts[self._key_of(conversation)]
-        prompt = str(known["prompt_id"])
-        ids, mask, finish_reason = self.response_ids(conversation, known["token_ids"], reply)
+        prompt_row = self.rows_by_content[self._key_of(conversation)]
+        prompt = str(prompt_row["prompt_id"])
+        ids, mask, finish_reason = self.response_ids(conversation, prompt_row["token_ids"], reply)
         if finish_reason == "length" and self.too_long == "reject":
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()

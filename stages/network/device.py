@@ -64,8 +64,8 @@ def memory_of(device: torch.device, resources: Resources) -> Device:
     if device.type == "cpu":
         installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return Device("cpu", resources.memory * GIB if resources.memory else installed)
-    own = float(torch.cuda.get_device_properties(device).total_memory)
-    return Device("cuda", resources.gpu_memory * GIB if resources.gpu_memory else own)
+    installed = float(torch.cuda.get_device_properties(device).total_memory)
+    return Device("cuda", resources.gpu_memory * GIB if resources.gpu_memory else installed)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

@@ -192,7 +192,7 @@ def checkpoint_layers(network: PreTrainedModel) -> None:
 @contextmanager
 def plain_layers(network: PreTrainedModel) -> Iterator[None]:
     """Let layers run inside as transformers has them: neither checkpointed nor compiled, which is for training."""
-    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = layers_to_checkpoint(network)
     wrapped = {layer: vars(layer).pop("forward") for layer in layers if "forward" in vars(layer)}
     try:
         yield

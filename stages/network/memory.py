@@ -105,8 +105,8 @@ def shape_of(config: ModelConfig) -> NetworkShape:
         f"a network whose config.json has no number of {' and '.join(lacking)}": lacking,
         "a folder whose weights have no readable header": not config.shapes,
     }
-    for kind, is_it in kinds.items():
-        if is_it:
+    for kind, applies in kinds.items():
+        if applies:
             raise NotEstimatedError(f"{config.folder} is {kind}")
     hidden, heads = int(numbers["hidden"] or 0), int(numbers["heads"] or 0)
     vocabulary = config.vocabulary or 0

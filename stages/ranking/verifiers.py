@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, lru_cache
 from secrets import token_hex
-from typing import Annotated, Any
-
-from markdown_it import MarkdownIt
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pipeline import Range
 from stages.ranking.instructions import followed, instructions_of
 from stages.ranking.rankers import verifier
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
 
 Seconds = Annotated[float, Range(gt=0, le=3600)]
 Megabytes = Annotated[int, Range(ge=64, le=10**6)]
@@ -34,7 +35,6 @@ TEXT_COMMAND = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf)|mbox)\b")
 COMMAND = re.compile(r"\\[A-Za-z]+")
 OPTION_LETTER = re.compile(r"[\s(){}.]*[A-Z][\s(){}.]*")
 VARIABLES = re.compile("[a-d]+|[k-n]+|[p-t]+|[w-z]+")  # of a product without signs, such as xyz
-FENCES = MarkdownIt("zero").enable("fence")  # in any indentation, as inside of a list
 
 # Runs in the sandboxed process. What was given is read before any code runs; the token is written only if it ends: at
 # the end of the last source, or by an exit with code 0 that is reached in that source alone, as in `unittest.main()`.
@@ -247,12 +247,20 @@ def instruction_share(
     return sum(results) / len(results)
 
 
+@cache
+def _fence_parser() -> "MarkdownIt":
+    """Return a parser of fenced blocks, in any indentation, as inside of a list; its import takes 30 ms."""
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("zero").enable("fence")
+
+
 def _last_block(response: str) -> str:
     """Return the last block that is fenced as code, by ``` or ~~~ as Markdown has it, or the response if it has none.
 
     A block that is not closed goes to the end; a fence at the end of its last line, no fence in Markdown, closes it.
     """
-    blocks = [token for token in FENCES.parse(response) if token.type == "fence"]
+    blocks = [token for token in _fence_parser().parse(response) if token.type == "fence"]
     return blocks[-1].content.rstrip().removesuffix(blocks[-1].markup) if blocks else response
 
 

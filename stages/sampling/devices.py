@@ -31,7 +31,7 @@ def cpu_head_sizes() -> frozenset[int]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name == "get_supported_head_sizes":
             lists = [item.value for item in ast.walk(node) if isinstance(item, ast.Return) and item.value]
-            constants = [item for found in lists for item in ast.walk(found) if isinstance(item, ast.Constant)]
+            constants = [item for value in lists for item in ast.walk(value) if isinstance(item, ast.Constant)]
             sizes = {item.value for item in constants if isinstance(item.value, int)}
             return frozenset(sizes and sizes | UNLISTED)
     return frozenset()

@@ -63,12 +63,12 @@ def pool(
 
 def _demonstrations(prompts: pa.Table, used_ids: pa.Array) -> pa.Table:
     """Return the demonstrations of prompts as candidates, each under the first id of its tokens that is not used."""
-    ids = [candidate_id(*content) for content in _contents(prompts)]
+    ids = [candidate_id(*content) for content in _id_contents(prompts)]
     copy, is_used = 0, pc.is_in(pa.array(ids, pa.string()), value_set=used_ids).to_numpy(False)
     while is_used.any():
         copy += 1
         mask = pa.array(is_used)
-        other_ids = [candidate_id(*content, copy) for content in _contents(prompts.filter(mask))]
+        other_ids = [candidate_id(*content, copy) for content in _id_contents(prompts.filter(mask))]
         for n, name in zip(np.flatnonzero(is_used), other_ids, strict=True):
             ids[n] = name
         is_used[is_used] = pc.is_in(pa.array(other_ids, pa.string()), value_set=used_ids).to_numpy(False)
@@ -87,7 +87,7 @@ def _demonstrations(prompts: pa.Table, used_ids: pa.Array) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=CANDIDATES)
 
 
-def _contents(prompts: pa.Table) -> Iterator[tuple[str, list[int]]]:
+def _id_contents(prompts: pa.Table) -> Iterator[tuple[str, list[int]]]:
     """Yield what the id of each demonstration is a hash of."""
     return zip(prompts["prompt_id"].to_pylist(), prompts["demonstration_ids"].to_pylist(), strict=True)
 

@@ -186,15 +186,15 @@ def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[s
     draws: dict[tuple[str, int], Row] = {}
     missing = set(prompts)
     for read in ctx.earlier:
-        found = {}
+        of_step = {}
         for row in read(CANDIDATES).to_pylist():
             if row["prompt_id"] in missing:
-                found[row["prompt_id"], row["k"]] = row
+                of_step[row["prompt_id"], row["k"]] = row
         for row in read(REJECTS).to_pylist():
-            if row["prompt_id"] in missing and (place := DRAW_PLACE.fullmatch(row["place"])):
-                found[row["prompt_id"], int(place[1])] = row
-        draws |= {draw: row for draw, row in found.items() if draw[1] < n}
-        missing -= {prompt for prompt, _ in found}
+            if row["prompt_id"] in missing and (draw := DRAW_PLACE.fullmatch(row["place"])):
+                of_step[row["prompt_id"], int(draw[1])] = row
+        draws |= {draw: row for draw, row in of_step.items() if draw[1] < n}
+        missing -= {prompt for prompt, _ in of_step}
     return draws
 
 

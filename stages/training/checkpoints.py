@@ -118,10 +118,11 @@ class Checkpoints:
         An incomplete checkpoint, or one whose best weights are, is passed over with a warning.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            with suppress(TypeError):  # fields of another version, or none
-                progress = TrainState(**(_record(folder) or {"": 0}))
-                if not progress.best_step or _record(self.folder / f"best-{progress.best_step:08d}") is not None:
-                    break
+            record, state = _record(folder), None
+            with suppress(TypeError):  # fields of another version
+                state = TrainState(**record) if record else None
+            if state and (not state.best_step or _record(self.folder / f"best-{state.best_step:08d}") is not None):
+                break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
             warnings.warn(message, WinnowWarning, stacklevel=2)
         else:
@@ -132,7 +133,7 @@ class Checkpoints:
         with torch.no_grad():
             reader = HuggingFaceStorageReader(str(folder))
             load(_tensors(network, optimizer), storage_reader=reader, no_dist=self.dist.world_size == 1)
-        return progress
+        return state
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -183,7 +183,7 @@ def examples(
     if has_reference:
         scored = pc.is_in(names, value_set=column_of(reference, "prompt_id")).to_numpy(zero_copy_only=False)
         lacking = (np.bincount(prompt_of[is_used], minlength=n_prompts) > 0) & ~scored
-        texts = prompts["text"].filter(pa.array(lacking))
+        texts = column_of(prompts, "text").filter(pa.array(lacking))
         rejects.add(np.flatnonzero(lacking), reason="no reference log-prob", place="reference", detail=texts)
         has_scores &= ~lacking
         is_used &= has_scores[prompt_of]
@@ -202,7 +202,7 @@ def examples(
         demonstrations = pa.table({"candidate_id": ids, "token_ids": tokens.take(pa.array(numbers))})
         no_labels = pa.nulls(len(numbers), pa.int8())
         kinds.append(_response_rows(demonstrations, numbers, np.ones(len(numbers)), no_labels))
-    has_rows = np.bincount(np.concatenate([_numbers(rows) for rows in kinds]), minlength=n_prompts) > 0
+    has_rows = np.bincount(np.concatenate([numbers_of(rows, "number") for rows in kinds]), minlength=n_prompts) > 0
     is_borrowed = has_rows[of_mismatched]
     zeros = np.zeros(int(is_borrowed.sum()), dtype=np.int8)
     mismatched = mismatched.filter(pa.array(is_borrowed))
@@ -226,8 +226,8 @@ def examples(
 
     # Group rows and pairs by prompt, where a pair has its responses' positions in the group.
     rows = pa.concat_tables(kinds)
-    n_rows = np.bincount(_numbers(rows), minlength=n_prompts)
-    order, position = np.argsort(_numbers(rows), kind="stable"), np.zeros(rows.num_rows, dtype=np.int64)
+    n_rows = np.bincount(numbers_of(rows, "number"), minlength=n_prompts)
+    order, position = np.argsort(numbers_of(rows, "number"), kind="stable"), np.zeros(rows.num_rows, dtype=np.int64)
     position[order] = np.arange(len(order)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)
     position_of_used = np.zeros(len(used_rows), dtype=np.int64)
     position_of_used[is_used] = position[: len(of_used)]
@@ -299,16 +299,12 @@ def _response_rows(table: pa.Table, numbers: Ints, weights: NDArray[Any], desira
     return pa.table({"number": pa.array(numbers)} | {name: rows[name].cast(RESPONSE.field(name).type) for name in rows})
 
 
-def _numbers(rows: pa.Table) -> Ints:
-    return numbers_of(rows, "number")
-
-
 def _with_reference(rows: pa.Table, prompts: pa.Table, reference: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Return the rows with their reference log-probs, and the rows of `reference`.
 
     Raise WinnowError if a log-prob is missing or of other tokens.
     """
-    names, numbers = column_of(rows, "candidate_id"), _numbers(rows)
+    names, numbers = column_of(rows, "candidate_id"), numbers_of(rows, "number")
     positions = positions_of(names, reference["candidate_id"])
     if (positions < 0).any():
         name = names[int((positions < 0).argmax())]

@@ -35,8 +35,8 @@ def training_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], d
     # their batches are of as many tokens, and keep keys and values alone.
     ranker = ranker_need(options, inputs, device)
     low = options["dtype"] == "bfloat16"
-    kept = need.parts["weights"] + need.parts["optimizer"] + (BF16 * shape.linear if low else 0)
-    more = kept + (ranker.total if ranker else 0.0) - need.total
+    held = need.parts["weights"] + need.parts["optimizer"] + (BF16 * shape.linear if low else 0)
+    more = held + (ranker.total if ranker else 0.0) - need.total
     return replace(need, parts={**need.parts, "evaluation": more}) if more > 0 else need
 
 

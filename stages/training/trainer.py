@@ -329,8 +329,8 @@ def warn_of_lost_margin(
 
     Only cures that are not set are named.
     """
-    wanted = (("save_dtype", "bfloat16", save_dtype), ("save_rounding", "stochastic", save_rounding))
-    to_set = [f"`{name}: {value}`" for name, value, current in wanted if value != current]
+    settings = (("save_dtype", "bfloat16", save_dtype), ("save_rounding", "stochastic", save_rounding))
+    to_set = [f"`{name}: {value}`" for name, value, current in settings if value != current]
     cures, reason = [f"set {' and '.join(to_set)}"] if to_set else ["train for more steps"], ""
     if not abs(fraction["float32"] - 1) <= LOST:
         dtype, policy = "float32", "the saved policy"

@@ -176,6 +176,7 @@ MISTAKES = [
     ("plan rso --set select.rule.k=0", ["rso: select.rule.k", "greater than 0", "got 0"]),
     ("plan rso --set optimize.beta=0.2", ["optimize.beta: unknown option; set optimize.objective.beta"]),
     ("plan rso --set select.beta=0.2", ["select.beta: unknown option; set select.rule.beta"]),
+    ("plan rso --set optimize.words=3", ["optimize.words: unknown option; set optimize.by.words"]),
     ("plan rso --set beta=0.2", ["--set beta=0.2: must be", "optimize.objective.beta", "select.rule.beta"]),
     ("plan rso --set learning_rate=1", ["--set learning_rate=1: must be", "optimize.learning_rate"]),
     ("plan rso --set select", ["--set select", "step.option=value"]),

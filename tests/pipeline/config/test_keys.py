@@ -217,3 +217,14 @@ def test_an_option_that_was_added_later_is_in_a_key_only_where_it_is_not_the_def
     of_prompts = next(step for step in other.steps if step.name == "prompts")
     assert of_prompts.identity["options"]["validation"] == 0.1
     assert keys_of(other)["prompts"] != keys_of(plain)["prompts"]
+
+
+def test_draws_of_a_prompt_are_the_same_whatever_prompts_are_held_out_beside_it(data_dir: Path):
+    """So that a share of prompts that is set later costs no draw again: `sample` takes those of equal row keys."""
+    steps = [
+        {step.name: step for step in plan_of("rso", data_dir, *sets).steps}
+        for sets in ([], ["prompts.validation=0.2"], ["prompts.heldout=0.3"], ["prompts.system_prompt=Hi"])
+    ]
+    assert len({each["sample"].key for each in steps}) == len(steps)
+    assert len({each["sample"].row_key for each in steps[:3]}) == 1
+    assert steps[3]["sample"].row_key != steps[0]["sample"].row_key

@@ -167,6 +167,9 @@ def test_every_round_is_evaluated_in_all_ways_unless_something_else_is_the_targe
     assert plan(tmp_path, also, "evaluations=[]").evaluations == []
     with pytest.raises(WinnowError, match=r"evaluations: no step 'evalute_more'.*did you mean 'evaluate_more'"):
         plan(tmp_path, also, "evaluations=[evalute_more]")
+    other = also.replace("evaluate_more", "other_evaluation")
+    with pytest.raises(WinnowError, match=r"evaluations: .*'other_evaluation' must begin with evaluate_"):
+        plan(tmp_path, other)  # the leaderboard would take either of the two for the main one
 
 
 def test_one_round_may_be_the_target(tmp_path: Path):

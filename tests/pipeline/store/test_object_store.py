@@ -21,7 +21,7 @@ from pipeline.store.storage import create, parse_location, replace, sizes
 from pipeline.store.store import Store
 from schemas import WinnowError
 from schemas.tables import EVALUATIONS
-from tests.pipeline.store.test_store import Trouble, make, plan_of_one, toy_stages
+from tests.pipeline.store.test_store import Trouble, make, plan_of_one
 from tests.runs import Silent, local, plan_of
 
 CREDENTIALS = {
@@ -70,12 +70,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of this machine."""
     monkeypatch.setenv("WINNOW_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def trouble() -> Iterator[Trouble]:
-    with toy_stages() as trouble:
-        yield trouble
 
 
 @pytest.fixture

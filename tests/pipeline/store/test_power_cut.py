@@ -1,7 +1,6 @@
 """After a power cut at any moment, what a run said to be finished is finished, and a rerun ends in the same bytes."""
 
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,15 +14,11 @@ from pipeline.store.storage import SYNC
 from pipeline.store.store import Json, Store
 from pipeline.store.verify import Damage, find_damage, set_aside
 from schemas import WinnowError
-from tests.pipeline.store.test_store import SHARDS, Trouble, contents, folder, make, plan, plan_of_one, toy_stages
+from tests.pipeline.store.test_store import SHARDS, contents, folder, make, plan, plan_of_one
 from tests.power_cut import Operation, Recorder, recorded, restarts
 from tests.runs import Silent
 
-
-@pytest.fixture(autouse=True)
-def trouble() -> Iterator[Trouble]:
-    with toy_stages() as trouble:
-        yield trouble
+pytestmark = pytest.mark.usefixtures("trouble")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +26,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SYNC, "on")
 
 
-class Saying(Silent):
+class Claims(Silent):
     """Reporter whose words about finished parts and steps are recorded with what was asked of the disk."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -43,11 +38,11 @@ class Saying(Silent):
 
     def part_finished(self, step: Step) -> None:
         self.parts += 1
-        self.recorder.said("parts", step, self.parts)
+        self.recorder.claim("parts", step, self.parts)
 
     def step_finished(self, step: Step, manifest: Json) -> None:
         super().step_finished(step, manifest)
-        self.recorder.said("step", step, manifest)
+        self.recorder.claim("step", step, manifest)
 
 
 PLANS = (lambda: plan(), lambda: plan_of_one("toy_model", size=30))
@@ -58,36 +53,36 @@ def record(root: Path) -> list[Operation]:
     root.mkdir()
     with recorded(root) as recorder:
         for one in PLANS:
-            made: Plan = one()
-            run(made, Store(root / "store"), LocalExecutor(), Saying(recorder))
-            recorder.said("run", made.name)
+            planned: Plan = one()
+            run(planned, Store(root / "store"), LocalExecutor(), Claims(recorder))
+            recorder.claim("run", planned.name)
     return recorder.operations
 
 
 def losses(operations: list[Operation], target: Path) -> list[str]:
     """Return what was said before some cut and does not hold after it."""
     lost = []
-    for place, said in restarts(operations, target):
-        store = Store(place / "store")
-        for kind, *claim in said:
+    for disk, claims in restarts(operations, target):
+        store = Store(disk / "store")
+        for kind, *facts in claims:
             holds = False
             if kind == "run":
                 with suppress(WinnowError):
-                    holds = claim[0] in store.runs()
+                    holds = facts[0] in store.runs()
             elif kind == "step":
-                step, manifest = claim
+                step, manifest = facts
                 holds = store.folder(step).manifest == manifest
             else:
-                step, parts = claim
+                step, parts = facts
                 folder_of_step = store.folder(step)
                 whole = step.signature.unsharded
                 holds = folder_of_step.manifest is not None or len(folder_of_step.missing()) <= (
                     0 if whole else SHARDS - parts
                 )
-            lost += [] if holds else [f"{place.name}: {kind} {getattr(claim[0], 'name', claim[0])}"]
+            lost += [] if holds else [f"{disk.name}: {kind} {getattr(facts[0], 'name', facts[0])}"]
         finished = {manifest["key"] for manifest in store.sealed()} if store.root.exists() else set()
-        lost += [f"{place.name}: {damage}" for damage in find_damage(store, finished)]
-        shutil.rmtree(place)
+        lost += [f"{disk.name}: {damage}" for damage in find_damage(store, finished)]
+        shutil.rmtree(disk)
     return lost
 
 
@@ -110,13 +105,13 @@ def test_after_any_cut_a_rerun_ends_in_the_same_bytes(tmp_path: Path, monkeypatc
     operations = record(tmp_path / "disk")
     monkeypatch.setenv(SYNC, "off")  # of the reruns
     expected = contents(Store(tmp_path / "disk" / "store"))
-    for place, _ in restarts(operations, tmp_path, every=9):
-        store = Store(place / "store")
+    for disk, _ in restarts(operations, tmp_path, every=9):
+        store = Store(disk / "store")
         for one in PLANS:
             make(store, one())
-        assert contents(store) == expected, place.name
+        assert contents(store) == expected, disk.name
         assert (store.folder(PLANS[1]().target).path / "model" / "model.safetensors").read_bytes() == b"x" * 30
-        shutil.rmtree(place)
+        shutil.rmtree(disk)
 
 
 def test_a_cut_while_a_step_is_deleted_or_set_aside_leaves_no_half_of_it(tmp_path: Path):
@@ -129,8 +124,8 @@ def test_a_cut_while_a_step_is_deleted_or_set_aside_leaves_no_half_of_it(tmp_pat
         before = len(recorder.operations)
         set_aside(store, [Damage("toy_grade", folder(store).path.name, "manifest.json", "")])
         list(delete_garbage(store, garbage(store, ("toy", "m")), ("toy", "m")))
-    for place, _ in restarts(recorder.operations, tmp_path, first=before):
-        store = Store(place / "store")
+    for disk, _ in restarts(recorder.operations, tmp_path, first=before):
+        store = Store(disk / "store")
         finished = {manifest["key"] for manifest in store.sealed()}
-        assert list(find_damage(store, finished)) == [], place.name
-        shutil.rmtree(place)
+        assert list(find_damage(store, finished)) == [], disk.name
+        shutil.rmtree(disk)

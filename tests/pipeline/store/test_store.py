@@ -98,12 +98,6 @@ def toy_stages() -> Iterator[Trouble]:
 
 
 @pytest.fixture
-def trouble() -> Iterator[Trouble]:
-    with toy_stages() as trouble:
-        yield trouble
-
-
-@pytest.fixture
 def store(tmp_path: Path, trouble: Trouble) -> Store:
     """An empty store."""
     return Store(tmp_path / "store")

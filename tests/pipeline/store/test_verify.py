@@ -2,7 +2,6 @@
 
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,10 @@ import pytest
 from pipeline.store.store import Store
 from pipeline.store.verify import find_damage, set_aside
 from tests.chain import recipe, toys
-from tests.pipeline.store.test_store import SHARDS, Trouble, contents, folder, make, plan_of_one, toy_stages
+from tests.pipeline.store.test_store import SHARDS, Trouble, contents, folder, make, plan_of_one
 from tests.runs import local
 
 MODEL = {"size": 40}
-
-
-@pytest.fixture
-def trouble() -> Iterator[Trouble]:
-    with toy_stages() as trouble:
-        yield trouble
 
 
 @pytest.fixture

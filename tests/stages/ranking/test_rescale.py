@@ -37,6 +37,13 @@ def test_labels_keep_what_divides_them_and_equal_rewards_are_one():
     assert (equal["reward"].to_pylist(), equal["label_threshold"].to_pylist()) == ([1.0, 1.0], [None, None])
 
 
+def test_labels_that_are_all_equal_still_say_right_or_wrong():
+    """Of a policy that gets nothing right, no response is to be imitated."""
+    for label, reward in ((0.0, 0.0), (1.0, 1.0)):
+        table = conform(rescale(rewards_of(label, label, threshold=0.5), context()), REWARDS)
+        assert (table["reward"].to_pylist(), table["label_threshold"].to_pylist()) == ([reward] * 2, [0.5] * 2)
+
+
 def test_a_reward_that_is_not_finite_is_rejected_and_scales_no_other():
     ctx = context()
     assert rescale(rewards_of(0.0, math.inf, 2.0, math.nan), ctx)["reward"].to_pylist() == [0.0, 1.0]

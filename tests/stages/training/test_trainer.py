@@ -398,16 +398,16 @@ def test_a_checkpoint_survives_a_power_cut_once_it_is_saved(tiny, tmp_path, monk
         kept = checkpoints.Checkpoints(Mirror(tmp_path / "disk", tmp_path / "disk"), Distributed())
         for step in (1, 2):
             kept.save(checkpoints.TrainState(step), network, optimizer)
-            recorder.said(step)
-    for place, said in restarts(recorder.operations, tmp_path):
+            recorder.claim(step)
+    for disk, claims in restarts(recorder.operations, tmp_path):
         found = [0]
-        for folder in (place / "checkpoint").glob("step-*"):
+        for folder in (disk / "checkpoint").glob("step-*"):
             with contextlib.suppress(OSError, ValueError):
                 state = json.loads((folder / "state.json").read_text())
                 if all((folder / name).stat().st_size == size for name, size in state["files"].items()):
                     found.append(state["step"])
-        assert max(found) >= max([0, *(step for (step,) in said)]), place.name
-        shutil.rmtree(place)
+        assert max(found) >= max([0, *(step for (step,) in claims)]), disk.name
+        shutil.rmtree(disk)
 
 
 # Metrics
@@ -491,11 +491,11 @@ def test_a_lost_margin_is_said_with_cures_that_are_not_set(dtype, rounding, kept
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_lost_margin(kept, 0.01, dtype, rounding)
-    said = [str(warning.message) for warning in caught]
+    texts = [str(warning.message) for warning in caught]
     if dtype == "bfloat16" and kept["float32"] == 1:
-        assert said == []  # what is read in bfloat16 is what was saved
+        assert texts == []  # what is read in bfloat16 is what was saved
         return
-    (text,) = said
+    (text,) = texts
     assert f"save_dtype: {dtype}" not in text
     assert f"save_rounding: {rounding}" not in text
     assert "raise learning_rate" in text
