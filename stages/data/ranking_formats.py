@@ -58,14 +58,14 @@ def ultrafeedback(
 def dialogue_of_models(row: Row, *, turns: str = "dialogue") -> list[PreferencePair | ValueError]:
     """Read a dialogue that two models had, from which CVX-DPO makes preferences: later turns as worse answers.
 
-    The first turn is the prompt, the second is chosen, and each turn after it, whoever said it, is rejected in a pair of
-    its own. Turns are texts, or messages, of which a system message at the beginning belongs to the prompt and the roles
-    must alternate.
+    The first turn is the prompt, the second is chosen, and each turn after it, whoever said it, is rejected in a pair
+    of its own. Turns are texts, or messages, of which a system message at the beginning belongs to the prompt and the
+    roles must alternate.
 
-    No one has preferred anything here. The reviewers of the paper (OpenReview EVZnnhtMNX) object that a direct answer is
-    set against turns which answer something else and would not be said after this prompt: a head or a policy learns to
-    tell an answer to the prompt from what belongs later in a conversation, and its accuracy on held-out pairs of this
-    kind says nothing of which of two answers is better. Measure it on pairs that people, or a judge, have compared.
+    Nobody has preferred anything here. The reviewers of the paper (OpenReview EVZnnhtMNX) object that a direct answer
+    is set against turns which answer something else and would not be said after this prompt: a head or a policy learns
+    to tell an answer to the prompt from what belongs later in a conversation, and its accuracy on held-out pairs of
+    this kind says nothing of which of two answers is better. Measure it on pairs that people, or a judge, compared.
     """
     values = row.get(turns)
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):

@@ -1,9 +1,12 @@
 """Recipes that must say what their paper says, as plans of the tiny configuration."""
 
+import json
 from itertools import pairwise
 
 import pyarrow as pa
+import pytest
 
+from jobs.sweeps import plan_sweep
 from pipeline.config.plan import Step
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS
 from stages.ranking.rescale import rescale
@@ -69,3 +72,39 @@ def test_rest_imitates_a_demonstration_above_the_threshold():
     kept = select(rescale(rewards, context()), context(), rule=rule)
     rows = examples(prompts, context(), candidates, selections=kept, imitate="selected").to_pylist()
     assert {row["prompt_id"]: [r["token_ids"] for r in row["responses"]] for row in rows} == {"p": [[3]], "q": [[8]]}
+
+
+@pytest.mark.parametrize("recipe", ["alright", "maxright", "mixture", "sequence", "sequence_reverse"])
+def test_both_objectives_are_trained_from_either_start(data_dir, recipe):
+    """From the pretrained model as in the authors' scripts, or from the SFT policy, which is the reference of both."""
+    for name, start, reference in ((recipe, "sft", "init"), (f"{recipe}_pretrained", "base", "other")):
+        steps = steps_of(data_dir, name, "target=optimize")
+        trained = [step for step in steps.values() if step.stage == "optimize" and step.options["mix"]]
+        assert len(trained) == (3 if recipe == "maxright" else 1)  # whose two optima are of the same start
+        for step in trained:
+            assert step.inputs["init"].name == start
+            assert step.options["reference"] == reference
+            assert step.inputs["examples"].inputs["reference"].inputs["policy"].name == "sft"
+
+
+def test_the_two_orders_of_a_sequence_differ_in_nothing_else(data_dir):
+    one, other = (steps_of(data_dir, name)["optimize"] for name in ("sequence", "sequence_reverse"))
+    assert one.identity["inputs"] == other.identity["inputs"]
+    mixes = [step.options["mix"].options for step in (one, other)]
+    assert [options["first"] for options in mixes] == ["imitation", "preference"]
+    assert mixes[0]["weight"] == mixes[1]["weight"]
+
+
+def test_the_objectives_alone_are_one_training_per_seed_for_every_mix_and_weight(data_dir):
+    """The reference points of a front; they differ from its policies in the mix alone, which `two_losses` reads."""
+    names = ["alright", "maxright", "mixture", "sequence", "sequence_reverse"]
+    over = ["optimize.mix.weight=0.25,0.75", "optimize.seed=0,1"]
+    plans = plan_sweep(names, [data_dir / "demo.yaml"], ["target=optimize"], over).plans
+    assert len(plans) == 5 * 4
+    trained = [step for plan in plans for step in plan.steps if step.stage == "optimize" and step.options["mix"]]
+    assert len({step.key for step in trained}) == 5 * 4 + 2 * 2
+    settings = set()
+    for step in trained:
+        inputs = {name: key for name, key in step.identity["inputs"].items() if not name.endswith("optimum")}
+        settings.add(json.dumps([step.identity["options"] | {"mix": None}, inputs], sort_keys=True))
+    assert len(settings) == 2
