@@ -55,6 +55,11 @@ def partition(
     the largest of them dominates. The ridge is that of the lowest loss in 5-fold cross-validation over prompts; an
     infinite one, the same Z for all prompts, is among them, and a warning says so if it is chosen.
 
+    What a prompt can say of Z is the level of its rewards. A reward model's have one; those of a pairwise ranker are
+    against one random response of the prompt, whose quality the prompt does not tell: on the demo (135 prompts, 8 draws,
+    beta 1) one Z for all was chosen, which is off by 0.57 nats from that of 64 draws, where the mean of the 8
+    themselves (`empirical`) is off by 0.21.
+
     Rewards count as they are: give `rewards` the step that `select` reads, and `scale: raw` there. Prompts of one
     token, which the policy cannot read in a context, are rejected. Metrics: `ridge` if it is finite, `loss`, and
     `heldout/loss` of cross-validation beside `heldout/loss_constant`, that of one Z for all; nats, less what no
@@ -91,7 +96,8 @@ def partition(
     else:
         warnings.warn(
             f"partition: the policy's states say nothing of the rewards of {len(names)} prompts in cross-validation, "
-            "and all have the same partition function; give more prompts, or use `normaliser: empirical`",
+            "and all have the same partition function; rewards against a random response of each prompt have no level "
+            "that the prompt tells: use a reward model, give more prompts, or set `normaliser: empirical`",
             WinnowWarning,
             stacklevel=2,
         )
