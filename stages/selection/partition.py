@@ -56,8 +56,8 @@ def partition(
     infinite one, the same Z for all prompts, is among them, and a warning says so if it is chosen.
 
     What a prompt can say of Z is the level of its rewards. A reward model's have one; those of a pairwise ranker are
-    against one random response of the prompt, whose quality the prompt does not tell: on the demo (135 prompts, 8 draws,
-    beta 1) one Z for all was chosen, which is off by 0.57 nats from that of 64 draws, where the mean of the 8
+    against one random response of the prompt, whose quality the prompt does not tell: on the demo (135 prompts, 8
+    draws, beta 1) one Z for all was chosen, which is off by 0.57 nats from that of 64 draws, where the mean of the 8
     themselves (`empirical`) is off by 0.21.
 
     Rewards count as they are: give `rewards` the step that `select` reads, and `scale: raw` there. Prompts of one
