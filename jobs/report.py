@@ -6,8 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jobs import methods, queries
 from jobs.page import COLORS, INK, label, new_figure, page_table, render, to_svg
 from jobs.tables import tags_text
@@ -97,7 +95,9 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "steps": page_table(query(catalog, STEPS).to_pylist()),
         "rejects": _query_table(catalog, "rejects"),
         "heldout": _query_table(catalog, "heldout"),
-        "two_losses": _query_table(catalog, "two_losses"),
+        "two_losses": page_table(
+            [{name: row[name] for name in row if name != "front"} for row in _query_rows(catalog, "two_losses")]
+        ),
         "two_losses_plot": _plot_two_losses(_query_rows(catalog, "two_losses")),
     }
     html = render("report.html", content | {"contents": _contents(content)})
@@ -282,19 +282,41 @@ def _plot_histogram(rows: list[dict[str, Any]]) -> str:
 
 
 def _plot_two_losses(rows: list[dict[str, Any]]) -> str:
-    """Plot both held-out losses of each policy, and the ideal point: the best that any policy reached in each."""
+    """Plot both held-out losses: each mix over its weights as one line, and what each objective reaches alone.
+
+    Bars are standard errors over seeds. The ideal point has the lower loss of both objectives alone, in one setting.
+    """
     if len(rows) < 2:
         return ""
-    points = np.array([[row["imitation_loss"], row["preference_loss"]] for row in rows])
-    ideal = points.min(axis=0)
-    figure, axes = new_figure(3.4)
-    axes.plot(*ideal, "*", color=INK, markersize=11, label="ideal point: minimum of each loss")
-    axes.legend(frameon=False, fontsize=8)
-    for row, point in zip(rows, points, strict=True):
-        axes.plot(*zip(ideal, point, strict=True), color=INK, alpha=0.25, linewidth=0.8, zorder=0)
-        axes.plot(*point, "o", color=COLORS[2])
-        name = label(f"{row['policy']} ({np.linalg.norm(point - ideal):.3f})")
-        axes.annotate(name, tuple(point), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    figure, axes = new_figure(3.8)
+    names = ("ideal_imitation_loss", "ideal_preference_loss")
+    ideals = dict.fromkeys(tuple(row[name] for name in names) for row in rows if row[names[0]] and row[names[1]])
+    for n, ideal in enumerate(ideals):
+        text = "" if n else "ideal point: each objective alone"
+        axes.plot(*ideal, "*", color=INK, markersize=11, label=text)
+    fronts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        is_alone = row["mix"] == "joint" and row["weight"] in (0, 1)
+        fronts.setdefault(("" if is_alone else row["mix"] or "", row["policy" if is_alone else "front"]), []).append(
+            row
+        )
+    for n, ((mix, _), points) in enumerate(sorted(fronts.items())):
+        points = sorted(points, key=lambda row: row["weight"] or 0)
+        x, y = ([row[f"{name}_loss"] for row in points] for name in ("imitation", "preference"))
+        errors = [[row[f"{name}_loss_se"] or 0 for row in points] for name in ("imitation", "preference")]
+        color = COLORS[n % len(COLORS)] if mix else INK
+        style = "o-" if mix else "s"
+        text = mix if len(points) > 1 else ""
+        axes.errorbar(
+            x, y, yerr=errors[1], xerr=errors[0], fmt=style, color=color, linewidth=1, markersize=4, label=text
+        )
+        for row in points:
+            name = f"{row['weight']:g}" if len(points) > 1 else row["policy"]
+            distance = "" if row["distance"] is None else f" ({row['distance']:.3f})"
+            at = row["imitation_loss"], row["preference_loss"]
+            axes.annotate(label(f"{name}{distance}"), at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("held-out imitation loss (nats per token)")
     axes.set_ylabel("held-out preference loss (nats)")
     axes.margins(x=0.2)

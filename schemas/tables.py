@@ -273,6 +273,12 @@ FEATURES = table(
     CANDIDATE_ID,
     column("features", pa.list_(pa.float32()), "last hidden states of the policy, averaged over the response's tokens"),
 )
+PARTITIONS = table(
+    "partitions",
+    "one row per prompt: its partition function, learned as a function of the prompt",
+    PROMPT_ID,
+    column("log_z", pa.float64(), "log of the mean of exp(reward / beta) over the policy's responses, nats"),
+)
 HEADS = table(
     "heads",
     "one row per neuron of a preference head: score = sum over neurons of outer * max(0, inner . features + bias)",
@@ -368,6 +374,7 @@ Policies = Annotated[pa.Table, POLICIES]
 Metrics = Annotated[pa.Table, METRICS]
 Speeds = Annotated[pa.Table, SPEEDS]
 Features = Annotated[pa.Table, FEATURES]
+Partitions = Annotated[pa.Table, PARTITIONS]
 Heads = Annotated[pa.Table, HEADS]
 Judgements = Annotated[pa.Table, JUDGEMENTS]
 Outcomes = Annotated[pa.Table, OUTCOMES]

@@ -8,5 +8,5 @@ from stages.head import features, train
 from stages.network import models
 from stages.ranking import combine, compare, judge, ranker_examples, rescale, reward, score, verifiers
 from stages.sampling import pool, sample
-from stages.selection import pair, select
+from stages.selection import pair, partition, select
 from stages.training import examples, optimize, reference

@@ -13,7 +13,8 @@ LAYERS = ["schemas", "pipeline", "stages", "jobs"]
 FILES = [path.relative_to(ROOT) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 RAY = {f"pipeline/execution/{name}.py" for name in ("actors", "distributed", "ray_executor")} | {"jobs/ray_jobs.py"}
 VLLM = {"stages/sampling/engines/vllm.py"}
-TORCH = {
+TORCH = {"stages/head/convex.py"}
+TORCH |= {
     f"stages/network/{name}.py"
     for name in (
         "device",

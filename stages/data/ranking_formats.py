@@ -9,7 +9,7 @@ from typing import Any, Literal
 from schemas.ids import Message
 from stages.data.formats import PreferencePair, finite_number_of, preference_reader, prompt_of_transcript
 from stages.data.rows import Row
-from stages.data.texts import Prompt, as_prompt, text_of
+from stages.data.texts import Prompt, as_prompt, messages_of, text_of
 
 # Of the responses in the order of their ranking: the first and the last, neighbours, or each and every later one.
 RankedPairs = Literal["best_vs_worst", "neighbours", "all_pairs"]
@@ -52,6 +52,38 @@ def ultrafeedback(
     return ranked_pairs(
         text_of(row, "instruction"), _dicts(row.get("completions"), "completions"), "response", score, by, pairs
     )
+
+
+@preference_reader(columns=("{turns}",))
+def dialogue_of_models(row: Row, *, turns: str = "dialogue") -> list[PreferencePair | ValueError]:
+    """Read a dialogue that two models had, from which CVX-DPO makes preferences: later turns as worse answers.
+
+    The first turn is the prompt, the second is chosen, and each turn after it, whoever said it, is rejected in a pair
+    of its own. Turns are texts, or messages, of which a system message at the beginning belongs to the prompt and the
+    roles must alternate.
+
+    Nobody has preferred anything here. The reviewers of the paper (OpenReview EVZnnhtMNX) object that a direct answer
+    is set against turns which answer something else and would not be said after this prompt: a head or a policy learns
+    to tell an answer to the prompt from what belongs later in a conversation, and its accuracy on held-out pairs of
+    this kind says nothing of which of two answers is better. Measure it on pairs that people, or a judge, compared.
+    """
+    values = row.get(turns)
+    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+        system, texts = [], [text_of({turns: value}, turns) for value in values]
+    else:
+        messages = messages_of(row, turns)
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        spoken = messages[len(system) :]
+        if any(one["role"] == other["role"] for one, other in pairwise(spoken)):
+            raise ValueError(f"the roles in {turns} do not alternate")
+        if any(message.keys() != {"role", "content"} for message in spoken):
+            raise ValueError(f"a turn in {turns} is more than a text")
+        texts = [text_of(dict(message), "content") for message in spoken]
+    if len(texts) < 3:
+        raise ValueError(f"{turns} has fewer than three turns")
+    prompt, chosen, *later = texts
+    content = as_prompt([*system, {"role": "user", "content": prompt}])
+    return [PreferencePair(content, chosen, rejected) for rejected in later]
 
 
 @preference_reader(

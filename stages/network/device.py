@@ -19,6 +19,7 @@ from schemas import WinnowWarning
 from stages.limits import KEPT_FRACTION, LOGITS_AT_ONCE
 
 CPU = torch.device("cpu")
+THREADS = torch.get_num_threads()  # of this process; scoring lowers the number that is in force
 # How far the trial of a network at its load may be off, as a fraction of the largest number: fp32 added up in another
 # order; in bfloat16, of which random networks of eight layers differ by 1.3e-2 (tests/bench/h100.md), roundings.
 TRIAL_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}

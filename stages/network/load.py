@@ -33,7 +33,7 @@ from pipeline.store.storage import named
 from pipeline.store.weights import weight_files
 from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, ModelConfig
-from stages.network.device import can_compile, default_device, say_precision
+from stages.network.device import THREADS, can_compile, default_device, say_precision
 from stages.network.forward import share_prefixes
 from stages.network.heap import give_back
 from stages.network.prefix_attention import NAME, shared_prefix_attention
@@ -42,7 +42,6 @@ from stages.options import Precision, Rounding
 
 Adapt = Callable[[PreTrainedModel], None]
 disable_progress_bar()  # of loading weights: a step has its own
-THREADS = torch.get_num_threads()
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 

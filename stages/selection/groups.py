@@ -36,6 +36,7 @@ class RewardGroups:
     values: Floats  # [N]
     starts: Ints  # [G + 1]; prompt g has the rows starts[g] to starts[g + 1]
     seeds: NDArray[np.uint64]  # [G]
+    log_z: Floats | None = None  # [G] log E exp(reward / beta) as stage `partition` learned it
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.values).all():

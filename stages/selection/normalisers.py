@@ -2,15 +2,18 @@
 
 To add one, add a function here. It takes the groups and their temperatures [G] and returns log Z - max / beta, [G]:
 relative to the largest exponent, so that nothing overflows. Metadata: `zero`, it has a limit at beta = 0; `pooled`,
-it reads all prompts together, at one temperature.
+it reads all prompts together, at one temperature; `learned`, it reads what stage `partition` has learned, at its beta.
 """
+
+from typing import NotRequired
 
 import numpy as np
 
 from pipeline import Registry
+from schemas import WinnowError
 from stages.selection.groups import Floats, RewardGroups, divide
 
-normaliser = Registry("normaliser", "groups", "beta", zero=bool, pooled=bool)
+normaliser = Registry("normaliser", "groups", "beta", zero=bool, pooled=bool, learned=NotRequired[bool])
 MAX_EXPONENT = 1e4
 RIDGE = 1e-6  # only decides directions that the data leave open
 MAX_STEPS, MIN_GAIN, MIN_STEP_SIZE = 100, 1e-18, 1e-9  # of Newton's method
@@ -73,6 +76,18 @@ def gumbel(groups: RewardGroups, beta: Floats) -> Floats:
     features /= np.where(largest > 0, largest, 1.0)
     log_mean = log_sum - np.log(len(centred)) - half_variance
     return half_variance + _fit_correction(log_mean, features, groups.sizes / len(centred)) - top
+
+
+@normaliser(zero=False, pooled=False, learned=True)
+def learned(groups: RewardGroups, beta: Floats) -> Floats:
+    """Return log Z as stage `partition` has learned it, as a function of the prompt and over all prompts.
+
+    Unlike the others it reads nothing of the rewards that it normalises; weights have mean 1 over all prompts together.
+    Raises WinnowError where there is no such step, as in `winnow diagnose`.
+    """
+    if groups.log_z is None:
+        raise WinnowError("normaliser learned: it is read in stage select alone, with a step `partition` under `from`")
+    return groups.log_z - divide(groups.max(groups.values), beta)
 
 
 def _fit_correction(log_mean: Floats, features: Floats, share: Floats) -> Floats:

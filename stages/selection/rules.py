@@ -152,7 +152,8 @@ def softmax_weights(
 
     Z = E exp(r / beta) is estimated by `normaliser` (normalisers.py): `empirical` weights have mean 1 per prompt;
     `jackknife` corrects Z for the number of candidates; `gumbel` fits log Z over all prompts of the shard, so that
-    a prompt's weights depend on the shard's other prompts, and have mean 1 over the shard.
+    a prompt's weights depend on the shard's other prompts, and have mean 1 over the shard; `learned` is a function of
+    the prompt, which stage `partition` fits over all prompts.
 
     This is the weight of SPR (successive policy re-weighting, OpenReview LglOy15bqe), whose text is not public: a
     reconstruction from its abstract and the identity pi_{t+1} = pi_t exp(r / beta) / Z, no claim about its formulas.

@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from pipeline import Bound, Columns, InputStep, StageContext, stage
 from pipeline.context import Column
 from pipeline.costs import Amount, Cost, Work
-from schemas import Candidates, Rewards, Selections, WinnowError, WinnowWarning, seeds_for
+from schemas import Candidates, Partitions, Rewards, Selections, WinnowError, WinnowWarning, seeds_for
 from schemas.tables import SELECTIONS
-from stages.data.rows import ALL_WRONG
+from stages.data.rows import ALL_WRONG, column_of
 from stages.options import Seed
 from stages.selection.groups import RewardGroups
 from stages.selection.rules import check_selection, selection_rule
@@ -46,6 +46,30 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
         problems.append("finished reads candidates; add `candidates` under `from`, the step that `rewards` scored")
     if not options["finished"] and "candidates" in inputs:
         problems.append("nothing reads candidates; set `finished: true`, or set `candidates: null` under `from`")
+    return problems + _partition_problems(options, inputs)
+
+
+def _partition_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
+    """Return why a learned partition function is not that of these rewards on this scale at this temperature."""
+    estimate, step = options["rule"].options.get("normaliser"), inputs.get("partition")
+    if not (isinstance(estimate, Bound) and estimate.metadata.get("learned")):
+        cure = "set `rule.normaliser: learned`, or set `partition: null` under `from`"
+        return [f"nothing reads partition; {cure}"] if step else []
+    if step is None:
+        return ["rule.normaliser: learned reads partition; add `partition` under `from`, a step of stage partition"]
+    problems, beta = [], options["rule"].options["beta"]
+    if options["scale"].name != "raw":
+        problems.append(
+            f"scale: {options['scale'].name}, and a partition function is that of raw rewards; set it to raw"
+        )
+    if step.stage == "partition":
+        if beta != step.options["beta"]:
+            problems.append(
+                f"rule.beta: {beta}, and the partition function was learned at beta {step.options['beta']}; set both "
+                "to the same"
+            )
+        if step.inputs.get("rewards") != inputs.get("rewards"):
+            problems.append("partition: it was learned from the rewards of another step; give both the same `rewards`")
     return problems
 
 
@@ -79,6 +103,7 @@ def select(
     rewards: Annotated[Rewards, REWARD_COLUMNS],
     ctx: StageContext,
     candidates: Annotated[Candidates, CANDIDATE_COLUMNS] | None = None,
+    partition: Partitions | None = None,
     *,
     rule: Annotated[Bound, selection_rule],
     scale: Annotated[Bound, reward_scale] = "raw",  # type: ignore[assignment]
@@ -116,6 +141,14 @@ def select(
         _reject(ctx, rows.filter(cut).combine_chunks(), "cut at max_tokens", phase=1)
         rows = rows.filter(pc.invert(cut)).combine_chunks()
 
+    # Reject prompts that the partition function was not learned for.
+    if partition is not None:
+        ids = rows.column("prompt_id")
+        is_learned = pc.is_in(ids, column_of(partition, "prompt_id").cast(ids.type))
+        lacking = pc.unique(rows.filter(pc.invert(is_learned)).column("prompt_id"))
+        ctx.reject_rows(pc.cast(lacking, pa.string()), reason="no partition function", place="partition", phase=1)
+        rows = rows.filter(is_learned).combine_chunks()
+
     # Order by prompt and candidate, as `reward` leaves its rows: a check of neighbours nearly always saves the sort.
     if rows.num_rows > 1:
         prompt, candidate = (rows.column(name).chunk(0) for name in ("prompt_id", "candidate_id"))
@@ -128,7 +161,11 @@ def select(
     runs = pc.run_end_encode(rows.column("prompt_id").combine_chunks(), run_end_type=pa.int64())
     prompts = runs.values
     starts = np.append(0, runs.run_ends.to_numpy())
-    groups = RewardGroups(rows.column("reward").to_numpy(), starts, seeds_for(seed, "select", prompts))
+    log_z = None
+    if partition is not None:
+        positions = pc.index_in(prompts, value_set=column_of(partition, "prompt_id").cast(prompts.type))
+        log_z = partition.column("log_z").take(positions).to_numpy()
+    groups = RewardGroups(rows.column("reward").to_numpy(), starts, seeds_for(seed, "select", prompts), log_z)
 
     # Reject prompts without two different rewards, if the scale or the rule needs them; the first one is the place.
     # Labels need no other to compare with: where all are right, all are kept. A rule that is for the right ones alone
@@ -150,7 +187,8 @@ def select(
         sizes = groups.sum(keep.astype(np.float64)).astype(np.int64)[~unusable]
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         rows, prompts = rows.filter(pa.array(keep)), prompts.filter(pa.array(~unusable))
-        groups = RewardGroups(groups.values[keep], starts, groups.seeds[~unusable])
+        log_z = None if log_z is None else log_z[~unusable]
+        groups = RewardGroups(groups.values[keep], starts, groups.seeds[~unusable], log_z)
     if not len(prompts):
         return SELECTIONS.empty_table()
 

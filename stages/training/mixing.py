@@ -9,11 +9,11 @@ forwarded. ALRIGHT and MAXRIGHT (arXiv:2410.15483) give 0 or 1. To add a mix, ad
 """
 
 from dataclasses import dataclass
-from typing import Annotated, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 import numpy as np
 
-from pipeline import Range, Registry
+from pipeline import ADDED, Range, Registry
 from stages.options import Count
 
 mix = Registry("mix", "state", uses_losses=bool, measure_every=NotRequired[str])
@@ -39,8 +39,18 @@ def joint(state: MixState, *, weight: UnitInterval = 0.5) -> float:
 
 
 @mix(uses_losses=False)
-def sequence(state: MixState, *, weight: UnitInterval = 0.5) -> float:
-    """Return 0 (imitation), and 1 (preference) for the last `weight` of the steps."""
+def sequence(
+    state: MixState,
+    *,
+    weight: UnitInterval = 0.5,
+    first: Annotated[Literal["imitation", "preference"], ADDED] = "imitation",
+) -> float:
+    """Return 0 (imitation), and 1 (preference) for the last `weight` of the steps; `first: preference` is the reverse.
+
+    Then preference has the first `weight` of the steps.
+    """
+    if first == "preference":
+        return float(state.step < round(weight * state.steps))
     return float(state.step >= round((1 - weight) * state.steps))
 
 

@@ -96,6 +96,7 @@ def optimize(
     evaluate_stop_token_ids: Annotated[TokenIds | None, ADDED] = None,
     by: Annotated[Annotated[Bound, rankers] | None, ADDED] = None,
     keep: Annotated[Literal["last", "best"], ADDED] = "last",
+    learning_rate_scale: Annotated[Positive, ADDED] = 1.0,
 ) -> tuple[Model, Policies, Metrics, Speeds]:
     """Minimise objective + nll_weight * nll with AdamW from `init` over `examples`.
 
@@ -108,6 +109,9 @@ def optimize(
 
     Where no cached reference has compared draws of `init` with the engine's own log-probs, those of the first batch
     are, as `reference` does it; the difference is a metric of step 0, and `engine_tolerance` raises its limit.
+
+    `learning_rate` is multiplied by `learning_rate_scale`, by which a recipe says that a round trains with a lower rate
+    than others, whatever theirs is.
 
     `lora_r` is the rank of the LoRA beside each frozen layer that `lora_target_modules` names (none: every linear layer
     but the head), scaled by `lora_alpha` / rank (none: 2); 0 trains all weights. `gradient_checkpointing` computes each
@@ -162,7 +166,10 @@ def optimize(
     from stages.training.live import LiveMetrics
     from stages.training.trainer import train_policy
 
-    config = TrainConfig(**{option.name: options[option.name] for option in fields(TrainConfig)})
+    config = TrainConfig(
+        **{option.name: options[option.name] for option in fields(TrainConfig)}
+        | {"learning_rate": learning_rate * learning_rate_scale}
+    )
     data = [TermData(examples, heldout, objective, nll_weight, _final_loss(preference_optimum, "loss"))]
     if demonstrations is not None:
         optimum = _final_loss(imitation_optimum, "imitation/loss")

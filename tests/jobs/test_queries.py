@@ -64,7 +64,9 @@ COLUMNS = {
     "slow_steps": "run step stage key seconds wall_seconds busy rows_per_second tokens_per_second bytes",
     "now": "run step done_steps steps loss accuracy margin grad_norm kl proxy_win per_second seconds_left",
     "status": "run step stage key state rows rejects seconds tokens ranker_calls done per_second seconds_left",
-    "two_losses": "policy preference_loss imitation_loss preference_accuracy",
+    "two_losses": "policy seeds mix weight preference_loss preference_loss_se imitation_loss imitation_loss_se "
+    "preference_accuracy distance distance_se ideal_preference_loss ideal_imitation_loss seconds optima_seconds cost "
+    "front",
     "unpaired": "run prompt_id candidates kept spread reject_reasons text",
 }
 # Two prompts to train on and one that is held out; four candidates of p, of which two are duplicates, and two of q.

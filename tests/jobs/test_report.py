@@ -1,6 +1,7 @@
 """The report and the queries behind it, on runs that differ and on runs that do not."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,13 +14,14 @@ import pytest
 
 from jobs import queries
 from jobs.recipes import plan_named
-from jobs.report import _plot_histogram, write_report
+from jobs.report import _plot_histogram, _plot_two_losses, write_report
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
-from pipeline.sql.views import RUNS
+from pipeline.sql.views import RUNS, STEPS
 from pipeline.store.store import Store, write_json
 from schemas.tables import METRICS, POLICIES
+from tests.catalogs import table as table_of
 from tests.runs import Silent, plan_of
 
 SHORT = "eval_sample.max_tokens=8"  # a steered token is dear
@@ -67,9 +69,17 @@ def test_the_report_plots_both_losses_of_runs_that_have_two(mixed, finished, tmp
     assert BOTH not in (tmp_path / "plain.html").read_text()
 
 
-def catalog_of(links, losses):
-    """`runs` of (run, step, round, key), and `metrics` of {key: (preference loss, imitation loss)}."""
-    runs = [dict(run=run, step=step, round=round, stage="optimize", key=key) for run, step, round, key in links]
+def catalog_of(links, losses, methods=None, **steps):
+    """`runs` of (run, step, round, key), and `metrics` of {key: (preference loss, imitation loss)}.
+
+    methods: that of a key, if it has another name. steps: options, inputs and seconds of a key.
+    """
+    methods = methods or {}
+    runs = [
+        dict(run=run, step=step, round=round, stage="optimize", key=key, method=methods.get(key, key))
+        for run, step, round, key in links
+    ]
+    columns = {key: dict(options="{}", inputs="{}", seconds=1.0) | steps.get(key, {}) for key in losses}
     names = ("heldout/loss", "heldout/imitation/loss")
     rows = [
         dict(step=1, metric=metric, value=value, stage="optimize", key=key)
@@ -82,6 +92,7 @@ def catalog_of(links, losses):
         "metrics": pa.Table.from_pylist(
             rows, schema=pa.schema([*METRICS, pa.field("stage", pa.string()), pa.field("key", pa.string())])
         ),
+        "steps": table_of(STEPS, *(dict(stage="optimize", key=key) | row for key, row in columns.items())),
         "policies": pa.schema([*POLICIES, pa.field("stage", pa.string()), pa.field("key", pa.string())]).empty_table(),
     }
     connection = duckdb.connect()
@@ -110,6 +121,73 @@ def test_two_policies_of_one_name_are_two_rows():
         ("only_preferences (a)", 2.0, 12.0),
         ("only_preferences (b@2)", 4.0, 14.0),
     ]
+
+
+def step_of(mix, weight, seconds=10.0, seed=0, init="sft", **inputs):
+    """The options and inputs of a training, as `steps` has them."""
+    options = {"learning_rate": 1e-3, "mix": {"name": mix, "weight": weight, "version": 1}, "seed": seed}
+    inputs = {"examples": "e", "init": init} | inputs
+    return dict(options=json.dumps(options), inputs=json.dumps(inputs), seconds=seconds)
+
+
+def two_losses(links, losses, methods=None, **steps):
+    """The rows of the query, by policy."""
+    found = catalog_of(links, losses, methods, **steps).sql(queries.text("two_losses")).to_arrow_table().to_pylist()
+    return {row["policy"]: row for row in found}
+
+
+ALONE = dict(p=step_of("joint", 1.0), d=step_of("joint", 0.0))
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.001])
+def test_the_distance_depends_on_neither_the_unit_nor_what_else_is_in_the_store(unit):
+    """Halfway between the two objectives alone in both losses: sqrt(2) / 2; a policy of another start is no ideal."""
+    names = ["p", "d", "m", "lone"]
+    links = [("run", name, None, name) for name in names]
+    losses = {"p": (0.2 * unit, 3.0), "d": (0.7 * unit, 1.0), "m": (0.45 * unit, 2.0), "lone": (0.0, 0.0)}
+    steps = ALONE | dict(m=step_of("alright", 0.5), lone=step_of("alright", 0.5, init="base"))
+    rows = two_losses(links, losses, **steps)
+    assert rows["m"]["distance"] == pytest.approx(math.sqrt(0.5))
+    assert (rows["p"]["distance"], rows["d"]["distance"], rows["lone"]["distance"]) == (1.0, 1.0, None)
+
+
+def test_seeds_are_one_row_with_the_standard_error_of_their_mean():
+    """Each seed has its own objectives alone; 0.4 and 0.6 have the mean 0.5 and the standard error 0.1."""
+    links = [("run", f"{name}{n}", None, f"{name}{n}") for n in (0, 1) for name in "pdm"]
+    losses: dict = {}
+    steps: dict = {}
+    for n, value in enumerate((0.4, 0.6)):
+        losses |= {f"p{n}": (0.0, 1.0), f"d{n}": (1.0, 0.0), f"m{n}": (value, 0.0)}
+        steps |= {f"p{n}": step_of("joint", 1.0, seed=n), f"d{n}": step_of("joint", 0.0, seed=n)}
+        steps[f"m{n}"] = step_of("alright", 0.25, seed=n)
+    row = two_losses(links, losses, {"m0": "m", "m1": "m"}, **steps)["m0"]
+    assert (row["seeds"], row["mix"], row["weight"]) == (2, "alright", 0.25)
+    assert (row["preference_loss"], row["preference_loss_se"]) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert (row["distance"], row["distance_se"]) == (pytest.approx(0.5), pytest.approx(0.1))
+
+
+def test_what_knowing_the_two_optima_costs_is_in_the_table():
+    """Two trainings of 10 s before one of 10 s: three times; and their distances are of one setting."""
+    links = [("run", name, None, name) for name in ("p", "d", "m", "a")]
+    losses = {"p": (0.0, 1.0), "d": (1.0, 0.0), "m": (0.5, 0.5), "a": (0.5, 0.5)}
+    m = step_of("maxright", 0.5, preference_optimum="p", imitation_optimum="d")
+    rows = two_losses(links, losses, **ALONE, m=m, a=step_of("alright", 0.5))
+    assert (rows["m"]["seconds"], rows["m"]["optima_seconds"], rows["m"]["cost"]) == (10.0, 20.0, 3.0)
+    assert (rows["a"]["optima_seconds"], rows["a"]["cost"]) == (0.0, 1.0)
+    assert rows["m"]["distance"] == rows["a"]["distance"] == pytest.approx(math.sqrt(0.5))
+
+
+def test_a_front_is_a_line_over_its_weights():
+    """Named once in the legend, each point by its weight; the objectives alone are points of their own."""
+    weights = (0.25, 0.5, 0.75)
+    keys = dict(zip("abc", weights, strict=True))
+    links = [("run", name, None, name) for name in "pdabc"]
+    losses = {"p": (0.0, 1.0), "d": (1.0, 0.0)} | {key: (1 - weight, weight) for key, weight in keys.items()}
+    steps = {key: step_of("alright", weight) for key, weight in keys.items()}
+    plot = _plot_two_losses([*two_losses(links, losses, **ALONE, **steps).values()])
+    assert plot.count("alright") == 1
+    assert all(f">{weight:g} (" in plot for weight in weights)
+    assert "p (1.000)" in plot
 
 
 def test_rewards_are_plotted_alone_where_none_was_selected():

@@ -50,7 +50,7 @@ class VllmEngine(QueuedEngine):
     ) -> None:
         import torch
 
-        from stages.network.load import THREADS
+        from stages.network.device import THREADS
 
         options = options or {}
         super().__init__(window=2 * options.get("max_num_seqs", MAX_SEQUENCES))

@@ -44,6 +44,7 @@ CHANGES = {
     "combine": "weights={first: 1.0, second: 0.7}",
     "head_reward": None,
     "features": "dtype=bfloat16",
+    "partition": "components=16",
     "preference_head": "head={name: logistic, C: 0.5}",
     "score": "method=bradley_terry",
     "evaluate": "seed=7",

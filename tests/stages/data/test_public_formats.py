@@ -230,6 +230,25 @@ PAIRS: dict[str, tuple[Any, list[dict], list[tuple[str, str, str]], list[str]]] 
         + [("user: Hi\nassistant: Yes.\nuser: So?", *pair) for pair in (("Best.", "Fair."), ("Fair.", "Worst."))],
         [],
     ),
+    "a dialogue of two models": (
+        "dialogue_of_models",
+        [
+            {"dialogue": ["Hi", "Yes.", "So?", "No.", "Yes."]},
+            {"dialogue": [SYSTEM, user("Hi"), assistant("A."), user("B?")]},
+            {"dialogue": ["Hi", "Yes."]},
+            {"dialogue": ["Hi", " ", "So?"]},
+            {"dialogue": [user("Hi"), assistant("A."), assistant("B.")]},
+            {"dialogue": [user("Hi"), assistant("A.") | {"tool_calls": [{"name": "f"}]}, user("B?")]},
+        ],
+        [("Hi", "Yes.", "So?"), ("Hi", "Yes.", "No."), (KIND, "A.", "B?")],
+        [
+            "identical responses",
+            "dialogue has fewer than three turns",
+            "empty dialogue",
+            "the roles in dialogue do not alternate",
+            "a turn in dialogue is more than a text",
+        ],
+    ),
     "UltraFeedback binarized, several turns, under the default reader": (
         "columns",
         [

@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse.linalg import cg
 
-from stages.head.convex import Admm, Program, draw_gates, loss, nystrom, recover, shrink, solve
+from stages.head.convex import (
+    ROWS_PER_BLOCK,
+    Admm,
+    Program,
+    conjugate_gradients,
+    draw_gates,
+    loss,
+    nystrom,
+    recover,
+    shrink,
+    solve,
+)
 from stages.head.train import PairFeatures, head
 
 few = settings(deadline=None, max_examples=10)
@@ -24,6 +35,20 @@ def instance(n, d, count, seed=0):
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(n, d))
     return X, np.sign(X[:, 0] * X[:, -1] + 0.3 * rng.normal(size=n)), draw_gates(X, count, rng)
+
+
+class Numbers:
+    """The operators of a program on arrays of numpy."""
+
+    def __init__(self, X, y, gates, beta):
+        self.program, self.y, self.beta = Program(X, y, gates, beta), y, beta
+
+    def __getattr__(self, name):
+        return on_arrays(getattr(self.program, name))
+
+
+def on_arrays(operator):
+    return lambda array: operator(torch.as_tensor(array)).numpy()
 
 
 def objective(program, u):
@@ -62,7 +87,7 @@ def test_admm_agrees_with_a_general_convex_solver(size):
     *shape, beta = size
     X, y, gates = instance(*shape)
     value, predicted = general_solver(X, y, gates, beta)
-    program, v = Program(X, y, gates, beta), optimum(X, y, gates, beta)
+    program, v = Numbers(X, y, gates, beta), optimum(X, y, gates, beta)
     assert objective(program, v) == pytest.approx(value, rel=1e-4)
     assert program.predict(v) == pytest.approx(predicted, abs=1e-4)
     assert network(X, v) == pytest.approx(program.predict(v), abs=1e-4)
@@ -73,7 +98,7 @@ def test_admm_agrees_with_a_general_convex_solver(size):
 def test_the_solution_meets_the_optimality_conditions(seed, n, d, count, beta):
     """Stationarity, feasibility, complementarity; and so weak duality is tight: the dual value is y.r - ||r||^2 / 2."""
     X, y, gates = instance(n, d, count, seed)
-    program, solution = Program(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=20_000)
+    program, solution = Numbers(X, y, gates, beta), solve(X, y, gates, beta, tolerance=1e-6, iterations=20_000)
     v, m = solution.v, solution.multipliers
     assert max(solution.primal, solution.dual) <= 1e-6
     r, constraints = y - program.predict(v), program.constrain(v)
@@ -117,12 +142,13 @@ def test_preconditioned_conjugate_gradients_equal_a_direct_solve(seed, rank, rho
     """I + G^T G + F^T F / rho, from F and G written out as matrices."""
     X, y, gates = instance(20, 3, 4, seed)
     admm = Admm(Program(X, y, gates, 1.0), rank, np.random.default_rng(seed))
-    admm.rho, shape = rho, admm.u.shape
-    F, G = dense(admm.program.predict, shape), dense(admm.program.constrain, shape)
+    admm.rho, shape = rho, tuple(admm.u.shape)
+    F, G = (dense(on_arrays(operator), shape) for operator in (admm.program.predict, admm.program.constrain))
     direct = np.eye(F.shape[1]) + G.T @ G + F.T @ F / rho
     b = np.random.default_rng(seed).normal(size=shape)
     inverse = nystrom(admm.curvature, b.size, rank, np.random.default_rng(1))
-    x, _ = cg(admm.system, b.ravel(), M=inverse, rtol=0, atol=1e-10)
+    target = torch.as_tensor(b.ravel())
+    x = conjugate_gradients(admm.system, target, torch.zeros_like(target), inverse, 1e-10).numpy()
     assert x == pytest.approx(np.linalg.solve(direct, b.ravel()), abs=1e-8)
 
 
@@ -131,7 +157,7 @@ def test_a_sketch_of_full_rank_inverts_the_system():
     rng = np.random.default_rng(0)
     root = rng.normal(size=(6, 6))
     M = root @ root.T
-    inverse = dense(nystrom(lambda x: M @ x, 6, 6, rng), (6,))
+    inverse = dense(on_arrays(nystrom(lambda x: torch.as_tensor(M) @ x, 6, 6, rng)), (6,))
     assert inverse @ (np.eye(6) + M) == pytest.approx(np.eye(6) * (1 + np.linalg.eigvalsh(M)[0]), abs=1e-6)
 
 
@@ -139,12 +165,57 @@ def test_the_preconditioner_saves_conjugate_gradients():
     """Ten eigenvalues of 1e4 among ones: a sketch of rank 10 leaves a system with one cluster."""
     rng = np.random.default_rng(0)
     U = np.linalg.qr(rng.normal(size=(80, 80)))[0]
-    M = (U * np.r_[np.geomspace(1e2, 1e4, 10), np.full(70, 1e-3)]) @ U.T
-    b, inverse = rng.normal(size=80), nystrom(lambda x: M @ x, 80, 10, rng)
-    iterations: list[list[float]] = [[], []]
-    cg(np.eye(80) + M, b, M=inverse, rtol=0, atol=1e-9, callback=iterations[0].append)
-    cg(np.eye(80) + M, b, rtol=0, atol=1e-9, callback=iterations[1].append)
-    assert len(iterations[0]) * 2 < len(iterations[1])
+    M = torch.as_tensor((U * np.r_[np.geomspace(1e2, 1e4, 10), np.full(70, 1e-3)]) @ U.T)
+    b = torch.as_tensor(rng.normal(size=80))
+    products = []
+    for inverse in (nystrom(lambda x: M @ x, 80, 10, rng), lambda x: x):
+        products.append(0)
+
+        def system(x):
+            products[-1] += 1
+            return x + M @ x
+
+        conjugate_gradients(system, b, torch.zeros_like(b), inverse, 1e-9)
+    assert products[0] * 2 < products[1]
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """Of a program with three blocks of rows, whatever number torch has, which it has again afterwards."""
+    X, y, gates = instance(2 * ROWS_PER_BLOCK + 100, 4, 5)
+    before, solutions = torch.get_num_threads(), []
+    try:
+        for threads, of_torch in ((1, 1), (2, 1), (3, 2)):
+            torch.set_num_threads(of_torch)
+            solutions.append(solve(X, y, gates, 1.0, iterations=40, threads=threads))
+            assert torch.get_num_threads() == of_torch
+    finally:
+        torch.set_num_threads(before)
+    one, *others = ((solution.v.tobytes(), solution.primal, solution.dual) for solution in solutions)
+    assert others == [one, one]
+
+
+def test_blocks_of_rows_add_up_to_all_of_them(monkeypatch):
+    """The operators of a program in blocks are those of the program in one."""
+    X, y, gates = instance(50, 3, 4)
+    whole = Numbers(X, y, gates, 0.5)
+    monkeypatch.setattr("stages.head.convex.ROWS_PER_BLOCK", 16)
+    blocks = Numbers(X, y, gates, 0.5)
+    assert blocks.program.sizes == [16, 16, 16, 2]
+    rng = np.random.default_rng(1)
+    u, r, s = (rng.normal(size=shape) for shape in (blocks.program.shape, 50, (2, len(gates), 50)))
+    for name, argument in (("predict", u), ("predict_adjoint", r), ("constrain", u), ("constrain_adjoint", s)):
+        assert getattr(blocks, name)(argument) == pytest.approx(getattr(whole, name)(argument))
+    assert blocks.predict_normal(u) == pytest.approx(whole.predict_adjoint(whole.predict(u)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_finds_the_optimum_of_a_cpu():
+    X, y, gates = instance(3000, 6, 8)
+    losses = [
+        loss(X, y, 1.0, *recover(solve(X, y, gates, 1.0, tolerance=1e-5, device=torch.device(name)).v))
+        for name in ("cpu", "cuda")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_gates_are_distinct_and_seeded():
@@ -160,21 +231,21 @@ def test_gates_are_distinct_and_seeded():
 def test_more_gates_never_make_the_optimum_worse(seed):
     """The larger program contains the smaller one: its other blocks are 0."""
     X, y, gates = instance(20, 2, 6, seed)
-    fewer, more = (objective(Program(X, y, g, 0.5), optimum(X, y, g, 0.5)) for g in (gates[:2], gates))
+    fewer, more = (objective(Numbers(X, y, g, 0.5), optimum(X, y, g, 0.5)) for g in (gates[:2], gates))
     assert more <= fewer * (1 + 1e-4)
 
 
 def test_a_large_beta_leaves_no_neuron():
     """v = 0 is optimal as soon as beta >= ||(F^T y)_b|| for every block."""
     X, y, gates = instance(30, 3, 6)
-    beta = float(np.linalg.norm(Program(X, y, gates, 0.0).predict_adjoint(y), axis=-1).max())
+    beta = float(np.linalg.norm(Numbers(X, y, gates, 0.0).predict_adjoint(y), axis=-1).max())
     assert not optimum(X, y, gates, beta * 1.01).any()
 
 
 def test_shrinking_is_the_proximal_map_of_the_norm():
     """argmin 1/2 ||x - z||^2 + by ||x||: z (1 - by / ||z||), or 0 inside the ball."""
     z = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert shrink(z, 1.0) == pytest.approx(np.array([[2.4, 3.2], [0.0, 0.0], [0.0, 0.0]]))
+    assert shrink(torch.as_tensor(z), 1.0).numpy() == pytest.approx(np.array([[2.4, 3.2], [0.0, 0.0], [0.0, 0.0]]))
 
 
 def test_progress_is_reported_for_every_permitted_iteration():

@@ -58,6 +58,13 @@ def test_sequence_imitates_first_and_then_prefers(steps, lam):
     assert abs(sum(values) / steps - lam) <= 1 / steps
 
 
+def test_sequence_has_the_other_order_too():
+    """1 for the first round(w steps), then 0."""
+    for lam, first in ((0.0, 0), (0.3, 2), (0.5, 4), (1.0, 7)):
+        values = [weight("sequence", step=step, steps=7, weight=lam, first="preference") for step in range(7)]
+        assert values == [1.0] * first + [0.0] * (7 - first)
+
+
 def test_alright_prefers_that_often_in_the_long_run():
     """n = 5,000 coins of probability w: within 5 standard deviations sqrt(w (1 - w) / n), and 0 or 1 each."""
     n = 5_000

@@ -627,3 +627,11 @@ def test_the_papers_names_are_names_of_the_same_objectives():
     for alias, name in dict(dpo="sigmoid_norm", ipo="squared", simpo="sigmoid_mean", orpo="odds_ratio", rrhf="rank",
                             slic="hinge", bradley_terry="sigmoid").items():  # fmt: skip
         assert bound(objectives.objective, alias) == bound(objectives.objective, name)
+
+
+def test_a_scale_multiplies_the_learning_rate(tiny, cached, tmp_path):
+    """Half of 1e-3 trains as 5e-4 does, bit for bit, and is the rate that the metrics have."""
+    scaled, metrics, _ = train(tiny, cached.slice(0, 4), tmp_path / "scaled", learning_rate_scale=0.5)
+    plain, expected, _ = train(tiny, cached.slice(0, 4), tmp_path / "plain", learning_rate=5e-4)
+    assert metrics == expected
+    assert largest_difference(weights_of(scaled), weights_of(plain)) == 0
