@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.context import Mirror
 from pipeline.store.storage import make_folder, named, replace, sync, sync_tree
+from pipeline.store.weights import damage
 from schemas import WinnowWarning
 from stages.training.distributed import Distributed
 
@@ -39,6 +41,9 @@ class TrainState:
     best_step: int = 0
     best_tokens: int = 0
     best_win: float = -1.0
+
+
+STATE = TypeAdapter(TrainState)
 
 
 def trained_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -118,8 +123,10 @@ class Checkpoints:
         An incomplete checkpoint, or one whose best weights are, is passed over with a warning.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            with suppress(TypeError):  # fields of another version, or none
-                progress = TrainState(**(_record(folder) or {"": 0}))
+            record = _record(folder) or {"": 0}
+            with suppress(TypeError, ValidationError):  # fields of another version, or none, or of another type
+                progress = TrainState(**record)
+                STATE.validate_json(json.dumps(record), strict=True)
                 if not progress.best_step or _record(self.folder / f"best-{progress.best_step:08d}") is not None:
                     break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
@@ -136,10 +143,14 @@ class Checkpoints:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """Return what was written beside the tensors of a folder; None if one of its files is missing or cut."""
+    """Return what was written beside the tensors of a folder; None if one of its files is missing, cut or emptied.
+
+    A power cut may leave zeros in a file's place, as long as it was, where the disk does not sync.
+    """
     try:
         record: dict[str, Any] = json.loads((folder / "state.json").read_text())
         complete = all((folder / name).stat().st_size == size for name, size in record.pop("files").items())
+        complete = complete and not any(damage(file) for file in folder.glob("*.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if complete else None
