@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
+from pipeline import guard
 from pipeline.store.storage import cache, machine, replace
 from schemas import WinnowWarning
 
@@ -44,30 +45,13 @@ def start_of(process: int) -> str:
 
 
 class Guard:
-    """Process that kills others once this process has ended, however, or `end` is called."""
-
-    # When its input ends, each of its lines has the id of a process and its `start_of`.
-    PROGRAM = """
-import os, signal, sys
-boot = open("/proc/sys/kernel/random/boot_id").read().strip()
-for line in sys.stdin.read().splitlines():
-    process, _, start = line.partition(" ")
-    try:
-        fields = open(f"/proc/{process}/stat").read().rpartition(")")[2].split()
-        if f"{boot} {fields[19]}" == start:
-            os.kill(int(process), signal.SIGKILL)
-    except OSError:
-        pass
-"""
+    """Process that kills others, and all that these have started, when `end` is called or this one has ended."""
 
     def __init__(self, processes: Iterable[int]) -> None:
-        lines = "".join(f"{process} {start_of(process)}\n" for process in processes)
+        names = [f"{process}:{start.split()[1]}" for process in processes if (start := start_of(process))]
         # In a session of its own, for Ctrl-C is sent to all processes of a terminal's.
-        program = [sys.executable, "-I", "-S", "-c", self.PROGRAM]
-        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True, text=True)
-        assert self.process.stdin
-        self.process.stdin.write(lines)
-        self.process.stdin.flush()
+        program = [sys.executable, "-I", "-S", guard.__file__, *names]
+        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True)
 
     def end(self) -> None:
         """Kill the processes now."""

@@ -17,6 +17,10 @@ TIMEOUT_SECONDS = 2.0  # of a connection
 OWN_SECONDS, JOINED_SECONDS = 3.0, 20.0
 
 
+class LostClusterError(MachineError):
+    """A process of the cluster has ended without which nothing goes on, and no call of Ray need return."""
+
+
 @dataclass
 class ClusterHealth:
     """Check of the cluster that this process has joined, by connecting to the ports of both processes.
@@ -42,7 +46,7 @@ class ClusterHealth:
         return cls(ports, OWN_SECONDS if is_own else JOINED_SECONDS)
 
     def check(self) -> None:
-        """Raise MachineError if one of the processes has ended; look at most once per CHECK_SECONDS."""
+        """Raise LostClusterError if one of the processes has ended; look at most once per CHECK_SECONDS."""
         if time.monotonic() - self.last < CHECK_SECONDS:
             return
         for name, address in self.ports.items():
@@ -53,7 +57,7 @@ class ClusterHealth:
                 since = self.lost.setdefault(name, time.monotonic())
                 if time.monotonic() - since > self.patience:
                     host, port = address
-                    raise MachineError(
+                    raise LostClusterError(
                         f"Ray's {name} has ended: nothing answers at {host}:{port} ({error}); its log is in the folder "
                         "session_latest/logs of Ray's temporary folder, and a machine out of memory is a common cause"
                     ) from None

@@ -14,12 +14,12 @@ from typing import Any
 from pipeline.config.plan import Step
 from pipeline.execution.actors import ActorPool
 from pipeline.execution.executor import LocalExecutor
-from pipeline.execution.health import ClusterHealth
+from pipeline.execution.health import ClusterHealth, LostClusterError
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
 from pipeline.processes import Guard
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import StepFolder
-from schemas import COMMAND, MachineError, WinnowError
+from schemas import COMMAND, WinnowError
 
 Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
 
@@ -54,7 +54,7 @@ class RayExecutor(LocalExecutor):
         resources = self.profile.of(spec.entry.name)
         if spec.out not in self.pools:
             nodes = connect(self.address)
-            self.health = self.health or ClusterHealth.of_cluster(is_own=self.address is None)
+            self.health = self.health or cluster_health()
             parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
@@ -81,7 +81,7 @@ class RayExecutor(LocalExecutor):
         if self.health:
             try:
                 self.health.check()
-            except MachineError:
+            except LostClusterError:
                 self.pools.clear()  # which only Ray could end
                 end_own_cluster()
                 raise
@@ -185,6 +185,11 @@ def _amount(kind: str, amount: float) -> str:
 # Kills what Ray has started with a cluster of this process, which otherwise stays for a minute or for ever: its agents
 # wait for a GCS that has died, and its daemons for each other.
 _own_cluster: Guard | None = None
+
+
+def cluster_health() -> ClusterHealth:
+    """Return the check of the cluster that `connect` has joined or started."""
+    return ClusterHealth.of_cluster(is_own=_own_cluster is not None)
 
 
 def end_own_cluster() -> None:

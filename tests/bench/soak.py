@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +27,7 @@ from pipeline.store.store import Store
 from tests.bench.page import resident
 from tests.bench.store.kills import PRELOAD
 from tests.bench.store.model import make_policy, pipeline_plan, write_prompts
-from tests.bench.store.parts import kill_after
+from tests.bench.store.parts import kill_after, run_in_process
 from tests.runs import Silent
 
 PROMPTS, SHARDS, DRAWS = 100, 4, 8
@@ -103,12 +104,14 @@ def measure(folder: Path, minutes: float, tell: Callable[[str], None]) -> tuple[
     store, cache, scratch = folder / "store", folder / "cache", folder / "scratch"
     for path in (cache, scratch):
         path.mkdir()
+    get_temp_dir()  # that of multiprocessing, which is to be elsewhere
     os.environ |= {"WINNOW_CACHE": str(cache), "TMPDIR": str(scratch)}
-    tempfile.tempdir = None  # which was looked up already
+    tempfile.tempdir = str(scratch)
     make_policy(folder, 64, 1)
     write_prompts(folder, PROMPTS)
+    run_in_process(run_cycle, folder, store, 0, preload=PRELOAD)  # which compiles, and starts what forks the runs
     rng, samples, killed, start = random.Random(0), list[Sample](), 0, time.monotonic()
-    while time.monotonic() - start < 60 * minutes:
+    while len(samples) < 3 or time.monotonic() - start < 60 * minutes:
         killed += cycle(folder, store, len(samples), rng.uniform(0.05, LONGEST))
         samples.append(sample(start, store, cache, scratch))
         if len(samples) % 20 == 1:
@@ -118,7 +121,7 @@ def measure(folder: Path, minutes: float, tell: Callable[[str], None]) -> tuple[
 
 def thirds(samples: list[Sample], name: str) -> list[float]:
     """Return the medians of a figure over the three thirds of the cycles."""
-    values, size = [float(getattr(item, name)) for item in samples], max(1, len(samples) // 3)
+    values, size = [float(getattr(item, name)) for item in samples], len(samples) // 3
     return [median(part) for part in (values[:size], values[size : 2 * size], values[-size:])]
 
 
