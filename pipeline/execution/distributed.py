@@ -180,7 +180,8 @@ def _next_report(queue: "Queue", health: ClusterHealth) -> Any:
     import ray
 
     health.check()
-    reference = queue.actor.get.remote()
+    actor: Any = queue.actor  # its type is that of the class, whose methods have no `remote`
+    reference = actor.get.remote()
     while not ray.wait([reference], timeout=CHECK_SECONDS)[0]:
         health.check()
     try:

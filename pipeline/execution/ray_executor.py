@@ -211,6 +211,7 @@ def connect(address: str | None = None) -> Nodes:
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread of Ray Train would start another for one that died
     if address is None:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody reads them, and they slow each process
         # ray.init waits for the workers that a raylet starts ahead, and for ever for one that dies meanwhile (Ray 2.60)

