@@ -53,21 +53,23 @@ def run_on_ray(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "engine core"])
 def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bytes(run_on_ray, kind: str):
     """It ends well by itself, or with one message of the cause and the command that resumes; nothing stays."""
-    death: Death = measure_death(run_on_ray[0], kind, 0.6, *run_on_ray[1:])
+    folder, seconds, expected = run_on_ray
+    death: Death = measure_death(folder, kind, 0.6, seconds, expected)
     assert death.same
     assert death.left == 0
     if kind == "driver":
         assert death.code == 128 + 9
     else:
         assert death.code in (0, 2)
-        log = (run_on_ray[0] / "log").read_text()
+        log = (folder / "log").read_text()
         assert "Traceback" not in log
         assert (death.code == 0) == ("resume with: " not in log)
 
 
 @pytest.mark.parametrize("kind", ["driver", "worker", "GCS"])
 def test_a_process_that_is_stopped_for_half_a_minute_is_waited_for(run_on_ray, kind: str):
-    death = measure_death(run_on_ray[0], kind, 0.4, *run_on_ray[1:], disturb=stop_for_a_while)
+    folder, seconds, expected = run_on_ray
+    death = measure_death(folder, kind, 0.4, seconds, expected, stop_for_a_while)
     assert (death.code, death.left, death.same) == (0, 0, True)
 
 
