@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.context import Progress, WarmCache
 from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
-from pipeline.processes import end_with
+from pipeline.processes import end_orphans, end_with
 from pipeline.resources import Resources
 from schemas import MachineError
 
@@ -23,6 +23,7 @@ class StageWorker:
         self.spec, self.resources, self.cache = spec, resources, WarmCache()
         # Ray ends the workers of a raylet that has died only where their parent is then process 1.
         end_with(os.getppid())
+        end_orphans()
         self.progress_by_task: dict[Task, Progress] = {}
 
     def run_task(self, task: Task) -> None:

@@ -1,6 +1,6 @@
 """Run tasks in Ray actors: join a cluster, check that a profile fits it, and share its resources among steps.
 
-Besides this file, actors.py, distributed.py and jobs/ray_jobs.py, nothing knows Ray.
+Besides this file, actors.py, health.py, distributed.py and jobs/ray_jobs.py, nothing knows Ray.
 """
 
 import logging
@@ -19,7 +19,7 @@ from pipeline.execution.tasks import StepSpec, Task, TaskResult
 from pipeline.processes import Guard
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import StepFolder
-from schemas import COMMAND, WinnowError
+from schemas import COMMAND, MachineError, WinnowError
 
 Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
 
@@ -250,6 +250,8 @@ def connect(address: str | None = None) -> Nodes:
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         option = f"--address {address}" if address else "--executor ray"
         lines = " ".join(str(error).strip().splitlines()[:3])
+        if address is None:
+            raise MachineError(f"{option}: Ray did not start on this machine: {lines}") from None
         raise WinnowError(
             f"{option}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
             "RAY_AUTH_MODE=token in the environment)"
