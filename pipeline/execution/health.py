@@ -29,21 +29,9 @@ class ClusterHealth:
     """
 
     ports: dict[str, tuple[str, int]]
-    patience: float = JOINED_SECONDS
+    patience: float
     last: float = field(default_factory=time.monotonic)
     lost: dict[str, float] = field(default_factory=dict)  # since when a process has not answered
-
-    @classmethod
-    def of_cluster(cls, is_own: bool) -> "ClusterHealth":
-        """Return the check of the cluster that this process belongs to, which has started it or joined it."""
-        import ray
-
-        context = ray.get_runtime_context()
-        host, _, port = context.gcs_address.rpartition(":")
-        node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-        raylet = node["NodeManagerAddress"], int(node["NodeManagerPort"])
-        ports = {"GCS of the head": (host.strip("[]"), int(port)), "raylet of this machine": raylet}
-        return cls(ports, OWN_SECONDS if is_own else JOINED_SECONDS)
 
     def check(self) -> None:
         """Raise LostClusterError if one of the processes has ended; look at most once per CHECK_SECONDS."""

@@ -1,6 +1,6 @@
 """Run tasks in Ray actors: join a cluster, check that a profile fits it, and share its resources among steps.
 
-Besides this file, actors.py, health.py, distributed.py and jobs/ray_jobs.py, nothing knows Ray.
+Besides this file, actors.py, distributed.py and jobs/ray_jobs.py, nothing knows Ray.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.plan import Step
 from pipeline.execution.actors import ActorPool
 from pipeline.execution.executor import LocalExecutor
-from pipeline.execution.health import ClusterHealth, LostClusterError
+from pipeline.execution.health import JOINED_SECONDS, OWN_SECONDS, ClusterHealth, LostClusterError
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
 from pipeline.processes import Guard
 from pipeline.resources import Profile, Resources
@@ -189,7 +189,14 @@ _own_cluster: Guard | None = None
 
 def cluster_health() -> ClusterHealth:
     """Return the check of the cluster that `connect` has joined or started."""
-    return ClusterHealth.of_cluster(is_own=_own_cluster is not None)
+    import ray
+
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    raylet = node["NodeManagerAddress"], int(node["NodeManagerPort"])
+    ports = {"GCS of the head": (host.strip("[]"), int(port)), "raylet of this machine": raylet}
+    return ClusterHealth(ports, OWN_SECONDS if _own_cluster else JOINED_SECONDS)
 
 
 def end_own_cluster() -> None:

@@ -395,8 +395,8 @@ def test_a_plan_says_which_column_is_not_kept_and_which_library_is_missing(tiny,
         planned(tiny, data_dir, tmp_path, "ranker: {use: math_answer}")
 
 
-KILLED = """
-import os, sys
+KILLED = r"""
+import sys
 from stages.ranking.verifiers import runs_to_its_end
 runs_to_its_end([f"import time\nopen({sys.argv[1]!r}, 'w').close()\ntime.sleep(600)", ""], 600.0, 1024)
 """
