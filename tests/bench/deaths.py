@@ -108,7 +108,8 @@ def of_kind(kind: str) -> list[psutil.Process]:
     processes = []
     for process in running():
         with suppress(psutil.Error):
-            if any(word in " ".join(process.cmdline()) for word in KINDS[kind]):
+            command = " ".join(process.cmdline()[:4])  # a raylet's goes on with those of its agents and workers
+            if any(word in command for word in KINDS[kind]):
                 processes.append(process)
     return processes
 
