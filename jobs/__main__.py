@@ -18,7 +18,7 @@ from jobs.commands.inspect import inspect
 from jobs.commands.query import export, leaderboard, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run, sweep
 from jobs.commands.verify import verify
-from pipeline.execution.retries import describe_os_error
+from pipeline.execution.retries import describe_os_error, may_pass
 from pipeline.execution.run import commit
 from schemas import COMMAND, WinnowError, WinnowWarning
 
@@ -77,6 +77,9 @@ def main() -> None:
             exit_codes.append(error.code)
         raise
     except BaseException as error:
+        if may_pass(error):  # Ray's, of a machine that has failed: its traceback says nothing of that
+            _print_problems(f"{type(error).__name__}: {error}", *resume.advice(error))
+            raise SystemExit(2) from None
         for line in resume.advice(error):
             error.add_note(line)  # Python prints it below the traceback
         raise

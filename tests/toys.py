@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
+from pipeline.processes import DeadProcessError
 from pipeline.registry import Range
 from pipeline.stage import stage
 from schemas import Prompts
@@ -105,6 +106,12 @@ def spreading(prompts: Prompts, *, world_size: int = 2) -> Prompts:
             raise RuntimeError("a worker still holds what the ranks need")
         time.sleep(0.1)
     return prompts
+
+
+@stage(version=1)
+def without_engine(prompts: Prompts) -> Prompts:
+    """Finds its engine dead, as a process on a GPU may be."""
+    raise DeadProcessError("the engine's process has ended")
 
 
 @stage(version=1)

@@ -1,11 +1,13 @@
 """Ray actors of one step: started as its tasks become ready, each with its own engine, killed when others need room."""
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.context import Progress, WarmCache
 from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
+from pipeline.processes import end_orphans, end_with
 from pipeline.resources import Resources
 from schemas import MachineError
 
@@ -19,6 +21,9 @@ class StageWorker:
 
     def __init__(self, spec: StepSpec, resources: Resources) -> None:
         self.spec, self.resources, self.cache = spec, resources, WarmCache()
+        # Ray ends the workers of a raylet that has died only where their parent is then process 1.
+        end_with(os.getppid())
+        end_orphans()
         self.progress_by_task: dict[Task, Progress] = {}
 
     def run_task(self, task: Task) -> None:

@@ -3,6 +3,7 @@
 If a process dies, all end and all start again: what they had done is in the checkpoints that they read.
 """
 
+import os
 import threading
 import time
 import warnings
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.context import Progress, ProgressCallback, StageContext
-from pipeline.execution.ray_executor import connect
+from pipeline.execution.health import CHECK_SECONDS, ClusterHealth, LostClusterError
+from pipeline.execution.ray_executor import cluster_health, connect, end_own_cluster
 from pipeline.execution.retries import MAX_ATTEMPTS, failure, may_pass
+from pipeline.processes import end_with
 from pipeline.resources import Resources
 from pipeline.store.storage import replace
 from schemas import MachineError, WinnowError, WinnowWarning
@@ -86,9 +89,14 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     # In a thread: in the main one, Ray Train would take Ctrl-C over, and end this process with exit code 0.
     threading.Thread(target=fit, daemon=True).start()
     try:
-        _forward_reports(queue, ctx.progress)
-    finally:
+        _forward_reports(queue, ctx.progress, cluster_health())
+    except LostClusterError:
+        end_own_cluster()
+        raise
+    except BaseException:
         queue.shutdown(force=True)
+        raise
+    queue.shutdown(force=True)
     if refusal.exists():
         raise WinnowError(refusal.read_text())
     if ended:
@@ -124,6 +132,7 @@ def _train_on_rank(job: Job, refusal: Path, queue: "Queue") -> dict[str, Any] | 
     """Run the job on this rank. The first rank puts its attempts, progress and warnings into the queue."""
     import ray.train
 
+    end_with(os.getppid())
     if refusal.exists():
         return None  # a rank raised a WinnowError, and Ray Train started all again: another attempt would not help
     is_first = ray.train.get_context().get_world_rank() == 0
@@ -152,10 +161,10 @@ def _train_on_rank(job: Job, refusal: Path, queue: "Queue") -> dict[str, Any] | 
         raise  # so that Ray ends the other ranks, which may be waiting for this one
 
 
-def _forward_reports(queue: "Queue", progress: ProgressCallback) -> None:
-    """Forward what the first rank puts into the queue, until None."""
+def _forward_reports(queue: "Queue", progress: ProgressCallback, health: ClusterHealth) -> None:
+    """Forward what the first rank puts into the queue, until None; raise LostClusterError if no more can come."""
     attempts = 0
-    while (report := queue.get()) is not None:
+    while (report := _next_report(queue, health)) is not None:
         if isinstance(report, Progress):
             progress(*report)
             continue
@@ -164,3 +173,22 @@ def _forward_reports(queue: "Queue", progress: ProgressCallback) -> None:
             report = f"{RESTARTED}, for attempt {attempts} of {MAX_ATTEMPTS}" if attempts > 1 else None
         if report:
             warnings.warn(report, WinnowWarning, stacklevel=2)
+
+
+def _next_report(queue: "Queue", health: ClusterHealth) -> Any:
+    """Return the next item of the queue as soon as there is one."""
+    import ray
+
+    health.check()
+    actor: Any = queue.actor  # its type is that of the class, whose methods have no `remote`
+    reference = actor.get.remote()
+    while not ray.wait([reference], timeout=CHECK_SECONDS)[0]:
+        health.check()
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        deadline = time.monotonic() + health.patience + 2 * CHECK_SECONDS
+        while time.monotonic() < deadline:  # the queue is a process, too: it may have died with the others
+            health.check()
+            time.sleep(CHECK_SECONDS)
+        raise MachineError(f"training: the process for reports of its ranks has ended: {error}") from error

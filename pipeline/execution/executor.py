@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from pipeline.context import Progress, WarmCache
 from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
+from pipeline.processes import DeadProcessError
 from pipeline.resources import Profile
+from schemas import MachineError
 
 
 class LocalExecutor:
@@ -44,7 +46,10 @@ class LocalExecutor:
             return []
         spec, task = self.next.pop()
         resources = self.profile.of(spec.entry.name)
-        execute(spec, task, self.warm, lambda *progress: self.on_progress(spec, Progress(*progress)), resources)
+        try:
+            execute(spec, task, self.warm, lambda *progress: self.on_progress(spec, Progress(*progress)), resources)
+        except DeadProcessError as error:
+            raise MachineError(f"{spec.name}: {error}") from error
         return [TaskResult(spec, task)]
 
     def end(self, spec: StepSpec) -> None:

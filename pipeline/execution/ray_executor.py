@@ -14,10 +14,12 @@ from typing import Any
 from pipeline.config.plan import Step
 from pipeline.execution.actors import ActorPool
 from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.health import JOINED_SECONDS, OWN_SECONDS, ClusterHealth, LostClusterError
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
+from pipeline.processes import Guard
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import StepFolder
-from schemas import COMMAND, WinnowError
+from schemas import COMMAND, MachineError, WinnowError
 
 Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
 
@@ -38,6 +40,7 @@ class RayExecutor(LocalExecutor):
         super().__init__(profile)
         self.workers, self.address = workers, address
         self.pools: dict[StepFolder, ActorPool] = {}
+        self.health: ClusterHealth | None = None  # of the cluster, once it is joined
 
     def check(self, steps: list[Step]) -> None:
         """Raise WinnowError if the cluster cannot be joined, and for every stage that needs more than it has."""
@@ -51,6 +54,7 @@ class RayExecutor(LocalExecutor):
         resources = self.profile.of(spec.entry.name)
         if spec.out not in self.pools:
             nodes = connect(self.address)
+            self.health = self.health or cluster_health()
             parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
@@ -74,6 +78,13 @@ class RayExecutor(LocalExecutor):
         return self.pools[spec.out].submit(task, exclusive)
 
     def wait(self, seconds: float) -> list[TaskResult]:
+        if self.health:
+            try:
+                self.health.check()
+            except LostClusterError:
+                self.pools.clear()  # which only Ray could end
+                end_own_cluster()
+                raise
         if self.next and not any(pool.running for pool in self.pools.values()):
             for pool in self.pools.values():  # the ranks need the room of all that is idle
                 pool.shrink(0)
@@ -171,6 +182,34 @@ def _amount(kind: str, amount: float) -> str:
     return f"{amount:g} {kind}"
 
 
+# Kills what Ray has started with a cluster of this process, which otherwise stays for a minute or for ever: its agents
+# wait for a GCS that has died, and its daemons for each other.
+_own_cluster: Guard | None = None
+
+
+def cluster_health() -> ClusterHealth:
+    """Return the check of the cluster that `connect` has joined or started."""
+    import ray
+
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    raylet = node["NodeManagerAddress"], int(node["NodeManagerPort"])
+    ports = {"GCS of the head": (host.strip("[]"), int(port)), "raylet of this machine": raylet}
+    return ClusterHealth(ports, OWN_SECONDS if _own_cluster else JOINED_SECONDS)
+
+
+def end_own_cluster() -> None:
+    """Kill the processes of the cluster that ends with this process, if it has one; the next `connect` starts another.
+
+    Ray itself would wait for those that have died.
+    """
+    global _own_cluster
+    if _own_cluster:
+        _own_cluster.end()
+        _own_cluster = None
+
+
 def connect(address: str | None = None) -> Nodes:
     """Join Ray, once per process, and return what each living node has.
 
@@ -179,10 +218,17 @@ def connect(address: str | None = None) -> Nodes:
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local Ray stays on the loopback address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread of Ray Train would start another for one that died
     if address is None:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")  # nobody reads them, and they slow each process
+        # ray.init waits for the workers that a raylet starts ahead, and for ever for one that dies meanwhile (Ray 2.60)
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        # One that dies before it has said who it is, Ray takes for one that starts, for a minute if nothing is set
+        os.environ.setdefault("RAY_worker_register_timeout_seconds", "30")
+    import psutil
     import ray
 
+    global _own_cluster
     is_new = not ray.is_initialized()
     if is_new and address not in (None, "auto"):
         # Where nothing answers, Ray itself would try again for minutes
@@ -198,12 +244,21 @@ def connect(address: str | None = None) -> Nodes:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if is_new:
+            before = {child.pid for child in psutil.Process().children()}
             ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+            if address is None:
+                daemons = [child for child in psutil.Process().children() if child.pid not in before]
+                # Of what has died on this machine, errors of tasks and ClusterHealth say what matters, without a log
+                ray._private.worker.print_to_stdstream = lambda *message, **options: None
+                agents = [agent for daemon in daemons for agent in daemon.children()]
+                _own_cluster = Guard(process.pid for process in (*daemons, *agents))
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would end the process at once
                 signal.signal(signal.SIGTERM, on_terminate)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         option = f"--address {address}" if address else "--executor ray"
         lines = " ".join(str(error).strip().splitlines()[:3])
+        if address is None:
+            raise MachineError(f"{option}: Ray did not start on this machine: {lines}") from None
         raise WinnowError(
             f"{option}: {lines} (is the cluster up, and of this Ray and Python? one with a token needs "
             "RAY_AUTH_MODE=token in the environment)"

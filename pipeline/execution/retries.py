@@ -19,6 +19,7 @@ import errno
 from collections import Counter, defaultdict
 
 from pipeline.execution.tasks import POISON, StepSpec, Task, join
+from pipeline.processes import DeadProcessError
 from schemas import MachineError, WinnowError
 
 MAX_ATTEMPTS = 3
@@ -46,7 +47,7 @@ def may_pass(error: BaseException) -> bool:
         return not kind.__name__.startswith("RayTaskError")
     if isinstance(error, OSError):
         return not isinstance(error, LASTING)
-    return isinstance(error, MachineError | MemoryError)
+    return isinstance(error, MachineError | MemoryError | DeadProcessError)
 
 
 def describe_os_error(error: OSError) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.schedule import Reporter, Scheduler
+from pipeline.processes import end_orphans
 from pipeline.store.fingerprints import ContentPath
 from pipeline.store.store import Json, Store
 
@@ -34,6 +35,7 @@ def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -
     """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
     store.check()
     store.sweep()
+    end_orphans()
     store.link_run(plan.name, plan.steps)
     store.tag_run(plan.name, plan.tags)
     if plan.command:

@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -202,15 +202,8 @@ def _call_stage(spec: StepSpec, task: Task, ctx: StageContext, ids: IdRange | No
         results: list[Any] = [schema.empty_table() for schema in signature.outputs]
     else:
         context = {signature.context_parameter: ctx} if signature.context_parameter else {}
-        with spec.entry.failures():
+        with _unchanged(spec), spec.entry.failures():
             result = spec.entry.fn(**inputs, **context, **spec.options)
-        # Its result would be stored, for good, as that of the content before. A later run plans with the new one.
-        if changed := [file for path in content_paths(spec.options) for file in path.changes()]:
-            raise MachineError(
-                f"{spec.name}: {', '.join(changed)} changed after the plan was made, so that the step's key stands "
-                "for other content than what was read; nothing of this step is stored: run again once nothing writes "
-                "there"
-            )
         items = result if isinstance(result, tuple) else (result,)
         results = [item for item in items if not isinstance(item, Model)]
         expected = [*map(table_name, signature.outputs), *["a Model"] * signature.makes_model]
@@ -220,6 +213,36 @@ def _call_stage(spec: StepSpec, task: Task, ctx: StageContext, ids: IdRange | No
     return {
         table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
     }
+
+
+@contextmanager
+def _unchanged(spec: StepSpec) -> Iterator[None]:
+    """Raise MachineError if files of a step's options are not, while they are read inside, what the plan has digested.
+
+    Otherwise the result would be stored, for good, as that of the content before; a later run plans with the new one.
+    A file that is put back meanwhile has its digest again, but another time of its last change.
+    """
+    paths = list(content_paths(spec.options))
+    before = [path.states() for path in paths]
+
+    def refuse(changed: Iterable[str]) -> None:
+        if files := list(dict.fromkeys(changed)):
+            raise MachineError(
+                f"{spec.name}: {', '.join(files)} changed after the plan was made, so that the step's key stands for "
+                "other content than what was read; nothing of this step is stored: run again once nothing writes there"
+            )
+
+    def written_to() -> Iterator[str]:
+        for path, states in zip(paths, before, strict=True):
+            yield from sorted(file for file, _ in states.items() ^ path.states().items())
+
+    refuse(file for path in paths for file in path.changes())
+    try:
+        yield
+    except Exception:  # perhaps because a file was half written
+        refuse(written_to())
+        raise
+    refuse(written_to())
 
 
 @contextmanager

@@ -58,6 +58,10 @@ class ContentPath:
         names = sorted(name for name, _ in self.contents.items() ^ now.items())
         return [str(self.path / name) for name in dict.fromkeys(names)]
 
+    def states(self) -> dict[str, tuple[int, ...]]:
+        """Return numbers of each file, by its path, that change whenever somebody writes to it, whatever he writes."""
+        return {str(file): _file_state(file) for file in _files_of(self.path, self.files())}
+
     @property
     def source(self) -> str:
         """Return what people know the content by: the name of the file or folder, without the machine's folders."""
@@ -221,11 +225,16 @@ def digest_of(path: Path, files: list[Path] | None = None) -> str:
 
 def digests_of(path: Path, files: list[Path] | None = None) -> dict[str, str]:
     """Return the digests of files (all) in a folder by their relative names, or that of a file as `.`."""
+    return {
+        file.relative_to(path).as_posix(): _digest_of_file(file, _file_state(file)) for file in _files_of(path, files)
+    }
+
+
+def _files_of(path: Path, files: list[Path] | None) -> list[Path]:
+    """Return a file, or those of a folder that count: all if `files` is None."""
     if path.is_file():
-        files = [path]
-    elif files is None:
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path).as_posix(): _digest_of_file(file, _file_state(file)) for file in files}
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file()) if files is None else files
 
 
 def _digest_of_all(digests: dict[str, str]) -> str:

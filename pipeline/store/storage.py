@@ -228,11 +228,11 @@ def make_folder(path: Path) -> None:
 
 def scratch_path(path: Path) -> Path:
     """Return the name under which this thread writes a file before it is renamed; it says which process that is."""
-    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{get_ident()}")
+    return path.with_name(f".{path.name}.{machine()}.{os.getpid()}.{get_ident()}")
 
 
 @lru_cache
-def _machine() -> str:
+def machine() -> str:
     """Return 8 hex digits for the machine, or the container of it, in which process ids mean what they mean here."""
     space = ""
     with suppress(OSError):
@@ -243,7 +243,7 @@ def _machine() -> str:
 def is_left_over(name: str) -> bool:
     """Return whether this is the name of a scratch file of a process of this machine that has ended."""
     match = SCRATCH.fullmatch(name)
-    return match is not None and match[1] == _machine() and not is_alive(int(match[2]))
+    return match is not None and match[1] == machine() and not is_alive(int(match[2]))
 
 
 def is_alive(process: int) -> bool:

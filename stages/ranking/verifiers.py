@@ -57,6 +57,8 @@ os.write(given["pipe"], given["token"].encode())
 """
 CHECK_SECONDS, CHECK_MEGABYTES = 10.0, 1024  # of tests without a program
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
+# Ends a program with the thread that started it, which waits for it: also where that is killed.
+ENDING = ("setpriv", "--pdeathsig", "KILL")
 
 
 @lru_cache(maxsize=4096)
@@ -266,12 +268,15 @@ def _last_block(response: str) -> str:
 
 @cache
 def _prefix() -> tuple[str, ...]:
-    """Return the command that takes network and other processes away; nothing where the machine does not allow it."""
-    try:
-        allowed = subprocess.run([*UNSHARE, "true"], capture_output=True, timeout=10).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        allowed = False
-    return UNSHARE if allowed else ()
+    """Return the command that takes network and other processes away, and ends what it runs with this process.
+
+    Where the machine does not allow one of the two, it is the other, or nothing.
+    """
+    for prefix in ((*ENDING, *UNSHARE), UNSHARE, ENDING):
+        with suppress(OSError, subprocess.TimeoutExpired):
+            if subprocess.run([*prefix, "true"], capture_output=True, timeout=10).returncode == 0:
+                return prefix
+    return ()
 
 
 def runs_to_its_end(sources: list[str], timeout: float, memory: int) -> bool:

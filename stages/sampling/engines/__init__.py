@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline import Bound
+from pipeline.processes import DeadProcessError
 from schemas import WinnowError
 from stages.head.relu import ReluHead
 
@@ -15,7 +16,7 @@ LogpKind = Literal["exact", "steered", "raw", "approximate"]
 EngineProgress = Callable[[int], None]
 
 
-class DeadEngineError(RuntimeError):
+class DeadEngineError(DeadProcessError):
     """Failure of a step that leaves the engine unusable; a new engine in another process may succeed."""
 
 

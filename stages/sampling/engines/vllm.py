@@ -1,6 +1,7 @@
 """Engine on vLLM."""
 
 import gc
+import multiprocessing
 import os
 import re
 import sys
@@ -14,10 +15,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from pipeline.processes import end_orphans, end_with
 from pipeline.store.fingerprints import ADAPTER
 from schemas import WinnowError
 from stages.limits import context_length
-from stages.sampling.engines import Completion, Request, Sampling
+from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling
 from stages.sampling.engines.options import CPU_CACHE, CPU_CACHE_GIB, CPU_STEP_TOKENS, MAX_SEQUENCES
 from stages.sampling.engines.request_queue import QueuedEngine
 
@@ -61,9 +63,11 @@ class VllmEngine(QueuedEngine):
             # In this process the engine starts in seconds. On a GPU it is a subprocess, whose end frees the memory.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         torch.set_num_threads(THREADS)
+        end_orphans()  # an engine that a killed run left has a GPU's memory
         with _quiet_start() as start_log, _unchanged_class(folder) if on_cpu else nullcontext():
             from vllm import LLM
 
+            _let_processes_end_with_this_one()
             devices = tensor_parallel * options.get("pipeline_parallel_size", 1)
             arguments: dict[str, Any] = dict(
                 model=str(folder),
@@ -137,16 +141,18 @@ class VllmEngine(QueuedEngine):
             )
         params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
         params.seed = request.seed
-        self.llm.llm_engine.add_request(
-            request_id, tokens_input(list(request.prompt_ids)), params, lora_request=self.adapter
-        )
+        with _named_death():
+            self.llm.llm_engine.add_request(
+                request_id, tokens_input(list(request.prompt_ids)), params, lora_request=self.adapter
+            )
 
     def step(self) -> dict[str, Completion]:
         import torch
 
         try:
-            answers = self.llm.llm_engine.step()
-        except torch.OutOfMemoryError:
+            with _named_death():
+                answers = self.llm.llm_engine.step()
+        except (torch.OutOfMemoryError, DeadEngineError):
             raise
         except RuntimeError as error:
             # On a CPU, kernels that lack the model's shape are only called by the first step. Later the cause may be a
@@ -176,6 +182,41 @@ class VllmEngine(QueuedEngine):
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+# vLLM's own main functions of its processes, where ours have taken their place: of the engine core, of its workers.
+_mains: list[Callable[..., None]] = []
+
+
+def _let_processes_end_with_this_one() -> None:
+    """Let vLLM's processes end when this one has ended, however: a killed one would leave them (vllm#55510)."""
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    if not _mains:
+        _mains.extend([EngineCoreProc.run_engine_core, WorkerProc.worker_main])
+        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+        WorkerProc.worker_main = staticmethod(run_worker)
+
+
+def run_engine_core(*arguments: Any, **options: Any) -> None:
+    """Run vLLM's engine core: the main function of its process."""
+    _let_processes_end_with_this_one()
+    _run_in_child(_mains[0], arguments, options)
+
+
+def run_worker(*arguments: Any, **options: Any) -> None:
+    """Run a worker of vLLM's engine core: the main function of its process."""
+    _let_processes_end_with_this_one()
+    _run_in_child(_mains[1], arguments, options)
+
+
+def _run_in_child(main: Callable[..., None], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    end_with(parent.pid)
+    main(*arguments, **options)
 
 
 def _lora_options(folder: Path) -> dict[str, Any]:
@@ -229,6 +270,20 @@ def _wake_when_engine_dies(client: Any) -> None:
 
     if isinstance(client, SyncMPClient):
         Thread(target=report_death, args=(client.output_queue_thread, client.outputs_queue), daemon=True).start()
+
+
+@contextmanager
+def _named_death() -> Iterator[None]:
+    """Raise DeadEngineError where vLLM says that the process of its engine has ended."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise DeadEngineError(
+            "the process of vLLM's engine has ended; something may have killed it, as the kernel does where memory "
+            "runs out, or its log says why (VLLM_LOGGING_LEVEL=INFO in the environment shows it)"
+        ) from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from schemas.tables import PROMPTS
 from tests.runs import Silent
 
 before_reading: list[Path] = []  # files that a stage edits before it reads them, as someone else might
+after_reading: list[Path] = []  # files that it puts back
 
 
 @stage(version=1, unsharded=True)
@@ -26,6 +27,8 @@ def texts_of_files(*, path: DataPath) -> Prompts:
     files = [path.path] if path.path.is_file() else sorted(path.path.iterdir())
     row = {"token_ids": [1], "split": "train", "demonstration": None, "demonstration_ids": None}
     rows = [row | {"prompt_id": f"{n:020x}", "text": file.read_text()} for n, file in enumerate(files)]
+    for file in after_reading:
+        file.write_text(file.name)
     return pa.Table.from_pylist(rows, schema=PROMPTS)
 
 
@@ -69,3 +72,32 @@ def test_a_file_that_comes_into_a_folder_after_the_plan_was_made_is_named(tmp_pa
     (path / "new.txt").write_text("new")
     with pytest.raises(MachineError, match=r"data/new\.txt changed"):
         texts_in(Store(tmp_path / "store"), plan)
+
+
+def test_a_file_that_was_edited_while_it_was_read_and_put_back_is_named(tmp_path, monkeypatch):
+    """Its digest is that of the plan again: what was read was another content."""
+    path = tmp_path / "data"
+    path.mkdir()
+    (path / "a.txt").write_text("a.txt")
+    plan, store = plan_of_path(path), Store(tmp_path / "store")
+    monkeypatch.setattr(f"{__name__}.before_reading", [path / "a.txt"])
+    monkeypatch.setattr(f"{__name__}.after_reading", [path / "a.txt"])
+    with pytest.raises(MachineError, match=r"data/a\.txt changed.*nothing of this step is stored"):
+        texts_in(store, plan)
+    monkeypatch.setattr(f"{__name__}.before_reading", [])
+    assert store.folder(plan.target).manifest is None
+    monkeypatch.setattr(f"{__name__}.after_reading", [])
+    assert texts_in(store, plan) == ["a.txt"]
+
+
+def test_a_file_that_was_edited_before_it_was_read_is_not_read_at_all(tmp_path, monkeypatch):
+    """Though it is put back by the end of the step."""
+    path = tmp_path / "data"
+    path.mkdir()
+    (path / "a.txt").write_text("a.txt")
+    plan = plan_of_path(path)
+    (path / "a.txt").write_text("edited")
+    monkeypatch.setattr(f"{__name__}.after_reading", [path / "a.txt"])
+    with pytest.raises(MachineError, match=r"data/a\.txt changed"):
+        texts_in(Store(tmp_path / "store"), plan)
+    assert (path / "a.txt").read_text() == "edited"

@@ -17,7 +17,7 @@ from pipeline.execution.run import run
 from pipeline.execution.tasks import StepSpec, Task, execute, step_spec
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
-from schemas import WinnowError
+from schemas import MachineError, WinnowError
 from schemas.tables import PROMPTS, REJECTS
 from tests.runs import ROOT, Silent
 from tests.toys import notes, plan_of_toys
@@ -107,6 +107,13 @@ def test_a_worker_that_dies_is_replaced_and_a_prompt_that_kills_them_all_is_reje
     assert sorted(folder.read(PROMPTS).column("prompt_id").to_pylist()) == [f"{n:020x}" for n in range(1, 40)]
     assert len(list(tmp_path.glob("99-*"))) <= 3 + 2 + 3
     assert not (folder.path / "pieces").exists()
+
+
+def test_an_engine_that_dies_in_this_process_ends_the_run_as_a_failure_of_the_machine(tmp_path: Path):
+    """With the step's name and the cause, and no traceback: the same command goes on."""
+    plan = plan_of_toys(1, without_engine={})
+    with pytest.raises(MachineError, match="without_engine: the engine's process has ended"):
+        run(plan, Store(tmp_path / "store"), LocalExecutor(), Silent())
 
 
 TWICE = """

@@ -1,8 +1,11 @@
 """Verifiable rewards, columns kept with a prompt, and functions that a config names by their file."""
 
 import pickle
+import subprocess
+import sys
 import time
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -22,6 +25,7 @@ from stages.ranking.verifiers import _prefix, code_tests, json_schema, math_answ
 from stages.selection.pair import pair_rule
 from tests.conftest import write_jsonl
 from tests.material import bound
+from tests.runs import ROOT
 
 SCHEMA = '{"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}'
 
@@ -204,7 +208,7 @@ def test_a_sandboxed_process_is_limited_in_time_memory_and_files(tmp_path):
 
 
 def test_a_sandboxed_process_has_no_network_where_unshare_is_allowed():
-    if not _prefix():
+    if "unshare" not in _prefix():
         pytest.skip("this machine does not allow unshare")
     interfaces = "import socket\nassert [name for _, name in socket.if_nameindex()] == ['lo']"
     assert runs_to_its_end([interfaces], 10, 256)
@@ -389,3 +393,23 @@ def test_a_plan_says_which_column_is_not_kept_and_which_library_is_missing(tiny,
         WinnowError, match=r"math_answer needs the library math_verify: .* -m pip install .*math.verify"
     ):
         planned(tiny, data_dir, tmp_path, "ranker: {use: math_answer}")
+
+
+KILLED = r"""
+import sys
+from stages.ranking.verifiers import runs_to_its_end
+runs_to_its_end([f"import time\nopen({sys.argv[1]!r}, 'w').close()\ntime.sleep(600)", ""], 600.0, 1024)
+"""
+
+
+def test_a_program_ends_with_the_run_that_is_killed_while_it_runs(tmp_path):
+    """Not only at its time limit: it may sleep, which takes no CPU time."""
+    begun = tmp_path / "begun"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(begun)], cwd=ROOT) as process:
+        while not begun.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        programs = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert programs
+    assert psutil.wait_procs(programs, timeout=20)[1] == []

@@ -336,3 +336,18 @@ def test_a_request_that_cannot_be_added_fails_its_own_call_only():
     )
     assert answers == list(range(1000, 1050))
     assert isinstance(error, ValueError)
+
+
+def test_the_processes_of_vllm_are_ours_to_begin_with():
+    """Each runs a function of ours, which watches the process that started it: vLLM's own would outlive one that is
+    killed. That they end is shown in tests/bench/test_bench_deaths.py."""
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    from stages.sampling.engines import vllm
+
+    vllm._let_processes_end_with_this_one()
+    vllm._let_processes_end_with_this_one()
+    assert EngineCoreProc.run_engine_core is vllm.run_engine_core
+    assert WorkerProc.worker_main is vllm.run_worker
+    assert vllm.run_engine_core not in vllm._mains

@@ -366,19 +366,21 @@ def test_an_incomplete_checkpoint_is_passed_over_with_a_message(tiny, cached, st
     """
     with pytest.raises(KeyboardInterrupt):
         train(tiny, cached, tmp_path / "died", report_progress=interrupt_at(5), **INTERRUPTED)
-    for damage in ("short", "gone", "no state", "a list", "another field", "empty"):
+    for damage in ("short", "zeros", "gone", "no state", "a list", "another field", "another type", "empty"):
         folder = tmp_path / damage
         shutil.copytree(tmp_path / "died", folder)
         newest = folder / "checkpoint" / "step-00000004"
         (file,) = newest.glob("*.safetensors")
         if damage == "short":
             file.write_bytes(file.read_bytes()[:-1])
+        elif damage == "zeros":
+            file.write_bytes(bytes(file.stat().st_size))
         elif damage in ("gone", "no state"):
             (file if damage == "gone" else newest / "state.json").unlink()
         else:
-            state = json.loads((newest / "state.json").read_text()) | {"other": 1}
-            text = {"a list": "[]", "another field": json.dumps(state), "empty": ""}[damage]
-            (newest / "state.json").write_text(text)
+            state = json.loads((newest / "state.json").read_text())
+            states = {"a list": [], "another field": state | {"other": 1}, "another type": state | {"step": "four"}}
+            (newest / "state.json").write_text(json.dumps(states[damage]) if damage in states else "")
             (folder / "checkpoint" / "out_of_memory").write_text("")
         with pytest.warns(UserWarning, match="step-00000004: this checkpoint is incomplete"):
             again = train(tiny, cached, folder, **INTERRUPTED)
