@@ -97,7 +97,9 @@ def _step_name(names: list[str], wanted: str, round: int | None, where: str, run
         return rounds[max(rounds, key=lambda number: number or 0)]
     if round not in rounds:
         known = ", ".join(str(number) for number in rounds if number)
-        cure = f"its rounds are {known}" if known else f"it has no step {wanted!r}" if not rounds else "it has no rounds"
+        cure = (
+            f"its rounds are {known}" if known else f"it has no step {wanted!r}" if not rounds else "it has no rounds"
+        )
         raise WinnowError(f"{where}: run {run!r}: {cure}")
     return rounds[round]
 

@@ -35,7 +35,7 @@ from jobs.commands.app import (
     print_tree,
     with_trackers,
 )
-from jobs.commands.query import report
+from jobs.commands.query import print_judges, report
 from jobs.console import ProgressReporter, as_table
 from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
@@ -372,6 +372,8 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
             console.print(as_table(table, title))
             for line in lines:
                 console.print(line, highlight=False, markup=False)
+            if name == "leaderboard":
+                print_judges(of_these_runs)
     for plan in plans:
         with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
             console.print(

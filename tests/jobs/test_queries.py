@@ -49,6 +49,7 @@ COLUMNS = {
     "gold_win_as_sampled_high gold_win_greedy gold_win_greedy_low gold_win_greedy_high proxy_win_as_sampled "
     "proxy_win_as_sampled_low proxy_win_as_sampled_high proxy_win_greedy proxy_win_greedy_low proxy_win_greedy_high "
     "seconds own_seconds",
+    "judges": "run judge against win win_low win_high win_lc agreement alpha prompts comparisons ties undecided unread",
     "length_bias": "run step rule pairs chosen_tokens rejected_tokens longer_chosen gap_and_length",
     "lengths": "run step finish_reason n share mean_tokens median p95 most",
     "pair_gaps": "run step rule pairs prompts mean_gap p10 median p90 near_ties chosen_better",
@@ -305,7 +306,7 @@ def test_status_shows_steps_that_are_not_finished(tmp_path: Path):
 def test_every_query_runs_on_a_whole_run(finished: Path):
     """Of RSO on the tiny data set; those that ask for what it has no rows of answer with none."""
     catalog = open_catalog(Store(finished))
-    none = {"now", "rejects", "rounds", "two_losses", "unpaired"}
+    none = {"now", "rejects", "rounds", "two_losses", "unpaired", "votes"}
     assert {name for name in queries.names() if not query(catalog, queries.text(name)).num_rows} <= none
     assert isinstance(query(catalog, queries.text("cost")), pa.Table)
 
