@@ -1,4 +1,5 @@
--- Win rates of every run and round against the SFT policy, with 95 % intervals, highest gold win rate first: gold, proxy, and other judges.
+-- Win rates of every run and round by gold, proxy and other judges, with 95 % intervals, highest gold win rate first.
+-- By its main evaluation, against what that compares with; of the judges of a config, against the SFT policy.
 SELECT runs.run || coalesce('@' || round, '') AS run, metric, value, low, high
 FROM runs JOIN evaluations USING (stage, key) LEFT JOIN steps USING (stage, key)
 WHERE (metric IN ('gold_win', 'proxy_win') AND NOT starts_with(step, 'evaluate_'))

@@ -27,6 +27,8 @@ from schemas.tables import (
     REWARDS,
     SELECTIONS,
     SPEEDS,
+    VOTES,
+    WINS,
 )
 from tests.catalogs import link, put, table
 
@@ -66,6 +68,7 @@ COLUMNS = {
     "now": "run step done_steps steps loss accuracy margin grad_norm kl proxy_win per_second seconds_left",
     "status": "run step stage key state rows rejects seconds tokens ranker_calls done per_second seconds_left",
     "two_losses": "policy preference_loss imitation_loss preference_accuracy",
+    "votes": "run judged_by shown_first votes candidate baseline same unread",
     "unpaired": "run prompt_id candidates kept spread reject_reasons text",
 }
 # Two prompts to train on and one that is held out; four candidates of p, of which two are duplicates, and two of q.
@@ -151,6 +154,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     greedy = [metric("gold_win", 0.3), metric("proxy_win", 0.2)]
     put(store, "evaluate", "c", [table(OUTCOMES, judged[0]), table(EVALUATIONS, *greedy)])
     rounds = {"evaluate@1": ("evaluate", "a"), "evaluate@2": ("evaluate", "b"), "evaluate_greedy@2": ("evaluate", "c")}
+    named = {"version": 1, "options": {"judge": "sxs", "against": "sft"}, "inputs": {}}
+    won = dict(
+        prompt_id="h", candidate_id="ours", judge="sxs", against="sft", win=1.0, comparisons=2, ties=0, undecided=1
+    )
+    put(store, "win_rate", "d", [table(WINS, won), table(EVALUATIONS, metric("sxs_win", 0.7))], identity=named)
+    voted = dict(prompt_id="h", candidate_id="ours", baseline_id="base", first="candidate", answer="A")
+    put(store, "autosxs", "e", [table(JUDGEMENTS, met), table(VOTES, voted | dict(vote=1.0), voted)])
+    rounds |= {"evaluate_by_sxs@2": ("win_rate", "d"), "judge_by_sxs@2": ("autosxs", "e")}
     link(store, "rso", **{stage: (stage, str(n + 1)) for n, stage in enumerate(shared)}, **rounds)
     return store
 
@@ -225,13 +236,15 @@ KNOWN: list[tuple[str, dict, dict]] = [
     ("heldout", dict(metric="loss"), dict(value=0.4)),
     ("heldout", dict(metric="accuracy"), dict(value=0.4)),
     ("heldout", dict(metric="longer_one"), dict(value=1 / 3)),
+    ("judges", {}, dict(run="rso@2", judge="sxs", win=0.7, prompts=1, comparisons=2, ties=0, undecided=1)),
+    ("votes", {}, dict(run="rso@2", judged_by="judge_by_sxs", votes=2, candidate=0.5, unread=0.5, same=0.0)),
     ("two_losses", {}, dict(policy="rso", preference_loss=0.4, imitation_loss=0.4, preference_accuracy=0.4)),
 ]
 # Number of rows of some answers, and a column of all rows in order.
 COUNTS = {"acceptance": 2, "best_of": 3, "ranker_agreement": 2, "rejects": 2, "rounds": 2, "unpaired": 1, "heldout": 3}
 ORDERED = {
     "acceptance": ("prompt_id", ["p", "q"]),  # the hardest prompt first
-    "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@1", "rso@1"]),
+    "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@2", "rso@1", "rso@1"]),
     "leaderboard": ("gold_win", [0.8, 0.6]),  # the best round first
     "rejects": ("step", ["pair", "prompts"]),
 }
