@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline import EXECUTION, Bound, Range, Registry, StageContext, stage
 from pipeline.costs import Cost
-from schemas import Candidates, Judgements, Model, Prompts, Votes
+from schemas import Candidates, Judgements, Model, Prompts, Votes, WinnowError
 from schemas.tables import VOTES
 from stages.data.rows import Row
 from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout, Url, VariableName
@@ -76,10 +76,21 @@ def hosted_voter(
 def open_autosxs(
     by: Bound, model: Model | None, template: str, votes: int, threshold: float, max_without_verdict: float, seed: int
 ) -> "AutoSxs":
-    """Open the voter, which a stage holds in memory for all of its shards."""
+    """Open the voter, which a stage holds in memory for all of its shards.
+
+    Raise WinnowError if it cannot read the question alone: else every response would lose, as if it were too long.
+    """
     from stages.ranking.voters import AutoSxs
 
-    return AutoSxs(by(model), template, votes, threshold, max_without_verdict, seed)
+    opened = AutoSxs(by(model), template, votes, threshold, max_without_verdict, seed)
+    if not opened.fits("", "", ""):
+        opened.close()
+        raise WinnowError(
+            "autosxs: the model cannot read its question, not even without a prompt and responses: it is longer than "
+            "the context leaves beside `by.max_tokens`, or holds a special token of the model; set a shorter `template`, "
+            "lower `by.max_tokens`, or give another model"
+        )
+    return opened
 
 
 @stage(

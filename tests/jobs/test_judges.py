@@ -19,6 +19,7 @@ from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
 from tests.runs import Silent
+from tests.stages.ranking.test_reward_models import headed
 
 JUDGES = """
 judges:
@@ -135,6 +136,25 @@ def test_commands_and_the_report_show_judges_where_there_are_any(judged, finishe
     page = (tmp_path / "report.html").read_text()
     assert "<h3>Judges</h3>" in page
     assert "polite win" in page, "of the plot"
+
+
+def test_a_reward_model_of_a_config_judges_by_its_score(judged, tiny, data_dir: Path, tmp_path: Path):
+    """A sequence classifier needs no more than its folder; the metric has the judge's name."""
+    folder = headed(tiny, tmp_path / "head").folder
+    config = f"judges: {{scorer: {{ranker: {{use: model, with: {{path: {folder}}}}}}}}}"
+    plan = planned(data_dir, config, tmp_path, name="scored")
+    assert next(step.options["by"].name for step in plan.steps if step.name == "judge_by_scorer") == "pointwise"
+    store = Store(shutil.copytree(judged[0].root, tmp_path / "store"))
+    assert sorted(made(plan, store)) == ["evaluate_by_scorer", "judge_by_scorer", "ranker_of_scorer"]
+    (row,) = answers(store, "judges", judge="scorer")
+    assert (row["prompts"], row["undecided"]) == (9, 0)
+
+
+def test_judges_are_of_every_round(data_dir: Path, tmp_path: Path):
+    (tmp_path / "judges.yaml").write_text(JUDGES)
+    plan = plan_named("raft", [data_dir / "demo.yaml", tmp_path / "judges.yaml"], [])
+    names = {step.name for step in plan.steps}
+    assert {f"evaluate_by_{judge}@{n}" for judge in ("gold", "polite") for n in (1, 2)} <= names
 
 
 # Another run

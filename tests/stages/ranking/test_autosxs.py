@@ -12,7 +12,7 @@ from schemas import WinnowError, conform
 from schemas.tables import CANDIDATES, JUDGEMENTS, VOTES
 from stages.evaluation.agreement import Agreement
 from stages.evaluation.win_rate import win_rate
-from stages.ranking.autosxs import autosxs, voter
+from stages.ranking.autosxs import autosxs, open_autosxs, voter
 from stages.ranking.autosxs_prompts import TASKS
 from stages.ranking.llm_judge import vote_logit
 from stages.ranking.voters import AutoSxs, vote_of
@@ -185,6 +185,13 @@ def test_votes_of_a_real_engine_repeat_and_a_question_too_long_is_unread(tiny):
     assert voted("boat") == voted("boat")
     assert len(voted("boat")[2]) == 4
     assert voted("boat " * 200)[0] is False
+
+
+def test_a_model_that_cannot_read_the_question_is_refused(tiny):
+    """The few-shot questions are longer than its context of 128 tokens; else every response would be unread."""
+    by = bound(voter, "local_voter", engine="transformers", max_tokens=4)
+    with pytest.raises(WinnowError, match=r"cannot read its question.*`template`"):
+        open_autosxs(by, tiny, TASKS["summary"], 8, 0.35, 0.5, 0)
 
 
 class VotingServer(ServedModel):
