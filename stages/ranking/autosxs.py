@@ -87,8 +87,8 @@ def open_autosxs(
         opened.close()
         raise WinnowError(
             "autosxs: the model cannot read its question, not even without a prompt and responses: it is longer than "
-            "the context leaves beside `by.max_tokens`, or holds a special token of the model; set a shorter `template`, "
-            "lower `by.max_tokens`, or give another model"
+            "the context leaves beside `by.max_tokens`, or holds a special token of the model; set a shorter "
+            "`template`, lower `by.max_tokens`, or give another model"
         )
     return opened
 
