@@ -91,7 +91,7 @@ def export_blind(
         line = dict(zip(KEY, (name, prompt, candidate, opponent, candidate_is), strict=True))
         keys.append(line | {"candidate": run, "baseline": against})
     if out.suffix == ".html":
-        page = render("blind_comparison.html", {"rows": [list(row.values()) for row in rows], "file": out.stem})
+        page = render("blind_comparison.html", {"rows": [list(row.values()) for row in rows]})
         replace(out, page.encode(), durable=False)
     else:
         replace(out, _csv(rows), durable=False)
