@@ -150,6 +150,32 @@ def test_a_reward_model_of_a_config_judges_by_its_score(judged, tiny, data_dir: 
     assert (row["prompts"], row["undecided"]) == (9, 0)
 
 
+def test_a_language_model_of_a_config_votes_and_sql_sees_its_answers(judged, data_dir: Path, tmp_path: Path):
+    """An untrained one: every answer is in the table, most cannot be read, and those comparisons are undecided."""
+    config = """
+    judges:
+      sxs:
+        use: autosxs
+        ranker: sft
+        with: {template: "{prompt:.0}{a:.20} or {b:.20}?", votes: 2, matches: same_k, max_without_verdict: 1.0,
+               by: {name: local_voter, engine: transformers, max_tokens: 4}}
+    """
+    store = Store(shutil.copytree(judged[0].root, tmp_path / "store"))
+    assert made(planned(data_dir, config, tmp_path, name="voted"), store) == ["judge_by_sxs", "evaluate_by_sxs"]
+    (row,) = answers(store, "judges", judge="sxs")
+    assert (row["comparisons"], row["unread"]) == (18, 0)
+    asked = 18 - row["ties"]
+    votes = answers(store, "votes", judged_by="judge_by_sxs")
+    assert {(vote["shown_first"], vote["votes"] >= asked) for vote in votes} == {
+        ("candidate", True),
+        ("baseline", True),
+    }
+    (found,) = query(
+        open_catalog(store), "SELECT count(*) AS n, count(DISTINCT voter) AS voters FROM votes"
+    ).to_pylist()
+    assert found == {"n": sum(vote["votes"] for vote in votes), "voters": 2}
+
+
 def test_judges_are_of_every_round(data_dir: Path, tmp_path: Path):
     (tmp_path / "judges.yaml").write_text(JUDGES)
     plan = plan_named("raft", [data_dir / "demo.yaml", tmp_path / "judges.yaml"], [])
