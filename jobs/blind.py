@@ -103,11 +103,11 @@ def export_blind(
 
 def _step(store: Store, run: str, wanted: str, round: int | None, manifests: dict[str, Json]) -> Json:
     """Return the manifest of a run's step, in one round or the last that is finished."""
-    links = store.run(run)
-    if not links:
-        raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, sorted(store.runs()))}")
+    runs = store.runs()
+    if run not in runs:
+        raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, sorted(runs))}")
     found = {}
-    for name, link in links.items():
+    for name, link in runs[run].items():
         step, number = split_round(name)
         if step == wanted and link["key"] in manifests and round in (None, number):
             found[number or 0] = manifests[link["key"]]

@@ -70,12 +70,13 @@ def _fill(step: Step, run: str, round: int | None, own: Step, before: Plan | Non
         name = _step_name(list(named), wanted, round, where, run)
         identity, key, code = named[name].identity, named[name].key, named[name].code
     else:
-        links = store.run(run)
-        if not links:
+        runs = store.runs()
+        if run not in runs:
             raise WinnowError(
-                f"{where}: no run {run!r} in {store.root}; {nearest(run, sorted(store.runs()))}; run it first, or name "
-                "it before this one in the command"
+                f"{where}: no run {run!r} in {store.root}; {nearest(run, sorted(runs))}; run it first, or name it "
+                "before this one in the command"
             )
+        links = runs[run]
         link = links[_step_name(list(links), wanted, round, where, run)]
         manifest = store.at(link["stage"], link["key"]).manifest
         if manifest is None:
