@@ -13,7 +13,7 @@ from schemas import WinnowError
 from stages.evaluation.other_run import other_run
 
 # Options of `sample` in which draws to compare may differ: everything else changes what is compared.
-FREE = ("n", "seed", "engine", "engine_options", "dtype", "head", "strength", "top", "every")
+FREE = ("n", "seed", "engine", "engine_options", "dtype", "steer", "steer_top", "steer_every")
 
 
 def find_opponents(plans: Sequence[Plan], store: Store) -> None:
