@@ -44,7 +44,9 @@ Values = NDArray[np.float64]  # [seeds, prompts], NaN where a prompt has no figu
 WINS = ("gold_win", "proxy_win")  # in the order in which methods are compared by them
 COLUMNS = dict(zip(WINS, WINS, strict=True)) | {"gold": "gold_reward", "kl": "kl_nats", "n_tokens": "tokens"}
 EVALUATED = """
-SELECT DISTINCT run || coalesce('@' || round, '') AS run, method, stage, key
+SELECT DISTINCT run || coalesce('@' || round, '') AS run, method, stage, key,
+    (SELECT any_value(gold.key) FROM runs AS gold WHERE gold.step = 'evaluate_by_gold' AND gold.run = runs.run
+        AND gold.round IS NOT DISTINCT FROM runs.round) AS judged -- by a judge called gold
 FROM runs JOIN evaluations USING (stage, key) WHERE NOT starts_with(step, 'evaluate_') ORDER BY ALL
 """
 SEED_LABEL = r"(?:[\w@]+\.)*seed=\d+"  # in a run's name
@@ -160,12 +162,17 @@ def methods_of(catalog: Catalog) -> list[Method]:
         return []
 
     method_by_key = method_keys(catalog.manifests)
-    values = _values(catalog, [key for policies in groups.values() for keys in policies.values() for key in keys])
+    golds: dict[str, set[str | None]] = {}
+    for row in evaluated:
+        golds.setdefault(row["key"], set()).add(row["judged"])
+    judged = {key: gold for key, (gold, *others) in golds.items() if gold and not others}
+    evaluations = [key for policies in groups.values() for keys in policies.values() for key in keys]
+    values = _values(catalog, evaluations, judged)
     methods = []
     for policies in groups.values():
         runs = [run for keys in policies.values() for labels in keys.values() for run in labels]
         first = next(iter(next(iter(policies.values()))))
-        method = Method(_name(runs), runs, _yardsticks(first, identities, method_by_key))
+        method = Method(_name(runs), runs, _yardsticks(first, identities, method_by_key, judged.get(first)))
         for keys in policies.values():
             method.steps.append(set().union(*(keys_behind(key, identities) for key in keys)))
         for metric in COLUMNS:
@@ -183,8 +190,11 @@ def methods_of(catalog: Catalog) -> list[Method]:
     return methods
 
 
-def _values(catalog: Catalog, keys: list[str]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return key of evaluate -> metric -> mean per prompt, NaN for a prompt without; all keys have the same prompts."""
+def _values(catalog: Catalog, keys: list[str], judged: dict[str, str]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return key of evaluate -> metric -> mean per prompt, NaN for a prompt without; all keys have the same prompts.
+
+    judged: key of evaluate -> that of the win rate by a judge called gold, which counts where there is no gold reward.
+    """
     means = ", ".join(f"avg({metric}) AS {metric}" for metric in COLUMNS)
     listed = ", ".join(f"'{key}'" for key in keys)  # hashes, which manifests are checked for
     sql = f"SELECT key, prompt_id, {means} FROM outcomes WHERE key IN ({listed}) GROUP BY key, prompt_id ORDER BY ALL"
@@ -198,6 +208,14 @@ def _values(catalog: Catalog, keys: list[str]) -> dict[str, dict[str, NDArray[np
         result[key] = {metric: np.full(len(prompts), np.nan) for metric in COLUMNS}
         for metric, column in figures.items():
             result[key][metric][columns[here]] = column[here]
+    listed = ", ".join(f"'{judged[key]}'" for key in keys if key in judged)
+    if listed:
+        sql = f"SELECT key, prompt_id, avg(win) AS win FROM wins WHERE key IN ({listed}) GROUP BY ALL"
+        wins = {(row["key"], row["prompt_id"]): row["win"] for row in query(catalog, sql).to_pylist()}
+        for key in keys:
+            if key in judged and np.isnan(result[key]["gold_win"]).all():
+                of_prompts = [wins.get((judged[key], prompt)) for prompt in prompts]
+                result[key]["gold_win"] = np.array(of_prompts, dtype=np.float64)
     return result
 
 
@@ -207,7 +225,9 @@ def _nanmean(rows: Values) -> NDArray[np.float64]:
     return np.where(counts > 0, np.nansum(rows, axis=0) / np.maximum(counts, 1), np.nan)
 
 
-def _yardsticks(key: str, identities: dict[str, Json], method_by_key: dict[str, str]) -> dict[str, str]:
+def _yardsticks(
+    key: str, identities: dict[str, Json], method_by_key: dict[str, str], gold: str | None
+) -> dict[str, str]:
     """Return by metric what its figures depend on beside the policy: gold reward, baseline and prompts; the ranker."""
 
     def of(key: str, names: Iterable[str]) -> Json:
@@ -215,10 +235,13 @@ def _yardsticks(key: str, identities: dict[str, Json], method_by_key: dict[str, 
         inputs = {name: method_by_key[identity["inputs"][name]] for name in names if name in identity["inputs"]}
         return identity | {"options": without_seeds(identity["options"]), "inputs": inputs}
 
+    def judged_by(key: str) -> Json | str | None:
+        judge = identities[key]["inputs"].get("judgements")
+        return of(judge, identities[judge]["inputs"].keys() - {"candidates"}) if judge in identities else judge
+
     evaluate = of(key, ("prompts", "baseline"))
-    judge = identities[key]["inputs"].get("judgements")
-    judged = of(judge, identities[judge]["inputs"].keys() - {"candidates"}) if judge in identities else judge
-    return {"gold_win": key_of(evaluate), "proxy_win": key_of([evaluate, judged])}
+    of_gold = key_of([evaluate, judged_by(gold)]) if gold in identities else key_of(evaluate)
+    return {"gold_win": of_gold, "proxy_win": key_of([evaluate, judged_by(key)])}
 
 
 def _name(runs: list[str]) -> str:

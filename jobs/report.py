@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs import methods, queries
 from jobs.page import COLORS, INK, label, new_figure, page_table, render, to_svg
-from jobs.tables import tags_text
+from jobs.tables import judges_rows, tags_text
 from pipeline.config.rounds import split_round
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from pipeline.store.storage import replace
@@ -86,6 +86,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
         "leaderboard": page_table(_in_percent(leaderboard), TITLES),
         "methods": page_table(_in_percent(of_methods), TITLES),
         "statement": [line.strip() for line in statement],
+        "judges": page_table(judges_rows(catalog)),
         "leaderboard_plot": _plot_leaderboard(_query_rows(catalog, "evaluations_by_run")),
         "kl_plot": _plot_win_against_kl(leaderboard, colors),
         "colors": colors,
@@ -228,7 +229,11 @@ def _plot_leaderboard(rows: list[dict[str, Any]]) -> str:
         return ""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     figure, axes = new_figure(1.1 + 0.4 * len(runs))
-    for metric, color, shift in (("gold_win", COLORS[3], -0.12), ("proxy_win", COLORS[0], 0.12)):
+    series = [("gold_win", COLORS[3], -0.12), ("proxy_win", COLORS[0], 0.12)]
+    others = sorted({row["metric"] for row in rows} - set(WIN_RATES))  # of the judges of a config
+    colors = [color for color in COLORS if color not in (COLORS[0], COLORS[3])]
+    series += [(name, colors[n % len(colors)], 0.12 + 0.08 * (n + 1)) for n, name in enumerate(others)]
+    for metric, color, shift in series:
         wins = [row for row in rows if row["metric"] == metric]
         rates = [100 * row["value"] for row in wins]
         errors = [[100 * abs(row["value"] - row[end]) for row in wins] for end in ("low", "high")]

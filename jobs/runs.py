@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from itertools import count
 from types import MappingProxyType
 
+from jobs.opponents import find_opponents
 from pipeline.config.plan import Plan
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -15,7 +16,10 @@ def with_free_names(plans: list[Plan], store: Store, bases: Mapping[str, str] = 
     The earlier run stays as it is, on the leaderboard too. A run that has not reached its target gives up its name: a
     mistake that was interrupted need not be kept. The runs of a sweep, whose names begin with the base that `bases`
     has for them, get one number together, so that they stay one sweep. Return a note for each new name.
+
+    Runs that plans are compared with are found before, because keys depend on them (jobs/opponents.py).
     """
+    find_opponents(plans, store)
     families: dict[str, list[Plan]] = {}
     for plan in plans:
         families.setdefault(bases.get(plan.name, plan.name), []).append(plan)

@@ -8,11 +8,13 @@ import pyarrow as pa
 from rich.markup import escape
 from rich.tree import Tree
 
+from jobs import queries
 from jobs.runs import latest_run
 from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
 from pipeline.registry import Bound, nearest
+from pipeline.sql.catalog import Catalog, query
 from pipeline.stage import signature_of
 from pipeline.store.inventory import Inventory, followers_first
 from pipeline.store.store import Store
@@ -223,6 +225,27 @@ def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
         counts = {name: str(row[name]) for name in ("prompts", "seeds") if name in row}
         rows.append(cells | plain | counts | seconds)
     return pa.table({name: [row[name] for row in rows] for name in rows[0]}) if rows else leaderboard
+
+
+def judges_rows(catalog: Catalog) -> list[dict[str, Any]]:
+    """Return query `judges` for people, each rate with its interval in one cell; nothing where no config has judges.
+
+    Columns that no judge has are left out.
+    """
+    rows = query(catalog, queries.text("judges")).to_pylist()
+    if not query(catalog, "SELECT 1 FROM wins LIMIT 1").num_rows:
+        return []
+    shown = []
+    for row in rows:
+        if row["win"] is None:
+            rate = "no verdict"
+        else:
+            rate = "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * row[name] for name in ("win", "win_low", "win_high")))
+        cells = {name: row[name] for name in ("judge", "against", "run")} | {"win": rate}
+        cells["win_lc"] = None if row["win_lc"] is None else f"{100 * row['win_lc']:.1f} %"
+        cells |= {name: row[name] for name in ("prompts", "comparisons", "ties", "undecided", "unread")}
+        shown.append(cells | {name: row[name] and round(row[name], 3) for name in ("agreement", "alpha")})
+    return [{name: row[name] for name in row if any(other[name] is not None for other in shown)} for row in shown]
 
 
 def format_age(moment: str | None) -> str:

@@ -308,6 +308,22 @@ JUDGEMENTS = table(
         nullable=True,
     ),
 )
+VOTES = table(
+    "votes",
+    "one row per vote of a judge that is asked several times, a model or people, on two responses to a prompt",
+    PROMPT_ID,
+    CANDIDATE_ID,
+    BASELINE_RESPONSE_ID,
+    column("voter", pa.string(), "who voted: the number of a model's sample, from 0, or the name of a rater"),
+    column("first", pa.string(), "candidate or baseline: whose response was shown first"),
+    column("answer", pa.string(), "what was answered, in full"),
+    column(
+        "vote",
+        pa.float64(),
+        "1 for the candidate, 0 for the baseline, 0.5 for neither; null if the answer says none of them",
+        nullable=True,
+    ),
+)
 OUTCOMES = table(
     "outcomes",
     "one row per held-out response of a policy",
@@ -338,6 +354,26 @@ OUTCOMES = table(
         finite=True,
     ),
     column("n_tokens", pa.int32(), "number of tokens of the response"),
+)
+WINS = table(
+    "wins",
+    "one row per held-out response of a policy and judge of `judges`, against one opponent",
+    PROMPT_ID,
+    K,
+    CANDIDATE_ID,
+    column("judge", pa.string(), "name of the judge in the config"),
+    column("against", pa.string(), "whose responses it is compared with: sft, target, or a run"),
+    column(
+        "win",
+        pa.float64(),
+        "share of the opponent's responses that it beats, a tie being half; a response that the judge cannot read "
+        "loses to one that it can; null without a verdict",
+        nullable=True,
+    ),
+    column("comparisons", pa.int32(), "opponent's responses that it was compared with"),
+    column("ties", pa.int32(), "comparisons in which neither is better"),
+    column("undecided", pa.int32(), "comparisons without a verdict, which count in no win rate"),
+    column("unread", pa.int32(), "comparisons decided by what the judge cannot read"),
 )
 EVALUATIONS = table(
     "evaluations",
@@ -377,6 +413,8 @@ Features = Annotated[pa.Table, FEATURES]
 Partitions = Annotated[pa.Table, PARTITIONS]
 Heads = Annotated[pa.Table, HEADS]
 Judgements = Annotated[pa.Table, JUDGEMENTS]
+Votes = Annotated[pa.Table, VOTES]
 Outcomes = Annotated[pa.Table, OUTCOMES]
+Wins = Annotated[pa.Table, WINS]
 Evaluations = Annotated[pa.Table, EVALUATIONS]
 Rejects = Annotated[pa.Table, REJECTS]

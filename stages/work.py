@@ -53,10 +53,15 @@ def ranking_work(options: Options, inputs: Inputs, work: Works) -> Work:
 
 def judging_work(options: Options, inputs: Inputs, work: Works) -> Work:
     """Return at most a read in each order per candidate and draw of the baseline to its prompt."""
-    baseline = inputs.get("baseline")
-    all_draws = options["matches"] == "all" and baseline is not None
-    rows = _candidates(work).times(Amount(baseline.options.get("n", 1) if baseline and all_draws else 1, "at most"))
+    rows = _judgements(options, inputs, work)
     return Work({"judgements": rows}, rows.times(_reads_per_pair(options)), CALLS)
+
+
+def voting_work(options: Options, inputs: Inputs, work: Works) -> Work:
+    """Return at most so many votes per candidate and draw of the baseline to its prompt."""
+    rows = _judgements(options, inputs, work)
+    votes = rows.times(Amount(options["votes"], "at most"))
+    return Work({"judgements": rows, "votes": votes}, rows, CALLS)
 
 
 def calls(options: Options, inputs: Inputs, work: Works) -> Work:
@@ -116,6 +121,12 @@ def _reads_per_pair(options: Options) -> int:
     by = options["by"]
     is_scored = by.metadata.get("program") or by.metadata.get("output") == "score"
     return 1 if is_scored or options.get("orders") == "one" else 2
+
+
+def _judgements(options: Options, inputs: Inputs, work: Works) -> Amount:
+    baseline = inputs.get("baseline")
+    many = options["matches"] != "same_k" and baseline is not None
+    return _candidates(work).times(Amount(baseline.options.get("n", 1) if baseline and many else 1, "at most"))
 
 
 def _candidates(work: Works) -> Amount:

@@ -30,6 +30,7 @@ from jobs.commands.app import (
     with_trackers,
 )
 from jobs.console import visible
+from jobs.opponents import find_opponents
 from jobs.resume import hint, without_force
 from jobs.sweeps import plan_sweep
 from pipeline.config.estimates import check_memory
@@ -86,6 +87,7 @@ def submit(
     sets = with_trackers(sets, track)
     parsed_tags(tags)
     plans = plan_sweep(recipe, configs, sets, over).plans if over else recipes.plans(recipe, configs, sets, run_name)
+    find_opponents(plans, Store(store))
     part = Part(only, until, from_step, force)
     parts = narrowed(plans, part)
     steps = unfinished_steps(parts, force, Store(store))

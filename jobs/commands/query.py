@@ -2,8 +2,9 @@
 
 import errno
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import pyarrow as pa
 import typer
 
 from jobs import queries
@@ -13,11 +14,13 @@ from jobs.export import Split, export_pairs
 from jobs.export_formats import FORMATS, FormatName
 from jobs.output import Format, format_of, interruptible, write_result
 from jobs.reference import option_pages, recipe_table, stage_table
-from jobs.tables import leaderboard_table
+from jobs.tables import judges_rows, leaderboard_table
 from pipeline.config.recipe import plugin_files
 from pipeline.plugins import load_plugins
-from pipeline.sql.catalog import open_catalog, query
+from pipeline.sql.catalog import Catalog, open_catalog, query
 from schemas import WinnowError
+
+ExportFormat = Literal[FormatName, "blind-comparison"]
 
 
 def status(
@@ -92,10 +95,19 @@ def leaderboard(store: StorePath = STORE) -> None:
     """Compare the policies of a store: one line for runs that differ in seeds alone, with intervals over these too."""
     from jobs.methods import make_leaderboard
 
-    table, lines = make_leaderboard(open_catalog(existing_store(store)))
+    catalog = open_catalog(existing_store(store))
+    table, lines = make_leaderboard(catalog)
     console.print(as_table(leaderboard_table(table)))
     for line in lines:
         console.print(line, highlight=False, markup=False)
+    print_judges(catalog)
+
+
+def print_judges(catalog: Catalog) -> None:
+    """Print a table of all judges' win rates, where a config names judges."""
+    if rows := judges_rows(catalog):
+        title = "judges: win rates on held-out prompts with 95 % intervals; undecided comparisons count in none"
+        console.print(as_table(pa.Table.from_pylist(rows), title))
 
 
 def report(
@@ -122,15 +134,43 @@ def report(
 def export(
     run: Annotated[str, typer.Option("--run", help="the run whose pairs are written")],
     format: Annotated[
-        FormatName, typer.Option(help="TRL's as token ids, which loses no pair, or as text; OpenAI's; all columns")
+        ExportFormat,
+        typer.Option(
+            help="TRL's as token ids, which loses no pair, or as text; OpenAI's; all columns; a blind sheet for people"
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="the file: .jsonl, and .parquet for trl-ids and trl")],
+    out: Annotated[
+        Path, typer.Option(help="the file: .jsonl, and .parquet for trl-ids and trl; .csv or .html for a blind sheet")
+    ],
     store: StorePath = STORE,
     split: Annotated[Split, typer.Option(help="what the policy is trained on, or measured on")] = "train",
     round: Annotated[int | None, typer.Option(help="of a run with rounds; the last by default")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="of a blind sheet: whose responses to compare with, sft, target or a run")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="of a blind sheet: the number of prompts, else all", min=1)] = None,
 ) -> None:
-    """Write the pairs of a run, with their reference log-probs, for other trainers."""
-    result, form = export_pairs(existing_store(store), run, format, out, split, round), FORMATS[format]
+    """Write the pairs of a run for other trainers, with their reference log-probs, or held-out ones for people."""
+    source = existing_store(store)
+    if format == "blind-comparison":
+        from jobs.blind import export_blind
+
+        if split != "train":
+            raise WinnowError(f"--split {split}: a blind comparison is of held-out responses; omit it")
+        sheet = export_blind(source, run, out, against or "sft", pairs, round)
+        console.print(
+            f"wrote {sheet.out}: {sheet.pairs:,} pairs, and their key in {sheet.key}, which raters must not see"
+        )
+        if sheet.formulas:
+            console.print(
+                f"  {sheet.formulas:,} texts begin as a formula does, which a spreadsheet would compute: give raters "
+                "the page (--out NAME.html), or import every column as text",
+                highlight=False,
+            )
+        return
+    if against or pairs:
+        raise WinnowError(f"--against, --pairs: of --format blind-comparison alone, not of {format}; omit them")
+    result, form = export_pairs(source, run, format, out, split, round), FORMATS[format]
     lines = [f"wrote {result.out}: {result.rows:,} pairs of run {run}, step {result.source.step}"]
     lines += [f"rejected: {n:,} {reason} ({result.rejects_file.name})" for reason, n in result.rejects.most_common()]
     if result.rejects:

@@ -35,12 +35,13 @@ from jobs.commands.app import (
     print_tree,
     with_trackers,
 )
-from jobs.commands.query import report
+from jobs.commands.query import print_judges, report
 from jobs.console import ProgressReporter, as_table
 from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.methods import make_leaderboard
 from jobs.models import find_model
+from jobs.opponents import find_opponents
 from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
 from jobs.tables import leaderboard_table, overruled, plan_tree
@@ -262,7 +263,9 @@ def paper(
     """Reproduce tables 1 and 2 of the RSO paper on your data: every cell trained and judged, beside the paper's."""
     from jobs.paper import paper_plans, tables
 
-    _run_plans(paper_plans(configs, sets, gamma, against), Store(store), LocalExecutor())
+    plans = paper_plans(configs, sets, gamma, against)
+    find_opponents(plans, Store(store))
+    _run_plans(plans, Store(store), LocalExecutor())
     for title, table in tables(Store(store)):
         console.print(as_table(table, title))
 
@@ -371,6 +374,8 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
             console.print(as_table(table, title))
             for line in lines:
                 console.print(line, highlight=False, markup=False)
+            if name == "leaderboard":
+                print_judges(of_these_runs)
     for plan in plans:
         with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
             console.print(

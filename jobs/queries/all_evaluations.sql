@@ -14,5 +14,6 @@ SELECT
     any_value(value) FILTER (metric = 'n_tokens') AS tokens,
     max(n) AS prompts
 FROM runs JOIN evaluations USING (stage, key)
+WHERE stage != 'win_rate' -- of the judges of a config: query judges
 GROUP BY runs.run, round, step
 ORDER BY step, gold_win DESC, proxy_win DESC, runs.run, round

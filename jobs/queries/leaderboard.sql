@@ -24,12 +24,18 @@ others AS (
         any_value(high) FILTER (metric = 'proxy_win' AND step = 'evaluate_greedy') AS proxy_win_greedy_high
     FROM runs JOIN evaluations USING (stage, key)
     GROUP BY run, round
+),
+judged AS ( -- by a judge called gold, where `evaluate` has no gold reward
+    SELECT run, round AS of_round, any_value(value) AS gold, any_value(low) AS gold_low, any_value(high) AS gold_high
+    FROM runs JOIN evaluations USING (stage, key)
+    WHERE metric = 'gold_win' AND step = 'evaluate_by_gold'
+    GROUP BY run, round
 )
 SELECT
     runs.run || coalesce('@' || round, '') AS run,
-    any_value(value) FILTER (metric = 'gold_win') AS gold_win,
-    any_value(low) FILTER (metric = 'gold_win') AS gold_win_low,
-    any_value(high) FILTER (metric = 'gold_win') AS gold_win_high,
+    coalesce(any_value(value) FILTER (metric = 'gold_win'), any_value(judged.gold)) AS gold_win,
+    coalesce(any_value(low) FILTER (metric = 'gold_win'), any_value(gold_low)) AS gold_win_low,
+    coalesce(any_value(high) FILTER (metric = 'gold_win'), any_value(gold_high)) AS gold_win_high,
     any_value(value) FILTER (metric = 'proxy_win') AS proxy_win,
     any_value(low) FILTER (metric = 'proxy_win') AS proxy_win_low,
     any_value(high) FILTER (metric = 'proxy_win') AS proxy_win_high,
@@ -43,8 +49,9 @@ SELECT
     any_value(seconds) AS seconds,
     any_value(own_seconds) AS own_seconds
 FROM runs JOIN evaluations USING (stage, key) JOIN costs USING (run)
-    JOIN others ON others.run = runs.run AND of_round IS NOT DISTINCT FROM round
+    JOIN others ON others.run = runs.run AND others.of_round IS NOT DISTINCT FROM round
+    LEFT JOIN judged ON judged.run = runs.run AND judged.of_round IS NOT DISTINCT FROM round
 WHERE NOT starts_with(step, 'evaluate_')
 GROUP BY runs.run, round
-ORDER BY any_value(value) FILTER (metric = 'gold_win') DESC, any_value(value) FILTER (metric = 'proxy_win') DESC,
+ORDER BY gold_win DESC, any_value(value) FILTER (metric = 'proxy_win') DESC,
     runs.run, round

@@ -2,8 +2,9 @@
 
 A recipe is a mapping of step names to `use` (a stage; the step's own name by default), `from` (inputs) and `with`
 (options); `like` takes all three from another step, and the step writes only what differs. `about`, `dtype`,
-`evaluations`, `extends`, `plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole recipe. `rounds`
-is a number of equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py).
+`evaluations`, `extends`, `judges`, `plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole
+recipe. `rounds` is a number of equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py); `judges`
+are steps written in short (pipeline/config/judges.py).
 """
 
 import re
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from pipeline.config.judges import JudgeBody, with_judges
 from pipeline.config.layers import (
     Layer,
     Origin,
@@ -77,6 +79,7 @@ class Settings(BaseModel):
     about: str = ""
     dtype: Literal["float32", "bfloat16"] | None = None
     evaluations: list[str] = []
+    judges: dict[str, JudgeBody | None] = {}
     plugins: list[str] = []
     shards: int = Field(default=8, ge=1, le=99_999)
     target: str = "evaluate"
@@ -172,6 +175,11 @@ def load_recipe(
     layers, notes, layer_problems = read_layers(path, overlays, library, _layer_problems)
     set_problems: list[str] = []
     problems: list[str] = []
+    judging: list[str] = []  # steps to end with
+    if not layer_problems:
+        with _collected(problems):
+            judges = merge_all(layers).get("judges") or {}
+            layers, judging = with_judges(layers, validated(Settings, {"judges": judges}).judges)
 
     # --set is read first: some of it changes settings, the rest changes options of steps.
     overrides: list[Override] = []
@@ -253,7 +261,7 @@ def load_recipe(
         notes,
         dtype,
         settings.track,
-        settings.evaluations,
+        [*settings.evaluations, *judging],
     )
 
 

@@ -108,6 +108,12 @@ class Scorer(Ranker):
         return np.array([score_by_text[first] - score_by_text[second] for first, second in pairs], dtype=np.float64)
 
 
+def text_of(candidate: Row, special_tokens: bool) -> str:
+    """Return a response as rankers of text read it, with the special tokens inside it if they are to see them."""
+    use_raw = special_tokens and candidate["raw_text"] is not None
+    return str(candidate["raw_text"] if use_raw else candidate["text"])
+
+
 def read_candidates(
     ranker: Ranker, prompt: Row, candidates: Sequence[Row], special_tokens: bool
 ) -> dict[str, Reading | Unreadable]:
@@ -119,10 +125,9 @@ def read_candidates(
     readings: dict[str, Reading | Unreadable] = {}
     conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
-        text = row["raw_text"] if special_tokens and row["raw_text"] is not None else row["text"]
         response = Response(
-            text, tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]), conversation,
-            reply_of_candidate(row), fields,
+            text_of(row, special_tokens), tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]),
+            conversation, reply_of_candidate(row), fields,
         )  # fmt: skip
         try:
             reading = ranker.read(prompt["text"], response)

@@ -1,6 +1,6 @@
 """Stage `judge`: a policy's held-out responses against the baseline policy's, by the proxy ranker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import isnan
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
 
-Matches = Literal["all", "same_k"]
+Matches = Literal["all", "same_k", "other_k"]
 UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 
@@ -44,29 +44,51 @@ def judge(
 
     matches: every response against every one of the baseline, a U-statistic of both samples, with the smallest standard
     error that unbiased use of the draws has (Hoeffding 1948), or only against the one with the same k, which asks the
-    ranker less often by the number of draws. With `special_tokens`, text is read with the special tokens inside it. The
-    logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it cannot read a
-    response: `unread` then says whose; of two that do not fit its context together, the longer, or both if their
-    lengths are equal. A reward model reads each response alone, and both are unread where neither fits. The table
-    `rejects` has each such response once, with the reason.
+    ranker less often by the number of draws, or against all but that one (other_k), for draws of two policies with the
+    same seeds, which are no independent draws where k is the same. With `special_tokens`, text is read with the special
+    tokens inside it. The logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it
+    cannot read a response: `unread` then says whose; of two that do not fit its context together, the longer, or both
+    if their lengths are equal. A reward model reads each response alone, and both are unread where neither fits. The
+    table `rejects` has each such response once, with the reason.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
+    rows = [
+        row
+        for *_, judgements in judged_prompts(opened, prompts, candidates, baseline, ctx, matches, special_tokens)
+        for row in judgements
+    ]
+    return finished_judgements(opened, rows, ctx)
+
+
+def judged_prompts(
+    ranker: Ranker,
+    prompts: pa.Table,
+    candidates: pa.Table,
+    baseline: pa.Table,
+    ctx: StageContext,
+    matches: Matches,
+    special_tokens: bool,
+) -> Iterator[tuple[list[Row], list[Row], list[Row]]]:
+    """Yield the candidates, the baseline responses and the rows of `judgements` of each prompt; reject and count."""
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
     baseline_by_prompt = dict(rows_by_prompt(baseline))
-    rows: list[Row] = []
     for prompt, group in rows_by_prompt(candidates):
         opponents = baseline_by_prompt.get(prompt, [])
         if not opponents:
             ctx.reject("no baseline response", place="baseline", prompt=prompt, detail=f"{len(group)} responses")
         judgements, calls, unread = judge_prompt(
-            opened, prompt_by_id[prompt], group, opponents, matches, special_tokens
+            ranker, prompt_by_id[prompt], group, opponents, matches, special_tokens
         )
         ctx.count(ranker_calls=calls)
         for name, (place, reason, detail) in unread.items():
             ctx.reject(reason, place=place, prompt=prompt, candidate=name, detail=detail)
-        rows += judgements
+        yield group, opponents, judgements
+
+
+def finished_judgements(ranker: Ranker, rows: list[Row], ctx: StageContext) -> pa.Table:
+    """Return the table of a part's judgements, without those that are not finite, once the ranker has ended it."""
     ctx.count(unread_responses=sum(row["unread"] is not None for row in rows))
-    opened.finish_part(ctx)
+    ranker.finish_part(ctx)
     return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
 
 
@@ -95,7 +117,7 @@ def judge_prompt(
     rows: list[Row] = []
     met: list[tuple[Row, ReadingPair]] = []
     for row, opponent in product(candidates, baseline):
-        if matches == "same_k" and row["k"] != opponent["k"]:
+        if matches != "all" and (row["k"] == opponent["k"]) != (matches == "same_k"):
             continue
         pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
         judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])

@@ -127,16 +127,17 @@ def vote_of(answer: str, flipped: bool) -> int | None:
     return None if len(letters) != 1 else int(("A" in letters) != flipped)
 
 
-def vote_logit(votes: Sequence[int | None], threshold: float) -> float:
+def vote_logit(votes: Sequence[float | None], threshold: float) -> float:
     """Return log (wins + 1/2) / (losses + 1/2), finite for any count; 0 for a share of wins within threshold of 1/2.
 
-    Votes of both orders alternate, 1 for a win. The share of wins is the mean of the shares in both orders, so that a
-    bias to a position cancels although one order has more verdicts; without a verdict in one of them it is nan.
+    Votes of both orders alternate, 1 for a win, 1/2 for neither. The share of wins is the mean of the shares in both
+    orders, so that a bias to a position cancels although one order has more verdicts; without a verdict in one of them
+    it is nan.
     """
     verdicts = [[vote for vote in votes[order::2] if vote is not None] for order in (0, 1)]
     if not all(verdicts):
         return float("nan")
-    first, second = (Fraction(sum(side), len(side)) for side in verdicts)
+    first, second = (Fraction(sum(side)) / len(side) for side in verdicts)
     share = (first + second) / 2  # exact: a tie is one half
     if abs(share - Fraction(1, 2)) <= threshold:
         return 0.0

@@ -9,13 +9,14 @@ from stages.network.memory import scoring_need
 from stages.sampling import memory as engine
 from stages.sampling.devices import vllm_problem
 
+SAMPLING = ("llm_judge", "local_voter")  # judges whose answers an engine samples
 QUESTION_TOKENS = 4096  # of a judge's question, for the engine transformers
 
 
 def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:
     """Return the memory of the ranker that `by` names; None for programs, and for rankers of plugins."""
     by: Bound = options["by"]
-    if by.name == "llm_judge":
+    if by.name in SAMPLING:
         return engine.sampling_need(by.options, inputs.get("ranker"), QUESTION_TOKENS, device)
     if not by.metadata.get("output"):
         return None
@@ -25,7 +26,7 @@ def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], dev
 def ranker_device_problem(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> str:
     """Return why a device cannot run the engine of a judge, and the cure; "" if it can."""
     by: Bound = options["by"]
-    if by.name != "llm_judge":
+    if by.name not in SAMPLING:
         return ""
     problem = vllm_problem(by.options["engine"], inputs.get("ranker"), device)
     return problem and f"by.{problem}"
@@ -34,7 +35,7 @@ def ranker_device_problem(options: Mapping[str, Any], inputs: Mapping[str, Input
 def less_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:
     """Yield changes that take less memory: those of a judge's engine."""
     by: Bound = options["by"]
-    if by.name != "llm_judge":
+    if by.name not in SAMPLING:
         return
     for setting, changed, changed_device in engine.less_memory(by.options, device):
         yield f"in `by`: {setting}", dict(options) | {"by": Bound(by.entry, dict(changed))}, changed_device

@@ -119,6 +119,10 @@ def _template(text: str) -> str:
     return text
 
 
+Question = Annotated[str, AfterValidator(_template)]
+EvenCount = Annotated[SmallCount, AfterValidator(_even)]
+
+
 @ranker(reads_model=True, output="vocabulary", version=2)
 def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision = "float32") -> Ranker:
     """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657.
@@ -129,7 +133,7 @@ def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision
     """
     from stages.ranking.pairwise import PairwiseRanker
 
-    return PairwiseRanker(_with_output(model, "vocabulary", "pairwise"), dtype, format=format)
+    return PairwiseRanker(with_output(model, "vocabulary", "pairwise"), dtype, format=format)
 
 
 @ranker(reads_model=True, output="score", version=5)
@@ -142,7 +146,7 @@ def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """
     from stages.ranking.pointwise import PointwiseRanker
 
-    return PointwiseRanker(_with_output(model, "score", "pointwise"), dtype)
+    return PointwiseRanker(with_output(model, "score", "pointwise"), dtype)
 
 
 @ranker(reads_model=True, output="score")
@@ -169,15 +173,15 @@ def endpoint(
     from stages.ranking.served import ServedRewardModel
 
     server = Endpoint(url, model, api_key_env, concurrency, timeout, max_retries)
-    return ServedRewardModel(_with_output(reward_model, "score", "endpoint"), dtype, server, verify)
+    return ServedRewardModel(with_output(reward_model, "score", "endpoint"), dtype, server, verify)
 
 
 @ranker(reads_model=True, output="vocabulary", version=3)
 def llm_judge(
     model: Model,
     *,
-    template: Annotated[str, AfterValidator(_template)] = QUESTION,
-    votes: Annotated[SmallCount, AfterValidator(_even)] = 8,
+    template: Question = QUESTION,
+    votes: EvenCount = 8,
     threshold: Annotated[float, Range(ge=0, lt=0.5)] = 0.0,
     max_without_verdict: Annotated[float, Range(ge=0, le=1)] = 0.5,
     temperature: Temperature = 0.7,
@@ -200,7 +204,7 @@ def llm_judge(
     from stages.ranking.llm_judge import LlmJudge
     from stages.sampling.engines import open_engine
 
-    folder = _with_output(model, "vocabulary", "llm_judge").folder
+    folder = with_output(model, "vocabulary", "llm_judge").folder
     try:  # checked here: else every question would be rejected, as if no response fitted
         Tokenizer(model).prompt_ids(template)
     except ValueError as error:
@@ -220,7 +224,7 @@ def hosted_judge(
     *,
     url: Annotated[Url, EXECUTION],
     model: ServedName,
-    template: Annotated[str, AfterValidator(_template)] = QUESTION,
+    template: Question = QUESTION,
     max_without_verdict: Annotated[float, Range(ge=0, le=1)] = 0.5,
     api_key_env: Annotated[VariableName | None, EXECUTION] = None,
     concurrency: Annotated[Concurrency, EXECUTION] = 64,
@@ -326,7 +330,7 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     # Only the judge samples, and vLLM can do so from quantised weights; a ranker of a plugin knows best itself.
     output = by.metadata.get("output")
     engine = name_of(by.options.get("engine", ""))
-    problems = endpoint_problems("by") if by.name in ("endpoint", "hosted_judge") else []
+    problems = endpoint_problems("by") if by.name in ("endpoint", "hosted_judge", "hosted_voter") else []
     problems += engine_problems(engine, by.options.get("engine_options"))
     problems += input_problems(inputs, "ranker", output, quantized=engine == "vllm" or not output)
     problems += fields_problems(by, inputs, "by")
@@ -345,7 +349,7 @@ def reads_its_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) ->
     return problems
 
 
-def _with_output(model: Model, output: Literal["vocabulary", "score"], by: str) -> Model:
+def with_output(model: Model, output: Literal["vocabulary", "score"], by: str) -> Model:
     """Return the model, or raise WinnowError if it is of the other kind, before any weight is loaded."""
     from stages.network.load import is_reward_model
 

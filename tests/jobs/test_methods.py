@@ -11,7 +11,7 @@ from jobs.methods import Method, comparisons, difference_interval, interval, mak
 from jobs.report import write_report
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
-from schemas.tables import EVALUATIONS, OUTCOMES
+from schemas.tables import EVALUATIONS, OUTCOMES, WINS
 from tests.catalogs import link, put, table
 
 PROMPTS = 50
@@ -122,7 +122,9 @@ def evaluated(store: Store, run: str, key: str, wins, seed: int = 0, draws: int 
     drawing = {"version": 1, "options": {"seed": draws}, "inputs": {"policy": policy}}
     put(store, "sample", f"1{key}", [], identity=drawing)
     rows = [dict(prompt_id=f"p{n:03}", candidate_id="c", gold_win=win, proxy_win=0.5) for n, win in enumerate(wins)]
-    figures = [dict(metric="gold_win", value=float(np.mean(wins)), low=0.1, high=0.9, n=len(wins))]
+    figures = [dict(metric="proxy_win", value=0.5, low=0.1, high=0.9, n=len(wins))]
+    if wins[0] is not None:
+        figures.append(dict(metric="gold_win", value=float(np.mean(wins)), low=0.1, high=0.9, n=len(wins)))
     judging = {"version": 1, "options": {}, "inputs": {"candidates": f"1{key}", "baseline": baseline}}
     put(store, "evaluate", f"2{key}", [table(OUTCOMES, *rows), table(EVALUATIONS, *figures)], identity=judging)
     link(store, run, optimize=("optimize", policy), sample=("sample", f"1{key}"), evaluate=("evaluate", f"2{key}"))
@@ -187,6 +189,28 @@ def test_seeds_of_the_evaluation_are_no_further_seeds(tmp_path: Path):
     (method,) = methods_of(open_catalog(store))
     assert sorted(method.values["gold_win"].tolist()) == [[0.0, 0.0], [0.5, 1.0]]
     assert make_leaderboard(open_catalog(store))[0]["seeds"].to_pylist() == [2]
+
+
+def test_wins_by_a_judge_called_gold_are_those_of_a_method_too(tmp_path: Path):
+    """Where `evaluate` has no gold reward; methods with another gold judge are not compared with it."""
+    store = Store(tmp_path / "store")
+    for method, judge, shift in (("a", "one", 0.0), ("b", "one", 0.2), ("c", "two", 0.4)):
+        for seed in range(2):
+            key, wins = f"{method}{seed}", [0.1 + shift, 0.3 + shift + 0.01 * seed]
+            evaluated(store, f"{method} seed={seed}", key, [None, None], seed, x=method)
+            identity = {"version": 1, "options": {"by": judge}, "inputs": {"candidates": f"1{key}"}}
+            put(store, "judge", f"3{key}", [], identity=identity)
+            identity = {"version": 1, "options": {"judge": "gold", "against": "sft"}}
+            identity["inputs"] = {"candidates": f"1{key}", "judgements": f"3{key}"}
+            rows = [dict(prompt_id=f"p{n:03}", judge="gold", against="sft", win=win) for n, win in enumerate(wins)]
+            figure = dict(metric="gold_win", value=float(np.mean(wins)), n=2)
+            put(store, "win_rate", f"4{key}", [table(WINS, *rows), table(EVALUATIONS, figure)], identity=identity)
+            links = store.run(f"{method} seed={seed}") | {"evaluate_by_gold": {"stage": "win_rate", "key": f"4{key}"}}
+            link(store, f"{method} seed={seed}", **{name: tuple(step.values()) for name, step in links.items()})
+    board, lines = make_leaderboard(open_catalog(store))
+    assert board["gold_win"].to_pylist() == pytest.approx([0.6025, 0.4025, 0.2025])
+    assert any("highest mean is that of b" in line for line in lines)
+    assert any("no other method has the gold reward" in line and "of c" in line for line in lines)
 
 
 def test_where_every_run_is_alone_the_leaderboard_is_as_it_was(finished: Path, tmp_path: Path):

@@ -27,6 +27,8 @@ from schemas.tables import (
     REWARDS,
     SELECTIONS,
     SPEEDS,
+    VOTES,
+    WINS,
 )
 from tests.catalogs import link, put, table
 
@@ -49,6 +51,7 @@ COLUMNS = {
     "gold_win_as_sampled_high gold_win_greedy gold_win_greedy_low gold_win_greedy_high proxy_win_as_sampled "
     "proxy_win_as_sampled_low proxy_win_as_sampled_high proxy_win_greedy proxy_win_greedy_low proxy_win_greedy_high "
     "seconds own_seconds",
+    "judges": "run judge against win win_low win_high win_lc agreement alpha prompts comparisons ties undecided unread",
     "length_bias": "run step rule pairs chosen_tokens rejected_tokens longer_chosen gap_and_length",
     "lengths": "run step finish_reason n share mean_tokens median p95 most",
     "pair_gaps": "run step rule pairs prompts mean_gap p10 median p90 near_ties chosen_better",
@@ -67,6 +70,7 @@ COLUMNS = {
     "two_losses": "policy seeds mix weight preference_loss preference_loss_se imitation_loss imitation_loss_se "
     "preference_accuracy distance distance_se ideal_preference_loss ideal_imitation_loss seconds optima_seconds cost "
     "front",
+    "votes": "run judged_by shown_first votes candidate baseline same unread",
     "unpaired": "run prompt_id candidates kept spread reject_reasons text",
 }
 # Two prompts to train on and one that is held out; four candidates of p, of which two are duplicates, and two of q.
@@ -152,6 +156,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     greedy = [metric("gold_win", 0.3), metric("proxy_win", 0.2)]
     put(store, "evaluate", "c", [table(OUTCOMES, judged[0]), table(EVALUATIONS, *greedy)])
     rounds = {"evaluate@1": ("evaluate", "a"), "evaluate@2": ("evaluate", "b"), "evaluate_greedy@2": ("evaluate", "c")}
+    named = {"version": 1, "options": {"judge": "sxs", "against": "sft"}, "inputs": {}}
+    won = dict(
+        prompt_id="h", candidate_id="ours", judge="sxs", against="sft", win=1.0, comparisons=2, ties=0, undecided=1
+    )
+    put(store, "win_rate", "d", [table(WINS, won), table(EVALUATIONS, metric("sxs_win", 0.7))], identity=named)
+    voted = dict(prompt_id="h", candidate_id="ours", baseline_id="base", first="candidate", answer="A")
+    put(store, "autosxs", "e", [table(JUDGEMENTS, met), table(VOTES, voted | dict(vote=1.0), voted)])
+    rounds |= {"evaluate_by_sxs@2": ("win_rate", "d"), "judge_by_sxs@2": ("autosxs", "e")}
     link(store, "rso", **{stage: (stage, str(n + 1)) for n, stage in enumerate(shared)}, **rounds)
     return store
 
@@ -226,13 +238,15 @@ KNOWN: list[tuple[str, dict, dict]] = [
     ("heldout", dict(metric="loss"), dict(value=0.4)),
     ("heldout", dict(metric="accuracy"), dict(value=0.4)),
     ("heldout", dict(metric="longer_one"), dict(value=1 / 3)),
+    ("judges", {}, dict(run="rso@2", judge="sxs", win=0.7, prompts=1, comparisons=2, ties=0, undecided=1)),
+    ("votes", {}, dict(run="rso@2", judged_by="judge_by_sxs", votes=2, candidate=0.5, unread=0.5, same=0.0)),
     ("two_losses", {}, dict(policy="rso", preference_loss=0.4, imitation_loss=0.4, preference_accuracy=0.4)),
 ]
 # Number of rows of some answers, and a column of all rows in order.
 COUNTS = {"acceptance": 2, "best_of": 3, "ranker_agreement": 2, "rejects": 2, "rounds": 2, "unpaired": 1, "heldout": 3}
 ORDERED = {
     "acceptance": ("prompt_id", ["p", "q"]),  # the hardest prompt first
-    "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@1", "rso@1"]),
+    "evaluations_by_run": ("run", ["rso@2", "rso@2", "rso@2", "rso@1", "rso@1"]),
     "leaderboard": ("gold_win", [0.8, 0.6]),  # the best round first
     "rejects": ("step", ["pair", "prompts"]),
 }
@@ -307,7 +321,7 @@ def test_status_shows_steps_that_are_not_finished(tmp_path: Path):
 def test_every_query_runs_on_a_whole_run(finished: Path):
     """Of RSO on the tiny data set; those that ask for what it has no rows of answer with none."""
     catalog = open_catalog(Store(finished))
-    none = {"now", "rejects", "rounds", "two_losses", "unpaired"}
+    none = {"now", "rejects", "rounds", "two_losses", "unpaired", "votes"}
     assert {name for name in queries.names() if not query(catalog, queries.text(name)).num_rows} <= none
     assert isinstance(query(catalog, queries.text("cost")), pa.Table)
 

@@ -1,0 +1,126 @@
+"""Other runs that a policy is compared with: `judges: {NAME: {against: RUN}}`, found in a store when a plan is made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipeline.config.keys import differences
+from pipeline.config.plan import Plan, Step
+from pipeline.config.rounds import split_round
+from pipeline.registry import nearest
+from pipeline.store.store import Store
+from schemas import WinnowError
+from stages.evaluation.other_run import other_run
+
+# Options of `sample` in which draws to compare may differ: everything else changes what is compared.
+FREE = ("n", "seed", "engine", "engine_options", "dtype", "steer", "steer_top", "steer_every")
+
+
+def find_opponents(plans: Sequence[Plan], store: Store) -> None:
+    """Put the draws of the run that each step of stage `other_run` names in its place.
+
+    That is a run of the store, or one that stands before in the same command. A plan is not compared with itself: a
+    note says so. Call it before the keys of the plans are read. Raise WinnowError for a run that is not there, not
+    finished, or was evaluated on other prompts or with other sampling.
+    """
+    problems: list[str] = []
+    for position, plan in enumerate(plans):
+        for step in [step for step in plan.steps if step.entry.fn is other_run]:
+            name, round = split_round(step.options["run"])
+            if name == plan.name and round is None:
+                _leave_out(plan, step)
+                continue
+            if name == plan.name:
+                problems.append(
+                    f"{plan.name}: against: {step.options['run']!r}: a round of the run itself; run it under a name of "
+                    "its own before (`--name`), and compare with that"
+                )
+                continue
+            before = next((other for other in plans[:position] if other.name == name), None)
+            try:
+                _fill(step, name, round, _judged_step(plan, step), before, store)
+            except WinnowError as error:
+                problems += [f"{plan.name}: {problem}" for problem in error.problems]
+        _forget_keys(plan)
+    if problems:
+        raise WinnowError(*dict.fromkeys(problems))
+
+
+def _forget_keys(plan: Plan) -> None:
+    """Let the steps that read another run's draws have keys by them, if somebody has looked at their keys before."""
+    changed = [step for step in plan.steps if step.entry.fn is other_run]
+    for step in plan.steps:  # inputs come before what reads them
+        if any(source in changed for source in step.inputs.values()):
+            changed.append(step)
+            for name in ("identity", "key", "row_key"):
+                step.__dict__.pop(name, None)
+
+
+def _judged_step(plan: Plan, opponent: Step) -> Step:
+    """Return the step with the plan's own draws that are compared with the opponent's."""
+    judging = next(step for step in plan.steps if step.inputs.get("baseline") is opponent)
+    return judging.inputs["candidates"]
+
+
+def _fill(step: Step, run: str, round: int | None, own: Step, before: Plan | None, store: Store) -> None:
+    """Give the step the stage, identity and key of the run's draws."""
+    where, wanted = f"against: {step.options['run']!r}", split_round(own.name)[0]
+    if before is not None:
+        named = {other.name: other for other in before.steps}
+        name = _step_name(list(named), wanted, round, where, run)
+        identity, key, code = named[name].identity, named[name].key, named[name].code
+    else:
+        runs = store.runs()
+        if run not in runs:
+            raise WinnowError(
+                f"{where}: no run {run!r} in {store.root}; {nearest(run, sorted(runs))}; run it first, or name it "
+                "before this one in the command"
+            )
+        links = runs[run]
+        link = links[_step_name(list(links), wanted, round, where, run)]
+        manifest = store.at(link["stage"], link["key"]).manifest
+        if manifest is None:
+            raise WinnowError(f"{where}: {wanted} of that run is not finished; the same winnow run of it continues")
+        identity, key, code = {"stage": link["stage"]} | manifest["identity"], link["key"], manifest.get("code") or {}
+    if changes := _other_conditions(own, identity):
+        raise WinnowError(
+            f"{where}: its responses are not comparable: {'; '.join(changes)} (that run -> this one); evaluate both "
+            "on the same prompts with the same sampling"
+        )
+    step.entry = replace(step.entry, name=identity["stage"])
+    step.__dict__.update(identity=identity, key=key, row_key=key, code=code)  # in place of what would be computed
+
+
+def _step_name(names: list[str], wanted: str, round: int | None, where: str, run: str) -> str:
+    """Return the name of the step in a run: of one round, by default the last."""
+    rounds = {number: name for name in names for step, number in [split_round(name)] if step == wanted}
+    if round is None and rounds:
+        return rounds[max(rounds, key=lambda number: number or 0)]
+    if round not in rounds:
+        known = ", ".join(str(number) for number in rounds if number)
+        cure = (
+            f"its rounds are {known}" if known else f"it has no step {wanted!r}" if not rounds else "it has no rounds"
+        )
+        raise WinnowError(f"{where}: run {run!r}: {cure}")
+    return rounds[round]
+
+
+def _other_conditions(own: Step, identity: Mapping[str, Any]) -> list[str]:
+    """Return in what the draws of two runs differ beside the policy."""
+
+    def conditions(of: Mapping[str, Any]) -> dict[str, Any]:
+        options = {name: value for name, value in of["options"].items() if name not in FREE}
+        return {"stage": of["stage"], "options": options, "prompts": of["inputs"].get("prompts")}
+
+    return differences(conditions(identity), conditions(own.identity))
+
+
+def _leave_out(plan: Plan, opponent: Step) -> None:
+    """Take the steps that compare a run with itself out of its plan."""
+    gone = [opponent]
+    for step in plan.steps:  # inputs come before what reads them
+        if any(source in gone for source in step.inputs.values()):
+            gone.append(step)
+    plan.steps = [step for step in plan.steps if step not in gone]
+    plan.evaluations = [step for step in plan.evaluations if step not in gone]
+    plan.notes.append(f"judges: {plan.name} is not compared with itself")
