@@ -199,8 +199,21 @@ class Catalog:
 
     @property
     def _files(self) -> list[str]:
-        """Return the files of all tables that have rows: models, and what else lies in a store, are not read."""
-        return [file for name in TABLES for file in table_files(name, self.manifests, address(self.root))]
+        """Return the files of all tables that have rows: models, and what else lies in a store, are not read.
+
+        Nor is what a link of a file, or of a step's folder, leads to outside of the store. A stage's folder may be one.
+        """
+        files = [file for name in TABLES for file in table_files(name, self.manifests, address(self.root))]
+        if not isinstance(self.root, Path):
+            return files
+        root, links = self.root.resolve(), dict[str, bool]()
+        for folder in {os.path.dirname(file) for file in files}:
+            links[folder] = os.path.islink(folder)
+        return [
+            file
+            for file in files
+            if not (links[os.path.dirname(file)] or os.path.islink(file)) or Path(file).resolve().is_relative_to(root)
+        ]
 
     def _file_connection(self, file: Path) -> duckdb.DuckDBPyConnection:
         return _confined_connection(self.root, str(file), self._files)
