@@ -110,6 +110,8 @@ class Tokenizer:
 
     def rendered(self, ids: list[int]) -> str:
         """Return ids as text with all special tokens: the prompt or response as the model reads it."""
+        if self._backend is not None and type(self.inner)._decode is PreTrainedTokenizerFast._decode:
+            return str(self._backend.decode(ids, skip_special_tokens=False))
         return str(self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def response_ids(
