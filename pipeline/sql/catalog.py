@@ -315,7 +315,7 @@ def as_winnow_error() -> Iterator[None]:
     try:
         yield
     except duckdb.PermissionException as error:
-        if "/**/" in str(error):  # DuckDB takes a listed file that is not there for a folder to search
+        if ".parquet/**/*.parquet" in str(error):  # DuckDB takes a listed file that is not there for a folder to search
             raise WinnowError(f"sql: a file that a manifest lists is missing; {REPAIR_HINT}\n{error}") from None
         raise WinnowError(
             f"sql: {error}\nOnly files of tables can be read, and not through a link that leads out of the store"
