@@ -72,6 +72,18 @@ def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | No
     return words
 
 
+def plugin_words(folder: Path, files: list[Path], plans: list[Plan]) -> list[str]:
+    """Return the words that let the job run the plugins that were packed, and the other `files` that a command names.
+
+    Those are of functions in files, which the cluster must see where they are here, as it must see data.
+    """
+    packed = sorted(file for file in (folder / FOLDER / "plugins").rglob("*") if file.is_file())
+    known = {file.resolve() for plan in plans for file in plan.plugins}
+    others = [path for file in files if (path := file.expanduser().resolve()) not in known]
+    names = [*(str(file.relative_to(folder)) for file in packed), *map(str, others)]
+    return [word for name in names for word in ("--plugin", name)]
+
+
 def check_paths(plans: list[Plan]) -> None:
     """Raise WinnowError for every relative path in an option: the job runs in another working folder."""
     problems = [

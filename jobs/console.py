@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 from rich.console import Console, RenderableType
+from rich.errors import MarkupError
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,7 +22,8 @@ from pipeline.execution.progress import StepProgress
 from pipeline.execution.schedule import Reporter
 
 WORK = ("tokens", "ranker_calls")  # counters whose rate says something
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and newline, DEL, C1
+# C0 without tab and newline, DEL, C1, and what shows text in another order than it has.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Metrics of training that are shown while it runs, in this order, by the names that the table `metrics` has.
 FIGURES = {
     "loss": "loss", "imitation/loss": "imitation loss", "accuracy": "accuracy", "token_accuracy": "token accuracy",
@@ -36,14 +38,17 @@ def visible(text: str) -> str:
 
     A sampled response or a file's name could otherwise move the cursor, hide text or rename the window.
     """
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1] if match[0] > "\xff" else f"\\x{ord(match[0]):02x}", text)
 
 
 class VisibleConsole(Console):
     """Console that prints every string, markup included, as `visible` has it."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)
+        try:
+            return super().render_str(visible(text), **options)
+        except MarkupError:  # a closing tag in a text that is not ours
+            return super().render_str(visible(text), **(options | {"markup": False}))
 
 
 class _Rate(ProgressColumn):
@@ -80,7 +85,7 @@ class ProgressReporter(Reporter):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = _FigureLines(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
             _Rate(),
@@ -102,7 +107,7 @@ class ProgressReporter(Reporter):
 
     def _print(self, step: Step, text: str) -> None:
         self._raise_if_interrupted()
-        self.console.print(f"  {step.name:<16} {text}", highlight=False)
+        self.console.print(f"  {escape(f'{step.name:<16}')} {text}", highlight=False)
 
     def _raise_if_interrupted(self) -> None:
         if self.interrupted:
@@ -112,7 +117,7 @@ class ProgressReporter(Reporter):
         self._print(step, f"[dim]cached {step.key}[/]")
 
     def step_waiting(self, step: Step, why: str) -> None:
-        self._print(step, f"[yellow]waiting[/] {step.key}: {why}")
+        self._print(step, f"[yellow]waiting[/] {step.key}: {escape(why)}")
 
     def set_aside(self, step: Step, names: list[str]) -> None:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -151,15 +156,17 @@ class ProgressReporter(Reporter):
         pace = f", {progress.rate:,.2f}/s, {progress.seconds_left:,.0f} s left" if progress.rate else ""
         count = f"{progress.done:,.1f}".removesuffix(".0")
         line = f"    {name}: {count}/{progress.total:,.0f} {progress.unit}{pace}{figures and f'; {figures}'}"
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, markup=False)
 
     def prompt_rejected(self, step: Step, prompt: str, message: str) -> None:
-        self._print(step, f"[red]rejected[/] prompt {prompt}: it killed its worker each time ({escape(message)})")
+        self._print(
+            step, f"[red]rejected[/] prompt {escape(prompt)}: it killed its worker each time ({escape(message)})"
+        )
 
     def step_finished(self, step: Step, manifest: dict[str, Any]) -> None:
         self.bar.remove_task(self.steps.pop(step.name).task)
         seconds = manifest["wall_seconds"]
-        facts = [", ".join(f"{n:,} {name}" for name, n in manifest["rows"].items() if name != "rejects")]
+        facts = [", ".join(f"{n:,} {escape(name)}" for name, n in manifest["rows"].items() if name != "rejects")]
         facts.append(f"{seconds:,.1f} s")
         for name, n in manifest["counters"].items():
             rate = f" ({n / max(seconds, 1e-9):,.0f}/s)" if name in WORK else ""
@@ -167,7 +174,7 @@ class ProgressReporter(Reporter):
         facts += [f"{name.replace('_', ' ')} {mean['total'] / max(mean['count'], 1e-9):.1e} on average, "
                   f"{mean['largest']:.1e} at most" for name, mean in manifest.get("measures", {}).items()]  # fmt: skip
         if rejects := ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items())):
-            facts.append(f"[yellow]rejected: {rejects}[/]")
+            facts.append(f"[yellow]rejected: {escape(rejects)}[/]")
         self._print(step, f"[green]finished[/] {'; '.join(fact for fact in facts if fact)}")
 
     def close(self) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Collection, Iterable
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from jobs.console import visible
 from pipeline.config.estimates import StepCost
 from pipeline.costs import GIB, Amount
 
@@ -39,7 +41,7 @@ def cost_table(costs: list[StepCost]) -> Table:
         is_unknown = cost.seconds.value is None
         time = "" if need is None else "unknown" if is_unknown else as_duration(cost.seconds)
         cells = (as_count(main_rows(cost)), "" if work.units.value is None else units, model, memory, time)
-        table.add_row(cost.step.name, *cells)
+        table.add_row(Text(visible(cost.step.name)), *cells)
     return table
 
 

@@ -3,11 +3,14 @@
 import csv
 import io
 import os
+import resource
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from threading import Thread
 from typing import TextIO
 
 import pyarrow as pa
@@ -15,11 +18,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import VisibleConsole, as_json, as_result, visible
-from pipeline.sql.catalog import Catalog, QueryResult
+from pipeline.sql.catalog import Catalog, QueryResult, as_winnow_error
 from pipeline.store.store import columns_with_statistics
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 MAX_TABLE_ROWS = 1000  # nobody reads more
+_scratch: set[Path] = set()  # files that are being written
 
 
 class Format(StrEnum):
@@ -56,6 +60,7 @@ def write_result(result: QueryResult, format: Format, out: Path | None, console:
         raise WinnowError(f"--out {out}: is not a file; name one, or omit --out for the terminal")
     target = out.resolve()
     scratch = target.with_name(f".{target.name}.{os.getpid()}")  # another name until the file is complete
+    _scratch.add(scratch)
     try:
         if format is Format.parquet:
             batches = result.batches()
@@ -72,6 +77,7 @@ def write_result(result: QueryResult, format: Format, out: Path | None, console:
         raise WinnowError(f"--format parquet: {error}; CAST that column to another type in the statement") from None
     finally:
         scratch.unlink(missing_ok=True)
+        _scratch.discard(scratch)
 
 
 class _Visible(io.TextIOBase):
@@ -84,19 +90,71 @@ class _Visible(io.TextIOBase):
         return self.terminal.write(visible(text))
 
 
-def interruptible(catalog: Catalog, work: Callable[[], None]) -> None:
-    """Call `work` on a catalog so that Ctrl-C ends it at once; DuckDB itself looks for signals only now and then."""
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(work)
+def interruptible(catalog: Catalog, work: Callable[[], None], seconds: float | None = None) -> None:
+    """Call `work` on a catalog so that Ctrl-C ends it within a second, and so does the end of its time.
+
+    DuckDB looks for an interruption between pieces of its work, and never within one: where a single value takes
+    longer, this process ends. Memory is limited to half of the machine's. Raises WinnowError at the end of the time.
+    """
+    done: Future[None] = Future()
+
+    def call() -> None:
         try:
-            done.result()
+            work()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    with _limited_memory():
+        Thread(target=call, daemon=True).start()
+        try:
+            done.result(seconds)
+        except TimeoutError:
+            if done.done():  # of the work itself
+                raise
+            message = f"sql: it took more than {seconds:,.0f} seconds; --timeout allows more"
+            _interrupt(catalog, done, 2, message)
+            raise WinnowError(message) from None
         except KeyboardInterrupt:
-            while not done.done():  # an interruption before the query begins is lost
-                catalog.interrupt()
-                wait([done], timeout=0.1)
+            _interrupt(catalog, done, 130, "interrupted")
             raise
 
 
+def _interrupt(catalog: Catalog, done: "Future[None]", exit_code: int, message: str) -> None:
+    """Interrupt a query until it ends; after a second end this process."""
+    for _ in range(8):  # an interruption before the query begins is lost
+        catalog.interrupt()
+        wait([done], timeout=0.1)
+        if done.done():
+            return
+    for file in _scratch:
+        file.unlink(missing_ok=True)
+    print(f"{COMMAND}: {message}", file=sys.stderr, flush=True)
+    os._exit(exit_code)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let this process take no more than half of the machine's memory on top of what it has, where Linux can say so."""
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        taken = int(next(line for line in lines if line.startswith("VmData")).split()[1])  # in KiB
+    except OSError:
+        yield
+        return
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    bound = taken * 1024 + half
+    if limits[1] != resource.RLIM_INFINITY:
+        bound = min(bound, limits[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+@as_winnow_error()
 def _write_text(result: QueryResult, format: Format, file: TextIO | _Visible, console: Console) -> None:
     if format is Format.table:
         rows = result.head(MAX_TABLE_ROWS + 1)

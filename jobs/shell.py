@@ -41,11 +41,17 @@ class Shell:
     """Loop over statements and commands. An error ends the statement, not the shell; `errors` counts them."""
 
     def __init__(
-        self, catalog: Catalog, show: Callable[[QueryResult], None], console: Console, error_console: Console
+        self,
+        catalog: Catalog,
+        show: Callable[[QueryResult], None],
+        console: Console,
+        error_console: Console,
+        timeout: float | None = None,
     ) -> None:
         self.catalog, self.show, self.console, self.error_console = catalog, show, console, error_console
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()  # else prompts would be in the output
         self.errors = 0
+        self.timeout = timeout  # of a statement, in seconds
 
     def run(self) -> None:
         """Read until .quit or the end of the input, whose last statement needs no semicolon."""
@@ -73,7 +79,9 @@ class Shell:
             prompt_continuation="   ...> ",
         )
         runs, steps = len(self.catalog.runs), len(self.catalog.manifests)
-        self.console.print(f"{self.catalog.root}: {runs} runs, {steps} steps; .help lists commands", highlight=False)
+        self.console.print(
+            f"{self.catalog.root}: {runs} runs, {steps} steps; .help lists commands", highlight=False, markup=False
+        )
         while True:
             try:
                 text = session.prompt()
@@ -103,7 +111,7 @@ class Shell:
                 self._run_command(*text.rstrip().removesuffix(";").split())
             else:
                 statement = queries.statement(text)
-                interruptible(self.catalog, lambda: self.show(self.catalog.sql(statement)))
+                interruptible(self.catalog, lambda: self.show(self.catalog.sql(statement)), self.timeout)
         except KeyboardInterrupt:
             if not self.interactive:  # nobody at a pipe would continue
                 raise

@@ -45,7 +45,7 @@ def plan_tree(plan: Plan, store: Store, options: bool = False, deleted: Collecti
     def add(parent: Tree, step: Step, read_as: str = "") -> None:
         if name := names_by_key.get(step.key):
             read = "" if read_as in ("", split_round(step.name)[0]) else f"{read_as}: "
-            parent.add(f"[dim]{read}{step.name}{'' if step.name == name else f' = {name}'} (above)[/]")
+            parent.add(f"[dim]{escape(read + step.name + ('' if step.name == name else f' = {name}'))} (above)[/]")
             return
         names_by_key[step.key] = step.name
         stage = "" if split_round(step.name)[0] == step.entry.name else f" [dim]{step.entry.name}[/]"
@@ -55,7 +55,7 @@ def plan_tree(plan: Plan, store: Store, options: bool = False, deleted: Collecti
             status = "[yellow]will run again[/]: --force"
         elif step.key not in keys_to_run and store.folder(step).manifest is None:
             status = "[dim]not run by this command[/]"
-        branch = parent.add(f"{step.name}{stage} [dim]{step.key}[/] {status}{listed}")
+        branch = parent.add(f"{escape(step.name)}{stage} [dim]{step.key}[/] {status}{listed}")
         for input_name, source in step.inputs.items():
             add(branch, source, input_name)
 

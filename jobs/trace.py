@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from jobs.console import as_table
 from pipeline.sql.catalog import open_catalog, query
@@ -42,7 +43,7 @@ def trace_prompt(store: Store, run: str, prefix: str, console: Console, round: i
 
     prompt = prompts[0]
     about = f"{prompt['split']}, {prompt['tokens']} tokens" + (f", round {round}" if round else "")
-    console.print(f"[bold]{prompt['prompt_id']}[/] ({about})", highlight=False)
+    console.print(f"[bold]{escape(prompt['prompt_id'])}[/] ({escape(about)})", highlight=False)
     console.print(prompt["text"], markup=False, highlight=False)
     for section in TRACE.split("-- ")[1:]:
         title, _, sql = section.partition("\n")

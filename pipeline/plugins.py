@@ -4,13 +4,19 @@ A recipe or config lists files under `plugins`; an installed package names a mod
 `winnow.plugins`. The digest of the file is part of the key of each step that uses one of its functions, so an edit
 computes those steps again. A plugin registers functions that it defines itself; what it imports is not followed, and
 must be installed: a plugin is one file, because a worker gets its text and nothing beside it.
+
+A file is code. A command runs only those that it names itself (`--plugin`), because a config may be somebody else's;
+what Python calls, its own caller trusts.
 """
 
 import linecache
+import shlex
 import sys
 import tokenize
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
@@ -22,6 +28,17 @@ from schemas import WinnowError
 
 GROUP = "winnow.plugins"
 _plugins: dict[str, Plugin] = {}  # digest -> loaded plugin
+_named: ContextVar[frozenset[Path] | None] = ContextVar("named", default=None)  # files that may run; None for all
+
+
+@contextmanager
+def running_only(files: Iterable[Path]) -> Iterator[None]:
+    """Let no other file of Python be executed inside, as a plugin or for a function in it."""
+    token = _named.set(frozenset(file.expanduser().resolve() for file in files))
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
 
 def load_plugins(files: Iterable[Path]) -> list[Path]:
@@ -44,8 +61,19 @@ def load_plugins(files: Iterable[Path]) -> list[Path]:
 
 
 def load_file(path: Path) -> Plugin:
-    """Execute a file of a user and return it as a plugin. Raise WinnowError if it cannot be read or executed."""
+    """Execute a file of a user and return it as a plugin.
+
+    Raise WinnowError if it cannot be read or executed, or is not among those that the command names.
+    """
+    named = _named.get()
+    if named is not None and path.resolve() not in named:
+        raise WinnowError(
+            f"{path} is Python code, and what a config or recipe names is not run unless the command names it too: "
+            f"read it, then add `--plugin {shlex.quote(str(path))}`"
+        )
     try:
+        if path.exists() and not path.is_file():
+            raise WinnowError(f"{path} is no file of Python")
         with tokenize.open(path) as file_text:  # in the encoding that the file declares, as Python reads it
             source = file_text.read()
     except FileNotFoundError:

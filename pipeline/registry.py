@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=BaseModel)
 Function = Callable[..., Any]
 PlainFunction = Callable[[Function, dict[str, Any]], tuple[tuple[str, ...], dict[str, Any]]]
+LONGEST_VALUE = 300  # characters of a value in a message
 FROM_FILE = "python"  # name under which a function is named by `file` and `function`, without a decorator
 EXECUTION = "how a step runs, not what it computes: not part of its identity"  # in Annotated[...], beside the type
 # Likewise beside the type. Without it, a new option would change the key of every result that does not use it.
@@ -445,7 +446,7 @@ class Registry:
             return value
         options = {"name": value} if isinstance(value, str) else value
         if not isinstance(options, dict) or not isinstance(options.get("name"), str):
-            raise WinnowError(f"must name one {self.kind}, or be a mapping with `name`; got {value!r}")
+            raise WinnowError(f"must name one {self.kind}, or be a mapping with `name`; got {_shown(value)}")
         rest = {key: item for key, item in options.items() if key != "name"}
         entry = self._in_file(rest) if self.plain and options["name"] == FROM_FILE else self.find(options["name"])
         try:
@@ -598,6 +599,12 @@ def validated(model: type[M], content: Any, prefix: str = "", noun: str = "optio
         raise WinnowError(*lines) from None
 
 
+def _shown(value: Any) -> str:
+    """Return a value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
+
+
 def inner_options(model: type[BaseModel]) -> dict[str, list[str]]:
     """Return the options of the functions that a model's own options can name: for each, the latter (beta: [rule])."""
     inner: dict[str, list[str]] = {}
@@ -632,7 +639,7 @@ def _error_lines(
     if item["type"] == "missing":
         return [f"{where}: required, but not set" + (f"; it must be {description}" if description else "")]
     if cause:
-        return [f"{where}: {cause} (got {item['input']!r})"]
+        return [f"{where}: {cause} (got {_shown(item['input'])})"]
     message = item["msg"].replace("Input should be", "must be")
     message = f"must be {description}" if description else message[0].lower() + message[1:]
-    return [f"{where}: {message}, got {item['input']!r}"]
+    return [f"{where}: {message}, got {_shown(item['input'])}"]

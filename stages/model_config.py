@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -14,16 +15,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import InputStep, ModelPath
-from pipeline.store.weights import tensor_shapes, tensor_types, weight_files
+from pipeline.store.weights import not_finite, tensor_shapes, tensor_types, weight_files
 from schemas import WinnowError, WinnowWarning
 
 Output = Literal["vocabulary", "score"]
+# Options of `from_pretrained`: nothing is downloaded, and code that a folder names is neither run nor asked for.
+FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
 CLASSIFIER = "ForSequenceClassification"
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # in the names of a layer's tensors
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.", "embed_out.", "output.")  # layers that end in the vocabulary
+NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size", "embed_dim")  # of another width than the layers
 HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
 HEAD_COUNTS = ("num_attention_heads", "n_head")
 GENERATION = "generation_config.json"
@@ -194,9 +198,11 @@ class ModelConfig:
         classes = network_classes()
         expected = [names[kind] for names in classes.values() if kind in names]
         if classes and not expected:
+            remote = self.content.get("auto_map")
+            named = f", and auto_map names code for it ({json.dumps(remote)[:100]}), which is not run" if remote else ""
             return [
                 f"config.json has model_type {kind}, of which the installed transformers has no language model or "
-                "sequence classifier: update transformers, or take another model (code in a folder is not run)"
+                f"sequence classifier{named}: update transformers, or take another model (code in a folder is not run)"
             ]
         if classes and architecture is not None and architecture not in expected:
             return [
@@ -217,6 +223,8 @@ class ModelConfig:
         if self.quantization:  # of other names, shapes and types
             return []
         types = tensor_types(weight_files(self.folder))
+        if not types:
+            return [f"its weight files are empty: {of_two}"]
         integer = [name for name, kind in types.items() if name.endswith("weight") and kind[0] in "IU"]
         if integer:
             return [
@@ -233,12 +241,80 @@ class ModelConfig:
         extra = [layer for layer in layers if count is not None and layer >= count]
         if extra and not self.content.get("is_encoder_decoder") and "num_nextn_predict_layers" not in self.text:
             return [f"its weights have layer {max(extra)}, and config.json {count} layers: {of_two}"]
-        for name, shape in self.shapes.items():
-            if name.endswith(EMBEDDINGS) and self.vocabulary is not None and shape[0] < self.vocabulary:
-                return [f"{name} has {shape[0]} rows, and config.json vocab_size {self.vocabulary}: {of_two}"]
+        if problems := self._layer_problems(of_two) or self._embedding_problems(of_two):
+            return problems
         is_untied = self.text.get("tie_word_embeddings") is False and self.output == "vocabulary"
         if is_untied and layers and not any(head in name for name in self.shapes for head in HEADS):
             return [f"its weights lack the head (lm_head), which by config.json is not tied to the embedding: {of_two}"]
+        if counts := not_finite(weight_files(self.folder)):
+            return [
+                f"{counts[min(counts)]:,} weights of {min(counts)} are not finite (NaN or infinite; {len(counts)} such "
+                "tensors): a training that failed, or a damaged copy; give a folder from before that"
+            ]
+        return []
+
+    def _layer_problems(self, cause: str) -> list[str]:
+        """Return which layer lacks a weight that all others of its kind have, or has it in another shape.
+
+        Two layers do not say which of them is right, and the first may have no norm (ModernBERT). What is left to find
+        is found when the network is built.
+        """
+        kinds = self.text.get("layer_types")
+        by_layer: dict[tuple[str, str], dict[int, dict[str, list[int]]]] = {}
+        for name, shape in self.shapes.items():
+            if match := LAYER.search(name):
+                number = int(match[1])
+                kind = str(kinds[number]) if isinstance(kinds, list) and number < len(kinds) else ""
+                of_kind = by_layer.setdefault((name[: match.start()], kind), {})
+                of_kind.setdefault(number, {})[name[match.end() :]] = shape
+        # A config that lists a size per layer says itself that they differ.
+        lists = [value for name, value in self.text.items() if isinstance(value, list) and name != "layer_types"]
+        for (prefix, _), layers in by_layer.items():
+            if len(layers) < 3:
+                continue
+            layers_with = Counter(name for shapes in layers.values() for name in shapes)
+            for number, shapes in layers.items():
+                lacking = [
+                    name for name, count in layers_with.items() if count == len(layers) - 1 and name not in shapes
+                ]
+                lacking = [name for name in lacking if number or "norm" not in name]
+                own = [name for name in shapes if layers_with[name] == 1]
+                if lacking and not own:
+                    return [
+                        f"its weights lack {min(lacking)} in layer {number} of {prefix or 'the network'} "
+                        f"({len(lacking)} such weights), which all other layers have: {cause}"
+                    ]
+            if any(len(value) >= len(layers) for value in lists):
+                continue
+            for name, count in layers_with.items():
+                shapes_of = {number: tuple(shapes[name]) for number, shapes in layers.items() if name in shapes}
+                (usual, times), *others = Counter(shapes_of.values()).most_common()
+                if count > 2 and times == count - 1 and others:
+                    number = next(number for number, shape in shapes_of.items() if shape != usual)
+                    return [
+                        f"{name} is {list(shapes_of[number])} in layer {number}, and {list(usual)} in all other "
+                        f"layers: {cause}"
+                    ]
+        return []
+
+    def _embedding_problems(self, cause: str) -> list[str]:
+        """Return where the embedding or the head has another size than the config says."""
+        size, rows = self.vocabulary, {name: shape for name, shape in self.shapes.items() if len(shape) == 2}
+        if size is None or not rows:
+            return []
+        width = next((self.text[name] for name in HIDDEN_SIZES if isinstance(self.text.get(name), int)), None)
+        if any(name in self.text for name in NARROW_EMBEDDINGS):
+            width = None
+        for name, shape in rows.items():
+            if name.endswith(EMBEDDINGS) and shape[0] != size:
+                return [f"{name} has {shape[0]} rows, and config.json vocab_size {size}: {cause}"]
+            if name.endswith(EMBEDDINGS) and width is not None and shape[1] != width:
+                return [f"{name} has {shape[1]} columns, and by config.json a state has {width} numbers: {cause}"]
+            is_head = any(f".{name}".endswith(f".{head}weight") for head in HEADS) and not LAYER.search(name)
+            if is_head and self.output == "vocabulary" and shape[0] != size:
+                return [f"{name} has {shape[0]} rows, and config.json vocab_size {size}: {cause}"]
+        if not any(shape[0] == size for shape in rows.values()):
+            return [f"its weights lack the embedding: none has {size} rows, which is config.json's vocab_size: {cause}"]
         return []
 
     def token_problems(self, folder: Path, rows: int | None) -> list[str]:
@@ -271,6 +347,30 @@ class ModelConfig:
                 f"below {rows}: they are of two models; to keep both, resize the network's embeddings first"
             )
         return problems
+
+
+def remote_tokenizer(folder: Path) -> list[str]:
+    """Return why a folder's tokenizer would be another one without the code that it names, which is not run."""
+    file = folder / "tokenizer_config.json"
+    content = json_object(file) if file.is_file() else {}
+    remote = content.get("auto_map")
+    if isinstance(remote, dict):
+        remote = remote.get("AutoTokenizer")
+    name = content.get("tokenizer_class")
+    spec = find_spec("transformers")
+    if not remote or spec is None or spec.origin is None:
+        return []
+    if isinstance(name, str) and name.isidentifier():
+        pattern = re.compile(rf"^(class )?{name.removesuffix('Fast')}(Fast)?\b", re.MULTILINE)
+        package = Path(spec.origin).parent
+        files = [*package.glob("tokenization_utils*.py"), *package.glob("models/*/tokenization_*.py")]
+        if any(pattern.search(file.read_text(encoding="utf-8")) for file in files):
+            return []
+    return [
+        f"{file}: its tokenizer is code that auto_map names ({json.dumps(remote)[:100]}), which is not run, and "
+        f"transformers has no class {name}: give a folder whose tokenizer transformers has (a `tokenizer.json`, and "
+        "`tokenizer_class: PreTrainedTokenizerFast` where that is all of it)"
+    ]
 
 
 def tokenizer_ids(folder: Path) -> tuple[set[int], set[int]] | None:

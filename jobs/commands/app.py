@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from jobs.console import VisibleConsole
 from pipeline.config.recipe import name_problems
+from pipeline.plugins import running_only
 from pipeline.store.storage import parse_location
 from pipeline.store.store import Store
 from schemas import COMMAND, WinnowError
@@ -54,9 +55,21 @@ def _checked_store(url: str) -> str:
     return url
 
 
+def _run_only(ctx: typer.Context, files: list[Path]) -> list[Path]:
+    """Let the command execute these files of Python, and no others that a config or recipe names."""
+    if missing := [file for file in files if not file.expanduser().is_file()]:
+        raise WinnowError(*(f"--plugin {file}: no such file in {Path.cwd()}" for file in missing))
+    ctx.with_resource(running_only(files))
+    return files
+
+
 Recipes = Annotated[list[str], typer.Argument(help="recipe names, or YAML files")]
 Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your data and models, laid over the recipe")]
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
+Plugins = Annotated[
+    list[Path],
+    typer.Option("--plugin", help="Python file that the config or recipe names, and that may run", callback=_run_only),
+]
 Track = Annotated[list[str], typer.Option("--track", help="tracker of every training, such as tensorboard")]
 Tags = Annotated[
     list[str], typer.Option("--tag", help="word, or KEY=VALUE, that the run is to be found by; no part of a key")

@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jobs.commands.app import STORE, Configs, Sets, StorePath, console, error_console, existing_store
+from jobs.commands.app import (
+    STORE,
+    Configs,
+    Plugins,
+    Sets,
+    StorePath,
+    console,
+    error_console,
+    existing_store,
+)
 from jobs.console import as_table
 from jobs.recipes import plan_named
 from jobs.resume import hint
@@ -68,6 +77,7 @@ def adopt(
     path: Annotated[str, typer.Argument(help="a step's folder of a store, Parquet files, or a model folder")],
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
 ) -> None:
     """Register files from elsewhere as the result of a step, after checking them. The manifest names their origin."""
@@ -75,7 +85,9 @@ def adopt(
 
     adopted, manifest = adopt_artifact(plan_named(recipe, configs, sets), step, path, Store(store))
     origin = manifest["adopted"]
-    console.print(f"adopted {adopted.name} [dim]{adopted.key}[/]: {row_count(manifest):,} rows", highlight=False)
+    console.print(
+        f"adopted {escape(adopted.name)} [dim]{adopted.key}[/]: {row_count(manifest):,} rows", highlight=False
+    )
     for line in differences(origin["identity"], adopted.identity) if origin["identity"] else []:
         console.print(f"  although it was computed with {escape(line)}", highlight=False)
 
@@ -92,10 +104,12 @@ def gc(
     for run in set(forget) - Store(store).runs().keys() if yes else ():
         console.print(f"{run}: no such run; what it alone used is deleted", highlight=False, markup=False)
     for key in report.busy:
-        console.print(f"{key} is running, and no run links to it: finished steps are kept until it ends")
+        console.print(f"{key} is running, and no run links to it: finished steps are kept until it ends", markup=False)
     items = list(delete_garbage(Store(store), report, tuple(forget))) if yes else report.garbage
     for item in items:
-        console.print(f"{format_size(item.bytes):>10}  {escape(item.path)}  [dim]{item.why}[/]", highlight=False)
+        console.print(
+            f"{format_size(item.bytes):>10}  {escape(item.path)}  [dim]{escape(item.why)}[/]", highlight=False
+        )
     total = format_size(sum(item.bytes for item in items))
     if yes:
         console.print(f"deleted {len(items)}, {total}", highlight=False)

@@ -17,6 +17,7 @@ from jobs.commands.app import (
     Only,
     Onward,
     Over,
+    Plugins,
     ProfileName,
     Recipes,
     Sets,
@@ -57,6 +58,7 @@ def submit(
     address: Address = None,
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     profile: ProfileName = None,
     workers: Workers = None,
@@ -114,6 +116,7 @@ def submit(
     ]
     with TemporaryDirectory() as folder:
         packed = bundle.pack(Path(folder), recipe, configs, profile)
+        packed += bundle.plugin_words(Path(folder), plugins, plans)
         words = ["sweep" if over else "run", *packed, *(word for flag, value in flags for word in (flag, value))]
         name, running = cluster.submit(Path(folder), words, recipes=names, plan=plan, store=location, resume=resume)
 

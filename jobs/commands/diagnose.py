@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import duckdb
 import typer
-import yaml
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from jobs import recipes
-from jobs.commands.app import STORE, Configs, Sets, StorePath, console, existing_store
+from jobs.commands.app import STORE, Configs, Plugins, Sets, StorePath, console, existing_store
 from jobs.console import visible
 from jobs.output import Format, format_of, write_result
+from pipeline.config.yaml import parse
 from pipeline.registry import Bound
 from pipeline.sql.catalog import QueryResult
 from schemas import WinnowError
@@ -29,6 +30,7 @@ def diagnose(
     recipe: Annotated[str, typer.Argument(help="recipe whose candidates and rewards are finished in the store")],
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     rules: Annotated[
         list[str], typer.Option("--rule", help="another selection rule, such as '{name: best_of, k: 4}'")
@@ -74,11 +76,10 @@ def _rule(text: str) -> Bound:
     from stages.selection.rules import selection_rule
 
     try:
-        rule = selection_rule.bind(yaml.safe_load(text))
+        rule = selection_rule.bind(parse(text, f"--rule {text}"))
     except WinnowError as error:
-        raise WinnowError(*(f"--rule {text}: {problem}" for problem in error.problems)) from None
-    except yaml.YAMLError as error:
-        raise WinnowError(f"--rule {text}: is no YAML ({error})") from None
+        said = f"--rule {text}: "
+        raise WinnowError(*(said + problem.removeprefix(said) for problem in error.problems)) from None
     if "check" in rule.metadata and (problems := rule.metadata["check"](rule.options)):
         raise WinnowError(*(f"--rule {text}: {problem}" for problem in problems))
     return rule
@@ -94,12 +95,14 @@ def _console_table(section: "Section") -> Table:
             if isinstance(row[name], float):
                 row[name] = round(row[name], 3 - len(f"{abs(row[name]):.0f}"))
     table = page_table(rows)
-    result = Table(title=section.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
-                   padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
+    result = Table(title=escape(section.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+                   pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
     for number, name in enumerate(rows[0]):
         is_label = isinstance(rows[0][name], str)
         widest = max(len(line) for line in [*name.split(), *(row[number] for row in table["rows"])])
-        result.add_column(name, justify="left" if is_label else "right", max_width=LABEL if is_label else widest)
+        result.add_column(
+            escape(name), justify="left" if is_label else "right", max_width=LABEL if is_label else widest
+        )
     for row in table["rows"]:
         result.add_row(*(Text(visible(cell)) for cell in row))
     return result

@@ -7,7 +7,7 @@ import duckdb
 import typer
 
 from jobs import recipes
-from jobs.commands.app import Configs, Sets, console
+from jobs.commands.app import Configs, Plugins, Sets, console
 from jobs.output import Format, format_of, write_result
 from pipeline.sql.catalog import QueryResult
 
@@ -16,6 +16,7 @@ def inspect(
     recipe: Annotated[str, typer.Argument(help="recipe whose prompts and preferences are read")],
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     words: Annotated[int, typer.Option(help="length of the n-grams of words that near duplicates share", min=1)] = 3,
     overlap: Annotated[
         float, typer.Option(help="share of them, of those that either prompt has, from which it is one", min=0.1, max=1)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import typer
 
 from jobs import queries
-from jobs.commands.app import STORE, Configs, RunName, StorePath, console, error_console, existing_store
+from jobs.commands.app import STORE, Configs, Plugins, RunName, StorePath, console, error_console, existing_store
 from jobs.console import as_table
 from jobs.export import Split, export_pairs
 from jobs.export_formats import FORMATS, FormatName
@@ -21,6 +21,7 @@ from pipeline.sql.catalog import Catalog, open_catalog, query
 from schemas import WinnowError
 
 ExportFormat = Literal[FormatName, "blind-comparison"]
+Timeout = Annotated[float, typer.Option(help="seconds that a statement may take", min=0.1, max=10**7)]
 
 
 def status(
@@ -51,6 +52,7 @@ def sql(
     format: Annotated[Format | None, typer.Option(help="of the result; else by the suffix of --out, or table")] = None,
     out: Annotated[Path | None, typer.Option(help="a file for the result")] = None,
     db: Annotated[Path | None, typer.Option(help="a new DuckDB file with all rows, to use elsewhere")] = None,
+    timeout: Timeout = 600,
     list_queries: Annotated[bool, typer.Option("--list", help="list the shipped queries")] = False,
 ) -> None:
     """Query the store: a view of every table, read-only, confined to the store. A shell if no statement is given."""
@@ -62,19 +64,19 @@ def sql(
     catalog, output_format = open_catalog(existing_store(store), run), format_of(format, out)
     if db:
         catalog.export(db)
-        console.print(f"wrote {db} ({db.stat().st_size / 1e6:,.1f} MB)", highlight=False)
+        console.print(f"wrote {db} ({db.stat().st_size / 1e6:,.1f} MB)", highlight=False, markup=False)
     elif statement is None:
         from jobs.shell import Shell
 
         shell = Shell(
-            catalog, lambda result: write_result(result, output_format, None, console), console, error_console
+            catalog, lambda result: write_result(result, output_format, None, console), console, error_console, timeout
         )
         shell.run()
         if shell.errors and not shell.interactive:
             raise typer.Exit(2)
     else:
         text = queries.statement(statement)
-        interruptible(catalog, lambda: write_result(catalog.sql(text), output_format, out, console))
+        interruptible(catalog, lambda: write_result(catalog.sql(text), output_format, out, console), timeout)
         if out:
             console.print(f"wrote {out}", highlight=False, markup=False)
 
@@ -128,7 +130,7 @@ def report(
             raise
         page = Path("report.html")  # of a store that is read-only
         write_report(source, page)
-    console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False)
+    console.print(f"wrote {page} ({page.stat().st_size / 1e3:,.0f} kB)", highlight=False, markup=False)
 
 
 def export(
@@ -203,6 +205,7 @@ def options(
         typer.Argument(help="a stage, or a registered function such as rejection_sample; all stages if omitted"),
     ] = None,
     configs: Configs = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Describe a stage or a registered function: inputs, outputs, and every option with type, default and choices.
 

@@ -1,7 +1,7 @@
 """Commands that compute: demo, plan, run, sweep, paper."""
 
-import shutil
 import signal
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +22,7 @@ from jobs.commands.app import (
     Only,
     Onward,
     Over,
+    Plugins,
     ProfileName,
     Recipes,
     Sets,
@@ -81,13 +82,12 @@ def demo(
         names = [name for name in names if not name.endswith("_pretrained")]
     if real:
         files, names, title = [REAL], list(REAL_RECIPES), "real"
+    store, page = str(folder / title), folder / f"{'report' if title == 'store' else title}.html"
+    contents = {file.name: file.read_bytes() for file in [*files, *([QUESTIONS, REWARD] if real else [])]}
+    _write_new(folder, contents if real else contents | data.files(), [] if Path(store).exists() else [page])
+    configs = [folder / file.name for file in files]
+    if real:
         smollm2.write(folder / smollm2.NAME)
-        for file in (QUESTIONS, REWARD):
-            shutil.copyfile(file, folder / file.name)
-    else:
-        data.write(folder)
-    configs = [Path(shutil.copyfile(file, folder / file.name)) for file in files]
-    store = str(folder / title)
     plans = recipes.plans(names, configs, [])
     _print_store(Store(store), with_free_names(plans, Store(store)))
     _run_plans(plans, Store(store), LocalExecutor())
@@ -97,14 +97,33 @@ def demo(
         for name, query_runs in (("gold", runs), ("responses", runs[:1])):
             result = query(open_catalog(Store(store), query_runs), queries.text(name))
             console.print(as_table(result, queries.about(name)))
-    report(store, folder / f"{'report' if title == 'store' else title}.html")
+    report(store, page)
     _print_next_commands(next(plan for plan in plans if plan.name == "rso"), "rso", configs, [], store)
+
+
+def _write_new(folder: Path, contents: Mapping[str, bytes], others: Sequence[Path] = ()) -> None:
+    """Write files that are not there yet. Raise WinnowError for one with other content, which may be a user's own.
+
+    others: files that are written later, and are not to be there.
+    """
+    taken = [path for path in others if path.exists()]
+    taken += [
+        path for name, content in contents.items() if (path := folder / name).exists() and path.read_bytes() != content
+    ]
+    if taken:
+        raise WinnowError(
+            *(f"demo: {path} is there, with other content: move it away, or give another --folder" for path in taken)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
 
 
 def plan(
     recipe: Recipes,
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     name: Name = None,
     profile: ProfileName = None,
@@ -157,6 +176,7 @@ def run(
     recipe: Recipes,
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     executor: Executor = None,
     workers: Workers = None,
@@ -180,7 +200,7 @@ def run(
     selection = rerun(plans, target, Part(only, until, from_step, force))
     _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
     if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
-        _print_next_commands(selection.plans[0], recipe[0], configs, sets, store)
+        _print_next_commands(selection.plans[0], recipe[0], configs, sets, store, plugins)
 
 
 def sweep(
@@ -188,6 +208,7 @@ def sweep(
     over: Over = [],  # noqa: B006
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     executor: Executor = None,
     workers: Workers = None,
@@ -254,6 +275,7 @@ def _run_selection(selection: Rerun, store: Store, notes: list[str], executor: L
 def paper(
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     gamma: Annotated[float, typer.Option(help="factor of the log-ratio in the pair losses; paper: 0.05")] = 1.0,
     against: Annotated[
@@ -385,9 +407,12 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
             console.print(f"[yellow]{escape(plan.name)}[/]: {escape(line)}", highlight=False)
 
 
-def _print_next_commands(plan: Plan, recipe: str, configs: list[Path], sets: list[str], store: str) -> None:
+def _print_next_commands(
+    plan: Plan, recipe: str, configs: list[Path], sets: list[str], store: str, plugins: Sequence[Path] = ()
+) -> None:
     """Print commands that can be pasted as they are."""
     same = [word for path in configs for word in ("--config", str(path))]
+    same += [word for path in plugins for word in ("--plugin", str(path))]
     same += [word for item in sets if not item.startswith("select.rule") for word in ("--set", item)]
     at_store = ["--store", store]
     run = plan.name

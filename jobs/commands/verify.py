@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +11,19 @@ import typer
 
 import jobs
 from jobs import resume
-from jobs.commands.app import STORE, StorePath, console
+from jobs.commands.app import STORE, Plugins, StorePath, console
 from pipeline.registry import nearest
 from pipeline.store.store import Json, Store
 from pipeline.store.verify import find_damage, set_aside
 from schemas import WinnowError
 
+REPEATED = ("run", "sweep", "demo", "paper")  # commands that make what is damaged again
+
 
 def verify(
     run: Annotated[str | None, typer.Argument(help="a run; all of the store if omitted")] = None,
     store: StorePath = STORE,
+    plugins: Plugins = [],  # noqa: B006
     repair: Annotated[
         bool, typer.Option("--repair", help="set aside what is damaged, and run again what its runs were called with")
     ] = False,
@@ -53,7 +57,12 @@ def verify(
     for name in sorted({*runs, *damaged_links}):
         if name in damaged_links or any(link["key"] in unfinished for link in runs[name].values()):
             if command := source.command(name):
-                commands.setdefault(str(command), command)
+                if problem := _problem(command, source):
+                    console.print(f"{name}: {problem}; run its recipe again", highlight=False, markup=False)
+                    continue
+                words = _without_plugins(resume.without_force(command["words"]))
+                words += [word for file in plugins for word in ("--plugin", str(file.expanduser().resolve()))]
+                commands.setdefault(str(command), command | {"words": words})
             else:
                 console.print(f"{name}: it is not known how this run was called; run its recipe again", markup=False)
     for command in commands.values():
@@ -79,6 +88,31 @@ def _readable_runs(store: Store) -> dict[str, Json]:
         except WinnowError:  # it is among the damage
             continue
     return runs
+
+
+def _problem(command: Json, store: Store) -> str:
+    """Return why a command that a store contains is not called: a store may be somebody else's, and say anything."""
+    words, folder = command["words"], Path(command["folder"])
+    if not words or words[0] not in REPEATED:
+        return f"{' '.join(words)!r} is no command that makes results"
+    stores = [value for name, value in pairwise([*words, ""]) if name == "--store"]
+    stores += [word.partition("=")[2] for word in words if word.startswith("--store=")]
+    if words[0] == "demo":
+        return ""
+    for name in stores or [STORE]:
+        is_this = (folder / name).resolve() == store.root if isinstance(store.root, Path) else name == str(store.root)
+        if not is_this:
+            return f"its command is for the store {name} in {folder}, and not for this one"
+    return ""
+
+
+def _without_plugins(words: list[str]) -> list[str]:
+    """Return the words without the code that they name: that is for whoever repairs to name."""
+    return [
+        word
+        for before, word in pairwise(["", *words])
+        if before != "--plugin" and word != "--plugin" and not word.startswith("--plugin=")
+    ]
 
 
 def _call(command: Json) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 from jobs.demo.gold import SLOTS, WORDS, concierge
@@ -51,8 +50,8 @@ RIVALS = (
 PHRASES = {"people": "for {}", "day": "on {}", "city": "in {}", "time": "at {}"}
 
 
-def write(folder: Path) -> None:
-    """Write `demonstrations.jsonl`, `prompts.jsonl` and `preferences.jsonl`; no prompt occurs twice in them.
+def files() -> dict[str, bytes]:
+    """Return `demonstrations.jsonl`, `prompts.jsonl` and `preferences.jsonl` by name; no prompt occurs twice in them.
 
     The order in which random numbers are drawn fixes the bytes of the files: a change to it makes another demo.
     """
@@ -79,10 +78,8 @@ def write(folder: Path) -> None:
         chosen, rejected = (first, second) if first_wins else (second, first)
         preferences.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("demonstrations", demonstrations), ("prompts", prompts), ("preferences", preferences)):
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:  # on Windows, too
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    tables = {"demonstrations": demonstrations, "prompts": prompts, "preferences": preferences}
+    return {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in tables.items()}
 
 
 def _distinct_requests(rng: Random) -> Iterator[Request]:

@@ -4,6 +4,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.store.weights import let_others_read
 from schemas import WinnowError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -55,6 +56,7 @@ def write(folder: Path) -> None:
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     network.save_pretrained(aside)
+    let_others_read(aside)
     tokenizer.save_pretrained(aside)
     write_card(aside, TEXT, CARD)
     aside.rename(folder)

@@ -36,7 +36,8 @@ from pipeline.registry import nearest, registry_of, validated
 from pipeline.stage import stages
 from schemas import WinnowError
 
-NAME_BYTES = 150  # of a run's name
+NAME_BYTES = 150  # of a run's name, or a step's
+MAX_SHARDS = 4096  # each is a task and a file per table: more take longer to list than to compute
 # What names of files lack, lines of a terminal, and runs, whose rounds end with an @ and their number.
 NOT_IN_FILES = re.compile(r"[/\x00-\x1f\x7f-\x9f\u2028\u2029]|@(?=[0-9]+$)")
 # Settings that --set may name
@@ -81,7 +82,7 @@ class Settings(BaseModel):
     evaluations: list[str] = []
     judges: dict[str, JudgeBody | None] = {}
     plugins: list[str] = []
-    shards: int = Field(default=8, ge=1, le=99_999)
+    shards: int = Field(default=8, ge=1, le=MAX_SHARDS)
     target: str = "evaluate"
     trained: str = ""
     track: list[Any] = []  # of every training
@@ -384,6 +385,12 @@ def _step_problems(steps: dict[str, Any]) -> list[str]:
     for step, content in steps.items():
         if "@" in step:
             problems.append(f"{step}: a step's name must not contain '@', which marks a round; change it in `rounds`")
+            continue
+        if not step.strip() or not step.isprintable() or len(step.encode()) > NAME_BYTES:
+            problems.append(
+                f"{step[:NAME_BYTES]!r}: a step's name must be at most {NAME_BYTES} bytes of text that can be printed "
+                "in a line; give it another"
+            )
             continue
         if not isinstance(content, dict):
             hint = f" ({nearest(step, list(NAMES))})" if isinstance(content, str | int) else ""

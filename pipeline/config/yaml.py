@@ -12,6 +12,7 @@ import yaml
 from schemas import WinnowError
 
 MAX_DEPTH = 100  # libyaml's own recursion ends the process at some ten thousand
+MAX_BYTES = 1 << 20  # of a file: a recipe has a few thousand
 MAX_NODES = 100_000  # aliases expanded, since merging copies what they stand for
 TAG = "tag:yaml.org,2002:"
 SCALARS = {  # as https://yaml.org/spec/1.2.2/#1032-tag-resolution has them; and `<<`, which merges a mapping
@@ -40,7 +41,7 @@ class _Loader(yaml.CSafeLoader):
     }
 
     def construct_document(self, node: Any) -> Any:
-        _expanded_size(node, {})
+        _expanded(node, {})
         return super().construct_document(node)
 
     def construct_number(self, node: Any) -> Any:
@@ -79,13 +80,13 @@ def _error(node: Any, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Return the number of nodes with aliases expanded. Raise YAMLError for what no recipe can contain."""
-    if id(node) in sizes:
-        if not sizes[id(node)]:
+def _expanded(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return number and depth of the nodes with aliases expanded. Raise YAMLError for what no recipe can contain."""
+    if id(node) in known:
+        if known[id(node)] == (0, 0):
             raise _error(node, "a value that contains itself")
-        return sizes[id(node)]
-    sizes[id(node)] = 0  # until all that it contains is counted
+        return known[id(node)]
+    known[id(node)] = 0, 0  # until all that it contains is counted
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         keys = set()
@@ -99,10 +100,14 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
             children.append(value)
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
-    sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
-    if sizes[id(node)] > MAX_NODES:
+    inner = [_expanded(child, known) for child in children]
+    size, depth = 1 + sum(size for size, _ in inner), 1 + max((depth for _, depth in inner), default=0)
+    if size > MAX_NODES:
         raise _error(node, f"more than {MAX_NODES:,} values, those that aliases repeat included")
-    return sizes[id(node)]
+    if depth > MAX_DEPTH:
+        raise _error(node, f"more than {MAX_DEPTH} collections inside each other, by aliases")
+    known[id(node)] = size, depth
+    return size, depth
 
 
 def parse(text: str, source: str) -> Any:
@@ -142,12 +147,18 @@ def read_yaml(path: Path, what: str) -> Any:
     """Return the content of a YAML file. Raise WinnowError that says what the file is to the user: a recipe, ..."""
     source = f"{what} {path}"
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise WinnowError(f"{source}: is a pipe, a socket or a device; name a YAML file")
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise WinnowError(f"{source}: has more than {MAX_BYTES:,} bytes; name a YAML file of steps and options")
         return parse(path.read_text(encoding="utf-8-sig"), source)
     except FileNotFoundError:
         raise WinnowError(f"{source}: there is no such file in {path.resolve().parent}") from None
     except IsADirectoryError:
         raise WinnowError(f"{source}: is a folder; name a YAML file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except WinnowError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError: no UTF-8, or a null character in the name
         raise WinnowError(f"{source}: cannot be read ({error})") from None
 
 

@@ -1,7 +1,7 @@
 """SQL over a whole store: an in-memory DuckDB with a view per table, built from the manifests whenever it is opened.
 
-The catalog holds no data of its own. It is read-only and confined to the store: it runs single SELECT statements only,
-DuckDB may open no file outside the store, and its configuration is locked.
+The catalog holds no data of its own. It is read-only and confined to the store: it runs single SELECT statements and
+EXPLAIN of them only, DuckDB may open no file but those of the tables, and its configuration is locked.
 """
 
 import os
@@ -26,7 +26,6 @@ from pipeline.sql.views import (
     LIVE,
     VIEWS,
     address,
-    linked_files,
     null_columns,
     run_rows,
     sql_identifier,
@@ -47,6 +46,9 @@ HINT = (
     f"`SHOW TABLES` and `DESCRIBE candidates` list tables and columns; `.tables NAME` in `{COMMAND} sql` explains them"
 )
 BATCH_ROWS = 65536
+MAX_STATEMENT = 100_000  # characters; DuckDB's parser takes minutes for some long ones, and is not interrupted
+MEMORY = "50%"  # of the machine's, for what DuckDB keeps; the rest of a larger query is spilled to disk
+EXPLAIN = re.compile(r"\s*EXPLAIN\b(?!\s*(ANALYZE\b|\())", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ class QueryResult:
         return self.relation.columns
 
     def arrow(self) -> pa.Table:
-        with _as_winnow_error():
+        with as_winnow_error():
             return self.relation.to_arrow_table(
                 BATCH_ROWS
             )  # of DuckDB's 1,000,000 rows, 2 KB of text each are too much
 
     def pandas(self) -> "pandas.DataFrame":
-        with _as_winnow_error():
+        with as_winnow_error():
             return self.relation.df()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -74,18 +76,18 @@ class QueryResult:
 
         The empty batch has the types of the columns, which a result without rows has too.
         """
-        with _as_winnow_error():
+        with as_winnow_error():
             reader = self.relation.to_arrow_reader(BATCH_ROWS)
             yield pa.RecordBatch.from_pylist([], reader.schema)
             yield from reader
 
     def head(self, rows: int) -> pa.Table:
-        with _as_winnow_error():
+        with as_winnow_error():
             return self.relation.limit(rows).to_arrow_table()
 
     def count(self) -> int:
         """Return the number of rows, which DuckDB may know without computing them."""
-        with _as_winnow_error():
+        with as_winnow_error():
             return self.relation.count("*").to_arrow_table()[0][0].as_py()
 
 
@@ -130,10 +132,18 @@ class Catalog:
         return replace(self, runs=runs, manifests=manifests, is_part=True)
 
     def sql(self, statement: str) -> QueryResult:
-        """Return the result of one SELECT; raise WinnowError for any other statement."""
-        with _as_winnow_error():
+        """Return the result of one SELECT, or the plan of EXPLAIN SELECT; raise WinnowError for any other statement."""
+        try:
+            statement.encode()
+        except UnicodeEncodeError:
+            raise WinnowError("sql: the statement has half a surrogate pair, and is no text in Unicode") from None
+        if len(statement) > MAX_STATEMENT:
+            raise WinnowError(f"sql: the statement has more than {MAX_STATEMENT:,} characters")
+        with as_winnow_error():
             statements = self._connection.extract_statements(statement)
-            if [parsed.type for parsed in statements] != [duckdb.StatementType.SELECT]:
+            explained = EXPLAIN.match(statement)
+            inner = statement[explained.end() :] if explained else statement
+            if len(statements) != 1 or not self._is_select(inner):
                 raise WinnowError("sql: must be exactly one SELECT statement; the store is read-only")
             words = set(re.findall(r"\w+", statement.lower()))
             for name in LIVE.keys() & words:
@@ -143,6 +153,18 @@ class Catalog:
                 self._unopened.remove(name)
             # The projection makes names distinct: a join has the joined column of both sides.
             return QueryResult(self._connection.sql(statements[0].query).project("*"))
+
+    def _is_select(self, statement: str) -> bool:
+        """Return whether a text is one SELECT. A PIVOT without its values is several, of which one makes a type."""
+        statements = self._connection.extract_statements(statement)
+        if len(statements) != 1:
+            return False
+        if statements[0].type != duckdb.StatementType.MULTI:
+            return bool(statements[0].type == duckdb.StatementType.SELECT)
+        kinds = duckdb.tokenize(statement)
+        first = next((position for position, kind in kinds if kind is not duckdb.token_type.comment), 0)
+        word = re.match(r"\w+", statement.encode()[first:].decode(errors="ignore"))
+        return word is not None and word[0].upper() in ("FROM", "PIVOT", "PIVOT_WIDER", "SELECT", "WITH")
 
     def live(self, name: str) -> pa.Table:
         """Return the rows of `running` or `metrics_now` at this moment."""
@@ -165,7 +187,7 @@ class Catalog:
 
         A statement that hides a table's name (`query_table('rew' || 'ards')`) thus fails instead of returning no rows.
         """
-        connection = _confined_connection(self.root, ":memory:", linked_files(self.manifests, self.root))
+        connection = _confined_connection(self.root, ":memory:", self._files)
         for name in TABLES:
             message = sql_literal(f"write the name {name} in full in the statement: its files are opened by that name")
             placeholder = f"SELECT {null_columns(name, connection)} WHERE error({message})::BOOLEAN"
@@ -174,6 +196,24 @@ class Catalog:
         for name, schema in LIVE.items():
             _create_table(connection, name, schema.empty_table())
         return connection
+
+    @property
+    def _files(self) -> list[str]:
+        """Return the files of all tables that have rows: models, and what else lies in a store, are not read.
+
+        Nor is what a link of a file, or of a step's folder, leads to outside of the store. A stage's folder may be one.
+        """
+        files = [file for name in TABLES for file in table_files(name, self.manifests, address(self.root))]
+        if not isinstance(self.root, Path):
+            return files
+        root, links = self.root.resolve(), dict[str, bool]()
+        for folder in {os.path.dirname(file) for file in files}:
+            links[folder] = os.path.islink(folder)
+        return [
+            file
+            for file in files
+            if not (links[os.path.dirname(file)] or os.path.islink(file)) or Path(file).resolve().is_relative_to(root)
+        ]
 
     def export(self, file: Path) -> None:
         """Write a DuckDB file with all rows, `runs` and `steps`, and each column's meaning; it needs no store.
@@ -186,8 +226,7 @@ class Catalog:
             raise WinnowError(f"--db {file}: there is no folder {file.parent}; create it first")
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            linked = linked_files(self.manifests, self.root)
-            with _as_winnow_error(), _confined_connection(self.root, str(scratch), linked) as connection:
+            with as_winnow_error(), _confined_connection(self.root, str(scratch), self._files) as connection:
                 _create_runs_and_steps(connection, self)
                 for name in LIVE:
                     _create_table(connection, name, self.live(name))
@@ -244,8 +283,8 @@ def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, ca
     connection.execute(f"CREATE OR REPLACE VIEW {schema}.{sql_identifier(name)} AS {body}")
 
 
-def _confined_connection(root: Location, database: str, linked: list[str]) -> duckdb.DuckDBPyConnection:
-    """Return a connection that reads nothing but the store and the `linked` files of its stages on other disks.
+def _confined_connection(root: Location, database: str, files: list[str]) -> duckdb.DuckDBPyConnection:
+    """Return a connection that reads nothing but these files.
 
     It spills to a temporary folder of its own.
     """
@@ -254,8 +293,8 @@ def _confined_connection(root: Location, database: str, linked: list[str]) -> du
         connection.register_filesystem(root.fs)
     spill = Path(tempfile.gettempdir()) / f"winnow-{secrets.token_hex(8)}"
     for setting in (
-        f"allowed_directories=[{sql_literal(address(root) + '/')}]",
-        f"allowed_paths=[{', '.join(map(sql_literal, linked))}]",
+        f"allowed_paths=[{', '.join(map(sql_literal, files))}]",
+        f"memory_limit={sql_literal(MEMORY)}",
         f"temp_directory={sql_literal(str(spill))}",
         "enable_external_access=false",
         "python_enable_replacements=false",
@@ -268,13 +307,15 @@ def _confined_connection(root: Location, database: str, linked: list[str]) -> du
 
 
 @contextmanager
-def _as_winnow_error() -> Iterator[None]:
+def as_winnow_error() -> Iterator[None]:
     """Turn DuckDB's errors into WinnowErrors with a hint, and its own error for Ctrl-C into KeyboardInterrupt."""
     try:
         yield
     except duckdb.PermissionException as error:
+        if ".parquet/**/*.parquet" in str(error):  # DuckDB takes a listed file that is not there for a folder to search
+            raise WinnowError(f"sql: a file that a manifest lists is missing; {REPAIR_HINT}\n{error}") from None
         raise WinnowError(
-            f"sql: {error}\nOnly files in the store can be read, and not through a link that leads out of it"
+            f"sql: {error}\nOnly files of tables can be read, and not through a link that leads out of the store"
         ) from None
     except duckdb.IOException as error:
         raise WinnowError(f"sql: {error}\nA file that a manifest lists is missing or damaged; {REPAIR_HINT}") from None
@@ -283,6 +324,16 @@ def _as_winnow_error() -> Iterator[None]:
             raise
         raise WinnowError(
             f"sql: more than 2 GiB of text in {BATCH_ROWS:,} rows; select fewer rows or less of each: left(text, 1000)"
+        ) from None
+    except MemoryError:
+        raise WinnowError(
+            "sql: it takes more memory than a query may have; select fewer rows, or less of each"
+        ) from None
+    except (pa.ArrowException, OverflowError, ValueError) as error:  # such as a date of the year 300,000
+        if isinstance(error, WinnowError):
+            raise
+        raise WinnowError(
+            f"sql: a value cannot be read ({error}); CAST its column to VARCHAR in the statement"
         ) from None
     except duckdb.Error as error:
         raise WinnowError(f"sql: {error}\n{HINT}") from None

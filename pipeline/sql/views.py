@@ -114,19 +114,6 @@ def table_files(name: str, manifests: list[Json], root: str) -> list[str]:
     return [typical, *(path for path in rows if path != typical)]
 
 
-def linked_files(manifests: list[Json], root: Location) -> list[str]:
-    """Return the paths of all files of tables in stage folders that are links to another disk."""
-    if not isinstance(root, Path):
-        return []
-    links = {stage for stage in {manifest["stage"] for manifest in manifests} if (root / stage).is_symlink()}
-    return [
-        f"{root}/{manifest['stage']}/{manifest['key']}/{file['file']}"
-        for manifest in manifests
-        if manifest["stage"] in links
-        for file in manifest["files"]
-    ]
-
-
 def address(root: Location) -> str:
     """Return the store's location as DuckDB reads it: a path, or a URL in the form of its filesystem."""
     if isinstance(root, Path):

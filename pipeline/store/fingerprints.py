@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from pipeline.store.hub import download_command, is_hub_name, snapshot
 from pipeline.store.storage import cache, replace
-from pipeline.store.weights import INDEX, damage, weight_files, weight_problems
+from pipeline.store.weights import INDEX, damage, is_lfs_pointer, weight_files, weight_problems
 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -36,7 +36,16 @@ class ContentPath:
 
     def __init__(self, path: str) -> None:
         self.written = path
-        self.path = Path(path).expanduser().resolve()
+        if not path.strip():
+            raise ValueError("is empty; give a file or folder, or leave it out")
+        try:
+            self.path = Path(path).expanduser().resolve()
+            is_special = self.path.exists() and not (self.path.is_file() or self.path.is_dir())
+        except (RuntimeError, OSError) as error:  # no such user, a loop of links, a name that is too long
+            cause = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{path[:200]!r} is no path ({cause})") from None
+        if is_special:
+            raise ValueError(f"{self.path} is neither a file nor a folder, but a pipe, a socket or a device")
         self.check()
 
     @cached_property
@@ -157,12 +166,12 @@ class ModelPath(HubPath):
         super().check()
         parts = {
             "config.json": (self.path / "config.json").is_file(),
-            "weights as *.safetensors": any(self.path.glob("*.safetensors")),
+            "weights as *.safetensors": any(file.is_file() for file in self.path.glob("*.safetensors")),
             "tokenizer": any((self.path / name).is_file() for name in TOKENIZER_FILES),
         }
         if missing := [part for part, exists in parts.items() if not exists]:
             raise ValueError(f"model folder {self.path} has no {', no '.join(missing)}")
-        problems = weight_problems(self.path)
+        problems = weight_problems(self.path) or pointer_problems(self.path)
         # A policy trained here may be one folder of weights, their index and an adapter, which every stage reads.
         if (self.path / ADAPTER).is_file() and not all(
             (self.path / name).is_file() for name in (ADAPTER_WEIGHTS, INDEX)
@@ -189,7 +198,9 @@ class AdapterPath(HubPath):
             raise ValueError(f"adapter folder {self.path} has no {', no '.join(missing)}")
         if (kind := self._config().get("peft_type")) != "LORA":
             raise ValueError(f"adapter folder {self.path} holds a {kind}; only a LORA can be merged")
-        if problems := damage(self.path / ADAPTER_WEIGHTS):  # which would otherwise fail only on a GPU
+        if problems := damage(self.path / ADAPTER_WEIGHTS) or pointer_problems(
+            self.path
+        ):  # which would otherwise fail only on a GPU
             raise ValueError(f"adapter folder {self.path}: {problems[0]}")
 
     def _config(self) -> dict[str, Any]:
@@ -210,7 +221,14 @@ class AdapterPath(HubPath):
 
 def model_files(folder: Path) -> list[Path]:
     """Return the files that determine what a model computes, sorted by name."""
-    return sorted({*weight_files(folder), *(file for pattern in MODEL_FILES for file in folder.glob(pattern))})
+    files = {*weight_files(folder), *(file for pattern in MODEL_FILES for file in folder.glob(pattern))}
+    return sorted(file for file in files if file.is_file())
+
+
+def pointer_problems(folder: Path) -> list[str]:
+    """Return which files of a model, its tokenizer among them, git left as pointers."""
+    files = [file for file in model_files(folder) if is_lfs_pointer(file)]
+    return [f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`" for file in files]
 
 
 def model_digest(folder: Path) -> str:

@@ -5,14 +5,22 @@ index names, all of them where there is no index, and `consolidated*.safetensors
 """
 
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LFS = b"version https://git-lfs"  # how the pointer begins that git leaves in place of a large file
+CHECKED_BYTES = 1 << 22  # of each file's smallest tensors, which a plan reads: norms and biases of most models
+# Unsigned integers of the width of a number type, and the bits of its exponent: NaN and infinity have all of them.
+EXPONENTS = {
+    "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+}  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -21,7 +29,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(_weight_map(folder).values()))]
     if (folder / ONE_FILE).is_file():
         return [folder / ONE_FILE]
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(file for file in folder.glob("*.safetensors") if file.is_file())
 
 
 def tensor_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
@@ -42,9 +50,35 @@ def tensor_types(files: Iterable[Path]) -> dict[str, str]:
     return types
 
 
+def not_finite(files: Iterable[Path]) -> dict[str, int]:
+    """Return how many numbers are NaN or infinite, by the name of their tensor, in the smallest tensors of each file.
+
+    What diverged is so everywhere; numpy has no bfloat16, so that bits are compared.
+    """
+    counts: dict[str, int] = {}
+    for path in files:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            left = CHECKED_BYTES
+            for name, tensor in sorted(header.items(), key=lambda item: int(np.diff(item[1]["data_offsets"])[0])):
+                begin, end = tensor["data_offsets"]
+                left -= end - begin
+                if left < 0:
+                    break
+                if tensor["dtype"] in EXPONENTS:
+                    kind, exponent = EXPONENTS[tensor["dtype"]]
+                    file.seek(start + begin)
+                    bits = np.frombuffer(file.read(end - begin), kind)
+                    if count := int(((bits & kind(exponent)) == exponent).sum()):
+                        counts[name] = count
+    return counts
+
+
 def weight_problems(folder: Path) -> list[str]:
     """Return why these files are not one set of weights: files of two, some that are missing, damaged ones."""
-    names = [file.name for file in sorted(folder.glob("*.safetensors"))]
+    names = [file.name for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
     if not (folder / INDEX).is_file():
         shards = [name for name in names if "-of-" in name]
         if ONE_FILE in names and not shards:
@@ -87,12 +121,23 @@ def damage(path: Path) -> list[str]:
     try:  # the header, and whether the file is as long as that says
         safe_open(path, "np")
     except SafetensorError as error:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(LFS)) == LFS
-        if is_pointer:
+        if is_lfs_pointer(path):
             return [f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`"]
         return [f"{path} is truncated or not a safetensors file ({error}); copy it again"]
     return []
+
+
+def let_others_read(folder: Path) -> None:
+    """Give weights that safetensors wrote, which it keeps to their owner, the permissions of the files beside them."""
+    mode = next(file.stat().st_mode for file in folder.glob("*.json"))
+    for file in folder.glob("*.safetensors"):
+        file.chmod(stat.S_IMODE(mode))
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what Git LFS leaves in place of a large one."""
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -94,6 +94,8 @@ def unreadable(templates: dict[str, str]) -> list[str]:
     """Return what is wrong with the templates of a folder that do not compile."""
     problems = []
     for where, template in templates.items():
+        if not template.strip():
+            problems.append(f"{where} is an empty chat template, by which no prompt has tokens; remove or replace it")
         try:
             ENVIRONMENT.compile(template)
         except TemplateError as error:

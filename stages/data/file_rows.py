@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import re
-import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas import WinnowError
+from schemas import WinnowError, WinnowWarning
 from stages.data.rows import Row
 
 JSONL, JSON, PARQUET = (".jsonl", ".ndjson"), ".json", ".parquet"
@@ -25,6 +25,9 @@ FILE_SUFFIXES = (*TEXT_SUFFIXES, PARQUET, *(f"{suffix}.gz" for suffix in TEXT_SU
 KINDS = {PARQUET: "Parquet", ".csv": "CSV", ".tsv": "TSV", JSON: "JSON"}
 HEAD_ROWS = 1000  # of a JSON file: a column that none of them has does not exist
 PIECE = 1 << 16  # characters of a JSON list that are read at once
+LONGEST_ROW = 1 << 26  # bytes or characters of one; a file that unpacks to more in a row is no data
+BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # of Parquet that are decoded at once, by the mean size of a row
+ROWS_IN_A_CELL = 3  # delimiters, in lines of a cell that would each be a row, from which they are rows
 # Bytes that are not UTF-8 are escaped as surrogates, so that one bad row does not end the file.
 ESCAPED: dict[str, str] = dict(encoding="utf-8-sig", errors="surrogateescape", newline="")
 ESCAPES = re.compile("[\udc80-\udcff]")
@@ -65,7 +68,7 @@ def column_names(file: Path) -> list[str]:
                 names, repeated = list(schema.names), _repeated_fields(schema)
             else:
                 with closing(_open(file, "rt", **ESCAPED)) as lines:
-                    names = next(csv.reader(lines, delimiter=DELIMITERS[suffix], strict=True), [])
+                    names = next(csv.reader(_lines_of_rows(lines), delimiter=DELIMITERS[suffix], strict=True), [])
                 repeated = _repeated_names(names)
             if repeated:
                 raise WinnowError(f"{file.name}: more than one column {', '.join(map(repr, repeated))}; rename one")
@@ -92,7 +95,7 @@ def file_rows(
         # Writers other than Arrow keep checksums of pages: where they do, damage that would read as text is found.
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         columns = [column for column in columns if column in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(batch_size=4096, columns=columns):
+        for batch in parquet.iter_batches(batch_size=_batch_rows(parquet.metadata), columns=columns):
             for n in range(batch.num_rows):
                 location = f"{name}:{number + n}"
                 try:
@@ -119,10 +122,13 @@ def file_rows(
         keys = RepeatedKeys()
         decode = json.JSONDecoder(object_pairs_hook=keys).decode
         with closing(_open(file, "rb")) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(_bounded_lines(lines), 1):
+                location = f"{name}:{number}"
+                if line is None:
+                    reject(f"a line of more than {LONGEST_ROW >> 20} MiB", place=location)
+                    continue
                 if not line.strip():
                     continue
-                location = f"{name}:{number}"
                 keys.pop()  # of a line before that could not be read to its end
                 try:
                     row = decode(line.decode("utf-8-sig"))
@@ -197,6 +203,8 @@ def json_items(
             # The item goes on in what has not been read, or is damaged.
             if not (piece := stream.read(max(PIECE, len(text)))):
                 raise json.JSONDecodeError(error, text, position)
+            if len(text) - position > LONGEST_ROW:
+                raise json.JSONDecodeError(f"an item of more than {LONGEST_ROW:,} characters", text[:1], 0)
             text, position = text[position:] + piece, 0
 
     if next_character() != "[":
@@ -216,18 +224,74 @@ def json_items(
 
 def _delimited_rows(file: Path, delimiter: str, reject: Callable[..., None], name: str) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a CSV or TSV file; one with more cells than the header is rejected, for they have no names."""
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 128 KiB
+    csv.field_size_limit(LONGEST_ROW)  # the default refuses texts of more than 128 KiB
+    is_warned = False
     with closing(_open(file, "rt", **ESCAPED)) as lines:
         # Strict: a quote that is not closed would take all rows behind it into its own.
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(_lines_of_rows(lines), delimiter=delimiter, strict=True)
         for row in reader:
             location = f"{name}:{reader.line_num}"
+            swallowed = _rows_in_cells(row, delimiter)
+            if swallowed >= ROWS_IN_A_CELL:
+                reject("a cell with whole rows in it: a quote is missing", place=location, detail=ascii(row))
+                continue
+            if swallowed and not is_warned:
+                is_warned = True
+                message = (
+                    f"{location}: a quoted cell goes on over lines that might be rows of their own; if a quote is "
+                    "missing there, add it"
+                )
+                warnings.warn(message, WinnowWarning, stacklevel=2)
             if None in row:
                 reject("more cells than columns", place=location, detail=ascii(row))
             elif ESCAPES.search("".join(map(str, row.values()))):
                 reject("bad UTF-8", place=location, detail=ascii(row))
             else:
                 yield location, row
+
+
+def _rows_in_cells(row: Row, delimiter: str) -> int:
+    """Return how many delimiters lines inside of a cell have, if each line would be a row by itself; else 0.
+
+    A quote that opens a cell and is not closed takes all lines as text up to the next quote. Where that closes a cell
+    of the same column, the lines between are whole rows, and the last one is a row up to that column.
+    """
+    cells = list(row.values())
+    most = 0
+    for column, cell in enumerate(cells):
+        if not isinstance(cell, str) or "\n" not in cell or len(cells) < 2:
+            continue
+        *between, last = (line.count(delimiter) for line in cell.rstrip("\r\n").split("\n")[1:] or [""])
+        if last == column and all(count == len(cells) - 1 for count in between):
+            most = max(most, sum(between) + last)
+    return most
+
+
+def _bounded_lines(stream: IO[Any]) -> Iterator[Any]:
+    """Yield the lines of a stream, and None for one of more than LONGEST_ROW, which is read over piece by piece."""
+    while line := stream.readline(LONGEST_ROW):
+        if len(line) < LONGEST_ROW:
+            yield line
+            continue
+        yield None
+        end = b"\n" if isinstance(line, bytes) else "\n"
+        while (piece := stream.readline(PIECE)) and not piece.endswith(end):
+            pass
+
+
+def _lines_of_rows(stream: IO[str]) -> Iterator[str]:
+    """Yield the lines of a CSV file; raise csv.Error for one that is too long."""
+    for number, line in enumerate(_bounded_lines(stream), 1):
+        if line is None:
+            raise csv.Error(f"line {number} has more than {LONGEST_ROW:,} characters")
+        yield line
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Return how many rows of a Parquet file are decoded at once: few of a file with large ones."""
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(largest, 1)))
 
 
 def _repeated_names(names: Sequence[str]) -> list[str]:

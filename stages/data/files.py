@@ -3,11 +3,14 @@
 import glob
 import json
 import re
+import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +34,7 @@ from stages.data.texts import with_message_lists, without_filled_nulls
 
 # Files that `datasets` finds in a folder by itself, compressed or not.
 ARCHIVE_SUFFIXES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".lz4")
+CARDS = ("README.md", ".huggingface.yaml")  # files in which a folder says what its files are
 OPTIONAL_COLUMNS = ("tools",)  # read by every stage where a file has them
 CARD_CONFIGURATIONS = re.compile(r"^configs:", re.MULTILINE)
 FOLDER_SUFFIXES = {*TEXT_SUFFIXES, PARQUET, ".arrow", ".txt", *ARCHIVE_SUFFIXES}
@@ -182,7 +186,7 @@ class DataSource:
         _, _, splits = self._split_files()
         self._require_split(str(folder), list(splits))
         # A folder may say itself which files it has for each configuration and split, and perhaps how to read them.
-        cards = (folder / name for name in ("README.md", ".huggingface.yaml"))
+        cards = (folder / name for name in CARDS)
         if any(card.is_file() and CARD_CONFIGURATIONS.search(card.read_text(errors="replace")) for card in cards):
             return None
         files = list(dict.fromkeys(map(Path, splits[self.dataset_split])))
@@ -223,20 +227,29 @@ class DataSource:
 
         def builder_of_subset() -> Any:
             subset: dict[str, str] = {}
-            if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
-                configurations = datasets.get_dataset_config_names(name, revision=revision)
-                subset = {"name" if self.subset in configurations else "data_dir": self.subset}
-            return datasets.load_dataset_builder(name, revision=revision, **subset), subset
+            with _without_pattern(name) as source:
+                if self.subset is not None:  # a configuration where the data set has one of this name, else a folder
+                    configurations = datasets.get_dataset_config_names(source, revision=revision)
+                    subset = {"name" if self.subset in configurations else "data_dir": self.subset}
+                builder = datasets.load_dataset_builder(source, revision=revision, **subset)
+            found = builder.config.data_files or {}
+            # By the names that the user knows.
+            files = {
+                str(split): [
+                    f"{name}{file.removeprefix(source)}" if file.startswith(source) else file for file in found[split]
+                ]
+                for split in found
+            }
+            return builder, subset, files
 
         try:
-            builder, subset = _from_datasets(name, self.dataset_split, builder_of_subset)
+            builder, subset, files = _from_datasets(name, self.dataset_split, builder_of_subset)
         except WinnowError as error:
             if "Couldn't reach" not in str(error):
                 raise
             command = download_command(name, revision, "dataset")
             raise WinnowError(f"{error}, and its cache does not have it; `{command}` fetches it") from None
-        files = builder.config.data_files or {}
-        return builder, subset, {str(split): list(names) for split, names in files.items()}
+        return builder, subset, files
 
     def _split_loader(self) -> Callable[[], Any]:
         """Return the call of `datasets` that loads the files of the split, and no others.
@@ -384,6 +397,27 @@ def _from_datasets(name: str, split: str, call: Callable[[], Any]) -> Any:
         if "scripts are no longer supported" in message:
             message += "; the hub also has it as Parquet: set `revision: refs/convert/parquet`, and `subset`"
         raise WinnowError(message) from None
+
+
+@contextmanager
+def _without_pattern(name: str) -> Iterator[str]:
+    """Yield the name of a data set, or a folder of empty files with its files' names, and its card.
+
+    That is for a folder whose name `datasets` would take for a pattern, as of `run[n=8]`: which file is of which split
+    it decides by names, and it resolves links.
+    """
+    if not (glob.has_magic(name) and Path(name).is_dir()):
+        yield name
+        return
+    with TemporaryDirectory() as folder:
+        for file in Path(name).rglob("*"):
+            copy = Path(folder) / file.relative_to(name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if file.name in CARDS:
+                shutil.copyfile(file, copy)
+            elif file.is_file():
+                copy.touch()
+        yield str(Path(folder).resolve())
 
 
 def _is_pointer(file: Path) -> bool:

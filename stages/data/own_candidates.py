@@ -36,7 +36,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     return problems + check_source(options, [options[name] for name in names if options[name]])
 
 
-@stage(version=5, unsharded=True, check=_check_own_candidates)
+@stage(version=6, unsharded=True, check=_check_own_candidates)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,

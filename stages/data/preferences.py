@@ -18,7 +18,7 @@ from stages.work import preferences_work
 
 
 @stage(
-    version=5,
+    version=6,
     unsharded=True,
     check=lambda options, inputs: (
         share_problems(options) + check_system_prompt(options, inputs) + check_reader(options)

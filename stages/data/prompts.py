@@ -14,7 +14,7 @@ from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
-from stages.data.rows import Row, imported_candidate
+from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
     Conversation,
     Prompt,
@@ -32,6 +32,7 @@ from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShar
 from stages.work import prompts_work
 
 SYSTEM_ROLES = ("system", "developer")
+ROWS_AT_ONCE = 4096  # that are turned into columns
 
 
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -69,7 +70,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
 
 # The id of a prompt is of its content, wherever that was read.
 @stage(
-    version=5,
+    version=6,
     unsharded=True,
     check=_check_prompts,
     cost=Cost(work=prompts_work),
@@ -138,6 +139,8 @@ def prompts(
     else:
         results = source.reader_results(ctx, preference_reader.bind(reader), first_pairs)
 
+    # Rows as columns, some thousand at a time: as Python's own objects they would take five times the memory.
+    tables, rows, known = [PROMPTS.empty_table()], list[Row](), set[str]()
     for location, source_row, pair in results:
         try:
             # The row's texts, in the format of its file.
@@ -158,7 +161,7 @@ def prompts(
             ctx.reject(str(error), place=location, detail=repr(source_row))
             continue
         name = row["prompt_id"]
-        if name in data.prompts_by_id:
+        if name in known:
             ctx.reject("duplicate prompt", place=location, detail=row["text"], prompt=name)
             continue
         if response is not None:
@@ -171,8 +174,13 @@ def prompts(
                 row |= {"demonstration": readable_reply(response), "demonstration_ids": ids}
             except ValueError as error:
                 ctx.reject(str(error), place=location, detail=readable_reply(response), prompt=name)
-        data.prompts_by_id[name] = row
-    return data.tables()[0]
+        known.add(name)
+        rows.append(row)
+        if len(rows) == ROWS_AT_ONCE:
+            tables.append(pa.Table.from_pylist(rows, PROMPTS))
+            rows.clear()
+    tables.append(pa.Table.from_pylist(rows, PROMPTS))
+    return in_order_of_prompts(pa.concat_tables(tables))
 
 
 def kept_fields(row: Row, names: list[str]) -> dict[str, str] | None:
@@ -223,6 +231,9 @@ class DataTables:
         self.context = context_length(model.folder)
         self.heldout, self.validation = heldout, validation
         self.max_tokens, self.too_long, self.prefill = max_tokens, too_long, prefill
+        # A text of more characters is too long without being tokenised, which takes a second and 100 MB per million.
+        # Four for each that a token can stand for: a normaliser may leave some out.
+        self.max_characters = 4 * self.tokenizer.longest_token * min(max_tokens, self.context)
         self.prompts_by_id: dict[str, Row] = {}
         self.rows_by_content: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
         self.candidates_by_id: dict[str, Row] = {}
@@ -241,6 +252,8 @@ class DataTables:
         split = split_of(readable(conversation.content, conversation.tools), self.heldout, self.validation)
         conversation = self.with_system_prompt(conversation)
         content, tools = conversation.content, conversation.tools
+        if len(readable(content, tools)) > self.max_characters:
+            raise ValueError("prompt too long")
         if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":
             raise ValueError("prompt ends with an assistant turn")
         ids = self.tokenizer.prompt_ids(conversation)
@@ -264,6 +277,8 @@ class DataTables:
 
         Room is for max_tokens, and for what the context leaves.
         """
+        if len(readable_reply(reply)) > self.max_characters:
+            raise ValueError("response too long")
         conversation, mask = self.with_system_prompt(conversation), None
         if isinstance(reply, list):
             ids, mask = self.tokenizer.turns_ids(conversation, reply)

@@ -29,6 +29,8 @@ LABEL_KEYS = ("name", "tool_call_id")
 TEMPLATE_OPTIONS = "winnow_chat_template"
 NUMERAL = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", re.ASCII)
 INVISIBLE = ("Cc", "Cf")  # categories of characters: of control, and of format, such as a zero-width space
+# What role a message has: a word that templates write beside it as it is, and not text that would be a turn.
+ROLE = re.compile(r"\w[\w .-]{0,63}")
 WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
 
 
@@ -252,6 +254,8 @@ def _message(value: dict[str, Any], name: str) -> Message:
     if "tool_calls" in value:
         value["tool_calls"] = _tool_calls(value["tool_calls"])
     role = text_of(value, "role")
+    if not ROLE.fullmatch(role):
+        raise ValueError("role is no word")
     extra = {key: value[key] for key in (*CONTENT_KEYS, *LABEL_KEYS) if key in value}
     if content or not any(key in CONTENT_KEYS for key in extra):  # beside a call or reasoning it may be empty
         content = text_of({"content": content}, "content")

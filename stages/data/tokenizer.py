@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from schemas import Model, WinnowError, WinnowWarning
 from schemas.ids import Message
@@ -23,7 +23,7 @@ from stages.data.texts import (
     as_messages,
     shared_prefix_length,
 )
-from stages.model_config import GENERATION, json_object
+from stages.model_config import FROM_FOLDER, GENERATION, json_object
 
 THINK = ("<think>", "</think>")
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, model: Model) -> None:
         self.folder = model.folder
-        self.inner: Any = AutoTokenizer.from_pretrained(model.folder, local_files_only=True)
+        self.inner: Any = AutoTokenizer.from_pretrained(model.folder, **FROM_FOLDER)
         if self.inner.eos_token_id is None:
             raise WinnowError(f"model {model.digest[:12]}: its tokenizer has no EOS token, so no response could end")
         if self.inner.chat_template is None and (file := self.folder / "chat_template.json").is_file():
@@ -54,6 +54,8 @@ class Tokenizer:
             )
         self._added_tokens = self.inner.added_tokens_decoder
         self._last_prompt: tuple[Conversation, list[int]] | None = None
+        self._ends: set[tuple[str, str]] = set()  # of prompts that an answer follows without a change, and its text
+        self._probes: dict[Any, str] = {}  # what is rendered of one message with a probe for its content
 
     def prompt_ids(self, prompt: Conversation | Prompt) -> list[int]:
         """Return the ids of a prompt: of the chat template if the tokenizer has one, else of its plain form or text.
@@ -76,9 +78,13 @@ class Tokenizer:
         ids = self.encode(text)
         if messages[-1]["role"] == "assistant":
             return ids
-        answered = self.encode(self._render([*messages, _assistant(PROBE)], conversation.tools))
-        shared = ids[: shared_prefix_length(ids, answered)]
+        answer = self._render([*messages, _assistant(PROBE)], conversation.tools)
+        rest = answer.removeprefix(text)
+        if rest != answer and any(rest == known and text.endswith(end) for end, known in self._ends):
+            return ids
+        shared = ids[: shared_prefix_length(ids, self.encode(answer))]
         if len(shared) == len(ids):
+            self._note_end(text, rest, ids)
             return ids
         # Where they part, only what follows the last message may be left out, which the text of another shows.
         changed = [*messages[:-1], messages[-1] | {"content": PROBE}]
@@ -93,8 +99,19 @@ class Tokenizer:
             warnings.warn(message, WinnowWarning, stacklevel=2)
         return shared
 
+    def _note_end(self, text: str, rest: str, ids: list[int]) -> None:
+        """Note that texts with this end have the same ids with `rest` behind them, if the end begins with a token.
+
+        An added token is cut out before anything else is tokenised: what is before it does not matter behind it.
+        """
+        added = [self._added_tokens[token] for token in ids if token in self._added_tokens]
+        if added and not added[-1].single_word and not added[-1].lstrip and added[-1].content in text:
+            self._ends.add((text[text.rindex(added[-1].content) :], rest))
+
     def rendered(self, ids: list[int]) -> str:
         """Return ids as text with all special tokens: the prompt or response as the model reads it."""
+        if self._backend is not None and type(self.inner)._decode is PreTrainedTokenizerFast._decode:
+            return str(self._backend.decode(ids, skip_special_tokens=False))
         return str(self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def response_ids(
@@ -176,7 +193,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @cached_property
+    def _backend(self) -> Any:
+        """Return the tokenizer of the library `tokenizers` where transformers only passes texts to it, else None.
+
+        Its own call takes half of the time.
+        """
+        kind = type(self.inner)
+        is_plain = isinstance(self.inner, PreTrainedTokenizerFast) and not self.inner.split_special_tokens
+        if not is_plain or kind._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+            return None
+        backend = self.inner.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def decode(self, ids: list[int], *, special_tokens: bool = False, continues: bool = False) -> str:
         """Return the text of ids, with special tokens or without them, without surrounding white space.
@@ -212,6 +246,11 @@ class Tokenizer:
         start, end = min(matches, key=lambda match: match[1])  # of those that end at once, the first of `stop`
         before = text[:start].rstrip()
         return before if continues else before.lstrip(), text[end:]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Return the number of characters of the longest token, or more: of bytes, where tokens are bytes."""
+        return max(map(len, self.inner.get_vocab()))
 
     def label(self, text: str) -> int:
         """Return the single token of a label; raise WinnowError if it takes more."""
@@ -282,7 +321,7 @@ class Tokenizer:
         if (self.folder / GENERATION).is_file():
             ids = json_object(self.folder / GENERATION).get("eos_token_id")
         elif (self.folder / "config.json").is_file():
-            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.folder, **FROM_FOLDER)
             ids = GenerationConfig.from_model_config(config).eos_token_id
         else:
             return []
@@ -394,6 +433,17 @@ class Tokenizer:
             rendered.append(fields)
         return self._apply(_in_parts(rendered) if self._shape[1] else rendered, tools, **kwargs)
 
+    def _render_once(self, messages: list[Message], tools: list[dict[str, Any]] | None, **kwargs: Any) -> str:
+        """Return what `_render` does, without rendering a probe alone for every row."""
+        if tools or len(messages) > 1 or messages[0].get("content") not in (PROBE, OTHER_PROBE):
+            return self._render(messages, tools, **kwargs)
+        if messages[0].keys() != {"role", "content"}:
+            return self._render(messages, tools, **kwargs)
+        key = (messages[0]["role"], messages[0]["content"], *kwargs.items())
+        if key not in self._probes:
+            self._probes[key] = self._render(messages, tools, **kwargs)
+        return self._probes[key]
+
     def _apply(self, messages: list[Message], tools: list[dict[str, Any]] | None, **kwargs: Any) -> str:
         day, options = (self.template_options.get(name) for name in ("date", "chat_template_kwargs"))
 
@@ -412,8 +462,9 @@ class Tokenizer:
             )
         except WinnowError:
             raise
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"chat template refuses the messages: {error}") from None
+        except Exception as error:  # a template is a program: 1 // 0, [][0], a call of itself without end
+            name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise ValueError(f"chat template refuses the messages: {name}{error}") from None
         return str(text)
 
     def _check_rendered(self, conversation: Conversation, text: str, indices: Iterable[int], **kwargs: Any) -> None:
@@ -427,7 +478,7 @@ class Tokenizer:
 
         def is_same(messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
             try:
-                return self._render(messages, tools, **kwargs) == text
+                return self._render_once(messages, tools, **kwargs) == text
             except ValueError:  # the template misses it
                 return False
 

@@ -30,9 +30,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.store.fingerprints import ADAPTER, CARD
 from pipeline.store.storage import named
-from pipeline.store.weights import weight_files
+from pipeline.store.weights import let_others_read, weight_files
 from schemas import Model, WinnowError
-from stages.model_config import CLASSIFIER, ModelConfig
+from stages.model_config import CLASSIFIER, FROM_FOLDER, ModelConfig
 from stages.network.device import THREADS, can_compile, default_device, say_precision
 from stages.network.forward import share_prefixes
 from stages.network.heap import give_back
@@ -108,7 +108,7 @@ def read_network(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrained
     # transformers' fused attention ignores soft caps without a warning; its plain one does not.
     if config.text.get("attn_logit_softcapping"):
         options["attn_implementation"] = "eager"
-    options |= {"dtype": dtype, "local_files_only": True}
+    options |= {"dtype": dtype, **FROM_FOLDER}
     network: PreTrainedModel
     network, info = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if info["mismatched_keys"]:
@@ -267,6 +267,7 @@ def _write_network(
             round_weights(network, rounding, seed)
         network.generation_config = GenerationConfig()  # init's is copied below; saving it would validate its sampling
         network.to(getattr(torch, dtype)).save_pretrained(scratch)
+        let_others_read(scratch)
         (scratch / "generation_config.json").unlink(missing_ok=True)
     for file in init.folder.iterdir():
         # init's adapter is in the weights now, and its card is not about what was trained.
@@ -284,8 +285,8 @@ def _set_pad_token(folder: Path) -> None:
 
     transformers reads a score at the last token that is no padding: with EOS for it, one before the response's end.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, **FROM_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **FROM_FOLDER)
     eos, pad = tokenizer.eos_token_id, config.get_text_config().pad_token_id
     if pad is None or pad == eos:
         special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)

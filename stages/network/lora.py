@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.registry import nearest
 from pipeline.store.fingerprints import ADAPTER_WEIGHTS, BASE
+from pipeline.store.weights import let_others_read
 from schemas import WinnowError
 from stages.network.device import TRIAL_TOLERANCE
 from stages.network.load import is_reward_model
@@ -120,6 +121,7 @@ def save_adapter(network: PreTrainedModel, folder: Path, base: str) -> None:
     weights = get_peft_model_state_dict(network, adapter_name=ADAPTER, save_embedding_layers=False)
     named = {PREFIX + name: value.contiguous() for name, value in weights.items()}
     save_file(named, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    let_others_read(folder)
 
 
 def merge_layers(network: PreTrainedModel) -> None:

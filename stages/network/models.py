@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, StageContext, TemplatePath, stage
 from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_digest, model_files
-from pipeline.store.weights import tensor_shapes
+from pipeline.store.weights import let_others_read, tensor_shapes
 from schemas import MachineError, Model, WinnowError
 from stages.data.chat_templates import TODAY, chat_templates, unread_options, unreadable, variables
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
-from stages.model_config import ModelConfig, input_problems, json_object
+from stages.model_config import FROM_FOLDER, ModelConfig, input_problems, json_object, remote_tokenizer
 from stages.network.card import carried, write_card, write_copy_card
 from stages.options import Count, Precision, Seed
 
@@ -53,6 +53,7 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
     except WinnowError as error:
         return [f"path: {problem}" for problem in error.problems]
     problems += [f"path: model folder {path}: {problem}" for problem in config.problems()]
+    problems += [f"{name}: {problem}" for name, home in folders.items() for problem in remote_tokenizer(home)]
     # The tokenizer of an adapter, if it has one, is the policy's.
     option, folder = "path", path.path
     if adapter is not None and any((adapter.path / name).is_file() for name in TOKENIZER_FILES):
@@ -196,7 +197,7 @@ def model(
 
     # Check here what would fail after hours: a config or tokenizer that does not load, ids without embedding.
     try:
-        vocabulary = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+        vocabulary = AutoConfig.from_pretrained(folder, **FROM_FOLDER).get_text_config().vocab_size
         reader = Tokenizer(policy)
         tokenizer, _ = reader.inner, reader.stop
         check_weights(folder)
@@ -305,7 +306,7 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
 
     if is_reward_model(policy):
         raise WinnowError("reward_head: this model ends in a score already; remove the step")
-    config = AutoConfig.from_pretrained(policy.folder, num_labels=1, local_files_only=True)
+    config = AutoConfig.from_pretrained(policy.folder, num_labels=1, **FROM_FOLDER)
     # The policy's weights as they are stored; the score is of zeros, which every dtype has.
     on_grid = config.dtype is torch.bfloat16 and not (policy.folder / ADAPTER).exists()
     dtype: Precision = "bfloat16" if on_grid else "float32"
@@ -396,6 +397,7 @@ def untrained(
         torch.manual_seed(seed)
         network = LlamaForCausalLM(config)
     network.save_pretrained(folder)
+    let_others_read(folder)
 
     # The config's ids above must be the tokenizer's: special tokens are trained first, in this order.
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]

@@ -80,7 +80,9 @@ class World:
 
 def demo_world(folder: Path) -> World:
     """Return the demo, at its own size."""
-    data.write(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in data.files().items():
+        (folder / name).write_bytes(content)
     config = Path(shutil.copyfile(OVERLAY, folder / OVERLAY.name))
     return World("demo", "rso", config, [], Store(folder / "store"), "reward", concierge)
 

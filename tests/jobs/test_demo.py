@@ -24,7 +24,9 @@ SHA256 = {"demonstrations": "163d4aa34ededb7d", "prompts": "ea2dc25365fa81ec", "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    data.write(folder)
+    folder.mkdir()
+    for name, content in data.files().items():
+        (folder / name).write_bytes(content)
     return folder
 
 

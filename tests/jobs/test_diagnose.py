@@ -381,7 +381,7 @@ def test_gold_that_reads_columns_needs_prompts_that_keep_them(world, winnow):
     program = world / "fields.py"
     program.write_text("def graded(prompt, response, fields):\n    return float(fields['gold'])\n")
     gold = f"evaluate.gold={{name: python, file: {program}, function: graded}}"
-    words = ("own_candidates", "--config", world / "reward-blind.yaml", "--set", gold)
+    words = ("own_candidates", "--config", world / "reward-blind.yaml", "--set", gold, "--plugin", program)
     code, text = winnow("diagnose", *words, "--store", world / "store")
     assert code == 2
     assert "which the prompts do not keep" in text

@@ -109,6 +109,8 @@ def test_options_describes_functions_of_plugins(winnow, tmp_path):
     try:
         assert winnow("options", "shortness")[0] == 2
         code, text = winnow("options", "shortness", "--config", "my.yaml")
+        assert (code, "--plugin" in text and "mine.py" in text) == (2, True)
+        code, text = winnow("options", "shortness", "--config", "my.yaml", "--plugin", "mine.py")
         assert (code, "Prefer short responses" in text) == (0, True)
     finally:
         unload_plugins()

@@ -97,7 +97,9 @@ def test_a_recipe_with_a_config_and_a_plugin_of_the_user_is_planned(installed: C
         "@verifiable\ndef short(prompt: str, response: str, *, words: int = 9) -> float:\n    return words\n"
     )
     (tmp_path / "my.yaml").write_text("plugins: [./rewards.py]\nranker: {use: short, with: {words: 3}}\n")
-    shown = installed("plan", "rso", "--config", data_dir / "demo.yaml", "--config", "my.yaml", "--options").stdout
+    shown = installed(
+        "plan", "rso", "--config", data_dir / "demo.yaml", "--config", "my.yaml", "--plugin", "rewards.py", "--options"
+    ).stdout
     assert "by.words: 3 (" in shown
 
 

@@ -147,7 +147,9 @@ def test_functions_of_a_plugin_run_from_data_to_leaderboard(recipe, data_dir, fi
     sets = [*SETS[recipe], "preferences.reader=my_reader", "optimize.epochs=2"]
     try:
         words = [word for item in sets for word in ("--set", item)]
-        code, text = winnow("run", f"my_{recipe}.yaml", "--config", "my.yaml", "--store", store, *words)
+        code, text = winnow(
+            "run", f"my_{recipe}.yaml", "--config", "my.yaml", "--plugin", "my_code.py", "--store", store, *words
+        )
         assert code == 0, text
     finally:
         unload_plugins()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, StrictInt
 
 from schemas import WinnowError
 from stages.endpoint import Endpoint, EndpointClient
-from stages.model_config import ModelConfig
+from stages.model_config import FROM_FOLDER, ModelConfig
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 
 PATH = "/completions"
@@ -204,7 +204,7 @@ class EndpointEngine(Engine):
             return
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, **FROM_FOLDER)
         address = self.endpoint.url.removesuffix("/v1") + "/tokenize"
         for word in sampling.bad_words:
             for text in (word.lstrip(), " " + word.lstrip()):

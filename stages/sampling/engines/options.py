@@ -3,7 +3,8 @@
 import ast
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +108,7 @@ CPU_CACHE_GIB = "2"
 SAME_NETWORK = EXECUTION_OPTIONS | {"max_model_len"}
 SPECULATION = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 CHANGES_LAW = "it would change the distribution of the draws, and no column would say so"
+RUNS_CODE = "it names code to run, and a recipe's options run none"
 STARTED_WITH = "it is what the engine of this step is started with"
 REFUSED = {
     "model": "set `policy` (of a judge: `ranker`) under `from`",
@@ -121,10 +123,33 @@ REFUSED = {
     "logits_processors": CHANGES_LAW,
     "watermark_config": CHANGES_LAW,
     **dict.fromkeys(
+        ("code_revision", "ec_manager_config", "ec_transfer_config", "io_processor_plugin", "kv_transfer_config",
+         "log_config_file", "model_class_overrides", "reasoning_parser_plugin", "scheduler_cls", "worker_cls",
+         "worker_extension_cls"), RUNS_CODE,
+    ),
+    **dict.fromkeys(
         ("convert", "disable_log_stats", "enable_lora", "logprobs_mode", "max_lora_rank", "revision", "runner",
          "skip_tokenizer_init", "tokenizer", "tokenizer_mode", "tokenizer_revision"), STARTED_WITH,
     ),
 }  # fmt: skip
+
+
+# Of what vLLM imports by a name with dots; and formats of weights that are not those of the folder's safetensors.
+NAMES_CODE = ("compilation_config", "distributed_executor_backend", "quantization", "speculative_config")
+QUALIFIED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+RANDOM_OR_PICKLED = {
+    "dummy": "weights would be random numbers",
+    **dict.fromkeys(("pt", "npcache", "mistral"), "weights are read from the folder's safetensors, without pickle"),
+}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in the values of an option."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 @lru_cache
@@ -157,6 +182,10 @@ def _check(options: dict[str, Any] | None) -> dict[str, Any] | None:
             raise ValueError(f"{name} is no engine argument of the installed vLLM; {nearest(name, sorted(names))}")
         if name == "max_model_len" and value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"max_model_len must be a number of tokens, got {value!r}")
+        if name == "load_format" and value in RANDOM_OR_PICKLED:
+            raise ValueError(f"load_format {value}: {RANDOM_OR_PICKLED[value]}; unset it")
+        if name in NAMES_CODE and any(QUALIFIED.fullmatch(text) for text in _texts(value)):
+            raise ValueError(f"{name} cannot name a class or function here: {RUNS_CODE}")
         if name == "speculative_config" and "synthetic" in str(value):
             raise ValueError("speculative_config: synthetic rejection accepts tokens that the policy would not draw")
     try:

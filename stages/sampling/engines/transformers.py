@@ -27,6 +27,7 @@ from transformers.generation import (
 from transformers.utils.logging import disable_progress_bar
 
 from schemas import WinnowError
+from stages.model_config import FROM_FOLDER
 from stages.network.load import free, read_network
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
@@ -225,7 +226,7 @@ class NetworkEngine(Engine):
 
     @cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self.folder, **FROM_FOLDER)
 
     @cached_property
     def backend(self) -> Any:

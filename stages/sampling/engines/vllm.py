@@ -19,6 +19,7 @@ from pipeline.processes import end_orphans, end_with
 from pipeline.store.fingerprints import ADAPTER
 from schemas import WinnowError
 from stages.limits import context_length
+from stages.model_config import FROM_FOLDER
 from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling
 from stages.sampling.engines.options import CPU_CACHE, CPU_CACHE_GIB, CPU_STEP_TOKENS, MAX_SEQUENCES
 from stages.sampling.engines.request_queue import QueuedEngine
@@ -80,6 +81,7 @@ class VllmEngine(QueuedEngine):
                 max_num_seqs=MAX_SEQUENCES,
                 max_num_batched_tokens=max(CPU_STEP_TOKENS, context_length(folder)) if on_cpu else None,
                 disable_log_stats=True,
+                trust_remote_code=False,
                 generation_config="vllm",  # the folder's own sampling defaults would change draws
                 **_lora_options(folder),
             )
@@ -299,7 +301,7 @@ def _unchanged_class(folder: Path) -> Iterator[None]:
 
     try:
         with torch.device("meta"):
-            network = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+            network = AutoModel.from_config(AutoConfig.from_pretrained(folder, **FROM_FOLDER), trust_remote_code=False)
         decoder = type(network.get_decoder())
     except (ValueError, AttributeError):  # not a network of transformers, or one without a decoder
         yield

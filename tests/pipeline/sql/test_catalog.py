@@ -223,7 +223,7 @@ def test_a_store_at_a_url_is_read_and_confined_as_a_folder_is(store: Store):
         "memory:///bucket/store/../secret.parquet",
         str(rewards_file(store, "2222")),
     ):
-        with pytest.raises(WinnowError, match="Only files in the store can be read"):
+        with pytest.raises(WinnowError, match="Only files of tables can be read"):
             query(remote, f"SELECT * FROM read_parquet('{outside}')")
     bucket.fs.rm("/bucket", recursive=True)
 
