@@ -160,7 +160,7 @@ def methods_of(catalog: Catalog) -> list[Method]:
         return []
 
     method_by_key = method_keys(catalog.manifests)
-    values = _values(catalog, [key for policies in groups.values() for keys in policies.values() for key in keys])
+    values = values_by_key(catalog, [key for policies in groups.values() for keys in policies.values() for key in keys])
     methods = []
     for policies in groups.values():
         runs = [run for keys in policies.values() for labels in keys.values() for run in labels]
@@ -183,7 +183,7 @@ def methods_of(catalog: Catalog) -> list[Method]:
     return methods
 
 
-def _values(catalog: Catalog, keys: list[str]) -> dict[str, dict[str, NDArray[np.float64]]]:
+def values_by_key(catalog: Catalog, keys: list[str]) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Return key of evaluate -> metric -> mean per prompt, NaN for a prompt without; all keys have the same prompts."""
     means = ", ".join(f"avg({metric}) AS {metric}" for metric in COLUMNS)
     listed = ", ".join(f"'{key}'" for key in keys)  # hashes, which manifests are checked for
