@@ -40,9 +40,9 @@ PAIRED = (("rso + nll", "sft_sample_rank + nll"), ("rso", "sft_sample_rank"))  #
 class Scale:
     """How much of each figure is drawn. Factors are of the config's own epochs and betas."""
 
-    seeds: int
-    seeds_of_rounds: int  # of what repeats the pipeline, and of another ranker: these cost most
-    sets: tuple[str, ...]
+    seeds: int  # along KL, and of methods without rounds
+    seeds_of_settings: int  # of n and the betas
+    seeds_of_rounds: int  # of what repeats the pipeline, and of other rankers, which cost most
     lines: tuple[str, ...]
     epochs: tuple[float, ...]
     sizes: tuple[int, ...]
@@ -52,15 +52,16 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        seeds=2, seeds_of_rounds=1, sets=("eval_sample.n=2", "eval_baseline.n=2"),
-        lines=("rso + nll", "sft_sample_rank + nll", "rso"), epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5),
-        labels=(500, 2000),
+        seeds=2, seeds_of_settings=2, seeds_of_rounds=1, lines=("rso + nll", "sft_sample_rank + nll", "rso"),
+        epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5), labels=(500, 2000),
     ),
     "full": Scale(
-        seeds=5, seeds_of_rounds=2, sets=(), lines=("rso + nll", "sft_sample_rank + nll", "rso", "sft_sample_rank"),
-        epochs=(0.5, 1, 2), sizes=(8, 16, 32, 64, 128, 256), factors=(0.1, 0.2, 0.5, 1, 2, 5), labels=(500, 2000, 8000),
+        seeds=5, seeds_of_settings=3, seeds_of_rounds=2,
+        lines=("rso + nll", "sft_sample_rank + nll", "rso", "sft_sample_rank"), epochs=(0.5, 1, 2, 4),
+        sizes=(8, 16, 32, 64, 128, 256), factors=(0.1, 0.2, 0.5, 1, 2, 5), labels=(500, 2000, 8000),
     ),
 }  # fmt: skip
+TWO_DRAWS = ("eval_sample.n=2", "eval_baseline.n=2")  # per held-out prompt: half the time, and more seeds
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class NotDrawnError(Exception):
 
 def make_basis(configs: list[Path], sets: list[str], scale: Scale, other_prompts: Path | None) -> Basis:
     """Return the basis of the figures. Raise WinnowError with all mistakes, or if there is nothing to evaluate with."""
-    sets = [*scale.sets, *sets]
+    sets = [*TWO_DRAWS, *sets]
     plan = plan_named("rso", configs, ["evaluations=[]", *sets, *ANCHOR], "evidence")
     if split_round(plan.target.name)[0] != "evaluate":
         raise WinnowError("evidence: the configs give nothing to evaluate with: "
@@ -134,7 +135,7 @@ def make_basis(configs: list[Path], sets: list[str], scale: Scale, other_prompts
 def training_points(basis: Basis) -> list[Point]:
     """Return each method trained for half the config's epochs, as many, and more; each is a training of its own."""
     base = int(basis.option("optimize", "epochs"))
-    epochs = sorted({max(1, round(factor * base)) for factor in basis.scale.epochs} | {base, 2 * base})
+    epochs = sorted({max(1, round(factor * base)) for factor in basis.scale.epochs})
     return [basis.point(line, f"epochs={n}", n, f"optimize.epochs={n}") for line in basis.scale.lines for n in epochs]
 
 
@@ -142,7 +143,8 @@ def size_points(basis: Basis) -> list[Point]:
     """Return RSO from n candidates per prompt, where the rule can keep as many as it is asked for."""
     k = int(basis.option("select", "rule", "k") or 1)
     sizes = [n for n in basis.scale.sizes if n >= k]
-    return [basis.point("rso + nll", f"n={n}", n, f"sample.n={n}") for n in sizes]
+    seeds = basis.scale.seeds_of_settings
+    return [basis.point("rso + nll", f"n={n}", n, f"sample.n={n}", seeds=seeds) for n in sizes]
 
 
 def beta_points(basis: Basis) -> list[Point]:
@@ -151,7 +153,8 @@ def beta_points(basis: Basis) -> list[Point]:
     if not beta:
         raise NotDrawnError("the config's select.rule has no beta of its own (it may name `ess` or `kl`)")
     values = [round(beta * factor, 6) for factor in basis.scale.factors]
-    return [basis.point("rso + nll", f"beta={v:g}", v, f"select.rule.beta={v:g}") for v in values]
+    seeds = basis.scale.seeds_of_settings
+    return [basis.point("rso + nll", f"beta={v:g}", v, f"select.rule.beta={v:g}", seeds=seeds) for v in values]
 
 
 def gamma_points(basis: Basis) -> list[Point]:
@@ -161,8 +164,8 @@ def gamma_points(basis: Basis) -> list[Point]:
         raise NotDrawnError("optimize.objective has no beta")
     values = [round(gamma * factor, 6) for factor in basis.scale.factors]
     return [
-        basis.point(line, f"gamma={v:g}", v, f"optimize.objective.beta={v:g}")
-        for line in ("rso + nll", "sft_sample_rank + nll")[: 1 if basis.scale is SCALES["small"] else 2]
+        basis.point(line, f"gamma={v:g}", v, f"optimize.objective.beta={v:g}", seeds=basis.scale.seeds_of_settings)
+        for line in ("rso + nll", "sft_sample_rank + nll")
         for v in values
     ]
 

@@ -24,7 +24,7 @@ from schemas import WinnowError
 from stages.evaluation.evaluate import bootstrap_interval
 
 RESAMPLES = 2000
-KL_VALUES = 7  # at which two methods are compared, between the ends of what both reach
+KL_VALUES = 5  # at which two methods are compared, between the ends of what both reach
 START = ("prompts", "demonstrations", "preferences", "sft", "ranker", "annotator")  # steps that methods begin with
 DRAWN_TOKENS = "SELECT key, sum(n_tokens)::BIGINT AS tokens FROM candidates GROUP BY key"
 Row = dict[str, Any]
@@ -191,7 +191,10 @@ def _row(item: PlannedPoint, keys: list[str], catalog: Catalog) -> Row:
         if np.isnan(table).all(axis=1).any():
             continue
         row["prompts"] = max(row.get("prompts", 0), int((~np.isnan(table).all(axis=0)).sum()))
-        row |= dict(zip((column, f"{column}_low", f"{column}_high"), _mean_and_interval(table), strict=True))
+        mean, low, high = _mean_and_interval(table)
+        if metric in WINS:  # shares
+            low, high = max(low, 0.0), min(high, 1.0)
+        row |= {column: mean, f"{column}_low": low, f"{column}_high": high}
     if "kl_nats" in row:
         row["sqrt_kl"] = float(np.sqrt(max(0.0, row["kl_nats"])))
     return row
@@ -226,7 +229,8 @@ def equal_kl_rows(points: list[PlannedPoint], catalog: Catalog) -> list[Row]:
         if low >= high:
             rows.append(row | {"at": "no KL that all curves reach"})
             continue
-        metrics = [name for name in COLUMNS if name != "kl" and name in of_first[0].values.keys() & of_second[0].values]
+        both = of_first[0].values.keys() & of_second[0].values.keys()
+        metrics = [name for name in COLUMNS if name in both and name not in ("kl", "n_tokens")]
         grid = np.linspace(low, high, KL_VALUES)
         for distances in [*([distance] for distance in grid.tolist()), grid.tolist()]:
             at = f"KL={distances[0] ** 2:.2f}" if len(distances) == 1 else f"KL {low**2:.2f} to {high**2:.2f}"

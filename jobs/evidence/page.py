@@ -21,6 +21,7 @@ from pipeline.store.store import Store
 FILE_INK = "#59636e"  # of text in a picture of its own, read on white and on black
 RATES = ("gold_win", "proxy_win", "other_gold_win", "other_proxy_win")
 ENDS = ("_low", "_high")
+TITLES = {"at": "setting", "kl_nats": "KL (nats)", "compute_seconds": "compute (s)"}
 GOLD, PROXY = "o-", "s--"
 
 
@@ -77,7 +78,7 @@ def _readable(row: Row) -> Row:
         if name.endswith(ENDS) or name in ("x", "sqrt_kl"):
             continue
         factor, unit = (100, " %") if any(rate in name for rate in ("gold_win", "proxy_win")) else (1, "")
-        title = name.replace("_", " ") + unit
+        title = TITLES.get(name, name.replace("_", " ") + unit)
         if isinstance(value, float) and row.get(f"{name}_low") is not None:
             digits = 1 if factor == 100 else 2
             low, high = (row[f"{name}{end}"] for end in ENDS)
