@@ -62,8 +62,8 @@ def evidence(
             for cost in costs
         ]
         console.print(as_table(pa.Table.from_pylist(rows), "what will run, each step once, at this store's rates"))
-        unknown = ", ".join(dict.fromkeys(stage for cost in costs for stage in cost.unknown))
-        beside = f"; beside it {unknown}, of which nothing like it has finished here" if unknown else ""
+        unpriced = ", ".join(dict.fromkeys(stage for cost in costs for stage in cost.unknown))
+        beside = f"; beside it {unpriced}, of which nothing like it has finished here" if unpriced else ""
         total = sum(cost.seconds for cost in costs)
         console.print(f"about {total / 60:.0f} min in all{beside}", highlight=False)
     if plan_only:

@@ -191,7 +191,7 @@ def _row(item: PlannedPoint, keys: list[str], catalog: Catalog) -> Row:
         if np.isnan(table).all(axis=1).any():
             continue
         row["prompts"] = max(row.get("prompts", 0), int((~np.isnan(table).all(axis=0)).sum()))
-        mean, low, high = _mean_and_interval(table)
+        mean, low, high = mean_and_interval(table)
         if metric in WINS:  # shares
             low, high = max(low, 0.0), min(high, 1.0)
         row |= {column: mean, f"{column}_low": low, f"{column}_high": high}
@@ -200,7 +200,7 @@ def _row(item: PlannedPoint, keys: list[str], catalog: Catalog) -> Row:
     return row
 
 
-def _mean_and_interval(table: Values) -> tuple[float, float, float]:
+def mean_and_interval(table: Values) -> tuple[float, float, float]:
     if len(table) > 1:
         return interval(table)
     values = table[0][~np.isnan(table[0])]
@@ -219,7 +219,7 @@ def equal_kl_rows(points: list[PlannedPoint], catalog: Catalog) -> list[Row]:
     rows: list[Row] = []
     for first, second in PAIRED:
         of_first, of_second = (
-            _curves([item for item in points if item.point.line == line], catalog) for line in (first, second)
+            curves_by_seed([item for item in points if item.point.line == line], catalog) for line in (first, second)
         )
         if not of_first or not of_second:
             continue
@@ -240,7 +240,7 @@ def equal_kl_rows(points: list[PlannedPoint], catalog: Catalog) -> list[Row]:
                     np.stack([np.mean([curve.at(metric, distance) for distance in distances], axis=0) for curve in of])
                     for of in (of_first, of_second)
                 )  # [seeds, prompts]
-                ends = difference_interval(a, b) if row["seeds"] > 1 else _mean_and_interval(a[:1] - b[:1])
+                ends = difference_interval(a, b) if row["seeds"] > 1 else mean_and_interval(a[:1] - b[:1])
                 name = COLUMNS[metric]
                 place |= {f"first_{name}": float(np.nanmean(a)), f"second_{name}": float(np.nanmean(b))}
                 place |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
@@ -265,7 +265,7 @@ class Curve:
         return np.asarray((1 - share) * below + share * above, dtype=np.float64)
 
 
-def _curves(points: list[PlannedPoint], catalog: Catalog) -> list[Curve]:
+def curves_by_seed(points: list[PlannedPoint], catalog: Catalog) -> list[Curve]:
     """Return a curve per seed that all points have, if it has two points or more and KL was measured."""
     if len(points) < 2:
         return []
@@ -277,7 +277,7 @@ def _curves(points: list[PlannedPoint], catalog: Catalog) -> list[Curve]:
         kl = {key: values[key]["kl"] for key in of_seed}
         if any(np.isnan(column).all() for column in kl.values()):
             return []
-        distance = {key: float(np.sqrt(max(0.0, np.nanmean(kl[key])))) for key in of_seed}
+        distance = {key: max(0.0, float(np.nanmean(kl[key]))) ** 0.5 for key in of_seed}
         order = sorted(of_seed, key=lambda key: distance[key])
         tables: dict[str, Values] = {}
         for metric in COLUMNS:

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,22 +96,18 @@ def test_at_equal_kl_a_method_that_is_better_everywhere_by_one_point_is_so(monke
             result[key] = {"gold_win": gold, "gold": gold, "kl": kl, "proxy_win": prompts, "n_tokens": prompts}
         return result
 
-    class Target:
-        def __init__(self, key):
-            self.key = key
-
-    def point(line, roots):
-        return [
-            PlannedPoint(
-                Point(line, root, 0.0, "rso"),
-                [type("P", (), {"target": Target(f"{line}/{seed}/{root}")}) for seed in range(3)],
-            )
-            for root in roots
-        ]
+    def point(line: str, roots: tuple[str, ...]) -> list[PlannedPoint]:
+        """Return a point for each root of KL, with three seeds."""
+        points = []
+        for root in roots:
+            plans: list[Any] = [SimpleNamespace(target=SimpleNamespace(key=f"{line}/{n}/{root}")) for n in range(3)]
+            points.append(PlannedPoint(Point(line, root, 0.0, "rso"), plans))
+        return points
 
     monkeypatch.setattr(measure, "values_by_key", figures)
     monkeypatch.setattr(measure, "PAIRED", (("first", "second"),))
-    rows = equal_kl_rows([*point("first", ("1.0", "1.6")), *point("second", ("0.8", "1.3", "1.7"))], None)
+    nothing: Any = None  # a catalog, which the figures do not need
+    rows = equal_kl_rows([*point("first", ("1.0", "1.6")), *point("second", ("0.8", "1.3", "1.7"))], nothing)
     assert {round(row["gold_win"], 6) for row in rows} == {0.01}
     assert (rows[0]["at"], rows[-2]["at"], rows[-1]["at"]) == ("KL=1.00", "KL=2.56", "KL 1.00 to 2.56")
     assert all(row["gold_win_low"] <= row["gold_win"] <= row["gold_win_high"] for row in rows)
