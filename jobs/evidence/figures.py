@@ -61,6 +61,7 @@ SCALES = {
         sizes=(8, 16, 32, 64, 128, 256), factors=(0.1, 0.2, 0.5, 1, 2, 5), labels=(500, 2000, 8000),
     ),
 }  # fmt: skip
+SEEDS = ("sample.seed", "optimize.seed")
 TWO_DRAWS = ("eval_sample.n=2", "eval_baseline.n=2")  # per held-out prompt: half the time, and more seeds
 
 
@@ -72,7 +73,8 @@ class Point:
     at: str
     x: float | None
     recipe: str
-    sets: tuple[str, ...] = ()
+    method: tuple[str, ...] = ()  # options of the line, which --set outranks
+    sets: tuple[str, ...] = ()  # of the place on the axis
     overlay: dict[str, Any] = field(default_factory=dict)  # laid over the configs
     seeds: int = 1
 
@@ -111,8 +113,8 @@ class Basis:
         return value if isinstance(value, Bound) else None
 
     def point(self, line: str, at: str = "", x: float | None = None, *sets: str, **rest: Any) -> Point:
-        recipe, own = METHODS[line]
-        return Point(line, at, x, recipe, (*own, *sets), seeds=rest.pop("seeds", self.scale.seeds), **rest)
+        recipe, options = METHODS[line]
+        return Point(line, at, x, recipe, options, sets, seeds=rest.pop("seeds", self.scale.seeds), **rest)
 
 
 class NotDrawnError(Exception):
@@ -121,8 +123,9 @@ class NotDrawnError(Exception):
 
 def make_basis(configs: list[Path], sets: list[str], scale: Scale, other_prompts: Path | None) -> Basis:
     """Return the basis of the figures. Raise WinnowError with all mistakes, or if there is nothing to evaluate with."""
-    sets = [*TWO_DRAWS, *sets]
-    plan = plan_named("rso", configs, ["evaluations=[]", *sets, *ANCHOR], "evidence")
+    if given := [text for text in sets if text.partition("=")[0].strip() in (*SEEDS, "evaluations")]:
+        raise WinnowError(*(f"--set {text}: the figures set this themselves; omit it" for text in given))
+    plan = plan_named("rso", configs, ["evaluations=[]", *TWO_DRAWS, *ANCHOR, *sets], "evidence")
     if split_round(plan.target.name)[0] != "evaluate":
         raise WinnowError("evidence: the configs give nothing to evaluate with: "
                           f"{'; '.join(plan.left_out) or 'no step evaluate'}")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jobs.evidence.figures import PAIRED, Basis, Figure, Point
+from jobs.evidence.figures import PAIRED, SEEDS, TWO_DRAWS, Basis, Figure, NotDrawnError, Point
 from jobs.methods import COLUMNS, WINS, Values, difference_interval, interval, values_by_key
 from jobs.recipes import plan_named
 from pipeline.config.estimates import finished_manifests, step_costs
@@ -79,8 +79,6 @@ def plan_point(basis: Basis, point: Point) -> list[Plan]:
 
 def plan_figure(basis: Basis, figure: Figure) -> PlannedFigure:
     """Return a figure with its plans; a line that the configs cannot support is left out with the reason."""
-    from jobs.evidence.figures import NotDrawnError
-
     planned = PlannedFigure(figure, [], [])
     try:
         points = figure.points(basis)

@@ -78,7 +78,7 @@ def test_prompts_of_another_file_are_evaluated_beside_the_heldout_ones(basis, da
     other = replace(basis, other_prompts=data_dir / "preferences.jsonl")
     plan = plan_figure(other, FIGURES["other-prompts"]).plans[0]
     (evaluation,) = plan.evaluations
-    assert evaluation.inputs["prompts"].options["path"].path.endswith("preferences.jsonl")
+    assert evaluation.inputs["prompts"].options["path"].path.name == "preferences.jsonl"
     assert evaluation.inputs["candidates"].inputs["policy"] is plan.target.inputs["candidates"].inputs["policy"]
     assert evaluation.inputs["baseline"].inputs["prompts"] is evaluation.inputs["prompts"]
 
@@ -141,3 +141,12 @@ def test_the_command_says_what_it_would_run_and_refuses_what_it_does_not_know(wi
     assert "min in all" in text
     code, text = winnow(*words, "--figure", "betas")
     assert (code, "betas" in text, "beta" in text) == (2, True, True)
+    code, text = winnow(*words, "--set", "optimize.seed=3", "--plan")
+    assert (code, "optimize.seed=3" in text) == (2, True)
+
+
+def test_what_set_says_outranks_a_line_and_not_its_axis(data_dir):
+    sets = ["optimize.nll_weight=3.0", "optimize.epochs=4"]
+    planned = plan_figure(make_basis([data_dir / "demo.yaml"], sets, TINY, None), FIGURES["over-optimisation"])
+    options = [steps(item.plans[0])["optimize"].options for item in planned.points if item.point.line == "rso + nll"]
+    assert [(option["nll_weight"], option["epochs"]) for option in options] == [(3.0, 2), (3.0, 4), (3.0, 8)]
