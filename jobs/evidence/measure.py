@@ -64,13 +64,8 @@ def plan_point(basis: Basis, point: Point) -> list[Plan]:
             configs[-1].write_text(yaml.safe_dump(point.overlay), encoding="utf-8")
         others = [name for name in point.overlay if name.startswith("evaluate_")]
         for seed in range(point.seeds):
-            sets = [
-                f"evaluations=[{', '.join(others)}]",
-                *basis.sets,
-                *point.sets,
-                f"sample.seed={seed}",
-                f"optimize.seed={seed}",
-            ]
+            defaults = [f"evaluations=[{', '.join(others)}]", *TWO_DRAWS, *point.method]
+            sets = [*defaults, *basis.sets, *point.sets, *(f"{name}={seed}" for name in SEEDS)]
             plan = plan_named(point.recipe, configs, sets, f"{point.run} seed={seed}")
             plan.tags = {"evidence": ""}
             plans.append(plan)
