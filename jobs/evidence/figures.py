@@ -43,7 +43,8 @@ class Scale:
     seeds: int  # along KL, and of methods without rounds
     seeds_of_settings: int  # of n and the betas
     seeds_of_rounds: int  # of what repeats the pipeline, and of other rankers, which cost most
-    lines: tuple[str, ...]
+    lines: tuple[str, ...]  # along KL
+    gamma_lines: tuple[str, ...]
     epochs: tuple[float, ...]
     sizes: tuple[int, ...]
     factors: tuple[float, ...]
@@ -53,11 +54,12 @@ class Scale:
 SCALES = {
     "small": Scale(
         seeds=2, seeds_of_settings=2, seeds_of_rounds=1, lines=("rso + nll", "sft_sample_rank + nll", "rso"),
-        epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5), labels=(500, 2000),
+        gamma_lines=("rso + nll",), epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5), labels=(500,),
     ),
     "full": Scale(
         seeds=5, seeds_of_settings=3, seeds_of_rounds=2,
-        lines=("rso + nll", "sft_sample_rank + nll", "rso", "sft_sample_rank"), epochs=(0.5, 1, 2, 4),
+        lines=("rso + nll", "sft_sample_rank + nll", "rso", "sft_sample_rank"),
+        gamma_lines=("rso + nll", "sft_sample_rank + nll"), epochs=(0.5, 1, 2, 4),
         sizes=(8, 16, 32, 64, 128, 256), factors=(0.1, 0.2, 0.5, 1, 2, 5), labels=(500, 2000, 8000),
     ),
 }  # fmt: skip
@@ -168,7 +170,7 @@ def gamma_points(basis: Basis) -> list[Point]:
     values = [round(gamma * factor, 6) for factor in basis.scale.factors]
     return [
         basis.point(line, f"gamma={v:g}", v, f"optimize.objective.beta={v:g}", seeds=basis.scale.seeds_of_settings)
-        for line in ("rso + nll", "sft_sample_rank + nll")
+        for line in basis.scale.gamma_lines
         for v in values
     ]
 
