@@ -1,5 +1,6 @@
 """Command that draws the figures of the field on the user's own configuration."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import commit
 from pipeline.registry import nearest
 from pipeline.store.store import Store
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError
 
 
 def evidence(
@@ -41,7 +42,6 @@ def evidence(
     from jobs.evidence.figures import FIGURES, SCALES, make_basis
     from jobs.evidence.measure import different_plans, figure_costs, plan_figure
     from jobs.evidence.page import write_evidence
-    from jobs.resume import hint
 
     if unknown := [name for name in names if name not in FIGURES]:
         raise WinnowError(f"--figure {unknown[0]}: unknown; {nearest(unknown[0], list(FIGURES))}")
@@ -73,7 +73,7 @@ def evidence(
     words += [word for text in sets for word in ("--set", text)] + (["--small"] if small else [])
     words += [word for name in names for word in ("--figure", name)]
     words += ["--other-prompts", str(other_prompts)] if other_prompts else []
-    command = hint("evidence", *words, "--store", store)
+    command = shlex.join([COMMAND, "evidence", *words, "--store", store])  # as anyone would call it
     written: list[Path] = []
     for planned in [] if finished_only else figures:
         plans = different_plans([planned])

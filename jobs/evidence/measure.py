@@ -50,6 +50,15 @@ class PlannedFigure:
     def plans(self) -> list[Plan]:
         return [plan for planned in self.points for plan in planned.plans]
 
+    def finished(self, catalog: Catalog) -> list[PlannedPoint]:
+        """Return the points with the plans whose evaluations are all in the store, without those that have none."""
+        keys = {manifest["key"] for manifest in catalog.manifests}
+        points = [
+            PlannedPoint(item.point, [plan for plan in item.plans if set(ends_of(plan)) <= keys])
+            for item in self.points
+        ]
+        return [item for item in points if item.plans]
+
 
 # Plans.
 
@@ -147,16 +156,11 @@ def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureC
 
 def table_of_figure(planned: PlannedFigure, catalog: Catalog) -> list[Row]:
     """Return a row per point, and per round of it, that is finished: with intervals over seeds and prompts."""
-    finished = {manifest["key"] for manifest in catalog.manifests}
-    points = [
-        PlannedPoint(item.point, [plan for plan in item.plans if set(ends_of(plan)) <= finished])
-        for item in planned.points
-    ]
-    points = [item for item in points if item.plans]
+    points = planned.finished(catalog)
     if not points:
         return []
     if planned.figure.name == "equal-kl":
-        return equal_kl_rows(points, catalog)
+        return equal_kl_rows(planned.points, catalog)
     rows = []
     seconds = compute_seconds(points, catalog) if planned.figure.name == "compute" else {}
     for item in points:
@@ -212,7 +216,8 @@ def equal_kl_rows(points: list[PlannedPoint], catalog: Catalog) -> list[Row]:
     rows: list[Row] = []
     for first, second in PAIRED:
         of_first, of_second = (
-            curves_by_seed([item for item in points if item.point.line == line], catalog) for line in (first, second)
+            list(curves_by_seed([item for item in points if item.point.line == line], catalog).values())
+            for line in (first, second)
         )
         if not of_first or not of_second:
             continue
@@ -258,18 +263,21 @@ class Curve:
         return np.asarray((1 - share) * below + share * above, dtype=np.float64)
 
 
-def curves_by_seed(points: list[PlannedPoint], catalog: Catalog) -> list[Curve]:
-    """Return a curve per seed that all points have, if it has two points or more and KL was measured."""
-    if len(points) < 2:
-        return []
-    seeds = min(len(item.plans) for item in points)
-    keys = [[item.plans[seed].target.key for item in points] for seed in range(seeds)]
-    values = values_by_key(catalog, [key for of_seed in keys for key in of_seed])
-    curves = []
-    for of_seed in keys:
+def curves_by_seed(points: list[PlannedPoint], catalog: Catalog) -> dict[int, Curve]:
+    """Return a curve for each seed of which two points or more are finished and have a KL."""
+    finished = {manifest["key"] for manifest in catalog.manifests}
+    keys: dict[int, list[str]] = {}
+    for item in points:
+        for seed, plan in enumerate(item.plans):
+            if plan.target.key in finished:
+                keys.setdefault(seed, []).append(plan.target.key)
+    keys = {seed: of_seed for seed, of_seed in sorted(keys.items()) if len(of_seed) > 1}
+    values = values_by_key(catalog, [key for of_seed in keys.values() for key in of_seed]) if keys else {}
+    curves = {}
+    for seed, of_seed in keys.items():
         kl = {key: values[key]["kl"] for key in of_seed}
         if any(np.isnan(column).all() for column in kl.values()):
-            return []
+            continue
         distance = {key: max(0.0, float(np.nanmean(kl[key]))) ** 0.5 for key in of_seed}
         order = sorted(of_seed, key=lambda key: distance[key])
         tables: dict[str, Values] = {}
@@ -277,7 +285,7 @@ def curves_by_seed(points: list[PlannedPoint], catalog: Catalog) -> list[Curve]:
             table = np.stack([values[key][metric] for key in order])
             if not np.isnan(table).all(axis=1).any():
                 tables[metric] = table
-        curves.append(Curve([distance[key] for key in order], tables))
+        curves[seed] = Curve([distance[key] for key in order], tables)
     return curves
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from jobs.evidence.figures import Basis
 from jobs.evidence.measure import PlannedFigure, Row, table_of_figure
 from jobs.page import COLORS, INK, label, new_figure, page_table, render, to_svg
-from pipeline.sql.catalog import open_catalog
+from pipeline.sql.catalog import Catalog, open_catalog
 from pipeline.store.storage import make_folder, replace
 from pipeline.store.store import Store
 
@@ -45,7 +45,7 @@ def write_evidence(
                 "svg": svg,
                 "caption": caption,
                 "table": page_table([_readable(row) for row in rows]),
-                "left_out": planned.left_out or ([] if rows else ["nothing of it is finished"]),
+                "left_out": [*planned.left_out, *_unfinished(planned, catalog)],
             }
         )
         if rows:
@@ -71,6 +71,12 @@ def write_evidence(
     return [page, *written]
 
 
+def _unfinished(planned: PlannedFigure, catalog: Catalog) -> list[str]:
+    """Return a line that says how many policies of a figure are not in the store yet, if some are not."""
+    missing = len(planned.plans) - sum(len(item.plans) for item in planned.finished(catalog))
+    return [f"{missing} of {len(planned.plans)} policies, which are not finished"] if missing else []
+
+
 def _readable(row: Row) -> Row:
     """Return a row with each value and its interval in one cell, win rates in percent, and without the axis."""
     result: Row = {}
@@ -82,7 +88,8 @@ def _readable(row: Row) -> Row:
         if isinstance(value, float) and row.get(f"{name}_low") is not None:
             digits = 1 if factor == 100 else 2
             low, high = (row[f"{name}{end}"] for end in ENDS)
-            result[title] = f"{factor * value:.{digits}f} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+            cell = f"{factor * value:.{digits}f} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+            result[title] = cell.replace(" ", "\N{NO-BREAK SPACE}")
         else:
             result[title] = factor * value if isinstance(value, float) else value
     return result

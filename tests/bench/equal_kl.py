@@ -86,11 +86,6 @@ def measure(config: Path, store: Store, reporter: Reporter, finished_only: bool)
         for plan in (plan for by_epochs in planned.values() for plans in by_epochs.values() for plan in plans):
             run(plan, store, LocalExecutor(), reporter)
     catalog = open_catalog(store)
-    keys = {manifest["key"] for manifest in catalog.manifests}
-    planned = {
-        name: {n: [plan for plan in plans if plan.target.key in keys] for n, plans in by_epochs.items()}
-        for name, by_epochs in planned.items()
-    }
     return {
         "Policies": _policies(planned, catalog),
         "RSO minus plain sampling at equal KL": _at_equal_kl(planned, catalog),
@@ -98,9 +93,10 @@ def measure(config: Path, store: Store, reporter: Reporter, finished_only: bool)
 
 
 def _policies(planned: dict[str, dict[int, list[Plan]]], catalog: Catalog) -> pa.Table:
-    rows = []
+    rows, finished = [], _finished(catalog)
     for name, by_epochs in planned.items():
-        for epochs, plans in by_epochs.items():
+        for epochs, all_plans in by_epochs.items():
+            plans = [plan for plan in all_plans if plan.target.key in finished]
             if not plans:
                 continue
             values = values_by_key(catalog, [plan.target.key for plan in plans])
@@ -116,17 +112,20 @@ def _policies(planned: dict[str, dict[int, list[Plan]]], catalog: Catalog) -> pa
 
 
 def _at_equal_kl(planned: dict[str, dict[int, list[Plan]]], catalog: Catalog) -> pa.Table:
-    rows = []
+    rows, finished = [], _finished(catalog)
     for rso, of_rso in ((name, plans) for name, plans in planned.items() if name.startswith("rso")):
         for plain, of_plain in ((name, plans) for name, plans in planned.items() if name.startswith("plain")):
             points = [PlannedPoint(Point(plain, str(n), n, "sft_sample_rank"), plans) for n, plans in of_plain.items()]
             curves = curves_by_seed(points, catalog)
             for epochs, plans in of_rso.items():
-                values = values_by_key(catalog, [plan.target.key for plan in plans]) if plans else {}
+                keys = {
+                    n: plan.target.key for n, plan in enumerate(plans) if plan.target.key in finished and n in curves
+                }
+                values = values_by_key(catalog, list(keys.values())) if keys else {}
                 differences: dict[str, list[Any]] = {"gold_win": [], "gold": []}
                 kls, outside = [], 0
-                for plan, curve in zip(plans, curves, strict=False):
-                    of_plan = values[plan.target.key]
+                for seed, key in keys.items():
+                    of_plan, curve = values[key], curves[seed]
                     kl = float(np.nanmean(of_plan["kl"]))
                     if not curve.distances[0] <= kl**0.5 <= curve.distances[-1]:
                         outside += 1
@@ -144,6 +143,10 @@ def _at_equal_kl(planned: dict[str, dict[int, list[Plan]]], catalog: Catalog) ->
                     row[title] = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*(factor * end for end in ends), d=digits)
                 rows.append(row)
     return pa.Table.from_pylist(rows)
+
+
+def _finished(catalog: Catalog) -> set[str]:
+    return {manifest["key"] for manifest in catalog.manifests}
 
 
 def page(tables: dict[str, pa.Table]) -> str:

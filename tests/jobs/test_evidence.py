@@ -106,8 +106,10 @@ def test_at_equal_kl_a_method_that_is_better_everywhere_by_one_point_is_so(monke
 
     monkeypatch.setattr(measure, "values_by_key", figures)
     monkeypatch.setattr(measure, "PAIRED", (("first", "second"),))
-    nothing: Any = None  # a catalog, which the figures do not need
-    rows = equal_kl_rows([*point("first", ("1.0", "1.6")), *point("second", ("0.8", "1.3", "1.7"))], nothing)
+    points = [*point("first", ("1.0", "1.6")), *point("second", ("0.8", "1.3", "1.7"))]
+    keys = [plan.target.key for item in points for plan in item.plans]
+    catalog: Any = SimpleNamespace(manifests=[{"key": key} for key in keys])
+    rows = equal_kl_rows(points, catalog)
     assert {round(row["gold_win"], 6) for row in rows} == {0.01}
     assert (rows[0]["at"], rows[-2]["at"], rows[-1]["at"]) == ("KL=1.00", "KL=2.56", "KL 1.00 to 2.56")
     assert all(row["gold_win_low"] <= row["gold_win"] <= row["gold_win_high"] for row in rows)
