@@ -73,6 +73,7 @@ def evidence(
     words += [word for text in sets for word in ("--set", text)] + (["--small"] if small else [])
     words += [word for name in names for word in ("--figure", name)]
     words += ["--other-prompts", str(other_prompts)] if other_prompts else []
+    words += ["--finished"] if finished_only else []
     command = shlex.join([COMMAND, "evidence", *words, "--store", store])  # as anyone would call it
     written: list[Path] = []
     for planned in [] if finished_only else figures:
