@@ -89,6 +89,7 @@ def measure(config: Path, store: Store, reporter: Reporter, finished_only: bool)
     return {
         "Policies": _policies(planned, catalog),
         "RSO minus plain sampling at equal KL": _at_equal_kl(planned, catalog),
+        "RSO minus plain sampling, policy by policy": _by_policy(planned, catalog),
     }
 
 
@@ -142,6 +143,31 @@ def _at_equal_kl(planned: dict[str, dict[int, list[Plan]]], catalog: Catalog) ->
                     ends = mean_and_interval(np.stack(differences[metric]))
                     row[title] = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*(factor * end for end in ends), d=digits)
                 rows.append(row)
+    return pa.Table.from_pylist(rows)
+
+
+def _by_policy(planned: dict[str, dict[int, list[Plan]]], catalog: Catalog) -> pa.Table:
+    """Return the differences in gold and in KL of policies that have two seeds or more in common."""
+    rows, finished = [], _finished(catalog)
+    policies = [(name, n, plans) for name, by_epochs in planned.items() for n, plans in by_epochs.items()]
+    for rso, epochs, of_rso in policies:
+        for plain, other_epochs, of_plain in policies:
+            pairs = [(a.target.key, b.target.key) for a, b in zip(of_rso, of_plain, strict=False)]
+            pairs = [pair for pair in pairs if finished.issuperset(pair)]
+            if not rso.startswith("rso") or not plain.startswith("plain") or len(pairs) < 2:
+                continue
+            values = values_by_key(catalog, [key for pair in pairs for key in pair])
+            row: dict[str, Any] = {
+                "RSO": f"{rso}, {epochs} epochs",
+                "plain sampling": f"{plain}, {other_epochs} epochs",
+            }
+            row["seeds"] = len(pairs)
+            for metric, title, factor, digits in (
+                ("gold_win", "gold win, points", 100, 1), ("gold", "gold reward", 1, 2), ("kl", "KL (nats)", 1, 2),
+            ):  # fmt: skip
+                ends = mean_and_interval(np.stack([values[a][metric] - values[b][metric] for a, b in pairs]))
+                row[title] = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*(factor * end for end in ends), d=digits)
+            rows.append(row)
     return pa.Table.from_pylist(rows)
 
 
