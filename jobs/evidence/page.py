@@ -110,7 +110,10 @@ def _as_file(svg: str, description: str) -> str:
 
     text = svg.replace("currentColor", FILE_INK)
     start = text.index(">") + 1
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{text[:start]}<desc>{escape(description)}</desc>{text[start:]}'
+    head = (
+        f"<desc>{escape(description)}</desc><style>text {{ fill: {FILE_INK} }}</style>"  # as the page's own style does
+    )
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text[:start]}{head}{text[start:]}'
 
 
 # Plots.
