@@ -2,7 +2,7 @@
 # make test               setup if needed, then lint, format, types, tests
 # make demo               setup if needed, then `winnow demo`
 # make example            setup if needed, then `winnow demo --real`: a real chat model
-# make bench WHAT="..."   setup if needed, then one benchmark: diagnose, mixes, optimize, rounding or store (tests/README.md)
+# make bench WHAT="..."   setup if needed, then one benchmark: diagnose, equal-kl, mixes, optimize, rounding or store (tests/README.md)
 # make clean              remove .venv and caches
 
 PYTHON ?= python3.11

@@ -14,6 +14,7 @@ from jobs.commands.app import Command, app, error_console
 from jobs.commands.artifacts import adopt, gc, ls, model, why
 from jobs.commands.cluster import logs, stop, submit
 from jobs.commands.diagnose import diagnose
+from jobs.commands.evidence import evidence
 from jobs.commands.inspect import inspect
 from jobs.commands.query import export, leaderboard, options, recipes, report, sql, status, trace
 from jobs.commands.run import demo, paper, plan, run, sweep
@@ -28,7 +29,7 @@ GROUPS = {
     "Ask": (leaderboard, status, sql, trace, report, ls, why),
     "Data": (model, export, adopt, gc, verify),
     "Cluster": (submit, logs, stop),
-    "Reference": (recipes, options, paper),
+    "Reference": (recipes, options, paper, evidence),
 }
 for group, commands in GROUPS.items():
     for command in commands:

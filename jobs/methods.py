@@ -167,7 +167,7 @@ def methods_of(catalog: Catalog) -> list[Method]:
         golds.setdefault(row["key"], set()).add(row["judged"])
     judged = {key: gold for key, (gold, *others) in golds.items() if gold and not others}
     evaluations = [key for policies in groups.values() for keys in policies.values() for key in keys]
-    values = _values(catalog, evaluations, judged)
+    values = values_by_key(catalog, evaluations, judged)
     methods = []
     for policies in groups.values():
         runs = [run for keys in policies.values() for labels in keys.values() for run in labels]
@@ -190,7 +190,9 @@ def methods_of(catalog: Catalog) -> list[Method]:
     return methods
 
 
-def _values(catalog: Catalog, keys: list[str], judged: dict[str, str]) -> dict[str, dict[str, NDArray[np.float64]]]:
+def values_by_key(
+    catalog: Catalog, keys: list[str], judged: dict[str, str] | None = None
+) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Return key of evaluate -> metric -> mean per prompt, NaN for a prompt without; all keys have the same prompts.
 
     judged: key of evaluate -> that of the win rate by a judge called gold, which counts where there is no gold reward.

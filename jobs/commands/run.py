@@ -89,8 +89,8 @@ def demo(
     if real:
         smollm2.write(folder / smollm2.NAME)
     plans = recipes.plans(names, configs, [])
-    _print_store(Store(store), with_free_names(plans, Store(store)))
-    _run_plans(plans, Store(store), LocalExecutor())
+    print_store(Store(store), with_free_names(plans, Store(store)))
+    run_plans(plans, Store(store), LocalExecutor())
     _print_summary(Store(store), plans)
     if real:
         runs = [plan.name for plan in plans]
@@ -155,7 +155,7 @@ def plan(
     notes = with_free_names(plans, Store(store))
     selection = rerun(plans, Store(store), part)
     deleted, to_run = {stored.key for stored in selection.to_delete}, {step.key for step in selection.to_run()}
-    _print_store(Store(store), notes)
+    print_store(Store(store), notes)
     for item in selection.plans:
         print_tree(plan_tree(item, Store(store), options, deleted))
         for line in overruled(item):
@@ -264,11 +264,11 @@ def _executor(
 
 def _run_selection(selection: Rerun, store: Store, notes: list[str], executor: LocalExecutor) -> None:
     """Delete what is computed again, only now that all checks are over; run; print what was achieved."""
-    _print_store(store, notes)
+    print_store(store, notes)
     for step in selection.to_delete:
         console.print(f"[yellow]will run again[/]: {step.stage} [dim]{step.key}[/]", highlight=False)
     selection.delete()
-    _run_plans(selection.plans, store, executor)
+    run_plans(selection.plans, store, executor)
     _print_summary(store, selection.plans)
 
 
@@ -287,12 +287,12 @@ def paper(
 
     plans = paper_plans(configs, sets, gamma, against)
     find_opponents(plans, Store(store))
-    _run_plans(plans, Store(store), LocalExecutor())
+    run_plans(plans, Store(store), LocalExecutor())
     for title, table in tables(Store(store)):
         console.print(as_table(table, title))
 
 
-def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
+def run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
     reporter = ProgressReporter(console)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, reporter.interrupt)
@@ -311,7 +311,7 @@ def _run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None
     resume.started = False
 
 
-def _print_store(store: Store, notes: list[str]) -> None:
+def print_store(store: Store, notes: list[str]) -> None:
     console.print(f"store {store.root}", style="dim", highlight=False, markup=False)
     for line in notes:
         console.print(f"  [yellow]note[/]: {escape(line)}", highlight=False)
@@ -319,7 +319,7 @@ def _print_store(store: Store, notes: list[str]) -> None:
 
 def _print_sweep(swept: Sweep, store: Store, part: Part) -> None:
     """Print a row per run of a sweep, and how much of it is computed once."""
-    _print_store(store, [*with_free_names(swept.plans, store, swept.bases), *swept.notes])
+    print_store(store, [*with_free_names(swept.plans, store, swept.bases), *swept.notes])
     selection = rerun(swept.plans, store, part)
     to_run = {step.key for step in selection.to_run()}
     console.print(as_table(sweep_table(selection.plans, store, to_run)))

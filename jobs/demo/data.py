@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from jobs.demo.gold import SLOTS, WORDS, concierge
@@ -11,6 +12,7 @@ from jobs.demo.gold import SLOTS, WORDS, concierge
 SEED = 2309  # the same bytes on every run
 DEMONSTRATIONS = 12_000  # enough to learn to copy a slot in one epoch
 PROMPTS = 340  # split into train and held-out by a hash of the prompt
+OTHER_PROMPTS = 200  # in other words than all others
 PREFERENCES = 6_000  # the ranker must compare, which is harder to learn than to answer
 TIME_SHARE = 0.4  # of guests who name a time; for the others a time is an invention
 JUDGE_TEMPERATURE = 0.7  # in points of gold; the judge is then wrong about one time in four
@@ -51,7 +53,7 @@ PHRASES = {"people": "for {}", "day": "on {}", "city": "in {}", "time": "at {}"}
 
 
 def files() -> dict[str, bytes]:
-    """Return `demonstrations.jsonl`, `prompts.jsonl` and `preferences.jsonl` by name; no prompt occurs twice in them.
+    """Return demonstrations, prompts, preferences, and prompts in other words by file; no prompt occurs twice in them.
 
     The order in which random numbers are drawn fixes the bytes of the files: a change to it makes another demo.
     """
@@ -78,7 +80,13 @@ def files() -> dict[str, bytes]:
         chosen, rejected = (first, second) if first_wins else (second, first)
         preferences.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
+    others = Random(SEED + 2)
+    other_prompts = [
+        {"prompt": _prompt(others, request, "other_requests")}
+        for request in islice(_distinct_requests(others), OTHER_PROMPTS)
+    ]
     tables = {"demonstrations": demonstrations, "prompts": prompts, "preferences": preferences}
+    tables["other_prompts"] = other_prompts
     return {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in tables.items()}
 
 
@@ -94,12 +102,12 @@ def _distinct_requests(rng: Random) -> Iterator[Request]:
             yield request
 
 
-def _prompt(rng: Random, request: Request) -> str:
+def _prompt(rng: Random, request: Request, words_of: str = "requests") -> str:
     """Return the request in a guest's words; a time, if there is one, follows the day."""
     words = {slot: _spell(slot, value) for slot, value in request.items()}
     if "time" in words:
         words["day"] += f" at {words['time']}"
-    return rng.choice(WORDS["requests"]).format(**words)
+    return rng.choice(WORDS[words_of]).format(**words)
 
 
 def _answer(rng: Random, clerks: Sequence[Clerk], request: Request) -> str:

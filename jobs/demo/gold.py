@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from stages.evaluation.evaluate import gold_reward
+from stages.ranking.rankers import verifiable
 
 WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 SLOTS: dict[str, list[str]] = WORDS["slots"]
@@ -45,3 +46,6 @@ def concierge(prompt: str, response: str) -> float:
     fillers, excess = sum(word in WORDS["fillers"] for word in response_words), max(0, len(response_words) - BRIEF)
     waste = FILLER * fillers + EXCESS * excess
     return slots + invented + manner + waste
+
+
+verifiable(concierge)  # also a ranker and an annotator, for what a perfect one would do; no method of the demo reads it

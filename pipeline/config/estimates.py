@@ -54,15 +54,22 @@ class StepCost:
 
 
 def step_costs(
-    plan: Plan, store: Store | None, profile: Profile, *, local: bool, machine: Device | None = None
+    plan: Plan,
+    store: Store | None,
+    profile: Profile,
+    *,
+    local: bool,
+    machine: Device | None = None,
+    manifests: list[Json] | None = None,
 ) -> list[StepCost]:
     """Return the costs of a plan's steps in their order.
 
     local: the steps run on this machine, so that its memory is theirs where the profile says nothing; machine: what
     networks are on here, by default the GPU or the RAM that there is. Without a store nothing is known of other runs.
+    manifests: those of the store (`finished_manifests`), for who asks about many plans.
     """
     machine = machine or (this_machine() if local else Device())
-    manifests = _manifests(store)
+    manifests = finished_manifests(store) if manifests is None else manifests
     finished = {manifest["key"]: manifest for manifest in manifests}
     inputs_seen: dict[str, InputStep] = {}
     work: dict[str, Work] = {}
@@ -141,7 +148,7 @@ def this_machine() -> Device:
         return Device("cuda", None)
 
 
-def _manifests(store: Store | None) -> list[Json]:
+def finished_manifests(store: Store | None) -> list[Json]:
     """Return the manifests of a store, the latest first; none of one that cannot be read, for nothing depends on it."""
     try:
         return sorted(store.sealed() if store else [], key=lambda manifest: manifest["made"], reverse=True)

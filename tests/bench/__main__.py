@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m tests.bench deaths|diagnose|mixes|optimize|rounding|soak|store`."""
+"""Command line of the benchmarks: `python -m tests.bench --help` lists them."""
 
 import os
 import tempfile
@@ -67,6 +67,26 @@ def diagnose(
     console.print(page(results), markup=False, highlight=False)
     if out:
         out.write_text(page(results), encoding="utf-8")
+
+
+@bench.command()
+def equal_kl(
+    config: Annotated[Path, typer.Option(help="the demo's")] = Path("demo/demo.yaml"),
+    store: StorePath = "demo/store",
+    finished: Annotated[bool, typer.Option("--finished", help="tables of what is finished; run nothing")] = False,
+    out: Annotated[Path | None, typer.Option(help="the same tables as a Markdown page")] = None,
+) -> None:
+    """Measure whether RSO is at least as good by gold as plain sampling where both are as far from the SFT policy."""
+    from tests.bench.equal_kl import measure, page
+
+    reporter = ProgressReporter(console)
+    try:
+        tables = measure(config, Store(store), reporter, finished)
+    finally:
+        reporter.close()
+    console.print(page(tables), markup=False, highlight=False)
+    if out:
+        out.write_text(page(tables), encoding="utf-8")
 
 
 @bench.command()

@@ -18,7 +18,12 @@ from jobs.recipes import plan_named
 ROOT = Path(__file__).parents[2]
 PROMPT = "Please book a boat for four on Friday in Oslo."
 RIGHT = "Gladly. I have booked a boat for four on Friday in Oslo. Enjoy your stay."
-SHA256 = {"demonstrations": "163d4aa34ededb7d", "prompts": "ea2dc25365fa81ec", "preferences": "6be92d1848547728"}
+SHA256 = {
+    "demonstrations": "163d4aa34ededb7d",
+    "prompts": "ea2dc25365fa81ec",
+    "preferences": "6be92d1848547728",
+    "other_prompts": "7b804f0ba68212da",
+}
 
 
 @pytest.fixture(scope="module")

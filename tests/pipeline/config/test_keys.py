@@ -22,7 +22,11 @@ from tests.pipeline.config.test_recipe import own_candidates_config, plan_of
 
 # Steps that are `like` another, and do not set this option themselves.
 CACHES = ("reference", "preference_reference")  # their dtype must be the trainer's, or the plan is refused
-ALIKE = {"optimize": ("only_preferences", "only_demonstrations"), "compare": ("compare_all",)}
+ALIKE = {
+    "optimize": ("only_preferences", "only_demonstrations"),
+    "compare": ("compare_all",),
+    **{f"sample@{n}": (f"judged_sample@{n}",) for n in (1, 2)},
+}
 # Another value for an option of each stage that has one; pair's are checked against its wires.
 CHANGES = {
     "untrained": "seed=7",
