@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from jobs import queries, recipes, resume
 from jobs.commands.app import (
-    DEFAULT_WORKERS,
     STORE,
     ClusterAddress,
     Configs,
@@ -225,7 +224,7 @@ def _executor(
     resources = recipes.load_resources(profile)
     check_memory(selection.plans, selection.to_run(), resources, local=address is None)
     if name is ExecutorName.ray or address:
-        executor = RayExecutor(workers or DEFAULT_WORKERS, address, resources)
+        executor = RayExecutor(workers, address, resources)
         selection.store.check()
         executor.check(selection.to_run())
         return executor

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.context import Progress, WarmCache
 from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
-from pipeline.resources import Resources
+from pipeline.resources import Resources, hide_gpus
 from schemas import MachineError
 
 PROGRESS_SECONDS = 0.5  # between two requests for progress
@@ -19,6 +19,8 @@ class StageWorker:
 
     def __init__(self, spec: StepSpec, resources: Resources) -> None:
         self.spec, self.resources, self.cache = spec, resources, WarmCache()
+        if resources.gpus == 0:
+            hide_gpus()
         self.progress_by_task: dict[Task, Progress] = {}
 
     def run_task(self, task: Task) -> None:
