@@ -267,11 +267,18 @@ def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
 
 @torch.no_grad()
 def forward_rows(
-    measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int
+    measure: Measure,
+    network: PreTrainedModel,
+    rows: Sequence[Row],
+    dtype: str,
+    budget: int,
+    *,
+    may_halve: bool = True,
 ) -> np.ndarray:
     """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order.
 
-    A row may have a mask as its third item: which of the response's ids count.
+    A row may have a mask as its third item: which of the response's ids count. budget: tokens of a pass; without memory
+    for them, it is halved, and stays so for this network, unless `may_halve` is False: a training has its own way.
     """
     # Responses by prompt.
     rows_of_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -285,9 +292,15 @@ def forward_rows(
     indices_of_group = list(rows_of_prompt.values())
     shared_prefix = uses_shared_prefix(network, groups)
 
-    # Again with half of the budget, of this network from now on, where the memory of its device is too small for it.
-    budget = min(budget, FITTING.get(network, budget))
-    while (values := _values(measure, network, groups, indices_of_group, dtype, budget, shared_prefix)) is None:
+    if may_halve:
+        budget = min(budget, FITTING.get(network, budget))
+    while True:
+        try:
+            return _measured(measure, network, groups, indices_of_group, dtype, budget, shared_prefix)
+        except RuntimeError as error:
+            if not may_halve or not is_out_of_memory(error):
+                raise
+        # Here the error is gone, and with its frames what the pass held.
         longest = max(map(longest_row, groups))
         if budget < longest:
             raise WinnowError(
@@ -298,10 +311,9 @@ def forward_rows(
         release(network.device)
         message = f"out of memory with {2 * budget:,} tokens in a forward pass; it goes on with {budget:,}"
         warnings.warn(message, WinnowWarning, stacklevel=2)
-    return np.array(values, dtype=np.float32)
 
 
-def _values(
+def _measured(
     measure: Measure,
     network: PreTrainedModel,
     groups: Sequence[PromptGroup],
@@ -309,8 +321,8 @@ def _values(
     dtype: str,
     budget: int,
     shared_prefix: bool,
-) -> list[np.ndarray] | None:
-    """Return `measure` of the groups' rows, by the rows' indices; None if a pass of so many tokens has no memory."""
+) -> np.ndarray:
+    """Return `measure` of the groups' rows, fp32, in the order of the rows' indices."""
     parts = [
         (group.part(part), [indices[m] for m in part])
         for group, indices in zip(groups, indices_of_group, strict=True)
@@ -325,16 +337,11 @@ def _values(
     # Batches of parts of similar length. A GPU's numbers are fetched one batch later: it computes while the next one
     # is packed.
     waiting: tuple[list[int], Tensor] | None = None
-    try:
-        for batch in batch_by_tokens([group for group, _ in parts], budget, shared_prefix):
-            measured = measure(network, [parts[n][0] for n in batch], dtype)
-            if waiting:
-                store(*waiting)
-            waiting = batch, measured
+    for batch in batch_by_tokens([group for group, _ in parts], budget, shared_prefix):
+        measured = measure(network, [parts[n][0] for n in batch], dtype)
         if waiting:
             store(*waiting)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None  # without the error, whose frames hold what the pass had
-    return values
+        waiting = batch, measured
+    if waiting:
+        store(*waiting)
+    return np.array(values, dtype=np.float32)

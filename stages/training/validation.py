@@ -186,9 +186,9 @@ class Validation:
         if self.sampling.logp_kind != "exact":
             return {}
         rows = [(prompt["token_ids"], row["token_ids"]) for prompt, drawn in draws for row in drawn]
-        logp = forward_rows(logp_of, network, rows, dtype, tokens_per_pass)
+        logp = forward_rows(logp_of, network, rows, dtype, tokens_per_pass, may_halve=False)
         with without_adapter(network):
-            reference = forward_rows(logp_of, network, rows, dtype, tokens_per_pass)
+            reference = forward_rows(logp_of, network, rows, dtype, tokens_per_pass, may_halve=False)
         return {VALIDATION + "kl": float((logp - reference).mean(dtype="float64"))}
 
 
