@@ -230,8 +230,8 @@ def _executor(
         return executor
     if profile:
         console.print(
-            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` of it is read, "
-            "and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
+            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` and `gpus` of it "
+            "are read, and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
             highlight=False,
         )
     return LocalExecutor(resources)
