@@ -121,9 +121,9 @@ def test_scoring_goes_on_with_half_the_budget(sharp: Model):
     small = SmallMemory(network, tokens=32)
     with pytest.warns(UserWarning, match=r"64 tokens in a forward pass; it goes on with 32"):
         values = forward_rows(logp_of, network, ROWS, "float32", 64)
-    assert values == pytest.approx(expected, abs=1e-5)
+    assert values == pytest.approx(expected, rel=1e-5)
     small.passes.clear()
-    assert forward_rows(logp_of, network, ROWS, "float32", 64) == pytest.approx(expected, abs=1e-5)
+    assert forward_rows(logp_of, network, ROWS, "float32", 64) == pytest.approx(expected, rel=1e-5)
     assert max(small.passes) <= 32
     assert forward.FITTING[network] == 32
 
