@@ -197,6 +197,7 @@ def values_by_key(
 
     judged: key of evaluate -> that of the win rate by a judge called gold, which counts where there is no gold reward.
     """
+    judged = judged or {}
     means = ", ".join(f"avg({metric}) AS {metric}" for metric in COLUMNS)
     listed = ", ".join(f"'{key}'" for key in keys)  # hashes, which manifests are checked for
     sql = f"SELECT key, prompt_id, {means} FROM outcomes WHERE key IN ({listed}) GROUP BY key, prompt_id ORDER BY ALL"

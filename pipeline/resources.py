@@ -1,5 +1,9 @@
 """What each stage's workers have, as a profile says it. Resources are never part of a key."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,16 +13,18 @@ from pipeline.registry import nearest, validated
 from schemas import WinnowError
 
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+CPU_WORKERS = 2  # of a step on a cluster without GPUs, unless the profile or the command says how many
 Amount = Annotated[float, Field(ge=0)]
 
 
 class Resources(BaseModel):
     """Resources of one worker of a stage, and how many workers the stage has.
 
-    A stage without `cpus` and `gpus` shares all that the cluster has among its workers; it has GPUs only if it reads a
-    model, be it for the tokenizer. `min_workers` stay up while their step waits for parts of the previous step, unless
-    another step waits for their resources. `max_workers` is the most there may be (None: `--workers`, or `min_workers`
-    if that is more). `gpu_memory` is what one GPU has: a step that cannot fit is refused when it is planned.
+    The workers of a stage without `cpus` share all that the cluster has. Without `gpus`, each has one if the stage
+    reads a model, be it for the tokenizer. `min_workers` stay up while their step waits for parts of the previous step,
+    unless another step waits for their resources. `max_workers` is the most there may be (None: `--workers`, or as many
+    as there are GPUs for, or `min_workers` if that is more). `gpu_memory` is what one GPU has: a step that cannot fit
+    is refused when it is planned.
     `piece_memory` GiB of its tables are read at a time by a stage that treats each prompt by itself.
     `in_flight` parts are with a worker at a time, so that its engine does not idle between two.
     """
@@ -56,6 +62,29 @@ class Resources(BaseModel):
         if problems:
             raise WinnowError(*problems)
         return self
+
+
+_current: ContextVar[Resources] = ContextVar("resources", default=Resources())  # noqa: B039 - frozen
+
+
+def current_resources() -> Resources:
+    """Return the resources of the worker whose task runs in this thread; without a task, those that set nothing."""
+    return _current.get()
+
+
+@contextmanager
+def working_with(resources: Resources) -> Iterator[None]:
+    """Let what runs inside have these resources as its own."""
+    token = _current.set(resources)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def hide_gpus() -> None:
+    """Let libraries of this process see no GPU: Ray leaves all of them visible to a worker that has reserved none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 class Profile(BaseModel):

@@ -94,10 +94,9 @@ ClusterAddress = Annotated[
     str | None,
     typer.Option("--address", help="with Ray: a cluster that this machine is part of, or auto; by default a new one"),
 ]
-DEFAULT_WORKERS = 2
 Workers = Annotated[
     int | None,
-    typer.Option(help=f"Ray workers per step, unless the profile sets them (default {DEFAULT_WORKERS})", min=1),
+    typer.Option(help="Ray workers per step, unless the profile sets them (default: one per GPU; 2 without)", min=1),
 ]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="resources per stage: a profile's name, or a file")]
 Name = Annotated[

@@ -9,7 +9,6 @@ import typer
 
 from jobs import bundle, recipes
 from jobs.commands.app import (
-    DEFAULT_WORKERS,
     STORE,
     Configs,
     Force,
@@ -110,7 +109,7 @@ def submit(
     flags += [("--name", run_name)] if run_name is not None else []
     flags += [
         *part.options.items(),
-        ("--workers", str(workers or DEFAULT_WORKERS)),
+        *([("--workers", str(workers))] if workers else []),
         ("--store", location),
         ("--address", "auto"),
     ]

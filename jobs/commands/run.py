@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from jobs import queries, recipes, resume
 from jobs.commands.app import (
-    DEFAULT_WORKERS,
     STORE,
     ClusterAddress,
     Configs,
@@ -249,14 +248,14 @@ def _executor(
     resources = recipes.load_resources(profile)
     check_memory(selection.plans, selection.to_run(), resources, local=address is None)
     if name is ExecutorName.ray or address:
-        executor = RayExecutor(workers or DEFAULT_WORKERS, address, resources)
+        executor = RayExecutor(workers, address, resources)
         selection.store.check()
         executor.check(selection.to_run())
         return executor
     if profile:
         console.print(
-            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` of it is read, "
-            "and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
+            f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` and `gpus` of it "
+            "are read, and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
             highlight=False,
         )
     return LocalExecutor(resources)

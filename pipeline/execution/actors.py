@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.context import Progress, WarmCache
 from pipeline.execution.tasks import StepSpec, Task, TaskResult, execute
 from pipeline.processes import end_orphans, end_with
-from pipeline.resources import Resources
+from pipeline.resources import Resources, hide_gpus
 from schemas import MachineError
 
 PROGRESS_SECONDS = 0.5  # between two requests for progress
@@ -24,6 +24,8 @@ class StageWorker:
         # Ray ends the workers of a raylet that has died only where their parent is then process 1.
         end_with(os.getppid())
         end_orphans()
+        if resources.gpus == 0:
+            hide_gpus()
         self.progress_by_task: dict[Task, Progress] = {}
 
     def run_task(self, task: Task) -> None:

@@ -17,7 +17,7 @@ from pipeline.execution.health import CHECK_SECONDS, ClusterHealth, LostClusterE
 from pipeline.execution.ray_executor import cluster_health, connect, end_own_cluster
 from pipeline.execution.retries import MAX_ATTEMPTS, failure, may_pass
 from pipeline.processes import end_with
-from pipeline.resources import Resources
+from pipeline.resources import Resources, hide_gpus, working_with
 from pipeline.store.storage import replace
 from schemas import MachineError, WinnowError, WinnowWarning
 
@@ -59,7 +59,8 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     # On this node: one that dies with a rank takes no reports with it
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    train: Any = partial(_train_on_rank, job, refusal, queue)  # Ray's types are those of its older API: no results
+    own = ctx.resources.model_copy(update={"cpus": resources["CPU"], "gpus": resources["GPU"]})
+    train: Any = partial(_train_on_rank, job, refusal, queue, own)  # Ray's types are those of its older API: no results
     trainer = TorchTrainer(
         train,
         torch_config=TorchConfig(backend="nccl" if resources["GPU"] else "gloo"),
@@ -128,11 +129,13 @@ def resources_per_rank(resources: Resources, world_size: int, cluster: dict[str,
     return needs
 
 
-def _train_on_rank(job: Job, refusal: Path, queue: "Queue") -> dict[str, Any] | None:
+def _train_on_rank(job: Job, refusal: Path, queue: "Queue", resources: Resources) -> dict[str, Any] | None:
     """Run the job on this rank. The first rank puts its attempts, progress and warnings into the queue."""
     import ray.train
 
     end_with(os.getppid())
+    if resources.gpus == 0:
+        hide_gpus()
     if refusal.exists():
         return None  # a rank raised a WinnowError, and Ray Train started all again: another attempt would not help
     is_first = ray.train.get_context().get_world_rank() == 0
@@ -155,7 +158,8 @@ def _train_on_rank(job: Job, refusal: Path, queue: "Queue") -> dict[str, Any] | 
         queue.put(STARTED)
         warnings.showwarning = show_warning
     try:
-        return job(report_progress)
+        with working_with(resources):
+            return job(report_progress)
     except WinnowError as error:
         replace(refusal, str(error).encode())
         raise  # so that Ray ends the other ranks, which may be waiting for this one

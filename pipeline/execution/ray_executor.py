@@ -17,7 +17,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.health import JOINED_SECONDS, OWN_SECONDS, ClusterHealth, LostClusterError
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
 from pipeline.processes import Guard
-from pipeline.resources import Profile, Resources
+from pipeline.resources import CPU_WORKERS, Profile, Resources
 from pipeline.store.store import StepFolder
 from schemas import COMMAND, MachineError, WinnowError
 
@@ -31,12 +31,18 @@ class RayExecutor(LocalExecutor):
     LocalExecutor do, because an actor would hold what its ranks need.
 
     `address` is a cluster's, "auto" for the one that this process belongs to, or None for a local one that ends with
-    this process. `workers` is the number of a step's workers if its profile has none.
+    this process. `workers` is the most workers of a step whose profile does not say; None: as many as there are GPUs
+    for, and CPU_WORKERS where it has none.
     """
 
     overlaps = True
 
-    def __init__(self, workers: int, address: str | None = None, profile: Profile = Profile()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        workers: int | None = None,
+        address: str | None = None,
+        profile: Profile = Profile(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__(profile)
         self.workers, self.address = workers, address
         self.pools: dict[StepFolder, ActorPool] = {}
@@ -58,7 +64,7 @@ class RayExecutor(LocalExecutor):
             parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
-            options, max_size = actor_options(resources, nodes, min(self.workers, parts), reads_model)
+            options, max_size = actor_options(resources, nodes, self.workers, parts, reads_model)
             has = resources.model_copy(update={"cpus": options["num_cpus"], "gpus": options["num_gpus"]})
             self.pools[spec.out] = ActorPool(spec, has, options, max_size)
         pool = self.pools[spec.out]
@@ -121,20 +127,25 @@ class RayExecutor(LocalExecutor):
         super().close()
 
 
-def actor_options(resources: Resources, nodes: Nodes, workers: int, reads_model: bool) -> tuple[dict[str, Any], int]:
-    """Return Ray's options for an actor, and how many actors there may be.
+def actor_options(
+    resources: Resources, nodes: Nodes, workers: int | None, parts: int, reads_model: bool
+) -> tuple[dict[str, Any], int]:
+    """Return Ray's options for an actor, and how many actors there may be, at most one per part.
 
-    What `resources` do not set is an equal share of the cluster; a stage that reads no model has no use for a GPU.
+    Where `resources` do not say, a stage that reads a model has one worker per GPU, with that GPU (or per as many as
+    one of its workers reserves), and CPUs are divided equally; one that reads none has no use for a GPU.
     """
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if reads_model else 0
-    max_size = resources.max_workers or max(1, resources.min_workers, min(workers, gpus or cpus))
-    # At least one of a kind that there is, and never more than a single node has: an actor cannot span nodes
-    share = {kind: min(max(total // max_size, min(total, 1)), int(max(node.get(kind, 0) for node in nodes)))
-             for kind, total in (("CPU", cpus), ("GPU", gpus))}  # fmt: skip
+    per_worker = 1 if resources.gpus is None else resources.gpus
+    room = int(gpus / per_worker) if gpus and per_worker else cpus
+    wanted = workers or (room if gpus and per_worker else CPU_WORKERS)
+    max_size = resources.max_workers or max(1, resources.min_workers, min(wanted, room, parts))
+    # At least one CPU, and never more than a single node has: an actor cannot span nodes
+    share = min(cpus // max_size, int(max(node.get("CPU", 0) for node in nodes)))
     options = {
-        "num_cpus": max(1, share["CPU"]) if resources.cpus is None else resources.cpus,
-        "num_gpus": share["GPU"] if resources.gpus is None else resources.gpus,
+        "num_cpus": max(1, share) if resources.cpus is None else resources.cpus,
+        "num_gpus": min(1, gpus) if resources.gpus is None else resources.gpus,
         "memory": None if resources.memory is None else int(resources.memory * 2**30),
         "accelerator_type": resources.accelerator_type,
         "scheduling_strategy": "SPREAD",

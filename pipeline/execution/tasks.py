@@ -18,7 +18,7 @@ from pipeline.config.keys import content_paths
 from pipeline.config.plan import Step
 from pipeline.context import ProgressCallback, StageContext, WarmCache
 from pipeline.registry import Entry
-from pipeline.resources import Resources
+from pipeline.resources import Resources, working_with
 from pipeline.stage import Input, StageSignature, signature_of
 from pipeline.store.fingerprints import digests_of, model_digest
 from pipeline.store.storage import download, named, send, sync_tree
@@ -130,7 +130,8 @@ def execute(
     """Run one task: read its inputs, call the stage, check the tables against their schemas, and write them."""
     signature = spec.signature
     keys = {name: source.path.name for name, source in spec.sources.items()}  # no manifest records them yet
-    with named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
+    running = working_with(resources)
+    with running, named(spec.out.path), cache.clock.share() as seconds, local_folder(spec.out) as folder:
         title = f"{spec.run} {spec.name}".strip()
         earlier = [partial(folder.read, shard=task.shard, of=spec.shards) for folder in spec.earlier]
         ctx = StageContext(folder, cache, progress, resources, spec.out.path, title, earlier)

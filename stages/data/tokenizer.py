@@ -64,9 +64,10 @@ class Tokenizer:
         template, and what the template refuses, does not render, or renders differently once an answer follows.
         """
         conversation = _conversation(prompt)
-        if self._last_prompt is None or self._last_prompt[0] != conversation:  # both responses of a pair ask for it
-            self._last_prompt = conversation, self._prompt_ids(conversation)
-        return list(self._last_prompt[1])
+        last = self._last_prompt  # which another thread may replace meanwhile
+        if last is None or last[0] != conversation:  # both responses of a pair ask for it
+            last = self._last_prompt = conversation, self._prompt_ids(conversation)
+        return list(last[1])
 
     def _prompt_ids(self, conversation: Conversation) -> list[int]:
         if self.inner.chat_template is None:

@@ -4,18 +4,21 @@ Nothing here depends on what else a device holds at the moment, only on the devi
 interrupted must compute what it would have computed.
 """
 
+import gc
 import os
+import subprocess
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.costs import GIB, Device
-from pipeline.resources import Resources
-from schemas import WinnowWarning
+from pipeline.resources import Resources, current_resources
+from schemas import MachineError, WinnowError, WinnowWarning
 from stages.limits import KEPT_FRACTION, LOGITS_AT_ONCE
 
 CPU = torch.device("cpu")
@@ -30,8 +33,81 @@ FLASH_HEAD_SIZE = 256  # of torch's flash attention at most, in multiples of 8
 
 
 def default_device() -> torch.device:
-    """Return where networks go: to the first GPU that this process sees, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return where networks go: to the first GPU that this process sees, or the CPU.
+
+    That is the CPU, too, for a worker whose profile gives it no GPU. Raises WinnowError where a worker has reserved
+    more GPUs than one network is computed on: the others would be idle, and nobody else could have them.
+    """
+    resources = current_resources()
+    if (resources.gpus or 0) > 1:
+        raise WinnowError(
+            f"profile: a worker reserves gpus: {resources.gpus:g}, and torch computes a network on one: set `gpus: 1`, "
+            "and `max_workers` to as many workers as there are GPUs (of training, `world_size`)"
+        )
+    return torch.device("cuda" if resources.gpus != 0 and torch.cuda.is_available() else "cpu")
+
+
+def free_memory(device: torch.device) -> tuple[float, float] | None:
+    """Return the bytes of a GPU that are free, and all of them; None for a CPU, whose memory the system lends out."""
+    if device.type == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return float(free), float(total)
+
+
+def check_free_memory(needed: float, device: torch.device, what: str, cure: str) -> None:
+    """Raise MachineError if a device lacks free memory for what is started next, with who holds it and the cure.
+
+    What this process holds without using it is freed first.
+    """
+    memory = free_memory(device)
+    if memory is None or memory[0] >= needed:
+        return
+    release(device)
+    if (memory := free_memory(device)) is None or memory[0] >= needed:
+        return
+    free, total = memory
+    raise MachineError(
+        f"{what} takes {needed / GIB:.2f} GiB, and {device} has {free / GIB:.2f} of its {total / GIB:.2f} GiB free; "
+        f"it is held by {gpu_holders() or 'a process that nvidia-smi does not name'}; end what holds it, or {cure}"
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more, and what torch keeps of a GPU's memory for itself."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device had no memory left: a GPU has a class for it, a CPU's allocator only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def gpu_holders() -> str:
+    """Return which processes hold memory of the GPUs that this one sees, as nvidia-smi knows them; "" if none."""
+    rows = nvidia_smi("--query-compute-apps=pid,used_memory,process_name")
+    names = []
+    for pid, used, name in (row for row in rows if len(row) == 3):
+        size = f"{float(used) / 1024:.1f} GiB" if used.isdecimal() else "of unknown size"
+        names.append("this process" if pid == str(os.getpid()) else f"process {pid} ({Path(name).name})")
+        names[-1] += f", {size}"
+    return "; ".join(names)
+
+
+def nvidia_smi(query: str) -> list[list[str]]:
+    """Return the answer of nvidia-smi to a query, of the GPUs that this process sees, as rows; empty without an answer.
+
+    Unlike torch, it leaves no context of this process on them.
+    """
+    ids = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", *([f"--id={ids}"] if ids else [])]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
 
 
 def say_precision() -> None:
@@ -58,6 +134,15 @@ def logits_at_once(device: torch.device) -> int:
 def kept_bytes(device: torch.device) -> int:
     """Return how many bytes of probabilities a forward pass may keep for its backward pass; beyond, they are redone."""
     return int(torch.cuda.get_device_properties(device).total_memory * KEPT_FRACTION) if device.type == "cuda" else 0
+
+
+def prompts_per_call(device: torch.device) -> int:
+    """Return the responses of how many prompts are scored in one call, by a ranker's network.
+
+    On a GPU as many as fill some passes, whose last one is seldom full. A CPU gains nothing from full passes, and with
+    one prompt a number depends on no other.
+    """
+    return 1 if device.type == "cpu" else 8
 
 
 def memory_of(device: torch.device, resources: Resources) -> Device:

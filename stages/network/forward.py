@@ -7,7 +7,7 @@ so that a cached number is the trainer's own.
 
 import warnings
 from collections.abc import Callable, Sequence
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from schemas import WinnowError, WinnowWarning
-from stages.network.device import CPU, TRIAL_TOLERANCE, autocast
+from stages.network.device import CPU, TRIAL_TOLERANCE, autocast, is_out_of_memory, release
 from stages.network.lm_head import lm_head_of, token_logp
 from stages.network.packing import (
     Ids,
@@ -37,6 +37,8 @@ Row = tuple[Ids, Ids] | tuple[Ids, Ids, Mask]  # prompt, response, and which of 
 Measure = Callable[[PreTrainedModel, Sequence[PromptGroup], str], Tensor]
 TRIAL = (PromptGroup([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), PromptGroup([1, 6], [[1, 8, 0], [3]]))
 LINEAR_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are those of `lm_head.LMHead`
+# Tokens per pass of networks for which those that were asked for had no memory.
+FITTING: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 WARNED: WeakSet[PreTrainedModel] = WeakSet()  # networks whose window was reported as too short
 
 
@@ -265,13 +267,20 @@ def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
 
 @torch.no_grad()
 def forward_rows(
-    measure: Measure, network: PreTrainedModel, rows: Sequence[Row], dtype: str, budget: int
+    measure: Measure,
+    network: PreTrainedModel,
+    rows: Sequence[Row],
+    dtype: str,
+    budget: int,
+    *,
+    may_halve: bool = True,
 ) -> np.ndarray:
     """Return `measure` of any number of (prompt ids, response ids) without gradients, fp32 [N, ...], in their order.
 
-    A row may have a mask as its third item: which of the response's ids count.
+    A row may have a mask as its third item: which of the response's ids count. budget: tokens of a pass; without memory
+    for them, it is halved, and stays so for this network, unless `may_halve` is False: a training has its own way.
     """
-    # Responses by prompt, cut into parts that fit the budget alone: (group, indices of its rows).
+    # Responses by prompt.
     rows_of_prompt: dict[tuple[int, ...], list[int]] = {}
     for n, (prompt, *_) in enumerate(rows):
         rows_of_prompt.setdefault(tuple(prompt), []).append(n)
@@ -280,17 +289,59 @@ def forward_rows(
         PromptGroup(prompt, [rows[n][1] for n in indices], masks=[masks[n] for n in indices])
         for prompt, indices in rows_of_prompt.items()
     ]
+    indices_of_group = list(rows_of_prompt.values())
     shared_prefix = uses_shared_prefix(network, groups)
+
+    if may_halve:
+        budget = min(budget, FITTING.get(network, budget))
+    while True:
+        try:
+            return _measured(measure, network, groups, indices_of_group, dtype, budget, shared_prefix)
+        except RuntimeError as error:
+            if not may_halve or not is_out_of_memory(error):
+                raise
+        # Here the error is gone, and with its frames what the pass held.
+        longest = max(map(longest_row, groups))
+        if budget < longest:
+            raise WinnowError(
+                f"out of memory on {network.device} in a pass of one response, of {longest:,} tokens with its prompt; "
+                "set `dtype: bfloat16` for this step if it is float32, lower `max_tokens`, or use a larger device"
+            )
+        FITTING[network] = budget = budget // 2
+        release(network.device)
+        message = f"out of memory with {2 * budget:,} tokens in a forward pass; it goes on with {budget:,}"
+        warnings.warn(message, WinnowWarning, stacklevel=2)
+
+
+def _measured(
+    measure: Measure,
+    network: PreTrainedModel,
+    groups: Sequence[PromptGroup],
+    indices_of_group: Sequence[list[int]],
+    dtype: str,
+    budget: int,
+    shared_prefix: bool,
+) -> np.ndarray:
+    """Return `measure` of the groups' rows, fp32, in the order of the rows' indices."""
     parts = [
         (group.part(part), [indices[m] for m in part])
-        for group, indices in zip(groups, rows_of_prompt.values(), strict=True)
+        for group, indices in zip(groups, indices_of_group, strict=True)
         for part in split_responses(group, budget, shared_prefix)
     ]
+    values: list[np.ndarray] = [np.empty(0)] * sum(map(len, indices_of_group))
 
-    # Batches of parts of similar length; their values go back to the rows' order.
-    values: list[np.ndarray] = [np.empty(0)] * len(rows)
-    for batch in batch_by_tokens([group for group, _ in parts], budget, shared_prefix):
-        measured = measure(network, [parts[n][0] for n in batch], dtype).cpu().numpy()
-        for row, value in zip([row for n in batch for row in parts[n][1]], measured, strict=True):
+    def store(batch: list[int], measured: Tensor) -> None:
+        for row, value in zip([row for n in batch for row in parts[n][1]], measured.cpu().numpy(), strict=True):
             values[row] = value
+
+    # Batches of parts of similar length. A GPU's numbers are fetched one batch later: it computes while the next one
+    # is packed.
+    waiting: tuple[list[int], Tensor] | None = None
+    for batch in batch_by_tokens([group for group, _ in parts], budget, shared_prefix):
+        measured = measure(network, [parts[n][0] for n in batch], dtype)
+        if waiting:
+            store(*waiting)
+        waiting = batch, measured
+    if waiting:
+        store(*waiting)
     return np.array(values, dtype=np.float32)

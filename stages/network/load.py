@@ -33,7 +33,7 @@ from pipeline.store.storage import named
 from pipeline.store.weights import let_others_read, weight_files
 from schemas import Model, WinnowError
 from stages.model_config import CLASSIFIER, FROM_FOLDER, ModelConfig
-from stages.network.device import THREADS, can_compile, default_device, say_precision
+from stages.network.device import THREADS, can_compile, check_free_memory, default_device, say_precision
 from stages.network.forward import share_prefixes
 from stages.network.heap import give_back
 from stages.network.prefix_attention import NAME, shared_prefix_attention
@@ -66,12 +66,20 @@ def load_network(
         check_head(network)
     if adapt:
         adapt(network)
-    network.to(default_device())
+    move_to(network, default_device())
     share_prefixes(network.eval(), dtype)
     if dtype == "bfloat16" and not train:
         round_linear_layers(network)
     network.close = partial(free, network)  # what a `WarmCache` calls
     return network
+
+
+def move_to(network: PreTrainedModel, device: torch.device) -> None:
+    """Move a network's weights to a device; raise MachineError, with who holds its memory, if they do not fit there."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    cure = "reserve a GPU for this step alone (`gpus: 1` in the profile, `--executor ray`)"
+    check_free_memory(size, device, f"{type(network).__name__} (its weights alone)", cure)
+    network.to(device)
 
 
 def free(network: PreTrainedModel) -> None:

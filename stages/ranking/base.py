@@ -1,9 +1,11 @@
 """Interface of rankers: `Ranker` compares two responses, `Scorer` scores one alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -16,7 +18,15 @@ from stages.data.texts import Conversation, conversation_of, reply_of_candidate
 # What a ranker reads of a response, hashable and sortable: its text, unless `Ranker.read` says otherwise.
 Reading = Any
 ReadingPair = tuple[Reading, Reading]
+Question = tuple[str, Sequence[ReadingPair]]  # a prompt as text, and pairs of responses to it
+Logits = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # of pairs: mean, read as they stand, read the other way
+T = TypeVar("T")
+Prepared = TypeVar("Prepared")
 PairFormat = Literal["marks", "chat", "rlhflow"]  # of the pairwise ranker's prompt (stages/ranking/pairwise.py)
+KEPT_ENCODINGS = 4096  # texts whose ids a ranker keeps: those of two times eight prompts with 64 responses, twice
+# Asked about at once where an engine or a server has a batch of its own to fill: with 8 votes on each of 4 pairs, four
+# times what is in vLLM's queue; of 64 responses, ids of some 300 MB.
+PROMPTS_OF_ENGINE = 128
 SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
 QUESTION = """\
 Which of two responses to a prompt is better?
@@ -62,10 +72,14 @@ class Ranker(ABC):
 
     symmetric: reading a pair in the other order gives the same answer, so it is read in one order only.
     abstains: a logit may be nan, which means that the ranker has no verdict on that pair.
+    prompts_at_once: how many prompts of a part `logits_by_prompt` is asked about in one call.
+    reads_ahead: `read` and `fits` may be called in a thread while `logits_by_prompt` is running.
     """
 
     symmetric = False
     abstains = False
+    prompts_at_once = 1
+    reads_ahead = False
 
     def read(self, context: str, response: Response) -> Reading | None:
         """Return what the other methods take as a response: its text, by default.
@@ -81,6 +95,10 @@ class Ranker(ABC):
     @abstractmethod
     def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
         """Return logit P(first beats second) of each pair, nats, float64 [N]."""
+
+    def logits_by_prompt(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Return the logits of each prompt's pairs: those of `logits`, one prompt after the other, by default."""
+        return [self.logits(context, pairs) for context, pairs in questions]
 
     def finish_part(self, ctx: StageContext) -> None:  # noqa: B027 - optional
         """Count what was read since the last call, and raise WinnowError if it is of no use: nothing, by default."""
@@ -98,14 +116,26 @@ class Scorer(Ranker):
     def fits(self, context: str, first: Reading, second: Reading) -> bool:
         return True
 
-    def scores(self, context: str, texts: Sequence[Reading]) -> dict[Reading, float]:
-        """Return scores by reading. Equal ones are scored once, in sorted order, so that their order has no effect."""
-        unique = sorted(set(texts))
-        return dict(zip(unique, self.score(context, unique).tolist(), strict=True))
+    def score_by_prompt(self, questions: Sequence[tuple[str, Sequence[Reading]]]) -> list[np.ndarray]:
+        """Return the scores of each prompt's readings: those of `score`, one prompt after the other, by default."""
+        return [self.score(context, texts) for context, texts in questions]
+
+    def scores(self, questions: Sequence[tuple[str, Sequence[Reading]]]) -> list[dict[Reading, float]]:
+        """Return scores by reading, of each prompt. Equal ones are scored once, in sorted order."""
+        unique = [(context, sorted(set(texts))) for context, texts in questions]
+        scored = zip(unique, self.score_by_prompt(unique), strict=True)
+        return [dict(zip(texts, scores.tolist(), strict=True)) for (_, texts), scores in scored]
 
     def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
-        score_by_text = self.scores(context, [text for pair in pairs for text in pair])
-        return np.array([score_by_text[first] - score_by_text[second] for first, second in pairs], dtype=np.float64)
+        (logits,) = self.logits_by_prompt([(context, pairs)])
+        return logits
+
+    def logits_by_prompt(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        scored = self.scores([(context, [text for pair in pairs for text in pair]) for context, pairs in questions])
+        return [
+            np.array([scores[first] - scores[second] for first, second in pairs], dtype=np.float64)
+            for (_, pairs), scores in zip(questions, scored, strict=True)
+        ]
 
 
 def text_of(candidate: Row, special_tokens: bool) -> str:
@@ -141,16 +171,47 @@ def read_candidates(
     return readings
 
 
-def fits_or_reject(
-    ranker: Ranker, context: str, pair: ReadingPair, ctx: StageContext, *, place: str, prompt: str, candidate: str
-) -> bool:
-    """Return whether the ranker can read the pair; if not, record the candidate in the `rejects` table."""
+def unfit_reason(ranker: Ranker, context: str, pair: ReadingPair) -> str | None:
+    """Return why the ranker cannot read the pair, None if it can."""
     unreadable = [reading for reading in pair if isinstance(reading, Unreadable)]
     if not unreadable and ranker.fits(context, *pair):
-        return True
-    reason = unreadable[0].reason if unreadable else Unreadable.reason
-    ctx.reject(reason, place=place, prompt=prompt, candidate=candidate)
-    return False
+        return None
+    return unreadable[0].reason if unreadable else Unreadable.reason
+
+
+def prepared_batches(
+    ranker: Ranker, items: Iterable[T], prepare: Callable[[T], Prepared]
+) -> Iterator[Sequence[Prepared]]:
+    """Yield what `prepare` returns of each prompt, as many prompts at a time as the ranker is asked about at once.
+
+    While a batch is with the caller, the next is prepared in a thread, if the ranker `reads_ahead`: texts are encoded
+    while a device computes. There is one such thread, so that prompts are prepared in their order.
+    """
+    items, size = list(items), ranker.prompts_at_once
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    if not ranker.reads_ahead or len(batches) < 2:
+        yield from ([prepare(item) for item in batch] for batch in batches)
+        return
+    with ThreadPoolExecutor(1) as thread:
+
+        def submit(batch: Sequence[T]) -> Callable[[], list[Prepared]]:
+            return thread.submit(lambda: [prepare(item) for item in batch]).result
+
+        upcoming = submit(batches[0])
+        for batch in [*batches[1:], []]:
+            prepared, upcoming = upcoming(), submit(batch)
+            yield prepared
+
+
+def in_calls(
+    call: Callable[[Sequence[T]], np.ndarray], rows_by_prompt: Sequence[Sequence[T]], *, of_one: bool
+) -> list[np.ndarray]:
+    """Return the values of each prompt's rows: from a call for each prompt, or from one call for all of them."""
+    if of_one:
+        return [call(rows) for rows in rows_by_prompt]
+    values = call([row for rows in rows_by_prompt for row in rows])
+    ends = accumulate(map(len, rows_by_prompt))
+    return [values[end - len(rows) : end] for rows, end in zip(rows_by_prompt, ends, strict=True)]
 
 
 def reads_per_pair(ranker: Ranker, orders: str) -> int:
@@ -158,16 +219,19 @@ def reads_per_pair(ranker: Ranker, orders: str) -> int:
     return 1 if orders == "one" or ranker.symmetric else 2
 
 
-def both_orders(
-    ranker: Ranker, context: str, pairs: Sequence[ReadingPair], orders: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return logit P(first beats second): the mean of both orders, read as (first, second), and as (second, first).
+def both_orders(ranker: Ranker, questions: Sequence[Question], orders: str) -> list[Logits]:
+    """Return logit P(first beats second) of each prompt's pairs: the mean of both orders, and the logit in each.
 
-    The second order is read only for `orders` "both" and a ranker that is not symmetric; else the last is None.
+    These are of pairs read as (first, second), and as (second, first). The second order is read only for `orders`
+    "both" and a ranker that is not symmetric; else the last is None. All is asked in one call.
     """
-    forward = ranker.logits(context, pairs)
     if reads_per_pair(ranker, orders) == 1:
-        return forward, forward, None
-    backward = -ranker.logits(context, [(second, first) for first, second in pairs])
+        return [(logits, logits, None) for logits in ranker.logits_by_prompt(questions)]
+    swapped = [(context, [(second, first) for first, second in pairs]) for context, pairs in questions]
+    # A prompt's orders follow each other: they share its texts.
+    asked = [question for of_prompt in zip(questions, swapped, strict=True) for question in of_prompt]
+    both = ranker.logits_by_prompt(asked)
     # The mean of logits, not of probabilities: it cancels a position bias exactly.
-    return (forward + backward) / 2, forward, backward
+    return [
+        ((forward - backward) / 2, forward, -backward) for forward, backward in zip(both[0::2], both[1::2], strict=True)
+    ]

@@ -1,6 +1,7 @@
 """Stage `compare`: logits of the ranker on pairs of a prompt's candidates, mostly of the few that were selected."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import inf, isnan, nan
 from typing import Annotated, Any, Literal
@@ -12,14 +13,24 @@ from pipeline.costs import Cost
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import Unreadable, both_orders, fits_or_reject, read_candidates, reads_per_pair
+from stages.ranking.base import (
+    Ranker,
+    Reading,
+    ReadingPair,
+    Unreadable,
+    both_orders,
+    prepared_batches,
+    read_candidates,
+    reads_per_pair,
+    unfit_reason,
+)
 from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import calls
 
 IdPair = tuple[str, str]
-Prefer = Callable[[list[IdPair]], list[float]]
+Rounds = Generator[list[IdPair], list[float], list[Row]]  # pairs of a round, their logits, all matches
 
 
 def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -63,8 +74,10 @@ def compare(
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
     candidate_by_id = RowsById((row["candidate_id"], row) for row in candidates.to_pylist())
     table, order = (candidates, "k") if selections is None else (selections, "draw")
-    rows: list[Row] = []
-    for prompt, group in rows_by_prompt(table):
+
+    def prepare(item: tuple[str, list[Row]]) -> Bracket:
+        """Return the players of a prompt, and the matches of their first round."""
+        prompt, group = item
         context = prompt_by_id[prompt]["text"]
         responses = [candidate_by_id[row["candidate_id"]] for row in group]
         readings = read_candidates(opened, prompt_by_id[prompt], responses, special_tokens)
@@ -75,67 +88,100 @@ def compare(
             for row in responses
         }
         players = [row["candidate_id"] for row in sorted(group, key=lambda row: row[order])]
+        rejects = []
         while len(players) > 1:
             longest, second = sorted(players, key=lambda player: (-lengths[player], player))[:2]
-            ids = dict(place="selections", prompt=prompt, candidate=longest)
-            if fits_or_reject(opened, context, (readings[longest], readings[second]), ctx, **ids):
+            reason = unfit_reason(opened, context, (readings[longest], readings[second]))
+            if reason is None:
                 break
+            rejects.append(dict(reason=reason, place="selections", candidate=longest))
             players.remove(longest)
         if len(players) < 2:
-            ctx.reject("one candidate", place=rule, prompt=prompt, detail=f"of {len(group)}")
+            rejects.append(dict(reason="one candidate", place=rule, detail=f"of {len(group)}"))
         elif rule == "first_round" and len(players) % 2:
-            ctx.reject(
-                "no neighbour", place=rule, prompt=prompt, candidate=players[-1], detail=f"last of {len(players)}"
-            )
+            detail = f"last of {len(players)}"
+            rejects.append(dict(reason="no neighbour", place=rule, candidate=players[-1], detail=detail))
+        bracket = Bracket(prompt, context, readings, rejects, matches_of(rule, players))
+        bracket.advance(opened, None)
+        return bracket
 
-        unfit: set[IdPair] = set()  # texts can have fewer characters than others, and more tokens
+    rows: list[Row] = []
+    for batch in prepared_batches(opened, rows_by_prompt(table), prepare):
+        # A round of each prompt's matches at a time.
+        while running := [bracket for bracket in batch if bracket.pairs is not None]:
+            asked = [(bracket.context, bracket.fitting_readings()) for bracket in running]
+            ctx.count(ranker_calls=sum(len(pairs) for _, pairs in asked) * reads_per_pair(opened, orders))
+            for bracket, (mean, *_) in zip(running, both_orders(opened, asked, orders), strict=True):
+                bracket.advance(opened, mean.tolist())
 
-        def prefer(
-            pairs: list[IdPair],
-            context: str = context,
-            readings: dict[str, Any] = readings,
-            unfit: set[IdPair] = unfit,
-        ) -> list[float]:
-            unfit |= {pair for pair in pairs if not opened.fits(context, *(readings[name] for name in pair))}
-            fitting = [pair for pair in pairs if pair not in unfit]
-            ctx.count(ranker_calls=len(fitting) * reads_per_pair(opened, orders))
-            mean, *_ = both_orders(
-                opened, context, [(readings[left], readings[right]) for left, right in fitting], orders
-            )
-            logits = dict(zip(fitting, mean.tolist(), strict=True))
-            return [logits.get(pair, nan) for pair in pairs]
-
-        for match in matches_of(rule, players, prefer):
-            if (match["left_id"], match["right_id"]) in unfit:
-                ids = dict(place=rule, prompt=prompt, candidate=match["left_id"])
-                ctx.reject(Unreadable.reason, detail=match["right_id"], **ids)
-            elif opened.abstains and isnan(match["logit"]):
-                ids = dict(place=rule, prompt=prompt, candidate=match["left_id"])
-                ctx.reject("no verdict", detail=match["right_id"], **ids)
-            else:
-                rows.append(dict(prompt_id=prompt) | match)
+        for bracket in batch:
+            for reject in bracket.rejects:
+                ctx.reject(prompt=bracket.prompt, **reject)
+            for match in bracket.matches:
+                ids = dict(place=rule, prompt=bracket.prompt, candidate=match["left_id"], detail=match["right_id"])
+                if (match["left_id"], match["right_id"]) in bracket.unfit:
+                    ctx.reject(Unreadable.reason, **ids)
+                elif opened.abstains and isnan(match["logit"]):
+                    ctx.reject("no verdict", **ids)
+                else:
+                    rows.append(dict(prompt_id=bracket.prompt) | match)
     opened.finish_part(ctx)
     table = pa.Table.from_pylist(rows, schema=COMPARISONS)
     return reject_not_finite(table, "logit", ctx, place="comparisons", candidate="left_id")
 
 
-def matches_of(rule: str, players: list[str], prefer: Prefer) -> Iterator[Row]:
-    """Yield the matches of one prompt's candidates, without `prompt_id`.
+@dataclass
+class Bracket:
+    """Matches of a prompt's candidates: those of one round are asked about, and their logits give the next."""
 
-    In a tournament winners advance (without a verdict, nan, the left one), and an odd last player has a bye, after
-    which it is the first: at the end, it would have another in the next round, and be in the final of five by byes
-    alone. first_round is its first round.
-    prefer: logits P(left beats right) of the pairs of a tournament round.
+    prompt: str
+    context: str
+    readings: dict[str, Reading | Unreadable]
+    rejects: list[dict[str, str]]
+    rounds: Rounds
+    pairs: list[IdPair] | None = None  # of this round; None after the last
+    unfit: set[IdPair] = field(default_factory=set)  # texts can have fewer characters than others, and more tokens
+    matches: list[Row] = field(default_factory=list)  # of all rounds, once there is none left
+
+    def fitting_readings(self) -> list[ReadingPair]:
+        """Return the readings of this round's pairs that fit the ranker."""
+        pairs = [pair for pair in self.pairs or [] if pair not in self.unfit]
+        return [(self.readings[left], self.readings[right]) for left, right in pairs]
+
+    def advance(self, ranker: Ranker, logits: list[float] | None) -> None:
+        """Go to the next round, from the logits of this round's pairs that fit; None: to the first."""
+        try:
+            if logits is None:
+                self.pairs = next(self.rounds)
+            else:
+                given = iter(logits)
+                self.pairs = self.rounds.send([nan if pair in self.unfit else next(given) for pair in self.pairs or []])
+        except StopIteration as end:
+            self.pairs, self.matches = None, end.value
+            return
+        self.unfit |= {
+            pair for pair in self.pairs if not ranker.fits(self.context, *(self.readings[name] for name in pair))
+        }
+
+
+def matches_of(rule: str, players: list[str]) -> Rounds:
+    """Yield the pairs of a round of one prompt's candidates, and take their logits P(left beats right); return rows.
+
+    These are the matches, without `prompt_id`. In a tournament winners advance (without a verdict, nan, the left one),
+    and an odd last player has a bye, after which it is the first: at the end, it would have another in the next round,
+    and be in the final of five by byes alone. first_round is its first round.
     """
+    matches: list[Row] = []
     tournament_round = 0
     while len(players) > 1:
         neighbours = zip(players[0::2], players[1::2], strict=False)
         pairs = list(combinations(players, 2) if rule == "all_pairs" else neighbours)
-        logits = prefer(pairs)
+        logits = yield pairs
         for (left, right), logit in zip(pairs, logits, strict=True):
-            yield dict(left_id=left, right_id=right, logit=logit, round=tournament_round)
+            matches.append(dict(left_id=left, right_id=right, logit=logit, round=tournament_round))
         if rule != "tournament":
             break
         winners = [right if logit < 0 else left for (left, right), logit in zip(pairs, logits, strict=True)]
         players = players[2 * len(pairs) :] + winners
         tournament_round += 1
+    return matches

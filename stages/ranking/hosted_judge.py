@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pipeline import StageContext
 from schemas import WinnowError
 from stages.endpoint import Endpoint, EndpointClient
-from stages.ranking.base import Ranker
+from stages.ranking.base import PROMPTS_OF_ENGINE, Question, Ranker
 
 PATH = "/chat/completions"
 LABELS = ("A", "B")
@@ -50,6 +50,7 @@ class HostedJudge(Ranker):
     """
 
     abstains = True
+    prompts_at_once = PROMPTS_OF_ENGINE  # the server's batch stays full
 
     def __init__(self, endpoint: Endpoint, template: str, max_without_verdict: float) -> None:
         self.endpoint, self.template, self.max_without_verdict = endpoint, template, max_without_verdict
@@ -67,10 +68,17 @@ class HostedJudge(Ranker):
         return True
 
     def logits(self, context: str, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Return log P(A) - log P(B) of the first token of each answer, nats, float64 [N]; nan without a verdict."""
+        (logits,) = self.logits_by_prompt([(context, pairs)])
+        return logits
 
-        def body(pair: tuple[str, str]) -> dict[str, Any]:
-            question = self.template.format(prompt=context, a=pair[0], b=pair[1])
+    def logits_by_prompt(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Return log P(A) - log P(B) of the first token of each answer, nats, float64 [N] of each prompt.
+
+        Without a verdict it is nan. A question that is asked twice of a prompt has one answer.
+        """
+
+        def body(n: int, pair: tuple[str, str]) -> dict[str, Any]:
+            question = self.template.format(prompt=questions[n][0], a=pair[0], b=pair[1])
             return {
                 "model": self.endpoint.model,
                 "messages": [{"role": "user", "content": question}],
@@ -92,10 +100,13 @@ class HostedJudge(Ranker):
                 )
             return {item.token: item.logprob for item in positions[0].top_logprobs}
 
-        unique = sorted(set(pairs))
-        tops = self.client.post_all(PATH, [partial(body, pair) for pair in unique], read)
-        logit_by_pair = {pair: self._logit(top) for pair, top in zip(unique, tops, strict=True)}
-        return np.array([logit_by_pair[pair] for pair in pairs], dtype=np.float64)
+        unique = [(n, pair) for n, (_, pairs) in enumerate(questions) for pair in sorted(set(pairs))]
+        tops = self.client.post_all(PATH, [partial(body, *asked) for asked in unique], read)
+        logit_by_pair = {asked: self._logit(top) for asked, top in zip(unique, tops, strict=True)}
+        return [
+            np.array([logit_by_pair[n, pair] for pair in pairs], dtype=np.float64)
+            for n, (_, pairs) in enumerate(questions)
+        ]
 
     def _logit(self, top: dict[str, float]) -> float:
         """Return log P(A) - log P(B) of the likeliest tokens; nan if neither is among them.

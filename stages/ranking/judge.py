@@ -1,6 +1,6 @@
 """Stage `judge`: a policy's held-out responses against the baseline policy's, by the proxy ranker."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from math import isnan
 from typing import Annotated, Literal
@@ -12,13 +12,23 @@ from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
-from stages.ranking.base import Ranker, ReadingPair, Unreadable, both_orders, read_candidates, reads_per_pair
+from stages.ranking.base import (
+    Ranker,
+    ReadingPair,
+    Unreadable,
+    both_orders,
+    prepared_batches,
+    read_candidates,
+    reads_per_pair,
+)
 from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
 
 Matches = Literal["all", "same_k", "other_k"]
+Unread = dict[str, tuple[str, str, str]]  # by candidate id: whose response it is, the reason and a detail
+Met = tuple[Row, ReadingPair]  # a judgement whose logit is the ranker's on the pair
 UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
 
 
@@ -72,13 +82,12 @@ def judged_prompts(
     """Yield the candidates, the baseline responses and the rows of `judgements` of each prompt; reject and count."""
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
     baseline_by_prompt = dict(rows_by_prompt(baseline))
-    for prompt, group in rows_by_prompt(candidates):
-        opponents = baseline_by_prompt.get(prompt, [])
+    groups = [(prompt, group, baseline_by_prompt.get(prompt, [])) for prompt, group in rows_by_prompt(candidates)]
+    matched = [(prompt_by_id[prompt], group, opponents) for prompt, group, opponents in groups]
+    judged = judge_prompts(ranker, matched, matches, special_tokens)
+    for (prompt, group, opponents), (judgements, calls, unread) in zip(groups, judged, strict=True):
         if not opponents:
             ctx.reject("no baseline response", place="baseline", prompt=prompt, detail=f"{len(group)} responses")
-        judgements, calls, unread = judge_prompt(
-            ranker, prompt_by_id[prompt], group, opponents, matches, special_tokens
-        )
         ctx.count(ranker_calls=calls)
         for name, (place, reason, detail) in unread.items():
             ctx.reject(reason, place=place, prompt=prompt, candidate=name, detail=detail)
@@ -92,19 +101,38 @@ def finished_judgements(ranker: Ranker, rows: list[Row], ctx: StageContext) -> p
     return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
 
 
-def judge_prompt(
+def judge_prompts(
+    ranker: Ranker,
+    prompts: Iterable[tuple[Row, Sequence[Row], Sequence[Row]]],
+    matches: Matches = "all",
+    special_tokens: bool = False,
+) -> Iterator[tuple[list[Row], int, Unread]]:
+    """Judge each match of a prompt's candidates with its baseline; the ranker is asked about many prompts in one call.
+
+    prompts: each with its candidates and its baseline. Yields, of each, the rows of `judgements`, how often the ranker
+    read, and the responses that it could not read.
+    """
+
+    def prepare(item: tuple[Row, Sequence[Row], Sequence[Row]]) -> tuple[str, list[Row], list[Met], Unread]:
+        return item[0]["text"], *_matches_of_prompt(ranker, *item, matches, special_tokens)
+
+    for batch in prepared_batches(ranker, prompts, prepare):
+        answers = both_orders(ranker, [(context, [pair for _, pair in met]) for context, _, met, _ in batch], "both")
+        for (_, rows, met, unread), (logits, *_) in zip(batch, answers, strict=True):
+            for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
+                judgement["logit"] = None if ranker.abstains and isnan(logit) else logit
+            yield rows, len(met) * reads_per_pair(ranker, "both"), unread
+
+
+def _matches_of_prompt(
     ranker: Ranker,
     prompt: Row,
     candidates: Sequence[Row],
     baseline: Sequence[Row],
-    matches: Matches = "all",
-    special_tokens: bool = False,
-) -> tuple[list[Row], int, dict[str, tuple[str, str, str]]]:
-    """Judge each match of a prompt's candidates with its baseline; the ranker is asked about all in one call.
-
-    Returns the rows of `judgements`, how often the ranker read, and of each response that it could not read, by id:
-    whose it is, the reason and a detail.
-    """
+    matches: Matches,
+    special_tokens: bool,
+) -> tuple[list[Row], list[Met], Unread]:
+    """Return the rows of `judgements`, logits yet to come, those that the ranker can read, and what it cannot read."""
     readings, opponent_readings = (
         read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
     )
@@ -115,7 +143,7 @@ def judge_prompt(
         if isinstance(reading, Unreadable)
     }
     rows: list[Row] = []
-    met: list[tuple[Row, ReadingPair]] = []
+    met: list[Met] = []
     for row, opponent in product(candidates, baseline):
         if matches != "all" and (row["k"] == opponent["k"]) != (matches == "same_k"):
             continue
@@ -135,11 +163,7 @@ def judge_prompt(
                 if one["n_tokens"] >= other["n_tokens"]:  # once, however many it does not fit with
                     detail = f"together with {other['candidate_id']}"
                     unread.setdefault(one["candidate_id"], (place, Unreadable.reason, detail))
-
-    logits, *_ = both_orders(ranker, prompt["text"], [pair for _, pair in met], "both")
-    for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
-        judgement["logit"] = None if ranker.abstains and isnan(logit) else logit
-    return rows, len(met) * reads_per_pair(ranker, "both"), unread
+    return rows, met, unread
 
 
 def win_of(judgement: Row) -> float | None:

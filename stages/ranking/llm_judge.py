@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from pipeline import StageContext
 from schemas import Model, WinnowError, seed_for
 from stages.data.tokenizer import Tokenizer
-from stages.ranking.base import SPECIAL_TOKEN, Ranker, Response
+from stages.ranking.base import PROMPTS_OF_ENGINE, SPECIAL_TOKEN, Question, Ranker, Response
 from stages.sampling.engines import Engine, Request, Sampling
 
 TextPair = tuple[str, str]
@@ -28,12 +29,14 @@ class LlmJudge(Ranker):
 
     symmetric = True
     abstains = True
+    prompts_at_once = PROMPTS_OF_ENGINE  # which keeps the engine's batch full
 
     def __init__(
         self, model: Model, engine: Engine, template: str, votes: int, threshold: float, max_without_verdict: float,
         temperature: float, max_tokens: int, seed: int, max_prompt_tokens: int,
     ) -> None:  # fmt: skip
         self.tokenizer, self.engine = Tokenizer(model), engine
+        self._question_ids = cache(self.tokenizer.prompt_ids)  # until the pairs that fit are asked about
         self.template, self.votes, self.threshold, self.seed = template, votes, threshold, seed
         self.max_without_verdict = max_without_verdict
         self.answers: list[tuple[str, int | None]] = []  # since the last `finish_part`, with their votes
@@ -48,9 +51,12 @@ class LlmJudge(Ranker):
         return response.text
 
     def questions(self, context: str, low: str, high: str) -> list[list[int]]:
-        """Return the ids of the question in both orders; raise ValueError if a text has a special token."""
+        """Return the ids of the question in both orders; raise ValueError if a text has a special token.
+
+        One that was asked whether it fits is not encoded again.
+        """
         orders = ((low, high), (high, low))
-        return [self.tokenizer.prompt_ids(self.template.format(prompt=context, a=a, b=b)) for a, b in orders]
+        return [self._question_ids(self.template.format(prompt=context, a=a, b=b)) for a, b in orders]
 
     def fits(self, context: str, first: str, second: str) -> bool:
         """Return whether both orders are short enough, and free of special tokens (read as control tokens)."""
@@ -60,18 +66,27 @@ class LlmJudge(Ranker):
             return False
 
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
-        """Return the log-odds of the votes for the first of each pair, nats, float64 [N].
+        (logits,) = self.logits_by_prompt([(context, pairs)])
+        return logits
+
+    def logits_by_prompt(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Return the log-odds of the votes for the first of each pair, nats, float64 [N] of each prompt.
 
         A pair is voted on once, in sorted order, whichever order it is asked in: so a swap flips the sign exactly.
         Equal texts tie without a vote; nan is a pair without a verdict.
         """
         # Every second vote has the order flipped. All are drawn in one call, which keeps the engine's batch full.
-        unique = sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
+        unique_by_prompt = [
+            (context, sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}))
+            for context, pairs in questions
+        ]
         requests = []
-        for low, high in unique:
-            questions = self.questions(context, low, high)
-            seeds = [seed_for(self.seed, "vote", context, low, high, n) for n in range(self.votes)]
-            requests += [Request(questions[n % 2], seed) for n, seed in enumerate(seeds)]
+        for context, unique in unique_by_prompt:
+            for low, high in unique:
+                ids = self.questions(context, low, high)
+                seeds = [seed_for(self.seed, "vote", context, low, high, n) for n in range(self.votes)]
+                requests += [Request(ids[n % 2], seed) for n, seed in enumerate(seeds)]
+        self._question_ids.cache_clear()
         completions = self.engine.generate(requests, self.sampling) if requests else []
         if any(not math.isfinite(completion.logp) for completion in completions):
             raise WinnowError(
@@ -80,14 +95,17 @@ class LlmJudge(Ranker):
             )
         answers = iter(completions)
 
-        logit_by_pair: dict[TextPair, float] = {}
-        for low, high in unique:
-            texts = [self.tokenizer.decode(next(answers).token_ids) for _ in range(self.votes)]
-            votes = [vote_of(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
-            self.answers += zip(texts, votes, strict=True)
-            logit_by_pair[low, high] = vote_logit(votes, self.threshold)
-            logit_by_pair[high, low] = -logit_by_pair[low, high]
-        return np.array([logit_by_pair.get(pair, 0.0) for pair in pairs], dtype=np.float64)
+        logits = []
+        for (_, pairs), (_, unique) in zip(questions, unique_by_prompt, strict=True):
+            logit_by_pair: dict[TextPair, float] = {}
+            for low, high in unique:
+                texts = [self.tokenizer.decode(next(answers).token_ids) for _ in range(self.votes)]
+                votes = [vote_of(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
+                self.answers += zip(texts, votes, strict=True)
+                logit_by_pair[low, high] = vote_logit(votes, self.threshold)
+                logit_by_pair[high, low] = -logit_by_pair[low, high]
+            logits.append(np.array([logit_by_pair.get(pair, 0.0) for pair in pairs], dtype=np.float64))
+        return logits
 
     def finish_part(self, ctx: StageContext) -> None:
         """Count the votes; raise WinnowError if too many have no verdict, with examples of what was answered.

@@ -9,7 +9,9 @@ Training and scoring read the same ids, which are formed here and nowhere else, 
   prompt in plain marks, the text as one user's turn of the model's chat template, and no BOS.
 """
 
+from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
@@ -20,11 +22,23 @@ from schemas.ids import Message
 from stages.data.texts import Conversation, as_messages, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
+from stages.network.device import prompts_per_call
 from stages.network.forward import forward_rows, next_logits
 from stages.network.load import load_network
 from stages.network.packing import PromptGroup
 from stages.options import Precision
-from stages.ranking.base import QUESTION, SPECIAL_TOKEN, PairFormat, Ranker, Reading, ReadingPair, Response
+from stages.ranking.base import (
+    KEPT_ENCODINGS,
+    QUESTION,
+    SPECIAL_TOKEN,
+    PairFormat,
+    Question,
+    Ranker,
+    Reading,
+    ReadingPair,
+    Response,
+    in_calls,
+)
 
 LABELS = ("A", "B")
 PROBE = "Which one?"
@@ -40,6 +54,8 @@ class RankerPrompt:
 
     def __init__(self, model: Model, format: PairFormat | None = None) -> None:
         self.tokenizer = Tokenizer(model)
+        self._piece_ids = lru_cache(KEPT_ENCODINGS)(self._encode_piece)
+        self._question_ids = lru_cache(KEPT_ENCODINGS)(self._encode_question)
         has_template = self.tokenizer.inner.chat_template is not None
         has_marks = "[RESPONSE A]" in self.tokenizer.special_tokens.values()
         self.format = format or ("chat" if has_template and not has_marks else "marks")
@@ -78,19 +94,30 @@ class RankerPrompt:
         return "\n" + "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in messages) + "\n"
 
     def ids(self, context: str, first: str, second: str) -> list[int]:
-        """Return the ids before the label. Raise ValueError where the chat template does not render the texts."""
+        """Return the ids before the label. Raise ValueError where the chat template does not render the texts.
+
+        A piece, or a whole question to a chat model, that was read lately is not encoded again.
+        """
         if self.format == "marks":
             pieces = (f"[CONTEXT] {context}", f" [RESPONSE A] {first}", f" [RESPONSE B] {second}")
-            return self.tokenizer.with_bos([token for piece in pieces for token in self.tokenizer.encode(piece)])
+            return self.tokenizer.with_bos([token for piece in pieces for token in self._piece_ids(piece)])
         template = QUESTION if self.format == "chat" else RLHFLOW
-        ids = self.tokenizer.prompt_ids(template.format(prompt=context, a=first, b=second))
+        ids = list(self._question_ids(template.format(prompt=context, a=first, b=second)))
         if self.format == "rlhflow" and ids[:1] == [self.tokenizer.inner.bos_token_id]:
             ids = ids[1:]
         return ids + self.lead
 
+    def _encode_piece(self, text: str) -> "array[int]":
+        return array("i", self.tokenizer.encode(text))  # a ninth of a list's memory
+
+    def _encode_question(self, text: str) -> "array[int]":
+        return array("i", self.tokenizer.prompt_ids(text))
+
 
 class PairwiseRanker(Ranker):
     """Trained pairwise ranker in memory. budget: tokens in a forward pass."""
+
+    reads_ahead = True
 
     def __init__(
         self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, format: PairFormat | None = None
@@ -99,6 +126,7 @@ class PairwiseRanker(Ranker):
         self.network = load_network(model, dtype)
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
+        self.prompts_at_once = prompts_per_call(self.network.device)
 
     def close(self) -> None:
         """Free the network."""
@@ -118,10 +146,15 @@ class PairwiseRanker(Ranker):
             return False
 
     def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
-        """Return logit P(first beats second) of each pair, nats, float64 [N].
+        (logits,) = self.logits_by_prompt([(context, pairs)])
+        return logits
 
-        The prefix that all pairs share (the context; and the baseline, if it is read first) goes through the
-        network once. A batch holds pairs of one prompt only, so that a number does not depend on what else was scored.
+    def logits_by_prompt(self, questions: Sequence[Question]) -> list[np.ndarray]:
+        """Return logit P(first beats second) of each prompt's pairs, nats, float64 [N] each.
+
+        The prefix that all pairs of a question share (the context; and the baseline, if it is read first) goes through
+        the network once. On a CPU, a pass holds pairs of one question only, so that a number does not depend on what
+        else was scored; on a GPU it does, by rounding.
         """
 
         def label_logits(network: PreTrainedModel, groups: Sequence[PromptGroup], dtype: str) -> Tensor:
@@ -129,10 +162,16 @@ class PairwiseRanker(Ranker):
             return logits[:, a] - logits[:, b]
 
         a, b = self.prompt.labels
-        rows = [self._ids(context, pair) for pair in pairs]
-        shared = common_prefix_length(rows)
-        split_rows = [(row[:shared], row[shared:]) for row in rows]
-        return forward_rows(label_logits, self.network, split_rows, self.dtype, self.budget).astype(np.float64)
+        split_rows = []
+        for context, pairs in questions:
+            rows = [self._ids(context, pair) for pair in pairs]
+            shared = common_prefix_length(rows)
+            split_rows.append([(row[:shared], row[shared:]) for row in rows])
+        return in_calls(
+            lambda rows: forward_rows(label_logits, self.network, rows, self.dtype, self.budget).astype(np.float64),
+            split_rows,
+            of_one=self.prompts_at_once == 1,
+        )
 
     def _ids(self, context: str, pair: ReadingPair) -> list[int]:
         (prompt, first), (_, second) = ((context, item) if isinstance(item, str) else item for item in pair)

@@ -1,6 +1,7 @@
 """Pointwise reward model: one score per response, so that P(a beats b) is the logistic of a difference."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -8,10 +9,11 @@ from schemas import Model
 from stages.data.texts import Conversation
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
+from stages.network.device import prompts_per_call
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import load_network
 from stages.options import Precision
-from stages.ranking.base import Response, Scorer
+from stages.ranking.base import Response, Scorer, in_calls
 
 IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -19,11 +21,19 @@ IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 class PointwiseRanker(Scorer):
     """Reward model in memory, which reads a prompt and a response as the ids that it was trained on."""
 
+    reads_ahead = True
+
     def __init__(self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS) -> None:
-        self.tokenizer = Tokenizer(model)
+        self.open_tokenizer(model)
         self.network = load_network(model, dtype)
-        self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
+        self.prompts_at_once = prompts_per_call(self.network.device)
+
+    def open_tokenizer(self, model: Model) -> None:
+        """Open what `read` and `fits` need."""
+        self.tokenizer = Tokenizer(model)
+        self.context = context_length(model.folder)
+        self._plain_ids = lru_cache(1)(self._encode_again)  # responses to a prompt follow each other
 
     def close(self) -> None:
         """Free the network."""
@@ -38,8 +48,7 @@ class PointwiseRanker(Scorer):
         """
         conversation = response.prompt or Conversation(context)
         if self.tokenizer.inner.chat_template is None:
-            text = self.tokenizer.decode(list(response.prompt_ids))
-            prompt = tuple(self.tokenizer.with_bos(self.tokenizer.encode(text)))
+            prompt = self._plain_ids(response.prompt_ids)
             if prompt != response.prompt_ids:
                 conversation = Conversation(context)
                 prompt = tuple(self.tokenizer.prompt_ids(conversation))
@@ -54,8 +63,20 @@ class PointwiseRanker(Scorer):
         return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))
 
     def score(self, context: str, texts: Sequence[IdRow]) -> np.ndarray:
+        (scores,) = self.score_by_prompt([(context, texts)])
+        return scores
+
+    def score_by_prompt(self, questions: Sequence[tuple[str, Sequence[IdRow]]]) -> list[np.ndarray]:
+        """Return one score per row of each prompt, float64 [N] each; on a CPU, a pass is of one prompt."""
+        rows_by_prompt = [texts for _, texts in questions]
+        return in_calls(self._scores, rows_by_prompt, of_one=self.prompts_at_once == 1)
+
+    def _scores(self, texts: Sequence[IdRow]) -> np.ndarray:
         rows = [(list(prompt), list(response)) for prompt, response in texts]
         return forward_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
+
+    def _encode_again(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.tokenizer.with_bos(self.tokenizer.encode(self.tokenizer.decode(list(prompt_ids)))))
 
     def _response_ids(self, conversation: Conversation, response: Response) -> list[int]:
         """Return the drawn ids if this tokenizer has the same text for them, else those of the text; then its own end.

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import AfterValidator
 
 from pipeline import EXECUTION, Bound, InputStep, Range, Registry
+from pipeline.resources import current_resources
 from schemas import Model, WinnowError
 from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout, Url, VariableName, endpoint_problems
 from stages.extras import install_command
@@ -198,7 +199,7 @@ def llm_judge(
     `max_without_verdict` of them is refused, with examples of what it wrote. If the share of votes is within
     `threshold` of one half, the pair is a tie, logit 0. The prompt of AutoSxS is not public: the default `template` is
     another. To let the model reason first, ask for it there and raise `max_tokens`. `engine` and `engine_options` are
-    those of `sample`.
+    those of `sample`, and so is `tensor_parallel` of the profile.
     """
     from stages.data.tokenizer import Tokenizer
     from stages.ranking.llm_judge import LlmJudge
@@ -211,7 +212,8 @@ def llm_judge(
         raise WinnowError(
             f"llm_judge: its model cannot read the template ({error}); set `by.template` to another wording"
         ) from None
-    opened = open_engine(engine, folder, dtype, options=json.dumps(engine_options or {}))
+    devices = current_resources().tensor_parallel
+    opened = open_engine(engine, folder, dtype, devices, json.dumps(engine_options or {}))
     max_prompt_tokens = length_limit(context_length(folder), engine_options) - max_tokens
     return LlmJudge(
         model, opened, template, votes, threshold, max_without_verdict, temperature, max_tokens, seed, max_prompt_tokens
@@ -308,10 +310,17 @@ def _checked_method(by: Bound, method: Callable[..., Any]) -> Callable[..., Any]
     def call(*args: Any, **options: Any) -> Any:
         with by.entry.failures():
             result = method(*args, **options)
-        if method.__name__ not in ("logits", "score") or len(args) != 2:
-            return result
         # One per pair or text. The stage rejects those that are not finite.
-        return floats(by, result, (len(args[1]),), f"from its method {method.__name__}", finite=False)
+        origin = f"from its method {method.__name__}"
+        if method.__name__ in ("logits", "score") and len(args) == 2:
+            return floats(by, result, (len(args[1]),), origin, finite=False)
+        if method.__name__ in ("logits_by_prompt", "score_by_prompt"):
+            asked = [items for _, items in args[0]]
+            if len(result) != len(asked):
+                raise by.wrong_result(result, f"{len(asked)} arrays, one per prompt, {origin}")
+            return [floats(by, values, (len(items),), origin, finite=False)
+                    for values, items in zip(result, asked, strict=True)]  # fmt: skip
+        return result
 
     return call
 

@@ -1,5 +1,6 @@
 """Stage `reward`: a reward for every candidate, from n - 1 comparisons per prompt, or from a score of its own."""
 
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,14 +17,31 @@ from stages.ranking.base import (
     Scorer,
     Unreadable,
     both_orders,
-    fits_or_reject,
+    prepared_batches,
     read_candidates,
     reads_per_pair,
+    unfit_reason,
 )
 from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import ranking_work
+
+
+@dataclass
+class Compared:
+    """Candidates of a prompt as the ranker is asked about them: a pair of readings for each of `rows`.
+
+    A pair is of the baseline and the candidate; without a baseline, of the candidate twice. `unfit` are those that the
+    ranker cannot read, each with the reason.
+    """
+
+    prompt: str
+    context: str
+    baseline: Row | None
+    rows: list[Row] = field(default_factory=list)
+    pairs: list[ReadingPair] = field(default_factory=list)
+    unfit: list[tuple[Row, str]] = field(default_factory=list)
 
 
 @stage(
@@ -55,8 +73,10 @@ def reward(
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
-    rows: list[Row] = []
-    for prompt, group in rows_by_prompt(candidates):
+
+    def prepare(item: tuple[str, list[Row]]) -> Compared:
+        """Return what the ranker is asked about a prompt's candidates."""
+        prompt, group = item
         context = prompt_by_id[prompt]["text"]
         readings = read_candidates(opened, prompt_by_id[prompt], group, special_tokens)
         # By hash, so that neither the other prompts of the shard nor their order move the baseline.
@@ -64,44 +84,58 @@ def reward(
         baseline = None
         if readable and not isinstance(opened, Scorer):
             baseline = readable[seed_for(seed, "baseline", prompt) % len(readable)]
-        compared: list[Row] = []
-        pairs: list[ReadingPair] = []
+        compared = Compared(prompt, context, baseline)
         for row in group:
             pair = (readings[(baseline or row)["candidate_id"]], readings[row["candidate_id"]])
-            ids = dict(place="candidates", prompt=prompt, candidate=row["candidate_id"])
-            if row is not baseline and fits_or_reject(opened, context, pair, ctx, **ids):
-                compared.append(row)
-                pairs.append(pair)
-
-        # Columns of numbers, one per row of `compared`.
-        if isinstance(opened, Scorer):
-            scores = opened.scores(context, [reading for _, reading in pairs])
-            ctx.count(ranker_calls=len(scores))  # equal texts, or ids if it reads these, are one call
-            columns = {"reward": np.array([scores[reading] for _, reading in pairs])}
-        else:
-            mean, forward, backward = both_orders(opened, context, pairs, orders)
-            ctx.count(ranker_calls=len(pairs) * reads_per_pair(opened, orders))
-            columns = {"reward": -mean}
-            if not opened.symmetric:
-                columns["logit_ab"] = -forward
-            if backward is not None:
-                columns["logit_ba"] = -backward
-
-        rewarded: list[Row] = []
-        if baseline is not None:  # it beats itself half of the time
-            rewarded.append(dict(candidate_id=baseline["candidate_id"], reward=0.0))
-        for n, row in enumerate(compared):
-            if opened.abstains and np.isnan(columns["reward"][n]):
-                ctx.reject("no verdict", place="candidates", prompt=prompt, candidate=row["candidate_id"])
+            if row is baseline:
                 continue
-            numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}  # + 0.0: no -0.0 in a table
-            rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
-        threshold = by.metadata.get("label_threshold")
-        ids = dict(
-            prompt_id=prompt,
-            label_threshold=threshold,
-            baseline_id=None if baseline is None else baseline["candidate_id"],
-        )
-        rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
+            if reason := unfit_reason(opened, context, pair):
+                compared.unfit.append((row, reason))
+            else:
+                compared.rows.append(row)
+                compared.pairs.append(pair)
+        return compared
+
+    rows: list[Row] = []
+    for batch in prepared_batches(opened, rows_by_prompt(candidates), prepare):
+        # Of each prompt, columns of numbers, one per row of `compared.rows`.
+        if isinstance(opened, Scorer):
+            scored = opened.scores([(item.context, [reading for _, reading in item.pairs]) for item in batch])
+            ctx.count(ranker_calls=sum(map(len, scored)))  # equal texts, or ids if it reads these, are one call
+            columns_by_prompt = [
+                {"reward": np.array([scores[reading] for _, reading in item.pairs])}
+                for item, scores in zip(batch, scored, strict=True)
+            ]
+        else:
+            answers = both_orders(opened, [(item.context, item.pairs) for item in batch], orders)
+            ctx.count(ranker_calls=sum(len(item.pairs) for item in batch) * reads_per_pair(opened, orders))
+            columns_by_prompt = []
+            for mean, forward, backward in answers:
+                columns = {"reward": -mean}
+                if not opened.symmetric:
+                    columns["logit_ab"] = -forward
+                if backward is not None:
+                    columns["logit_ba"] = -backward
+                columns_by_prompt.append(columns)
+
+        for item, columns in zip(batch, columns_by_prompt, strict=True):
+            for row, reason in item.unfit:
+                ctx.reject(reason, place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+            rewarded: list[Row] = []
+            if item.baseline is not None:  # it beats itself half of the time
+                rewarded.append(dict(candidate_id=item.baseline["candidate_id"], reward=0.0))
+            for n, row in enumerate(item.rows):
+                if opened.abstains and np.isnan(columns["reward"][n]):
+                    ctx.reject("no verdict", place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+                    continue
+                # + 0.0: no -0.0 in a table
+                numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}
+                rewarded.append(dict(candidate_id=row["candidate_id"]) | numbers)
+            ids = dict(
+                prompt_id=item.prompt,
+                label_threshold=by.metadata.get("label_threshold"),
+                baseline_id=None if item.baseline is None else item.baseline["candidate_id"],
+            )
+            rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
     opened.finish_part(ctx)
     return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")

@@ -9,10 +9,9 @@ import numpy as np
 from pydantic import BaseModel
 
 from schemas import Model, WinnowError
-from stages.data.tokenizer import Tokenizer
 from stages.endpoint import Endpoint, EndpointClient
-from stages.limits import context_length
 from stages.options import Precision
+from stages.ranking.base import PROMPTS_OF_ENGINE
 from stages.ranking.pointwise import IdRow, PointwiseRanker
 
 TRIALS = 4  # rows whose scores are compared with the folder's own network
@@ -29,11 +28,15 @@ class _Classes(BaseModel):
 
 
 class ServedRewardModel(PointwiseRanker):
-    """Reward model that reads the same ids as `PointwiseRanker`, in a server's memory."""
+    """Reward model that reads the same ids as `PointwiseRanker`, in a server's memory.
+
+    It is asked about many prompts at once, so that the server mostly has as many requests as `concurrency`.
+    """
+
+    prompts_at_once = PROMPTS_OF_ENGINE
 
     def __init__(self, model: Model, dtype: Precision, endpoint: Endpoint, verify: bool) -> None:
-        self.tokenizer = Tokenizer(model)
-        self.context = context_length(model.folder)
+        self.open_tokenizer(model)
         self.folder, self.dtype, self.endpoint, self.verify = model.folder, dtype, endpoint, verify
         self.address = endpoint.url.removesuffix("/v1") + "/classify"  # vLLM's own, beside OpenAI's
         self.client = EndpointClient(endpoint)
@@ -43,7 +46,7 @@ class ServedRewardModel(PointwiseRanker):
     def close(self) -> None:
         self.client.close()
 
-    def score(self, context: str, texts: Sequence[IdRow]) -> np.ndarray:
+    def _scores(self, texts: Sequence[IdRow]) -> np.ndarray:
         """Return one score per row, float64 [N]; raise WinnowError if the server has another model."""
         longest = max((len(prompt) + len(response) for prompt, response in texts), default=0)
         limit = self.client.max_model_len

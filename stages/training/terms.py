@@ -239,7 +239,7 @@ class ObjectiveTerm:
                 return self._forward(network, groups)[0]
             return torch.zeros(sum(len(group.responses) for group in groups))
 
-        logp = forward_rows(forward_in_turn, network, rows, self.dtype, self.tokens_per_pass)
+        logp = forward_rows(forward_in_turn, network, rows, self.dtype, self.tokens_per_pass, may_halve=False)
         if 0 < next(turns) % self.dist.world_size <= self.dist.rank:
             self._dummy_forward(network)
         return self.dist.all_reduce(torch.from_numpy(logp).to(network.device))

@@ -22,7 +22,7 @@ from pipeline.resources import Resources
 from pipeline.store.fingerprints import ADAPTER
 from schemas import Model, WinnowError, WinnowWarning
 from stages.model_config import ModelConfig
-from stages.network.device import REFERENCE_TOLERANCE, memory_of
+from stages.network.device import REFERENCE_TOLERANCE, is_out_of_memory, memory_of
 from stages.network.forward import check_router_loss
 from stages.network.heap import HeapLimit, give_back, resident_bytes
 from stages.network.load import (
@@ -155,8 +155,7 @@ def train_policy(
                         (weights[n] * loss * dist.world_size).backward()  # FSDP averages gradients over ranks
                     means[n] = metrics.means()
         except RuntimeError as error:
-            # On a GPU there is a class for it; a CPU's allocator has only words.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             optimizer.zero_grad(set_to_none=True)
             tokens_per_pass = terms[0].tokens_per_pass

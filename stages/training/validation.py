@@ -23,7 +23,7 @@ from stages.network.device import autocast
 from stages.network.forward import forward_rows, logp_of
 from stages.network.load import plain_layers
 from stages.ranking.base import Ranker
-from stages.ranking.judge import judge_prompt, win_of
+from stages.ranking.judge import judge_prompts, win_of
 from stages.sampling.draws import draw_texts, known_ids_of
 from stages.sampling.engines import Request, Sampling
 from stages.sampling.engines.transformers import NetworkEngine
@@ -140,10 +140,13 @@ class Validation:
         wins, verdicts, unread = [], [], []
         ranker = self.open_ranker()
         try:
-            for prompt, drawn in draws:
-                opponents = self.baseline[prompt["prompt_id"]]
-                readable = [row for row in drawn if row["text"] is not None]
-                rows, calls, _ = judge_prompt(ranker, prompt, readable, opponents)
+            asked = [
+                (prompt, [row for row in drawn if row["text"] is not None], self.baseline[prompt["prompt_id"]])
+                for prompt, drawn in draws
+            ]
+            for (prompt, drawn), (_, _, opponents), (rows, calls, _) in zip(
+                draws, asked, judge_prompts(ranker, asked), strict=True
+            ):
                 self.ctx.count(ranker_calls=calls)
                 rows += [
                     dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"],
@@ -183,9 +186,9 @@ class Validation:
         if self.sampling.logp_kind != "exact":
             return {}
         rows = [(prompt["token_ids"], row["token_ids"]) for prompt, drawn in draws for row in drawn]
-        logp = forward_rows(logp_of, network, rows, dtype, tokens_per_pass)
+        logp = forward_rows(logp_of, network, rows, dtype, tokens_per_pass, may_halve=False)
         with without_adapter(network):
-            reference = forward_rows(logp_of, network, rows, dtype, tokens_per_pass)
+            reference = forward_rows(logp_of, network, rows, dtype, tokens_per_pass, may_halve=False)
         return {VALIDATION + "kl": float((logp - reference).mean(dtype="float64"))}
 
 

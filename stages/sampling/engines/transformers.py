@@ -28,7 +28,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from schemas import WinnowError
 from stages.model_config import FROM_FOLDER
-from stages.network.load import free, read_network
+from stages.network.device import default_device
+from stages.network.load import free, move_to, read_network
 from stages.sampling.engines import Completion, Engine, EngineProgress, Request, Sampling, ignore_progress
 from stages.sampling.engines.steering import steered_ids
 
@@ -261,7 +262,7 @@ class TransformersEngine(NetworkEngine):
         disable_progress_bar()
         torch.set_num_threads(1)  # as all scoring: the same numbers whatever else runs on the machine
         network = read_network(folder, getattr(torch, dtype))
-        network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        move_to(network.eval(), default_device())
         super().__init__(network, folder)
 
     def close(self) -> None:

@@ -16,13 +16,16 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from pipeline.processes import end_orphans, end_with
+from pipeline.resources import current_resources
 from pipeline.store.fingerprints import ADAPTER
-from schemas import WinnowError
+from schemas import MachineError, WinnowError
 from stages.limits import context_length
 from stages.model_config import FROM_FOLDER
+from stages.network.device import gpu_holders, nvidia_smi
 from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling
 from stages.sampling.engines.options import CPU_CACHE, CPU_CACHE_GIB, CPU_STEP_TOKENS, MAX_SEQUENCES
 from stages.sampling.engines.request_queue import QueuedEngine
+from stages.sampling.memory import GPU_SHARE
 
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -63,6 +66,8 @@ class VllmEngine(QueuedEngine):
         if on_cpu:
             # In this process the engine starts in seconds. On a GPU it is a subprocess, whose end frees the memory.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        else:
+            _check_gpus(tensor_parallel, options)
         torch.set_num_threads(THREADS)
         end_orphans()  # an engine that a killed run left has a GPU's memory
         with _quiet_start() as start_log, _unchanged_class(folder) if on_cpu else nullcontext():
@@ -219,6 +224,37 @@ def _run_in_child(main: Callable[..., None], arguments: tuple[Any, ...], options
     assert parent.pid is not None
     end_with(parent.pid)
     main(*arguments, **options)
+
+
+def _check_gpus(tensor_parallel: int, options: dict[str, Any]) -> None:
+    """Raise WinnowError before an engine starts on GPUs that it may not have, would not use, or that are not free.
+
+    Asked is nvidia-smi: torch would take memory of the GPUs for its answer, and vLLM's engine is another process.
+    """
+    count, reserved = tensor_parallel * int(options.get("pipeline_parallel_size") or 1), current_resources().gpus
+    if reserved == 0:
+        raise WinnowError(
+            "the profile gives this step `gpus: 0`, and this vLLM is the one for GPUs, which computes on no CPU: "
+            f"set `gpus: {count}` in the profile, or `engine: transformers`"
+        )
+    if reserved and reserved > count:
+        raise WinnowError(
+            f"the profile gives each worker of this step gpus: {reserved:g}, and its engine runs on {count}: set "
+            f"`tensor_parallel: {reserved:g}` in the profile, or `gpus: {count}` and more `max_workers`"
+        )
+    rows = nvidia_smi("--query-gpu=memory.free,memory.total,index")[:count]
+    if any(not cell.isdecimal() for row in rows for cell in row) or len({row[1] for row in rows}) > 1:
+        return  # cards of several kinds, in whose order CUDA and nvidia-smi differ; vLLM looks for itself
+    share = float(options.get("gpu_memory_utilization") or GPU_SHARE)
+    for free, total, index in (map(int, row) for row in rows):
+        if free < share * total and "kv_cache_memory_bytes" not in options:
+            room = int(100 * free / total) / 100
+            raise MachineError(
+                f"GPU {index} has {free / 1024:.1f} of its {total / 1024:.1f} GiB free, and vLLM takes "
+                f"{share * total / 1024:.1f} GiB of it (gpu_memory_utilization: {share:g}); it is held by "
+                f"{gpu_holders() or 'a process that nvidia-smi does not name'}; end what holds it, or set "
+                f"`engine_options: {{gpu_memory_utilization: {room:g}}}` (of a judge: in its `by`)"
+            )
 
 
 def _lora_options(folder: Path) -> dict[str, Any]:

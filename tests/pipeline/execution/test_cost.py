@@ -12,7 +12,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import actor_options
 from pipeline.execution.run import run
 from pipeline.execution.tasks import step_spec
-from pipeline.resources import Profile, Resources
+from pipeline.resources import CPU_WORKERS, Profile, Resources
 from pipeline.store.store import Store
 from tests.chain import SHARDS, planned, recipe, step, toys
 from tests.runs import Silent
@@ -68,8 +68,26 @@ def test_a_manifest_has_the_cost_of_all_its_parts(tmp_path: Path):
 def test_what_a_profile_does_not_set_is_a_share_of_the_cluster():
     """No GPU for a stage without a model, which would hold GPUs that another step needs, unless the profile sets one.
     As many workers as the profile's minimum, whatever the command's number, and never more than its maximum."""
-    options = {reads_model: actor_options(Resources(), [SERVER], 4, reads_model)[0] for reads_model in (True, False)}
-    assert (options[True]["num_gpus"], options[False]["num_gpus"]) == (2, 0)
-    assert actor_options(Resources(gpus=1), [SERVER], 4, False)[0]["num_gpus"] == 1
-    assert actor_options(Resources(cpus=1, min_workers=4), [SERVER], 2, True)[1] == 4
-    assert actor_options(Resources(cpus=1, min_workers=4, max_workers=6), [SERVER], 2, True)[1] == 6
+    options = {reads: actor_options(Resources(), [SERVER], 4, 64, reads)[0] for reads in (True, False)}
+    assert (options[True]["num_gpus"], options[False]["num_gpus"]) == (1, 0)
+    assert actor_options(Resources(gpus=1), [SERVER], 4, 64, False)[0]["num_gpus"] == 1
+    assert actor_options(Resources(cpus=1, min_workers=4), [SERVER], 2, 64, True)[1] == 4
+    assert actor_options(Resources(cpus=1, min_workers=4, max_workers=6), [SERVER], 2, 64, True)[1] == 6
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "parts", "expected"),
+    [
+        (Resources(), None, 64, 8),
+        (Resources(), None, 3, 3),
+        (Resources(), 4, 64, 4),
+        (Resources(gpus=4, tensor_parallel=4), None, 64, 2),
+        (Resources(gpus=0.5), None, 64, 16),
+        (Resources(gpus=0), None, 64, CPU_WORKERS),
+    ],
+)
+def test_there_are_as_many_workers_as_gpus_for_them(resources: Resources, workers: int, parts: int, expected: int):
+    """8 GPUs were 2 workers with 4 each, of which an engine without tensor_parallel used one."""
+    options, size = actor_options(resources, [SERVER], workers, parts, True)
+    assert size == expected
+    assert options["num_gpus"] == (1 if resources.gpus is None else resources.gpus)

@@ -154,9 +154,9 @@ def test_a_rank_that_refuses_leaves_its_message_and_is_not_tried_again(tmp_path,
         raise WinnowError("step 0: the cache is stale")
 
     with pytest.raises(WinnowError, match="stale"):
-        _train_on_rank(refuse, tmp_path / "refusal", queue)
+        _train_on_rank(refuse, tmp_path / "refusal", queue, Resources())
     assert (tmp_path / "refusal").read_text() == "step 0: the cache is stale"
-    assert _train_on_rank(refuse, tmp_path / "refusal", queue) is None
+    assert _train_on_rank(refuse, tmp_path / "refusal", queue, Resources()) is None
     assert len(calls) == 1
 
 

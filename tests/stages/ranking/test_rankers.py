@@ -80,7 +80,7 @@ def test_shared_prefix_logits_are_those_of_plain_forwards(ranker):
         expected = [plain(ranker, CONTEXT, *pair) for pair in pairs]
         assert ranker.logits(CONTEXT, pairs).tolist() == pytest.approx(expected, rel=0, abs=1e-4)
     assert ranker.logits(CONTEXT, [(GOOD, f"{n} boats") for n in range(10)]).std() > 1e-2
-    assert both_orders(ranker, CONTEXT, [], "both")[0].shape == (0,)
+    assert both_orders(ranker, [(CONTEXT, [])], "both")[0][0].shape == (0,)
 
 
 @settings(deadline=None, max_examples=25)
@@ -116,8 +116,9 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
     strength = {str(n): value for n, value in enumerate(strengths)}
     pairs = [(a, b) for a in strength for b in strength]
     truth = [strength[a] - strength[b] for a, b in pairs]
-    assert both_orders(Biased(strength, bias), "", pairs, "both")[0].tolist() == truth
-    alone, _, nothing = both_orders(Biased(strength, bias), "", pairs, "one")
+    ((mean, *_),) = both_orders(Biased(strength, bias), [("", pairs)], "both")
+    assert mean.tolist() == truth
+    ((alone, _, nothing),) = both_orders(Biased(strength, bias), [("", pairs)], "one")
     assert alone.tolist() == [gap + bias for gap in truth]
     assert nothing is None
 
@@ -125,7 +126,7 @@ def test_both_orders_cancel_a_constant_position_bias_exactly(strengths, bias):
 def test_a_symmetric_ranker_is_read_once():
     """Its other order says nothing new: one call, and no second logit to average with."""
     opened = Biased({"a": 1.0, "b": 0.5}, 0.0, symmetric=True)
-    _, forward, backward = both_orders(opened, "", [("a", "b")], "both")
+    ((_, forward, backward),) = both_orders(opened, [("", [("a", "b")])], "both")
     assert (forward.tolist(), backward, opened.calls) == ([0.5], None, 1)
 
 

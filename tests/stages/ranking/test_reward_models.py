@@ -366,7 +366,7 @@ def test_drawn_ids_are_scored_and_not_the_ids_of_their_text(opinionated, ranker,
         (score,) = rewards_of([*ids, 1], "boat", opinionated, tokenizer)
         assert score == pytest.approx(naive(network, prompt, [*ids, 1]), abs=LIMIT)
     first, second = (ranker.read("Hi", Response("boat", (*ids, 1), "stop")) for ids in (usual, spelled))
-    scores = ranker.scores("Hi", [first, second, first])
+    (scores,) = ranker.scores([("Hi", [first, second, first])])
     assert len(scores) == 2
     assert scores[first] != scores[second]
 

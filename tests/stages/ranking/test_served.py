@@ -160,7 +160,7 @@ def test_a_hosted_judge_needs_no_folder_and_its_logits_are_those_of_the_servers_
     """Label tokens add up; both orders cancel the server's bias to A; each question is one user's message."""
     pairs = [("long one", "short"), ("x", "y"), ("a", "much longer"), ("long one", "short")]
     with hosted(chat.url) as judge:
-        mean, forward, _ = both_orders(judge, CONTEXT, pairs, "both")
+        ((mean, forward, _),) = both_orders(judge, [(CONTEXT, pairs)], "both")
     assert forward == pytest.approx([1 + 0.5 * (len(a) - len(b)) for a, b in pairs])
     assert mean == pytest.approx([0.5 * (len(a) - len(b)) for a, b in pairs])
     bodies = chat.bodies(CHAT)
