@@ -15,8 +15,8 @@ from pipeline.registry import validated
 from schemas import COMMAND, WinnowError
 
 # Of manifests and sidecars; one with a larger number was written by a later version of this code. Since 2 they end with
-# the digest of their content.
-FORMAT = 2
+# the digest of their content, and since 3 tables without rows have no file.
+FORMAT, FIRST_WITH_DIGEST = 3, 2
 DIGEST = "sha256"
 VERIFY_HINT = f"`{COMMAND} verify --repair` sets it aside and makes it again"
 
@@ -72,9 +72,10 @@ class Manifest(StrictModel):
 
 
 class PartSidecar(StrictModel):
-    """Record of a finished part."""
+    """Record of a finished part: its files, and the names of its tables without rows, which have none."""
 
     files: list[ListedFile]
+    empty: list[PlainName] = []
 
 
 class WholeSidecar(StrictModel):
@@ -108,7 +109,7 @@ def decode_sealed(path: Any, content: bytes) -> dict[str, Any]:
     """
     decoded = checked_format(path, decode(path, content))
     digest = decoded.pop(DIGEST, None)
-    if digest is None and decoded.get("format", 1) < FORMAT:
+    if digest is None and decoded.get("format", 1) < FIRST_WITH_DIGEST:
         return decoded
     plain = _encoded(decoded)
     if sha256(plain).hexdigest() != digest or _encoded(decoded | {DIGEST: digest}) != content:

@@ -1,7 +1,8 @@
 """The artifact store: <root>/<stage>/<key>/ holds a step, in a folder or in an object store.
 
 A part of a step is its tables, each in a file named by its content, and then a sidecar (part-00003-of-00008.json; a
-stage that is called once for all parts has one for all, part-whole.json). A manifest is written last and marks the step
+stage that is called once for all parts has one for all, part-whole.json). A table without rows in a part has no file
+there: the sidecar names it. A manifest is written last and marks the step
 as finished. Whatever lacks its last file does not count, so a crash loses only the parts in flight. Sidecars and
 manifests are written once: of two runs that make the same part the first one's counts, and both continue from it.
 """
@@ -174,15 +175,25 @@ class StepFolder:
         except FileNotFoundError:
             return None
 
-    def _files(self, shard: int | None) -> list[Json]:
-        """Return the files of a finished part, as its sidecar or else the manifest lists them, or of all parts."""
-        if shard is None:
-            return list((self.manifest or {"files": []})["files"])
-        with suppress(DamagedError):
-            if record := self._record(shard):
-                return list(record["files"])
-        of_part = f"-{shard:05d}."
-        return [file for file in (self.manifest or {"files": []})["files"] if of_part in file["file"]]
+    def _files(self, table: str, shard: int | None) -> list[Json] | None:
+        """Return a table's files in a finished part, as its sidecar or else the manifest lists them, or in all parts.
+
+        That is none for a table without rows there, and None where nothing says that the table is finished.
+        """
+        record: Json | None = None
+        if shard is not None:
+            with suppress(DamagedError):
+                record = self._record(shard)
+        if record:
+            listed, tables = record["files"], {*record.get("empty", ()), *map(table_of, record["files"])}
+        else:
+            manifest = self.manifest or {"files": [], "rows": {}}
+            of_part = "" if shard is None else f"-{shard:05d}."
+            listed = [file for file in manifest["files"] if of_part in file["file"]]
+            tables = set(
+                manifest["rows"] if shard is None or shard < manifest.get("parts", 0) else map(table_of, listed)
+            )
+        return [file for file in listed if table_of(file) == table] if table in tables else None
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not finished."""
@@ -207,14 +218,13 @@ class StepFolder:
             table = pa.concat_tables(tables)
             return combine_chunks(table.take(pc.sort_indices(table["prompt_id"])).select(schema.names))
         name = table_name(schema)
-        files = [file for file in self._files(shard) if table_of(file) == name]
-        if not files:
+        if (files := self._files(name, shard)) is None:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
         rows_read = None
         if ids is not None:
             prompt = pc.field("prompt_id")
             rows_read = (prompt >= ids[0]) if ids[1] is None else (prompt >= ids[0]) & (prompt < ids[1])
-        tables = []
+        tables = [schema.empty_table()] if not files else []
         for file in files:
             path, content, where = (
                 self.path / file["file"],
@@ -246,9 +256,11 @@ class StepFolder:
         parts that `shard` is one of; of a table in other parts, it is the bytes of all that share prompts with it.
         """
         size = 0
-        for file in (file for part in overlapping(shard, of, self.parts) for file in self._files(part)):
-            if not isinstance(self.path, Path) or table_of(file) != table_name(schema):
-                continue
+        if not isinstance(self.path, Path):
+            return 0
+        for file in (
+            file for part in overlapping(shard, of, self.parts) for file in self._files(table_name(schema), part) or []
+        ):
             try:
                 footer = pq.read_metadata(self.path / file["file"])
             except (OSError, pa.ArrowInvalid):  # which `read` reports
@@ -297,7 +309,7 @@ class StepFolder:
         for shard, (tables, record) in enumerate(parts):
             with self.part_writer(shard) as part:
                 part.write(tables)
-                records.append({"shard": shard, "files": part.files(), **record})
+                records.append({"shard": shard, **part.close(), **record})
         self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
 
     def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
@@ -327,6 +339,9 @@ class StepFolder:
         files = [file for part in parts for file in part["files"]]
         rows: Counter[str] = Counter()
         size: Counter[str] = Counter()
+        for table in (table for part in parts for table in part.get("empty", ())):
+            rows[table] += 0
+            size[table] += 0
         for file in files:
             rows[table_of(file)] += file["rows"]
             size[table_of(file)] += file["bytes"]
@@ -477,16 +492,21 @@ class PartWriter:
                 self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.shard:05d}", rows.schema)
             self.writers[table].write(rows)
 
-    def files(self) -> list[Json]:
-        """Finish all tables, on the disk before they have their names; return what a sidecar records of their files."""
+    def close(self) -> Json:
+        """Finish all tables, on the disk before they have their names; return what a sidecar records of them.
+
+        Tables without rows have no file: on an object store, a put is money and time.
+        """
         for writer in self.writers.values():
             writer.close()
-        sync(*(writer.scratch for writer in self.writers.values()))
-        return [writer.publish() for writer in self.writers.values()]
+        empty = [table for table, writer in self.writers.items() if not writer.rows]
+        written = [writer for writer in self.writers.values() if writer.rows]
+        sync(*(writer.scratch for writer in written))
+        return {"files": [writer.publish() for writer in written], "empty": empty}
 
     def finish(self, record: Json) -> None:
         """Finish all tables, then write the part's sidecar, unless another run's sidecar exists already."""
-        content = {"shard": self.shard, "files": self.files(), **record}
+        content = {"shard": self.shard, **self.close(), **record}
         self.folder.write_sidecar(SIDECAR.format(self.shard, self.folder.parts), content, [self.shard])
 
     def discard(self) -> None:
@@ -496,22 +516,16 @@ class PartWriter:
 
 
 class TableWriter:
-    """File of a table, named by its content when it is finished. Until then it is a scratch file on this machine."""
+    """File of a table, named by its content when it is finished. Until then it is a scratch file on this machine.
+
+    There is none before the first row group is full or the table is finished, and never one without rows.
+    """
 
     def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
-        self.folder, self.name = folder, name
-        local = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
-        make_folder(local)
-        self.scratch = scratch_path(local / name)
+        self.folder, self.name, self.schema = folder, name, schema
+        self.scratch = scratch_path((folder if isinstance(folder, Path) else Path(tempfile.gettempdir())) / name)
         self.rows, self.rest = 0, schema.empty_table()
-        with named(self.folder):
-            self.writer = pq.ParquetWriter(
-                str(self.scratch),
-                schema,
-                compression="zstd",
-                use_dictionary=DICTIONARY_COLUMNS,
-                write_statistics=columns_with_statistics(schema),
-            )
+        self._writer: pq.ParquetWriter | None = None
 
     def write(self, rows: pa.Table) -> None:
         """Append rows, in row groups of one size whatever their number."""
@@ -524,14 +538,24 @@ class TableWriter:
 
     def _write_group(self, rows: pa.Table) -> None:
         with named(self.folder):
-            self.writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
+            if self._writer is None:
+                make_folder(self.scratch.parent)
+                self._writer = pq.ParquetWriter(
+                    str(self.scratch),
+                    self.schema,
+                    compression="zstd",
+                    use_dictionary=DICTIONARY_COLUMNS,
+                    write_statistics=columns_with_statistics(self.schema),
+                )
+            self._writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
 
     def close(self) -> None:
         """Write the rest."""
-        if self.rest.num_rows or not self.rows:
+        if self.rest.num_rows:
             self._write_group(self.rest)
-        with named(self.folder):
-            self.writer.close()
+        if self._writer:
+            with named(self.folder):
+                self._writer.close()
 
     def publish(self) -> Json:
         """Give the file its name; return what a sidecar records of it."""
@@ -546,8 +570,9 @@ class TableWriter:
 
     def discard(self) -> None:
         """Delete the scratch file, if there still is one."""
-        with suppress(OSError):  # of a full disk, which has raised already
-            self.writer.close()
+        if self._writer:
+            with suppress(OSError):  # of a full disk, which has raised already
+                self._writer.close()
         self.scratch.unlink(missing_ok=True)
 
 
