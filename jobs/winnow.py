@@ -66,10 +66,7 @@ class Results:
         finished = (folder.manifest or {"rows": {}})["rows"]
         declared = stages.entries.get(links[step]["stage"])
         outputs = [table_name(schema) for schema in signature_of(declared).outputs] if declared else []
-        names = [
-            *(table for table in outputs if table in finished),
-            *(table for table in finished if table not in outputs),
-        ]
+        names = [table for table in dict.fromkeys([*outputs, *finished]) if table in finished]
         if not names or (name and name not in names):
             raise WinnowError(f"{folder.path}: no finished table {name}; it has {', '.join(names)}")
         return folder.read(TABLES[name or names[0]])

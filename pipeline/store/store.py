@@ -2,7 +2,8 @@
 
 A part of a step is its tables, each in a file named by its content, and then a sidecar (part-00003-of-00008.json; a
 stage that is called once for all parts has one for all, part-whole.json). A table without rows in a part has no file
-there: the sidecar names it. A manifest is written last and marks the step
+there: the sidecar names it. The parts of a small table are one file in the end: `by_part` of its record says how many
+of its rows, in order, are whose. A manifest is written last and marks the step
 as finished. Whatever lacks its last file does not count, so a crash loses only the parts in flight. Sidecars and
 manifests are written once: of two runs that make the same part the first one's counts, and both continue from it.
 """
@@ -87,10 +88,11 @@ SET_ASIDE = "set_aside"  # what was damaged, in folders as those of the steps; n
 REPAIR = "repair.json"  # in a step that was finished and is computed again: what it had
 SIDECAR = "part-{:05d}-of-{:05d}.json"
 SIDECAR_NAME = re.compile(r"part-(\d{5}-of-(\d{5})|whole)\.json")
-TABLE_FILE = re.compile(r"(?!speeds-).+-\d{5}\.[0-9a-f]{12}\.parquet")
+TABLE_FILE = re.compile(r"(?!speeds-).+-(\d{5}|all)\.[0-9a-f]{12}\.parquet")
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 IdRange = tuple[str, str | None]  # prompt ids from the first to below the second; None: to the last
 ROW_GROUP = 8192  # rows
+SMALL_TABLE = 8 << 20  # bytes of a table whose parts are one file
 ID_BYTES = 24  # of an id in memory, with its offset
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
 PROGRESS, METRICS_NOW = (
@@ -188,11 +190,11 @@ class StepFolder:
             listed, tables = record["files"], {*record.get("empty", ()), *map(table_of, record["files"])}
         else:
             manifest = self.manifest or {"files": [], "rows": {}}
-            of_part = "" if shard is None else f"-{shard:05d}."
-            listed = [file for file in manifest["files"] if of_part in file["file"]]
-            tables = set(
-                manifest["rows"] if shard is None or shard < manifest.get("parts", 0) else map(table_of, listed)
-            )
+            listed, tables = manifest["files"], set(manifest["rows"])
+            if shard is not None:
+                of_part = f"-{shard:05d}."
+                listed = [file for file in listed if of_part in file["file"] or "by_part" in file]
+                tables = tables if shard < manifest.get("parts", 0) else set(map(table_of, listed))
         return [file for file in listed if table_of(file) == table] if table in tables else None
 
     def missing(self) -> list[int]:
@@ -220,34 +222,46 @@ class StepFolder:
         name = table_name(schema)
         if (files := self._files(name, shard)) is None:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
+        try:
+            tables = [self._read_file(file, schema, shard, ids) for file in files]
+        except DamagedError:
+            if (merged := self._files(name, shard)) == files:
+                raise
+            # Another process finished the step meanwhile, and has made one file of those of its parts.
+            tables = [self._read_file(file, schema, shard, ids) for file in merged or []]
+        return combine_chunks(pa.concat_tables(tables)) if tables else schema.empty_table()
+
+    def _read_file(
+        self, file: Json, schema: pa.Schema | None, shard: int | None = None, ids: IdRange | None = None
+    ) -> pa.Table:
+        """Return the rows of a file, or of a part in it, of these prompts. Raises as `read` does."""
         rows_read = None
         if ids is not None:
             prompt = pc.field("prompt_id")
             rows_read = (prompt >= ids[0]) if ids[1] is None else (prompt >= ids[0]) & (prompt < ids[1])
-        tables = [schema.empty_table()] if not files else []
-        for file in files:
-            path, content, where = (
-                self.path / file["file"],
-                None,
-                f"{self.path}: table {name} is damaged ({file['file']}: ",
-            )
-            try:
-                if isinstance(path, Path):
-                    problem = file_problem(path, file)
-                else:  # one request; a request per column and row group takes longer
-                    content = read(path)
-                    problem = content_problem(file, content)
-                if problem:
-                    raise DamagedError(f"{where}{problem}); {REPAIR_HINT}")
-                source = str(path) if content is None else pa.BufferReader(content)
-                tables.append(pq.read_table(source, schema=schema, partitioning=None, filters=rows_read))
-            except (OSError, pa.ArrowInvalid) as error:
-                # A disk that fails says so by a number, and an object store before there is any content.
-                has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
-                if has_failed and not isinstance(error, FileNotFoundError):
-                    raise
-                raise DamagedError(f"{where}{error}); {REPAIR_HINT}") from None
-        return combine_chunks(pa.concat_tables(tables))
+        of_part = "by_part" in file and shard is not None
+        path, content = self.path / file["file"], None
+        where = f"{self.path}: table {table_of(file)} is damaged ({file['file']}: "
+        try:
+            if isinstance(path, Path):
+                problem = file_problem(path, file)
+            else:  # one request; a request per column and row group takes longer
+                content = read(path)
+                problem = content_problem(file, content)
+            if problem:
+                raise DamagedError(f"{where}{problem}); {REPAIR_HINT}")
+            source = str(path) if content is None else pa.BufferReader(content)
+            if not of_part:
+                return pq.read_table(source, schema=schema, partitioning=None, filters=rows_read)
+            table = pq.read_table(source, schema=schema, partitioning=None)
+        except (OSError, pa.ArrowInvalid) as error:
+            # A disk that fails says so by a number, and an object store before there is any content.
+            has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
+            if has_failed and not isinstance(error, FileNotFoundError):
+                raise
+            raise DamagedError(f"{where}{error}); {REPAIR_HINT}") from None
+        table = table.slice(sum(file["by_part"][:shard]), file["by_part"][shard])
+        return table if rows_read is None else table.filter(rows_read)
 
     def decoded_bytes(self, schema: pa.Schema, shard: int, of: int) -> int:
         """Return about how many bytes the schema's columns of a finished part take in memory; 0 in an object store.
@@ -295,8 +309,8 @@ class StepFolder:
             part.finish(record)
 
     @contextmanager
-    def part_writer(self, shard: int) -> Iterator["PartWriter"]:
-        """Yield a writer of one part, whose tables may come in pieces; without its `finish` nothing stays."""
+    def part_writer(self, shard: int | None) -> Iterator["PartWriter"]:
+        """Yield a writer of one part, or of all (None), whose tables may come in pieces; nothing stays unfinished."""
         writer = PartWriter(self, shard)
         try:
             yield writer
@@ -304,13 +318,77 @@ class StepFolder:
             writer.discard()
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
-        """Write all tables of all parts that one call made, then one sidecar for all."""
+        """Write all tables of all parts that one call made, a small one as one file, then one sidecar for all."""
+        nbytes: Counter[str] = Counter()
+        for tables, _ in parts:
+            nbytes.update({name: table.nbytes for name, table in tables.items()})
+        small = {name for name, size in nbytes.items() if len(parts) > 1 and size <= SMALL_TABLE}
+        with self.part_writer(None) as whole:
+            for tables, _ in parts:
+                whole.write({name: rows for name, rows in tables.items() if name in small})
+            listed = whole.close()["files"]
+        for file in listed:
+            file["by_part"] = [tables[table_of(file)].num_rows for tables, _ in parts]
         records = []
         for shard, (tables, record) in enumerate(parts):
             with self.part_writer(shard) as part:
-                part.write(tables)
-                records.append({"shard": shard, **part.close(), **record})
+                part.write({name: rows for name, rows in tables.items() if name not in small})
+                files = [*(file for file in listed if file["by_part"][shard]), *part.close()["files"]]
+            empty = [name for name, rows in tables.items() if not rows.num_rows]
+            records.append({"shard": shard, "files": files, "empty": empty, **record})
         self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+
+    def _merge(self, parts: list[Json]) -> list[Json]:
+        """Make one file of those of each small table, and one sidecar of all; return the records of the parts."""
+        files: dict[str, list[Json | None]] = {}
+        for shard, part in enumerate(parts):
+            for file in part["files"]:
+                files.setdefault(table_of(file), [None] * len(parts))[shard] = file
+        merged: dict[str, Json] = {}
+        for name, of_parts in files.items():
+            listed = [file for file in of_parts if file]
+            is_small = sum(file["bytes"] for file in listed) <= SMALL_TABLE
+            if len(listed) < 2 or not is_small:
+                continue
+            tables = [self._read_file(file, None) for file in listed]
+            if any(not table.schema.equals(tables[0].schema, check_metadata=True) for table in tables):
+                continue  # parts of two versions of the stage
+            with self.part_writer(None) as whole:
+                for table in tables:
+                    whole.write({name: table})
+                (merged[name],) = whole.close()["files"]
+            merged[name]["by_part"] = [file["rows"] if file else 0 for file in of_parts]
+        if not merged:
+            return parts
+        records = [
+            part | {"files": [merged.get(table_of(file), file) for file in part["files"]], "shard": shard}
+            for shard, part in enumerate(parts)
+        ]
+        self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+        return records
+
+    def _records_of_all(self) -> list[Json] | None:
+        """Return the records of all parts as one sidecar has them; None without one, or without a file of it."""
+        file_sizes = sizes(self.path)
+        with suppress(DamagedError):
+            parts: list[Json] = (self.read_sidecar(WHOLE) or {"parts": []})["parts"]
+            files = [file for part in parts for file in part["files"]]
+            if len(parts) == self.parts and all(file_sizes.get(file["file"]) == file["bytes"] for file in files):
+                return parts
+        return None
+
+    def _delete_merged(self, files: list[Json]) -> None:
+        """Delete what the sidecar of all parts has replaced: that of each part, then tables that it does not list.
+
+        Wherever this ends, each part has a sidecar whose files are there.
+        """
+        names = sizes(self.path)
+        if WHOLE in names:
+            listed = {file["file"] for file in files}
+            for name in [name for name in names if SIDECAR_NAME.fullmatch(name) and name != WHOLE] + [
+                name for name in names if name.endswith(".parquet") and not name.startswith(".") and name not in listed
+            ]:
+                delete(self.path / name)
 
     def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
         """Write the record of finished parts, unless there is one already that is not damaged.
@@ -329,14 +407,15 @@ class StepFolder:
 
         Returns the manifest that counts: if another run wrote one in the meantime, that one.
         """
-        file_sizes = sizes(self.path)
-        parts: list[Json] = []
-        for shard in range(self.parts):
-            if (part := self.sidecar(shard, file_sizes)) is None:
-                raise MachineError(f"{self.path}: part {shard} is not finished; run again")
-            parts.append(part)
-
-        files = [file for part in parts for file in part["files"]]
+        if (parts := self._records_of_all()) is None:
+            file_sizes = sizes(self.path)
+            parts = []
+            for shard in range(self.parts):
+                if (part := self.sidecar(shard, file_sizes)) is None:
+                    raise MachineError(f"{self.path}: part {shard} is not finished; run again")
+                parts.append(part)
+            parts = self._merge(parts)
+        files = list({file["file"]: file for part in parts for file in part["files"]}.values())
         rows: Counter[str] = Counter()
         size: Counter[str] = Counter()
         for table in (table for part in parts for table in part.get("empty", ())):
@@ -356,6 +435,7 @@ class StepFolder:
             "files": files,
         }
         check(manifest)
+        self._delete_merged(files)
         if isinstance(self.path, Path):  # what it lists may be of another run, which has not synced its names yet
             sync(self.path, self.path.parent, self.path.parent.parent)
         if not create(self.manifest_path, encode_sealed(manifest)):
@@ -481,15 +561,16 @@ class StepFolder:
 class PartWriter:
     """Tables of a part, each in a file that grows by row groups: the same bytes in one piece and in many."""
 
-    def __init__(self, folder: StepFolder, shard: int) -> None:
+    def __init__(self, folder: StepFolder, shard: int | None) -> None:
         self.folder, self.shard = folder, shard
+        self.suffix = "all" if shard is None else f"{shard:05d}"
         self.writers: dict[str, TableWriter] = {}
 
     def write(self, tables: Mapping[str, pa.Table]) -> None:
         """Append rows to the tables."""
         for table, rows in tables.items():
             if table not in self.writers:
-                self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.shard:05d}", rows.schema)
+                self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.suffix}", rows.schema)
             self.writers[table].write(rows)
 
     def close(self) -> Json:
@@ -507,6 +588,7 @@ class PartWriter:
     def finish(self, record: Json) -> None:
         """Finish all tables, then write the part's sidecar, unless another run's sidecar exists already."""
         content = {"shard": self.shard, **self.close(), **record}
+        assert self.shard is not None
         self.folder.write_sidecar(SIDECAR.format(self.shard, self.folder.parts), content, [self.shard])
 
     def discard(self) -> None:
