@@ -26,6 +26,7 @@ from stages.data.texts import (
 from stages.model_config import GENERATION, json_object
 
 THINK = ("<think>", "</think>")
+MAX_PROBES = 10_000  # that are kept
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
 
 
@@ -54,6 +55,7 @@ class Tokenizer:
             )
         self._added_tokens = self.inner.added_tokens_decoder
         self._last_prompt: tuple[Conversation, list[int]] | None = None
+        self._probes: dict[tuple[str, str], str | None] = {}  # rendered prompts with another answer
 
     def prompt_ids(self, prompt: Conversation | Prompt) -> list[int]:
         """Return the ids of a prompt: of the chat template if the tokenizer has one, else of its plain form or text.
@@ -108,26 +110,37 @@ class Tokenizer:
         not begin with those of the prompt.
         """
         conversation = _conversation(prompt)
+        prompt_ids = self.prompt_ids(conversation) if prompt_ids is None else prompt_ids
+        return self.response_ids_of(self.encode(self.response_text(conversation, reply)), prompt_ids)
+
+    def response_text(self, conversation: Conversation, reply: str | Message) -> str:
+        """Return the text of a prompt and its response together, whose ids `response_ids_of` reads.
+
+        Raise ValueError with the reason to reject the response.
+        """
         text = reply if isinstance(reply, str) else str(reply["content"])
         while text.endswith(self.inner.eos_token):  # some data sets contain it as text
             text = text.removesuffix(self.inner.eos_token).rstrip()
         message = _assistant(text) if isinstance(reply, str) else reply | {"content": text}
         self._refuse_special_tokens(Conversation([message]))
-        prompt_ids = self.prompt_ids(conversation) if prompt_ids is None else prompt_ids
         if self.inner.chat_template is None:
             if not isinstance(reply, str):
                 raise ValueError("a message with more than text, and the tokenizer has no chat template")
             space = " " if conversation.plain is not None else ""
-            ids = self.with_bos(self.encode(self._plain_text(conversation) + space + text))
-        else:
-            messages = self._messages(conversation)
-            if messages[-1]["role"] == "assistant":  # the response continues it
-                *messages, prefill = messages
-                message = prefill | message | {"content": str(prefill["content"]) + text}
-            answered = [*messages, message]
-            rendered = self._render(answered, conversation.tools)
-            self._check_rendered(Conversation(answered, conversation.tools), rendered, [len(messages)])
-            ids = self.encode(rendered)
+            return self._plain_text(conversation) + space + text
+        messages = self._messages(conversation)
+        if messages[-1]["role"] == "assistant":  # the response continues it
+            *messages, prefill = messages
+            message = prefill | message | {"content": str(prefill["content"]) + text}
+        answered = [*messages, message]
+        rendered = self._render(answered, conversation.tools)
+        self._check_rendered(Conversation(answered, conversation.tools), rendered, [len(messages)])
+        return rendered
+
+    def response_ids_of(self, ids: list[int], prompt_ids: list[int]) -> list[int]:
+        """Return the ids of a response from those of the text that `response_text` returns; raise as `response_ids`."""
+        if self.inner.chat_template is None:
+            ids = self.with_bos(ids)
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ValueError("the ids of prompt and response together do not begin with those of the prompt")
         ids = ids[len(prompt_ids) :]
@@ -177,6 +190,46 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without the special tokens that the tokenizer would add."""
         return list(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Return `encode` of every text: on all cores, without Python's lock, where the tokenizer is in Rust."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.inner(
+            texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        return ids
+
+    def split_point(self, conversation: Conversation, prompt_ids: list[int]) -> tuple[str, int]:
+        """Return a text with which what is rendered of the prompt begins, and the number of its ids.
+
+        What follows it has the same ids by itself as behind it: it ends before a special token, at which tokenizers in
+        Rust cut a text before anything else is done to it. Empty where there is none.
+        """
+        splitting = self._splitting_tokens
+        n = next((n for n in range(len(prompt_ids) - 1, 0, -1) if prompt_ids[n] in splitting), 0)
+        if not n:
+            return "", 0
+        mode = "continue_final_message" if as_messages(conversation.content)[-1]["role"] == "assistant" else None
+        text = self._render(self._messages(conversation), conversation.tools, **{mode or "add_generation_prompt": True})
+        token, end = splitting[prompt_ids[n]], -1
+        for _ in range(prompt_ids[: n + 1].count(prompt_ids[n])):  # texts of users have no special token
+            end = text.find(token, end + 1)
+        return (text[:end], n) if end > 0 and self.encode(text[:end]) == prompt_ids[:n] else ("", 0)
+
+    @cached_property
+    def _splitting_tokens(self) -> dict[int, str]:
+        """Return the special tokens at which every text is cut, whatever is around them, by their ids."""
+        if self.inner.chat_template is None or not self.inner.is_fast:
+            return {}
+        contents = [token.content for token in self._added_tokens.values()]
+        return {
+            number: token.content
+            for number, token in self._added_tokens.items()
+            if token.special
+            and not (token.normalized or token.single_word or token.lstrip)
+            and sum(token.content in content for content in contents) == 1
+        }
 
     def decode(self, ids: list[int], *, special_tokens: bool = False, continues: bool = False) -> str:
         """Return the text of ids, with special tokens or without them, without surrounding white space.
@@ -426,10 +479,22 @@ class Tokenizer:
         messages = as_messages(conversation.content)
 
         def is_same(messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
+            # One question and an answer of our own, which stands against each of the responses to it.
+            is_probe = len(messages) == 2 and messages[1] in (_assistant(PROBE), _assistant(OTHER_PROBE))
+            key = None
+            if is_probe and not (tools or kwargs) and messages[0].keys() == {"role", "content"}:
+                key = f"{messages[0]['role']} {messages[0]['content']}", messages[1]["content"]
+                if key in self._probes:
+                    return self._probes[key] == text
             try:
-                return self._render(messages, tools, **kwargs) == text
+                rendered = self._render(messages, tools, **kwargs)
             except ValueError:  # the template misses it
-                return False
+                rendered = None
+            if key:
+                if len(self._probes) == MAX_PROBES:
+                    self._probes.clear()
+                self._probes[key] = rendered
+            return rendered == text
 
         def is_same_with(n: int, key: str, value: Any) -> bool:
             message = {name: item for name, item in messages[n].items() if name != key}
