@@ -18,6 +18,8 @@ from schemas import COMMAND, WinnowError
 # the digest of their content, and since 3 tables without rows have no file.
 FORMAT, FIRST_WITH_DIGEST = 3, 2
 DIGEST = "sha256"
+# Of the object itself, whose fields are indented by one space: those of files in it have more.
+DIGEST_LINE = re.compile(rb'(,?)\n "sha256": "[0-9a-f]{64}"(,?)(?=\n)')
 VERIFY_HINT = f"`{COMMAND} verify --repair` sets it aside and makes it again"
 
 KEY = re.compile(r"[0-9a-f]{16}")
@@ -111,10 +113,17 @@ def decode_sealed(path: Any, content: bytes) -> dict[str, Any]:
     digest = decoded.pop(DIGEST, None)
     if digest is None and decoded.get("format", 1) < FIRST_WITH_DIGEST:
         return decoded
-    plain = _encoded(decoded)
-    if sha256(plain).hexdigest() != digest or _encoded(decoded | {DIGEST: digest}) != content:
+    lines = list(DIGEST_LINE.finditer(content))
+    # What the digest is of: these bytes without its line. To encode the object again takes 50 times as long.
+    if len(lines) != 1 or sha256(_without(lines[0], content)).hexdigest() != digest:
         raise DamagedError(f"{path}: is damaged (its content has another digest than it says); {VERIFY_HINT}")
     return decoded
+
+
+def _without(line: re.Match[bytes], content: bytes) -> bytes:
+    """Return a JSON object without the field in this line, as `_encoded` writes it."""
+    comma = line[1] if line[2] else b""  # of the last field, none is left
+    return content[: line.start()] + comma + content[line.end() :]
 
 
 def decode(path: Any, content: bytes) -> dict[str, Any]:

@@ -388,24 +388,16 @@ class StepFolder:
         Wherever this ends, each part has a sidecar whose files are there.
         """
         names = sizes(self.path)
-        if WHOLE in names:
-            listed = {file["file"] for file in files}
-            for name in [name for name in names if SIDECAR_NAME.fullmatch(name) and name != WHOLE] + [
-                name for name in names if name.endswith(".parquet") and not name.startswith(".") and name not in listed
-            ]:
+        if WHOLE not in names:
+            return
+        listed = {file["file"] for file in files}
+        replaced = [name for name in names if SIDECAR_NAME.fullmatch(name) and name != WHOLE]
+        tables = [name for name in names if re.fullmatch(r"[^.].*\.parquet", name) and name not in listed]
+        for group in (replaced, tables):
+            for name in group:
                 delete(self.path / name)
-
-    def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
-        """Write the record of finished parts, unless there is one already that is not damaged.
-
-        The names of their files are synced with its own.
-        """
-        path = self.path / name
-        if not create(path, encode_sealed(content)):
-            existing = self.divided()  # another run may have divided it into another number
-            numbers = range(existing.parts) if name == WHOLE else shards
-            if any(existing.sidecar(shard) is None for shard in numbers):
-                replace(path, encode_sealed(content))
+            if group and isinstance(self.path, Path):  # a power cut may undo deletions in any order
+                sync(self.path)
 
     def seal(self, record: Json, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.

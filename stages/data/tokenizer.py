@@ -148,7 +148,7 @@ class Tokenizer:
             return ids if ids[-1:] == [self.inner.eos_token_id] else [*ids, self.inner.eos_token_id]
         # What follows the end is the next turn's. A call may end in a token of its own, as `<|call|>` of gpt-oss.
         ends = [self._end_of_turn] if self._end_of_turn in ids else self.stop
-        length = max((n for n, token in enumerate(ids, 1) if token in ends), default=0)
+        length = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in ends), 0)
         if not length:
             raise ValueError("the chat template does not end the response")
         return ids[:length]
@@ -293,6 +293,12 @@ class Tokenizer:
         special = {number for number, token in self._added_tokens.items() if token.special or number in self.stop}
         special |= {number for number in self._delimiters if self._added_tokens[number].content not in THINK}
         return {number: self._added_tokens[number].content for number in sorted(special)}
+
+    @cached_property
+    def _special_beginning(self) -> str:
+        """Return the text with which all special tokens begin: what has none of it is searched once, not for each."""
+        first, *others = self.special_tokens.values()
+        return first[: min((shared_prefix_length(first, token) for token in others), default=len(first))]
 
     @cached_property
     def _delimiters(self) -> set[int]:
@@ -530,6 +536,8 @@ class Tokenizer:
         ]
         texts += [(value, (), "tools") for value in _strings(conversation.tools)]
         for text, allowed, key in texts:
+            if self._special_beginning not in text:
+                continue
             for token in self.special_tokens.values():
                 if token in text and token not in allowed:
                     raise ValueError(f"special token {token} in the {'text' if key == 'content' else key}")

@@ -332,7 +332,7 @@ def test_the_parts_of_a_small_table_are_one_file(store: Store, monkeypatch: pyte
     monkeypatch.setattr("pipeline.store.store.SMALL_TABLE", SMALL)
     shutil.rmtree(str(store.root))
     make(store)
-    for name, tables in (("source", {"prompts"}), ("grade", {"rewards", "rejects"})):
+    for name, tables in (("source", {"prompts", "candidates"}), ("grade", {"rewards", "rejects"})):
         files = [path.name for path in local(folder(store, name).path).iterdir()]
         assert {table_of({"file": file}) for file in files if file.endswith(".parquet")} == tables
         assert len(files) == len(tables) + 2
