@@ -352,7 +352,8 @@ def _warn_of_other_data(plan: Plan, store: Store) -> None:
 
 def _print_summary(store: Store, plans: list[Plan]) -> None:
     """Print what these runs achieved; the leaderboard has all runs of the store, to compare them."""
-    of_these_runs = open_catalog(store, [plan.name for plan in plans])
+    catalog = open_catalog(store)
+    of_these_runs = catalog.for_run([plan.name for plan in plans])
     titles = {
         "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
         "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B; longer_one: of the "
@@ -364,7 +365,7 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
         if (table := query(of_these_runs, sql)).num_rows:
             lines: list[str] = []
             if name == "leaderboard":
-                board, lines = make_leaderboard(open_catalog(store))
+                board, lines = make_leaderboard(catalog)
                 table = leaderboard_table(board)
             console.print(as_table(table, title))
             for line in lines:

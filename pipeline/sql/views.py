@@ -104,8 +104,9 @@ def table_files(name: str, manifests: list[Json], root: str) -> list[str]:
     rows = {
         f"{root}/{manifest['stage']}/{manifest['key']}/{file['file']}": file["rows"]
         for manifest in manifests
+        if manifest["rows"].get(name)  # before its files: of most steps there are hundreds, of other tables
         for file in manifest["files"]
-        if table_of(file) == name and file["rows"]
+        if file["rows"] and table_of(file) == name
     }
     if not rows:
         return []
@@ -146,7 +147,7 @@ def view(name: str, manifests: list[Json], evolved: bool) -> str:
     (`evolved`), the columns of a table may differ between the stages that write it: those that a file lacks are null,
     and to find them DuckDB must look at all files first.
     """
-    writers = [manifest for manifest in manifests if any(table_of(f) == name and f["rows"] for f in manifest["files"])]
+    writers = [manifest for manifest in manifests if manifest["rows"].get(name)]
     union_by_name = evolved and len(stage_versions(writers)) > 1
     # <root>/<stage>/<key>/<file>: these functions are called once per file, and split_part would be once per row
     key_folder = "parse_dirpath(filename)"

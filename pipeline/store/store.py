@@ -399,6 +399,18 @@ class StepFolder:
             if group and isinstance(self.path, Path):  # a power cut may undo deletions in any order
                 sync(self.path)
 
+    def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
+        """Write the record of finished parts, unless there is one already that is not damaged.
+
+        The names of their files are synced with its own.
+        """
+        path = self.path / name
+        if not create(path, encode_sealed(content)):
+            existing = self.divided()  # another run may have divided it into another number
+            numbers = range(existing.parts) if name == WHOLE else shards
+            if any(existing.sidecar(shard) is None for shard in numbers):
+                replace(path, encode_sealed(content))
+
     def seal(self, record: Json, check: Callable[[Json], None]) -> Json:
         """Finish the step: gather all sidecars in a manifest, give it to `check`, which may raise, and write it.
 

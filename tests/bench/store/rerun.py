@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -70,7 +71,8 @@ def write_store(folder: Path, sizes: Sizes) -> StoreSize:
             if step.key not in steps:
                 first = next((other for other in steps.values() if other.entry is step.entry), None)
                 if first is None:
-                    with patch("pipeline.store.store.SMALL_TABLE", 0):  # a file per part, as of large tables
+                    # A file per part, as of large tables; those of a stage that is called once for all are small.
+                    with nullcontext() if step.signature.unsharded else patch("pipeline.store.store.SMALL_TABLE", 0):
                         seal_step(store, step, partial(_step_tables, step))
                 else:
                     _link_step(store, first, step)
