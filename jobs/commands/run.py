@@ -51,6 +51,7 @@ from pipeline.config.precision import float32_by_default
 from pipeline.config.rounds import split_round
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
+from pipeline.execution.run import commit
 from pipeline.execution.run import run as run_plan
 from pipeline.resources import Profile
 from pipeline.sql.catalog import open_catalog, query
@@ -325,8 +326,12 @@ def _print_notes(plan: Plan, profile: Profile = Profile()) -> None:  # noqa: B00
 
 def _print_changed_code(plan: Plan, store: Store) -> None:
     """Print which cached results were computed by other code of the same version, and what to do."""
-    manifests = [(step, store.folder(step).manifest) for step in plan.steps]
-    for line in [line for step, manifest in manifests if manifest for line in stale_code(step, manifest)]:
+    code = commit()
+    is_known = code is not None and not code.endswith("+")
+    found = [(step, store.folder(step).manifest) for step in plan.steps]
+    # Of the same commit there is nothing to compare, and to digest the sources of a plan takes half a second.
+    others = [(step, past) for step, past in found if past and not (is_known and past["commit"] == code)]
+    for line in [line for step, past in others for line in stale_code(step, past)]:
         console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 
 
