@@ -324,10 +324,10 @@ class StepFolder:
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
         """Write all tables of all parts that one call made, a small one as one file, then one sidecar for all."""
-        nbytes: Counter[str] = Counter()
-        for tables, _ in parts:
-            nbytes.update({name: table.nbytes for name, table in tables.items()})
-        small = {name for name, size in nbytes.items() if len(parts) > 1 and size <= SMALL_TABLE}
+        nbytes: dict[str, list[int]] = {}  # of the parts with rows
+        for name, table in ((name, table) for tables, _ in parts for name, table in tables.items() if table.num_rows):
+            nbytes.setdefault(name, []).append(table.nbytes)
+        small = {name for name, values in nbytes.items() if len(values) > 1 and sum(values) <= SMALL_TABLE}
         with self.part_writer(None) as whole:
             for tables, _ in parts:
                 whole.write({name: rows for name, rows in tables.items() if name in small})
