@@ -80,7 +80,7 @@ def reference(
         if (draw := drawn(row)) and draw.model == policy.digest
     ]
     record_agreement(ctx, check_agreement(compared, dtype, engine_tolerance, policy.digest, "reference"))
-    columns = {
+    values = {
         "prompt_id": [row["prompt_id"] for row in rows],
         "candidate_id": [row["candidate_id"] for row in rows],
         "logp": [logp[key] for key in scored_as],
@@ -89,4 +89,4 @@ def reference(
         "model": [policy.digest] * len(rows),
         "dtype": [dtype] * len(rows),
     }
-    return pa.Table.from_pydict(columns, schema=REFERENCE)
+    return pa.Table.from_pydict(values, schema=REFERENCE)
