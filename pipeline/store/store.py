@@ -424,7 +424,9 @@ class StepFolder:
                     raise MachineError(f"{self.path}: part {shard} is not finished; run again")
                 parts.append(part)
             parts = self._merge(parts)
-        files = list({file["file"]: file for part in parts for file in part["files"]}.values())
+        by_name = {file["file"]: file for part in parts for file in part["files"]}
+        order = [*TABLES, *map(table_of, by_name.values())]  # whoever wrote the parts, a run or `adopt`
+        files = sorted(by_name.values(), key=lambda file: (order.index(table_of(file)), file["file"]))
         rows: Counter[str] = Counter()
         size: Counter[str] = Counter()
         for table in (table for part in parts for table in part.get("empty", ())):
