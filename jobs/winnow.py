@@ -27,8 +27,9 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run as run_plan
 from pipeline.registry import nearest
 from pipeline.sql.catalog import QueryResult, open_catalog
-from pipeline.store.store import Store, table_of
-from schemas import TABLES, WinnowError
+from pipeline.stage import signature_of, stages
+from pipeline.store.store import Store
+from schemas import TABLES, WinnowError, table_name
 
 Config = str | Path | Mapping[str, Any]  # a YAML file, or what it would contain
 Configs = Config | Sequence[Config]
@@ -62,9 +63,12 @@ class Results:
         if step not in links:
             raise WinnowError(f"run {run!r} has no step {step!r}; {nearest(step, list(links))}")
         folder = self.store.at(links[step]["stage"], links[step]["key"])
-        names = [table_of(file) for file in (folder.manifest or {"files": []})["files"]]
+        finished = (folder.manifest or {"rows": {}})["rows"]
+        declared = stages.entries.get(links[step]["stage"])
+        outputs = [table_name(schema) for schema in signature_of(declared).outputs] if declared else []
+        names = [table for table in dict.fromkeys([*outputs, *finished]) if table in finished]
         if not names or (name and name not in names):
-            raise WinnowError(f"{folder.path}: no finished table {name}; it has {', '.join(dict.fromkeys(names))}")
+            raise WinnowError(f"{folder.path}: no finished table {name}; it has {', '.join(names)}")
         return folder.read(TABLES[name or names[0]])
 
     def model(self, run: str) -> Path:

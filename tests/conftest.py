@@ -27,6 +27,7 @@ import jobs.demo.gold  # noqa: F401 - registers the gold reward
 import stages.all  # noqa: F401 - registers every stage
 from jobs.__main__ import main
 from pipeline.context import StageContext, WarmCache
+from pipeline.execution import executor
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.fingerprints import DataPath, model_digest
@@ -34,6 +35,9 @@ from pipeline.store.store import Store
 from schemas import Model
 from stages.network.models import untrained
 from tests.runs import Silent, plan_of
+
+# Functions that a test defines or replaces are of its process alone; tests of other processes set these themselves.
+executor.LONG_PART, executor.LARGE_PART = float("inf"), 2**62
 
 gc.set_threshold(50_000)  # one for every 700 new objects takes a quarter of the time in which tests are collected
 

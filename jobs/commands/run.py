@@ -52,6 +52,7 @@ from pipeline.config.precision import float32_by_default
 from pipeline.config.rounds import split_round
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
+from pipeline.execution.run import commit
 from pipeline.execution.run import run as run_plan
 from pipeline.resources import Profile
 from pipeline.sql.catalog import open_catalog, query
@@ -351,8 +352,12 @@ def _print_notes(plan: Plan, profile: Profile = Profile()) -> None:  # noqa: B00
 
 def _print_changed_code(plan: Plan, store: Store) -> None:
     """Print which cached results were computed by other code of the same version, and what to do."""
-    manifests = [(step, store.folder(step).manifest) for step in plan.steps]
-    for line in [line for step, manifest in manifests if manifest for line in stale_code(step, manifest)]:
+    code = commit()
+    is_known = code is not None and not code.endswith("+")
+    found = [(step, store.folder(step).manifest) for step in plan.steps]
+    # Of the same commit there is nothing to compare, and to digest the sources of a plan takes half a second.
+    others = [(step, past) for step, past in found if past and not (is_known and past["commit"] == code)]
+    for line in [line for step, past in others for line in stale_code(step, past)]:
         console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 
 
@@ -378,7 +383,8 @@ def _warn_of_other_data(plan: Plan, store: Store) -> None:
 
 def _print_summary(store: Store, plans: list[Plan]) -> None:
     """Print what these runs achieved; the leaderboard has all runs of the store, to compare them."""
-    of_these_runs = open_catalog(store, [plan.name for plan in plans])
+    catalog = open_catalog(store)
+    of_these_runs = catalog.for_run([plan.name for plan in plans])
     titles = {
         "leaderboard": "leaderboard: against the SFT policy's responses on held-out prompts, with 95 % intervals",
         "heldout": "trained models on held-out examples (token_accuracy: the ranker's A or B; longer_one: of the "
@@ -390,7 +396,7 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
         if (table := query(of_these_runs, sql)).num_rows:
             lines: list[str] = []
             if name == "leaderboard":
-                board, lines = make_leaderboard(open_catalog(store))
+                board, lines = make_leaderboard(catalog)
                 table = leaderboard_table(board)
             console.print(as_table(table, title))
             for line in lines:

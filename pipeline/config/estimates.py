@@ -24,7 +24,7 @@ from pipeline.stage import InputStep
 from pipeline.store.storage import read
 from pipeline.store.store import Json, Store, table_of
 from pipeline.store.weights import tensor_shapes, weight_files
-from schemas import WinnowError
+from schemas import TABLES, WinnowError
 
 COUNTERS = {"tokens": "tokens", "calls": "ranker_calls"}  # of manifests, by unit
 SAME_SIZE = 0.05  # by which two networks of one size may differ: an adapter, a padded vocabulary
@@ -249,7 +249,10 @@ def _column(manifest: Json, table: str, name: str) -> pa.ChunkedArray | None:
         columns = [pq.read_table(pa.BufferReader(read(folder / file["file"])), columns=[name])[name] for file in files]
     except (OSError, pa.ArrowException):
         return None
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks]) if columns else None
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    if not columns:  # of a table without rows
+        return pa.chunked_array([], TABLES[table].field(name).type) if table in manifest["rows"] else None
+    return pa.chunked_array(chunks)
 
 
 def _count(manifest: Json, table: str, columns: Mapping[str, int]) -> int | None:

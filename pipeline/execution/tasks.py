@@ -60,6 +60,10 @@ class StepSpec:
         return signature_of(self.entry)
 
     @property
+    def key(self) -> str:
+        return self.out.path.name
+
+    @property
     def shards(self) -> int:
         """Return the number of parts of its result."""
         return self.out.parts
@@ -159,6 +163,15 @@ def execute(
             writer.finish(record | {"inputs": keys})
 
 
+def input_bytes(spec: StepSpec, shard: int) -> int:
+    """Return about how many bytes a part's rows, of the columns that the stage reads, take in memory."""
+    return sum(
+        spec.sources[item.name].decoded_bytes(item.schema_read(spec.options), shard, spec.shards)
+        for item in spec.signature.inputs
+        if is_split_by_prompt(item) and item.name in spec.sources
+    )
+
+
 def _pieces(spec: StepSpec, task: Task, resources: Resources) -> list[IdRange | None]:
     """Return the ranges of prompt ids that a part is read by, so that each piece fits into memory; None: all of it.
 
@@ -166,12 +179,7 @@ def _pieces(spec: StepSpec, task: Task, resources: Resources) -> list[IdRange | 
     """
     if task.span is not None or not spec.signature.by_prompt(spec.options):
         return [None]
-    sizes = [
-        spec.sources[item.name].decoded_bytes(item.schema_read(spec.options), task.shard, spec.shards)
-        for item in spec.signature.inputs
-        if is_split_by_prompt(item) and item.name in spec.sources
-    ]
-    count = min(ID_RANGES, math.ceil(sum(sizes) / 2**30 / resources.piece_memory))
+    count = min(ID_RANGES, math.ceil(input_bytes(spec, task.shard) / 2**30 / resources.piece_memory))
     if count <= 1:
         return [None]
     bounds = [f"{ID_RANGES * n // count:04x}" for n in range(1, count)]

@@ -190,7 +190,7 @@ class Catalog:
         connection = _confined_connection(self.root, ":memory:", self._files)
         for name in TABLES:
             message = sql_literal(f"write the name {name} in full in the statement: its files are opened by that name")
-            placeholder = f"SELECT {null_columns(name, connection)} WHERE error({message})::BOOLEAN"
+            placeholder = f"SELECT {null_columns(name)} WHERE error({message})::BOOLEAN"
             connection.execute(f"CREATE VIEW {sql_identifier(name)} AS {placeholder}")
         _create_runs_and_steps(connection, self)
         for name, schema in LIVE.items():
@@ -274,7 +274,7 @@ def _create_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Tab
 def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, catalog: Catalog) -> None:
     """Create the view of a table over its files or, if it has no rows yet, an empty view with the same columns."""
     files = table_files(name, catalog.manifests, address(catalog.root))
-    body = f"SELECT {null_columns(name, connection)} WHERE false"
+    body = f"SELECT {null_columns(name)} WHERE false"
     if files:
         body = view(name, catalog.manifests, catalog.evolved)
         connection.register("incoming", pa.table({"file": files}))

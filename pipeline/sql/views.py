@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -17,9 +16,6 @@ from pipeline.store.storage import Location
 from pipeline.store.store import Json, table_of
 from schemas import TABLES
 from schemas.columns import column, table
-
-if TYPE_CHECKING:
-    import duckdb
 
 STAGE = column("stage", pa.string(), "name of the stage that made the row")
 KEY = column("key", pa.string(), "hash of the stage, its options and its inputs; joins all tables to runs and steps")
@@ -91,6 +87,15 @@ METRICS_NOW = table(
     STAGE,
     KEY,
 )
+SQL_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
+    pa.int8(): "TINYINT",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+}
 LIVE = {"running": RUNNING, "metrics_now": METRICS_NOW}  # of steps that are not finished
 VIEWS = {name: schema.append(STAGE).append(KEY) for name, schema in TABLES.items()}
 VIEWS |= {"runs": RUNS, "steps": STEPS, **LIVE}
@@ -104,8 +109,9 @@ def table_files(name: str, manifests: list[Json], root: str) -> list[str]:
     rows = {
         f"{root}/{manifest['stage']}/{manifest['key']}/{file['file']}": file["rows"]
         for manifest in manifests
+        if manifest["rows"].get(name)  # before its files: of most steps there are hundreds, of other tables
         for file in manifest["files"]
-        if table_of(file) == name and file["rows"]
+        if file["rows"] and table_of(file) == name
     }
     if not rows:
         return []
@@ -133,7 +139,7 @@ def view(name: str, manifests: list[Json], evolved: bool) -> str:
     (`evolved`), the columns of a table may differ between the stages that write it: those that a file lacks are null,
     and to find them DuckDB must look at all files first.
     """
-    writers = [manifest for manifest in manifests if any(table_of(f) == name and f["rows"] for f in manifest["files"])]
+    writers = [manifest for manifest in manifests if manifest["rows"].get(name)]
     union_by_name = evolved and len(stage_versions(writers)) > 1
     # <root>/<stage>/<key>/<file>: these functions are called once per file, and split_part would be once per row
     key_folder = "parse_dirpath(filename)"
@@ -149,11 +155,20 @@ def view(name: str, manifests: list[Json], evolved: bool) -> str:
     )
 
 
-def null_columns(name: str, connection: "duckdb.DuckDBPyConnection") -> str:
+def null_columns(name: str) -> str:
     """Return a SELECT list with the columns of a view, all null: for a view without rows."""
-    relation = connection.from_arrow(VIEWS[name].empty_table())
-    columns = zip(relation.columns, relation.types, strict=True)
-    return ", ".join(f"NULL::{kind} AS {sql_identifier(column)}" for column, kind in columns)
+    return ", ".join(f"NULL::{sql_type(field.type)} AS {sql_identifier(field.name)}" for field in VIEWS[name])
+
+
+def sql_type(kind: pa.DataType) -> str:
+    """Return DuckDB's type of an Arrow column, as it reads it of Parquet; asking it imports pandas, for 0.2 s."""
+    if pa.types.is_list(kind):
+        return f"{sql_type(kind.value_type)}[]"
+    if pa.types.is_map(kind):
+        return f"MAP({sql_type(kind.key_type)}, {sql_type(kind.item_type)})"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{sql_identifier(field.name)} {sql_type(field.type)}' for field in kind)})"
+    return SQL_TYPES[kind]
 
 
 def sql_identifier(name: str) -> str:

@@ -1,7 +1,9 @@
 """The artifact store: <root>/<stage>/<key>/ holds a step, in a folder or in an object store.
 
 A part of a step is its tables, each in a file named by its content, and then a sidecar (part-00003-of-00008.json; a
-stage that is called once for all parts has one for all, part-whole.json). A manifest is written last and marks the step
+stage that is called once for all parts has one for all, part-whole.json). A table without rows in a part has no file
+there: the sidecar names it. The parts of a small table are one file in the end: `by_part` of its record says how many
+of its rows, in order, are whose. A manifest is written last and marks the step
 as finished. Whatever lacks its last file does not count, so a crash loses only the parts in flight. Sidecars and
 manifests are written once: of two runs that make the same part the first one's counts, and both continue from it.
 """
@@ -86,12 +88,18 @@ SET_ASIDE = "set_aside"  # what was damaged, in folders as those of the steps; n
 REPAIR = "repair.json"  # in a step that was finished and is computed again: what it had
 SIDECAR = "part-{:05d}-of-{:05d}.json"
 SIDECAR_NAME = re.compile(r"part-(\d{5}-of-(\d{5})|whole)\.json")
-TABLE_FILE = re.compile(r"(?!speeds-).+-\d{5}\.[0-9a-f]{12}\.parquet")
+TABLE_FILE = re.compile(r"(?!speeds-).+-(\d{5}|all)\.[0-9a-f]{12}\.parquet")
 WHOLE = "part-whole.json"  # one sidecar for all parts, so that the results of two calls are never mixed
 IdRange = tuple[str, str | None]  # prompt ids from the first to below the second; None: to the last
 ROW_GROUP = 8192  # rows
+SMALL_TABLE = 8 << 20  # bytes of a table whose parts are one file
 ID_BYTES = 24  # of an id in memory, with its offset
 DICTIONARY_COLUMNS = ["prompt_id"]  # for ids and texts that hardly repeat, a dictionary makes files larger and slower
+# Levels of zstd, of columns where it is worth its time; 1 for all others. What a network has drawn is written once and
+# is most of a store: in bytes per token of 8,192 real responses (tests/bench/encodings.md), ids and text together take
+# 1.98 at level 6, 2.35 at 1, 2.21 at 3, and 1.94 at 9 for half as much time again. Dictionaries (1.31 for ids at level
+# 6, where plain ones take 0.97), byte-stream split (1.12) and deltas (1.94) hide repeated phrases from zstd.
+LEVELS = {"candidates": {"token_ids.list.element": 6, "text": 6, "raw_text": 6}}
 PROGRESS, METRICS_NOW = (
     "progress.json",
     "metrics_now.jsonl",
@@ -174,15 +182,25 @@ class StepFolder:
         except FileNotFoundError:
             return None
 
-    def _files(self, shard: int | None) -> list[Json]:
-        """Return the files of a finished part, as its sidecar or else the manifest lists them, or of all parts."""
-        if shard is None:
-            return list((self.manifest or {"files": []})["files"])
-        with suppress(DamagedError):
-            if record := self._record(shard):
-                return list(record["files"])
-        of_part = f"-{shard:05d}."
-        return [file for file in (self.manifest or {"files": []})["files"] if of_part in file["file"]]
+    def _files(self, table: str, shard: int | None) -> list[Json] | None:
+        """Return a table's files in a finished part, as its sidecar or else the manifest lists them, or in all parts.
+
+        That is none for a table without rows there, and None where nothing says that the table is finished.
+        """
+        record: Json | None = None
+        if shard is not None:
+            with suppress(DamagedError):
+                record = self._record(shard)
+        if record:
+            listed, tables = record["files"], {*record.get("empty", ()), *map(table_of, record["files"])}
+        else:
+            manifest = self.manifest or {"files": [], "rows": {}}
+            listed, tables = manifest["files"], set(manifest["rows"])
+            if shard is not None:
+                of_part = f"-{shard:05d}."
+                listed = [file for file in listed if of_part in file["file"] or "by_part" in file]
+                tables = tables if shard < manifest.get("parts", 0) else set(map(table_of, listed))
+        return [file for file in listed if table_of(file) == table] if table in tables else None
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not finished."""
@@ -207,37 +225,48 @@ class StepFolder:
             table = pa.concat_tables(tables)
             return combine_chunks(table.take(pc.sort_indices(table["prompt_id"])).select(schema.names))
         name = table_name(schema)
-        files = [file for file in self._files(shard) if table_of(file) == name]
-        if not files:
+        if (files := self._files(name, shard)) is None:
             raise MachineError(f"{self.path}: table {name} is not finished; run the recipe again")
+        try:
+            tables = [self._read_file(file, schema, shard, ids) for file in files]
+        except DamagedError:
+            if (merged := self._files(name, shard)) == files:
+                raise
+            # Another process finished the step meanwhile, and has made one file of those of its parts.
+            tables = [self._read_file(file, schema, shard, ids) for file in merged or []]
+        return combine_chunks(pa.concat_tables(tables)) if tables else schema.empty_table()
+
+    def _read_file(
+        self, file: Json, schema: pa.Schema | None, shard: int | None = None, ids: IdRange | None = None
+    ) -> pa.Table:
+        """Return the rows of a file, or of a part in it, of these prompts. Raises as `read` does."""
         rows_read = None
         if ids is not None:
             prompt = pc.field("prompt_id")
             rows_read = (prompt >= ids[0]) if ids[1] is None else (prompt >= ids[0]) & (prompt < ids[1])
-        tables = []
-        for file in files:
-            path, content, where = (
-                self.path / file["file"],
-                None,
-                f"{self.path}: table {name} is damaged ({file['file']}: ",
-            )
-            try:
-                if isinstance(path, Path):
-                    problem = file_problem(path, file)
-                else:  # one request; a request per column and row group takes longer
-                    content = read(path)
-                    problem = content_problem(file, content)
-                if problem:
-                    raise DamagedError(f"{where}{problem}); {REPAIR_HINT}")
-                source = str(path) if content is None else pa.BufferReader(content)
-                tables.append(pq.read_table(source, schema=schema, partitioning=None, filters=rows_read))
-            except (OSError, pa.ArrowInvalid) as error:
-                # A disk that fails says so by a number, and an object store before there is any content.
-                has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
-                if has_failed and not isinstance(error, FileNotFoundError):
-                    raise
-                raise DamagedError(f"{where}{error}); {REPAIR_HINT}") from None
-        return combine_chunks(pa.concat_tables(tables))
+        of_part = "by_part" in file and shard is not None
+        path, content = self.path / file["file"], None
+        where = f"{self.path}: table {table_of(file)} is damaged ({file['file']}: "
+        try:
+            if isinstance(path, Path):
+                problem = file_problem(path, file)
+            else:  # one request; a request per column and row group takes longer
+                content = read(path)
+                problem = content_problem(file, content)
+            if problem:
+                raise DamagedError(f"{where}{problem}); {REPAIR_HINT}")
+            source = str(path) if content is None else pa.BufferReader(content)
+            if not of_part:
+                return pq.read_table(source, schema=schema, partitioning=None, filters=rows_read)
+            table = pq.read_table(source, schema=schema, partitioning=None)
+        except (OSError, pa.ArrowInvalid) as error:
+            # A disk that fails says so by a number, and an object store before there is any content.
+            has_failed = content is None and (not isinstance(path, Path) or getattr(error, "errno", None))
+            if has_failed and not isinstance(error, FileNotFoundError):
+                raise
+            raise DamagedError(f"{where}{error}); {REPAIR_HINT}") from None
+        table = table.slice(sum(file["by_part"][:shard]), file["by_part"][shard])
+        return table if rows_read is None else table.filter(rows_read)
 
     def decoded_bytes(self, schema: pa.Schema, shard: int, of: int) -> int:
         """Return about how many bytes the schema's columns of a finished part take in memory; 0 in an object store.
@@ -246,9 +275,11 @@ class StepFolder:
         parts that `shard` is one of; of a table in other parts, it is the bytes of all that share prompts with it.
         """
         size = 0
-        for file in (file for part in overlapping(shard, of, self.parts) for file in self._files(part)):
-            if not isinstance(self.path, Path) or table_of(file) != table_name(schema):
-                continue
+        if not isinstance(self.path, Path):
+            return 0
+        for file in (
+            file for part in overlapping(shard, of, self.parts) for file in self._files(table_name(schema), part) or []
+        ):
             try:
                 footer = pq.read_metadata(self.path / file["file"])
             except (OSError, pa.ArrowInvalid):  # which `read` reports
@@ -283,8 +314,8 @@ class StepFolder:
             part.finish(record)
 
     @contextmanager
-    def part_writer(self, shard: int) -> Iterator["PartWriter"]:
-        """Yield a writer of one part, whose tables may come in pieces; without its `finish` nothing stays."""
+    def part_writer(self, shard: int | None) -> Iterator["PartWriter"]:
+        """Yield a writer of one part, or of all (None), whose tables may come in pieces; nothing stays unfinished."""
         writer = PartWriter(self, shard)
         try:
             yield writer
@@ -292,13 +323,81 @@ class StepFolder:
             writer.discard()
 
     def write_whole(self, parts: list[tuple[dict[str, pa.Table], Json]]) -> None:
-        """Write all tables of all parts that one call made, then one sidecar for all."""
+        """Write all tables of all parts that one call made, a small one as one file, then one sidecar for all."""
+        nbytes: dict[str, list[int]] = {}  # of the parts with rows
+        for name, table in ((name, table) for tables, _ in parts for name, table in tables.items() if table.num_rows):
+            nbytes.setdefault(name, []).append(table.nbytes)
+        small = {name for name, values in nbytes.items() if len(values) > 1 and sum(values) <= SMALL_TABLE}
+        with self.part_writer(None) as whole:
+            for tables, _ in parts:
+                whole.write({name: rows for name, rows in tables.items() if name in small})
+            listed = whole.close()["files"]
+        for file in listed:
+            file["by_part"] = [tables[table_of(file)].num_rows for tables, _ in parts]
         records = []
         for shard, (tables, record) in enumerate(parts):
             with self.part_writer(shard) as part:
-                part.write(tables)
-                records.append({"shard": shard, "files": part.files(), **record})
+                part.write({name: rows for name, rows in tables.items() if name not in small})
+                files = [*(file for file in listed if file["by_part"][shard]), *part.close()["files"]]
+            empty = [name for name, rows in tables.items() if not rows.num_rows]
+            records.append({"shard": shard, "files": files, "empty": empty, **record})
         self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+
+    def _merge(self, parts: list[Json]) -> list[Json]:
+        """Make one file of those of each small table, and one sidecar of all; return the records of the parts."""
+        files: dict[str, list[Json | None]] = {}
+        for shard, part in enumerate(parts):
+            for file in part["files"]:
+                files.setdefault(table_of(file), [None] * len(parts))[shard] = file
+        merged: dict[str, Json] = {}
+        for name, of_parts in files.items():
+            listed = [file for file in of_parts if file]
+            is_small = sum(file["bytes"] for file in listed) <= SMALL_TABLE
+            if len(listed) < 2 or not is_small:
+                continue
+            tables = [self._read_file(file, None) for file in listed]
+            if any(not table.schema.equals(tables[0].schema, check_metadata=True) for table in tables):
+                continue  # parts of two versions of the stage
+            with self.part_writer(None) as whole:
+                for table in tables:
+                    whole.write({name: table})
+                (merged[name],) = whole.close()["files"]
+            merged[name]["by_part"] = [file["rows"] if file else 0 for file in of_parts]
+        if not merged:
+            return parts
+        records = [
+            part | {"files": [merged.get(table_of(file), file) for file in part["files"]], "shard": shard}
+            for shard, part in enumerate(parts)
+        ]
+        self.write_sidecar(WHOLE, {"parts": records}, range(len(parts)))
+        return records
+
+    def _records_of_all(self) -> list[Json] | None:
+        """Return the records of all parts as one sidecar has them; None without one, or without a file of it."""
+        file_sizes = sizes(self.path)
+        with suppress(DamagedError):
+            parts: list[Json] = (self.read_sidecar(WHOLE) or {"parts": []})["parts"]
+            files = [file for part in parts for file in part["files"]]
+            if len(parts) == self.parts and all(file_sizes.get(file["file"]) == file["bytes"] for file in files):
+                return parts
+        return None
+
+    def _delete_merged(self, files: list[Json]) -> None:
+        """Delete what the sidecar of all parts has replaced: that of each part, then tables that it does not list.
+
+        Wherever this ends, each part has a sidecar whose files are there.
+        """
+        names = sizes(self.path)
+        if WHOLE not in names:
+            return
+        listed = {file["file"] for file in files}
+        replaced = [name for name in names if SIDECAR_NAME.fullmatch(name) and name != WHOLE]
+        tables = [name for name in names if re.fullmatch(r"[^.].*\.parquet", name) and name not in listed]
+        for group in (replaced, tables):
+            for name in group:
+                delete(self.path / name)
+            if group and isinstance(self.path, Path):  # a power cut may undo deletions in any order
+                sync(self.path)
 
     def write_sidecar(self, name: str, content: Json, shards: Sequence[int]) -> None:
         """Write the record of finished parts, unless there is one already that is not damaged.
@@ -317,16 +416,22 @@ class StepFolder:
 
         Returns the manifest that counts: if another run wrote one in the meantime, that one.
         """
-        file_sizes = sizes(self.path)
-        parts: list[Json] = []
-        for shard in range(self.parts):
-            if (part := self.sidecar(shard, file_sizes)) is None:
-                raise MachineError(f"{self.path}: part {shard} is not finished; run again")
-            parts.append(part)
-
-        files = [file for part in parts for file in part["files"]]
+        if (parts := self._records_of_all()) is None:
+            file_sizes = sizes(self.path)
+            parts = []
+            for shard in range(self.parts):
+                if (part := self.sidecar(shard, file_sizes)) is None:
+                    raise MachineError(f"{self.path}: part {shard} is not finished; run again")
+                parts.append(part)
+            parts = self._merge(parts)
+        by_name = {file["file"]: file for part in parts for file in part["files"]}
+        order = [*TABLES, *map(table_of, by_name.values())]  # whoever wrote the parts, a run or `adopt`
+        files = sorted(by_name.values(), key=lambda file: (order.index(table_of(file)), file["file"]))
         rows: Counter[str] = Counter()
         size: Counter[str] = Counter()
+        for table in (table for part in parts for table in part.get("empty", ())):
+            rows[table] += 0
+            size[table] += 0
         for file in files:
             rows[table_of(file)] += file["rows"]
             size[table_of(file)] += file["bytes"]
@@ -341,6 +446,7 @@ class StepFolder:
             "files": files,
         }
         check(manifest)
+        self._delete_merged(files)
         if isinstance(self.path, Path):  # what it lists may be of another run, which has not synced its names yet
             sync(self.path, self.path.parent, self.path.parent.parent)
         if not create(self.manifest_path, encode_sealed(manifest)):
@@ -466,27 +572,34 @@ class StepFolder:
 class PartWriter:
     """Tables of a part, each in a file that grows by row groups: the same bytes in one piece and in many."""
 
-    def __init__(self, folder: StepFolder, shard: int) -> None:
+    def __init__(self, folder: StepFolder, shard: int | None) -> None:
         self.folder, self.shard = folder, shard
+        self.suffix = "all" if shard is None else f"{shard:05d}"
         self.writers: dict[str, TableWriter] = {}
 
     def write(self, tables: Mapping[str, pa.Table]) -> None:
         """Append rows to the tables."""
         for table, rows in tables.items():
             if table not in self.writers:
-                self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.shard:05d}", rows.schema)
+                self.writers[table] = TableWriter(self.folder.path, f"{table}-{self.suffix}", rows.schema)
             self.writers[table].write(rows)
 
-    def files(self) -> list[Json]:
-        """Finish all tables, on the disk before they have their names; return what a sidecar records of their files."""
+    def close(self) -> Json:
+        """Finish all tables, on the disk before they have their names; return what a sidecar records of them.
+
+        Tables without rows have no file: on an object store, a put is money and time.
+        """
         for writer in self.writers.values():
             writer.close()
-        sync(*(writer.scratch for writer in self.writers.values()))
-        return [writer.publish() for writer in self.writers.values()]
+        empty = [table for table, writer in self.writers.items() if not writer.rows]
+        written = [writer for writer in self.writers.values() if writer.rows]
+        sync(*(writer.scratch for writer in written))
+        return {"files": [writer.publish() for writer in written], "empty": empty}
 
     def finish(self, record: Json) -> None:
         """Finish all tables, then write the part's sidecar, unless another run's sidecar exists already."""
-        content = {"shard": self.shard, "files": self.files(), **record}
+        content = {"shard": self.shard, **self.close(), **record}
+        assert self.shard is not None
         self.folder.write_sidecar(SIDECAR.format(self.shard, self.folder.parts), content, [self.shard])
 
     def discard(self) -> None:
@@ -496,22 +609,16 @@ class PartWriter:
 
 
 class TableWriter:
-    """File of a table, named by its content when it is finished. Until then it is a scratch file on this machine."""
+    """File of a table, named by its content when it is finished. Until then it is a scratch file on this machine.
+
+    There is none before the first row group is full or the table is finished, and never one without rows.
+    """
 
     def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
-        self.folder, self.name = folder, name
-        local = folder if isinstance(folder, Path) else Path(tempfile.gettempdir())
-        make_folder(local)
-        self.scratch = scratch_path(local / name)
+        self.folder, self.name, self.schema = folder, name, schema
+        self.scratch = scratch_path((folder if isinstance(folder, Path) else Path(tempfile.gettempdir())) / name)
         self.rows, self.rest = 0, schema.empty_table()
-        with named(self.folder):
-            self.writer = pq.ParquetWriter(
-                str(self.scratch),
-                schema,
-                compression="zstd",
-                use_dictionary=DICTIONARY_COLUMNS,
-                write_statistics=columns_with_statistics(schema),
-            )
+        self._writer: pq.ParquetWriter | None = None
 
     def write(self, rows: pa.Table) -> None:
         """Append rows, in row groups of one size whatever their number."""
@@ -524,14 +631,25 @@ class TableWriter:
 
     def _write_group(self, rows: pa.Table) -> None:
         with named(self.folder):
-            self.writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
+            if self._writer is None:
+                make_folder(self.scratch.parent)
+                self._writer = pq.ParquetWriter(
+                    str(self.scratch),
+                    self.schema,
+                    compression="zstd",
+                    compression_level=LEVELS.get(table_name(self.schema)),
+                    use_dictionary=DICTIONARY_COLUMNS,
+                    write_statistics=columns_with_statistics(self.schema),
+                )
+            self._writer.write_table(combine_chunks(rows), row_group_size=ROW_GROUP)
 
     def close(self) -> None:
         """Write the rest."""
-        if self.rest.num_rows or not self.rows:
+        if self.rest.num_rows:
             self._write_group(self.rest)
-        with named(self.folder):
-            self.writer.close()
+        if self._writer:
+            with named(self.folder):
+                self._writer.close()
 
     def publish(self) -> Json:
         """Give the file its name; return what a sidecar records of it."""
@@ -546,8 +664,9 @@ class TableWriter:
 
     def discard(self) -> None:
         """Delete the scratch file, if there still is one."""
-        with suppress(OSError):  # of a full disk, which has raised already
-            self.writer.close()
+        if self._writer:
+            with suppress(OSError):  # of a full disk, which has raised already
+                self._writer.close()
         self.scratch.unlink(missing_ok=True)
 
 

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
-from pipeline import Bound, DataPath, InputStep, StageContext
+from pipeline import Bound, DataPath, InputStep
 from pipeline.store.hub import download_command, snapshot
 from schemas import WinnowError
 from stages.data.advice import require_columns, require_readable, unread_parts, warn_of_unread
@@ -38,6 +38,12 @@ CARDS = ("README.md", ".huggingface.yaml")  # files in which a folder says what 
 OPTIONAL_COLUMNS = ("tools",)  # read by every stage where a file has them
 CARD_CONFIGURATIONS = re.compile(r"^configs:", re.MULTILINE)
 FOLDER_SUFFIXES = {*TEXT_SUFFIXES, PARQUET, ".arrow", ".txt", *ARCHIVE_SUFFIXES}
+
+
+class Rejecting(Protocol):
+    """What a reader of files needs of a stage's context."""
+
+    def reject(self, reason: str, *, place: str, detail: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,7 @@ class DataSource:
             warn_of_unread(parts, rows, path.name, complete=len(rows) < HEAD_ROWS)
         return []
 
-    def rows(
-        self, ctx: StageContext, columns: Sequence[str], optional: Sequence[str] = ()
-    ) -> Iterator[tuple[str, Row]]:
+    def rows(self, ctx: Rejecting, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
         """Yield (location, row) with these columns, and the optional ones that exist.
 
         The location is `name:line` or `name:row`; a row that cannot be read is rejected. Raises WinnowError if all rows
@@ -146,7 +150,7 @@ class DataSource:
 
     def reader_results(
         self,
-        ctx: StageContext,
+        ctx: Rejecting,
         reader: Bound,
         read: Callable[[Bound, list[Row]], list[PreferencePair | ValueError]],
     ) -> Iterator[tuple[str, Row, PreferencePair | ValueError]]:

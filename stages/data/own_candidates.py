@@ -1,7 +1,7 @@
 """Stage own_candidates: responses of another system with a reward or a win probability each, ready for `select`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
 from stages.data.formats import columns_of, optional_columns_of
-from stages.data.prompts import DataTables, check_system_prompt
+from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row, label_threshold
 from stages.data.texts import Conversation, number_of, prompt_with, reply_of, tools_of
 from stages.data.trainer_formats import candidate_reader
@@ -85,32 +85,52 @@ def own_candidates(
     if reader is not None:
         reader = candidate_reader.bind(reader)
         columns, optional = columns_of(reader), optional_columns_of(reader)
+    late = LateRejects()
+
+    def read() -> Iterator[SourceRow]:
+        for location, row in source.rows(late, columns, optional):
+            item = SourceRow(location, row, rejects_before=late.take())
+            try:
+                if reader is not None:
+                    labelled = reader(row)
+                    content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
+                else:
+                    value = row.get(column)  # false and true are labels, as 0 and 1 are; a probability is neither
+                    value = (
+                        float(value) if isinstance(value, bool) and reward else number_of(row, column, called="reward")
+                    )
+                    if not math.isfinite(value):
+                        raise ValueError("reward is not finite")
+                    if probability:
+                        if value in (0.0, 1.0):
+                            raise ValueError(f"probability is exactly {value:.0f}")
+                        if not 0 < value < 1:
+                            raise ValueError("probability is not in (0, 1)")
+                        value = math.log(value) - math.log1p(-value)
+                    content = prompt_with(row, prompt, system=system, input=input)
+                    text, tools = reply_of(row, response, content), None
+                conversation = Conversation(content, tools or tools_of(row))
+                item.prompt, item.value = data.add_prompt(conversation), value
+                item.responses = [data.render_response(conversation, text)]
+            except ValueError as error:
+                item.error = error
+            yield item
+
     rewards: list[Row] = []
-    for location, row in source.rows(ctx, columns, optional):
+    for item, ids in data.with_ids(read()):
+        for reason, where in item.rejects_before:
+            ctx.reject(reason, **where)
         try:
-            if reader is not None:
-                labelled = reader(row)
-                content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
-            else:
-                value = row.get(column)  # false and true are labels, as 0 and 1 are; a probability is neither
-                value = float(value) if isinstance(value, bool) and reward else number_of(row, column, called="reward")
-                if not math.isfinite(value):
-                    raise ValueError("reward is not finite")
-                if probability:
-                    if value in (0.0, 1.0):
-                        raise ValueError(f"probability is exactly {value:.0f}")
-                    if not 0 < value < 1:
-                        raise ValueError("probability is not in (0, 1)")
-                    value = math.log(value) - math.log1p(-value)
-                content = prompt_with(row, prompt, system=system, input=input)
-                text, tools = reply_of(row, response, content), None
-            conversation = Conversation(content, tools or tools_of(row))
-            name = data.add_prompt(conversation)
-            candidate = data.add_response(conversation, text, repeated=True)
+            if item.error:
+                raise item.error
+            candidate = data.add_response(item.responses[0], ids[0], repeated=True)
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(row if reader is not None else row.get(column)))
+            detail = repr(item.row if reader is not None else item.row.get(column))
+            ctx.reject(str(error), place=item.location, detail=detail)
             continue
-        rewards.append(dict(prompt_id=name, candidate_id=candidate, reward=value))
+        rewards.append(dict(prompt_id=item.prompt, candidate_id=candidate, reward=item.value))
+    for reason, where in late.take():
+        ctx.reject(reason, **where)
     threshold = None if probability else label_threshold(row["reward"] for row in rewards)
     rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))

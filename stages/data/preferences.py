@@ -1,5 +1,6 @@
 """Stage preferences: pairs of human preference data as pairs of ids, with the prompts and responses they consist of."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_reader
 from stages.data.formats import pairs_of, preference_reader
-from stages.data.prompts import DataTables, check_system_prompt
+from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row
 from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
 from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
@@ -59,28 +60,48 @@ def preferences(
         tokenizer, heldout, max_tokens, validation=validation, too_long=too_long, prefill=prefill,
         system_prompt=system_prompt,
     )  # fmt: skip
+    late, source = LateRejects(), DataSource(path, dataset, revision, subset, dataset_split)
+
+    def read() -> Iterator[SourceRow]:
+        for location, row, pair in source.reader_results(late, reader, pairs_of):
+            item = SourceRow(location, row, rejects_before=late.take())
+            try:
+                if isinstance(pair, ValueError):
+                    raise pair
+                item.value = pair
+                conversation = Conversation(pair.prompt, pair.tools or tools_of(row), pair.plain)
+                replies = without_repeated_prompt(pair.prompt, (pair.chosen, pair.rejected))
+                item.prompt = data.add_prompt(conversation)
+                for reply in replies:  # the first is a candidate even if the second is rejected
+                    item.responses.append(data.render_response(conversation, reply))
+            except ValueError as error:
+                item.error = error
+            yield item
+
     pairs: list[Row] = []
-    source = DataSource(path, dataset, revision, subset, dataset_split)
-    for location, row, pair in source.reader_results(ctx, reader, pairs_of):
+    for item, ids in data.with_ids(read()):
+        for reason, where in item.rejects_before:
+            ctx.reject(reason, **where)
         try:
-            if isinstance(pair, ValueError):
-                raise pair
-            conversation = Conversation(pair.prompt, pair.tools or tools_of(row), pair.plain)
-            replies = without_repeated_prompt(pair.prompt, (pair.chosen, pair.rejected))
-            prompt = data.add_prompt(conversation)
-            chosen, rejected = (data.add_response(conversation, reply) for reply in replies)
+            added = [data.add_response(*response) for response in zip(item.responses, ids, strict=True)]
+            if item.error:
+                raise item.error
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(row))
+            ctx.reject(str(error), place=item.location, detail=repr(item.row))
             continue
+        chosen, rejected = added
+        prompt = item.prompt
         if chosen == rejected:
             ctx.reject(
                 "identical responses",
-                place=location,
-                detail=readable_reply(pair.chosen),
+                place=item.location,
+                detail=readable_reply(item.value.chosen),
                 prompt=prompt,
                 candidate=chosen,
             )
             continue
         pairs.append(dict(prompt_id=prompt, chosen_id=chosen, rejected_id=rejected, gap=None, weight=1.0, rule="label"))
+    for reason, where in late.take():
+        ctx.reject(reason, **where)
     pairs.sort(key=lambda row: (row["prompt_id"], row["chosen_id"], row["rejected_id"]))
     return *data.tables(), pa.Table.from_pylist(pairs, schema=PAIRS)

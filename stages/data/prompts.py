@@ -2,9 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
@@ -33,6 +37,7 @@ from stages.work import prompts_work
 
 SYSTEM_ROLES = ("system", "developer")
 ROWS_AT_ONCE = 4096  # that are turned into columns
+BATCH = 1024  # rows of a file whose texts are tokenised together
 
 
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -198,6 +203,49 @@ def chat_json(content: Prompt, tools: list[dict[str, Any]] | None) -> str:
     return json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False)
 
 
+@dataclass(frozen=True)
+class RenderedResponse:
+    """Response that was rendered and checked. Its ids, and those of what is before it, are yet to be computed.
+
+    prompt: row of its prompt. text: what to tokenise, of prompt and response together without the first `skipped` ids.
+    turns: ids and mask of a response of several turns, which has no such text.
+    """
+
+    prompt: Row
+    reply: Reply
+    text: str = ""
+    skipped: int = 0
+    turns: tuple[list[int], list[bool]] | None = None
+
+
+@dataclass
+class SourceRow:
+    """Row of a file with what was read of it, or why it is rejected, and the rejects of lines before it."""
+
+    location: str
+    row: Any
+    error: ValueError | None = None
+    prompt: str = ""
+    responses: list[RenderedResponse] = field(default_factory=list)
+    value: Any = None  # what else its stage reads of it
+    rejects_before: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+class LateRejects:
+    """Rejects of a file's reader, kept until the rows before them are tokenised: they stand in the file's order."""
+
+    def __init__(self) -> None:
+        self._rejects: list[tuple[str, dict[str, Any]]] = []
+
+    def reject(self, reason: str, **where: Any) -> None:
+        self._rejects.append((reason, where))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return those since the last call."""
+        rejects, self._rejects = self._rejects, []
+        return rejects
+
+
 class DataTables:
     """Prompts and responses of a user's file as rows with token ids, each once, however many rows it occurs in.
 
@@ -236,6 +284,7 @@ class DataTables:
         self.max_characters = 4 * self.tokenizer.longest_token * min(max_tokens, self.context)
         self.prompts_by_id: dict[str, Row] = {}
         self.rows_by_content: dict[tuple[str, str | None], Row] = {}  # by id of the file's prompt, and its plain form
+        self.split_points: dict[tuple[str, str | None], tuple[str, int]] = {}  # of these prompts
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
@@ -284,6 +333,11 @@ class DataTables:
             ids, mask = self.tokenizer.turns_ids(conversation, reply)
         else:
             ids = self.tokenizer.response_ids(conversation, reply, prompt_ids)
+        return self._cut(ids, mask, prompt_ids)
+
+    def _cut(
+        self, ids: list[int], mask: list[bool] | None, prompt_ids: list[int]
+    ) -> tuple[list[int], list[bool] | None, str]:
         limit = min(self.max_tokens, self.context - len(prompt_ids))
         return (ids, mask, "stop") if len(ids) <= limit else (ids[:limit], mask and mask[:limit], "length")
 
@@ -301,29 +355,70 @@ class DataTables:
     def _key_of(self, conversation: Conversation) -> tuple[str, str | None]:
         return prompt_id(conversation.content, conversation.tools), conversation.plain
 
-    def add_response(self, conversation: Conversation, reply: Reply, *, repeated: bool = False) -> str:
-        """Add a response to a prompt that was added; return the candidate's id.
+    def render_response(self, conversation: Conversation, reply: Reply) -> RenderedResponse:
+        """Return a response to a prompt that was added, rendered by the chat template and checked."""
+        if len(readable_reply(reply)) > self.max_characters:
+            raise ValueError("response too long")
+        key = self._key_of(conversation)
+        prompt, conversation = self.rows_by_content[key], self.with_system_prompt(conversation)
+        if isinstance(reply, list):
+            return RenderedResponse(prompt, reply, turns=self.tokenizer.turns_ids(conversation, reply))
+        text = self.tokenizer.response_text(conversation, reply)
+        if key not in self.split_points:
+            self.split_points[key] = self.tokenizer.split_point(conversation, prompt["token_ids"])
+        before, skipped = self.split_points[key]
+        if not text.startswith(before):
+            before, skipped = "", 0
+        return RenderedResponse(prompt, reply, text[len(before) :], skipped)
+
+    def add_response(self, response: RenderedResponse, ids: list[int], *, repeated: bool = False) -> str:
+        """Add a response with the ids of its text; return the candidate's id.
 
         Equal texts of a prompt are one candidate, unless `repeated` makes each its own, as draws of a policy are.
         """
-        prompt_row = self.rows_by_content[self._key_of(conversation)]
-        prompt = str(prompt_row["prompt_id"])
-        ids, mask, finish_reason = self.response_ids(conversation, prompt_row["token_ids"], reply)
+        prompt, prompt_ids = str(response.prompt["prompt_id"]), response.prompt["token_ids"]
+        mask = None
+        if response.turns:
+            ids, mask = response.turns
+        else:
+            ids = self.tokenizer.response_ids_of([*prompt_ids[: response.skipped], *ids], prompt_ids)
+        ids, mask, finish_reason = self._cut(ids, mask, prompt_ids)
         if finish_reason == "length" and self.too_long == "reject":
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()
-        text = readable_reply(reply)
+        text = readable_reply(response.reply)
         row = imported_candidate(
             prompt, ids, text, used_ids, k=self.counts[prompt], finish_reason=finish_reason, mask=mask,
-            chat=reply_json(reply),
+            chat=reply_json(response.reply),
         )  # fmt: skip
         earlier_row = self.candidates_by_id.get(row["candidate_id"])
         if earlier_row is None:
+            row["token_ids"] = np.array(ids, np.int32)  # an eighth of the memory of a list
             self.candidates_by_id[row["candidate_id"]] = row
             self.counts[prompt] += 1
         elif earlier_row["mask"] != mask:  # turns that a template renders alike, whoever takes them
             raise ValueError("its ids are those of another response, in which the assistant wrote others of them")
         return str(row["candidate_id"])
+
+    def with_ids(self, rows: Iterable[SourceRow]) -> Iterator[tuple[SourceRow, list[list[int]]]]:
+        """Yield rows with the ids of their responses' texts: while a batch is tokenised, the next one is rendered."""
+
+        def encode(batch: list[SourceRow]) -> list[list[int]]:
+            return self.tokenizer.encode_all([response.text for row in batch for response in row.responses])
+
+        def joined(batch: list[SourceRow], ids: list[list[int]]) -> Iterator[tuple[SourceRow, list[list[int]]]]:
+            remaining = iter(ids)
+            return ((row, list(islice(remaining, len(row.responses)))) for row in batch)
+
+        rows, before = iter(rows), None
+        with ThreadPoolExecutor(1) as pool:
+            while batch := list(islice(rows, BATCH)):
+                ids = pool.submit(encode, batch)
+                if before:
+                    yield from joined(before[0], before[1].result())
+                before = batch, ids
+            if before:
+                yield from joined(before[0], before[1].result())
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """Return the tables `prompts` and `candidates`."""

@@ -26,6 +26,7 @@ from stages.data.texts import (
 from stages.model_config import FROM_FOLDER, GENERATION, json_object
 
 THINK = ("<think>", "</think>")
+MAX_PROBES = 10_000  # that are kept
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
 
 
@@ -56,6 +57,7 @@ class Tokenizer:
         self._last_prompt: tuple[Conversation, list[int]] | None = None
         self._ends: set[tuple[str, str]] = set()  # of prompts that an answer follows without a change, and its text
         self._probes: dict[Any, str] = {}  # what is rendered of one message with a probe for its content
+        self._answered_probes: dict[tuple[str, str], str | None] = {}  # rendered prompts with a probe for their answer
 
     def prompt_ids(self, prompt: Conversation | Prompt) -> list[int]:
         """Return the ids of a prompt: of the chat template if the tokenizer has one, else of its plain form or text.
@@ -126,26 +128,37 @@ class Tokenizer:
         not begin with those of the prompt.
         """
         conversation = _conversation(prompt)
+        prompt_ids = self.prompt_ids(conversation) if prompt_ids is None else prompt_ids
+        return self.response_ids_of(self.encode(self.response_text(conversation, reply)), prompt_ids)
+
+    def response_text(self, conversation: Conversation, reply: str | Message) -> str:
+        """Return the text of a prompt and its response together, whose ids `response_ids_of` reads.
+
+        Raise ValueError with the reason to reject the response.
+        """
         text = reply if isinstance(reply, str) else str(reply["content"])
         while text.endswith(self.inner.eos_token):  # some data sets contain it as text
             text = text.removesuffix(self.inner.eos_token).rstrip()
         message = _assistant(text) if isinstance(reply, str) else reply | {"content": text}
         self._refuse_special_tokens(Conversation([message]))
-        prompt_ids = self.prompt_ids(conversation) if prompt_ids is None else prompt_ids
         if self.inner.chat_template is None:
             if not isinstance(reply, str):
                 raise ValueError("a message with more than text, and the tokenizer has no chat template")
             space = " " if conversation.plain is not None else ""
-            ids = self.with_bos(self.encode(self._plain_text(conversation) + space + text))
-        else:
-            messages = self._messages(conversation)
-            if messages[-1]["role"] == "assistant":  # the response continues it
-                *messages, prefill = messages
-                message = prefill | message | {"content": str(prefill["content"]) + text}
-            answered = [*messages, message]
-            rendered = self._render(answered, conversation.tools)
-            self._check_rendered(Conversation(answered, conversation.tools), rendered, [len(messages)])
-            ids = self.encode(rendered)
+            return self._plain_text(conversation) + space + text
+        messages = self._messages(conversation)
+        if messages[-1]["role"] == "assistant":  # the response continues it
+            *messages, prefill = messages
+            message = prefill | message | {"content": str(prefill["content"]) + text}
+        answered = [*messages, message]
+        rendered = self._render(answered, conversation.tools)
+        self._check_rendered(Conversation(answered, conversation.tools), rendered, [len(messages)])
+        return rendered
+
+    def response_ids_of(self, ids: list[int], prompt_ids: list[int]) -> list[int]:
+        """Return the ids of a response from those of the text that `response_text` returns; raise as `response_ids`."""
+        if self.inner.chat_template is None:
+            ids = self.with_bos(ids)
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ValueError("the ids of prompt and response together do not begin with those of the prompt")
         ids = ids[len(prompt_ids) :]
@@ -153,7 +166,7 @@ class Tokenizer:
             return ids if ids[-1:] == [self.inner.eos_token_id] else [*ids, self.inner.eos_token_id]
         # What follows the end is the next turn's. A call may end in a token of its own, as `<|call|>` of gpt-oss.
         ends = [self._end_of_turn] if self._end_of_turn in ids else self.stop
-        length = max((n for n, token in enumerate(ids, 1) if token in ends), default=0)
+        length = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in ends), 0)
         if not length:
             raise ValueError("the chat template does not end the response")
         return ids[:length]
@@ -212,6 +225,46 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return backend
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Return `encode` of every text: on all cores, without Python's lock, where the tokenizer is in Rust."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.inner(
+            texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        return ids
+
+    def split_point(self, conversation: Conversation, prompt_ids: list[int]) -> tuple[str, int]:
+        """Return a text with which what is rendered of the prompt begins, and the number of its ids.
+
+        What follows it has the same ids by itself as behind it: it ends before a special token, at which tokenizers in
+        Rust cut a text before anything else is done to it. Empty where there is none.
+        """
+        splitting = self._splitting_tokens
+        n = next((n for n in range(len(prompt_ids) - 1, 0, -1) if prompt_ids[n] in splitting), 0)
+        if not n:
+            return "", 0
+        mode = "continue_final_message" if as_messages(conversation.content)[-1]["role"] == "assistant" else None
+        text = self._render(self._messages(conversation), conversation.tools, **{mode or "add_generation_prompt": True})
+        token, end = splitting[prompt_ids[n]], -1
+        for _ in range(prompt_ids[: n + 1].count(prompt_ids[n])):  # texts of users have no special token
+            end = text.find(token, end + 1)
+        return (text[:end], n) if end > 0 and self.encode(text[:end]) == prompt_ids[:n] else ("", 0)
+
+    @cached_property
+    def _splitting_tokens(self) -> dict[int, str]:
+        """Return the special tokens at which every text is cut, whatever is around them, by their ids."""
+        if self.inner.chat_template is None or not self.inner.is_fast:
+            return {}
+        contents = [token.content for token in self._added_tokens.values()]
+        return {
+            number: token.content
+            for number, token in self._added_tokens.items()
+            if token.special
+            and not (token.normalized or token.single_word or token.lstrip)
+            and sum(token.content in content for content in contents) == 1
+        }
 
     def decode(self, ids: list[int], *, special_tokens: bool = False, continues: bool = False) -> str:
         """Return the text of ids, with special tokens or without them, without surrounding white space.
@@ -280,6 +333,12 @@ class Tokenizer:
         special = {number for number, token in self._added_tokens.items() if token.special or number in self.stop}
         special |= {number for number in self._delimiters if self._added_tokens[number].content not in THINK}
         return {number: self._added_tokens[number].content for number in sorted(special)}
+
+    @cached_property
+    def _special_beginning(self) -> str:
+        """Return the text with which all special tokens begin: what has none of it is searched once, not for each."""
+        first, *others = self.special_tokens.values()
+        return first[: min((shared_prefix_length(first, token) for token in others), default=len(first))]
 
     @cached_property
     def _delimiters(self) -> set[int]:
@@ -478,10 +537,22 @@ class Tokenizer:
         messages = as_messages(conversation.content)
 
         def is_same(messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
+            # One question and an answer of our own, which stands against each of the responses to it.
+            is_probe = len(messages) == 2 and messages[1] in (_assistant(PROBE), _assistant(OTHER_PROBE))
+            key = None
+            if is_probe and not (tools or kwargs) and messages[0].keys() == {"role", "content"}:
+                key = f"{messages[0]['role']} {messages[0]['content']}", messages[1]["content"]
+                if key in self._answered_probes:
+                    return self._answered_probes[key] == text
             try:
-                return self._render_once(messages, tools, **kwargs) == text
+                rendered = self._render_once(messages, tools, **kwargs)
             except ValueError:  # the template misses it
-                return False
+                rendered = None
+            if key:
+                if len(self._answered_probes) == MAX_PROBES:
+                    self._answered_probes.clear()
+                self._answered_probes[key] = rendered
+            return rendered == text
 
         def is_same_with(n: int, key: str, value: Any) -> bool:
             message = {name: item for name, item in messages[n].items() if name != key}
@@ -517,6 +588,8 @@ class Tokenizer:
         ]
         texts += [(value, (), "tools") for value in _strings(conversation.tools)]
         for text, allowed, key in texts:
+            if self._special_beginning not in text:
+                continue
             for token in self.special_tokens.values():
                 if token in text and token not in allowed:
                     raise ValueError(f"special token {token} in the {'text' if key == 'content' else key}")

@@ -80,16 +80,13 @@ def reference(
         if (draw := drawn(row)) and draw.model == policy.digest
     ]
     record_agreement(ctx, check_agreement(compared, dtype, engine_tolerance, policy.digest, "reference"))
-    scored = [
-        {
-            "prompt_id": row["prompt_id"],
-            "candidate_id": row["candidate_id"],
-            "logp": logp[key],
-            "n_tokens": len(row["token_ids"]) if row["mask"] is None else sum(row["mask"]),
-            "tokens": token_digest(prompt_ids[row["prompt_id"]], row["token_ids"], row["mask"]),
-            "model": policy.digest,
-            "dtype": dtype,
-        }
-        for row, key in zip(rows, scored_as, strict=True)
-    ]
-    return pa.Table.from_pylist(scored, schema=REFERENCE)
+    values = {
+        "prompt_id": [row["prompt_id"] for row in rows],
+        "candidate_id": [row["candidate_id"] for row in rows],
+        "logp": [logp[key] for key in scored_as],
+        "n_tokens": [len(row["token_ids"]) if row["mask"] is None else sum(row["mask"]) for row in rows],
+        "tokens": [token_digest(prompt_ids[row["prompt_id"]], row["token_ids"], row["mask"]) for row in rows],
+        "model": [policy.digest] * len(rows),
+        "dtype": [dtype] * len(rows),
+    }
+    return pa.Table.from_pydict(values, schema=REFERENCE)

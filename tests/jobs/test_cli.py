@@ -539,6 +539,7 @@ def test_plan_and_run_say_which_code_changed_without_its_version(winnow, data_di
     words = ("rso", "--config", data_dir / "demo.yaml", "--store", tmp_path / "store")
     assert "code changed" not in winnow("plan", *words)[1]
     content["code"]["matches"] = FORMAT + "0" * 12
+    content["commit"] = "0" * 40  # of this one's commit, nothing would be compared
     manifest.write_bytes(encode_sealed(content))
     for command in ("plan", "run"):
         code, text = winnow(command, *words)

@@ -5,6 +5,7 @@ the step takes above that is its join, its rule and its checks.
 """
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,11 +87,20 @@ def _write_inputs(folder: Path, sizes: Sizes) -> None:
     seal_step(Store(folder), rewards, lambda n: {"rewards": parts[n].rewards()})
 
 
-def _measured(call: Callable[[], Any]) -> StepRun:
-    start, cpu = time.perf_counter(), time.process_time()
+def _measured(call: Callable[[], Any], executor: LocalExecutor | None = None) -> StepRun:
+    start, cpu = time.perf_counter(), time.process_time() + _cpu_seconds_of_children()
     call()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    return StepRun(seconds, cpu_seconds, resident("VmHWM") * 1e6 / 2**30)
+    seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() + _cpu_seconds_of_children() - cpu
+    bytes_held = resident("VmHWM") * 1e6
+    if executor and any(executor.is_divided.values()):  # at most: each that computes parts, as much as the largest
+        bytes_held += resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 * executor.processes
+    return StepRun(seconds, cpu_seconds, bytes_held / 2**30)
+
+
+def _cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _measure_step(folder: Path, parts: int, name: str) -> StepRun:
@@ -98,7 +108,8 @@ def _measure_step(folder: Path, parts: int, name: str) -> StepRun:
     step, store = _step(parts, name), Store(folder)
     delete(store.folder(step).path)
     compile_rules(folder / name)
-    measured = _measured(lambda: run(Plan("beta", [step], [step], [step]), store, LocalExecutor(), Silent()))
+    executor = LocalExecutor()
+    measured = _measured(lambda: run(Plan("beta", [step], [step], [step]), store, executor, Silent()), executor)
     read = max(
         _rows(store, step.inputs[item.name], item.kind)
         for item in signature_of(step.entry).inputs

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 
@@ -28,7 +30,7 @@ from tests.bench.store.parts import Results, Row, Summary, Task, Verdict, run_in
 
 RECIPE = "rso"
 REPEATS = 5
-FULL_STEPS, FULL_PARTS, MAX_SECONDS = 1000, 64, 3.0
+FULL_STEPS, FULL_PARTS, MAX_SECONDS = 1000, 64, 1.0  # above the start of Python and its imports
 COMMANDS = {
     "nothing but Python and its imports": ["-c", "import jobs.__main__"],
     "winnow plan": ["-m", "jobs", "plan"],
@@ -69,7 +71,9 @@ def write_store(folder: Path, sizes: Sizes) -> StoreSize:
             if step.key not in steps:
                 first = next((other for other in steps.values() if other.entry is step.entry), None)
                 if first is None:
-                    seal_step(store, step, partial(_step_tables, step))
+                    # A file per part, as of large tables; those of a stage that is called once for all are small.
+                    with nullcontext() if step.signature.unsharded else patch("pipeline.store.store.SMALL_TABLE", 0):
+                        seal_step(store, step, partial(_step_tables, step))
                 else:
                     _link_step(store, first, step)
                 steps[step.key] = step
@@ -121,10 +125,11 @@ def time_command(folder: Path, name: str) -> float:
 
 def summarize(sizes: Sizes, results: Results) -> Summary:
     seconds = {name: [results["rerun", name, str(repeat)] for repeat in range(REPEATS)] for name in COMMANDS}
-    median = sorted(seconds["winnow run"])[REPEATS // 2]
+    medians = {name: sorted(times)[REPEATS // 2] for name, times in seconds.items()}
+    median = medians["winnow run"] - medians["nothing but Python and its imports"]
     size: StoreSize = results["rerun", "store"]
     full_size = size.steps >= FULL_STEPS and sizes.parts >= FULL_PARTS
-    what = f"a rerun among {size.steps:,} steps of {sizes.parts} parts: seconds"
+    what = f"a rerun among {size.steps:,} steps of {sizes.parts} parts: seconds above Python and its imports"
     title = f"a rerun of {RECIPE}: {size.steps:,} steps, {size.runs} runs, {size.files:,} files"
     rows: list[Row] = [{"command": name, "seconds": spread(times)} for name, times in seconds.items()]
     return Summary([Verdict.at_most(what, median, MAX_SECONDS, full_size)], {title: rows})

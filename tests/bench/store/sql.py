@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from jobs import queries
 from pipeline.config.plan import Step
 from pipeline.sql.catalog import open_catalog
-from pipeline.sql.views import run_rows, step_rows
+from pipeline.sql.views import LIVE, run_rows, step_rows
 from pipeline.store.store import Store, table_of
 from schemas import TABLES
 from schemas.tables import EVALUATIONS, METRICS, OUTCOMES, SPEEDS
@@ -200,6 +200,8 @@ def _open_bare(store: Store, spill: Path) -> duckdb.DuckDBPyConnection:
         else:
             fields = [pa.field("stage", pa.string()), pa.field("key", pa.string())]
             connection.register(name, pa.schema([*schema, *fields]).empty_table())
+    for name, schema in LIVE.items():  # of steps that run: here, none does
+        connection.register(name, schema.empty_table())
     connection.register("runs", run_rows(store.runs()))
     connection.register("steps", step_rows(manifests))
     return connection

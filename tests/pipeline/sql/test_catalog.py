@@ -16,7 +16,7 @@ from upath import UPath
 import jobs.report
 from jobs import queries
 from pipeline.sql.catalog import Catalog, open_catalog, query
-from pipeline.sql.views import LIVE, VIEWS, view
+from pipeline.sql.views import LIVE, VIEWS, null_columns, view
 from pipeline.store.inventory import Inventory
 from pipeline.store.storage import replace
 from pipeline.store.store import Store
@@ -384,3 +384,11 @@ def test_the_page_of_a_read_only_store_is_written_here(winnow, tmp_path: Path, m
     monkeypatch.setattr(jobs.report, "replace", refuse)
     code, output = winnow("report")
     assert (code, "wrote report.html" in output, (tmp_path / "report.html").exists()) == (0, True, True)
+
+
+def test_a_view_without_rows_has_the_types_that_duckdb_reads_of_arrow():
+    with duckdb.connect() as connection:
+        for name, schema in VIEWS.items():
+            expected = connection.from_arrow(schema.empty_table())
+            empty = connection.sql(f"SELECT {null_columns(name)} WHERE false")
+            assert (empty.columns, empty.types) == (expected.columns, expected.types)

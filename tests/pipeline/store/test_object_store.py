@@ -21,6 +21,7 @@ from pipeline.store.storage import create, parse_location, replace, sizes
 from pipeline.store.store import Store
 from schemas import WinnowError
 from schemas.tables import EVALUATIONS
+from tests.pipeline.store.sizes import SMALL
 from tests.pipeline.store.test_store import Trouble, make, plan_of_one
 from tests.runs import Silent, local, plan_of
 
@@ -162,6 +163,7 @@ def test_a_url_that_cannot_be_read_is_refused():
         assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("small_table", [SMALL], indirect=True)  # as `finished` has it
 def test_ray_workers_write_the_bytes_of_the_run_in_process_to_a_bucket(
     bucket: str, cache: Path, data_dir: Path, finished: Path
 ):

@@ -14,6 +14,7 @@ from pipeline.store.storage import SYNC
 from pipeline.store.store import Json, Store
 from pipeline.store.verify import Damage, find_damage, set_aside
 from schemas import WinnowError
+from tests.pipeline.store.sizes import both_sizes
 from tests.pipeline.store.test_store import SHARDS, contents, folder, make, plan, plan_of_one
 from tests.power_cut import Operation, Recorder, recorded, restarts
 from tests.runs import Silent
@@ -86,6 +87,7 @@ def losses(operations: list[Operation], target: Path) -> list[str]:
     return lost
 
 
+@both_sizes
 def test_no_cut_loses_what_was_said_to_be_finished(tmp_path: Path):
     operations = record(tmp_path / "disk")
     assert len([operation for operation in operations if operation[0] == "sync"]) > 30
@@ -101,6 +103,7 @@ def test_without_syncs_a_cut_loses_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {line.split()[1] for line in losses(operations, tmp_path)} >= {"step", "parts", "run"}
 
 
+@both_sizes
 def test_after_any_cut_a_rerun_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     operations = record(tmp_path / "disk")
     monkeypatch.setenv(SYNC, "off")  # of the reruns

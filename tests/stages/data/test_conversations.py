@@ -15,6 +15,7 @@ from schemas import Model, WinnowWarning, prompt_id, split_of
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import prompts
+from stages.data.texts import Conversation
 from stages.data.tokenizer import Tokenizer
 from tests.stages.data.test_files import jsonl, reasons
 from tests.stages.data.test_templates import CALL, USER
@@ -238,3 +239,27 @@ def test_a_prompt_is_rendered_once_in_whatever_order_its_responses_stand(tiny, c
     table, candidates, _ = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows), reward="reward")
     assert (table.num_rows, candidates.num_rows, len(reasons(ctx))) == (2, 6, 3)
     assert sorted(item for item in rendered if item in ("Hi", "Ho")) == ["Hi", "Ho"]
+
+
+@pytest.mark.parametrize("reply", ["Yes.", " Yes.\n\n", "\tYes", "é", "Yes <b>"])
+def test_what_follows_the_split_point_of_a_prompt_has_the_ids_that_it_has_behind_it(tiny, reply):
+    """So the texts of a prompt's responses are tokenised without it, whatever white space is around the split."""
+    tokenizer = Tokenizer(tiny)
+    for content in ("Name a city ", [*ASK, *SAY, *ASK]):
+        conversation = Conversation(content)
+        ids = tokenizer.prompt_ids(conversation)
+        before, count = tokenizer.split_point(conversation, ids)
+        text = tokenizer.response_text(conversation, reply)
+        assert count == len(ids) - 1
+        assert text.startswith(before)
+        assert tokenizer.encode_all([text]) == [[*ids[:count], *tokenizer.encode(text[len(before) :])]]
+
+
+def test_rejects_of_a_file_stand_in_its_order_whatever_found_them(tiny, ctx, tmp_path):
+    """A line that is no JSON, a row without a reward, and a response that is too long."""
+    path = tmp_path / "rows.jsonl"
+    rows = [dict(prompt="Hi", response=text, reward=reward) for text, reward in (("a " * 90, 1), ("b", None), ("c", 2))]
+    path.write_text("".join(f"{json.dumps(row)}\n{{\n" for row in rows))
+    own_candidates(tiny, ctx, path=DataPath(str(path)), reward="reward", max_tokens=20)
+    places = [row["place"] for row in ctx.rejects.to_pylist()]
+    assert places == [f"rows.jsonl:{n}" for n in (1, 2, 3, 4, 6)]
