@@ -358,9 +358,12 @@ class StepFolder:
             tables = [self._read_file(file, None) for file in listed]
             if any(not table.schema.equals(tables[0].schema, check_metadata=True) for table in tables):
                 continue  # parts of two versions of the stage
+            # A file names the items of a list otherwise than the table that was written, which are equal but in bytes.
+            declared = TABLES.get(name)
+            is_declared = declared is not None and tables[0].schema.equals(declared)
             with self.part_writer(None) as whole:
                 for table in tables:
-                    whole.write({name: table})
+                    whole.write({name: table.cast(declared) if is_declared else table})
                 (merged[name],) = whole.close()["files"]
             merged[name]["by_part"] = [file["rows"] if file else 0 for file in of_parts]
         if not merged:
