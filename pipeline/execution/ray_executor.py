@@ -255,6 +255,7 @@ def connect(address: str | None = None) -> Nodes:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if is_new:
+            end_own_cluster()  # what `ray.shutdown` of somebody else has left of an earlier one
             before = {child.pid for child in psutil.Process().children()}
             ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
             if address is None:

@@ -110,7 +110,8 @@ def test_the_order_of_rules_is_that_of_the_gold_of_what_select_keeps(known, worl
     }
     kept = {}
     for label, rule in rules.items():
-        words = ("own_candidates", "--config", config, "--store", store, "--set", f"select.rule={rule}")
+        words = ("own_candidates", "--config", config, "--plugin", world / "gold.py", "--store", store)
+        words += ("--set", f"select.rule={rule}")
         name = label.split()[0] + label[-1]
         code, text = winnow("run", *words, "--set", "target=select", "--name", name)
         assert code == 0, text
@@ -146,7 +147,15 @@ def test_the_rows_say_what_a_rule_keeps(known):
 
 
 def test_further_rules_are_compared_on_request(world, winnow):
-    words = ("own_candidates", "--config", world / "reward.yaml", "--store", world / "store")
+    words = (
+        "own_candidates",
+        "--config",
+        world / "reward.yaml",
+        "--plugin",
+        world / "gold.py",
+        "--store",
+        world / "store",
+    )
     code, text = winnow("diagnose", *words, "--rule", "{name: best_of, k: 3}", "--format", "csv")
     assert code == 0, text
     assert "rules,best_of k=3,gold," in text
@@ -324,7 +333,15 @@ def test_other_baselines_are_compared_where_the_store_has_them(compared):
 
 
 def test_the_command_prints_tables_of_80_columns_and_findings(world, winnow):
-    words = ("own_candidates", "--config", world / "reward.yaml", "--store", world / "store")
+    words = (
+        "own_candidates",
+        "--config",
+        world / "reward.yaml",
+        "--plugin",
+        world / "gold.py",
+        "--store",
+        world / "store",
+    )
     code, text = winnow("diagnose", *words, "--to", "page.html")
     assert code == 0, text
     lines = text.splitlines()
@@ -342,7 +359,15 @@ def test_the_command_prints_tables_of_80_columns_and_findings(world, winnow):
 
 
 def test_all_numbers_are_written_as_rows(world, known, winnow, tmp_path):
-    words = ("own_candidates", "--config", world / "reward.yaml", "--store", world / "store")
+    words = (
+        "own_candidates",
+        "--config",
+        world / "reward.yaml",
+        "--plugin",
+        world / "gold.py",
+        "--store",
+        world / "store",
+    )
     code, text = winnow("diagnose", *words, "--out", "numbers.jsonl")
     assert code == 0, text
     written = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
@@ -356,7 +381,15 @@ def test_all_numbers_are_written_as_rows(world, known, winnow, tmp_path):
 
 
 def test_what_has_not_run_is_named_with_the_command_that_runs_it(world, winnow):
-    words = ("own_candidates", "--config", world / "reward.yaml", "--set", "own_candidates.max_tokens=90")
+    words = (
+        "own_candidates",
+        "--config",
+        world / "reward.yaml",
+        "--plugin",
+        world / "gold.py",
+        "--set",
+        "own_candidates.max_tokens=90",
+    )
     code, text = winnow("diagnose", *words, "--store", world / "store")
     assert code == 2
     assert "step own_candidates" in text

@@ -33,8 +33,10 @@ WALKS: dict[str, tuple[str, str, set[str]]] = {
 }
 STEERED = ("cvx_dpo", "logistic_head")  # recipes in which a head steers the policy
 CONFIG = """\
+base:           {{use: model, with: {{path: {folder}/{policy}-policy}}}}
 sft:            {{use: model, with: {{path: {folder}/{policy}-policy}}}}
 ranker:         {{use: model, with: {{path: {folder}/{scorer}-reward}}}}
+annotator:      {{use: model, with: {{path: {folder}/{scorer}-reward}}}}
 prompts:        {{with: {{path: ./chats.jsonl, prompt: messages, demonstration: answer, heldout: 0.3}}}}
 demonstrations: {{with: {{path: ./chats.jsonl, prompt: messages, demonstration: answer}}}}
 preferences:    {{with: {{path: ./preferences.jsonl}}}}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -11,11 +12,11 @@ from schemas import WinnowError
 
 
 def fake_model(folder: Path) -> str:
-    """Write the files that the planner requires of a model folder, without a single weight."""
+    """Write the files that the planner requires of a model folder, with a tensor for all its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     (folder / "tokenizer.json").write_text("{}")
-    save_file({}, folder / "model.safetensors")
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return str(folder)
 
 
