@@ -10,6 +10,7 @@ from pipeline.costs import Cost
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_reader
+from stages.data.first_prompts import chat_problems
 from stages.data.formats import pairs_of, preference_reader
 from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row
@@ -22,7 +23,9 @@ from stages.work import preferences_work
     version=6,
     unsharded=True,
     check=lambda options, inputs: (
-        share_problems(options) + check_system_prompt(options, inputs) + check_reader(options)
+        share_problems(options)
+        + check_system_prompt(options, inputs)
+        + (check_reader(options) or chat_problems(options, inputs))
     ),
     cost=Cost(work=preferences_work),
 )

@@ -17,6 +17,7 @@ from schemas import Model, Prompts, WinnowError, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
+from stages.data.first_prompts import SYSTEM_ROLES, chat_problems
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
@@ -35,13 +36,12 @@ from stages.limits import context_length
 from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 from stages.work import prompts_work
 
-SYSTEM_ROLES = ("system", "developer")
 ROWS_AT_ONCE = 4096  # that are turned into columns
 BATCH = 1024  # rows of a file whose texts are tokenised together
 
 
 def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    return share_problems(options) + _column_problems(options, inputs)
+    return share_problems(options) + (_column_problems(options, inputs) or chat_problems(options, inputs))
 
 
 def _column_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -9,14 +9,11 @@ from itertools import pairwise
 from jinja2 import Template, TemplateError
 
 from pipeline import Bound, InputStep
-from schemas import WinnowError, WinnowWarning
+from schemas import WinnowWarning
 from stages.data.chat_templates import ENVIRONMENT, planned_chat_template
-from stages.data.files import DataSource
-from stages.data.formats import columns_of, first_pairs, optional_columns_of
-from stages.data.rows import Row
-from stages.data.texts import Conversation, as_messages, prompt_with, tools_of
+from stages.data.first_prompts import READ_PROMPTS, first_conversations
+from stages.data.texts import Conversation, as_messages
 
-ROWS = 1000
 PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone
 PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "winnow_probe", "description": "", "parameters": PARAMETERS}}
@@ -32,7 +29,7 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
     template = planned_chat_template(ranker) if ranker and by.name == "pointwise" else None
     if prompts is None or not (template or by.options.get("format") == "rlhflow"):
         return
-    shapes = Counter(map(_shape, _first_conversations(prompts)))
+    shapes = Counter(map(_shape, first_conversations(prompts.options) if prompts.stage in READ_PROMPTS else []))
     unread: Counter[str] = Counter()
     for shape, count in shapes.items():
         unread[_unread_part(shape, template)] += count
@@ -48,46 +45,6 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
             WinnowWarning,
             stacklevel=2,
         )
-
-
-def _first_conversations(step: InputStep) -> list[Conversation]:
-    """Return the first prompts of a step that reads a local file; those that cannot be read are left out."""
-    options, reader = step.options, step.options.get("reader")
-    if step.stage not in ("prompts", "preferences") or options.get("path") is None:
-        return []
-    source = DataSource(options["path"], None, None, options["subset"], options["dataset_split"])
-    columns = [options.get(name) for name in ("prompt", "system", "input")]
-    if reader is not None:
-        columns = [*columns_of(reader), *optional_columns_of(reader)]
-    try:
-        rows = source.head([name for name in columns if name], ROWS)
-    except (WinnowError, OSError):  # which the step's own check reports
-        return []
-    conversations = []
-    for row in rows:
-        try:
-            conversations.append(_conversation(row, options, reader))
-        except (ValueError, WinnowError):
-            continue
-    system = options.get("system_prompt")
-    return [_with_system(conversation, system) if system else conversation for conversation in conversations]
-
-
-def _conversation(row: Row, options: Mapping[str, object], reader: Bound | None) -> Conversation:
-    if reader is None:
-        names = {name: str(options[name]) if options.get(name) else None for name in ("system", "input")}
-        return Conversation(prompt_with(row, str(options["prompt"]), **names), tools_of(row))
-    pair = first_pairs(reader, [row])[0]
-    if isinstance(pair, ValueError):
-        raise pair
-    return Conversation(pair.prompt, pair.tools or tools_of(row))
-
-
-def _with_system(conversation: Conversation, text: str) -> Conversation:
-    messages = as_messages(conversation.content)
-    if messages[0]["role"] in PLAIN[:2]:
-        return conversation
-    return Conversation([{"role": "system", "content": text}, *messages], conversation.tools)
 
 
 def _shape(conversation: Conversation) -> Shape:

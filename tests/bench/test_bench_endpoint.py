@@ -25,7 +25,7 @@ from stages.sampling.engines import POLICY_ITSELF, Request, Sampling, open_engin
 from stages.sampling.engines.options import engine as engines
 from tests.material import context
 from tests.served import ServedModel
-from tests.stages.sampling.test_endpoint import endpoint, free_port, parts, run, tables, write_config
+from tests.stages.sampling.test_endpoint import endpoint, free_port, parts, run, write_config
 from tests.stages.sampling.test_engines import PROMPTS, assert_same_completions
 from tests.stages.sampling.test_sampling_parameters import OTHER_LAWS
 
@@ -160,9 +160,7 @@ def test_a_killed_server_costs_only_the_parts_that_are_missing(data_dir, tiny, t
     finally:
         kill(process)
     assert code == 0, output
-    complete = parts(tmp_path / "store")
-    assert complete.items() > kept.items()
-    assert tables(complete) == tables(parts(tmp_path / "undisturbed"))
+    assert_resumed(kept, parts(tmp_path / "store"), parts(tmp_path / "undisturbed"))
 
 
 def test_a_served_reward_model_scores_as_in_this_process(tiny, tmp_path):

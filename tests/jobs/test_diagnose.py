@@ -110,10 +110,9 @@ def test_the_order_of_rules_is_that_of_the_gold_of_what_select_keeps(known, worl
     }
     kept = {}
     for label, rule in rules.items():
-        words = ("own_candidates", "--config", config, "--plugin", world / "gold.py", "--store", store)
-        words += ("--set", f"select.rule={rule}")
+        words = ("own_candidates", "--config", config, "--store", store, "--set", f"select.rule={rule}")
         name = label.split()[0] + label[-1]
-        code, text = winnow("run", *words, "--set", "target=select", "--name", name)
+        code, text = winnow("run", *words, "--plugin", world / "gold.py", "--set", "target=select", "--name", name)
         assert code == 0, text
         sql = (
             "SELECT avg(gold) AS gold FROM ("

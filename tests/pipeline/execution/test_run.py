@@ -15,7 +15,7 @@ from pipeline.config.partial import Part, rerun
 from pipeline.config.plan import Plan
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
-from pipeline.store.store import Store
+from pipeline.store.store import WHOLE, Store
 from schemas import table_name
 from schemas.tables import CANDIDATES, REJECTS, SELECTIONS
 from tests.runs import RECIPES, Silent, local, plan_of
@@ -143,23 +143,25 @@ def test_in_any_number_of_parts_tables_have_the_same_rows(data_dir, finished, tm
 
 def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path):
     """Killed after the first part of `reward`, then at a checkpoint of `optimize`, then run to its end: finished parts
-    are untouched, and all bytes are those of a run that was not killed.
+    are not computed again, and all bytes are those of a run that was not killed.
 
     `sample` is killed in tests/bench/test_bench_cluster.py, with a node and a head; a Ray worker in test_schedule.py.
     """
     plan = plan_of(data_dir)
     store = without(finished, plan, "reward", tmp_path / "store")
-    before: dict[Path, int] = {}
+    finished_parts = []
     for victim in ("reward", "optimize"):
         folder = local(store.folder(next(step for step in plan.steps if step.name == victim)).path)
         kill_when_begun(folder, data_dir, store)
         assert not (folder / "manifest.json").exists()
-        finished_parts = [json.loads(part.read_text())["files"] for part in folder.glob("part-*.json")]
-        paths = [folder / file["file"] for files in finished_parts for file in files]
-        before |= {path: path.stat().st_mtime_ns for path in paths}
-    assert before
+        finished_parts += [(folder, json.loads(part.read_text())) for part in folder.glob("part-*-of-*.json")]
+    assert finished_parts
     run(plan, store, LocalExecutor(), Silent())
-    assert {file: file.stat().st_mtime_ns for file in before} == before
+    for folder, part in finished_parts:  # what it took says that it was not computed again; its file is part of another
+        (again,) = (
+            item for item in json.loads((folder / WHOLE).read_text())["parts"] if item["shard"] == part["shard"]
+        )
+        assert (again["cpu_seconds"], again["counters"]) == (part["cpu_seconds"], part["counters"])
     assert digests(plan, store) == digests(plan, Store(finished))
 
 
