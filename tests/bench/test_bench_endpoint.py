@@ -25,7 +25,7 @@ from stages.sampling.engines import POLICY_ITSELF, Request, Sampling, open_engin
 from stages.sampling.engines.options import engine as engines
 from tests.material import context
 from tests.served import ServedModel
-from tests.stages.sampling.test_endpoint import endpoint, free_port, parts, run, write_config
+from tests.stages.sampling.test_endpoint import assert_resumed, endpoint, free_port, parts, run, write_config
 from tests.stages.sampling.test_engines import PROMPTS, assert_same_completions
 from tests.stages.sampling.test_sampling_parameters import OTHER_LAWS
 
