@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class BlindSheet:
-    """What was written: the sheet, its key, the number of pairs, and of cells that a spreadsheet takes for formulas."""
+    """Files of a sheet and its key, the number of pairs, and of cells that a spreadsheet takes for formulas."""
 
     out: Path
     key: Path

@@ -88,7 +88,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Basis:
-    """What the figures build on: the command's recipes and configs, and what these say of RSO with an anchor."""
+    """Basis of the figures: the command's recipes and configs, and what these say of RSO with an anchor."""
 
     configs: list[Path]
     sets: list[str]

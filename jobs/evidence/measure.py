@@ -112,7 +112,7 @@ def ends_of(plan: Plan) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FigureCost:
-    """What a figure will run beside the figures before it: steps, and seconds of those whose time is known."""
+    """Work of a figure beside the figures before it: steps, and seconds of those whose time is known."""
 
     name: str
     policies: int

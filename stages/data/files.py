@@ -41,7 +41,7 @@ FOLDER_SUFFIXES = {*TEXT_SUFFIXES, PARQUET, ".arrow", ".txt", *ARCHIVE_SUFFIXES}
 
 
 class Rejecting(Protocol):
-    """What a reader of files needs of a stage's context."""
+    """Part of a stage's context that a reader of files needs."""
 
     def reject(self, reason: str, *, place: str, detail: str = "") -> None: ...
 

@@ -1,4 +1,4 @@
-"""Is RSO at least as good by gold as plain sampling at equal KL? On the demo, several seeds, one grid for both.
+"""Compare RSO with plain sampling by gold at equal KL: on the demo, several seeds, one grid for both.
 
 Each policy of RSO is compared at its own KL with the curve of plain sampling through its trainings of several lengths,
 seed by seed: between two of them every prompt's value is interpolated linearly in the root of KL. Beyond the ends of a
