@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny model of random weights, and a tiny data set on disk, both made on the spot."""
 
+import atexit
 import gc
 import json
 import os
@@ -40,6 +41,11 @@ from tests.runs import Silent, plan_of
 executor.LONG_PART, executor.LARGE_PART = float("inf"), 2**62
 
 gc.set_threshold(50_000)  # one for every 700 new objects takes a quarter of the time in which tests are collected
+freeze, unfreeze = gc.freeze, gc.unfreeze
+atexit.register(unfreeze)  # libraries report what they have leaked; pytest itself collects five times before
+# vLLM calls both when an engine starts, and its four collections per engine then pass over all libraries: 2 s
+for _name in ("freeze", "unfreeze"):
+    setattr(gc, _name, lambda: None)
 
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 WORLD = Path(__file__).parent / "tiny.yaml"
@@ -103,12 +109,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over the libraries and tests that are loaded: there are millions of objects."""
+    freeze_libraries()
+
+
+def pytest_runtest_setup() -> None:
+    """As `pytest_collection_finish`, of a library that a test has loaded since, such as vLLM."""
+    if len(sys.modules) > frozen_modules + 500:
+        freeze_libraries()
+
+
+frozen_modules = 0
+
+
+def freeze_libraries() -> None:
+    global frozen_modules
     gc.collect()
-    gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    freeze()
+    frozen_modules = len(sys.modules)
 
 
 @pytest.hookimpl(optionalhook=True)
