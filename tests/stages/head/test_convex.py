@@ -57,8 +57,8 @@ def objective(program, u):
     return error @ error / 2 + program.beta * np.linalg.norm(u, axis=-1).sum()
 
 
-def optimum(X, y, gates, beta):
-    return solve(X, y, gates, beta, tolerance=1e-7, iterations=20_000).v
+def optimum(X, y, gates, beta, tolerance=1e-7):
+    return solve(X, y, gates, beta, tolerance=tolerance, iterations=20_000).v
 
 
 def network(X, v):
@@ -227,12 +227,12 @@ def test_gates_are_distinct_and_seeded():
     assert (gates == again).all()
 
 
-@few
+@settings(deadline=None, max_examples=5)
 @given(st.integers(0, 10**6))
 def test_more_gates_never_make_the_optimum_worse(seed):
     """The larger program contains the smaller one: its other blocks are 0."""
     X, y, gates = instance(20, 2, 6, seed)
-    fewer, more = (objective(Numbers(X, y, g, 0.5), optimum(X, y, g, 0.5)) for g in (gates[:2], gates))
+    fewer, more = (objective(Numbers(X, y, g, 0.5), optimum(X, y, g, 0.5, 1e-6)) for g in (gates[:2], gates))
     assert more <= fewer * (1 + 1e-4)
 
 
