@@ -270,11 +270,11 @@ def _rows_in_cells(row: Row, delimiter: str) -> int:
 def _bounded_lines(stream: IO[Any]) -> Iterator[Any]:
     """Yield the lines of a stream, and None for one of more than LONGEST_ROW, which is read over piece by piece."""
     while line := stream.readline(LONGEST_ROW):
-        if len(line) < LONGEST_ROW:
+        end = b"\n" if isinstance(line, bytes) else "\n"
+        if len(line) < LONGEST_ROW or line.endswith(end):
             yield line
             continue
         yield None
-        end = b"\n" if isinstance(line, bytes) else "\n"
         while (piece := stream.readline(PIECE)) and not piece.endswith(end):
             pass
 
