@@ -325,7 +325,7 @@ def sample(
         opened = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel, vllm_options)
         completions = opened.generate(requests, sampling, lambda done: ctx.progress(done, len(requests), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
-    drawn = iter(completions)
+    new_draws = iter(completions)
 
     # Rows in order of (prompt, k). Equal responses to a prompt stay apart: an id counts the copies before it.
     candidates: list[Row] = []
@@ -340,7 +340,7 @@ def sample(
                 candidates.append(draw | {"candidate_id": candidate_id(*copy, copies[copy])})
                 copies[copy] += 1
             continue
-        completion = next(drawn)
+        completion = next(new_draws)
         ids = completion.token_ids
         if not math.isfinite(completion.logp):
             raise WinnowError(
