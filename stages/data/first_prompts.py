@@ -32,16 +32,18 @@ def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
         try:
             if reader is None:
                 content = prompt_with(row, str(parts["prompt"]), system=parts["system"], input=parts["input"])
-                conversation = Conversation(content, tools_of(row))
+                conversations.append(Conversation(content, tools_of(row)))
             else:
-                pair = first_pairs(reader, [row])[0]
-                if isinstance(pair, ValueError):
-                    raise pair
-                conversation = Conversation(pair.prompt, pair.tools or tools_of(row), pair.plain)
+                # Of a candidate reader, labelled responses, whose prompts have no plain form.
+                results: list[Any] = [item for item in first_pairs(reader, [row]) if not isinstance(item, ValueError)]
+                conversations += [
+                    Conversation(item.prompt, item.tools or tools_of(row), getattr(item, "plain", None))
+                    for item in results
+                ]
         except (ValueError, WinnowError):
             continue
-        conversations.append(with_system_prompt(conversation, options.get("system_prompt") or None))
-    return conversations
+    system_prompt = options.get("system_prompt") or None
+    return [with_system_prompt(conversation, system_prompt) for conversation in conversations]
 
 
 def chat_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:

@@ -45,6 +45,9 @@ def test_the_table_names_arguments_of_the_installed_vllm():
         ("{override_generation_config: {top_p: 0.5}}", ["override_generation_config", "distribution"]),
         ("{hf_token: abc}", ["hf_token", "environment"]),
         ("{max_model_len: -1}", ["max_model_len", "-1"]),
+        ("{max_num_batched_tokens: many}", ["max_num_batched_tokens", "'many'"]),
+        ("{gpu_memory_utilization: 0}", ["gpu_memory_utilization", "got 0"]),
+        ("{load_format: [dummy]}", ["load_format", "random"]),
         ("{speculative_config: {rejection_sample_method: synthetic}}", ["speculative_config", "policy"]),
     ],
 )
