@@ -66,7 +66,7 @@ class Tokenizer:
         Raise ValueError with the reason to reject it: special tokens in the text, messages or tools without a
         template, and what the template refuses, does not render, or renders differently once an answer follows.
         """
-        conversation = _as_conversation(prompt)
+        conversation = _conversation(prompt)
         last = self._last_prompt  # which another thread may replace meanwhile
         if last is None or last[0] != conversation:  # both responses of a pair ask for it
             last = self._last_prompt = conversation, self._prompt_ids(conversation)
@@ -124,7 +124,7 @@ class Tokenizer:
         ValueError with the reason to reject the response, as the method `prompt_ids` does, and where the ids of both do
         not begin with those of the prompt.
         """
-        conversation = _as_conversation(prompt)
+        conversation = _conversation(prompt)
         prompt_ids = self.prompt_ids(conversation) if prompt_ids is None else prompt_ids
         return self.response_ids_of(self.encode(self.response_text(conversation, reply)), prompt_ids)
 
@@ -176,7 +176,7 @@ class Tokenizer:
         reason to reject it, as `response_ids` does, and where the template renders a turn differently once others
         follow (as some do, which leave out earlier reasoning): no mask would then be of what the assistant wrote.
         """
-        conversation = _as_conversation(prompt)
+        conversation = _conversation(prompt)
         if self.inner.chat_template is None:
             raise ValueError("a response of several turns, and the tokenizer has no chat template")
         history, tools = as_messages(conversation.content), conversation.tools
@@ -622,5 +622,5 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _as_conversation(prompt: Conversation | Prompt) -> Conversation:
+def _conversation(prompt: Conversation | Prompt) -> Conversation:
     return prompt if isinstance(prompt, Conversation) else Conversation(prompt)

@@ -242,38 +242,50 @@ def save_network(
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         with named(folder):  # a full disk is an error of Rust in safetensors
-            adapted = hasattr(network, "peft_config")
-            if adapted:
-                from stages.network.lora import merge_layers, save_adapter
-
-                save_adapter(network, scratch / "adapter" if merge else scratch, init.digest)
-                if merge:
-                    merge_layers(network)
-            if adapted and not merge:
-                _link_weights(init.folder, scratch)
-            else:
-                if dtype == "bfloat16":
-                    round_weights(network, rounding, seed)
-                # init's is copied below; saving it would validate its sampling.
-                network.generation_config = GenerationConfig()
-                network.to(getattr(torch, dtype)).save_pretrained(scratch)
-                let_others_read(scratch)
-                (scratch / "generation_config.json").unlink(missing_ok=True)
-            for file in init.folder.iterdir():
-                # init's adapter is in the weights now, and its card is not about what was trained.
-                written = (scratch / file.name).exists() or file.name in (ADAPTER, CARD)
-                if file.is_file() and not file.name.endswith(WEIGHTS) and not written:
-                    shutil.copyfile(file, scratch / file.name)
-            if (templates := init.folder / "additional_chat_templates").is_dir():
-                shutil.copytree(templates, scratch / templates.name)
-            if is_reward_model(network):
-                _set_pad_token(scratch)
+            _write_network(network, init, scratch, dtype=dtype, rounding=rounding, seed=seed, merge=merge)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
     return Model(folder, "")
+
+
+def _write_network(
+    network: PreTrainedModel,
+    init: Model,
+    scratch: Path,
+    *,
+    dtype: Precision,
+    rounding: Rounding,
+    seed: int,
+    merge: bool,
+) -> None:
+    adapted = hasattr(network, "peft_config")
+    if adapted:
+        from stages.network.lora import merge_layers, save_adapter
+
+        save_adapter(network, scratch / "adapter" if merge else scratch, init.digest)
+        if merge:
+            merge_layers(network)
+    if adapted and not merge:
+        _link_weights(init.folder, scratch)
+    else:
+        if dtype == "bfloat16":
+            round_weights(network, rounding, seed)
+        network.generation_config = GenerationConfig()  # init's is copied below; saving it would validate its sampling
+        network.to(getattr(torch, dtype)).save_pretrained(scratch)
+        let_others_read(scratch)
+        (scratch / "generation_config.json").unlink(missing_ok=True)
+    for file in init.folder.iterdir():
+        # init's adapter is in the weights now, and its card is not about what was trained.
+        written = (scratch / file.name).exists() or file.name in (ADAPTER, CARD)
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not written:
+            shutil.copyfile(file, scratch / file.name)
+    if (templates := init.folder / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, scratch / templates.name)
+    if is_reward_model(network):
+        _set_pad_token(scratch)
 
 
 def _set_pad_token(folder: Path) -> None:

@@ -97,7 +97,7 @@ def network_need(shape: NetworkShape, options: Mapping[str, Any], device: Device
     return Need(shape.parameters + added, options["dtype"], parts, note)
 
 
-def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
+def less_training_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
     """Yield changes that take less memory: those that leave the result as it is first, a LoRA last.
 
     Shorter passes down to a quarter, below which a device idles; checkpointing; both; more processes; a LoRA.
