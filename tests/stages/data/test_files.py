@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
-from schemas import Model, WinnowError, conform
+from schemas import Model, WinnowError, WinnowWarning, conform
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS, REWARDS
 from stages.data.file_rows import file_rows
 from stages.data.files import DataSource, check_source
@@ -107,6 +107,15 @@ BAD_LINES = [
     (b'{"prompt": "' + b"long " * 300 + b'"}', "prompt too long"),
     (b'{"prompt": "good 2"}', None),
 ]
+
+
+def test_a_second_line_with_as_many_commas_as_a_row_is_text(tmp_path):
+    text = "Dear all,\nred, green, blue, and more"
+    (tmp_path / "in.csv").write_text(f'prompt,a,b,c\nHi,1,2,"{text}"\n')
+    rejected = list[str]()
+    with pytest.warns(WinnowWarning, match="if a quote is missing there"):
+        rows = list(file_rows(tmp_path / "in.csv", [], lambda reason, **_: rejected.append(reason)))
+    assert ([row["c"] for _, row in rows], rejected) == ([text], [])
 
 
 def test_a_line_of_just_the_limit_takes_no_row_with_it(tmp_path, monkeypatch):
