@@ -12,7 +12,7 @@ from stages.data.formats import columns_of, first_pairs, optional_columns_of
 from stages.data.texts import Conversation, prompt_with, tools_of, with_system_prompt
 
 ROWS = 1000
-READ_PROMPTS = ("prompts", "preferences")  # stages whose prompts are read here
+READ_PROMPTS = ("prompts", "preferences", "own_candidates")  # stages whose prompts are read here
 
 
 def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
