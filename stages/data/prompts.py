@@ -206,7 +206,8 @@ class RenderedResponse:
     """Response that was rendered and checked. Its ids, and those of what is before it, are yet to be computed.
 
     prompt: row of its prompt. text: what to tokenise, of prompt and response together without the first `skipped` ids.
-    turns: ids and mask of a response of several turns, which has no such text.
+    turns: ids and mask of a response of several turns, which has no such text. is_cut: the text ends before the reply's
+    own end, behind all the ids that there is room for.
     """
 
     prompt: Row
@@ -214,6 +215,7 @@ class RenderedResponse:
     text: str = ""
     skipped: int = 0
     turns: tuple[list[int], list[bool]] | None = None
+    is_cut: bool = False
 
 
 @dataclass
@@ -348,19 +350,21 @@ class DataTables:
 
     def render_response(self, conversation: Conversation, reply: Reply) -> RenderedResponse:
         """Return a response to a prompt that was added, rendered by the chat template and checked."""
-        if len(readable_reply(reply)) > self.max_characters:
+        is_cut = len(readable_reply(reply)) > self.max_characters
+        if is_cut and (self.too_long == "reject" or not isinstance(reply, str)):
             raise ValueError("response too long")
         key = self._key_of(conversation)
         prompt, conversation = self.rows_by_content[key], with_system_prompt(conversation, self.system_prompt)
         if isinstance(reply, list):
             return RenderedResponse(prompt, reply, turns=self.tokenizer.turns_ids(conversation, reply))
-        text = self.tokenizer.response_text(conversation, reply)
+        beginning = reply[: self.max_characters] if isinstance(reply, str) else reply
+        text = self.tokenizer.response_text(conversation, beginning)
         if key not in self.split_points:
             self.split_points[key] = self.tokenizer.split_point(conversation, prompt["token_ids"])
         before, skipped = self.split_points[key]
         if not text.startswith(before):
             before, skipped = "", 0
-        return RenderedResponse(prompt, reply, text[len(before) :], skipped)
+        return RenderedResponse(prompt, reply, text[len(before) :], skipped, is_cut=is_cut)
 
     def add_response(self, response: RenderedResponse, ids: list[int], *, repeated: bool = False) -> str:
         """Add a response with the ids of its text; return the candidate's id.
@@ -375,6 +379,8 @@ class DataTables:
             ids = self.tokenizer.response_ids_of([*prompt_ids[: response.skipped], *ids], prompt_ids)
         ids, mask, finish_reason = self._cut(ids, mask, prompt_ids)
         if finish_reason == "length" and self.too_long == "reject":
+            raise ValueError("response too long")
+        if response.is_cut and finish_reason != "length":  # a normaliser left out almost all of it
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()
         text = readable_reply(response.reply)
