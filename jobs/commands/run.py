@@ -354,9 +354,9 @@ def _print_changed_code(plan: Plan, store: Store) -> None:
     """Print which cached results were computed by other code of the same version, and what to do."""
     code = commit()
     is_known = code is not None and not code.endswith("+")
-    found = [(step, store.folder(step).manifest) for step in plan.steps]
+    manifests = [(step, store.folder(step).manifest) for step in plan.steps]
     # Of the same commit there is nothing to compare, and to digest the sources of a plan takes half a second.
-    others = [(step, past) for step, past in found if past and not (is_known and past["commit"] == code)]
+    others = [(step, past) for step, past in manifests if past and not (is_known and past["commit"] == code)]
     for line in [line for step, past in others for line in stale_code(step, past)]:
         console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 

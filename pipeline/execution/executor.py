@@ -78,7 +78,20 @@ class LocalExecutor:
         """Return the tasks that ended, as soon as there is one, or nothing after so many seconds."""
         if self.running:
             ended, _ = wait_for(self.running, timeout=seconds, return_when=FIRST_COMPLETED)
-            return [self._result(future) for future in ended]
+            results = []
+            for future in ended:
+                spec, task = self.running.pop(future)
+                try:
+                    for text in future.result():
+                        warnings.warn(text, WinnowWarning, stacklevel=2)
+                except BrokenExecutor as error:
+                    raise MachineError(
+                        f"{spec.name}: a process that computed part {task.shard} or another one died; there may be too "
+                        f"little memory for {self.processes} of them: set `piece_memory` of the profile lower, or give "
+                        "this command fewer cores, as `taskset -c 0` does"
+                    ) from error
+                results.append(TaskResult(spec, task))
+            return results
         if not self.next:
             time.sleep(seconds)
             return []
@@ -92,19 +105,6 @@ class LocalExecutor:
         if time.monotonic() - start >= LONG_PART and self.processes > 1 and _is_of_rows(spec):
             self.is_divided[spec.key] = True
         return [TaskResult(spec, task)]
-
-    def _result(self, future: Future[WarningTexts]) -> TaskResult:
-        spec, task = self.running.pop(future)
-        try:
-            for text in future.result():
-                warnings.warn(text, WinnowWarning, stacklevel=2)
-        except BrokenExecutor as error:
-            raise MachineError(
-                f"{spec.name}: a process that computed part {task.shard} or another one died; there may be too little "
-                f"memory for {self.processes} of them: set `piece_memory` of the profile lower, or give this command "
-                "fewer cores, as `taskset -c 0` does"
-            ) from error
-        return TaskResult(spec, task)
 
     def _open_pool(self, size: int) -> "ProcessPoolExecutor":
         """Return so many processes: new ones, because a fork of this one would inherit the state of its threads."""

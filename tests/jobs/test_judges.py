@@ -251,6 +251,13 @@ def test_a_plan_refuses_judges_that_cannot_judge(data_dir: Path, tmp_path: Path,
         planned(data_dir, f"judges: {{{judges}}}", tmp_path)
 
 
+def test_two_opponents_whose_steps_would_have_one_name_are_refused_of_two_judges_too(data_dir: Path, tmp_path: Path):
+    """Their draws would be one step's: each judge's win rate of `a-b` would be that against `a.b`."""
+    judges = "judges: {one: {ranker: ranker, against: a-b}, two: {ranker: ranker, against: a.b}}"
+    with pytest.raises(WinnowError, match=r"judges\.two\.against: 'a\.b' differs from 'a-b' only in signs"):
+        planned(data_dir, judges, tmp_path)
+
+
 def test_a_judge_against_target_texts_needs_them(data_dir: Path, tmp_path: Path):
     text = "judges: {a: {ranker: ranker, against: target}}\nprompts: {with: {demonstration: null}}"
     with pytest.raises(WinnowError, match="targets: demonstrations are read from `prompts`"):

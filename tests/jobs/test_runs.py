@@ -98,6 +98,20 @@ def test_what_does_not_change_a_result_makes_no_other_run(sets: list[str], execu
     assert (fast.name, [step.key for step in fast.steps]) == (plain.name, [step.key for step in plain.steps])
 
 
+@pytest.mark.parametrize("text", ["select.rule.beta=0.5", "shards=8"])
+def test_a_value_that_is_set_already_makes_no_other_run(text: str, data_dir: Path):
+    """One that the config or the recipe has, or that is no part of a result; another value is in the name."""
+    config = [data_dir / "demo.yaml"]
+    (same,) = plans(["rso"], config, ["sample.n=5", text])
+    (plain,) = plans(["rso"], config, ["sample.n=5"])
+    assert (same.name, [step.key for step in same.steps]) == ("rso[n=5]", [step.key for step in plain.steps])
+
+
+def test_of_an_option_that_is_set_twice_the_value_that_counts_is_in_the_name(data_dir: Path):
+    (plan,) = plans(["rso"], [data_dir / "demo.yaml"], ["select.rule.beta=0.2", "select.rule.beta=0.3"])
+    assert plan.name == "rso[beta=0.3]"
+
+
 def test_names_of_sweeps_are_short():
     """The last part of an option's path, in full where two end alike; what no file can be called is hashed."""
     name = default_run_name(Path("rso.yaml"), ["select.rule.beta=0.1", "sample.n=16"])
