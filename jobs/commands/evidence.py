@@ -74,6 +74,8 @@ def evidence(
         beside = f"; beside it {unpriced}, of which nothing like it has finished here" if unpriced else ""
         total = sum(cost.seconds for cost in costs)
         console.print(f"about {total / 60:.0f} min in all{beside}", highlight=False)
+        if problems := [problem for cost in costs for problem in cost.problems]:
+            raise WinnowError(*dict.fromkeys(problems))
     if plan_only:
         return
 

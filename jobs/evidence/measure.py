@@ -111,6 +111,7 @@ class FigureCost:
     steps: int
     seconds: float
     unknown: list[str]  # stages of which nothing like it has finished in the store
+    problems: list[str]  # steps that this machine cannot run, with the reason
 
 
 def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureCost]:
@@ -125,7 +126,7 @@ def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureC
         seconds.setdefault(manifest["stage"], []).append(manifest["seconds"])
     costs = []
     for planned in figures:
-        steps, total, unknown = 0, 0.0, dict[str, None]()
+        steps, total, unknown, problems = 0, 0.0, dict[str, None](), list[str]()
         for plan in planned.plans:
             if {step.key for step in plan.steps} <= seen:
                 continue
@@ -134,12 +135,13 @@ def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureC
                     continue
                 seen.add(cost.step.key)
                 steps += 1
+                problems += [cost.problem] if cost.problem else []
                 estimate = cost.seconds.value
                 if estimate is None and cost.step.stage not in seconds:
                     unknown[cost.step.stage] = None
                 else:
                     total += median(seconds[cost.step.stage]) if estimate is None else estimate
-        costs.append(FigureCost(planned.figure.name, len(planned.plans), steps, total, list(unknown)))
+        costs.append(FigureCost(planned.figure.name, len(planned.plans), steps, total, list(unknown), problems))
     return costs
 
 

@@ -14,6 +14,7 @@ from jobs.evidence.figures import FIGURES, SCALES, Point, make_basis
 from jobs.evidence.measure import PlannedFigure, PlannedPoint, different_plans, equal_kl_rows, plan_figure
 from jobs.evidence.page import write_evidence
 from pipeline.config.plan import Plan
+from pipeline.costs import Device
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from tests.runs import plan_of
@@ -175,6 +176,13 @@ def test_other_options_make_other_runs_beside_those_of_before(winnow, data_dir, 
     words = ("evidence", "--config", data_dir / "demo.yaml", "--small", "--figure", "beta", "--out", tmp_path / "out")
     code, text = winnow(*words, "--store", store.root)
     assert (code, "evidence-2" in text, {name.split()[0] for name in names}) == (0, True, {"evidence-2"})
+
+
+def test_a_step_that_the_machine_cannot_run_is_refused_before_anything_runs(winnow, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.config.estimates.this_machine", lambda: Device("cpu", 2**20))
+    words = ("evidence", "--config", data_dir / "demo.yaml", "--small", "--figure", "beta", "--store", tmp_path / "new")
+    code, text = winnow(*words)
+    assert (code, "sft" in text, "memory" in text, (tmp_path / "new").exists()) == (2, True, True, False)
 
 
 def test_what_set_says_outranks_a_line_and_not_its_axis(data_dir):

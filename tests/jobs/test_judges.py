@@ -367,10 +367,11 @@ def test_ratings_of_another_runs_responses_are_refused(judged, data_dir: Path, t
 
 
 def test_the_page_for_raters_has_every_pair_and_no_name(judged, tmp_path: Path, winnow):
-    code, text = winnow("export", "--run", "judged", "--format", "blind-comparison", "--out", tmp_path / "page.html",
-                        "--pairs", 4, "--store", judged[0].root)  # fmt: skip
-    assert (code, "4 pairs" in text) == (0, True), text
-    page = (tmp_path / "page.html").read_text()
+    out = tmp_path / "page[b].html"
+    code, text = winnow("export", "--run", "judged", "--format", "blind-comparison", "--out", out, "--pairs", 4,
+                        "--store", judged[0].root)  # fmt: skip
+    assert (code, "4 pairs" in text, "page[b].key.csv" in text) == (0, True, True), text
+    page = out.read_text()
     assert page.count('class="pair"') == 4
     assert not any(word in page for word in ("judged", "sft", "http"))
     assert winnow("export", "--run", "judged", "--format", "jsonl", "--out", "x.jsonl", "--against", "sft",

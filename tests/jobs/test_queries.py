@@ -326,6 +326,18 @@ def test_every_query_runs_on_a_whole_run(finished: Path):
     assert isinstance(query(catalog, queries.text("cost")), pa.Table)
 
 
+def test_the_baseline_of_a_win_rate_is_the_sft_policys_whatever_else_has_the_same_draws(tmp_path: Path):
+    """Two steps with equal options are one result: at temperature 1, draws as `sample` has them are those of it."""
+    store, key = Store(tmp_path / "store"), "ba5e000000000000"
+    put(store, "sample", key, [])
+    identity = {"version": 1, "options": {}, "inputs": {"baseline": key}}
+    figure = dict(metric="proxy_win", value=0.5, low=0.4, high=0.6, n=2)
+    put(store, "evaluate", "e000000000000000", [table(EVALUATIONS, figure)], identity=identity)
+    steps = {name: ("sample", key) for name in ("another", "eval_baseline", "eval_baseline_as_sampled")}
+    link(store, "run", **steps, evaluate=("evaluate", "e000000000000000"))
+    assert [row["against"] for row in rows_of(store, "judges")] == ["sft"]
+
+
 def test_other_evaluations_are_columns_of_the_leaderboard_and_rows_of_all_evaluations(store):
     """Round 2 was also evaluated greedily: win rates, rounds and gains are those at temperature 1."""
     catalog = open_catalog(store)
