@@ -336,7 +336,7 @@ def test_the_baseline_of_a_win_rate_is_the_sft_policys_whatever_else_has_the_sam
     identity = {"version": 1, "options": {}, "inputs": {"baseline": key}}
     figure = dict(metric="proxy_win", value=0.5, low=0.4, high=0.6, n=2)
     put(store, "evaluate", "e000000000000000", [table(EVALUATIONS, figure)], identity=identity)
-    steps = {name: ("sample", key) for name in ("another", "eval_baseline", "eval_baseline_as_sampled")}
+    steps = dict.fromkeys(("another", "eval_baseline", "eval_baseline_as_sampled"), ("sample", key))
     link(store, "run", **steps, evaluate=("evaluate", "e000000000000000"))
     assert [row["against"] for row in rows_of(store, "judges")] == ["sft"]
 
