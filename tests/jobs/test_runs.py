@@ -39,6 +39,20 @@ def test_an_edited_config_makes_another_run_beside_the_first(winnow, words: list
     assert {row.partition(",")[0] for row in rows[1:]} >= {"rso", "rso-2"}
 
 
+def test_a_result_adopted_under_an_edited_config_leaves_the_first_run_its_name(winnow, words: list[str], tmp_path: Path):
+    """The run that goes on from it has the name that the adoption gave."""
+    store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
+    other.write_text(OTHER)
+    assert winnow("run", *words)[0] == 0
+    first = store.run("rso")
+    folder = store.at("evaluate", first["evaluate"]["key"]).path
+    code, text = winnow("adopt", "rso", "evaluate", folder, *words[1:], "--config", other)
+    assert (code, "rso-2: rso stands for" in text, store.run("rso") == first) == (0, True, True), text
+    second = store.run("rso-2")
+    assert winnow("run", *words, "--config", other)[0] == 0
+    assert (store.run("rso"), store.run("rso-2")) == (first, second)
+
+
 def test_a_run_that_has_not_reached_its_target_gives_up_its_name(winnow, words: list[str], tmp_path: Path):
     store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
     other.write_text(OTHER)
