@@ -41,7 +41,6 @@ from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.methods import make_leaderboard
 from jobs.models import find_model
-from jobs.opponents import find_opponents
 from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
 from jobs.tables import leaderboard_table, overruled, plan_tree
@@ -285,10 +284,14 @@ def paper(
     """Reproduce tables 1 and 2 of the RSO paper on your data: every cell trained and judged, beside the paper's."""
     from jobs.paper import paper_plans, tables
 
-    plans = paper_plans(configs, sets, gamma, against)
-    find_opponents(plans, Store(store))
-    run_plans(plans, Store(store), LocalExecutor())
-    for title, table in tables(Store(store)):
+    plans, target = paper_plans(configs, sets, gamma, against), Store(store)
+    cell_runs = [plan.name for plan in plans]
+    print_store(
+        target, with_free_names(plans, target, dict.fromkeys(cell_runs, "paper"))
+    )  # with another --gamma: paper-2
+    run_plans(plans, target, LocalExecutor())
+    names = dict(zip(cell_runs, (plan.name for plan in plans), strict=True))
+    for title, table in tables(target, names):
         console.print(as_table(table, title))
 
 

@@ -39,7 +39,9 @@ def test_an_edited_config_makes_another_run_beside_the_first(winnow, words: list
     assert {row.partition(",")[0] for row in rows[1:]} >= {"rso", "rso-2"}
 
 
-def test_a_result_adopted_under_an_edited_config_leaves_the_first_run_its_name(winnow, words: list[str], tmp_path: Path):
+def test_a_result_adopted_under_an_edited_config_leaves_the_first_run_its_name(
+    winnow, words: list[str], tmp_path: Path
+):
     """The run that goes on from it has the name that the adoption gave."""
     store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
     other.write_text(OTHER)
