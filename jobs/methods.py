@@ -173,7 +173,9 @@ def methods_of(catalog: Catalog) -> list[Method]:
     judged = {key: gold for key, (gold, *others) in golds.items() if gold and not others}
     evaluations = [key for policies in groups.values() for keys in policies.values() for key in keys]
     values = values_by_key(catalog, evaluations, judged)
-    others = {(row["run"], row["step"]): row["key"] for row in query(catalog, OTHER_TEMPERATURES).to_pylist()}
+    compared = {row["run"] for row in evaluated if row["method"] in groups}
+    steps = query(catalog, OTHER_TEMPERATURES).to_pylist()
+    others = {(row["run"], row["step"]): row["key"] for row in steps if row["run"] in compared}
     other_values = values_by_key(catalog, list(dict.fromkeys(others.values()))) if others else {}
     methods = []
     for policies in groups.values():

@@ -28,7 +28,10 @@ def find_opponents(plans: Sequence[Plan], store: Store) -> None:
         for step in [step for step in plan.steps if step.entry.fn is other_run]:
             name, round = split_round(step.options["run"])
             if name == plan.name and round is None:
-                _leave_out(plan, step)
+                gone = [step, *_followers(plan, [step])]  # it is not compared with itself
+                plan.steps = [other for other in plan.steps if other not in gone]
+                plan.evaluations = [other for other in plan.evaluations if other not in gone]
+                plan.notes.append(f"judges: {plan.name} is not compared with itself")
                 continue
             if name == plan.name:
                 problems.append(
@@ -49,19 +52,21 @@ def find_opponents(plans: Sequence[Plan], store: Store) -> None:
                 _fill(step, name, round, candidates, before, store)
             except WinnowError as error:
                 problems += [f"{plan.name}: {problem}" for problem in error.problems]
-        _forget_keys(plan)
+        # What reads another run's draws has its key by them, also if somebody has looked at its key before.
+        for step in _followers(plan, [step for step in plan.steps if step.entry.fn is other_run]):
+            for name in ("identity", "key", "row_key"):
+                step.__dict__.pop(name, None)
     if problems:
         raise WinnowError(*dict.fromkeys(problems))
 
 
-def _forget_keys(plan: Plan) -> None:
-    """Let the steps that read another run's draws have keys by them, if somebody has looked at their keys before."""
-    changed = [step for step in plan.steps if step.entry.fn is other_run]
+def _followers(plan: Plan, steps: list[Step]) -> list[Step]:
+    """Return the steps of a plan that read these, or what follows from these."""
+    followers: list[Step] = []
     for step in plan.steps:  # inputs come before what reads them
-        if any(source in changed for source in step.inputs.values()):
-            changed.append(step)
-            for name in ("identity", "key", "row_key"):
-                step.__dict__.pop(name, None)
+        if any(source in steps or source in followers for source in step.inputs.values()):
+            followers.append(step)
+    return followers
 
 
 def _fill(step: Step, run: str, round: int | None, candidates: Step, before: Plan | None, store: Store) -> None:
@@ -84,7 +89,13 @@ def _fill(step: Step, run: str, round: int | None, candidates: Step, before: Pla
         if manifest is None:
             raise WinnowError(f"{where}: {sampling} of that run is not finished; the same winnow run of it continues")
         identity, key, code = {"stage": link["stage"]} | manifest["identity"], link["key"], manifest.get("code") or {}
-    if changes := _other_conditions(candidates, identity):
+
+    # In what the draws differ beside the policy.
+    def conditions(draws: Mapping[str, Any]) -> dict[str, Any]:
+        options = {name: value for name, value in draws["options"].items() if name not in FREE}
+        return {"stage": draws["stage"], "options": options, "prompts": draws["inputs"].get("prompts")}
+
+    if changes := differences(conditions(identity), conditions(candidates.identity)):
         raise WinnowError(
             f"{where}: its responses are not comparable: {'; '.join(changes)} (that run -> this one); evaluate both "
             "on the same prompts with the same sampling"
@@ -104,24 +115,3 @@ def _name_in_run(names: list[str], sampling: str, round: int | None, where: str,
         cure = cure if rounds else f"it has no step {sampling!r}"
         raise WinnowError(f"{where}: run {run!r}: {cure}")
     return rounds[round]
-
-
-def _other_conditions(candidates: Step, identity: Mapping[str, Any]) -> list[str]:
-    """Return in what the draws of two runs differ beside the policy."""
-
-    def conditions(of: Mapping[str, Any]) -> dict[str, Any]:
-        options = {name: value for name, value in of["options"].items() if name not in FREE}
-        return {"stage": of["stage"], "options": options, "prompts": of["inputs"].get("prompts")}
-
-    return differences(conditions(identity), conditions(candidates.identity))
-
-
-def _leave_out(plan: Plan, opponent: Step) -> None:
-    """Take the steps that compare a run with itself out of its plan."""
-    gone = [opponent]
-    for step in plan.steps:  # inputs come before what reads them
-        if any(source in gone for source in step.inputs.values()):
-            gone.append(step)
-    plan.steps = [step for step in plan.steps if step not in gone]
-    plan.evaluations = [step for step in plan.evaluations if step not in gone]
-    plan.notes.append(f"judges: {plan.name} is not compared with itself")

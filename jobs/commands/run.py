@@ -286,9 +286,8 @@ def paper(
 
     plans, target = paper_plans(configs, sets, gamma, against), Store(store)
     cell_runs = [plan.name for plan in plans]
-    print_store(
-        target, with_free_names(plans, target, dict.fromkeys(cell_runs, "paper"))
-    )  # with another --gamma: paper-2
+    # With another --gamma, `paper-2 ...` beside the runs of before.
+    print_store(target, with_free_names(plans, target, dict.fromkeys(cell_runs, "paper")))
     run_plans(plans, target, LocalExecutor())
     names = dict(zip(cell_runs, (plan.name for plan in plans), strict=True))
     for title, table in tables(target, names):

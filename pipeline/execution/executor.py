@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future
 from concurrent.futures import wait as wait_for
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipeline.context import Progress, WarmCache
@@ -43,7 +44,8 @@ class LocalExecutor:
 
     def __init__(self, profile: Profile = Profile(), processes: int | None = None) -> None:  # noqa: B008 - frozen
         self.profile = profile
-        self.processes = processes or len(os.sched_getaffinity(0))
+        if processes:
+            self.processes = processes
         self.on_progress: Callable[[StepSpec, Progress], None] = lambda spec, progress: None
         self.on_stall: Callable[[StepSpec, str], None] = lambda spec, reason: None
         self.next: list[tuple[StepSpec, Task]] = []  # at most one task: `wait` runs it
@@ -53,11 +55,18 @@ class LocalExecutor:
         self._pool: ProcessPoolExecutor | None = None
         self._pool_size = 0
 
+    @cached_property
+    def processes(self) -> int:
+        """Return how many cores this process may use: what `taskset` and a container's quota leave of the machine's."""
+        from joblib.externals.loky import cpu_count
+
+        return int(cpu_count())
+
     def request_workers(self, spec: StepSpec, ready: int) -> None:
         """Adapt the step's workers to the number of its tasks that could run now: here, whether processes run them."""
         if ready > 1 and spec.key not in self.is_divided:
             self.is_divided[spec.key] = (
-                self.processes > 1 and _is_of_rows(spec) and input_bytes(spec, shard=0) >= LARGE_PART
+                _is_of_rows(spec) and input_bytes(spec, shard=0) >= LARGE_PART and self.processes > 1
             )
 
     def submit(self, spec: StepSpec, task: Task, exclusive: bool) -> bool:
@@ -102,7 +111,7 @@ class LocalExecutor:
             execute(spec, task, self.warm, lambda *progress: self.on_progress(spec, Progress(*progress)), resources)
         except DeadProcessError as error:
             raise MachineError(f"{spec.name}: {error}") from error
-        if time.monotonic() - start >= LONG_PART and self.processes > 1 and _is_of_rows(spec):
+        if time.monotonic() - start >= LONG_PART and _is_of_rows(spec) and self.processes > 1:
             self.is_divided[spec.key] = True
         return [TaskResult(spec, task)]
 
