@@ -104,11 +104,11 @@ def adopt_artifact(plan: Plan, name: str, path: str, store: Store) -> tuple[Step
 def _check_vacant(step: Step, folder: StepFolder) -> None:
     if folder.manifest:
         raise WinnowError(f"adopt {step.name}: {folder.path} is finished already, and is not overwritten")
-    begun = folder.divided()
-    computed = [part for shard in range(begun.parts) if (part := begun.sidecar(shard)) and "adopted" not in part]
+    folder = folder.divided()
+    computed = [part for shard in range(folder.parts) if (part := folder.sidecar(shard)) and "adopted" not in part]
     if computed:
         raise WinnowError(
-            f"adopt {step.name}: {len(computed)} of {begun.parts} parts are finished already; `{COMMAND} run --only "
+            f"adopt {step.name}: {len(computed)} of {folder.parts} parts are finished already; `{COMMAND} run --only "
             f"{step.name}` computes the others, or move {folder.path} out of the store"
         )
 

@@ -55,10 +55,12 @@ def export_blind(
         if file.exists():
             raise WinnowError(f"--out {out}: {file} exists already and may hold ratings; give another name")
     manifests = {manifest["key"]: manifest for manifest in store.sealed()}
-    own = _step(store, run, "eval_sample", round, manifests)
-    prompts_manifest = manifests[own["identity"]["inputs"]["prompts"]]
-    prompts = _read(store, prompts_manifest, PROMPTS)
-    candidates = _read(store, own, CANDIDATES)
+    sampling = _step(store, run, "eval_sample", round, manifests)
+    prompts_key = sampling["identity"]["inputs"]["prompts"]
+    if prompts_key not in manifests:
+        raise WinnowError(f"run {run}: the prompts of its responses ({prompts_key}) are not in the store; run it again")
+    prompts = _read(store, manifests[prompts_key], PROMPTS)
+    candidates = _read(store, sampling, CANDIDATES)
     if against == "target":
         baseline = _targets(prompts.filter(pc.equal(prompts["split"], "heldout")), out.parent)
     else:
@@ -86,8 +88,8 @@ def export_blind(
     for (prompt, candidate, opponent), responses in chosen:
         name = f"{seed_for(0, 'blind id', prompt, candidate, opponent):016x}"
         candidate_is = 1 + seed_for(0, "side", prompt, candidate, opponent) % 2
-        shown = [row["text"] for row in (responses if candidate_is == 1 else responses[::-1])]
-        rows.append(dict(zip(COLUMNS, (name, texts[prompt], *shown, ""), strict=True)))
+        first, second = (row["text"] for row in (responses if candidate_is == 1 else responses[::-1]))
+        rows.append(dict(zip(COLUMNS, (name, texts[prompt], first, second, ""), strict=True)))
         line = dict(zip(KEY, (name, prompt, candidate, opponent, candidate_is), strict=True))
         keys.append(line | {"candidate": run, "baseline": against})
     if out.suffix == ".html":
@@ -101,20 +103,20 @@ def export_blind(
     return BlindSheet(out, key_file, len(rows), formulas)
 
 
-def _step(store: Store, run: str, wanted: str, round: int | None, manifests: dict[str, Json]) -> Json:
+def _step(store: Store, run: str, step: str, round: int | None, manifests: dict[str, Json]) -> Json:
     """Return the manifest of a run's step, in one round or the last that is finished."""
     runs = store.runs()
     if run not in runs:
         raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, sorted(runs))}")
-    found = {}
+    by_round = {}
     for name, link in runs[run].items():
-        step, number = split_round(name)
-        if step == wanted and link["key"] in manifests and round in (None, number):
-            found[number or 0] = manifests[link["key"]]
-    if not found:
+        base, number = split_round(name)
+        if base == step and link["key"] in manifests and round in (None, number):
+            by_round[number or 0] = manifests[link["key"]]
+    if not by_round:
         of_round = f" of round {round}" if round is not None else ""
-        raise WinnowError(f"run {run}: no finished step {wanted}{of_round}, whose responses are compared; run it first")
-    return found[max(found)]
+        raise WinnowError(f"run {run}: no finished step {step}{of_round}, whose responses are compared; run it first")
+    return by_round[max(by_round)]
 
 
 def _read(store: Store, manifest: Json, schema: pa.Schema) -> pa.Table:

@@ -27,7 +27,7 @@ def plan_key(plans: list[Plan]) -> str:
     return key_of(sorted({step.key for plan in plans for step in plan.steps_to_run}))[:8]
 
 
-def pack(folder: Path, recipe: list[str], configs: list[Path], profile: str | None) -> list[str]:
+def pack_submission(folder: Path, recipe: list[str], configs: list[Path], profile: str | None) -> list[str]:
     """Fill the folder, and return the words after `winnow run` that name the files in it; --set and --store stay.
 
     A run of these files has the keys and the name of a run here. Raise WinnowError if the upload would be too large.
@@ -78,8 +78,8 @@ def plugin_words(folder: Path, files: list[Path], plans: list[Plan]) -> list[str
     Those are of functions in files, which the cluster must see where they are here, as it must see data.
     """
     packed = sorted(file for file in (folder / FOLDER / "plugins").rglob("*") if file.is_file())
-    known = {file.resolve() for plan in plans for file in plan.plugins}
-    others = [path for file in files if (path := file.expanduser().resolve()) not in known]
+    of_plans = {file.resolve() for plan in plans for file in plan.plugins}
+    others = [path for file in files if (path := file.expanduser().resolve()) not in of_plans]
     names = [*(str(file.relative_to(folder)) for file in packed), *map(str, others)]
     return [word for name in names for word in ("--plugin", name)]
 

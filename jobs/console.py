@@ -120,8 +120,8 @@ class ProgressReporter(Reporter):
         self._print(step, f"[yellow]waiting[/] {step.key}: {escape(why)}")
 
     def set_aside(self, step: Step, names: list[str]) -> None:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        self._print(step, f"[yellow]damaged, set aside and made again[/]: {escape(shown)}")
+        first = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        self._print(step, f"[yellow]damaged, set aside and made again[/]: {escape(first)}")
 
     def step_started(self, step: Step, done: int, total: int) -> None:
         before = f" ({done} of {total} parts are finished)" if done else ""

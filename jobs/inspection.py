@@ -69,9 +69,9 @@ def inspect_data(plan: Plan, words: int, overlap: float) -> pa.Table:
     prompts: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for step in steps:
-            tables, rejects = _run(step, Path(folder) / step.name)
+            tables, rejects = _tables_and_rejects(step, Path(folder) / step.name)
             prompts[step.name] = tables["prompts"].select(["prompt_id", "text", "split"]).to_pylist()
-            findings += _rows(step.name, prompts[step.name], tables, rejects)
+            findings += _row_counts(step.name, prompts[step.name], tables, rejects)
             findings += _lengths(step.name, tables)
             findings += _scripts(step.name, [row["text"] for row in prompts[step.name]])
     texts = {(name, split): [row["text"] for row in rows if row["split"] == split]
@@ -84,7 +84,7 @@ def inspect_data(plan: Plan, words: int, overlap: float) -> pa.Table:
     return pa.Table.from_pylist([finding._asdict() for finding in findings], COLUMNS)
 
 
-def _run(step: Step, folder: Path) -> tuple[dict[str, pa.Table], pa.Table]:
+def _tables_and_rejects(step: Step, folder: Path) -> tuple[dict[str, pa.Table], pa.Table]:
     """Return the tables of a data step by name, and what it rejects."""
     signature = signature_of(step.entry)
     ctx = alone(folder)
@@ -121,7 +121,7 @@ def _tokenizer_of(step: Step, folder: Path) -> Model:
     return Model(folder, options["path"].digest)
 
 
-def _rows(
+def _row_counts(
     name: str, prompts: list[dict[str, Any]], tables: dict[str, pa.Table], rejects: pa.Table
 ) -> Iterator[Finding]:
     """Yield the number of rows of each table and split, and of those rejected by reason, the first place with it."""
@@ -187,7 +187,7 @@ def _duplicates(
     if not heldout or not train:
         return
     matches = near_duplicates(heldout, train, words, overlap)
-    exact = [row for row in matches if row[2] == 1.0 and _words(heldout[row[0]]) == _words(train[row[1]])]
+    exact = [row for row in matches if row[2] == 1.0 and _split_words(heldout[row[0]]) == _split_words(train[row[1]])]
     near = [row for row in matches if row not in exact]
     for item, rows in (("the same words", exact), (f"at least {overlap:g} of {words}-grams of words", near)):
         example = None
@@ -243,7 +243,7 @@ def near_duplicates(heldout: list[str], train: list[str], words: int, overlap: f
     return [(int(held), int(trained), float(jaccard)) for held, trained, jaccard in rows]
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
@@ -251,7 +251,7 @@ def _grams(texts: list[str], words: int) -> pa.Table:
     """Return a row per n-gram of words: the number of its text, and a hash of 64 bits."""
     numbers, grams = [], []
     for number, text in enumerate(texts):
-        hashes = np.array([_word_hash(word) for word in _words(text)], dtype=np.uint64)
+        hashes = np.array([_word_hash(word) for word in _split_words(text)], dtype=np.uint64)
         size = min(words, len(hashes))
         count = len(hashes) - size + 1 if size else 0
         # A polynomial in the hashes of the words, modulo 2^64.

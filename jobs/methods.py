@@ -28,7 +28,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,11 +42,17 @@ from pipeline.store.store import Json
 Values = NDArray[np.float64]  # [seeds, prompts], NaN where a prompt has no figure
 WINS = ("gold_win", "proxy_win")  # in the order in which methods are compared by them
 COLUMNS = dict(zip(WINS, WINS, strict=True)) | {"gold": "gold_reward", "kl": "kl_nats", "n_tokens": "tokens"}
+# Steps that evaluate at other temperatures than 1, by the ends of the leaderboard's columns for them.
+TEMPERATURES = {"_as_sampled": "evaluate_as_sampled", "_greedy": "evaluate_greedy"}
 EVALUATED = """
 SELECT DISTINCT run || coalesce('@' || round, '') AS run, method, stage, key,
     (SELECT any_value(gold.key) FROM runs AS gold WHERE gold.step = 'evaluate_by_gold' AND gold.run = runs.run
         AND gold.round IS NOT DISTINCT FROM runs.round) AS judged -- by a judge called gold
 FROM runs JOIN evaluations USING (stage, key) WHERE NOT starts_with(step, 'evaluate_') ORDER BY ALL
+"""
+OTHER_TEMPERATURES = f"""
+SELECT run || coalesce('@' || round, '') AS run, step, key FROM runs JOIN steps USING (stage, key)
+WHERE step IN {tuple(TEMPERATURES.values())}
 """
 SEED_LABEL = r"(?:[\w@]+\.)*seed=\d+"  # in a run's name
 ERROR = 0.05
@@ -168,6 +173,10 @@ def methods_of(catalog: Catalog) -> list[Method]:
     judged = {key: gold for key, (gold, *others) in golds.items() if gold and not others}
     evaluations = [key for policies in groups.values() for keys in policies.values() for key in keys]
     values = values_by_key(catalog, evaluations, judged)
+    compared = {row["run"] for row in evaluated if row["method"] in groups}
+    steps = query(catalog, OTHER_TEMPERATURES).to_pylist()
+    others = {(row["run"], row["step"]): row["key"] for row in steps if row["run"] in compared}
+    other_values = values_by_key(catalog, list(dict.fromkeys(others.values()))) if others else {}
     methods = []
     for policies in groups.values():
         runs = [run for keys in policies.values() for labels in keys.values() for run in labels]
@@ -175,9 +184,17 @@ def methods_of(catalog: Catalog) -> list[Method]:
         method = Method(_name(runs), runs, _yardsticks(first, identities, method_by_key, judged.get(first)))
         for keys in policies.values():
             method.steps.append(set().union(*(keys_behind(key, identities) for key in keys)))
-        for metric in COLUMNS:
-            rows = [_nanmean(np.stack([values[key][metric] for key in keys])) for keys in policies.values()]
-            table = np.stack(rows)
+        tables = {metric: [[values[key][metric] for key in keys] for keys in policies.values()] for metric in COLUMNS}
+        for end, step in TEMPERATURES.items():
+            of_policies = [
+                dict.fromkeys(others[run, step] for labels in keys.values() for run in labels if (run, step) in others)
+                for keys in policies.values()
+            ]
+            if all(of_policies):
+                tables |= {f"{metric}{end}": [[other_values[key][metric] for key in keys] for keys in of_policies]
+                           for metric in WINS}  # fmt: skip
+        for metric, of_replicates in tables.items():
+            table = np.stack([_nanmean(np.stack(rows)) for rows in of_replicates])
             if not np.isnan(table).all(axis=1).any():  # a figure that a replicate lacks is none of the method
                 method.values[metric] = table
         methods.append(method)
@@ -354,23 +371,19 @@ def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
         return table, lines
     by_run = {row["run"]: row for row in rows}
     rows = [row | {"seeds": 1} for row in rows if row["run"] not in of_methods]
-    rows += [_row(method, [by_run[run] for run in method.runs], table.column_names) for method in methods]
+    for method in methods:
+        row = dict.fromkeys(table.column_names) | {"run": method.name, "seeds": method.seeds}
+        for metric, values in method.values.items():
+            mean, low, high = interval(values)
+            column = COLUMNS.get(metric, metric)
+            row[column] = mean
+            row["prompts"] = max(row["prompts"] or 0, int((~np.isnan(values).all(axis=0)).sum()))
+            if f"{column}_low" in row:
+                if metric.startswith(WINS):  # shares
+                    low, high = max(low, 0.0), min(high, 1.0)
+                row |= {f"{column}_low": low, f"{column}_high": high}
+        for name in ("seconds", "own_seconds"):
+            row[name] = float(np.mean([by_run[run][name] for run in method.runs]))
+        rows.append(row)
     rows.sort(key=lambda row: [(row[name] is None, -(row[name] or 0)) for name in WINS] + [row["run"]])
     return pa.Table.from_pylist(rows, table.schema.append(pa.field("seeds", pa.int64()))), lines
-
-
-def _row(method: Method, runs: list[dict[str, Any]], columns: list[str]) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(columns) | {"run": method.name, "seeds": method.seeds}
-    for metric, column in COLUMNS.items():
-        if metric not in method.values:
-            continue
-        mean, low, high = interval(method.values[metric])
-        row[column] = mean
-        row["prompts"] = max(row["prompts"] or 0, int((~np.isnan(method.values[metric]).all(axis=0)).sum()))
-        if f"{column}_low" in columns:
-            if metric in WINS:  # shares
-                low, high = max(low, 0.0), min(high, 1.0)
-            row |= {f"{column}_low": low, f"{column}_high": high}
-    for name in ("seconds", "own_seconds"):
-        row[name] = float(np.mean([run[name] for run in runs]))
-    return row

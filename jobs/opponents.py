@@ -28,7 +28,10 @@ def find_opponents(plans: Sequence[Plan], store: Store) -> None:
         for step in [step for step in plan.steps if step.entry.fn is other_run]:
             name, round = split_round(step.options["run"])
             if name == plan.name and round is None:
-                _leave_out(plan, step)
+                gone = [step, *_followers(plan, [step])]  # it is not compared with itself
+                plan.steps = [other for other in plan.steps if other not in gone]
+                plan.evaluations = [other for other in plan.evaluations if other not in gone]
+                plan.notes.append(f"judges: {plan.name} is not compared with itself")
                 continue
             if name == plan.name:
                 problems.append(
@@ -37,37 +40,41 @@ def find_opponents(plans: Sequence[Plan], store: Store) -> None:
                 )
                 continue
             before = next((other for other in plans[:position] if other.name == name), None)
+            readers = [reader.inputs for reader in plan.steps if reader.inputs.get("baseline") is step]
+            candidates = next((inputs["candidates"] for inputs in readers if "candidates" in inputs), None)
+            if candidates is None:
+                problems.append(
+                    f"{plan.name}: {step.name}: no step reads it as its baseline, beside candidates; "
+                    f"`judges: {{NAME: {{against: {step.options['run']}}}}}` in a config makes steps that do"
+                )
+                continue
             try:
-                _fill(step, name, round, _judged_step(plan, step), before, store)
+                _fill(step, name, round, candidates, before, store)
             except WinnowError as error:
                 problems += [f"{plan.name}: {problem}" for problem in error.problems]
-        _forget_keys(plan)
+        # What reads another run's draws has its key by them, also if somebody has looked at its key before.
+        for step in _followers(plan, [step for step in plan.steps if step.entry.fn is other_run]):
+            for name in ("identity", "key", "row_key"):
+                step.__dict__.pop(name, None)
     if problems:
         raise WinnowError(*dict.fromkeys(problems))
 
 
-def _forget_keys(plan: Plan) -> None:
-    """Let the steps that read another run's draws have keys by them, if somebody has looked at their keys before."""
-    changed = [step for step in plan.steps if step.entry.fn is other_run]
+def _followers(plan: Plan, steps: list[Step]) -> list[Step]:
+    """Return the steps of a plan that read these, or what follows from these."""
+    followers: list[Step] = []
     for step in plan.steps:  # inputs come before what reads them
-        if any(source in changed for source in step.inputs.values()):
-            changed.append(step)
-            for name in ("identity", "key", "row_key"):
-                step.__dict__.pop(name, None)
+        if any(source in steps or source in followers for source in step.inputs.values()):
+            followers.append(step)
+    return followers
 
 
-def _judged_step(plan: Plan, opponent: Step) -> Step:
-    """Return the step with the plan's own draws that are compared with the opponent's."""
-    judging = next(step for step in plan.steps if step.inputs.get("baseline") is opponent)
-    return judging.inputs["candidates"]
-
-
-def _fill(step: Step, run: str, round: int | None, own: Step, before: Plan | None, store: Store) -> None:
-    """Give the step the stage, identity and key of the run's draws."""
-    where, wanted = f"against: {step.options['run']!r}", split_round(own.name)[0]
+def _fill(step: Step, run: str, round: int | None, candidates: Step, before: Plan | None, store: Store) -> None:
+    """Give the step the stage, identity and key of the run's draws; `candidates` are those that it is compared with."""
+    where, sampling = f"against: {step.options['run']!r}", split_round(candidates.name)[0]
     if before is not None:
         named = {other.name: other for other in before.steps}
-        name = _step_name(list(named), wanted, round, where, run)
+        name = _name_in_run(list(named), sampling, round, where, run)
         identity, key, code = named[name].identity, named[name].key, named[name].code
     else:
         runs = store.runs()
@@ -77,12 +84,18 @@ def _fill(step: Step, run: str, round: int | None, own: Step, before: Plan | Non
                 "before this one in the command"
             )
         links = runs[run]
-        link = links[_step_name(list(links), wanted, round, where, run)]
+        link = links[_name_in_run(list(links), sampling, round, where, run)]
         manifest = store.at(link["stage"], link["key"]).manifest
         if manifest is None:
-            raise WinnowError(f"{where}: {wanted} of that run is not finished; the same winnow run of it continues")
+            raise WinnowError(f"{where}: {sampling} of that run is not finished; the same winnow run of it continues")
         identity, key, code = {"stage": link["stage"]} | manifest["identity"], link["key"], manifest.get("code") or {}
-    if changes := _other_conditions(own, identity):
+
+    # In what the draws differ beside the policy.
+    def conditions(draws: Mapping[str, Any]) -> dict[str, Any]:
+        options = {name: value for name, value in draws["options"].items() if name not in FREE}
+        return {"stage": draws["stage"], "options": options, "prompts": draws["inputs"].get("prompts")}
+
+    if changes := differences(conditions(identity), conditions(candidates.identity)):
         raise WinnowError(
             f"{where}: its responses are not comparable: {'; '.join(changes)} (that run -> this one); evaluate both "
             "on the same prompts with the same sampling"
@@ -91,36 +104,14 @@ def _fill(step: Step, run: str, round: int | None, own: Step, before: Plan | Non
     step.__dict__.update(identity=identity, key=key, row_key=key, code=code)  # in place of what would be computed
 
 
-def _step_name(names: list[str], wanted: str, round: int | None, where: str, run: str) -> str:
+def _name_in_run(names: list[str], sampling: str, round: int | None, where: str, run: str) -> str:
     """Return the name of the step in a run: of one round, by default the last."""
-    rounds = {number: name for name in names for step, number in [split_round(name)] if step == wanted}
+    rounds = {number: name for name in names for step, number in [split_round(name)] if step == sampling}
     if round is None and rounds:
         return rounds[max(rounds, key=lambda number: number or 0)]
     if round not in rounds:
-        known = ", ".join(str(number) for number in rounds if number)
-        cure = (
-            f"its rounds are {known}" if known else f"it has no step {wanted!r}" if not rounds else "it has no rounds"
-        )
+        numbers = ", ".join(str(number) for number in rounds if number)
+        cure = f"its rounds are {numbers}" if numbers else "it has no rounds"
+        cure = cure if rounds else f"it has no step {sampling!r}"
         raise WinnowError(f"{where}: run {run!r}: {cure}")
     return rounds[round]
-
-
-def _other_conditions(own: Step, identity: Mapping[str, Any]) -> list[str]:
-    """Return in what the draws of two runs differ beside the policy."""
-
-    def conditions(of: Mapping[str, Any]) -> dict[str, Any]:
-        options = {name: value for name, value in of["options"].items() if name not in FREE}
-        return {"stage": of["stage"], "options": options, "prompts": of["inputs"].get("prompts")}
-
-    return differences(conditions(identity), conditions(own.identity))
-
-
-def _leave_out(plan: Plan, opponent: Step) -> None:
-    """Take the steps that compare a run with itself out of its plan."""
-    gone = [opponent]
-    for step in plan.steps:  # inputs come before what reads them
-        if any(source in gone for source in step.inputs.values()):
-            gone.append(step)
-    plan.steps = [step for step in plan.steps if step not in gone]
-    plan.evaluations = [step for step in plan.evaluations if step not in gone]
-    plan.notes.append(f"judges: {plan.name} is not compared with itself")

@@ -77,6 +77,15 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def error_bars(
+    rows: list[dict[str, Any]], name: str, factor: float = 1.0, ends: tuple[str, str] = ("_low", "_high")
+) -> list[list[float]] | None:
+    """Return the lengths of a figure's intervals below and above its values [2, rows]; None if a row has none."""
+    if any(row.get(f"{name}{end}") is None for row in rows for end in ends):
+        return None
+    return [[factor * abs(row[name] - row[f"{name}{end}"]) for row in rows] for end in ends]
+
+
 def to_svg(figure: Figure, label: str) -> str:
     """Return inline SVG without a date, in the page's color of text, so that the same store gives the same page."""
     buffer = io.StringIO()

@@ -1,7 +1,9 @@
 """Tables 1 and 2 of the RSO paper (arXiv 2309.06657) on the user's own configuration, beside the paper's figures."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -94,18 +96,26 @@ def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0, agains
     return plans
 
 
-def tables(store: Store) -> list[tuple[str, pa.Table]]:
-    """Return both tables with 95 % intervals over prompts, and the paper's conclusions beside what was measured."""
+def tables(store: Store, runs: Mapping[str, str] = MappingProxyType({})) -> list[tuple[str, pa.Table]]:
+    """Return both tables with 95 % intervals over prompts, and the paper's conclusions beside what was measured.
+
+    runs: by the names of cells' runs, the runs that are read in their place.
+    """
     catalog, all_cells = open_catalog(store), cells()
+    cell_runs = {runs.get(cell.run, cell.run): cell.run for cell in all_cells}
 
     # Each held-out prompt's share of wins by the policy that the run ends with: its last round's.
     wins: Wins = {cell.run: {metric: {} for metric in METRICS} for cell in all_cells}
     for row in query(catalog, WINS).to_pylist():
         for metric in METRICS:
-            if row["run"] in wins and row[metric] is not None:
-                wins[row["run"]][metric][row["prompt_id"]] = row[metric]
+            if row["run"] in cell_runs and row[metric] is not None:
+                wins[cell_runs[row["run"]]][metric][row["prompt_id"]] = row[metric]
 
-    selected = {row["run"]: f"{row['selected']:.1f}" for row in query(catalog, SELECTED).to_pylist()}
+    selected = {
+        cell_runs[row["run"]]: f"{row['selected']:.1f}"
+        for row in query(catalog, SELECTED).to_pylist()
+        if row["run"] in cell_runs
+    }
 
     rows_by_table: dict[str, list[dict[str, str]]] = {"table 1": [], "table 2": []}
     for cell in all_cells:

@@ -1,7 +1,9 @@
 """Recipes and profiles by name or file, and plans of several recipes at once."""
 
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | No
     try:
         plan = make_plan(loaded)
         if name is None:
-            plan.name = run_name(path, sets, plan)
+            plan.name = run_name(path, _effective(path, tuple(configs), sets, plan), plan)
         return plan
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
@@ -81,9 +83,26 @@ def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[P
     return plan, None if gold is None else (gold_reward.bind(gold), bool(options.get("special_tokens", False)))
 
 
-def run_name(path: Path, sets: list[str], plan: Plan) -> str:
-    """Return the name of a plan's run by its recipe and --set: how a step runs is no other run."""
-    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)])
+def run_name(path: Path, sets: list[str], plan: Plan, swept: Collection[str] = ()) -> str:
+    """Return the name of a plan's run by its recipe and --set: how a step runs is no other run.
+
+    swept: options of which a sweep adds the values to the name.
+    """
+    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)], swept)
+
+
+def _effective(path: Path, configs: tuple[Path, ...], sets: list[str], plan: Plan) -> list[str]:
+    """Return those of --set without which the plan would be another: a value that was set already is no other run."""
+    keys = {step.name: step.key for step in plan.steps}
+    effective = list(sets)
+    for text in sets:
+        rest = [other for other in effective if other is not text]
+        with suppress(WinnowError), warnings.catch_warnings():  # without it, there is no plan
+            warnings.simplefilter("ignore")  # of a plan that is not run
+            other = make_plan(load_recipe(path, configs, tuple(rest), None, (FOLDER,)))
+            if {step.name: step.key for step in other.steps} == keys and other.target.name == plan.target.name:
+                effective = rest
+    return effective
 
 
 def is_execution(override: Override, plan: Plan) -> bool:

@@ -38,11 +38,11 @@ CURVES = {
 }
 HISTOGRAM_COLORS = {"all candidates": "#8793a0", "kept": "#2a9d5c"}  # by `what` of reward_histogram.sql
 WIN_RATES = ("gold_win", "proxy_win")
-AT = ("_as_sampled", "_greedy")  # beside temperature 1
-OTHER_WIN_RATES = [f"{name}{at}" for name in WIN_RATES for at in AT]
+OTHER_WIN_RATES = [f"{name}{at}" for name in WIN_RATES for at in methods.TEMPERATURES]
 TITLES = {  # of the leaderboard's columns; low and high are of the column before them
     **{f"{name}_{end}": end for name in (*WIN_RATES, *OTHER_WIN_RATES, "gold_reward") for end in ("low", "high")},
-    **{f"{name}{at}": f"{name.replace('_', ' ')} % {at.replace('_', ' ').strip()}" for name in WIN_RATES for at in AT},
+    **{f"{name}{at}": f"{name.replace('_', ' ')} % {at.replace('_', ' ').strip()}"
+       for name in WIN_RATES for at in methods.TEMPERATURES},
     "gold_win": "gold win %", "proxy_win": "proxy win %", "gold_reward": "gold reward", "kl_nats": "KL (nats)",
     "own_seconds": "own seconds",
 }  # fmt: skip
@@ -51,9 +51,12 @@ TITLES = {  # of the leaderboard's columns; low and high are of the column befor
 def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     """Write the report about all runs of a store, at once or not at all: the same store gives the same bytes.
 
-    date: that on the page; by default that of the newest result.
+    date: that on the page; by default that of the newest result, now if there is none.
     """
     catalog = open_catalog(store)
+    if date is None:
+        times = [datetime.fromisoformat(manifest["made"]) for manifest in catalog.manifests]
+        date = max(times, default=datetime.now(UTC)).astimezone(UTC)
     sections: list[dict[str, Any]] = []
     for run, steps in catalog.runs.items():
         rounds: list[int | None] = [*sorted({number for step in steps if (number := split_round(step)[1])})]
@@ -77,7 +80,7 @@ def write_report(store: Store, out: Path, date: datetime | None = None) -> None:
     curves = _plot_curves(curve_rows, colors, query(catalog, SAVED_STEPS).to_pylist())
     content = {
         "store": store.root.name,
-        "date": f"{date or _newest(catalog):%Y-%m-%d %H:%M} UTC",
+        "date": f"{date:%Y-%m-%d %H:%M} UTC",
         "commits": [
             row["commit"][:12] + "+" * row["commit"].endswith("+") for row in query(catalog, COMMITS).to_pylist()
         ],
@@ -123,12 +126,6 @@ SAVED_STEPS = """
 SELECT min(run || coalesce('@' || round, '')) AS run, any_value(steps) AS step
 FROM runs JOIN policies USING (stage, key) WHERE runs.step = 'optimize' GROUP BY stage, key
 """
-
-
-def _newest(catalog: Catalog) -> datetime:
-    """Return when the newest result was finished; now if there is none."""
-    times = [datetime.fromisoformat(manifest["made"]) for manifest in catalog.manifests]
-    return max(times, default=datetime.now(UTC)).astimezone(UTC)
 
 
 def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:

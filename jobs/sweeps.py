@@ -76,7 +76,7 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
         raise WinnowError(*problems)
 
     result = Sweep([], {}, [])
-    labels = _labels(axes)
+    labels, swept = _labels(axes, sets), [axis.option for axis in axes]
     for name in names:
         path = recipes.recipe_path(name)
         plans: dict[tuple[str, ...], Plan] = {}  # by the values of the axes
@@ -89,7 +89,7 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
                         problem = problem.replace(f"--set {value}", f"--over {value}")
                     problems.append(f"{name}: {problem}")
                 continue
-            base = recipes.run_name(path, sets, plan)
+            base = recipes.run_name(path, sets, plan, swept)
             plan.name = f"{base} {as_file_name(' '.join(labels[value] for value in values), LABEL_BYTES)}"
             if plan.name in result.bases:
                 problems.append(f"{name}: two runs would be {plan.name!r}; rename a file, or use two commands "
@@ -121,11 +121,16 @@ def sweep_table(plans: list[Plan], store: Store, to_run: Collection[str]) -> pa.
     return pa.Table.from_pylist(rows)
 
 
-def _labels(axes: list[Axis]) -> dict[str, str]:
-    """Return the short form of each value in a run's name: the end of the option's path where no two end alike."""
-    paths = [axis.option.split(".") for axis in axes]
+def _labels(axes: list[Axis], sets: list[str]) -> dict[str, str]:
+    """Return the short form of each value in a run's name: the end of the option's path where no two end alike.
+
+    Those of --set, which stand in the name too, are among them.
+    """
+    of_sets = {text.partition("=")[0].strip() for text in sets}
+    paths = [option.split(".") for option in (*(axis.option for axis in axes), *of_sets)]
     labels = {}
-    for axis, path in zip(axes, paths, strict=True):
+    for axis in axes:
+        path = axis.option.split(".")
         length = next(n for n in range(1, len(path) + 1)
                       if n == len(path) or sum(other[-n:] == path[-n:] for other in paths) == 1)  # fmt: skip
         for text in axis.texts:

@@ -75,14 +75,18 @@ def option_lines(step: Step) -> list[str]:
 
 
 def overruled(plan: Plan) -> list[str]:
-    """Return a line for each option in which a config or --set outranks the recipe, steps of equal rounds once."""
-    lines: dict[str, list[str]] = {}
+    """Return a line for each option in which a config or --set outranks the recipe, alike steps and rounds in one."""
+    steps: dict[str, dict[str, None]] = {}  # by what is said of an option of theirs
     for step in plan.steps:
         for path, origin in step.origins.items():
-            if origin.replaces is not None:
-                what = f"{path}: {_written_value(step, path)[0]} ({origin.layer}), not {origin.replaces} of the recipe"
-                lines.setdefault(f"{split_round(step.name)[0]}.{what}", []).append(step.name)
-    return list(lines)
+            value = _written_value(step, path)[0]
+            if origin.replaces is not None and value != origin.replaces:  # a name and its alias are one value
+                line = f"{path}: {value} ({origin.layer}), not {origin.replaces} of the recipe"
+                steps.setdefault(line, {})[split_round(step.name)[0]] = None
+    return [
+        f"{next(iter(names))}.{line}" if len(names) == 1 else f"{line}, in {len(names)} steps: {', '.join(names)}"
+        for line, names in steps.items()
+    ]
 
 
 def _written_value(step: Step, path: str) -> tuple[Any, Any]:
@@ -232,10 +236,12 @@ def judges_rows(catalog: Catalog) -> list[dict[str, Any]]:
 
     Columns that no judge has are left out.
     """
-    rows = query(catalog, queries.text("judges")).to_pylist()
     if not query(catalog, "SELECT 1 FROM wins LIMIT 1").num_rows:
         return []
-    shown = []
+    rows = query(catalog, queries.text("judges")).to_pylist()
+    if not rows:
+        return []
+    cells_of_rows = []
     for row in rows:
         if row["win"] is None:
             rate = "no verdict"
@@ -244,8 +250,10 @@ def judges_rows(catalog: Catalog) -> list[dict[str, Any]]:
         cells = {name: row[name] for name in ("judge", "against", "run")} | {"win": rate}
         cells["win_lc"] = None if row["win_lc"] is None else f"{100 * row['win_lc']:.1f} %"
         cells |= {name: row[name] for name in ("prompts", "comparisons", "ties", "undecided", "unread")}
-        shown.append(cells | {name: row[name] and round(row[name], 3) for name in ("agreement", "alpha")})
-    return [{name: row[name] for name in row if any(other[name] is not None for other in shown)} for row in shown]
+        cells |= {name: row[name] and round(row[name], 3) for name in ("agreement", "alpha")}
+        cells_of_rows.append(cells)
+    names = [name for name in cells_of_rows[0] if any(cells[name] is not None for cells in cells_of_rows)]
+    return [{name: cells[name] for name in names} for cells in cells_of_rows]
 
 
 def format_age(moment: str | None) -> str:

@@ -17,7 +17,7 @@ def explain_difference(store: Store, one: str, other: str) -> list[str]:
     names.
     """
     finished, runs = {manifest["key"]: manifest for manifest in store.sealed()}, store.runs()
-    (left, left_names), (right, right_names) = (_find_steps(argument, runs, finished) for argument in (one, other))
+    (steps_a, names_a), (steps_b, names_b) = (_find_steps(argument, runs, finished) for argument in (one, other))
     if (one in runs) != (other in runs):
         raise WinnowError(f"why {one} {other}: a run and a step; give two runs, or two steps as run/step or by key")
 
@@ -26,9 +26,9 @@ def explain_difference(store: Store, one: str, other: str) -> list[str]:
     # said than that they differ. A step without a name in a run is called after the inputs that lead to it:
     # `optimize.init` is the `init` of `optimize`.
     if one in runs:
-        pairs = [(name, key, right[name]) for name, key in left.items() if name in right]
+        pairs = [(name, key, steps_b[name]) for name, key in steps_a.items() if name in steps_b]
     else:
-        pairs = [(*next(iter(left.items())), next(iter(right.values())))]
+        pairs = [(*next(iter(steps_a.items())), next(iter(steps_b.values())))]
     same_inputs = {(a, b) for _, a, b in pairs}
     if one not in runs:
         for name, a, b in pairs:
@@ -39,7 +39,7 @@ def explain_difference(store: Store, one: str, other: str) -> list[str]:
                 stages = [finished[key]["stage"] for key in (source, match) if key in finished]
                 if len(stages) == 2 and stages[0] == stages[1] and (source, match) not in same_inputs:
                     same_inputs.add((source, match))
-                    pairs.append((left_names.get(source, f"{name}.{input_name}"), source, match))
+                    pairs.append((names_a.get(source, f"{name}.{input_name}"), source, match))
 
     # Differences of each pair, except those of inputs that are a pair themselves: these are that pair's own.
     lines: list[str] = []
@@ -57,7 +57,7 @@ def explain_difference(store: Store, one: str, other: str) -> list[str]:
             sources = old["inputs"].get(input_name), new["inputs"].get(input_name)
             if sources[0] != sources[1] and sources not in same_inputs:
                 labels = []
-                for key, names in zip(sources, (left_names, right_names), strict=True):
+                for key, names in zip(sources, (names_a, names_b), strict=True):
                     stage = finished[key]["stage"] if key in finished else "a step that is not finished"
                     labels.append(names.get(key, f"{stage} {key}") if key else "nothing")
                 changes.append(f"inputs.{input_name}: {' -> '.join(labels)}")
@@ -66,7 +66,7 @@ def explain_difference(store: Store, one: str, other: str) -> list[str]:
             only_through_inputs.append(name)
 
     if one in runs:
-        for argument, rest in ((one, left.keys() - right.keys()), (other, right.keys() - left.keys())):
+        for argument, rest in ((one, steps_a.keys() - steps_b.keys()), (other, steps_b.keys() - steps_a.keys())):
             if rest:
                 lines.append(f"only in {argument}: {', '.join(sorted(rest))}")
     if only_through_inputs:
@@ -74,7 +74,7 @@ def explain_difference(store: Store, one: str, other: str) -> list[str]:
     if unfinished:
         lines.append(f"not finished on both sides, so that they cannot be compared: {', '.join(unfinished)}")
     lines = lines or [f"no difference: {one} and {other} have the same keys"]
-    for argument, steps in ((one, left), (other, right)):
+    for argument, steps in ((one, steps_a), (other, steps_b)):
         for name, key in steps.items():
             if source := finished.get(key, {}).get("adopted"):
                 lines.append(f"{argument}: {name} is adopted from {source['from']}")

@@ -19,24 +19,24 @@ def stat_of(process: int) -> tuple[int, str] | None:
     return None
 
 
-def with_children(known: dict[int, str]) -> dict[int, str]:
-    """Return those of the known processes, by id and start, that are there, and all that they have started."""
+def with_children(starts: dict[int, str]) -> dict[int, str]:
+    """Return those of these processes, start by id, that are there, and all that they have started."""
     processes = map(int, filter(str.isdigit, os.listdir("/proc")))
     stats = {process: stat for process in processes if (stat := stat_of(process))}
-    family = {process: start for process, start in known.items() if process in stats and stats[process][1] == start}
+    family = {process: start for process, start in starts.items() if process in stats and stats[process][1] == start}
     while more := [process for process, (parent, _) in stats.items() if parent in family and process not in family]:
         family |= {process: stats[process][1] for process in more}
     return family
 
 
-def main() -> None:
-    known = {int(process): start for process, start in (word.split(":") for word in sys.argv[1:])}
+def guard(starts: dict[int, str]) -> None:
+    """Wait for the end of the input, then kill these processes and what they have started."""
     while not select.select([sys.stdin], [], [], LOOK_SECONDS)[0]:
-        known = with_children(known)
-    for process in with_children(known):
+        starts = with_children(starts)
+    for process in with_children(starts):
         with suppress(OSError):
             os.kill(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    main()
+    guard({int(process): start for process, start in (word.split(":") for word in sys.argv[1:])})

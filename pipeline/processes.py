@@ -67,12 +67,9 @@ def end_with(parent: int) -> None:
             "parent": parent,
             "parent_start": start_of(parent),
         }
-        replace(_record(os.getpid()), json.dumps(content).encode(), durable=False)
+        record = cache() / "processes" / f"{machine()}.{os.getpid()}.json"
+        replace(record, json.dumps(content).encode(), durable=False)
     Thread(target=_watch, args=(parent,), daemon=True, name="watch of the parent").start()
-
-
-def _record(process: int) -> Path:
-    return cache() / "processes" / f"{machine()}.{process}.json"
 
 
 def _watch(parent: int) -> None:

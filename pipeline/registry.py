@@ -33,7 +33,7 @@ from typing import (
 )
 
 from annotated_types import Interval
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
@@ -599,6 +599,17 @@ def validated(model: type[M], content: Any, prefix: str = "", noun: str = "optio
         raise WinnowError(*lines) from None
 
 
+def name_or(model: type[BaseModel], expected: str) -> PlainValidator:
+    """Return a validator of a name, null, or a mapping that a model describes; `expected` says so in a message."""
+
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str | dict | None):
+            raise ValueError(f"must be {expected}")
+        return validated(model, value, noun="key") if isinstance(value, dict) else value
+
+    return PlainValidator(parse)
+
+
 def _shown(value: Any) -> str:
     """Return a value for a message, cut where it is long."""
     text = repr(value)
@@ -631,8 +642,8 @@ def _error_lines(
         ]
     if item["type"] == "extra_forbidden":
         if len(path) == 1 and path[0] in inner:
-            places = " or ".join(f"{prefix}.{option}.{path[0]}".strip(".") for option in inner[path[0]])
-            return [f"{where}: unknown {noun}; set {places}"]
+            options = " or ".join(f"{prefix}.{option}.{path[0]}".strip(".") for option in inner[path[0]])
+            return [f"{where}: unknown {noun}; set {options}"]
         return [
             f"{where}: unknown {noun}; {nearest(path[-1], list(fields)) if fields else f'there are no {noun}s here'}"
         ]

@@ -205,11 +205,28 @@ class EndpointClient:
         bodies: functions that return the body of a request, called when it is sent. path: below the URL, or an address.
         Raises MachineError for a server that is down or overloaded after all attempts, WinnowError for what it refuses.
         """
-        finished = [0]
-        future = asyncio.run_coroutine_threadsafe(self._post_all(path, bodies, read, finished), self.loop)
+        n_answers = 0
+
+        async def post(n: int) -> T:
+            nonlocal n_answers
+            async with self.slots:
+                request = partial(self.client.post, path, cast_to=object, body=bodies[n]())
+                answer = await self._answer(request, self.endpoint.max_retries)
+            n_answers += 1
+            return read(n, answer)
+
+        async def post_each() -> list[T]:
+            tasks = [asyncio.ensure_future(post(n)) for n in range(len(bodies))]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:  # of one that failed, the others
+                    task.cancel()
+
+        future = asyncio.run_coroutine_threadsafe(post_each(), self.loop)
         try:
             while wait([future], PROGRESS_SECONDS).not_done:
-                progress(finished[0])
+                progress(n_answers)
             answers = future.result()
         finally:
             future.cancel()  # an interrupt leaves none behind
@@ -243,27 +260,6 @@ class EndpointClient:
             f"{self.endpoint}: its answer is none of an OpenAI-compatible server ({why}); see whether `url` is right, "
             "which ends in /v1"
         )
-
-    async def _post_all(
-        self,
-        path: str,
-        bodies: Sequence[Callable[[], dict[str, Any]]],
-        read: Callable[[int, Any], T],
-        finished: list[int],
-    ) -> list[T]:
-        async def post(n: int) -> T:
-            async with self.slots:
-                request = partial(self.client.post, path, cast_to=object, body=bodies[n]())
-                answer = await self._answer(request, self.endpoint.max_retries)
-            finished[0] += 1
-            return read(n, answer)
-
-        tasks = [asyncio.ensure_future(post(n)) for n in range(len(bodies))]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:  # of one that failed, the others
-                task.cancel()
 
     async def _answer(self, request: Callable[[], Awaitable[object]], retries: int) -> object:
         """Return the answer; raise MachineError or WinnowError in one line, without the key, for what openai raises."""

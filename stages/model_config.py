@@ -278,8 +278,8 @@ class ModelConfig:
                     name for name, count in layers_with.items() if count == len(layers) - 1 and name not in shapes
                 ]
                 lacking = [name for name in lacking if number or "norm" not in name]
-                own = [name for name in shapes if layers_with[name] == 1]
-                if lacking and not own:
+                has_others = any(layers_with[name] == 1 for name in shapes)  # which no other layer has: another kind
+                if lacking and not has_others:
                     return [
                         f"its weights lack {min(lacking)} in layer {number} of {prefix or 'the network'} "
                         f"({len(lacking)} such weights), which all other layers have: {cause}"

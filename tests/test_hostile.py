@@ -362,8 +362,8 @@ ENGINE_OPTIONS = [
     ({"model": "other"}, ["model"]),
     ({"hf_token": "secret"}, ["hf_token"]),
     ({"max_model_len": 1e30}, ["max_model_len"]),
-    ({"max_num_seqs": float("nan")}, ["JSON"]),
-    ({"max_num_seqs": object()}, ["JSON"]),
+    ({"hf_overrides": float("nan")}, ["JSON"]),
+    ({"hf_overrides": object()}, ["JSON"]),
 ]
 
 

@@ -19,6 +19,7 @@ from jobs.commands.app import (
 from jobs.console import as_table
 from jobs.recipes import plan_named
 from jobs.resume import hint
+from jobs.runs import with_free_names
 from jobs.tables import format_size, row_count, runs_table, steps_table
 from pipeline.config.keys import differences
 from pipeline.store.store import Store
@@ -83,7 +84,10 @@ def adopt(
     """Register files from elsewhere as the result of a step, after checking them. The manifest names their origin."""
     from jobs.adopt import adopt_artifact
 
-    adopted, manifest = adopt_artifact(plan_named(recipe, configs, sets), step, path, Store(store))
+    plan, target = plan_named(recipe, configs, sets), Store(store)
+    for note in with_free_names([plan], target):
+        console.print(f"  [yellow]note[/]: {escape(note)}", highlight=False)
+    adopted, manifest = adopt_artifact(plan, step, path, target)
     origin = manifest["adopted"]
     console.print(
         f"adopted {escape(adopted.name)} [dim]{adopted.key}[/]: {row_count(manifest):,} rows", highlight=False

@@ -114,7 +114,7 @@ def submit(
         ("--address", "auto"),
     ]
     with TemporaryDirectory() as folder:
-        packed = bundle.pack(Path(folder), recipe, configs, profile)
+        packed = bundle.pack_submission(Path(folder), recipe, configs, profile)
         packed += bundle.plugin_words(Path(folder), plugins, plans)
         words = ["sweep" if over else "run", *packed, *(word for flag, value in flags for word in (flag, value))]
         name, running = cluster.submit(Path(folder), words, recipes=names, plan=plan, store=location, resume=resume)

@@ -15,7 +15,6 @@ from jobs.commands.app import STORE, Configs, Plugins, Sets, StorePath, console,
 from jobs.console import visible
 from jobs.output import Format, format_of, write_result
 from pipeline.config.yaml import parse
-from pipeline.registry import Bound
 from pipeline.sql.catalog import QueryResult
 from schemas import WinnowError
 
@@ -44,13 +43,23 @@ def diagnose(
     """Say what cached candidates and rewards can support, before training: agreement, tilt, best of n, length."""
     from jobs.diagnosis.cached import read_cached
     from jobs.diagnosis.sections import make_diagnosis
+    from stages.selection.rules import selection_rule
 
     output_format = format_of(format, out)
     source = existing_store(store)
     if to and not to.absolute().parent.is_dir():
         raise WinnowError(f"--to {to}: no such folder {to.parent}; create it first")
     plan, gold = recipes.plan_with_gold(recipe, configs, sets)
-    extra = [_rule(text) for text in rules]
+    extra = []
+    for text in rules:
+        prefix = f"--rule {text}: "
+        try:
+            rule = selection_rule.bind(parse(text, f"--rule {text}"))
+        except WinnowError as error:
+            raise WinnowError(*(prefix + problem.removeprefix(prefix) for problem in error.problems)) from None
+        if "check" in rule.metadata and (problems := rule.metadata["check"](rule.options)):
+            raise WinnowError(*(prefix + problem for problem in problems))
+        extra.append(rule)
     result = make_diagnosis(read_cached(plan, source, gold, round, prompts), plan.name, extra)
     if output_format is Format.table and out is None:
         for name, fact in result.facts.items():
@@ -69,20 +78,6 @@ def diagnose(
 
         write_page(result, to)
         console.print(f"wrote {to} ({to.stat().st_size / 1e3:,.0f} kB)", highlight=False, markup=False)
-
-
-def _rule(text: str) -> Bound:
-    """Return a selection rule as --rule names it; raise WinnowError with what is wrong with it."""
-    from stages.selection.rules import selection_rule
-
-    try:
-        rule = selection_rule.bind(parse(text, f"--rule {text}"))
-    except WinnowError as error:
-        said = f"--rule {text}: "
-        raise WinnowError(*(said + problem.removeprefix(said) for problem in error.problems)) from None
-    if "check" in rule.metadata and (problems := rule.metadata["check"](rule.options)):
-        raise WinnowError(*(f"--rule {text}: {problem}" for problem in problems))
-    return rule
 
 
 def _console_table(section: "Section") -> Table:

@@ -7,9 +7,10 @@ from typing import Annotated
 import pyarrow as pa
 import typer
 
-from jobs.commands.app import STORE, Configs, Sets, StorePath, console
+from jobs.commands.app import STORE, Configs, Plugins, Sets, StorePath, console
 from jobs.commands.run import print_store, run_plans
 from jobs.console import as_table
+from jobs.runs import with_free_names
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import commit
 from pipeline.registry import nearest
@@ -20,6 +21,7 @@ from schemas import COMMAND, WinnowError
 def evidence(
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
+    plugins: Plugins = [],  # noqa: B006
     store: StorePath = STORE,
     small: Annotated[bool, typer.Option("--small", help="fewer points and seeds: a sixth of the time")] = False,
     names: Annotated[list[str], typer.Option("--figure", help="this figure; may be repeated; all by default")] = [],  # noqa: B006
@@ -52,7 +54,13 @@ def evidence(
     basis = make_basis(configs, sets, SCALES["small" if small else "full"], other_prompts)
     figures = [plan_figure(basis, figure) for name, figure in FIGURES.items() if not names or name in names]
     target = Store(store)
-    print_store(target, [f"{figure.figure.name}: {line}" for figure in figures for line in figure.left_out])
+    without_judges = ["judges: left out of the figures, which are of gold and proxy"] if basis.overlay else []
+    left_out = [f"{figure.figure.name}: {line}" for figure in figures for line in figure.left_out]
+    # Other options make other runs beside those of before; one number for all, since the figures are of one command.
+    plans = [plan for figure in figures for plan in figure.plans]
+    bases = dict.fromkeys((plan.name for plan in plans), "evidence")
+    renamed = [] if finished_only else with_free_names(plans, target, bases)
+    print_store(target, [*without_judges, *left_out, *renamed])
 
     # What it will cost: each step with the first figure that needs it.
     if not finished_only:
@@ -66,10 +74,13 @@ def evidence(
         beside = f"; beside it {unpriced}, of which nothing like it has finished here" if unpriced else ""
         total = sum(cost.seconds for cost in costs)
         console.print(f"about {total / 60:.0f} min in all{beside}", highlight=False)
+        if problems := [problem for cost in costs for problem in cost.problems]:
+            raise WinnowError(*dict.fromkeys(problems))
     if plan_only:
         return
 
     words = [word for path in configs for word in ("--config", str(path))]
+    words += [word for path in plugins for word in ("--plugin", str(path))]
     words += [word for text in sets for word in ("--set", text)] + (["--small"] if small else [])
     words += [word for name in names for word in ("--figure", name)]
     words += ["--other-prompts", str(other_prompts)] if other_prompts else []

@@ -161,7 +161,9 @@ def export(
             raise WinnowError(f"--split {split}: a blind comparison is of held-out responses; omit it")
         sheet = export_blind(source, run, out, against or "sft", pairs, round)
         console.print(
-            f"wrote {sheet.out}: {sheet.pairs:,} pairs, and their key in {sheet.key}, which raters must not see"
+            f"wrote {sheet.out}: {sheet.pairs:,} pairs, and their key in {sheet.key}, which raters must not see",
+            highlight=False,
+            markup=False,
         )
         if sheet.formulas:
             console.print(

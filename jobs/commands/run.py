@@ -41,7 +41,6 @@ from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.methods import make_leaderboard
 from jobs.models import find_model
-from jobs.opponents import find_opponents
 from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
 from jobs.tables import leaderboard_table, overruled, plan_tree
@@ -285,10 +284,13 @@ def paper(
     """Reproduce tables 1 and 2 of the RSO paper on your data: every cell trained and judged, beside the paper's."""
     from jobs.paper import paper_plans, tables
 
-    plans = paper_plans(configs, sets, gamma, against)
-    find_opponents(plans, Store(store))
-    run_plans(plans, Store(store), LocalExecutor())
-    for title, table in tables(Store(store)):
+    plans, target = paper_plans(configs, sets, gamma, against), Store(store)
+    cell_runs = [plan.name for plan in plans]
+    # With another --gamma, `paper-2 ...` beside the runs of before.
+    print_store(target, with_free_names(plans, target, dict.fromkeys(cell_runs, "paper")))
+    run_plans(plans, target, LocalExecutor())
+    names = dict(zip(cell_runs, (plan.name for plan in plans), strict=True))
+    for title, table in tables(target, names):
         console.print(as_table(table, title))
 
 
@@ -354,9 +356,9 @@ def _print_changed_code(plan: Plan, store: Store) -> None:
     """Print which cached results were computed by other code of the same version, and what to do."""
     code = commit()
     is_known = code is not None and not code.endswith("+")
-    found = [(step, store.folder(step).manifest) for step in plan.steps]
+    manifests = [(step, store.folder(step).manifest) for step in plan.steps]
     # Of the same commit there is nothing to compare, and to digest the sources of a plan takes half a second.
-    others = [(step, past) for step, past in found if past and not (is_known and past["commit"] == code)]
+    others = [(step, past) for step, past in manifests if past and not (is_known and past["commit"] == code)]
     for line in [line for step, past in others for line in stale_code(step, past)]:
         console.print(f"  [yellow]code changed[/]: {escape(line)}", highlight=False)
 

@@ -94,7 +94,7 @@ def _problem(command: Json, store: Store) -> str:
     """Return why a command that a store contains is not called: a store may be somebody else's, and say anything."""
     words, folder = command["words"], Path(command["folder"])
     if not words or words[0] not in REPEATED:
-        return f"{' '.join(words)!r} is no command that makes results"
+        return f"it was called as {' '.join(words)!r}, which is not repeated from here"
     stores = [value for name, value in pairwise([*words, ""]) if name == "--store"]
     stores += [word.partition("=")[2] for word in words if word.startswith("--store=")]
     if words[0] == "demo":

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.diagnosis.sections import Diagnosis, Row, Section
-from jobs.page import COLORS, INK, new_figure, page_table, render, to_svg
+from jobs.diagnosis.sections import Diagnosis, Section
+from jobs.page import COLORS, INK, error_bars, new_figure, page_table, render, to_svg
 from pipeline.store.storage import replace
 
 REWARD_COLOR, GOLD_COLOR = COLORS[0], COLORS[3]
+ENDS = (" low", " high")  # of the columns with a figure's interval
 
 
 def write_page(diagnosis: Diagnosis, out: Path, date: datetime | None = None) -> None:
@@ -40,19 +41,14 @@ def write_page(diagnosis: Diagnosis, out: Path, date: datetime | None = None) ->
     replace(out, render("diagnosis/page.html", content).encode(), durable=False)
 
 
-def _error_bars(rows: list[Row], name: str) -> list[list[float]]:
-    """Return the lengths of the intervals below and above the values, as error bars have them."""
-    return [[abs(row[f"{name} {end}"] - row[name]) for row in rows] for end in ("low", "high")]
-
-
 def _plot_rules(section: Section) -> str:
     """Plot gold of what each rule keeps with its interval and its prediction; the reward where there is no gold."""
     name = "gold" if "gold" in section.rows[0] else "reward"
     rows = [row for row in section.rows if row[name] is not None]
     figure, axes = new_figure(1.1 + 0.42 * len(rows))
     heights, color = np.arange(len(rows)), GOLD_COLOR if name == "gold" else REWARD_COLOR
-    axes.errorbar([row[name] for row in rows], heights, xerr=_error_bars(rows, name), fmt="o", color=color, capsize=3,
-                  label=f"{name} of what is kept")  # fmt: skip
+    axes.errorbar([row[name] for row in rows], heights, xerr=error_bars(rows, name, ends=ENDS), fmt="o", color=color,
+                  capsize=3, label=f"{name} of what is kept")  # fmt: skip
     if name == "gold":
         predicted = [row["predicted"] for row in rows]
         axes.plot(predicted, heights, "|", color=INK, markersize=13, label="predicted from other prompts")
@@ -88,7 +84,7 @@ def _plot_best_of(section: Section) -> str:
         if name in section.plot["deviations"]:
             deviation = section.plot["deviations"][name] or 1.0
             gains = [(row[name] - section.rows[0][name]) / deviation for row in section.rows]
-            error = np.array(_error_bars(section.rows, name)) / deviation
+            error = error_bars(section.rows, name, 1 / deviation, ENDS)
             axes.errorbar(sizes, gains, yerr=error, fmt="o-", color=color, capsize=3, markersize=3.5, linewidth=1.2,
                           label=name)  # fmt: skip
     axes.set_xscale("log", base=2)

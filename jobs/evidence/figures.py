@@ -7,16 +7,19 @@ several figures that are the same steps run once, and what the store has already
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from jobs.recipes import plan_named
+from jobs.recipes import FOLDER, plan_named, recipe_path
 from pipeline.config.plan import Plan, Step
+from pipeline.config.recipe import merged
 from pipeline.config.rounds import split_round
 from pipeline.registry import Bound
 from schemas import WinnowError
 from stages.ranking.rankers import ranker as rankers
+from stages.work import most_rows
 
 OTHER_PROMPTS = Path(__file__).parent / "other_prompts.yaml"
 ANCHOR = ("examples.imitate=chosen", "optimize.nll_weight=1.0")
@@ -95,6 +98,7 @@ class Basis:
     scale: Scale
     plan: Plan
     other_prompts: Path | None = None
+    overlay: dict[str, Any] = field(default_factory=dict)  # laid over the configs, for all points
 
     def step(self, name: str) -> Step | None:
         """Return a step of the first round of the basis, None if it has none of this name."""
@@ -102,8 +106,8 @@ class Basis:
 
     def option(self, step: str, *path: str) -> Any:
         """Return an option of a step of the basis, which may be one of a function's."""
-        found = self.step(step)
-        value: Any = None if found is None else found.options.get(path[0])
+        of_basis = self.step(step)
+        value: Any = None if of_basis is None else of_basis.options.get(path[0])
         for name in path[1:]:
             value = value.options.get(name) if isinstance(value, Bound) else None
         return value
@@ -125,13 +129,24 @@ class NotDrawnError(Exception):
 
 def make_basis(configs: list[Path], sets: list[str], scale: Scale, other_prompts: Path | None) -> Basis:
     """Return the basis of the figures. Raise WinnowError with all mistakes, or if there is nothing to evaluate with."""
-    if given := [text for text in sets if text.partition("=")[0].strip() in (*SEEDS, "evaluations")]:
-        raise WinnowError(*(f"--set {text}: the figures set this themselves; omit it" for text in given))
-    plan = plan_named("rso", configs, ["evaluations=[]", *TWO_DRAWS, *ANCHOR, *sets], "evidence")
+    if reserved := [text for text in sets if text.partition("=")[0].strip() in (*SEEDS, "evaluations")]:
+        raise WinnowError(*(f"--set {text}: the figures set this themselves; omit it" for text in reserved))
+    # A figure is of gold and proxy, and other judges would cost as much again for each of its points.
+    judges = merged(recipe_path("rso"), tuple(configs), (FOLDER,)).get("judges")
+    overlay: dict[str, Any] = {"judges": dict.fromkeys(judges)} if judges else {}
+    plan = plan_over(overlay, "rso", configs, ["evaluations=[]", *TWO_DRAWS, *ANCHOR, *sets], "evidence")
     if split_round(plan.target.name)[0] != "evaluate":
         raise WinnowError("evidence: the configs give nothing to evaluate with: "
                           f"{'; '.join(plan.left_out) or 'no step evaluate'}")  # fmt: skip
-    return Basis(configs, sets, scale, plan, other_prompts)
+    return Basis(configs, sets, scale, plan, other_prompts, overlay)
+
+
+def plan_over(overlay: dict[str, Any], recipe: str, configs: list[Path], sets: list[str], run: str) -> Plan:
+    """Return the plan of a recipe with one more config, which is given as its content; as `plan_named` otherwise."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "evidence.yaml"
+        file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+        return plan_named(recipe, [*configs, *([file] if overlay else [])], sets, run)
 
 
 # The policies of each figure.
@@ -154,25 +169,26 @@ def size_points(basis: Basis) -> list[Point]:
 
 def beta_points(basis: Basis) -> list[Point]:
     """Return RSO with other temperatures of rejection sampling."""
-    beta = basis.option("select", "rule", "beta")
-    if not beta:
-        raise NotDrawnError("the config's select.rule has no beta of its own (it may name `ess` or `kl`)")
-    values = [round(beta * factor, 6) for factor in basis.scale.factors]
-    seeds = basis.scale.seeds_of_settings
-    return [basis.point("rso + nll", f"beta={v:g}", v, f"select.rule.beta={v:g}", seeds=seeds) for v in values]
+    reason = "the config's select.rule has no beta of its own (it may name `ess` or `kl`)"
+    return scaled_points(basis, ("rso + nll",), "beta", ("select", "rule", "beta"), reason)
 
 
 def gamma_points(basis: Basis) -> list[Point]:
     """Return both methods with other factors of the log-ratio in the loss, which the paper calls gamma."""
-    gamma = basis.option("optimize", "objective", "beta")
-    if not gamma:
-        raise NotDrawnError("optimize.objective has no beta")
-    values = [round(gamma * factor, 6) for factor in basis.scale.factors]
-    return [
-        basis.point(line, f"gamma={v:g}", v, f"optimize.objective.beta={v:g}", seeds=basis.scale.seeds_of_settings)
-        for line in basis.scale.gamma_lines
-        for v in values
-    ]
+    option = ("optimize", "objective", "beta")
+    return scaled_points(basis, basis.scale.gamma_lines, "gamma", option, "optimize.objective has no beta")
+
+
+def scaled_points(
+    basis: Basis, lines: tuple[str, ...], symbol: str, option: tuple[str, ...], reason: str
+) -> list[Point]:
+    """Return lines with multiples of the config's value of an option; raise NotDrawnError(reason) without a value."""
+    value = basis.option(*option)
+    if not value:
+        raise NotDrawnError(reason)
+    values = [round(value * factor, 6) for factor in basis.scale.factors]
+    name, seeds = ".".join(option), basis.scale.seeds_of_settings
+    return [basis.point(line, f"{symbol}={v:g}", v, f"{name}={v:g}", seeds=seeds) for line in lines for v in values]
 
 
 def compute_points(basis: Basis) -> list[Point]:
@@ -200,7 +216,7 @@ def ranker_points(basis: Basis) -> list[Point]:
         raise NotDrawnError("the config's ranker is not trained here from `preferences`, so there are no labels to "
                             "take away")  # fmt: skip
     seeds = basis.scale.seeds_of_rounds
-    rows = _rows(labels)
+    rows = most_rows(labels.options.get("path"))
     heldout = float(labels.options["heldout"])
     available = None if rows is None else (1 - heldout) * rows
     points = []
@@ -233,13 +249,6 @@ def gold_as_ranker(basis: Basis) -> dict[str, Any] | None:
     if basis.gold is None or basis.gold.name not in rankers.entries:
         return None
     return {"use": basis.gold.name, "with": dict(basis.gold.options)}
-
-
-def _rows(step: Step) -> int | None:
-    """Return how many labels the file of a step has at most, None if that is not known."""
-    from stages.work import most_rows
-
-    return most_rows(step.options.get("path"))
 
 
 @dataclass(frozen=True)

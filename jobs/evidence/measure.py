@@ -3,17 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import yaml
 
-from jobs.evidence.figures import PAIRED, SEEDS, TWO_DRAWS, Basis, Figure, NotDrawnError, Point
+from jobs.evidence.figures import PAIRED, SEEDS, TWO_DRAWS, Basis, Figure, NotDrawnError, Point, plan_over
 from jobs.methods import COLUMNS, WINS, Values, difference_interval, interval, values_by_key
-from jobs.recipes import plan_named
 from pipeline.config.estimates import finished_manifests, step_costs
 from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
@@ -66,18 +62,14 @@ class PlannedFigure:
 def plan_point(basis: Basis, point: Point) -> list[Plan]:
     """Return a plan of the point for each seed: of the draws and of the training. Raise WinnowError for mistakes."""
     plans = []
-    with TemporaryDirectory() as folder:
-        configs = list(basis.configs)
-        if point.overlay:
-            configs.append(Path(folder) / "evidence.yaml")
-            configs[-1].write_text(yaml.safe_dump(point.overlay), encoding="utf-8")
-        others = [name for name in point.overlay if name.startswith("evaluate_")]
-        for seed in range(point.seeds):
-            defaults = [f"evaluations=[{', '.join(others)}]", *TWO_DRAWS, *point.method]
-            sets = [*defaults, *basis.sets, *point.sets, *(f"{name}={seed}" for name in SEEDS)]
-            plan = plan_named(point.recipe, configs, sets, f"{point.run} seed={seed}")
-            plan.tags = {"evidence": ""}
-            plans.append(plan)
+    overlay = basis.overlay | point.overlay
+    others = [name for name in overlay if name.startswith("evaluate_")]
+    for seed in range(point.seeds):
+        defaults = [f"evaluations=[{', '.join(others)}]", *TWO_DRAWS, *point.method]
+        sets = [*defaults, *basis.sets, *point.sets, *(f"{name}={seed}" for name in SEEDS)]
+        plan = plan_over(overlay, point.recipe, basis.configs, sets, f"{point.run} seed={seed}")
+        plan.tags = {"evidence": ""}
+        plans.append(plan)
     return plans
 
 
@@ -119,6 +111,7 @@ class FigureCost:
     steps: int
     seconds: float
     unknown: list[str]  # stages of which nothing like it has finished in the store
+    problems: list[str]  # steps that this machine cannot run, with the reason
 
 
 def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureCost]:
@@ -133,7 +126,7 @@ def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureC
         seconds.setdefault(manifest["stage"], []).append(manifest["seconds"])
     costs = []
     for planned in figures:
-        steps, total, unknown = 0, 0.0, dict[str, None]()
+        steps, total, unknown, problems = 0, 0.0, dict[str, None](), list[str]()
         for plan in planned.plans:
             if {step.key for step in plan.steps} <= seen:
                 continue
@@ -142,12 +135,13 @@ def figure_costs(figures: Iterable[PlannedFigure], store: Store) -> list[FigureC
                     continue
                 seen.add(cost.step.key)
                 steps += 1
-                known = cost.seconds.value
-                if known is None and cost.step.stage not in seconds:
+                problems += [cost.problem] if cost.problem else []
+                estimate = cost.seconds.value
+                if estimate is None and cost.step.stage not in seconds:
                     unknown[cost.step.stage] = None
                 else:
-                    total += median(seconds[cost.step.stage]) if known is None else known
-        costs.append(FigureCost(planned.figure.name, len(planned.plans), steps, total, list(unknown)))
+                    total += median(seconds[cost.step.stage]) if estimate is None else estimate
+        costs.append(FigureCost(planned.figure.name, len(planned.plans), steps, total, list(unknown), problems))
     return costs
 
 
@@ -166,20 +160,20 @@ def table_of_figure(planned: PlannedFigure, catalog: Catalog) -> list[Row]:
     for item in points:
         for number in range(len(item.plans[0].targets)):
             keys = [plan.targets[number].key for plan in item.plans]
-            row = _row(item, keys, catalog)
+            row = point_row(item, keys, catalog)
             if len(item.plans[0].targets) > 1:
                 row["round"] = number + 1
             if seconds:
                 row["compute_seconds"] = float(np.mean([seconds[key] for key in keys]))
             if others := [step.key for plan in item.plans for step in plan.evaluations]:
-                of_others = _row(item, others, catalog)
+                of_others = point_row(item, others, catalog)
                 row |= {f"other_{name}": of_others[name] for name in of_others if name.startswith((*WINS, "prompts"))}
             rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _row(item: PlannedPoint, keys: list[str], catalog: Catalog) -> Row:
+def point_row(item: PlannedPoint, keys: list[str], catalog: Catalog) -> Row:
     """Return a point's means with the ends of their intervals: over seeds and prompts, of one seed over prompts."""
     values = values_by_key(catalog, keys)
     row: Row = {"line": item.point.line, "at": item.point.at, "x": item.point.x, "seeds": len(keys)}
@@ -232,7 +226,7 @@ def equal_kl_rows(points: list[PlannedPoint], catalog: Catalog) -> list[Row]:
         grid = np.linspace(low, high, KL_VALUES)
         for distances in [*([distance] for distance in grid.tolist()), grid.tolist()]:
             at = f"KL={distances[0] ** 2:.2f}" if len(distances) == 1 else f"KL {low**2:.2f} to {high**2:.2f}"
-            place = row | {"at": at, "x": distances[0] if len(distances) == 1 else None}
+            compared = row | {"at": at, "x": distances[0] if len(distances) == 1 else None}
             for metric in metrics:
                 a, b = (
                     np.stack([np.mean([curve.at(metric, distance) for distance in distances], axis=0) for curve in of])
@@ -240,9 +234,9 @@ def equal_kl_rows(points: list[PlannedPoint], catalog: Catalog) -> list[Row]:
                 )  # [seeds, prompts]
                 ends = difference_interval(a, b) if row["seeds"] > 1 else mean_and_interval(a[:1] - b[:1])
                 name = COLUMNS[metric]
-                place |= {f"first_{name}": float(np.nanmean(a)), f"second_{name}": float(np.nanmean(b))}
-                place |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
-            rows.append(place)
+                compared |= {f"first_{name}": float(np.nanmean(a)), f"second_{name}": float(np.nanmean(b))}
+                compared |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+            rows.append(compared)
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
@@ -257,8 +251,8 @@ class Curve:
     def at(self, metric: str, distance: float) -> Values:
         """Return the values of each prompt at a distance within the curve."""
         index = int(np.clip(np.searchsorted(self.distances, distance), 1, len(self.distances) - 1))
-        left, right = self.distances[index - 1], self.distances[index]
-        share = 0.0 if right == left else (distance - left) / (right - left)
+        low, high = self.distances[index - 1], self.distances[index]
+        share = 0.0 if high == low else (distance - low) / (high - low)
         below, above = self.values[metric][index - 1], self.values[metric][index]
         return np.asarray((1 - share) * below + share * above, dtype=np.float64)
 
@@ -295,7 +289,7 @@ def curves_by_seed(points: list[PlannedPoint], catalog: Catalog) -> dict[int, Cu
 def compute_seconds(points: list[PlannedPoint], catalog: Catalog) -> dict[str, float]:
     """Return key of evaluate -> seconds of sampling, ranking and training up to its round, at the store's rates."""
     manifests = {manifest["key"]: manifest for manifest in catalog.manifests}
-    drawn = {row["key"]: row["tokens"] for row in query(catalog, DRAWN_TOKENS).to_pylist()}
+    sampled = {row["key"]: row["tokens"] for row in query(catalog, DRAWN_TOKENS).to_pylist()}
     units, seconds = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for manifest in manifests.values():
         if (name := _unit(manifest)) and "draws_of_earlier_steps" not in manifest["counters"]:
@@ -307,7 +301,7 @@ def compute_seconds(points: list[PlannedPoint], catalog: Catalog) -> dict[str, f
         name = "tokens" if step.stage == "sample" else _unit(manifest)
         if name is None or not units[step.stage, name]:
             return float(manifest["seconds"])
-        count = drawn.get(step.key, 0) if step.stage == "sample" else manifest["counters"][name]
+        count = sampled.get(step.key, 0) if step.stage == "sample" else manifest["counters"][name]
         return float(count * seconds[step.stage, name] / units[step.stage, name])
 
     result = {}

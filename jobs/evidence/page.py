@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 
 from jobs.evidence.figures import Basis
 from jobs.evidence.measure import PlannedFigure, Row, table_of_figure
-from jobs.page import COLORS, INK, label, new_figure, page_table, render, to_svg
-from pipeline.sql.catalog import Catalog, open_catalog
+from jobs.page import COLORS, INK, error_bars, label, new_figure, page_table, render, to_svg
+from pipeline.sql.catalog import open_catalog
 from pipeline.store.storage import make_folder, replace
 from pipeline.store.store import Store
 
@@ -37,6 +37,8 @@ def write_evidence(
         figure, rows = planned.figure, table_of_figure(planned, catalog)
         plot, caption = PLOTS[figure.name]
         svg = plot(rows) if rows else ""
+        missing = len(planned.plans) - sum(len(item.plans) for item in planned.finished(catalog))
+        unfinished = [f"{missing} of {len(planned.plans)} policies, which are not finished"] if missing else []
         sections.append(
             {
                 "name": figure.name,
@@ -45,14 +47,18 @@ def write_evidence(
                 "svg": svg,
                 "caption": caption,
                 "table": page_table([_readable(row) for row in rows]),
-                "left_out": [*planned.left_out, *_unfinished(planned, catalog)],
+                "left_out": [*planned.left_out, *unfinished],
             }
         )
         if rows:
             head = {"figure": figure.name, "title": figure.title, "command": command, "commit": commit, "date": date}
+            table = io.StringIO()
+            writer = csv.DictWriter(table, [*rows[0], "command", "commit"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row | {"command": command, "commit": commit} for row in rows)
             files = {
                 f"{figure.name}.svg": _as_file(svg, f"{figure.title}. {command}, commit {commit}"),
-                f"{figure.name}.csv": _as_csv(rows, command, commit),
+                f"{figure.name}.csv": table.getvalue(),
                 f"{figure.name}.json": json.dumps(head | {"about": figure.about, "rows": rows}, indent=1) + "\n",
             }
             for name, text in files.items():
@@ -69,12 +75,6 @@ def write_evidence(
     page = folder / "evidence.html"
     replace(page, render("evidence/page.html", content).encode(), durable=False)
     return [page, *written]
-
-
-def _unfinished(planned: PlannedFigure, catalog: Catalog) -> list[str]:
-    """Return a line that says how many policies of a figure are not in the store yet, if some are not."""
-    missing = len(planned.plans) - sum(len(item.plans) for item in planned.finished(catalog))
-    return [f"{missing} of {len(planned.plans)} policies, which are not finished"] if missing else []
 
 
 def _readable(row: Row) -> Row:
@@ -95,15 +95,6 @@ def _readable(row: Row) -> Row:
     return result
 
 
-def _as_csv(rows: list[Row], command: str, commit: str) -> str:
-    """Return the rows as CSV, each with the command and the commit."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*rows[0], "command", "commit"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row | {"command": command, "commit": commit} for row in rows)
-    return buffer.getvalue()
-
-
 def _as_file(svg: str, description: str) -> str:
     """Return inline SVG as a file, which says where it is from."""
     from xml.sax.saxutils import escape
@@ -119,22 +110,16 @@ def _as_file(svg: str, description: str) -> str:
 # Plots.
 
 
-def _error(rows: list[Row], name: str, factor: float) -> list[list[float]] | None:
-    if any(row.get(f"{name}_low") is None for row in rows):
-        return None
-    return [[factor * abs(row[name] - row[f"{name}{end}"]) for row in rows] for end in ENDS]
-
-
 def _metrics(rows: list[Row]) -> list[str]:
     """Return gold and proxy win rates, as far as they were measured."""
     return [name for name in RATES[:2] if all(row.get(name) is not None for row in rows)]
 
 
-def _line(axes: Axes, x: list[Any], rows: list[Row], metric: str, color: str, title: str) -> None:
+def _draw_line(axes: Axes, x: list[Any], rows: list[Row], metric: str, color: str, title: str) -> None:
     """Draw a win rate with its interval: gold solid, proxy dashed."""
     style = GOLD if metric.endswith("gold_win") else PROXY
     axes.errorbar(
-        x, [100 * row[metric] for row in rows], yerr=_error(rows, metric, 100), fmt=style, color=color, capsize=2,
+        x, [100 * row[metric] for row in rows], yerr=error_bars(rows, metric, 100), fmt=style, color=color, capsize=2,
         elinewidth=0.7, linewidth=1.2, markersize=3.5, alpha=1.0 if style == GOLD else 0.75, label=label(title),
     )  # fmt: skip
 
@@ -161,7 +146,7 @@ def plot_along_kl(rows: list[Row]) -> str:
         of_line.sort(key=lambda row: row["x"])
         for metric in _metrics(of_line):
             x = [row["sqrt_kl"] if has_kl else row["x"] for row in of_line]
-            _line(axes, x, of_line, metric, color, line if metric == "gold_win" else f"{line}, proxy")
+            _draw_line(axes, x, of_line, metric, color, line if metric == "gold_win" else f"{line}, proxy")
     axes.axhline(50, color=INK, alpha=0.4, linewidth=0.8)
     _limit_rates(axes, rows)
     axes.set_xlabel("square root of KL from the SFT policy (root of nats)" if has_kl else "epochs")
@@ -180,7 +165,7 @@ def plot_equal_kl(rows: list[Row]) -> str:
     for index, (color, (line, of_line)) in enumerate(zip(COLORS, _lines_of(rows).items(), strict=False)):
         x = np.array([row["x"] for row in of_line]) + 0.004 * index
         axes.errorbar(
-            x, [100 * row[metric] for row in of_line], yerr=_error(of_line, metric, 100), fmt="o-", color=color,
+            x, [100 * row[metric] for row in of_line], yerr=error_bars(of_line, metric, 100), fmt="o-", color=color,
             capsize=2, elinewidth=0.7, linewidth=1.2, markersize=3.5, label=label(line),
         )  # fmt: skip
     axes.axhline(0, color=INK, alpha=0.5, linewidth=0.8)
@@ -200,7 +185,7 @@ def _plot_setting(title: str, x_label: str) -> Callable[[list[Row]], str]:
             of_line.sort(key=lambda row: row["x"])
             for metric in _metrics(of_line):
                 x = [row["x"] for row in of_line]
-                _line(axes, x, of_line, metric, color, line if metric == "gold_win" else f"{line}, proxy")
+                _draw_line(axes, x, of_line, metric, color, line if metric == "gold_win" else f"{line}, proxy")
         axes.set_xscale("log", base=2)
         values = sorted({row["x"] for row in rows})
         axes.set_xticks(values, [f"{value:g}" for value in values])
@@ -223,10 +208,10 @@ def plot_compute(rows: list[Row]) -> str:
     for index, (line, of_line) in enumerate(_lines_of(rows).items()):
         color = COLORS[index % len(COLORS)]
         x = [row["compute_seconds"] for row in of_line]
-        _line(axes, x, of_line, metric, color, line)
+        _draw_line(axes, x, of_line, metric, color, line)
         for row in of_line if len(of_line) > 1 else []:
-            place = (row["compute_seconds"], 100 * row[metric])
-            axes.annotate(f"{row['round']}", place, (3, 3), textcoords="offset points", fontsize=6)
+            point = (row["compute_seconds"], 100 * row[metric])
+            axes.annotate(f"{row['round']}", point, (3, 3), textcoords="offset points", fontsize=6)
     axes.set_xscale("log")
     _limit_rates(axes, rows, (metric,))
     axes.set_xlabel("sample + rank + train (seconds at this store's mean rates)")
@@ -241,7 +226,7 @@ def plot_rankers(rows: list[Row]) -> str:
     rows = sorted(rows, key=lambda row: (row["x"] is None, row["x"] or 0))
     names = [row["at"] or (f"all ({row['x']:,} labels)" if row["x"] else "the config's") for row in rows]
     for metric, color in zip(_metrics(rows), (COLORS[3], COLORS[0]), strict=False):
-        _line(axes, list(range(len(rows))), rows, metric, color, metric.replace("_", " "))
+        _draw_line(axes, list(range(len(rows))), rows, metric, color, metric.replace("_", " "))
     axes.set_xticks(range(len(rows)), [name.replace("labels=", "") for name in names], fontsize=7)
     _limit_rates(axes, rows)
     axes.set_xlabel("labels that the ranker was trained on")
@@ -260,7 +245,7 @@ def plot_other_prompts(rows: list[Row]) -> str:
     for name, shift, color, title in ((metric, -0.1, COLORS[3], "held-out prompts"),
                                       (f"other_{metric}", 0.1, COLORS[4], "prompts of the other file")):  # fmt: skip
         axes.errorbar(
-            [100 * row[name] for row in rows], heights + shift, xerr=_error(rows, name, 100), fmt="o", color=color,
+            [100 * row[name] for row in rows], heights + shift, xerr=error_bars(rows, name, 100), fmt="o", color=color,
             capsize=2, elinewidth=0.7, markersize=4, label=title,
         )  # fmt: skip
     values = [100 * row[name] for row in rows for name in (metric, f"other_{metric}")] + [50.0]

@@ -18,8 +18,8 @@ proxies AS (
 ),
 opponents AS (
     SELECT of_run.run, of_run.round, of_run.key,
-        CASE any_value(baseline.step) WHEN 'eval_baseline' THEN 'sft' WHEN 'targets' THEN 'target'
-            ELSE any_value(baseline.step) END AS against
+        CASE WHEN bool_or(baseline.step = 'eval_baseline') THEN 'sft' -- whichever other step has the same draws
+            WHEN bool_or(baseline.step = 'targets') THEN 'target' ELSE min(baseline.step) END AS against
     FROM runs AS of_run JOIN steps USING (stage, key)
         JOIN runs AS baseline ON baseline.run = of_run.run AND baseline.key = steps.inputs ->> 'baseline'
     WHERE of_run.step = 'evaluate'

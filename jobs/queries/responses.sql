@@ -2,7 +2,9 @@
 -- gold_baseline is the mean of all of the SFT policy's responses to the prompt.
 WITH sampled AS (
     SELECT outcomes.*, min(baseline_id) AS baseline_id
-    FROM outcomes LEFT JOIN judgements USING (prompt_id, candidate_id)
+    FROM outcomes JOIN steps USING (stage, key)
+    LEFT JOIN judgements ON judgements.key = steps.inputs ->> 'judgements' -- not those of the other judges of a config
+        AND judgements.prompt_id = outcomes.prompt_id AND judgements.candidate_id = outcomes.candidate_id
     WHERE outcomes.k = 0 AND (outcomes.stage, outcomes.key) IN (SELECT (stage, key) FROM runs WHERE NOT starts_with(step, 'evaluate_')) GROUP BY ALL ORDER BY prompt_id, outcomes.stage, outcomes.key LIMIT 3
 ),
 texts AS (

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,10 @@ def _finished_work(manifest: Json, bound: Work) -> Work:
     rows = {name: Amount(count) for name, count in manifest["rows"].items()}
     counted = manifest["counters"].get(COUNTERS[bound.unit])
     if counted is None and "examples" in rows:
-        columns = {"prompt_ids": 1, "responses": 2}
-        counted = _count(manifest, "examples", columns)
+        prompts, responses = (_column(manifest, "examples", name) for name in ("prompt_ids", "responses"))
+        if prompts is not None and responses is not None:
+            ids = (prompts, pc.struct_field(pc.list_flatten(responses), "token_ids"))
+            counted = sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for column in ids)
     splits = bound.splits
     if "prompts" in rows and splits and (column := _column(manifest, "prompts", "split")) is not None:
         splits = {name: Amount(pc.sum(pc.equal(column, name)).as_py() or 0) for name in splits}
@@ -230,13 +233,7 @@ def _parameters(folder: Path) -> int:
         shapes = tensor_shapes(weight_files(folder)).values()
     except Exception:  # safetensors raises what it likes, and nothing depends on it
         return 0
-    sizes = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        sizes += size
-    return sizes
+    return sum(map(prod, shapes))
 
 
 def _column(manifest: Json, table: str, name: str) -> pa.ChunkedArray | None:
@@ -250,22 +247,9 @@ def _column(manifest: Json, table: str, name: str) -> pa.ChunkedArray | None:
     except (OSError, pa.ArrowException):
         return None
     chunks = [chunk for column in columns for chunk in column.chunks]
-    if not columns:  # of a table without rows
+    if not chunks:  # of a table without rows
         return pa.chunked_array([], TABLES[table].field(name).type) if table in manifest["rows"] else None
     return pa.chunked_array(chunks)
-
-
-def _count(manifest: Json, table: str, columns: Mapping[str, int]) -> int | None:
-    """Return how many ids these columns of a table hold, lists at a depth of 1, or in the rows of a list (2)."""
-    total = 0
-    for name, depth in columns.items():
-        column = _column(manifest, table, name)
-        if column is None:
-            return None
-        if depth == 2:
-            column = pc.struct_field(pc.list_flatten(column), "token_ids")
-        total += pc.sum(pc.list_value_length(column)).as_py() or 0
-    return total
 
 
 def as_rows(costs: list[StepCost]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from pipeline.config.layers import Layer, merge_all
-from pipeline.registry import nearest, validated
+from pipeline.registry import name_or, nearest
 from pipeline.stage import signature_of, stages
 from schemas import WinnowError
 
@@ -47,10 +47,7 @@ class JudgeRanker(BaseModel):
     options: dict[str, Any] = Field({}, alias="with", description="a mapping of options to values")
 
 
-def _parse_ranker(value: Any) -> Any:
-    if not isinstance(value, str | dict | None):
-        raise ValueError("must be the name of a step, or its body: {use: ..., with: {...}}")
-    return validated(JudgeRanker, value, noun="key") if isinstance(value, dict) else value
+STEP_OR_BODY = name_or(JudgeRanker, "the name of a step, or its body: {use: ..., with: {...}}")
 
 
 def _parse_against(value: Any) -> list[str]:
@@ -65,7 +62,7 @@ class JudgeBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
     use: str = Field("judge", description="the name of a stage that judges: judge, autosxs or ratings")
-    ranker: Annotated[str | JudgeRanker | None, PlainValidator(_parse_ranker)] = None
+    ranker: Annotated[str | JudgeRanker | None, STEP_OR_BODY] = None
     options: dict[str, Any] = Field({}, alias="with", description="a mapping of options to values")
     against: Annotated[list[str], PlainValidator(_parse_against)] = [SFT]
 
@@ -82,10 +79,11 @@ def with_judges(layers: list[Layer], judges: Mapping[str, JudgeBody | None]) -> 
     problems: list[str] = []
     steps: dict[str, Any] = {}
     ends: list[str] = []
+    opponents: dict[str, str] = {}  # by the step that has their draws
     for name, judge in judges.items():
         if judge is None:
             continue
-        problems += _problems(name, judge, recipe)
+        problems += _judge_problems(name, judge, recipe)
         ranker = judge.ranker
         if isinstance(ranker, JudgeRanker):
             steps[f"ranker_of_{name}"] = ranker.model_dump(by_alias=True)
@@ -99,9 +97,9 @@ def with_judges(layers: list[Layer], judges: Mapping[str, JudgeBody | None]) -> 
             baseline = OPPONENTS.get(opponent, f"against{suffix.removeprefix('_vs')}")
             if opponent not in OPPONENTS:
                 steps[baseline] = {"use": "other_run", "with": {"run": opponent}}
+            if (other := opponents.setdefault(baseline, opponent)) != opponent:
+                problems.append(f"judges.{name}.against: {opponent!r} differs from {other!r} only in signs; omit one")
             judging = f"judge_by_{name}{suffix}"
-            if judging in steps:
-                problems.append(f"judges.{name}.against: {opponent!r} differs from another run only in signs; omit one")
             steps[judging] = _judging_step(name, judge, ranker, baseline, opponent)
             sources = {"candidates": CANDIDATES, "baseline": baseline, "judgements": judging}
             if judge.use in stages.entries and signature_of(stages.entries[judge.use]).makes("votes"):
@@ -132,7 +130,7 @@ def _judging_step(name: str, judge: JudgeBody, ranker: str | None, baseline: str
     return {"use": judge.use, "from": sources, "with": extra | judge.options}
 
 
-def _problems(name: str, judge: JudgeBody, recipe: dict[str, Any]) -> list[str]:
+def _judge_problems(name: str, judge: JudgeBody, recipe: dict[str, Any]) -> list[str]:
     """Return what is wrong with a judge before any stage is asked."""
     where, problems = f"judges.{name}", []
     if not NAME.fullmatch(name) or VERSUS in name:

@@ -197,8 +197,13 @@ def make_plan(recipe: Recipe) -> Plan:
     if recipe.trained in recipe.step_names and not problems:
         trained = recipe.in_rounds(recipe.trained)
         all_steps, training = (_inputs_first(names, sources, []) for names in (targets, trained))
-        lacking = {name: entries[name] for name in all_steps if _is_not_given(recipe.steps[name], entries[name])}
-        if lacking and set(trained) <= set(all_steps) and not lacking.keys() & set(training):
+        lacking = [
+            name
+            for name in all_steps
+            if "path" in entries[name].options.model_fields
+            and not any((recipe.steps[name].get("with") or {}).get(option) for option in ("path", "dataset"))
+        ]
+        if lacking and set(trained) <= set(all_steps) and not set(lacking) & set(training):
             paths = " and ".join(f"{name}.path" for name in lacking)
             plan.left_out = [
                 f"{recipe.target} is left out, and the run ends with {recipe.trained}: {paths} "
@@ -245,12 +250,6 @@ def make_plan(recipe: Recipe) -> Plan:
     plan.notes += _other_meanings(recipe, plan.steps)
     plan.notes += mixed_precision({step.name: (step.options, step.origins) for step in plan.steps})
     return plan
-
-
-def _is_not_given(body: dict[str, Any], entry: Entry) -> bool:
-    """Return whether a step reads a file or data set of the user's, and none is named."""
-    options = body.get("with") or {}
-    return "path" in entry.options.model_fields and not any(options.get(name) for name in ("path", "dataset"))
 
 
 def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.judges import JudgeBody, with_judges
 from pipeline.config.layers import (
@@ -32,7 +32,7 @@ from pipeline.config.layers import (
 )
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
-from pipeline.registry import nearest, registry_of, validated
+from pipeline.registry import name_or, nearest, registry_of, validated
 from pipeline.stage import stages
 from schemas import WinnowError
 
@@ -55,10 +55,7 @@ class ChangingInput(BaseModel):
     then: str | None = Field(description="the name of a step, or null for none")
 
 
-def _parse_input(value: Any) -> Any:
-    if not isinstance(value, str | dict | None):
-        raise ValueError("must be the name of a step, or {first: ..., then: ...}")
-    return validated(ChangingInput, value, noun="key") if isinstance(value, dict) else value
+STEP_OR_CHANGE = name_or(ChangingInput, "the name of a step, or {first: ..., then: ...}")
 
 
 class StepBody(BaseModel):
@@ -67,7 +64,7 @@ class StepBody(BaseModel):
     model_config = STRICT
     use: str = Field("", description="the name of a stage")
     like: str | None = Field(None, description="the name of a step")
-    inputs: dict[str, Annotated[str | ChangingInput | None, PlainValidator(_parse_input)]] = Field(
+    inputs: dict[str, Annotated[str | ChangingInput | None, STEP_OR_CHANGE]] = Field(
         {}, alias="from", description="a mapping of inputs to steps"
     )
     options: dict[str, Any] = Field({}, alias="with", description="a mapping of options to values")
@@ -266,17 +263,17 @@ def load_recipe(
     )
 
 
-def default_run_name(path: Path, sets: Iterable[str]) -> str:
+def default_run_name(path: Path, sets: Iterable[str], swept: Iterable[str] = ()) -> str:
     """Return the recipe's name with what --set changed: `rso[beta=0.1,n=16]`, a path in full where its end is not one.
 
-    A run has a file of its name; one that no file can have is cut, and made unique by a hash.
+    Of an option that is set twice, the last value counts. swept: other options that the name will have, of a sweep. A
+    run has a file of its name; one that no file can have is cut, and made unique by a hash.
     """
-    overrides = [Override.parse(text) for text in sets]
-    ends = Counter((override.path or (override.name,))[-1] for override in overrides)
+    values = dict(text.partition("=")[::2] for text in sets)
+    ends = Counter(option.rpartition(".")[2].strip() for option in {*values, *swept})
     labels = []
-    for override in overrides:
-        option, _, value = override.text.partition("=")
-        end = (override.path or (override.name,))[-1]
+    for option, value in values.items():
+        end = option.rpartition(".")[2].strip()
         labels.append(f"{end if ends[end] == 1 else option}={value}")
     return as_file_name(path.stem + (f"[{','.join(labels)}]" if labels else ""), NAME_BYTES)
 

@@ -48,7 +48,7 @@ class _Loader(yaml.CSafeLoader):
         """Return null, a boolean or a number, also of a tag that is written: `!!int 010` is 10."""
         kind, text = node.tag.removeprefix(TAG), self.construct_scalar(node)
         if not re.fullmatch(SCALARS[kind][0], text):
-            raise _error(node, f"{text!r} is no {kind}")
+            raise _problem_at(node, f"{text!r} is no {kind}")
         match kind:
             case "null":
                 return None
@@ -76,37 +76,37 @@ for _name, (_pattern, _first) in SCALARS.items():
         _Loader.add_constructor(TAG + _name, _Loader.construct_number)
 
 
-def _error(node: Any, problem: str) -> yaml.MarkedYAMLError:
+def _problem_at(node: Any, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-def _expanded(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+def _expanded(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """Return number and depth of the nodes with aliases expanded. Raise YAMLError for what no recipe can contain."""
-    if id(node) in known:
-        if known[id(node)] == (0, 0):
-            raise _error(node, "a value that contains itself")
-        return known[id(node)]
-    known[id(node)] = 0, 0  # until all that it contains is counted
+    if id(node) in sizes:
+        if sizes[id(node)] == (0, 0):
+            raise _problem_at(node, "a value that contains itself")
+        return sizes[id(node)]
+    sizes[id(node)] = 0, 0  # until all that it contains is counted
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         keys = set()
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag not in (f"{TAG}str", f"{TAG}merge"):
                 written = f" {key.value}" if isinstance(key, yaml.ScalarNode) else ""
-                raise _error(key, f"the key{written} is not text; quote it")
+                raise _problem_at(key, f"the key{written} is not text; quote it")
             if key.value in keys:
-                raise _error(key, f"{key.value!r} is written twice")
+                raise _problem_at(key, f"{key.value!r} is written twice")
             keys.add(key.value)
             children.append(value)
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
-    inner = [_expanded(child, known) for child in children]
+    inner = [_expanded(child, sizes) for child in children]
     size, depth = 1 + sum(size for size, _ in inner), 1 + max((depth for _, depth in inner), default=0)
     if size > MAX_NODES:
-        raise _error(node, f"more than {MAX_NODES:,} values, those that aliases repeat included")
+        raise _problem_at(node, f"more than {MAX_NODES:,} values, those that aliases repeat included")
     if depth > MAX_DEPTH:
-        raise _error(node, f"more than {MAX_DEPTH} collections inside each other, by aliases")
-    known[id(node)] = size, depth
+        raise _problem_at(node, f"more than {MAX_DEPTH} collections inside each other, by aliases")
+    sizes[id(node)] = size, depth
     return size, depth
 
 
@@ -118,7 +118,7 @@ def parse(text: str, source: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 problem = f"more than {MAX_DEPTH} collections inside each other"
-                raise _error(event, problem)
+                raise _problem_at(event, problem)
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -59,8 +59,9 @@ def run_distributed(job: Job, world_size: int, ctx: StageContext) -> dict[str, A
     # On this node: one that dies with a rank takes no reports with it
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    own = ctx.resources.model_copy(update={"cpus": resources["CPU"], "gpus": resources["GPU"]})
-    train: Any = partial(_train_on_rank, job, refusal, queue, own)  # Ray's types are those of its older API: no results
+    of_rank = ctx.resources.model_copy(update={"cpus": resources["CPU"], "gpus": resources["GPU"]})
+    # Ray's types are those of its older API: no results
+    train: Any = partial(_train_on_rank, job, refusal, queue, of_rank)
     trainer = TorchTrainer(
         train,
         torch_config=TorchConfig(backend="nccl" if resources["GPU"] else "gloo"),
@@ -167,8 +168,25 @@ def _train_on_rank(job: Job, refusal: Path, queue: "Queue", resources: Resources
 
 def _forward_reports(queue: "Queue", progress: ProgressCallback, health: ClusterHealth) -> None:
     """Forward what the first rank puts into the queue, until None; raise LostClusterError if no more can come."""
+    import ray
+
     attempts = 0
-    while (report := _next_report(queue, health)) is not None:
+    actor: Any = queue.actor  # its type is that of the class, whose methods have no `remote`
+    while True:
+        health.check()
+        reference = actor.get.remote()
+        while not ray.wait([reference], timeout=CHECK_SECONDS)[0]:
+            health.check()
+        try:
+            report = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            deadline = time.monotonic() + health.patience + 2 * CHECK_SECONDS
+            while time.monotonic() < deadline:  # the queue is a process, too: it may have died with the others
+                health.check()
+                time.sleep(CHECK_SECONDS)
+            raise MachineError(f"training: the process for reports of its ranks has ended: {error}") from error
+        if report is None:
+            return
         if isinstance(report, Progress):
             progress(*report)
             continue
@@ -177,22 +195,3 @@ def _forward_reports(queue: "Queue", progress: ProgressCallback, health: Cluster
             report = f"{RESTARTED}, for attempt {attempts} of {MAX_ATTEMPTS}" if attempts > 1 else None
         if report:
             warnings.warn(report, WinnowWarning, stacklevel=2)
-
-
-def _next_report(queue: "Queue", health: ClusterHealth) -> Any:
-    """Return the next item of the queue as soon as there is one."""
-    import ray
-
-    health.check()
-    actor: Any = queue.actor  # its type is that of the class, whose methods have no `remote`
-    reference = actor.get.remote()
-    while not ray.wait([reference], timeout=CHECK_SECONDS)[0]:
-        health.check()
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayError as error:
-        deadline = time.monotonic() + health.patience + 2 * CHECK_SECONDS
-        while time.monotonic() < deadline:  # the queue is a process, too: it may have died with the others
-            health.check()
-            time.sleep(CHECK_SECONDS)
-        raise MachineError(f"training: the process for reports of its ranks has ended: {error}") from error

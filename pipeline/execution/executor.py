@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future
 from concurrent.futures import wait as wait_for
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipeline.context import Progress, WarmCache
@@ -43,7 +44,8 @@ class LocalExecutor:
 
     def __init__(self, profile: Profile = Profile(), processes: int | None = None) -> None:  # noqa: B008 - frozen
         self.profile = profile
-        self.processes = processes or len(os.sched_getaffinity(0))
+        if processes:
+            self.processes = processes
         self.on_progress: Callable[[StepSpec, Progress], None] = lambda spec, progress: None
         self.on_stall: Callable[[StepSpec, str], None] = lambda spec, reason: None
         self.next: list[tuple[StepSpec, Task]] = []  # at most one task: `wait` runs it
@@ -53,11 +55,18 @@ class LocalExecutor:
         self._pool: ProcessPoolExecutor | None = None
         self._pool_size = 0
 
+    @cached_property
+    def processes(self) -> int:
+        """Return how many cores this process may use: what `taskset` and a container's quota leave of the machine's."""
+        from joblib.externals.loky import cpu_count
+
+        return int(cpu_count())
+
     def request_workers(self, spec: StepSpec, ready: int) -> None:
         """Adapt the step's workers to the number of its tasks that could run now: here, whether processes run them."""
         if ready > 1 and spec.key not in self.is_divided:
             self.is_divided[spec.key] = (
-                self.processes > 1 and _is_of_rows(spec) and input_bytes(spec, shard=0) >= LARGE_PART
+                _is_of_rows(spec) and input_bytes(spec, shard=0) >= LARGE_PART and self.processes > 1
             )
 
     def submit(self, spec: StepSpec, task: Task, exclusive: bool) -> bool:
@@ -78,7 +87,20 @@ class LocalExecutor:
         """Return the tasks that ended, as soon as there is one, or nothing after so many seconds."""
         if self.running:
             ended, _ = wait_for(self.running, timeout=seconds, return_when=FIRST_COMPLETED)
-            return [self._result(future) for future in ended]
+            results = []
+            for future in ended:
+                spec, task = self.running.pop(future)
+                try:
+                    for text in future.result():
+                        warnings.warn(text, WinnowWarning, stacklevel=2)
+                except BrokenExecutor as error:
+                    raise MachineError(
+                        f"{spec.name}: a process that computed part {task.shard} or another one died; there may be too "
+                        f"little memory for {self.processes} of them: set `piece_memory` of the profile lower, or give "
+                        "this command fewer cores, as `taskset -c 0` does"
+                    ) from error
+                results.append(TaskResult(spec, task))
+            return results
         if not self.next:
             time.sleep(seconds)
             return []
@@ -89,22 +111,9 @@ class LocalExecutor:
             execute(spec, task, self.warm, lambda *progress: self.on_progress(spec, Progress(*progress)), resources)
         except DeadProcessError as error:
             raise MachineError(f"{spec.name}: {error}") from error
-        if time.monotonic() - start >= LONG_PART and self.processes > 1 and _is_of_rows(spec):
+        if time.monotonic() - start >= LONG_PART and _is_of_rows(spec) and self.processes > 1:
             self.is_divided[spec.key] = True
         return [TaskResult(spec, task)]
-
-    def _result(self, future: Future[WarningTexts]) -> TaskResult:
-        spec, task = self.running.pop(future)
-        try:
-            for text in future.result():
-                warnings.warn(text, WinnowWarning, stacklevel=2)
-        except BrokenExecutor as error:
-            raise MachineError(
-                f"{spec.name}: a process that computed part {task.shard} or another one died; there may be too little "
-                f"memory for {self.processes} of them: set `piece_memory` of the profile lower, or give this command "
-                "fewer cores, as `taskset -c 0` does"
-            ) from error
-        return TaskResult(spec, task)
 
     def _open_pool(self, size: int) -> "ProcessPoolExecutor":
         """Return so many processes: new ones, because a fork of this one would inherit the state of its threads."""

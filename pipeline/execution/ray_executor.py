@@ -139,8 +139,8 @@ def actor_options(
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if reads_model else 0
     per_worker = 1 if resources.gpus is None else resources.gpus
     room = int(gpus / per_worker) if gpus and per_worker else cpus
-    wanted = workers or (room if gpus and per_worker else CPU_WORKERS)
-    max_size = resources.max_workers or max(1, resources.min_workers, min(wanted, room, parts))
+    requested = workers or (room if gpus and per_worker else CPU_WORKERS)
+    max_size = resources.max_workers or max(1, resources.min_workers, min(requested, room, parts))
     # At least one CPU, and never more than a single node has: an actor cannot span nodes
     share = min(cpus // max_size, int(max(node.get("CPU", 0) for node in nodes)))
     options = {

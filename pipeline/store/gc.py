@@ -103,12 +103,7 @@ def delete_garbage(store: Store, report: GarbageReport, forget: tuple[str, ...] 
         move(store.root / RUNS / f"{run}.json", store.root / FORGOTTEN / f"{run}.json")
         for folder_name in (TAGS, COMMANDS):
             delete(store.root / folder_name / f"{run}.json")
-    yield from _delete_items(store, report.garbage)
-    delete(store.root / FORGOTTEN)
-
-
-def _delete_items(store: Store, items: list[GarbageItem]) -> Iterator[GarbageItem]:
-    for item in items:
+    for item in report.garbage:
         stage, key, *rest = item.path.split("/")
         if SCRATCH.fullmatch((rest or [key])[0]) or key.startswith(".trial-"):
             delete(store.root / item.path)
@@ -133,6 +128,7 @@ def _delete_items(store: Store, items: list[GarbageItem]) -> Iterator[GarbageIte
             lock.release()
         if deleted:
             yield item
+    delete(store.root / FORGOTTEN)
 
 
 def _is_linked(store: Store, key: str) -> bool:

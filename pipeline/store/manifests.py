@@ -114,16 +114,13 @@ def decode_sealed(path: Any, content: bytes) -> dict[str, Any]:
     if digest is None and decoded.get("format", 1) < FIRST_WITH_DIGEST:
         return decoded
     lines = list(DIGEST_LINE.finditer(content))
-    # What the digest is of: these bytes without its line. To encode the object again takes 50 times as long.
-    if len(lines) != 1 or sha256(_without(lines[0], content)).hexdigest() != digest:
-        raise DamagedError(f"{path}: is damaged (its content has another digest than it says); {VERIFY_HINT}")
-    return decoded
-
-
-def _without(line: re.Match[bytes], content: bytes) -> bytes:
-    """Return a JSON object without the field in this line, as `_encoded` writes it."""
-    comma = line[1] if line[2] else b""  # of the last field, none is left
-    return content[: line.start()] + comma + content[line.end() :]
+    if len(lines) == 1:
+        # What the digest is of: these bytes without its line. To encode the object again takes 50 times as long.
+        (line,) = lines
+        comma = line[1] if line[2] else b""  # of the last field, none is left
+        if sha256(content[: line.start()] + comma + content[line.end() :]).hexdigest() == digest:
+            return decoded
+    raise DamagedError(f"{path}: is damaged (its content has another digest than it says); {VERIFY_HINT}")
 
 
 def decode(path: Any, content: bytes) -> dict[str, Any]:

@@ -277,20 +277,20 @@ class StepFolder:
         size = 0
         if not isinstance(self.path, Path):
             return 0
-        for file in (
-            file for part in overlapping(shard, of, self.parts) for file in self._files(table_name(schema), part) or []
-        ):
+        names = set(schema.names)
+        parts = overlapping(shard, of, self.parts)
+        for part, file in ((n, file) for n in parts for file in self._files(table_name(schema), n) or []):
             try:
                 footer = pq.read_metadata(self.path / file["file"])
             except (OSError, pa.ArrowInvalid):  # which `read` reports
                 continue
             groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
             chunks = (group.column(leaf) for group in groups for leaf in range(footer.num_columns))
-            names = set(schema.names)
-            size += sum(
+            of_file = sum(
                 chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names
             )
-            size += ID_BYTES * len(names.intersection(DICTIONARY_COLUMNS)) * footer.num_rows  # not in the file again
+            of_file += ID_BYTES * len(names.intersection(DICTIONARY_COLUMNS)) * footer.num_rows  # not in the file again
+            size += of_file * file["by_part"][part] // footer.num_rows if "by_part" in file else of_file
         return size
 
     def model(self) -> Model:
@@ -328,10 +328,10 @@ class StepFolder:
         for name, table in ((name, table) for tables, _ in parts for name, table in tables.items() if table.num_rows):
             nbytes.setdefault(name, []).append(table.nbytes)
         small = {name for name, values in nbytes.items() if len(values) > 1 and sum(values) <= SMALL_TABLE}
-        with self.part_writer(None) as whole:
+        with self.part_writer(None) as writer:
             for tables, _ in parts:
-                whole.write({name: rows for name, rows in tables.items() if name in small})
-            listed = whole.close()["files"]
+                writer.write({name: rows for name, rows in tables.items() if name in small})
+            listed = writer.close()["files"]
         for file in listed:
             file["by_part"] = [tables[table_of(file)].num_rows for tables, _ in parts]
         records = []
@@ -361,10 +361,10 @@ class StepFolder:
             # A file names the items of a list otherwise than the table that was written, which are equal but in bytes.
             declared = TABLES.get(name)
             is_declared = declared is not None and tables[0].schema.equals(declared)
-            with self.part_writer(None) as whole:
+            with self.part_writer(None) as writer:
                 for table in tables:
-                    whole.write({name: table.cast(declared) if is_declared else table})
-                (merged[name],) = whole.close()["files"]
+                    writer.write({name: table.cast(declared) if is_declared else table})
+                (merged[name],) = writer.close()["files"]
             merged[name]["by_part"] = [file["rows"] if file else 0 for file in of_parts]
         if not merged:
             return parts

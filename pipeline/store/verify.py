@@ -46,19 +46,7 @@ def find_damage(store: Store, keys: set[str] | None = None) -> Iterator[Damage]:
     Every byte is read, also of what was read before. A step whose damage was set aside, and which was not made again
     since, is damaged too.
     """
-    if keys is None:
-        yield from _damaged_links(store)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the manifests that do not count: they are what is listed here
-        steps = Inventory(store, runs={}).steps
-    for key, step in steps.items():
-        if keys is None or key in keys:
-            for file, problem in _step_damage(step):
-                yield Damage(step.stage, key, file, problem)
-
-
-def _damaged_links(store: Store) -> Iterator[Damage]:
-    for folder in (RUNS, TAGS, COMMANDS):
+    for folder in (RUNS, TAGS, COMMANDS) if keys is None else ():
         for path, content in read_all(store.root, f"{folder}/*.json").items():
             try:
                 decoded = decode(path, content)
@@ -68,6 +56,13 @@ def _damaged_links(store: Store) -> Iterator[Damage]:
                     checked_tags(path, decoded)
             except DamagedError:
                 yield Damage(folder, "", path.name, "cannot be read")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the manifests that do not count: they are what is listed here
+        steps = Inventory(store, runs={}).steps
+    for key, step in steps.items():
+        if keys is None or key in keys:
+            for file, problem in _step_damage(step):
+                yield Damage(step.stage, key, file, problem)
 
 
 def _step_damage(step: StoredStep) -> Iterator[tuple[str, str]]:
@@ -103,24 +98,21 @@ def _step_damage(step: StoredStep) -> Iterator[tuple[str, str]]:
             problem = "is missing"
         if problem:
             yield name, problem
-    if model:
-        yield from _model_damage(folder, model)
-
-
-def _model_damage(folder: StepFolder, record: Json) -> Iterator[tuple[str, str]]:
-    recorded = record.get("model_files")
+    if not model:
+        return
+    digests = model.get("model_files")
     if isinstance(folder.path, Path):
         forget_digests(folder.path / "model")  # which are cached by times and sizes, and a disk may change neither
-        for problem in model_problems(folder.path / "model", record["model"], recorded):
+        for problem in model_problems(folder.path / "model", model["model"], digests):
             yield "model", problem
         return
-    name = model_name(record["model"])
-    for file, digest in (recorded or {}).items():
+    name = model_name(model["model"])
+    for model_file, digest in (digests or {}).items():
         try:
-            if sha256(read(folder.path / name / file)).hexdigest() != digest:
-                yield name, f"{file} is not as it was written"
+            if sha256(read(folder.path / name / model_file)).hexdigest() != digest:
+                yield name, f"{model_file} is not as it was written"
         except FileNotFoundError:
-            yield name, f"{file} is missing"
+            yield name, f"{model_file} is missing"
 
 
 def set_aside(store: Store, damages: Iterable[Damage]) -> tuple[list[Location], set[str]]:

@@ -61,11 +61,11 @@ def not_finite(files: Iterable[Path]) -> dict[str, int]:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
-            left = CHECKED_BYTES
+            remaining = CHECKED_BYTES
             for name, tensor in sorted(header.items(), key=lambda item: int(np.diff(item[1]["data_offsets"])[0])):
                 begin, end = tensor["data_offsets"]
-                left -= end - begin
-                if left < 0:
+                remaining -= end - begin
+                if remaining < 0:
                     break
                 if tensor["dtype"] in EXPONENTS:
                     kind, exponent = EXPONENTS[tensor["dtype"]]

@@ -5,7 +5,7 @@ A reader is advised only if it reads the file's first rows, and the columns of i
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from types import MappingProxyType
 from typing import Any, get_args
@@ -111,8 +111,15 @@ def _best_readers(registry: Registry, names: Sequence[str], rows: list[Row]) -> 
 
     A reader that reads less than half as many rows as another is left out.
     """
+    # Each reader with each choice of its required options, and with options that it declares as `variants`.
+    variants = []
+    for entry in registry.entries.values():
+        required = {name: get_args(f.annotation) for name, f in entry.options.model_fields.items() if f.is_required()}
+        choices = [dict(zip(required, values, strict=True)) for values in product(*required.values())]
+        for set_options in [*choices, *entry.metadata.get("variants", ())]:
+            variants.append((Bound(entry, entry.validate(set_options, "")), set_options))
     candidates = []
-    for reader, set_options in _variants(registry):
+    for reader, set_options in variants:
         if set(columns_of(reader)) <= set(names):
             words = ", ".join(f"{name}: {value}" for name, value in {"name": reader.name, **set_options}.items())
             count = sum(not isinstance(result, ValueError) for result in _results(reader, rows))
@@ -123,15 +130,6 @@ def _best_readers(registry: Registry, names: Sequence[str], rows: list[Row]) -> 
     candidates = [(words, -lost, count) for words, count, lost in candidates if count and 2 * count >= most]
     best = max((score for _, *score in candidates), default=None)
     return [words for words, *score in candidates if score == best]
-
-
-def _variants(registry: Registry) -> Iterator[tuple[Bound, dict[str, Any]]]:
-    """Yield each reader with each choice of its required options, and with options that it declares as `variants`."""
-    for entry in registry.entries.values():
-        required = {name: get_args(f.annotation) for name, f in entry.options.model_fields.items() if f.is_required()}
-        choices = [dict(zip(required, values, strict=True)) for values in product(*required.values())]
-        for set_options in [*choices, *entry.metadata.get("variants", ())]:
-            yield Bound(entry, entry.validate(set_options, "")), set_options
 
 
 def _results(reader: Bound, rows: list[Row]) -> list[Any]:

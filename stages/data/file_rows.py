@@ -254,7 +254,8 @@ def _rows_in_cells(row: Row, delimiter: str) -> int:
     """Return how many delimiters lines inside of a cell have, if each line would be a row by itself; else 0.
 
     A quote that opens a cell and is not closed takes all lines as text up to the next quote. Where that closes a cell
-    of the same column, the lines between are whole rows, and the last one is a row up to that column.
+    of the same column, the lines between are whole rows, and the last one is a row up to that column. Of a single line,
+    which any text may have, 1 is returned at most.
     """
     cells = list(row.values())
     most = 0
@@ -263,18 +264,18 @@ def _rows_in_cells(row: Row, delimiter: str) -> int:
             continue
         *between, last = (line.count(delimiter) for line in cell.rstrip("\r\n").split("\n")[1:] or [""])
         if last == column and all(count == len(cells) - 1 for count in between):
-            most = max(most, sum(between) + last)
+            most = max(most, sum(between) + last if between else min(last, 1))
     return most
 
 
 def _bounded_lines(stream: IO[Any]) -> Iterator[Any]:
     """Yield the lines of a stream, and None for one of more than LONGEST_ROW, which is read over piece by piece."""
     while line := stream.readline(LONGEST_ROW):
-        if len(line) < LONGEST_ROW:
+        end = b"\n" if isinstance(line, bytes) else "\n"
+        if len(line) < LONGEST_ROW or line.endswith(end):
             yield line
             continue
         yield None
-        end = b"\n" if isinstance(line, bytes) else "\n"
         while (piece := stream.readline(PIECE)) and not piece.endswith(end):
             pass
 

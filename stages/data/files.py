@@ -93,21 +93,21 @@ class DataSource:
         elif not path.name.endswith(FILE_SUFFIXES):
             suffixes = ", ".join(FILE_SUFFIXES)
             return [f"path {path}: this stage reads {suffixes} and folders that datasets.load_dataset takes"]
-        own_files = self._files()
-        if own_files is None:
+        local_files = self._files()
+        if local_files is None:
             return []
-        names = _names_in(own_files)
+        names = _names_in(local_files)
         if not names:
-            if place := _first_bad_encoding(own_files):
-                return [f"{path.name}: no row of it is UTF-8 ({place}); save it as UTF-8"]
+            if location := _first_bad_encoding(local_files):
+                return [f"{path.name}: no row of it is UTF-8 ({location}); save it as UTF-8"]
             cure = "in JSONL, each row is one JSON object on its own line, and .json may be a list of them"
             return [f"{path.name}: no rows; {cure}"]
-        require_columns(names, columns, path.name, lambda: _head(own_files, names), options)
+        require_columns(names, columns, path.name, lambda: _head(local_files, names), options)
         read = _existing(columns, (*optional, *OPTIONAL_COLUMNS), names)
         parts = unread_parts(names, read)
-        rows = _head(own_files, [*read, *parts]) if parts or reader else []
+        rows = _head(local_files, [*read, *parts]) if parts or reader else []
         if reader is not None:
-            require_readable(reader, rows, path.name, lambda: (names, _head(own_files, names)))
+            require_readable(reader, rows, path.name, lambda: (names, _head(local_files, names)))
         if parts:
             warn_of_unread(parts, rows, path.name, complete=len(rows) < HEAD_ROWS)
         return []
@@ -236,13 +236,12 @@ class DataSource:
                     configurations = datasets.get_dataset_config_names(source, revision=revision)
                     subset = {"name" if self.subset in configurations else "data_dir": self.subset}
                 builder = datasets.load_dataset_builder(source, revision=revision, **subset)
-            found = builder.config.data_files or {}
             # By the names that the user knows.
             files = {
                 str(split): [
-                    f"{name}{file.removeprefix(source)}" if file.startswith(source) else file for file in found[split]
+                    f"{name}{file.removeprefix(source)}" if file.startswith(source) else file for file in located
                 ]
-                for split in found
+                for split, located in (builder.config.data_files or {}).items()
             }
             return builder, subset, files
 
@@ -356,18 +355,18 @@ def _names_in(files: Sequence[Path]) -> list[str]:
 
 
 def _first_bad_encoding(files: Sequence[Path]) -> str:
-    """Return the place of the first row that is no UTF-8, of files without a row that can be read; empty if none."""
-    places = list[str]()
+    """Return the location of the first row that is no UTF-8, of files without a readable row; empty if none."""
+    locations = list[str]()
 
-    def note(reason: str, *, place: str, detail: str) -> None:
+    def note(reason: str, *, place: str, detail: str = "") -> None:
         if reason == "bad UTF-8":
-            places.append(f"{place}: {detail}")
+            locations.append(f"{place}: {detail}")
 
     for file in files:
         next(file_rows(file, [], note), None)
-        if places:
+        if locations:
             break
-    return next(iter(places), "")
+    return next(iter(locations), "")
 
 
 def _head(files: Sequence[Path], names: Sequence[str], count: int = HEAD_ROWS) -> list[Row]:

@@ -4,17 +4,15 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import Bound, InputStep
+from pipeline import InputStep
 from schemas import WinnowError, WinnowWarning
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource
 from stages.data.formats import columns_of, first_pairs, optional_columns_of
-from stages.data.rows import Row
-from stages.data.texts import Conversation, as_messages, prompt_with, tools_of
+from stages.data.texts import Conversation, prompt_with, tools_of, with_system_prompt
 
 ROWS = 1000
-SYSTEM_ROLES = ("system", "developer")
-READ_PROMPTS = ("prompts", "preferences")  # stages whose prompts are read here
+READ_PROMPTS = ("prompts", "preferences", "own_candidates")  # stages whose prompts are read here
 
 
 def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
@@ -23,9 +21,8 @@ def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
     if options.get("path") is None:
         return []
     source = DataSource(options["path"], None, None, options["subset"], options["dataset_split"])
-    columns = [options.get(name) for name in ("prompt", "system", "input")]
-    if reader is not None:
-        columns = [*columns_of(reader), *optional_columns_of(reader)]
+    parts = {name: options.get(name) or None for name in ("prompt", "system", "input")}  # columns of a prompt's parts
+    columns = [*parts.values()] if reader is None else [*columns_of(reader), *optional_columns_of(reader)]
     try:
         rows = source.head([name for name in columns if name], ROWS)
     except (WinnowError, OSError):  # which the step's own check reports
@@ -33,11 +30,20 @@ def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
     conversations = []
     for row in rows:
         try:
-            conversations.append(_conversation(row, options, reader))
+            if reader is None:
+                content = prompt_with(row, str(parts["prompt"]), system=parts["system"], input=parts["input"])
+                conversations.append(Conversation(content, tools_of(row)))
+            else:
+                # Of a candidate reader, labelled responses, whose prompts have no plain form.
+                results: list[Any] = [item for item in first_pairs(reader, [row]) if not isinstance(item, ValueError)]
+                conversations += [
+                    Conversation(item.prompt, item.tools or tools_of(row), getattr(item, "plain", None))
+                    for item in results
+                ]
         except (ValueError, WinnowError):
             continue
-    system = options.get("system_prompt")
-    return [_with_system(conversation, system) if system else conversation for conversation in conversations]
+    system_prompt = options.get("system_prompt") or None
+    return [with_system_prompt(conversation, system_prompt) for conversation in conversations]
 
 
 def chat_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -60,20 +66,3 @@ def chat_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep]) -
         return [problem]
     warnings.warn(f"{problem}, else these rows will be rejected", WinnowWarning, stacklevel=2)
     return []
-
-
-def _conversation(row: Row, options: Mapping[str, object], reader: Bound | None) -> Conversation:
-    if reader is None:
-        names = {name: str(options[name]) if options.get(name) else None for name in ("system", "input")}
-        return Conversation(prompt_with(row, str(options["prompt"]), **names), tools_of(row))
-    pair = first_pairs(reader, [row])[0]
-    if isinstance(pair, ValueError):
-        raise pair
-    return Conversation(pair.prompt, pair.tools or tools_of(row))
-
-
-def _with_system(conversation: Conversation, text: str) -> Conversation:
-    messages = as_messages(conversation.content)
-    if messages[0]["role"] in SYSTEM_ROLES:
-        return conversation
-    return Conversation([{"role": "system", "content": text}, *messages], conversation.tools)

@@ -10,6 +10,7 @@ from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
+from stages.data.first_prompts import chat_problems
 from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row, label_threshold
@@ -23,7 +24,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     if options["reader"] is not None:
         defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
         problems = check_no_columns(options, **defaults) or check_system_prompt(options, inputs) + check_reader(options)
-        return share_problems(options) + problems
+        return share_problems(options) + (problems or chat_problems(options, inputs))
     problems = share_problems(options) + check_system_prompt(options, inputs)
     if reward is not None and probability is not None:
         problems.append(
@@ -33,7 +34,8 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     elif not reward and not probability:
         problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
     names = ("prompt", "response", "reward", "probability", "system", "input")
-    return problems + check_source(options, [options[name] for name in names if options[name]])
+    problems += check_source(options, [options[name] for name in names if options[name]])
+    return problems or chat_problems(options, inputs)
 
 
 @stage(version=6, unsharded=True, check=_check_own_candidates)

@@ -17,20 +17,20 @@ from schemas import Model, Prompts, WinnowError, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
-from stages.data.first_prompts import SYSTEM_ROLES, chat_problems
+from stages.data.first_prompts import chat_problems
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
     Conversation,
     Prompt,
     Reply,
-    as_messages,
     prompt_with,
     readable,
     readable_reply,
     reply_json,
     reply_of,
     tools_of,
+    with_system_prompt,
 )
 from stages.limits import context_length
 from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
@@ -38,10 +38,6 @@ from stages.work import prompts_work
 
 ROWS_AT_ONCE = 4096  # that are turned into columns
 BATCH = 1024  # rows of a file whose texts are tokenised together
-
-
-def _check_prompts(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    return share_problems(options) + (_column_problems(options, inputs) or chat_problems(options, inputs))
 
 
 def _column_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
@@ -77,7 +73,9 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
 @stage(
     version=6,
     unsharded=True,
-    check=_check_prompts,
+    check=lambda options, inputs: (
+        share_problems(options) + (_column_problems(options, inputs) or chat_problems(options, inputs))
+    ),
     cost=Cost(work=prompts_work),
     which_rows=(
         "path",
@@ -145,7 +143,7 @@ def prompts(
         results = source.reader_results(ctx, preference_reader.bind(reader), first_pairs)
 
     # Rows as columns, some thousand at a time: as Python's own objects they would take five times the memory.
-    tables, rows, known = [PROMPTS.empty_table()], list[Row](), set[str]()
+    tables, rows, seen = [PROMPTS.empty_table()], list[Row](), set[str]()
     for location, source_row, pair in results:
         try:
             # The row's texts, in the format of its file.
@@ -166,7 +164,7 @@ def prompts(
             ctx.reject(str(error), place=location, detail=repr(source_row))
             continue
         name = row["prompt_id"]
-        if name in known:
+        if name in seen:
             ctx.reject("duplicate prompt", place=location, detail=row["text"], prompt=name)
             continue
         if response is not None:
@@ -179,7 +177,7 @@ def prompts(
                 row |= {"demonstration": readable_reply(response), "demonstration_ids": ids}
             except ValueError as error:
                 ctx.reject(str(error), place=location, detail=readable_reply(response), prompt=name)
-        known.add(name)
+        seen.add(name)
         rows.append(row)
         if len(rows) == ROWS_AT_ONCE:
             tables.append(pa.Table.from_pylist(rows, PROMPTS))
@@ -208,7 +206,8 @@ class RenderedResponse:
     """Response that was rendered and checked. Its ids, and those of what is before it, are yet to be computed.
 
     prompt: row of its prompt. text: what to tokenise, of prompt and response together without the first `skipped` ids.
-    turns: ids and mask of a response of several turns, which has no such text.
+    turns: ids and mask of a response of several turns, which has no such text. is_cut: the text ends before the reply's
+    own end, behind all the ids that there is room for.
     """
 
     prompt: Row
@@ -216,6 +215,7 @@ class RenderedResponse:
     text: str = ""
     skipped: int = 0
     turns: tuple[list[int], list[bool]] | None = None
+    is_cut: bool = False
 
 
 @dataclass
@@ -270,7 +270,7 @@ class DataTables:
         self.system_prompt = system_prompt
         if system_prompt is not None:
             try:  # here: else every row would be rejected
-                self.tokenizer.prompt_ids(self.with_system_prompt(Conversation(PROBE)))
+                self.tokenizer.prompt_ids(with_system_prompt(Conversation(PROBE), system_prompt))
             except ValueError as error:
                 raise WinnowError(
                     f"system_prompt: it cannot be read ({error}); unset it, or set `chat_template` of the tokenizer's "
@@ -288,18 +288,11 @@ class DataTables:
         self.candidates_by_id: dict[str, Row] = {}
         self.counts: Counter[str] = Counter()  # responses per prompt
 
-    def with_system_prompt(self, conversation: Conversation) -> Conversation:
-        """Return the conversation with the step's system prompt before it, unless it has a system message itself."""
-        messages = as_messages(conversation.content)
-        if self.system_prompt is None or messages[0]["role"] in SYSTEM_ROLES:
-            return conversation
-        return Conversation([{"role": "system", "content": self.system_prompt}, *messages], conversation.tools)
-
     def prompt_row(self, conversation: Conversation) -> Row:
         """Return the row of a prompt, without a demonstration."""
         # By the text of the file: the same prompts are held out with every system prompt.
         split = split_of(readable(conversation.content, conversation.tools), self.heldout, self.validation)
-        conversation = self.with_system_prompt(conversation)
+        conversation = with_system_prompt(conversation, self.system_prompt)
         content, tools = conversation.content, conversation.tools
         if len(readable(content, tools)) > self.max_characters:
             raise ValueError("prompt too long")
@@ -328,7 +321,7 @@ class DataTables:
         """
         if len(readable_reply(reply)) > self.max_characters:
             raise ValueError("response too long")
-        conversation, mask = self.with_system_prompt(conversation), None
+        conversation, mask = with_system_prompt(conversation, self.system_prompt), None
         if isinstance(reply, list):
             ids, mask = self.tokenizer.turns_ids(conversation, reply)
         else:
@@ -357,19 +350,21 @@ class DataTables:
 
     def render_response(self, conversation: Conversation, reply: Reply) -> RenderedResponse:
         """Return a response to a prompt that was added, rendered by the chat template and checked."""
-        if len(readable_reply(reply)) > self.max_characters:
+        is_cut = len(readable_reply(reply)) > self.max_characters
+        if is_cut and (self.too_long == "reject" or not isinstance(reply, str)):
             raise ValueError("response too long")
         key = self._key_of(conversation)
-        prompt, conversation = self.rows_by_content[key], self.with_system_prompt(conversation)
+        prompt, conversation = self.rows_by_content[key], with_system_prompt(conversation, self.system_prompt)
         if isinstance(reply, list):
             return RenderedResponse(prompt, reply, turns=self.tokenizer.turns_ids(conversation, reply))
-        text = self.tokenizer.response_text(conversation, reply)
+        beginning = reply[: self.max_characters] if isinstance(reply, str) else reply
+        text = self.tokenizer.response_text(conversation, beginning)
         if key not in self.split_points:
             self.split_points[key] = self.tokenizer.split_point(conversation, prompt["token_ids"])
         before, skipped = self.split_points[key]
         if not text.startswith(before):
             before, skipped = "", 0
-        return RenderedResponse(prompt, reply, text[len(before) :], skipped)
+        return RenderedResponse(prompt, reply, text[len(before) :], skipped, is_cut=is_cut)
 
     def add_response(self, response: RenderedResponse, ids: list[int], *, repeated: bool = False) -> str:
         """Add a response with the ids of its text; return the candidate's id.
@@ -384,6 +379,8 @@ class DataTables:
             ids = self.tokenizer.response_ids_of([*prompt_ids[: response.skipped], *ids], prompt_ids)
         ids, mask, finish_reason = self._cut(ids, mask, prompt_ids)
         if finish_reason == "length" and self.too_long == "reject":
+            raise ValueError("response too long")
+        if response.is_cut and finish_reason != "length":  # a normaliser left out almost all of it
             raise ValueError("response too long")
         used_ids = self.candidates_by_id if repeated else ()
         text = readable_reply(response.reply)

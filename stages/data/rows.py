@@ -84,27 +84,28 @@ class RejectedRows:
 
     def __init__(self) -> None:
         self.numbers: list[Ints] = []
-        self.columns: list[list[pa.Array]] = []
+        self.columns: list[dict[str, pa.Array]] = []  # of `StageContext.reject_rows`
 
     def add(self, numbers: Ints, *, place: str, reason: Texts, detail: Texts = "", candidates: Texts = None) -> None:
         """Add rows of the prompts of these numbers; of each column a value per row, or one value for all."""
         if len(numbers):
-            texts = (candidates, place, reason, detail)
+            texts = dict(candidates=candidates, place=place, reason=reason, detail=detail)
             self.numbers.append(numbers)
-            self.columns.append([
-                pa.repeat(pa.scalar(text, pa.string()), len(numbers)) if text is None or isinstance(text, str)
-                else pa.array(text, pa.string()) for text in texts
-            ])  # fmt: skip
+            self.columns.append({
+                name: pa.repeat(pa.scalar(text, pa.string()), len(numbers)) if text is None or isinstance(text, str)
+                else pa.array(text, pa.string()) for name, text in texts.items()
+            })  # fmt: skip
 
     def record(self, ctx: StageContext, prompts: pa.Array) -> None:
         """Record the rows in order of their prompts, those of a prompt in the order in which they were added."""
         if self.numbers:
             numbers = np.concatenate(self.numbers)
             order = np.argsort(numbers, kind="stable")
-            columns = (pa.concat_arrays(parts).take(pa.array(order)) for parts in zip(*self.columns, strict=True))
-            candidates, place, reason, detail = columns
-            ids = prompts.take(pa.array(numbers[order]))
-            ctx.reject_rows(ids, candidates=candidates, place=place, reason=reason, detail=detail)
+            columns = {
+                name: pa.concat_arrays([part[name] for part in self.columns]).take(pa.array(order))
+                for name in self.columns[0]
+            }
+            ctx.reject_rows(prompts.take(pa.array(numbers[order])), **columns)
 
 
 def column_by_id(table: pa.Table, name: str, column: str) -> RowsById:

@@ -31,6 +31,7 @@ NUMERAL = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*
 INVISIBLE = ("Cc", "Cf")  # categories of characters: of control, and of format, such as a zero-width space
 # What role a message has: a word that templates write beside it as it is, and not text that would be a turn.
 ROLE = re.compile(r"\w[\w .-]{0,63}")
+SYSTEM_ROLES = ("system", "developer")
 WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
 
 
@@ -309,6 +310,17 @@ def without_filled_nulls(value: Any, *, inside: bool = False) -> Any:
 def as_messages(prompt: Prompt) -> list[Message]:
     """Return a prompt as chat messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def with_system_prompt(conversation: Conversation, text: str | None) -> Conversation:
+    """Return the conversation with a system message of this text before it, unless it has one itself.
+
+    Without a text, it is as it was.
+    """
+    messages = as_messages(conversation.content)
+    if text is None or messages[0]["role"] in SYSTEM_ROLES:
+        return conversation
+    return Conversation([{"role": "system", "content": text}, *messages], conversation.tools)
 
 
 def prompt_with(row: Row, name: str, *, system: str | None = None, input: str | None = None) -> Prompt:

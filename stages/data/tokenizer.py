@@ -27,6 +27,7 @@ from stages.model_config import FROM_FOLDER, GENERATION, json_object
 
 THINK = ("<think>", "</think>")
 MAX_PROBES = 10_000  # that are kept
+MAX_ENDS = 16  # that are kept: where no added token is behind the question, each prompt has an end of its own
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
 
 
@@ -83,11 +84,16 @@ class Tokenizer:
             return ids
         answer = self._render([*messages, _assistant(PROBE)], conversation.tools)
         rest = answer.removeprefix(text)
-        if rest != answer and any(rest == known and text.endswith(end) for end, known in self._ends):
+        if rest != answer and any(rest == continuation and text.endswith(end) for end, continuation in self._ends):
             return ids
         shared = ids[: shared_prefix_length(ids, self.encode(answer))]
         if len(shared) == len(ids):
-            self._note_end(text, rest, ids)
+            # Texts with this end have the same ids with `rest` behind them, if the end begins with an added token: that
+            # is cut out before anything else is tokenised, and what is before it does not matter behind it.
+            added = [self._added_tokens[token] for token in ids if token in self._added_tokens]
+            cuts = added and not added[-1].single_word and not added[-1].lstrip and added[-1].content in text
+            if cuts and len(self._ends) < MAX_ENDS:
+                self._ends.add((text[text.rindex(added[-1].content) :], rest))
             return ids
         # Where they part, only what follows the last message may be left out, which the text of another shows.
         changed = [*messages[:-1], messages[-1] | {"content": PROBE}]
@@ -101,15 +107,6 @@ class Tokenizer:
             )
             warnings.warn(message, WinnowWarning, stacklevel=2)
         return shared
-
-    def _note_end(self, text: str, rest: str, ids: list[int]) -> None:
-        """Note that texts with this end have the same ids with `rest` behind them, if the end begins with a token.
-
-        An added token is cut out before anything else is tokenised: what is before it does not matter behind it.
-        """
-        added = [self._added_tokens[token] for token in ids if token in self._added_tokens]
-        if added and not added[-1].single_word and not added[-1].lstrip and added[-1].content in text:
-            self._ends.add((text[text.rindex(added[-1].content) :], rest))
 
     def rendered(self, ids: list[int]) -> str:
         """Return ids as text with all special tokens: the prompt or response as the model reads it."""
@@ -364,8 +361,16 @@ class Tokenizer:
 
         The first is the one that responses from files end with.
         """
-        end = [] if self._end_of_turn is None else [self._end_of_turn]
-        return tuple(dict.fromkeys([*end, int(self.inner.eos_token_id), *self._configured_ends]))
+        ends = [] if self._end_of_turn is None else [self._end_of_turn]
+        # As transformers and vLLM do: of generation_config.json, or without one of config.json.
+        configured = None
+        if (self.folder / GENERATION).is_file():
+            configured = json_object(self.folder / GENERATION).get("eos_token_id")
+        elif (self.folder / "config.json").is_file():
+            config = AutoConfig.from_pretrained(self.folder, **FROM_FOLDER)
+            configured = GenerationConfig.from_model_config(config).eos_token_id
+        configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
+        return tuple(dict.fromkeys([*ends, int(self.inner.eos_token_id), *configured]))
 
     @cached_property
     def lead(self) -> list[int]:
@@ -374,18 +379,6 @@ class Tokenizer:
             return []
         first, second = (self.response_ids([*self._shape[0], _user(OTHER_PROBE)], text) for text in ("A", "B"))
         return first[: shared_prefix_length(first, second)]
-
-    @cached_property
-    def _configured_ends(self) -> list[int]:
-        """Return the EOS ids of generation_config.json, or without one of config.json, as transformers and vLLM do."""
-        if (self.folder / GENERATION).is_file():
-            ids = json_object(self.folder / GENERATION).get("eos_token_id")
-        elif (self.folder / "config.json").is_file():
-            config = AutoConfig.from_pretrained(self.folder, **FROM_FOLDER)
-            ids = GenerationConfig.from_model_config(config).eos_token_id
-        else:
-            return []
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     @cached_property
     def _end_of_turn(self) -> int | None:

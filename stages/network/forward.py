@@ -296,7 +296,7 @@ def forward_rows(
         budget = min(budget, FITTING.get(network, budget))
     while True:
         try:
-            return _measured(measure, network, groups, indices_of_group, dtype, budget, shared_prefix)
+            return _measure_batches(measure, network, groups, indices_of_group, dtype, budget, shared_prefix)
         except RuntimeError as error:
             if not may_halve or not is_out_of_memory(error):
                 raise
@@ -313,7 +313,7 @@ def forward_rows(
         warnings.warn(message, WinnowWarning, stacklevel=2)
 
 
-def _measured(
+def _measure_batches(
     measure: Measure,
     network: PreTrainedModel,
     groups: Sequence[PromptGroup],

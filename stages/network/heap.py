@@ -49,8 +49,10 @@ class HeapLimit:
         self.before, self.limit = before, before + need
         self.trims = 0
         for layer in layers:
-            layer.register_forward_pre_hook(self._before_layer)
-        network.base_model.register_forward_hook(self._before_head)
+            layer.register_forward_pre_hook(lambda _, args: self._check_both_ways(args[0] if args else None))
+        network.base_model.register_forward_hook(
+            lambda _, args, output: self._check_both_ways(getattr(output, "last_hidden_state", None))
+        )
 
     def check(self) -> None:
         """Give free blocks back if this process holds more than the limit."""
@@ -59,12 +61,6 @@ class HeapLimit:
         give_back()
         self.trims += 1
         self.limit = max(self.limit, self.before + MARGIN * (resident_bytes() - self.before))
-
-    def _before_layer(self, module: Module, args: tuple[Any, ...]) -> None:
-        self._check_both_ways(args[0] if args else None)
-
-    def _before_head(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
-        self._check_both_ways(getattr(output, "last_hidden_state", None))
 
     def _check_both_ways(self, states: Any) -> None:
         """Check now, and when the backward pass has the gradient of these states."""

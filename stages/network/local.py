@@ -12,16 +12,16 @@ from stages.network.packing import PromptGroup
 
 def logp_on_cpu(folder: Path, rows: Sequence[Row], dtype: str) -> list[float]:
     """Return the summed log-prob of each response given its prompt, by the folder's network in `dtype`."""
-    return _measured(folder, rows, dtype, lambda *arguments: completion_logp(*arguments)[0])
+    return _measure_on_cpu(folder, rows, dtype, lambda *arguments: completion_logp(*arguments)[0])
 
 
 def scores_on_cpu(folder: Path, rows: Sequence[Row], dtype: str) -> list[float]:
     """Return the score of each prompt and response, by the folder's reward model in `dtype`."""
-    return _measured(folder, rows, dtype, completion_scores)
+    return _measure_on_cpu(folder, rows, dtype, completion_scores)
 
 
 @torch.inference_mode()
-def _measured(folder: Path, rows: Sequence[Row], dtype: str, measure: Measure) -> list[float]:
+def _measure_on_cpu(folder: Path, rows: Sequence[Row], dtype: str, measure: Measure) -> list[float]:
     # On a CPU, because a GPU may be full of the server's own memory; row by row, because few are asked for.
     network = read_network(folder, getattr(torch, dtype)).eval()
     if hasattr(network, "score"):

@@ -72,16 +72,16 @@ class NetworkShape:
         if dtype == "bfloat16":
             low = linears * self.hidden + 2 * self.queries + 2 * self.keys
             low += (4 if self.gated else 2) * self.intermediate
-            kept = BF16 * low
+            saved = BF16 * low
         else:
-            kept = FP32 * (2 * self.hidden + 2 * self.queries + 2 * self.keys)
-            kept += FP32 * (4 if self.gated else 2) * self.intermediate
+            saved = FP32 * (2 * self.hidden + 2 * self.queries + 2 * self.keys)
+            saved += FP32 * (4 if self.gated else 2) * self.intermediate
         per_norm = 2 if self.rms and not lora_r else 1
-        kept += FP32 * (self.norms * per_norm * self.hidden + self.heads)
+        saved += FP32 * (self.norms * per_norm * self.hidden + self.heads)
         if self.qk_norms:
-            kept += FP32 * 2 * (self.queries + self.keys)
+            saved += FP32 * 2 * (self.queries + self.keys)
         adapters = 7 if self.gated else 6
-        return kept + adapters * lora_r * (BF16 if dtype == "bfloat16" else FP32)
+        return saved + adapters * lora_r * (BF16 if dtype == "bfloat16" else FP32)
 
     def passing_per_token(self) -> float:
         """Return the bytes of a token in the layer that is computed, beyond what is kept: the widest moment."""

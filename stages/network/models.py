@@ -329,12 +329,15 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     return model
 
 
-def _check_heads(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    hidden, heads = options["hidden"], options["heads"]
-    return [f"hidden {hidden} is not a multiple of heads {heads}"] if hidden % heads else []
-
-
-@stage(version=1, unsharded=True, check=_check_heads)
+@stage(
+    version=1,
+    unsharded=True,
+    check=lambda options, inputs: (
+        [f"hidden {options['hidden']} is not a multiple of heads {options['heads']}"]
+        if options["hidden"] % options["heads"]
+        else []
+    ),
+)
 def untrained(
     ctx: StageContext,
     *,

@@ -37,5 +37,5 @@ def less_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:
     by: Bound = options["by"]
     if by.name not in SAMPLING:
         return
-    for setting, changed, changed_device in engine.less_memory(by.options, device):
+    for setting, changed, changed_device in engine.less_engine_memory(by.options, device):
         yield f"in `by`: {setting}", dict(options) | {"by": Bound(by.entry, dict(changed))}, changed_device

@@ -71,7 +71,7 @@ def cache_per_token(shape: NetworkShape, size: int) -> int:
     return 2 * shape.layers * shape.keys * size
 
 
-def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
+def less_engine_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
     """Yield changes that take less memory: a shorter context, more GPUs, half the precision."""
     extra = options.get("engine_options") or {}
     halves: list[tuple[str, dict[str, Any]]] = [("", dict(options))]

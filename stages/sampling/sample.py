@@ -50,7 +50,7 @@ from stages.sampling.engines.options import (
     length_limit,
     name_of,
 )
-from stages.sampling.memory import draws_need, less_memory
+from stages.sampling.memory import draws_need, less_engine_memory
 from stages.work import sampling_work
 
 # Temperature and top-k are not among them: every recipe sets them, and a dry run is one of that recipe.
@@ -202,7 +202,7 @@ def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[s
     version=6,
     concurrent=True,
     check=_check_sample,
-    cost=Cost(draws_need, less_memory, sampling_work, draws_device_problem),
+    cost=Cost(draws_need, less_engine_memory, sampling_work, draws_device_problem),
     which_rows=("n", "split"),
     goes_on=True,
 )
@@ -325,7 +325,7 @@ def sample(
         opened = ctx.open_once(open_engine, engine, policy.folder, dtype, ctx.resources.tensor_parallel, vllm_options)
         completions = opened.generate(requests, sampling, lambda done: ctx.progress(done, len(requests), "draws"))
     ctx.count(tokens=sum(len(completion.token_ids) for completion in completions))
-    drawn = iter(completions)
+    new_draws = iter(completions)
 
     # Rows in order of (prompt, k). Equal responses to a prompt stay apart: an id counts the copies before it.
     candidates: list[Row] = []
@@ -340,7 +340,7 @@ def sample(
                 candidates.append(draw | {"candidate_id": candidate_id(*copy, copies[copy])})
                 copies[copy] += 1
             continue
-        completion = next(drawn)
+        completion = next(new_draws)
         ids = completion.token_ids
         if not math.isfinite(completion.logp):
             raise WinnowError(

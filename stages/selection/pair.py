@@ -41,10 +41,10 @@ from stages.selection.pair_batches import PairBatch, PairRows
 
 def _plain_rule(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return arguments and metadata of a function in a user's file; its option `reads` names the table of its rows."""
-    reads = options.pop("reads", "selections")
-    if reads not in (tables := ("candidates", "comparisons", "selections")):
-        raise WinnowError(f"reads: must be one of {', '.join(tables)}, got {reads!r}")
-    return ("rows",), {"reads": reads}
+    table = options.pop("reads", "selections")
+    if table not in (tables := ("candidates", "comparisons", "selections")):
+        raise WinnowError(f"reads: must be one of {', '.join(tables)}, got {table!r}")
+    return ("rows",), {"reads": table}
 
 
 pair_rule = Registry(
@@ -121,7 +121,7 @@ def neighbours(rows: list[Row]) -> Iterator[Preference]:
     while len(left_by_reward) > 1:
         most, next_most = sorted(left_by_reward, key=lambda reward: (-len(left_by_reward[reward]), reward))[:2]
         yield _prefer_higher_reward(left_by_reward[most].pop(0), left_by_reward[next_most].pop(0))
-        left_by_reward = {reward: left for reward, left in left_by_reward.items() if left}
+        left_by_reward = {reward: group for reward, group in left_by_reward.items() if group}
     for ties in left_by_reward.values():
         for a, b in zip(ties[0::2], ties[1::2], strict=False):
             yield _prefer_higher_reward(a, b)
@@ -365,7 +365,7 @@ def _are_identical(lists: pa.ChunkedArray, lengths: Ints, a: Ints, b: Ints) -> N
     are_identical = lengths[a] == lengths[b]
     rows = np.flatnonzero(are_identical & (lengths[a] > 0))
     if len(rows):
-        left, right = (pc.list_flatten(lists.take(pa.array(side[rows]))).to_numpy() for side in (a, b))
+        values_of_a, values_of_b = (pc.list_flatten(lists.take(pa.array(side[rows]))).to_numpy() for side in (a, b))
         begins = np.cumsum(lengths[a][rows]) - lengths[a][rows]
-        are_identical[rows] = np.logical_and.reduceat(left == right, begins)
+        are_identical[rows] = np.logical_and.reduceat(values_of_a == values_of_b, begins)
     return are_identical

@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import Columns, InputStep, StageContext, stage
+from pipeline import Columns, StageContext, stage
 from pipeline.costs import Cost
 from schemas import Metrics, Model, Partitions, Prompts, Rewards, WinnowError, WinnowWarning
 from schemas.tables import METRICS, PARTITIONS
@@ -31,11 +31,9 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
 SMALLEST_SD = 1e-12  # below, a feature is constant
 
 
-def _check_partition(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
-    return input_problems(inputs, "policy")
-
-
-@stage(version=1, unsharded=True, check=_check_partition, cost=Cost(policy_need))
+@stage(
+    version=1, unsharded=True, check=lambda options, inputs: input_problems(inputs, "policy"), cost=Cost(policy_need)
+)
 def partition(
     prompts: Annotated[Prompts, Columns("prompt_id", "token_ids")],
     rewards: Annotated[Rewards, Columns("prompt_id", "candidate_id", "reward")],

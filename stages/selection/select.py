@@ -57,7 +57,7 @@ def _partition_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]
         return [f"nothing reads partition; {cure}"] if step else []
     if step is None:
         return ["rule.normaliser: learned reads partition; add `partition` under `from`, a step of stage partition"]
-    problems, beta = [], options["rule"].options["beta"]
+    problems, beta = [], options["rule"].options.get("beta")
     if options["scale"].name != "raw":
         problems.append(
             f"scale: {options['scale'].name}, and a partition function is that of raw rewards; set it to raw"

@@ -29,7 +29,7 @@ COMPARABLE = ("exact", "raw")  # kinds of logp that are under the policy itself
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Draw:
     """Log-prob of a draw by an engine, the digest of the weights, and the engine's arithmetic."""
 
     logp: float
@@ -37,15 +37,15 @@ class Drawn:
     dtype: str
 
 
-def drawn(candidate: dict[str, Any]) -> Drawn | None:
+def draw_of(candidate: dict[str, Any]) -> Draw | None:
     """Return the engine's log-prob of a row of `candidates`, or None if it has none under a policy itself."""
     if candidate.get("logp_kind") not in COMPARABLE or not candidate.get("model") or candidate["logp"] is None:
         return None
-    return Drawn(candidate["logp"], candidate["model"], candidate["dtype"])
+    return Draw(candidate["logp"], candidate["model"], candidate["dtype"])
 
 
 def check_agreement(
-    rows: Iterable[tuple[Drawn, float, int]], dtype: str, tolerance: float, model: str, where: str
+    rows: Iterable[tuple[Draw, float, int]], dtype: str, tolerance: float, model: str, where: str
 ) -> dict[str, float] | None:
     """Return the mean difference per token (as total and count) and the largest of a draw, or None without draws.
 
@@ -88,7 +88,7 @@ def check_first_batches(
         draws = [
             ((group.prompt, ids), draw)
             for group in term.batches[0]
-            for ids, draw in zip(group.responses, group.drawn, strict=True)
+            for ids, draw in zip(group.responses, group.draws, strict=True)
             if draw
         ]
         logp = term.logp_by_ranks(network, [row for row, _ in draws]).tolist() if draws else []

@@ -81,7 +81,7 @@ class Checkpoints:
         self._write(f"step-{state.step:08d}", _tensors(network, optimizer), asdict(state))
         if self.dist.rank == 0:
             steps = sorted(self.folder.glob("step-*"))
-            best = {f"best-{(_record(step) or {}).get('best_step', 0):08d}" for step in steps[-CHECKPOINTS:]}
+            best = {f"best-{(_read_state(step) or {}).get('best_step', 0):08d}" for step in steps[-CHECKPOINTS:]}
             olds = [old for old in sorted(self.folder.glob("best-*")) if old.name not in best]
             for old in (*steps[:-CHECKPOINTS], *olds):
                 self.mirror.drop(f"checkpoint/{old.name}")
@@ -123,12 +123,12 @@ class Checkpoints:
         An incomplete checkpoint, or one whose best weights are, is passed over with a warning.
         """
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            record, state = _record(folder), None
+            record, state = _read_state(folder), None
             with suppress(TypeError, ValidationError):  # fields of another version, or of another type
                 if record:
                     STATE.validate_json(json.dumps(record), strict=True)
                     state = TrainState(**record)
-            if state and (not state.best_step or _record(self.folder / f"best-{state.best_step:08d}") is not None):
+            if state and (not state.best_step or _read_state(self.folder / f"best-{state.best_step:08d}") is not None):
                 break
             message = f"{folder.name}: this checkpoint is incomplete, and the one before it is taken"
             warnings.warn(message, WinnowWarning, stacklevel=2)
@@ -143,7 +143,7 @@ class Checkpoints:
         return state
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def _read_state(folder: Path) -> dict[str, Any] | None:
     """Return what was written beside the tensors of a folder; None if one of its files is missing, cut or emptied.
 
     A power cut may leave zeros in a file's place, as long as it was, where the disk does not sync.

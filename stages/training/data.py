@@ -10,7 +10,7 @@ from pipeline import Bound
 from schemas import Model, WinnowError
 from stages.limits import check_ids, context_length
 from stages.network.packing import Ids, Mask, PromptGroup
-from stages.training.agreement import Drawn
+from stages.training.agreement import Draw
 from stages.training.checks import SCORES_ONLY, missing_data, trains_scores
 
 
@@ -31,7 +31,7 @@ class TrainingGroup(PromptGroup):
     label: list[float]  # [P]
     # Other prompts' responses, their reference log-prob, and which of their ids count.
     mismatched: list[tuple[list[int], float, list[bool] | None]]
-    drawn: list[Drawn | None] = field(default_factory=list)  # [N] draws of `init` that no reference has compared
+    draws: list[Draw | None] = field(default_factory=list)  # [N] draws of `init` that no reference has compared
 
     @property
     def rows(self) -> list[tuple[Ids, Ids, Mask]]:
@@ -159,8 +159,8 @@ def _training_group(row: dict[str, Any], needs_reference: bool, init: Model) -> 
         pair_weight=[pair["weight"] for pair in row["pairs"]],
         label=[pair["label"] for pair in row["pairs"]],
         mismatched=[(row["token_ids"], row["ref_logp"] or 0.0, row["mask"]) for row in mismatched],
-        drawn=[
-            Drawn(response["drawn_logp"], init.digest, response["drawn_dtype"])
+        draws=[
+            Draw(response["drawn_logp"], init.digest, response["drawn_dtype"])
             if response["drawn_by"] == init.digest and row["ref_model"] != init.digest
             else None
             for response in responses

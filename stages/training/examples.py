@@ -282,7 +282,7 @@ def _response_rows(table: pa.Table, numbers: Ints, weights: NDArray[Any], desira
         for name in RESPONSE_COLUMNS
     }
     kind, policy, logp = columns["logp_kind"], columns["model"], columns["logp"]
-    # Drawn as stages/training/agreement.py `drawn` says.
+    # As `draw_of` in stages/training/agreement.py has it.
     is_drawn = pc.and_(pc.is_in(kind, value_set=pa.array(COMPARABLE)), pc.greater(pc.binary_length(policy), 0))
     is_drawn = pc.and_(pc.fill_null(is_drawn, False), pc.is_valid(logp))
     rows = {

@@ -43,7 +43,7 @@ class LiveMetrics:
         if rank:
             return
         path = self.mirror.here / METRICS_NOW
-        replace_file(path, "".join(map(_line, history)).encode())
+        replace_file(path, "".join(map(_json_line, history)).encode())
         self._file: IO[str] = path.open("a", encoding="utf-8")
         self._entries, self._sent = len(history), time.monotonic()
         self._runs: dict[str, TrackerRun] = {}
@@ -59,7 +59,7 @@ class LiveMetrics:
         if not self._is_open:
             return
         for entry in history[self._entries :]:
-            self._file.write(_line(entry))
+            self._file.write(_json_line(entry))
             metrics = {name.removeprefix(SPEED): float(value) for name, value in entry.items() if name != "step"}
             for name, run in list(self._runs.items()):
                 self._guard(name, run.log, metrics, int(entry["step"]))
@@ -100,5 +100,5 @@ def _close(file: IO[str], runs: dict[str, TrackerRun]) -> None:
             run.finish(complete=False)
 
 
-def _line(entry: dict[str, float]) -> str:
+def _json_line(entry: dict[str, float]) -> str:
     return json.dumps(entry) + "\n"

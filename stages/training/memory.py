@@ -60,16 +60,17 @@ def network_need(shape: NetworkShape, options: Mapping[str, Any], device: Device
     trained = added if rank else shape.parameters
     weights = FP32 * (shape.parameters + added)
     per_layer = shape.linear // max(1, shape.layers)
+    outside = shape.parameters - shape.linear  # of layers: these stay gathered until a step ends
 
     # Kept for the backward pass; with checkpointing each layer's input, and one layer at a time. Autocast's copies of
     # the weights are part of it.
-    kept = tokens * shape.kept_per_token(options["dtype"], rank)
+    saved = tokens * shape.kept_per_token(options["dtype"], rank)
     copies = BF16 * (shape.linear + added) if low else 0
     if checkpointed:
         activations: float = tokens * FP32 * shape.hidden * shape.layers
-        once = kept + tokens * shape.passing_per_token() + copies / max(1, shape.layers)
+        once = saved + tokens * shape.passing_per_token() + copies / max(1, shape.layers)
     else:
-        activations = kept * shape.layers + copies
+        activations = saved * shape.layers + copies
         once = tokens * shape.passing_per_token()
     activations += tokens * FP32 * 4 * shape.hidden  # around the layers: the last norm, and states of the responses
 
@@ -81,7 +82,7 @@ def network_need(shape: NetworkShape, options: Mapping[str, Any], device: Device
     if not rank:
         head += FP32 * shape.head
     parts = {
-        "weights": weights / ranks + (FP32 * (2 * per_layer + _outside(shape)) if ranks > 1 else 0),
+        "weights": weights / ranks + (FP32 * (2 * per_layer + outside) if ranks > 1 else 0),
         "gradients": FP32 * trained / ranks,
         "optimizer": MOMENTS * trained / ranks,
         "activations": activations + max(0.0, once - head),
@@ -96,7 +97,7 @@ def network_need(shape: NetworkShape, options: Mapping[str, Any], device: Device
     return Need(shape.parameters + added, options["dtype"], parts, note)
 
 
-def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
+def less_training_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
     """Yield changes that take less memory: those that leave the result as it is first, a LoRA last.
 
     Shorter passes down to a quarter, below which a device idles; checkpointing; both; more processes; a LoRA.
@@ -122,8 +123,3 @@ def less_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
         for tokens in (full, *fewer_tokens(options)):
             settings = (f"a LoRA (`lora_r: {ADAPTER_RANK}`)", *named)
             yield change(tokens, *settings, gradient_checkpointing=True, lora_r=ADAPTER_RANK)
-
-
-def _outside(shape: NetworkShape) -> int:
-    """Return the weights outside of layers, which stay gathered until a step ends."""
-    return shape.parameters - shape.linear

@@ -29,7 +29,7 @@ from stages.ranking.rankers import ranker as rankers
 from stages.training.agreement import DIFFERENCE, LARGEST_DIFFERENCE, record_agreement
 from stages.training.checks import LIKELIHOOD, check_optimize, validation_choices
 from stages.training.config import SPEED, TermData, TrainConfig
-from stages.training.memory import less_memory, training_need
+from stages.training.memory import less_training_memory, training_need
 from stages.training.mixing import UnitInterval
 from stages.training.mixing import mix as mixes
 from stages.training.objectives import objective as objectives
@@ -45,7 +45,7 @@ LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its ob
     check=check_optimize,
     given_by={"ranker": "by"},
     choose=validation_choices,
-    cost=Cost(training_need, less_memory, training_work),
+    cost=Cost(training_need, less_training_memory, training_work),
 )
 def optimize(
     init: Model,

@@ -16,7 +16,7 @@ from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
 from stages.model_config import input_problems
 from stages.network.memory import policy_need
 from stages.options import Positive
-from stages.training.agreement import check_agreement, drawn, record_agreement
+from stages.training.agreement import check_agreement, draw_of, record_agreement
 from stages.work import scoring_work
 
 
@@ -77,7 +77,7 @@ def reference(
     compared = [
         (draw, logp[key], len(row["token_ids"]))
         for row, key in zip(rows, scored_as, strict=True)
-        if (draw := drawn(row)) and draw.model == policy.digest
+        if (draw := draw_of(row)) and draw.model == policy.digest
     ]
     record_agreement(ctx, check_agreement(compared, dtype, engine_tolerance, policy.digest, "reference"))
     values = {

@@ -116,7 +116,7 @@ class Validation:
             completions = engine.generate(requests, self.sampling)
         draws: list[tuple[Row, list[Row]]] = [(row, []) for row in self.prompts]
         for n, completion in enumerate(completions):
-            prompt, drawn = draws[n // self.n]
+            prompt, samples = draws[n // self.n]
             if not math.isfinite(completion.logp):
                 raise WinnowError(
                     f"step {step}: a draw of validation prompt {prompt['prompt_id']} has the log-prob "
@@ -129,10 +129,10 @@ class Validation:
                     texts = draw_texts(self.tokenizer, completion, self.sampling.stop, is_continued(prompt))
                     text, raw_text, _ = texts
             row = imported_candidate(
-                prompt["prompt_id"], completion.token_ids, text or "", {row["candidate_id"] for row in drawn},
+                prompt["prompt_id"], completion.token_ids, text or "", {row["candidate_id"] for row in samples},
                 k=n % self.n, finish_reason=completion.finish_reason,
             )  # fmt: skip
-            drawn.append(row | {"text": text, "raw_text": raw_text})
+            samples.append(row | {"text": text, "raw_text": raw_text})
         return draws
 
     def _judge(self, draws: list[tuple[Row, list[Row]]], step: int) -> dict[str, float]:
@@ -140,22 +140,24 @@ class Validation:
         wins, verdicts, unread = [], [], []
         ranker = self.open_ranker()
         try:
-            asked = [
-                (prompt, [row for row in drawn if row["text"] is not None], self.baseline[prompt["prompt_id"]])
-                for prompt, drawn in draws
-            ]
-            for (prompt, drawn), (_, _, opponents), (rows, calls, _) in zip(
-                draws, asked, judge_prompts(ranker, asked), strict=True
-            ):
+            judged = judge_prompts(
+                ranker,
+                [
+                    (prompt, [row for row in samples if row["text"] is not None], self.baseline[prompt["prompt_id"]])
+                    for prompt, samples in draws
+                ],
+            )
+            for (prompt, samples), (rows, calls, _) in zip(draws, judged, strict=True):
+                opponents = self.baseline[prompt["prompt_id"]]
                 self.ctx.count(ranker_calls=calls)
                 rows += [
                     dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"],
                          baseline_id=opponent["candidate_id"], logit=None, unread="candidate")
-                    for row in drawn if row["text"] is None for opponent in opponents
+                    for row in samples if row["text"] is None for opponent in opponents
                 ]  # fmt: skip
                 table = pa.Table.from_pylist(rows, schema=JUDGEMENTS)
                 matches = reject_not_finite(table, "logit", self.ctx, place=f"validation, step {step}").to_pylist()
-                by_draw = [[match for match in matches if match["k"] == row["k"]] for row in drawn]
+                by_draw = [[match for match in matches if match["k"] == row["k"]] for row in samples]
                 wins.append(mean(mean(map(win_of, of_draw)) for of_draw in by_draw))
                 verdicts.append(mean(match["logit"] is not None for match in matches))
                 unread.append(mean(match["unread"] is not None for match in matches))
@@ -171,7 +173,7 @@ class Validation:
         figures = {
             "proxy_win": proxy_win,
             "proxy_unread": mean(unread),
-            "n_tokens": mean(mean(row["n_tokens"] for row in drawn) for _, drawn in draws),
+            "n_tokens": mean(mean(row["n_tokens"] for row in samples) for _, samples in draws),
         }
         if ranker.abstains:
             figures["proxy_verdicts"] = mean(verdicts)
@@ -185,7 +187,7 @@ class Validation:
 
         if self.sampling.logp_kind != "exact":
             return {}
-        rows = [(prompt["token_ids"], row["token_ids"]) for prompt, drawn in draws for row in drawn]
+        rows = [(prompt["token_ids"], row["token_ids"]) for prompt, samples in draws for row in samples]
         logp = forward_rows(logp_of, network, rows, dtype, tokens_per_pass, may_halve=False)
         with without_adapter(network):
             reference = forward_rows(logp_of, network, rows, dtype, tokens_per_pass, may_halve=False)

@@ -24,6 +24,7 @@ from jobs.__main__ import GROUPS
 from jobs.commands.run import _print_next_commands
 from jobs.console import VisibleConsole, as_table
 from jobs.output import _Visible
+from jobs.tables import overruled
 from pipeline.config.code import FORMAT
 from pipeline.store.manifests import encode_sealed
 from pipeline.store.store import Store
@@ -364,6 +365,18 @@ def test_plan_says_where_options_come_from(winnow, data_dir: Path, tmp_path: Pat
     assert "orders: both" not in text
 
 
+def test_what_several_steps_have_in_place_of_the_recipe_is_one_line(data_dir: Path, tmp_path: Path):
+    """As of `sample`, whose options other steps take; another name of the function that the recipe has is none."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("sample: {with: {temperature: 0.9}}\noptimize: {with: {objective: {name: dpo}}}")
+    sets = ["evaluations=[evaluate_as_sampled]"]
+    lines = overruled(recipes.plan_named("rso", [data_dir / "demo.yaml", config], sets))
+    (line,) = (line for line in lines if "temperature" in line)
+    assert line.startswith("temperature: 0.9 (")
+    assert "mine.yaml), not 0.7 of the recipe, in 3 steps: sample, " in line
+    assert not any("objective.name" in line for line in lines)
+
+
 def test_plan_says_what_is_cached_and_what_will_run_and_why(winnow, small: Path):
     """Nothing is there; then the model is, and a second run computes nothing; then the model's folder has changed."""
     sft, _ = (step.key for step in recipes.plans([str(small)], [], [])[0].steps)
@@ -402,6 +415,7 @@ def test_a_run_that_evaluates_nothing_prints_no_leaderboard(winnow, finished: Pa
 def test_an_override_can_be_longer_than_a_file_name(winnow, small: Path):
     """A path in --set has slashes too; both are in the run's name."""
     deep = shutil.copytree(small.parent / "model", small.parent / ("d" * 120) / ("e" * 120))
+    (deep / "generation_config.json").write_text("{}")  # else it is the same model, and no other run
     assert winnow("run", small, "--set", "target=sft", "--set", f"sft.path={deep}")[0] == 0
     code, text = winnow("sql", "SELECT step FROM runs", "--format", "csv")
     assert (code, text.count("sft")) == (0, 1)

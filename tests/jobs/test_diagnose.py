@@ -86,6 +86,13 @@ def diagnosis(world, column="reward", *sets, gold=True, limit=None, extra=()):
     return make_diagnosis(read_cached(plan, Store(world / "store"), program, None, limit), plan.name, list(extra))
 
 
+@pytest.fixture
+def words(world):
+    """Arguments of `diagnose` for these candidates, their rewards and gold."""
+    options = ("--config", world / "reward.yaml", "--plugin", world / "gold.py", "--store", world / "store")
+    return ("own_candidates", *options)
+
+
 @pytest.fixture(scope="module")
 def known(world):
     return diagnosis(world)
@@ -145,16 +152,7 @@ def test_the_rows_say_what_a_rule_keeps(known):
     assert plain["right %"] > top["right %"]
 
 
-def test_further_rules_are_compared_on_request(world, winnow):
-    words = (
-        "own_candidates",
-        "--config",
-        world / "reward.yaml",
-        "--plugin",
-        world / "gold.py",
-        "--store",
-        world / "store",
-    )
+def test_further_rules_are_compared_on_request(words, winnow):
     code, text = winnow("diagnose", *words, "--rule", "{name: best_of, k: 3}", "--format", "csv")
     assert code == 0, text
     assert "rules,best_of k=3,gold," in text
@@ -331,16 +329,7 @@ def test_other_baselines_are_compared_where_the_store_has_them(compared):
 # The command
 
 
-def test_the_command_prints_tables_of_80_columns_and_findings(world, winnow):
-    words = (
-        "own_candidates",
-        "--config",
-        world / "reward.yaml",
-        "--plugin",
-        world / "gold.py",
-        "--store",
-        world / "store",
-    )
+def test_the_command_prints_tables_of_80_columns_and_findings(words, winnow):
     code, text = winnow("diagnose", *words, "--to", "page.html")
     assert code == 0, text
     lines = text.splitlines()
@@ -357,16 +346,7 @@ def test_the_command_prints_tables_of_80_columns_and_findings(world, winnow):
     assert any(line.startswith("wrote page.html") for line in lines)
 
 
-def test_all_numbers_are_written_as_rows(world, known, winnow, tmp_path):
-    words = (
-        "own_candidates",
-        "--config",
-        world / "reward.yaml",
-        "--plugin",
-        world / "gold.py",
-        "--store",
-        world / "store",
-    )
+def test_all_numbers_are_written_as_rows(words, known, winnow, tmp_path):
     code, text = winnow("diagnose", *words, "--out", "numbers.jsonl")
     assert code == 0, text
     written = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
@@ -379,17 +359,8 @@ def test_all_numbers_are_written_as_rows(world, known, winnow, tmp_path):
     assert [row["item"] for row in written if row["section"] == "findings"] == known.findings
 
 
-def test_what_has_not_run_is_named_with_the_command_that_runs_it(world, winnow):
-    words = (
-        "own_candidates",
-        "--config",
-        world / "reward.yaml",
-        "--plugin",
-        world / "gold.py",
-        "--set",
-        "own_candidates.max_tokens=90",
-    )
-    code, text = winnow("diagnose", *words, "--store", world / "store")
+def test_what_has_not_run_is_named_with_the_command_that_runs_it(words, winnow):
+    code, text = winnow("diagnose", *words, "--set", "own_candidates.max_tokens=90")
     assert code == 2
     assert "step own_candidates" in text
     assert "--until own_candidates" in text

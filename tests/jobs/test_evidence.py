@@ -1,6 +1,7 @@
 """The figures of the field: which runs they plan, what they leave out and why, and what their tables say."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from jobs.evidence.figures import FIGURES, SCALES, Point, make_basis
 from jobs.evidence.measure import PlannedFigure, PlannedPoint, different_plans, equal_kl_rows, plan_figure
 from jobs.evidence.page import write_evidence
 from pipeline.config.plan import Plan
+from pipeline.costs import Device
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from tests.runs import plan_of
@@ -83,6 +85,24 @@ def test_prompts_of_another_file_are_evaluated_beside_the_heldout_ones(basis, da
     assert evaluation.inputs["baseline"].inputs["prompts"] is evaluation.inputs["prompts"]
 
 
+def test_judges_of_a_config_are_no_part_of_the_figures(data_dir, tmp_path):
+    """They would be taken for evaluations on other prompts, of which the table then lacked every figure."""
+    (tmp_path / "judges.yaml").write_text("judges: {polite: {ranker: {use: pattern, with: {regex: Gladly}}}}")
+    configs, other = [data_dir / "demo.yaml", tmp_path / "judges.yaml"], data_dir / "preferences.jsonl"
+    plan = plan_figure(make_basis(configs, [], TINY, other), FIGURES["other-prompts"]).plans[0]
+    assert [step.name for step in plan.evaluations] == ["evaluate_other"]
+
+
+def test_code_that_a_config_names_is_not_run_unless_the_command_names_it_too(winnow, data_dir, tmp_path):
+    (tmp_path / "code.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'was_run')!r}).touch()")
+    (tmp_path / "mine.yaml").write_text("plugins: [./code.py]")
+    configs = ["--config", data_dir / "demo.yaml", "--config", tmp_path / "mine.yaml"]
+    words = ["evidence", *configs, "--plan", "--small", "--figure", "beta", "--store", tmp_path / "store"]
+    code, text = winnow(*words)
+    assert (code, "--plugin" in text, (tmp_path / "was_run").exists()) == (2, True, False)
+    assert winnow(*words, "--plugin", tmp_path / "code.py")[0] == 0
+
+
 def test_at_equal_kl_a_method_that_is_better_everywhere_by_one_point_is_so(monkeypatch):
     """Between other points of either curve, from the KL that both reach on."""
     prompts = np.linspace(0, 1, 40)
@@ -145,6 +165,24 @@ def test_the_command_says_what_it_would_run_and_refuses_what_it_does_not_know(wi
     assert (code, "betas" in text, "beta" in text) == (2, True, True)
     code, text = winnow(*words, "--set", "optimize.seed=3", "--plan")
     assert (code, "optimize.seed=3" in text) == (2, True)
+
+
+def test_other_options_make_other_runs_beside_those_of_before(winnow, data_dir, finished, basis, tmp_path, monkeypatch):
+    """A name that stands for finished results keeps them; all runs of the command have one number then."""
+    store = Store(shutil.copytree(finished, tmp_path / "store"))
+    store.link_run(plan_figure(basis, FIGURES["beta"]).plans[0].name, plan_of(data_dir).steps)
+    names: list[str] = []
+    monkeypatch.setattr("jobs.commands.evidence.run_plans", lambda plans, *rest: names.extend(p.name for p in plans))
+    words = ("evidence", "--config", data_dir / "demo.yaml", "--small", "--figure", "beta", "--out", tmp_path / "out")
+    code, text = winnow(*words, "--store", store.root)
+    assert (code, "evidence-2" in text, {name.split()[0] for name in names}) == (0, True, {"evidence-2"})
+
+
+def test_a_step_that_the_machine_cannot_run_is_refused_before_anything_runs(winnow, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.config.estimates.this_machine", lambda: Device("cpu", 2**20))
+    words = ("evidence", "--config", data_dir / "demo.yaml", "--small", "--figure", "beta", "--store", tmp_path / "new")
+    code, text = winnow(*words)
+    assert (code, "sft" in text, "memory" in text, (tmp_path / "new").exists()) == (2, True, True, False)
 
 
 def test_what_set_says_outranks_a_line_and_not_its_axis(data_dir):

@@ -251,6 +251,13 @@ def test_a_plan_refuses_judges_that_cannot_judge(data_dir: Path, tmp_path: Path,
         planned(data_dir, f"judges: {{{judges}}}", tmp_path)
 
 
+def test_two_opponents_whose_steps_would_have_one_name_are_refused_of_two_judges_too(data_dir: Path, tmp_path: Path):
+    """Their draws would be one step's: each judge's win rate of `a-b` would be that against `a.b`."""
+    judges = "judges: {one: {ranker: ranker, against: a-b}, two: {ranker: ranker, against: a.b}}"
+    with pytest.raises(WinnowError, match=r"judges\.two\.against: 'a\.b' differs from 'a-b' only in signs"):
+        planned(data_dir, judges, tmp_path)
+
+
 def test_a_judge_against_target_texts_needs_them(data_dir: Path, tmp_path: Path):
     text = "judges: {a: {ranker: ranker, against: target}}\nprompts: {with: {demonstration: null}}"
     with pytest.raises(WinnowError, match="targets: demonstrations are read from `prompts`"):
@@ -360,10 +367,11 @@ def test_ratings_of_another_runs_responses_are_refused(judged, data_dir: Path, t
 
 
 def test_the_page_for_raters_has_every_pair_and_no_name(judged, tmp_path: Path, winnow):
-    code, text = winnow("export", "--run", "judged", "--format", "blind-comparison", "--out", tmp_path / "page.html",
-                        "--pairs", 4, "--store", judged[0].root)  # fmt: skip
-    assert (code, "4 pairs" in text) == (0, True), text
-    page = (tmp_path / "page.html").read_text()
+    out = tmp_path / "page[b].html"
+    code, text = winnow("export", "--run", "judged", "--format", "blind-comparison", "--out", out, "--pairs", 4,
+                        "--store", judged[0].root)  # fmt: skip
+    assert (code, "4 pairs" in text, "page[b].key.csv" in text) == (0, True, True), text
+    page = out.read_text()
     assert page.count('class="pair"') == 4
     assert not any(word in page for word in ("judged", "sft", "http"))
     assert winnow("export", "--run", "judged", "--format", "jsonl", "--out", "x.jsonl", "--against", "sft",

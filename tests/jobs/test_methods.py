@@ -213,6 +213,22 @@ def test_wins_by_a_judge_called_gold_are_those_of_a_method_too(tmp_path: Path):
     assert any("no other method has the gold reward" in line and "of c" in line for line in lines)
 
 
+def test_a_method_has_figures_of_other_temperatures_where_all_its_seeds_have_them(store: Store):
+    """The mean over seeds and its interval, of `low`; `high`, of which one seed lacks them, has none."""
+    runs = [f"low x=1 seed={seed}" for seed in range(3)] + [f"high x=2 seed={seed}" for seed in range(2)]
+    for n, run in enumerate(runs):
+        rows = [dict(prompt_id=f"p{i:03}", candidate_id="c", gold_win=0.25 + 0.01 * n) for i in range(40)]
+        identity = {"version": 1, "options": {}, "inputs": {"candidates": f"6{n}"}}
+        put(store, "evaluate", f"5{n}", [table(OUTCOMES, *rows)], identity=identity)
+        links = {name: tuple(step.values()) for name, step in store.run(run).items()}
+        link(store, run, **links, evaluate_greedy=("evaluate", f"5{n}"))
+    by_run = {row["run"]: row for row in make_leaderboard(open_catalog(store))[0].to_pylist()}
+    low, high = by_run["low x=1"], by_run["high x=2"]
+    assert low["gold_win_greedy"] == pytest.approx(0.26)
+    assert low["gold_win_greedy_low"] < 0.26 < low["gold_win_greedy_high"]
+    assert (low["gold_win_as_sampled"], high["gold_win_greedy"]) == (None, None)
+
+
 def test_where_every_run_is_alone_the_leaderboard_is_as_it_was(finished: Path, tmp_path: Path):
     """To the last digit, without a column of seeds; of several runs, their order is said to be no evidence."""
     catalog = open_catalog(Store(finished))

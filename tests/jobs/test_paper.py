@@ -169,6 +169,26 @@ def test_the_number_that_was_selected_stands_beside_the_papers(measured):
     assert selected["rso 8", "first-round"] <= 8
 
 
+def test_another_gamma_makes_other_runs_beside_those_of_before(winnow, data_dir, finished, tmp_path, monkeypatch):
+    """A cell's run that has finished keeps its name; all cells of the command have one number then."""
+    store = Store(shutil.copytree(finished, tmp_path / "store"))
+    store.link_run("paper rso 8 first-round", plan_of(data_dir).steps)
+    first, names = store.run("paper rso 8 first-round"), list[str]()
+    monkeypatch.setattr("jobs.commands.run.run_plans", lambda plans, *rest: names.extend(plan.name for plan in plans))
+    code, text = winnow("paper", "--config", data_dir / "demo.yaml", "--store", store.root)
+    assert (code, {name.split()[0] for name in names}) == (0, {"paper-2"}), text
+    assert store.run("paper rso 8 first-round") == first
+
+
+def test_a_table_reads_the_runs_that_stand_for_its_cells(measured):
+    """Such as `paper-2 ...`; here a run that is no cell."""
+    sql = "SELECT 100 * avg(proxy_win) AS rate FROM outcomes"
+    (rate,) = query(open_catalog(measured[0], "run"), sql)["rate"].to_pylist()
+    rows = tables(measured[0], {"paper rso 8 first-round": "run"})[1][1].to_pylist()
+    figures = {(row["pairs"], row["rank"]): row["our proxy %"] for row in rows}
+    assert figures["rso 8", "first-round"].startswith(f"{rate:.1f} [")
+
+
 def test_cells_share_all_that_is_the_same(measured):
     """All but the 64 plain samples; the first-round cells of 8 of table 2 are two of table 1."""
     _, ran = measured

@@ -151,7 +151,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     for key, win in (("a", 0.6), ("b", 0.8)):
         metrics = [metric("gold_win", win), metric("proxy_win", 0.9), metric("kl", 10 * win)]
         metrics += [metric("gold", win), metric("gold_baseline", 0.5), metric("gold_gain", win - 0.5)]
-        put(store, "evaluate", key, [table(OUTCOMES, *judged), table(EVALUATIONS, *metrics)])
+        reading = {"version": 1, "options": {}, "inputs": {"prompts": "abc", "judgements": "10"}}
+        put(store, "evaluate", key, [table(OUTCOMES, *judged), table(EVALUATIONS, *metrics)], identity=reading)
     shared = ["prompts", "sample", "reward", "select", "compare", "pair", "reference", "optimize", "generate", "judge"]
     greedy = [metric("gold_win", 0.3), metric("proxy_win", 0.2)]
     put(store, "evaluate", "c", [table(OUTCOMES, judged[0]), table(EVALUATIONS, *greedy)])
@@ -162,7 +163,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     )
     put(store, "win_rate", "d", [table(WINS, won), table(EVALUATIONS, metric("sxs_win", 0.7))], identity=named)
     voted = dict(prompt_id="h", candidate_id="ours", baseline_id="base", first="candidate", answer="A")
-    put(store, "autosxs", "e", [table(JUDGEMENTS, met), table(VOTES, voted | dict(vote=1.0), voted)])
+    others = met | dict(baseline_id="another run's")  # of the same response
+    put(store, "autosxs", "e", [table(JUDGEMENTS, met, others), table(VOTES, voted | dict(vote=1.0), voted)])
     rounds |= {"evaluate_by_sxs@2": ("win_rate", "d"), "judge_by_sxs@2": ("autosxs", "e")}
     link(store, "rso", **{stage: (stage, str(n + 1)) for n, stage in enumerate(shared)}, **rounds)
     return store
@@ -306,6 +308,7 @@ def test_the_histogram_counts_every_reward_once(store: Store):
 
 
 def test_responses_are_beside_the_baseline(store: Store):
+    """The one of the evaluation, and not what another judge of the config compared the response with."""
     rows = query(open_catalog(store, "rso", 2), queries.text("responses")).to_pylist()
     assert rows == [dict(prompt="text h", baseline="base", response="ours", gold_baseline=3.0, gold=1.0)]
 
@@ -324,6 +327,18 @@ def test_every_query_runs_on_a_whole_run(finished: Path):
     none = {"now", "rejects", "rounds", "two_losses", "unpaired", "votes"}
     assert {name for name in queries.names() if not query(catalog, queries.text(name)).num_rows} <= none
     assert isinstance(query(catalog, queries.text("cost")), pa.Table)
+
+
+def test_the_baseline_of_a_win_rate_is_the_sft_policys_whatever_else_has_the_same_draws(tmp_path: Path):
+    """Two steps with equal options are one result: at temperature 1, draws as `sample` has them are those of it."""
+    store, key = Store(tmp_path / "store"), "ba5e000000000000"
+    put(store, "sample", key, [])
+    identity = {"version": 1, "options": {}, "inputs": {"baseline": key}}
+    figure = dict(metric="proxy_win", value=0.5, low=0.4, high=0.6, n=2)
+    put(store, "evaluate", "e000000000000000", [table(EVALUATIONS, figure)], identity=identity)
+    steps = dict.fromkeys(("another", "eval_baseline", "eval_baseline_as_sampled"), ("sample", key))
+    link(store, "run", **steps, evaluate=("evaluate", "e000000000000000"))
+    assert [row["against"] for row in rows_of(store, "judges")] == ["sft"]
 
 
 def test_other_evaluations_are_columns_of_the_leaderboard_and_rows_of_all_evaluations(store):

@@ -39,6 +39,22 @@ def test_an_edited_config_makes_another_run_beside_the_first(winnow, words: list
     assert {row.partition(",")[0] for row in rows[1:]} >= {"rso", "rso-2"}
 
 
+def test_a_result_adopted_under_an_edited_config_leaves_the_first_run_its_name(
+    winnow, words: list[str], tmp_path: Path
+):
+    """The run that goes on from it has the name that the adoption gave."""
+    store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
+    other.write_text(OTHER)
+    assert winnow("run", *words)[0] == 0
+    first = store.run("rso")
+    folder = store.at("evaluate", first["evaluate"]["key"]).path
+    code, text = winnow("adopt", "rso", "evaluate", folder, *words[1:], "--config", other)
+    assert (code, "rso-2: rso stands for" in text, store.run("rso") == first) == (0, True, True), text
+    second = store.run("rso-2")
+    assert winnow("run", *words, "--config", other)[0] == 0
+    assert (store.run("rso"), store.run("rso-2")) == (first, second)
+
+
 def test_a_run_that_has_not_reached_its_target_gives_up_its_name(winnow, words: list[str], tmp_path: Path):
     store, other = Store(tmp_path / "store"), tmp_path / "other.yaml"
     other.write_text(OTHER)
@@ -96,6 +112,20 @@ def test_what_does_not_change_a_result_makes_no_other_run(sets: list[str], execu
     config = [data_dir / "demo.yaml"]
     (plain,), (fast,) = plans(["rso"], config, sets), plans(["rso"], config, [*sets, execution])
     assert (fast.name, [step.key for step in fast.steps]) == (plain.name, [step.key for step in plain.steps])
+
+
+@pytest.mark.parametrize("text", ["select.rule.beta=0.5", "shards=8"])
+def test_a_value_that_is_set_already_makes_no_other_run(text: str, data_dir: Path):
+    """One that the config or the recipe has, or that is no part of a result; another value is in the name."""
+    config = [data_dir / "demo.yaml"]
+    (same,) = plans(["rso"], config, ["sample.n=5", text])
+    (plain,) = plans(["rso"], config, ["sample.n=5"])
+    assert (same.name, [step.key for step in same.steps]) == ("rso[n=5]", [step.key for step in plain.steps])
+
+
+def test_of_an_option_that_is_set_twice_the_value_that_counts_is_in_the_name(data_dir: Path):
+    (plan,) = plans(["rso"], [data_dir / "demo.yaml"], ["select.rule.beta=0.2", "select.rule.beta=0.3"])
+    assert plan.name == "rso[beta=0.3]"
 
 
 def test_names_of_sweeps_are_short():

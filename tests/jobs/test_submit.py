@@ -70,7 +70,7 @@ def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(data_dir, tmp_
     ]):  # fmt: skip
         folder = tmp_path / str(n)
         (original,) = recipes.plans([name], configs, sets)
-        words = bundle.pack(folder, [name], configs, "laptop")
+        words = bundle.pack_submission(folder, [name], configs, "laptop")
         with monkeypatch.context() as patch:
             patch.chdir(folder)
             (shipped,) = recipes.plans(words[:1], [], sets)
@@ -84,7 +84,7 @@ def test_relative_paths(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(data_dir)
     original = recipes.plans(["rso"], [Path("demo.yaml")], [])
     bundle.check_paths(original)
-    words = bundle.pack(tmp_path, ["rso"], [Path("demo.yaml")], None)
+    words = bundle.pack_submission(tmp_path, ["rso"], [Path("demo.yaml")], None)
     with pytest.raises(WinnowError, match=r"prompts: prompts\.jsonl is relative to this folder"):
         bundle.check_paths(recipes.plans(["rso"], [Path("demo.yaml")], ["prompts.path=prompts.jsonl"]))
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_plugins_are_shipped(data_dir, tmp_path, monkeypatch):
     name, configs, folder = str(tmp_path / "mine.yaml"), [data_dir / "demo.yaml"], tmp_path / "bundle"
     try:
         original = recipes.plans([name], configs, [])
-        words = bundle.pack(folder, [name], configs, None)
+        words = bundle.pack_submission(folder, [name], configs, None)
         (tmp_path / "rules.py").unlink()
         monkeypatch.chdir(folder)
         assert bundle.plan_key(recipes.plans(words, [], [])) == bundle.plan_key(original)
@@ -113,7 +113,7 @@ def test_plugins_are_shipped(data_dir, tmp_path, monkeypatch):
 
 def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     """Neither tests nor benchmarks nor data; a bundle above Ray's limit names its largest files."""
-    words = bundle.pack(tmp_path / "out", ["rso", "ipo"], [data_dir / "demo.yaml"], "laptop")
+    words = bundle.pack_submission(tmp_path / "out", ["rso", "ipo"], [data_dir / "demo.yaml"], "laptop")
     paths = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     files = {file.relative_to(tmp_path / "out").as_posix() for file in paths}
     assert {file.split("/")[0] for file in files} == {*PACKAGES, "submission", "commit.txt"}
@@ -123,10 +123,10 @@ def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     assert sum(file.stat().st_size for file in paths) < 5e6
     (tmp_path / "rso.yaml").write_text("extends: _base\n")
     with pytest.raises(WinnowError, match=r"two recipes are named rso\.yaml"):
-        bundle.pack(tmp_path / "two", ["rso", str(tmp_path / "rso.yaml")], [data_dir / "demo.yaml"], None)
+        bundle.pack_submission(tmp_path / "two", ["rso", str(tmp_path / "rso.yaml")], [data_dir / "demo.yaml"], None)
     monkeypatch.setattr(bundle, "LIMIT", 10_000)
     with pytest.raises(WinnowError, match=r"accepts 9\.8 KiB; the largest files: .*only code is sent"):
-        bundle.pack(tmp_path / "large", ["rso"], [data_dir / "demo.yaml"], None)
+        bundle.pack_submission(tmp_path / "large", ["rso"], [data_dir / "demo.yaml"], None)
 
 
 def test_a_job_is_named_after_the_steps_that_it_runs(tmp_path):

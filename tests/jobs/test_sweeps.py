@@ -42,6 +42,12 @@ def test_names_have_the_ends_of_options_that_tell_them_apart(data_dir: Path):
     assert names(data_dir, "select.rule.beta=0.1", sets=sets) == ["rso[k=2] beta=0.1"]
 
 
+def test_an_option_of_set_and_one_of_a_sweep_are_told_apart_in_a_name(data_dir: Path):
+    over, sets = ["select.rule.beta=0.1,0.2"], ["optimize.objective.beta=0.3"]
+    names = [plan.name for plan in plan_sweep(["rso"], [data_dir / "demo.yaml"], sets, over).plans]
+    assert names == [f"rso[optimize.objective.beta=0.3] rule.beta={value}" for value in (0.1, 0.2)]
+
+
 def test_a_long_value_is_cut_to_what_a_line_can_hold(data_dir: Path):
     long = names(data_dir, *(f"sample.stop=['{'x' * 80}/{end}']" for end in "a"), "optimize.seed=0,1")
     assert len(set(long)) == 2

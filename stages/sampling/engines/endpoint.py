@@ -83,20 +83,8 @@ class EndpointEngine(Engine):
         self, requests: Sequence[Request], sampling: Sampling, progress: EngineProgress = ignore_progress
     ) -> list[tuple[Completion, str | None]]:
         """Return each request's completion, and the fingerprint of the server that drew it."""
-        fields = self._fields(sampling)
-
-        def body(request: Request) -> dict[str, Any]:
-            return fields | {"prompt": list(request.prompt_ids), "seed": request.seed}
-
-        def read(n: int, answer: Any) -> tuple[Completion, str | None]:
-            parsed = self.client.parse(_Answer, answer)
-            return self._completion(parsed, requests[n], sampling), parsed.system_fingerprint
-
-        return self.client.post_all(PATH, [partial(body, request) for request in requests], read, progress)
-
-    def _fields(self, sampling: Sampling) -> dict[str, Any]:
-        """Return the body of a request but for its prompt and seed: every parameter, so that no default counts."""
-        return {
+        # Every parameter, so that no default of the server counts.
+        fields = {
             "model": self.endpoint.model,
             "n": 1,
             "max_tokens": sampling.max_tokens,
@@ -118,6 +106,15 @@ class EndpointEngine(Engine):
             "logprobs": 0,
             "return_token_ids": True,
         }
+
+        def body(request: Request) -> dict[str, Any]:
+            return fields | {"prompt": list(request.prompt_ids), "seed": request.seed}
+
+        def read(n: int, answer: Any) -> tuple[Completion, str | None]:
+            parsed = self.client.parse(_Answer, answer)
+            return self._completion(parsed, requests[n], sampling), parsed.system_fingerprint
+
+        return self.client.post_all(PATH, [partial(body, request) for request in requests], read, progress)
 
     def _completion(self, answer: _Answer, request: Request, sampling: Sampling) -> Completion:
         """Return the server's answer; raise WinnowError for one that the request did not ask for."""
@@ -219,12 +216,12 @@ class EndpointEngine(Engine):
     def _check_weights(self, trials: Sequence[Request], completions: Sequence[Completion]) -> None:
         """Compare log-probs with those of the folder's network; raise WinnowError if rounding does not explain them."""
         from stages.network.local import logp_on_cpu
-        from stages.training.agreement import Drawn, check_agreement
+        from stages.training.agreement import Draw, check_agreement
 
         rows = [(request.prompt_ids, item.token_ids) for request, item in zip(trials, completions, strict=True)]
         local = logp_on_cpu(self.folder, rows, self.dtype)
         compared = [
-            (Drawn(item.logp, self.endpoint.model, self.dtype), logp, len(item.token_ids))
+            (Draw(item.logp, self.endpoint.model, self.dtype), logp, len(item.token_ids))
             for item, logp in zip(completions, local, strict=True)
         ]
         try:

@@ -134,6 +134,8 @@ REFUSED = {
 }  # fmt: skip
 
 
+# That are read here too, by the plan's estimates of memory and by the engine.
+COUNTS = ("kv_cache_memory_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size")
 # Of what vLLM imports by a name with dots; and formats of weights that are not those of the folder's safetensors.
 NAMES_CODE = ("compilation_config", "distributed_executor_backend", "quantization", "speculative_config")
 QUALIFIED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -180,10 +182,14 @@ def _check(options: dict[str, Any] | None) -> dict[str, Any] | None:
             raise ValueError(f"{name} cannot be set here: {REFUSED[name]}")
         if names and name not in names:
             raise ValueError(f"{name} is no engine argument of the installed vLLM; {nearest(name, sorted(names))}")
-        if name == "max_model_len" and value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"max_model_len must be a number of tokens, got {value!r}")
-        if name == "load_format" and value in RANDOM_OR_PICKLED:
-            raise ValueError(f"load_format {value}: {RANDOM_OR_PICKLED[value]}; unset it")
+        if name in COUNTS and value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        is_share = type(value) in (int, float) and 0 < value <= 1
+        if name == "gpu_memory_utilization" and value is not None and not is_share:
+            raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
+        for text in _texts(value) if name == "load_format" else ():
+            if text in RANDOM_OR_PICKLED:
+                raise ValueError(f"load_format {text}: {RANDOM_OR_PICKLED[text]}; unset it")
         if name in NAMES_CODE and any(QUALIFIED.fullmatch(text) for text in _texts(value)):
             raise ValueError(f"{name} cannot name a class or function here: {RUNS_CODE}")
         if name == "speculative_config" and "synthetic" in str(value):

@@ -136,22 +136,19 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]
             if self.lengths[n] is not None:
                 continue
             length = len(self.texts[n])
-            self.texts[n] += self._text_of(n, token)
+            try:
+                text = self.streams[n].step(self.tokenizer, token)
+            except Exception as error:  # tokenizers has no other
+                if not str(error).startswith("Invalid prefix"):
+                    raise
+                # What follows bytes that are no UTF-8 starts anew, as in vLLM.
+                self.streams[n] = DecodeStream(skip_special_tokens=True)
+                text = self.streams[n].step(self.tokenizer, token)
+            self.texts[n] += text or ""
             if len(self.texts[n]) > length and step > self.sampling.min_tokens:
-                starts = [self.texts[n].find(text, max(0, length - len(text) + 1)) for text in self.sampling.stop]
+                starts = [self.texts[n].find(stop, max(0, length - len(stop) + 1)) for stop in self.sampling.stop]
                 self.lengths[n] = step if max(starts) >= 0 else None
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
-
-    def _text_of(self, row: int, token: int) -> str:
-        try:
-            return self.streams[row].step(self.tokenizer, token) or ""
-        except (
-            Exception
-        ) as error:  # tokenizers has no other; what follows bytes that are no UTF-8 starts anew, as in vLLM
-            if not str(error).startswith("Invalid prefix"):
-                raise
-            self.streams[row] = DecodeStream(skip_special_tokens=True)
-            return self.streams[row].step(self.tokenizer, token) or ""
 
 
 class NetworkEngine(Engine):

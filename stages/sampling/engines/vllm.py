@@ -242,7 +242,10 @@ def _check_gpus(tensor_parallel: int, options: dict[str, Any]) -> None:
             f"the profile gives each worker of this step gpus: {reserved:g}, and its engine runs on {count}: set "
             f"`tensor_parallel: {reserved:g}` in the profile, or `gpus: {count}` and more `max_workers`"
         )
-    rows = nvidia_smi("--query-gpu=memory.free,memory.total,index")[:count]
+    # In the order in which this process sees them: the engine takes the first ones of `CUDA_VISIBLE_DEVICES`.
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    rows = nvidia_smi("--query-gpu=memory.free,memory.total,index")
+    rows = sorted(rows, key=lambda row: visible.index(row[-1]) if row[-1] in visible else 0)[:count]
     if any(not cell.isdecimal() for row in rows for cell in row) or len({row[1] for row in rows}) > 1:
         return  # cards of several kinds, in whose order CUDA and nvidia-smi differ; vLLM looks for itself
     share = float(options.get("gpu_memory_utilization") or GPU_SHARE)

@@ -19,6 +19,12 @@ from tests.runs import Silent
 from tests.toys import notes, plan_of_toys
 
 
+def test_the_number_of_processes_is_that_of_the_cores_which_a_container_may_use(monkeypatch: pytest.MonkeyPatch):
+    """And not of the machine's: loky reads the quota of the container and the affinity of the process."""
+    monkeypatch.setattr("joblib.externals.loky.cpu_count", lambda: 3)
+    assert (LocalExecutor().processes, LocalExecutor(processes=2).processes) == (3, 2)
+
+
 def test_long_parts_are_computed_in_processes_and_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All but the first, which shows that they are long. Two new processes take a second or two to start."""
     monkeypatch.setattr(executor, "LONG_PART", 0.0)

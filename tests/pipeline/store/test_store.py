@@ -337,6 +337,15 @@ def test_the_parts_of_a_small_table_are_one_file(store: Store, monkeypatch: pyte
     assert folder(store).read(REWARDS, 0, (first, None)).equals(before[0].filter(pc.field("prompt_id") >= first))
 
 
+def test_a_part_in_a_file_of_all_parts_takes_the_memory_of_its_rows(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.store.store.SMALL_TABLE", SMALL)
+    make(store)
+    rows = [folder(store).read(REWARDS, shard).num_rows for shard in range(SHARDS)]
+    sizes = [folder(store).decoded_bytes(REWARDS, shard, SHARDS) for shard in range(SHARDS)]
+    assert len(set(rows)) > 1
+    assert [size / sum(sizes) for size in sizes] == pytest.approx([count / sum(rows) for count in rows], abs=0.01)
+
+
 def test_a_table_without_rows_has_no_file_and_can_be_read(store: Store):
     """In a part, and where no part has any."""
     make(store)

@@ -201,6 +201,17 @@ def test_responses_that_are_too_long_are_rejected_unless_they_are_to_be_cut(tiny
     assert reasons(ctx) == [("own.jsonl:2", "response too long"), ("in.jsonl:1", "response too long")]
 
 
+def test_a_response_of_any_length_is_cut_to_its_first_ids(tiny, ctx, tmp_path):
+    """Of more characters than max_tokens could hold, those behind are not tokenised."""
+    tables = []
+    for words in (40, 10_000):
+        path = jsonl(tmp_path, [{"prompt": "a", "response": "boat " * words, "reward": 1.0}])
+        tables.append(own_candidates(tiny, ctx, path=path, reward="reward", max_tokens=20, too_long="cut")[1])
+    ids, (long_ids,) = (table["token_ids"].to_pylist() for table in tables)
+    assert (ids, len(long_ids), tables[1]["finish_reason"].to_pylist()) == ([long_ids], 20, ["length"])
+    assert tables[1]["text"].to_pylist() == ["boat " * 10_000]
+
+
 def test_no_space_is_added_between_prompt_and_response(tmp_path):
     """SentencePiece adds a space to a text: the ids of a response are those that follow the prompt's in both."""
     fast = FastTokenizer(models.BPE(unk_token="<unk>"))

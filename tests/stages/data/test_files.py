@@ -21,8 +21,9 @@ from transformers import AutoTokenizer
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
-from schemas import Model, WinnowError, conform
+from schemas import Model, WinnowError, WinnowWarning, conform
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS, REWARDS
+from stages.data.file_rows import file_rows
 from stages.data.files import DataSource, check_source
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
@@ -106,6 +107,28 @@ BAD_LINES = [
     (b'{"prompt": "' + b"long " * 300 + b'"}', "prompt too long"),
     (b'{"prompt": "good 2"}', None),
 ]
+
+
+def test_a_second_line_with_as_many_commas_as_a_row_is_text(tmp_path):
+    text = "Dear all,\nred, green, blue, and more"
+    (tmp_path / "in.csv").write_text(f'prompt,a,b,c\nHi,1,2,"{text}"\n')
+    rejected = list[str]()
+    with pytest.warns(WinnowWarning, match="if a quote is missing there"):
+        rows = list(file_rows(tmp_path / "in.csv", [], lambda reason, **_: rejected.append(reason)))
+    assert ([row["c"] for _, row in rows], rejected) == ([text], [])
+
+
+def test_a_line_of_just_the_limit_takes_no_row_with_it(tmp_path, monkeypatch):
+    path = jsonl(tmp_path, [{"prompt": "a" * 20}, {"prompt": "b"}, {"prompt": "c"}]).path
+    monkeypatch.setattr("stages.data.file_rows.LONGEST_ROW", path.read_bytes().index(b"\n") + 1)
+    rows = file_rows(path, [], reject=lambda *args, **kwargs: None)
+    assert [row["prompt"] for _, row in rows] == ["a" * 20, "b", "c"]
+
+
+def test_a_file_of_one_line_that_is_too_long_is_refused_when_the_plan_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.data.file_rows.LONGEST_ROW", 100)
+    (problem,) = DataSource(path=jsonl(tmp_path, [{"prompt": "a" * 500}])).check(["prompt"])
+    assert problem.startswith("in.jsonl: no rows")
 
 
 def test_each_bad_line_is_rejected_with_reason_and_location_and_the_rest_goes_on(tiny, ctx, tmp_path):

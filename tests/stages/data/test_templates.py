@@ -19,7 +19,7 @@ from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import check_system_prompt, prompts
 from stages.data.texts import TEMPLATE_OPTIONS, Conversation
-from stages.data.tokenizer import Tokenizer
+from stages.data.tokenizer import MAX_ENDS, Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
 from tests.conftest import write_jsonl
@@ -296,3 +296,16 @@ def test_a_system_prompt_that_the_template_lacks_is_refused(tiny, tmp_path, ctx,
     gemma = tokenizer_of("gemma")
     with pytest.raises(WinnowError, match="system_prompt: "):
         prompts(Model(gemma.folder, ""), ctx, path=path, system_prompt="Be kind.")
+
+
+def test_ends_of_prompts_are_few_where_each_prompt_has_its_own(tiny, tmp_path):
+    """Llama-2's template writes no token behind the question: every prompt would be compared with all before it."""
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} "
+        "[/INST]{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(Model(folder, ""))
+    ids = [tokenizer.prompt_ids(f"Question {n}") for n in range(MAX_ENDS + 5)]
+    assert ids == [tokenizer.encode(f"{tokenizer.inner.bos_token}[INST] Question {n} [/INST]") for n in range(len(ids))]
+    assert len(tokenizer._ends) == MAX_ENDS

@@ -174,6 +174,17 @@ def test_an_engine_is_not_started_on_a_gpu_that_others_hold(monkeypatch: pytest.
     vllm._check_gpus(1, {"gpu_memory_utilization": 0.5})
 
 
+def test_the_gpus_of_an_engine_are_the_first_that_its_process_sees(monkeypatch: pytest.MonkeyPatch):
+    """Of `CUDA_VISIBLE_DEVICES: 3,1` an engine on one GPU takes number 3, which is free here."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    gpus = [["40960", "81920", "1"], ["81920", "81920", "3"]]
+    monkeypatch.setattr(vllm, "nvidia_smi", lambda query: gpus if "gpu" in query else [])
+    monkeypatch.setattr(device, "nvidia_smi", lambda query: [])
+    vllm._check_gpus(1, {})
+    with pytest.raises(MachineError, match="GPU 1 has"):
+        vllm._check_gpus(2, {})
+
+
 def test_a_judges_engine_has_the_options_and_gpus_of_its_step(tiny: Model, monkeypatch: pytest.MonkeyPatch):
     """A judge that one GPU does not hold was started on one, whatever the profile said."""
     started = []

@@ -18,7 +18,7 @@ from stages.sampling.engines import Completion, Request, Sampling, open_engine
 from stages.sampling.engines.fake import FakeEngine
 from stages.sampling.engines.options import EXECUTION_OPTIONS, REFUSED, vllm_arguments
 from stages.sampling.sample import sample
-from stages.training.agreement import drawn
+from stages.training.agreement import draw_of
 from tests.material import alone
 from tests.runs import plan_of
 from tests.stages.network.test_limits import one_prompt
@@ -45,6 +45,9 @@ def test_the_table_names_arguments_of_the_installed_vllm():
         ("{override_generation_config: {top_p: 0.5}}", ["override_generation_config", "distribution"]),
         ("{hf_token: abc}", ["hf_token", "environment"]),
         ("{max_model_len: -1}", ["max_model_len", "-1"]),
+        ("{max_num_batched_tokens: many}", ["max_num_batched_tokens", "'many'"]),
+        ("{gpu_memory_utilization: 0}", ["gpu_memory_utilization", "got 0"]),
+        ("{load_format: [dummy]}", ["load_format", "random"]),
         ("{speculative_config: {rejection_sample_method: synthetic}}", ["speculative_config", "policy"]),
     ],
 )
@@ -190,7 +193,7 @@ def test_the_log_prob_of_another_network_is_approximate_and_compared_with_none(t
     monkeypatch.setattr("stages.sampling.sample.open_engine", lambda *arguments: Recorder())
     (row,) = sample(one_prompt(), tiny, ctx, n=1, max_tokens=8, **LAW, engine_options=options).to_pylist()
     assert row["logp_kind"] == kind
-    assert (drawn(row) is None) == (kind == "approximate")
+    assert (draw_of(row) is None) == (kind == "approximate")
 
 
 def test_prompts_are_rejected_by_the_length_that_the_engine_takes(tiny, ctx, monkeypatch):

@@ -21,7 +21,7 @@ from schemas.tables import SELECTIONS
 from stages.sampling import sample as sampling
 from stages.sampling.engines import open_engine
 from stages.sampling.sample import sample
-from stages.training.agreement import LIMITS, MEASURE, Drawn, check_agreement
+from stages.training.agreement import LIMITS, MEASURE, Draw, check_agreement
 from stages.training.examples import examples
 from stages.training.reference import reference
 from tests.families import write_family
@@ -185,7 +185,7 @@ def test_the_limit_allows_for_few_tokens_and_not_for_a_nan():
     for count in (1, 100):
         bound = linear * count + root * count**0.5
         for off, agrees in ((0.99 * bound, True), (1.01 * bound, False), (float("nan"), False)):
-            rows = [(Drawn(-5.0, "m", "bfloat16"), -5.0 - off, count)]
+            rows = [(Draw(-5.0, "m", "bfloat16"), -5.0 - off, count)]
             if agrees:
                 assert check_agreement(rows, "float32", 1.0, "m", "reference") is not None
             else:

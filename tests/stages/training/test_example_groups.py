@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from schemas import WinnowError, conform, token_digest
 from schemas.tables import EXAMPLES, PAIRS, PROMPTS, REFERENCE, REJECTS
 from stages.data.rows import ALL_WRONG, cutoff, equal_rewards, rows_by_prompt
-from stages.training.agreement import drawn
+from stages.training.agreement import draw_of
 from stages.training.examples import examples
 from tests.stages.selection.test_pair_batches import GROUPS, tables_of
 from tests.stages.selection.test_pairs import space
@@ -71,7 +71,7 @@ def plain_examples(tables: dict[str, pa.Table | None], options: Row) -> tuple[li
             item = {"candidate_id": key, "token_ids": row["token_ids"], "mask": row["mask"]}
             item |= {"weight": weights.get(key, 0.0), "desirable": signs.get(key), "ref_logp": None}
             item |= {"ref_logp": scores[key]["logp"]} if scores else {}
-            draw = drawn(row)
+            draw = draw_of(row)
             item |= {"drawn_logp": draw and draw.logp, "drawn_by": draw and draw.model}
             group.append(item | {"drawn_dtype": draw and draw.dtype})
         positions = {row["candidate_id"]: n for n, row in enumerate(responses)}
