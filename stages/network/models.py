@@ -291,7 +291,7 @@ def _merge_into_base(base: Model, adapter: Path, dtype: Precision) -> Model:
     return merged
 
 
-@stage(version=2, unsharded=True, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
+@stage(version=3, unsharded=True, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
 def reward_head(policy: Model, ctx: StageContext) -> Model:
     """Turn a policy into a reward model to train: its weights, with one score (0 at first) in place of the vocabulary.
 

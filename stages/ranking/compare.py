@@ -14,6 +14,7 @@ from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import (
+    NO_VERDICT,
     Ranker,
     Reading,
     ReadingPair,
@@ -22,7 +23,8 @@ from stages.ranking.base import (
     prepared_batches,
     read_candidates,
     reads_per_pair,
-    unfit_reason,
+    unreadable,
+    warn_of_lost,
 )
 from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
@@ -91,10 +93,11 @@ def compare(
         rejects = []
         while len(players) > 1:
             longest, second = sorted(players, key=lambda player: (-lengths[player], player))[:2]
-            reason = unfit_reason(opened, context, (readings[longest], readings[second]))
-            if reason is None:
+            problem = unreadable(opened, context, (readings[longest], readings[second]))
+            if problem is None:
                 break
-            rejects.append(dict(reason=reason, place="selections", candidate=longest))
+            detail = problem.detail if isinstance(readings[longest], Unreadable) else f"together with {second}"
+            rejects.append(dict(reason=problem.reason, place="selections", candidate=longest, detail=detail))
             players.remove(longest)
         if len(players) < 2:
             rejects.append(dict(reason="one candidate", place=rule, detail=f"of {len(group)}"))
@@ -119,15 +122,17 @@ def compare(
                 ctx.reject(prompt=bracket.prompt, **reject)
             for match in bracket.matches:
                 ids = dict(place=rule, prompt=bracket.prompt, candidate=match["left_id"], detail=match["right_id"])
-                if (match["left_id"], match["right_id"]) in bracket.unfit:
-                    ctx.reject(Unreadable.reason, **ids)
+                if problem := bracket.unfit.get((match["left_id"], match["right_id"])):
+                    ctx.reject(problem.reason, **ids)
                 elif opened.abstains and isnan(match["logit"]):
-                    ctx.reject("no verdict", **ids)
+                    ctx.reject(NO_VERDICT, **ids)
                 else:
                     rows.append(dict(prompt_id=bracket.prompt) | match)
     opened.finish_part(ctx)
-    table = pa.Table.from_pylist(rows, schema=COMPARISONS)
-    return reject_not_finite(table, "logit", ctx, place="comparisons", candidate="left_id")
+    comparisons = pa.Table.from_pylist(rows, schema=COMPARISONS)
+    comparisons = reject_not_finite(comparisons, "logit", ctx, place="comparisons", candidate="left_id")
+    warn_of_lost("compare", ctx, table.num_rows)
+    return comparisons
 
 
 @dataclass
@@ -140,7 +145,8 @@ class Bracket:
     rejects: list[dict[str, str]]
     rounds: Rounds
     pairs: list[IdPair] | None = None  # of this round; None after the last
-    unfit: set[IdPair] = field(default_factory=set)  # texts can have fewer characters than others, and more tokens
+    # Texts can have fewer characters than others, and more tokens.
+    unfit: dict[IdPair, Unreadable] = field(default_factory=dict)
     matches: list[Row] = field(default_factory=list)  # of all rounds, once there is none left
 
     def fitting_readings(self) -> list[ReadingPair]:
@@ -159,9 +165,9 @@ class Bracket:
         except StopIteration as end:
             self.pairs, self.matches = None, end.value
             return
-        self.unfit |= {
-            pair for pair in self.pairs if not ranker.fits(self.context, *(self.readings[name] for name in pair))
-        }
+        for left, right in self.pairs:
+            if problem := unreadable(ranker, self.context, (self.readings[left], self.readings[right])):
+                self.unfit[left, right] = problem
 
 
 def matches_of(rule: str, players: list[str]) -> Rounds:

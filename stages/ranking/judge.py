@@ -20,6 +20,8 @@ from stages.ranking.base import (
     prepared_batches,
     read_candidates,
     reads_per_pair,
+    unreadable,
+    warn_of_lost,
 )
 from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
@@ -67,7 +69,7 @@ def judge(
         for *_, judgements in judged_prompts(opened, prompts, candidates, baseline, ctx, matches, special_tokens)
         for row in judgements
     ]
-    return finished_judgements(opened, rows, ctx)
+    return finished_judgements("judge", opened, rows, candidates.num_rows + baseline.num_rows, ctx)
 
 
 def judged_prompts(
@@ -94,11 +96,16 @@ def judged_prompts(
         yield group, opponents, judgements
 
 
-def finished_judgements(ranker: Ranker, rows: list[Row], ctx: StageContext) -> pa.Table:
-    """Return the table of a part's judgements, without those that are not finite, once the ranker has ended it."""
+def finished_judgements(stage: str, ranker: Ranker, rows: list[Row], responses: int, ctx: StageContext) -> pa.Table:
+    """Return the table of a part's judgements, without those that are not finite, once the ranker has ended it.
+
+    responses: how many there are in the part, of both sides.
+    """
     ctx.count(unread_responses=sum(row["unread"] is not None for row in rows))
     ranker.finish_part(ctx)
-    return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
+    judgements = reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
+    warn_of_lost(stage, ctx, responses)
+    return judgements
 
 
 def judge_prompts(
@@ -137,7 +144,7 @@ def _matches_of_prompt(
         read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
     )
     unread = {
-        name: (place, reading.reason, "")
+        name: (place, reading.reason, reading.detail)
         for place, side in (("candidates", readings), ("baseline", opponent_readings))
         for name, reading in side.items()
         if isinstance(reading, Unreadable)
@@ -151,18 +158,18 @@ def _matches_of_prompt(
         judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
         judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
         rows.append(judgement)
-        unreadable = [isinstance(reading, Unreadable) for reading in pair]
-        if any(unreadable):
-            judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
-        elif ranker.fits(prompt["text"], *pair):
-            met.append((judgement, pair))
-        else:
+        are_unread = [isinstance(reading, Unreadable) for reading in pair]
+        if any(are_unread):
+            judgement["unread"] = "both" if all(are_unread) else "baseline" if are_unread[1] else "candidate"
+        elif problem := unreadable(ranker, prompt["text"], pair):
             excess = opponent["n_tokens"] - row["n_tokens"]
             judgement["unread"] = "both" if not excess else "baseline" if excess > 0 else "candidate"
             for place, one, other in (("candidates", row, opponent), ("baseline", opponent, row)):
                 if one["n_tokens"] >= other["n_tokens"]:  # once, however many it does not fit with
                     detail = f"together with {other['candidate_id']}"
-                    unread.setdefault(one["candidate_id"], (place, Unreadable.reason, detail))
+                    unread.setdefault(one["candidate_id"], (place, problem.reason, detail))
+        else:
+            met.append((judgement, pair))
     return rows, met, unread
 
 

@@ -59,11 +59,8 @@ class LlmJudge(Ranker):
         return [self._question_ids(self.template.format(prompt=context, a=a, b=b)) for a, b in orders]
 
     def fits(self, context: str, first: str, second: str) -> bool:
-        """Return whether both orders are short enough, and free of special tokens (read as control tokens)."""
-        try:
-            return all(len(ids) <= self.max_prompt_tokens for ids in self.questions(context, first, second))
-        except ValueError:
-            return False
+        """Return whether both orders are short enough; raise ValueError as `questions` does."""
+        return all(len(ids) <= self.max_prompt_tokens for ids in self.questions(context, first, second))
 
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         (logits,) = self.logits_by_prompt([(context, pairs)])

@@ -140,10 +140,7 @@ class PairwiseRanker(Ranker):
         return response.text if prompt == context else (prompt, response.text)
 
     def fits(self, context: str, first: Reading, second: Reading) -> bool:
-        try:
-            return len(self._ids(context, (first, second))) <= self.context
-        except ValueError:
-            return False
+        return len(self._ids(context, (first, second))) <= self.context
 
     def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
         (logits,) = self.logits_by_prompt([(context, pairs)])

@@ -1,6 +1,6 @@
 """Stage `reward`: a reward for every candidate, from n - 1 comparisons per prompt, or from a score of its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.options import Seed
 from stages.ranking.base import (
+    NO_VERDICT,
     ReadingPair,
     Scorer,
     Unreadable,
@@ -20,7 +21,8 @@ from stages.ranking.base import (
     prepared_batches,
     read_candidates,
     reads_per_pair,
-    unfit_reason,
+    unreadable,
+    warn_of_lost,
 )
 from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
@@ -41,7 +43,7 @@ class Compared:
     baseline: Row | None
     rows: list[Row] = field(default_factory=list)
     pairs: list[ReadingPair] = field(default_factory=list)
-    unfit: list[tuple[Row, str]] = field(default_factory=list)
+    unfit: list[tuple[Row, Unreadable]] = field(default_factory=list)
 
 
 @stage(
@@ -89,8 +91,10 @@ def reward(
             pair = (readings[(baseline or row)["candidate_id"]], readings[row["candidate_id"]])
             if row is baseline:
                 continue
-            if reason := unfit_reason(opened, context, pair):
-                compared.unfit.append((row, reason))
+            if problem := unreadable(opened, context, pair):
+                if baseline is not None and not isinstance(pair[1], Unreadable):
+                    problem = replace(problem, detail=f"together with {baseline['candidate_id']}")
+                compared.unfit.append((row, problem))
             else:
                 compared.rows.append(row)
                 compared.pairs.append(pair)
@@ -119,14 +123,15 @@ def reward(
                 columns_by_prompt.append(columns)
 
         for item, columns in zip(batch, columns_by_prompt, strict=True):
-            for row, reason in item.unfit:
-                ctx.reject(reason, place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+            for row, problem in item.unfit:
+                ids = dict(place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+                ctx.reject(problem.reason, detail=problem.detail, **ids)
             rewarded: list[Row] = []
             if item.baseline is not None:  # it beats itself half of the time
                 rewarded.append(dict(candidate_id=item.baseline["candidate_id"], reward=0.0))
             for n, row in enumerate(item.rows):
                 if opened.abstains and np.isnan(columns["reward"][n]):
-                    ctx.reject("no verdict", place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+                    ctx.reject(NO_VERDICT, place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
                     continue
                 # + 0.0: no -0.0 in a table
                 numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}
@@ -138,4 +143,6 @@ def reward(
             )
             rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
     opened.finish_part(ctx)
-    return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
+    rewards = reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
+    warn_of_lost("reward", ctx, candidates.num_rows)
+    return rewards

@@ -45,9 +45,7 @@ class LocalVoter:
     max_prompt_tokens: int
 
     def fits(self, question: str) -> bool:
-        """Return whether a question is short enough, and free of special tokens (read as control tokens)."""
-        if self.tokenizer.has_special_token(question):
-            return False
+        """Return whether a question is short enough; raise ValueError with the reason if it cannot be rendered."""
         return len(self.tokenizer.prompt_ids(question)) <= self.max_prompt_tokens
 
     def ask(self, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:

@@ -244,7 +244,7 @@ def test_one_candidate_is_no_comparison(ranker):
     assert table.column("prompt_id").to_pylist() == ["b"]
     assert [(row["prompt_id"], row["reason"], row["detail"]) for row in ctx.rejects.to_pylist()] == [
         ("a", "one candidate", "of 1"),
-        ("c", "does not fit the ranker", ""),
+        ("c", "does not fit the ranker", "together with c-0"),
         ("c", "one candidate", "of 2"),
     ]
 
@@ -571,6 +571,62 @@ def test_what_the_ranker_cannot_read_is_in_the_rejects_with_its_reason():
     assert listed == [
         ("a-0", "candidates", shouts), ("a-2", "candidates", "does not fit the ranker"), ("base-0", "baseline", shouts),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["reward", "compare", "judge"])
+@pytest.mark.parametrize(
+    ("reason", "cure"),
+    [
+        ("special token <|im_end|> in the text", "bad_words"),
+        ("chat messages, and the tokenizer has no chat template", "give a ranker that has one"),
+        ("the chat template does not render tools", "one that does"),
+        ("a call, cut at max_tokens", "raise `max_tokens`"),
+        ("answer is no number", "correct it in the data file"),
+        (None, "longer context"),
+    ],
+)
+def test_many_lost_responses_are_warned_of_with_their_reason_and_its_cure(stage, reason, cure):
+    """One of ten is many, and one of forty is not."""
+
+    class Picky(Scorer):
+        def read(self, context, response):
+            if response.text != "?":
+                return response.text
+            if reason is None:
+                return None
+            raise ValueError(reason)
+
+        def score(self, context, texts):
+            return np.zeros(len(texts))
+
+    class Opened(WarmCache):
+        def open_once(self, open_it, *args):
+            return Picky()
+
+    def run(count):
+        ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
+        table = candidate_table(candidate("a", k, text="?" if not k else "Yes.") for k in range(count))
+        by = Bound(Entry("picky", lambda model: None, {}), {})
+        if stage == "judge":
+            other = candidate_table([candidate("a", 0, candidate_id="base")])
+            judge(prompts_of("a"), table, other, ctx, by=by)
+        elif stage == "compare":
+            compare(prompts_of("a"), table, ctx, by=by)
+        else:
+            reward(prompts_of("a"), table, ctx, by=by)
+        return next(row for row in ctx.rejects.to_pylist() if row["candidate_id"] == "a-0")
+
+    with pytest.warns(WinnowWarning, match="cannot be ranked") as caught:
+        reject = run(10)
+    (message,) = {str(item.message) for item in caught}
+    assert message.startswith(f"{stage}: ")
+    assert (reason or "does not fit") in message
+    assert cure in message
+    assert (reason or "does not fit") in reject["reason"]
+    assert reason or "tokens" in reject["detail"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(40)
 
 
 def test_judgements_of_other_responses_are_refused():

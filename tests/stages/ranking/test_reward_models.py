@@ -365,7 +365,8 @@ def test_drawn_ids_are_scored_and_not_the_ids_of_their_text(opinionated, ranker,
     for ids in (usual, spelled):
         (score,) = rewards_of([*ids, 1], "boat", opinionated, tokenizer)
         assert score == pytest.approx(naive(network, prompt, [*ids, 1]), abs=LIMIT)
-    first, second = (ranker.read("Hi", Response("boat", (*ids, 1), "stop")) for ids in (usual, spelled))
+    hi = tuple(tokenizer.prompt_ids("Hi"))
+    first, second = (ranker.read("Hi", Response("boat", (*ids, 1), "stop", hi)) for ids in (usual, spelled))
     (scores,) = ranker.scores([("Hi", [first, second, first])])
     assert len(scores) == 2
     assert scores[first] != scores[second]
@@ -379,7 +380,7 @@ def test_a_special_token_inside_a_response_is_scored(opinionated, ranker, networ
     (score,) = rewards_of(ids, tokenizer.decode(ids), opinionated, tokenizer)
     assert score == pytest.approx(naive(network, prompt, ids), abs=LIMIT)
     raw_text = tokenizer.decode(ids[:-1], special_tokens=True)
-    assert ranker.read("Hi", Response(raw_text, tuple(ids), "stop"))[1] == tuple(ids)
+    assert ranker.read("Hi", Response(raw_text, tuple(ids), "stop", tuple(tokenizer.prompt_ids("Hi"))))[1] == tuple(ids)
 
 
 def test_a_response_of_another_tokenizer_is_read_as_text(opinionated, ranker, network):
