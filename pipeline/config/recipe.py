@@ -218,12 +218,15 @@ def load_recipe(
         overlaid_steps |= {step: None for step in overlay if step in steps and overlay[step] is None}
         problems += [f"{entry}: {line}" for line in _step_problems(overlaid_steps) if line not in step_problems]
     problems = [line for line in problems if line not in layer_problems]
-    for line, layer in layer_problems.items():
+    for line, source in layer_problems.items():
         place = re.sub(r"^rounds, entry \d+: ", "", line).partition(": ")[0]
-        body = layer.content.get(place.partition(".")[0])
-        hint = how_to_set(place, body.get(place.partition(".")[2], "...") if isinstance(body, dict) else body, steps)
-        line = re.sub(r" \(did you mean [^)]*\)$", "", line) if hint else line
-        problems.append(f"{layer.name}: " * (len(layers) > 1) + line + hint)
+        step, _, key = place.partition(".")
+        body = source.content.get(step)
+        hint = ""
+        if step not in NAMES and key not in BODY_KEYS and "." not in key:
+            hint = how_to_set(place, body.get(key, "...") if isinstance(body, dict) else body, steps)
+            line = re.sub(r" \(did you mean [^)]*\)$", "", line) if hint else line
+        problems.append(f"{source.name}: " * (len(layers) > 1) + line + hint)
     if problems:
         raise WinnowError(*set_problems, *problems)
 

@@ -240,6 +240,7 @@ def test_an_option_for_one_rule_of_several_recipes_is_written_with_its_name(winn
         ("optimize: {beta: 0.1}", "`optimize: {with: {objective: {beta: 0.1}}}`"),
         ("sample: {with: {learning_rate: 1.0e-5}}", "`optimize: {with: {learning_rate: 1e-05}}`"),
         ("select: {temperature: 0.7}", "`sample: {with: {temperature: 0.7}}`"),
+        ("dtype: 16", "dtype: must be 'float32' or 'bfloat16', got 16\n"),
         ("max_tokens: 64", "(or likewise demonstrations.max_tokens, "),
     ],
 )
