@@ -123,9 +123,7 @@ def evaluate(
             ctx.reject(f"no gold: {error}", place="prompts", prompt=name)
             scorable.discard(name)
 
-    judgements_by_candidate: dict[str, list[Row]] = {}
-    for row in judgements.to_pylist():
-        judgements_by_candidate.setdefault(row["candidate_id"], []).append(row)
+    judgements_by_candidate = group_by_candidate("evaluate", judgements, candidates, baseline)
     baseline_by_prompt = dict(rows_by_prompt(baseline))
     baseline_length = column_by_id(baseline, "candidate_id", "n_tokens")
     baseline_gold = {
@@ -136,7 +134,7 @@ def evaluate(
     outcomes = []
     matches: dict[str, list[Match]] = {"proxy_win": [], "gold_win": []}
     for row in (row for _, group in rows_by_prompt(candidates) for row in group):
-        name, judged = row["candidate_id"], judgements_by_candidate.pop(row["candidate_id"], [])
+        name, judged = row["candidate_id"], judgements_by_candidate.get(row["candidate_id"], [])
         wins = {match["baseline_id"]: win for match in judged if (win := win_of(match)) is not None}
         outcome = dict(prompt_id=row["prompt_id"], k=row["k"], candidate_id=name, n_tokens=row["n_tokens"])
         outcome["proxy_verdicts"] = _mean(match["logit"] is not None for match in judged)
@@ -160,11 +158,6 @@ def evaluate(
         if name in policy_scores and name in baseline_scores:
             outcome["kl"] = float(policy_scores[name] - baseline_scores[name])
         outcomes.append(outcome)
-    if judgements_by_candidate:
-        raise WinnowError(
-            f"evaluate: judgements of {len(judgements_by_candidate):,} responses that `candidates` lacks, such as "
-            f"{next(iter(judgements_by_candidate))}; give it the candidates that were judged"
-        )
 
     # Average per prompt first, so that prompts with more responses do not weigh more. In one thread and in the order of
     # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
@@ -203,6 +196,24 @@ def evaluate(
             n = len({match.prompt for match in met})
             evaluations.append({"metric": f"{metric}_lc", "value": value, "low": low, "high": high, "n": n})
     return table.select(OUTCOMES.names), pa.Table.from_pylist(evaluations, EVALUATIONS)
+
+
+def group_by_candidate(
+    stage: str, judgements: pa.Table, candidates: pa.Table, baseline: pa.Table
+) -> dict[str, list[Row]]:
+    """Return the judgements of each candidate by its id; raise WinnowError if a table lacks a response of theirs."""
+    groups: dict[str, list[Row]] = {}
+    for row in judgements.to_pylist():
+        groups.setdefault(row["candidate_id"], []).append(row)
+    opponents = dict.fromkeys(row["baseline_id"] for rows in groups.values() for row in rows)
+    for name, table, judged in (("candidates", candidates, groups), ("baseline", baseline, opponents)):
+        available = set(table.column("candidate_id").to_pylist())
+        if lacking := [response for response in judged if response not in available]:
+            raise WinnowError(
+                f"{stage}: judgements of {len(lacking):,} responses that `{name}` lacks, such as {lacking[0]}; give it "
+                f"the step of `{name}` that the judge had"
+            )
+    return groups
 
 
 def score_by_gold(

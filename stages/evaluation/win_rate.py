@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import Columns, StageContext, stage
-from schemas import Candidates, Evaluations, Judgements, Votes, WinnowError, WinnowWarning, Wins
+from schemas import Candidates, Evaluations, Judgements, Votes, WinnowWarning, Wins
 from schemas.tables import EVALUATIONS, WINS
 from stages.data.rows import Row, column_by_id, rows_by_prompt
 from stages.evaluation.agreement import Agreement
-from stages.evaluation.evaluate import MANY_UNREAD, bootstrap_interval
+from stages.evaluation.evaluate import MANY_UNREAD, bootstrap_interval, group_by_candidate
 from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
 from stages.ranking.judge import win_of
@@ -45,14 +45,12 @@ def win_rate(
     as often as by chance.
     """
     name = str(judge)
-    by_candidate: dict[str, list[Row]] = {}
-    for row in judgements.to_pylist():
-        by_candidate.setdefault(row["candidate_id"], []).append(row)
+    by_candidate = group_by_candidate("win_rate", judgements, candidates, baseline)
     lengths = column_by_id(baseline, "candidate_id", "n_tokens")
     wins: list[Row] = []
     matches: list[Match] = []
     for row in (row for _, group in rows_by_prompt(candidates) for row in group):
-        judged = by_candidate.pop(row["candidate_id"], [])
+        judged = by_candidate.get(row["candidate_id"], [])
         results = [(judgement, win_of(judgement)) for judgement in judged]
         decided = [win for _, win in results if win is not None]
         counts = Counter(ties=0, undecided=len(results) - len(decided), unread=0)
@@ -66,11 +64,6 @@ def win_rate(
             for judgement, win in results
             if win is not None
         ]
-    if by_candidate:
-        raise WinnowError(
-            f"win_rate: judgements of {len(by_candidate):,} responses that `candidates` lacks, such as "
-            f"{next(iter(by_candidate))}; give it the candidates that were judged"
-        )
 
     rng = np.random.default_rng(seed)
     suffix = "" if against == "sft" else f"_vs_{against}"

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from pipeline import EXECUTION, Bound, Range, Registry, StageContext, stage
 from pipeline.costs import Cost
+from pipeline.resources import current_resources
 from schemas import Candidates, Judgements, Model, Prompts, Votes, WinnowError
 from schemas.tables import VOTES
 from stages.data.rows import Row
@@ -44,7 +45,7 @@ def local_voter(
 
     folder = with_output(model, "vocabulary", "local_voter").folder
     tokenizer = Tokenizer(model)
-    opened = open_engine(engine, folder, dtype, options=json.dumps(engine_options or {}))
+    opened = open_engine(engine, folder, dtype, current_resources().tensor_parallel, json.dumps(engine_options or {}))
     limit = length_limit(context_length(folder), engine_options) - max_tokens
     return LocalVoter(tokenizer, opened, Sampling(temperature, 0, max_tokens, tokenizer.stop), limit)
 

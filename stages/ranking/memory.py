@@ -14,11 +14,11 @@ QUESTION_TOKENS = 4096  # of a judge's question, for the engine transformers
 
 
 def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:
-    """Return the memory of the ranker that `by` names; None for programs, and for rankers of plugins."""
+    """Return the memory of the ranker that `by` names; None for programs, rankers of plugins, and what is served."""
     by: Bound = options["by"]
     if by.name in SAMPLING:
         return engine.sampling_need(by.options, inputs.get("ranker"), QUESTION_TOKENS, device)
-    if not by.metadata.get("output"):
+    if not by.metadata.get("output") or by.name == "endpoint":
         return None
     return scoring_need(inputs.get("ranker"), by.options["dtype"], device)
 

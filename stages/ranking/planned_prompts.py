@@ -26,7 +26,7 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
     What a template does is seen by rendering turns of the same roles. Nothing is said where it cannot be told.
     """
     prompts, ranker = inputs.get("prompts"), inputs.get("ranker")
-    template = planned_chat_template(ranker) if ranker and by.name == "pointwise" else None
+    template = planned_chat_template(ranker) if ranker and by.name in ("pointwise", "endpoint") else None
     if prompts is None or not (template or by.options.get("format") == "rlhflow"):
         return
     shapes = Counter(map(_shape, first_conversations(prompts.options) if prompts.stage in READ_PROMPTS else []))

@@ -32,6 +32,7 @@ from schemas.tables import (
 )
 from stages.evaluation.evaluate import evaluate
 from stages.evaluation.length_control import Match, length_controlled
+from stages.evaluation.win_rate import win_rate
 from stages.ranking.base import Scorer
 from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
@@ -631,8 +632,12 @@ def test_many_lost_responses_are_warned_of_with_their_reason_and_its_cure(stage,
 
 def test_judgements_of_other_responses_are_refused():
     prompts, candidates, baseline, judgements = judged({"a": [1.0, 1.0]})
-    with pytest.raises(WinnowError, match=r"1 responses.*a-1"):
-        evaluate(prompts, candidates.slice(0, 1), baseline, judgements, context())
+    options = {evaluate: {}, win_rate: {"judge": "j"}}
+    for stage, tables in ((evaluate, (prompts,)), (win_rate, ())):
+        with pytest.raises(WinnowError, match=rf"{stage.__name__}: .* 1 responses that `candidates` lacks.*a-1"):
+            stage(*tables, candidates.slice(0, 1), baseline, judgements, context(), **options[stage])
+        with pytest.raises(WinnowError, match=rf"{stage.__name__}: .* 1 responses that `baseline` lacks.*base-a-0"):
+            stage(*tables, candidates, baseline.slice(1), judgements, context(), **options[stage])
 
 
 def judged(logits, **columns):

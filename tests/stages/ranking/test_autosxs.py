@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.registry import Bound, Entry
+from pipeline.resources import Resources, working_with
 from schemas import WinnowError, conform
 from schemas.tables import CANDIDATES, JUDGEMENTS, VOTES
 from stages.evaluation.agreement import Agreement
@@ -185,6 +186,13 @@ def test_votes_of_a_real_engine_repeat_and_a_question_too_long_is_unread(tiny):
     assert voted("boat") == voted("boat")
     assert len(voted("boat")[2]) == 4
     assert voted("boat " * 200)[0] is False
+
+
+def test_a_voter_takes_the_gpus_of_the_profile(tiny):
+    """As `llm_judge` does, and as the plan counts its memory: an engine that has one GPU says so."""
+    by = bound(voter, "local_voter", engine="transformers")
+    with working_with(Resources(gpus=2, tensor_parallel=2)), pytest.raises(WinnowError, match="tensor_parallel: 2"):
+        by(tiny)
 
 
 def test_a_model_that_cannot_read_the_question_is_refused(tiny):
