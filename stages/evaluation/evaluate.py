@@ -25,6 +25,7 @@ from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import Row, column_by_id, fields_of, rows_by_prompt, text_by_id
 from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
+from stages.ranking.base import candidate_text
 from stages.ranking.judge import win_of, win_score
 from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_program
 from stages.ranking.verifiers import code_tests, instruction_share, instructions, json_schema, math_answer
@@ -216,13 +217,10 @@ def group_by_candidate(
     return groups
 
 
-def score_by_gold(
-    gold: Bound, prompt: str, fields: Mapping[str, str], candidate: Mapping[str, Any], special_tokens: bool
-) -> float:
+def score_by_gold(gold: Bound, prompt: str, fields: Mapping[str, str], candidate: Row, special_tokens: bool) -> float:
     """Return the gold reward of a candidate of the prompt; raise WinnowError if it is no finite number."""
-    use_raw = special_tokens and candidate["raw_text"] is not None
     arguments = (fields,) if gold.metadata.get("reads_fields") else ()
-    score = gold(prompt, candidate["raw_text"] if use_raw else candidate["text"], *arguments)
+    score = gold(prompt, candidate_text(candidate, special_tokens), *arguments)
     return number(gold, score, of=f"prompt {candidate['prompt_id']}, candidate {candidate['candidate_id']}")
 
 

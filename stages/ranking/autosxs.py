@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, NotRequired
 import pyarrow as pa
 
 from pipeline import EXECUTION, Bound, Range, Registry, StageContext, stage
-from pipeline.costs import Cost
 from pipeline.resources import current_resources
 from schemas import Candidates, Judgements, Model, Prompts, Votes, WinnowError
 from schemas.tables import VOTES
@@ -15,9 +14,9 @@ from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout,
 from stages.limits import context_length
 from stages.options import Count, Precision, Seed, Temperature
 from stages.ranking.autosxs_prompts import TASKS
-from stages.ranking.base import CANNOT_READ, TOO_LONG, text_of, unreadable
+from stages.ranking.base import CANNOT_READ, TOO_LONG, candidate_text, unreadable
 from stages.ranking.judge import Matches, finished_judgements, judged_prompts
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import EvenCount, Question, reads_its_model, with_output
 from stages.sampling.engines.options import EngineOptions, JudgeEngine, length_limit
 from stages.work import voting_work
@@ -99,7 +98,7 @@ def open_autosxs(
 @stage(
     version=1,
     check=reads_its_model,
-    cost=Cost(ranker_need, less_memory, voting_work, ranker_device_problem),
+    cost=ranker_cost(voting_work),
 )
 def autosxs(
     prompts: Prompts,
@@ -138,7 +137,7 @@ def autosxs(
     ):
         rows += of_prompt
         ours, theirs = (
-            {row["candidate_id"]: text_of(row, special_tokens) for row in side} for side in (group, opponents)
+            {row["candidate_id"]: candidate_text(row, special_tokens) for row in side} for side in (group, opponents)
         )
         for row in of_prompt:
             if row["unread"] is None:

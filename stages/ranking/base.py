@@ -30,6 +30,8 @@ KEPT_ENCODINGS = 4096  # texts whose ids a ranker keeps: those of two times eigh
 # times what is in vLLM's queue; of 64 responses, ids of some 300 MB.
 PROMPTS_OF_ENGINE = 128
 TOO_LONG, CANNOT_READ, NO_VERDICT = "does not fit the ranker", "the ranker cannot read it: ", "no verdict"
+MIN_ANSWERS = 32  # fewer say too little about a judge to refuse it
+EXAMPLES = 3  # of answers without a verdict that the refusal shows
 MANY_LOST = 0.05  # share of a part's responses, of which a stage warns
 SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
 # What to do about responses that are rejected, by words of the reason; the first that occur in it count.
@@ -156,7 +158,45 @@ class Scorer(Ranker):
         ]
 
 
-def text_of(candidate: Row, special_tokens: bool) -> str:
+class Verdicts:
+    """Counts of a judge's answers, and of those without a verdict, which refuse a judge that has too many of these.
+
+    unit: what an answer is called in counters. limit: the share of answers that may be without a verdict.
+    """
+
+    def __init__(self, unit: str, limit: float) -> None:
+        self.unit, self.limit = unit, limit
+        self.answers = self.unclear = 0  # since the last `finish_part`
+        self.seen = self.seen_unclear = 0  # since the last check, of finished parts
+        self.examples: dict[str, None] = {}  # different answers without a verdict since then
+
+    def add(self, answer: str, *, is_clear: bool) -> None:
+        """Count an answer."""
+        self.answers += 1
+        if not is_clear:
+            self.unclear += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples[answer] = None
+
+    def finish_part(self, ctx: StageContext, refusal: Callable[[str, str], str]) -> None:
+        """Count the part's answers in `ctx`; raise WinnowError if too many have no verdict.
+
+        Its message is `refusal` of their number (`40 of 64`) and examples. Parts with few answers, which say too little
+        about a judge, are checked together with the next.
+        """
+        ctx.count(**{self.unit: self.answers, f"{self.unit}_without_verdict": self.unclear})
+        self.seen, self.seen_unclear = self.seen + self.answers, self.seen_unclear + self.unclear
+        self.answers = self.unclear = 0
+        if self.seen < MIN_ANSWERS:
+            return
+        if self.seen_unclear > self.limit * self.seen:
+            examples = ", ".join(repr(answer[-200:]) for answer in self.examples)
+            raise WinnowError(refusal(f"{self.seen_unclear} of {self.seen}", examples))
+        self.seen = self.seen_unclear = 0
+        self.examples.clear()
+
+
+def candidate_text(candidate: Row, special_tokens: bool) -> str:
     """Return a response as rankers of text read it, with the special tokens inside it if they are to see them."""
     use_raw = special_tokens and candidate["raw_text"] is not None
     return str(candidate["raw_text"] if use_raw else candidate["text"])
@@ -174,8 +214,8 @@ def read_candidates(
     conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
         response = Response(
-            text_of(row, special_tokens), tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]),
-            conversation, reply_of_candidate(row), fields,
+            candidate_text(row, special_tokens), tuple(row["token_ids"]), row["finish_reason"],
+            tuple(prompt["token_ids"]), conversation, reply_of_candidate(row), fields,
         )  # fmt: skip
         too_long = Unreadable(
             detail=f"{row['n_tokens']:,} tokens after {len(prompt['token_ids']):,} of the prompt, in the policy's count"
@@ -272,8 +312,7 @@ def both_orders(ranker: Ranker, questions: Sequence[Question], orders: str) -> l
         return [(logits, logits, None) for logits in ranker.logits_by_prompt(questions)]
     swapped = [(context, [(second, first) for first, second in pairs]) for context, pairs in questions]
     # A prompt's orders follow each other: they share its texts.
-    asked = [question for of_prompt in zip(questions, swapped, strict=True) for question in of_prompt]
-    both = ranker.logits_by_prompt(asked)
+    both = ranker.logits_by_prompt([question for pair in zip(questions, swapped, strict=True) for question in pair])
     # The mean of logits, not of probabilities: it cancels a position bias exactly.
     return [
         ((forward - backward) / 2, forward, -backward) for forward, backward in zip(both[0::2], both[1::2], strict=True)

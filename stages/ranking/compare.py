@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import Bound, InputStep, StageContext, stage
-from pipeline.costs import Cost
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
@@ -26,7 +25,7 @@ from stages.ranking.base import (
     unreadable,
     warn_of_lost,
 )
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import calls
@@ -50,7 +49,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     check=_check_compare,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, calls, ranker_device_problem),
+    cost=ranker_cost(calls),
 )
 def compare(
     prompts: Prompts,

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
-from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
@@ -23,7 +22,7 @@ from stages.ranking.base import (
     unreadable,
     warn_of_lost,
 )
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
@@ -39,7 +38,7 @@ UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose respo
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, judging_work, ranker_device_problem),
+    cost=ranker_cost(judging_work),
 )
 def judge(
     prompts: Prompts,

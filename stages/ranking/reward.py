@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
-from pipeline.costs import Cost
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
@@ -24,7 +23,7 @@ from stages.ranking.base import (
     unreadable,
     warn_of_lost,
 )
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import ranking_work
@@ -51,7 +50,7 @@ class Compared:
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, ranking_work, ranker_device_problem),
+    cost=ranker_cost(ranking_work),
 )
 def reward(
     prompts: Prompts,

@@ -16,7 +16,7 @@ from stages.evaluation.win_rate import win_rate
 from stages.ranking.autosxs import autosxs, open_autosxs, voter
 from stages.ranking.autosxs_prompts import TASKS
 from stages.ranking.llm_judge import vote_logit
-from stages.ranking.voters import AutoSxs, vote_of
+from stages.ranking.voters import AutoSxs, choice_vote
 from tests.material import bound, context
 from tests.served import ServedModel, no_client_left  # noqa: F401 - a fixture
 from tests.stages.ranking.test_rankers import candidates_with, one_prompt
@@ -38,8 +38,8 @@ from tests.stages.ranking.test_rankers import candidates_with, one_prompt
     ],
 )
 def test_a_vote_is_the_choice_of_the_answer_and_goes_to_its_text(answer: str, vote: float | None):
-    assert vote_of(answer, flipped=False) == vote
-    assert vote_of(answer, flipped=True) == (None if vote is None else 1 - vote)
+    assert choice_vote(answer, flipped=False) == vote
+    assert choice_vote(answer, flipped=True) == (None if vote is None else 1 - vote)
 
 
 def test_a_pair_is_decided_beyond_the_threshold_of_the_mean_score():
@@ -165,7 +165,7 @@ def test_both_questions_hold_three_worked_examples_one_of_each_choice(task: str)
     question = TASKS[task].format(prompt="P", a="1", b="2")
     choices = [line for line in question.splitlines() if line.startswith("Choice: ")]
     assert sorted(choices) == ["Choice: (A)", "Choice: (B)", "Choice: same"]
-    assert [vote_of(choice, flipped=False) for choice in sorted(choices)] == [1, 0, 0.5]
+    assert [choice_vote(choice, flipped=False) for choice in sorted(choices)] == [1, 0, 0.5]
     assert question.endswith("Explanation:")
     assert "Context: P\n\nResponse (A): 1\n\nResponse (B): 2" in question
 
