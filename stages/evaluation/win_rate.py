@@ -67,11 +67,15 @@ def win_rate(
 
     rng = np.random.default_rng(seed)
     suffix = "" if against == "sft" else f"_vs_{against}"
-    evaluations = []
+    evaluations: list[Row] = []
+
+    def add(metric: str, value: float, low: float, high: float, n: int) -> None:
+        evaluations.append({"metric": f"{name}_{metric}{suffix}", "value": value, "low": low, "high": high, "n": n})
+
     for metric, column in SHARES.items():
         if len(means := _prompt_means(wins, column)):
             low, high = bootstrap_interval(means, resamples, rng)
-            evaluations.append(_row(f"{name}_{metric}{suffix}", float(means.mean()), low, high, len(means)))
+            add(metric, float(means.mean()), low, high, len(means))
             if metric == "unread" and means.mean() > MANY_UNREAD:
                 warnings.warn(
                     f"win_rate: {100 * means.mean():.0f} % of the comparisons by {name} have a response that it cannot "
@@ -84,10 +88,10 @@ def win_rate(
     if matches:
         value, (low, high) = length_controlled(matches, resamples, rng)
         n = len({match.prompt for match in matches})
-        evaluations.append(_row(f"{name}_win_lc{suffix}", value, low, high, n))
+        add("win_lc", value, low, high, n)
     if votes is not None and (agreement := Agreement.of(votes)) is not None:
         for metric, (value, low, high) in agreement.figures(resamples, rng).items():
-            evaluations.append(_row(f"{name}_{metric}{suffix}", value, low, high, agreement.prompts))
+            add(metric, value, low, high, agreement.prompts)
     ctx.count(undecided=sum(row["undecided"] for row in wins))
     return pa.Table.from_pylist(wins, WINS), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
@@ -101,7 +105,3 @@ def _prompt_means(wins: Sequence[Row], column: str) -> np.ndarray:
             if value is not None:
                 by_prompt.setdefault(row["prompt_id"], []).append(value)
     return np.array([sum(by_prompt[prompt]) / len(by_prompt[prompt]) for prompt in sorted(by_prompt)])
-
-
-def _row(metric: str, value: float, low: float, high: float, n: int) -> Row:
-    return {"metric": metric, "value": value, "low": low, "high": high, "n": n}

@@ -14,7 +14,7 @@ from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout,
 from stages.limits import context_length
 from stages.options import Count, Precision, Seed, Temperature
 from stages.ranking.autosxs_prompts import TASKS
-from stages.ranking.base import CANNOT_READ, TOO_LONG, candidate_text, unreadable
+from stages.ranking.base import CANNOT_READ, TOO_LONG, candidate_text, reading_problem
 from stages.ranking.judge import Matches, finished_judgements, judged_prompts
 from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import EvenCount, Question, reads_its_model, with_output
@@ -83,7 +83,7 @@ def open_autosxs(
     from stages.ranking.voters import AutoSxs
 
     opened = AutoSxs(by(model), template, votes, threshold, max_without_verdict, seed)
-    if problem := unreadable(opened, "", ("", "")):
+    if problem := reading_problem(opened, "", ("", "")):
         opened.close()
         reason = "it is longer than the context leaves beside `by.max_tokens`"
         if problem.reason != TOO_LONG:

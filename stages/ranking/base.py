@@ -232,7 +232,7 @@ def read_candidates(
     return readings
 
 
-def unreadable(ranker: Ranker, context: str, pair: ReadingPair) -> Unreadable | None:
+def reading_problem(ranker: Ranker, context: str, pair: ReadingPair) -> Unreadable | None:
     """Return why the ranker cannot read the pair, None if it can."""
     for reading in pair:
         if isinstance(reading, Unreadable):

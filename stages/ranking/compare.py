@@ -21,8 +21,8 @@ from stages.ranking.base import (
     both_orders,
     prepared_batches,
     read_candidates,
+    reading_problem,
     reads_per_pair,
-    unreadable,
     warn_of_lost,
 )
 from stages.ranking.memory import ranker_cost
@@ -92,7 +92,7 @@ def compare(
         rejects = []
         while len(players) > 1:
             longest, second = sorted(players, key=lambda player: (-lengths[player], player))[:2]
-            problem = unreadable(opened, context, (readings[longest], readings[second]))
+            problem = reading_problem(opened, context, (readings[longest], readings[second]))
             if problem is None:
                 break
             detail = problem.detail if isinstance(readings[longest], Unreadable) else f"together with {second}"
@@ -111,9 +111,9 @@ def compare(
     for batch in prepared_batches(opened, rows_by_prompt(table), prepare):
         # A round of each prompt's matches at a time.
         while running := [bracket for bracket in batch if bracket.pairs is not None]:
-            asked = [(bracket.context, bracket.fitting_readings()) for bracket in running]
-            ctx.count(ranker_calls=sum(len(pairs) for _, pairs in asked) * reads_per_pair(opened, orders))
-            for bracket, (mean, *_) in zip(running, both_orders(opened, asked, orders), strict=True):
+            questions = [(bracket.context, bracket.fitting_readings()) for bracket in running]
+            ctx.count(ranker_calls=sum(len(pairs) for _, pairs in questions) * reads_per_pair(opened, orders))
+            for bracket, (mean, *_) in zip(running, both_orders(opened, questions, orders), strict=True):
                 bracket.advance(opened, mean.tolist())
 
         for bracket in batch:
@@ -151,7 +151,7 @@ class Bracket:
     def fitting_readings(self) -> list[ReadingPair]:
         """Return the readings of this round's pairs that fit the ranker."""
         pairs = [pair for pair in self.pairs or [] if pair not in self.unfit]
-        return [(self.readings[left], self.readings[right]) for left, right in pairs]
+        return [(self.readings[first], self.readings[second]) for first, second in pairs]
 
     def advance(self, ranker: Ranker, logits: list[float] | None) -> None:
         """Go to the next round, from the logits of this round's pairs that fit; None: to the first."""
@@ -159,14 +159,15 @@ class Bracket:
             if logits is None:
                 self.pairs = next(self.rounds)
             else:
-                given = iter(logits)
-                self.pairs = self.rounds.send([nan if pair in self.unfit else next(given) for pair in self.pairs or []])
+                fitting = iter(logits)
+                by_pair = [nan if pair in self.unfit else next(fitting) for pair in self.pairs or []]
+                self.pairs = self.rounds.send(by_pair)
         except StopIteration as end:
             self.pairs, self.matches = None, end.value
             return
-        for left, right in self.pairs:
-            if problem := unreadable(ranker, self.context, (self.readings[left], self.readings[right])):
-                self.unfit[left, right] = problem
+        for first, second in self.pairs:
+            if problem := reading_problem(ranker, self.context, (self.readings[first], self.readings[second])):
+                self.unfit[first, second] = problem
 
 
 def matches_of(rule: str, players: list[str]) -> Rounds:
@@ -182,11 +183,11 @@ def matches_of(rule: str, players: list[str]) -> Rounds:
         neighbours = zip(players[0::2], players[1::2], strict=False)
         pairs = list(combinations(players, 2) if rule == "all_pairs" else neighbours)
         logits = yield pairs
-        for (left, right), logit in zip(pairs, logits, strict=True):
-            matches.append(dict(left_id=left, right_id=right, logit=logit, round=tournament_round))
+        for (first, second), logit in zip(pairs, logits, strict=True):
+            matches.append(dict(left_id=first, right_id=second, logit=logit, round=tournament_round))
         if rule != "tournament":
             break
-        winners = [right if logit < 0 else left for (left, right), logit in zip(pairs, logits, strict=True)]
+        winners = [second if logit < 0 else first for (first, second), logit in zip(pairs, logits, strict=True)]
         players = players[2 * len(pairs) :] + winners
         tournament_round += 1
     return matches

@@ -18,8 +18,8 @@ from stages.ranking.base import (
     both_orders,
     prepared_batches,
     read_candidates,
+    reading_problem,
     reads_per_pair,
-    unreadable,
     warn_of_lost,
 )
 from stages.ranking.memory import ranker_cost
@@ -90,8 +90,8 @@ def judged_prompts(
         if not opponents:
             ctx.reject("no baseline response", place="baseline", prompt=prompt, detail=f"{len(group)} responses")
         ctx.count(ranker_calls=calls)
-        for name, (place, reason, detail) in unread.items():
-            ctx.reject(reason, place=place, prompt=prompt, candidate=name, detail=detail)
+        for name, (table, reason, detail) in unread.items():
+            ctx.reject(reason, place=table, prompt=prompt, candidate=name, detail=detail)
         yield group, opponents, judgements
 
 
@@ -143,8 +143,8 @@ def _matches_of_prompt(
         read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
     )
     unread = {
-        name: (place, reading.reason, reading.detail)
-        for place, side in (("candidates", readings), ("baseline", opponent_readings))
+        name: (table, reading.reason, reading.detail)
+        for table, side in (("candidates", readings), ("baseline", opponent_readings))
         for name, reading in side.items()
         if isinstance(reading, Unreadable)
     }
@@ -160,13 +160,13 @@ def _matches_of_prompt(
         are_unread = [isinstance(reading, Unreadable) for reading in pair]
         if any(are_unread):
             judgement["unread"] = "both" if all(are_unread) else "baseline" if are_unread[1] else "candidate"
-        elif problem := unreadable(ranker, prompt["text"], pair):
+        elif problem := reading_problem(ranker, prompt["text"], pair):
             excess = opponent["n_tokens"] - row["n_tokens"]
             judgement["unread"] = "both" if not excess else "baseline" if excess > 0 else "candidate"
-            for place, one, other in (("candidates", row, opponent), ("baseline", opponent, row)):
+            for table, one, other in (("candidates", row, opponent), ("baseline", opponent, row)):
                 if one["n_tokens"] >= other["n_tokens"]:  # once, however many it does not fit with
                     detail = f"together with {other['candidate_id']}"
-                    unread.setdefault(one["candidate_id"], (place, problem.reason, detail))
+                    unread.setdefault(one["candidate_id"], (table, problem.reason, detail))
         else:
             met.append((judgement, pair))
     return rows, met, unread

@@ -322,11 +322,11 @@ def _checked_method(by: Bound, method: Callable[..., Any]) -> Callable[..., Any]
         if method.__name__ in ("logits", "score") and len(args) == 2:
             return floats(by, result, (len(args[1]),), origin, finite=False)
         if method.__name__ in ("logits_by_prompt", "score_by_prompt"):
-            asked = [items for _, items in args[0]]
-            if len(result) != len(asked):
-                raise by.wrong_result(result, f"{len(asked)} arrays, one per prompt, {origin}")
+            questions = args[0]
+            if len(result) != len(questions):
+                raise by.wrong_result(result, f"{len(questions)} arrays, one per prompt, {origin}")
             return [floats(by, values, (len(items),), origin, finite=False)
-                    for values, items in zip(result, asked, strict=True)]  # fmt: skip
+                    for values, (_, items) in zip(result, questions, strict=True)]  # fmt: skip
         return result
 
     return call

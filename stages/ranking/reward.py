@@ -19,8 +19,8 @@ from stages.ranking.base import (
     both_orders,
     prepared_batches,
     read_candidates,
+    reading_problem,
     reads_per_pair,
-    unreadable,
     warn_of_lost,
 )
 from stages.ranking.memory import ranker_cost
@@ -90,7 +90,7 @@ def reward(
             pair = (readings[(baseline or row)["candidate_id"]], readings[row["candidate_id"]])
             if row is baseline:
                 continue
-            if problem := unreadable(opened, context, pair):
+            if problem := reading_problem(opened, context, pair):
                 if baseline is not None and not isinstance(pair[1], Unreadable):
                     problem = replace(problem, detail=f"together with {baseline['candidate_id']}")
                 compared.unfit.append((row, problem))
