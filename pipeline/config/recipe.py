@@ -219,12 +219,12 @@ def load_recipe(
         problems += [f"{entry}: {line}" for line in _step_problems(overlaid_steps) if line not in step_problems]
     problems = [line for line in problems if line not in layer_problems]
     for line, source in layer_problems.items():
-        place = re.sub(r"^rounds, entry \d+: ", "", line).partition(": ")[0]
-        step, _, key = place.partition(".")
+        location = re.sub(r"^rounds, entry \d+: ", "", line).partition(": ")[0]
+        step, _, key = location.partition(".")
         body = source.content.get(step)
         hint = ""
         if step not in NAMES and key not in BODY_KEYS and "." not in key:
-            hint = how_to_set(place, body.get(key, "...") if isinstance(body, dict) else body, steps)
+            hint = how_to_set(location, body.get(key, "...") if isinstance(body, dict) else body, steps)
             line = re.sub(r" \(did you mean [^)]*\)$", "", line) if hint else line
         problems.append(f"{source.name}: " * (len(layers) > 1) + line + hint)
     if problems:
@@ -463,13 +463,13 @@ def option_paths(name: str, steps: Steps) -> list[str]:
     return paths
 
 
-def how_to_set(place: str, value: Any, steps: Steps) -> str:
+def how_to_set(location: str, value: Any, steps: Steps) -> str:
     """Return the end of a message about an option that is written where it is none: the line to write.
 
-    place: its name, perhaps after that of a step (`optimize.learning_rate`), whose option it then is if it has it.
+    location: its name, perhaps after that of a step (`optimize.learning_rate`), whose option it then is if it has it.
     Return "" if no step has an option of this name, today's or a former one.
     """
-    step, _, name = place.rpartition(".")
+    step, _, name = location.rpartition(".")
     paths = option_paths(name, steps)
     if not paths and name in FORMER:
         paths = option_paths(FORMER[name], steps)

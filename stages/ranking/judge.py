@@ -12,6 +12,7 @@ from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import (
+    TOO_LONG,
     Ranker,
     ReadingPair,
     Unreadable,
@@ -34,7 +35,7 @@ UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose respo
 
 
 @stage(
-    version=6,
+    version=7,
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
@@ -59,8 +60,8 @@ def judge(
     same seeds, which are no independent draws where k is the same. With `special_tokens`, text is read with the special
     tokens inside it. The logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it
     cannot read a response: `unread` then says whose; of two that do not fit its context together, the longer, or both
-    if their lengths are equal. A reward model reads each response alone, and both are unread where neither fits. The
-    table `rejects` has each such response once, with the reason.
+    if their lengths are equal or there is another reason. A reward model reads each response alone, and both are unread
+    where neither fits. The table `rejects` has each such response once, with the reason.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     rows = [
@@ -120,7 +121,41 @@ def judge_prompts(
     """
 
     def prepare(item: tuple[Row, Sequence[Row], Sequence[Row]]) -> tuple[str, list[Row], list[Met], Unread]:
-        return item[0]["text"], *_matches_of_prompt(ranker, *item, matches, special_tokens)
+        """Return the text of a prompt, its judgements, those that the ranker can read, and what it cannot read."""
+        prompt, candidates, baseline = item
+        readings, opponent_readings = (
+            read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
+        )
+        unread = {
+            name: (table, reading.reason, reading.detail)
+            for table, side in (("candidates", readings), ("baseline", opponent_readings))
+            for name, reading in side.items()
+            if isinstance(reading, Unreadable)
+        }
+        rows: list[Row] = []
+        met: list[Met] = []
+        for row, opponent in product(candidates, baseline):
+            if matches != "all" and (row["k"] == opponent["k"]) != (matches == "same_k"):
+                continue
+            pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
+            judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
+            judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
+            rows.append(judgement)
+            are_unread = [isinstance(reading, Unreadable) for reading in pair]
+            if any(are_unread):
+                judgement["unread"] = "both" if all(are_unread) else "baseline" if are_unread[1] else "candidate"
+            elif problem := reading_problem(ranker, prompt["text"], pair):
+                # Of two that are too long together, the longer; what the template refuses is the fault of neither.
+                length, other = (row["n_tokens"], opponent["n_tokens"]) if problem.reason == TOO_LONG else (0, 0)
+                judgement["unread"] = "both" if length == other else "baseline" if other > length else "candidate"
+                ids = row["candidate_id"], opponent["candidate_id"]
+                if length >= other:  # once, however many it does not fit with
+                    unread.setdefault(ids[0], ("candidates", problem.reason, f"together with {ids[1]}"))
+                if other >= length:
+                    unread.setdefault(ids[1], ("baseline", problem.reason, f"together with {ids[0]}"))
+            else:
+                met.append((judgement, pair))
+        return prompt["text"], rows, met, unread
 
     for batch in prepared_batches(ranker, prompts, prepare):
         answers = both_orders(ranker, [(context, [pair for _, pair in met]) for context, _, met, _ in batch], "both")
@@ -128,48 +163,6 @@ def judge_prompts(
             for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
                 judgement["logit"] = None if ranker.abstains and isnan(logit) else logit
             yield rows, len(met) * reads_per_pair(ranker, "both"), unread
-
-
-def _matches_of_prompt(
-    ranker: Ranker,
-    prompt: Row,
-    candidates: Sequence[Row],
-    baseline: Sequence[Row],
-    matches: Matches,
-    special_tokens: bool,
-) -> tuple[list[Row], list[Met], Unread]:
-    """Return the rows of `judgements`, logits yet to come, those that the ranker can read, and what it cannot read."""
-    readings, opponent_readings = (
-        read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
-    )
-    unread = {
-        name: (table, reading.reason, reading.detail)
-        for table, side in (("candidates", readings), ("baseline", opponent_readings))
-        for name, reading in side.items()
-        if isinstance(reading, Unreadable)
-    }
-    rows: list[Row] = []
-    met: list[Met] = []
-    for row, opponent in product(candidates, baseline):
-        if matches != "all" and (row["k"] == opponent["k"]) != (matches == "same_k"):
-            continue
-        pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
-        judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
-        judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
-        rows.append(judgement)
-        are_unread = [isinstance(reading, Unreadable) for reading in pair]
-        if any(are_unread):
-            judgement["unread"] = "both" if all(are_unread) else "baseline" if are_unread[1] else "candidate"
-        elif problem := reading_problem(ranker, prompt["text"], pair):
-            excess = opponent["n_tokens"] - row["n_tokens"]
-            judgement["unread"] = "both" if not excess else "baseline" if excess > 0 else "candidate"
-            for table, one, other in (("candidates", row, opponent), ("baseline", opponent, row)):
-                if one["n_tokens"] >= other["n_tokens"]:  # once, however many it does not fit with
-                    detail = f"together with {other['candidate_id']}"
-                    unread.setdefault(one["candidate_id"], (table, problem.reason, detail))
-        else:
-            met.append((judgement, pair))
-    return rows, met, unread
 
 
 def win_of(judgement: Row) -> float | None:

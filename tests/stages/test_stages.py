@@ -33,7 +33,7 @@ from schemas.tables import (
 from stages.evaluation.evaluate import evaluate
 from stages.evaluation.length_control import Match, length_controlled
 from stages.evaluation.win_rate import win_rate
-from stages.ranking.base import Scorer
+from stages.ranking.base import Ranker, Scorer
 from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker as rankers
@@ -541,6 +541,31 @@ def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
     swapped = judge(prompts, theirs, ours, context(), ranker, by=PAIRWISE)
     assert evaluated(prompts, theirs, ours, swapped)[1]["proxy_win"]["value"] == pytest.approx(
         1 - metrics["proxy_win"]["value"]
+    )
+
+
+def test_two_that_a_template_refuses_together_are_unread_on_both_sides():
+    """The longer one is no worse for it, as it is where both are too long together."""
+
+    class Refusing(Ranker):
+        def fits(self, context, first, second):
+            raise ValueError("the chat template refuses the messages")
+
+        def logits(self, context, pairs):
+            return np.zeros(len(pairs))
+
+    class Opened(WarmCache):
+        def open_once(self, open_it, *args):
+            return Refusing()
+
+    ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
+    ours = candidate_table([candidate("a", 0, n_tokens=9)])
+    theirs = candidate_table([candidate("a", 0, n_tokens=3, candidate_id="base")])
+    (row,) = judge(prompts_of("a"), ours, theirs, ctx, None, by=PAIRWISE).to_pylist()
+    assert row["unread"] == "both"
+    rejects = {row["candidate_id"]: row["reason"] for row in ctx.rejects.to_pylist()}
+    assert rejects == dict.fromkeys(
+        ("a-0", "base"), "the ranker cannot read it: the chat template refuses the messages"
     )
 
 
