@@ -178,7 +178,7 @@ def evaluate(
     if unread is not None and unread > MANY_UNREAD:
         warnings.warn(
             f"evaluate: {100 * unread:.0f} % of the comparisons have a response that the ranker cannot read, and say "
-            "more of that than of which is better (`proxy_unread`): `winnow query rejects` has the reasons that "
+            "more of that than of which is better (`proxy_unread`): `winnow sql rejects` has the reasons that "
             "`judge` gave, such as a context that is too short (lower `max_tokens` of `sample`) or a special token in "
             "the text",
             WinnowWarning,

@@ -79,7 +79,7 @@ def win_rate(
             if metric == "unread" and means.mean() > MANY_UNREAD:
                 warnings.warn(
                     f"win_rate: {100 * means.mean():.0f} % of the comparisons by {name} have a response that it cannot "
-                    f"read, and say more of that than of which is better (`{name}_unread`): `winnow query rejects` has "
+                    f"read, and say more of that than of which is better (`{name}_unread`): `winnow sql rejects` has "
                     "the reasons, such as a context that is too short (lower `max_tokens` of `sample`) or a special "
                     "token in the text",
                     WinnowWarning,

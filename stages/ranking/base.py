@@ -256,7 +256,7 @@ def warn_of_lost(stage: str, ctx: StageContext, responses: int) -> None:
         cure = next(cure for words, cure in CURES.items() if words in reason)
         warnings.warn(
             f"{stage}: more than {100 * MANY_LOST:.0f} % of a part's responses cannot be ranked, mostly for this: "
-            f"{reason.removeprefix(CANNOT_READ)}; {cure}. `{COMMAND} query rejects` counts all reasons",
+            f"{reason.removeprefix(CANNOT_READ)}; {cure}. `{COMMAND} sql rejects` counts all reasons",
             WinnowWarning,
             stacklevel=2,
         )

@@ -136,16 +136,21 @@ SPACED = """{% for message in messages %}<|im_start|>{{ message.role }}: {{ mess
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"""
 
 
-@pytest.mark.parametrize("reply", [ANSWER, "noon", "7 o'clock.", "(a) is noon"])
-def test_a_token_may_lie_across_prompt_and_response(model_of, tmp_path, reply):
-    """The score is the network's own on the ids of apply_chat_template of the whole conversation."""
-    policy, scorer = model_of("qwen2"), with_template(model_of("qwen2", True), tmp_path / "scorer", template=SPACED)
+def read_by(scorer: Model, policy: Model, reply: str, tmp_path) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Return a reward model, what it reads of a reply that the policy drew, and the messages of the conversation."""
     row = row_of(policy, "several turns", tmp_path)
     assert row is not None
     drawn = Tokenizer(policy).response_ids(conversation_of(row) or row["text"], reply)
     opened: Any = open_ranker(rankers.bind("pointwise"), scorer)
     (reading,) = read_candidates(opened, row, [candidate_of(reply, drawn)], False).values()
-    messages = [*CONVERSATIONS["several turns"][0], turn("assistant", reply)]
+    return opened, reading, [*CONVERSATIONS["several turns"][0], turn("assistant", reply)]
+
+
+@pytest.mark.parametrize("reply", [ANSWER, "noon", "7 o'clock.", "(a) is noon"])
+def test_a_token_may_lie_across_prompt_and_response(model_of, tmp_path, reply):
+    """The score is the network's own on the ids of apply_chat_template of the whole conversation."""
+    scorer = with_template(model_of("qwen2", True), tmp_path / "scorer", template=SPACED)
+    opened, reading, messages = read_by(scorer, model_of("qwen2"), reply, tmp_path)
     ids = list(opened.tokenizer.inner.apply_chat_template(messages)["input_ids"])
     assert [*reading[0], *reading[1]] == ids
     (score,) = opened.score("", [reading]).tolist()
@@ -158,14 +163,8 @@ def test_a_token_may_lie_across_prompt_and_response(model_of, tmp_path, reply):
 @pytest.mark.parametrize("template", ["", SPACED])
 def test_a_reward_model_of_our_training_reads_no_further_than_the_end_of_the_turn(model_of, tmp_path, template):
     """As it was trained; one from elsewhere reads the line end that its template writes behind it, too."""
-    policy = model_of("qwen2")
     scorer = with_template(model_of("qwen2", True), tmp_path / "scorer", template=template, **{SCORED_AT_END: True})
-    row = row_of(policy, "several turns", tmp_path)
-    assert row is not None
-    drawn = Tokenizer(policy).response_ids(conversation_of(row) or row["text"], ANSWER)
-    opened: Any = open_ranker(rankers.bind("pointwise"), scorer)
-    (reading,) = read_candidates(opened, row, [candidate_of(ANSWER, drawn)], False).values()
-    messages = [*CONVERSATIONS["several turns"][0], turn("assistant", ANSWER)]
+    opened, reading, messages = read_by(scorer, model_of("qwen2"), ANSWER, tmp_path)
     text = opened.tokenizer.inner.apply_chat_template(messages, tokenize=False)
     assert text.endswith("<|im_end|>\n")
     assert opened.tokenizer.rendered([*reading[0], *reading[1]]) == text.removesuffix("\n")

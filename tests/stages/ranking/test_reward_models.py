@@ -21,6 +21,7 @@ from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.prompts import chat_json
 from stages.data.texts import readable
 from stages.data.tokenizer import Tokenizer
+from stages.model_config import SCORED_AT_END
 from stages.network.forward import completion_scores
 from stages.network.load import is_reward_model, load_network, save_network
 from stages.network.models import reward_head
@@ -96,6 +97,7 @@ def test_a_fresh_head_scores_zero_and_keeps_the_policys_weights(tiny, fresh):
 def test_the_folder_is_what_transformers_calls_a_sequence_classifier(fresh):
     """AutoModelForSequenceClassification loads it with no weight missing and none left over."""
     config = json.loads((fresh.folder / "config.json").read_text())
+    assert config[SCORED_AT_END] is True  # as all that is trained from it
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     _, info = AutoModelForSequenceClassification.from_pretrained(fresh.folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -206,6 +208,7 @@ def test_a_trained_reward_model_is_saved_and_read_again(opinionated, network, tm
     weights = dict(network.named_parameters())
     assert weights.keys() == dict(again.named_parameters()).keys()
     assert all(torch.equal(weights[name], weight) for name, weight in again.named_parameters())
+    assert json.loads((saved.folder / "config.json").read_text())[SCORED_AT_END] is True
     assert again.score.weight.abs().max() > 1
 
 
