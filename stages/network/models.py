@@ -296,7 +296,8 @@ def reward_head(policy: Model, ctx: StageContext) -> Model:
     """Turn a policy into a reward model to train: its weights, with one score (0 at first) in place of the vocabulary.
 
     The result is an `AutoModelForSequenceClassification` folder with one label; the score is that of a response's last
-    token. It has a pad token other than EOS, so that transformers' own forward reads the same score from a batch.
+    token. It has a pad token other than EOS, so that transformers' own forward reads the same score from a batch. Its
+    config.json says that it is scored at the end of the last turn, and not behind it (see the ranker `pointwise`).
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification

@@ -70,7 +70,8 @@ def reward(
     `both` also reads each pair in the other order and averages the logits, if the ranker can have a position bias.
     A reward model or a program scores each candidate alone: that score is the reward, and there is no baseline.
     With `special_tokens`, text is read with the special tokens inside it (`</think>`, where it is one), without the
-    one that ends it. Rejected are a reward that is not finite, and a comparison on which the ranker has no verdict.
+    one that ends it. Rejected are a reward that is not finite, a response that the ranker cannot read, and a comparison
+    on which it has no verdict; more than 5 % of a part's responses are warned of, with the reason and its cure.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
