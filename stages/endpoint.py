@@ -22,6 +22,7 @@ from stages.extras import install_command
 
 T = TypeVar("T")
 A = TypeVar("A", bound=BaseModel)
+CHAT = "/chat/completions"
 NO_KEY = "EMPTY"  # what vLLM's own examples send to a server without a key
 FIRST_RETRIES = 2  # before a server counts as down: nothing is lost yet, so that the user learns it in seconds
 PROGRESS_SECONDS = 0.5
@@ -98,6 +99,44 @@ class _Card(BaseModel):
 
 class _Cards(BaseModel):
     data: list[_Card]
+
+
+class ChatMessage(BaseModel):
+    """Message that a model wrote."""
+
+    content: str | None = None
+
+
+class ChatToken(BaseModel):
+    """Token that could have been drawn."""
+
+    token: str
+    logprob: float
+
+
+class ChatPosition(ChatToken):
+    """Token that was drawn, with the likeliest ones in its place."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probs of an answer's tokens."""
+
+    content: list[ChatPosition] | None = None
+
+
+class ChatChoice(BaseModel):
+    """Answer to chat messages."""
+
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(BaseModel):
+    """Response of `/chat/completions`."""
+
+    choices: list[ChatChoice]
 
 
 def endpoint_problems(option: str) -> list[str]:
@@ -232,6 +271,21 @@ class EndpointClient:
             future.cancel()  # an interrupt leaves none behind
         progress(len(answers))
         return answers
+
+    def ask_all(
+        self, question: Callable[[int], str], options: Sequence[dict[str, Any]], read: Callable[[list[ChatChoice]], T]
+    ) -> list[T]:
+        """Return `read` of the answers to each question, one user's message that the server's own template renders.
+
+        question: returns the nth, when it is sent. options: those of each request, such as `temperature`. Raises as
+        `post_all` does.
+        """
+
+        def body(n: int) -> dict[str, Any]:
+            return {"model": self.endpoint.model, "messages": [{"role": "user", "content": question(n)}]} | options[n]
+
+        bodies = [partial(body, n) for n in range(len(options))]
+        return self.post_all(CHAT, bodies, lambda n, answer: read(self.parse(ChatCompletion, answer).choices))
 
     def post(self, path: str, body: dict[str, Any], read: Callable[[int, Any], T]) -> T:
         """Return `read(0, answer)` of one request."""

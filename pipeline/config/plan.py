@@ -13,7 +13,7 @@ from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
 from pipeline.config.precision import mixed_precision, with_dtype
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import Recipe, how_to_set
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
 from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
@@ -223,7 +223,16 @@ def make_plan(recipe: Recipe) -> Plan:
             defaults = {"track": recipe.track} if recipe.track and "track" in entry.options.model_fields else {}
             options[name] = entry.validate(defaults | (recipe.steps[name].get("with") or {}), name)
         except WinnowError as error:
-            problems += [problem for problem in error.problems if name in order or ": required" not in problem]
+            for problem in error.problems:
+                place, colon, hint = problem.partition(": unknown option; ")
+                if colon and place.count(".") == 1 and hint.startswith(("known:", "did you mean", "there are no")):
+                    option = place.partition(".")[2]
+                    elsewhere = how_to_set(option, (recipe.steps[name].get("with") or {}).get(option), recipe.steps)
+                    problem = f"{place}: unknown option{elsewhere}" if elsewhere else problem
+                    if any(line.endswith(f".{option}: unknown option{elsewhere}") for line in problems):
+                        continue  # steps that are like another have its options
+                if name in order or ": required" not in problem:
+                    problems.append(problem)
     checked: dict[str, InputStep] = {}
     for name in order:
         inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}

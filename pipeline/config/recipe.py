@@ -7,6 +7,7 @@ recipe. `rounds` is a number of equal rounds, or a list of overlays, one per rou
 are steps written in short (pipeline/config/judges.py).
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ from pipeline.config.layers import (
 )
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
-from pipeline.registry import name_or, nearest, registry_of, validated
+from pipeline.registry import FORMER, name_or, nearest, registry_of, validated
 from pipeline.stage import stages
 from schemas import WinnowError
 
@@ -85,6 +86,7 @@ class Settings(BaseModel):
     track: list[Any] = []  # of every training
 
 
+BODY_KEYS = tuple(item.alias or name for name, item in StepBody.model_fields.items())
 NAMES = ("extends", "rounds", *Settings.model_fields)
 
 
@@ -213,7 +215,15 @@ def load_recipe(
         overlaid_steps |= {step: None for step in overlay if step in steps and overlay[step] is None}
         problems += [f"{entry}: {line}" for line in _step_problems(overlaid_steps) if line not in step_problems]
     problems = [line for line in problems if line not in layer_problems]
-    problems += [f"{layer.name}: " * (len(layers) > 1) + line for line, layer in layer_problems.items()]
+    for line, source in layer_problems.items():
+        location = re.sub(r"^rounds, entry \d+: ", "", line).partition(": ")[0]
+        step, _, key = location.partition(".")
+        body = source.content.get(step)
+        hint = ""
+        if step not in NAMES and key not in BODY_KEYS and "." not in key:
+            hint = how_to_set(location, body.get(key, "...") if isinstance(body, dict) else body, steps)
+            line = re.sub(r" \(did you mean [^)]*\)$", "", line) if hint else line
+        problems.append(f"{source.name}: " * (len(layers) > 1) + line + hint)
     if problems:
         raise WinnowError(*set_problems, *problems)
 
@@ -450,6 +460,35 @@ def option_paths(name: str, steps: Steps) -> list[str]:
     return paths
 
 
+def how_to_set(location: str, value: Any, steps: Steps) -> str:
+    """Return the end of a message about an option that is written where it is none: the line to write.
+
+    location: its name, perhaps after that of a step (`optimize.learning_rate`), whose option it then is if it has it.
+    Return "" if no step has an option of this name, today's or a former one.
+    """
+    step, _, name = location.rpartition(".")
+    paths = option_paths(name, steps)
+    if not paths and name in FORMER:
+        paths = option_paths(FORMER[name], steps)
+    paths = list(dict.fromkeys(re.sub(r"@\d+", "", path) for path in paths))
+    if not paths:
+        return ""
+    # The step itself, or one that is called like its stage (`optimize` before `sft`, which uses it).
+    own_names = [name for name, body in steps.items() if isinstance(body, dict) and body.get("use", name) == name]
+    path = min(paths, key=lambda path: (path.partition(".")[0] != step, path.partition(".")[0] not in own_names))
+    first, *options = path.split(".")
+    text = (
+        str(value)
+        if type(value) in (int, float) or value == "..."
+        else json.dumps(value, ensure_ascii=False, default=str)
+    )
+    for option in reversed(["with", *options]):
+        text = f"{{{option}: {text}}}"
+    others = [other for other in paths if other != path]
+    more = f" (or likewise {', '.join(others[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
+    return f"; it is an option of step {first}: write `{first}: {text}`{more}"
+
+
 @dataclass(frozen=True)
 class Override:
     """Value of --set: for a setting (no path), for an option of a step in every round, or in one (`step@2`)."""
@@ -476,6 +515,16 @@ class Override:
                 raise WinnowError(f"--set {text}: must be step.option=value; steps have {', '.join(paths)}")
             hint = nearest(names[0], list(SETTABLE))
             raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
+        if names[1:2] == ["with"] and len(names) > 2:
+            raise WinnowError(f"--set {text}: write --set {'.'.join([names[0], *names[2:]])}={value}, without `with`")
+        if len(names) > 1 and names[1] in BODY_KEYS:
+            line = value
+            for key in reversed(names[1:]):
+                line = f"{{{key}: {line}}}"
+            raise WinnowError(
+                f"--set {text}: it sets options, as {names[0]}.OPTION=VALUE, and those of a function that an option "
+                f"names, as optimize.objective.beta=0.1; write `{names[0]}: {line}` in a config"
+            )
         content = parse(value, f"--set {text}")
         if len(names) < 2 and content is None:
             raise WinnowError(f"--set {text}: {names[0]} must have a value")

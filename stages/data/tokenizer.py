@@ -56,6 +56,7 @@ class Tokenizer:
             )
         self._added_tokens = self.inner.added_tokens_decoder
         self._last_prompt: tuple[Conversation, list[int]] | None = None
+        self._rendered_prompt: Conversation | None = None  # which the template renders, a response behind it
         self._ends: set[tuple[str, str]] = set()  # of prompts that an answer follows without a change, and its text
         self._probes: dict[Any, str] = {}  # what is rendered of one message with a probe for its content
         self._answered_probes: dict[tuple[str, str], str | None] = {}  # rendered prompts with a probe for their answer
@@ -167,6 +168,46 @@ class Tokenizer:
         if not length:
             raise ValueError("the chat template does not end the response")
         return ids[:length]
+
+    def conversation_ids(
+        self, prompt: Conversation | Prompt, reply: str | Message | list[Message], *, after_end: bool = False
+    ) -> list[int]:
+        """Return the ids of a prompt and its response as one text: those of `apply_chat_template` of both together.
+
+        They need not begin with the ids of the prompt alone: a token may lie across the two. They end with the end of
+        the response; after_end: with all that the template writes, such as a line end behind it. Raise ValueError with
+        the reason to reject them: special tokens in the text, and what the template refuses or does not render.
+        """
+        conversation = _conversation(prompt)
+        if self.inner.chat_template is None:
+            if isinstance(reply, list):
+                raise ValueError("a response of several turns, and the tokenizer has no chat template")
+            return self.response_ids_of(self.encode(self.response_text(conversation, reply)), [])
+        messages, tools = self._messages(conversation), conversation.tools
+        if conversation != self._rendered_prompt:  # responses to a prompt follow each other
+            answered = messages if messages[-1]["role"] == "assistant" else [*messages, _assistant(PROBE)]
+            text = self._render(answered, tools)
+            self._check_rendered(Conversation(answered, tools), text, range(len(messages)))
+            self._rendered_prompt = conversation
+        if isinstance(reply, list):
+            if messages[-1]["role"] == "assistant":
+                raise ValueError("a response of several turns cannot continue a turn of the prompt")
+            self._refuse_special_tokens(Conversation(reply))
+            answered = [*messages, *reply]
+            text = self._render(answered, tools)
+            self._check_rendered(Conversation(answered, tools), text, range(len(messages), len(answered)))
+        else:
+            text = self.response_text(conversation, reply)
+        ids = self.encode(text)
+        return ids if after_end else self.response_ids_of(ids, [])
+
+    @cached_property
+    def after_end(self) -> list[int]:
+        """Return what the template writes behind the end of the last turn, such as a line end."""
+        if self._end_of_turn is None:
+            return []
+        ids = self.encode(self._answered[0].rpartition(PROBE)[2])
+        return ids[ids.index(self._end_of_turn) + 1 :]
 
     def turns_ids(self, prompt: Conversation | Prompt, turns: list[Message]) -> tuple[list[int], list[bool]]:
         """Return the ids of a response of several turns, and which of them the assistant wrote.

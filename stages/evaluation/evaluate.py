@@ -25,6 +25,7 @@ from schemas.tables import EVALUATIONS, OUTCOMES
 from stages.data.rows import Row, column_by_id, fields_of, rows_by_prompt, text_by_id
 from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
+from stages.ranking.base import candidate_text
 from stages.ranking.judge import win_of, win_score
 from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_program
 from stages.ranking.verifiers import code_tests, instruction_share, instructions, json_schema, math_answer
@@ -123,9 +124,7 @@ def evaluate(
             ctx.reject(f"no gold: {error}", place="prompts", prompt=name)
             scorable.discard(name)
 
-    judgements_by_candidate: dict[str, list[Row]] = {}
-    for row in judgements.to_pylist():
-        judgements_by_candidate.setdefault(row["candidate_id"], []).append(row)
+    judgements_by_candidate = group_by_candidate("evaluate", judgements, candidates, baseline)
     baseline_by_prompt = dict(rows_by_prompt(baseline))
     baseline_length = column_by_id(baseline, "candidate_id", "n_tokens")
     baseline_gold = {
@@ -136,7 +135,7 @@ def evaluate(
     outcomes = []
     matches: dict[str, list[Match]] = {"proxy_win": [], "gold_win": []}
     for row in (row for _, group in rows_by_prompt(candidates) for row in group):
-        name, judged = row["candidate_id"], judgements_by_candidate.pop(row["candidate_id"], [])
+        name, judged = row["candidate_id"], judgements_by_candidate.get(row["candidate_id"], [])
         wins = {match["baseline_id"]: win for match in judged if (win := win_of(match)) is not None}
         outcome = dict(prompt_id=row["prompt_id"], k=row["k"], candidate_id=name, n_tokens=row["n_tokens"])
         outcome["proxy_verdicts"] = _mean(match["logit"] is not None for match in judged)
@@ -160,11 +159,6 @@ def evaluate(
         if name in policy_scores and name in baseline_scores:
             outcome["kl"] = float(policy_scores[name] - baseline_scores[name])
         outcomes.append(outcome)
-    if judgements_by_candidate:
-        raise WinnowError(
-            f"evaluate: judgements of {len(judgements_by_candidate):,} responses that `candidates` lacks, such as "
-            f"{next(iter(judgements_by_candidate))}; give it the candidates that were judged"
-        )
 
     # Average per prompt first, so that prompts with more responses do not weigh more. In one thread and in the order of
     # prompt ids: the bits of a mean depend on the order of its sum, and the bootstrap on that of the prompts.
@@ -184,8 +178,9 @@ def evaluate(
     if unread is not None and unread > MANY_UNREAD:
         warnings.warn(
             f"evaluate: {100 * unread:.0f} % of the comparisons have a response that the ranker cannot read, and say "
-            "more of that than of which is better (`proxy_unread`): give a ranker with a longer context, or lower "
-            "`max_tokens` of `sample`",
+            "more of that than of which is better (`proxy_unread`): `winnow sql rejects` has the reasons that "
+            "`judge` gave, such as a context that is too short (lower `max_tokens` of `sample`) or a special token in "
+            "the text",
             WinnowWarning,
             stacklevel=2,
         )
@@ -204,13 +199,28 @@ def evaluate(
     return table.select(OUTCOMES.names), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
 
-def score_by_gold(
-    gold: Bound, prompt: str, fields: Mapping[str, str], candidate: Mapping[str, Any], special_tokens: bool
-) -> float:
+def group_by_candidate(
+    stage: str, judgements: pa.Table, candidates: pa.Table, baseline: pa.Table
+) -> dict[str, list[Row]]:
+    """Return the judgements of each candidate by its id; raise WinnowError if a table lacks a response of theirs."""
+    groups: dict[str, list[Row]] = {}
+    for row in judgements.to_pylist():
+        groups.setdefault(row["candidate_id"], []).append(row)
+    opponents = dict.fromkeys(row["baseline_id"] for rows in groups.values() for row in rows)
+    for name, table, judged in (("candidates", candidates, groups), ("baseline", baseline, opponents)):
+        available = set(table.column("candidate_id").to_pylist())
+        if lacking := [response for response in judged if response not in available]:
+            raise WinnowError(
+                f"{stage}: judgements of {len(lacking):,} responses that `{name}` lacks, such as {lacking[0]}; give it "
+                f"the step of `{name}` that the judge had"
+            )
+    return groups
+
+
+def score_by_gold(gold: Bound, prompt: str, fields: Mapping[str, str], candidate: Row, special_tokens: bool) -> float:
     """Return the gold reward of a candidate of the prompt; raise WinnowError if it is no finite number."""
-    use_raw = special_tokens and candidate["raw_text"] is not None
     arguments = (fields,) if gold.metadata.get("reads_fields") else ()
-    score = gold(prompt, candidate["raw_text"] if use_raw else candidate["text"], *arguments)
+    score = gold(prompt, candidate_text(candidate, special_tokens), *arguments)
     return number(gold, score, of=f"prompt {candidate['prompt_id']}, candidate {candidate['candidate_id']}")
 
 

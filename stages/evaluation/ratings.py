@@ -28,7 +28,7 @@ class RatedPair:
     candidate_id: str
     baseline_id: str
     candidate_is: int
-    place: str
+    location: str
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,15 @@ def ratings(
         ids = dict(prompt_id=pair.prompt_id, candidate_id=pair.candidate_id, baseline_id=pair.baseline_id)
         if pair.candidate_id not in k_of or pair.baseline_id not in opponents:
             ctx.reject(
-                "rated responses are not this run's", place=pair.place, prompt=pair.prompt_id,
+                "rated responses are not this run's", place=pair.location, prompt=pair.prompt_id,
                 candidate=pair.candidate_id, detail=f"id {name}",
             )  # fmt: skip
             continue
         rated = by_id.get(name, [])
         values = [rating.vote for rating in rated if rating.vote is not None]
-        judgements.append(ids | dict(k=k_of[pair.candidate_id], logit=_logit(values), unread=None))
+        wins, losses = sum(values), len(values) - sum(values)
+        logit = float(np.log(wins + 0.5) - np.log(losses + 0.5)) if values else None  # 0 for as many of both
+        judgements.append(ids | dict(k=k_of[pair.candidate_id], logit=logit, unread=None))
         first = "candidate" if pair.candidate_is == 1 else "baseline"
         votes += [ids | dict(voter=item.rater, first=first, answer=item.answer, vote=item.vote) for item in rated]
     if not judgements:
@@ -99,6 +101,8 @@ def ratings(
 def read_ratings(sheets: Sequence[DataPath], key: DataPath) -> tuple[dict[str, RatedPair], dict[str, list[Rating]]]:
     """Return the pairs of the key and the ratings of all sheets, by id; raise WinnowError with all mistakes."""
     problems: list[str] = []
+    paths = [sheet.path.resolve() for sheet in sheets]
+    problems += [f"sheets: {path} is listed twice" for path in dict.fromkeys(paths) if paths.count(path) > 1]
     for path, columns, what in [(key, KEY, "key"), *((sheet, SHEET, "sheets") for sheet in sheets)]:
         if not path.path.is_file() or path.path.suffix not in DELIMITERS:
             problems.append(f"{what}: {path.path}: must be a CSV or TSV file, as the sheet was exported")
@@ -116,54 +120,41 @@ def read_ratings(sheets: Sequence[DataPath], key: DataPath) -> tuple[dict[str, R
         problems.append(f"{place}: {reason} {detail}".rstrip())
 
     pairs: dict[str, RatedPair] = {}
-    for place, row in file_rows(key.path, KEY, refuse):
+    for location, row in file_rows(key.path, KEY, refuse):
         name, side = (row["id"] or "").strip(), (row["candidate_is"] or "").strip()
         if not all(row[column] for column in KEY):
-            problems.append(f"{place}: a cell of {', '.join(KEY)} is empty; export the sheet anew")
+            problems.append(f"{location}: a cell of {', '.join(KEY)} is empty; export the sheet anew")
         elif name in pairs:
-            problems.append(f"{place}: id {name!r} is in the key twice, first in {pairs[name].place}")
+            problems.append(f"{location}: id {name!r} is in the key twice, first in {pairs[name].location}")
         elif side not in ("1", "2"):
-            problems.append(f"{place}: candidate_is is {side!r}, and must be 1 or 2; export the sheet anew")
+            problems.append(f"{location}: candidate_is is {side!r}, and must be 1 or 2; export the sheet anew")
         else:
-            pairs[name] = RatedPair(row["prompt_id"], row["candidate_id"], row["baseline_id"], int(side), place)
+            pairs[name] = RatedPair(row["prompt_id"], row["candidate_id"], row["baseline_id"], int(side), location)
 
     by_id: dict[str, list[Rating]] = {}
     seen: dict[tuple[str, str], str] = {}
     file_names = [sheet.path.name for sheet in sheets]
     for number, sheet in enumerate(sheets, 1):
         title = sheet.path.name if file_names.count(sheet.path.name) == 1 else str(sheet.path)
-        for place, row in file_rows(sheet.path, (*SHEET, "rater"), refuse, title):
+        for location, row in file_rows(sheet.path, (*SHEET, "rater"), refuse, title):
             name, answer = (row["id"] or "").strip(), (row["rating"] or "").strip()
             rater = (row.get("rater") or "").strip() or str(number)
             value = answer.lower().removesuffix(".0")  # spreadsheets write numbers so
             if name not in pairs:
-                problems.append(f"{place}: id {name!r} is not in {key.path.name}: the sheet is of another export")
+                problems.append(f"{location}: id {name!r} is not in {key.path.name}: the sheet is of another export")
             elif (rater, name) in seen:
                 problems.append(
-                    f"{place}: id {name!r} is rated twice by rater {rater}, first in {seen[rater, name]}; remove "
+                    f"{location}: id {name!r} is rated twice by rater {rater}, first in {seen[rater, name]}; remove "
                     "one, or name the raters in a column `rater`"
                 )
             elif value and value not in RATINGS:
-                problems.append(f"{place}: rating {answer!r} must be 1, 2, same, or empty")
+                problems.append(f"{location}: rating {answer!r} must be 1, 2, same, or empty")
             else:
-                seen[rater, name] = place
-                by_id.setdefault(name, []).append(Rating(rater, answer, _vote(value, pairs[name])))
+                seen[rater, name] = location
+                better = RATINGS.get(value)
+                vote = 0.5 if better is None else float(better == pairs[name].candidate_is)
+                by_id.setdefault(name, []).append(Rating(rater, answer, vote if value else None))
     if problems:
         rest = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         raise WinnowError(*problems[:LISTED], *rest)
     return pairs, by_id
-
-
-def _vote(value: str, pair: RatedPair) -> float | None:
-    if not value:
-        return None
-    better = RATINGS[value]
-    return 0.5 if better is None else float(better == pair.candidate_is)
-
-
-def _logit(votes: Sequence[float]) -> float | None:
-    """Return log (wins + 1/2) / (losses + 1/2), 0 for as many of both; None without votes."""
-    if not votes:
-        return None
-    wins = sum(votes)
-    return float(np.log(wins + 0.5) - np.log(len(votes) - wins + 0.5))

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import Columns, StageContext, stage
-from schemas import Candidates, Evaluations, Judgements, Votes, WinnowError, WinnowWarning, Wins
+from schemas import Candidates, Evaluations, Judgements, Votes, WinnowWarning, Wins
 from schemas.tables import EVALUATIONS, WINS
 from stages.data.rows import Row, column_by_id, rows_by_prompt
 from stages.evaluation.agreement import Agreement
-from stages.evaluation.evaluate import MANY_UNREAD, bootstrap_interval
+from stages.evaluation.evaluate import MANY_UNREAD, bootstrap_interval, group_by_candidate
 from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
 from stages.ranking.judge import win_of
@@ -45,14 +45,12 @@ def win_rate(
     as often as by chance.
     """
     name = str(judge)
-    by_candidate: dict[str, list[Row]] = {}
-    for row in judgements.to_pylist():
-        by_candidate.setdefault(row["candidate_id"], []).append(row)
+    by_candidate = group_by_candidate("win_rate", judgements, candidates, baseline)
     lengths = column_by_id(baseline, "candidate_id", "n_tokens")
     wins: list[Row] = []
     matches: list[Match] = []
     for row in (row for _, group in rows_by_prompt(candidates) for row in group):
-        judged = by_candidate.pop(row["candidate_id"], [])
+        judged = by_candidate.get(row["candidate_id"], [])
         results = [(judgement, win_of(judgement)) for judgement in judged]
         decided = [win for _, win in results if win is not None]
         counts = Counter(ties=0, undecided=len(results) - len(decided), unread=0)
@@ -66,34 +64,34 @@ def win_rate(
             for judgement, win in results
             if win is not None
         ]
-    if by_candidate:
-        raise WinnowError(
-            f"win_rate: judgements of {len(by_candidate):,} responses that `candidates` lacks, such as "
-            f"{next(iter(by_candidate))}; give it the candidates that were judged"
-        )
 
     rng = np.random.default_rng(seed)
     suffix = "" if against == "sft" else f"_vs_{against}"
-    evaluations = []
+    evaluations: list[Row] = []
+
+    def add(metric: str, value: float, low: float, high: float, n: int) -> None:
+        evaluations.append({"metric": f"{name}_{metric}{suffix}", "value": value, "low": low, "high": high, "n": n})
+
     for metric, column in SHARES.items():
         if len(means := _prompt_means(wins, column)):
             low, high = bootstrap_interval(means, resamples, rng)
-            evaluations.append(_row(f"{name}_{metric}{suffix}", float(means.mean()), low, high, len(means)))
+            add(metric, float(means.mean()), low, high, len(means))
             if metric == "unread" and means.mean() > MANY_UNREAD:
                 warnings.warn(
                     f"win_rate: {100 * means.mean():.0f} % of the comparisons by {name} have a response that it cannot "
-                    f"read, and say more of that than of which is better (`{name}_unread`): give a judge with a longer "
-                    "context, or lower `max_tokens` of `sample`",
+                    f"read, and say more of that than of which is better (`{name}_unread`): `winnow sql rejects` has "
+                    "the reasons, such as a context that is too short (lower `max_tokens` of `sample`) or a special "
+                    "token in the text",
                     WinnowWarning,
                     stacklevel=2,
                 )
     if matches:
         value, (low, high) = length_controlled(matches, resamples, rng)
         n = len({match.prompt for match in matches})
-        evaluations.append(_row(f"{name}_win_lc{suffix}", value, low, high, n))
+        add("win_lc", value, low, high, n)
     if votes is not None and (agreement := Agreement.of(votes)) is not None:
         for metric, (value, low, high) in agreement.figures(resamples, rng).items():
-            evaluations.append(_row(f"{name}_{metric}{suffix}", value, low, high, agreement.prompts))
+            add(metric, value, low, high, agreement.prompts)
     ctx.count(undecided=sum(row["undecided"] for row in wins))
     return pa.Table.from_pylist(wins, WINS), pa.Table.from_pylist(evaluations, EVALUATIONS)
 
@@ -107,7 +105,3 @@ def _prompt_means(wins: Sequence[Row], column: str) -> np.ndarray:
             if value is not None:
                 by_prompt.setdefault(row["prompt_id"], []).append(value)
     return np.array([sum(by_prompt[prompt]) / len(by_prompt[prompt]) for prompt in sorted(by_prompt)])
-
-
-def _row(metric: str, value: float, low: float, high: float, n: int) -> Row:
-    return {"metric": metric, "value": value, "low": low, "high": high, "n": n}

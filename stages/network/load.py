@@ -32,7 +32,7 @@ from pipeline.store.fingerprints import ADAPTER, CARD
 from pipeline.store.storage import named
 from pipeline.store.weights import let_others_read, weight_files
 from schemas import Model, WinnowError
-from stages.model_config import CLASSIFIER, FROM_FOLDER, ModelConfig
+from stages.model_config import CLASSIFIER, FROM_FOLDER, SCORED_AT_END, ModelConfig
 from stages.network.device import THREADS, can_compile, check_free_memory, default_device, say_precision
 from stages.network.forward import share_prefixes
 from stages.network.heap import give_back
@@ -286,6 +286,9 @@ def _write_network(
         shutil.copytree(templates, scratch / templates.name)
     if is_reward_model(network):
         _set_pad_token(scratch)
+        file = scratch / "config.json"
+        config = json.loads(file.read_text()) | {SCORED_AT_END: True}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _set_pad_token(folder: Path) -> None:

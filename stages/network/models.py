@@ -291,12 +291,13 @@ def _merge_into_base(base: Model, adapter: Path, dtype: Precision) -> Model:
     return merged
 
 
-@stage(version=2, unsharded=True, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
+@stage(version=3, unsharded=True, check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"))
 def reward_head(policy: Model, ctx: StageContext) -> Model:
     """Turn a policy into a reward model to train: its weights, with one score (0 at first) in place of the vocabulary.
 
     The result is an `AutoModelForSequenceClassification` folder with one label; the score is that of a response's last
-    token. It has a pad token other than EOS, so that transformers' own forward reads the same score from a batch.
+    token. It has a pad token other than EOS, so that transformers' own forward reads the same score from a batch. Its
+    config.json says that it is scored at the end of the last turn, and not behind it (see the ranker `pointwise`).
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NotRequired
 import pyarrow as pa
 
 from pipeline import EXECUTION, Bound, Range, Registry, StageContext, stage
-from pipeline.costs import Cost
+from pipeline.resources import current_resources
 from schemas import Candidates, Judgements, Model, Prompts, Votes, WinnowError
 from schemas.tables import VOTES
 from stages.data.rows import Row
@@ -14,9 +14,9 @@ from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout,
 from stages.limits import context_length
 from stages.options import Count, Precision, Seed, Temperature
 from stages.ranking.autosxs_prompts import TASKS
-from stages.ranking.base import text_of
+from stages.ranking.base import CANNOT_READ, TOO_LONG, candidate_text, reading_problem
 from stages.ranking.judge import Matches, finished_judgements, judged_prompts
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import EvenCount, Question, reads_its_model, with_output
 from stages.sampling.engines.options import EngineOptions, JudgeEngine, length_limit
 from stages.work import voting_work
@@ -44,7 +44,7 @@ def local_voter(
 
     folder = with_output(model, "vocabulary", "local_voter").folder
     tokenizer = Tokenizer(model)
-    opened = open_engine(engine, folder, dtype, options=json.dumps(engine_options or {}))
+    opened = open_engine(engine, folder, dtype, current_resources().tensor_parallel, json.dumps(engine_options or {}))
     limit = length_limit(context_length(folder), engine_options) - max_tokens
     return LocalVoter(tokenizer, opened, Sampling(temperature, 0, max_tokens, tokenizer.stop), limit)
 
@@ -83,12 +83,14 @@ def open_autosxs(
     from stages.ranking.voters import AutoSxs
 
     opened = AutoSxs(by(model), template, votes, threshold, max_without_verdict, seed)
-    if not opened.fits("", "", ""):
+    if problem := reading_problem(opened, "", ("", "")):
         opened.close()
+        reason = "it is longer than the context leaves beside `by.max_tokens`"
+        if problem.reason != TOO_LONG:
+            reason = problem.reason.removeprefix(CANNOT_READ)
         raise WinnowError(
-            "autosxs: the model cannot read its question, not even without a prompt and responses: it is longer than "
-            "the context leaves beside `by.max_tokens`, or holds a special token of the model; set a shorter "
-            "`template`, lower `by.max_tokens`, or give another model"
+            f"autosxs: the model cannot read its question, not even without a prompt and responses ({reason}); set a "
+            "shorter `template`, lower `by.max_tokens`, or give another model"
         )
     return opened
 
@@ -96,7 +98,7 @@ def open_autosxs(
 @stage(
     version=1,
     check=reads_its_model,
-    cost=Cost(ranker_need, less_memory, voting_work, ranker_device_problem),
+    cost=ranker_cost(voting_work),
 )
 def autosxs(
     prompts: Prompts,
@@ -130,16 +132,17 @@ def autosxs(
     opened = ctx.open_once(open_autosxs, by, ranker, question, votes, threshold, max_without_verdict, seed)
     rows: list[Row] = []
     vote_rows: list[Row] = []
-    for group, opponents, judgements in judged_prompts(
+    for group, opponents, of_prompt in judged_prompts(
         opened, prompts, candidates, baseline, ctx, matches, special_tokens
     ):
-        rows += judgements
+        rows += of_prompt
         ours, theirs = (
-            {row["candidate_id"]: text_of(row, special_tokens) for row in side} for side in (group, opponents)
+            {row["candidate_id"]: candidate_text(row, special_tokens) for row in side} for side in (group, opponents)
         )
-        for row in judgements:
+        for row in of_prompt:
             if row["unread"] is None:
                 ids = {name: row[name] for name in ("prompt_id", "candidate_id", "baseline_id")}
                 texts = ours[row["candidate_id"]], theirs[row["baseline_id"]]
                 vote_rows += [ids | vote for vote in opened.votes_on(*texts)]
-    return finished_judgements(opened, rows, ctx), pa.Table.from_pylist(vote_rows, VOTES)
+    judgements = finished_judgements("autosxs", opened, rows, candidates.num_rows + baseline.num_rows, ctx)
+    return judgements, pa.Table.from_pylist(vote_rows, VOTES)

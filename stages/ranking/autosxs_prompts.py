@@ -3,7 +3,20 @@
 As there, each worked example has a context, two responses, an explanation and one of three choices: (A), (B) or same.
 """
 
-SUMMARY = """\
+CASE = """\
+Context: {prompt}
+
+Response (A): {a}
+
+Response (B): {b}
+
+Write the explanation in one or two sentences, and then, on a line of its own, `Choice: (A)`, `Choice: (B)` or \
+`Choice: same`.
+
+Explanation:"""
+
+SUMMARY = (
+    """\
 Task: compare two short summaries of a text, and choose the better one: (A), (B), or same. A good summary says \
 what matters most in the text, adds nothing that the text does not say, and wastes no words.
 
@@ -50,18 +63,12 @@ anything.
 
 Choice: same
 
-Context: {prompt}
+"""
+    + CASE
+)
 
-Response (A): {a}
-
-Response (B): {b}
-
-Write the explanation in one or two sentences, and then, on a line of its own, `Choice: (A)`, `Choice: (B)` or \
-`Choice: same`.
-
-Explanation:"""
-
-DIALOGUE = """\
+DIALOGUE = (
+    """\
 Task: someone talks to an assistant. Compare two answers to the last message, and choose the more helpful one: \
 (A), (B), or same. A helpful answer is right, does what was asked, fits what was said before, and is as long as \
 it needs to be.
@@ -100,15 +107,8 @@ Explanation: Both rhyme, and each is one word, as was asked.
 
 Choice: same
 
-Context: {prompt}
-
-Response (A): {a}
-
-Response (B): {b}
-
-Write the explanation in one or two sentences, and then, on a line of its own, `Choice: (A)`, `Choice: (B)` or \
-`Choice: same`.
-
-Explanation:"""
+"""
+    + CASE
+)
 
 TASKS = {"summary": SUMMARY, "dialogue": DIALOGUE}

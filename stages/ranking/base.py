@@ -1,6 +1,8 @@
 """Interface of rankers: `Ranker` compares two responses, `Scorer` scores one alone."""
 
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pipeline import StageContext
-from schemas import WinnowError
+from schemas import COMMAND, WinnowError, WinnowWarning
 from schemas.ids import Message
 from stages.data.rows import Row, fields_of
 from stages.data.texts import Conversation, conversation_of, reply_of_candidate
@@ -27,7 +29,24 @@ KEPT_ENCODINGS = 4096  # texts whose ids a ranker keeps: those of two times eigh
 # Asked about at once where an engine or a server has a batch of its own to fill: with 8 votes on each of 4 pairs, four
 # times what is in vLLM's queue; of 64 responses, ids of some 300 MB.
 PROMPTS_OF_ENGINE = 128
+TOO_LONG, CANNOT_READ, NO_VERDICT = "does not fit the ranker", "the ranker cannot read it: ", "no verdict"
+MIN_ANSWERS = 32  # fewer say too little about a judge to refuse it
+EXAMPLES = 3  # of answers without a verdict that the refusal shows
+MANY_LOST = 0.05  # share of a part's responses, of which a stage warns
 SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
+# What to do about responses that are rejected, by words of the reason; the first that occur in it count.
+CURES = {
+    TOO_LONG: "give a ranker with a longer context, or lower `max_tokens` of `sample`",
+    NO_VERDICT: "ask for a plain verdict in `by.template`, or give another judge",
+    "not finite": "set `by.dtype: float32`, or give another ranker",
+    "special token": "leave out prompts that have it, have `bad_words` of `sample` keep the policy from writing it, or "
+    "give a ranker that has no such token",
+    "no chat template": "set `chat_template` in the ranker's step of stage `model`, or give a ranker that has one",
+    "chat template": "set `chat_template` in the ranker's step of stage `model` to one that does, or leave those out",
+    "cut at max_tokens": "raise `max_tokens` of `sample`",
+    "format rlhflow": "set another `by.format`, or give another ranker",
+    CANNOT_READ: "correct it in the data file, or leave such prompts out",
+}
 QUESTION = """\
 Which of two responses to a prompt is better?
 
@@ -62,9 +81,10 @@ class Response:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Response that a ranker cannot read, with the reason to reject it."""
+    """Response, or two of them, that a ranker cannot read: the reason to reject it, and a detail of it."""
 
-    reason: str = "does not fit the ranker"
+    reason: str = TOO_LONG
+    detail: str = ""
 
 
 class Ranker(ABC):
@@ -90,7 +110,7 @@ class Ranker(ABC):
 
     @abstractmethod
     def fits(self, context: str, first: Reading, second: Reading) -> bool:
-        """Return whether the ranker can read prompt and responses together."""
+        """Return whether prompt and responses are short enough; raise ValueError with the reason for anything else."""
 
     @abstractmethod
     def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
@@ -138,7 +158,45 @@ class Scorer(Ranker):
         ]
 
 
-def text_of(candidate: Row, special_tokens: bool) -> str:
+class Verdicts:
+    """Counts of a judge's answers, and of those without a verdict, which refuse a judge that has too many of these.
+
+    unit: what an answer is called in counters. limit: the share of answers that may be without a verdict.
+    """
+
+    def __init__(self, unit: str, limit: float) -> None:
+        self.unit, self.limit = unit, limit
+        self.answers = self.unclear = 0  # since the last `finish_part`
+        self.seen = self.seen_unclear = 0  # since the last check, of finished parts
+        self.examples: dict[str, None] = {}  # different answers without a verdict since then
+
+    def add(self, answer: str, *, is_clear: bool) -> None:
+        """Count an answer."""
+        self.answers += 1
+        if not is_clear:
+            self.unclear += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples[answer] = None
+
+    def finish_part(self, ctx: StageContext, refusal: Callable[[str, str], str]) -> None:
+        """Count the part's answers in `ctx`; raise WinnowError if too many have no verdict.
+
+        Its message is `refusal` of their number (`40 of 64`) and examples. Parts with few answers, which say too little
+        about a judge, are checked together with the next.
+        """
+        ctx.count(**{self.unit: self.answers, f"{self.unit}_without_verdict": self.unclear})
+        self.seen, self.seen_unclear = self.seen + self.answers, self.seen_unclear + self.unclear
+        self.answers = self.unclear = 0
+        if self.seen < MIN_ANSWERS:
+            return
+        if self.seen_unclear > self.limit * self.seen:
+            examples = ", ".join(repr(answer[-200:]) for answer in self.examples)
+            raise WinnowError(refusal(f"{self.seen_unclear} of {self.seen}", examples))
+        self.seen = self.seen_unclear = 0
+        self.examples.clear()
+
+
+def candidate_text(candidate: Row, special_tokens: bool) -> str:
     """Return a response as rankers of text read it, with the special tokens inside it if they are to see them."""
     use_raw = special_tokens and candidate["raw_text"] is not None
     return str(candidate["raw_text"] if use_raw else candidate["text"])
@@ -156,27 +214,52 @@ def read_candidates(
     conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
         response = Response(
-            text_of(row, special_tokens), tuple(row["token_ids"]), row["finish_reason"], tuple(prompt["token_ids"]),
-            conversation, reply_of_candidate(row), fields,
+            candidate_text(row, special_tokens), tuple(row["token_ids"]), row["finish_reason"],
+            tuple(prompt["token_ids"]), conversation, reply_of_candidate(row), fields,
         )  # fmt: skip
+        too_long = Unreadable(
+            detail=f"{row['n_tokens']:,} tokens after {len(prompt['token_ids']):,} of the prompt, in the policy's count"
+        )
         try:
             reading = ranker.read(prompt["text"], response)
+            if reading is not None and isinstance(ranker, Scorer) and not ranker.fits(prompt["text"], reading, reading):
+                reading = None
         except WinnowError:
             raise
         except ValueError as error:
-            reading = Unreadable(f"the ranker cannot read it: {error}")
-        if isinstance(ranker, Scorer) and reading is not None and not isinstance(reading, Unreadable):
-            reading = reading if ranker.fits(prompt["text"], reading, reading) else None
-        readings[row["candidate_id"]] = Unreadable() if reading is None else reading
+            reading = Unreadable(f"{CANNOT_READ}{error}")
+        readings[row["candidate_id"]] = too_long if reading is None else reading
     return readings
 
 
-def unfit_reason(ranker: Ranker, context: str, pair: ReadingPair) -> str | None:
+def reading_problem(ranker: Ranker, context: str, pair: ReadingPair) -> Unreadable | None:
     """Return why the ranker cannot read the pair, None if it can."""
-    unreadable = [reading for reading in pair if isinstance(reading, Unreadable)]
-    if not unreadable and ranker.fits(context, *pair):
-        return None
-    return unreadable[0].reason if unreadable else Unreadable.reason
+    for reading in pair:
+        if isinstance(reading, Unreadable):
+            return reading
+    try:
+        return None if ranker.fits(context, *pair) else Unreadable()
+    except WinnowError:
+        raise
+    except ValueError as error:
+        return Unreadable(f"{CANNOT_READ}{error}")
+
+
+def warn_of_lost(stage: str, ctx: StageContext, responses: int) -> None:
+    """Warn if a stage has rejected many of a part's responses for what the ranker says of them: why, and the cure.
+
+    Without numbers: all parts then say the same, which is shown once.
+    """
+    reasons = [reason for reason in ctx.rejects["reason"].to_pylist() if any(words in reason for words in CURES)]
+    if len(reasons) > MANY_LOST * responses:
+        reason = Counter(reasons).most_common(1)[0][0]
+        cure = next(cure for words, cure in CURES.items() if words in reason)
+        warnings.warn(
+            f"{stage}: more than {100 * MANY_LOST:.0f} % of a part's responses cannot be ranked, mostly for this: "
+            f"{reason.removeprefix(CANNOT_READ)}; {cure}. `{COMMAND} sql rejects` counts all reasons",
+            WinnowWarning,
+            stacklevel=2,
+        )
 
 
 def prepared_batches(
@@ -229,8 +312,7 @@ def both_orders(ranker: Ranker, questions: Sequence[Question], orders: str) -> l
         return [(logits, logits, None) for logits in ranker.logits_by_prompt(questions)]
     swapped = [(context, [(second, first) for first, second in pairs]) for context, pairs in questions]
     # A prompt's orders follow each other: they share its texts.
-    asked = [question for of_prompt in zip(questions, swapped, strict=True) for question in of_prompt]
-    both = ranker.logits_by_prompt(asked)
+    both = ranker.logits_by_prompt([question for pair in zip(questions, swapped, strict=True) for question in pair])
     # The mean of logits, not of probabilities: it cancels a position bias exactly.
     return [
         ((forward - backward) / 2, forward, -backward) for forward, backward in zip(both[0::2], both[1::2], strict=True)

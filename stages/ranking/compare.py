@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 
 from pipeline import Bound, InputStep, StageContext, stage
-from pipeline.costs import Cost
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
 from schemas.tables import COMPARISONS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import (
+    NO_VERDICT,
     Ranker,
     Reading,
     ReadingPair,
@@ -21,10 +21,11 @@ from stages.ranking.base import (
     both_orders,
     prepared_batches,
     read_candidates,
+    reading_problem,
     reads_per_pair,
-    unfit_reason,
+    warn_of_lost,
 )
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import calls
@@ -48,7 +49,7 @@ def _check_compare(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     check=_check_compare,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, calls, ranker_device_problem),
+    cost=ranker_cost(calls),
 )
 def compare(
     prompts: Prompts,
@@ -91,10 +92,11 @@ def compare(
         rejects = []
         while len(players) > 1:
             longest, second = sorted(players, key=lambda player: (-lengths[player], player))[:2]
-            reason = unfit_reason(opened, context, (readings[longest], readings[second]))
-            if reason is None:
+            problem = reading_problem(opened, context, (readings[longest], readings[second]))
+            if problem is None:
                 break
-            rejects.append(dict(reason=reason, place="selections", candidate=longest))
+            detail = problem.detail if isinstance(readings[longest], Unreadable) else f"together with {second}"
+            rejects.append(dict(reason=problem.reason, place="selections", candidate=longest, detail=detail))
             players.remove(longest)
         if len(players) < 2:
             rejects.append(dict(reason="one candidate", place=rule, detail=f"of {len(group)}"))
@@ -109,9 +111,9 @@ def compare(
     for batch in prepared_batches(opened, rows_by_prompt(table), prepare):
         # A round of each prompt's matches at a time.
         while running := [bracket for bracket in batch if bracket.pairs is not None]:
-            asked = [(bracket.context, bracket.fitting_readings()) for bracket in running]
-            ctx.count(ranker_calls=sum(len(pairs) for _, pairs in asked) * reads_per_pair(opened, orders))
-            for bracket, (mean, *_) in zip(running, both_orders(opened, asked, orders), strict=True):
+            questions = [(bracket.context, bracket.fitting_readings()) for bracket in running]
+            ctx.count(ranker_calls=sum(len(pairs) for _, pairs in questions) * reads_per_pair(opened, orders))
+            for bracket, (mean, *_) in zip(running, both_orders(opened, questions, orders), strict=True):
                 bracket.advance(opened, mean.tolist())
 
         for bracket in batch:
@@ -119,15 +121,17 @@ def compare(
                 ctx.reject(prompt=bracket.prompt, **reject)
             for match in bracket.matches:
                 ids = dict(place=rule, prompt=bracket.prompt, candidate=match["left_id"], detail=match["right_id"])
-                if (match["left_id"], match["right_id"]) in bracket.unfit:
-                    ctx.reject(Unreadable.reason, **ids)
+                if problem := bracket.unfit.get((match["left_id"], match["right_id"])):
+                    ctx.reject(problem.reason, **ids)
                 elif opened.abstains and isnan(match["logit"]):
-                    ctx.reject("no verdict", **ids)
+                    ctx.reject(NO_VERDICT, **ids)
                 else:
                     rows.append(dict(prompt_id=bracket.prompt) | match)
     opened.finish_part(ctx)
-    table = pa.Table.from_pylist(rows, schema=COMPARISONS)
-    return reject_not_finite(table, "logit", ctx, place="comparisons", candidate="left_id")
+    comparisons = pa.Table.from_pylist(rows, schema=COMPARISONS)
+    comparisons = reject_not_finite(comparisons, "logit", ctx, place="comparisons", candidate="left_id")
+    warn_of_lost("compare", ctx, table.num_rows)
+    return comparisons
 
 
 @dataclass
@@ -140,13 +144,14 @@ class Bracket:
     rejects: list[dict[str, str]]
     rounds: Rounds
     pairs: list[IdPair] | None = None  # of this round; None after the last
-    unfit: set[IdPair] = field(default_factory=set)  # texts can have fewer characters than others, and more tokens
+    # Texts can have fewer characters than others, and more tokens.
+    unfit: dict[IdPair, Unreadable] = field(default_factory=dict)
     matches: list[Row] = field(default_factory=list)  # of all rounds, once there is none left
 
     def fitting_readings(self) -> list[ReadingPair]:
         """Return the readings of this round's pairs that fit the ranker."""
         pairs = [pair for pair in self.pairs or [] if pair not in self.unfit]
-        return [(self.readings[left], self.readings[right]) for left, right in pairs]
+        return [(self.readings[first], self.readings[second]) for first, second in pairs]
 
     def advance(self, ranker: Ranker, logits: list[float] | None) -> None:
         """Go to the next round, from the logits of this round's pairs that fit; None: to the first."""
@@ -154,14 +159,15 @@ class Bracket:
             if logits is None:
                 self.pairs = next(self.rounds)
             else:
-                given = iter(logits)
-                self.pairs = self.rounds.send([nan if pair in self.unfit else next(given) for pair in self.pairs or []])
+                fitting = iter(logits)
+                by_pair = [nan if pair in self.unfit else next(fitting) for pair in self.pairs or []]
+                self.pairs = self.rounds.send(by_pair)
         except StopIteration as end:
             self.pairs, self.matches = None, end.value
             return
-        self.unfit |= {
-            pair for pair in self.pairs if not ranker.fits(self.context, *(self.readings[name] for name in pair))
-        }
+        for first, second in self.pairs:
+            if problem := reading_problem(ranker, self.context, (self.readings[first], self.readings[second])):
+                self.unfit[first, second] = problem
 
 
 def matches_of(rule: str, players: list[str]) -> Rounds:
@@ -177,11 +183,11 @@ def matches_of(rule: str, players: list[str]) -> Rounds:
         neighbours = zip(players[0::2], players[1::2], strict=False)
         pairs = list(combinations(players, 2) if rule == "all_pairs" else neighbours)
         logits = yield pairs
-        for (left, right), logit in zip(pairs, logits, strict=True):
-            matches.append(dict(left_id=left, right_id=right, logit=logit, round=tournament_round))
+        for (first, second), logit in zip(pairs, logits, strict=True):
+            matches.append(dict(left_id=first, right_id=second, logit=logit, round=tournament_round))
         if rule != "tournament":
             break
-        winners = [right if logit < 0 else left for (left, right), logit in zip(pairs, logits, strict=True)]
+        winners = [second if logit < 0 else first for (first, second), logit in zip(pairs, logits, strict=True)]
         players = players[2 * len(pairs) :] + winners
         tournament_round += 1
     return matches

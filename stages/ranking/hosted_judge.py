@@ -2,44 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from itertools import islice
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from pipeline import StageContext
 from schemas import WinnowError
-from stages.endpoint import Endpoint, EndpointClient
-from stages.ranking.base import PROMPTS_OF_ENGINE, Question, Ranker
+from stages.endpoint import ChatChoice, Endpoint, EndpointClient
+from stages.ranking.base import PROMPTS_OF_ENGINE, Question, Ranker, Verdicts
 
-PATH = "/chat/completions"
 LABELS = ("A", "B")
 TOP = 20  # tokens whose log-probs are asked for: the most that OpenAI's servers and vLLM give
-MIN_ANSWERS = 32  # fewer say too little about a judge to refuse it
-EXAMPLES = 3  # of answers without a verdict that the refusal shows
-
-
-class _Token(BaseModel):
-    token: str
-    logprob: float
-
-
-class _Position(_Token):
-    top_logprobs: list[_Token]
-
-
-class _Logprobs(BaseModel):
-    content: list[_Position] | None = None
-
-
-class _Choice(BaseModel):
-    logprobs: _Logprobs | None = None
-
-
-class _Answer(BaseModel):
-    choices: list[_Choice]
 
 
 class HostedJudge(Ranker):
@@ -53,12 +25,10 @@ class HostedJudge(Ranker):
     prompts_at_once = PROMPTS_OF_ENGINE  # the server's batch stays full
 
     def __init__(self, endpoint: Endpoint, template: str, max_without_verdict: float) -> None:
-        self.endpoint, self.template, self.max_without_verdict = endpoint, template, max_without_verdict
+        self.endpoint, self.template = endpoint, template
         self.client = EndpointClient(endpoint)
-        self.answers = self.bounded = 0  # since the last `finish_part`
-        self.unclear: list[str] = []  # likeliest tokens of the answers without a verdict since then
-        self.seen = 0  # answers since a check for too few verdicts
-        self.seen_unclear: list[str] = []
+        self.verdicts = Verdicts("answers", max_without_verdict)
+        self.bounded = 0  # answers of one label since the last `finish_part`
 
     def close(self) -> None:
         self.client.close()
@@ -77,21 +47,8 @@ class HostedJudge(Ranker):
         Without a verdict it is nan. A question that is asked twice of a prompt has one answer.
         """
 
-        def body(n: int, pair: tuple[str, str]) -> dict[str, Any]:
-            question = self.template.format(prompt=questions[n][0], a=pair[0], b=pair[1])
-            return {
-                "model": self.endpoint.model,
-                "messages": [{"role": "user", "content": question}],
-                "max_tokens": 1,
-                "temperature": 1.0,  # with which log-probs after temperature, as some servers give, are the model's own
-                "top_p": 1.0,
-                "logprobs": True,
-                "top_logprobs": TOP,
-            }
-
-        def read(n: int, answer: Any) -> dict[str, float]:
-            parsed = self.client.parse(_Answer, answer)
-            positions = parsed.choices[0].logprobs.content if parsed.choices and parsed.choices[0].logprobs else None
+        def read(choices: list[ChatChoice]) -> dict[str, float]:
+            positions = choices[0].logprobs.content if choices and choices[0].logprobs else None
             if not positions or not positions[0].top_logprobs:
                 raise WinnowError(
                     f"{self.endpoint}: {self.endpoint.model} answers without log-probs of its tokens (`logprobs`, "
@@ -101,8 +58,15 @@ class HostedJudge(Ranker):
             return {item.token: item.logprob for item in positions[0].top_logprobs}
 
         unique = [(n, pair) for n, (_, pairs) in enumerate(questions) for pair in sorted(set(pairs))]
-        tops = self.client.post_all(PATH, [partial(body, *asked) for asked in unique], read)
-        logit_by_pair = {asked: self._logit(top) for asked, top in zip(unique, tops, strict=True)}
+
+        def question(index: int) -> str:
+            n, (a, b) = unique[index]
+            return self.template.format(prompt=questions[n][0], a=a, b=b)
+
+        # At temperature 1, log-probs after temperature, as some servers give, are the model's own.
+        options = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": TOP}
+        tops = self.client.ask_all(question, [options] * len(unique), read)
+        logit_by_pair = {key: self._logit(top) for key, top in zip(unique, tops, strict=True)}
         return [
             np.array([logit_by_pair[n, pair] for pair in pairs], dtype=np.float64)
             for n, (_, pairs) in enumerate(questions)
@@ -114,10 +78,9 @@ class HostedJudge(Ranker):
         A label may be several tokens (`A`, ` A`), whose probabilities add up. One that is not among them is at most as
         likely as the last that is, which then stands for it: the logit is too small rather than too large.
         """
-        self.answers += 1
         by_label = {label: [logp for token, logp in top.items() if token.strip() == label] for label in LABELS}
+        self.verdicts.add(max(top, key=lambda token: top[token]), is_clear=any(by_label.values()))
         if not any(by_label.values()):
-            self.unclear.append(max(top, key=lambda token: top[token]))
             return float("nan")
         self.bounded += not all(by_label.values())
         first, second = (
@@ -126,21 +89,15 @@ class HostedJudge(Ranker):
         return first - second if math.isfinite(first - second) else float("nan")
 
     def finish_part(self, ctx: StageContext) -> None:
-        """Count the answers; raise WinnowError if too many have no verdict, with examples of what was answered.
-
-        Parts with few answers are checked together with the next.
-        """
-        ctx.count(answers=self.answers, answers_without_verdict=len(self.unclear), answers_of_one_label=self.bounded)
-        self.seen, self.seen_unclear = self.seen + self.answers, [*self.seen_unclear, *self.unclear]
-        self.answers, self.bounded, self.unclear = 0, 0, []
-        if self.seen < MIN_ANSWERS:
-            return
-        if len(self.seen_unclear) > self.max_without_verdict * self.seen:
-            examples = ", ".join(repr(token) for token in islice(dict.fromkeys(self.seen_unclear), EXAMPLES))
-            raise WinnowError(
-                f"hosted_judge: {len(self.seen_unclear)} of {self.seen} answers have no verdict, more than the share "
-                f"{self.max_without_verdict} that `by.max_without_verdict` allows. They begin, for example, with "
-                f"{examples}. A verdict is A or B as the first token: ask for it in `by.template`, or use another "
-                "judge (one that reasons first cannot be read so; `llm_judge` with a local folder can)"
-            )
-        self.seen, self.seen_unclear = 0, []
+        """Count the answers; raise WinnowError if too many have no verdict, with examples of what was answered."""
+        self.verdicts.finish_part(
+            ctx,
+            lambda number, examples: (
+                f"hosted_judge: {number} answers have no verdict, more than the share {self.verdicts.limit} that "
+                f"`by.max_without_verdict` allows. They begin, for example, with {examples}. A verdict is A or B as "
+                "the first token: ask for it in `by.template`, or use another judge (one that reasons first cannot be "
+                "read so; `llm_judge` with a local folder can)"
+            ),
+        )
+        ctx.count(answers_of_one_label=self.bounded)
+        self.bounded = 0

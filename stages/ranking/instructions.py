@@ -19,6 +19,7 @@ COUNTED_FROM_ONE = ("num_paragraphs", "nth_paragraph")
 RELATIONS = ("at least", "less than")
 ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|vs|e\.g|i\.e)\Z")
+WORD = re.compile(r"\w+")
 MARKS = ".!?…"
 SENTENCE_END = re.compile(r"[.!?…]++[\"'”’)\]]*+")  # before a space, or at the end of the text
 
@@ -88,24 +89,6 @@ def _holds(count: int, relation: str, limit: float) -> bool:
     return count >= limit if relation == "at least" else count < limit
 
 
-def _sentences(text: str) -> list[str]:
-    """Return the texts that end with a mark before a space, none of an abbreviation, and what follows the last."""
-    parts, start = [], 0
-    # In one pass: a pattern with the conditions in it would begin anew at each of many marks.
-    for match in SENTENCE_END.finditer(text):
-        is_inside = match.end() < len(text) and not text[match.end()].isspace()
-        before = text[max(0, match.start() - 8) : match.start()]
-        is_abbreviation = not set(match[0][1:]) & set(MARKS) and ABBREVIATION.search(before)
-        if not is_inside and not is_abbreviation:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
-
-
 # Keywords
 
 
@@ -139,13 +122,25 @@ def letter_frequency(response: str, letter: str, let_frequency: int, let_relatio
 @instruction_check("length_constraints:number_words", "num_words", "relation")
 def number_of_words(response: str, num_words: int, relation: str) -> bool:
     """Return whether the response has so many runs of letters and digits."""
-    return _holds(len(_words(response)), relation, num_words)
+    return _holds(len(WORD.findall(response)), relation, num_words)
 
 
 @instruction_check("length_constraints:number_sentences", "num_sentences", "relation")
 def number_of_sentences(response: str, num_sentences: int, relation: str) -> bool:
-    """Return whether the response has so many sentences: texts that end with a mark before a space, and a last one."""
-    return _holds(sum(bool(_words(part)) for part in _sentences(response)), relation, num_sentences)
+    """Return whether it has so many sentences: texts with words that end with a mark before a space, and a last one.
+
+    The mark of an abbreviation ends none.
+    """
+    sentences, start = [], 0
+    # In one pass: a pattern with the conditions in it would begin anew at each of many marks.
+    for match in SENTENCE_END.finditer(response):
+        is_inside = match.end() < len(response) and not response[match.end()].isspace()
+        before = response[max(0, match.start() - 8) : match.start()]
+        is_abbreviation = not set(match[0][1:]) & set(MARKS) and ABBREVIATION.search(before)
+        if not is_inside and not is_abbreviation:
+            sentences.append(response[start : match.start()])
+            start = match.end()
+    return _holds(sum(bool(WORD.search(text)) for text in [*sentences, response[start:]]), relation, num_sentences)
 
 
 @instruction_check("length_constraints:number_paragraphs", "num_paragraphs")

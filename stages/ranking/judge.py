@@ -8,20 +8,22 @@ from typing import Annotated, Literal
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
-from pipeline.costs import Cost
 from schemas import Candidates, Judgements, Model, Prompts
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.ranking.base import (
+    TOO_LONG,
     Ranker,
     ReadingPair,
     Unreadable,
     both_orders,
     prepared_batches,
     read_candidates,
+    reading_problem,
     reads_per_pair,
+    warn_of_lost,
 )
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import judging_work
@@ -33,11 +35,11 @@ UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose respo
 
 
 @stage(
-    version=6,
+    version=7,
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, judging_work, ranker_device_problem),
+    cost=ranker_cost(judging_work),
 )
 def judge(
     prompts: Prompts,
@@ -58,8 +60,8 @@ def judge(
     same seeds, which are no independent draws where k is the same. With `special_tokens`, text is read with the special
     tokens inside it. The logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it
     cannot read a response: `unread` then says whose; of two that do not fit its context together, the longer, or both
-    if their lengths are equal. A reward model reads each response alone, and both are unread where neither fits. The
-    table `rejects` has each such response once, with the reason.
+    if their lengths are equal or there is another reason. A reward model reads each response alone, and both are unread
+    where neither fits. The table `rejects` has each such response once, with the reason.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     rows = [
@@ -67,7 +69,7 @@ def judge(
         for *_, judgements in judged_prompts(opened, prompts, candidates, baseline, ctx, matches, special_tokens)
         for row in judgements
     ]
-    return finished_judgements(opened, rows, ctx)
+    return finished_judgements("judge", opened, rows, candidates.num_rows + baseline.num_rows, ctx)
 
 
 def judged_prompts(
@@ -89,16 +91,21 @@ def judged_prompts(
         if not opponents:
             ctx.reject("no baseline response", place="baseline", prompt=prompt, detail=f"{len(group)} responses")
         ctx.count(ranker_calls=calls)
-        for name, (place, reason, detail) in unread.items():
-            ctx.reject(reason, place=place, prompt=prompt, candidate=name, detail=detail)
+        for name, (table, reason, detail) in unread.items():
+            ctx.reject(reason, place=table, prompt=prompt, candidate=name, detail=detail)
         yield group, opponents, judgements
 
 
-def finished_judgements(ranker: Ranker, rows: list[Row], ctx: StageContext) -> pa.Table:
-    """Return the table of a part's judgements, without those that are not finite, once the ranker has ended it."""
+def finished_judgements(stage: str, ranker: Ranker, rows: list[Row], responses: int, ctx: StageContext) -> pa.Table:
+    """Return the table of a part's judgements, without those that are not finite, once the ranker has ended it.
+
+    responses: how many there are in the part, of both sides.
+    """
     ctx.count(unread_responses=sum(row["unread"] is not None for row in rows))
     ranker.finish_part(ctx)
-    return reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
+    judgements = reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
+    warn_of_lost(stage, ctx, responses)
+    return judgements
 
 
 def judge_prompts(
@@ -114,7 +121,41 @@ def judge_prompts(
     """
 
     def prepare(item: tuple[Row, Sequence[Row], Sequence[Row]]) -> tuple[str, list[Row], list[Met], Unread]:
-        return item[0]["text"], *_matches_of_prompt(ranker, *item, matches, special_tokens)
+        """Return the text of a prompt, its judgements, those that the ranker can read, and what it cannot read."""
+        prompt, candidates, baseline = item
+        readings, opponent_readings = (
+            read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
+        )
+        unread = {
+            name: (table, reading.reason, reading.detail)
+            for table, side in (("candidates", readings), ("baseline", opponent_readings))
+            for name, reading in side.items()
+            if isinstance(reading, Unreadable)
+        }
+        rows: list[Row] = []
+        met: list[Met] = []
+        for row, opponent in product(candidates, baseline):
+            if matches != "all" and (row["k"] == opponent["k"]) != (matches == "same_k"):
+                continue
+            pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
+            judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
+            judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
+            rows.append(judgement)
+            are_unread = [isinstance(reading, Unreadable) for reading in pair]
+            if any(are_unread):
+                judgement["unread"] = "both" if all(are_unread) else "baseline" if are_unread[1] else "candidate"
+            elif problem := reading_problem(ranker, prompt["text"], pair):
+                # Of two that are too long together, the longer; what the template refuses is the fault of neither.
+                length, other = (row["n_tokens"], opponent["n_tokens"]) if problem.reason == TOO_LONG else (0, 0)
+                judgement["unread"] = "both" if length == other else "baseline" if other > length else "candidate"
+                ids = row["candidate_id"], opponent["candidate_id"]
+                if length >= other:  # once, however many it does not fit with
+                    unread.setdefault(ids[0], ("candidates", problem.reason, f"together with {ids[1]}"))
+                if other >= length:
+                    unread.setdefault(ids[1], ("baseline", problem.reason, f"together with {ids[0]}"))
+            else:
+                met.append((judgement, pair))
+        return prompt["text"], rows, met, unread
 
     for batch in prepared_batches(ranker, prompts, prepare):
         answers = both_orders(ranker, [(context, [pair for _, pair in met]) for context, _, met, _ in batch], "both")
@@ -122,48 +163,6 @@ def judge_prompts(
             for (judgement, _), logit in zip(met, logits.tolist(), strict=True):
                 judgement["logit"] = None if ranker.abstains and isnan(logit) else logit
             yield rows, len(met) * reads_per_pair(ranker, "both"), unread
-
-
-def _matches_of_prompt(
-    ranker: Ranker,
-    prompt: Row,
-    candidates: Sequence[Row],
-    baseline: Sequence[Row],
-    matches: Matches,
-    special_tokens: bool,
-) -> tuple[list[Row], list[Met], Unread]:
-    """Return the rows of `judgements`, logits yet to come, those that the ranker can read, and what it cannot read."""
-    readings, opponent_readings = (
-        read_candidates(ranker, prompt, side, special_tokens) for side in (candidates, baseline)
-    )
-    unread = {
-        name: (place, reading.reason, "")
-        for place, side in (("candidates", readings), ("baseline", opponent_readings))
-        for name, reading in side.items()
-        if isinstance(reading, Unreadable)
-    }
-    rows: list[Row] = []
-    met: list[Met] = []
-    for row, opponent in product(candidates, baseline):
-        if matches != "all" and (row["k"] == opponent["k"]) != (matches == "same_k"):
-            continue
-        pair = (readings[row["candidate_id"]], opponent_readings[opponent["candidate_id"]])
-        judgement = dict(prompt_id=prompt["prompt_id"], k=row["k"], candidate_id=row["candidate_id"])
-        judgement |= dict(baseline_id=opponent["candidate_id"], logit=None, unread=None)
-        rows.append(judgement)
-        unreadable = [isinstance(reading, Unreadable) for reading in pair]
-        if any(unreadable):
-            judgement["unread"] = "both" if all(unreadable) else "baseline" if unreadable[1] else "candidate"
-        elif ranker.fits(prompt["text"], *pair):
-            met.append((judgement, pair))
-        else:
-            excess = opponent["n_tokens"] - row["n_tokens"]
-            judgement["unread"] = "both" if not excess else "baseline" if excess > 0 else "candidate"
-            for place, one, other in (("candidates", row, opponent), ("baseline", opponent, row)):
-                if one["n_tokens"] >= other["n_tokens"]:  # once, however many it does not fit with
-                    detail = f"together with {other['candidate_id']}"
-                    unread.setdefault(one["candidate_id"], (place, Unreadable.reason, detail))
-    return rows, met, unread
 
 
 def win_of(judgement: Row) -> float | None:

@@ -5,19 +5,16 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from itertools import islice
 
 import numpy as np
 
 from pipeline import StageContext
 from schemas import Model, WinnowError, seed_for
 from stages.data.tokenizer import Tokenizer
-from stages.ranking.base import PROMPTS_OF_ENGINE, SPECIAL_TOKEN, Question, Ranker, Response
+from stages.ranking.base import PROMPTS_OF_ENGINE, SPECIAL_TOKEN, Question, Ranker, Response, Verdicts
 from stages.sampling.engines import Engine, Request, Sampling
 
 TextPair = tuple[str, str]
-MIN_VOTES = 32  # fewer say too little about a judge to refuse it
-EXAMPLES = 3  # answers without a verdict that the refusal shows
 LETTER = re.compile(r"(?<!\w)[AB](?!\w)")
 
 
@@ -38,10 +35,7 @@ class LlmJudge(Ranker):
         self.tokenizer, self.engine = Tokenizer(model), engine
         self._question_ids = cache(self.tokenizer.prompt_ids)  # until the pairs that fit are asked about
         self.template, self.votes, self.threshold, self.seed = template, votes, threshold, seed
-        self.max_without_verdict = max_without_verdict
-        self.answers: list[tuple[str, int | None]] = []  # since the last `finish_part`, with their votes
-        self.seen = self.seen_without_verdict = 0  # votes since a check for too few verdicts
-        self.unclear: dict[str, None] = {}  # different answers without a verdict, in order
+        self.verdicts = Verdicts("votes", max_without_verdict)
         self.max_prompt_tokens = max_prompt_tokens
         self.sampling = Sampling(temperature, 0, max_tokens, self.tokenizer.stop)
 
@@ -59,11 +53,8 @@ class LlmJudge(Ranker):
         return [self._question_ids(self.template.format(prompt=context, a=a, b=b)) for a, b in orders]
 
     def fits(self, context: str, first: str, second: str) -> bool:
-        """Return whether both orders are short enough, and free of special tokens (read as control tokens)."""
-        try:
-            return all(len(ids) <= self.max_prompt_tokens for ids in self.questions(context, first, second))
-        except ValueError:
-            return False
+        """Return whether both orders are short enough; raise ValueError as `questions` does."""
+        return all(len(ids) <= self.max_prompt_tokens for ids in self.questions(context, first, second))
 
     def logits(self, context: str, pairs: Sequence[TextPair]) -> np.ndarray:
         (logits,) = self.logits_by_prompt([(context, pairs)])
@@ -100,42 +91,31 @@ class LlmJudge(Ranker):
             logit_by_pair: dict[TextPair, float] = {}
             for low, high in unique:
                 texts = [self.tokenizer.decode(next(answers).token_ids) for _ in range(self.votes)]
-                votes = [vote_of(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
-                self.answers += zip(texts, votes, strict=True)
+                votes = [letter_vote(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
+                for text, vote in zip(texts, votes, strict=True):
+                    self.verdicts.add(text, is_clear=vote is not None)
                 logit_by_pair[low, high] = vote_logit(votes, self.threshold)
                 logit_by_pair[high, low] = -logit_by_pair[low, high]
             logits.append(np.array([logit_by_pair.get(pair, 0.0) for pair in pairs], dtype=np.float64))
         return logits
 
     def finish_part(self, ctx: StageContext) -> None:
-        """Count the votes; raise WinnowError if too many have no verdict, with examples of what was answered.
-
-        Parts with few votes are checked together with the next.
-        """
-        unclear = [answer for answer, vote in self.answers if vote is None]
-        ctx.count(votes=len(self.answers), votes_without_verdict=len(unclear))
-        self.seen += len(self.answers)
-        self.seen_without_verdict += len(unclear)
-        self.unclear |= dict.fromkeys(unclear)
-        self.answers.clear()
-        if self.seen < MIN_VOTES:
-            return
-        if self.seen_without_verdict > self.max_without_verdict * self.seen:
-            examples = ", ".join(repr(answer[-200:]) for answer in islice(self.unclear, EXAMPLES))
-            raise WinnowError(
-                f"llm_judge: {self.seen_without_verdict} of {self.seen} votes have no verdict, more than the share "
-                f"{self.max_without_verdict} that `by.max_without_verdict` allows. The judge wrote, for example, "
-                f"{examples}. A verdict is the one letter A or B on the last line: ask for it in `by.template`, raise "
-                "`by.max_tokens` if answers are cut, or use another judge"
-            )
-        self.seen = self.seen_without_verdict = 0
-        self.unclear.clear()
+        """Count the votes; raise WinnowError if too many have no verdict, with examples of what was answered."""
+        self.verdicts.finish_part(
+            ctx,
+            lambda number, examples: (
+                f"llm_judge: {number} votes have no verdict, more than the share {self.verdicts.limit} that "
+                f"`by.max_without_verdict` allows. The judge wrote, for example, {examples}. A verdict is the one "
+                "letter A or B on the last line: ask for it in `by.template`, raise `by.max_tokens` if answers are "
+                "cut, or use another judge"
+            ),
+        )
 
     def close(self) -> None:
         self.engine.close()
 
 
-def vote_of(answer: str, flipped: bool) -> int | None:
+def letter_vote(answer: str, flipped: bool) -> int | None:
     """Return 1 if the answer votes for the first text (the second if flipped), 0 if not, None without a verdict.
 
     A verdict is the single letter A or B on the last line, as a word; both or neither is none.

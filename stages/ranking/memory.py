@@ -1,10 +1,10 @@
 """Memory of a ranker: that of scoring by its network, or of the engine that a judge answers with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pipeline import Bound, InputStep
-from pipeline.costs import Change, Device, Need
+from pipeline.costs import Change, Cost, Device, Need
 from stages.network.memory import scoring_need
 from stages.sampling import memory as engine
 from stages.sampling.devices import vllm_problem
@@ -13,12 +13,17 @@ SAMPLING = ("llm_judge", "local_voter")  # judges whose answers an engine sample
 QUESTION_TOKENS = 4096  # of a judge's question, for the engine transformers
 
 
+def ranker_cost(work: Callable[..., Any]) -> Cost:
+    """Return the cost of a stage that ranks, from the work that it does."""
+    return Cost(ranker_need, less_ranker_memory, work, ranker_device_problem)
+
+
 def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:
-    """Return the memory of the ranker that `by` names; None for programs, and for rankers of plugins."""
+    """Return the memory of the ranker that `by` names; None for programs, rankers of plugins, and what is served."""
     by: Bound = options["by"]
     if by.name in SAMPLING:
         return engine.sampling_need(by.options, inputs.get("ranker"), QUESTION_TOKENS, device)
-    if not by.metadata.get("output"):
+    if not by.metadata.get("output") or by.name == "endpoint":
         return None
     return scoring_need(inputs.get("ranker"), by.options["dtype"], device)
 
@@ -32,7 +37,7 @@ def ranker_device_problem(options: Mapping[str, Any], inputs: Mapping[str, Input
     return problem and f"by.{problem}"
 
 
-def less_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:
+def less_ranker_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:
     """Yield changes that take less memory: those of a judge's engine."""
     by: Bound = options["by"]
     if by.name not in SAMPLING:

@@ -54,8 +54,9 @@ class RankerPrompt:
 
     def __init__(self, model: Model, format: PairFormat | None = None) -> None:
         self.tokenizer = Tokenizer(model)
-        self._piece_ids = lru_cache(KEPT_ENCODINGS)(self._encode_piece)
-        self._question_ids = lru_cache(KEPT_ENCODINGS)(self._encode_question)
+        # As arrays, which take a ninth of a list's memory.
+        self._piece_ids = lru_cache(KEPT_ENCODINGS)(lambda text: array("i", self.tokenizer.encode(text)))
+        self._question_ids = lru_cache(KEPT_ENCODINGS)(lambda text: array("i", self.tokenizer.prompt_ids(text)))
         has_template = self.tokenizer.inner.chat_template is not None
         has_marks = "[RESPONSE A]" in self.tokenizer.special_tokens.values()
         self.format = format or ("chat" if has_template and not has_marks else "marks")
@@ -107,12 +108,6 @@ class RankerPrompt:
             ids = ids[1:]
         return ids + self.lead
 
-    def _encode_piece(self, text: str) -> "array[int]":
-        return array("i", self.tokenizer.encode(text))  # a ninth of a list's memory
-
-    def _encode_question(self, text: str) -> "array[int]":
-        return array("i", self.tokenizer.prompt_ids(text))
-
 
 class PairwiseRanker(Ranker):
     """Trained pairwise ranker in memory. budget: tokens in a forward pass."""
@@ -140,10 +135,7 @@ class PairwiseRanker(Ranker):
         return response.text if prompt == context else (prompt, response.text)
 
     def fits(self, context: str, first: Reading, second: Reading) -> bool:
-        try:
-            return len(self._ids(context, (first, second))) <= self.context
-        except ValueError:
-            return False
+        return len(self._ids(context, (first, second))) <= self.context
 
     def logits(self, context: str, pairs: Sequence[ReadingPair]) -> np.ndarray:
         (logits,) = self.logits_by_prompt([(context, pairs)])

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from jinja2 import Template, TemplateError
+from jinja2 import TemplateError
 
 from pipeline import Bound, InputStep
 from schemas import WinnowWarning
 from stages.data.chat_templates import ENVIRONMENT, planned_chat_template
 from stages.data.first_prompts import READ_PROMPTS, first_conversations
-from stages.data.texts import Conversation, as_messages
+from stages.data.texts import as_messages
 
 PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone
 PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "winnow_probe", "description": "", "parameters": PARAMETERS}}
+# Long templates take 40 ms, and a plan renders one for each step that ranks.
+compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
 Shape = tuple[tuple[str, ...], bool]  # roles of a prompt's turns, and whether it has tools
 
 
@@ -26,10 +28,14 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
     What a template does is seen by rendering turns of the same roles. Nothing is said where it cannot be told.
     """
     prompts, ranker = inputs.get("prompts"), inputs.get("ranker")
-    template = planned_chat_template(ranker) if ranker and by.name == "pointwise" else None
+    template = planned_chat_template(ranker) if ranker and by.name in ("pointwise", "endpoint") else None
     if prompts is None or not (template or by.options.get("format") == "rlhflow"):
         return
-    shapes = Counter(map(_shape, first_conversations(prompts.options) if prompts.stage in READ_PROMPTS else []))
+    conversations = first_conversations(prompts.options) if prompts.stage in READ_PROMPTS else []
+    shapes: Counter[Shape] = Counter(
+        (tuple(str(message["role"]) for message in as_messages(conversation.content)), bool(conversation.tools))
+        for conversation in conversations
+    )
     unread: Counter[str] = Counter()
     for shape, count in shapes.items():
         unread[_unread_part(shape, template)] += count
@@ -45,10 +51,6 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
             WinnowWarning,
             stacklevel=2,
         )
-
-
-def _shape(conversation: Conversation) -> Shape:
-    return tuple(str(message["role"]) for message in as_messages(conversation.content)), bool(conversation.tools)
 
 
 def _unread_part(shape: Shape, template: str | None) -> str:
@@ -71,11 +73,6 @@ def _unread_part(shape: Shape, template: str | None) -> str:
     return "a system turn" if has_system and not _renders(template, (roles[0], "user"), False) else "several turns"
 
 
-@lru_cache(maxsize=16)  # long templates take 40 ms, and a plan renders one for each step that ranks
-def _compiled(template: str) -> Template:
-    return ENVIRONMENT.from_string(template)
-
-
 def _renders(template: str, roles: Sequence[str], has_tools: bool) -> bool:
     """Return whether a template writes the texts of turns of these roles, and a tool's name."""
     messages = [{"role": role, "content": f"winnow probe {n}."} for n, role in enumerate(roles)]
@@ -84,7 +81,7 @@ def _renders(template: str, roles: Sequence[str], has_tools: bool) -> bool:
         raise TemplateError(message)
 
     try:
-        text = _compiled(template).render(
+        text = compiled(template).render(
             messages=messages, tools=[TOOL] if has_tools else None, add_generation_prompt=roles[-1] != "assistant",
             bos_token="", eos_token="", raise_exception=refuse, strftime_now=lambda pattern: "",
         )  # fmt: skip

@@ -1,14 +1,16 @@
 """Pointwise reward model: one score per response, so that P(a beats b) is the logistic of a difference."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
 
 from schemas import Model
-from stages.data.texts import Conversation
+from stages.data.texts import Conversation, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
+from stages.model_config import SCORED_AT_END, ModelConfig
 from stages.network.device import prompts_per_call
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import load_network
@@ -33,31 +35,43 @@ class PointwiseRanker(Scorer):
         """Open what `read` and `fits` need."""
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
-        self._plain_ids = lru_cache(1)(self._encode_again)  # responses to a prompt follow each other
+        self.reads_after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
+        self._plain_text = lru_cache(1)(self._text_of_same_ids)  # responses to a prompt follow each other
 
     def close(self) -> None:
         """Free the network."""
         self.network.close()
 
     def read(self, context: str, response: Response) -> IdRow:
-        """Return prompt and response ids: the policy's where its tokenizer and template are this model's too.
+        """Return the ids of prompt and response: the policy's if this model has the same for the prompt.
 
-        Else those of the texts, the prompt's turns by this model's own template. Raise ValueError with the reason if a
-        text has a special token of the model written out, which would be read as a control token, or the template does
-        not render it.
+        Else those of the conversation as this model's own template renders it, prompt and response as one text, of
+        which some ids may lie across the two. What the template writes behind the last turn is read, too, unless Winnow
+        trained the model. Raise ValueError with the reason if a text has a special token of the model written out,
+        which would be read as a control token, or the template does not render it.
         """
         conversation = response.prompt or Conversation(context)
+        prompt: tuple[int, ...] = ()
         if self.tokenizer.inner.chat_template is None:
-            prompt = self._plain_ids(response.prompt_ids)
-            if prompt != response.prompt_ids:
-                conversation = Conversation(context)
-                prompt = tuple(self.tokenizer.prompt_ids(conversation))
+            text = self._plain_text(response.prompt_ids)
+            conversation = Conversation(context if text is None else text)
+            prompt = tuple(self.tokenizer.prompt_ids(conversation)) if text is None else response.prompt_ids
         else:
-            prompt = tuple(self.tokenizer.prompt_ids(conversation))
+            with suppress(ValueError):  # raised again below, if it is not only about the prompt alone
+                prompt = tuple(self.tokenizer.prompt_ids(conversation))
+        is_cut = response.finish_reason == "length"
         # The ids of a response that a stop string ended hold that string, which is not part of the response.
         if response.token_ids and prompt == response.prompt_ids and response.finish_reason != "stop_string":
-            return prompt, response.token_ids
-        return prompt, tuple(self._response_ids(conversation, response))
+            ends = self.reads_after_end and not is_cut and response.token_ids[-1] == self.tokenizer.stop[0]
+            return prompt, response.token_ids + tuple(self.tokenizer.after_end if ends else ())
+        if response.messages is not None and is_cut:
+            raise ValueError("a call or several turns, cut at max_tokens, of which its template renders no part")
+        reply = response.text if response.messages is None else response.messages
+        ids = self.tokenizer.conversation_ids(conversation, reply, after_end=self.reads_after_end and not is_cut)
+        if is_cut:  # the policy wrote no end
+            ids = ids[:-1]
+        start = min(max(1, shared_prefix_length(prompt, ids)), len(ids) - 1)  # neither part may be empty
+        return tuple(ids[:start]), tuple(ids[start:])
 
     def fits(self, context: str, first: IdRow, second: IdRow) -> bool:
         return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))
@@ -75,27 +89,8 @@ class PointwiseRanker(Scorer):
         rows = [(list(prompt), list(response)) for prompt, response in texts]
         return forward_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
 
-    def _encode_again(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.tokenizer.with_bos(self.tokenizer.encode(self.tokenizer.decode(list(prompt_ids)))))
-
-    def _response_ids(self, conversation: Conversation, response: Response) -> list[int]:
-        """Return the drawn ids if this tokenizer has the same text for them, else those of the text; then its own end.
-
-        The policy's end may be another token of this vocabulary. Text that was cut at the limit has no end after it:
-        the policy did not write one. Where the template writes something before an answer, it renders the text.
-        """
-        is_cut = response.finish_reason == "length"
-        if response.messages is not None:  # a call or several turns, which are no text
-            if is_cut:
-                raise ValueError("a call or several turns, cut at max_tokens, of which its template renders no part")
-            if isinstance(response.messages, list):
-                return self.tokenizer.turns_ids(conversation, response.messages)[0]
-            return self.tokenizer.response_ids(conversation, response.messages)
-        body = list(response.token_ids if is_cut else response.token_ids[:-1])
-        is_drawn_text = response.finish_reason != "stop_string" and not self.tokenizer.lead
-        if is_drawn_text and body and max(body) < len(self.tokenizer.inner):
-            texts = (self.tokenizer.decode(body), self.tokenizer.decode(body, special_tokens=True))
-            if response.text.strip() in texts:
-                return body if is_cut else [*body, self.tokenizer.stop[0]]
-        encoded = self.tokenizer.response_ids(conversation, response.text)
-        return encoded[:-1] if is_cut else encoded
+    def _text_of_same_ids(self, prompt_ids: tuple[int, ...]) -> str | None:
+        """Return the text of a prompt that has these ids in this tokenizer, too; None if they are another's."""
+        text = self.tokenizer.decode(list(prompt_ids))
+        same = prompt_ids and tuple(self.tokenizer.with_bos(self.tokenizer.encode(text))) == prompt_ids
+        return text if same else None

@@ -137,20 +137,22 @@ def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision
     return PairwiseRanker(with_output(model, "vocabulary", "pairwise"), dtype, format=format)
 
 
-@ranker(reads_model=True, output="score", version=5)
+@ranker(reads_model=True, output="score", version=6)
 def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
     Its score is the reward, the difference of two scores the logit. It reads the ids that the policy read and drew if
-    it has the policy's tokenizer and chat template. Else it reads texts, each turn of the prompt by its own template,
-    and the response with its own end of turn, unless that was cut at max_tokens.
+    its own tokenizer and chat template give the prompt the same ids. Else it reads the ids of `apply_chat_template` of
+    the whole conversation, the response as its last message; without a template, those of the texts. A model that
+    Winnow trained is scored at the end of the last turn, any other behind all that its template writes after that, and
+    a response that was cut at max_tokens at its last token.
     """
     from stages.ranking.pointwise import PointwiseRanker
 
     return PointwiseRanker(with_output(model, "score", "pointwise"), dtype)
 
 
-@ranker(reads_model=True, output="score")
+@ranker(reads_model=True, output="score", version=2)
 def endpoint(
     reward_model: Model,
     *,
@@ -308,18 +310,23 @@ def open_ranker(by: Bound, model: Model | None) -> Ranker:
 def _checked_method(by: Bound, method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **options: Any) -> Any:
-        with by.entry.failures():
-            result = method(*args, **options)
+        try:
+            with by.entry.failures():
+                result = method(*args, **options)
+        except WinnowError as error:
+            if method.__name__ in ("read", "fits") and isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None  # the reason to reject a response, and no failure
+            raise
         # One per pair or text. The stage rejects those that are not finite.
         origin = f"from its method {method.__name__}"
         if method.__name__ in ("logits", "score") and len(args) == 2:
             return floats(by, result, (len(args[1]),), origin, finite=False)
         if method.__name__ in ("logits_by_prompt", "score_by_prompt"):
-            asked = [items for _, items in args[0]]
-            if len(result) != len(asked):
-                raise by.wrong_result(result, f"{len(asked)} arrays, one per prompt, {origin}")
+            questions = args[0]
+            if len(result) != len(questions):
+                raise by.wrong_result(result, f"{len(questions)} arrays, one per prompt, {origin}")
             return [floats(by, values, (len(items),), origin, finite=False)
-                    for values, items in zip(result, asked, strict=True)]  # fmt: skip
+                    for values, (_, items) in zip(result, questions, strict=True)]  # fmt: skip
         return result
 
     return call

@@ -1,28 +1,29 @@
 """Stage `reward`: a reward for every candidate, from n - 1 comparisons per prompt, or from a score of its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
-from pipeline.costs import Cost
 from schemas import Candidates, Model, Prompts, Rewards, seed_for
 from schemas.tables import REWARDS
 from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
 from stages.options import Seed
 from stages.ranking.base import (
+    NO_VERDICT,
     ReadingPair,
     Scorer,
     Unreadable,
     both_orders,
     prepared_batches,
     read_candidates,
+    reading_problem,
     reads_per_pair,
-    unfit_reason,
+    warn_of_lost,
 )
-from stages.ranking.memory import less_memory, ranker_device_problem, ranker_need
+from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
 from stages.ranking.rankers import ranker as rankers
 from stages.work import ranking_work
@@ -41,7 +42,7 @@ class Compared:
     baseline: Row | None
     rows: list[Row] = field(default_factory=list)
     pairs: list[ReadingPair] = field(default_factory=list)
-    unfit: list[tuple[Row, str]] = field(default_factory=list)
+    unfit: list[tuple[Row, Unreadable]] = field(default_factory=list)
 
 
 @stage(
@@ -49,7 +50,7 @@ class Compared:
     check=reads_its_model,
     given_by={"ranker": "by"},
     choose=ranker_for,
-    cost=Cost(ranker_need, less_memory, ranking_work, ranker_device_problem),
+    cost=ranker_cost(ranking_work),
 )
 def reward(
     prompts: Prompts,
@@ -69,7 +70,8 @@ def reward(
     `both` also reads each pair in the other order and averages the logits, if the ranker can have a position bias.
     A reward model or a program scores each candidate alone: that score is the reward, and there is no baseline.
     With `special_tokens`, text is read with the special tokens inside it (`</think>`, where it is one), without the
-    one that ends it. Rejected are a reward that is not finite, and a comparison on which the ranker has no verdict.
+    one that ends it. Rejected are a reward that is not finite, a response that the ranker cannot read, and a comparison
+    on which it has no verdict; more than 5 % of a part's responses are warned of, with the reason and its cure.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     prompt_by_id = RowsById((row["prompt_id"], row) for row in prompts.to_pylist())
@@ -89,8 +91,10 @@ def reward(
             pair = (readings[(baseline or row)["candidate_id"]], readings[row["candidate_id"]])
             if row is baseline:
                 continue
-            if reason := unfit_reason(opened, context, pair):
-                compared.unfit.append((row, reason))
+            if problem := reading_problem(opened, context, pair):
+                if baseline is not None and not isinstance(pair[1], Unreadable):
+                    problem = replace(problem, detail=f"together with {baseline['candidate_id']}")
+                compared.unfit.append((row, problem))
             else:
                 compared.rows.append(row)
                 compared.pairs.append(pair)
@@ -119,14 +123,15 @@ def reward(
                 columns_by_prompt.append(columns)
 
         for item, columns in zip(batch, columns_by_prompt, strict=True):
-            for row, reason in item.unfit:
-                ctx.reject(reason, place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+            for row, problem in item.unfit:
+                ids = dict(place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+                ctx.reject(problem.reason, detail=problem.detail, **ids)
             rewarded: list[Row] = []
             if item.baseline is not None:  # it beats itself half of the time
                 rewarded.append(dict(candidate_id=item.baseline["candidate_id"], reward=0.0))
             for n, row in enumerate(item.rows):
                 if opened.abstains and np.isnan(columns["reward"][n]):
-                    ctx.reject("no verdict", place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
+                    ctx.reject(NO_VERDICT, place="candidates", prompt=item.prompt, candidate=row["candidate_id"])
                     continue
                 # + 0.0: no -0.0 in a table
                 numbers = {name: float(column[n]) + 0.0 for name, column in columns.items()}
@@ -138,4 +143,6 @@ def reward(
             )
             rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
     opened.finish_part(ctx)
-    return reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
+    rewards = reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
+    warn_of_lost("reward", ctx, candidates.num_rows)
+    return rewards

@@ -4,23 +4,19 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from pydantic import BaseModel
 
 from pipeline import StageContext
 from schemas import WinnowError, seed_for
 from stages.data.rows import Row
 from stages.data.tokenizer import Tokenizer
 from stages.endpoint import Endpoint, EndpointClient
-from stages.ranking.base import SPECIAL_TOKEN, Ranker, Response
-from stages.ranking.llm_judge import EXAMPLES, MIN_VOTES, vote_logit
+from stages.ranking.base import SPECIAL_TOKEN, Ranker, Response, Verdicts
+from stages.ranking.llm_judge import vote_logit
 from stages.sampling.engines import Engine, Request, Sampling
 
-PATH = "/chat/completions"
 CHOICE = re.compile(r"^\W*[Cc]hoice\W*?(?P<label>[AB]|[Ss]ame|SAME)(?!\w)", re.MULTILINE)
 WORD = re.compile(r"(?<!\w)(?:[AB]|[Ss]ame|SAME)(?!\w)")
 SCORES = {"A": 1.0, "B": 0.0, "SAME": 0.5}  # of the response that is shown first
@@ -45,9 +41,7 @@ class LocalVoter:
     max_prompt_tokens: int
 
     def fits(self, question: str) -> bool:
-        """Return whether a question is short enough, and free of special tokens (read as control tokens)."""
-        if self.tokenizer.has_special_token(question):
-            return False
+        """Return whether a question is short enough; raise ValueError with the reason if it cannot be rendered."""
         return len(self.tokenizer.prompt_ids(question)) <= self.max_prompt_tokens
 
     def ask(self, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -63,18 +57,6 @@ class LocalVoter:
 
     def close(self) -> None:
         self.engine.close()
-
-
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
-class _Answer(BaseModel):
-    choices: list[_Choice]
 
 
 @dataclass
@@ -93,21 +75,11 @@ class HostedVoter:
         return True
 
     def ask(self, questions: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        def body(question: str, seed: int) -> dict[str, Any]:
-            return {
-                "model": self.endpoint.model,
-                "messages": [{"role": "user", "content": question}],
-                "temperature": self.temperature,
-                "max_tokens": self.max_tokens,
-                "seed": seed,
-            }
-
-        def read(n: int, answer: Any) -> str:
-            choices = self.client.parse(_Answer, answer).choices
-            return (choices[0].message.content if choices else None) or ""
-
-        bodies = [partial(body, question, seed) for question, seed in zip(questions, seeds, strict=True)]
-        return self.client.post_all(PATH, bodies, read)
+        sampling = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        options = [sampling | {"seed": seed} for seed in seeds]
+        return self.client.ask_all(
+            questions.__getitem__, options, lambda choices: (choices[0].message.content if choices else None) or ""
+        )
 
     def close(self) -> None:
         self.client.close()
@@ -126,11 +98,8 @@ class AutoSxs(Ranker):
         self, voter: Voter, template: str, votes: int, threshold: float, max_without_verdict: float, seed: int
     ) -> None:
         self.voter, self.template, self.votes, self.threshold, self.seed = voter, template, votes, threshold, seed
-        self.max_without_verdict = max_without_verdict
+        self.verdicts = Verdicts("votes", max_without_verdict)
         self.answered: dict[TextPair, list[tuple[str, float | None]]] = {}  # of the last call, by texts in order
-        self.seen = self.seen_unread = 0  # votes since a check for too few verdicts
-        self.votes_of_part = self.unread_of_part = 0
-        self.unread: dict[str, None] = {}  # different answers that could not be read, in order
 
     def read(self, context: str, response: Response) -> str:
         if isinstance(self.voter, LocalVoter) and any(
@@ -162,11 +131,10 @@ class AutoSxs(Ranker):
         logits: dict[TextPair, float] = {}
         for low, high in unique:
             texts = [next(answers) for _ in range(self.votes)]
-            votes = [vote_of(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
+            votes = [choice_vote(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
             self.answered[low, high] = list(zip(texts, votes, strict=True))
-            self.votes_of_part += len(votes)
-            self.unread_of_part += votes.count(None)
-            self.unread |= dict.fromkeys(text for text, vote in self.answered[low, high] if vote is None)
+            for text, vote in self.answered[low, high]:
+                self.verdicts.add(text, is_clear=vote is not None)
             logits[low, high] = vote_logit(votes, self.threshold)
             logits[high, low] = -logits[low, high]
         return np.array([logits.get(pair, 0.0) for pair in pairs], dtype=np.float64)
@@ -182,32 +150,21 @@ class AutoSxs(Ranker):
         return rows
 
     def finish_part(self, ctx: StageContext) -> None:
-        """Count the votes; raise WinnowError if too many cannot be read, with examples of what was answered.
-
-        Parts with few votes are checked together with the next.
-        """
-        ctx.count(votes=self.votes_of_part, votes_without_verdict=self.unread_of_part)
-        self.seen += self.votes_of_part
-        self.seen_unread += self.unread_of_part
-        self.votes_of_part = self.unread_of_part = 0
-        if self.seen < MIN_VOTES:
-            return
-        if self.seen_unread > self.max_without_verdict * self.seen:
-            examples = ", ".join(repr(answer[-200:]) for answer in islice(self.unread, EXAMPLES))
-            raise WinnowError(
-                f"autosxs: {self.seen_unread} of {self.seen} answers name none of (A), (B) and same, more than the "
-                f"share {self.max_without_verdict} of `max_without_verdict`. The model wrote, for example, {examples}. "
-                "Ask in `template` for a last line such as `Choice: (A)`, raise `by.max_tokens` if answers are cut, or "
-                "use another model"
-            )
-        self.seen = self.seen_unread = 0
-        self.unread.clear()
+        """Count the votes; raise WinnowError if too many cannot be read, with examples of what was answered."""
+        self.verdicts.finish_part(
+            ctx,
+            lambda number, examples: (
+                f"autosxs: {number} answers name none of (A), (B) and same, more than the share {self.verdicts.limit} "
+                f"of `max_without_verdict`. The model wrote, for example, {examples}. Ask in `template` for a last "
+                "line such as `Choice: (A)`, raise `by.max_tokens` if answers are cut, or use another model"
+            ),
+        )
 
     def close(self) -> None:
         self.voter.close()
 
 
-def vote_of(answer: str, flipped: bool) -> float | None:
+def choice_vote(answer: str, flipped: bool) -> float | None:
     """Return 1 if the answer is for the first text (the second if flipped), 0 for the other, 1/2 for `same`, else None.
 
     It is read from the first line that begins with `Choice`, in whatever marks, or else from the last line, which must

@@ -14,6 +14,13 @@ from stages.training.objectives import nll
 from stages.training.trackers import tracker_problems
 
 SCORES_ONLY = "objective {} reads log-probs, and a reward model gives scores; use `sigmoid`, or give a policy"
+# Learning rates beyond which a plan warns, and usual ones. A step of AdamW moves a weight by about the rate, whatever
+# its gradient, and a language model's weights have a standard deviation of some 0.02, of which 0.01 is half. Small
+# models are trained from scratch at up to 3e-3; LoRAs, which begin at zero, at about ten times the rate of all weights.
+HIGHEST_RATES = {
+    "all": (1e-2, "1e-7 to 1e-5 for preferences, up to 3e-3 from scratch"),
+    "lora": (1e-1, "1e-6 to 1e-3"),
+}
 LIKELIHOOD = Bound(nll.entry, {})  # type: ignore[attr-defined]
 # What a loss may read, by the input or the option of `examples` that provides it.
 INPUTS = {"reference": "a reference", "pairs": "pairs", "mismatched": "mismatched rows"}
@@ -92,6 +99,16 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
         if weight and loss.metadata["per"] == "likelihood":
             data_problems.append(f"objective {loss.name} is the likelihood itself; set nll_weight to 0")
         problems += [f"{name}: {problem}" for problem in data_problems]
+
+    limit, usual = HIGHEST_RATES["lora" if options["lora_r"] else "all"]
+    if (rate := options["learning_rate"] * options["learning_rate_scale"]) > limit:
+        what = "of a LoRA" if options["lora_r"] else "of all weights"
+        warnings.warn(
+            f"optimize.learning_rate: {rate:g} is so high that training {what} will most likely destroy the policy; "
+            f"usual are {usual}",
+            WinnowWarning,
+            stacklevel=2,
+        )
 
     # Options that nothing reads.
     if options["nll_per"] == "response" and not (nll_weight or objective.metadata["per"] == "likelihood" or mix):

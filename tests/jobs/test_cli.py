@@ -178,6 +178,10 @@ MISTAKES = [
     ("plan rso --set optimize.beta=0.2", ["optimize.beta: unknown option; set optimize.objective.beta"]),
     ("plan rso --set select.beta=0.2", ["select.beta: unknown option; set select.rule.beta"]),
     ("plan rso --set optimize.words=3", ["optimize.words: unknown option; set optimize.by.words"]),
+    ("plan rso --set sample.learning_rate=1e-5", ["sample.lea", "`optimize: {with: {learning_rate: 1e-05}}`"]),
+    ("plan rso --set ranker.use=pattern", ["ranker.OPTION=VALUE", "`ranker: {use: pattern}` in a config"]),
+    ("plan rso --set reward.from.ranker=sft", ["`reward: {from: {ranker: sft}}` in a config"]),
+    ("plan rso --set optimize.with.epochs=2", ["write --set optimize.epochs=2,"]),
     ("plan rso --set beta=0.2", ["--set beta=0.2: must be", "optimize.objective.beta", "select.rule.beta"]),
     ("plan rso --set learning_rate=1", ["--set learning_rate=1: must be", "optimize.learning_rate"]),
     ("plan rso --set select", ["--set select", "step.option=value"]),
@@ -226,6 +230,25 @@ def test_an_option_for_one_rule_of_several_recipes_is_written_with_its_name(winn
     assert "rejection_sample, gumbel_top_k, best_of, plain" in rest
     code, text = plan(cure)
     assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("learning_rate: 1.0e-5", "`optimize: {with: {learning_rate: 1e-05}}`"),
+        ("lr: 1.0e-5", "`optimize: {with: {learning_rate: 1e-05}}`"),
+        ("optimize: {learning_rate: 1.0e-5}", "`optimize: {with: {learning_rate: 1e-05}}`"),
+        ("optimize: {beta: 0.1}", "`optimize: {with: {objective: {beta: 0.1}}}`"),
+        ("sample: {with: {learning_rate: 1.0e-5}}", "`optimize: {with: {learning_rate: 1e-05}}`"),
+        ("select: {temperature: 0.7}", "`sample: {with: {temperature: 0.7}}`"),
+        ("dtype: 16", "dtype: must be 'float32' or 'bfloat16', got 16\n"),
+        ("max_tokens: 64", "(or likewise demonstrations.max_tokens, "),
+    ],
+)
+def test_an_option_in_the_wrong_place_is_refused_with_the_line_to_write(winnow, data_dir: Path, config: str, line: str):
+    Path("mine.yaml").write_text(config)
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--config", "mine.yaml")
+    assert (code, missing([line], text)) == (2, []), text
 
 
 def test_a_mistake_in_a_recipe_names_place_value_and_cure(winnow, data_dir: Path):

@@ -352,6 +352,9 @@ def test_ratings_that_cannot_be_read_are_refused_with_their_lines(judged, data_d
     problems = "\n".join(error.value.problems)
     for said in ("bad.csv:2: rating '3'", "bad.csv:4: ", "rated twice", "bad.csv:3", "bad.csv:5: id 'nobody'"):
         assert said in problems
+    (tmp_path / "bad.csv").write_text(f"id,rating\n{lines[0]['id']},1\n")
+    with pytest.raises(WinnowError, match=r"bad\.csv is listed twice"):  # two raters, who would agree on everything
+        planned(data_dir, judges_of("bad.csv", "bad.csv"), tmp_path)
     (tmp_path / "bad.csv").write_text("id,vote\nx,1\n")
     with pytest.raises(WinnowError, match=r"bad\.csv has no column rating"):
         planned(data_dir, judges_of("bad.csv"), tmp_path)

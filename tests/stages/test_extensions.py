@@ -275,6 +275,17 @@ def test_a_reader_rejects_rows_by_value_error_with_its_own_reason(plugin, run_st
     assert refusal(run_stage, "reader", plugin("reader", "int('x')")).startswith("invalid literal for int()")
 
 
+@pytest.mark.parametrize("method", ["read(self, context, response)", "fits(self, context, first, second)"])
+def test_a_ranker_rejects_responses_by_value_error_with_its_own_reason(monkeypatch, plugin, run_stage, method):
+    """As `Ranker` promises of `read` and `fits`: a response is rejected, and the step goes on."""
+    source = f"class Mine(Scorer):\n    def {method}:\n        raise ValueError('it shouts')\n"
+    source += "    def score(self, context, texts):\n        return [0.0] * len(texts)\n"
+    source += "\n@ranker(reads_model=False)\ndef mine(model):\n    return Mine()\n"
+    monkeypatch.setitem(FUNCTIONS, "scorer", source)
+    reasons = {row["reason"] for row in run_stage("scorer", plugin("scorer", ""))}
+    assert reasons == {"the ranker cannot read it: it shouts"}
+
+
 def test_a_failure_of_ours_keeps_its_traceback(monkeypatch, run_stage):
     entry = selection_rule.entries["everything"]
     monkeypatch.setitem(selection_rule.entries, "everything", Entry("everything", lambda groups: {}["x"], {}, "rule"))

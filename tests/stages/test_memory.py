@@ -203,6 +203,8 @@ def test_a_judge_needs_its_engine_and_a_program_nothing():
     program: Bound = ranker.bind({"name": "brevity", "words": 3})
     judge: Bound = ranker.bind({"name": "llm_judge", "dtype": "bfloat16"})
     assert cost.need({"by": program}, {}, CARD) is None
+    served = ranker.bind({"name": "endpoint", "url": "http://host/v1", "model": "m"})  # has a memory of its own
+    assert cost.need({"by": served}, {"ranker": large_step()}, CARD) is None
     need = cost.need({"by": judge}, {"ranker": large_step()}, CARD)
     assert need is not None
     assert need.parts["KV cache"] > 0

@@ -32,7 +32,8 @@ from schemas.tables import (
 )
 from stages.evaluation.evaluate import evaluate
 from stages.evaluation.length_control import Match, length_controlled
-from stages.ranking.base import Scorer
+from stages.evaluation.win_rate import win_rate
+from stages.ranking.base import Ranker, Scorer
 from stages.ranking.compare import compare, matches_of
 from stages.ranking.judge import judge
 from stages.ranking.rankers import ranker as rankers
@@ -244,7 +245,7 @@ def test_one_candidate_is_no_comparison(ranker):
     assert table.column("prompt_id").to_pylist() == ["b"]
     assert [(row["prompt_id"], row["reason"], row["detail"]) for row in ctx.rejects.to_pylist()] == [
         ("a", "one candidate", "of 1"),
-        ("c", "does not fit the ranker", ""),
+        ("c", "does not fit the ranker", "together with c-0"),
         ("c", "one candidate", "of 2"),
     ]
 
@@ -543,6 +544,31 @@ def test_what_the_ranker_cannot_read_loses_and_its_gold_counts(ranker):
     )
 
 
+def test_two_that_a_template_refuses_together_are_unread_on_both_sides():
+    """The longer one is no worse for it, as it is where both are too long together."""
+
+    class Refusing(Ranker):
+        def fits(self, context, first, second):
+            raise ValueError("the chat template refuses the messages")
+
+        def logits(self, context, pairs):
+            return np.zeros(len(pairs))
+
+    class Opened(WarmCache):
+        def open_once(self, open_it, *args):
+            return Refusing()
+
+    ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
+    ours = candidate_table([candidate("a", 0, n_tokens=9)])
+    theirs = candidate_table([candidate("a", 0, n_tokens=3, candidate_id="base")])
+    (row,) = judge(prompts_of("a"), ours, theirs, ctx, None, by=PAIRWISE).to_pylist()
+    assert row["unread"] == "both"
+    rejects = {row["candidate_id"]: row["reason"] for row in ctx.rejects.to_pylist()}
+    assert rejects == dict.fromkeys(
+        ("a-0", "base"), "the ranker cannot read it: the chat template refuses the messages"
+    )
+
+
 def test_what_the_ranker_cannot_read_is_in_the_rejects_with_its_reason():
     """Of both policies, for SQL to list: a ranker that says why."""
 
@@ -573,10 +599,70 @@ def test_what_the_ranker_cannot_read_is_in_the_rejects_with_its_reason():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", ["reward", "compare", "judge"])
+@pytest.mark.parametrize(
+    ("reason", "cure"),
+    [
+        ("special token <|im_end|> in the text", "bad_words"),
+        ("chat messages, and the tokenizer has no chat template", "give a ranker that has one"),
+        ("the chat template does not render tools", "one that does"),
+        ("a call, cut at max_tokens", "raise `max_tokens`"),
+        ("answer is no number", "correct it in the data file"),
+        (None, "longer context"),
+    ],
+)
+def test_many_lost_responses_are_warned_of_with_their_reason_and_its_cure(stage, reason, cure):
+    """One of ten is many, and one of forty is not."""
+
+    class Picky(Scorer):
+        def read(self, context, response):
+            if response.text != "?":
+                return response.text
+            if reason is None:
+                return None
+            raise ValueError(reason)
+
+        def score(self, context, texts):
+            return np.zeros(len(texts))
+
+    class Opened(WarmCache):
+        def open_once(self, open_it, *args):
+            return Picky()
+
+    def run(count):
+        ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
+        table = candidate_table(candidate("a", k, text="?" if not k else "Yes.") for k in range(count))
+        by = Bound(Entry("picky", lambda model: None, {}), {})
+        if stage == "judge":
+            other = candidate_table([candidate("a", 0, candidate_id="base")])
+            judge(prompts_of("a"), table, other, ctx, by=by)
+        elif stage == "compare":
+            compare(prompts_of("a"), table, ctx, by=by)
+        else:
+            reward(prompts_of("a"), table, ctx, by=by)
+        return next(row for row in ctx.rejects.to_pylist() if row["candidate_id"] == "a-0")
+
+    with pytest.warns(WinnowWarning, match="cannot be ranked") as caught:
+        reject = run(10)
+    (message,) = {str(item.message) for item in caught}
+    assert message.startswith(f"{stage}: ")
+    assert (reason or "does not fit") in message
+    assert cure in message
+    assert (reason or "does not fit") in reject["reason"]
+    assert reason or "tokens" in reject["detail"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(40)
+
+
 def test_judgements_of_other_responses_are_refused():
     prompts, candidates, baseline, judgements = judged({"a": [1.0, 1.0]})
-    with pytest.raises(WinnowError, match=r"1 responses.*a-1"):
-        evaluate(prompts, candidates.slice(0, 1), baseline, judgements, context())
+    options = {evaluate: {}, win_rate: {"judge": "j"}}
+    for stage, tables in ((evaluate, (prompts,)), (win_rate, ())):
+        with pytest.raises(WinnowError, match=rf"{stage.__name__}: .* 1 responses that `candidates` lacks.*a-1"):
+            stage(*tables, candidates.slice(0, 1), baseline, judgements, context(), **options[stage])
+        with pytest.raises(WinnowError, match=rf"{stage.__name__}: .* 1 responses that `baseline` lacks.*base-a-0"):
+            stage(*tables, candidates, baseline.slice(1), judgements, context(), **options[stage])
 
 
 def judged(logits, **columns):

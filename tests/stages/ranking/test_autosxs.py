@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.registry import Bound, Entry
+from pipeline.resources import Resources, working_with
 from schemas import WinnowError, conform
 from schemas.tables import CANDIDATES, JUDGEMENTS, VOTES
 from stages.evaluation.agreement import Agreement
@@ -15,7 +16,7 @@ from stages.evaluation.win_rate import win_rate
 from stages.ranking.autosxs import autosxs, open_autosxs, voter
 from stages.ranking.autosxs_prompts import TASKS
 from stages.ranking.llm_judge import vote_logit
-from stages.ranking.voters import AutoSxs, vote_of
+from stages.ranking.voters import AutoSxs, choice_vote
 from tests.material import bound, context
 from tests.served import ServedModel, no_client_left  # noqa: F401 - a fixture
 from tests.stages.ranking.test_rankers import candidates_with, one_prompt
@@ -37,8 +38,8 @@ from tests.stages.ranking.test_rankers import candidates_with, one_prompt
     ],
 )
 def test_a_vote_is_the_choice_of_the_answer_and_goes_to_its_text(answer: str, vote: float | None):
-    assert vote_of(answer, flipped=False) == vote
-    assert vote_of(answer, flipped=True) == (None if vote is None else 1 - vote)
+    assert choice_vote(answer, flipped=False) == vote
+    assert choice_vote(answer, flipped=True) == (None if vote is None else 1 - vote)
 
 
 def test_a_pair_is_decided_beyond_the_threshold_of_the_mean_score():
@@ -164,7 +165,7 @@ def test_both_questions_hold_three_worked_examples_one_of_each_choice(task: str)
     question = TASKS[task].format(prompt="P", a="1", b="2")
     choices = [line for line in question.splitlines() if line.startswith("Choice: ")]
     assert sorted(choices) == ["Choice: (A)", "Choice: (B)", "Choice: same"]
-    assert [vote_of(choice, flipped=False) for choice in sorted(choices)] == [1, 0, 0.5]
+    assert [choice_vote(choice, flipped=False) for choice in sorted(choices)] == [1, 0, 0.5]
     assert question.endswith("Explanation:")
     assert "Context: P\n\nResponse (A): 1\n\nResponse (B): 2" in question
 
@@ -185,6 +186,13 @@ def test_votes_of_a_real_engine_repeat_and_a_question_too_long_is_unread(tiny):
     assert voted("boat") == voted("boat")
     assert len(voted("boat")[2]) == 4
     assert voted("boat " * 200)[0] is False
+
+
+def test_a_voter_takes_the_gpus_of_the_profile(tiny):
+    """As `llm_judge` does, and as the plan counts its memory: an engine that has one GPU says so."""
+    by = bound(voter, "local_voter", engine="transformers")
+    with working_with(Resources(gpus=2, tensor_parallel=2)), pytest.raises(WinnowError, match="tensor_parallel: 2"):
+        by(tiny)
 
 
 def test_a_model_that_cannot_read_the_question_is_refused(tiny):

@@ -1,15 +1,19 @@
 """Policy, reward model and judge read what transformers' apply_chat_template says of the same messages."""
 
+import json
+import shutil
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.context import StageContext, WarmCache
-from pipeline.store.fingerprints import DataPath, ModelPath
+from pipeline.store.fingerprints import DataPath, ModelPath, model_digest
 from schemas import Model
 from stages.data.prompts import prompts
 from stages.data.texts import Conversation, conversation_of
 from stages.data.tokenizer import Tokenizer
+from stages.model_config import SCORED_AT_END
 from stages.network.models import model
 from stages.ranking.base import QUESTION, Unreadable, read_candidates
 from stages.ranking.rankers import open_ranker
@@ -81,6 +85,12 @@ def row_of(policy: Model, conversation: str, tmp_path) -> dict[str, Any] | None:
     return rows[0] if rows else None
 
 
+def candidate_of(text: str, ids: list[int]) -> dict[str, Any]:
+    """Return the row of `candidates` of a drawn response."""
+    values = {"candidate_id": "c", "text": text, "raw_text": None, "chat": None, "token_ids": ids, "n_tokens": len(ids)}
+    return values | {"finish_reason": "stop"}
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_policy_reads_what_transformers_renders(model_of, tmp_path, name, conversation):
@@ -95,7 +105,7 @@ def test_the_policy_reads_what_transformers_renders(model_of, tmp_path, name, co
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize(("policy", "scorer"), [("qwen2", "qwen2"), ("qwen2", "llama"), ("llama", "not thinking")])
 def test_the_reward_model_reads_what_its_own_template_renders(model_of, tmp_path, policy, scorer, conversation):
-    """Prompt and answer by its own template, whatever the policy's is; what follows the end of the turn is none."""
+    """All that its own template renders of prompt and answer, whatever the policy's is."""
     messages, tools = CONVERSATIONS[conversation]
     row = row_of(model_of(policy), conversation, tmp_path)
     assert row is not None
@@ -103,21 +113,61 @@ def test_the_reward_model_reads_what_its_own_template_renders(model_of, tmp_path
     reply = " " + ANSWER if messages[-1]["role"] == "assistant" else ANSWER
     asked = conversation_of(row) or Conversation(row["text"])
     drawn = Tokenizer(model_of(policy)).response_ids(asked, reply)
-    candidate = {
-        "candidate_id": "c",
-        "text": reply,
-        "raw_text": None,
-        "chat": None,
-        "token_ids": drawn,
-        "finish_reason": "stop",
-    }
-    (reading,) = read_candidates(open_ranker(rankers.bind("pointwise"), owner), row, [candidate], False).values()
+    opened = open_ranker(rankers.bind("pointwise"), owner)
+    (reading,) = read_candidates(opened, row, [candidate_of(reply, drawn)], False).values()
     assert not isinstance(reading, Unreadable)
     prompt, response = map(list, reading)
     assert prompt == expected_ids(scorer, owner, messages, tools)
-    whole = expected_ids(scorer, owner, messages, tools, ANSWER)
-    assert whole[: len(prompt + response)] == prompt + response
-    assert not Tokenizer(owner).rendered(whole[len(prompt + response) :]).strip()
+    assert prompt + response == expected_ids(scorer, owner, messages, tools, ANSWER)
+
+
+def with_template(model: Model, folder, *, template: str = "", **config: Any) -> Model:
+    """Return a copy of a model with another chat template, and more keys in its config."""
+    shutil.copytree(model.folder, folder)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return Model(folder, model_digest(folder))
+
+
+# Its generation prompt ends in a space, with which the first word of an answer is one token.
+SPACED = """{% for message in messages %}<|im_start|>{{ message.role }}: {{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"""
+
+
+def read_by(scorer: Model, policy: Model, reply: str, tmp_path) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Return a reward model, what it reads of a reply that the policy drew, and the messages of the conversation."""
+    row = row_of(policy, "several turns", tmp_path)
+    assert row is not None
+    drawn = Tokenizer(policy).response_ids(conversation_of(row) or row["text"], reply)
+    opened: Any = open_ranker(rankers.bind("pointwise"), scorer)
+    (reading,) = read_candidates(opened, row, [candidate_of(reply, drawn)], False).values()
+    return opened, reading, [*CONVERSATIONS["several turns"][0], turn("assistant", reply)]
+
+
+@pytest.mark.parametrize("reply", [ANSWER, "noon", "7 o'clock.", "(a) is noon"])
+def test_a_token_may_lie_across_prompt_and_response(model_of, tmp_path, reply):
+    """The score is the network's own on the ids of apply_chat_template of the whole conversation."""
+    scorer = with_template(model_of("qwen2", True), tmp_path / "scorer", template=SPACED)
+    opened, reading, messages = read_by(scorer, model_of("qwen2"), reply, tmp_path)
+    ids = list(opened.tokenizer.inner.apply_chat_template(messages)["input_ids"])
+    assert [*reading[0], *reading[1]] == ids
+    (score,) = opened.score("", [reading]).tolist()
+    network = opened.network
+    with torch.inference_mode():
+        (expected,) = network.score(network.base_model(torch.tensor([ids])).last_hidden_state[0, -1:].float())[0]
+    assert score == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("template", ["", SPACED])
+def test_a_reward_model_of_our_training_reads_no_further_than_the_end_of_the_turn(model_of, tmp_path, template):
+    """As it was trained; one from elsewhere reads the line end that its template writes behind it, too."""
+    scorer = with_template(model_of("qwen2", True), tmp_path / "scorer", template=template, **{SCORED_AT_END: True})
+    opened, reading, messages = read_by(scorer, model_of("qwen2"), ANSWER, tmp_path)
+    text = opened.tokenizer.inner.apply_chat_template(messages, tokenize=False)
+    assert text.endswith("<|im_end|>\n")
+    assert opened.tokenizer.rendered([*reading[0], *reading[1]]) == text.removesuffix("\n")
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)

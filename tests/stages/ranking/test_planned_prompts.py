@@ -70,6 +70,11 @@ def test_what_the_template_of_a_reward_model_does_not_hold_is_said_with_its_coun
         assert "set `chat_template`" in text
 
 
+def test_a_reward_model_that_is_served_is_read_through_the_same_template(folder):
+    by = bound(rankers, "endpoint", url="http://host/v1", model="m")
+    assert len(warned(folder, ONE_TURN, [*ROWS.values()], by)) == 3
+
+
 def test_nothing_is_said_of_prompts_that_it_holds(folder):
     assert warned(folder, PLAIN, [ROWS["plain"], ROWS["several turns"], ROWS["a system turn"]]) == []
 

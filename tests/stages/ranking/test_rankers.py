@@ -31,7 +31,7 @@ from stages.network.load import load_network
 from stages.ranking.base import QUESTION, Ranker, Response, both_orders
 from stages.ranking.compare import compare
 from stages.ranking.judge import judge
-from stages.ranking.llm_judge import LlmJudge, vote_logit, vote_of
+from stages.ranking.llm_judge import LlmJudge, letter_vote, vote_logit
 from stages.ranking.pairwise import LABELS, PairwiseRanker, RankerPrompt, common_prefix_length
 from stages.ranking.ranker_examples import ranker_examples
 from stages.ranking.rankers import brevity, open_ranker, pattern, verifiable
@@ -473,9 +473,9 @@ def test_a_vote_is_the_one_letter_on_the_last_line_and_goes_to_its_text():
         "A names no city.\nB does.\n\nB\n": "B",
     }
     for answer, letter in letters.items():
-        assert [vote_of(answer, flipped) for flipped in (False, True)] == [letter == "A", letter == "B"]
+        assert [letter_vote(answer, flipped) for flipped in (False, True)] == [letter == "A", letter == "B"]
     for answer in ("A is better than B", "B\nNo, wait", "AB", "a", "Both are fine", ""):
-        assert vote_of(answer, False) is vote_of(answer, True) is None
+        assert letter_vote(answer, False) is letter_vote(answer, True) is None
 
 
 votes = st.lists(st.tuples(st.sampled_from([0, 1]), st.sampled_from([0, 1])), min_size=1, max_size=10)
@@ -662,7 +662,7 @@ def test_votes_of_a_real_engine_are_counted_and_repeat(voter):
             ids = opened.tokenizer.prompt_ids(template.format(prompt="Hi", a=a, b=b))
             request = Request(ids, seed_for(5, "vote", "Hi", low, high, n))
             (answer,) = opened.engine.generate([request], opened.sampling)
-            vote = vote_of(opened.tokenizer.decode(answer.token_ids), flipped=False)  # for `a`
+            vote = letter_vote(opened.tokenizer.decode(answer.token_ids), flipped=False)  # for `a`
             shares.append(vote if a == first or vote is None else 1 - vote)
         assert logit == pytest.approx(vote_logit(shares, 0.0), abs=1e-12, nan_ok=True)
     assert len(set(logits.tolist())) > 3, "hardly any vote had a verdict: this test has seen nothing"

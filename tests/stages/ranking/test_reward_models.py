@@ -21,6 +21,7 @@ from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.prompts import chat_json
 from stages.data.texts import readable
 from stages.data.tokenizer import Tokenizer
+from stages.model_config import SCORED_AT_END
 from stages.network.forward import completion_scores
 from stages.network.load import is_reward_model, load_network, save_network
 from stages.network.models import reward_head
@@ -96,6 +97,7 @@ def test_a_fresh_head_scores_zero_and_keeps_the_policys_weights(tiny, fresh):
 def test_the_folder_is_what_transformers_calls_a_sequence_classifier(fresh):
     """AutoModelForSequenceClassification loads it with no weight missing and none left over."""
     config = json.loads((fresh.folder / "config.json").read_text())
+    assert config[SCORED_AT_END] is True  # as all that is trained from it
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     _, info = AutoModelForSequenceClassification.from_pretrained(fresh.folder, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -206,6 +208,7 @@ def test_a_trained_reward_model_is_saved_and_read_again(opinionated, network, tm
     weights = dict(network.named_parameters())
     assert weights.keys() == dict(again.named_parameters()).keys()
     assert all(torch.equal(weights[name], weight) for name, weight in again.named_parameters())
+    assert json.loads((saved.folder / "config.json").read_text())[SCORED_AT_END] is True
     assert again.score.weight.abs().max() > 1
 
 
@@ -365,7 +368,8 @@ def test_drawn_ids_are_scored_and_not_the_ids_of_their_text(opinionated, ranker,
     for ids in (usual, spelled):
         (score,) = rewards_of([*ids, 1], "boat", opinionated, tokenizer)
         assert score == pytest.approx(naive(network, prompt, [*ids, 1]), abs=LIMIT)
-    first, second = (ranker.read("Hi", Response("boat", (*ids, 1), "stop")) for ids in (usual, spelled))
+    hi = tuple(tokenizer.prompt_ids("Hi"))
+    first, second = (ranker.read("Hi", Response("boat", (*ids, 1), "stop", hi)) for ids in (usual, spelled))
     (scores,) = ranker.scores([("Hi", [first, second, first])])
     assert len(scores) == 2
     assert scores[first] != scores[second]
@@ -379,7 +383,7 @@ def test_a_special_token_inside_a_response_is_scored(opinionated, ranker, networ
     (score,) = rewards_of(ids, tokenizer.decode(ids), opinionated, tokenizer)
     assert score == pytest.approx(naive(network, prompt, ids), abs=LIMIT)
     raw_text = tokenizer.decode(ids[:-1], special_tokens=True)
-    assert ranker.read("Hi", Response(raw_text, tuple(ids), "stop"))[1] == tuple(ids)
+    assert ranker.read("Hi", Response(raw_text, tuple(ids), "stop", tuple(tokenizer.prompt_ids("Hi"))))[1] == tuple(ids)
 
 
 def test_a_response_of_another_tokenizer_is_read_as_text(opinionated, ranker, network):

@@ -138,7 +138,8 @@ class ChatServer(ServedModel):
         logit = 1.0 + 0.5 * (len(first) - len(second))
         a = -math.log1p(math.exp(-logit))
         top = [{"token": token, "logprob": logp} for token, logp in self.tokens(first, second, a, a - logit)]
-        return {"choices": [{"logprobs": {"content": [{"token": "A", "logprob": a, "top_logprobs": top}]}}]}
+        logprobs = {"content": [{"token": "A", "logprob": a, "top_logprobs": top}]}
+        return {"choices": [{"message": {"role": "assistant", "content": "A"}, "logprobs": logprobs}]}
 
     def tokens(self, first, second, a, b):
         half = math.log(0.5)
@@ -188,7 +189,8 @@ def test_a_label_that_is_not_listed_is_bounded_and_neither_is_no_verdict(chat):
 
 @pytest.mark.parametrize("logprobs", [None, {"content": None}, {"content": []}])
 def test_a_server_without_log_probs_is_refused_with_the_cure(chat, logprobs):
-    chat.respond = lambda path, body: {"choices": [{"logprobs": logprobs}]}
+    message = {"role": "assistant", "content": "A"}
+    chat.respond = lambda path, body: {"choices": [{"message": message, "logprobs": logprobs}]}
     with hosted(chat.url) as judge, pytest.raises(WinnowError, match=r"log-probs.*vLLM.*`llm_judge`"):
         judge.logits(CONTEXT, [("a", "b")])
 

@@ -292,9 +292,7 @@ def test_a_special_token_as_stop_string_is_refused_with_its_id(tiny, ctx):
 def test_a_reward_model_reads_a_stopped_response_without_the_stop_string(tiny, monkeypatch):
     """Its ids, else, where the tokenizer is the policy's: they hold what is no part of the response."""
     ranker = object.__new__(PointwiseRanker)
-    from stages.data.tokenizer import Tokenizer
-
-    ranker.tokenizer = Tokenizer(tiny)
+    ranker.open_tokenizer(tiny)
     prompt = tuple(ranker.tokenizer.prompt_ids("Please."))
     drawn = tuple(ids_of(tiny, "A table.", "\nUser"))
     whole, cut = (

@@ -1,5 +1,7 @@
 """What a loss reads and a recipe's data will not have is refused when it is planned, with the reason."""
 
+import warnings
+
 import pytest
 import yaml
 
@@ -183,3 +185,23 @@ def test_prompts_that_choose_and_judge_the_policy_are_warned_of(data_dir, tmp_pa
     steps = optimize(inputs, evaluate_every=5, evaluate_split="heldout", keep="best")
     with pytest.warns(WinnowWarning, match="evaluate_split: heldout.*final evaluation"):
         planned(data_dir, tmp_path, steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "usual"),
+    [
+        (dict(learning_rate=3), "1e-7 to 1e-5"),
+        (dict(learning_rate=0.006, learning_rate_scale=2.0), "1e-7 to 1e-5"),
+        (dict(learning_rate=1e-2), None),
+        (dict(learning_rate=0.5, lora_r=8), "1e-6 to 1e-3"),
+        (dict(learning_rate=0.1, lora_r=8), None),
+    ],
+)
+def test_a_learning_rate_that_destroys_the_policy_is_warned_of(data_dir, tmp_path, options, usual):
+    """When the plan is made, and not refused; the demo's own rates are no reason to."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WinnowWarning)
+        planned(data_dir, tmp_path, optimize(**options))
+    texts = [str(item.message) for item in caught if "learning_rate" in str(item.message)]
+    assert len(texts) == (usual is not None)
+    assert all(usual in text for text in texts)
