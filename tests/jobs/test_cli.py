@@ -453,7 +453,7 @@ def test_an_override_can_be_longer_than_a_file_name(winnow, small: Path):
     [
         (signal.SIGINT, 130, "interrupted", []),
         (signal.SIGTERM, 143, "terminated", []),
-        (signal.SIGTERM, 143, "terminated", ["--executor", "ray"]),
+        pytest.param(signal.SIGTERM, 143, "terminated", ["--executor", "ray"], marks=pytest.mark.bench),
     ],
 )
 def test_a_signal_ends_a_run_and_keeps_finished_parts(tmp_path: Path, data_dir: Path, number, code, word, words):

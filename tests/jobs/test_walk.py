@@ -130,7 +130,9 @@ def run_to_the_end(winnow, config: Path, recipes: list[str], store: Store) -> No
     assert unrendered <= WALKS[config.stem][2]
 
 
-@pytest.mark.parametrize("name", WALKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "qwen2" else pytest.mark.bench) for name in WALKS]
+)
 @pytest.mark.filterwarnings(
     "ignore:ranker. .* have tools", "ignore:evaluate. .* of the comparisons"
 )  # Llama's template

@@ -142,22 +142,21 @@ def test_in_any_number_of_parts_tables_have_the_same_rows(data_dir, finished, tm
 
 
 def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path):
-    """Killed after the first part of `reward`, then at a checkpoint of `optimize`, then run to its end: finished parts
-    are not computed again, and all bytes are those of a run that was not killed.
+    """Killed after the first part of `reward`, then run to its end: finished parts are not computed again, and all
+    bytes are those of a run that was not killed.
 
-    `sample` is killed in tests/bench/test_bench_cluster.py, with a node and a head; a Ray worker in test_schedule.py.
+    `sample` is killed in tests/bench/test_bench_cluster.py, with a node and a head; a Ray worker in test_schedule.py; a
+    training, while it writes a checkpoint, in test_trainer.py.
     """
     plan = plan_of(data_dir)
     store = without(finished, plan, "reward", tmp_path / "store")
-    finished_parts = []
-    for victim in ("reward", "optimize"):
-        folder = local(store.folder(next(step for step in plan.steps if step.name == victim)).path)
-        kill_when_begun(folder, data_dir, store)
-        assert not (folder / "manifest.json").exists()
-        finished_parts += [(folder, json.loads(part.read_text())) for part in folder.glob("part-*-of-*.json")]
+    folder = local(store.folder(next(step for step in plan.steps if step.name == "reward")).path)
+    kill_when_begun(folder, data_dir, store)
+    assert not (folder / "manifest.json").exists()
+    finished_parts = [json.loads(part.read_text()) for part in folder.glob("part-*-of-*.json")]
     assert finished_parts
     run(plan, store, LocalExecutor(), Silent())
-    for folder, part in finished_parts:  # what it took says that it was not computed again; its file is part of another
+    for part in finished_parts:  # what it took says that it was not computed again; its file is part of another
         (again,) = (
             item for item in json.loads((folder / WHOLE).read_text())["parts"] if item["shard"] == part["shard"]
         )
@@ -171,7 +170,7 @@ def kill_when_begun(folder: Path, data_dir: Path, store: Store) -> None:
     command += ["--store", str(store.root)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 120
-        while not any(folder.glob("part-*.json")) and not any(folder.glob("checkpoint/step-*")):
+        while not any(folder.glob("part-*.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.002)

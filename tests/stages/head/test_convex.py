@@ -27,7 +27,7 @@ from stages.head.convex import (
 from stages.head.train import PairFeatures, head
 
 few = settings(deadline=None, max_examples=10)
-SIZES = [(30, 3, 6, 0.5), (60, 5, 10, 0.1), (20, 2, 5, 0.01)]  # rows, features, gates, beta
+SIZES = [(30, 3, 6, 0.5), (20, 2, 5, 0.01)]  # rows, features, gates, beta
 
 
 def instance(n, d, count, seed=0):

@@ -91,7 +91,7 @@ def test_gumbel_draws_are_without_replacement_in_proportion():
     two = {(i, j): p[i] * p[j] / (1 - p[i]) for i, j in itertools.permutations(range(5), 2)}
     assert sum(two.values()) == pytest.approx(1)
     assert follows(draws_of(rewards, "gumbel_top_k", k=1, beta=beta), one) > LEAST
-    assert follows(draws_of(rewards, "gumbel_top_k", 20_000, k=2, beta=beta), two) > LEAST
+    assert follows(draws_of(rewards, "gumbel_top_k", k=2, beta=beta), two) > LEAST
 
 
 @pytest.mark.parametrize("name", ["gumbel_top_k", "rejection_sample"])
