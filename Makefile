@@ -34,7 +34,7 @@ test: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder  # by file, since its tests share costly fixtures; 3, since tests of Ray wait
+	.venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder  # by file: its tests share costly fixtures
 
 demo: setup
 	.venv/bin/winnow demo
