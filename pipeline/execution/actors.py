@@ -13,6 +13,9 @@ from schemas import MachineError
 
 PROGRESS_SECONDS = 0.5  # between two requests for progress
 MAX_FAILED_STARTS = 3
+# After which an actor that is not up waits for room. Until then it is not killed: Ray 2.60 ignores a kill between the
+# moment when a process is given to an actor and the one when that process knows it, and never gives its room back.
+SETTLE_SECONDS = 5.0
 STALL_SECONDS = 30.0  # that a worker waits for room before users are told
 
 
@@ -58,6 +61,15 @@ class PooledActor:
     progress: list[Progress] = field(default_factory=list)
     created: float = field(default_factory=time.monotonic)
 
+    @property
+    def is_settled(self) -> bool:
+        """Return whether it can be killed: it is up, has died, or waits for room."""
+        import ray
+
+        if self.starting is None or time.monotonic() - self.created > SETTLE_SECONDS:
+            return True
+        return bool(ray.wait([self.starting], timeout=0)[0])
+
 
 class ActorPool:
     """Actors of one step. `options` are Ray's for an actor, `max_size` is how many there may be."""
@@ -87,10 +99,14 @@ class ActorPool:
             self.actors.append(PooledActor(handle, handle.__ray_ready__.remote()))
 
     def shrink(self, size: int) -> None:
-        """Kill idle actors until there are `size`, those that are not up yet first."""
+        """Kill idle actors until there are `size`, those that are not up yet first; one that is just starting, later.
+
+        Later is at the next call, if it is still idle then.
+        """
         idle = sorted((actor for actor in self.actors if not actor.tasks), key=lambda actor: actor.starting is None)
         for actor in idle[: max(0, len(self.actors) - size)]:
-            self._kill(actor)
+            if actor.is_settled:
+                self._kill(actor)
 
     def submit(self, task: Task, exclusive: bool) -> bool:
         """Give a task to the actor with the fewest; return False if none has room."""
@@ -158,10 +174,12 @@ class ActorPool:
         needs = ", ".join(f"{name} {value:g}" for name, value in amounts.items())
         return f"none of its workers is up yet; the cluster may have no room for one ({needs})"
 
-    def close(self) -> None:
-        """Kill all actors."""
+    def close(self) -> list[PooledActor]:
+        """Kill all actors; return those that are just starting, to be killed when they are settled."""
         for actor in list(self.actors):
-            self._kill(actor)
+            if actor.is_settled:
+                self._kill(actor)
+        return self.actors
 
     def _kill(self, actor: PooledActor) -> None:
         import ray

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from pipeline.config.plan import Step
-from pipeline.execution.actors import ActorPool
+from pipeline.execution.actors import ActorPool, PooledActor
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.health import JOINED_SECONDS, OWN_SECONDS, ClusterHealth, LostClusterError
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
@@ -21,6 +21,7 @@ from pipeline.resources import CPU_WORKERS, Profile, Resources
 from pipeline.store.store import StepFolder
 from schemas import COMMAND, MachineError, WinnowError
 
+ENDING_SECONDS = 0.1  # between two looks at actors that are just starting when all has ended
 Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes, accelerator_type:H100
 
 
@@ -46,6 +47,7 @@ class RayExecutor(LocalExecutor):
         super().__init__(profile)
         self.workers, self.address = workers, address
         self.pools: dict[StepFolder, ActorPool] = {}
+        self.ending: list[PooledActor] = []  # of steps that have ended; killed when they are settled
         self.health: ClusterHealth | None = None  # of the cluster, once it is joined
 
     def check(self, steps: list[Step]) -> None:
@@ -68,10 +70,12 @@ class RayExecutor(LocalExecutor):
             has = resources.model_copy(update={"cpus": options["num_cpus"], "gpus": options["num_gpus"]})
             self.pools[spec.out] = ActorPool(spec, has, options, max_size)
         pool = self.pools[spec.out]
-        pool.grow(ready)
         others = [other for other in self.pools.values() if other is not pool]
-        # An actor of another step that is not up yet may be waiting for room
-        if not ready and any(actor.starting for other in others for actor in other.actors):
+        # An actor of another step that is not up yet may be waiting for room: it comes before a second one of this
+        others_wait = any(actor.starting for other in others for actor in other.actors)
+        if not (others_wait and pool.actors):
+            pool.grow(ready)
+        if not ready and others_wait:
             busy = any(other.running for other in self.pools.values())
             pool.shrink(resources.min_workers if busy else 0)
 
@@ -89,12 +93,17 @@ class RayExecutor(LocalExecutor):
                 self.health.check()
             except LostClusterError:
                 self.pools.clear()  # which only Ray could end
+                self.ending.clear()
                 end_own_cluster()
                 raise
+        self._kill_settled()
         if self.next and not any(pool.running for pool in self.pools.values()):
             for pool in self.pools.values():  # the ranks need the room of all that is idle
                 pool.shrink(0)
-            return super().wait(0)
+            if not self.ending and not any(pool.actors for pool in self.pools.values()):
+                return super().wait(0)
+            time.sleep(seconds)
+            return []
         actors = [actor for pool in self.pools.values() for actor in pool.actors]
         # What can happen next: an actor is up, or a task ends
         references = [actor.starting for actor in actors if actor.starting]
@@ -117,14 +126,27 @@ class RayExecutor(LocalExecutor):
 
     def end(self, spec: StepSpec) -> None:
         if pool := self.pools.pop(spec.out, None):
-            pool.close()
+            self.ending += pool.close()
         super().end(spec)
 
     def close(self) -> None:
+        """Kill all actors, those that are just starting when they are up: a cluster that goes on gets all room back."""
         for pool in self.pools.values():
-            pool.close()
+            self.ending += pool.close()
         self.pools.clear()
+        while self.ending:
+            time.sleep(ENDING_SECONDS)
+            self._kill_settled()
         super().close()
+
+    def _kill_settled(self) -> None:
+        if not self.ending:
+            return
+        import ray
+
+        for actor in [actor for actor in self.ending if actor.is_settled]:
+            ray.kill(actor.handle)
+            self.ending.remove(actor)
 
 
 def actor_options(

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
 from pipeline.context import WarmCache
+from pipeline.execution.actors import ActorPool
 from pipeline.execution.executor import LocalExecutor
-from pipeline.execution.ray_executor import RayExecutor
+from pipeline.execution.ray_executor import RayExecutor, connect
 from pipeline.execution.retries import MAX_ATTEMPTS, MAX_POISON_PROMPTS, Retries
 from pipeline.execution.run import run
 from pipeline.execution.tasks import StepSpec, Task, execute, step_spec
@@ -67,9 +70,45 @@ def test_a_step_for_which_the_cluster_has_no_room_is_reported(tmp_path: Path, mo
                 raise KeyboardInterrupt(why)
 
     monkeypatch.setattr("pipeline.execution.actors.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.execution.actors.SETTLE_SECONDS", 0.5)
     plan = plan_of_toys(1, slow=dict(folder=str(tmp_path), name="slow", seconds=0.0))
     with pytest.raises(KeyboardInterrupt, match=r"no room .*num_cpus 1, num_gpus 8"):
         run_on_ray(plan, tmp_path, Impatient(), "slow", gpus=8)
+
+
+def test_an_actor_that_is_just_starting_is_killed_when_it_is_up(tmp_path: Path):
+    """Ray ignores a kill at the wrong moment of a start, and what then waits for that room waits for ever."""
+    nodes = connect()
+    import ray
+
+    plan = plan_of_toys(1, slow=dict(folder=str(tmp_path), name="slow", seconds=0.0))
+    pool = ActorPool(step_spec(plan.target, Store(tmp_path / "store")), Resources(), {"num_cpus": 1}, 2)
+    pool.grow(1)
+    pool.shrink(0)
+    (actor,) = pool.close()
+    assert not actor.is_settled
+    ray.get(actor.starting)
+    assert pool.close() == []
+    deadline = time.monotonic() + 20
+    while ray.available_resources()["CPU"] < nodes[0]["CPU"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_no_second_worker_is_started_while_another_step_waits_for_room(tmp_path: Path):
+    """It would be killed as soon as it is idle, and started again for the next part, many times."""
+    plan = plan_of_toys(SHARDS, slow=dict(folder=str(tmp_path), name="slow", seconds=0.0))
+    spec, executor = step_spec(plan.target, Store(tmp_path / "store")), RayExecutor(2)
+    executor.request_workers(spec, 1)
+    pool, others = executor.pools[spec.out], executor.pools
+    other: Any = SimpleNamespace(actors=[SimpleNamespace(starting="for room", tasks={})])
+    executor.pools = others | {Store(tmp_path / "other").folder(plan.steps[0]): other}
+    executor.request_workers(spec, 2)
+    assert len(pool.actors) == 1
+    executor.pools = others
+    executor.request_workers(spec, 2)
+    assert len(pool.actors) == 2
+    executor.close()
 
 
 def test_distributed_training_finds_the_cluster_empty(tmp_path: Path):
