@@ -426,6 +426,23 @@ def test_run_until_a_step(winnow, small: Path):
     assert ("finished" in text, "not run" in text) == (True, True)
 
 
+def test_an_error_of_rays_ends_with_code_2_and_the_command_to_resume(winnow, small: Path, monkeypatch):
+    """Raised by Ray itself, outside a task: its traceback would say nothing of the machine that has failed."""
+
+    from ray.exceptions import RaySystemError
+
+    def wait(self, seconds):
+        raise RaySystemError("System error: broken pipe")
+
+    monkeypatch.setattr("pipeline.execution.executor.LocalExecutor.wait", wait)
+    code, text = winnow("run", small)
+    assert code == 2
+    assert (
+        missing(["RaySystemError", "broken pipe", "finished parts are kept", "resume with:", f"run {small}"], text)
+        == []
+    )
+
+
 def test_a_run_that_evaluates_nothing_prints_no_leaderboard(winnow, finished: Path, data_dir: Path, tmp_path: Path):
     """The evaluations of other runs are no answer to it; a run that evaluates is shown beside them."""
     shutil.copytree(finished, tmp_path / "store")
