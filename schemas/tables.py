@@ -35,7 +35,12 @@ PROMPTS = table(
     "one row per prompt",
     PROMPT_ID,
     column("text", pa.string(), "the prompt as text, for people and for rankers with their own tokenizer"),
-    column("chat", pa.string(), "its chat messages and tools as JSON; null if it is one text", nullable=True),
+    column(
+        "chat",
+        pa.string(),
+        "its chat messages and tools as JSON; null if it is one text, also for a single user message without tools",
+        nullable=True,
+    ),
     column("token_ids", TOKEN_IDS, "the prompt as the policy reads it: chat template applied, BOS exactly once"),
     column("rendered", pa.string(), "these ids as text, special tokens included", nullable=True),
     column(

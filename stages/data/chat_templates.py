@@ -1,6 +1,8 @@
 """Chat templates of a model folder, read from its files: what a plan can say of them without loading a tokenizer."""
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ ARGUMENTS = (
 )  # fmt: skip
 DELIMITER = re.compile(r"[^\w\s]\S*\w\S*[^\w\s]")  # such as <|im_end|> and [INST]: no word, number, sign or blank
 TODAY = "strftime_now"
+TOOL_NAME = "winnow_probe"
+PARAMETERS = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": TOOL_NAME, "description": "", "parameters": PARAMETERS}}
 
 
 class _Generation(Extension):
@@ -41,6 +46,8 @@ class _Generation(Extension):
 ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
 )
+# Long templates take 40 ms, and a plan renders one for each step that ranks.
+compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
@@ -77,17 +84,61 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 def planned_chat_template(step: InputStep) -> str | None:
     """Return the text of the chat template that a step's model will have, empty for none; None if no plan knows it."""
-    for name in ("init", "policy"):  # of `optimize` and `reward_head`, which keep it
+    templates = planned_chat_templates(step)
+    return None if templates is None else "\n".join(templates)
+
+
+def planned_chat_templates(step: InputStep) -> list[str] | None:
+    """Return the texts of the chat templates, of which there may be several; None if no plan knows them."""
+    for name in ("init", "policy"):  # of `optimize` and `reward_head`, which keep them
         if name in step.inputs:
-            return planned_chat_template(step.inputs[name])
+            return planned_chat_templates(step.inputs[name])
     path = step.options.get("path")
     if step.stage != "model" or not isinstance(path, ModelPath):
         return None
     if (template := step.options["chat_template"]) is not None:
-        return str(template.path.read_text(encoding="utf-8"))
+        return [str(template.path.read_text(encoding="utf-8"))]
     folders = [path.path, *([step.options["adapter"].path] if step.options["adapter"] else [])]
     with_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
-    return "\n".join(chat_templates(with_tokenizer[-1]).values())  # the adapter's comes first
+    return list(chat_templates(with_tokenizer[-1]).values())  # the adapter's comes first
+
+
+def rendered_probes(
+    template: str, roles: Sequence[str], *, has_tools: bool = False, asks: bool = False
+) -> tuple[list[str], str] | None:
+    """Return texts of turns of these roles, and what a template renders of them; None if it refuses such turns.
+
+    asks: with the prompt for an answer behind them.
+    """
+    messages = [{"role": role, "content": f"winnow probe {n}."} for n, role in enumerate(roles)]
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    try:
+        text = compiled(template).render(
+            messages=messages, tools=[TOOL] if has_tools else None, add_generation_prompt=asks,
+            bos_token="", eos_token="", raise_exception=refuse, strftime_now=lambda pattern: "",
+        )  # fmt: skip
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return [message["content"] for message in messages], text
+
+
+def changes_with_answer(template: str, roles: Sequence[str], *, has_tools: bool) -> bool:
+    """Return whether a template renders turns of these roles differently once an answer follows them.
+
+    Only what it writes behind the last of them to ask for an answer may differ, as in `Tokenizer.prompt_ids`. False
+    also where it cannot be told.
+    """
+    asking = rendered_probes(template, roles, has_tools=has_tools, asks=True)
+    answered = rendered_probes(template, (*roles, "assistant"), has_tools=has_tools)
+    if asking is None or answered is None:
+        return False
+    (*_, last), text = asking
+    _, probe, behind = text.rpartition(last)
+    shared = next((n for n, (a, b) in enumerate(zip(text, answered[1], strict=False)) if a != b), len(text))
+    return bool(probe) and len(text) - shared > len(behind)
 
 
 def unreadable(templates: dict[str, str]) -> list[str]:

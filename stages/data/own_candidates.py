@@ -10,11 +10,11 @@ from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
-from stages.data.first_prompts import chat_problems
+from stages.data.first_prompts import prompt_problems
 from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row, label_threshold
-from stages.data.texts import Conversation, number_of, prompt_with, reply_of, tools_of
+from stages.data.texts import Conversation, number_of, prompt_with, reject_detail, reply_of, tools_of
 from stages.data.trainer_formats import candidate_reader
 from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 
@@ -24,7 +24,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     if options["reader"] is not None:
         defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
         problems = check_no_columns(options, **defaults) or check_system_prompt(options, inputs) + check_reader(options)
-        return share_problems(options) + (problems or chat_problems(options, inputs))
+        return share_problems(options) + (problems or prompt_problems(options, inputs))
     problems = share_problems(options) + check_system_prompt(options, inputs)
     if reward is not None and probability is not None:
         problems.append(
@@ -35,7 +35,7 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
         problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
     names = ("prompt", "response", "reward", "probability", "system", "input")
     problems += check_source(options, [options[name] for name in names if options[name]])
-    return problems or chat_problems(options, inputs)
+    return problems or prompt_problems(options, inputs)
 
 
 @stage(version=6, unsharded=True, check=_check_own_candidates)
@@ -127,7 +127,7 @@ def own_candidates(
                 raise item.error
             candidate = data.add_response(item.responses[0], ids[0], repeated=True)
         except ValueError as error:
-            detail = repr(item.row if reader is not None else item.row.get(column))
+            detail = reject_detail(error, item.row if reader is not None else item.row.get(column))
             ctx.reject(str(error), place=item.location, detail=detail)
             continue
         rewards.append(dict(prompt_id=item.prompt, candidate_id=candidate, reward=item.value))

@@ -10,11 +10,11 @@ from pipeline.costs import Cost
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_reader
-from stages.data.first_prompts import chat_problems
+from stages.data.first_prompts import prompt_problems
 from stages.data.formats import pairs_of, preference_reader
 from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row
-from stages.data.texts import Conversation, readable_reply, tools_of, without_repeated_prompt
+from stages.data.texts import Conversation, readable_reply, reject_detail, tools_of, without_repeated_prompt
 from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 from stages.work import preferences_work
 
@@ -25,7 +25,7 @@ from stages.work import preferences_work
     check=lambda options, inputs: (
         share_problems(options)
         + check_system_prompt(options, inputs)
-        + (check_reader(options) or chat_problems(options, inputs))
+        + (check_reader(options) or prompt_problems(options, inputs))
     ),
     cost=Cost(work=preferences_work),
 )
@@ -90,7 +90,7 @@ def preferences(
             if item.error:
                 raise item.error
         except ValueError as error:
-            ctx.reject(str(error), place=item.location, detail=repr(item.row))
+            ctx.reject(str(error), place=item.location, detail=reject_detail(error, item.row))
             continue
         chosen, rejected = added
         prompt = item.prompt

@@ -1,6 +1,7 @@
 """Stage prompts: users' texts are tokenised once, here; every later stage reads the ids."""
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +14,28 @@ import pyarrow as pa
 
 from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from pipeline.costs import Cost
-from schemas import Model, Prompts, WinnowError, prompt_id, split_of
+from schemas import Model, Prompts, WinnowError, WinnowWarning, prompt_id, split_of
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
-from stages.data.first_prompts import chat_problems
+from stages.data.first_prompts import prompt_problems
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
+    CHANGED,
+    CHANGED_CURE,
+    PREFILLED,
+    PREFILLED_CURE,
+    ChangedPromptError,
     Conversation,
+    CurableError,
     Prompt,
     Reply,
+    kept_fields,
     prompt_with,
     readable,
     readable_reply,
+    reject_detail,
     reply_json,
     reply_of,
     tools_of,
@@ -74,7 +83,11 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
     version=6,
     unsharded=True,
     check=lambda options, inputs: (
-        share_problems(options) + (_column_problems(options, inputs) or chat_problems(options, inputs))
+        share_problems(options)
+        + (
+            _column_problems(options, inputs)
+            or prompt_problems(options, inputs, answered=options["demonstration"] is not None)
+        )
     ),
     cost=Cost(work=prompts_work),
     which_rows=(
@@ -128,13 +141,16 @@ def prompts(
 
     Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
     are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless
-    `prefill: continue` lets the response continue it. A demonstration that cannot be kept is rejected, because
+    `prefill: continue` lets the response continue it. Of a prompt that it renders differently once an answer follows,
+    the ids are those that ask for one: a response that is drawn follows them, a demonstration would not, and is
+    rejected. A demonstration that cannot be kept is rejected, because
     cutting it would remove its end; its prompt stays.
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
     data = DataTables(
-        tokenizer, heldout, max_tokens, validation=validation, prefill=prefill, system_prompt=system_prompt
-    )
+        tokenizer, heldout, max_tokens, validation=validation, prefill=prefill, system_prompt=system_prompt,
+        answered=False,
+    )  # fmt: skip
     results: Iterator[tuple[str, Row, PreferencePair | ValueError | None]]
     if reader is None:
         columns = [name for name in (prompt, demonstration, system, input, *keep) if name]
@@ -161,7 +177,7 @@ def prompts(
             conversation = Conversation(content, tools, plain)
             row = data.prompt_row(conversation) | {"fields": kept_fields(source_row, keep)}
         except ValueError as error:
-            ctx.reject(str(error), place=location, detail=repr(source_row))
+            ctx.reject(str(error), place=location, detail=reject_detail(error, source_row))
             continue
         name = row["prompt_id"]
         if name in seen:
@@ -183,16 +199,14 @@ def prompts(
             tables.append(pa.Table.from_pylist(rows, PROMPTS))
             rows.clear()
     tables.append(pa.Table.from_pylist(rows, PROMPTS))
+    if changed := len(seen & data.changed):
+        message = (
+            f"{CHANGED}, for {changed} of {len(seen)} prompts: their ids are those that ask for an answer, after which "
+            "responses are drawn, and trained on; their demonstrations are rejected. If that is not as meant, "
+            f"{CHANGED_CURE}"
+        )
+        warnings.warn(message, WinnowWarning, stacklevel=2)
     return in_order_of_prompts(pa.concat_tables(tables))
-
-
-def kept_fields(row: Row, names: list[str]) -> dict[str, str] | None:
-    """Return columns as text, and values that are none as JSON. Raise ValueError for one that is missing or empty."""
-    if not names:
-        return None
-    if missing := [name for name in names if row.get(name) in (None, "", [], {})]:
-        raise ValueError(f"no {missing[0]}")
-    return {name: value if isinstance(value := row[name], str) else json.dumps(value, default=str) for name in names}
 
 
 def chat_json(content: Prompt, tools: list[dict[str, Any]] | None) -> str:
@@ -249,8 +263,9 @@ class LateRejects:
 class DataTables:
     """Prompts and responses of a user's file as rows with token ids, each once, however many rows it occurs in.
 
-    The ids keep to the limits of a step and of the model's context. Methods raise ValueError with the reason to
-    reject a row of the file.
+    The ids keep to the limits of a step and of the model's context. answered: the responses are those of the file. If
+    not, they will be drawn after the prompt's ids, whatever the template renders once an answer follows. Methods raise
+    ValueError with the reason to reject a row of the file.
     """
 
     def __init__(
@@ -263,14 +278,17 @@ class DataTables:
         too_long: TooLong = "reject",
         prefill: Prefill = "reject",
         system_prompt: str | None = None,
+        answered: bool = True,
     ) -> None:
         from stages.data.tokenizer import PROBE, Tokenizer
 
         self.tokenizer = Tokenizer(model)
+        self.answered = answered
+        self.changed: set[str] = set()  # ids of prompts that the template renders differently once an answer follows
         self.system_prompt = system_prompt
         if system_prompt is not None:
             try:  # here: else every row would be rejected
-                self.tokenizer.prompt_ids(with_system_prompt(Conversation(PROBE), system_prompt))
+                self._prompt_ids(with_system_prompt(Conversation(PROBE), system_prompt))
             except ValueError as error:
                 raise WinnowError(
                     f"system_prompt: it cannot be read ({error}); unset it, or set `chat_template` of the tokenizer's "
@@ -297,12 +315,15 @@ class DataTables:
         if len(readable(content, tools)) > self.max_characters:
             raise ValueError("prompt too long")
         if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":
-            raise ValueError("prompt ends with an assistant turn")
-        ids = self.tokenizer.prompt_ids(conversation)
+            raise CurableError(PREFILLED, PREFILLED_CURE)
+        ids, is_changed = self._prompt_ids(conversation)
         if len(ids) > min(self.max_tokens, self.context - 1):  # room for one token of a response
             raise ValueError("prompt too long")
+        name = prompt_id(content, tools)
+        if is_changed:
+            self.changed.add(name)
         return {
-            "prompt_id": prompt_id(content, tools),
+            "prompt_id": name,
             "text": readable(content, tools),
             "chat": None if isinstance(content, str) and not tools else chat_json(content, tools),
             "token_ids": ids,
@@ -311,6 +332,15 @@ class DataTables:
             "demonstration": None,
             "demonstration_ids": None,
         }
+
+    def _prompt_ids(self, conversation: Conversation) -> tuple[list[int], bool]:
+        """Return a prompt's ids, and whether the template renders it differently once an answer follows."""
+        try:
+            return self.tokenizer.prompt_ids(conversation), False
+        except ChangedPromptError as error:
+            if self.answered:
+                raise
+            return list(error.ids), True
 
     def response_ids(
         self, conversation: Conversation, prompt_ids: list[int], reply: Reply

@@ -31,8 +31,40 @@ NUMERAL = re.compile(r"\s*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\s*
 INVISIBLE = ("Cc", "Cf")  # categories of characters: of control, and of format, such as a zero-width space
 # What role a message has: a word that templates write beside it as it is, and not text that would be a turn.
 ROLE = re.compile(r"\w[\w .-]{0,63}")
+CHANGED = "the chat template renders the prompt differently once an answer follows"
+CHANGED_CURE = (
+    "set `chat_template` of the tokenizer's step of stage `model` to a Jinja file that renders both alike (where the "
+    "model's own writes the system text only `if loop.last`, that is `if message == user_messages[-1]`)"
+)
+PREFILLED = "prompt ends with an assistant turn"
+PREFILLED_CURE = (
+    "set `prefill: continue` if responses are to continue that turn, or leave it out of the file to have it answered "
+    "anew"
+)
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 SYSTEM_ROLES = ("system", "developer")
 WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
+
+
+class CurableError(ValueError):
+    """Reason to reject a row, with what can be set so that such rows are read."""
+
+    def __init__(self, reason: str, cure: str) -> None:
+        super().__init__(reason)
+        self.cure = cure
+
+
+class ChangedPromptError(CurableError):
+    """Prompt that the chat template renders differently once an answer follows, with the ids that ask for one."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(CHANGED, CHANGED_CURE)
+        self.ids = ids
+
+
+def reject_detail(error: ValueError, row: Any) -> str:
+    """Return the detail of a rejected row: before it the cure of the reason, if it has one."""
+    return f"{error.cure}; the row: {row!r}" if isinstance(error, CurableError) else repr(row)
 
 
 @dataclass(frozen=True)
@@ -96,15 +128,35 @@ def is_blank(text: str) -> bool:
 def messages_of(row: Row, name: str) -> list[Message]:
     """Return the chat messages in a column, each with a role, a content, and what else a chat template may render.
 
-    `None` and empty lists, with which tables fill up keys that a message lacks, count as absent. Keys that no template
-    is known to render, such as a language or a score, are left out, with a warning.
+    Turns of ShareGPT's form have `from` and `value` in their place. `None` and empty lists, with which tables fill up
+    keys that a message lacks, count as absent. Keys that no template is known to render, such as a language or a score,
+    are left out, with a warning.
     """
     values = row.get(name)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{name} is not text" if values is not None else f"no {name}")
     if not values:
         raise ValueError(f"empty {name}")
-    return [_message(value, name) for value in values]
+    return [_message(value, name) for value in with_chat_keys(values)]
+
+
+def with_chat_keys(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return turns of ShareGPT's form, with `from` and `value`, with the keys and roles of chat messages.
+
+    Others stay as they are.
+    """
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+        if turn.get("from") is None or turn.get("role") is not None:
+            messages.append(turn)
+        elif turn["from"] == "function_call":
+            calls = function_calls(turn.get("value"))
+            messages.append(rest | {"role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            role = text_of(turn, "from")
+            messages.append(rest | {"role": SHAREGPT_ROLES.get(role, role), "content": turn.get("value")})
+    return messages
 
 
 def prompt_of(row: Row, name: str) -> Prompt:
@@ -162,6 +214,15 @@ def tools_of(row: Row, name: str = "tools") -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError(f"{name} is not a list of JSON schemas")
     return value
+
+
+def kept_fields(row: Row, names: list[str]) -> dict[str, str] | None:
+    """Return columns as text, and values that are none as JSON. Raise ValueError for one that is missing or empty."""
+    if not names:
+        return None
+    if missing := [name for name in names if row.get(name) in (None, "", [], {})]:
+        raise ValueError(f"no {missing[0]}")
+    return {name: value if isinstance(value := row[name], str) else json.dumps(value, default=str) for name in names}
 
 
 def readable(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
@@ -263,6 +324,16 @@ def _message(value: dict[str, Any], name: str) -> Message:
     if unread := sorted(value.keys() - extra - {"role"}):
         warnings.warn(f"{name}: keys of messages are not read: {', '.join(unread)}", WinnowWarning, stacklevel=2)
     return {"role": role, "content": content or "", **extra}
+
+
+def function_calls(text: Any) -> list[dict[str, Any]]:
+    """Return the calls in the value of a function_call turn, the JSON of one call or of a list, as of chat messages."""
+    try:
+        calls = json.loads(text)
+    except (TypeError, ValueError):
+        raise ValueError("a function_call is not JSON") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from stages.data.texts import (
     REASONING,
     REASONING_KEYS,
     TEMPLATE_OPTIONS,
+    ChangedPromptError,
     Conversation,
     Prompt,
     as_messages,
@@ -65,7 +66,8 @@ class Tokenizer:
         """Return the ids of a prompt: of the chat template if the tokenizer has one, else of its plain form or text.
 
         Raise ValueError with the reason to reject it: special tokens in the text, messages or tools without a
-        template, and what the template refuses, does not render, or renders differently once an answer follows.
+        template, and what the template refuses or does not render. Raise ChangedPromptError, which has the ids that
+        ask for an answer, for what it renders differently once one follows.
         """
         conversation = _conversation(prompt)
         last = self._last_prompt  # which another thread may replace meanwhile
@@ -100,7 +102,7 @@ class Tokenizer:
         changed = [*messages[:-1], messages[-1] | {"content": PROBE}]
         _, probe, behind = self._render(changed, conversation.tools, **{mode: True}).rpartition(PROBE)
         if probe and len(self.rendered(ids[len(shared) :])) > len(behind):
-            raise ValueError("the chat template renders the prompt differently once an answer follows")
+            raise ChangedPromptError(ids)
         if any(token in self._added_tokens for token in ids[len(shared) :]):
             rest = self.rendered(ids[len(shared) :])
             message = (

@@ -4,7 +4,6 @@ A candidate reader takes one row and returns a `LabelledResponse`, or raises Val
 table; `columns`, `optional` and `variants` are as in preference readers (formats.py).
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from stages.data.texts import (
     Reply,
     as_messages,
     as_prompt,
+    function_calls,
     messages_of,
     optional_text_of,
     prompt_of,
@@ -25,11 +25,11 @@ from stages.data.texts import (
     reply_of,
     text_of,
     tools_of,
+    with_chat_keys,
 )
 
 candidate_reader = Registry("candidate reader", "row", **COLUMNS)
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 LABELS = {"true": 1.0, "false": 0.0}
 MEDIA = ("images", "videos", "audios")  # what a prompt of texts cannot hold
 ALPACA_COLUMNS = ("input", "system", "history", "tools", *MEDIA)
@@ -161,27 +161,7 @@ def _sharegpt_messages(row: Row, name: str) -> list[dict[str, Any]]:
         raise ValueError(f"{name} is not a list of turns")
     if not values:
         raise ValueError(f"empty {name}")
-    messages: list[dict[str, Any]] = []
-    for value in values:
-        if "from" not in value:
-            messages.append(value)
-        elif value["from"] == "function_call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": _function_calls(value.get("value"))})
-        else:
-            role = text_of(value, "from")
-            role = SHAREGPT_ROLES.get(role, role)
-            messages.append({"role": role, "content": value.get("value")})
-    return messages
-
-
-def _function_calls(text: Any) -> list[dict[str, Any]]:
-    """Return the calls in the value of a function_call turn, the JSON of one call or of a list, as of chat messages."""
-    try:
-        calls = json.loads(text)
-    except (TypeError, ValueError):
-        raise ValueError("a function_call is not JSON") from None
-    calls = calls if isinstance(calls, list) else [calls]
-    return [{"type": "function", "function": call} for call in calls]
+    return with_chat_keys(values)
 
 
 def _sharegpt_prompt(row: Row, name: str, turns: list[dict[str, Any]]) -> list[Message]:
@@ -206,7 +186,7 @@ def _v1_messages(row: Row, name: str) -> list[dict[str, Any]]:
         texts: dict[str, list[str]] = {"text": [], "reasoning": [], "tool_call": []}
         for part in parts:
             texts[part["type"]].append(text_of(part, "value"))
-        calls = [call for text in texts["tool_call"] for call in _function_calls(text)]
+        calls = [call for text in texts["tool_call"] for call in function_calls(text)]
         messages.append(
             {"role": message.get("role"), "content": "".join(texts["text"])}
             | {REASONING: "".join(texts["reasoning"]), "tool_calls": calls}

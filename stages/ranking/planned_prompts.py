@@ -3,22 +3,15 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
-
-from jinja2 import TemplateError
 
 from pipeline import Bound, InputStep
 from schemas import WinnowWarning
-from stages.data.chat_templates import ENVIRONMENT, planned_chat_template
+from stages.data.chat_templates import TOOL_NAME, planned_chat_template, rendered_probes
 from stages.data.first_prompts import READ_PROMPTS, first_conversations
 from stages.data.texts import as_messages
 
 PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone
-PARAMETERS = {"type": "object", "properties": {}}
-TOOL = {"type": "function", "function": {"name": "winnow_probe", "description": "", "parameters": PARAMETERS}}
-# Long templates take 40 ms, and a plan renders one for each step that ranks.
-compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
 Shape = tuple[tuple[str, ...], bool]  # roles of a prompt's turns, and whether it has tools
 
 
@@ -74,17 +67,14 @@ def _unread_part(shape: Shape, template: str | None) -> str:
 
 
 def _renders(template: str, roles: Sequence[str], has_tools: bool) -> bool:
-    """Return whether a template writes the texts of turns of these roles, and a tool's name."""
-    messages = [{"role": role, "content": f"winnow probe {n}."} for n, role in enumerate(roles)]
+    """Return whether a template writes the texts of turns of these roles with an answer behind them, and a tool's name.
 
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    try:
-        text = compiled(template).render(
-            messages=messages, tools=[TOOL] if has_tools else None, add_generation_prompt=roles[-1] != "assistant",
-            bos_token="", eos_token="", raise_exception=refuse, strftime_now=lambda pattern: "",
-        )  # fmt: skip
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+    A ranker reads prompt and answer as one text.
+    """
+    rendered = rendered_probes(
+        template, (*roles, "assistant") if roles[-1] != "assistant" else roles, has_tools=has_tools
+    )
+    if rendered is None:
         return False
-    return all(message["content"] in text for message in messages) and (not has_tools or "winnow_probe" in text)
+    contents, text = rendered
+    return all(content in text for content in contents) and (not has_tools or TOOL_NAME in text)

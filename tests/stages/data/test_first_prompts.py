@@ -10,12 +10,12 @@ from pipeline import Bound, InputStep, ModelPath, Registry
 from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
 from schemas import WinnowWarning
-from stages.data.first_prompts import chat_problems
+from stages.data.first_prompts import prompt_problems
 from stages.data.formats import preference_reader
 from stages.data.own_candidates import own_candidates
 from stages.data.trainer_formats import candidate_reader
 from tests.conftest import write_jsonl
-from tests.stages.ranking.test_planned_prompts import PLAIN, ROWS
+from tests.stages.ranking.test_planned_prompts import PLAIN, ROWS, SYSTEM_IN_LAST
 
 
 @pytest.fixture
@@ -29,14 +29,16 @@ def folder(tiny, tmp_path: Path) -> Path:
 def source(folder: Path, rows: list[dict]) -> tuple[dict[str, Any], dict[str, InputStep]]:
     """Return options of a file, and the inputs, of a step that reads prompts."""
     options = dict(path=DataPath(str(write_jsonl(folder / "prompts.jsonl", rows))), prompt="prompt", system=None)
-    options |= dict(input=None, reader=None, subset=None, dataset_split="train", system_prompt=None)
+    options |= dict(input=None, reader=None, subset=None, dataset_split="train", system_prompt=None, prefill="reject")
     tokenizer = InputStep("model", {"path": ModelPath(str(folder)), "chat_template": None, "adapter": None})
     return options, {"tokenizer": tokenizer}
 
 
-def problems(folder: Path, rows: list[dict], reader: Bound | None = None) -> list[str]:
-    options, inputs = source(folder, rows)
-    return chat_problems(options | {"reader": reader}, inputs)
+def problems(
+    folder: Path, rows: list[dict], reader: Bound | None = None, *, answered: bool = True, **options: Any
+) -> list[str]:
+    read, inputs = source(folder, rows)
+    return prompt_problems(read | {"reader": reader} | options, inputs, answered=answered)
 
 
 def test_chats_without_a_template_are_refused_or_some_of_them_counted(folder: Path):
@@ -48,6 +50,52 @@ def test_chats_without_a_template_are_refused_or_some_of_them_counted(folder: Pa
     assert problems(folder, [text]) == []
     (folder / "chat_template.jinja").write_text(PLAIN)
     assert problems(folder, chats) == []
+
+
+def test_a_prompt_without_an_answer_yet_is_refused_only_where_a_file_has_the_answer(folder: Path):
+    """The template leaves the system text out once an answer follows; what to change in it is said."""
+    (folder / "chat_template.jinja").write_text(SYSTEM_IN_LAST)
+    system, others = ROWS["a system turn"], [ROWS["plain"], ROWS["several turns"]]
+    (problem,) = problems(folder, [system])
+    assert all(fact in problem for fact in ("1 of the first 1", "once an answer follows", "user_messages[-1]"))
+    with pytest.warns(WinnowWarning, match=r"1 of the first 3 .*once an answer follows.*`chat_template`"):
+        assert problems(folder, [system, *others]) == []
+    assert problems(folder, others) == []
+    assert problems(folder, [system], answered=False) == []
+    (problem,) = problems(folder, [ROWS["plain"]], system_prompt="Be brief.")
+    assert "1 of the first 1" in problem
+    (folder / "chat_template.jinja").write_text(SYSTEM_IN_LAST.replace("loop.last", "m == messages[1]"))
+    assert problems(folder, [system]) == []
+
+
+@pytest.mark.parametrize("reader", [None, "hh"])
+def test_prompts_that_end_with_an_assistant_turn_name_the_option_that_continues_it(folder: Path, reader: str | None):
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    turns = [*ROWS["plain"]["prompt"], {"role": "assistant", "content": "It is"}]
+    rows: list[dict] = [{"prompt": turns}, {"prompt": turns}]
+    by = None
+    if reader:
+        rows, by = [{"prompt": turns, "chosen": "noon.", "rejected": "late."}] * 2, preference_reader.bind("columns")
+    (problem,) = problems(folder, rows, by)
+    assert all(fact in problem for fact in ("2 of the first 2", "prompts.jsonl", "`prefill: continue`"))
+    assert problems(folder, rows, by, prefill="continue") == []
+    with pytest.warns(WinnowWarning, match=r"2 of the first 3 .*`prefill: continue`"):
+        assert problems(folder, [*rows, {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}], by) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "reason"),
+    [
+        ({"prompt": 3}, {}, "prompt is not text"),
+        ({"prompt": [{"content": "Hi"}]}, {}, "no role"),
+        ({"prompt": "Hi", "answer": None}, {"keep": ["answer"]}, "no answer"),
+    ],
+)
+def test_a_file_without_a_readable_prompt_is_refused_or_its_unreadable_rows_counted(folder, row, options, reason):
+    (problem,) = problems(folder, [row, row], **options)
+    assert all(fact in problem for fact in ("2 of the first 2", "prompts.jsonl", reason))
+    with pytest.warns(WinnowWarning, match=f"1 of the first 2 .*{reason}"):
+        assert problems(folder, [row, {"prompt": [{"role": "user", "content": "Hi"}], "answer": "4"}], **options) == []
 
 
 def test_transcripts_that_are_read_as_text_need_no_template(folder: Path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from pipeline.stage import InputStep, signature_of, stages
 from pipeline.store.fingerprints import DataPath, ModelPath, TemplatePath, model_digest
-from schemas import Model, WinnowError, prompt_id
+from schemas import Model, WinnowError, WinnowWarning, prompt_id
 from stages.data.chat_templates import chat_templates
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
@@ -24,6 +24,7 @@ from stages.network.load import load_network, save_network
 from stages.network.models import model
 from tests.conftest import write_jsonl
 from tests.families import CONTROL_TOKENS, TEMPLATES
+from tests.stages.ranking.test_planned_prompts import SYSTEM_IN_LAST
 
 NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja") if not file.stem.endswith("_training"))
 DATE = "2026-01-31"
@@ -309,3 +310,56 @@ def test_ends_of_prompts_are_few_where_each_prompt_has_its_own(tiny, tmp_path):
     ids = [tokenizer.prompt_ids(f"Question {n}") for n in range(MAX_ENDS + 5)]
     assert ids == [tokenizer.encode(f"{tokenizer.inner.bos_token}[INST] Question {n} [/INST]") for n in range(len(ids))]
     assert len(tokenizer._ends) == MAX_ENDS
+
+
+@pytest.fixture
+def changing(tiny, tmp_path) -> Model:
+    """A model whose template writes the system text only while no answer follows."""
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "changing"))
+    (folder / "chat_template.jinja").write_text(SYSTEM_IN_LAST)
+    return Model(folder, "")
+
+
+def test_responses_are_drawn_after_prompts_that_change_once_an_answer_follows(changing, tmp_path, ctx):
+    """Their ids are those of add_generation_prompt; a demonstration, which does not follow them, is rejected."""
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"prompt": [system, USER], "answer": "Noon."}, {"prompt": [USER], "answer": "Noon."}]
+    path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows)))
+    with pytest.warns(WinnowWarning, match=r"1 of 2 prompts.*`chat_template`.*user_messages\[-1\]"):
+        table = prompts(changing, ctx, path=path, demonstration="answer").to_pylist()
+    ids = {row["prompt_id"]: (row["token_ids"], row["demonstration"]) for row in table}
+    inner = Tokenizer(changing).inner
+    for messages, demonstration in (([system, USER], None), ([USER], "Noon.")):
+        expected = inner.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        content = messages if len(messages) > 1 else USER["content"]
+        assert ids[prompt_id(content)] == (expected, demonstration)
+    assert [row["reason"] for row in ctx.rejects.to_pylist()] == [
+        "the ids of prompt and response together do not begin with those of the prompt"
+    ]
+    with pytest.warns(WinnowWarning, match="1 of 1 prompts"):
+        (row,) = prompts(
+            changing, ctx, path=DataPath(str(write_jsonl(tmp_path / "one.jsonl", rows[1:]))), system_prompt="Be kind."
+        ).to_pylist()
+    assert "Be kind." in row["rendered"]
+
+
+def test_responses_of_a_file_to_such_prompts_are_rejected_with_the_cure(changing, tmp_path, ctx):
+    rows = [{"prompt": [{"role": "system", "content": "Be kind."}, USER], "chosen": "Noon.", "rejected": "No."}]
+    path = DataPath(str(write_jsonl(tmp_path / "p.jsonl", rows)))
+    assert [len(table) for table in preferences(changing, ctx, path=path)] == [0, 0, 0]
+    (reject,) = ctx.rejects.to_pylist()
+    assert "once an answer follows" in reject["reason"]
+    assert "user_messages[-1]" in reject["detail"]
+
+
+def test_turns_of_sharegpt_are_read_as_the_messages_that_they_are(tiny, tmp_path, ctx):
+    turns = [("system", "Be kind."), ("human", "Hello!"), ("gpt", "Hi."), ("human", "A boat?")]
+    names = {"human": "user", "gpt": "assistant"}
+    rows = [[{"from": role, "value": text} for role, text in turns]]
+    rows += [[{"role": names.get(role, role), "content": text} for role, text in turns]]
+    tables = []
+    for n, row in enumerate(rows):
+        path = DataPath(str(write_jsonl(tmp_path / f"{n}.jsonl", [{"conversations": row}])))
+        tables.append(prompts(tiny, ctx, path=path, prompt="conversations").to_pylist())
+    assert len(tables[0]) == 1
+    assert tables[0] == tables[1]

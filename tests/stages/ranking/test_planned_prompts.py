@@ -18,8 +18,14 @@ from tests.material import bound
 
 TURN = "{{ m['role'] }}: {{ m['content'] }}\n"
 PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}"
-ONE_TURN = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + PLAIN
+ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + PLAIN
 WITHOUT_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}"
+# As Mistral-7B-Instruct-v0.3's: the system text is that of the last turn alone, and gone once an answer follows.
+SYSTEM_IN_LAST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 USER = {"role": "user", "content": "What time is it?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
@@ -59,6 +65,7 @@ def warned(folder: Path, template: str, rows: list[dict], by: Bound | None = Non
         (TOOL_TEMPLATE, []),
         (ONE_TURN, ["tools", "a system turn", "several turns"]),
         (WITHOUT_SYSTEM, ["tools", "a system turn"]),
+        (SYSTEM_IN_LAST, ["tools", "a system turn"]),
         ("{{ raise_exception('never') }}", []),  # of which nothing can be told: the run says so itself
     ],
 )
