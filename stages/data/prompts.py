@@ -202,8 +202,8 @@ def prompts(
     if changed := len(seen & data.changed):
         message = (
             f"{CHANGED}, for {changed} of {len(seen)} prompts: their ids are those that ask for an answer, after which "
-            "responses are drawn, and trained on; their demonstrations are rejected. If that is not as meant, "
-            f"{CHANGED_CURE}"
+            f"responses are drawn, and trained on{'; their demonstrations are rejected' if demonstration else ''}. If "
+            f"that is not as meant, {CHANGED_CURE}"
         )
         warnings.warn(message, WinnowWarning, stacklevel=2)
     return in_order_of_prompts(pa.concat_tables(tables))

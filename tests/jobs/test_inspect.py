@@ -10,6 +10,9 @@ from jobs.inspection import near_duplicates
 from schemas import split_of
 from tests.conftest import write_jsonl
 
+EMPTY_PROMPT = pytest.mark.filterwarnings(
+    "ignore:path. 1 of the first .* will be rejected. empty prompt"
+)  # by the plan
 texts = st.lists(st.lists(st.sampled_from("abcd"), min_size=0, max_size=7).map(" ".join), max_size=6)
 
 
@@ -60,6 +63,7 @@ def config(tiny, tmp_path):
     return tmp_path / "my.yaml"
 
 
+@EMPTY_PROMPT
 def test_inspect_says_what_is_wrong_with_the_data_and_stores_nothing(config, winnow, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     code, text = winnow("inspect", "dpo", "--config", config, "--overlap", "0.7", "--out", "found.jsonl")
@@ -83,6 +87,7 @@ def test_inspect_says_what_is_wrong_with_the_data_and_stores_nothing(config, win
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "found.jsonl"])
 
 
+@EMPTY_PROMPT
 def test_inspect_prints_a_table_and_reports_the_plans_mistakes(config, winnow):
     code, text = winnow("inspect", "dpo", "--config", config)
     assert code == 0

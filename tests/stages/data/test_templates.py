@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from pipeline.stage import InputStep, signature_of, stages
 from pipeline.store.fingerprints import DataPath, ModelPath, TemplatePath, model_digest
 from schemas import Model, WinnowError, WinnowWarning, prompt_id
-from stages.data.chat_templates import chat_templates
+from stages.data.chat_templates import changes_with_answer, chat_templates
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import check_system_prompt, prompts
-from stages.data.texts import TEMPLATE_OPTIONS, Conversation
+from stages.data.texts import TEMPLATE_OPTIONS, Conversation, as_messages
 from stages.data.tokenizer import MAX_ENDS, Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
@@ -120,7 +120,8 @@ def test_prompt_and_response_are_what_the_template_renders_of_both(tokenizer_of)
     """ids(prompt) + ids(response) begin ids(template(prompt + reply)), whose rest is no part of the turn.
 
     The prompt's ids do not depend on the reply, and are those that ask for one as far as any answer follows them. The
-    last id is one that the sampler stops at. What the template does not render is rejected with the reason.
+    last id is one that the sampler stops at. What the template does not render is rejected with the reason, and what is
+    not is not refused by a plan.
     """
     wrong, refused = [], {}
     for name in NAMES:
@@ -135,6 +136,8 @@ def test_prompt_and_response_are_what_the_template_renders_of_both(tokenizer_of)
                 refused[name, kind] = str(error)
                 continue
             assert bool(notes) == (name.startswith("deepseek") and kind != "prefill"), (name, notes)
+            roles = [message["role"] for message in as_messages(conversation.content)]
+            assert kind == "prefill" or not changes_with_answer(template, roles, has_tools=bool(conversation.tools))
             # phi-3 and glm-4 write the token that ends a conversation only after its last answer, or never.
             ids, eos = prompt + response, tokenizer.inner.eos_token_id
             rests = [
