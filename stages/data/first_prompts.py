@@ -88,14 +88,15 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
         if isinstance(result, ValueError):
             return result
         roles = tuple(str(message["role"]) for message in as_messages(result.content))
-        if roles[-1] == "assistant":
-            return CurableError(PREFILLED, PREFILLED_CURE) if options.get("prefill") == "reject" else None
+        is_continued = roles[-1] == "assistant"
+        if is_continued and options.get("prefill") == "reject":
+            return CurableError(PREFILLED, PREFILLED_CURE)
         if templates == [] and result.plain is None and not isinstance(result.content, str):
             return CurableError(
                 "chats with a system turn or several turns, and the tokenizer has no chat template",
                 "set `chat_template` of its step of stage `model` to a Jinja file",
             )
-        if template and is_changed(template, roles, has_tools=bool(result.tools)):
+        if template and not is_continued and is_changed(template, roles, has_tools=bool(result.tools)):
             return CurableError(CHANGED, CHANGED_CURE)
         return None
 

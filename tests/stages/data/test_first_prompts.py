@@ -68,17 +68,20 @@ def test_a_prompt_without_an_answer_yet_is_refused_only_where_a_file_has_the_ans
     assert problems(folder, [system]) == []
 
 
-@pytest.mark.parametrize("reader", [None, "hh"])
+@pytest.mark.parametrize("reader", [None, "columns"])
 def test_prompts_that_end_with_an_assistant_turn_name_the_option_that_continues_it(folder: Path, reader: str | None):
     (folder / "chat_template.jinja").write_text(PLAIN)
     turns = [*ROWS["plain"]["prompt"], {"role": "assistant", "content": "It is"}]
     rows: list[dict] = [{"prompt": turns}, {"prompt": turns}]
     by = None
     if reader:
-        rows, by = [{"prompt": turns, "chosen": "noon.", "rejected": "late."}] * 2, preference_reader.bind("columns")
+        rows, by = [{"prompt": turns, "chosen": "noon.", "rejected": "late."}] * 2, preference_reader.bind(reader)
     (problem,) = problems(folder, rows, by)
     assert all(fact in problem for fact in ("2 of the first 2", "prompts.jsonl", "`prefill: continue`"))
     assert problems(folder, rows, by, prefill="continue") == []
+    (folder / "chat_template.jinja").unlink()
+    assert "no chat template" in problems(folder, rows, by, prefill="continue")[0]
+    (folder / "chat_template.jinja").write_text(PLAIN)
     with pytest.warns(WinnowWarning, match=r"2 of the first 3 .*`prefill: continue`"):
         assert problems(folder, [*rows, {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}], by) == []
 
