@@ -80,7 +80,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
 
 # The id of a prompt is of its content, wherever that was read.
 @stage(
-    version=6,
+    version=7,
     unsharded=True,
     check=lambda options, inputs: (
         share_problems(options)
