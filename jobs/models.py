@@ -1,6 +1,8 @@
 """Trained models of a run: where they are, a copy with a card that says what the run knows, and the way to the hub."""
 
+import json
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +10,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jobs import queries
+from jobs.resume import hint
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.fingerprints import CARD
 from pipeline.store.hub import is_hub_name
-from pipeline.store.storage import Location
+from pipeline.store.storage import Location, read
 from pipeline.store.store import Json, Store, model_name
 from schemas import WinnowError
+from stages.data.chat_templates import TODAY, chat_templates, variables
+from stages.data.texts import TEMPLATE_OPTIONS
 from stages.network.card import read_metadata, write_card
+from stages.network.models import write_template_defaults
 from stages.training.card import markdown_table
 
 POLICY = "optimize"  # the step that every shipped recipe ends its training with
+POLICY_INPUTS = ("init", "policy", "reference")  # of steps: models that read what the policy reads
 COSTS = ("run", "seconds", "own_seconds")  # columns of the leaderboard that say nothing about the model
 
 
@@ -35,6 +42,11 @@ class RunModel:
     @property
     def round(self) -> int | None:
         return split_round(self.step)[1]
+
+    @property
+    def label(self) -> str:
+        """Return the run's name, with the round if it has any, as the leaderboard writes it."""
+        return self.run if self.round is None else f"{self.run}@{self.round}"
 
     @property
     def location(self) -> Location:
@@ -82,8 +94,9 @@ def find_model(store: Store, run: str, step: str | None = None) -> RunModel:
 def copy_model(model: RunModel, folder: Path, link: bool = False) -> None:
     """Copy a model to a new folder, with a card that also says what its run knows: data, evaluation, versions.
 
-    With `link`, weights are hard links to the store's where the file system has them. Raise WinnowError for a folder
-    that holds anything.
+    Its chat templates have as defaults what the store's read from Winnow (`chat_template_kwargs`, `date`), so that
+    plain transformers and vLLM render prompts as they were in training. With `link`, weights are hard links to the
+    store's where the file system has them. Raise WinnowError for a folder that holds anything.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WinnowError(f"--to {folder}: exists, and is not an empty folder; give a new one")
@@ -99,7 +112,57 @@ def copy_model(model: RunModel, folder: Path, link: bool = False) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(model.folder, folder, copy_function=link_or_copy, dirs_exist_ok=True)
+    write_template_defaults(folder)
     _add_to_card(model, folder)
+
+
+def rendering(model: RunModel, copy: Path | None = None) -> list[str]:
+    """Return sentences on how a model's prompts were rendered, if not by the messages and its own template alone.
+
+    copy: the folder that `copy_model` wrote, whose chat templates have the defaults; without it, the store's.
+    """
+    sentences, steps_by_system_prompt = [], dict[str, list[str]]()
+    for step, manifest in _steps_behind(model, with_rankers=False):
+        if manifest["stage"] == "model" and (file := manifest.get("sources", {}).get("chat_template")):
+            sentences.append(f"The folder has the chat template {file}, by option `chat_template` of step {step}.")
+        if text := manifest["identity"]["options"].get("system_prompt"):
+            steps_by_system_prompt.setdefault(text, []).append(step)
+
+    config = model.location / "tokenizer_config.json"
+    options = json.loads(read(config)).get(TEMPLATE_OPTIONS) if config.exists() else None
+    values, day = ((options or {}).get(name) for name in ("chat_template_kwargs", "date"))
+    is_policy = split_round(model.step)[0] == POLICY
+    words = ["model", *((model.label,) if is_policy else (model.run, "--step", model.step)), "--to", "FOLDER"]
+    command = hint(*words, "--store", str(model.store.root))
+
+    def sentence(rendered_with: str, cure: str) -> str:
+        if copy is None:
+            known = (
+                f"does not know: {cure}; or use the copy that `{command}` writes, whose chat template has it as default"
+            )
+        elif rendered_with.startswith("the date") and any(TODAY in variables(t) for t in chat_templates(copy).values()):
+            known = f"cannot have as default, since it computes the pattern of the date: {cure}"
+        else:
+            known = f"has as default. With another template: {cure}"
+        return f"Prompts were rendered with {rendered_with}, which this folder's chat template {known}."
+
+    if values:
+        written = json.dumps(values, ensure_ascii=False)
+        keywords = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        server = f"`vllm serve --default-chat-template-kwargs {shlex.quote(written)}`"
+        cure = f"`apply_chat_template(messages, {keywords})` in transformers, {server}"
+        sentences.append(sentence(f"chat_template_kwargs {written}", cure))
+    if day:
+        call = f"datetime.date({', '.join(str(int(part)) for part in day.split('-'))}).strftime"
+        cure = f"`apply_chat_template(messages, strftime_now={call})` in transformers"
+        sentences.append(sentence(f"the date {day}", cure))
+    for text, steps in steps_by_system_prompt.items():
+        message = json.dumps({"role": "system", "content": text}, ensure_ascii=False)
+        sentences.append(
+            f"Prompts without a system message were given one by option `system_prompt` of step {', '.join(steps)}, "
+            f"which no chat template adds: begin your messages with {message}."
+        )
+    return sentences
 
 
 def push_model(model: RunModel, name: str, public: bool = False) -> str:
@@ -133,21 +196,12 @@ def _add_to_card(model: RunModel, folder: Path) -> None:
     metadata = read_metadata(folder)
     card = folder / CARD
     text = card.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---\n")[2] if card.is_file() else ""
-    label = model.run if model.round is None else f"{model.run}@{model.round}"
-    names = {link["key"]: step for step, link in model.store.run(model.run).items()}
-
-    # The steps behind the model that read data of the user.
+    label = model.label
     data, datasets = [], []
-    queue = [model.manifest]
-    for manifest in queue:
-        inputs = [names[key] for key in manifest["identity"]["inputs"].values() if key in names]
-        for link in (model.store.run(model.run)[step] for step in inputs):
-            source = model.store.at(link["stage"], link["key"]).manifest
-            if source and source["key"] not in [item["key"] for item in queue]:
-                queue.append(source)
-        if manifest["rows"] and (read := _data_read(manifest)):
+    for step, manifest in _steps_behind(model, with_rankers=True):
+        if manifest["rows"] and (source := _data_read(manifest)):
             rows = ", ".join(f"{count:,} {table}" for table, count in manifest["rows"].items() if table != "rejects")
-            data.append((names[manifest["key"]], manifest["stage"], read, rows))
+            data.append((step, manifest["stage"], source, rows))
             datasets += [name] if (name := manifest["identity"]["options"].get("dataset")) else []
     if datasets:
         metadata["datasets"] = sorted(set(datasets))
@@ -163,6 +217,9 @@ def _add_to_card(model: RunModel, folder: Path) -> None:
     ]
     lines = ["", f"## Run {label}", ""]
     lines.append(f"Step `{model.step}`, key {model.manifest['key']}, commit {model.manifest['commit'] or 'unknown'}.")
+    if sentences := rendering(model, folder):
+        lines += ["", "## Chat template", ""]
+        lines += [f"- {sentence}" for sentence in sentences]
     if data:
         lines += ["", "## Data of the run", "", *markdown_table(("step", "stage", "source", "rows"), data)]
     if figures:
@@ -170,6 +227,24 @@ def _add_to_card(model: RunModel, folder: Path) -> None:
         lines += ["", "## Evaluation", "", about, "", *markdown_table(("figure", "value"), figures)]
     card.unlink(missing_ok=True)
     write_card(folder, f"\n{text.strip()}\n" + "\n".join(lines) + "\n", metadata)
+
+
+def _steps_behind(model: RunModel, *, with_rankers: bool) -> list[tuple[str, Json]]:
+    """Return the name and manifest of the model's step and of each step behind it, the nearest first.
+
+    Without rankers, of other models only those that were to be trained on, to draw from, or the reference.
+    """
+    links = model.store.run(model.run)
+    names = {link["key"]: step for step, link in links.items()}
+    steps = [(model.step, model.manifest)]
+    for _, manifest in steps:
+        for name, key in manifest["identity"]["inputs"].items():
+            if key not in names or key in [source["key"] for _, source in steps]:
+                continue
+            source = model.store.at(links[names[key]]["stage"], key).manifest
+            if source and (with_rankers or not source["model"] or name in POLICY_INPUTS):
+                steps.append((names[key], source))
+    return steps
 
 
 def _data_read(manifest: Json) -> str:

@@ -5,7 +5,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
@@ -437,24 +437,28 @@ def input_problems(
     return problems
 
 
-def generation_problems(config: ModelConfig, stop: Sequence[str] = ()) -> list[str]:
+def generation_problems(config: ModelConfig, drawing: Mapping[str, Any]) -> list[str]:
     """Return at plan time why a sampler would not end where a policy's own folder says; warn of what else it says.
 
     generation_config.json may hold options that change what a model draws. Only its EOS ids are honoured: what is drawn
-    is for the options of a stage to say, whichever folder the policy is in. `stop` are the texts that these say.
+    is for the options of a stage to say, whichever folder the policy is in. These are `drawing`.
     """
     folder, options = config.folder.name, config.generation
     changing = [
         name for name, neutral in NEUTRAL.items() if options.get(name) is not None and options[name] not in neutral
     ]
     if changing:
-        names = ", ".join(f"{name}: {json.dumps(options[name])}" for name in changing)
+        law = ["temperature", "top_k", *changing]
+        unread = ", ".join(f"{name}: {json.dumps(options[name])}" for name in law if options.get(name) is not None)
+        used = ", ".join(f"{name}: {json.dumps(drawing[name])}" for name in law if name in drawing)
         warnings.warn(
-            f"{folder}: draws are not changed by what its {GENERATION} sets beside temperature and top_k ({names})",
+            f"{folder}: of its {GENERATION} only the EOS ids are read, and draws apply none of {unread}; they use the "
+            f"options of stage `sample` ({used})",
             WinnowWarning,
             stacklevel=2,
         )
     texts = options.get("stop_strings") or []
+    stop = drawing["stop"] or ()
     missing = [text for text in ([texts] if isinstance(texts, str) else texts) if text not in stop]
     if not missing:
         return []

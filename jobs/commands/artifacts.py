@@ -60,7 +60,7 @@ def model(
     store: StorePath = STORE,
 ) -> None:
     """Print the folder of a run's policy, copy it, or upload it. The token for the hub is HF_TOKEN or your login's."""
-    from jobs.models import copy_model, find_model, push_model
+    from jobs.models import copy_model, find_model, push_model, rendering
 
     if (link and not to) or (public and not push):
         raise WinnowError("--link belongs to --to, and --public to --push: add it, or omit the option")
@@ -69,6 +69,8 @@ def model(
         copy_model(policy, to, link)
     if push:
         error_console.print(f"uploaded to {push_model(policy, push, public)}", highlight=False, markup=False)
+    for sentence in rendering(policy, to):  # beside the folder, which may be read by a program
+        error_console.print(sentence, highlight=False, markup=False)
     console.print(str(to or policy.folder), highlight=False, markup=False)
 
 

@@ -40,7 +40,7 @@ from jobs.console import ProgressReporter, as_table
 from jobs.costs import cost_lines, cost_table, remaining_costs
 from jobs.demo import OVERLAY, QUESTIONS, REAL, REWARD, SMALL, data, smollm2
 from jobs.methods import make_leaderboard
-from jobs.models import find_model
+from jobs.models import find_model, rendering
 from jobs.runs import with_free_names
 from jobs.sweeps import Sweep, plan_sweep, sweep_table
 from jobs.tables import leaderboard_table, overruled, plan_tree
@@ -407,9 +407,9 @@ def _print_summary(store: Store, plans: list[Plan]) -> None:
                 print_judges(of_these_runs)
     for plan in plans:
         with suppress(WinnowError):  # a recipe without a policy of its own, or one that ends before
-            console.print(
-                f"policy of {plan.name}: {find_model(store, plan.name).location}", highlight=False, markup=False
-            )
+            policy = find_model(store, plan.name)
+            for line in (f"policy of {plan.name}: {policy.location}", *rendering(policy)):
+                console.print(line, highlight=False, markup=False)
         for line in plan.left_out:
             console.print(f"[yellow]{escape(plan.name)}[/]: {escape(line)}", highlight=False)
 

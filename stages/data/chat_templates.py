@@ -1,7 +1,9 @@
 """Chat templates of a model folder, read from its files: what a plan can say of them without loading a tokenizer."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ TODAY = "strftime_now"
 TOOL_NAME = "winnow_probe"
 PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": TOOL_NAME, "description": "", "parameters": PARAMETERS}}
+# Variables that transformers gives every template: those of the tokenizer.
+TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class _Generation(Extension):
@@ -174,6 +178,43 @@ def unread_options(templates: dict[str, str], options: dict[str, Any]) -> list[s
 def variables(template: str) -> set[str]:
     """Return the names that a template reads and does not set itself."""
     return set(find_undeclared_variables(ENVIRONMENT.parse(template)))
+
+
+def with_defaults(template: str, values: Mapping[str, Any], day: str | None) -> str:
+    """Return a template that reads these values, which are JSON, and this day where its caller gives none.
+
+    Lines before its text set them, of which a template renders nothing. A value in place of a token of the tokenizer
+    outranks the caller's, which is always given; so does the day. A template that computes the pattern of a date keeps
+    its caller's: its dates cannot be written down.
+    """
+    names_read, lines = variables(template), []
+    for name, value in values.items():
+        if name in names_read:
+            literal = "none" if value is None else json.dumps(value, ensure_ascii=False)  # as Jinja writes it, too
+            default = literal if name in TOKENS else f"{name} if {name} is defined else {literal}"
+            lines.append(f"{{%- set {name} = {default} %}}\n")
+    if day is not None and TODAY in names_read and (patterns := _date_patterns(template)) is not None:
+        dates = {pattern: date.fromisoformat(day).strftime(pattern) for pattern in sorted(patterns)}
+        written = json.dumps(dates, ensure_ascii=False)
+        lines.append(f"{{%- macro {TODAY}(format) %}}{{{{ {written}[format] }}}}{{%- endmacro %}}\n")
+    defaults = "".join(lines)  # transformers leaves out the line end behind a tag
+    return template if template.startswith(defaults) else defaults + template
+
+
+def _date_patterns(template: str) -> set[str] | None:
+    """Return the patterns by which a template asks for today's date; None if it asks in any other way."""
+    tree, patterns = ENVIRONMENT.parse(template), []
+    tests = [test for test in tree.find_all(nodes.Test) if _is_today(test.node) and test.name == "defined"]
+    for call in tree.find_all(nodes.Call):
+        if _is_today(call.node):
+            arguments = [*call.args, *(keyword.value for keyword in call.kwargs)]
+            patterns += [argument.value for argument in arguments if isinstance(argument, nodes.Const)]
+    asked = sum(map(_is_today, tree.find_all(nodes.Name)))
+    return set(patterns) if asked == len(tests) + len(patterns) else None
+
+
+def _is_today(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Name) and node.name == TODAY
 
 
 def literals(template: str) -> list[str]:

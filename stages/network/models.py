@@ -11,7 +11,14 @@ from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, Sta
 from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_digest, model_files
 from pipeline.store.weights import let_others_read, tensor_shapes
 from schemas import MachineError, Model, WinnowError
-from stages.data.chat_templates import TODAY, chat_templates, unread_options, unreadable, variables
+from stages.data.chat_templates import (
+    TODAY,
+    chat_templates,
+    unread_options,
+    unreadable,
+    variables,
+    with_defaults,
+)
 from stages.data.files import DataSource
 from stages.data.texts import TEMPLATE_OPTIONS
 from stages.model_config import FROM_FOLDER, ModelConfig, input_problems, json_object, remote_tokenizer
@@ -142,6 +149,28 @@ def write_template_options(folder: Path, date: str | None, chat_template_kwargs:
         file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def write_template_defaults(folder: Path) -> None:
+    """Write what a model's chat templates read from Winnow into them, as defaults for transformers, vLLM and others.
+
+    Winnow reads the folder as before. For a copy of a store's folder, whose content is its identity.
+    """
+    options = _template_options(folder)
+
+    def converted(template: str) -> str:
+        return with_defaults(template, options.get("chat_template_kwargs") or {}, options.get("date"))
+
+    for file in (folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")):
+        if options and file.is_file():
+            file.write_text(converted(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if options and file.is_file() and (template := (content := json_object(file)).get("chat_template")):
+            if isinstance(template, str):
+                template = converted(template)
+            else:
+                template = [item | {"template": converted(item["template"])} for item in template]
+            file.write_text(json.dumps(content | {"chat_template": template}, indent=2), encoding="utf-8")
+
+
 @stage(version=4, unsharded=True, check=_check_model)
 def model(
     ctx: StageContext,
@@ -165,7 +194,8 @@ def model(
     that a chat template which asks for today's date reads, such as 2026-01-31. chat_template_kwargs: other
     variables that it reads, such as `{enable_thinking: false}`; refused are names that it does not read, and arguments
     of `apply_chat_template` itself. All three stay with the folder and every model trained from it, so that
-    prompts, responses and draws are rendered alike on any day.
+    prompts, responses and draws are rendered alike on any day. Other programs read them in the copies that
+    `winnow model --to` and `--push` write, as defaults of the chat template itself.
 
     adapter: a LoRA trained on it by peft. One from another base of the same shapes is only noticed if its config
     contains the digest of that base, as those of Winnow do. It is merged in fp32 and saved in `save_dtype`, fp32

@@ -32,6 +32,8 @@ PROMPTS_OF_ENGINE = 128
 TOO_LONG, CANNOT_READ, NO_VERDICT = "does not fit the ranker", "the ranker cannot read it: ", "no verdict"
 MIN_ANSWERS = 32  # fewer say too little about a judge to refuse it
 EXAMPLES = 3  # of answers without a verdict that the refusal shows
+CUT = "cut_responses"  # counter of those that a reward model reads without an end
+MANY_CUT = 0.10  # share of a part's responses, of which a stage warns
 MANY_LOST = 0.05  # share of a part's responses, of which a stage warns
 SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
 # What to do about responses that are rejected, by words of the reason; the first that occur in it count.
@@ -257,6 +259,22 @@ def warn_of_lost(stage: str, ctx: StageContext, responses: int) -> None:
         warnings.warn(
             f"{stage}: more than {100 * MANY_LOST:.0f} % of a part's responses cannot be ranked, mostly for this: "
             f"{reason.removeprefix(CANNOT_READ)}; {cure}. `{COMMAND} sql rejects` counts all reasons",
+            WinnowWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_cut(stage: str, ctx: StageContext, responses: int) -> None:
+    """Warn if a reward model has scored many of a part's responses without an end: what that means, and the cures.
+
+    As `warn_of_lost`, without the numbers of a part.
+    """
+    if ctx.counters[CUT] > MANY_CUT * responses:
+        warnings.warn(
+            f"{stage}: more than {100 * MANY_CUT:.0f} % of a part's responses were cut at max_tokens. A reward model "
+            "scores them at their last token, without the end that it was trained with, and its scores of them may say "
+            "nothing; raise `max_tokens` of stage `sample`, or leave them out of pairs by `finished: true` of `select` "
+            f"or `pair`. Their number is {CUT} of the table `steps`",
             WinnowWarning,
             stacklevel=2,
         )

@@ -23,6 +23,7 @@ from stages.ranking.base import (
     read_candidates,
     reading_problem,
     reads_per_pair,
+    warn_of_cut,
     warn_of_lost,
 )
 from stages.ranking.memory import ranker_cost
@@ -131,6 +132,7 @@ def compare(
     comparisons = pa.Table.from_pylist(rows, schema=COMPARISONS)
     comparisons = reject_not_finite(comparisons, "logit", ctx, place="comparisons", candidate="left_id")
     warn_of_lost("compare", ctx, table.num_rows)
+    warn_of_cut("compare", ctx, table.num_rows)
     return comparisons
 
 

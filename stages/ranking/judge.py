@@ -21,6 +21,7 @@ from stages.ranking.base import (
     read_candidates,
     reading_problem,
     reads_per_pair,
+    warn_of_cut,
     warn_of_lost,
 )
 from stages.ranking.memory import ranker_cost
@@ -105,6 +106,7 @@ def finished_judgements(stage: str, ranker: Ranker, rows: list[Row], responses: 
     ranker.finish_part(ctx)
     judgements = reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
     warn_of_lost(stage, ctx, responses)
+    warn_of_cut(stage, ctx, responses)
     return judgements
 
 

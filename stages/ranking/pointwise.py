@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from pipeline import StageContext
 from schemas import Model
 from stages.data.texts import Conversation, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ from stages.network.device import prompts_per_call
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import load_network
 from stages.options import Precision
-from stages.ranking.base import Response, Scorer, in_calls
+from stages.ranking.base import CUT, Response, Scorer, in_calls
 
 IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -36,6 +37,7 @@ class PointwiseRanker(Scorer):
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
         self.reads_after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
+        self.cut_responses = 0  # that were read since the last `finish_part`
         self._plain_text = lru_cache(1)(self._text_of_same_ids)  # responses to a prompt follow each other
 
     def close(self) -> None:
@@ -60,6 +62,7 @@ class PointwiseRanker(Scorer):
             with suppress(ValueError):  # raised again below, if it is not only about the prompt alone
                 prompt = tuple(self.tokenizer.prompt_ids(conversation))
         is_cut = response.finish_reason == "length"
+        self.cut_responses += is_cut
         # The ids of a response that a stop string ended hold that string, which is not part of the response.
         if response.token_ids and prompt == response.prompt_ids and response.finish_reason != "stop_string":
             ends = self.reads_after_end and not is_cut and response.token_ids[-1] == self.tokenizer.stop[0]
@@ -72,6 +75,11 @@ class PointwiseRanker(Scorer):
             ids = ids[:-1]
         start = min(max(1, shared_prefix_length(prompt, ids)), len(ids) - 1)  # neither part may be empty
         return tuple(ids[:start]), tuple(ids[start:])
+
+    def finish_part(self, ctx: StageContext) -> None:
+        """Count the responses that were cut, whose last token is not the end that the model was trained with."""
+        ctx.count(**{CUT: self.cut_responses})
+        self.cut_responses = 0
 
     def fits(self, context: str, first: IdRow, second: IdRow) -> bool:
         return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))

@@ -21,6 +21,7 @@ from stages.ranking.base import (
     read_candidates,
     reading_problem,
     reads_per_pair,
+    warn_of_cut,
     warn_of_lost,
 )
 from stages.ranking.memory import ranker_cost
@@ -145,4 +146,5 @@ def reward(
     opened.finish_part(ctx)
     rewards = reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
     warn_of_lost("reward", ctx, candidates.num_rows)
+    warn_of_cut("reward", ctx, candidates.num_rows)
     return rewards

@@ -70,7 +70,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")
-    problems += generation_problems(config, options["stop"] or ()) if config else []
+    problems += generation_problems(config, options) if config else []
     if options["keep_special"] and options["allow_special"]:
         problems.append("allow_special: `keep_special` keeps responses with any special token; unset one of them")
     problems += engine_problems(engine, options["engine_options"])

@@ -252,8 +252,12 @@ def test_ends_at_texts_and_other_laws_of_a_folder_are_named_when_it_is_sampled(t
         warnings.simplefilter("error", WinnowWarning)
         assert bare(folder) == ""
     file.write_text(json.dumps(neutral | {"stop_strings": ["\nUser:"], "suppress_tokens": [5], "top_p": 0.9}))
-    with pytest.warns(WinnowWarning, match=r"options.*top_p: 0.9.*suppress_tokens: \[5\]"):
+    with pytest.warns(WinnowWarning) as notes:
         message = bare(folder)
+    note = next(str(note.message) for note in notes if "generation_config" in str(note.message))
+    ignored, used = note.split("; they use")
+    assert all(fact in ignored for fact in ("temperature: 0.6", "top_k: 20", "top_p: 0.9", "suppress_tokens: [5]"))
+    assert all(fact in used for fact in ("temperature: 0.7", "top_k: 40", "top_p: 1.0"))
     assert all(fact in message for fact in ("sample: stop", "generation_config.json", "User:", "add them to `stop`"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from pipeline.context import StageContext, WarmCache
 from pipeline.store.fingerprints import ModelPath, model_digest
-from schemas import Model, WinnowError
+from schemas import Model, WinnowError, WinnowWarning
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.prompts import chat_json
 from stages.data.texts import readable
@@ -26,6 +27,8 @@ from stages.network.forward import completion_scores
 from stages.network.load import is_reward_model, load_network, save_network
 from stages.network.models import reward_head
 from stages.ranking.base import Response
+from stages.ranking.compare import compare
+from stages.ranking.judge import judge
 from stages.ranking.rankers import open_ranker
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
@@ -349,6 +352,7 @@ def rewards_of(
     return reward(table, candidates, ctx, opinionated, by=rankers.bind("pointwise"))["reward"].to_pylist()
 
 
+@pytest.mark.filterwarnings("ignore:reward. more than 10 %")
 def test_a_response_cut_at_max_tokens_is_scored_without_an_eos(opinionated, ranker, network):
     """The policy wrote none: the score after an EOS is another one."""
     tokenizer = ranker.tokenizer
@@ -356,6 +360,26 @@ def test_a_response_cut_at_max_tokens_is_scored_without_an_eos(opinionated, rank
     (score,) = rewards_of(ids, "Gladly. I have booked a", opinionated, tokenizer, finish="length")
     assert score == pytest.approx(naive(network, prompt, ids), abs=LIMIT)
     assert abs(score - naive(network, prompt, [*ids, 1])) > 1e-2
+
+
+@pytest.mark.parametrize("stage", [reward, compare, judge])
+def test_many_cut_responses_are_counted_and_warned_of(opinionated, stage):
+    """More than a tenth of a part's, with the cure; a model that is no reward model reads another question."""
+    rows = candidates_with([*"abcdefghij"]).to_pylist()
+    for cut in (1, 2):
+        endings = ["length"] * cut + ["stop"] * (10 - cut)
+        ended = [row | {"finish_reason": ending} for row, ending in zip(rows, endings, strict=True)]
+        table = pa.Table.from_pylist(ended, CANDIDATES)
+        ctx = StageContext(Path("unused"), WarmCache(), lambda *progress: None)
+        tables = (one_prompt(), table, table) if stage is judge else (one_prompt(), table)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", WinnowWarning)
+            stage(*tables, ctx=ctx, ranker=opinionated, by=rankers.bind("pointwise"))
+        texts = [str(note.message) for note in notes if "max_tokens" in str(note.message)]
+        assert ctx.counters["cut_responses"] == cut * (2 if stage is judge else 1)
+        assert len(texts) == (cut == 2)
+    facts = (f"{stage.__name__}: ", "10 %", "last token", "`max_tokens`", "`finished: true`", "cut_responses")
+    assert [fact for fact in facts if fact not in texts[0]] == []
 
 
 def test_drawn_ids_are_scored_and_not_the_ids_of_their_text(opinionated, ranker, network):
@@ -386,6 +410,7 @@ def test_a_special_token_inside_a_response_is_scored(opinionated, ranker, networ
     assert ranker.read("Hi", Response(raw_text, tuple(ids), "stop", tuple(tokenizer.prompt_ids("Hi"))))[1] == tuple(ids)
 
 
+@pytest.mark.filterwarnings("ignore:reward. more than 10 %")
 def test_a_response_of_another_tokenizer_is_read_as_text(opinionated, ranker, network):
     """Its ids say something else here, or nothing: the text is encoded, with EOS unless it was cut."""
     tokenizer = ranker.tokenizer
