@@ -270,11 +270,12 @@ def warn_of_cut(stage: str, ctx: StageContext, responses: int) -> None:
     As `warn_of_lost`, without the numbers of a part.
     """
     if ctx.counters[CUT] > MANY_CUT * responses:
+        others = ", or leave them out of pairs by `finished: true` of `select` or `pair`"
+        cure = "raise `max_tokens` of stage `sample`" + (others if stage in ("reward", "compare") else "")
         warnings.warn(
             f"{stage}: more than {100 * MANY_CUT:.0f} % of a part's responses were cut at max_tokens. A reward model "
             "scores them at their last token, without the end that it was trained with, and its scores of them may say "
-            "nothing; raise `max_tokens` of stage `sample`, or leave them out of pairs by `finished: true` of `select` "
-            f"or `pair`. Their number is {CUT} of the table `steps`",
+            f"nothing; {cure}. Their number is {CUT} of the table `steps`",
             WinnowWarning,
             stacklevel=2,
         )

@@ -138,6 +138,7 @@ def test_commands_and_the_report_show_judges_where_there_are_any(judged, finishe
     assert "polite win" in page, "of the plot"
 
 
+@pytest.mark.filterwarnings("ignore:judge. more than 10 %")
 def test_a_reward_model_of_a_config_judges_by_its_score(judged, tiny, data_dir: Path, tmp_path: Path):
     """A sequence classifier needs no more than its folder; the metric has the judge's name."""
     folder = headed(tiny, tmp_path / "head").folder

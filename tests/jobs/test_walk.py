@@ -133,6 +133,7 @@ def run_to_the_end(winnow, config: Path, recipes: list[str], store: Store) -> No
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "qwen2" else pytest.mark.bench) for name in WALKS]
 )
+@pytest.mark.filterwarnings("ignore:.*of a part.s responses were cut at max_tokens")  # after six tokens
 @pytest.mark.filterwarnings(
     "ignore:ranker. .* have tools", "ignore:evaluate. .* of the comparisons"
 )  # Llama's template
@@ -147,6 +148,7 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
 
 
 @pytest.mark.bench
+@pytest.mark.filterwarnings("ignore:.*of a part.s responses were cut at max_tokens")  # after six tokens
 @pytest.mark.filterwarnings("ignore:ranker. .* have tools", "ignore:evaluate. .* of the comparisons")
 @pytest.mark.filterwarnings("ignore:what `sample` with")  # bfloat16 reads little of what so short a training changed
 @pytest.mark.parametrize("name", WALKS)
