@@ -54,11 +54,14 @@ class Sweep:
     notes: list[str]
 
 
-def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list[str]) -> Sweep:
+def plan_sweep(
+    names: list[str], configs: list[Any], sets: list[str], over: list[str], last: str | None = None
+) -> Sweep:
     """Return a plan for each recipe and each combination of values, under names such as `rso beta=0.1 seed=0`.
 
-    Raise WinnowError with all mistakes: those of every plan, an option that is listed twice or also given by --set, and
-    values that make no other run because they say how a step runs, or because the target does not need the step.
+    last: the step that a command ends with (jobs/recipes.py). Raise WinnowError with all mistakes: those of every plan,
+    an option that is listed twice or also given by --set, and values that make no other run because they say how a step
+    runs, or because the target does not need the step.
     """
     axes: list[Axis] = []
     problems: list[str] = []
@@ -82,7 +85,7 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
         plans: dict[tuple[str, ...], Plan] = {}  # by the values of the axes
         for values in product(*(axis.sets for axis in axes)):
             try:
-                plan = plans[values] = recipes.plan_named(name, configs, [*sets, *values], path.stem)
+                plan = plans[values] = recipes.plan_named(name, configs, [*sets, *values], path.stem, last)
             except WinnowError as error:
                 for problem in error.problems:
                     for value in values:  # which the plan knows as --set
