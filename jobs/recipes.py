@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
 import stages.all  # noqa: F401 - registers every stage
 from jobs.resume import hint
 from pipeline.config.layers import read_file
+from pipeline.config.partial import predecessors
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Override, Recipe, default_run_name, load_recipe
 from pipeline.config.rounds import split_round
@@ -68,7 +69,8 @@ def plan_named(
     try:
         plan = _plan_until(last, loaded)
         if name is None:
-            plan.name = run_name(path, _effective(path, tuple(configs), sets, plan, last), plan)
+            effective = _effective(path, tuple(configs), sets, plan, last)
+            plan.name = run_name(path, effective, plan, options_beside(path, effective, plan))
         return plan
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
@@ -104,12 +106,39 @@ def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[P
     return plan, None if gold is None else (gold_reward.bind(gold), bool(options.get("special_tokens", False)))
 
 
-def run_name(path: Path, sets: list[str], plan: Plan, swept: Collection[str] = ()) -> str:
+def run_name(path: Path, sets: list[str], plan: Plan, others: Collection[str]) -> str:
     """Return the name of a plan's run by its recipe and --set: how a step runs is no other run.
 
-    swept: options of which a sweep adds the values to the name.
+    others: options that those of --set are told from.
     """
-    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)], swept)
+    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)], others)
+
+
+def options_beside(path: Path, sets: list[str], plan: Plan) -> set[str]:
+    """Return the paths of the options that a recipe's files set in a plan, from which those of --set are to be told.
+
+    Those of the evaluation count only where --set has one of these: `n` is that of `sample`, and not `eval_sample.n`.
+    """
+    if not sets:
+        return set()
+    try:
+        recipe = load_recipe(path, (), (), None, (FOLDER,))
+    except WinnowError:  # one that is complete only with its config
+        return set()
+    behind = [step for trained in recipe.in_rounds(recipe.trained) for step in predecessors(plan, trained)]
+    names = {split_round(step.name)[0] for step in behind or plan.steps}
+    if not {split_round(text.partition(".")[0])[0] for text in sets if "." in text.partition("=")[0]} <= names:
+        names = {split_round(step.name)[0] for step in plan.steps}
+
+    def paths(options: Mapping[str, Any], start: str) -> Iterator[str]:
+        for name, value in options.items():
+            if isinstance(value, dict):
+                yield from paths(value, f"{start}.{name}")
+            elif name != "name":  # of a function
+                yield f"{start}.{name}"
+
+    steps = {split_round(step)[0]: body.get("with") or {} for step, body in recipe.steps.items()}
+    return {option for step in names & steps.keys() for option in paths(steps[step], step)}
 
 
 def _effective(path: Path, configs: tuple[Path, ...], sets: list[str], plan: Plan, last: str | None) -> list[str]:
