@@ -204,6 +204,7 @@ MISTAKES = [
     ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
+    ("plan slic", ["unknown recipe 'slic'", "did you mean 'slic_direct' or 'slic_sample_rank'?"]),
     ("plan rso --set sample.max_tokens=100000", ["sample: max_tokens: 100,000", "context"]),
     ("run rso --until=", ["--until: is empty"]),
     ("run rso --only=", ["--only: is empty"]),
