@@ -12,7 +12,7 @@ from jobs import queries
 from jobs.runs import latest_run
 from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
-from pipeline.config.rounds import split_round
+from pipeline.config.rounds import run_and_round, split_round, steps_of_round
 from pipeline.registry import Bound, nearest
 from pipeline.sql.catalog import Catalog, query
 from pipeline.stage import signature_of
@@ -181,11 +181,15 @@ def runs_table(store: Store, tags: Sequence[str] = ()) -> pa.Table:
 
 
 def steps_table(store: Store, run: str) -> pa.Table:
-    """Return a row per step of a run, inputs before their consumers. Raise WinnowError for an unknown run."""
+    """Return a row per step of a run, or of one round (`raft@2`), inputs before their consumers.
+
+    Raise WinnowError for an unknown run or round.
+    """
     inventory = Inventory(store)
+    run, round = run_and_round(run, inventory.runs)
     if run not in inventory.runs:
         raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, list(inventory.runs))}")
-    links = inventory.runs[run]
+    links = steps_of_round(run, inventory.runs[run], round)
     steps = {link["key"]: inventory.steps.get(link["key"]) for link in links.values()}
     order = followers_first({key: step.inputs if step else None for key, step in steps.items()})[::-1]
     rows = []
