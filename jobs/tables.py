@@ -218,12 +218,16 @@ def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
         value, low, high = (f"{factor * row[column]:.{digits}f}" for column in (name, f"{name}_low", f"{name}_high"))
         return f"{value}{unit} [{low}, {high}]"
 
-    # The win rate at other temperatures, by gold where there is one.
-    judge = "gold_win" if leaderboard["gold_win"].null_count < leaderboard.num_rows else "proxy_win"
-    other_wins = [name for name in (f"{judge}_as_sampled", f"{judge}_greedy")
-                  if leaderboard[name].null_count < leaderboard.num_rows]  # fmt: skip
+    # The win rate at other temperatures: by gold, and by the proxy where a run has none by gold, as with a judge of
+    # that name, which judges draws at temperature 1 alone.
+    board = leaderboard.to_pylist()
+    other_wins = []
+    for suffix in ("as_sampled", "greedy"):
+        gold, proxy = f"gold_win_{suffix}", f"proxy_win_{suffix}"
+        other_wins += [gold] if any(row[gold] is not None for row in board) else []
+        other_wins += [proxy] if any(row[gold] is None and row[proxy] is not None for row in board) else []
     rows = []
-    for row in leaderboard.to_pylist():
+    for row in board:
         cells = {"run": row["run"]}
         cells |= {name: cell(row, name, 100, 1, " %") for name in ("gold_win", "proxy_win")}
         cells |= {name: cell(row, name, 100, 1, " %") for name in other_wins}
