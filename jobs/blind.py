@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.page import render
-from pipeline.config.rounds import split_round
+from pipeline.config.rounds import run_and_round, split_round
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import nearest
 from pipeline.store.storage import replace
@@ -106,6 +106,7 @@ def export_blind(
 def _step(store: Store, run: str, step: str, round: int | None, manifests: dict[str, Json]) -> Json:
     """Return the manifest of a run's step, in one round or the last that is finished."""
     runs = store.runs()
+    run, round = run_and_round(run, runs, round)
     if run not in runs:
         raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, sorted(runs))}")
     by_round = {}

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from jobs.console import as_json
 from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row, without_turns
-from pipeline.config.rounds import split_round
+from pipeline.config.rounds import run_and_round, split_round
 from pipeline.sql.catalog import Catalog, open_catalog
 from pipeline.store.store import Json, Store, columns_with_statistics
 from schemas import COMMAND, Model, WinnowError
@@ -80,6 +80,7 @@ def export_pairs(
     form = FORMATS[name]
     if out.suffix not in form.suffixes:
         raise WinnowError(f"--out {out}: {name} is written as {' or '.join(form.suffixes)}; name such a file")
+    run, round = run_and_round(run, store.runs(), round)
     catalog = open_catalog(store, run)
     source = find_pairs(store, catalog, run, split, round)
     result = ExportResult(out, source)

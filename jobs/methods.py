@@ -265,7 +265,7 @@ def _yardsticks(
 
 
 def _name(runs: list[str]) -> str:
-    """Return what the names of runs are without seeds: `rso beta=0.1` of `rso beta=0.1 seed=0`; the most frequent."""
+    """Return what the names of runs are without seeds: `rso n=16` of `rso n=16 seed=0`; the most frequent."""
     names = []
     for run in runs:
         name = re.sub(rf" {SEED_LABEL}(?=[ @]|$)", "", run)

@@ -2,8 +2,9 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import jobs.demo.gold  # noqa: F401 - registers the demo's gold reward
 import stages.all  # noqa: F401 - registers every stage
 from jobs.resume import hint
 from pipeline.config.layers import read_file
+from pipeline.config.partial import predecessors
 from pipeline.config.plan import Plan, make_plan
-from pipeline.config.recipe import Override, default_run_name, load_recipe
+from pipeline.config.recipe import Override, Recipe, default_run_name, load_recipe
 from pipeline.config.rounds import split_round
 from pipeline.registry import Bound, Entry, nearest
 from pipeline.resources import Profile, load_profile
@@ -53,20 +55,41 @@ def _yaml_file(name: str, folder: Path, problem: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def plan_named(recipe: str, configs: list[Path], sets: list[str], name: str | None = None) -> Plan:
-    """Return the plan of one recipe with configs, under a run name if given. Raise WinnowError with all mistakes."""
+def plan_named(
+    recipe: str, configs: list[Path], sets: list[str], name: str | None = None, last: str | None = None
+) -> Plan:
+    """Return the plan of one recipe with configs, under a run name if given. Raise WinnowError with all mistakes.
+
+    last: the step that a command ends with, after which nothing need be as it must.
+    """
     path = recipe_path(recipe)
     if not any(text.startswith("target=") for text in sets):
         _refuse_config(path)
     loaded = load_recipe(path, tuple(configs), tuple(sets), name, (FOLDER,))
     try:
-        plan = make_plan(loaded)
+        plan = _plan_until(last, loaded)
         if name is None:
-            plan.name = run_name(path, _effective(path, tuple(configs), sets, plan), plan)
+            effective = _effective(path, tuple(configs), sets, plan, last)
+            plan.name = run_name(path, effective, plan, options_beside(path, effective, plan))
         return plan
     except WinnowError as error:
         incomplete = not configs and any(": required" in problem for problem in error.problems)
         raise WinnowError(*error.problems, *([NO_CONFIG] if incomplete else [])) from None
+
+
+def _plan_until(last: str | None, recipe: Recipe) -> Plan:
+    """Return the plan of a recipe or, if only what follows this step has mistakes, one that ends with the step.
+
+    Raise WinnowError with all mistakes.
+    """
+    try:
+        return make_plan(recipe)
+    except WinnowError as error:
+        if last is None or not {*recipe.in_rounds(last)} <= {*recipe.steps}:
+            raise
+        plan = make_plan(replace(recipe, target=last, evaluations=[], trained=""))
+        plan.left_out.append(f"what follows {last} is left out, and could not be run as it is: {error.problems[0]}")
+        return plan
 
 
 def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[Plan, tuple[Bound, bool] | None]:
@@ -83,15 +106,42 @@ def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[P
     return plan, None if gold is None else (gold_reward.bind(gold), bool(options.get("special_tokens", False)))
 
 
-def run_name(path: Path, sets: list[str], plan: Plan, swept: Collection[str] = ()) -> str:
+def run_name(path: Path, sets: list[str], plan: Plan, others: Collection[str]) -> str:
     """Return the name of a plan's run by its recipe and --set: how a step runs is no other run.
 
-    swept: options of which a sweep adds the values to the name.
+    others: options that those of --set are told from.
     """
-    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)], swept)
+    return default_run_name(path, [text for text in sets if not is_execution(Override.parse(text), plan)], others)
 
 
-def _effective(path: Path, configs: tuple[Path, ...], sets: list[str], plan: Plan) -> list[str]:
+def options_beside(path: Path, sets: list[str], plan: Plan) -> set[str]:
+    """Return the paths of the options that a recipe's files set in a plan, from which those of --set are to be told.
+
+    Those of the evaluation count only where --set has one of these: `n` is that of `sample`, and not `eval_sample.n`.
+    """
+    if not sets:
+        return set()
+    try:
+        recipe = load_recipe(path, (), (), None, (FOLDER,))
+    except WinnowError:  # one that is complete only with its config
+        return set()
+    behind = [step for trained in recipe.in_rounds(recipe.trained) for step in predecessors(plan, trained)]
+    names = {split_round(step.name)[0] for step in behind or plan.steps}
+    if not {split_round(text.partition(".")[0])[0] for text in sets if "." in text.partition("=")[0]} <= names:
+        names = {split_round(step.name)[0] for step in plan.steps}
+
+    def paths(options: Mapping[str, Any], start: str) -> Iterator[str]:
+        for name, value in options.items():
+            if isinstance(value, dict):
+                yield from paths(value, f"{start}.{name}")
+            elif name != "name":  # of a function
+                yield f"{start}.{name}"
+
+    steps = {split_round(step)[0]: body.get("with") or {} for step, body in recipe.steps.items()}
+    return {option for step in names & steps.keys() for option in paths(steps[step], step)}
+
+
+def _effective(path: Path, configs: tuple[Path, ...], sets: list[str], plan: Plan, last: str | None) -> list[str]:
     """Return those of --set without which the plan would be another: a value that was set already is no other run."""
     keys = {step.name: step.key for step in plan.steps}
     effective = list(sets)
@@ -99,7 +149,7 @@ def _effective(path: Path, configs: tuple[Path, ...], sets: list[str], plan: Pla
         rest = [other for other in effective if other is not text]
         with suppress(WinnowError), warnings.catch_warnings():  # without it, there is no plan
             warnings.simplefilter("ignore")  # of a plan that is not run
-            other = make_plan(load_recipe(path, configs, tuple(rest), None, (FOLDER,)))
+            other = _plan_until(last, load_recipe(path, configs, tuple(rest), None, (FOLDER,)))
             if {step.name: step.key for step in other.steps} == keys and other.target.name == plan.target.name:
                 effective = rest
     return effective
@@ -136,10 +186,13 @@ def _refuse_config(path: Path) -> None:
         )
 
 
-def plans(recipes: list[str], configs: list[Path], sets: list[str], name: str | None = None) -> list[Plan]:
+def plans(
+    recipes: list[str], configs: list[Path], sets: list[str], name: str | None = None, last: str | None = None
+) -> list[Plan]:
     """Return the plans of all recipes with the same configs, one under a name if given.
 
-    Raises WinnowError with the mistakes of all of them.
+    last: the step that a command ends with, after which nothing need be as it must. Raises WinnowError with the
+    mistakes of all of them.
     """
     if name is not None and len(recipes) > 1:
         raise WinnowError(f"--name {name!r}: names the run of one recipe, and there are {len(recipes)}; omit it")
@@ -147,7 +200,7 @@ def plans(recipes: list[str], configs: list[Path], sets: list[str], name: str | 
     problems: list[str] = []
     for recipe in recipes:
         try:
-            result.append(plan_named(recipe, configs, sets, name))
+            result.append(plan_named(recipe, configs, sets, name, last))
         except WinnowError as error:
             problems += [f"{recipe}: {problem}" for problem in error.problems]
     # A run is known by its recipe's name: two of one name would write the links of one run.

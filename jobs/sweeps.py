@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from jobs import recipes
 from pipeline.config.plan import Plan
-from pipeline.config.recipe import Override, as_file_name
+from pipeline.config.recipe import Override, as_file_name, option_label
 from pipeline.config.yaml import parse, parse_items
 from pipeline.sql.replicates import drawn_from, method_keys
 from pipeline.store.store import Store
@@ -54,11 +54,14 @@ class Sweep:
     notes: list[str]
 
 
-def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list[str]) -> Sweep:
-    """Return a plan for each recipe and each combination of values, under names such as `rso beta=0.1 seed=0`.
+def plan_sweep(
+    names: list[str], configs: list[Any], sets: list[str], over: list[str], last: str | None = None
+) -> Sweep:
+    """Return a plan for each recipe and each combination of values, under names such as `rso rule.beta=0.1 seed=0`.
 
-    Raise WinnowError with all mistakes: those of every plan, an option that is listed twice or also given by --set, and
-    values that make no other run because they say how a step runs, or because the target does not need the step.
+    last: the step that a command ends with (jobs/recipes.py). Raise WinnowError with all mistakes: those of every plan,
+    an option that is listed twice or also given by --set, and values that make no other run because they say how a step
+    runs, or because the target does not need the step.
     """
     axes: list[Axis] = []
     problems: list[str] = []
@@ -76,20 +79,21 @@ def plan_sweep(names: list[str], configs: list[Any], sets: list[str], over: list
         raise WinnowError(*problems)
 
     result = Sweep([], {}, [])
-    labels, swept = _labels(axes, sets), [axis.option for axis in axes]
     for name in names:
         path = recipes.recipe_path(name)
         plans: dict[tuple[str, ...], Plan] = {}  # by the values of the axes
         for values in product(*(axis.sets for axis in axes)):
             try:
-                plan = plans[values] = recipes.plan_named(name, configs, [*sets, *values], path.stem)
+                plan = plans[values] = recipes.plan_named(name, configs, [*sets, *values], path.stem, last)
             except WinnowError as error:
                 for problem in error.problems:
                     for value in values:  # which the plan knows as --set
                         problem = problem.replace(f"--set {value}", f"--over {value}")
                     problems.append(f"{name}: {problem}")
                 continue
-            base = recipes.run_name(path, sets, plan, swept)
+            others = {*(axis.option for axis in axes), *recipes.options_beside(path, [*sets, *values], plan)}
+            base = recipes.run_name(path, sets, plan, others)
+            labels = _labels(axes, {*others, *(text.partition("=")[0].strip() for text in sets)})
             plan.name = f"{base} {as_file_name(' '.join(labels[value] for value in values), LABEL_BYTES)}"
             if plan.name in result.bases:
                 problems.append(f"{name}: two runs would be {plan.name!r}; rename a file, or use two commands "
@@ -121,24 +125,16 @@ def sweep_table(plans: list[Plan], store: Store, to_run: Collection[str]) -> pa.
     return pa.Table.from_pylist(rows)
 
 
-def _labels(axes: list[Axis], sets: list[str]) -> dict[str, str]:
-    """Return the short form of each value in a run's name: the end of the option's path where no two end alike.
-
-    Those of --set, which stand in the name too, are among them.
-    """
-    of_sets = {text.partition("=")[0].strip() for text in sets}
-    paths = [option.split(".") for option in (*(axis.option for axis in axes), *of_sets)]
+def _labels(axes: list[Axis], options: Collection[str]) -> dict[str, str]:
+    """Return the short form of each value in a run's name, whose option is told from these."""
     labels = {}
     for axis in axes:
-        path = axis.option.split(".")
-        length = next(n for n in range(1, len(path) + 1)
-                      if n == len(path) or sum(other[-n:] == path[-n:] for other in paths) == 1)  # fmt: skip
         for text in axis.texts:
             value, label = parse(text, "--over"), text
             if isinstance(value, dict) and isinstance(value.get("name"), str):  # `hinge(delta=1.0)`
                 options = ",".join(f"{name}={option}" for name, option in value.items() if name != "name")
                 label = f"{value['name']}({options})" if options else value["name"]
-            labels[f"{axis.option}={text}"] = f"{'.'.join(path[-length:])}={''.join(label.split())}"
+            labels[f"{axis.option}={text}"] = f"{option_label(axis.option, options)}={''.join(label.split())}"
     return labels
 
 

@@ -12,7 +12,7 @@ from jobs import queries
 from jobs.runs import latest_run
 from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
-from pipeline.config.rounds import split_round
+from pipeline.config.rounds import run_and_round, split_round, steps_of_round
 from pipeline.registry import Bound, nearest
 from pipeline.sql.catalog import Catalog, query
 from pipeline.stage import signature_of
@@ -181,11 +181,15 @@ def runs_table(store: Store, tags: Sequence[str] = ()) -> pa.Table:
 
 
 def steps_table(store: Store, run: str) -> pa.Table:
-    """Return a row per step of a run, inputs before their consumers. Raise WinnowError for an unknown run."""
+    """Return a row per step of a run, or of one round (`raft@2`), inputs before their consumers.
+
+    Raise WinnowError for an unknown run or round.
+    """
     inventory = Inventory(store)
+    run, round = run_and_round(run, inventory.runs)
     if run not in inventory.runs:
         raise WinnowError(f"no run {run!r} in {store.root}; {nearest(run, list(inventory.runs))}")
-    links = inventory.runs[run]
+    links = steps_of_round(run, inventory.runs[run], round)
     steps = {link["key"]: inventory.steps.get(link["key"]) for link in links.values()}
     order = followers_first({key: step.inputs if step else None for key, step in steps.items()})[::-1]
     rows = []
@@ -214,12 +218,16 @@ def leaderboard_table(leaderboard: pa.Table) -> pa.Table:
         value, low, high = (f"{factor * row[column]:.{digits}f}" for column in (name, f"{name}_low", f"{name}_high"))
         return f"{value}{unit} [{low}, {high}]"
 
-    # The win rate at other temperatures, by gold where there is one.
-    judge = "gold_win" if leaderboard["gold_win"].null_count < leaderboard.num_rows else "proxy_win"
-    other_wins = [name for name in (f"{judge}_as_sampled", f"{judge}_greedy")
-                  if leaderboard[name].null_count < leaderboard.num_rows]  # fmt: skip
+    # The win rate at other temperatures: by gold, and by the proxy where a run has none by gold, as with a judge of
+    # that name, which judges draws at temperature 1 alone.
+    board = leaderboard.to_pylist()
+    other_wins = []
+    for suffix in ("as_sampled", "greedy"):
+        gold, proxy = f"gold_win_{suffix}", f"proxy_win_{suffix}"
+        other_wins += [gold] if any(row[gold] is not None for row in board) else []
+        other_wins += [proxy] if any(row[gold] is None and row[proxy] is not None for row in board) else []
     rows = []
-    for row in leaderboard.to_pylist():
+    for row in board:
         cells = {"run": row["run"]}
         cells |= {name: cell(row, name, 100, 1, " %") for name in ("gold_win", "proxy_win")}
         cells |= {name: cell(row, name, 100, 1, " %") for name in other_wins}

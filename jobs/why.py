@@ -3,6 +3,7 @@
 import re
 
 from pipeline.config.keys import differences
+from pipeline.config.rounds import run_and_round
 from pipeline.registry import nearest
 from pipeline.store.store import Json, Store
 from schemas import WinnowError
@@ -94,6 +95,9 @@ def _find_steps(
         if step not in keys:
             raise WinnowError(f"{argument}: run {run} has no step {step!r}; {nearest(step, list(keys))}")
         return {step: keys[step]}, names
+    if run_and_round(argument, runs)[1] is not None:
+        name, number = run_and_round(argument, runs)
+        raise WinnowError(f"{argument}: a round is no run of its own; compare its steps, as {name}/optimize@{number}")
     if not KEY_PREFIX.fullmatch(argument):
         hint = nearest(run or argument, list(runs))
         raise WinnowError(f"{argument}: no such run; {hint}; a step is run/step, or its key")

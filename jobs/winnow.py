@@ -22,6 +22,7 @@ from pipeline.config.estimates import as_rows, check_memory, step_costs
 from pipeline.config.layers import rooted
 from pipeline.config.partial import unfinished
 from pipeline.config.plan import Plan
+from pipeline.config.rounds import run_and_round
 from pipeline.context import StageContext, WarmCache
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run as run_plan
@@ -122,13 +123,15 @@ def run(
 
 
 def open(store: str | Path = "store", run: str | None = None, round: int | None = None) -> Results:
-    """Return the results of a store, in a folder or at a URL: of all runs, of one, or of one round.
+    """Return the results of a store, in a folder or at a URL: of all runs, of one, or of one round (also `raft@2`).
 
     Raises WinnowError if there are no runs, or not this one.
     """
-    results = Results(existing_store(str(store)), None if run is None else [run], round)
-    open_catalog(results.store, run, round)  # which checks both
-    return results
+    source = existing_store(str(store))
+    open_catalog(source, run, round)  # which checks both
+    if run is not None:
+        run, round = run_and_round(run, source.runs(), round)
+    return Results(source, None if run is None else [run], round)
 
 
 def alone(folder: str | Path) -> StageContext:

@@ -88,17 +88,25 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+LISTED = 3  # names that a message says one may have meant
+
+
 def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str:
     """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given).
 
-    Of a former name it is today's, of another program's what says the same here.
+    Of a former name it is today's, of another program's what says the same here. Before a name that is like it come
+    those that it begins, without those that begin with one of them.
     """
     if FORMER.get(str(name)) in names:
         return f"it is called {FORMER[str(name)]!r} now"
     if ELSEWHERE.get(str(name)) in names:
         return f"here, {ELSEWHERE[str(name)]!r} says that"
-    close = get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(listed or names))}"
+    longer = [other for other in names if name and other.startswith(str(name))]
+    close = [other for other in longer if not any(other != start and other.startswith(start) for start in longer)]
+    if not 0 < len(close) <= LISTED:
+        close = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    meant = " or ".join(map(repr, sorted(close)))
+    return f"did you mean {meant}?" if close else f"known: {', '.join(sorted(listed or names))}"
 
 
 Range = Interval  # bounds of a number: `Annotated[float, Range(gt=0)]`

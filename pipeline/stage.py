@@ -59,11 +59,16 @@ class Input:
 
 @dataclass(frozen=True)
 class InputStep:
-    """Step that an input comes from, as a stage's check sees it; without options if they did not validate."""
+    """Step that an input comes from, as a stage's check sees it; without options if they did not validate.
+
+    name: as the recipe writes it. readers: the stages that read it in this plan.
+    """
 
     stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, "InputStep"] = field(default_factory=dict)
+    name: str = ""
+    readers: frozenset[str] = frozenset()
 
 
 Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]

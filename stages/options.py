@@ -42,20 +42,23 @@ Precision = Literal["float32", "bfloat16"]
 Rounding = Literal["nearest", "stochastic"]
 
 
-def split_problems(options: Mapping[str, Any], prompts: InputStep | None, option: str = "split") -> list[str]:
+def split_problems(
+    options: Mapping[str, Any], prompts: InputStep | None, option: str = "split", cure: str = ""
+) -> list[str]:
     """Return the problem of a stage that reads held-out or validation prompts of a step that holds out none.
 
-    option: the one that names the split.
+    option: the one that names the split. cure: another one than to hold out some.
 
     Without it, the error would come after sampling and training.
     """
     split = options.get(option)
     if split not in ("heldout", "validation") or prompts is None or prompts.options.get(split) != 0:
         return []
-    cure = "set its `heldout`, or end the run before the evaluation with `--until`"
-    if split == "validation":
-        cure = "set its `validation`, such as 0.1"
-    return [f"{option}: {split}, and the step behind `prompts` holds out none (`{split}: 0.0`); {cure}"]
+    cure = f", or {cure}" if cure and split == "heldout" else ""
+    return [
+        f"{option}: {split}, and the step behind `prompts` holds out none (`{split}: 0.0`); set its `{split}`, such as "
+        f"0.1{cure}"
+    ]
 
 
 def share_problems(options: Mapping[str, Any]) -> list[str]:

@@ -107,7 +107,7 @@ Only = Annotated[str | None, typer.Option(help="run this step alone; its inputs 
 Until = Annotated[str | None, typer.Option(help="run this step and what it needs")]
 Onward = Annotated[str | None, typer.Option("--from", help="run this step and all that follow from it")]
 Force = Annotated[str | None, typer.Option(help="run this step again, and all that follow from it")]
-RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alone")]
+RunName = Annotated[str | None, typer.Option("--run", help="rows of this run alone, or of a round, as raft@2")]
 
 
 def with_trackers(sets: list[str], track: list[str]) -> list[str]:

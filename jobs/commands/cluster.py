@@ -87,9 +87,12 @@ def submit(
         raise WinnowError(f"--over --name {run_name}: a sweep names its runs; omit --name")
     sets = with_trackers(sets, track)
     parsed_tags(tags)
-    plans = plan_sweep(recipe, configs, sets, over).plans if over else recipes.plans(recipe, configs, sets, run_name)
-    find_opponents(plans, Store(store))
     part = Part(only, until, from_step, force)
+    if over:
+        plans = plan_sweep(recipe, configs, sets, over, part.last).plans
+    else:
+        plans = recipes.plans(recipe, configs, sets, run_name, part.last)
+    find_opponents(plans, Store(store))
     parts = narrowed(plans, part)
     steps = unfinished_steps(parts, force, Store(store))
     bundle.check_paths(plans)

@@ -146,9 +146,9 @@ def plan(
             raise WinnowError(
                 f"--over {over[0]}: a sweep names its runs and prints no trees; omit --name and --options"
             )
-        _print_sweep(plan_sweep(recipe, configs, sets, over), Store(store), part)
+        _print_sweep(plan_sweep(recipe, configs, sets, over, part.last), Store(store), part)
         return
-    plans = recipes.plans(recipe, configs, sets, name)
+    plans = recipes.plans(recipe, configs, sets, name, part.last)
     resources = recipes.load_resources(profile)
     problems: list[str] = []
     notes = with_free_names(plans, Store(store))
@@ -192,11 +192,12 @@ def run(
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
     _check_executor(executor, workers, address)
     target = Store(store)
-    plans = recipes.plans(recipe, configs, with_trackers(sets, track), name)
+    part = Part(only, until, from_step, force)
+    plans = recipes.plans(recipe, configs, with_trackers(sets, track), name, part.last)
     for item in plans:
         item.tags = parsed_tags(tags)
     notes = with_free_names(plans, target)
-    selection = rerun(plans, target, Part(only, until, from_step, force))
+    selection = rerun(plans, target, part)
     _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
     if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
         _print_next_commands(selection.plans[0], recipe[0], configs, sets, store, plugins)
@@ -225,11 +226,12 @@ def sweep(
     if not over:
         raise WinnowError("--over: not given; `--over optimize.seed=0,1,2` runs each recipe with three seeds")
     target = Store(store)
-    swept = plan_sweep(recipe, configs, with_trackers(sets, track), over)
+    part = Part(only, until, from_step, force)
+    swept = plan_sweep(recipe, configs, with_trackers(sets, track), over, part.last)
     for item in swept.plans:
         item.tags = parsed_tags(tags)
     notes = [*with_free_names(swept.plans, target, swept.bases), *swept.notes]
-    selection = rerun(swept.plans, target, Part(only, until, from_step, force))
+    selection = rerun(swept.plans, target, part)
     _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
 
 

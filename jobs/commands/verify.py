@@ -12,6 +12,7 @@ import typer
 import jobs
 from jobs import resume
 from jobs.commands.app import STORE, Plugins, StorePath, console
+from pipeline.config.rounds import run_and_round, steps_of_round
 from pipeline.registry import nearest
 from pipeline.store.store import Json, Store
 from pipeline.store.verify import find_damage, set_aside
@@ -36,9 +37,12 @@ def verify(
     if isinstance(source.root, Path) and not source.root.is_dir():
         raise WinnowError(f"--store {store}: no such folder in {source.root.parent}")
     runs = _readable_runs(source)
-    if run is not None and run not in runs:
-        raise WinnowError(f"no run {run!r} in {source.root}; {nearest(run, list(runs))}")
-    keys = None if run is None else {link["key"] for link in runs[run].values()}
+    keys = None
+    if run is not None:
+        name, round = run_and_round(run, runs)
+        if name not in runs:
+            raise WinnowError(f"no run {run!r} in {source.root}; {nearest(run, list(runs))}")
+        keys = {link["key"] for link in steps_of_round(name, runs[name], round).values()}
     damages = list(find_damage(source, keys))
     if not damages:
         console.print("no damage: every stored byte is as it was written", highlight=False)

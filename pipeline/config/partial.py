@@ -23,6 +23,11 @@ class Part:
     force: str | None = None
 
     @property
+    def last(self) -> str | None:
+        """Return the name of the step that no step of the part follows."""
+        return self.until or self.only
+
+    @property
     def options(self) -> dict[str, str]:
         """Return the name of a step by each option that is set, as the command line has them."""
         names = {"--only": self.only, "--until": self.until, "--from": self.from_step, "--force": self.force}

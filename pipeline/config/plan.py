@@ -236,7 +236,9 @@ def make_plan(recipe: Recipe) -> Plan:
     checked: dict[str, InputStep] = {}
     for name in order:
         inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
-        checked[name] = InputStep(entries[name].name if name in entries else "", options.get(name, {}), inputs)
+        readers = {entries[reader].name for reader in order if reader in entries and name in sources[reader].values()}
+        stage = entries[name].name if name in entries else ""
+        checked[name] = InputStep(stage, options.get(name, {}), inputs, split_round(name)[0], frozenset(readers))
         if name in entries:
             problems += _stage_problems(name, entries, sources[name], options.get(name), inputs)
     if recipe.rounds > 1 and order and not any("@" in name for name in order):

@@ -9,7 +9,6 @@ are steps written in short (pipeline/config/judges.py).
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -273,19 +272,24 @@ def load_recipe(
     )
 
 
-def default_run_name(path: Path, sets: Iterable[str], swept: Iterable[str] = ()) -> str:
-    """Return the recipe's name with what --set changed: `rso[beta=0.1,n=16]`, a path in full where its end is not one.
+def default_run_name(path: Path, sets: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Return the recipe's name with what --set changed: `rso[rule.beta=0.1,n=16]`.
 
-    Of an option that is set twice, the last value counts. swept: other options that the name will have, of a sweep. A
-    run has a file of its name; one that no file can have is cut, and made unique by a hash.
+    Of an option that is set twice, the last value counts. others: options that a label is to be told from. A run has a
+    file of its name; one that no file can have is cut, and made unique by a hash.
     """
-    values = dict(text.partition("=")[::2] for text in sets)
-    ends = Counter(option.rpartition(".")[2].strip() for option in {*values, *swept})
-    labels = []
-    for option, value in values.items():
-        end = option.rpartition(".")[2].strip()
-        labels.append(f"{end if ends[end] == 1 else option}={value}")
+    values = {option.strip(): value for option, _, value in (text.partition("=") for text in sets)}
+    labels = [f"{option_label(option, {*values, *others})}={value}" for option, value in values.items()]
     return as_file_name(path.stem + (f"[{','.join(labels)}]" if labels else ""), NAME_BYTES)
+
+
+def option_label(option: str, others: Iterable[str]) -> str:
+    """Return the shortest end of an option's path that no other one has: `rule.beta` of `select.rule.beta`."""
+    path = option.split(".")
+    paths = [other.split(".") for other in others if other != option]
+    lengths = range(1, len(path))
+    length = next((n for n in lengths if all(other[-n:] != path[-n:] for other in paths)), len(path))
+    return ".".join(path[-length:])
 
 
 def name_problems(name: str) -> list[str]:

@@ -7,6 +7,7 @@ round itself (`evaluate@1`). That alone makes no step vary: what compares rounds
 """
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pipeline.registry import nearest
@@ -20,6 +21,30 @@ def split_round(name: str) -> tuple[str, int | None]:
     """Return step and round: `select@2` is step select in round 2; a step without rounds has None."""
     match = re.fullmatch(r"(.+)@([0-9]+)", name)
     return (match[1], int(match[2])) if match else (name, None)
+
+
+def run_and_round(run: str, runs: Collection[str], round: int | None = None) -> tuple[str, int | None]:
+    """Return a run and the round that its name says: `raft@2`, as the leaderboard calls it, is round 2 of `raft`.
+
+    Raise WinnowError if `round` is another one.
+    """
+    name, number = split_round(run)
+    if run in runs or number is None or name not in runs:
+        return run, round
+    if round not in (None, number):
+        raise WinnowError(f"{run} --round {round}: these are two rounds; omit --round")
+    return name, number
+
+
+def steps_of_round(run: str, steps: Mapping[str, Any], round: int | None) -> dict[str, Any]:
+    """Return a run's steps in one round, by name, and those that all rounds share; all without a round.
+
+    Raise WinnowError for a round that it does not have.
+    """
+    rounds = sorted({number for step in steps if (number := split_round(step)[1])})
+    if round is not None and round not in rounds:
+        raise WinnowError(f"run {run}: no round {round}; it has {', '.join(map(str, rounds)) or 'no rounds'}")
+    return {step: link for step, link in steps.items() if round is None or split_round(step)[1] in (None, round)}
 
 
 def unknown_step_hint(name: str, steps: list[str], rounds: int) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
-from pipeline.config.rounds import split_round
+from pipeline.config.rounds import run_and_round, split_round
 from pipeline.registry import nearest
 from pipeline.sql.live import metrics_now_rows, running_rows
 from pipeline.sql.replicates import with_methods
@@ -108,16 +108,18 @@ class Catalog:
     tags: dict[str, dict[str, str]] = field(default_factory=dict)  # by run
 
     def for_run(self, run: str | list[str] | None = None, round: int | None = None) -> "Catalog":
-        """Return the catalog of one run or several, or of one round with the steps that all rounds share.
+        """Return the catalog of one run or several, or of one round (also `raft@2`) with what all rounds share.
 
         Raises WinnowError for an unknown run or round, with the known ones.
         """
         if run is None and round is None:
             return self
+        if isinstance(run, str):
+            run, round = run_and_round(run, self.runs, round)
         names = list(self.runs) if run is None else [run] if isinstance(run, str) else run
         for name in names:
             if name not in self.runs:
-                raise WinnowError(f"no run {name!r} in {self.root}; {nearest(name, list(self.runs))}")
+                raise WinnowError(f"no run {name!r} in {self.root}; {nearest(split_round(name)[0], list(self.runs))}")
         runs = {name: self.runs[name] for name in names}
         if round is not None:
             rounds = sorted({number for steps in runs.values() for step in steps if (number := split_round(step)[1])})

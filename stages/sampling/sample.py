@@ -66,7 +66,8 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
     engine = name_of(options["engine"])
     problems = input_problems(inputs, "policy", "vocabulary", quantized=engine in ("vllm", "fake"))
-    problems += split_problems(options, inputs.get("prompts"))
+    cure = "end the run with what is trained (`--until optimize`, or `--set target=optimize`)"
+    problems += split_problems(options, inputs.get("prompts"), cure=cure)
     config = planned_config(inputs["policy"]) if "policy" in inputs else None
     if config and config.content.get("is_encoder_decoder"):
         problems.append(f"policy: {config.architecture} is an encoder-decoder, which no engine here samples from")

@@ -113,6 +113,17 @@ def test_plan_shows_what_a_part_would_run(winnow, data_dir: Path, finished: Path
     assert {*statuses(*mine).values()} == {"cached"}
 
 
+@pytest.mark.parametrize("mistake", ["prompts.heldout=0.0", "eval_sample.max_tokens=100000"])
+def test_what_only_steps_that_are_left_out_need_is_not_checked(winnow, data_dir: Path, tmp_path: Path, mistake: str):
+    """Nor are they part of the run; `--only` leaves out as much, and a sweep too."""
+    words = ("plan", "rso", "--config", data_dir / "demo.yaml", "--set", mistake)
+    for part in (("--until", "optimize"), ("--over", "optimize.seed=0,1", "--until", "optimize")):
+        code, text = winnow(*words, *part)
+        assert (code, missing(["what follows optimize is left out", "eval_sample: "], text)) == (0, []), text
+    code, text = winnow("run", *words[1:], "--only", "base")
+    assert (code, [*Store(tmp_path / "store").runs().popitem()[1]]) == (0, ["base"]), text
+
+
 def test_a_plan_of_a_part_that_cannot_run_is_refused(winnow, data_dir: Path):
     code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--only", "pair")
     assert code == 2
@@ -193,6 +204,7 @@ MISTAKES = [
     ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
+    ("plan slic", ["unknown recipe 'slic'", "did you mean 'slic_direct' or 'slic_sample_rank'?"]),
     ("plan rso --set sample.max_tokens=100000", ["sample: max_tokens: 100,000", "context"]),
     ("run rso --until=", ["--until: is empty"]),
     ("run rso --only=", ["--only: is empty"]),
@@ -208,7 +220,9 @@ MISTAKES = [
     ("plan rso --set prompts.prompt=question", ["no column 'question' (option `prompt`)"]),
     ("plan rso --set sample.temperature=0", ["sample.temperature: must be greater than 0", "`top_k: 1`", "got 0"]),
     ("plan rso --set sample.temperature=0.0", ["set `top_k: 1`"]),
-    ("plan rso --set prompts.heldout=0.0", ["eval_sample: split: heldout", "`heldout: 0.0`", "--until"]),
+    ("plan rso --set prompts.heldout=0.0", ["eval_sample: split: heldout", "`heldout: 0.0`", "--until optimize"]),
+    ("plan rso --set prompts.heldout=0.0 --until judge", ["eval_sample: split: heldout"]),
+    ("plan rso --set prompts.heldout=0.0 --set sample.n=0 --until optimize", ["sample.n: must be"]),
 ]
 
 

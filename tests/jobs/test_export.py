@@ -403,12 +403,13 @@ def test_the_same_run_gives_the_same_bytes_in_batches_of_any_size(file, store, t
 
 
 def test_a_round_is_exported_by_its_number_and_the_last_one_without(store, tmp_path):
-    """Round 1 of two is the run of one round: the same key, and the same bytes."""
+    """Round 1 of two is the run of one round: the same key, and the same bytes. `twice@1` says it too."""
     files = {
         number: export_pairs(store, "twice", "jsonl", tmp_path / f"{number}.jsonl", round=number).out.read_bytes()
         for number in (1, 2, None)
     }
     assert files[None] == files[2] != files[1]
+    assert files[1] == export_pairs(store, "twice@1", "jsonl", tmp_path / "named.jsonl").out.read_bytes()
     assert files[1] == export_pairs(store, "run", "jsonl", tmp_path / "run.jsonl").out.read_bytes()
 
 

@@ -48,6 +48,19 @@ def policies(data_dir: Path, finished: Path, tmp_path_factory: pytest.TempPathFa
     return store
 
 
+@pytest.mark.parametrize(
+    "words", [["sql", "SELECT step, round FROM runs", "--run"], ["status", "--run"], ["ls"], ["trace"]]
+)
+def test_commands_take_a_round_by_the_name_that_the_leaderboard_has(winnow, policies: Store, words: list[str]):
+    at = ("--store", str(policies.root))
+    texts = {name: winnow(*words, name, *at) for name in ("run", "run@1", "run@2", "run@3")}
+    assert [code for code, _ in texts.values()] == [0, 0, 0, 2]
+    assert texts["run@1"] != texts["run@2"]
+    assert missing(["no round 3"], texts["run@3"][1]) == []
+    if words != ["trace"]:  # which without a round has the last one
+        assert len(texts["run@2"][1]) < len(texts["run"][1])
+
+
 @pytest.fixture
 def base(tiny: Model, tmp_path: Path, ctx: StageContext, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The tiny model by stage `model`, from the hub's cache, where it has a card with a licence."""

@@ -352,5 +352,10 @@ def test_other_evaluations_are_columns_of_the_leaderboard_and_rows_of_all_evalua
     shown = leaderboard_table(query(catalog, queries.text("leaderboard"))).to_pylist()[0]
     assert shown["gold_win_greedy"] == "30.0 % [20.0, 40.0]"
     assert not {"gold_win_as_sampled", "proxy_win_greedy"} & shown.keys()
+    # A judge called gold judges the draws at temperature 1 alone: of others, the proxy's win rate is shown.
+    no_gold = f"SELECT * REPLACE (NULL::DOUBLE AS gold_win_greedy) FROM ({queries.text('leaderboard')})"
+    shown = leaderboard_table(query(catalog, no_gold)).to_pylist()[0]
+    assert (shown["gold_win"][:4], shown["proxy_win_greedy"]) == ("80.0", "20.0 % [10.0, 30.0]")
+    assert not {"gold_win_greedy", "proxy_win_as_sampled"} & shown.keys()
     rows = [(row["run"], row["step"], row["gold_win"]) for row in rows_of(store, "all_evaluations")]
     assert rows == [("rso@2", "evaluate", 0.8), ("rso@1", "evaluate", 0.6), ("rso@2", "evaluate_greedy", 0.3)]

@@ -7,6 +7,7 @@ import pytest
 
 from jobs.commands.app import parsed_tags
 from jobs.recipes import plans
+from jobs.sweeps import plan_sweep
 from pipeline.config.recipe import default_run_name
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -125,7 +126,28 @@ def test_a_value_that_is_set_already_makes_no_other_run(text: str, data_dir: Pat
 
 def test_of_an_option_that_is_set_twice_the_value_that_counts_is_in_the_name(data_dir: Path):
     (plan,) = plans(["rso"], [data_dir / "demo.yaml"], ["select.rule.beta=0.2", "select.rule.beta=0.3"])
-    assert plan.name == "rso[beta=0.3]"
+    assert plan.name == "rso[rule.beta=0.3]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "label"),
+    [
+        ("rso", "select.rule.beta=0.1", "rule.beta=0.1"),
+        ("rso", "optimize.objective.beta=0.1", "objective.beta=0.1"),
+        ("raft", "select.rule.k=2", "k=2"),
+        ("dpo", "optimize.objective.beta=0.2", "beta=0.2"),  # whose plan has no step `select`
+        ("rso", "optimize.seed=1", "seed=1"),  # which the recipe sets of its evaluation alone
+        ("rso", "sample.n=6", "n=6"),
+        ("rso", "eval_sample.n=6", "eval_sample.n=6"),
+        ("rso", "sft.learning_rate=1e-5", "sft.learning_rate=1e-5"),
+    ],
+)
+def test_a_name_tells_the_option_from_those_of_the_recipe_that_end_alike(recipe, option, label, data_dir: Path):
+    """Else two options of one value would give one name to two runs; of the evaluation's options, the step is named."""
+    (plan,) = plans([recipe], [data_dir / "demo.yaml"], [option])
+    assert plan.name == f"{recipe}[{label}]"
+    sweep = plan_sweep([recipe], [data_dir / "demo.yaml"], [], [option])
+    assert [plan.name for plan in sweep.plans] == [f"{recipe} {label}"]
 
 
 def test_names_of_sweeps_are_short():

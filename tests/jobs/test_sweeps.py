@@ -33,19 +33,19 @@ def test_values_are_those_of_a_yaml_list():
 def test_names_have_the_ends_of_options_that_tell_them_apart(data_dir: Path):
     """In the order of --over, the last one fastest; what --set changes is in brackets as ever."""
     assert names(data_dir, "select.rule.beta=0.1,2", "optimize.seed=0,1") == [
-        "rso beta=0.1 seed=0", "rso beta=0.1 seed=1", "rso beta=2 seed=0", "rso beta=2 seed=1",
+        "rso rule.beta=0.1 seed=0", "rso rule.beta=0.1 seed=1", "rso rule.beta=2 seed=0", "rso rule.beta=2 seed=1",
     ]  # fmt: skip
     assert names(data_dir, "optimize.seed=0", "sample.seed=1", "optimize.objective={name: hinge, delta: 2.0}") == [
         "rso optimize.seed=0 sample.seed=1 objective=hinge(delta=2.0)"
     ]
     sets = ("select.rule.k=2", "optimize.tokens_per_pass=64")
-    assert names(data_dir, "select.rule.beta=0.1", sets=sets) == ["rso[k=2] beta=0.1"]
+    assert names(data_dir, "select.rule.beta=0.1", sets=sets) == ["rso[k=2] rule.beta=0.1"]
 
 
 def test_an_option_of_set_and_one_of_a_sweep_are_told_apart_in_a_name(data_dir: Path):
     over, sets = ["select.rule.beta=0.1,0.2"], ["optimize.objective.beta=0.3"]
     names = [plan.name for plan in plan_sweep(["rso"], [data_dir / "demo.yaml"], sets, over).plans]
-    assert names == [f"rso[optimize.objective.beta=0.3] rule.beta={value}" for value in (0.1, 0.2)]
+    assert names == [f"rso[objective.beta=0.3] rule.beta={value}" for value in (0.1, 0.2)]
 
 
 def test_a_long_value_is_cut_to_what_a_line_can_hold(data_dir: Path):

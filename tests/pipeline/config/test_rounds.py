@@ -416,6 +416,17 @@ def test_a_round_filters_every_view(done: tuple[Store, list[str]]):
             open_catalog(done[0], run_name, 3)
 
 
+def test_a_round_of_a_run_is_named_as_the_leaderboard_names_it(done: tuple[Store, list[str]]):
+    count = "SELECT count(*) AS n FROM candidates"
+    assert [ask(done[0], count, f"loop@{number}")[0]["n"] for number in (1, 2)] == [12, 16]
+    with pytest.raises(WinnowError, match=r"loop@2 --round 1: .*omit"):
+        open_catalog(done[0], "loop@2", 1)
+    refused = {"loop@3": "no round 3; it has 1, 2", "plain@1": "it has no rounds", "lop@2": "did you mean 'loop'"}
+    for name, words in refused.items():
+        with pytest.raises(WinnowError, match=words):
+            open_catalog(done[0], name)
+
+
 def test_the_leaderboard_has_a_row_a_round_and_what_the_run_took(done: tuple[Store, list[str]]):
     """seconds: all distinct steps of the run; own_seconds: of those that no other run shares. `plain` owns nothing."""
     store = done[0]

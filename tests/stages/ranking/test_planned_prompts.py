@@ -1,6 +1,7 @@
 """Prompts that a ranker would reject one by one are said when the plan is made, from its template and the file."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -119,4 +120,28 @@ sample: {{with: {{engine: transformers, max_tokens: 16}}}}
         warnings.simplefilter("default")  # as outside of tests, where they are no errors
         code, text = winnow("plan", "rso", "--config", config)
     assert code == 0
-    assert " ".join(text.split()).count("3 of the first 3 prompts") == 1
+    (said,) = re.findall(r"ranker: 3 of the first 3 prompts .*", " ".join(text.split()))
+    assert "train nothing" in said
+    assert "not judged" in said
+
+
+def test_the_ranker_of_a_judge_is_named_and_its_responses_are_not_judged(winnow, tmp_path, data_dir, tiny):
+    """They train what the policy's own ranker says, which reads tools."""
+    write_jsonl(tmp_path / "asked.jsonl", [{"prompt": [USER], "tools": json.dumps(TOOLS)}] * 3)
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    (tmp_path / "tools.jinja").write_text(TOOL_TEMPLATE)
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"""
+sft: {{use: model, with: {{path: {tiny.folder}, chat_template: {tmp_path}/tools.jinja}}}}
+ranker: {{use: reward_head, from: {{policy: sft}}}}
+plain: {{use: model, with: {{path: {tiny.folder}, chat_template: {tmp_path}/plain.jinja}}}}
+prompts: {{with: {{path: {tmp_path}/asked.jsonl}}}}
+sample: {{with: {{engine: transformers, max_tokens: 16}}}}
+judges: {{gold: {{ranker: {{use: reward_head, from: {{policy: plain}}}}}}}}
+""")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, text = winnow("plan", "rso", "--config", config)
+    assert code == 0, text
+    (said,) = re.findall(r"(\w+): 3 of the first 3 prompts .*?(train nothing|not judged)", " ".join(text.split()))
+    assert said == ("ranker_of_gold", "not judged")

@@ -255,7 +255,7 @@ def test_one_line_of_config_or_of_the_command_tracks_every_training(data_dir, mo
     (plan,) = plans(["rso"], [data_dir / "demo.yaml"], sets)
     step = next(step for step in plan.steps if step.name == "optimize")
     assert [item.name for item in step.options["track"]] == ["mlflow", "trackio"]
-    assert plan.name == "rso[beta=0.1]"
+    assert plan.name == "rso[rule.beta=0.1]"
 
 
 def test_progress_carries_the_metrics_of_the_step(tiny, rows, tmp_path):
