@@ -95,14 +95,16 @@ def nearest(name: str, names: list[str], listed: list[str] | None = None) -> str
     """Return the hint that ends a message about an unknown name: the nearest one, or all (as `listed`, if given).
 
     Of a former name it is today's, of another program's what says the same here. Before a name that is like it come
-    those that it begins, without those that begin with one of them.
+    those that it begins: the one of about one letter more, or all, without those that begin with one of them.
     """
     if FORMER.get(str(name)) in names:
         return f"it is called {FORMER[str(name)]!r} now"
     if ELSEWHERE.get(str(name)) in names:
         return f"here, {ELSEWHERE[str(name)]!r} says that"
     longer = [other for other in names if name and other.startswith(str(name))]
-    close = [other for other in longer if not any(other != start and other.startswith(start) for start in longer)]
+    close = get_close_matches(str(name), longer, n=1, cutoff=0.85)
+    if not close:
+        close = [other for other in longer if not any(other != start and other.startswith(start) for start in longer)]
     if not 0 < len(close) <= LISTED:
         close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     meant = " or ".join(map(repr, sorted(close)))
