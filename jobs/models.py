@@ -137,14 +137,14 @@ def rendering(model: RunModel, copy: Path | None = None) -> list[str]:
 
     def sentence(rendered_with: str, cure: str) -> str:
         if copy is None:
-            known = (
+            support = (
                 f"does not know: {cure}; or use the copy that `{command}` writes, whose chat template has it as default"
             )
         elif rendered_with.startswith("the date") and any(TODAY in variables(t) for t in chat_templates(copy).values()):
-            known = f"cannot have as default, since it computes the pattern of the date: {cure}"
+            support = f"cannot have as default, since it computes the pattern of the date: {cure}"
         else:
-            known = f"has as default. With another template: {cure}"
-        return f"Prompts were rendered with {rendered_with}, which this folder's chat template {known}."
+            support = f"has as default. With another template: {cure}"
+        return f"Prompts were rendered with {rendered_with}, which this folder's chat template {support}."
 
     if values:
         written = json.dumps(values, ensure_ascii=False)

@@ -13,10 +13,10 @@ from pipeline.config.code import FORMAT, code_digests
 from pipeline.config.keys import canonical, key_of
 from pipeline.config.layers import Origin
 from pipeline.config.precision import mixed_precision, with_dtype
-from pipeline.config.recipe import Recipe, how_to_set
+from pipeline.config.recipe import Recipe, how_to_set, option_paths
 from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
-from pipeline.registry import FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
+from pipeline.registry import ELSEWHERE, FORMER, FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from schemas import COMMAND, WinnowError
 
@@ -218,20 +218,27 @@ def make_plan(recipe: Recipe) -> Plan:
 
     # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
     options: dict[str, dict[str, Any]] = {}
+    hints_given: set[str] = set()  # steps that are like another have its options
     for name, entry in entries.items():
+        fields, step_options = entry.options.model_fields, recipe.steps[name].get("with") or {}
         try:
-            defaults = {"track": recipe.track} if recipe.track and "track" in entry.options.model_fields else {}
-            options[name] = entry.validate(defaults | (recipe.steps[name].get("with") or {}), name)
+            defaults = {"track": recipe.track} if recipe.track and "track" in fields else {}
+            options[name] = entry.validate(defaults | step_options, name)
         except WinnowError as error:
+            hints = {
+                f"{name}.{option}": how_to_set(option, value, recipe.steps)
+                for option, value in step_options.items()
+                # Of this step's own options, and of its functions', the message of the stage names the right one.
+                if not fields.keys() & {option, FORMER.get(option), ELSEWHERE.get(option)}
+                and not any(path.startswith(f"{name}.") for path in option_paths(option, recipe.steps))
+            }
             for problem in error.problems:
-                place, colon, hint = problem.partition(": unknown option; ")
-                if colon and place.count(".") == 1 and hint.startswith(("known:", "did you mean", "there are no")):
-                    option = place.partition(".")[2]
-                    elsewhere = how_to_set(option, (recipe.steps[name].get("with") or {}).get(option), recipe.steps)
-                    problem = f"{place}: unknown option{elsewhere}" if elsewhere else problem
-                    if any(line.endswith(f".{option}: unknown option{elsewhere}") for line in problems):
-                        continue  # steps that are like another have its options
-                if name in order or ": required" not in problem:
+                location = problem.partition(": ")[0]
+                if line_to_write := hints.get(location):
+                    if line_to_write not in hints_given:
+                        problems.append(f"{location}: unknown option{line_to_write}")
+                    hints_given.add(line_to_write)
+                elif name in order or ": required" not in problem:
                     problems.append(problem)
     checked: dict[str, InputStep] = {}
     for name in order:

@@ -209,8 +209,8 @@ def _date_patterns(template: str) -> set[str] | None:
         if _is_today(call.node):
             arguments = [*call.args, *(keyword.value for keyword in call.kwargs)]
             patterns += [argument.value for argument in arguments if isinstance(argument, nodes.Const)]
-    asked = sum(map(_is_today, tree.find_all(nodes.Name)))
-    return set(patterns) if asked == len(tests) + len(patterns) else None
+    uses = sum(map(_is_today, tree.find_all(nodes.Name)))
+    return set(patterns) if uses == len(tests) + len(patterns) else None
 
 
 def _is_today(node: nodes.Node) -> bool:

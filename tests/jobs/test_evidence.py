@@ -136,7 +136,7 @@ def test_at_equal_kl_a_method_that_is_better_everywhere_by_one_point_is_so(monke
 
 
 def test_a_table_has_what_the_store_measured_and_the_page_its_origin(basis, data_dir, finished, tmp_path):
-    """Of a finished run: its gold win rate, its compute without what all methods begin with; command and commit."""
+    """Read of a finished run its gold win rate, its compute without what all methods begin with; command and commit."""
     plan = plan_of(data_dir)
     figure = PlannedFigure(FIGURES["compute"], [PlannedPoint(Point("rso", "", None, "rso"), [plan])], ["dpo: a reason"])
     write_evidence([figure], basis, Store(finished), tmp_path, "winnow evidence", "abc123")

@@ -1,4 +1,4 @@
-"""What a policy was trained with reaches those who use its folder: defaults of its chat template, and the card."""
+"""Give users of a policy's folder what it was trained with: defaults of its chat template, and the card."""
 
 import json
 import shutil

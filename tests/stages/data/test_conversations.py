@@ -202,7 +202,7 @@ def test_responses_that_are_too_long_are_rejected_unless_they_are_to_be_cut(tiny
 
 
 def test_a_response_of_any_length_is_cut_to_its_first_ids(tiny, ctx, tmp_path):
-    """Of more characters than max_tokens could hold, those behind are not tokenised."""
+    """Tokenise no characters behind those that max_tokens could hold."""
     tables = []
     for words in (40, 10_000):
         path = jsonl(tmp_path, [{"prompt": "a", "response": "boat " * words, "reward": 1.0}])

@@ -1,4 +1,4 @@
-"""Prompts that a ranker would reject one by one are said when the plan is made, from its template and the file."""
+"""Prompts that a ranker would reject one by one are warned of when the plan is made, from its template and the file."""
 
 import json
 import re
@@ -71,9 +71,9 @@ def warned(folder: Path, template: str, rows: list[dict], by: Bound | None = Non
     ],
 )
 def test_what_the_template_of_a_reward_model_does_not_hold_is_said_with_its_count(folder, template, unread):
-    said = warned(folder, template, [*ROWS.values(), *ROWS.values()])
-    assert len(said) == len(unread)
-    for part, text in zip(unread, said, strict=True):
+    warnings = warned(folder, template, [*ROWS.values(), *ROWS.values()])
+    assert len(warnings) == len(unread)
+    for part, text in zip(unread, warnings, strict=True):
         assert f"2 of the first 8 prompts of {folder / 'prompts.jsonl'} have {part}" in text
         assert "set `chat_template`" in text
 
@@ -94,8 +94,8 @@ def test_a_system_prompt_of_the_step_is_a_system_turn(folder):
 
 
 def test_a_format_of_turns_alone_holds_neither_tools_nor_system_turns(folder):
-    said = warned(folder, PLAIN, [*ROWS.values()], bound(rankers, "pairwise", format="rlhflow"))
-    assert ["tools" in said[0], "a system turn" in said[1], len(said)] == [True, True, 2]
+    warnings = warned(folder, PLAIN, [*ROWS.values()], bound(rankers, "pairwise", format="rlhflow"))
+    assert ["tools" in warnings[0], "a system turn" in warnings[1], len(warnings)] == [True, True, 2]
 
 
 def test_rankers_of_texts_read_all(folder):
@@ -120,9 +120,9 @@ sample: {{with: {{engine: transformers, max_tokens: 16}}}}
         warnings.simplefilter("default")  # as outside of tests, where they are no errors
         code, text = winnow("plan", "rso", "--config", config)
     assert code == 0
-    (said,) = re.findall(r"ranker: 3 of the first 3 prompts .*", " ".join(text.split()))
-    assert "train nothing" in said
-    assert "not judged" in said
+    (warning,) = re.findall(r"ranker: 3 of the first 3 prompts .*", " ".join(text.split()))
+    assert "train nothing" in warning
+    assert "not judged" in warning
 
 
 def test_the_ranker_of_a_judge_is_named_and_its_responses_are_not_judged(winnow, tmp_path, data_dir, tiny):
@@ -143,5 +143,5 @@ judges: {{gold: {{ranker: {{use: reward_head, from: {{policy: plain}}}}}}}}
         warnings.simplefilter("default")
         code, text = winnow("plan", "rso", "--config", config)
     assert code == 0, text
-    (said,) = re.findall(r"(\w+): 3 of the first 3 prompts .*?(train nothing|not judged)", " ".join(text.split()))
-    assert said == ("ranker_of_gold", "not judged")
+    (warning,) = re.findall(r"(\w+): 3 of the first 3 prompts .*?(train nothing|not judged)", " ".join(text.split()))
+    assert warning == ("ranker_of_gold", "not judged")
