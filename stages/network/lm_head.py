@@ -155,13 +155,13 @@ class _KeptLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         states, low, targets, p_slope, logp, target_slope = ctx.saved_tensors
-        # The target's own entry from fp32: 1 - p is lost where p, rounded, is 1.
-        of_target = grads[0] * target_slope * -torch.expm1(logp)
-        d_logits = p_slope.mul_(-grads[0][:, None])
-        d_logits.scatter_(1, targets[:, None], of_target[:, None].to(p_slope.dtype))
-        d_states = d_logits @ low if ctx.needs_input_grad[0] else None
-        d_weight = product(d_logits.T, states) if ctx.needs_input_grad[1] else None
-        d_bias = d_logits.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        # Minus d log p / d product: (softmax - onehot) slope. The target's entry is from fp32: 1 - p is lost where
+        # p, rounded, is 1. The loss's gradient, a number per row, weights the states and not these [n, V].
+        d_logits = p_slope.scatter_(1, targets[:, None], (target_slope * torch.expm1(logp))[:, None].to(p_slope.dtype))
+        grad = -grads[0][:, None]
+        d_states = (product(d_logits, low) * grad).to(states.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = product(d_logits.T, (states * grad).to(states.dtype)) if ctx.needs_input_grad[1] else None
+        d_bias = product(d_logits.T, grad.to(states.dtype))[:, 0] if ctx.needs_input_grad[2] else None
         return d_states, d_weight, d_bias, None, None, None
 
 

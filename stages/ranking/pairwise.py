@@ -24,7 +24,7 @@ from stages.data.tokenizer import Tokenizer
 from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.network.device import prompts_per_call
 from stages.network.forward import forward_rows, next_logits
-from stages.network.load import load_network
+from stages.network.load import compile_layers, load_network
 from stages.network.packing import PromptGroup
 from stages.options import Precision
 from stages.ranking.base import (
@@ -115,10 +115,18 @@ class PairwiseRanker(Ranker):
     reads_ahead = True
 
     def __init__(
-        self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, format: PairFormat | None = None
+        self,
+        model: Model,
+        dtype: Precision,
+        budget: int = SCORING_TOKENS_PER_PASS,
+        format: PairFormat | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.prompt = RankerPrompt(model, format)
         self.network = load_network(model, dtype)
+        if compiled:
+            compile_layers(self.network)
         self.context = context_length(model.folder)
         self.dtype, self.budget = dtype, budget
         self.prompts_at_once = prompts_per_call(self.network.device)

@@ -14,7 +14,7 @@ from stages.limits import SCORING_TOKENS_PER_PASS, context_length
 from stages.model_config import SCORED_AT_END, ModelConfig
 from stages.network.device import prompts_per_call
 from stages.network.forward import completion_scores, forward_rows
-from stages.network.load import load_network
+from stages.network.load import compile_layers, load_network
 from stages.options import Precision
 from stages.ranking.base import CUT, Response, Scorer, in_calls
 
@@ -26,9 +26,13 @@ class PointwiseRanker(Scorer):
 
     reads_ahead = True
 
-    def __init__(self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS) -> None:
+    def __init__(
+        self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, *, compiled: bool = False
+    ) -> None:
         self.open_tokenizer(model)
         self.network = load_network(model, dtype)
+        if compiled:
+            compile_layers(self.network)
         self.dtype, self.budget = dtype, budget
         self.prompts_at_once = prompts_per_call(self.network.device)
 

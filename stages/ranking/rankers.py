@@ -125,31 +125,41 @@ EvenCount = Annotated[SmallCount, AfterValidator(_even)]
 
 
 @ranker(reads_model=True, output="vocabulary", version=2)
-def pairwise(model: Model, *, format: PairFormat | None = None, dtype: Precision = "float32") -> Ranker:
+def pairwise(
+    model: Model,
+    *,
+    format: PairFormat | None = None,
+    dtype: Precision = "float32",
+    compile_layers: Annotated[bool, EXECUTION] = False,
+) -> Ranker:
     """Read both responses as text and answer with the token A or B. Sec. 3.1 of arXiv:2309.06657.
 
     format: `marks` is `[CONTEXT] x [RESPONSE A] y1 [RESPONSE B] y2`; `chat` is a question as a user's turn of the
     model's chat template; `rlhflow` is that of RLHFlow/pair-preference-model-LLaMA3-8B. By default chat if the
     tokenizer has a template and none of the marks as a token, else marks, and likewise in `ranker_examples`.
+    `compile_layers` lets torch compile each layer: on a GPU, faster by a fifth after some 20 s of each worker's start.
     """
     from stages.ranking.pairwise import PairwiseRanker
 
-    return PairwiseRanker(with_output(model, "vocabulary", "pairwise"), dtype, format=format)
+    with_vocabulary = with_output(model, "vocabulary", "pairwise")
+    return PairwiseRanker(with_vocabulary, dtype, format=format, compiled=compile_layers)
 
 
 @ranker(reads_model=True, output="score", version=6)
-def pointwise(model: Model, *, dtype: Precision = "float32") -> Ranker:
+def pointwise(
+    model: Model, *, dtype: Precision = "float32", compile_layers: Annotated[bool, EXECUTION] = False
+) -> Ranker:
     """Score with a reward model (`reward_head`, trained with the objective `sigmoid`).
 
     Its score is the reward, the difference of two scores the logit. It reads the ids that the policy read and drew if
     its own tokenizer and chat template give the prompt the same ids. Else it reads the ids of `apply_chat_template` of
     the whole conversation, the response as its last message; without a template, those of the texts. A model that
     Winnow trained is scored at the end of the last turn, any other behind all that its template writes after that, and
-    a response that was cut at max_tokens at its last token.
+    a response that was cut at max_tokens at its last token. `compile_layers` is that of `pairwise`.
     """
     from stages.ranking.pointwise import PointwiseRanker
 
-    return PointwiseRanker(with_output(model, "score", "pointwise"), dtype)
+    return PointwiseRanker(with_output(model, "score", "pointwise"), dtype, compiled=compile_layers)
 
 
 @ranker(reads_model=True, output="score", version=2)
