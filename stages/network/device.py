@@ -122,8 +122,13 @@ def say_precision() -> None:
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[None]:
-    """Return torch's autocast to bfloat16, switched off for float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    """Return torch's autocast to bfloat16, switched off for float32.
+
+    It remembers the weights that it has rounded until the pass ends, except where ranks share a network: each rank
+    would hold a copy of all layers, which it gathers one after the other.
+    """
+    remember = not torch.distributed.is_initialized()
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=remember)
 
 
 def logits_at_once(device: torch.device) -> int:

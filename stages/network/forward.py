@@ -35,6 +35,7 @@ from stages.network.router import RouterLoss, has_router_loss
 
 Row = tuple[Ids, Ids] | tuple[Ids, Ids, Mask]  # prompt, response, and which of its ids count
 Measure = Callable[[PreTrainedModel, Sequence[PromptGroup], str], Tensor]
+Run = Callable[[Callable[[], Tensor]], Tensor]  # calls a forward pass, with weights gathered that it uses
 TRIAL = (PromptGroup([3, 1, 4, 1, 5], [[2, 6], [2, 7, 1, 8], [3]]), PromptGroup([1, 6], [[1, 8, 0], [3]]))
 LINEAR_HEADS: WeakSet[PreTrainedModel] = WeakSet()  # networks whose logits are those of `lm_head.LMHead`
 # Tokens per pass of networks for which those that were asked for had no memory.
@@ -187,8 +188,13 @@ def uses_shared_prefix(network: PreTrainedModel, groups: Sequence[PromptGroup] =
     return longest <= window
 
 
+def run_alone(forward: Callable[[], Tensor]) -> Tensor:
+    """Call a forward pass of a network that one process has."""
+    return forward()
+
+
 @torch.no_grad()
-def share_prefixes(network: PreTrainedModel, dtype: str = "float32") -> None:
+def share_prefixes(network: PreTrainedModel, dtype: str = "float32", run: Run = run_alone) -> None:
     """Let `network` compute a prompt once for all of its responses from now on, if a trial gives the same numbers.
 
     The trial is in fp32, whose tolerance is the smallest; on a GPU another one is in `dtype`, since each precision has
@@ -202,10 +208,10 @@ def share_prefixes(network: PreTrainedModel, dtype: str = "float32") -> None:
     try:
         if network.config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder")
-        expected = trial(network)
+        expected = trial(network, run=run)
         if network.get_output_embeddings() is not None:
             LINEAR_HEADS.add(network)
-            _check_close(trial(network), expected)
+            _check_close(trial(network, run=run), expected)
     except Exception as error:  # a model's code may raise anything on what it does not know
         LINEAR_HEADS.discard(network)
         return _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
@@ -213,9 +219,9 @@ def share_prefixes(network: PreTrainedModel, dtype: str = "float32") -> None:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
             raise ValueError("its attention is not transformers' interface")
-        _check_close(trial(network), expected)
+        _check_close(trial(network, run=run), expected)
         if dtype != "float32" and network.device != CPU:
-            _check_close(trial(network, dtype), expected, dtype)
+            _check_close(trial(network, dtype, run), expected, dtype)
     except Exception as error:
         network.set_attn_implementation(before)
         _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
@@ -248,10 +254,10 @@ def check_router_loss(network: PreTrainedModel) -> None:
         ) from None
 
 
-def trial(network: PreTrainedModel, dtype: str = "float32") -> list[Tensor]:
+def trial(network: PreTrainedModel, dtype: str = "float32", run: Run = run_alone) -> list[Tensor]:
     """Return mean hidden states of some responses and, where there is a vocabulary, their log-probs."""
-    logp = [] if network.get_output_embeddings() is None else [completion_logp(network, TRIAL, dtype)[0]]
-    return [response_means(network, TRIAL, dtype), *logp]
+    means = run(lambda: response_means(network, TRIAL, dtype))
+    return [means] if network.get_output_embeddings() is None else [means, run(lambda: logp_of(network, TRIAL, dtype))]
 
 
 def _check_close(values: list[Tensor], expected: list[Tensor], dtype: str = "float32") -> None:

@@ -232,17 +232,19 @@ def save_network(
     rounding: Rounding = "nearest",
     seed: int = 0,
     merge: bool = True,
+    weights: dict[str, Tensor] | None = None,
 ) -> Model:
     """Write a plain Hugging Face folder: safetensors, and init's tokenizer. In fp32 nothing is rounded.
 
     A LoRA is merged into its weights, and stored in the folder's `adapter/` as well, as peft reads it. Without `merge`,
     the folder has init's weights, unchanged, and the adapter beside them, as transformers and peft read it.
+    weights: rounded and in `dtype`, of a network that is itself on the meta device.
     """
     scratch = folder.with_name(".model")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         with named(folder):  # a full disk is an error of Rust in safetensors
-            _write_network(network, init, scratch, dtype=dtype, rounding=rounding, seed=seed, merge=merge)
+            _write_network(network, init, scratch, weights, dtype=dtype, rounding=rounding, seed=seed, merge=merge)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -255,6 +257,7 @@ def _write_network(
     network: PreTrainedModel,
     init: Model,
     scratch: Path,
+    weights: dict[str, Tensor] | None,
     *,
     dtype: Precision,
     rounding: Rounding,
@@ -271,10 +274,10 @@ def _write_network(
     if adapted and not merge:
         _link_weights(init.folder, scratch)
     else:
-        if dtype == "bfloat16":
+        if dtype == "bfloat16" and weights is None:
             round_weights(network, rounding, seed)
         network.generation_config = GenerationConfig()  # init's is copied below; saving it would validate its sampling
-        network.to(getattr(torch, dtype)).save_pretrained(scratch)
+        network.to(getattr(torch, dtype)).save_pretrained(scratch, state_dict=weights)
         let_others_read(scratch)
         (scratch / "generation_config.json").unlink(missing_ok=True)
     for file in init.folder.iterdir():
@@ -340,10 +343,15 @@ def round_weights(network: PreTrainedModel, rounding: Rounding, seed: int = 0) -
     """
     generator = torch.Generator().manual_seed(seed)
     for weight in network.parameters():
-        if rounding == "nearest":
-            weight.copy_(weight.bfloat16())
-            continue
-        # The last 16 bits are what bfloat16 lacks: a random number below 2^16 carries into the others in as many of
-        # 2^16 cases as they say. Drawn on the CPU, whose numbers are the same on every machine.
-        noise = torch.randint(1 << 16, weight.shape, generator=generator, dtype=torch.int32).to(weight.device)
-        weight.copy_(((weight.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32))
+        round_weight(weight, rounding, generator)
+
+
+def round_weight(weight: Tensor, rounding: Rounding, generator: torch.Generator) -> None:
+    """Round one weight of `round_weights`, in place."""
+    if rounding == "nearest":
+        weight.copy_(weight.bfloat16())
+        return
+    # The last 16 bits are what bfloat16 lacks: a random number below 2^16 carries into the others in as many of
+    # 2^16 cases as they say. Drawn on the CPU, whose numbers are the same on every machine.
+    noise = torch.randint(1 << 16, weight.shape, generator=generator, dtype=torch.int32).to(weight.device)
+    weight.copy_(((weight.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32))

@@ -9,9 +9,9 @@ from stages.model_config import planned_context
 from stages.network.memory import BF16, FP32, NetworkShape, planned_shape
 from stages.sampling.engines.options import CPU_STEP_TOKENS, MAX_SEQUENCES, cpu_cache_gib, length_limit, name_of
 
-GPU_STEP_TOKENS = (
-    8192  # that vLLM puts through a network at once on a GPU, unless max_num_batched_tokens says otherwise
-)
+# Tokens that vLLM puts through a network at once on a GPU, unless max_num_batched_tokens says otherwise: on one of at
+# least so many GiB (but on an A100, which is counted as the others), and below.
+GPU_STEP_TOKENS = {70: 16_384, 0: 8_192}
 GPU_SHARE = 0.92  # of a GPU's memory that vLLM takes, unless gpu_memory_utilization says otherwise
 ROWS = 256  # draws at once of the engine transformers
 
@@ -43,7 +43,9 @@ def sampling_need(
         return Need(shape.parameters, options["dtype"], parts)
     length = length_limit(planned_context(policy) or 2 * int(options["max_tokens"]), extra)
     on_cpu = device.kind == "cpu"
-    step_tokens = max(CPU_STEP_TOKENS, length) if on_cpu else GPU_STEP_TOKENS
+    installed = (device.memory or 0.0) / GIB
+    of_gpu = next(tokens for least, tokens in GPU_STEP_TOKENS.items() if installed >= least)
+    step_tokens = max(CPU_STEP_TOKENS, length) if on_cpu else of_gpu
     step_tokens = int(extra.get("max_num_batched_tokens", step_tokens))
     cache = float(length) * cache_per_token(shape, size) / device.count
     if on_cpu:

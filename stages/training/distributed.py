@@ -26,11 +26,14 @@ class Distributed:
         self.world_size = torch_dist.get_world_size() if torch_dist.is_initialized() else 1
         self.rank = torch_dist.get_rank() if torch_dist.is_initialized() else 0
 
-    def shard(self, network: PreTrainedModel) -> None:
-        """Shard the network layer by layer; weights outside of layers stay together until the end of a step."""
+    def shard(self, network: PreTrainedModel, device: torch.device | None = None) -> None:
+        """Shard the network layer by layer; weights outside of layers stay together until the end of a step.
+
+        device: where the shards of a network on the meta device will be.
+        """
         if self.world_size == 1:
             return
-        mesh = init_device_mesh(network.device.type, (self.world_size,))
+        mesh = init_device_mesh((device or network.device).type, (self.world_size,))
         for layer in [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]:
             fully_shard(layer, mesh=mesh)
         # By default a root is not resharded after its forward pass, and checkpoints read its shards.

@@ -23,14 +23,12 @@ from pipeline.store.fingerprints import ADAPTER
 from schemas import Model, WinnowError, WinnowWarning
 from stages.model_config import ModelConfig
 from stages.network.device import REFERENCE_TOLERANCE, is_out_of_memory, memory_of
-from stages.network.forward import check_router_loss
 from stages.network.heap import HeapLimit, give_back, resident_bytes
 from stages.network.load import (
     Adapt,
     checkpoint_layers,
     compile_layers,
     free,
-    is_reward_model,
     layers_to_checkpoint,
     load_network,
     round_weights,
@@ -48,6 +46,7 @@ from stages.training.distributed import Distributed
 from stages.training.live import LiveMetrics
 from stages.training.memory import checkpoints_layers, network_need
 from stages.training.mixing import MixState
+from stages.training.sharded import can_read_shards, load_for_training, save_shards
 from stages.training.terms import ObjectiveTerm, StepMetrics
 from stages.training.throughput import ThroughputMeter
 
@@ -99,18 +98,15 @@ def train_policy(
         adapt = partial(train_adapter, rank=rank, alpha=alpha, targets=targets, seed=config.seed)
     give_back()  # what steps before left in the heap of this process
     resident = resident_bytes()
-    network = load_network(init, config.dtype, train=True, adapt=adapt)
+    network = load_for_training(init, config.dtype, dist, adapt)
     # Without its new adapter, the network is `init`, and so the reference of the objective.
     base_is_reference = bool(config.lora_r) and not (init.folder / ADAPTER).exists() and config.reference == "init"
-    if not is_reward_model(network):
-        check_router_loss(network)
     working = WorkingWeights(network) if config.dtype == "bfloat16" and dist.world_size == 1 else None
     if config.compile_layers:
         compile_layers(network)
     if checkpointed := _checkpoints_layers(network, init, config, resources, dist):
         checkpoint_layers(network)
     heap = _limit_heap(network, init, config, checkpointed, resident, dist)
-    dist.shard(network)
     parameters = list(trained_weights(network).values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     state = checkpoints.restore(network, optimizer)
@@ -238,8 +234,7 @@ def train_policy(
     size = _save_policy(network, init, folder, dist, adapt, config)
     del optimizer, parameters, meter, param_group, loss, working
     _free(network, dist)
-    network = load_network(Model(folder, ""), config.dtype, train=True)
-    dist.shard(network)
+    network = load_for_training(Model(folder, ""), config.dtype, dist)
     heldout = _heldout_metrics(terms, network)
     for past in state.history:  # the same policy, in memory: a metric has one value per step
         if past["step"] == kept_step and PROXY_WIN in past:
@@ -249,8 +244,7 @@ def train_policy(
         state.history.append({"step": float(kept_step)} | heldout)
     saved = _margins(term, batch, network)
     _free(network, dist)
-    network = load_network(init, config.dtype, train=True)
-    dist.shard(network)
+    network = load_for_training(init, config.dtype, dist)
     initial = _margins(term, batch, network)
     _free(network, dist)
     moved = trained - initial["float32"]
@@ -429,6 +423,10 @@ def _save_policy(
 
     if dist.world_size == 1:
         save(network)
+        return int(network.num_parameters())
+    if adapt is None and can_read_shards(init.folder):
+        rounding = config.save_rounding
+        save_shards(network, init, folder, dist, dtype=config.save_dtype, rounding=rounding, seed=config.seed)
         return int(network.num_parameters())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(network, options=options)  # empty on other ranks

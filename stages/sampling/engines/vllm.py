@@ -30,6 +30,11 @@ from stages.sampling.memory import GPU_SHARE
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # which is held back while an engine starts; stdout has our results
+    # A fork of a process that has asked torch for GPUs has none: on an H200 no engine started. vLLM itself spawns only
+    # where it sees that CUDA is in use, and `torch.cuda.is_available()` alone does not show.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it has no seed per request, so it would be imported and never used
     CPU_CACHE: CPU_CACHE_GIB,
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process trains afterwards, on all of its threads
 }
@@ -37,6 +42,7 @@ ERROR_LINE = re.compile(
     r"((?:[A-Z]\w*Error|[A-Z]\w*Exception): .+)"
 )  # last of a traceback, perhaps in a line of the log
 CURE = "set `engine: transformers` (of a judge: in its `by`)"
+CONTEXT = 1 << 10  # MiB of a GPU that an engine's process takes before vLLM counts what is free
 LLVMLITE = "llvmlite.binding.ffi"
 # Tokens in a block of the KV cache on a CPU, where vLLM has 128: the draws of a prompt share its whole blocks alone. A
 # random Llama of 135M parameters, fp32, one core that others used too, 8 draws of 40 tokens from each of 6 prompts, two
@@ -106,7 +112,8 @@ class VllmEngine(QueuedEngine):
                 lines = [_cause(error), *start_log().splitlines()]
                 errors = [error for line in lines for error in ERROR_LINE.findall(line)]
                 raise ChildProcessError(
-                    f"vLLM's engine did not start: {errors[0] if errors else lines[0]}; {CURE}"
+                    f"vLLM's engine did not start: {errors[0] if errors else lines[0]}; VLLM_LOGGING_LEVEL=INFO in the "
+                    f"environment shows more; if it is not of this machine, {CURE}"
                 ) from error
             except Exception as error:  # a model that it does not know can end in any error, of pydantic as of Python
                 raise WinnowError(_refusal(folder, options, error)) from error
@@ -250,8 +257,8 @@ def _check_gpus(tensor_parallel: int, options: dict[str, Any]) -> None:
         return  # cards of several kinds, in whose order CUDA and nvidia-smi differ; vLLM looks for itself
     share = float(options.get("gpu_memory_utilization") or GPU_SHARE)
     for free, total, index in (map(int, row) for row in rows):
-        if free < share * total and "kv_cache_memory_bytes" not in options:
-            room = int(100 * free / total) / 100
+        if free < share * total + CONTEXT:
+            room = int(100 * (free - CONTEXT) / total) / 100
             raise MachineError(
                 f"GPU {index} has {free / 1024:.1f} of its {total / 1024:.1f} GiB free, and vLLM takes "
                 f"{share * total / 1024:.1f} GiB of it (gpu_memory_utilization: {share:g}); it is held by "
