@@ -90,8 +90,12 @@ def network_need(shape: NetworkShape, options: Mapping[str, Any], device: Device
     } | code_part(device)
     if device.kind == "cpu":
         parts["heap"] = HEAP_SLACK * sum(parts.values())
-    # The whole network is loaded on each device before it is divided, and again on the first to be saved.
-    if ranks > 1 and (at_save := weights + (FP32 * shape.parameters + MOMENTS * trained) / ranks) > sum(parts.values()):
+    # With a LoRA, the whole network is loaded on each device before it is divided, and again on the first to be saved.
+    if (
+        ranks > 1
+        and rank
+        and (at_save := weights + (FP32 * shape.parameters + MOMENTS * trained) / ranks) > sum(parts.values())
+    ):
         parts["loading"] = at_save - sum(parts.values())
     note = "gradient_checkpointing: auto is on" if checkpointed and options["gradient_checkpointing"] == "auto" else ""
     return Need(shape.parameters + added, options["dtype"], parts, note)

@@ -135,7 +135,7 @@ def load_and_save_within(folder: Path, init: Model, limit: float) -> None:
 
 
 def test_no_rank_holds_more_than_its_half(tmp_path: Path, sharp: Model, monkeypatch: pytest.MonkeyPatch):
-    """Of 607 MB in fp32, loading takes at most 0.6, where half of it stays; saving, beside that, 0.15.
+    """Of 551 MB in fp32, loading takes at most 0.6, where half of it stays; saving, beside that, 0.15.
 
     Counted is what is in use: glibc would keep the blocks of layers that were gathered and freed.
     """

@@ -2,8 +2,10 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,9 +171,32 @@ def test_an_engine_is_not_started_on_a_gpu_that_others_hold(monkeypatch: pytest.
     answers = {"--query-gpu": [["40960", "81920", "0"]], "--query-compute-apps": [["4242", "40000", "/usr/bin/other"]]}
     monkeypatch.setattr(vllm, "nvidia_smi", lambda query: answers[query.partition("=")[0]])
     monkeypatch.setattr(device, "nvidia_smi", lambda query: answers[query.partition("=")[0]])
-    with pytest.raises(MachineError, match=r"40\.0 of its 80\.0 GiB free.*process 4242 \(other\), 39\.1 GiB.*: 0\.5\}"):
+    with pytest.raises(
+        MachineError, match=r"40\.0 of its 80\.0 GiB free.*process 4242 \(other\), 39\.1 GiB.*: 0\.48\}"
+    ):
         vllm._check_gpus(1, {})
-    vllm._check_gpus(1, {"gpu_memory_utilization": 0.5})
+    vllm._check_gpus(1, {"gpu_memory_utilization": 0.48})
+    with pytest.raises(MachineError, match=r"takes 73\.6 GiB"):  # vLLM compares the share whatever its cache is
+        vllm._check_gpus(1, {"kv_cache_memory_bytes": 1 << 30})
+
+
+def test_an_engine_on_a_gpu_is_a_process_that_was_not_forked(tiny: Model, monkeypatch: pytest.MonkeyPatch):
+    """A fork of a process that has asked torch for GPUs cannot use them, and vLLM forks unless it is told."""
+    methods = []
+
+    def start(**options: object) -> None:
+        methods.append(os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+        raise RuntimeError("no engine in this test")
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    monkeypatch.setattr(vllm, "_let_processes_end_with_this_one", lambda: None)
+    monkeypatch.setattr(vllm, "_check_gpus", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ChildProcessError, match="no engine in this test"):
+        vllm.VllmEngine(tiny.folder, "bfloat16")
+    assert methods == ["spawn"]
 
 
 def test_the_gpus_of_an_engine_are_the_first_that_its_process_sees(monkeypatch: pytest.MonkeyPatch):
