@@ -14,7 +14,7 @@ from schemas import WinnowError
 from schemas.tables import METRICS
 from stages.network.load import load_network
 from stages.network.models import reward_head
-from stages.training import trainer
+from stages.training import sharded
 from stages.training.mixing import MixState, mix
 from stages.training.throughput import TokenCounter
 from tests.material import (
@@ -198,7 +198,7 @@ def test_what_has_weight_zero_is_neither_drawn_nor_forwarded(mixed, both_terms, 
             counters.append(TokenCounter(network))
             return network
 
-        monkeypatch.setattr(trainer, "load_network", load)
+        monkeypatch.setattr(sharded, "load_network", load)
         _, metrics, policy = mixed(tmp_path / name, name, seed=3)
         taken = weights_taken(metrics, policy["steps"])
         assert 0 < sum(taken) < len(taken)

@@ -24,7 +24,7 @@ from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
 from stages.data.preferences import preferences
 from stages.limits import SCORING_TOKENS_PER_PASS
 from stages.network.load import load_network
-from stages.training import checkpoints, objectives, trainer
+from stages.training import checkpoints, objectives, sharded
 from stages.training.distributed import Distributed
 from stages.training.examples import examples
 from stages.training.reference import reference
@@ -198,7 +198,7 @@ def test_a_reference_that_is_missing_or_in_another_arithmetic_is_refused(tiny, p
 
 def test_data_are_refused_before_any_weight_is_loaded(tiny, cached, imitated, tmp_path, monkeypatch):
     """No pairs; nothing to imitate; rows longer than the model; nothing at all: each with its message, all at once."""
-    monkeypatch.setattr(trainer, "load_network", None)
+    monkeypatch.setattr(sharded, "load_network", None)
     nothing = edited(cached, lambda row, n, response: response.update(weight=0.0))
     lonely = pa.Table.from_pylist([row | {"pairs": []} for row in cached.to_pylist()], schema=EXAMPLES)
     long = edited(cached, lambda row, n, response: response.update(token_ids=[5] * 200))
@@ -538,7 +538,7 @@ class SmallDevice:
 
     def __init__(self, monkeypatch, tokens):
         self.tokens, self.largest = tokens, 0
-        monkeypatch.setattr(trainer, "load_network", self.load)
+        monkeypatch.setattr(sharded, "load_network", self.load)
 
     def load(self, *args, **options):
         network = load_network(*args, **options)

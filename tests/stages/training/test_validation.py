@@ -26,7 +26,7 @@ from stages.ranking.judge import judge
 from stages.ranking.rankers import ProgramScorer, ranker
 from stages.sampling.engines import Completion, Request, Sampling
 from stages.sampling.engines.transformers import NetworkEngine, TransformersEngine
-from stages.training import trainer
+from stages.training import sharded, trainer
 from stages.training.checkpoints import Checkpoints
 from stages.training.validation import Validation
 from tests.conftest import WORDS, ask, write_jsonl
@@ -287,7 +287,7 @@ def test_the_ranker_takes_the_place_of_gradients(tiny, imitation, evaluated, tmp
         networks.append(load_network(*args, **options))
         return networks[-1]
 
-    monkeypatch.setattr(trainer, "load_network", load)
+    monkeypatch.setattr(sharded, "load_network", load)
     monkeypatch.setattr("stages.training.optimize.open_ranker", lambda *_: Length())
     _, metrics, _ = train(tiny, imitation, tmp_path, **evaluated(objective="nll", batch_size=2))
     assert len(opened) == len(closed) == len(win_rates(metrics)) > 1
@@ -404,7 +404,7 @@ def validation_of(tiny, questions, baseline, max_tokens, ctx):
 def test_a_split_without_baseline_is_refused_before_a_weight_is_loaded(
     tiny, imitation, evaluated, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "load_network", None)
+    monkeypatch.setattr(sharded, "load_network", None)
     options = evaluated(objective="nll", inputs={"baseline": CANDIDATES.empty_table()})
     with pytest.raises(WinnowError, match=r"no prompt of split validation.*`split: validation`"):
         train(tiny, imitation, tmp_path, **options)
