@@ -83,7 +83,7 @@ def _plan_until(last: str | None, recipe: Recipe) -> Plan:
     Raise WinnowError with all mistakes.
     """
     try:
-        return make_plan(recipe)
+        return make_plan(recipe, last)
     except WinnowError as error:
         if last is None or not {*recipe.in_rounds(last)} <= {*recipe.steps}:
             raise
