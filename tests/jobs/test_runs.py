@@ -99,7 +99,7 @@ def test_a_line_break_of_an_option_is_none_in_the_name_of_its_run():
 SERVED = "sample.engine={name: endpoint, url: 'http://one/v1', model: sft}"
 
 
-@pytest.mark.filterwarnings("ignore:sample. engine endpoint")
+@pytest.mark.filterwarnings("ignore:.*engine endpoint, and its policy")
 @pytest.mark.parametrize(
     ("sets", "execution"),
     [
