@@ -221,28 +221,29 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
 
     # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
     options: dict[str, dict[str, Any]] = {}
-    hints_given: set[str] = set()  # steps that are like another have its options
+    misplaced: dict[tuple[str, str], list[str]] = {}  # steps by an option that is none of theirs, and where it is one
     for name, entry in entries.items():
         fields, step_options = entry.options.model_fields, recipe.steps[name].get("with") or {}
+        hints = {
+            option: how_to_set(option, value, recipe.steps)
+            for option, value in step_options.items()
+            # Of this step's own options, and of its functions', the message of the stage names the right one.
+            if not fields.keys() & {option, FORMER.get(option), ELSEWHERE.get(option)}
+            and not any(path.startswith(f"{name}.") for path in option_paths(option, recipe.steps))
+        }
+        for option, hint in hints.items():
+            if hint:
+                misplaced.setdefault((option, hint), []).append(name)
         try:
             defaults = {"track": recipe.track} if recipe.track and "track" in fields else {}
-            options[name] = entry.validate(defaults | step_options, name)
+            of_stage = {option: value for option, value in step_options.items() if not hints.get(option)}
+            options[name] = entry.validate(defaults | of_stage, name)
         except WinnowError as error:
-            hints = {
-                f"{name}.{option}": how_to_set(option, value, recipe.steps)
-                for option, value in step_options.items()
-                # Of this step's own options, and of its functions', the message of the stage names the right one.
-                if not fields.keys() & {option, FORMER.get(option), ELSEWHERE.get(option)}
-                and not any(path.startswith(f"{name}.") for path in option_paths(option, recipe.steps))
-            }
-            for problem in error.problems:
-                location = problem.partition(": ")[0]
-                if line_to_write := hints.get(location):
-                    if line_to_write not in hints_given:
-                        problems.append(f"{location}: unknown option{line_to_write}")
-                    hints_given.add(line_to_write)
-                elif name in order or ": required" not in problem:
-                    problems.append(problem)
+            problems += [problem for problem in error.problems if name in order or ": required" not in problem]
+    for (option, hint), names in misplaced.items():
+        locations = [f"{name}.{option}" for name in _base_names(names)]
+        more = f" and {len(locations) - 3} more" if len(locations) > 3 else ""
+        problems.append(f"{', '.join(locations[:3])}{more}: unknown option{hint}")
     checked: dict[str, InputStep] = {}
     problems_of_checks: dict[str, list[str]] = {}  # steps by the text
     warnings_of_checks: dict[str, list[str]] = {}
@@ -267,8 +268,8 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
     to_run = _inputs_first(ends, sources, []) if ends else order
     for text, names in warnings_of_checks.items():
         if concerned := [name for name in names if name in to_run]:
-            warnings.warn(f"{_listed(concerned)}: {text}", WinnowWarning, stacklevel=2)
-    problems += [f"{_listed(names)}: {text}" for text, names in problems_of_checks.items()]
+            warnings.warn(f"{', '.join(_base_names(concerned))}: {text}", WinnowWarning, stacklevel=2)
+    problems += [f"{', '.join(_base_names(names))}: {text}" for text, names in problems_of_checks.items()]
     if recipe.rounds > 1 and order and not any("@" in name for name in order):
         problems.append(
             f"rounds: all {recipe.rounds} are the same, for nothing that {recipe.target!r} needs changes between them; "
@@ -416,11 +417,11 @@ def _input_problems(name: str, entries: dict[str, Entry], sources: dict[str, str
     ]
 
 
-def _listed(steps: list[str]) -> str:
-    """Return the names of steps for the beginning of a line, that of several rounds once, without its number."""
+def _base_names(steps: list[str]) -> list[str]:
+    """Return the names of steps, that of several rounds once, without its number."""
     bases = [split_round(step)[0] for step in steps]
     names = [base if bases.count(base) > 1 else step for base, step in zip(bases, steps, strict=True)]
-    return ", ".join(dict.fromkeys(names))
+    return list(dict.fromkeys(names))
 
 
 def _without_rounds(problems: list[str]) -> list[str]:

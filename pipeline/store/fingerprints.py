@@ -19,8 +19,8 @@ from pipeline.store.weights import INDEX, damage, is_lfs_pointer, weight_files, 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
-# Key of a copy's tokenizer_config.json: digests of the policy that it is a copy of but for its chat templates' defaults,
-# and of its network, which is then still the policy's.
+# Key of a copy's tokenizer_config.json: digests of the policy that it is a copy of, but for defaults in its chat
+# templates, and of its network, which is then still the policy's.
 COPY_OF = "winnow_copy_of"
 # And weights; those of an adapter in the folder of its base are in no index.
 MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja", ADAPTER_WEIGHTS)

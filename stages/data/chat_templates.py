@@ -109,7 +109,7 @@ def planned_chat_templates(step: InputStep) -> list[str] | None:
 
 
 def _with_keywords(templates: list[str], step: InputStep) -> list[str]:
-    """Return templates with what a step of stage `model` has them read; as they are if one is damaged, which it refuses."""
+    """Return templates with what a step of stage `model` has them read; as they are if it refuses one as damaged."""
     with suppress(TemplateError):
         return [with_defaults(text, step.options.get("chat_template_kwargs") or {}, None) for text in templates]
     return templates

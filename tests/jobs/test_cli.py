@@ -287,6 +287,20 @@ def test_an_option_in_the_wrong_place_is_refused_with_the_line_to_write(winnow, 
     assert (code, missing([line], text)) == (2, []), text
 
 
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        ("rounds: [{optimize: {epochs: 3}}, {}]", ["rounds, entry 1: optimize.epochs: ", "{with: {epochs: 3}}`"]),
+        ("pair: {with: {epochs: 3}}\nselect: {with: {epochs: 3}}", ["select.epochs, pair.epochs: ", "`optimize: {"]),
+    ],
+)
+def test_the_line_to_write_is_of_the_round_and_of_all_steps_with_the_option(winnow, data_dir: Path, config, facts):
+    """And of the step that is called like its stage, in rounds too."""
+    Path("mine.yaml").write_text(config)
+    code, text = winnow("plan", "raft", "--config", data_dir / "demo.yaml", "--config", "mine.yaml")
+    assert (code, missing(facts, text)) == (2, []), text
+
+
 def test_a_mistake_in_a_recipe_names_place_value_and_cure(winnow, data_dir: Path):
     """All recipes are checked, and nothing has run."""
     for words, facts in MISTAKES:

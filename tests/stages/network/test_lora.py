@@ -383,7 +383,7 @@ def test_an_adapter_fits_the_copy_of_its_policy_with_other_chat_templates(sharp,
 
     weights = load_file(copy / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WinnowError, match="sft: adapter: .*from the policy"):
+    with pytest.raises(WinnowError, match=r"sft: adapter: .*from the policy"):
         planned(data_dir, tmp_path, step)
 
 
