@@ -24,6 +24,7 @@ from stages.evaluation.evaluate import gold_reward
 
 FOLDER = Path(__file__).parent / "recipes"
 PROFILES = Path(__file__).parent / "profiles"
+ALONE = ".recipe"  # suffix of a submitted recipe without its configs, beside the file that has them (jobs/bundle.py)
 OWN_CANDIDATES = ("kto_direct", "own_candidates")  # recipes on candidates of another system, which no demo has
 NO_CONFIG = "--config: not set; `--config my.yaml` names your data and models, and the README shows one"
 
@@ -122,7 +123,8 @@ def options_beside(path: Path, sets: list[str], plan: Plan) -> set[str]:
     if not sets:
         return set()
     try:
-        recipe = load_recipe(path, (), (), None, (FOLDER,))
+        alone = path.with_suffix(ALONE)
+        recipe = load_recipe(alone if alone.is_file() else path, (), (), None, (FOLDER,))
     except WinnowError:  # one that is complete only with its config
         return set()
     behind = [step for trained in recipe.in_rounds(recipe.trained) for step in predecessors(plan, trained)]
