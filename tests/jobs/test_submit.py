@@ -65,7 +65,8 @@ def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(data_dir, tmp_
     """One file, without what the recipe extends and without its config, is the same recipe."""
     configs = [data_dir / "demo.yaml"]
     for n, (name, *sets) in enumerate([
-        ("rso", "select.rule.beta=0.05", "shards=2"), ("rso", "optimize.learning_rate=5e-7"), ("ipo", "about='a/b [c] 5e-7'"), ("rest",),
+        ("rso", "select.rule.beta=0.05", "shards=2"), ("ipo", "about='a/b [c] 5e-7'"), ("rest",),
+        ("rso", "optimize.learning_rate=5e-7"),
         ("raft", "optimize@2.learning_rate=5e-7"), ("spin", "rounds=3"), ("alright",), ("cvx_rerank",),
     ]):  # fmt: skip
         folder = tmp_path / str(n)
