@@ -37,6 +37,7 @@ for group, commands in GROUPS.items():
 
 SIGNALS = {130: "interrupted", 143: "terminated"}  # by exit code: 128 and the signal, as shells have it
 _show_python_warning = warnings.showwarning
+_shown: set[str] = set()  # texts of warnings that this command has printed
 
 
 def _print_version(show: bool) -> None:
@@ -61,6 +62,7 @@ def winnow(
 def main() -> None:
     """Run the command line; an error that users can correct ends it with exit code 2 and no traceback."""
     warnings.showwarning = _show_warning
+    _shown.clear()
     resume.started = False
     exit_codes: list[int] = []
     atexit.register(_exit_by_signal, exit_codes)  # the first one registered is the last one called
@@ -102,9 +104,11 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print our warnings without file and line of Python, which mean nothing to users."""
+    """Print our warnings once per command, without file and line of Python, which mean nothing to users."""
     if issubclass(category, WinnowWarning):
-        _print_problems(str(message), style="yellow")
+        if str(message) not in _shown:
+            _print_problems(str(message), style="yellow")
+        _shown.add(str(message))
     else:
         _show_python_warning(message, category, filename, lineno, file, line)
 

@@ -56,6 +56,9 @@ def pack_submission(folder: Path, recipe: list[str], configs: list[Path], profil
             shutil.copyfile(file, copy)
             content["plugins"][number] = str(copy.relative_to(folder / FOLDER))
         (folder / word).write_text(dump(content), encoding="utf-8")
+        # The run's name tells options of --set from those of the recipe alone.
+        alone = merged(path, (), (recipes.FOLDER,))
+        (folder / word).with_suffix(recipes.ALONE).write_text(dump(alone | {"plugins": []}), encoding="utf-8")
         words.append(word)
     if profile:
         shutil.copyfile(recipes.profile_path(profile), folder / PROFILE)

@@ -135,15 +135,15 @@ def rendering(model: RunModel, copy: Path | None = None) -> list[str]:
     words = ["model", *((model.label,) if is_policy else (model.run, "--step", model.step)), "--to", "FOLDER"]
     command = hint(*words, "--store", str(model.store.root))
 
-    def sentence(rendered_with: str, cure: str) -> str:
+    def sentence(rendered_with: str, cure: str, *, is_default: bool) -> str:
         if copy is None:
             support = (
                 f"does not know: {cure}; or use the copy that `{command}` writes, whose chat template has it as default"
             )
-        elif rendered_with.startswith("the date") and any(TODAY in variables(t) for t in chat_templates(copy).values()):
-            support = f"cannot have as default, since it computes the pattern of the date: {cure}"
-        else:
+        elif is_default:
             support = f"has as default. With another template: {cure}"
+        else:
+            support = f"cannot have as default, since it computes the pattern of the date: {cure}"
         return f"Prompts were rendered with {rendered_with}, which this folder's chat template {support}."
 
     if values:
@@ -151,11 +151,12 @@ def rendering(model: RunModel, copy: Path | None = None) -> list[str]:
         keywords = ", ".join(f"{name}={value!r}" for name, value in values.items())
         server = f"`vllm serve --default-chat-template-kwargs {shlex.quote(written)}`"
         cure = f"`apply_chat_template(messages, {keywords})` in transformers, {server}"
-        sentences.append(sentence(f"chat_template_kwargs {written}", cure))
+        sentences.append(sentence(f"chat_template_kwargs {written}", cure, is_default=True))
     if day:
         call = f"datetime.date({', '.join(str(int(part)) for part in day.split('-'))}).strftime"
         cure = f"`apply_chat_template(messages, strftime_now={call})` in transformers"
-        sentences.append(sentence(f"the date {day}", cure))
+        asks = copy is not None and any(TODAY in variables(text) for text in chat_templates(copy).values())
+        sentences.append(sentence(f"the date {day}", cure, is_default=not asks))
     for text, steps in steps_by_system_prompt.items():
         message = json.dumps({"role": "system", "content": text}, ensure_ascii=False)
         sentences.append(

@@ -24,6 +24,7 @@ from stages.evaluation.evaluate import gold_reward
 
 FOLDER = Path(__file__).parent / "recipes"
 PROFILES = Path(__file__).parent / "profiles"
+ALONE = ".recipe"  # suffix of a submitted recipe without its configs, beside the file that has them (jobs/bundle.py)
 OWN_CANDIDATES = ("kto_direct", "own_candidates")  # recipes on candidates of another system, which no demo has
 NO_CONFIG = "--config: not set; `--config my.yaml` names your data and models, and the README shows one"
 
@@ -83,7 +84,7 @@ def _plan_until(last: str | None, recipe: Recipe) -> Plan:
     Raise WinnowError with all mistakes.
     """
     try:
-        return make_plan(recipe)
+        return make_plan(recipe, last)
     except WinnowError as error:
         if last is None or not {*recipe.in_rounds(last)} <= {*recipe.steps}:
             raise
@@ -122,7 +123,8 @@ def options_beside(path: Path, sets: list[str], plan: Plan) -> set[str]:
     if not sets:
         return set()
     try:
-        recipe = load_recipe(path, (), (), None, (FOLDER,))
+        alone = path.with_suffix(ALONE)
+        recipe = load_recipe(alone if alone.is_file() else path, (), (), None, (FOLDER,))
     except WinnowError:  # one that is complete only with its config
         return set()
     behind = [step for trained in recipe.in_rounds(recipe.trained) for step in predecessors(plan, trained)]

@@ -51,7 +51,8 @@ def _is_taken(name: str, plan: Plan, store: Store) -> bool:
         links = {step: link["key"] for step, link in store.run(name).items()}
     except WinnowError:  # a damaged file of a run, which the run writes anew
         return False
-    if not links or links == {step.name: step.key for step in plan.steps}:
+    # A plan with all steps of the run goes on with it: one that `--until` ended before what could not be run then.
+    if links.items() <= {step.name: step.key for step in plan.steps}.items():
         return False
     target = plan.target
     return target.name not in links or store.at(target.stage, links[target.name]).manifest is not None

@@ -132,8 +132,8 @@ def _labels(axes: list[Axis], options: Collection[str]) -> dict[str, str]:
         for text in axis.texts:
             value, label = parse(text, "--over"), text
             if isinstance(value, dict) and isinstance(value.get("name"), str):  # `hinge(delta=1.0)`
-                options = ",".join(f"{name}={option}" for name, option in value.items() if name != "name")
-                label = f"{value['name']}({options})" if options else value["name"]
+                arguments = ",".join(f"{name}={option}" for name, option in value.items() if name != "name")
+                label = f"{value['name']}({arguments})" if arguments else value["name"]
             labels[f"{axis.option}={text}"] = f"{option_label(axis.option, options)}={''.join(label.split())}"
     return labels
 

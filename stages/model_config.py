@@ -450,10 +450,9 @@ def generation_problems(config: ModelConfig, drawing: Mapping[str, Any]) -> list
     if changing:
         law = ["temperature", "top_k", *changing]
         unread = ", ".join(f"{name}: {json.dumps(options[name])}" for name in law if options.get(name) is not None)
-        used = ", ".join(f"{name}: {json.dumps(drawing[name])}" for name in law if name in drawing)
         warnings.warn(
             f"{folder}: of its {GENERATION} only the EOS ids are read, and draws apply none of {unread}; they use the "
-            f"options of stage `sample` ({used})",
+            f"options of the step ({', '.join(name for name in law if name in drawing)})",
             WinnowWarning,
             stacklevel=2,
         )

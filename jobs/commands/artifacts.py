@@ -22,6 +22,7 @@ from jobs.resume import hint
 from jobs.runs import with_free_names
 from jobs.tables import format_size, row_count, runs_table, steps_table
 from pipeline.config.keys import differences
+from pipeline.config.rounds import run_and_round, split_round
 from pipeline.store.store import Store
 from schemas import WinnowError
 
@@ -106,6 +107,12 @@ def gc(
     """List what no run uses, with sizes; --yes deletes it. What a run uses is never deleted."""
     from pipeline.store.gc import delete_garbage, garbage
 
+    runs = Store(store).runs() if forget else {}
+    if rounds := [name for name in forget if run_and_round(name, runs)[1] is not None]:
+        raise WinnowError(*(
+            f"--forget {name}: a round is no run of its own; --forget {split_round(name)[0]} is of all its rounds"
+            for name in rounds
+        ))  # fmt: skip
     report = garbage(Store(store), tuple(forget), missing_ok=yes)
     for run in set(forget) - Store(store).runs().keys() if yes else ():
         console.print(f"{run}: no such run; what it alone used is deleted", highlight=False, markup=False)

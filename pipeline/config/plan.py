@@ -1,6 +1,7 @@
 """Plans: a recipe's steps with keys, inputs before consumers. All mistakes of a recipe are found here, at once."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
 from pipeline.registry import ELSEWHERE, FORMER, FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
-from schemas import COMMAND, WinnowError
+from schemas import COMMAND, WinnowError, WinnowWarning
 
 FURTHER = "evaluate_"  # begins the name of each evaluation beside the main one, in queries (jobs/queries) too
 
@@ -156,10 +157,12 @@ def reads_files(entry: Entry | None) -> bool:
     return entry is not None and all(item.schema is None for item in signature_of(entry).inputs)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
     """Return the checked plan of a recipe. Raise WinnowError with all mistakes in its names, types, inputs and options.
 
-    If a plugin cannot be loaded, that is the only mistake reported: most others would follow from it.
+    If a plugin cannot be loaded, that is the only mistake reported: most others would follow from it. What the checks
+    of stages warn of is said once for all steps that it concerns. last: the step that a command ends with, behind which
+    it concerns none.
     """
     plan = Plan(recipe.name, plugins=load_plugins(recipe.plugins))
     problems: list[str] = []
@@ -218,36 +221,55 @@ def make_plan(recipe: Recipe) -> Plan:
 
     # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
     options: dict[str, dict[str, Any]] = {}
-    hints_given: set[str] = set()  # steps that are like another have its options
+    misplaced: dict[tuple[str, str], list[str]] = {}  # steps by an option that is none of theirs, and where it is one
     for name, entry in entries.items():
         fields, step_options = entry.options.model_fields, recipe.steps[name].get("with") or {}
+        hints = {
+            option: how_to_set(option, value, recipe.steps)
+            for option, value in step_options.items()
+            # Of this step's own options, and of its functions', the message of the stage names the right one.
+            if not fields.keys() & {option, FORMER.get(option), ELSEWHERE.get(option)}
+            and not any(path.startswith(f"{name}.") for path in option_paths(option, recipe.steps))
+        }
+        for option, hint in hints.items():
+            if hint:
+                misplaced.setdefault((option, hint), []).append(name)
         try:
             defaults = {"track": recipe.track} if recipe.track and "track" in fields else {}
-            options[name] = entry.validate(defaults | step_options, name)
+            of_stage = {option: value for option, value in step_options.items() if not hints.get(option)}
+            options[name] = entry.validate(defaults | of_stage, name)
         except WinnowError as error:
-            hints = {
-                f"{name}.{option}": how_to_set(option, value, recipe.steps)
-                for option, value in step_options.items()
-                # Of this step's own options, and of its functions', the message of the stage names the right one.
-                if not fields.keys() & {option, FORMER.get(option), ELSEWHERE.get(option)}
-                and not any(path.startswith(f"{name}.") for path in option_paths(option, recipe.steps))
-            }
-            for problem in error.problems:
-                location = problem.partition(": ")[0]
-                if line_to_write := hints.get(location):
-                    if line_to_write not in hints_given:
-                        problems.append(f"{location}: unknown option{line_to_write}")
-                    hints_given.add(line_to_write)
-                elif name in order or ": required" not in problem:
-                    problems.append(problem)
+            problems += [problem for problem in error.problems if name in order or ": required" not in problem]
+    for (option, hint), names in misplaced.items():
+        locations = [f"{name}.{option}" for name in _base_names(names)]
+        more = f" and {len(locations) - 3} more" if len(locations) > 3 else ""
+        problems.append(f"{', '.join(locations[:3])}{more}: unknown option{hint}")
     checked: dict[str, InputStep] = {}
+    problems_of_checks: dict[str, list[str]] = {}  # steps by the text
+    warnings_of_checks: dict[str, list[str]] = {}
     for name in order:
         inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
         readers = {entries[reader].name for reader in order if reader in entries and name in sources[reader].values()}
         stage = entries[name].name if name in entries else ""
         checked[name] = InputStep(stage, options.get(name, {}), inputs, split_round(name)[0], frozenset(readers))
         if name in entries:
-            problems += _stage_problems(name, entries, sources[name], options.get(name), inputs)
+            problems += _input_problems(name, entries, sources[name])
+        if name in entries and name in options:
+            with entries[name].failures(), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for problem in signature_of(entries[name]).check(options[name], inputs):
+                    problems_of_checks.setdefault(problem, []).append(name)
+            for item in caught:
+                if issubclass(item.category, WinnowWarning):
+                    warnings_of_checks.setdefault(str(item.message), []).append(name)
+                else:
+                    warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+    ends = [name for name in recipe.in_rounds(last) if name in sources] if last else []
+    to_run = _inputs_first(ends, sources, []) if ends else order
+    for text, names in warnings_of_checks.items():
+        if concerned := [name for name in names if name in to_run]:
+            warnings.warn(f"{', '.join(_base_names(concerned))}: {text}", WinnowWarning, stacklevel=2)
+    problems += [f"{', '.join(_base_names(names))}: {text}" for text, names in problems_of_checks.items()]
     if recipe.rounds > 1 and order and not any("@" in name for name in order):
         problems.append(
             f"rounds: all {recipe.rounds} are the same, for nothing that {recipe.target!r} needs changes between them; "
@@ -375,14 +397,8 @@ def _inputs_first(targets: list[str], sources: dict[str, dict[str, str]], proble
     return order
 
 
-def _stage_problems(
-    name: str,
-    entries: dict[str, Entry],
-    sources: dict[str, str],
-    options: dict[str, Any] | None,
-    inputs: dict[str, InputStep],
-) -> list[str]:
-    """Return what is wrong with one step: the names and kinds of its inputs, and what its stage's own check finds."""
+def _input_problems(name: str, entries: dict[str, Entry], sources: dict[str, str]) -> list[str]:
+    """Return what is wrong with the inputs of one step: their names and kinds, and what is missing."""
     problems = []
     stage, signature = entries[name].name, signature_of(entries[name])
     kinds = {item.name: item.kind for item in signature.inputs}
@@ -394,15 +410,18 @@ def _stage_problems(
             problems.append(
                 f"{name}.from.{item}: needs {required[item]}, and step {source!r} ({entries[source].name}) makes none"
             )
-    problems += [
+    return problems + [
         f"{name}.from.{item.name}: required ({required[item.name]}): add `{item.name}` under `from`"
         for item in signature.inputs
         if not item.optional and item.name not in sources
     ]
-    if options is not None:
-        with entries[name].failures():
-            problems += [f"{name}: {problem}" for problem in signature.check(options, inputs)]
-    return problems
+
+
+def _base_names(steps: list[str]) -> list[str]:
+    """Return the names of steps, that of several rounds once, without its number."""
+    bases = [split_round(step)[0] for step in steps]
+    names = [base if bases.count(base) > 1 else step for base, step in zip(bases, steps, strict=True)]
+    return list(dict.fromkeys(names))
 
 
 def _without_rounds(problems: list[str]) -> list[str]:

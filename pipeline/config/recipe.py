@@ -214,15 +214,9 @@ def load_recipe(
         overlaid_steps |= {step: None for step in overlay if step in steps and overlay[step] is None}
         problems += [f"{entry}: {line}" for line in _step_problems(overlaid_steps) if line not in step_problems]
     problems = [line for line in problems if line not in layer_problems]
-    for line, source in layer_problems.items():
-        location = re.sub(r"^rounds, entry \d+: ", "", line).partition(": ")[0]
-        step, _, key = location.partition(".")
-        body = source.content.get(step)
-        hint = ""
-        if step not in NAMES and key not in BODY_KEYS and "." not in key:
-            hint = how_to_set(location, body.get(key, "...") if isinstance(body, dict) else body, steps)
-            line = re.sub(r" \(did you mean [^)]*\)$", "", line) if hint else line
-        problems.append(f"{source.name}: " * (len(layers) > 1) + line + hint)
+    # Again, now that the steps are known, whose options may be meant.
+    for checked in layers if layer_problems else ():
+        problems += [f"{checked.name}: " * (len(layers) > 1) + line for line in _layer_problems(checked, steps)]
     if problems:
         raise WinnowError(*set_problems, *problems)
 
@@ -365,8 +359,11 @@ def plugin_files(path: Path) -> list[Path]:
 # Steps.
 
 
-def _layer_problems(layer: Layer) -> list[str]:
-    """Return what is wrong with the types of one layer: settings, rounds, the bodies of steps."""
+def _layer_problems(layer: Layer, all_steps: Steps | None = None) -> list[str]:
+    """Return what is wrong with the types of one layer: settings, rounds, the bodies of steps.
+
+    all_steps: those of all layers together. An option of theirs that is in the wrong place is told where to write it.
+    """
     problems = []
     if layer.is_config and "extends" in layer.content:
         problems.append("extends: only a recipe extends another; name the recipe in the command")
@@ -379,11 +376,17 @@ def _layer_problems(layer: Layer) -> list[str]:
     bodies = {str(name): body for name, body in layer.content.items() if name not in NAMES}
     for prefix, steps in [("", bodies), *((f"rounds, entry {n}: ", item) for n, item in enumerate(overlays, 1))]:
         for step, body in steps.items() if isinstance(steps, dict) else ():
+            if not isinstance(body, dict):
+                hint = how_to_set(step, body, all_steps or {})
+                if not hint and isinstance(body, str | int):
+                    hint = f" ({nearest(step, list(NAMES))})"
+                problems.append(f"{prefix}{step}: must be a mapping with use, like, from, with; got {body!r}{hint}")
+                continue
+            keys = [key for key in body if key not in BODY_KEYS]
+            hints = {key: how_to_set(f"{step}.{key}", body[key], all_steps or {}) for key in keys}
+            problems += [f"{prefix}{step}.{key}: unknown key{hint}" for key, hint in hints.items() if hint]
             try:
-                if not isinstance(body, dict):
-                    hint = f" ({nearest(step, list(NAMES))})" if isinstance(body, str | int) else ""
-                    raise WinnowError(f"{step}: must be a mapping with use, like, from, with; got {body!r}{hint}")
-                validated(StepBody, body, step, noun="key")
+                validated(StepBody, {key: body[key] for key in body if not hints.get(key)}, step, noun="key")
             except WinnowError as error:
                 # `first` or `then` may be written in another layer
                 problems += [f"{prefix}{line}" for line in error.problems if ": required" not in line]
@@ -478,7 +481,8 @@ def how_to_set(location: str, value: Any, steps: Steps) -> str:
     if not paths:
         return ""
     # The step itself, or one that is called like its stage (`optimize` before `sft`, which uses it).
-    own_names = [name for name, body in steps.items() if isinstance(body, dict) and body.get("use", name) == name]
+    bases = {split_round(name)[0]: body for name, body in steps.items()}
+    own_names = [name for name, body in bases.items() if isinstance(body, dict) and body.get("use", name) == name]
     path = min(paths, key=lambda path: (path.partition(".")[0] != step, path.partition(".")[0] not in own_names))
     first, *options = path.split(".")
     text = (

@@ -19,6 +19,9 @@ from pipeline.store.weights import INDEX, damage, is_lfs_pointer, weight_files, 
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "winnow:"  # prefix of an adapter's base model name if the base is a policy of ours: the policy's digest follows
+# Key of a copy's tokenizer_config.json: digests of the policy that it is a copy of, but for defaults in its chat
+# templates, and of its network, which is then still the policy's.
+COPY_OF = "winnow_copy_of"
 # And weights; those of an adapter in the folder of its base are in no index.
 MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja", ADAPTER_WEIGHTS)
 CARD = "README.md"  # of a model folder; what it says is no part of the model, and in no digest
@@ -234,6 +237,23 @@ def pointer_problems(folder: Path) -> list[str]:
 def model_digest(folder: Path) -> str:
     """Return the digest of a model folder: weights, config, tokenizer and chat template, and no other file."""
     return digest_of(folder, model_files(folder))
+
+
+def policy_of_copy(folder: Path) -> str | None:
+    """Return the digest of the policy of a store that a folder is a copy of, with other chat templates; else None.
+
+    An adapter of one fits the other: their networks are the same.
+    """
+    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        record = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[COPY_OF]
+        if record["network"] == network_digest(folder):
+            return str(record["policy"])
+    return None
+
+
+def network_digest(folder: Path) -> str:
+    """Return the digest of a model folder's config and weights, those of an adapter beside them included."""
+    return digest_of(folder, [folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def digest_of(path: Path, files: list[Path] | None = None) -> str:

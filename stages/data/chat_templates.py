@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -101,10 +102,17 @@ def planned_chat_templates(step: InputStep) -> list[str] | None:
     if step.stage != "model" or not isinstance(path, ModelPath):
         return None
     if (template := step.options["chat_template"]) is not None:
-        return [str(template.path.read_text(encoding="utf-8"))]
+        return _with_keywords([str(template.path.read_text(encoding="utf-8"))], step)
     folders = [path.path, *([step.options["adapter"].path] if step.options["adapter"] else [])]
     with_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
-    return list(chat_templates(with_tokenizer[-1]).values())  # the adapter's comes first
+    return _with_keywords(list(chat_templates(with_tokenizer[-1]).values()), step)  # the adapter's comes first
+
+
+def _with_keywords(templates: list[str], step: InputStep) -> list[str]:
+    """Return templates with what a step of stage `model` has them read; as they are if it refuses one as damaged."""
+    with suppress(TemplateError):
+        return [with_defaults(text, step.options.get("chat_template_kwargs") or {}, None) for text in templates]
+    return templates
 
 
 def rendered_probes(
@@ -124,7 +132,7 @@ def rendered_probes(
             messages=messages, tools=[TOOL] if has_tools else None, add_generation_prompt=asks,
             bos_token="", eos_token="", raise_exception=refuse, strftime_now=lambda pattern: "",
         )  # fmt: skip
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+    except Exception:  # a template may raise what it likes
         return None
     return [message["content"] for message in messages], text
 
@@ -190,7 +198,7 @@ def with_defaults(template: str, values: Mapping[str, Any], day: str | None) -> 
     names_read, lines = variables(template), []
     for name, value in values.items():
         if name in names_read:
-            literal = "none" if value is None else json.dumps(value, ensure_ascii=False)  # as Jinja writes it, too
+            literal = _literal(value)
             default = literal if name in TOKENS else f"{name} if {name} is defined else {literal}"
             lines.append(f"{{%- set {name} = {default} %}}\n")
     if day is not None and TODAY in names_read and (patterns := _date_patterns(template)) is not None:
@@ -199,6 +207,15 @@ def with_defaults(template: str, values: Mapping[str, Any], day: str | None) -> 
         lines.append(f"{{%- macro {TODAY}(format) %}}{{{{ {written}[format] }}}}{{%- endmacro %}}\n")
     defaults = "".join(lines)  # transformers leaves out the line end behind a tag
     return template if template.startswith(defaults) else defaults + template
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as Jinja writes it: as JSON does, but for null."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _date_patterns(template: str) -> set[str] | None:

@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
-from pipeline.store.fingerprints import ADAPTER, CARD
+from pipeline.store.fingerprints import ADAPTER, CARD, policy_of_copy
 from pipeline.store.storage import named
 from pipeline.store.weights import let_others_read, weight_files
 from schemas import Model, WinnowError
@@ -268,7 +268,7 @@ def _write_network(
     if adapted:
         from stages.network.lora import merge_layers, save_adapter
 
-        save_adapter(network, scratch / "adapter" if merge else scratch, init.digest)
+        save_adapter(network, scratch / "adapter" if merge else scratch, policy_of_copy(init.folder) or init.digest)
         if merge:
             merge_layers(network)
     if adapted and not merge:

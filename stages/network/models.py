@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pipeline import EXECUTION, AdapterPath, DataPath, InputStep, ModelPath, StageContext, TemplatePath, stage
-from pipeline.store.fingerprints import ADAPTER, ADAPTER_WEIGHTS, TOKENIZER_FILES, model_digest, model_files
+from pipeline.store.fingerprints import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    COPY_OF,
+    TOKENIZER_FILES,
+    model_digest,
+    model_files,
+    network_digest,
+    policy_of_copy,
+)
 from pipeline.store.weights import let_others_read, tensor_shapes
 from schemas import MachineError, Model, WinnowError
 from stages.data.chat_templates import (
@@ -98,7 +107,7 @@ def _check_model(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> li
             f"adapter: its tokenizer has {beyond[0]!r} ({len(beyond)} such tokens), and neither base nor adapter have "
             f"an embedding of it, but {rows}: save the adapter with its embeddings (`save_embedding_layers=True`)"
         )
-    if adapter.base not in (None, path.digest):
+    if adapter.base not in (None, path.digest, policy_of_copy(path.path)):
         problems.append(
             f"adapter: it was trained from the policy {adapter.base[:12]}, and path holds {path.digest[:12]}; set path "
             "to the model folder of the step that was its run's `init` (the column `init` of `policies` has the digest)"
@@ -152,9 +161,10 @@ def write_template_options(folder: Path, date: str | None, chat_template_kwargs:
 def write_template_defaults(folder: Path) -> None:
     """Write what a model's chat templates read from Winnow into them, as defaults for transformers, vLLM and others.
 
-    Winnow reads the folder as before. For a copy of a store's folder, whose content is its identity.
+    Winnow reads the folder as before. For a copy of a store's folder, whose content is its identity: the copy has
+    another, and says of which policy it is.
     """
-    options = _template_options(folder)
+    options, policy = _template_options(folder), model_digest(folder)
 
     def converted(template: str) -> str:
         return with_defaults(template, options.get("chat_template_kwargs") or {}, options.get("date"))
@@ -169,6 +179,10 @@ def write_template_defaults(folder: Path) -> None:
             else:
                 template = [item | {"template": converted(item["template"])} for item in template]
             file.write_text(json.dumps(content | {"chat_template": template}, indent=2), encoding="utf-8")
+    if options and model_digest(folder) != policy:
+        file = folder / "tokenizer_config.json"
+        origin = {"policy": policy, "network": network_digest(folder)}
+        file.write_text(json.dumps(json_object(file) | {COPY_OF: origin}, indent=2), encoding="utf-8")
 
 
 @stage(version=4, unsharded=True, check=_check_model)

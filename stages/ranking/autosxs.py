@@ -144,5 +144,5 @@ def autosxs(
                 ids = {name: row[name] for name in ("prompt_id", "candidate_id", "baseline_id")}
                 texts = ours[row["candidate_id"]], theirs[row["baseline_id"]]
                 vote_rows += [ids | vote for vote in opened.votes_on(*texts)]
-    judgements = finished_judgements("autosxs", opened, rows, candidates.num_rows + baseline.num_rows, ctx)
+    judgements = finished_judgements("autosxs", opened, rows, (candidates, baseline), ctx)
     return judgements, pa.Table.from_pylist(vote_rows, VOTES)

@@ -10,6 +10,8 @@ from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import StageContext
 from schemas import COMMAND, WinnowError, WinnowWarning
@@ -32,9 +34,9 @@ PROMPTS_OF_ENGINE = 128
 TOO_LONG, CANNOT_READ, NO_VERDICT = "does not fit the ranker", "the ranker cannot read it: ", "no verdict"
 MIN_ANSWERS = 32  # fewer say too little about a judge to refuse it
 EXAMPLES = 3  # of answers without a verdict that the refusal shows
-CUT = "cut_responses"  # counter of those that a reward model reads without an end
+RESPONSE_TABLES = ("candidates", "baseline", "selections")  # places of rejected responses; others are of comparisons
 MANY_CUT = 0.10  # share of a part's responses, of which a stage warns
-MANY_LOST = 0.05  # share of a part's responses, of which a stage warns
+MANY_LOST = 0.05  # share of a part's responses, or comparisons, of which a stage warns
 SPECIAL_TOKEN = "a special token of its own is written in the text"  # it would be read as a control token
 # What to do about responses that are rejected, by words of the reason; the first that occur in it count.
 CURES = {
@@ -96,12 +98,14 @@ class Ranker(ABC):
     abstains: a logit may be nan, which means that the ranker has no verdict on that pair.
     prompts_at_once: how many prompts of a part `logits_by_prompt` is asked about in one call.
     reads_ahead: `read` and `fits` may be called in a thread while `logits_by_prompt` is running.
+    scores_at_end: a response is scored at its last token, which the network knows as an end.
     """
 
     symmetric = False
     abstains = False
     prompts_at_once = 1
     reads_ahead = False
+    scores_at_end = False
 
     def read(self, context: str, response: Response) -> Reading | None:
         """Return what the other methods take as a response: its text, by default.
@@ -247,35 +251,41 @@ def reading_problem(ranker: Ranker, context: str, pair: ReadingPair) -> Unreadab
         return Unreadable(f"{CANNOT_READ}{error}")
 
 
-def warn_of_lost(stage: str, ctx: StageContext, responses: int) -> None:
-    """Warn if a stage has rejected many of a part's responses for what the ranker says of them: why, and the cure.
+def warn_of_part(stage: str, ctx: StageContext, ranker: Ranker, responses: pa.Table, comparisons: int = 0) -> None:
+    """Warn of many responses or comparisons of a part that have no rank, and of many that were scored without an end.
 
-    Without numbers: all parts then say the same, which is shown once.
+    responses: rows of `candidates` that the ranker was to read. comparisons: how many of two of them it was asked for.
+    Count the responses without an end. Warnings have no numbers: all parts then say the same, which is shown once.
     """
-    reasons = [reason for reason in ctx.rejects["reason"].to_pylist() if any(words in reason for words in CURES)]
-    if len(reasons) > MANY_LOST * responses:
-        reason = Counter(reasons).most_common(1)[0][0]
-        cure = next(cure for words, cure in CURES.items() if words in reason)
-        warnings.warn(
-            f"{stage}: more than {100 * MANY_LOST:.0f} % of a part's responses cannot be ranked, mostly for this: "
-            f"{reason.removeprefix(CANNOT_READ)}; {cure}. `{COMMAND} sql rejects` counts all reasons",
-            WinnowWarning,
-            stacklevel=2,
-        )
-
-
-def warn_of_cut(stage: str, ctx: StageContext, responses: int) -> None:
-    """Warn if a reward model has scored many of a part's responses without an end: what that means, and the cures.
-
-    As `warn_of_lost`, without the numbers of a part.
-    """
-    if ctx.counters[CUT] > MANY_CUT * responses:
+    rejects = [row for row in ctx.rejects.to_pylist() if any(words in row["reason"] for words in CURES)]
+    of_responses = [row for row in rejects if row["place"] in RESPONSE_TABLES]
+    of_comparisons = [row for row in rejects if row["place"] not in RESPONSE_TABLES]
+    for what, lost, count in (
+        ("responses", of_responses, responses.num_rows),
+        ("comparisons", of_comparisons, comparisons),
+    ):
+        if len(lost) > MANY_LOST * count:
+            reason = Counter(row["reason"] for row in lost).most_common(1)[0][0]
+            cure = next(cure for words, cure in CURES.items() if words in reason)
+            warnings.warn(
+                f"{stage}: more than {100 * MANY_LOST:.0f} % of a part's {what} cannot be ranked, mostly for this: "
+                f"{reason.removeprefix(CANNOT_READ)}; {cure}. `{COMMAND} sql rejects` counts all reasons",
+                WinnowWarning,
+                stacklevel=2,
+            )
+    if not ranker.scores_at_end:
+        return
+    unread = pa.array([row["candidate_id"] for row in of_responses], pa.string())
+    is_read = pc.invert(pc.is_in(responses["candidate_id"], unread))
+    cut = pc.sum(pc.and_(is_read, pc.equal(responses["finish_reason"], "length"))).as_py() or 0
+    ctx.count(cut_responses=cut)
+    if cut > MANY_CUT * responses.num_rows:
         others = ", or leave them out of pairs by `finished: true` of `select` or `pair`"
         cure = "raise `max_tokens` of stage `sample`" + (others if stage in ("reward", "compare") else "")
         warnings.warn(
             f"{stage}: more than {100 * MANY_CUT:.0f} % of a part's responses were cut at max_tokens. A reward model "
             "scores them at their last token, without the end that it was trained with, and its scores of them may say "
-            f"nothing; {cure}. Their number is {CUT} of the table `steps`",
+            f"nothing; {cure}. Their number is cut_responses of the table `steps`",
             WinnowWarning,
             stacklevel=2,
         )

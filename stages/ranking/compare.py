@@ -7,6 +7,7 @@ from math import inf, isnan, nan
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import Bound, InputStep, StageContext, stage
 from schemas import Candidates, Comparisons, Model, Prompts, Selections
@@ -23,8 +24,7 @@ from stages.ranking.base import (
     read_candidates,
     reading_problem,
     reads_per_pair,
-    warn_of_cut,
-    warn_of_lost,
+    warn_of_part,
 )
 from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
@@ -109,6 +109,7 @@ def compare(
         return bracket
 
     rows: list[Row] = []
+    n_matches = 0
     for batch in prepared_batches(opened, rows_by_prompt(table), prepare):
         # A round of each prompt's matches at a time.
         while running := [bracket for bracket in batch if bracket.pairs is not None]:
@@ -120,6 +121,7 @@ def compare(
         for bracket in batch:
             for reject in bracket.rejects:
                 ctx.reject(prompt=bracket.prompt, **reject)
+            n_matches += len(bracket.matches)
             for match in bracket.matches:
                 ids = dict(place=rule, prompt=bracket.prompt, candidate=match["left_id"], detail=match["right_id"])
                 if problem := bracket.unfit.get((match["left_id"], match["right_id"])):
@@ -131,8 +133,8 @@ def compare(
     opened.finish_part(ctx)
     comparisons = pa.Table.from_pylist(rows, schema=COMPARISONS)
     comparisons = reject_not_finite(comparisons, "logit", ctx, place="comparisons", candidate="left_id")
-    warn_of_lost("compare", ctx, table.num_rows)
-    warn_of_cut("compare", ctx, table.num_rows)
+    players = candidates.filter(pc.is_in(candidates["candidate_id"], table["candidate_id"].combine_chunks()))
+    warn_of_part("compare", ctx, opened, players, n_matches)
     return comparisons
 
 

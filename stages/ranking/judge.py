@@ -21,8 +21,7 @@ from stages.ranking.base import (
     read_candidates,
     reading_problem,
     reads_per_pair,
-    warn_of_cut,
-    warn_of_lost,
+    warn_of_part,
 )
 from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
@@ -70,7 +69,7 @@ def judge(
         for *_, judgements in judged_prompts(opened, prompts, candidates, baseline, ctx, matches, special_tokens)
         for row in judgements
     ]
-    return finished_judgements("judge", opened, rows, candidates.num_rows + baseline.num_rows, ctx)
+    return finished_judgements("judge", opened, rows, (candidates, baseline), ctx)
 
 
 def judged_prompts(
@@ -97,16 +96,18 @@ def judged_prompts(
         yield group, opponents, judgements
 
 
-def finished_judgements(stage: str, ranker: Ranker, rows: list[Row], responses: int, ctx: StageContext) -> pa.Table:
+def finished_judgements(
+    stage: str, ranker: Ranker, rows: list[Row], sides: tuple[pa.Table, pa.Table], ctx: StageContext
+) -> pa.Table:
     """Return the table of a part's judgements, without those that are not finite, once the ranker has ended it.
 
-    responses: how many there are in the part, of both sides.
+    sides: the part's candidates, and their baseline.
     """
     ctx.count(unread_responses=sum(row["unread"] is not None for row in rows))
     ranker.finish_part(ctx)
     judgements = reject_not_finite(pa.Table.from_pylist(rows, schema=JUDGEMENTS), "logit", ctx, place="judgements")
-    warn_of_lost(stage, ctx, responses)
-    warn_of_cut(stage, ctx, responses)
+    responses = pa.concat_tables([side.select(["candidate_id", "finish_reason"]) for side in sides])
+    warn_of_part(stage, ctx, ranker, responses, len(rows))
     return judgements
 
 

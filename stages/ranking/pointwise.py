@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline import StageContext
 from schemas import Model
 from stages.data.texts import Conversation, shared_prefix_length
 from stages.data.tokenizer import Tokenizer
@@ -16,7 +15,7 @@ from stages.network.device import prompts_per_call
 from stages.network.forward import completion_scores, forward_rows
 from stages.network.load import compile_layers, load_network
 from stages.options import Precision
-from stages.ranking.base import CUT, Response, Scorer, in_calls
+from stages.ranking.base import Response, Scorer, in_calls
 
 IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -25,6 +24,7 @@ class PointwiseRanker(Scorer):
     """Reward model in memory, which reads a prompt and a response as the ids that it was trained on."""
 
     reads_ahead = True
+    scores_at_end = True
 
     def __init__(
         self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, *, compiled: bool = False
@@ -41,7 +41,6 @@ class PointwiseRanker(Scorer):
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
         self.reads_after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
-        self.cut_responses = 0  # that were read since the last `finish_part`
         self._plain_text = lru_cache(1)(self._text_of_same_ids)  # responses to a prompt follow each other
 
     def close(self) -> None:
@@ -66,7 +65,6 @@ class PointwiseRanker(Scorer):
             with suppress(ValueError):  # raised again below, if it is not only about the prompt alone
                 prompt = tuple(self.tokenizer.prompt_ids(conversation))
         is_cut = response.finish_reason == "length"
-        self.cut_responses += is_cut
         # The ids of a response that a stop string ended hold that string, which is not part of the response.
         if response.token_ids and prompt == response.prompt_ids and response.finish_reason != "stop_string":
             ends = self.reads_after_end and not is_cut and response.token_ids[-1] == self.tokenizer.stop[0]
@@ -79,11 +77,6 @@ class PointwiseRanker(Scorer):
             ids = ids[:-1]
         start = min(max(1, shared_prefix_length(prompt, ids)), len(ids) - 1)  # neither part may be empty
         return tuple(ids[:start]), tuple(ids[start:])
-
-    def finish_part(self, ctx: StageContext) -> None:
-        """Count the responses that were cut, whose last token is not the end that the model was trained with."""
-        ctx.count(**{CUT: self.cut_responses})
-        self.cut_responses = 0
 
     def fits(self, context: str, first: IdRow, second: IdRow) -> bool:
         return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))

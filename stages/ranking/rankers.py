@@ -320,13 +320,16 @@ def open_ranker(by: Bound, model: Model | None) -> Ranker:
 def _checked_method(by: Bound, method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **options: Any) -> Any:
-        try:
-            with by.entry.failures():
+        reason = None
+        with by.entry.failures():
+            try:
                 result = method(*args, **options)
-        except WinnowError as error:
-            if method.__name__ in ("read", "fits") and isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None  # the reason to reject a response, and no failure
-            raise
+            except ValueError as error:
+                if method.__name__ not in ("read", "fits") or isinstance(error, WinnowError):
+                    raise
+                reason = error  # to reject a response, and no failure
+        if reason is not None:
+            raise reason
         # One per pair or text. The stage rejects those that are not finite.
         origin = f"from its method {method.__name__}"
         if method.__name__ in ("logits", "score") and len(args) == 2:

@@ -21,8 +21,7 @@ from stages.ranking.base import (
     read_candidates,
     reading_problem,
     reads_per_pair,
-    warn_of_cut,
-    warn_of_lost,
+    warn_of_part,
 )
 from stages.ranking.memory import ranker_cost
 from stages.ranking.rankers import open_ranker, ranker_for, reads_its_model
@@ -145,6 +144,5 @@ def reward(
             rows += [ids | row for row in sorted(rewarded, key=lambda row: row["candidate_id"])]
     opened.finish_part(ctx)
     rewards = reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
-    warn_of_lost("reward", ctx, candidates.num_rows)
-    warn_of_cut("reward", ctx, candidates.num_rows)
+    warn_of_part("reward", ctx, opened, candidates)
     return rewards

@@ -95,7 +95,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     is_rounded = options["dtype"] == "bfloat16" and engine != "fake"
     if is_rounded and policy and policy.stage == "optimize" and policy.options.get("save_dtype") == "float32":
         warnings.warn(
-            "sample.dtype: bfloat16, and its policy is an `optimize` step with save_dtype: float32: the engine rounds "
+            "dtype: bfloat16, and its policy is an `optimize` step with save_dtype: float32: the engine rounds "
             "the trained weights, so draws are of another policy than `reference` scores, and may lack most of a small "
             "change; set `dtype: float32` in `sample`, or `save_dtype: bfloat16` and `save_rounding: stochastic` in "
             "`optimize`, so that both read the same weights",
@@ -104,7 +104,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
         )
     if engine == "endpoint" and policy and policy.stage not in ("model", "untrained"):
         warnings.warn(
-            f"sample: engine endpoint, and its policy is made by a step of stage {policy.stage}: the server must serve "
+            f"engine endpoint, and its policy is made by a step of stage {policy.stage}: the server must serve "
             "that step's folder when this one starts, which is checked then; or set `engine: vllm` in this step",
             WinnowWarning,
             stacklevel=2,

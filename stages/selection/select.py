@@ -35,8 +35,8 @@ def _check_rule(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> lis
     k, draws = rule.options.get("k"), _draws_per_prompt(inputs.get("rewards"))
     if rule.name != "plain" and k is not None and draws is not None and k >= draws:  # plain reads no rewards
         warnings.warn(
-            f"select: rule {rule.name} keeps k = {k} responses, and `sample` draws n = {draws} per prompt: it keeps "
-            "all of them, whatever their rewards; set `select.rule.k` lower or `sample.n` higher",
+            f"rule {rule.name} keeps k = {k} responses, and `sample` draws n = {draws} per prompt: it keeps "
+            "all of them, whatever their rewards; set `rule.k` lower or `sample.n` higher",
             WinnowWarning,
             stacklevel=2,
         )

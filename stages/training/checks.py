@@ -104,7 +104,7 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     if (rate := options["learning_rate"] * options["learning_rate_scale"]) > limit:
         what = "of a LoRA" if options["lora_r"] else "of all weights"
         warnings.warn(
-            f"optimize.learning_rate: {rate:g} is so high that training {what} will most likely destroy the policy; "
+            f"learning_rate: {rate:g} is so high that training {what} will most likely destroy the policy; "
             f"usual are {usual}",
             WinnowWarning,
             stacklevel=2,
@@ -240,7 +240,7 @@ def validation_problems(options: Mapping[str, Any], inputs: Mapping[str, InputSt
         problems.append("baseline: its responses go on after EOS, which draws during training do not; unset ignore_eos")
     if split == "heldout" and options["keep"] == "best":
         warnings.warn(
-            "optimize.evaluate_split: heldout, and `keep: best`: the prompts that choose the policy are those that the "
+            "evaluate_split: heldout, and `keep: best`: the prompts that choose the policy are those that the "
             "final evaluation judges it by, whose win rate is then too high; set a share `validation` of `prompts`, "
             "and `evaluate_split: validation`",
             WinnowWarning,

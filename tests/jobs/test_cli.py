@@ -119,9 +119,28 @@ def test_what_only_steps_that_are_left_out_need_is_not_checked(winnow, data_dir:
     words = ("plan", "rso", "--config", data_dir / "demo.yaml", "--set", mistake)
     for part in (("--until", "optimize"), ("--over", "optimize.seed=0,1", "--until", "optimize")):
         code, text = winnow(*words, *part)
-        assert (code, missing(["what follows optimize is left out", "eval_sample: "], text)) == (0, []), text
+        assert (code, missing(["what follows optimize is left out", "eval_sample"], text)) == (0, []), text
     code, text = winnow("run", *words[1:], "--only", "base")
     assert (code, [*Store(tmp_path / "store").runs().popitem()[1]]) == (0, ["base"]), text
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_warning_names_all_steps_that_it_concerns_and_none_that_the_command_leaves_out(winnow, data_dir: Path):
+    """Once per command, however many recipes say the same of steps of one name."""
+    words = ("--config", data_dir / "demo.yaml", "--set", "ranker.learning_rate=1", "--set", "optimize.learning_rate=1")
+    _, text = winnow("plan", "rso", "ipo", *words)
+    assert [line.partition(": learning_rate: 1 is so high")[0] for line in text.splitlines() if "so high" in line] == [
+        "winnow: ranker, optimize"
+    ]
+    _, text = winnow("plan", "rso", *words, "--until", "reward")
+    assert "winnow: ranker: learning_rate: 1 is so high" in text
+    assert "so high" not in winnow("plan", "rso", *words, "--until", "sample")[1]
+
+
+def test_a_mistake_of_several_steps_is_named_once(winnow, data_dir: Path):
+    _, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--set", "prompts.heldout=0.0")
+    (line,) = [line for line in text.splitlines() if "holds out none" in line]
+    assert "eval_sample, eval_baseline: split: heldout" in line
 
 
 def test_a_plan_of_a_part_that_cannot_run_is_refused(winnow, data_dir: Path):
@@ -205,7 +224,7 @@ MISTAKES = [
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
     ("plan slic", ["unknown recipe 'slic'", "did you mean 'slic_direct' or 'slic_sample_rank'?"]),
-    ("plan rso --set sample.max_tokens=100000", ["sample: max_tokens: 100,000", "context"]),
+    ("plan rso --set sample.max_tokens=100000", ["sample", ": max_tokens: 100,000", "context"]),
     ("run rso --until=", ["--until: is empty"]),
     ("run rso --only=", ["--only: is empty"]),
     ("run rso --force=", ["--force: is empty"]),
@@ -220,8 +239,11 @@ MISTAKES = [
     ("plan rso --set prompts.prompt=question", ["no column 'question' (option `prompt`)"]),
     ("plan rso --set sample.temperature=0", ["sample.temperature: must be greater than 0", "`top_k: 1`", "got 0"]),
     ("plan rso --set sample.temperature=0.0", ["set `top_k: 1`"]),
-    ("plan rso --set prompts.heldout=0.0", ["eval_sample: split: heldout", "`heldout: 0.0`", "--until optimize"]),
-    ("plan rso --set prompts.heldout=0.0 --until judge", ["eval_sample: split: heldout"]),
+    (
+        "plan rso --set prompts.heldout=0.0",
+        ["eval_sample, eval_baseline: split: heldout", "`heldout: 0.0`", "--until optimize"],
+    ),
+    ("plan rso --set prompts.heldout=0.0 --until judge", ["eval_sample, eval_baseline: split: heldout"]),
     ("plan rso --set prompts.heldout=0.0 --set sample.n=0 --until optimize", ["sample.n: must be"]),
 ]
 
@@ -263,6 +285,20 @@ def test_an_option_in_the_wrong_place_is_refused_with_the_line_to_write(winnow, 
     Path("mine.yaml").write_text(config)
     code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--config", "mine.yaml")
     assert (code, missing([line], text)) == (2, []), text
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        ("rounds: [{optimize: {epochs: 3}}, {}]", ["rounds, entry 1: optimize.epochs: ", "{with: {epochs: 3}}`"]),
+        ("pair: {with: {epochs: 3}}\nselect: {with: {epochs: 3}}", ["select.epochs, pair.epochs: ", "`optimize: {"]),
+    ],
+)
+def test_the_line_to_write_is_of_the_round_and_of_all_steps_with_the_option(winnow, data_dir: Path, config, facts):
+    """And of the step that is called like its stage, in rounds too."""
+    Path("mine.yaml").write_text(config)
+    code, text = winnow("plan", "raft", "--config", data_dir / "demo.yaml", "--config", "mine.yaml")
+    assert (code, missing(facts, text)) == (2, []), text
 
 
 def test_a_mistake_in_a_recipe_names_place_value_and_cure(winnow, data_dir: Path):
@@ -309,7 +345,8 @@ def test_an_engine_that_rounds_what_was_trained_is_said(winnow, data_dir: Path):
     """Sampling in bfloat16 from a policy saved in fp32, unless what is saved is what the engine reads."""
     words = ("plan", "raft", "--config", str(data_dir / "demo.yaml"), "--set", "sample.dtype=bfloat16")
     assert (
-        missing(["sample.dtype: bfloat16", "save_dtype: float32", "save_rounding: stochastic"], winnow(*words)[1]) == []
+        missing(["sample", ": dtype: bfloat16", "save_dtype: float32", "save_rounding: stochastic"], winnow(*words)[1])
+        == []
     )
     saved = ("--set", "optimize.save_dtype=bfloat16", "--set", "sft.save_dtype=bfloat16")
     assert "the engine rounds" not in winnow(*words, *saved)[1]

@@ -11,7 +11,7 @@ from schemas import split_of
 from tests.conftest import write_jsonl
 
 EMPTY_PROMPT = pytest.mark.filterwarnings(
-    "ignore:path. 1 of the first .* will be rejected. empty prompt"
+    "ignore:prompts. path. 1 of the first .* will be rejected. empty prompt"
 )  # by the plan
 texts = st.lists(st.lists(st.sampled_from("abcd"), min_size=0, max_size=7).map(" ".join), max_size=6)
 

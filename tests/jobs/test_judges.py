@@ -9,6 +9,7 @@ import pytest
 
 from jobs import queries
 from jobs.blind import export_blind
+from jobs.opponents import find_opponents
 from jobs.recipes import plan_named
 from jobs.report import write_report
 from jobs.runs import with_free_names
@@ -57,6 +58,12 @@ def judged(data_dir: Path, finished: Path, tmp_path_factory) -> tuple[Store, lis
 def answers(store: Store, name: str, **values: str) -> list[dict]:
     rows = query(open_catalog(store), queries.text(name)).to_pylist()
     return [row for row in rows if values.items() <= row.items()]
+
+
+def test_draws_of_another_run_that_no_step_compares_are_refused(data_dir: Path, finished: Path, tmp_path: Path):
+    steps = "other: {use: other_run, with: {run: run}}\njudge: {from: {candidates: other}}\n"
+    with pytest.raises(WinnowError, match=r"judged: other: no step reads it as its baseline.*against: run"):
+        find_opponents([planned(data_dir, steps, tmp_path)], Store(finished))
 
 
 # Win rates by name

@@ -66,6 +66,17 @@ def test_a_run_that_has_not_reached_its_target_gives_up_its_name(winnow, words: 
     assert store.run("rso") != unfinished
 
 
+def test_a_run_that_ended_before_what_could_not_be_run_goes_on_under_its_name(winnow, words: list[str], tmp_path: Path):
+    """Its plan ended with the step of --until; with the mistake mended, the steps behind it are added."""
+    store, mistaken = Store(tmp_path / "store"), tmp_path / "mistaken.yaml"
+    mistaken.write_text("eval_sample: {with: {max_tokens: 100000}}\n")
+    assert winnow("run", *words, "--config", mistaken, "--until", "optimize")[0] == 0
+    assert not [step for step in store.run("rso") if step.startswith("eval")]
+    assert winnow("run", *words)[0] == 0
+    assert sorted(store.runs()) == ["rso", "run"]
+    assert store.run("rso") == store.run("run")
+
+
 def test_a_name_of_ones_own(winnow, words: list[str], tmp_path: Path):
     assert winnow("run", *words, "--name", "baseline")[0] == 0
     assert "baseline" in Store(tmp_path / "store").runs()
@@ -99,7 +110,7 @@ def test_a_line_break_of_an_option_is_none_in_the_name_of_its_run():
 SERVED = "sample.engine={name: endpoint, url: 'http://one/v1', model: sft}"
 
 
-@pytest.mark.filterwarnings("ignore:sample. engine endpoint")
+@pytest.mark.filterwarnings("ignore:.*engine endpoint, and its policy")
 @pytest.mark.parametrize(
     ("sets", "execution"),
     [

@@ -66,6 +66,7 @@ def test_a_shipped_plan_has_the_keys_and_the_name_of_the_original(data_dir, tmp_
     configs = [data_dir / "demo.yaml"]
     for n, (name, *sets) in enumerate([
         ("rso", "select.rule.beta=0.05", "shards=2"), ("ipo", "about='a/b [c] 5e-7'"), ("rest",),
+        ("rso", "optimize.learning_rate=5e-7"),
         ("raft", "optimize@2.learning_rate=5e-7"), ("spin", "rounds=3"), ("alright",), ("cvx_rerank",),
     ]):  # fmt: skip
         folder = tmp_path / str(n)
@@ -118,7 +119,7 @@ def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     files = {file.relative_to(tmp_path / "out").as_posix() for file in paths}
     assert {file.split("/")[0] for file in files} == {*PACKAGES, "submission", "commit.txt"}
     assert {"jobs/start.sh", "jobs/recipes/_base.yaml", "jobs/queries/status.sql", *words[:2], words[3]} <= files
-    assert {Path(file).suffix for file in files} <= bundle.SUFFIXES | {".yml", ".txt"}
+    assert {Path(file).suffix for file in files} <= bundle.SUFFIXES | {".yml", ".txt", recipes.ALONE}
     assert words[:3] == ["submission/rso.yaml", "submission/ipo.yaml", "--profile"]
     assert sum(file.stat().st_size for file in paths) < 5e6
     (tmp_path / "rso.yaml").write_text("extends: _base\n")

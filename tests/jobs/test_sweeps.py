@@ -38,6 +38,9 @@ def test_names_have_the_ends_of_options_that_tell_them_apart(data_dir: Path):
     assert names(data_dir, "optimize.seed=0", "sample.seed=1", "optimize.objective={name: hinge, delta: 2.0}") == [
         "rso optimize.seed=0 sample.seed=1 objective=hinge(delta=2.0)"
     ]
+    assert names(data_dir, "optimize.objective={name: hinge, delta: 2.0}", "optimize.seed=0", "sample.seed=1") == [
+        "rso objective=hinge(delta=2.0) optimize.seed=0 sample.seed=1"
+    ]
     sets = ("select.rule.k=2", "optimize.tokens_per_pass=64")
     assert names(data_dir, "select.rule.beta=0.1", sets=sets) == ["rso[k=2] rule.beta=0.1"]
 

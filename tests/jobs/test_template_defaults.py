@@ -26,10 +26,11 @@ TEMPLATE = """
 {%- macro mood() %}{{ style if style is defined else 'plain' }}{% endmacro %}
 {{ mood() }}{% for name in names or [] %}[{{ name }}]{% endfor %}{% if limit is defined %}{{ limit + 1 }}{% endif %}
 {%- if tools %}{{ tools | tojson }}{% endif %}{% if documents %}{{ documents | tojson }}{% endif %}
+{% if deep is defined %}{{ deep.a is none }} {{ deep['b c'][1] is none }}{% endif %}
 {% if strftime_now is defined %}{{ strftime_now("%d %b %Y") }} {{ strftime_now('%Y') }}{% endif %}
 {% for message in messages %}{{ message.role }}: {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
-VALUES = {"style": TEXT, "names": ["a", "b"], "limit": -2.5, "bos_token": "<<"}
+VALUES = {"style": TEXT, "names": ["a", "b"], "limit": -2.5, "bos_token": "<<", "deep": {"a": None, "b c": [1, None]}}
 CONVERSATIONS = {
     "text": ([USER], None),
     "system": ([{"role": "system", "content": "Be brief."}, USER], None),

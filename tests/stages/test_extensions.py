@@ -286,6 +286,16 @@ def test_a_ranker_rejects_responses_by_value_error_with_its_own_reason(monkeypat
     assert reasons == {"the ranker cannot read it: it shouts"}
 
 
+def test_a_refusal_of_a_ranker_ends_the_step_whatever_caused_it(monkeypatch, plugin, run_stage):
+    """A WinnowError is no reason to reject a response, also if a ValueError is behind it."""
+    source = "from schemas import WinnowError\nclass Mine(Scorer):\n    def read(self, context, response):\n"
+    source += "        raise WinnowError('no server') from ValueError('url')\n"
+    source += "    def score(self, context, texts):\n        return [0.0] * len(texts)\n"
+    source += "\n@ranker(reads_model=False)\ndef mine(model):\n    return Mine()\n"
+    monkeypatch.setitem(FUNCTIONS, "scorer", source)
+    assert refusal(run_stage, "scorer", plugin("scorer", "")) == "no server"
+
+
 def test_a_failure_of_ours_keeps_its_traceback(monkeypatch, run_stage):
     entry = selection_rule.entries["everything"]
     monkeypatch.setitem(selection_rule.entries, "everything", Entry("everything", lambda groups: {}["x"], {}, "rule"))

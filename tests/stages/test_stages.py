@@ -655,6 +655,34 @@ def test_many_lost_responses_are_warned_of_with_their_reason_and_its_cure(stage,
         run(40)
 
 
+@pytest.mark.parametrize("unclear", [1, 2])
+def test_a_comparison_without_a_verdict_is_no_response_that_cannot_be_ranked(unclear):
+    """All pairs of 8 are 28: one without a verdict is less than 5 % of them, and two are more."""
+
+    class Abstaining(Ranker):
+        symmetric = abstains = True
+
+        def fits(self, context, first, second):
+            return True
+
+        def logits(self, context, pairs):
+            return np.array([np.nan if set(pair) <= {*"012"[: unclear + 1]} else 1.0 for pair in pairs])
+
+    class Opened(WarmCache):
+        def open_once(self, open_it, *args):
+            return Abstaining()
+
+    ctx = StageContext(Path("unused"), Opened(), lambda *progress: None)
+    table = candidate_table(candidate("a", k, text=str(k)) for k in range(8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compare(prompts_of("a"), table, ctx, by=Bound(Entry("by", lambda model: None, {}), {}), rule="all_pairs")
+    assert ctx.rejects.num_rows == (1 if unclear == 1 else 3)
+    assert [str(item.message).partition(" cannot be ranked")[0] for item in caught] == (
+        ["compare: more than 5 % of a part's comparisons"] if unclear > 1 else []
+    )
+
+
 def test_judgements_of_other_responses_are_refused():
     prompts, candidates, baseline, judgements = judged({"a": [1.0, 1.0]})
     options = {evaluate: {}, win_rate: {"judge": "j"}}

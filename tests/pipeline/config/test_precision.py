@@ -9,7 +9,8 @@ from pipeline.config.recipe import load_recipe
 from schemas import WinnowError
 from tests.runs import RECIPES
 
-pytestmark = pytest.mark.filterwarnings("ignore:sample.dtype")  # rounds what is saved in fp32, which is its own test
+# Sampling rounds what is saved in fp32, which is its own test.
+pytestmark = pytest.mark.filterwarnings("ignore:.*dtype. bfloat16, and its policy")
 
 
 def plan(data_dir: Path, folder: Path, text: str, *sets: str, recipe: str = "rso") -> Plan:

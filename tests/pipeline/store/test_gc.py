@@ -327,6 +327,14 @@ def test_bad_stores_are_reported_by_every_command(winnow, tmp_path: Path, luck: 
     assert manifest.exists()
 
 
+def test_a_round_is_not_forgotten_alone(winnow, store: Store, plan: Plan):
+    """Nor is anything else deleted: with --yes, a run that is not there counts as one that was forgotten before."""
+    store.link_run("raft", plan.steps)
+    for words in ((), ("--yes",)):
+        code, text = winnow("gc", "--forget", "raft@2", *words, "--store", str(store.root))
+        assert (code, "--forget raft@2: a round" in text, "--forget raft is of" in text) == (2, True, True)
+
+
 def test_forgetting_a_run_can_be_repeated(winnow, store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch):
     """Also where it was cut off after the run's name was gone: what it alone used is deleted, and no other word is."""
     words = ("gc", "--forget", "toy", "--yes", "--store", str(store.root))

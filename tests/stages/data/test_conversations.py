@@ -1,6 +1,8 @@
 """Messages and tools that users bring: rendered by the template, or rejected by name, never left out in silence."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -210,6 +212,18 @@ def test_a_response_of_any_length_is_cut_to_its_first_ids(tiny, ctx, tmp_path):
     ids, (long_ids,) = (table["token_ids"].to_pylist() for table in tables)
     assert (ids, len(long_ids), tables[1]["finish_reason"].to_pylist()) == ([long_ids], 20, ["length"])
     assert tables[1]["text"].to_pylist() == ["boat " * 10_000]
+
+
+def test_a_response_whose_beginning_has_no_ids_is_not_cut_to_nothing(tiny, ctx, tmp_path):
+    """A normaliser may leave out all characters that were read: the rest would have been a response."""
+    folder = Path(shutil.copytree(tiny.folder, tmp_path / "normalised"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    normalizer = {"type": "Replace", "pattern": {"String": "~"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": normalizer}))
+    path = jsonl(tmp_path, [{"prompt": "a", "response": f"{'~' * 10_000}boat", "reward": 1.0}])
+    options = dict(path=path, reward="reward", max_tokens=20, too_long="cut")
+    assert own_candidates(Model(folder, "normalised"), ctx, **options)[1].num_rows == 0
+    assert ctx.rejects["reason"].to_pylist() == ["response too long"]
 
 
 def test_no_space_is_added_between_prompt_and_response(tmp_path):

@@ -26,11 +26,11 @@ def folder(tiny, tmp_path: Path) -> Path:
     return folder
 
 
-def source(folder: Path, rows: list[dict]) -> tuple[dict[str, Any], dict[str, InputStep]]:
+def source(folder: Path, rows: list[dict], **keywords: Any) -> tuple[dict[str, Any], dict[str, InputStep]]:
     """Return options of a file, and the inputs, of a step that reads prompts."""
     options = dict(path=DataPath(str(write_jsonl(folder / "prompts.jsonl", rows))), prompt="prompt", system=None)
     options |= dict(input=None, reader=None, subset=None, dataset_split="train", system_prompt=None, prefill="reject")
-    tokenizer = InputStep("model", {"path": ModelPath(str(folder)), "chat_template": None, "adapter": None})
+    tokenizer = InputStep("model", {"path": ModelPath(str(folder)), "chat_template": None, "adapter": None} | keywords)
     return options, {"tokenizer": tokenizer}
 
 
@@ -66,6 +66,14 @@ def test_a_prompt_without_an_answer_yet_is_refused_only_where_a_file_has_the_ans
     assert "1 of the first 1" in problem
     (folder / "chat_template.jinja").write_text(SYSTEM_IN_LAST.replace("loop.last", "m == messages[1]"))
     assert problems(folder, [system]) == []
+
+
+def test_a_template_is_rendered_with_the_variables_that_it_is_given(folder: Path):
+    """A plan refuses no prompts that the step's `chat_template_kwargs` let the template render alike."""
+    (folder / "chat_template.jinja").write_text(SYSTEM_IN_LAST.replace("loop.last", "(keep_system or loop.last)"))
+    for keep, count in ((False, 1), (True, 0)):
+        options, inputs = source(folder, [ROWS["a system turn"]], chat_template_kwargs={"keep_system": keep})
+        assert len(prompt_problems(options, inputs)) == count
 
 
 @pytest.mark.parametrize("reader", [None, "columns"])

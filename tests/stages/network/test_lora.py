@@ -28,7 +28,7 @@ from stages.network.forward import (
 from stages.network.load import checkpoint_layers, load_network, save_network
 from stages.network.lora import add_adapter
 from stages.network.memory import shape_of
-from stages.network.models import model, reward_head
+from stages.network.models import model, reward_head, write_template_defaults, write_template_options
 from stages.network.packing import PromptGroup
 from stages.training.memory import network_need
 from stages.training.objectives import objective
@@ -362,6 +362,29 @@ def test_an_adapter_of_ours_goes_on_the_policy_that_it_was_trained_from_alone(sh
     again = PeftModel.from_pretrained(load_network(sharp), str(adapter))
     again.save_pretrained(tmp_path / "again", save_embedding_layers=False)
     assert AdapterPath(str(tmp_path / "again")).base == init.digest
+
+
+def test_an_adapter_fits_the_copy_of_its_policy_with_other_chat_templates(sharp, rows, peft_folder, data_dir, tmp_path):
+    """Such as `winnow model --to` writes: an adapter of one goes on the other, until the copy's weights change."""
+    folder, copy = shutil.copytree(sharp.folder, tmp_path / "policy"), tmp_path / "copy"
+    (folder / "chat_template.jinja").write_text("{% if mood is defined %}{{ mood }}{% endif %}")
+    write_template_options(folder, None, {"mood": "calm"})
+    policy = model_digest(folder)
+    shutil.copytree(folder, copy)
+    write_template_defaults(copy)
+    assert model_digest(copy) != policy
+
+    config = peft_folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": f"winnow:{policy}"}))
+    step = {"sft": {"use": "model", "with": {"path": str(copy), "adapter": str(peft_folder)}}}
+    planned(data_dir, tmp_path, step)
+    trained, _, _ = train(Model(copy, "copy"), rows, tmp_path / "run", **MERGED, reference="other")
+    assert AdapterPath(str(trained.folder / "adapter")).base == policy
+
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WinnowError, match=r"sft: adapter: .*from the policy"):
+        planned(data_dir, tmp_path, step)
 
 
 def test_folders_that_hold_no_lora_are_refused_when_the_recipe_is_read(data_dir, tmp_path, peft_folder):

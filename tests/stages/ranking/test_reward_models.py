@@ -383,6 +383,14 @@ def test_many_cut_responses_are_counted_and_warned_of(opinionated, stage):
     assert ("`finished: true`" in texts[0]) == (stage is not judge)  # which makes no pairs
 
 
+def test_a_cut_response_that_does_not_fit_is_not_counted_as_scored(opinionated, ctx):
+    rows = candidates_with([*"abcdefghij"]).to_pylist()
+    long = {"finish_reason": "length", "text": "boat " * 200}
+    table = pa.Table.from_pylist([rows[0] | long, rows[1] | long, *rows[2:]], CANDIDATES)
+    rewards = reward(one_prompt(), table, ctx=ctx, ranker=opinionated, by=rankers.bind("pointwise"))
+    assert (rewards.num_rows, ctx.rejects.num_rows, ctx.counters["cut_responses"]) == (8, 2, 0)
+
+
 def test_drawn_ids_are_scored_and_not_the_ids_of_their_text(opinionated, ranker, network):
     """A policy may spell a word in letters, where the tokenizer has one id; equal texts then have two scores."""
     tokenizer = ranker.tokenizer

@@ -443,7 +443,7 @@ def key_of_sample(plan):
     return next(step.key for step in plan.steps if step.name == "sample")
 
 
-@pytest.mark.filterwarnings("ignore:sample. engine endpoint")
+@pytest.mark.filterwarnings("ignore:.*engine endpoint, and its policy")
 def test_where_and_how_a_server_is_asked_is_not_part_of_the_key(data_dir):
     options = dict(model="other", api_key_env="MY_KEY", concurrency=3, timeout=5.0, max_retries=0, verify=False)
     keys = {key_of_sample(plan_on(data_dir, url, **more)) for url, more in [
@@ -453,7 +453,7 @@ def test_where_and_how_a_server_is_asked_is_not_part_of_the_key(data_dir):
     assert keys != {key_of_sample(plan_of(data_dir, "sample.engine=vllm"))}
 
 
-@pytest.mark.filterwarnings("ignore:sample. engine endpoint")
+@pytest.mark.filterwarnings("ignore:.*engine endpoint, and its policy")
 def test_engine_options_are_the_servers_own(data_dir):
     with pytest.raises(WinnowError, match="engine_options: they are the server's"):
         plan_on(data_dir, "http://h/v1", "sample.engine_options={max_num_seqs: 8}")
@@ -465,7 +465,7 @@ def test_a_plan_warns_of_a_served_policy_that_it_makes_itself(data_dir):
         plan_on(data_dir, "http://h/v1")
 
 
-@pytest.mark.filterwarnings("ignore:sample. engine endpoint")
+@pytest.mark.filterwarnings("ignore:.*engine endpoint, and its policy")
 def test_a_plan_says_what_to_install(data_dir, monkeypatch):
     monkeypatch.setattr("stages.endpoint.find_spec", lambda name: None)
     with pytest.raises(WinnowError, match=r"engine: .* needs the library openai: .* -m pip install .*openai"):

@@ -187,6 +187,11 @@ def test_prompts_that_choose_and_judge_the_policy_are_warned_of(data_dir, tmp_pa
         planned(data_dir, tmp_path, steps)
 
 
+def test_a_step_of_another_name_with_the_same_result_is_the_same_policy(data_dir, tmp_path):
+    """As its key says: log-probs that are cached of it are those of `init`."""
+    planned(data_dir, tmp_path, {"again": {"like": "sft"}, "reference": {"from": {"policy": "again"}}})
+
+
 @pytest.mark.parametrize(
     ("options", "usual"),
     [
