@@ -103,6 +103,7 @@ Change = tuple[str, Mapping[str, Any], Device]  # a setting to name, the options
 NeedOf = Callable[[Mapping[str, Any], Mapping[str, Any], Device], Need | None]  # of options, inputs, device
 LessOf = Callable[[Mapping[str, Any], Device], Iterable[Change]]
 DeviceProblemOf = Callable[[Mapping[str, Any], Mapping[str, Any], Device], str]  # of options, inputs, device
+GpusOf = Callable[[Mapping[str, Any], Device], int]  # of options, device
 WorkOf = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Work]], Work]  # of options, inputs, their work
 
 
@@ -113,13 +114,15 @@ class Cost:
     need: memory per device, None where no network is held, or none is known yet; it raises NotEstimatedError for one
     whose memory is not counted. less: changes that take less memory, in the order in which to try them. work: what it
     makes and goes through, from what its inputs have. device_problem: why it cannot run on such a device, whatever its
-    memory, and the cure; "" if it can. The inputs are `InputStep`s, as in a stage's `check`.
+    memory, and the cure; "" if it can. gpus: on how many GPUs one worker computes, where it computes on any. The inputs
+    are `InputStep`s, as in a stage's `check`.
     """
 
     need: NeedOf = lambda options, inputs, device: None
     less: LessOf = lambda options, device: ()
     work: WorkOf = lambda options, inputs, work: Work()
     device_problem: DeviceProblemOf = lambda options, inputs, device: ""
+    gpus: GpusOf = lambda options, device: 1
 
 
 NO_COST = Cost()

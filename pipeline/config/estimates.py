@@ -103,6 +103,11 @@ def step_costs(
             seconds = units.times(Amount(1 / rate / devices, "estimated"))
         if local or resources.gpus is not None:  # else nobody knows what a cluster's workers have
             problem = cost.device_problem(step.options, inputs, device) or problem
+        if need is not None and resources.gpus and resources.gpus > (used := cost.gpus(step.options, device)):
+            problem = (
+                f"the profile gives each worker gpus: {resources.gpus:g}, and it computes on {used}; others would be "
+                f"idle: set `gpus: {used}`, and `max_workers` to as many workers as there are GPUs for"
+            )
         problem = problem and f"{step.name}: {problem}"
         source = source if rate else ""
         is_finished = manifest is not None

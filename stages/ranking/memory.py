@@ -15,7 +15,7 @@ QUESTION_TOKENS = 4096  # of a judge's question, for the engine transformers
 
 def ranker_cost(work: Callable[..., Any]) -> Cost:
     """Return the cost of a stage that ranks, from the work that it does."""
-    return Cost(ranker_need, less_ranker_memory, work, ranker_device_problem)
+    return Cost(ranker_need, less_ranker_memory, work, ranker_device_problem, ranker_gpus)
 
 
 def ranker_need(options: Mapping[str, Any], inputs: Mapping[str, InputStep], device: Device) -> Need | None:
@@ -35,6 +35,12 @@ def ranker_device_problem(options: Mapping[str, Any], inputs: Mapping[str, Input
         return ""
     problem = vllm_problem(by.options["engine"], inputs.get("ranker"), device)
     return problem and f"by.{problem}"
+
+
+def ranker_gpus(options: Mapping[str, Any], device: Device) -> int:
+    """Return on how many GPUs a ranker computes: torch on one, a judge's engine on its own."""
+    by: Bound = options["by"]
+    return engine.engine_gpus(by.options, device) if by.name in SAMPLING else 1
 
 
 def less_ranker_memory(options: Mapping[str, Any], device: Device) -> Iterable[Change]:

@@ -73,6 +73,13 @@ def cache_per_token(shape: NetworkShape, size: int) -> int:
     return 2 * shape.layers * shape.keys * size
 
 
+def engine_gpus(options: Mapping[str, Any], device: Device) -> int:
+    """Return on how many GPUs an engine computes: vLLM on `tensor_parallel` times `pipeline_parallel_size`."""
+    if name_of(options["engine"]) != "vllm":
+        return 1
+    return device.count * int((options.get("engine_options") or {}).get("pipeline_parallel_size") or 1)
+
+
 def less_engine_memory(options: Mapping[str, Any], device: Device) -> Iterator[Change]:
     """Yield changes that take less memory: a shorter context, more GPUs, half the precision."""
     extra = options.get("engine_options") or {}

@@ -50,7 +50,7 @@ from stages.sampling.engines.options import (
     length_limit,
     name_of,
 )
-from stages.sampling.memory import draws_need, less_engine_memory
+from stages.sampling.memory import draws_need, engine_gpus, less_engine_memory
 from stages.work import sampling_work
 
 # Temperature and top-k are not among them: every recipe sets them, and a dry run is one of that recipe.
@@ -203,7 +203,7 @@ def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[s
     version=6,
     concurrent=True,
     check=_check_sample,
-    cost=Cost(draws_need, less_engine_memory, sampling_work, draws_device_problem),
+    cost=Cost(draws_need, less_engine_memory, sampling_work, draws_device_problem, engine_gpus),
     which_rows=("n", "split"),
     goes_on=True,
 )

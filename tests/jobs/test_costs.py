@@ -135,6 +135,22 @@ def test_vllm_on_a_cpu_is_refused_heads_that_it_has_no_attention_for(data_dir: P
     assert not problems(Profile(default=Resources(gpus=1)), False)
 
 
+def test_gpus_that_a_worker_would_not_compute_on_are_refused_when_the_plan_is_made(data_dir: Path):
+    """vLLM computes on `tensor_parallel` times `pipeline_parallel_size`, torch on one, a program on none."""
+
+    def refused(resources: Resources, *sets: str) -> set[str]:
+        costs = costs_of(plan_of(data_dir, "sample.engine=vllm", *sets), None, Profile(default=resources))
+        return {name for name, cost in costs.items() if "others would be idle" in cost.problem}
+
+    assert refused(Resources(gpus=1)) == set()
+    assert refused(Resources(gpus=2)) >= {"sample", "reference", "optimize"}
+    two = refused(Resources(gpus=2, tensor_parallel=2))
+    assert "sample" not in two
+    assert two >= {"reference", "optimize"}
+    assert "sample" not in refused(Resources(gpus=2), "sample.engine_options={pipeline_parallel_size: 2}")
+    assert "prompts" not in refused(Resources(gpus=2))
+
+
 def test_heads_of_a_folder_are_those_of_its_config(tiny: Model, tmp_path: Path):
     """`head_dim`, where the config has it; a family whose keys are latent has kernels of its own."""
     assert ModelConfig(tiny.folder).head_size == 32
