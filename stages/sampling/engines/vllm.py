@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from threading import Thread
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from pydantic import ValidationError
 
@@ -76,7 +76,8 @@ class VllmEngine(QueuedEngine):
             _check_gpus(tensor_parallel, options)
         torch.set_num_threads(THREADS)
         end_orphans()  # an engine that a killed run left has a GPU's memory
-        with _quiet_start() as start_log, _unchanged_class(folder) if on_cpu else nullcontext():
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - stderr of the engine's process for as long as it lives
+        with _quiet_start(self.log), _unchanged_class(folder) if on_cpu else nullcontext():
             from vllm import LLM
 
             _let_processes_end_with_this_one()
@@ -109,10 +110,9 @@ class VllmEngine(QueuedEngine):
                 raise WinnowError(_refusal(folder, options, error)) from error
             except RuntimeError as error:
                 # On a GPU the engine is a process: what ended it is only in its log. Another worker may do better.
-                lines = [_cause(error), *start_log().splitlines()]
-                errors = [error for line in lines for error in ERROR_LINE.findall(line)]
+                causes = [*ERROR_LINE.findall(_cause(error)), *_errors(self.log), _cause(error)]
                 raise ChildProcessError(
-                    f"vLLM's engine did not start: {errors[0] if errors else lines[0]}; VLLM_LOGGING_LEVEL=INFO in the "
+                    f"vLLM's engine did not start: {causes[0]}; VLLM_LOGGING_LEVEL=INFO in the "
                     f"environment shows more; if it is not of this machine, {CURE}"
                 ) from error
             except Exception as error:  # a model that it does not know can end in any error, of pydantic as of Python
@@ -155,7 +155,7 @@ class VllmEngine(QueuedEngine):
             )
         params = copy(self.params[sampling])  # a validation of new ones takes 20 times as long
         params.seed = request.seed
-        with _named_death():
+        with self._named_death():
             self.llm.llm_engine.add_request(
                 request_id, tokens_input(list(request.prompt_ids)), params, lora_request=self.adapter
             )
@@ -164,7 +164,7 @@ class VllmEngine(QueuedEngine):
         import torch
 
         try:
-            with _named_death():
+            with self._named_death():
                 answers = self.llm.llm_engine.step()
         except (torch.OutOfMemoryError, DeadEngineError):
             raise
@@ -194,8 +194,23 @@ class VllmEngine(QueuedEngine):
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        self.log.close()
         cleanup_dist_env_and_memory()
         gc.collect()
+
+    @contextmanager
+    def _named_death(self) -> Iterator[None]:
+        """Raise DeadEngineError where vLLM says that the process of its engine has ended, with the last error there."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            causes = _errors(self.log)
+            why = causes[-1] if causes else "something may have killed it, as the kernel does where memory runs out"
+            raise DeadEngineError(
+                f"the process of vLLM's engine has ended: {why} (VLLM_LOGGING_LEVEL=INFO in the environment logs more)"
+            ) from error
 
 
 # vLLM's own main functions of its processes, where ours have taken their place: of the engine core, of its workers.
@@ -321,20 +336,6 @@ def _wake_when_engine_dies(client: Any) -> None:
 
 
 @contextmanager
-def _named_death() -> Iterator[None]:
-    """Raise DeadEngineError where vLLM says that the process of its engine has ended."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except EngineDeadError as error:
-        raise DeadEngineError(
-            "the process of vLLM's engine has ended; something may have killed it, as the kernel does where memory "
-            "runs out, or its log says why (VLLM_LOGGING_LEVEL=INFO in the environment shows it)"
-        ) from error
-
-
-@contextmanager
 def _unchanged_class(folder: Path) -> Iterator[None]:
     """Take back what vLLM does to a class of transformers, by which other steps of this process load their networks.
 
@@ -365,33 +366,36 @@ def _unchanged_class(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_start() -> Iterator[Callable[[], str]]:
-    """Hold back what start-up prints, from C++ too; yield what returns it so far.
+def _quiet_start(log: IO[bytes]) -> Iterator[None]:
+    """Hold back in `log` what start-up prints, from C++ too, and all that processes print which start here.
 
-    It is printed only if start-up fails and no line says why.
+    It is printed if start-up fails and no line says why; the file is closed where start-up fails.
 
     Hide llvmlite's lazy library too: vLLM calls `vars` on everything in every loaded module, and it has no dict.
     """
     llvmlite = sys.modules.pop(LLVMLITE, None)
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, WinnowError | ChildProcessError):
+            os.write(stderr, _text(log).encode())
+        log.close()
+        raise
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        if llvmlite is not None:
+            sys.modules[LLVMLITE] = llvmlite
 
-        def text() -> str:
-            sys.stderr.flush()
-            return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
 
-        try:
-            yield text
-        except (WinnowError, ChildProcessError):
-            raise
-        except BaseException:
-            log.seek(0)
-            os.write(stderr, log.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            if llvmlite is not None:
-                sys.modules[LLVMLITE] = llvmlite
+def _errors(log: IO[bytes]) -> list[str]:
+    """Return the errors in a log, each the last line of a traceback."""
+    return [str(error) for line in _text(log).splitlines() for error in ERROR_LINE.findall(line)]
+
+
+def _text(log: IO[bytes]) -> str:
+    sys.stderr.flush()
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from contextlib import closing
 from typing import Any
 
@@ -14,9 +15,10 @@ from stages.network.forward import completion_logp
 from stages.network.load import load_network
 from stages.network.models import untrained
 from stages.sampling.devices import cpu_head_sizes
-from stages.sampling.engines import Completion, Request, Sampling, open_engine
+from stages.sampling.engines import Completion, DeadEngineError, Request, Sampling, open_engine
 from stages.sampling.engines.fake import FakeEngine
 from stages.sampling.engines.options import EXECUTION_OPTIONS, REFUSED, vllm_arguments
+from stages.sampling.engines.vllm import VllmEngine
 from stages.sampling.sample import sample
 from stages.training.agreement import draw_of
 from tests.material import alone
@@ -111,6 +113,20 @@ def test_a_value_that_vllm_refuses_is_one_line_before_anything_is_drawn(tiny):
     ) as refusal:
         open_engine("vllm", tiny.folder, "float32", 1, json.dumps({"kv_cache_dtype": "fp9"}))
     assert "\n" not in str(refusal.value)
+
+
+def test_the_death_of_an_engines_process_is_told_with_its_last_error():
+    """What the process printed after its start is in the file that was its stderr then."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine = VllmEngine.__new__(VllmEngine)
+    with tempfile.TemporaryFile() as engine.log:
+        engine.log.write(
+            b"Traceback\nRuntimeError: first\n(EngineCore) torch.AcceleratorError: CUDA error: misaligned\n"
+        )
+        engine.log.flush()
+        with pytest.raises(DeadEngineError, match="AcceleratorError: CUDA error: misaligned"), engine._named_death():
+            raise EngineDeadError
 
 
 @pytest.mark.parametrize(
