@@ -1,5 +1,7 @@
 """Training groups, one per prompt, read from `examples` and checked before any weight is loaded, and their batches."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,8 @@ from stages.limits import check_ids, context_length
 from stages.network.packing import Ids, Mask, PromptGroup
 from stages.training.agreement import Draw
 from stages.training.checks import SCORES_ONLY, missing_data, trains_scores
+
+ROWS_AT_ONCE = 1000  # of a table that are Python's objects
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,47 @@ class TrainingGroup(PromptGroup):
         return sum(sign != 0 for sign in self.desirable or [])
 
 
+class TrainingGroups:
+    """Groups of a table of `examples`, in order of prompt id, each made from its row when it is asked for.
+
+    Token ids stay in Arrow's memory, 4 bytes each: as lists of Python's numbers they take ten times that on every rank.
+    counts: of each group, what an objective may count: pairs, rows (responses with a label) and likelihood (responses
+    that are imitated).
+    """
+
+    def __init__(self, examples: pa.Table, needs_reference: bool, init: Model) -> None:
+        self.examples, self.needs_reference, self.init = examples, needs_reference, init
+        ids, prompts = examples["prompt_id"].to_pylist(), examples["prompt_ids"]
+        repeated = {prompt_id for prompt_id, n in Counter(ids).items() if n > 1}
+        keys = [(prompt_id, prompts[n].as_py() if prompt_id in repeated else []) for n, prompt_id in enumerate(ids)]
+        self.order = sorted(range(len(ids)), key=keys.__getitem__)
+        self.counts = {name: [0] * len(ids) for name in ("pairs", "rows", "likelihood")}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, n: int) -> TrainingGroup:
+        (row,) = self.examples.slice(self.order[n], 1).to_pylist()
+        return self.group(row)
+
+    def __iter__(self) -> Iterator[TrainingGroup]:
+        return (self[n] for n in range(len(self)))
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield which group each row is, and the row, in the table's order; few at a time are Python's objects."""
+        group_of = {row: n for n, row in enumerate(self.order)}
+        for start in range(0, len(self.order), ROWS_AT_ONCE):
+            for row, values in enumerate(self.examples.slice(start, ROWS_AT_ONCE).to_pylist(), start):
+                yield group_of[row], values
+
+    def group(self, row: dict[str, Any]) -> TrainingGroup:
+        """Return the group of a row."""
+        return _training_group(row, self.needs_reference, self.init)
+
+
 def groups_of(
     examples: pa.Table, objective: Bound, nll_weight: float, init: Model, dtype: str, reference: str = "init"
-) -> list[TrainingGroup]:
+) -> TrainingGroups:
     """Return the training groups in order of prompt id.
 
     reference: `init` if the cached log-probs must be those of `init`, `other` if they may be any policy's. Raises
@@ -70,67 +112,73 @@ def groups_of(
     """
     from stages.network.load import is_reward_model
 
-    rows = sorted(examples.to_pylist(), key=lambda row: (row["prompt_id"], row["prompt_ids"]))
     fields = objective.metadata["reads"]
-    problems = []
+    groups = TrainingGroups(examples, "ref" in fields, init)
+    problems, longest, soft_labels = [], 0, False
+    empty: list[tuple[int, str]] = []
+    unmasked: list[tuple[int, str]] = []
+    # What the loss is a function of must be in the table, and nothing that it would silently ignore. A response that
+    # is merely imitated needs no reference.
+    present = dict.fromkeys(("pairs", "desirable", "mismatched", "imitate"), False) | {"reference": True}
+    cached: set[tuple[str | None, str | None]] = set()  # weights and arithmetic of the log-probs that are there
+    for index, row in groups.rows():
+        ids = [row["prompt_ids"], *(response["token_ids"] for response in row["responses"])]
+        wrong = [
+            (index, r["candidate_id"])
+            for r in row["responses"]
+            if r["mask"] is not None and (len(r["mask"]) != len(r["token_ids"]) or not any(r["mask"]))
+        ]
+        unmasked += wrong
+        if not all(ids):
+            empty.append((index, row["prompt_id"]))
+        if wrong or not all(ids):
+            continue
+        group = groups.group(row)
+        amounts = {"pairs": len(group.pairs), "rows": group.labelled, "likelihood": len(group.imitated)}
+        for name, amount in amounts.items():
+            groups.counts[name][index] = amount
+        check_ids(init, "examples", [group.prompt, *group.responses])
+        longest = max([longest, *(len(ids[0]) + len(response) for response in ids[1:])])
+        in_pairs = {n for pair in row["pairs"] for n in (pair["chosen"], pair["rejected"])}
+        for n, response in enumerate(row["responses"]):
+            if response["desirable"] is not None or n in in_pairs:
+                present["reference"] &= response["ref_logp"] is not None
+            if response["ref_logp"] is not None:
+                cached.add((row["ref_model"], row["ref_dtype"]))
+        present["pairs"] |= bool(group.pairs)
+        present["desirable"] |= bool(group.labelled)
+        present["mismatched"] |= bool(group.mismatched)
+        present["imitate"] |= bool(group.imitated)
+        soft_labels |= any(label != 1 for label in group.label)
+
     if is_reward_model(init) and not trains_scores(objective, nll_weight):
         problems.append(SCORES_ONLY.format(objective.name))
-    empty = [
-        row["prompt_id"] for row in rows if not all([row["prompt_ids"], *(r["token_ids"] for r in row["responses"])])
-    ]
     if empty:
         problems.append(
-            f"examples: prompt {empty[0]} ({len(empty)} such prompts): an empty prompt or response has no log-prob; "
-            "remove it"
+            f"examples: prompt {min(empty)[1]} ({len(empty)} such prompts): an empty prompt or response has no "
+            "log-prob; remove it"
         )
-    unmasked = [
-        r["candidate_id"]
-        for row in rows
-        for r in row["responses"]
-        if r["mask"] is not None and (len(r["mask"]) != len(r["token_ids"]) or not any(r["mask"]))
-    ]
     if unmasked:
         problems.append(
-            f"examples: candidate {unmasked[0]} ({len(unmasked)} such responses): its `mask` has no value per token "
-            "id, or leaves out all of them; correct or remove it"
+            f"examples: candidate {min(unmasked)[1]} ({len(unmasked)} such responses): its `mask` has no value per "
+            "token id, or leaves out all of them; correct or remove it"
         )
     if problems:
         raise WinnowError(*problems)
-    groups = [_training_group(row, "ref" in fields, init) for row in rows]
-    check_ids(init, "examples", [ids for group in groups for ids in (group.prompt, *group.responses)])
-    longest = max((len(row["prompt_ids"]) + len(r["token_ids"]) for row in rows for r in row["responses"]), default=0)
     if longest > (limit := context_length(init.folder)):
         problems.append(f"examples have rows of {longest} tokens, and the model takes {limit}")
-
-    # What the loss is a function of must be in the table, and nothing that it would silently ignore. A response that
-    # is merely imitated needs no reference.
-    compared = [
-        response
-        for row in rows
-        for n, response in enumerate(row["responses"])
-        if response["desirable"] is not None or any(n in (pair["chosen"], pair["rejected"]) for pair in row["pairs"])
-    ]
-    present = {
-        "reference": all(response["ref_logp"] is not None for response in compared),
-        "pairs": any(group.pairs for group in groups),
-        "desirable": any(group.labelled for group in groups),
-        "mismatched": any(group.mismatched for group in groups),
-        "imitate": any(group.imitated for group in groups),
-    }
-    soft_labels = any(label != 1 for group in groups for label in group.label)
     problems += missing_data(objective, nll_weight, present, soft_labels)
 
     # The cached log-probs must be those of `init`, in the training's arithmetic.
     if "ref" in fields:
-        cached = [row for row in rows if any(response["ref_logp"] is not None for response in row["responses"])]
-        models = {row["ref_model"] for row in cached} if reference == "init" else set()
+        models = {model for model, _ in cached} if reference == "init" else set()
         if others := sorted(str(model)[:12] for model in models - {init.digest}):
             problems.append(
                 f"the cached reference was scored by weights {', '.join(others)}, and training starts from "
                 f"{init.digest[:12]}: give `reference.policy` and `optimize.init` the same step, or set "
                 "`optimize.reference: other`"
             )
-        if others := sorted(map(str, {row["ref_dtype"] for row in cached} - {dtype})):
+        if others := sorted(map(str, {scored_in for _, scored_in in cached} - {dtype})):
             problems.append(
                 f"the cached reference was scored in {', '.join(others)}, and training runs in {dtype}: "
                 "set `dtype` of `reference` and `optimize` to the same"
@@ -175,12 +223,12 @@ class BatchSampler:
     A batch is whole groups until they hold `batch_size` of what the objective counts.
     """
 
-    groups: list[TrainingGroup]
-    per: str  # what the objective counts: pairs, rows (with a label) or likelihood (responses that are imitated)
+    groups: TrainingGroups
+    per: str  # what the objective counts: one of the `counts` of the groups
     batch_size: int
     seed: int
     index: int  # of the loss term in its run: terms draw their batches from different streams
-    _batches: list[list[TrainingGroup]] = field(default_factory=list)
+    _batches: list[list[int]] = field(default_factory=list)
     _epochs: int = 0
 
     def steps(self, epochs: int) -> int:
@@ -190,22 +238,22 @@ class BatchSampler:
         return len(self._batches)
 
     def __getitem__(self, n: int) -> list[TrainingGroup]:
+        return [self.groups[index] for index in self.indices(n)]
+
+    def indices(self, n: int) -> list[int]:
+        """Return which groups batch n has."""
         while len(self._batches) <= n:
             self._draw_epoch()
         return self._batches[n]
 
     def _draw_epoch(self) -> None:
-        order = np.random.default_rng([self.seed, self._epochs, self.index]).permutation(len(self.groups))
-        groups = [self.groups[n] for n in order]
-        sizes = [
-            len(group.pairs) if self.per == "pairs" else group.labelled if self.per == "rows" else len(group.imitated)
-            for group in groups
-        ]
-        batch: list[TrainingGroup] = []
-        size, remaining = 0, sum(sizes)
-        for group, amount in zip(groups, sizes, strict=True):
-            batch.append(group)
-            size, remaining = size + amount, remaining - amount
+        order = np.random.default_rng([self.seed, self._epochs, self.index]).permutation(len(self.groups)).tolist()
+        counts = self.groups.counts[self.per]
+        batch: list[int] = []
+        size, remaining = 0, sum(counts)
+        for n in order:
+            batch.append(n)
+            size, remaining = size + counts[n], remaining - counts[n]
             if size >= self.batch_size and remaining:
                 self._batches.append(batch)
                 batch, size = [], 0

@@ -37,7 +37,7 @@ class ObjectiveTerm:
         self.nll_per, self.dtype, self.tokens_per_pass = config.nll_per, config.dtype, config.tokens_per_pass
         requirements = (data.objective, data.nll_weight, init, config.dtype, config.reference)
         self.groups = groups_of(data.examples, *requirements)
-        self.heldout = None if data.heldout is None else groups_of(data.heldout, *requirements)
+        self.heldout = None if data.heldout is None else list(groups_of(data.heldout, *requirements))
         self.batches = BatchSampler(self.groups, self.objective.metadata["per"], config.batch_size, config.seed, index)
         self.dist = dist or Distributed()
         self.largest_micro_batch = 0  # tokens of the largest that has gone forward and backward

@@ -357,7 +357,7 @@ def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
 def check_world_size(world_size: int, terms: list[ObjectiveTerm]) -> None:
     """Raise WinnowError where most steps have fewer groups than there are ranks: some would only wait."""
     for term in terms:
-        groups = int(median(len(term.batches[n]) for n in range(term.batches.steps(1))))
+        groups = int(median(len(term.batches.indices(n)) for n in range(term.batches.steps(1))))
         if groups < world_size:
             raise WinnowError(
                 f"optimize.world_size: {world_size}, and half of the steps have {groups} prompts or fewer, which are "

@@ -1,6 +1,7 @@
 """A step's loss against its formula, written as loops over pairs and rows with log-probs computed token by token."""
 
 import math
+import tracemalloc
 from itertools import pairwise
 from typing import get_type_hints
 
@@ -11,7 +12,7 @@ from schemas import WinnowError
 from stages.network.load import load_network
 from stages.network.models import reward_head
 from stages.training.config import TrainConfig
-from stages.training.data import groups_of
+from stages.training.data import BatchSampler, groups_of
 from stages.training.objectives import objective
 from stages.training.optimize import optimize
 from stages.training.trainer import check_reference
@@ -237,6 +238,22 @@ def test_nll_per_token_or_per_response(sharp, network, logp):
     for nll_per, count in counts.items():
         loss, _ = loss_of(term_of(sharp, rows, "nll", nll_per=nll_per), network)
         assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_token_ids_of_all_groups_are_not_objects_of_python(sharp):
+    """What groups and their batches keep is small beside the table, in whose memory the ids stay."""
+    rows = random_rows(prompts=600)
+    for row in rows:
+        for candidate in row["responses"]:
+            candidate["token_ids"] = [300 + n % 40 for n in range(100)]
+    examples = table(rows)
+    tracemalloc.start()
+    groups = groups_of(examples, bound(objective, "hinge"), 0.0, sharp, "float32")
+    assert BatchSampler(groups, "pairs", 32, 0, 0).steps(2) > 20
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(groups) == 600
+    assert kept < examples.nbytes / 2
 
 
 def test_each_epoch_has_every_group_once_in_batches_from_the_seed_alone(sharp):
