@@ -79,6 +79,9 @@ def test_a_run_is_known_by_its_name_and_a_round_by_its_number(policies: Store):
     folders = [find_model(policies, name).folder for name in ("run@1", "run@2", "run")]
     assert folders[1] == folders[2] != folders[0]
     assert find_model(policies, "run", "ranker").step == "ranker"
+    assert find_model(policies, "run@1", "ranker").step == "ranker"
+    with pytest.raises(WinnowError, match="run@1 --step optimize@2: these are two rounds"):
+        find_model(policies, "run@1", "optimize@2")
 
 
 @pytest.mark.parametrize(
