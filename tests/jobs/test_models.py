@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.models import copy_model, find_model
+from jobs.models import _steps_behind, copy_model, find_model
 from pipeline.context import StageContext
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
@@ -46,6 +46,14 @@ def policies(data_dir: Path, finished: Path, tmp_path_factory: pytest.TempPathFa
     store = Store(root)
     run(plan_of(data_dir, "rounds=2", "target=optimize", recipe="raft"), store, LocalExecutor(), Silent())
     return store
+
+
+def test_what_a_ranker_reads_is_not_said_of_the_policy(finished: Path):
+    """The policy was trained with neither its chat template nor its system prompt; its data are the run's."""
+    policy = find_model(Store(finished), "run")
+    names, all_names = ({step for step, _ in _steps_behind(policy, with_rankers=with_it)} for with_it in (False, True))
+    assert {"optimize", "sft", "prompts"} <= names
+    assert all_names - names >= {"ranker", "ranker_examples", "preferences"}
 
 
 @pytest.mark.parametrize(
