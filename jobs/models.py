@@ -83,6 +83,8 @@ def find_model(store: Store, run: str, step: str | None = None) -> RunModel:
             raise WinnowError(f"run {name}: no round {number}; {f'it has {listed}' if listed else 'it has no rounds'}")
         finished = [n for n in rounds if rounds[n] in models]
         step = rounds[number] if number is not None else rounds[max(finished or rounds, key=lambda n: n or 0)]
+    elif number is not None and split_round(step)[1] not in (None, number):
+        raise WinnowError(f"{run} --step {step}: these are two rounds; omit the one in the name of the run")
     elif step not in links:
         raise WinnowError(f"run {name}: no step {step!r}; {nearest(step, list(models))}")
     if step not in models:

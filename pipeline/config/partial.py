@@ -137,7 +137,8 @@ def rerun(plans: list[Plan], store: Store, part: Part = Part()) -> Rerun:
 def narrowed(plans: list[Plan], part: Part) -> list[Plan]:
     """Return plans with the steps of a part, without those that have none of them.
 
-    Raise WinnowError for a step that no plan has, and for two options at once that select steps. No store is needed.
+    Raise WinnowError for a step that no plan has, for two options at once that select steps, and for a forced step that
+    is none of the part. No store is needed.
     """
     selections = {option: name for option, name in part.options.items() if option != "--force"}
     if len(selections) > 1:
@@ -154,7 +155,15 @@ def narrowed(plans: list[Plan], part: Part) -> list[Plan]:
         return plans
     ((option, name),) = selections.items()
     select = {"--only": matching, "--until": predecessors, "--from": followers}[option]
-    return [replace(plan, part=steps) for plan in plans if (steps := select(plan, name))]
+    parts = [replace(plan, part=steps) for plan in plans if (steps := select(plan, name))]
+    if part.force is not None and not any(
+        step in plan.steps_to_run for plan in parts for step in matching(plan, part.force)
+    ):
+        raise WinnowError(
+            f"--force {part.force}: {option} {name} leaves it out, so that it would be deleted and not run again; omit "
+            "one of them"
+        )
+    return parts
 
 
 def unfinished(steps: list[Step], store: Store) -> list[Step]:

@@ -244,32 +244,16 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
         locations = [f"{name}.{option}" for name in _base_names(names)]
         more = f" and {len(locations) - 3} more" if len(locations) > 3 else ""
         problems.append(f"{', '.join(locations[:3])}{more}: unknown option{hint}")
-    checked: dict[str, InputStep] = {}
-    problems_of_checks: dict[str, list[str]] = {}  # steps by the text
-    warnings_of_checks: dict[str, list[str]] = {}
     for name in order:
-        inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
-        readers = {entries[reader].name for reader in order if reader in entries and name in sources[reader].values()}
-        stage = entries[name].name if name in entries else ""
-        checked[name] = InputStep(stage, options.get(name, {}), inputs, split_round(name)[0], frozenset(readers))
         if name in entries:
             problems += _input_problems(name, entries, sources[name])
-        if name in entries and name in options:
-            with entries[name].failures(), warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                for problem in signature_of(entries[name]).check(options[name], inputs):
-                    problems_of_checks.setdefault(problem, []).append(name)
-            for item in caught:
-                if issubclass(item.category, WinnowWarning):
-                    warnings_of_checks.setdefault(str(item.message), []).append(name)
-                else:
-                    warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+    problems_of_checks, warnings_of_checks = _check_stages(order, entries, sources, options)
+    problems += [f"{', '.join(_base_names(names))}: {text}" for text, names in problems_of_checks.items()]
     ends = [name for name in recipe.in_rounds(last) if name in sources] if last else []
     to_run = _inputs_first(ends, sources, []) if ends else order
     for text, names in warnings_of_checks.items():
         if concerned := [name for name in names if name in to_run]:
             warnings.warn(f"{', '.join(_base_names(concerned))}: {text}", WinnowWarning, stacklevel=2)
-    problems += [f"{', '.join(_base_names(names))}: {text}" for text, names in problems_of_checks.items()]
     if recipe.rounds > 1 and order and not any("@" in name for name in order):
         problems.append(
             f"rounds: all {recipe.rounds} are the same, for nothing that {recipe.target!r} needs changes between them; "
@@ -415,6 +399,32 @@ def _input_problems(name: str, entries: dict[str, Entry], sources: dict[str, str
         for item in signature.inputs
         if not item.optional and item.name not in sources
     ]
+
+
+def _check_stages(
+    order: list[str], entries: dict[str, Entry], sources: dict[str, dict[str, str]], options: dict[str, dict[str, Any]]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return what the checks of stages find, and what they warn of: by the text, the steps of which it is said."""
+    problems: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
+    checked: dict[str, InputStep] = {}
+    for name in order:
+        inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
+        readers = {entries[reader].name for reader in order if reader in entries and name in sources[reader].values()}
+        stage = entries[name].name if name in entries else ""
+        checked[name] = InputStep(stage, options.get(name, {}), inputs, split_round(name)[0], frozenset(readers))
+        if name not in options:
+            continue
+        with entries[name].failures(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for problem in signature_of(entries[name]).check(options[name], inputs):
+                problems.setdefault(problem, []).append(name)
+        for item in caught:
+            if issubclass(item.category, WinnowWarning):
+                notes.setdefault(str(item.message), []).append(name)
+            else:
+                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+    return problems, notes
 
 
 def _base_names(steps: list[str]) -> list[str]:

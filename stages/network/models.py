@@ -164,22 +164,25 @@ def write_template_defaults(folder: Path) -> None:
     Winnow reads the folder as before. For a copy of a store's folder, whose content is its identity: the copy has
     another, and says of which policy it is.
     """
-    options, policy = _template_options(folder), model_digest(folder)
+    options = _template_options(folder)
+    if not options:
+        return
+    policy = model_digest(folder)
 
     def converted(template: str) -> str:
         return with_defaults(template, options.get("chat_template_kwargs") or {}, options.get("date"))
 
     for file in (folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")):
-        if options and file.is_file():
+        if file.is_file():
             file.write_text(converted(file.read_text(encoding="utf-8")), encoding="utf-8")
     for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        if options and file.is_file() and (template := (content := json_object(file)).get("chat_template")):
+        if file.is_file() and (template := (content := json_object(file)).get("chat_template")):
             if isinstance(template, str):
                 template = converted(template)
             else:
                 template = [item | {"template": converted(item["template"])} for item in template]
             file.write_text(json.dumps(content | {"chat_template": template}, indent=2), encoding="utf-8")
-    if options and model_digest(folder) != policy:
+    if model_digest(folder) != policy:
         file = folder / "tokenizer_config.json"
         origin = {"policy": policy, "network": network_digest(folder)}
         file.write_text(json.dumps(json_object(file) | {COPY_OF: origin}, indent=2), encoding="utf-8")

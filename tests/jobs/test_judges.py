@@ -66,6 +66,13 @@ def test_draws_of_another_run_that_no_step_compares_are_refused(data_dir: Path, 
         find_opponents([planned(data_dir, steps, tmp_path)], Store(finished))
 
 
+def test_a_blind_sheet_of_prompts_that_are_gone_is_refused(judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    manifests = [manifest for manifest in judged[0].sealed() if manifest["stage"] != "prompts"]
+    monkeypatch.setattr(Store, "sealed", lambda store: manifests)
+    with pytest.raises(WinnowError, match=r"run judged: the prompts of its responses .* run it again"):
+        export_blind(judged[0], "judged", tmp_path / "sheet.csv", "sft", 4, None)
+
+
 # Win rates by name
 
 

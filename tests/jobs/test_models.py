@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.models import copy_model, find_model
+from jobs.models import _steps_behind, copy_model, find_model
 from pipeline.context import StageContext
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
@@ -48,6 +48,14 @@ def policies(data_dir: Path, finished: Path, tmp_path_factory: pytest.TempPathFa
     return store
 
 
+def test_what_a_ranker_reads_is_not_said_of_the_policy(finished: Path):
+    """The policy was trained with neither its chat template nor its system prompt; its data are the run's."""
+    policy = find_model(Store(finished), "run")
+    names, all_names = ({step for step, _ in _steps_behind(policy, with_rankers=with_it)} for with_it in (False, True))
+    assert {"optimize", "sft", "prompts"} <= names
+    assert all_names - names >= {"ranker", "ranker_examples", "preferences"}
+
+
 @pytest.mark.parametrize(
     "words", [["sql", "SELECT step, round FROM runs", "--run"], ["status", "--run"], ["ls"], ["trace"]]
 )
@@ -79,6 +87,9 @@ def test_a_run_is_known_by_its_name_and_a_round_by_its_number(policies: Store):
     folders = [find_model(policies, name).folder for name in ("run@1", "run@2", "run")]
     assert folders[1] == folders[2] != folders[0]
     assert find_model(policies, "run", "ranker").step == "ranker"
+    assert find_model(policies, "run@1", "ranker").step == "ranker"
+    with pytest.raises(WinnowError, match="run@1 --step optimize@2: these are two rounds"):
+        find_model(policies, "run@1", "optimize@2")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from ray import cloudpickle
 
 from pipeline import Bound, Range, Registry, stage, stages
 from pipeline.config.keys import canonical, key_of
-from pipeline.registry import entry_of
+from pipeline.registry import entry_of, nearest
 from schemas import Prompts, WinnowError
 from stages.data.formats import preference_reader
 from stages.evaluation.evaluate import gold_reward
@@ -242,3 +242,16 @@ def test_entries_and_bound_functions_travel_to_workers(pickler: Any):
 def test_errors_travel_back_from_workers_whole():
     error = pickle.loads(pickle.dumps(WinnowError("first", "second")))
     assert error.problems == ("first", "second")
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "hint"),
+    [
+        ("r", ["raft", "rest", "reward", "rspo"], "known: raft, rest, reward, rspo"),  # four are too many
+        ("s", ["slic", "spin"], "did you mean 'slic' or 'spin'?"),
+        ("gpu", ["gpu_memory", "gpus"], "did you mean 'gpus'?"),
+        ("rafft", ["raft", "rest"], "did you mean 'raft'?"),
+    ],
+)
+def test_an_unknown_name_is_taken_for_a_few_that_it_begins_or_for_the_nearest(name: str, names: list[str], hint: str):
+    assert nearest(name, names) == hint

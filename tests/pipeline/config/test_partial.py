@@ -120,6 +120,15 @@ def test_force_makes_a_step_again_and_what_was_made_of_it(store: Store, plan: Pl
     assert store.folder(step(plan, "draw")).manifest == draws
 
 
+@pytest.mark.parametrize("part", [dict(until="draw"), dict(only="rate"), dict(from_step="keep")])
+def test_force_of_a_step_that_the_part_leaves_out_is_refused(store: Store, plan: Plan, part: dict[str, str]):
+    """It would be deleted, and not made again."""
+    make(plan, store)
+    forced = "rate" if "from_step" in part else "keep"
+    with pytest.raises(WinnowError, match=rf"--force {forced}: --\w+ {next(iter(part.values()))} .*omit"):
+        rerun([plan], store, Part(force=forced, **part))
+
+
 def test_force_drops_what_no_run_names_any_more_too(tmp_path: Path, store: Store, plan: Plan, luck: Luck):
     """A selection made of the old rewards would be found sealed by whoever asks for it again."""
     make(plan, store)
@@ -183,7 +192,7 @@ def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(sto
     """--only keep --force draw: rate would be gone. And a step that is being made is not taken away from its maker."""
     make(plan, store)
     before = store.sealed()
-    with pytest.raises(WinnowError, match="it reads rate, which is not finished"):
+    with pytest.raises(WinnowError, match="--force draw: --only keep leaves it out"):
         rerun([plan], store, Part(only="keep", force="draw"))
     claim = store.folder(step(plan, "keep")).try_lock()
     assert claim
