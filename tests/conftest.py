@@ -14,7 +14,6 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
 # Tests start about 80 processes with the packages, and would compile them in each of them: a third of such a start
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 os.environ["WINNOW_SYNC"] = "off"  # stores of tests are scratch; tests of power cuts set it to on
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # Ray on the loopback address, as pipeline.execution.ray_executor has it
@@ -40,6 +39,7 @@ from schemas import Model
 from stages.network.models import untrained
 from tests.runs import Silent, plan_of
 
+sys.dont_write_bytecode = False  # as above, of this process
 # Functions that a test defines or replaces are of its process alone; tests of other processes set these themselves.
 executor.LONG_PART, executor.LARGE_PART = float("inf"), 2**62
 
