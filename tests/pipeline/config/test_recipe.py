@@ -34,8 +34,8 @@ def own_candidates_config(folder: Path) -> Path:
     return config
 
 
-def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
-    """Return the plan of one of our recipes on the tiny data."""
+def plan_of(recipe: str, folder: Path, *sets: str, name: str | None = None) -> Plan:
+    """Return the plan of one of our recipes on the tiny data; with a name, none is sought by planning without `sets`."""
     if recipe in recipes.OWN_CANDIDATES:
         needed = (
             "own_candidates.response=response",
@@ -43,8 +43,8 @@ def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
             "own_candidates.reward=reward",
             "optimize.learning_rate=0.001",
         )
-        return recipes.plans([recipe], [own_candidates_config(folder)], [*needed, *sets])[0]
-    return recipes.plans([recipe], [folder / "demo.yaml"], list(sets))[0]
+        return recipes.plans([recipe], [own_candidates_config(folder)], [*needed, *sets], name)[0]
+    return recipes.plans([recipe], [folder / "demo.yaml"], list(sets), name)[0]
 
 
 @pytest.mark.parametrize("recipe", recipes.names())
