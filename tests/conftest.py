@@ -78,7 +78,7 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Files of one process: those that sample with vLLM import it once.
+# Files of one process: those that sample with vLLM, or train with TRL, import it once.
 WITH_VLLM = [
     "stages/sampling/test_engines.py",
     "stages/sampling/test_engine_options.py",
@@ -93,6 +93,7 @@ WITH_RAY = [
     "pipeline/execution/test_distributed.py",
     "pipeline/execution/test_schedule.py",
 ]
+WITH_TRL = ["jobs/test_export.py", "stages/training/test_against_trl.py"]
 # A long file at the end would leave the other worker without work: these are the first.
 LONGEST = [
     *WITH_VLLM,
@@ -105,7 +106,7 @@ LONGEST = [
     "jobs/test_diagnose.py",
     "stages/training/test_trainer.py",
 ]
-TOGETHER = {f"tests/{file}": files[0] for files in (WITH_VLLM, WITH_RAY) for file in files}
+TOGETHER = {f"tests/{file}": files[0] for files in (WITH_VLLM, WITH_RAY, WITH_TRL) for file in files}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -226,7 +226,8 @@ LONG = "Donaudampfschifffahrtsgesellschaft" * 6  # a word that no line has room 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Runs in a frame's page: what is wider than the window and in no box that scrolls, and text that is hard to see.
 PROBE = """
-const frame = document.getElementById(name), page = frame.contentDocument, view = frame.contentWindow, wide = [], faint = [];
+const frame = document.getElementById(name), page = frame.contentDocument, view = frame.contentWindow;
+const wide = [], faint = [];
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
 const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const light = color => rgb(color).slice(0, 3).map(c => linear(c / 255))
@@ -275,7 +276,7 @@ onload = () => {{
 
 @pytest.fixture(scope="module")
 def page(finished, tmp_path_factory):
-    """The report of a run beside one whose name, tag and responses have no place to break a line, and one with dollars."""
+    """The report of a run beside one with dollars, and one whose name, tag and responses have no place for a break."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(finished, folder / "store")
     store = Store(folder / "store")

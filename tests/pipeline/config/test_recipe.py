@@ -35,7 +35,7 @@ def own_candidates_config(folder: Path) -> Path:
 
 
 def plan_of(recipe: str, folder: Path, *sets: str, name: str | None = None) -> Plan:
-    """Return the plan of one of our recipes on the tiny data; with a name, none is sought by planning without `sets`."""
+    """Return the plan of one of our recipes on the tiny data; a name saves the plans without `sets` that seek one."""
     if recipe in recipes.OWN_CANDIDATES:
         needed = (
             "own_candidates.response=response",
