@@ -68,6 +68,13 @@ def test_the_example_of_load_recipe_is_what_it_makes(tmp_path: Path):
     assert loaded.keys() - expected == {"sft", "optimize@1", "optimize@2"}
 
 
+def test_what_is_made_of_a_text_does_not_change_what_it_says():
+    """A text is read once per process, and callers change what they get: each has its own."""
+    first = parse("a: {b: [1, 2]}", "here")
+    first["a"]["b"].append(3)
+    assert parse("a: {b: [1, 2]}", "here") == {"a": {"b": [1, 2]}}
+
+
 def test_own_candidates_enter_at_select(data_dir: Path):
     """Nothing is sampled or ranked: the rewards are the user's."""
     plan = plan_of("own_candidates", data_dir)
