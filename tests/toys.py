@@ -81,6 +81,16 @@ def followed(prompts: Prompts, *, folder: str, name: str, parts: int, by: str) -
     return prompts
 
 
+@stage(version=1)
+def together(prompts: Prompts, *, folder: str) -> Prompts:
+    """Its parts end when two processes have begun one, or in vain after a minute."""
+    note(folder, "begins", os.getpid())
+    deadline = time.monotonic() + 60
+    while len({pid for _, pid in notes(Path(folder))}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return prompts
+
+
 @stage(version=1, concurrent=True)
 def meeting(prompts: Prompts, *, folder: str) -> Prompts:
     """Two parts must run in one process at once, or this waits in vain."""

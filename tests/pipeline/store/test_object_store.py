@@ -184,7 +184,7 @@ def test_ray_workers_write_the_bytes_of_the_run_in_process_to_a_bucket(
     model. Every table and the model are the same. That `reward` in another process has the same bytes is also a claim
     of test_run.py; that workers write models, of the test below.
     """
-    plan, store, reference = plan_of(data_dir), Store(f"{bucket}/ray"), Store(finished)
+    plan, store, reference = plan_of(data_dir), Store(f"{bucket}/ray{len(to_make)}"), Store(finished)
     for step in plan.steps:
         if step.name in to_make:
             continue
@@ -206,12 +206,12 @@ def test_two_ray_workers_write_parts_and_one_a_model_to_a_bucket(
     bucket: str, cache: Path, ray_with_credentials: None, tmp_path: Path
 ):
     """The same bytes as in this process, in a folder."""
-    plan = plan_of_toys(4, slow=dict(folder=str(tmp_path), name="slow", seconds=0.3), weights={})
+    plan = plan_of_toys(4, together=dict(folder=str(tmp_path)), weights={})
     stores = Store(f"{bucket}/workers"), Store(tmp_path / "store")
     for store, executor in zip(stores, (RayExecutor(2), LocalExecutor()), strict=True):
         run(plan, store, executor, Silent())
         if store is stores[0]:
-            assert len({pid for *_, pid in notes(tmp_path)}) == 2
+            assert len({pid for _, pid in notes(tmp_path)}) == 2
     assert files(stores[0]) == files(stores[1])
     assert (stores[0].folder(plan.target).model().folder / "model.safetensors").read_bytes() == b"40"
 
