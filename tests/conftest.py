@@ -12,6 +12,8 @@ from typing import Any
 
 # One thread a process, set before torch is loaded: tests run several processes on two cores.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+# Tests start about 80 processes with the packages, and would compile them in each of them: a third of such a start
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["WINNOW_SYNC"] = "off"  # stores of tests are scratch; tests of power cuts set it to on
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # Ray on the loopback address, as pipeline.execution.ray_executor has it
@@ -37,6 +39,7 @@ from schemas import Model
 from stages.network.models import untrained
 from tests.runs import Silent, plan_of
 
+sys.dont_write_bytecode = False  # as above, of this process
 # Functions that a test defines or replaces are of its process alone; tests of other processes set these themselves.
 executor.LONG_PART, executor.LARGE_PART = float("inf"), 2**62
 
@@ -75,7 +78,7 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Files of one process: those that sample with vLLM import it once.
+# Files of one process: those that sample with vLLM, or train with TRL, import it once.
 WITH_VLLM = [
     "stages/sampling/test_engines.py",
     "stages/sampling/test_engine_options.py",
@@ -84,21 +87,26 @@ WITH_VLLM = [
     "jobs/test_real_demo.py",
     "stages/test_pipeline_on_vllm.py",
 ]
+# Those that share one local Ray: the first starts it, because its workers have the environment of that moment.
+WITH_RAY = [
+    "pipeline/store/test_object_store.py",
+    "pipeline/execution/test_distributed.py",
+    "pipeline/execution/test_schedule.py",
+]
+WITH_TRL = ["jobs/test_export.py", "stages/training/test_against_trl.py"]
 # A long file at the end would leave the other worker without work: these are the first.
 LONGEST = [
     *WITH_VLLM,
+    *WITH_RAY,
     "stages/test_end_to_end.py",
-    "pipeline/execution/test_distributed.py",
     "pipeline/execution/test_run.py",
-    "pipeline/execution/test_schedule.py",
     "jobs/test_submit.py",
     "jobs/test_cli.py",
     "jobs/test_report.py",
-    "pipeline/store/test_object_store.py",
     "jobs/test_diagnose.py",
     "stages/training/test_trainer.py",
 ]
-TOGETHER = {f"tests/{file}": WITH_VLLM[0] for file in WITH_VLLM}
+TOGETHER = {f"tests/{file}": files[0] for files in (WITH_VLLM, WITH_RAY, WITH_TRL) for file in files}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from pipeline.store.store import Store
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "jobs" / "recipes"
-SHORT = ("optimize.epochs=1", "optimize.checkpoint_every=100")
+SHORT = ("optimize.epochs=1",)
 
 
 def local(location: Location) -> Path:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,9 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
 
-def imported(file: Path) -> set[str]:
-    return {name.split(".")[0] for name in modules_in(tree_of(file))}
+@cache
+def imported(file: Path) -> frozenset[str]:
+    return frozenset({name.split(".")[0] for name in modules_in(tree_of(file))})
 
 
 def test_the_search_sees_every_way_to_import():

@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
+from pipeline.context import StageContext
 from pipeline.processes import DeadProcessError
 from pipeline.registry import Range
 from pipeline.stage import stage
-from schemas import Prompts
+from schemas import Model, Prompts
 from schemas.tables import PROMPTS
 
 _barrier = threading.Barrier(2)
@@ -47,12 +48,14 @@ def some_prompts(*, count: int = 40) -> Prompts:
 
 
 @stage(version=1)
-def dying(prompts: Prompts, *, folder: str, deaths: int) -> Prompts:
-    """Dies `deaths` times, on the part that holds prompt 0."""
-    earlier = len(list(Path(folder).glob(f"{deaths}-*")))
-    if f"{0:020x}" in prompts.column("prompt_id").to_pylist() and earlier < deaths:
-        (Path(folder) / f"{deaths}-{earlier}").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def dying(prompts: Prompts, *, folder: str, deaths: list[int]) -> Prompts:
+    """Dies `deaths[n]` times on a part that holds prompt n."""
+    present = prompts.column("prompt_id").to_pylist()
+    for n, times in enumerate(deaths):
+        earlier = len(list(Path(folder).glob(f"death-of-{n}-*")))
+        if f"{n:020x}" in present and earlier < times:
+            (Path(folder) / f"death-of-{n}-{earlier}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     return prompts
 
 
@@ -75,6 +78,16 @@ def followed(prompts: Prompts, *, folder: str, name: str, parts: int, by: str) -
             break
         time.sleep(0.02)
     note(folder, name, "ends", time.time(), os.getpid())
+    return prompts
+
+
+@stage(version=1)
+def together(prompts: Prompts, *, folder: str) -> Prompts:
+    """Its parts end when two processes have begun one, or in vain after a minute."""
+    note(folder, "begins", os.getpid())
+    deadline = time.monotonic() + 60
+    while len({pid for _, pid in notes(Path(folder))}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     return prompts
 
 
@@ -106,6 +119,14 @@ def spreading(prompts: Prompts, *, world_size: int = 2) -> Prompts:
             raise RuntimeError("a worker still holds what the ranks need")
         time.sleep(0.1)
     return prompts
+
+
+@stage(version=1, unsharded=True)
+def weights(prompts: Prompts, ctx: StageContext) -> Model:
+    """Write a file in the place of a model's weights: the number of prompts."""
+    (ctx.folder / "model").mkdir(parents=True, exist_ok=True)
+    (ctx.folder / "model" / "model.safetensors").write_text(str(prompts.num_rows))
+    return Model(ctx.folder / "model", "")
 
 
 @stage(version=1)

@@ -3,7 +3,9 @@
 PyYAML by itself has those of YAML 1.1, where `on` is true, 010 is 8, 1:30 is 90 and 5e-7 is text.
 """
 
+import pickle
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,16 +112,25 @@ def _expanded(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, 
     return size, depth
 
 
+@lru_cache(maxsize=256)
+def _pickled_content(text: str) -> bytes:
+    """Return the content of a YAML text, once per text: a plan reads each of its files three times.
+
+    Pickled, because callers change what they get. Raise YAMLError or ValueError.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):  # in a loop; to compose nodes, libyaml calls itself
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} collections inside each other"
+            raise _problem_at(event, problem)
+    return pickle.dumps(yaml.load(text, Loader=_Loader))
+
+
 def parse(text: str, source: str) -> Any:
     """Return the content of a YAML text. Raise WinnowError that names the source, line and column."""
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=_Loader):  # in a loop; to compose nodes, libyaml calls itself
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                problem = f"more than {MAX_DEPTH} collections inside each other"
-                raise _problem_at(event, problem)
-        return yaml.load(text, Loader=_Loader)
+        return pickle.loads(_pickled_content(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

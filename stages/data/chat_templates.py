@@ -160,7 +160,7 @@ def unreadable(templates: dict[str, str]) -> list[str]:
         if not template.strip():
             problems.append(f"{where} is an empty chat template, by which no prompt has tokens; remove or replace it")
         try:
-            ENVIRONMENT.compile(template)
+            compiled(template)
         except TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             problems.append(f"{where}{line} is no chat template ({error}); copy it again")
@@ -183,9 +183,10 @@ def unread_options(templates: dict[str, str], options: dict[str, Any]) -> list[s
     return problems
 
 
-def variables(template: str) -> set[str]:
+@lru_cache(maxsize=16)
+def variables(template: str) -> frozenset[str]:
     """Return the names that a template reads and does not set itself."""
-    return set(find_undeclared_variables(ENVIRONMENT.parse(template)))
+    return frozenset(find_undeclared_variables(ENVIRONMENT.parse(template)))
 
 
 def with_defaults(template: str, values: Mapping[str, Any], day: str | None) -> str:

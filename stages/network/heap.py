@@ -10,11 +10,13 @@ import resource
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Module
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATM = Path("/proc/self/statm")  # pages: of the address space, resident, ...
 MARGIN = 1.05  # of what a limit is raised above what is in use: else each layer would trim
@@ -45,7 +47,7 @@ class HeapLimit:
     done as long as it holds less; a pass that is in need of more raises the limit.
     """
 
-    def __init__(self, network: PreTrainedModel, layers: Iterable[Module], before: float, need: float) -> None:
+    def __init__(self, network: "PreTrainedModel", layers: Iterable[Module], before: float, need: float) -> None:
         self.before, self.limit = before, before + need
         self.trims = 0
         for layer in layers:

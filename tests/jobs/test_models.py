@@ -25,7 +25,7 @@ from stages.network.models import model, reward_head
 from tests.hub import add_snapshot
 from tests.jobs.test_cli import missing
 from tests.material import cache, context, random_rows, train
-from tests.runs import Silent, plan_of
+from tests.runs import SHORT, Silent, plan_of
 
 CARD_OF_BASE = """---
 license: llama3.2
@@ -44,7 +44,7 @@ def policies(data_dir: Path, finished: Path, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("policies") / "store"
     shutil.copytree(finished, root, ignore=shutil.ignore_patterns("runs"))
     store = Store(root)
-    run(plan_of(data_dir, "rounds=2", "target=optimize", recipe="raft"), store, LocalExecutor(), Silent())
+    run(plan_of(data_dir, "rounds=2", "target=optimize", *SHORT, recipe="raft"), store, LocalExecutor(), Silent())
     return store
 
 

@@ -136,7 +136,7 @@ def measured(data_dir, finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("paper") / "store"
     shutil.copytree(finished, root)
     ran = {}
-    for plan in paper_plans([data_dir / "demo.yaml"], ["optimize.epochs=1"]):
+    for plan in paper_plans([data_dir / "demo.yaml"], ["optimize.epochs=1", "optimize.batch_size=64"]):
         if not any(word in plan.name for word in ("hinge", "direct", "likelihood")):
             watcher = Silent()
             run(plan, Store(root), LocalExecutor(), watcher)

@@ -45,6 +45,22 @@ def mixed(data_dir, finished, tmp_path_factory):
     return Store(root)
 
 
+@pytest.fixture(scope="module")
+def mixed_page(mixed, tmp_path_factory):
+    """The report of that store."""
+    file = tmp_path_factory.mktemp("mixed_page") / "page.html"
+    write_report(mixed, file)
+    return file.read_text()
+
+
+@pytest.fixture(scope="module")
+def plain_page(finished, tmp_path_factory):
+    """The report of a plain run of RSO."""
+    file = tmp_path_factory.mktemp("plain_page") / "page.html"
+    write_report(Store(finished), file)
+    return file.read_text()
+
+
 def test_the_leaderboard_has_kl_of_steered_policies_too(mixed):
     """From the SFT policy, of the distribution that drew the responses; 0 where the head has no effect."""
     board = query(open_catalog(mixed), queries.text("leaderboard")).to_pylist()
@@ -56,17 +72,14 @@ def test_the_leaderboard_has_kl_of_steered_policies_too(mixed):
     assert largest["cvx_dpo"] > 1e-2
 
 
-def test_the_report_plots_both_losses_of_runs_that_have_two(mixed, finished, tmp_path):
+def test_the_report_plots_both_losses_of_runs_that_have_two(mixed_page, plain_page):
     """MAXRIGHT and the two runs that measure its optima, and distances to the ideal; otherwise no such section."""
-    write_report(mixed, tmp_path / "mixed.html")
-    page = (tmp_path / "mixed.html").read_text()
-    plot, table = page.split(f"{BOTH}</h2>")[1].split("<h2")[0].split("</svg>")
+    plot, table = mixed_page.split(f"{BOTH}</h2>")[1].split("<h2")[0].split("</svg>")
     for policy in ("maxright", "only_preferences", "only_demonstrations"):
         assert re.search(rf"{policy} \(\d\.\d+\)", plot)
         assert f"<td>{policy}</td>" in table
     assert "ideal" in plot
-    write_report(Store(finished), tmp_path / "plain.html")
-    assert BOTH not in (tmp_path / "plain.html").read_text()
+    assert BOTH not in plain_page
 
 
 def catalog_of(links, losses, methods=None, **steps):
@@ -208,11 +221,13 @@ def test_the_page_shows_markup_and_control_sequences_as_text(tmp_path):
 
 # The page as readers see it
 
+DOLLARS = "a$$b$x_$"
 LONG = "Donaudampfschifffahrtsgesellschaft" * 6  # a word that no line has room for
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # Runs in a frame's page: what is wider than the window and in no box that scrolls, and text that is hard to see.
 PROBE = """
-const page = frame.contentDocument, view = frame.contentWindow, wide = [], faint = [];
+const frame = document.getElementById(name), page = frame.contentDocument, view = frame.contentWindow;
+const wide = [], faint = [];
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
 const linear = c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
 const light = color => rgb(color).slice(0, 3).map(c => linear(c / 255))
@@ -229,35 +244,44 @@ for (const node of page.body.querySelectorAll("*")) {
   if ((a + 0.05) / (b + 0.05) < 4.5) faint.push(node.tagName + " " + node.textContent.slice(0, 20));
 }
 const numbers = [...page.querySelectorAll("td.number")].map(cell => view.getComputedStyle(cell).textAlign);
-const result = {
+return {
   width: view.innerWidth, scroll: page.documentElement.scrollWidth, wide, faint, numbers: [...new Set(numbers)],
   back: view.getComputedStyle(page.body).backgroundColor, cells: numbers.length,
 };
-document.body.innerHTML = "<pre id=result></pre>";
-document.getElementById("result").textContent = JSON.stringify(result);
 """
+VIEWS = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
 
 
-def seen(page, folder, width, scheme):
-    """Return what Chromium measures of a page in a frame of this width, whose reader prefers light or dark."""
-    frame = folder / f"{width}-{scheme}.html"
-    frame.write_text(
-        f'<body><iframe id="frame" src="{page.name}" style="width: {width}px; height: 900px; color-scheme: {scheme}">'
-        f"</iframe><script>frame.onload = () => {{ {PROBE} }}</script></body>"
+def seen(page):
+    """Return what Chromium measures of a page in a frame of each width, whose reader prefers light or dark."""
+    frames = "".join(
+        f'<iframe id="{width} {scheme}" src="{page.name}" style="width: {width}px; height: 900px; '
+        f'color-scheme: {scheme}"></iframe>'
+        for width, scheme in VIEWS
     )
+    script = f"""
+const measured = name => {{ {PROBE} }};
+onload = () => {{
+  const results = [...document.querySelectorAll("iframe")].map(frame => measured(frame.id));
+  document.body.innerHTML = "<pre id=result></pre>";
+  document.getElementById("result").textContent = JSON.stringify(results);
+}}"""
+    frame = page.with_name("frames.html")
+    frame.write_text(f"<body>{frames}<script>{script}</script></body>")
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1400,1000"]
-    words += [f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()]
+    words += [f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()]
     done = subprocess.run([str(CHROMIUM), *words], capture_output=True, text=True, timeout=120, check=True)
     return json.loads(unescape(done.stdout.split('<pre id="result">')[1].split("</pre>")[0]))
 
 
 @pytest.fixture(scope="module")
 def page(finished, tmp_path_factory):
-    """The report of a run beside one whose name, tag and responses have no place to break a line."""
+    """The report of a run beside one with dollars, and one whose name, tag and responses have no place for a break."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(finished, folder / "store")
     store = Store(folder / "store")
-    write_json(store.root / "runs" / f"{LONG[:120]}.json", store.run("run"))
+    for name in (LONG[:120], DOLLARS):
+        write_json(store.root / "runs" / f"{name}.json", store.run("run"))
     store.tag_run("run", {"team": LONG})
     write_report(store, folder / "page.html")
     text = (folder / "page.html").read_text()
@@ -266,28 +290,24 @@ def page(finished, tmp_path_factory):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_fits_phones_and_screens_in_light_and_dark(page, tmp_path, width, scheme):
-    shutil.copy(page, tmp_path / page.name)
-    assert_fits(tmp_path / page.name, tmp_path, width, scheme)
+def test_the_page_fits_phones_and_screens_in_light_and_dark(page):
+    assert_fits(page)
 
 
-def assert_fits(page, folder, width, scheme):
+def assert_fits(page):
     """Nothing is wider than the window but tables, which scroll in a box; text has a contrast of 4.5 at least."""
-    found = seen(page, folder, width, scheme)
-    assert found["width"] == width
-    assert found["scroll"] <= width
-    assert (found["wide"], found["faint"]) == ([], [])
-    assert (found["back"] == "rgb(255, 255, 255)") == (scheme == "light")
-    assert found["cells"] > 0
-    assert found["numbers"] == ["right"]
+    for (width, scheme), found in zip(VIEWS, seen(page), strict=True):
+        assert found["width"] == width
+        assert found["scroll"] <= width
+        assert (found["wide"], found["faint"]) == ([], []), (width, scheme)
+        assert (found["back"] == "rgb(255, 255, 255)") == (scheme == "light")
+        assert found["cells"] > 0
+        assert found["numbers"] == ["right"]
 
 
-def test_the_page_says_what_it_is_about(mixed, tmp_path):
+def test_the_page_says_what_it_is_about(mixed, mixed_page):
     """Commit, data, base model, options that differ between runs; links lead to sections; a step is there once."""
-    write_report(mixed, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
+    page = mixed_page
     links, ids = re.findall(r'<a href="#([^"]+)"', page), re.findall(r'<h2 id="([^"]+)"', page)
     assert links == ids
     differing = page.split('<h2 id="options">')[1].split("<h2")[0]
@@ -301,10 +321,9 @@ def test_the_page_says_what_it_is_about(mixed, tmp_path):
     assert {listed.count(f">{key}<") for key in keys} == {1}
 
 
-def test_runs_are_overlaid_in_one_plot_per_metric(mixed, tmp_path):
+def test_runs_are_overlaid_in_one_plot_per_metric(mixed, mixed_page):
     """With the metric's name and unit on the axis, and a color per run that the legend names."""
-    write_report(mixed, tmp_path / "page.html")
-    training = (tmp_path / "page.html").read_text().split('<h2 id="training">')[1].split("<h2")[0]
+    training = mixed_page.split('<h2 id="training">')[1].split("<h2")[0]
     for label in ("loss (nats)", "margin (nats)"):
         assert training.count(f">{label}<") == 1
     colors = re.findall(r'<span style="background: (#[0-9a-f]+)"></span>(\w+)', training)
@@ -328,7 +347,7 @@ def evaluated(data_dir, finished, tmp_path_factory):
         "heldout_pairs: {use: examples, from: {prompts: preferences, candidates: preferences, pairs: preferences,"
         " reference: preference_reference}, with: {split: heldout}}\n"
         "optimize: {from: {heldout: heldout_pairs, prompts: prompts, baseline: validation_baseline, ranker: ranker},"
-        " with: {evaluate_every: 3, keep: best, learning_rate: 1.0e-2}}\n"
+        " with: {evaluate_every: 3, keep: best, learning_rate: 1.0e-2, epochs: 4}}\n"
     )
     plan = plan_named(str(folder / "mine.yaml"), [data_dir / "demo.yaml"], [])
     run(plan, Store(folder / "store"), LocalExecutor(), Silent())
@@ -364,33 +383,27 @@ def test_held_out_figures_are_of_the_policy_that_was_saved(evaluated):
     assert [row["value"] for row in shown if (row["step"], row["metric"]) == ("optimize", "loss")] == [losses[steps]]
 
 
-def test_the_page_of_a_store_is_the_same_at_any_time_and_there_all_at_once(finished, tmp_path, monkeypatch):
+def test_the_page_of_a_store_is_the_same_at_any_time_and_there_all_at_once(finished, plain_page, tmp_path, monkeypatch):
     """Its date is that of the newest result, or the one that is set; a page that cannot be written leaves the one
     before."""
-    first, second = tmp_path / "first.html", tmp_path / "second.html"
-    write_report(Store(finished), first)
     newest = max(datetime.fromisoformat(manifest["made"]) for manifest in Store(finished).sealed())
     date = f"{newest:%Y-%m-%d %H:%M} UTC"
-    assert date in first.read_text()
-    write_report(Store(finished), second, datetime(2026, 1, 3, tzinfo=UTC))
-    assert second.read_text() == first.read_text().replace(date, "2026-01-03 00:00 UTC")
-    before = first.read_bytes()
+    assert date in plain_page
+    file = tmp_path / "page.html"
+    write_report(Store(finished), file, datetime(2026, 1, 3, tzinfo=UTC))
+    assert file.read_text() == plain_page.replace(date, "2026-01-03 00:00 UTC")
+    before = file.read_bytes()
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        write_report(Store(finished), first)
-    assert first.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["first.html", "second.html"]
+        write_report(Store(tmp_path / "empty"), file)
+    assert file.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [file]
 
 
-def test_a_name_with_dollars_is_plotted_as_it_is(finished, tmp_path):
+def test_a_name_with_dollars_is_plotted_as_it_is(page):
     """It is no formula of matplotlib's."""
-    root = tmp_path / "store"
-    shutil.copytree(finished, root)
-    links = root / "runs" / "run.json"
-    links.rename(links.with_name("a$$b$x_$.json"))
-    write_report(Store(root), tmp_path / "page.html")
-    assert "a$$b$x_$" in (tmp_path / "page.html").read_text()
+    assert DOLLARS in page.read_text()

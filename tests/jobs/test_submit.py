@@ -454,10 +454,15 @@ def lines_until(word: str, lines: Iterator[str]) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-def test_submit_follow_stop_submit_again_finish(head, token, winnow, tmp_path):
+def test_submit_follow_stop_submit_again_finish(head, token, winnow, unmarked, tmp_path):
     """The tables are those of a run in this process, byte for byte; what was finished before the stop is untouched."""
-    address = ["--address", head.url]
-    command = ["submit", *WORDS, "--store", "store", "--profile", "laptop", *address]
+    address, config = ["--address", head.url], tmp_path / "copied.yaml"
+    config.write_text(
+        f"sft: {{use: model, with: {{path: {unmarked.folder}}}}}\n"
+        f"own_candidates: {{with: {{path: {CONFIG.with_name('candidates.jsonl')}, probability: p, max_tokens: 512}}}}\n"
+    )
+    words = [RECIPE, "--config", config, *(word for item in SETS for word in ("--set", item))]
+    command = ["submit", *words, "--store", "store", "--profile", "laptop", *address]
     with ExitStack() as followers:
         first = followers.enter_context(head.start(*command, "--force", "own_candidates"))
         *intro, job = lines_until("job ", first.stdout)
@@ -486,7 +491,7 @@ def test_submit_follow_stop_submit_again_finish(head, token, winnow, tmp_path):
     code, text = winnow("logs", second, *address)
     assert (code, "cached" in text, f"{second}: succeeded" in text) == (0, True, True), text
     assert {part: part.stat().st_mtime_ns for part in parts} == parts
-    (plan,) = recipes.plans([RECIPE], [CONFIG], SETS)
+    (plan,) = recipes.plans([RECIPE], [config], SETS)
     run(plan, Store(tmp_path / "alone"), LocalExecutor(), Silent())
     for step in plan.steps:
         there, here = (Store(tmp_path / root).folder(step).manifest for root in ("store", "alone"))

@@ -113,6 +113,7 @@ def test_a_user_is_told_what_the_policy_was_trained_with(winnow, tiny: Model, da
     shutil.copyfile(TEMPLATES / "qwen3.jinja", tmp_path / "mine.jinja")
     options = {"path": str(folder), "chat_template": "mine.jinja", "chat_template_kwargs": {"enable_thinking": False}}
     config = {"sft": {"use": "model", "with": options}, "prompts": {"with": {"system_prompt": "Be kind."}}}
+    config |= {"optimize": {"with": {"epochs": 1}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config | {"target": "optimize"}))
     store = tmp_path / "store"
     configs = ["--config", data_dir / "demo.yaml", "--config", tmp_path / "own.yaml"]

@@ -44,6 +44,7 @@ own_candidates: {{with: {{path: ./labels.jsonl, response: completion, reward: la
 sample:         {{with: {{engine: transformers, n: 6, max_tokens: 6}}}}
 select:         {{with: {{rule: {{name: rejection_sample, k: 3}}}}}}
 optimize:       {{with: {{learning_rate: 1.0e-4, batch_size: 16}}}}
+evaluations:    []
 """
 
 

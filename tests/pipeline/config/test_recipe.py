@@ -34,8 +34,8 @@ def own_candidates_config(folder: Path) -> Path:
     return config
 
 
-def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
-    """Return the plan of one of our recipes on the tiny data."""
+def plan_of(recipe: str, folder: Path, *sets: str, name: str | None = None) -> Plan:
+    """Return the plan of one of our recipes on the tiny data; a name saves the plans without `sets` that seek one."""
     if recipe in recipes.OWN_CANDIDATES:
         needed = (
             "own_candidates.response=response",
@@ -43,8 +43,8 @@ def plan_of(recipe: str, folder: Path, *sets: str) -> Plan:
             "own_candidates.reward=reward",
             "optimize.learning_rate=0.001",
         )
-        return recipes.plans([recipe], [own_candidates_config(folder)], [*needed, *sets])[0]
-    return recipes.plans([recipe], [folder / "demo.yaml"], list(sets))[0]
+        return recipes.plans([recipe], [own_candidates_config(folder)], [*needed, *sets], name)[0]
+    return recipes.plans([recipe], [folder / "demo.yaml"], list(sets), name)[0]
 
 
 @pytest.mark.parametrize("recipe", recipes.names())
@@ -66,6 +66,13 @@ def test_the_example_of_load_recipe_is_what_it_makes(tmp_path: Path):
     expected = parse(steps, "steps")
     assert {name: loaded[name] for name in expected} == expected
     assert loaded.keys() - expected == {"sft", "optimize@1", "optimize@2"}
+
+
+def test_what_is_made_of_a_text_does_not_change_what_it_says():
+    """A text is read once per process, and callers change what they get: each has its own."""
+    first = parse("a: {b: [1, 2]}", "here")
+    first["a"]["b"].append(3)
+    assert parse("a: {b: [1, 2]}", "here") == {"a": {"b": [1, 2]}}
 
 
 def test_own_candidates_enter_at_select(data_dir: Path):

@@ -43,7 +43,7 @@ def test_long_parts_are_computed_in_processes_and_are_the_same(tmp_path: Path, m
 def test_a_process_that_dies_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """End so that the same command may succeed later: memory may have been short. It takes a second or two."""
     monkeypatch.setattr(executor, "LARGE_PART", 0)
-    plan = plan_of_toys(2, dying=dict(folder=str(tmp_path), deaths=1))
+    plan = plan_of_toys(2, dying=dict(folder=str(tmp_path), deaths=[1]))
     store, chosen = Store(tmp_path / "store"), LocalExecutor(processes=2)
     with pytest.raises(MachineError, match=r"dying: a process .* died.*`piece_memory`") as error:
         run(plan, store, chosen, Silent())

@@ -29,8 +29,9 @@ SHARDS = 4
 
 
 def run_on_ray(plan: Plan, folder: Path, reporter: Silent, stage: str = "", **resources: Any) -> Store:
-    """Run a plan on the local Ray; `resources` are those of one stage, which has one worker."""
+    """Run a plan on the local Ray, but for its prompts; `resources` are those of one stage, which has one worker."""
     store = Store(folder / "store")
+    run(Plan("prompts", plan.steps[:1], plan.steps[:1]), store, LocalExecutor(), reporter)
     profile = Profile(stages={stage: Resources(cpus=1, max_workers=1, **resources)} if stage else {})
     run(plan, store, RayExecutor(2, profile=profile), reporter)
     return store
@@ -134,17 +135,15 @@ def test_nothing_is_retried_on_a_worker_that_failed(tmp_path: Path):
 
 
 def test_a_worker_that_dies_is_replaced_and_a_prompt_that_kills_them_all_is_rejected(tmp_path: Path):
-    """A part that dies twice ends well. One that always does is halved, and of 40 prompts one is rejected, by name:
-    3 deaths of the part, one for each of at most 2 halvings of its 3 prompts, 3 of the prompt alone."""
-    parts, reporter = 12, Silent()
-    run_on_ray(plan_of_toys(parts, dying=dict(folder=str(tmp_path), deaths=2)), tmp_path, reporter)
-    assert reporter.rejected == []
-    plan = plan_of_toys(parts, dying=dict(folder=str(tmp_path), deaths=99))
-    folder = run_on_ray(plan, tmp_path, reporter).folder(plan.target)
+    """The part of prompt 1 dies twice, and ends well. That of prompts 0 and 3 always does, is halved, and prompt 0 is
+    rejected, by name: after 3 deaths of the part and 3 of the prompt alone."""
+    plan, reporter = plan_of_toys(3, dying=dict(folder=str(tmp_path), deaths=[99, 2])), Silent()
+    plan.steps[0].options["count"] = 12
+    folder = run_on_ray(plan, tmp_path, reporter, "dying").folder(plan.target)
     assert reporter.rejected == [f"{0:020x}"] == folder.read(REJECTS).column("prompt_id").to_pylist()
     assert folder.manifest["rejects"] == {"killed its worker": 1}
-    assert sorted(folder.read(PROMPTS).column("prompt_id").to_pylist()) == [f"{n:020x}" for n in range(1, 40)]
-    assert len(list(tmp_path.glob("99-*"))) <= 3 + 2 + 3
+    assert sorted(folder.read(PROMPTS).column("prompt_id").to_pylist()) == [f"{n:020x}" for n in range(1, 12)]
+    assert [len(list(tmp_path.glob(f"death-of-{n}-*"))) for n in range(2)] == [3 + 3, 2]
     assert not (folder.path / "pieces").exists()
 
 

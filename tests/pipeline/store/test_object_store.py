@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import run
 from pipeline.resources import Profile, Resources
@@ -24,6 +25,7 @@ from schemas.tables import EVALUATIONS
 from tests.pipeline.store.sizes import SMALL
 from tests.pipeline.store.test_store import Trouble, make, plan_of_one
 from tests.runs import Silent, local, plan_of
+from tests.toys import notes, plan_of_toys
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "visible-id",
@@ -163,17 +165,26 @@ def test_a_url_that_cannot_be_read_is_refused():
         assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("small_table", [SMALL], indirect=True)  # as `finished` has it
+@pytest.fixture(scope="module")
+def ray_with_credentials(bucket: str) -> None:
+    """Leave no Ray of another test: workers have the environment in which Ray started."""
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("small_table", [SMALL], indirect=True, ids=["small"])  # as `finished` has it
+@pytest.mark.parametrize(
+    "to_make", [{"sample"}, pytest.param({"sample", "reward", "optimize"}, marks=pytest.mark.bench)], ids=len
+)
 def test_ray_workers_write_the_bytes_of_the_run_in_process_to_a_bucket(
-    bucket: str, cache: Path, data_dir: Path, finished: Path
+    bucket: str, cache: Path, ray_with_credentials: None, data_dir: Path, finished: Path, to_make: set[str]
 ):
-    """Given the other steps of a run, under any number of workers and of parts at once in each of them.
+    """Given the other steps of a run, each with workers of its own.
 
     `sample` has one worker, in which the requests of two parts share batches; `reward` has two; `optimize` makes a
-    model. Every table and the model are the same.
+    model. Every table and the model are the same. That `reward` in another process has the same bytes is also a claim
+    of test_run.py; that workers write models, of the test below.
     """
-    plan, store, reference = plan_of(data_dir), Store(f"{bucket}/ray"), Store(finished)
-    to_make = {"sample", "reward", "optimize"}  # each step starts workers of its own
+    plan, store, reference = plan_of(data_dir), Store(f"{bucket}/ray{len(to_make)}"), Store(finished)
     for step in plan.steps:
         if step.name in to_make:
             continue
@@ -183,15 +194,26 @@ def test_ray_workers_write_the_bytes_of_the_run_in_process_to_a_bucket(
             name = str(file.relative_to(folder)).replace("model/", f"model-{digest[:16]}/", 1)
             replace(store.folder(step).path / name, file.read_bytes())
     reporter = Silent()
-    ray.shutdown()  # a Ray of another test has no credentials: workers have the environment in which Ray started
-    try:
-        one_engine = Profile(stages={"sample": Resources(cpus=1, max_workers=1)})
-        run(plan, store, RayExecutor(2, profile=one_engine), reporter)
-    finally:
-        ray.shutdown()  # nor should other tests get one that has them
+    one_engine = Profile(stages={"sample": Resources(cpus=1, max_workers=1)})
+    run(plan, store, RayExecutor(2, profile=one_engine), reporter)
     assert set(reporter.ran) == to_make
     assert files(store) == files(reference)
     assert store.folder(plan.target).read(EVALUATIONS).num_rows >= 5
+
+
+@pytest.mark.parametrize("small_table", [SMALL], indirect=True, ids=["small"])  # as workers have it
+def test_two_ray_workers_write_parts_and_one_a_model_to_a_bucket(
+    bucket: str, cache: Path, ray_with_credentials: None, tmp_path: Path
+):
+    """The same bytes as in this process, in a folder."""
+    plan = plan_of_toys(4, together=dict(folder=str(tmp_path)), weights={})
+    stores = Store(f"{bucket}/workers"), Store(tmp_path / "store")
+    for store, executor in zip(stores, (RayExecutor(2), LocalExecutor()), strict=True):
+        run(plan, store, executor, Silent())
+        if store is stores[0]:
+            assert len({pid for _, pid in notes(tmp_path)}) == 2
+    assert files(stores[0]) == files(stores[1])
+    assert (stores[0].folder(plan.target).model().folder / "model.safetensors").read_bytes() == b"40"
 
 
 class ExpiredToken(BaseHTTPRequestHandler):

@@ -40,10 +40,10 @@ def test_an_undamaged_store_has_no_damage(store: Store):
 
 
 def test_every_flipped_bit_is_found(store: Store):
-    """1,000 of them, one at a time, in tables, manifests, sidecars and weights; the file is named."""
+    """300 of them, one at a time, in tables, manifests, sidecars and weights; the file is named."""
     choose, files = random.Random(0), sealed_files(store)
     assert len({file.suffix for file in files}) == 3
-    for _ in range(1000):
+    for _ in range(300):
         file = choose.choice(files)
         content, bit = file.read_bytes(), choose.randrange(8 * file.stat().st_size)
         flip(file, bit)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,6 +48,15 @@ SHAPES = {
 }
 
 
+OPENED = WarmCache()  # of the tokenizers of all policies
+tokenizer_of = cache(Tokenizer)
+
+
+@cache
+def ranker_of(model: Model, name: str, **options: str) -> Any:
+    return open_ranker(rankers.bind({"name": name} | options), model)
+
+
 @pytest.fixture(scope="module")
 def model_of(unmarked, tmp_path_factory):
     """Return the model of a shape, as the stage `model` copies it; each once."""
@@ -66,7 +76,7 @@ def model_of(unmarked, tmp_path_factory):
 
 def expected_ids(name: str, owner: Model, messages, tools, reply: str | None = None) -> list[int]:
     """Return transformers' ids of a conversation, with the question for an answer or with the answer."""
-    inner, variables = Tokenizer(owner).inner, SHAPES[name][1] or {}
+    inner, variables = tokenizer_of(owner).inner, SHAPES[name][1] or {}
     is_prefix = messages[-1]["role"] == "assistant"
     modes: dict[str, Any] = {"continue_final_message": True} if is_prefix else {"add_generation_prompt": True}
     if reply is not None:
@@ -80,7 +90,7 @@ def row_of(policy: Model, conversation: str, tmp_path) -> dict[str, Any] | None:
     """Return the row of `prompts` of a conversation; None if it is rejected."""
     messages, tools = CONVERSATIONS[conversation]
     path = write_jsonl(tmp_path / "in.jsonl", [{"prompt": messages, "tools": tools}])
-    ctx = StageContext(tmp_path, WarmCache(), lambda *progress: None)
+    ctx = StageContext(tmp_path, OPENED, lambda *progress: None)
     rows = prompts(policy, ctx, path=DataPath(str(path)), prefill="continue").to_pylist()
     return rows[0] if rows else None
 
@@ -112,8 +122,8 @@ def test_the_reward_model_reads_what_its_own_template_renders(model_of, tmp_path
     owner = model_of(scorer, True)
     reply = " " + ANSWER if messages[-1]["role"] == "assistant" else ANSWER
     asked = conversation_of(row) or Conversation(row["text"])
-    drawn = Tokenizer(model_of(policy)).response_ids(asked, reply)
-    opened = open_ranker(rankers.bind("pointwise"), owner)
+    drawn = tokenizer_of(model_of(policy)).response_ids(asked, reply)
+    opened = ranker_of(owner, "pointwise")
     (reading,) = read_candidates(opened, row, [candidate_of(reply, drawn)], False).values()
     assert not isinstance(reading, Unreadable)
     prompt, response = map(list, reading)
@@ -180,7 +190,7 @@ def test_a_judge_reads_a_question_that_quotes_all_turns(model_of, tmp_path, by, 
     assert row is not None
     question = QUESTION.format(prompt=row["text"], a=ANSWER, b="No.")
     options = {"engine": "transformers"} if by == "llm_judge" else {"format": "chat"}
-    opened: Any = open_ranker(rankers.bind({"name": by} | options), judge)
+    opened = ranker_of(judge, by, **options)
     if by == "llm_judge":
         ids, _ = opened.questions(row["text"], ANSWER, "No.")
     else:

@@ -8,14 +8,14 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
-from tests.runs import Silent, plan_of
+from tests.runs import SHORT, Silent, plan_of
 
 
 @pytest.fixture(scope="module")
 def catalog(data_dir, finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("two") / "store"
     shutil.copytree(finished, root)
-    plan, watcher = plan_of(data_dir, recipe="rso_two_rewards"), Silent()
+    plan, watcher = plan_of(data_dir, *SHORT, recipe="rso_two_rewards"), Silent()
     plan.name = "two"
     run(plan, Store(root), LocalExecutor(), watcher)
     assert not {"sample", "reward", "compare"} & set(watcher.ran), "these steps are rso's"

@@ -27,7 +27,7 @@ from stages.training.reference import reference
 from tests.families import write_family
 from tests.material import context, train
 from tests.pipeline.execution.test_run import without
-from tests.runs import Silent, plan_of
+from tests.runs import SHORT, Silent, plan_of
 from tests.stages.test_stages import prompts_of
 
 NAMES = ["a", "b", "c", "d"]
@@ -248,7 +248,7 @@ def test_the_difference_is_in_the_manifest_of_a_run_and_in_what_it_prints(data_d
 
 
 def test_rounds_without_reference_record_it_too(data_dir, finished, tmp_path):
-    plan = plan_of(data_dir, "target=optimize", recipe="raft")
+    plan = plan_of(data_dir, "target=optimize", *SHORT, recipe="raft")
     shutil.copytree(finished, tmp_path / "store")
     run(plan, Store(tmp_path / "store"), LocalExecutor(), Silent())
     trained = [step for step in plan.steps if step.name.startswith("optimize")]

@@ -125,7 +125,7 @@ OPTIONS = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(GROUPS, OPTIONS, st.sampled_from([None, 0, 1]), st.randoms(use_true_random=False))
 def test_groups_are_those_of_a_plain_join(groups, options, lacking, order):
     """With and without a reference, which may lack a prompt; ties, equal tokens, no pair, no demonstration."""
