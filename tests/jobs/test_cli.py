@@ -196,6 +196,10 @@ MISTAKES = [
     ("plan rso --set beta=0.2", ["--set beta=0.2: must be", "optimize.objective.beta", "select.rule.beta"]),
     ("plan rso --set learning_rate=1", ["--set learning_rate=1: must be", "optimize.learning_rate"]),
     ("plan rso --set select", ["--set select", "step.option=value"]),
+    (
+        "plan rso --set judges.p.against=sft",
+        ["--set judges.p.against=sft", "a config", "`judges: {p: {against: sft}}`"],
+    ),
     ("plan rso --set select.rule.k=[1", ["--set select.rule.k=[1", "not YAML"]),
     ("plan rso --set optimize.objective=hing", ["optimize.objective", "'hing'", "'hinge'"]),
     ("plan rso --set sample.engine=vlm", ["sample.engine", "'vllm', 'transformers', 'fake' or 'endpoint'", "'vlm'"]),
