@@ -54,6 +54,11 @@ OTHER_TEMPERATURES = f"""
 SELECT run || coalesce('@' || round, '') AS run, step, key FROM runs JOIN steps USING (stage, key)
 WHERE step IN {tuple(TEMPERATURES.values())}
 """
+PROMPTS_OF_RUNS = """
+SELECT run || coalesce('@' || round, '') AS run, list(DISTINCT prompt_id ORDER BY prompt_id) AS prompts
+FROM runs JOIN outcomes USING (stage, key) WHERE NOT starts_with(step, 'evaluate_') GROUP BY ALL ORDER BY ALL
+"""
+MOST = 0.9  # share of held-out prompts in common from which rows are taken to be of the same ones: some lack a response
 SEED_LABEL = r"(?:[\w@]+\.)*seed=\d+"  # in a run's name
 ERROR = 0.05
 
@@ -355,6 +360,26 @@ def _in_points(difference: Difference) -> str:
 # The leaderboard.
 
 
+def prompts_statement(catalog: Catalog) -> list[str]:
+    """Return a line if the rows of a leaderboard are of different held-out prompts: their order then says nothing."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for row in query(catalog, PROMPTS_OF_RUNS).to_pylist():
+        prompts = set(row["prompts"])
+        for others, runs in groups:
+            if len(prompts & others) >= MOST * max(len(prompts), len(others)):
+                runs.append(row["run"])
+                break
+        else:
+            groups.append((prompts, [row["run"]]))
+    if len(groups) < 2:
+        return []
+    listed = [
+        f"{', '.join(runs[:3])}{f' and {len(runs) - 3} more' if len(runs) > 3 else ''} on {len(prompts):,} prompts"
+        for prompts, runs in groups
+    ]
+    return [f"evaluated on different held-out prompts, so that no order follows: {'; '.join(listed)}"]
+
+
 def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     """Return the query `leaderboard` with one row for each method of several seeds, and the statement about them.
 
@@ -366,7 +391,7 @@ def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     methods = methods_of(catalog)
     of_methods = {run for method in methods for run in method.runs}
     single = [row["run"] for row in rows if row["run"] not in of_methods]
-    lines = comparison_statement(methods, single)
+    lines = comparison_statement(methods, single) + prompts_statement(catalog)
     if not methods:
         return table, lines
     by_run = {row["run"]: row for row in rows}

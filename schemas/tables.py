@@ -378,7 +378,7 @@ WINS = table(
     column("comparisons", pa.int32(), "opponent's responses that it was compared with"),
     column("ties", pa.int32(), "comparisons in which neither is better"),
     column("undecided", pa.int32(), "comparisons without a verdict, which count in no win rate"),
-    column("unread", pa.int32(), "comparisons decided by what the judge cannot read"),
+    column("unread", pa.int32(), "comparisons with a response that the judge cannot read: of two, no verdict"),
 )
 EVALUATIONS = table(
     "evaluations",

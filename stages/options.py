@@ -28,6 +28,7 @@ Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
 HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their texts
+HeldoutShareOrAll = Annotated[float, Range(ge=0, le=1)]  # 1: all prompts of the file are for evaluations alone
 ValidationShare = Annotated[HeldoutShare, ADDED]
 Split = Literal["train", "heldout", "validation"]
 Temperature = Annotated[float, Range(gt=0, le=2), BeforeValidator(_above_zero)]
@@ -52,6 +53,8 @@ def split_problems(
     Without it, the error would come after sampling and training.
     """
     split = options.get(option)
+    if split == "train" and prompts is not None and prompts.options.get("heldout") == 1:
+        return [f"{option}: train, and the step behind `prompts` holds out all (`heldout: 1.0`); set it lower"]
     if split not in ("heldout", "validation") or prompts is None or prompts.options.get(split) != 0:
         return []
     cure = f", or {cure}" if cure and split == "heldout" else ""
@@ -62,8 +65,8 @@ def split_problems(
 
 
 def share_problems(options: Mapping[str, Any]) -> list[str]:
-    """Return the problem of a data step that leaves no prompt to train on."""
+    """Return the problem of a data step that leaves no prompt to train on, unless that is what it is for."""
     heldout, validation = options["heldout"], options["validation"]
-    if heldout + validation < 1:
+    if heldout + validation < 1 or (heldout, validation) == (1, 0):
         return []
     return [f"validation: {validation} beside `heldout: {heldout}` leaves no prompt to train on; set it lower"]

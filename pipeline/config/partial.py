@@ -98,19 +98,30 @@ class Rerun:
 def rerun(plans: list[Plan], store: Store, part: Part = Part()) -> Rerun:
     """Return what a part means for several recipes at once.
 
-    Nothing is changed yet. Raise WinnowError for unknown steps, for inputs that are not finished, and where a run that
-    is not among the plans would lose a result that it needs.
+    Nothing is changed yet. Raise WinnowError for unknown steps, for inputs that are not finished, and where a run would
+    lose a result that it needs: one that is not among the plans, or one of them whose part does not compute it again.
     """
     parts = narrowed(plans, part)
     to_delete = _to_delete(plans, part.force, store) if part.force is not None else []
     result = Rerun(parts, to_delete, store, [plan.name for plan in plans], part.force)
     result.check()
-    if not (part.only or part.from_step):  # a plan, and `--until`, contain all that their steps read
-        return result
-
-    # What the parts read must be finished, or computed by this part or an earlier one.
-    option, step_name = next(iter(part.options.items()))
     deleted = {stored.key for stored in to_delete}
+    if part.only or part.from_step:  # a plan, and `--until`, contain all that their steps read
+        _require_inputs(parts, deleted, store, part)
+    again = {step.key for plan in parts for step in plan.steps_to_run}
+    lost = {step.name: None for plan in plans for step in plan.steps if step.key in deleted - again}
+    if lost:
+        option, step_name = next(iter(part.options.items()))
+        raise WinnowError(
+            f"{option} {step_name} --force {part.force}: {', '.join(lost)} would be deleted, as computed from "
+            f"{part.force}, and not run; omit {option} {step_name}, and all of it runs again"
+        )
+    return result
+
+
+def _require_inputs(parts: list[Plan], deleted: set[str], store: Store, part: Part) -> None:
+    """Raise WinnowError where what the parts read is not finished, or computed by this part or an earlier one."""
+    option, step_name = next(iter(part.options.items()))
     computed: set[str] = set()
     problems = []
     for plan in parts:
@@ -131,7 +142,6 @@ def rerun(plans: list[Plan], store: Store, part: Part = Part()) -> Rerun:
             )
     if problems:
         raise WinnowError(*problems)
-    return result
 
 
 def narrowed(plans: list[Plan], part: Part) -> list[Plan]:

@@ -523,12 +523,16 @@ class Override:
                 raise WinnowError(f"--set {text}: must be step.option=value; steps have {', '.join(paths)}")
             hint = nearest(names[0], list(SETTABLE))
             raise WinnowError(f"--set {text}: must be step.option=value, or name a setting of the recipe; {hint}")
+        line = value  # as a config has it
+        for key in reversed(names[1:]):
+            line = f"{{{key}: {line}}}"
+        if names[0] == "judges" and len(names) > 1:
+            raise WinnowError(
+                f"--set {text}: judges are given in a config, since they become steps; write `judges: {line}` there"
+            )
         if names[1:2] == ["with"] and len(names) > 2:
             raise WinnowError(f"--set {text}: write --set {'.'.join([names[0], *names[2:]])}={value}, without `with`")
         if len(names) > 1 and names[1] in BODY_KEYS:
-            line = value
-            for key in reversed(names[1:]):
-                line = f"{{{key}: {line}}}"
             raise WinnowError(
                 f"--set {text}: it sets options, as {names[0]}.OPTION=VALUE, and those of a function that an option "
                 f"names, as optimize.objective.beta=0.1; write `{names[0]}: {line}` in a config"

@@ -833,17 +833,23 @@ def shards_of_rows(table: pa.Table, shards: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=128)  # a schema's paths cost milliseconds, once per part and table
 def columns_with_statistics(schema: pa.Schema) -> list[str]:
-    """Return the columns, by their paths in a Parquet file, that may have statistics in it: all but floats.
+    """Return the columns, by their paths in a Parquet file, that may have statistics in it: not floats, optional texts.
 
     Arrow leaves NaN out of minimum and maximum, as the format asks; DuckDB, for which NaN is the largest number, takes
     from the maximum that there is none, so that `isnan(logp)` finds no row and `max(logp)` is finite (duckdb#25521).
-    Its option `can_have_nan` is no way out: with it, `max` of a column without NaN is NaN (seen in 2.0).
+    Its option `can_have_nan` is no way out: with it, `max` of a column without NaN is NaN (seen in 2.0). A row group of
+    one text and nulls DuckDB 2.0.0 takes for the text alone, for which `model IS NULL` is true of all its rows or none.
     """
     buffer = io.BytesIO()
     pq.write_table(schema.empty_table(), buffer)  # for the paths, which depend on how Parquet nests lists and maps
     columns = pq.ParquetFile(buffer).schema
     leaves = [columns.column(n) for n in range(len(columns))]
-    return [leaf.path for leaf in leaves if leaf.physical_type not in ("FLOAT", "DOUBLE")]
+    optional_texts = {field.name for field in schema if field.nullable and pa.types.is_string(field.type)}
+    return [
+        leaf.path
+        for leaf in leaves
+        if leaf.physical_type not in ("FLOAT", "DOUBLE") and leaf.path not in optional_texts
+    ]
 
 
 def model_name(digest: str) -> str:

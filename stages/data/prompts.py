@@ -42,7 +42,7 @@ from stages.data.texts import (
     with_system_prompt,
 )
 from stages.limits import context_length
-from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
+from stages.options import Count, HeldoutShareOrAll, Prefill, TooLong, ValidationShare, share_problems
 from stages.work import prompts_work
 
 ROWS_AT_ONCE = 4096  # that are turned into columns
@@ -122,7 +122,7 @@ def prompts(
     demonstration: str | None = None,
     keep: list[str] = [],  # noqa: B006
     reader: Annotated[Bound, preference_reader] | None = None,
-    heldout: HeldoutShare = 0.2,
+    heldout: HeldoutShareOrAll = 0.2,
     validation: ValidationShare = 0.0,
     max_tokens: Count = 1024,
     prefill: Prefill = "reject",
@@ -136,8 +136,8 @@ def prompts(
     Columns in `keep` stay with the prompt, as text or JSON, for programs that score responses by them, such as
     `math_answer`; a row without one of them is rejected.
     A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
-    a copy of it in another case or spacing. `validation` is the share that is held out apart, in the same way, for
-    evaluations during training: what chooses a policy is then not what judges it.
+    a copy of it in another case or spacing; 1 holds out all prompts of a file. `validation` is the share that is held
+    out apart, in the same way, for evaluations during training: what chooses a policy is then not what judges it.
 
     Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
     are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless

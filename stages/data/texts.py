@@ -43,6 +43,8 @@ PREFILLED_CURE = (
 )
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 SYSTEM_ROLES = ("system", "developer")
+# Roles of which templates of public models have turns. Most write any other as it stands, as no model was trained on.
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool", "function", "ipython", "observation")
 WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content|from)\2\s*:")
 
 
@@ -318,6 +320,14 @@ def _message(value: dict[str, Any], name: str) -> Message:
     role = text_of(value, "role")
     if not ROLE.fullmatch(role):
         raise ValueError("role is no word")
+    if role not in ROLES:
+        written = SHAREGPT_ROLES.get(role)
+        warnings.warn(
+            f"{name}: a message has the role {role!r}, which most chat templates write as it stands, and models do not "
+            f"know{f'; write {written!r}' if written else ''}. The roles are {', '.join(ROLES)}",
+            WinnowWarning,
+            stacklevel=2,
+        )
     extra = {key: value[key] for key in (*CONTENT_KEYS, *LABEL_KEYS) if key in value}
     if content or not any(key in CONTENT_KEYS for key in extra):  # beside a call or reasoning it may be empty
         content = text_of({"content": content}, "content")

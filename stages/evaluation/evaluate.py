@@ -54,7 +54,7 @@ for program in (code_tests, instruction_share, instructions, json_schema, math_a
 
 WIDE = 0.1  # half of a 95 % interval of a win rate: wider, it tells few methods apart
 ENOUGH = math.ceil((1.96 * 0.5 / WIDE) ** 2)  # prompts, each won or lost, of which a rate of one half has that interval
-MANY_UNREAD = 0.2  # share of comparisons that are decided by what the ranker cannot read
+MANY_UNREAD = 0.2  # share of comparisons that have a response that the ranker cannot read
 METRICS = (
     "proxy_win",
     "gold_win",
@@ -69,7 +69,7 @@ METRICS = (
 
 
 @stage(
-    version=4,
+    version=5,
     unsharded=True,
     check=lambda options, inputs: fields_problems(options["gold"], inputs, "gold") if options["gold"] else [],
 )
@@ -90,10 +90,10 @@ def evaluate(
     """Compare a policy with the baseline: wins of every response against every one of the baseline, log-ratio, length.
 
     All responses count, whether or not the ranker was asked about them. A tie counts one half. A response that the
-    ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons decided so, of which
-    more than 20 % are warned of. A
-    comparison without a verdict counts in `proxy_verdicts`, the share of comparisons that have one, and not in
-    `proxy_win`. With `special_tokens`, the gold reward reads those inside a response.
+    ranker could not read loses to one that it could; `proxy_unread` is the share of comparisons with such a response,
+    of which more than 20 % are warned of. A comparison without a verdict, as one of two that it could not read, does
+    not count in `proxy_win`; `proxy_verdicts` is the share of comparisons in which the ranker has one. With
+    `special_tokens`, the gold reward reads those inside a response.
     Per policy: means over prompts with 95 % percentile bootstrap intervals over prompts. `proxy_win_lc` and
     `gold_win_lc` are win rates at equal length, by the logistic model of AlpacaEval 2; `gold_gain` is the difference of
     the gold rewards of policy and baseline, paired by prompt. Fewer than 97 prompts are warned of.

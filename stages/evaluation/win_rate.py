@@ -1,7 +1,6 @@
 """Stage `win_rate`: what one judge of several says of a policy, under the judge's own name."""
 
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -22,7 +21,7 @@ Responses = Columns("prompt_id", "k", "candidate_id", "n_tokens")
 SHARES = {"win": "win", "ties": "ties", "undecided": "undecided", "unread": "unread"}  # metric -> column of `wins`
 
 
-@stage(version=1, unsharded=True)
+@stage(version=2, unsharded=True)
 def win_rate(
     candidates: Annotated[Candidates, Responses],
     baseline: Annotated[Candidates, Responses],
@@ -39,7 +38,8 @@ def win_rate(
 
     NAME_win is the mean over prompts with its 95 % bootstrap interval, a tie counting one half, and NAME_win_lc that at
     equal length. NAME_ties, NAME_undecided and NAME_unread are shares of the comparisons: neither is better; no
-    verdict, which counts in no win rate; decided by what the judge cannot read, of which more than 20 % are warned of.
+    verdict, which counts in no win rate; a response that the judge cannot read, which loses to one that it can (of two,
+    there is no verdict), and of which more than 20 % are warned of.
     Against another opponent than the SFT policy all end in _vs_ and its name. Where a judge has several `votes` on a
     pair, NAME_agreement is how often two of them agree, and NAME_alpha Krippendorff's alpha, which is 0 if they agree
     as often as by chance.
@@ -53,9 +53,8 @@ def win_rate(
         judged = by_candidate.get(row["candidate_id"], [])
         results = [(judgement, win_of(judgement)) for judgement in judged]
         decided = [win for _, win in results if win is not None]
-        counts = Counter(ties=0, undecided=len(results) - len(decided), unread=0)
-        counts["ties"] = sum(win == 0.5 and judgement["unread"] is None for judgement, win in results)
-        counts["unread"] = sum(judgement["unread"] is not None for judgement in judged)
+        readable = [win for judgement, win in results if judgement["unread"] is None]
+        counts = dict(ties=readable.count(0.5), undecided=readable.count(None), unread=len(judged) - len(readable))
         ids = {key: row[key] for key in ("prompt_id", "k", "candidate_id")}
         win = sum(decided) / len(decided) if decided else None
         wins.append(ids | counts | {"judge": name, "against": against, "win": win, "comparisons": len(judged)})

@@ -184,7 +184,7 @@ def uses_shared_prefix(network: PreTrainedModel, groups: Sequence[PromptGroup] =
     longest = max(map(longest_row, groups), default=0)
     if longest > window and network not in WARNED:
         WARNED.add(network)
-        _warn_of_padded_rows(network, f"where they are longer than its window of {window} tokens")
+        _warn_of_padded_rows(network, f" where they are longer than its window of {window} tokens")
     return longest <= window
 
 
@@ -214,7 +214,7 @@ def share_prefixes(network: PreTrainedModel, dtype: str = "float32", run: Run = 
             _check_close(trial(network, run=run), expected)
     except Exception as error:  # a model's code may raise anything on what it does not know
         LINEAR_HEADS.discard(network)
-        return _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
+        return _warn_of_padded_rows(network, f", for {_reason(error)}")
     try:
         network.set_attn_implementation(NAME)
         if network.config._attn_implementation != NAME:
@@ -224,7 +224,7 @@ def share_prefixes(network: PreTrainedModel, dtype: str = "float32", run: Run = 
             _check_close(trial(network, dtype, run), expected, dtype)
     except Exception as error:
         network.set_attn_implementation(before)
-        _warn_of_padded_rows(network, f"({type(error).__name__}: {error})")
+        _warn_of_padded_rows(network, f", for {_reason(error)}")
 
 
 @torch.no_grad()
@@ -266,8 +266,16 @@ def _check_close(values: list[Tensor], expected: list[Tensor], dtype: str = "flo
         raise ValueError(f"a trial in {dtype} is off by {off:.1e} of the largest number")
 
 
+def _reason(error: Exception) -> str:
+    """Return a reason in words: our own are ValueErrors; what a model's code raises has its name before it."""
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+
+
 def _warn_of_padded_rows(network: PreTrainedModel, why: str) -> None:
-    message = f"{type(network).__name__} computes a prompt again for each of its responses {why}"
+    message = (
+        f"{type(network).__name__} computes a prompt again for each of its responses{why}: the results are the same, "
+        "and take longer"
+    )
     warnings.warn(message, WinnowWarning, stacklevel=3)
 
 

@@ -31,7 +31,7 @@ from stages.work import judging_work
 Matches = Literal["all", "same_k", "other_k"]
 Unread = dict[str, tuple[str, str, str]]  # by candidate id: whose response it is, the reason and a detail
 Met = tuple[Row, ReadingPair]  # a judgement whose logit is the ranker's on the pair
-UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": 0.5}  # by whose response the ranker could not read
+UNREAD_WINS = {"candidate": 0.0, "baseline": 1.0, "both": None}  # by whose response the ranker could not read
 
 
 @stage(
@@ -61,7 +61,7 @@ def judge(
     tokens inside it. The logit is null where the ranker has no verdict, which is neither a win nor a tie, and where it
     cannot read a response: `unread` then says whose; of two that do not fit its context together, the longer, or both
     if their lengths are equal or there is another reason. A reward model reads each response alone, and both are unread
-    where neither fits. The table `rejects` has each such response once, with the reason.
+    where neither fits, which is no verdict. The table `rejects` has each such response once, with the reason.
     """
     opened = ctx.open_once(open_ranker, by, ranker)
     rows = [
@@ -171,7 +171,7 @@ def judge_prompts(
 def win_of(judgement: Row) -> float | None:
     """Return 1 for a win, 0 for a loss, 1/2 for a tie; None without a verdict.
 
-    A response that the ranker could not read loses to one that it could.
+    A response that the ranker could not read loses to one that it could; of two, there is no verdict.
     """
     if judgement["unread"]:
         return UNREAD_WINS[judgement["unread"]]

@@ -22,6 +22,7 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
     What a template does is seen by rendering turns of the same roles. Nothing is said where it cannot be told.
     """
     prompts, ranker = inputs.get("prompts"), inputs.get("ranker")
+    _warn_of_no_template(by, prompts, ranker)
     template = planned_chat_template(ranker) if ranker and by.name in ("pointwise", "endpoint") else None
     if prompts is None or not (template or by.options.get("format") == "rlhflow"):
         return
@@ -47,6 +48,21 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
         warnings.warn(
             f"{ranker.name if ranker else 'by'}: {of_file} have {part}, which {holder} does not hold: their responses "
             f"will be rejected, and {' and '.join(effects)}; {cure}, or leave them out",
+            WinnowWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_no_template(by: Bound, prompts: InputStep | None, ranker: InputStep | None) -> None:
+    """Warn of a reward model without a chat template where the policy has one: it reads the policy's as text."""
+    tokenizer = prompts.inputs.get("tokenizer") if prompts else None
+    if ranker is None or tokenizer is None or by.name != "pointwise":
+        return
+    if planned_chat_template(ranker) == "" and planned_chat_template(tokenizer):
+        warnings.warn(
+            f"{ranker.name}: it has no chat template, and {tokenizer.name} has one: it reads prompts and responses in "
+            f"the format of {tokenizer.name}, on which it may not have been trained; set `chat_template` of its step "
+            "of stage `model` to a Jinja file with the one that it was trained with",
             WinnowWarning,
             stacklevel=2,
         )

@@ -40,7 +40,7 @@ LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its ob
 
 
 @stage(
-    version=5,
+    version=6,
     unsharded=True,
     check=check_optimize,
     given_by={"ranker": "by"},
@@ -144,11 +144,11 @@ def optimize(
 
     evaluate_every: after so many steps, and after the last, the policy draws `evaluate_n` responses to each prompt of
     split `evaluate_split` that has a response in `baseline`, from its network in memory, and the ranker judges them
-    against these, all against all, as stage `judge` does with `by`. Metrics: `validation/proxy_win` (a response that
-    the ranker cannot read loses), `validation/proxy_unread`, `validation/n_tokens`, with a new LoRA `validation/kl`
-    from `init`, and `heldout/` of the network in memory. `keep: best` saves the policy with the highest
-    `validation/proxy_win`, of equal ones the first, as arXiv:2309.06657 chose its checkpoints; `steps` in `policies` is
-    its own. The training itself stays as it is without, bit for bit.
+    against these, all against all, as stage `judge` does with `by`. Metrics: `validation/proxy_win` (as `proxy_win` of
+    `evaluate`), `validation/proxy_unread`, `validation/n_tokens`, with a new LoRA `validation/kl` from `init`, and
+    `heldout/` of the network in memory. `keep: best` saves the policy with the highest `validation/proxy_win`, of equal
+    ones the first, as arXiv:2309.06657 chose its checkpoints; `steps` in `policies` is its own. The training itself
+    stays as it is without, bit for bit.
 
     A draw has its own seed, the same at every evaluation. Responses end as those of `baseline`: `evaluate_max_tokens`,
     `evaluate_stop` and `evaluate_stop_token_ids` are its step's unless they are set. Gradients and activations are

@@ -113,6 +113,31 @@ def test_plan_shows_what_a_part_would_run(winnow, data_dir: Path, finished: Path
     assert {*statuses(*mine).values()} == {"cached"}
 
 
+@pytest.mark.parametrize("recipe", ["rso", "alright"])
+def test_held_out_prompts_may_be_a_file_of_their_own(winnow, data_dir: Path, tmp_path: Path, recipe: str):
+    """By the lines of the page: all that evaluates reads that file, and nothing that trains does."""
+    page = (ROOT / "jobs/recipes/README.md").read_text()
+    (lines,) = (block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "test_prompts" in block)
+    (tmp_path / "test.jsonl").write_bytes((data_dir / "prompts.jsonl").read_bytes())
+    (tmp_path / "test.yaml").write_text(lines)
+    configs = [data_dir / "demo.yaml", tmp_path / "test.yaml"]
+    plan = recipes.plan_named(recipe, configs, ["evaluations=[evaluate_as_sampled, evaluate_greedy]"])
+    readers = {
+        source.name: {step.name for step in plan.steps if source in step.inputs.values()}
+        for source in plan.steps
+        if source.entry.name == "prompts"
+    }
+    evaluating = {
+        name for name in readers["test_prompts"] if name.startswith(("eval", "judge", "demonstration_heldout"))
+    }
+    assert readers["test_prompts"] == evaluating
+    assert {"evaluate", "evaluate_as_sampled", "evaluate_greedy", "judge", "eval_sample"} <= evaluating
+    assert not [name for name in readers.get("prompts", ()) if name.startswith(("eval", "judge"))]
+    words = ("plan", recipe, "--config", configs[0], "--config", configs[1])
+    code, text = winnow(*words, "--set", "eval_sample.split=train")
+    assert (code, missing(["eval_sample: split: train", "holds out all"], text)) == (2, []), text
+
+
 @pytest.mark.parametrize("mistake", ["prompts.heldout=0.0", "eval_sample.max_tokens=100000"])
 def test_what_only_steps_that_are_left_out_need_is_not_checked(winnow, data_dir: Path, tmp_path: Path, mistake: str):
     """Nor are they part of the run; `--only` leaves out as much, and a sweep too."""
@@ -215,6 +240,10 @@ MISTAKES = [
     ("plan rso --set beta=0.2", ["--set beta=0.2: must be", "optimize.objective.beta", "select.rule.beta"]),
     ("plan rso --set learning_rate=1", ["--set learning_rate=1: must be", "optimize.learning_rate"]),
     ("plan rso --set select", ["--set select", "step.option=value"]),
+    (
+        "plan rso --set judges.p.against=sft",
+        ["--set judges.p.against=sft", "a config", "`judges: {p: {against: sft}}`"],
+    ),
     ("plan rso --set select.rule.k=[1", ["--set select.rule.k=[1", "not YAML"]),
     ("plan rso --set optimize.objective=hing", ["optimize.objective", "'hing'", "'hinge'"]),
     ("plan rso --set sample.engine=vlm", ["sample.engine", "'vllm', 'transformers', 'fake' or 'endpoint'", "'vlm'"]),

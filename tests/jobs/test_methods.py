@@ -241,6 +241,18 @@ def test_where_every_run_is_alone_the_leaderboard_is_as_it_was(finished: Path, t
     assert "no evidence" in line
 
 
+def test_runs_on_different_held_out_prompts_are_named(tmp_path: Path):
+    """Not those that lack a prompt of which every response was rejected; the table stays as it is."""
+    store = Store(tmp_path / "store")
+    for run, key, prompts in (("a", "1", 40), ("b", "2", 39), ("c", "3", 10)):
+        evaluated(store, run, key, [0.5] * prompts, x=key)
+    lines = make_leaderboard(open_catalog(store))[1]
+    (line,) = (line for line in lines if "different held-out prompts" in line)
+    assert line.endswith(": a, b on 40 prompts; c on 10 prompts")
+    lines = make_leaderboard(open_catalog(store, ["a", "b"]))[1]
+    assert not any("different held-out prompts" in line for line in lines)
+
+
 def test_a_method_is_named_as_its_runs_are_without_their_seeds(tmp_path: Path):
     """In brackets of --set too, after the round; where two methods have one name, its first run is added."""
     store = Store(tmp_path / "store")

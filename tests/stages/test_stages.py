@@ -726,10 +726,10 @@ def test_a_tie_is_one_half_and_the_mean_is_over_prompts():
     assert not {"gold_win", "kl"} & set(metrics)
 
 
-def test_two_responses_that_do_not_fit_a_reward_model_tie(ctx):
-    """A reward model reads each alone: of two misfits of one length neither wins, and most comparisons are a warning.
+def test_two_responses_that_do_not_fit_a_reward_model_have_no_verdict(ctx):
+    """A reward model reads each alone: of two misfits neither wins nor ties, and most comparisons are a warning.
 
-    Short against short has a verdict, misfit against short loses, misfit against misfit is unread on both sides.
+    Short against short is a tie, misfit against short loses, misfit against misfit is unread on both sides.
     """
     by = limited_scorer()
     ours = candidate_table([candidate("a", 0), candidate("a", 1, text=LONG)])
@@ -737,11 +737,27 @@ def test_two_responses_that_do_not_fit_a_reward_model_tie(ctx):
     judgements = conform(judge(prompts_of("a"), ours, theirs, ctx, by=by), JUDGEMENTS)
     assert [row["unread"] for row in judgements.to_pylist()] == [None, "baseline", "candidate", "both"]
     with pytest.warns(WinnowWarning, match=r"75.*% of the comparisons.*cannot read"):
-        metrics = evaluated(prompts_of("a"), ours, theirs, judgements)[1]
-    assert (metrics["proxy_win"]["value"], metrics["proxy_unread"]["value"]) == (0.5, 0.75)
+        outcomes, metrics = evaluated(prompts_of("a"), ours, theirs, judgements)
+    assert outcomes[1]["proxy_win"] == 0  # lost to the one that is read, where a tie with the misfit made it 0.25
+    assert [metrics[name]["value"] for name in ("proxy_win", "proxy_unread")] == [0.375, 0.75]
 
 
-def test_two_responses_of_one_length_that_do_not_fit_together_tie(ranker):
+def test_of_two_that_a_judge_cannot_read_neither_wins_nor_ties():
+    """The comparison is unread: not a tie, not undecided, and in no win rate; a prompt of such alone has none."""
+    prompts, candidates, baseline, judgements = judged({"a": [math.nan], "b": [1.0]})
+    first, second = judgements.to_pylist()
+    judgements = pa.Table.from_pylist([first | {"logit": None, "unread": "both"}, second], schema=JUDGEMENTS)
+    with pytest.warns(WinnowWarning, match="50 % of the comparisons"):
+        outcomes, metrics = evaluated(prompts, candidates, baseline, judgements)
+    assert [row["proxy_win"] for row in outcomes] == [None, 1.0]
+    assert (metrics["proxy_win"]["value"], metrics["proxy_win"]["n"], metrics["proxy_win_lc"]["n"]) == (1, 1, 1)
+    with pytest.warns(WinnowWarning, match="50 % of the comparisons by j"):
+        wins, _ = win_rate(candidates, baseline, judgements, context(), judge="j", resamples=10)
+    names = ("win", "ties", "undecided", "unread")
+    assert [[row[name] for name in names] for row in wins.to_pylist()] == [[None, 0, 0, 1], [1, 0, 0, 0]]
+
+
+def test_two_responses_of_one_length_that_do_not_fit_together_are_unread_on_both_sides(ranker):
     """No side is favoured: neither of a pair that is too long for the ranker is the longer one."""
     half = "q " * 60
     ours = candidate_table([candidate("a", 0, text=half)])

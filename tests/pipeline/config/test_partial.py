@@ -188,6 +188,21 @@ def test_a_run_that_comes_between_the_last_looks_and_the_drop(store: Store, plan
     assert store.sealed() == (before if found else [])
 
 
+def test_what_follows_a_forced_step_is_not_deleted_where_a_part_leaves_it_out(store: Store, plan: Plan, luck: Luck):
+    """They were to run again by what was printed, and were gone. Where they have no results, a part is forced."""
+    make(plan, store)
+    before = store.sealed()
+    for option in ("only", "until"):
+        with pytest.raises(
+            WinnowError, match=rf"--{option} rate --force rate: keep would be deleted.*; omit --{option} "
+        ):
+            rerun([plan], store, Part(**{option: "rate"}, force="rate"))
+    assert store.sealed() == before
+    assert rerun([plan], store, Part(from_step="rate", force="rate")).to_delete
+    rerun([plan], store, Part(force="keep")).delete()
+    assert [step.name for step in rerun([plan], store, Part(only="rate", force="rate")).to_run()] == ["rate"]
+
+
 def test_nothing_is_dropped_where_a_part_would_not_do_or_somebody_is_at_work(store: Store, plan: Plan, luck: Luck):
     """--only keep --force draw: rate would be gone. And a step that is being made is not taken away from its maker."""
     make(plan, store)

@@ -108,6 +108,13 @@ def test_what_the_template_does_not_render_is_rejected_by_name(tiny, ctx, tmp_pa
     assert reasons(ctx) == [(f"in.jsonl:{n}", reason) for n, reason in enumerate(rows, 1)]
 
 
+def test_a_role_that_no_template_knows_is_warned_of_by_name(tiny, ctx, tmp_path):
+    """It would be written as it stands; ShareGPT's own form, with `from`, is translated."""
+    with pytest.warns(WinnowWarning, match="role 'human', .*write 'user'.*system, developer, user, assistant, tool"):
+        prompts(tiny, ctx, path=jsonl(tmp_path, [{"prompt": [{"role": "human", "content": "Hi."}, *SAY, USER]}]))
+    prompts(tiny, ctx, path=jsonl(tmp_path, [{"prompt": [{"from": "human", "value": "Hi."}]}]))
+
+
 def test_parts_of_text_lists_written_as_text_and_columns_of_messages_are_messages(tiny, ctx, tmp_path):
     """One prompt in all of these shapes is one prompt."""
     pieces = [{"type": "text", "text": text} for text in ("Name a city ", "that has a metro.")]

@@ -361,6 +361,7 @@ def damaged(value):
     return values
 
 
+@pytest.mark.filterwarnings("ignore:.*a message has the role")
 @pytest.mark.parametrize("name", [*PAIRS, *LABELS])
 @settings(max_examples=20)
 @given(data=st.data())

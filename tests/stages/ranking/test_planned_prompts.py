@@ -98,6 +98,33 @@ def test_a_format_of_turns_alone_holds_neither_tools_nor_system_turns(folder):
     assert ["tools" in warnings[0], "a system turn" in warnings[1], len(warnings)] == [True, True, 2]
 
 
+def test_a_reward_model_without_a_chat_template_is_warned_of_where_the_policy_has_one(tiny, folder, tmp_path):
+    """It reads what the policy's template writes; a ranker of texts does not, nor is there a difference without any."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = shutil.copytree(folder, tmp_path / "policy")
+    (asked / "chat_template.jinja").write_text(PLAIN)
+
+    def model(name: str, path: Path) -> InputStep:
+        return InputStep("model", {"path": ModelPath(str(path)), "chat_template": None, "adapter": None}, name=name)
+
+    def texts(policy: Path, by: str) -> list[str]:
+        inputs = {
+            "ranker": model("rm", folder),
+            "prompts": InputStep("own", inputs={"tokenizer": model("sft", policy)}),
+        }
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_unread_prompts(bound(rankers, by), inputs)
+        return [str(item.message) for item in caught]
+
+    (text,) = texts(asked, "pointwise")
+    assert "rm: it has no chat template, and sft has one" in text
+    assert texts(folder, "pointwise") == texts(asked, "pairwise") == []
+
+
 def test_rankers_of_texts_read_all(folder):
     assert warned(folder, ONE_TURN, [*ROWS.values()], bound(rankers, "pairwise")) == []
 
