@@ -1,6 +1,7 @@
 """SQL over the store: every table has a view, whatever it holds."""
 
 import errno
+import json
 import math
 import subprocess
 import sys
