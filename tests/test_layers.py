@@ -34,7 +34,17 @@ TORCH |= {
 TORCH |= {"stages/network/router.py", "stages/network/working_weights.py"}
 TORCH |= {
     f"stages/training/{name}.py"
-    for name in ("checkpoints", "distributed", "objectives", "terms", "throughput", "trackers", "trainer", "validation")
+    for name in (
+        "checkpoints",
+        "distributed",
+        "objectives",
+        "sharded",
+        "terms",
+        "throughput",
+        "trackers",
+        "trainer",
+        "validation",
+    )
 }
 TORCH |= {f"stages/sampling/engines/{name}.py" for name in ("__init__", "steering", "transformers", "vllm")}
 TORCH |= {"stages/ranking/pairwise.py"}

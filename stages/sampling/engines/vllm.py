@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any, get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -76,7 +76,8 @@ class VllmEngine(QueuedEngine):
             _check_gpus(tensor_parallel, options)
         torch.set_num_threads(THREADS)
         end_orphans()  # an engine that a killed run left has a GPU's memory
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - stderr of the engine's process for as long as it lives
+        with tempfile.TemporaryFile() as file:
+            self.log = os.dup(file.fileno())  # stderr of the engine's process for as long as it lives
         with _quiet_start(self.log), _unchanged_class(folder) if on_cpu else nullcontext():
             from vllm import LLM
 
@@ -194,7 +195,7 @@ class VllmEngine(QueuedEngine):
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        self.log.close()
+        os.close(self.log)
         cleanup_dist_env_and_memory()
         gc.collect()
 
@@ -366,23 +367,23 @@ def _unchanged_class(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_start(log: IO[bytes]) -> Iterator[None]:
+def _quiet_start(log: int) -> Iterator[None]:
     """Hold back in `log` what start-up prints, from C++ too, and all that processes print which start here.
 
-    It is printed if start-up fails and no line says why; the file is closed where start-up fails.
+    It is printed if start-up fails and no line says why; the descriptor is closed where start-up fails.
 
     Hide llvmlite's lazy library too: vLLM calls `vars` on everything in every loaded module, and it has no dict.
     """
     llvmlite = sys.modules.pop(LLVMLITE, None)
     sys.stderr.flush()
     stderr = os.dup(2)
-    os.dup2(log.fileno(), 2)
+    os.dup2(log, 2)
     try:
         yield
     except BaseException as error:
         if not isinstance(error, WinnowError | ChildProcessError):
             os.write(stderr, _text(log).encode())
-        log.close()
+        os.close(log)
         raise
     finally:
         os.dup2(stderr, 2)
@@ -391,11 +392,11 @@ def _quiet_start(log: IO[bytes]) -> Iterator[None]:
             sys.modules[LLVMLITE] = llvmlite
 
 
-def _errors(log: IO[bytes]) -> list[str]:
+def _errors(log: int) -> list[str]:
     """Return the errors in a log, each the last line of a traceback."""
     return [str(error) for line in _text(log).splitlines() for error in ERROR_LINE.findall(line)]
 
 
-def _text(log: IO[bytes]) -> str:
+def _text(log: int) -> str:
     sys.stderr.flush()
-    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
+    return os.pread(log, os.fstat(log).st_size, 0).decode(errors="replace")

@@ -120,11 +120,10 @@ def test_the_death_of_an_engines_process_is_told_with_its_last_error():
     from vllm.v1.engine.exceptions import EngineDeadError
 
     engine = VllmEngine.__new__(VllmEngine)
-    with tempfile.TemporaryFile() as engine.log:
-        engine.log.write(
-            b"Traceback\nRuntimeError: first\n(EngineCore) torch.AcceleratorError: CUDA error: misaligned\n"
-        )
-        engine.log.flush()
+    with tempfile.TemporaryFile() as file:
+        file.write(b"Traceback\nRuntimeError: first\n(EngineCore) torch.AcceleratorError: CUDA error: misaligned\n")
+        file.flush()
+        engine.log = file.fileno()
         with pytest.raises(DeadEngineError, match="AcceleratorError: CUDA error: misaligned"), engine._named_death():
             raise EngineDeadError
 
