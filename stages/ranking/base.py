@@ -1,5 +1,6 @@
 """Interface of rankers: `Ranker` compares two responses, `Scorer` scores one alone."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -279,7 +280,9 @@ def warn_of_part(stage: str, ctx: StageContext, ranker: Ranker, responses: pa.Ta
     is_read = pc.invert(pc.is_in(responses["candidate_id"], unread))
     cut = pc.sum(pc.and_(is_read, pc.equal(responses["finish_reason"], "length"))).as_py() or 0
     ctx.count(cut_responses=cut)
-    if cut > MANY_CUT * responses.num_rows:
+    # By two standard errors, since a part of a small run has the responses of two or three prompts.
+    chance = 2 * math.sqrt(MANY_CUT * (1 - MANY_CUT) * responses.num_rows)
+    if cut > MANY_CUT * responses.num_rows + chance:
         others = ", or leave them out of pairs by `finished: true` of `select` or `pair`"
         cure = "raise `max_tokens` of stage `sample`" + (others if stage in ("reward", "compare") else "")
         warnings.warn(
