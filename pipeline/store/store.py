@@ -105,7 +105,7 @@ PROGRESS, METRICS_NOW = (
     "metrics_now.jsonl",
 )  # of a step that runs: how far it is, and its metrics so far
 # Scratch files, removed when the step is finished.
-LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train", PROGRESS, METRICS_NOW, REPAIR)
+LEFTOVERS = ("checkpoint", "pieces", "refusal.txt", "ray_train", ".weights", PROGRESS, METRICS_NOW, REPAIR)
 REPAIR_HINT = f"`{COMMAND} verify --repair` sets aside what is damaged and makes it again"
 
 

@@ -1,10 +1,11 @@
 """A network that several ranks train together: from a model's folder into shards and back, and no rank holds all of it.
 
-Each rank reads its shard of each tensor from the safetensors files. What is saved is gathered tensor by tensor into a
-file that the first rank maps, and written from there as one process writes it: the same bytes.
+Each rank reads its shard of each tensor from the safetensors files. What is saved is gathered tensor by tensor into
+files that the first rank maps, and written from there as one process writes it: the same bytes.
 
-A network is read as a whole by each rank where its weights cannot be read as they lie in the files: with a LoRA, with
-weights that transformers converts when it loads them (experts of a layer in one tensor), and an encoder-decoder.
+A network is read as a whole by each rank where its weights cannot be read as they lie in the files, or where its trial
+is of the whole: with a LoRA, with weights that transformers converts when it loads them (experts of a layer in one
+tensor), with a router's loss, and an encoder-decoder.
 """
 
 import os
@@ -66,11 +67,12 @@ def can_read_shards(folder: Path) -> bool:
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             stored |= set(tensors.keys())
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}  # tied ones under both names
     return (
         not network.config.is_encoder_decoder
         and not has_router_loss(network)
-        and all(name in stored for name, _ in network.named_parameters())
-        and not any(True for _ in _persistent_buffers(network))
+        and stored.issuperset(name for name, _ in network.named_parameters())
+        and parameters.issuperset(network.state_dict())  # no buffer is in the files
     )
 
 
@@ -133,11 +135,6 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _persistent_buffers(network: nn.Module) -> Iterator[str]:
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    return (name for name in network.state_dict() if name not in parameters)
 
 
 @torch.no_grad()
