@@ -14,6 +14,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
 # Tests start about 80 processes with the packages, and would compile them in each of them: a third of such a start
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB, which each engine fills with zeros: a second less per start
 os.environ["WINNOW_SYNC"] = "off"  # stores of tests are scratch; tests of power cuts set it to on
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # Ray on the loopback address, as pipeline.execution.ray_executor has it
@@ -149,7 +150,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler
 
 
-settings.register_profile("shared machine", deadline=None)  # how long a case takes is no claim
+# How long a case takes is no claim; and half of the usual 100 cases, because laws are tested in each run of the suite.
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
 

@@ -453,15 +453,44 @@ def lines_until(word: str, lines: Iterator[str]) -> list[str]:
     raise AssertionError("".join(seen))
 
 
-@pytest.mark.timeout(300)
-def test_submit_follow_stop_submit_again_finish(head, token, winnow, unmarked, tmp_path):
-    """The tables are those of a run in this process, byte for byte; what was finished before the stop is untouched."""
-    address, config = ["--address", head.url], tmp_path / "copied.yaml"
+@pytest.fixture
+def words(unmarked, tmp_path) -> list[str | Path]:
+    """Recipe, a config with an SFT policy that is there already, and two parts."""
+    config = tmp_path / "copied.yaml"
     config.write_text(
         f"sft: {{use: model, with: {{path: {unmarked.folder}}}}}\n"
         f"own_candidates: {{with: {{path: {CONFIG.with_name('candidates.jsonl')}, probability: p, max_tokens: 512}}}}\n"
     )
-    words = [RECIPE, "--config", config, *(word for item in SETS for word in ("--set", item))]
+    return [RECIPE, "--config", config, *(word for item in SETS for word in ("--set", item))]
+
+
+def check_tables_of_a_run_in_process(words: list[str | Path], folder: Path) -> None:
+    """Check that the job's store in `folder` has the bytes of a run in this process, under the plan's name."""
+    (plan,) = recipes.plans([RECIPE], [Path(words[2])], SETS)
+    run(plan, Store(folder / "alone"), LocalExecutor(), Silent())
+    for step in plan.steps:
+        there, here = (Store(folder / root).folder(step).manifest for root in ("store", "alone"))
+        assert there["files"] == here["files"]
+    assert [*Store(folder / "store").runs()] == [plan.name]
+
+
+def test_a_submitted_job_has_the_bytes_of_a_run_in_process(head, token, winnow, words, tmp_path):
+    """`submit` prints how to follow it, and `logs` follows it to its end."""
+    address = ["--address", head.url]
+    code, text = winnow("submit", *words, "--store", "store", "--profile", "laptop", *address, "--no-wait")
+    assert code == 0, text
+    name = re.search(r"`winnow logs (own_candidates-[0-9a-f]{8}-1) --address", text)[1]
+    code, text = winnow("logs", name, *address)
+    assert (code, " finished " in text, f"{name}: succeeded" in text) == (0, True, True), text
+    assert [line for line in winnow("status", *address)[1].splitlines() if name in line and "SUCCEEDED" in line]
+    check_tables_of_a_run_in_process(words, tmp_path)
+
+
+@pytest.mark.bench  # two more jobs and two clients: 40 seconds
+@pytest.mark.timeout(300)
+def test_submit_follow_stop_submit_again_finish(head, token, winnow, words, tmp_path):
+    """The tables are those of a run in this process, byte for byte; what was finished before the stop is untouched."""
+    address = ["--address", head.url]
     command = ["submit", *words, "--store", "store", "--profile", "laptop", *address]
     with ExitStack() as followers:
         first = followers.enter_context(head.start(*command, "--force", "own_candidates"))
@@ -491,12 +520,7 @@ def test_submit_follow_stop_submit_again_finish(head, token, winnow, unmarked, t
     code, text = winnow("logs", second, *address)
     assert (code, "cached" in text, f"{second}: succeeded" in text) == (0, True, True), text
     assert {part: part.stat().st_mtime_ns for part in parts} == parts
-    (plan,) = recipes.plans([RECIPE], [config], SETS)
-    run(plan, Store(tmp_path / "alone"), LocalExecutor(), Silent())
-    for step in plan.steps:
-        there, here = (Store(tmp_path / root).folder(step).manifest for root in ("store", "alone"))
-        assert there["files"] == here["files"]
-    assert [*Store(tmp_path / "store").runs()] == [plan.name]
+    check_tables_of_a_run_in_process(words, tmp_path)
     listing = winnow("status", *address)[1]
     assert [word for word in (name, "STOPPED", second, "SUCCEEDED") if word not in listing] == []
 
@@ -526,7 +550,9 @@ def test_two_users_who_submit_at_once(head, token, winnow, tmp_path):
     name, running = late.submit(folder, ["sleep", "60"], **options)
     assert name == running.submission_id == "run-00000000-1"
     assert [job.submission_id for job in other.jobs() if job.metadata["winnow_plan"] == "0" * 8] == [name]
-    assert other.stop(name, print).status == "STOPPED"
+    text = winnow("stop", name, "--address", head.url)[1]
+    assert f"{name}: stopped; its finished parts are kept" in text
+    assert other.job(name).status == "STOPPED"
 
     options = dict(recipes="rso", plan="1" * 8, resume="")
     late.rival = lambda: other.submit(folder, ["sh", "-c", "kill -9 $$"], **options, store="there")

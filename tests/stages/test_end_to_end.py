@@ -111,9 +111,13 @@ def test_human_pairs_are_trained_on_as_they_came(data_dir, store):
     assert sides == {(row["chosen"], row["rejected"]) for row in rows}
 
 
-# Of the recipes that differ in their start alone, one. `-m bench` trains all: test_walk.py.
-OTHER_STARTS = [name for name in names() if name.endswith("_pretrained") and name != "maxright_pretrained"]
-SAME_STEPS = ["cdpo", "hinge_norm", "ipo", "sequence_reverse"]  # as dpo, rso and sequence, but for a loss or its order
+# `-m bench` trains all: test_walk.py.
+OTHER_STARTS = [name for name in names() if name.endswith("_pretrained")]
+# As another one's but for a loss, the order of two trainings, a rule, or the objective that is trained in each round
+SAME_STEPS = [
+    *("cdpo", "hinge_norm", "ipo", "sequence_reverse", "maxright_pretrained", "iterated_dpo", "raft_tournament", "spr"),
+    *("rso_scores", "rrhf_ip"),
+]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
+import torch.distributed
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
 
 from pipeline.context import StageContext, WarmCache
-from pipeline.execution.distributed import _train_on_rank, resources_per_rank
+from pipeline.execution.distributed import _train_on_rank, resources_per_rank, run_distributed
 from pipeline.resources import Resources
 from schemas import WinnowError, WinnowWarning
 from stages.network.load import load_network
@@ -109,29 +111,13 @@ def train_all(init, rows, folder, **options):
     return weights, policy.to_pylist(), *series
 
 
-@pytest.mark.parametrize("killed_after", [None, pytest.param(4, marks=pytest.mark.bench)])
-def test_two_ranks_have_the_losses_of_one_even_if_one_dies(sharp, tmp_path, monkeypatch, killed_after):
-    """KTO with an NLL term, uneven passes, and a group that is too large for one: all that ranks must agree on.
+# Rounding differs from the first step on and grows with every update: small ones keep all steps comparable
+UNEVEN = dict(nll_weight=0.5, tokens_per_pass=25, checkpoint_every=2, learning_rate=3e-5)
 
-    `policies` and the names and steps of `metrics` are the same, all values to rounding; no rank reads what another
-    does, but for a token where it has nothing to read. That all started again is reported.
-    """
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process for what no local Ray has
-    rows = cache(sharp, imitate(labelled(random_rows(prompts=7)), 0), spread=0.0)
-    # Rounding differs from the first step on and grows with every update: small ones keep all steps comparable
-    options = dict(
-        nll_weight=0.5, tokens_per_pass=25, epochs=5 if killed_after else 2, checkpoint_every=2, learning_rate=3e-5
-    )
-    weights, policy, metrics, speeds = train_all(sharp, rows, tmp_path / "one", **options)
-    killed = kill_a_rank_after(tmp_path / "two", killed_after) if killed_after else []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WinnowWarning)
-        weights2, policy2, metrics2, speeds2 = train_all(
-            sharp, rows, tmp_path / "two", world_size=2, gradient_checkpointing=True, **options
-        )
-    assert len(killed) == bool(killed_after)
-    restarts = [message for message in map(str, (warning.message for warning in caught)) if "a rank died" in message]
-    assert ["attempt 2 of 3" in message for message in restarts] == [True] * len(killed)
+
+def check_that_two_ranks_did_as_one(two, one):
+    """Check rows of `policies`, names, steps and values of metrics, tokens, and weights of `train_all`."""
+    (weights2, policy2, metrics2, speeds2), (weights, policy, metrics, speeds) = two, one
     assert policy2 == policy
     assert {name: len(values) for name, values in metrics2.items()} == {
         name: 1 if name.startswith("saved/") else policy[0]["steps"] for name in metrics
@@ -141,11 +127,78 @@ def test_two_ranks_have_the_losses_of_one_even_if_one_dies(sharp, tmp_path, monk
         limit = 1e-2 if name.startswith("saved/") else 1e-4  # a quotient of small differences
         assert values == pytest.approx(metrics[name], rel=limit, abs=limit), name
     for tokens2, tokens in zip(speeds2["tokens/read"], speeds["tokens/read"], strict=True):
-        assert tokens <= tokens2 <= tokens + 4
+        assert tokens <= tokens2 <= tokens + 4  # a token where a rank has nothing to read
     for name, both in dict(world_size=(1, 2), gradient_checkpointing=(0, 1), tokens_per_pass=(25, 25)).items():
         assert (set(speeds[name]), set(speeds2[name])) == tuple({value} for value in both)
     for name, weight in weights2.items():
         assert torch.allclose(weight, weights[name], atol=1e-4), name
+
+
+def run_in_forks(job, world_size, ctx):
+    """Stand in for `run_distributed`: ranks are forks of this process in a group of gloo, which import nothing anew."""
+
+    def run_rank(rank):
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{ctx.folder}/group", rank=rank, world_size=world_size
+        )
+        outcome = job(lambda *_: None)
+        if rank == 0:
+            torch.save(outcome, ctx.folder / "outcome")
+        torch.distributed.destroy_process_group()
+
+    ctx.folder.mkdir(parents=True, exist_ok=True)
+    start_processes(run_rank, nprocs=world_size, start_method="fork")
+    return torch.load(ctx.folder / "outcome", weights_only=False)
+
+
+def test_two_ranks_have_the_losses_of_one(sharp, tmp_path, monkeypatch):
+    """KTO with an NLL term, uneven passes, and a group that is too large for one: all that ranks must agree on."""
+    rows = cache(sharp, imitate(labelled(random_rows(prompts=7)), 0), spread=0.0)
+    one = train_all(sharp, rows, tmp_path / "one", epochs=2, **UNEVEN)
+    monkeypatch.setattr("pipeline.execution.distributed.run_distributed", run_in_forks)
+    two = train_all(sharp, rows, tmp_path / "two", epochs=2, world_size=2, gradient_checkpointing=True, **UNEVEN)
+    check_that_two_ranks_did_as_one(two, one)
+
+
+@pytest.mark.bench  # Ray Train takes 16 to 30 seconds to start two ranks
+def test_ray_train_runs_a_job_on_each_rank(tmp_path, monkeypatch):
+    """It returns what rank 0 does; progress and warnings are those of rank 0."""
+
+    def add_up_ranks(report_progress):  # sent by its code, so that no rank imports this file, and with it transformers
+        import torch
+
+        report_progress("step", 1, 1)
+        warnings.warn("once", WinnowWarning, stacklevel=1)
+        number = torch.tensor(torch.distributed.get_rank() + 1.0)
+        torch.distributed.all_reduce(number)
+        return {"sum": number.item(), "world_size": torch.distributed.get_world_size()}
+
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process for what no local Ray has
+    progress = []
+    ctx = StageContext(tmp_path, WarmCache(), lambda *report: progress.append(report))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WinnowWarning)
+        assert run_distributed(add_up_ranks, 2, ctx) == {"sum": 3.0, "world_size": 2}
+    assert len(progress) == 1
+    assert [str(warning.message) for warning in caught if warning.category is WinnowWarning] == ["once"]
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("killed_after", [None, 4])
+def test_two_ranks_of_ray_have_the_losses_of_one_even_if_one_dies(sharp, tmp_path, monkeypatch, killed_after):
+    """As above; that all started again is reported."""
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    rows = cache(sharp, imitate(labelled(random_rows(prompts=7)), 0), spread=0.0)
+    options = dict(epochs=5 if killed_after else 2, **UNEVEN)
+    one = train_all(sharp, rows, tmp_path / "one", **options)
+    killed = kill_a_rank_after(tmp_path / "two", killed_after) if killed_after else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WinnowWarning)
+        two = train_all(sharp, rows, tmp_path / "two", world_size=2, gradient_checkpointing=True, **options)
+    assert len(killed) == bool(killed_after)
+    restarts = [message for message in map(str, (warning.message for warning in caught)) if "a rank died" in message]
+    assert ["attempt 2 of 3" in message for message in restarts] == [True] * len(killed)
+    check_that_two_ranks_did_as_one(two, one)
 
 
 def test_a_rank_that_refuses_leaves_its_message_and_is_not_tried_again(tmp_path, monkeypatch):

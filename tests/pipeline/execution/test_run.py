@@ -1,12 +1,9 @@
 """The same bytes whatever happens: any number of parts, a kill in the middle; on Ray, see test_object_store."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from pipeline.execution.run import run
 from pipeline.store.store import WHOLE, Store
 from schemas import table_name
 from schemas.tables import CANDIDATES, REJECTS, SELECTIONS
-from tests.runs import RECIPES, Silent, local, plan_of
+from tests.runs import Silent, local, plan_of
 
 
 def digests(plan: Plan, store: Store, steps=None) -> dict[str, list[tuple[str, str]]]:
@@ -151,7 +148,7 @@ def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path):
     plan = plan_of(data_dir)
     store = without(finished, plan, "reward", tmp_path / "store")
     folder = local(store.folder(next(step for step in plan.steps if step.name == "reward")).path)
-    kill_when_begun(folder, data_dir, store)
+    kill_when_begun(folder, plan, store)
     assert not (folder / "manifest.json").exists()
     finished_parts = [json.loads(part.read_text()) for part in folder.glob("part-*-of-*.json")]
     assert finished_parts
@@ -164,14 +161,14 @@ def test_kill_9_loses_only_parts_in_flight(data_dir, finished, tmp_path):
     assert digests(plan, store) == digests(plan, Store(finished))
 
 
-def kill_when_begun(folder: Path, data_dir: Path, store: Store) -> None:
-    """Run the command in a process of its own, and kill it as soon as the step in this folder has something to lose."""
-    command = [sys.executable, "-m", "jobs", "run", str(RECIPES / "rso.yaml"), "--config", str(data_dir / "demo.yaml")]
-    command += ["--store", str(store.root)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        deadline = time.monotonic() + 120
-        while not any(folder.glob("part-*.json")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_when_begun(folder: Path, plan: Plan, store: Store) -> None:
+    """Run a plan in a process of its own, and kill it as soon as the step in this folder has something to lose."""
+    process = get_context("fork").Process(target=run, args=(plan, store, LocalExecutor(), Silent()))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not any(folder.glob("part-*.json")):
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.join()

@@ -26,7 +26,7 @@ from stages.head.convex import (
 )
 from stages.head.train import PairFeatures, head
 
-few = settings(deadline=None, max_examples=10)
+few = settings(deadline=None, max_examples=5)
 SIZES = [(30, 3, 6, 0.5), (20, 2, 5, 0.01)]  # rows, features, gates, beta
 
 
@@ -227,13 +227,12 @@ def test_gates_are_distinct_and_seeded():
     assert (gates == again).all()
 
 
-@settings(deadline=None, max_examples=5)
-@given(st.integers(0, 10**6))
-def test_more_gates_never_make_the_optimum_worse(seed):
+def test_more_gates_never_make_the_optimum_worse():
     """The larger program contains the smaller one: its other blocks are 0."""
-    X, y, gates = instance(20, 2, 6, seed)
-    fewer, more = (objective(Numbers(X, y, g, 0.5), optimum(X, y, g, 0.5, 1e-6)) for g in (gates[:2], gates))
-    assert more <= fewer * (1 + 1e-4)
+    for seed in range(6):
+        X, y, gates = instance(20, 2, 6, seed)
+        fewer, more = (objective(Numbers(X, y, g, 0.5), optimum(X, y, g, 0.5, 1e-6)) for g in (gates[:2], gates))
+        assert more <= fewer * (1 + 1e-4)
 
 
 def test_a_large_beta_leaves_no_neuron():

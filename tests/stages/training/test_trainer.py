@@ -3,19 +3,19 @@
 import contextlib
 import json
 import math
-import pickle
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import traceback
 import warnings
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.context import Mirror
 from pipeline.store.fingerprints import DataPath, model_digest
@@ -326,34 +326,30 @@ def test_the_tokens_counted_after_a_resume_are_those_of_its_seconds(tiny, cached
     assert policy["tokens"] == straight[2]["tokens"] == 3 * contexts[-1].counters["tokens"]
 
 
-KILLED = """
-import os, pickle, signal, sys
-from pathlib import Path
-from stages.training import checkpoints
-from tests.material import train
+def train_until_killed(init, rows, folder):
+    """Train, and end by kill -9 when half of the second checkpoint is on the disk."""
+    calls = []
 
-save, calls = checkpoints.save, []
+    def killed(tensors, **options):
+        save(tensors, **options)
+        calls.append(1)
+        if len(calls) == 2:
+            (file,) = Path(options["storage_writer"].path).glob("*.safetensors")
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def killed(tensors, **options):
-    save(tensors, **options)
-    calls.append(1)
-    if len(calls) == 2:
-        (file,) = Path(options["storage_writer"].path).glob("*.safetensors")
-        os.truncate(file, file.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-checkpoints.save = killed
-init, rows, folder, options = pickle.loads(Path(sys.argv[1]).read_bytes())
-train(init, rows, folder, **options)
-"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save", killed)
+        train(init, rows, folder, **INTERRUPTED)
 
 
 def test_kill_9_during_a_checkpoint_write(tiny, cached, straight, tmp_path):
     """Half of the second checkpoint is on the disk; the same call goes on from the first, to the same bits."""
     folder = tmp_path / "killed"
-    (tmp_path / "call").write_bytes(pickle.dumps((tiny, cached, folder, INTERRUPTED)))
-    died = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "call")], cwd=ROOT, check=False)
-    assert died.returncode == -signal.SIGKILL
+    process = get_context("fork").Process(target=train_until_killed, args=(tiny, cached, folder))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in folder.glob("checkpoint/step-*")] == ["step-00000002"]
     assert (folder / "checkpoint" / ".writing").exists()
     assert same_run(train(tiny, cached, folder, **INTERRUPTED), straight)
