@@ -160,6 +160,7 @@ class Entry:
     aliases: tuple[str, ...] = ()
     plugin: Plugin | None = None
     from_file: bool = False  # named by file and function, and registered by nothing
+    declared: dict[str, Any] = field(default_factory=dict)  # options of the recipe in place of a decorator's metadata
 
     @cached_property
     def options(self) -> type[BaseModel]:
@@ -189,8 +190,11 @@ class Entry:
         }
 
     def identity_of(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the options, and of mappings the entries, that decide the result."""
-        deciding = {
+        """Return the options, and of mappings the entries, that decide the result.
+
+        What the recipe declares in place of a decorator is among them: no digest of the file has it.
+        """
+        deciding = self.declared | {
             name: value
             for name, value in options.items()
             if name not in self.execution and not (name in self.added and value == self.added[name])
@@ -260,7 +264,7 @@ class Entry:
 
     def __reduce__(self) -> tuple[Callable[..., Entry], tuple[Any, ...]]:
         if self.plugin and self.from_file:
-            return entry_in_file, (self.plugin, self.name, self.metadata, self.kind)
+            return entry_in_file, (self.plugin, self.name, self.metadata, self.kind, self.declared)
         if self.plugin:
             return Plugin.entry, (self.plugin, self.kind, self.name)
         return entry_of, (self.fn, self.kind)  # by reference: importing the function on a worker registers it there
@@ -277,9 +281,9 @@ def entry_of(fn: Function, kind: str = "") -> Entry:
     return entries.get(kind) or fn.entry  # type: ignore[attr-defined]
 
 
-def entry_in_file(plugin: Plugin, name: str, metadata: dict[str, Any], kind: str) -> Entry:
+def entry_in_file(plugin: Plugin, name: str, metadata: dict[str, Any], kind: str, declared: dict[str, Any]) -> Entry:
     """Return the entry of a function that a user's file defines and does not register."""
-    return Entry(name, getattr(sys.modules[plugin.module], name), metadata, kind, (), plugin, from_file=True)
+    return Entry(name, getattr(sys.modules[plugin.module], name), metadata, kind, (), plugin, True, declared)
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,7 @@ class Bound:
         return hash(str(self))  # the options are a dict; equal name and equal options are one value
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        options = ", ".join(f"{name}={value}" for name, value in (self.entry.declared | self.options).items())
         return f"{self.name}({options})"
 
 
@@ -349,7 +353,8 @@ class Registry:
     arguments: names of the positional arguments that a function is called with; any if there are none. metadata: type
     of what its decorator sets, `NotRequired[...]` what it may leave out. All may set `version` and `aliases`.
     plain: of a function in a file that `{name: python, file: ..., function: ...}` names, from the function and the
-    other options, from which it may take some: its arguments and its metadata; None if no option may name a file.
+    other options: its arguments and its metadata; None if no option may name a file. Options that it removes, because
+    it makes metadata of them, stay in the key.
     """
 
     def __init__(self, kind: str, *arguments: str, plain: PlainFunction | None = None, **metadata: Any) -> None:
@@ -494,10 +499,12 @@ class Registry:
             hint = nearest(name, functions) if functions else "it defines no function"
             raise WinnowError(f"function: no function {name!r} in {plugin.path}; {hint}")
         assert self.plain is not None
+        written = dict(options)
         arguments, metadata = self.plain(fn, options)
+        declared = {name: value for name, value in written.items() if name not in options and value is not None}
         if problems := _problems(fn, arguments):
             raise WinnowError(*(f"function: {name} of {plugin.path} {problem}" for problem in problems))
-        return entry_in_file(plugin, name, metadata, self.kind)
+        return entry_in_file(plugin, name, metadata, self.kind, declared)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.bind)

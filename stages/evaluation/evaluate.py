@@ -27,15 +27,15 @@ from stages.evaluation.length_control import Match, length_controlled
 from stages.options import Seed, SmallCount
 from stages.ranking.base import candidate_text
 from stages.ranking.judge import win_of, win_score
-from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_program
+from stages.ranking.rankers import FIELDS, PROGRAM, check_fields, fields_problems, plain_arguments
 from stages.ranking.verifiers import code_tests, instruction_share, instructions, json_schema, math_answer
 from stages.results import number
 
 
 def plain_gold(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return arguments and metadata of a function in a user's file, which is a gold reward as it is."""
-    arguments, metadata = plain_program(fn, options)
-    return arguments, {"reads_fields": metadata["reads_fields"]}
+    arguments = plain_arguments(fn)
+    return arguments, {"reads_fields": arguments == FIELDS}
 
 
 gold_reward = Registry(

@@ -5,6 +5,7 @@ with `@verifiable`, a program from prompt and response to a score. Options are k
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,18 @@ FIELDS = (*PROGRAM, "fields")
 
 
 def plain_program(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return arguments and metadata of a function in a user's file: of prompt and response, and perhaps of `fields`."""
+    """Return arguments and metadata of a function in a user's file, whose scores may be labels (`label_threshold`)."""
+    arguments = plain_arguments(fn)
+    metadata: dict[str, Any] = {"reads_model": False, "program": True, "reads_fields": arguments == FIELDS}
+    if (threshold := options.pop("label_threshold", None)) is not None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+            raise WinnowError(f"label_threshold: must be a finite number, got {threshold!r}")
+        metadata["label_threshold"] = float(threshold)
+    return arguments, metadata
+
+
+def plain_arguments(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the arguments of a function in a user's file: prompt and response, and perhaps `fields`."""
     parameters = [item for item in signature(fn).parameters.values() if item.kind in POSITIONAL]
     reads_fields = len(parameters) > len(PROGRAM)
     if reads_fields and parameters[2].default is not Parameter.empty and parameters[2].name != FIELDS[2]:
@@ -43,10 +55,7 @@ def plain_program(fn: Callable[..., Any], options: dict[str, Any]) -> tuple[tupl
             f"function: the third parameter of {fn.__name__}, {name}={parameters[2].default!r}, would be given the "
             f"columns that are kept with a prompt; write `*, {name}` if it is an option, or call it `fields`"
         )
-    metadata: dict[str, Any] = {"reads_model": False, "program": True, "reads_fields": reads_fields}
-    if (threshold := options.pop("label_threshold", None)) is not None:
-        metadata["label_threshold"] = float(threshold)
-    return FIELDS if reads_fields else PROGRAM, metadata
+    return FIELDS if reads_fields else PROGRAM
 
 
 POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)

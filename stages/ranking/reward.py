@@ -1,5 +1,6 @@
 """Stage `reward`: a reward for every candidate, from n - 1 comparisons per prompt, or from a score of its own."""
 
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -7,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import Bound, StageContext, stage
-from schemas import Candidates, Model, Prompts, Rewards, seed_for
+from schemas import Candidates, Model, Prompts, Rewards, WinnowWarning, seed_for
 from schemas.tables import REWARDS
-from stages.data.rows import Row, RowsById, reject_not_finite, rows_by_prompt
+from stages.data.rows import Row, RowsById, label_threshold, reject_not_finite, rows_by_prompt
 from stages.options import Seed
 from stages.ranking.base import (
     NO_VERDICT,
@@ -69,6 +70,8 @@ def reward(
     network once for all comparisons.
     `both` also reads each pair in the other order and averages the logits, if the ranker can have a position bias.
     A reward model or a program scores each candidate alone: that score is the reward, and there is no baseline.
+    Scores of a program of yours that are all 0 or 1 (-1 or 1) are warned of if it has no `label_threshold`, which says
+    that they are labels.
     With `special_tokens`, text is read with the special tokens inside it (`</think>`, where it is one), without the
     one that ends it. Rejected are a reward that is not finite, a response that the ranker cannot read, and a comparison
     on which it has no verdict; more than 5 % of a part's responses are warned of, with the reason and its cure.
@@ -145,4 +148,16 @@ def reward(
     opened.finish_part(ctx)
     rewards = reject_not_finite(pa.Table.from_pylist(rows, schema=REWARDS), "reward", ctx, place="candidates")
     warn_of_part("reward", ctx, opened, candidates)
+    if by.metadata.get("program") and by.entry.plugin_file and "label_threshold" not in by.metadata:
+        # Ours declare it; of a user's program nothing but its scores shows that they are labels.
+        threshold = label_threshold(rewards["reward"].to_pylist())
+        if threshold is not None:
+            where = "beside `file` and `function`" if by.entry.from_file else "as an argument of its decorator"
+            warnings.warn(
+                f"reward: all scores that {by.name} gave in a part are {'0 or 1' if threshold else '-1 or 1'}. If they "
+                f"are labels, wrong and right, set label_threshold to {threshold:g} {where}: without it, a rule that "
+                "keeps a prompt's best responses keeps wrong ones of a prompt that has no right one",
+                WinnowWarning,
+                stacklevel=2,
+            )
     return rewards

@@ -4,17 +4,19 @@ import pickle
 import subprocess
 import sys
 import time
+import warnings
 
 import psutil
 import pyarrow as pa
 import pytest
 
 from jobs.recipes import FOLDER
+from pipeline.config.keys import canonical
 from pipeline.config.plan import make_plan
 from pipeline.config.recipe import load_recipe
 from pipeline.plugins import unload_plugins
 from pipeline.store.fingerprints import DataPath
-from schemas import WinnowError
+from schemas import WinnowError, WinnowWarning
 from schemas.tables import CANDIDATES, JUDGEMENTS, PROMPTS
 from stages.data.prompts import prompts
 from stages.evaluation.evaluate import evaluate, gold_reward
@@ -282,6 +284,10 @@ def right(prompt, response, fields):
     return float(fields["answer"] in response)
 
 
+def graded(prompt, response):
+    return float(len(response))
+
+
 def best_first(rows):
     for row in rows[1:]:
         yield Preference(rows[0]["candidate_id"], row["candidate_id"], 1.0)
@@ -311,7 +317,7 @@ def test_a_function_of_a_file_is_a_reward_a_gold_reward_and_a_pair_rule(file, su
     """Without a decorator, with options of its own, with the prompt's columns if it has a third parameter."""
     for function, word in (("right", None), ("has", "It is 4")):
         options: dict = {} if word is None else {"word": word}
-        by = from_file(rankers, file, function, **options)
+        by = from_file(rankers, file, function, label_threshold=0.5, **options)
         scores = {row["candidate_id"]: row["reward"] for row in reward(*sums, ctx, by=by).to_pylist()}
         assert scores == (RIGHT if function == "right" else RIGHT | {"q1": 0.0})
         again = pickle.loads(pickle.dumps(by))
@@ -321,6 +327,39 @@ def test_a_function_of_a_file_is_a_reward_a_gold_reward_and_a_pair_rule(file, su
     rule = from_file(pair_rule, file, "best_first", reads="candidates")
     assert rule.metadata["reads"] == "candidates"
     assert [item.rejected for item in rule([{"candidate_id": name} for name in "abc"])] == ["b", "c"]
+
+
+def test_what_a_recipe_says_of_a_function_in_a_file_is_part_of_the_key(file):
+    """`label_threshold` and `reads` are declared in place of a decorator; without them the key is as it was."""
+    for registry, function, options in (
+        (rankers, "has", {"label_threshold": 0.5}),
+        (pair_rule, "best_first", {"reads": "candidates"}),
+    ):
+        plain, declared = (from_file(registry, file, function, **extra) for extra in ({}, options))
+        assert canonical(declared) == canonical(plain) | options
+        assert canonical(pickle.loads(pickle.dumps(declared))) == canonical(declared)
+    assert canonical(from_file(rankers, file, "has", label_threshold=None)) == canonical(
+        from_file(rankers, file, "has")
+    )
+
+
+def test_a_gold_reward_has_no_threshold_of_labels(file):
+    """Win rates do not read it: accepted, it would do nothing."""
+    with pytest.raises(WinnowError, match="label_threshold: unknown option"):
+        from_file(gold_reward, file, "right", label_threshold=0.5)
+    with pytest.raises(WinnowError, match="label_threshold: must be a finite number, got 'half'"):
+        from_file(rankers, file, "right", label_threshold="half")
+
+
+def test_labels_of_a_users_program_that_does_not_call_them_so_are_warned_of(file, sums, ctx):
+    """By the setting that is missing; without it, the best response of a prompt without a right one is kept."""
+    with pytest.warns(WinnowWarning, match=r"right gave in a part are 0 or 1\..*label_threshold to 0\.5 beside `file`"):
+        reward(*sums, ctx, by=from_file(rankers, file, "right"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WinnowWarning)
+        rows = reward(*sums, ctx, by=from_file(rankers, file, "right", label_threshold=0.5))
+        reward(*sums, ctx, by=from_file(rankers, file, "graded"))
+    assert set(rows["label_threshold"].to_pylist()) == {0.5}
 
 
 def test_a_file_or_function_that_cannot_be_used_is_one_line(file):
