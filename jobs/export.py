@@ -17,7 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.console import as_json
-from jobs.export_formats import FORMATS, IDS, REFS, SIDES, FormatName, Reject, Row, without_turns
+from jobs.export_formats import (
+    FORMATS,
+    IDS,
+    REFS,
+    SEVERAL_TURNS,
+    SIDES,
+    FormatName,
+    PairFormat,
+    Reject,
+    Row,
+    without_turns,
+)
 from pipeline.config.rounds import run_and_round, split_round
 from pipeline.sql.catalog import Catalog, open_catalog
 from pipeline.store.store import Json, Store, columns_with_statistics
@@ -55,11 +66,18 @@ class ExportResult:
 
     out: Path
     source: PairSource
+    form: PairFormat
     rows: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     weighted: int = 0
     end: str | None = None
+
+    @property
+    def complete(self) -> FormatName:
+        """Return the format that holds all pairs which this one rejects: of several turns, one with masks."""
+        (masks,) = (name for name, form in FORMATS.items() if form.masks)
+        return masks if SEVERAL_TURNS in self.rejects else self.form.complete or masks
 
     @property
     def rejects_file(self) -> Path:
@@ -83,7 +101,7 @@ def export_pairs(
     run, round = run_and_round(run, store.runs(), round)
     catalog = open_catalog(store, run)
     source = find_pairs(store, catalog, run, split, round)
-    result = ExportResult(out, source)
+    result = ExportResult(out, source, form)
     tokenizer = Tokenizer(source.policy)
     if name == "trl":
         result.end = _end_as_eos(tokenizer, catalog.sql(ENDS.format(**source.keys)).arrow()["id"].to_pylist())
@@ -113,7 +131,7 @@ def export_pairs(
         if not result.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in result.rejects.most_common())
             raise WinnowError(
-                f"run {run}: {name} would reject all of its pairs ({reasons}); --format {form.complete} loses none"
+                f"run {run}: {name} would reject all of its pairs ({reasons}); --format {result.complete} loses none"
             )
     if not result.rejects:
         result.rejects_file.unlink()

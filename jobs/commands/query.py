@@ -11,7 +11,7 @@ from jobs import queries
 from jobs.commands.app import STORE, Configs, Plugins, RunName, StorePath, console, error_console, existing_store
 from jobs.console import as_table
 from jobs.export import Split, export_pairs
-from jobs.export_formats import FORMATS, FormatName
+from jobs.export_formats import FormatName
 from jobs.output import Format, format_of, interruptible, write_result
 from jobs.reference import option_pages, recipe_table, stage_table
 from jobs.tables import judges_rows, leaderboard_table
@@ -174,12 +174,13 @@ def export(
         return
     if against or pairs:
         raise WinnowError(f"--against, --pairs: of --format blind-comparison alone, not of {format}; omit them")
-    result, form = export_pairs(source, run, format, out, split, round), FORMATS[format]
+    result = export_pairs(source, run, format, out, split, round)
+    form = result.form
     lines = [f"wrote {result.out}: {result.rows:,} pairs of run {run}, step {result.source.step}"]
     lines += [f"rejected: {n:,} {reason} ({result.rejects_file.name})" for reason, n in result.rejects.most_common()]
     if result.rejects:
         total = result.rows + result.rejects.total()
-        lines.append(f"{result.rejects.total():,} of {total:,} pairs are lost; --format {form.complete} loses none")
+        lines.append(f"{result.rejects.total():,} of {total:,} pairs are lost; --format {result.complete} loses none")
     if result.end:
         lines.append(f"texts end with {result.end}, not with EOS: set tokenizer.eos_token = {result.end!r}, and give "
                      "the trainer that tokenizer as processing_class")  # fmt: skip

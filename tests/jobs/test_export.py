@@ -348,6 +348,25 @@ def test_a_policy_that_ends_by_its_templates_token_can_be_exported(ended, winnow
     assert [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in read] == expected
 
 
+def test_a_response_of_several_turns_needs_the_format_with_masks(store, winnow, tmp_path):
+    """Ids alone lose it as text does: both name the format that loses none."""
+    first = min(group["prompt_id"] for group in examples_of(store, "dpo"))
+
+    def mask_first(groups):
+        for response in (item for group in groups if group["prompt_id"] == first for item in group["responses"]):
+            response["mask"] = [False] + [True] * (len(response["token_ids"]) - 1)
+        return groups
+
+    root = tmp_path / "store"
+    turns = rewrite_examples(store, "dpo", root, mask_first)
+    pairs = sum(len(group["pairs"]) for group in examples_of(turns, "dpo"))
+    for format in ("trl", "trl-ids"):
+        words = ("export", "--run", "dpo", "--format", format, "--out", tmp_path / "pairs.parquet", "--store", root)
+        code, text = winnow(*words)
+        assert (code, f"1 of {pairs} pairs are lost; --format jsonl loses none" in text) == (0, True), text
+    assert export_pairs(turns, "dpo", "jsonl", tmp_path / "pairs.jsonl").rows == pairs
+
+
 # Nothing lost, nothing doubled
 
 
