@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from pipeline.config.plan import Plan, make_plan
 from pipeline.config.recipe import Recipe
@@ -26,6 +27,13 @@ from tests.runs import ROOT, Silent
 from tests.toys import notes, plan_of_toys
 
 SHARDS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_ray():
+    """End the Ray of this file and those before it, so that no process that a later test forks has lost its threads."""
+    yield
+    ray.shutdown()
 
 
 def run_on_ray(plan: Plan, folder: Path, reporter: Silent, stage: str = "", **resources: Any) -> Store:
