@@ -32,6 +32,7 @@ from pipeline.config.layers import (
 )
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
+from pipeline.plugins import with_named
 from pipeline.registry import FORMER, name_or, nearest, registry_of, validated
 from pipeline.stage import stages
 from schemas import WinnowError
@@ -256,7 +257,7 @@ def load_recipe(
         settings.about,
         unrolled,
         len(overlaid),
-        [Path(file) for file in settings.plugins],
+        with_named(Path(file) for file in settings.plugins),
         "" if "target" in replaced or _is_target_required(layers) else settings.trained,
         origins,
         notes,
@@ -323,7 +324,7 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
             {step: _steps(of_round)[step] for step in overlay}
             for of_round, overlay in zip(rounds, overlaid, strict=True)
         ]
-    plugins = plugins_of(layers)
+    plugins = [str(file) for file in with_named(Path(file) for file in plugins_of(layers))]
     removed = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
     content = {name: value for name, value in content.items() if name not in removed}
     return content | ({"plugins": plugins} if plugins else {})
