@@ -102,7 +102,7 @@ def test_options_of_a_kind_of_function_lists_its_functions(winnow):
 
 
 def test_options_describes_functions_of_plugins(winnow, tmp_path):
-    """Those of the files that a config or the command names, and of installed packages, as `plan` and `run` load them."""
+    """Those of the files that a config or the command names, and of installed packages, as `plan` and `run` do."""
     source = "from stages.evaluation.evaluate import gold_reward\n\n@gold_reward()\ndef shortness(prompt, response):\n"
     (tmp_path / "mine.py").write_text(source + '    """Prefer short responses."""\n    return -len(response)\n')
     (tmp_path / "my.yaml").write_text("plugins: [./mine.py]\n")
