@@ -29,6 +29,7 @@ from pipeline.config.code import FORMAT
 from pipeline.store.manifests import encode_sealed
 from pipeline.store.store import Store
 from schemas import Model
+from tests.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,6 +161,19 @@ def test_a_warning_names_all_steps_that_it_concerns_and_none_that_the_command_le
     _, text = winnow("plan", "rso", *words, "--until", "reward")
     assert "winnow: ranker: learning_rate: 1 is so high" in text
     assert "so high" not in winnow("plan", "rso", *words, "--until", "sample")[1]
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_a_plan_says_of_first_prompts_is_not_said_again_by_the_run(winnow, tiny, tmp_path: Path):
+    (tmp_path / "as_written.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    chats = [[{"role": role, "content": f"Hi from {role}."}] for role in ("user", "usr")]
+    write_jsonl(tmp_path / "chats.jsonl", [{"prompt": chat} for chat in chats])
+    (tmp_path / "odd.yaml").write_text(
+        f"target: prompts\nbase: {{use: model, with: {{path: {tiny.folder}, chat_template: ./as_written.jinja}}}}\n"
+        "prompts: {from: {tokenizer: base}, with: {path: ./chats.jsonl}}\n"
+    )
+    code, text = winnow("run", "odd.yaml", "--store", "store")
+    assert (code, text.count("has the role 'usr'"), missing(["prompts: path: 1 of the first 2"], text)) == (0, 1, [])
 
 
 def test_a_mistake_of_several_steps_is_named_once(winnow, data_dir: Path):
