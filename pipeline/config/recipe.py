@@ -107,6 +107,9 @@ class Recipe:
     dtype: tuple[str, Origin] | None = None  # of all stages and functions with such an option (config/precision.py)
     track: list[Any] = field(default_factory=list)  # option of each step whose stage has it, unless the step sets it
     evaluations: list[str] = field(default_factory=list)  # steps to end with beside `evaluate`, if that is the target
+    likes: dict[str, str] = field(
+        default_factory=dict
+    )  # step -> the step that it is like, both as the recipe writes them
 
     @property
     def targets(self) -> list[str]:
@@ -230,6 +233,7 @@ def load_recipe(
             override.apply(rounds, len(overlaid))
     if set_problems:
         raise WinnowError(*set_problems)
+    likes = {step: body["like"] for bodies in rounds for step, body in bodies.items() if body.get("like")}
     rounds = [{step: _with_like(step, bodies) for step in bodies} for bodies in rounds]
 
     named = {step for overlay in overlaid for step in overlay} | {item.step for item in options if item.round}
@@ -264,6 +268,7 @@ def load_recipe(
         dtype,
         settings.track,
         [*settings.evaluations, *judging],
+        likes,
     )
 
 

@@ -176,6 +176,15 @@ def test_what_a_plan_says_of_first_prompts_is_not_said_again_by_the_run(winnow, 
     assert (code, text.count("has the role 'usr'"), missing(["prompts: path: 1 of the first 2"], text)) == (0, 1, [])
 
 
+@pytest.mark.parametrize(
+    "option", ["topp=0.5", "max_new_tokens=8", "n=0", "learning_rate=1", "gpu_memory_utilization=0.5"]
+)
+def test_a_wrong_option_is_named_at_the_step_where_it_is_written(option, winnow, data_dir: Path):
+    """Not at those that are like it, nor at those that are like these."""
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--set", f"sample.{option}")
+    assert (code, text.count(f" sample.{option.partition('=')[0]}"), "eval_" in text) == (2, 1, False), text
+
+
 def test_a_mistake_of_several_steps_is_named_once(winnow, data_dir: Path):
     _, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--set", "prompts.heldout=0.0")
     (line,) = [line for line in text.splitlines() if "holds out none" in line]
@@ -276,6 +285,8 @@ MISTAKES = [
     ("plan rso --set optimize.recompute=1", ["it is called 'gradient_checkpointing' now"]),
     ("run rso --until evaluat", ["--until evaluat: no step 'evaluat' in rso", "did you mean 'evaluate'?"]),
     ("run rso --until sample --from pair", ["--until sample --from pair: give one of them"]),
+    ("plan rso --set sample.max_num_seqs=8", ["sample.max_num_seqs: unknown", "`engine_options: {max_num_seqs: 8}`"]),
+    ("plan rso --set sample.tensor_parallel_size=2", ["unknown option", "set `tensor_parallel` in the profile"]),
     ("plan rso --set optimize.bf16=true", ["optimize.bf16: unknown option", "'dtype'"]),
     ("plan rso --set optimize.gradient_accumulation_steps=4", ["unknown option", "'tokens_per_pass'"]),
     ("plan rso --set sample.num_generations=4", ["sample.num_generations: unknown option", "'n'"]),
