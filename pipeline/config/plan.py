@@ -241,6 +241,18 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
             options[name] = entry.validate(defaults | of_stage, name)
         except WinnowError as error:
             wrong[name] = [problem for problem in error.problems if name in order or ": required" not in problem]
+    used = {source for sources_of_step in sources.values() for source in sources_of_step.values()}.union(order)
+    unused = [name for name in entries if name not in used]
+    for name, lines in wrong.items():
+        # A user may have given a step another name than the recipe.
+        alike = [other for other in unused if entries[other].name == entries[name].name and other != name]
+        for n, line in enumerate(lines):
+            option, is_required, _ = line.removeprefix(f"{name}.").partition(": required")
+            meant = [other for other in alike if option in (recipe.steps[other].get("with") or {})]
+            if is_required and meant:
+                lines[n] += (
+                    f"; step {meant[0]} sets `{option}`, and nothing reads that step: call it {name} if it is meant"
+                )
     problems += _where_written(wrong, recipe.likes)
     for (option, hint), names in misplaced.items():
         bases = _base_names(names)

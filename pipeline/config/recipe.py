@@ -389,7 +389,11 @@ def _layer_problems(layer: Layer, all_steps: Steps | None = None) -> list[str]:
                 problems.append(f"{prefix}{step}: must be a mapping with use, like, from, with; got {body!r}{hint}")
                 continue
             keys = [key for key in body if key not in BODY_KEYS]
-            hints = {key: how_to_set(f"{step}.{key}", body[key], all_steps or {}) for key in keys}
+            hints = {
+                key: how_to_set(f"{step}.{key}", body[key], all_steps or {})
+                or (_judges_hint(key, body[key]) if step == "judge" else "")
+                for key in keys
+            }
             problems += [f"{prefix}{step}.{key}: unknown key{hint}" for key, hint in hints.items() if hint]
             try:
                 validated(StepBody, {key: body[key] for key in body if not hints.get(key)}, step, noun="key")
@@ -397,6 +401,13 @@ def _layer_problems(layer: Layer, all_steps: Steps | None = None) -> list[str]:
                 # `first` or `then` may be written in another layer
                 problems += [f"{prefix}{line}" for line in error.problems if ": required" not in line]
     return list(dict.fromkeys(problems))
+
+
+def _judges_hint(key: str, body: Any) -> str:
+    """Return the end of a message about a key of step `judge` that may be the name of a judge."""
+    if not isinstance(body, dict) or not {"use", "ranker", "with", "against"}.intersection(body):
+        return ""
+    return f"; a judge of that name is written under `judges`: `judges: {{{key}: ...}}`"
 
 
 def _step_problems(steps: dict[str, Any]) -> list[str]:

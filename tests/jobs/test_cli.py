@@ -177,12 +177,25 @@ def test_what_a_plan_says_of_first_prompts_is_not_said_again_by_the_run(winnow, 
 
 
 @pytest.mark.parametrize(
-    "option", ["topp=0.5", "max_new_tokens=8", "n=0", "learning_rate=1", "gpu_memory_utilization=0.5"]
+    "option", ["topp=0.5", "max_new_tokens=8", "max_tokens=0", "learning_rate=1", "gpu_memory_utilization=0.5"]
 )
 def test_a_wrong_option_is_named_at_the_step_where_it_is_written(option, winnow, data_dir: Path):
     """Not at those that are like it, nor at those that are like these."""
     code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--set", f"sample.{option}")
     assert (code, text.count(f" sample.{option.partition('=')[0]}"), "eval_" in text) == (2, 1, False), text
+
+
+def test_a_step_that_nothing_reads_is_named_where_one_like_it_is_required(winnow, tmp_path: Path):
+    """Somebody calls the model to start from `policy`, and the recipe calls it `sft`."""
+    (tmp_path / "my.yaml").write_text(f"policy: {{use: model, with: {{path: {tmp_path}}}}}\n")
+    code, text = winnow("plan", "dpo", "--config", "my.yaml")
+    assert (code, missing(["sft.path: required", "step policy sets `path`", "call it sft"], text)) == (2, []), text
+
+
+def test_a_judge_under_judge_is_told_to_stand_under_judges(winnow, data_dir: Path, tmp_path: Path):
+    (tmp_path / "my.yaml").write_text("judge: {llama: {ranker: {use: model, with: {path: ./rm}}}}\n")
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--config", "my.yaml")
+    assert (code, missing(["judge.llama: unknown key", "`judges: {llama: ...}`"], text)) == (2, []), text
 
 
 def test_a_mistake_of_several_steps_is_named_once(winnow, data_dir: Path):
