@@ -104,9 +104,12 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print our warnings once per command, without file and line of Python, which mean nothing to users."""
+    """Print our warnings once per command, without file and line of Python, which mean nothing to users.
+
+    What a plan has said of a file's first rows, with their number, is not said again when the step reads them all.
+    """
     if issubclass(category, WinnowWarning):
-        if str(message) not in _shown:
+        if not any(str(message) in text for text in _shown):
             _print_problems(str(message), style="yellow")
         _shown.add(str(message))
     else:

@@ -76,13 +76,14 @@ def pack_submission(folder: Path, recipe: list[str], configs: list[Path], profil
 
 
 def plugin_words(folder: Path, files: list[Path], plans: list[Plan]) -> list[str]:
-    """Return the words that let the job run the plugins that were packed, and the other `files` that a command names.
+    """Return the words that let the job run the plugins that were packed, and those of `files` with a named function.
 
-    Those are of functions in files, which the cluster must see where they are here, as it must see data.
+    A function's file (`{name: python, file: ...}`) the cluster must see where it is here, as it must see data.
     """
     packed = sorted(file for file in (folder / FOLDER / "plugins").rglob("*") if file.is_file())
-    of_plans = {file.resolve() for plan in plans for file in plan.plugins}
-    others = [path for file in files if (path := file.expanduser().resolve()) not in of_plans]
+    functions = [entry for plan in plans for step in plan.steps for entry in step.functions if entry.from_file]
+    of_functions = {entry.plugin.path.resolve() for entry in functions if entry.plugin}
+    others = [path for file in files if (path := file.expanduser().resolve()) in of_functions]
     names = [*(str(file.relative_to(folder)) for file in packed), *map(str, others)]
     return [word for name in names for word in ("--plugin", name)]
 

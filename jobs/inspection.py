@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -56,24 +56,29 @@ class Finding(NamedTuple):
     example: str | None = None
 
 
-def inspect_data(plan: Plan, words: int, overlap: float) -> pa.Table:
-    """Return what the data of a plan look like, a row per finding.
+def inspect_data(plans: Sequence[Plan], words: int, overlap: float) -> pa.Table:
+    """Return what the data of plans look like, a row per finding; a step that plans share is read once.
 
     words, overlap: two prompts are near duplicates if the share of word n-grams of this length that both have, of those
-    that either has (Jaccard), is at least `overlap`. Raise WinnowError if the plan reads no data.
+    that either has (Jaccard), is at least `overlap`. Raise WinnowError if a plan reads no data.
     """
-    steps = [step for step in plan.steps if step.stage in DATA_STAGES]
-    if not steps:
-        raise WinnowError(f"{plan.name}: no step reads prompts or preferences ({', '.join(DATA_STAGES)})")
+    steps: dict[str, Step] = {}  # by the name in the result, which of a step that differs between plans has the plan's
+    for plan in plans:
+        of_plan = [step for step in plan.steps if step.stage in DATA_STAGES]
+        if not of_plan:
+            raise WinnowError(f"{plan.name}: no step reads prompts or preferences ({', '.join(DATA_STAGES)})")
+        for step in of_plan:
+            is_other = step.name in steps and steps[step.name].key != step.key
+            steps[f"{step.name} of {plan.name}" if is_other else step.name] = step
     findings: list[Finding] = []
     prompts: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for step in steps:
-            tables, rejects = _tables_and_rejects(step, Path(folder) / step.name)
-            prompts[step.name] = tables["prompts"].select(["prompt_id", "text", "split"]).to_pylist()
-            findings += _row_counts(step.name, prompts[step.name], tables, rejects)
-            findings += _lengths(step.name, tables)
-            findings += _scripts(step.name, [row["text"] for row in prompts[step.name]])
+        for number, (name, step) in enumerate(steps.items()):
+            tables, rejects = _tables_and_rejects(step, Path(folder) / str(number))
+            prompts[name] = tables["prompts"].select(["prompt_id", "text", "split"]).to_pylist()
+            findings += _row_counts(name, prompts[name], tables, rejects)
+            findings += _lengths(name, tables)
+            findings += _scripts(name, [row["text"] for row in prompts[name]])
     texts = {(name, split): [row["text"] for row in rows if row["split"] == split]
              for name, rows in prompts.items() for split in ("train", *HELD_OUT)}  # fmt: skip
     for held in prompts:

@@ -5,7 +5,7 @@ running (config, execution, sql, store) are imported by their own names.
 """
 
 from pipeline.context import StageContext
-from pipeline.registry import ADDED, EXECUTION, Bound, ExecutionEntries, Finite, Range, Registry
+from pipeline.registry import ADDED, EXECUTION, Bound, EntryHint, ExecutionEntries, Finite, Range, Registry
 from pipeline.stage import Columns, InputStep, stage, stages
 from pipeline.store.fingerprints import AdapterPath, DataPath, ModelPath, TemplatePath
 
@@ -16,6 +16,7 @@ __all__ = [
     "Bound",
     "Columns",
     "DataPath",
+    "EntryHint",
     "ExecutionEntries",
     "Finite",
     "InputStep",

@@ -6,7 +6,7 @@ computes those steps again. A plugin registers functions that it defines itself;
 must be installed: a plugin is one file, because a worker gets its text and nothing beside it.
 
 A file is code. A command runs only those that it names itself (`--plugin`), because a config may be somebody else's;
-what Python calls, its own caller trusts.
+what Python calls, its own caller trusts. A file that a command names is a plugin of its recipes, listed there or not.
 """
 
 import linecache
@@ -28,17 +28,24 @@ from schemas import WinnowError
 
 GROUP = "winnow.plugins"
 _plugins: dict[str, Plugin] = {}  # digest -> loaded plugin
-_named: ContextVar[frozenset[Path] | None] = ContextVar("named", default=None)  # files that may run; None for all
+_named: ContextVar[tuple[Path, ...] | None] = ContextVar("named", default=None)  # files that may run; None for all
 
 
 @contextmanager
 def running_only(files: Iterable[Path]) -> Iterator[None]:
     """Let no other file of Python be executed inside, as a plugin or for a function in it."""
-    token = _named.set(frozenset(file.expanduser().resolve() for file in files))
+    token = _named.set(tuple(file.expanduser().resolve() for file in files))
     try:
         yield
     finally:
         _named.reset(token)
+
+
+def with_named(files: Iterable[Path]) -> list[Path]:
+    """Return the files of plugins that a config or recipe lists, then those that the command names beside them."""
+    listed = list(files)
+    resolved = {file.resolve() for file in listed}
+    return [*listed, *(file for file in dict.fromkeys(_named.get() or ()) if file not in resolved)]
 
 
 def load_plugins(files: Iterable[Path]) -> list[Path]:

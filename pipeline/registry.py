@@ -59,6 +59,16 @@ class ExecutionEntries:
     names: frozenset[str]
 
 
+@dataclass(frozen=True)
+class EntryHint:
+    """What to do about an entry of a mapping that is written as an option beside it: in Annotated[...].
+
+    `of` takes the entry's name and value, and returns "" of what is no entry.
+    """
+
+    of: Callable[[str, Any], str]
+
+
 FORMER = {  # names of options before the first release (CHANGELOG.md)
     "lr": "learning_rate", "schedule": "lr_scheduler_type", "warmup": "warmup_ratio", "clip": "max_grad_norm",
     "recompute": "gradient_checkpointing", "micro_tokens": "tokens_per_pass", "ranks": "world_size", "lora": "lora_r",
@@ -612,7 +622,9 @@ def validated(model: type[M], content: Any, prefix: str = "", noun: str = "optio
         inner = inner_options(model)
         # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
         items = [item for item in error.errors() if item["type"] != "none_required"]
-        lines = [line for item in items for line in _error_lines(item, prefix, fields, noun, inner)]
+        marks = [mark for field in model.model_fields.values() for mark in field.metadata]
+        hints = [mark for mark in marks if isinstance(mark, EntryHint)]
+        lines = [line for item in items for line in _error_lines(item, prefix, fields, noun, inner, hints)]
         raise WinnowError(*lines) from None
 
 
@@ -644,7 +656,12 @@ def inner_options(model: type[BaseModel]) -> dict[str, list[str]]:
 
 
 def _error_lines(
-    item: ErrorDetails, prefix: str, fields: dict[str, str | None], noun: str, inner: dict[str, list[str]]
+    item: ErrorDetails,
+    prefix: str,
+    fields: dict[str, str | None],
+    noun: str,
+    inner: dict[str, list[str]],
+    hints: list[EntryHint],
 ) -> list[str]:
     """Return one error of pydantic as lines that name place, value, cause and cure."""
     # Names that pydantic gives to validators and alternatives are not places in a recipe.
@@ -661,6 +678,10 @@ def _error_lines(
         if len(path) == 1 and path[0] in inner:
             options = " or ".join(f"{prefix}.{option}.{path[0]}".strip(".") for option in inner[path[0]])
             return [f"{where}: unknown {noun}; set {options}"]
+        is_called_otherwise = not {FORMER.get(path[-1]), ELSEWHERE.get(path[-1])}.isdisjoint(fields)
+        for hint in hints if len(path) == 1 and not is_called_otherwise else ():
+            if text := hint.of(path[0], item["input"]):
+                return [f"{where}: unknown {noun}; {text}"]
         return [
             f"{where}: unknown {noun}; {nearest(path[-1], list(fields)) if fields else f'there are no {noun}s here'}"
         ]

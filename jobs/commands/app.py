@@ -68,7 +68,7 @@ Configs = Annotated[list[Path], typer.Option("--config", help="YAML with your da
 Sets = Annotated[list[str], typer.Option("--set", help="step.option=value")]
 Plugins = Annotated[
     list[Path],
-    typer.Option("--plugin", help="Python file that the config or recipe names, and that may run", callback=_run_only),
+    typer.Option("--plugin", help="Python file with functions of yours; it alone may run", callback=_run_only),
 ]
 Track = Annotated[list[str], typer.Option("--track", help="tracker of every training, such as tensorboard")]
 Tags = Annotated[

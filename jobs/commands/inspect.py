@@ -13,7 +13,7 @@ from pipeline.sql.catalog import QueryResult
 
 
 def inspect(
-    recipe: Annotated[str, typer.Argument(help="recipe whose prompts and preferences are read")],
+    recipe: Annotated[list[str], typer.Argument(help="recipes whose prompts and preferences are read")],
     configs: Configs = [],  # noqa: B006
     sets: Sets = [],  # noqa: B006
     plugins: Plugins = [],  # noqa: B006
@@ -28,7 +28,7 @@ def inspect(
     from jobs.inspection import inspect_data
 
     output_format = format_of(format, out)
-    table = inspect_data(recipes.plan_named(recipe, configs, sets), words, overlap)
+    table = inspect_data(recipes.plans(recipe, configs, sets), words, overlap)
     with duckdb.connect() as connection:
         write_result(QueryResult(connection.from_arrow(table)), output_format, out, console)
     if out:

@@ -16,7 +16,7 @@ from jobs.output import Format, format_of, interruptible, write_result
 from jobs.reference import option_pages, recipe_table, stage_table
 from jobs.tables import judges_rows, leaderboard_table
 from pipeline.config.recipe import plugin_files
-from pipeline.plugins import load_plugins
+from pipeline.plugins import load_plugins, with_named
 from pipeline.sql.catalog import Catalog, open_catalog, query
 from schemas import WinnowError
 
@@ -212,9 +212,9 @@ def options(
 ) -> None:
     """Describe a stage or a registered function: inputs, outputs, and every option with type, default and choices.
 
-    Those of installed plugins too, and of the plugins that a config (or a recipe's file) names.
+    Those of installed plugins too, and of the plugins that the command or a config (or a recipe's file) names.
     """
-    load_plugins(file for config in configs for file in plugin_files(config))
+    load_plugins(with_named(file for config in configs for file in plugin_files(config)))
     if name is None:
         console.print(as_table(stage_table()))
         return

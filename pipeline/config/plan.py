@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -221,6 +221,7 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
 
     # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
     options: dict[str, dict[str, Any]] = {}
+    wrong: dict[str, list[str]] = {}  # what is wrong with a step's options
     misplaced: dict[tuple[str, str], list[str]] = {}  # steps by an option that is none of theirs, and where it is one
     for name, entry in entries.items():
         fields, step_options = entry.options.model_fields, recipe.steps[name].get("with") or {}
@@ -239,9 +240,23 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
             of_stage = {option: value for option, value in step_options.items() if not hints.get(option)}
             options[name] = entry.validate(defaults | of_stage, name)
         except WinnowError as error:
-            problems += [problem for problem in error.problems if name in order or ": required" not in problem]
+            wrong[name] = [problem for problem in error.problems if name in order or ": required" not in problem]
+    used = {source for sources_of_step in sources.values() for source in sources_of_step.values()}.union(order)
+    unused = [name for name in entries if name not in used]
+    for name, lines in wrong.items():
+        # A user may have given a step another name than the recipe.
+        alike = [other for other in unused if entries[other].name == entries[name].name and other != name]
+        for n, line in enumerate(lines):
+            option, is_required, _ = line.removeprefix(f"{name}.").partition(": required")
+            meant = [other for other in alike if option in (recipe.steps[other].get("with") or {})]
+            if is_required and meant:
+                lines[n] += (
+                    f"; step {meant[0]} sets `{option}`, and nothing reads that step: call it {name} if it is meant"
+                )
+    problems += _where_written(wrong, recipe.likes)
     for (option, hint), names in misplaced.items():
-        locations = [f"{name}.{option}" for name in _base_names(names)]
+        bases = _base_names(names)
+        locations = [f"{name}.{option}" for name in bases if not _inherits(name, bases, recipe.likes)]
         more = f" and {len(locations) - 3} more" if len(locations) > 3 else ""
         problems.append(f"{', '.join(locations[:3])}{more}: unknown option{hint}")
     for name in order:
@@ -425,6 +440,28 @@ def _check_stages(
             else:
                 warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
     return problems, notes
+
+
+def _where_written(problems: dict[str, list[str]], likes: Mapping[str, str]) -> list[str]:
+    """Return problems with options, by step, but those of a step that has them from the one that it is like."""
+    having: dict[str, set[str]] = {}  # steps as the recipe writes them, by what is wrong
+    for step, lines in problems.items():
+        for line in lines:
+            having.setdefault(line.removeprefix(step), set()).add(split_round(step)[0])
+    return [
+        line
+        for step, lines in problems.items()
+        for line in lines
+        if not _inherits(split_round(step)[0], having[line.removeprefix(step)], likes)
+    ]
+
+
+def _inherits(step: str, others: Collection[str], likes: Mapping[str, str]) -> bool:
+    """Return whether a step is like one of the others, or like a step that is."""
+    while step := likes.get(step, ""):
+        if step in others:
+            return True
+    return False
 
 
 def _base_names(steps: list[str]) -> list[str]:

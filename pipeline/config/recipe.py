@@ -32,6 +32,7 @@ from pipeline.config.layers import (
 )
 from pipeline.config.rounds import Steps, resolved, round_overlays, split_round, unknown_step_hint, unroll
 from pipeline.config.yaml import parse
+from pipeline.plugins import with_named
 from pipeline.registry import FORMER, name_or, nearest, registry_of, validated
 from pipeline.stage import stages
 from schemas import WinnowError
@@ -106,6 +107,9 @@ class Recipe:
     dtype: tuple[str, Origin] | None = None  # of all stages and functions with such an option (config/precision.py)
     track: list[Any] = field(default_factory=list)  # option of each step whose stage has it, unless the step sets it
     evaluations: list[str] = field(default_factory=list)  # steps to end with beside `evaluate`, if that is the target
+    likes: dict[str, str] = field(
+        default_factory=dict
+    )  # step -> the step that it is like, both as the recipe writes them
 
     @property
     def targets(self) -> list[str]:
@@ -229,6 +233,7 @@ def load_recipe(
             override.apply(rounds, len(overlaid))
     if set_problems:
         raise WinnowError(*set_problems)
+    likes = {step: body["like"] for bodies in rounds for step, body in bodies.items() if body.get("like")}
     rounds = [{step: _with_like(step, bodies) for step in bodies} for bodies in rounds]
 
     named = {step for overlay in overlaid for step in overlay} | {item.step for item in options if item.round}
@@ -256,13 +261,14 @@ def load_recipe(
         settings.about,
         unrolled,
         len(overlaid),
-        [Path(file) for file in settings.plugins],
+        with_named(Path(file) for file in settings.plugins),
         "" if "target" in replaced or _is_target_required(layers) else settings.trained,
         origins,
         notes,
         dtype,
         settings.track,
         [*settings.evaluations, *judging],
+        likes,
     )
 
 
@@ -323,7 +329,7 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
             {step: _steps(of_round)[step] for step in overlay}
             for of_round, overlay in zip(rounds, overlaid, strict=True)
         ]
-    plugins = plugins_of(layers)
+    plugins = [str(file) for file in with_named(Path(file) for file in plugins_of(layers))]
     removed = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
     content = {name: value for name, value in content.items() if name not in removed}
     return content | ({"plugins": plugins} if plugins else {})
@@ -383,7 +389,11 @@ def _layer_problems(layer: Layer, all_steps: Steps | None = None) -> list[str]:
                 problems.append(f"{prefix}{step}: must be a mapping with use, like, from, with; got {body!r}{hint}")
                 continue
             keys = [key for key in body if key not in BODY_KEYS]
-            hints = {key: how_to_set(f"{step}.{key}", body[key], all_steps or {}) for key in keys}
+            hints = {
+                key: how_to_set(f"{step}.{key}", body[key], all_steps or {})
+                or (_judges_hint(key, body[key]) if step == "judge" else "")
+                for key in keys
+            }
             problems += [f"{prefix}{step}.{key}: unknown key{hint}" for key, hint in hints.items() if hint]
             try:
                 validated(StepBody, {key: body[key] for key in body if not hints.get(key)}, step, noun="key")
@@ -391,6 +401,13 @@ def _layer_problems(layer: Layer, all_steps: Steps | None = None) -> list[str]:
                 # `first` or `then` may be written in another layer
                 problems += [f"{prefix}{line}" for line in error.problems if ": required" not in line]
     return list(dict.fromkeys(problems))
+
+
+def _judges_hint(key: str, body: Any) -> str:
+    """Return the end of a message about a key of step `judge` that may be the name of a judge."""
+    if not isinstance(body, dict) or not {"use", "ranker", "with", "against"}.intersection(body):
+        return ""
+    return f"; a judge of that name is written under `judges`: `judges: {{{key}: ...}}`"
 
 
 def _step_problems(steps: dict[str, Any]) -> list[str]:

@@ -138,15 +138,16 @@ class DataSource:
             except READ_ERRORS as error:
                 raise _damaged(name, location, error) from None
 
-    def head(self, columns: Sequence[str], count: int) -> list[Row]:
-        """Return the first rows of files that are read here, with those of these columns that exist, and tools.
+    def head(self, columns: Sequence[str], count: int) -> list[tuple[str, Row | ValueError]]:
+        """Return locations and rows at the start of files that are read here: `count` of them, and what is no row.
 
-        None of a data set that `datasets` reads. Raises WinnowError if a file is damaged there.
+        Rows have those of these columns that exist, and tools; of what is no row it is the reason to reject it. None of
+        a data set that `datasets` reads. Raises WinnowError if a file is damaged there.
         """
         files = self._files()
         if not files:
             return []
-        return _head(files, _existing((), (*columns, *OPTIONAL_COLUMNS), _names_in(files)), count)
+        return _located_head(files, _existing((), (*columns, *OPTIONAL_COLUMNS), _names_in(files)), count)
 
     def reader_results(
         self,
@@ -371,13 +372,22 @@ def _first_bad_encoding(files: Sequence[Path]) -> str:
 
 def _head(files: Sequence[Path], names: Sequence[str], count: int = HEAD_ROWS) -> list[Row]:
     """Return the first rows that can be read; raise WinnowError if a file is damaged there."""
-    rows = list[Row]()
+    return [row for _, row in _located_head(files, names, count) if not isinstance(row, ValueError)]
+
+
+def _located_head(files: Sequence[Path], names: Sequence[str], count: int) -> list[tuple[str, Row | ValueError]]:
+    """Return the first rows that can be read, and before and between them the reasons of those that cannot."""
+    rows, n_readable = list[tuple[str, Row | ValueError]](), 0
+
+    def reject(reason: str, *, place: str, detail: str = "") -> None:
+        rows.append((place, ValueError(reason)))
+
     for file in files:
         location = "its start"
         try:
-            readable = file_rows(file, names, reject=lambda *args, **kwargs: None)
-            for location, row in islice(readable, count - len(rows)):  # noqa: B007 - the error names the last one
-                rows.append(with_message_lists(row))
+            for location, row in islice(file_rows(file, names, reject), count - n_readable):
+                rows.append((location, with_message_lists(row)))
+                n_readable += 1
         except READ_ERRORS as error:
             raise _damaged(file.name, location, error) from None
     return rows

@@ -1,14 +1,14 @@
 """First prompts of a local file, read when a plan is made: what its options and the tokenizer will do with them."""
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from pipeline import InputStep
 from schemas import WinnowError, WinnowWarning
-from stages.data.chat_templates import changes_with_answer, planned_chat_templates
+from stages.data.chat_templates import changes_with_answer, planned_chat_templates, rendered_probes
 from stages.data.files import DataSource
 from stages.data.formats import columns_of, first_pairs, optional_columns_of
 from stages.data.texts import (
@@ -16,12 +16,16 @@ from stages.data.texts import (
     CHANGED_CURE,
     PREFILLED,
     PREFILLED_CURE,
+    ROLES,
     Conversation,
     CurableError,
     as_messages,
     kept_fields,
+    known_roles,
     prompt_with,
     tools_of,
+    unknown_role,
+    unrendered,
     with_system_prompt,
 )
 
@@ -29,13 +33,22 @@ ROWS = 1000
 READ_PROMPTS = ("prompts", "preferences", "own_candidates")  # stages whose prompts are read here
 
 
+@dataclass(frozen=True)
+class FirstPrompt:
+    """Prompt of a local file, or the reason why its row has none, with where it stands, and what reading warned of."""
+
+    location: str
+    result: Conversation | ValueError
+    notes: tuple[str, ...] = ()
+
+
 def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
     """Return the first prompts of a step that reads a local file; those that cannot be read are left out."""
-    return [result for result in _first_results(options) if isinstance(result, Conversation)]
+    return [first.result for first in _first_prompts(options) if isinstance(first.result, Conversation)]
 
 
-def _first_results(options: Mapping[str, Any]) -> list[Conversation | ValueError]:
-    """Return the prompts of a local file's first rows, and without a reader a ValueError for a row that has none."""
+def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
+    """Return the prompts of a local file's first rows, and what is no row, or without a reader has no prompt."""
     reader = options.get("reader")
     if options.get("path") is None:
         return []
@@ -48,28 +61,48 @@ def _first_results(options: Mapping[str, Any]) -> list[Conversation | ValueError
     except (WinnowError, OSError):  # which the step's own check reports
         return []
     system_prompt = options.get("system_prompt") or None
-    results: list[Conversation | ValueError] = []
-    for row in rows:
-        try:
-            if reader is None:
-                content = prompt_with(row, str(parts["prompt"]), system=parts["system"], input=parts["input"])
-                conversations = [Conversation(content, tools_of(row))]
-                kept_fields(row, keep)
-            else:
-                # Of a candidate reader, labelled responses, whose prompts have no plain form.
-                items: list[Any] = [item for item in first_pairs(reader, [row]) if not isinstance(item, ValueError)]
-                conversations = [
-                    Conversation(item.prompt, item.tools or tools_of(row), getattr(item, "plain", None))
-                    for item in items
-                ]
-        except WinnowError:
+    prompts: list[FirstPrompt] = []
+    for location, row in rows:
+        if isinstance(row, ValueError):
+            prompts.append(FirstPrompt(location, row))
             continue
-        except ValueError as error:
-            if reader is None:
-                results.append(error)
-            continue
-        results += [with_system_prompt(conversation, system_prompt) for conversation in conversations]
-    return results
+        with warnings.catch_warnings(record=True) as caught:  # told once for all rows, by `prompt_problems`
+            warnings.simplefilter("always")
+            try:
+                if reader is None:
+                    content = prompt_with(row, str(parts["prompt"]), system=parts["system"], input=parts["input"])
+                    conversations = [Conversation(content, tools_of(row))]
+                    kept_fields(row, keep)
+                else:
+                    # Of a candidate reader, labelled responses, whose prompts have no plain form.
+                    items: list[Any] = [item for item in first_pairs(reader, [row]) if not isinstance(item, ValueError)]
+                    conversations = [
+                        Conversation(item.prompt, item.tools or tools_of(row), getattr(item, "plain", None))
+                        for item in items
+                    ]
+            except WinnowError:
+                continue
+            except ValueError as error:
+                if reader is None:
+                    prompts.append(FirstPrompt(location, error))
+                continue
+        notes = tuple(dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, WinnowWarning)))
+        prompts += [FirstPrompt(location, with_system_prompt(item, system_prompt), notes) for item in conversations]
+    return prompts
+
+
+def _role_error(template: str, roles: tuple[str, ...], *, has_tools: bool) -> ValueError | None:
+    """Return why a prompt with roles that no public model knows would be rejected; None if its template writes them."""
+    unknown = [role for role in roles if role not in ROLES]
+    rendered = rendered_probes(template, roles, has_tools=has_tools) if unknown else None
+    if rendered is None:
+        with_known = ["user" if role in unknown else role for role in roles]
+        if not unknown or rendered_probes(template, with_known, has_tools=has_tools) is None:
+            return None  # nobody can tell
+        return CurableError(f"the chat template refuses a message of role {unknown[0]}", known_roles(unknown[0]))
+    contents, text = rendered
+    missed = [role for role, content in zip(roles, contents, strict=True) if role in unknown and content not in text]
+    return CurableError(unrendered(missed[0]), known_roles(missed[0])) if missed else None
 
 
 def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep], *, answered: bool = True) -> list[str]:
@@ -78,16 +111,16 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
     What would be left over to train on may be the prompts of one turn alone. answered: the responses are those of the
     file, which the chat template must render behind the same prompt.
     """
-    results = _first_results(options)
+    prompts = _first_prompts(options)
     templates = planned_chat_templates(inputs["tokenizer"]) if "tokenizer" in inputs else None
-    template = templates[0] if answered and templates is not None and len(templates) == 1 else None
-    is_changed = lru_cache(None)(changes_with_answer)
+    template = templates[0] if templates is not None and len(templates) == 1 else None
+    is_changed, role_error = lru_cache(None)(changes_with_answer), lru_cache(None)(_role_error)
 
     def error_of(result: Conversation | ValueError) -> ValueError | None:
         """Return why a prompt would be rejected; None if nothing is known against it."""
         if isinstance(result, ValueError):
             return result
-        roles = tuple(str(message["role"]) for message in as_messages(result.content))
+        roles = _roles_of(result)
         is_continued = roles[-1] == "assistant"
         if is_continued and options.get("prefill") == "reject":
             return CurableError(PREFILLED, PREFILLED_CURE)
@@ -96,18 +129,44 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
                 "chats with a system turn or several turns, and the tokenizer has no chat template",
                 "set `chat_template` of its step of stage `model` to a Jinja file",
             )
-        if template and not is_continued and is_changed(template, roles, has_tools=bool(result.tools)):
+        if template and (error := role_error(template, roles, has_tools=bool(result.tools))):
+            return error
+        if template and answered and not is_continued and is_changed(template, roles, has_tools=bool(result.tools)):
             return CurableError(CHANGED, CHANGED_CURE)
         return None
 
-    errors = [error for error in map(error_of, results) if error is not None]
+    errors: dict[tuple[str, str], list[str]] = {}  # places, by reason and cure
+    notes: dict[str, list[str]] = {}  # the same, by what is to be said of prompts that are not rejected
+    for prompt in prompts:
+        if (error := error_of(prompt.result)) is not None:
+            errors.setdefault((str(error), getattr(error, "cure", "")), []).append(prompt.location)
+        elif isinstance(prompt.result, Conversation):
+            unknown = [role for role in dict.fromkeys(_roles_of(prompt.result)) if role not in ROLES]
+            for text in [*prompt.notes, *map(unknown_role, unknown)]:
+                notes.setdefault(text, []).append(prompt.location)
+
+    def counted(locations: list[str]) -> str:
+        return f"{len(locations)} of the first {len(prompts)} prompts of {options['path']}"
+
     problems = []
-    for (reason, cure), count in Counter((str(error), getattr(error, "cure", "")) for error in errors).items():
-        rejected = f"{count} of the first {len(results)} prompts of {options['path']}"
-        rejected = f"responses to {rejected}" if reason == CHANGED else rejected
-        problems.append(f"path: {rejected} will be rejected: {reason}" + (f"; {cure}" if cure else ""))
-    if len(errors) == len(results):
+    for (reason, cure), locations in errors.items():
+        rejected = f"responses to {counted(locations)}" if reason == CHANGED else counted(locations)
+        problems.append(
+            f"path: {rejected} will be rejected: {reason} ({_first_of(locations)})" + (f"; {cure}" if cure else "")
+        )
+    # A reader may find no pair in any of the first rows: what is no row beside them is no reason to refuse the file.
+    is_decided = options.get("reader") is None or any(isinstance(item.result, Conversation) for item in prompts)
+    if is_decided and sum(map(len, errors.values())) == len(prompts):
         return problems
-    for problem in problems:
-        warnings.warn(problem, WinnowWarning, stacklevel=2)
+    texts = [f"path: {counted(places)} will be kept ({_first_of(places)}): {text}" for text, places in notes.items()]
+    for text in [*problems, *texts]:
+        warnings.warn(text, WinnowWarning, stacklevel=2)
     return []
+
+
+def _roles_of(conversation: Conversation) -> tuple[str, ...]:
+    return tuple(str(message["role"]) for message in as_messages(conversation.content))
+
+
+def _first_of(locations: list[str]) -> str:
+    return f"the first is {locations[0]}" if len(locations) > 1 else locations[0]

@@ -320,20 +320,31 @@ def _message(value: dict[str, Any], name: str) -> Message:
     role = text_of(value, "role")
     if not ROLE.fullmatch(role):
         raise ValueError("role is no word")
-    if role not in ROLES:
-        written = SHAREGPT_ROLES.get(role)
-        warnings.warn(
-            f"{name}: a message has the role {role!r}, which most chat templates write as it stands, and models do not "
-            f"know{f'; write {written!r}' if written else ''}. The roles are {', '.join(ROLES)}",
-            WinnowWarning,
-            stacklevel=2,
-        )
     extra = {key: value[key] for key in (*CONTENT_KEYS, *LABEL_KEYS) if key in value}
     if content or not any(key in CONTENT_KEYS for key in extra):  # beside a call or reasoning it may be empty
         content = text_of({"content": content}, "content")
     if unread := sorted(value.keys() - extra - {"role"}):
         warnings.warn(f"{name}: keys of messages are not read: {', '.join(unread)}", WinnowWarning, stacklevel=2)
     return {"role": role, "content": content or "", **extra}
+
+
+def unknown_role(role: str) -> str:
+    """Return what is to be said of a message with a role that no public model knows, and that its template writes."""
+    return (
+        f"a message has the role {role!r}, which most chat templates write as it stands, and models do not know; "
+        f"{known_roles(role)}"
+    )
+
+
+def unrendered(role: str) -> str:
+    """Return the reason to reject a row with a message whose text its chat template leaves out."""
+    return f"the chat template does not render the content of a message of role {role}"
+
+
+def known_roles(role: str) -> str:
+    """Return what to write in place of a role that no public model knows."""
+    written = SHAREGPT_ROLES.get(role)
+    return (f"write {written!r}; " if written else "") + f"the roles are {', '.join(ROLES)}"
 
 
 def function_calls(text: Any) -> list[dict[str, Any]]:

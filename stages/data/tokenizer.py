@@ -17,12 +17,15 @@ from stages.data.texts import (
     CONTENT_KEYS,
     REASONING,
     REASONING_KEYS,
+    ROLES,
     TEMPLATE_OPTIONS,
     ChangedPromptError,
     Conversation,
     Prompt,
     as_messages,
     shared_prefix_length,
+    unknown_role,
+    unrendered,
 )
 from stages.model_config import FROM_FOLDER, GENERATION, json_object
 
@@ -604,7 +607,9 @@ class Tokenizer:
                 reasoning, thinks, answer = answer.rpartition(THINK[1])
             other = OTHER_PROBE if PROBE in message["content"] else PROBE
             if answer.strip() and is_same_with(n, "content", reasoning + thinks + other):
-                raise ValueError(f"the chat template does not render the content of a message of role {role}")
+                raise ValueError(unrendered(role))
+            if role not in ROLES:
+                warnings.warn(unknown_role(role), WinnowWarning, stacklevel=2)
             thought = reasoning.strip().removeprefix(THINK[0]).strip()
             if is_last and thought and is_same_with(n, "content", THINK[0] + other + thinks + answer):
                 raise ValueError("the chat template does not render the reasoning of a response")

@@ -29,6 +29,7 @@ from pipeline.config.code import FORMAT
 from pipeline.store.manifests import encode_sealed
 from pipeline.store.store import Store
 from schemas import Model
+from tests.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +163,41 @@ def test_a_warning_names_all_steps_that_it_concerns_and_none_that_the_command_le
     assert "so high" not in winnow("plan", "rso", *words, "--until", "sample")[1]
 
 
+@pytest.mark.filterwarnings("always")
+def test_what_a_plan_says_of_first_prompts_is_not_said_again_by_the_run(winnow, tiny, tmp_path: Path):
+    (tmp_path / "as_written.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    chats = [[{"role": role, "content": f"Hi from {role}."}] for role in ("user", "usr")]
+    write_jsonl(tmp_path / "chats.jsonl", [{"prompt": chat} for chat in chats])
+    (tmp_path / "odd.yaml").write_text(
+        f"target: prompts\nbase: {{use: model, with: {{path: {tiny.folder}, chat_template: ./as_written.jinja}}}}\n"
+        "prompts: {from: {tokenizer: base}, with: {path: ./chats.jsonl}}\n"
+    )
+    code, text = winnow("run", "odd.yaml", "--store", "store")
+    assert (code, text.count("has the role 'usr'"), missing(["prompts: path: 1 of the first 2"], text)) == (0, 1, [])
+
+
+@pytest.mark.parametrize(
+    "option", ["topp=0.5", "max_new_tokens=8", "max_tokens=0", "learning_rate=1", "gpu_memory_utilization=0.5"]
+)
+def test_a_wrong_option_is_named_at_the_step_where_it_is_written(option, winnow, data_dir: Path):
+    """Not at those that are like it, nor at those that are like these."""
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--set", f"sample.{option}")
+    assert (code, text.count(f" sample.{option.partition('=')[0]}"), "eval_" in text) == (2, 1, False), text
+
+
+def test_a_step_that_nothing_reads_is_named_where_one_like_it_is_required(winnow, tmp_path: Path):
+    """Somebody calls the model to start from `policy`, and the recipe calls it `sft`."""
+    (tmp_path / "my.yaml").write_text(f"policy: {{use: model, with: {{path: {tmp_path}}}}}\n")
+    code, text = winnow("plan", "dpo", "--config", "my.yaml")
+    assert (code, missing(["sft.path: required", "step policy sets `path`", "call it sft"], text)) == (2, []), text
+
+
+def test_a_judge_under_judge_is_told_to_stand_under_judges(winnow, data_dir: Path, tmp_path: Path):
+    (tmp_path / "my.yaml").write_text("judge: {llama: {ranker: {use: model, with: {path: ./rm}}}}\n")
+    code, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--config", "my.yaml")
+    assert (code, missing(["judge.llama: unknown key", "`judges: {llama: ...}`"], text)) == (2, []), text
+
+
 def test_a_mistake_of_several_steps_is_named_once(winnow, data_dir: Path):
     _, text = winnow("plan", "rso", "--config", data_dir / "demo.yaml", "--set", "prompts.heldout=0.0")
     (line,) = [line for line in text.splitlines() if "holds out none" in line]
@@ -262,6 +298,8 @@ MISTAKES = [
     ("plan rso --set optimize.recompute=1", ["it is called 'gradient_checkpointing' now"]),
     ("run rso --until evaluat", ["--until evaluat: no step 'evaluat' in rso", "did you mean 'evaluate'?"]),
     ("run rso --until sample --from pair", ["--until sample --from pair: give one of them"]),
+    ("plan rso --set sample.max_num_seqs=8", ["sample.max_num_seqs: unknown", "`engine_options: {max_num_seqs: 8}`"]),
+    ("plan rso --set sample.tensor_parallel_size=2", ["unknown option", "set `tensor_parallel` in the profile"]),
     ("plan rso --set optimize.bf16=true", ["optimize.bf16: unknown option", "'dtype'"]),
     ("plan rso --set optimize.gradient_accumulation_steps=4", ["unknown option", "'tokens_per_pass'"]),
     ("plan rso --set sample.num_generations=4", ["sample.num_generations: unknown option", "'n'"]),

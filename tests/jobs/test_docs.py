@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,9 @@ import jobs.__main__  # noqa: F401 - registers every command
 from jobs.commands.app import app
 from jobs.recipes import plans
 from pipeline.config.layers import ONLY
+from stages.selection.groups import RewardGroups
 from stages.training.objectives import Batch
+from tests.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -85,3 +88,28 @@ def test_the_plugin_of_the_stages_page_works_in_the_recipe_of_the_recipes_page(d
     rows = [{"candidate_id": str(n), "reward": reward} for n, reward in enumerate([1.0, 3.0, 2.0])]
     pairs = list(steps["pair"].options["rule"](rows))
     assert [(pair.chosen, pair.rejected, pair.gap) for pair in pairs] == [("1", "2", 1.0), ("1", "0", 2.0)]
+
+
+def test_rule_scale_reward_and_reader_of_the_stages_page_work_in_a_recipe(data_dir: Path, tmp_path: Path):
+    """Of rewards 0, 1, 5 of a prompt, whose mean is 2, the two nearest are 1 and 0; labels are right above 0.5."""
+    (python,) = blocks(ROOT / "stages" / "README.md", "python")
+    (tmp_path / "my_code.py").write_text(python)
+    rows = [{"question": f"q{n}", "good": "yes", "bad": "no"} for n in range(9)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "mine.yaml").write_text(
+        "extends: rso\nplugins: [./my_code.py]\n"
+        "select: {with: {rule: {name: nearest_mean, k: 2}, scale: {name: capped, limit: 3.0}}}\n"
+    )
+    (tmp_path / "mine_dpo.yaml").write_text(
+        "extends: dpo\nplugins: [./my_code.py]\npreferences: {with: {path: ./pairs.jsonl, reader: sides}}\n"
+    )
+    (tmp_path / "my.yaml").write_text("ranker: {use: right}\n")
+    names = [str(tmp_path / name) for name in ("mine_dpo.yaml", "mine.yaml")]
+    planned = plans(names, [data_dir / "demo.yaml", tmp_path / "my.yaml"], [])
+    options = {step.name: step.options for plan in planned for step in plan.steps}
+    groups = RewardGroups(np.array([5.0, 0, 1, 7]), np.array([0, 3, 4]), np.zeros(2, np.uint64))
+    selection = options["select"]["rule"](groups)
+    assert (selection.index.tolist(), selection.draw.tolist()) == ([2, 1, 3], [0, 1, 0])
+    assert options["select"]["scale"](groups).tolist() == [3.0, 0.0, 1.0, 3.0]
+    assert options["reward"]["by"].metadata["label_threshold"] == 0.5
+    assert options["preferences"]["reader"](rows[0]).chosen == "yes"

@@ -88,6 +88,18 @@ def test_inspect_says_what_is_wrong_with_the_data_and_stores_nothing(config, win
 
 
 @EMPTY_PROMPT
+def test_inspect_reads_the_data_of_several_recipes_once_each(config, winnow, tmp_path):
+    """A step that they share has its rows once; one that differs is named after its recipe too."""
+    (tmp_path / "other.yaml").write_text("extends: dpo\npreferences: {with: {heldout: 0.5}}\n")
+    words = ("--config", config, "--out", "found.jsonl")
+    code, text = winnow("inspect", "rso", "dpo", "other.yaml", *words)
+    assert code == 0, text
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["item"] in ("duplicate prompt", "pairs")]
+    assert sorted(steps) == ["preferences", "preferences of other", "prompts"]
+
+
+@EMPTY_PROMPT
 def test_inspect_prints_a_table_and_reports_the_plans_mistakes(config, winnow):
     code, text = winnow("inspect", "dpo", "--config", config)
     assert code == 0

@@ -102,7 +102,7 @@ def test_options_of_a_kind_of_function_lists_its_functions(winnow):
 
 
 def test_options_describes_functions_of_plugins(winnow, tmp_path):
-    """Those of the files that a config names, and of installed packages, as `plan` and `run` load them."""
+    """Those of the files that a config or the command names, and of installed packages, as `plan` and `run` do."""
     source = "from stages.evaluation.evaluate import gold_reward\n\n@gold_reward()\ndef shortness(prompt, response):\n"
     (tmp_path / "mine.py").write_text(source + '    """Prefer short responses."""\n    return -len(response)\n')
     (tmp_path / "my.yaml").write_text("plugins: [./mine.py]\n")
@@ -111,6 +111,9 @@ def test_options_describes_functions_of_plugins(winnow, tmp_path):
         code, text = winnow("options", "shortness", "--config", "my.yaml")
         assert (code, "--plugin" in text and "mine.py" in text) == (2, True)
         code, text = winnow("options", "shortness", "--config", "my.yaml", "--plugin", "mine.py")
+        assert (code, "Prefer short responses" in text) == (0, True)
+        unload_plugins()
+        code, text = winnow("options", "shortness", "--plugin", "mine.py")
         assert (code, "Prefer short responses" in text) == (0, True)
     finally:
         unload_plugins()

@@ -112,6 +112,34 @@ def test_plugins_are_shipped(data_dir, tmp_path, monkeypatch):
         unload_plugins()
 
 
+def test_a_plugin_that_only_the_command_names_is_shipped(data_dir, tmp_path, monkeypatch):
+    """With the keys of here. The file of a function that an option names is named as it is here, too."""
+    from pipeline.plugins import running_only, unload_plugins
+
+    rules, rewards = tmp_path / "rules.py", tmp_path / "rewards.py"
+    rules.write_text(
+        "from stages.selection.pair import pair_rule\n\n\n"
+        "@pair_rule(reads='comparisons')\ndef shipped_rule(group):\n    return []\n"
+    )
+    rewards.write_text("def right(prompt, response):\n    return 1.0\n")
+    gold = f"evaluate.gold={{name: python, file: {rewards}, function: right}}"
+    configs, sets, folder = [data_dir / "demo.yaml"], ["pair.rule=shipped_rule", gold], tmp_path / "bundle"
+    try:
+        with running_only([rules, rewards]):
+            original = recipes.plans(["rso"], configs, sets)
+            words = bundle.pack_submission(folder, ["rso"], configs, None)
+            named = bundle.plugin_words(folder, [rules, rewards], original)
+        rules.unlink()
+        assert str(rules) not in named
+        assert str(rewards) in named
+        unload_plugins()
+        monkeypatch.chdir(folder)
+        with running_only(Path(word) for word in named[1::2]):
+            assert bundle.plan_key(recipes.plans(words, [], sets)) == bundle.plan_key(original)
+    finally:
+        unload_plugins()
+
+
 def test_code_is_shipped_and_nothing_else(data_dir, tmp_path, monkeypatch):
     """Neither tests nor benchmarks nor data; a bundle above Ray's limit names its largest files."""
     words = bundle.pack_submission(tmp_path / "out", ["rso", "ipo"], [data_dir / "demo.yaml"], "laptop")

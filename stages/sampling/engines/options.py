@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, PlainValidator
 
-from pipeline import EXECUTION, Bound, ExecutionEntries, Registry
+from pipeline import EXECUTION, Bound, EntryHint, ExecutionEntries, Registry
 from pipeline.registry import nearest
 from stages.endpoint import Concurrency, Endpoint, Retries, ServedName, Timeout, Url, VariableName, endpoint_problems
 
@@ -201,7 +201,20 @@ def _check(options: dict[str, Any] | None) -> dict[str, Any] | None:
     return {name: value for name, value in (options or {}).items() if value is not None} or None
 
 
-EngineOptions = Annotated[dict[str, Any] | None, AfterValidator(_check), ExecutionEntries(EXECUTION_OPTIONS)]
+def _hint(name: str, value: Any) -> str:
+    """Return where an argument of vLLM's engine goes that is written as an option of a step."""
+    if name in REFUSED:
+        return f"of vLLM's arguments it cannot be set here: {REFUSED[name]}"
+    if name in vllm_arguments() | SAME_NETWORK:
+        return (
+            f"it is an argument of vLLM's engine: write `engine_options: {{{name}: {json.dumps(value, default=str)}}}`"
+        )
+    return ""
+
+
+EngineOptions = Annotated[
+    dict[str, Any] | None, AfterValidator(_check), ExecutionEntries(EXECUTION_OPTIONS), EntryHint(_hint)
+]
 
 
 def cpu_cache_gib() -> float:

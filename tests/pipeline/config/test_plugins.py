@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.code import FORMAT
 from pipeline.config.plan import Plan, make_plan, stale_code
 from pipeline.config.recipe import load_recipe
-from pipeline.plugins import unload_plugins
+from pipeline.plugins import running_only, unload_plugins
 from schemas import WinnowError
 from tests.pipeline.test_registry import REGISTRIES
 
@@ -91,6 +91,18 @@ def test_plugins_of_config_and_recipe_add_up(tmp_path: Path):
     made = make_plan(load_recipe(tmp_path / "recipe.yaml", (tmp_path / "configs" / "demo.yaml",)))
     assert [path.resolve() for path in made.plugins] == [tmp_path / "stages.py", absolute]
     assert made.steps[0].options == {"rows": 9}
+
+
+def test_a_file_that_the_command_names_is_a_plugin_as_if_the_recipe_listed_it(tmp_path: Path):
+    """Same plan, same keys; a file that both name is one plugin, and Python's own callers name none."""
+    listed = plan(tmp_path)
+    alone = RECIPE.replace("[stages.py, ./rules.py]", "[stages.py]")
+    with running_only([tmp_path / "rules.py", tmp_path / "stages.py"]):
+        named = plan(tmp_path, recipe=alone)
+    assert (keys(named), named.plugins) == (keys(listed), [tmp_path / "stages.py", tmp_path / "rules.py"])
+    unload_plugins()
+    with pytest.raises(WinnowError, match="unknown stage 'my_sort'"):
+        plan(tmp_path, recipe=alone)
 
 
 def test_a_plugin_can_extend_every_registry(tmp_path: Path):

@@ -109,6 +109,45 @@ def test_a_file_without_a_readable_prompt_is_refused_or_its_unreadable_rows_coun
         assert problems(folder, [row, {"prompt": [{"role": "user", "content": "Hi"}], "answer": "4"}], **options) == []
 
 
+def test_lines_that_are_no_rows_are_counted_among_the_first_prompts(folder: Path):
+    """With the line of the first, whatever reads the rows, also where a reader finds no pair in the others."""
+    read, inputs = source(folder, [])
+    (folder / "prompts.jsonl").write_text('{"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}\n{\n{\n')
+    text = r"2 of the first {} .* rejected: not JSON \(the first is prompts.jsonl:2\)"
+    for reader, count in ((None, 3), ("columns", 3), ("implicit_prompt", 2)):
+        with pytest.warns(WinnowWarning, match=text.format(count)):
+            assert prompt_problems(read | {"reader": reader and preference_reader.bind(reader)}, inputs) == []
+
+
+WITHOUT_OTHERS = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+REFUSING = "{% for m in messages %}{{ m.content if m.role == 'user' else raise_exception('who?') }}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "reason"), [(WITHOUT_OTHERS, "does not render"), (REFUSING, "refuses a message")])
+def test_a_role_that_the_template_does_not_write_rejects_its_row(folder: Path, template: str, reason: str):
+    """The plan says so with place and count; the role that was meant is named."""
+    rows = [ROWS["plain"], {"prompt": [{"role": "human", "content": "Hi"}]}]
+    (folder / "chat_template.jinja").write_text(template)
+    expected = rf"1 of the first 2 .* will be rejected: .*{reason}.* role human \(prompts.jsonl:2\); write 'user'"
+    with pytest.warns(WinnowWarning, match=expected) as caught:
+        assert problems(folder, rows, answered=False) == []
+    assert len(caught) == 1
+
+
+def test_what_reading_the_first_prompts_warns_of_is_said_once_for_all_of_them(folder: Path):
+    """A role that the template writes as it stands, and keys that are not read: which rows, and that they are kept."""
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    odd = {"prompt": [{"role": "usr", "content": "Hi", "id": "3"}]}
+    with pytest.warns(WinnowWarning) as caught:
+        assert problems(folder, [ROWS["plain"], odd, odd]) == []
+    keys, role = (str(item.message) for item in caught)
+    kept = "2 of the first 3 prompts of {} will be kept (the first is prompts.jsonl:2)".format(folder / "prompts.jsonl")
+    assert kept in keys
+    assert keys.endswith("keys of messages are not read: id")
+    assert kept in role
+    assert "has the role 'usr'" in role
+
+
 def test_transcripts_that_are_read_as_text_need_no_template(folder: Path):
     turns = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: A boat\n\nAssistant:"
     rows = [{"chosen": f"{turns} I can.", "rejected": f"{turns} I cannot."}]

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from pipeline.context import StageContext, WarmCache
 from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
-from schemas import Model, WinnowError, conform, prompt_id
+from schemas import Model, WinnowError, WinnowWarning, conform, prompt_id
 from schemas.tables import CANDIDATES, PAIRS, PROMPTS
 from stages.data.files import DataSource
 from stages.data.formats import PreferencePair, couple_neighbours, preference_reader
@@ -440,10 +440,11 @@ def test_unpaired_labels_enter_as_candidates_with_rewards(tiny, ctx, tmp_path):
 
 
 def test_a_column_that_the_first_rows_lack_is_still_a_column(tmp_path):
-    """In JSONL a column exists where some row has it; bad lines on the way are no rows."""
+    """In JSONL a column exists where some row has it; bad lines on the way are no rows, and are counted."""
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "Hi"}\noops\n' + json.dumps(GOOD) + "\n")
-    assert problems(preferences, path) == []
+    with pytest.warns(WinnowWarning, match="1 of the first 2 .* not JSON"):
+        assert problems(preferences, path) == []
 
 
 def test_a_file_that_is_not_what_its_name_says_is_refused_at_plan_time(tmp_path):
