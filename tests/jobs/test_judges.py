@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from jobs.opponents import find_opponents
 from jobs.recipes import plan_named
 from jobs.report import write_report
 from jobs.runs import with_free_names
-from pipeline.config.plan import Plan
+from pipeline.config.plan import Plan, Step
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
+from tests.readmes import ROOT
 from tests.runs import Silent
 from tests.stages.ranking.test_reward_models import headed
 
@@ -196,6 +198,63 @@ def test_judges_are_of_every_round(data_dir: Path, tmp_path: Path):
     plan = plan_named("raft", [data_dir / "demo.yaml", tmp_path / "judges.yaml"], [])
     names = {step.name for step in plan.steps}
     assert {f"evaluate_by_{judge}@{n}" for judge in ("gold", "polite") for n in (1, 2)} <= names
+
+
+# Held-out prompts in a file of their own
+
+
+def block_of_the_page() -> str:
+    """Return the lines of the recipes' page for held-out prompts in a file of their own."""
+    page = (ROOT / "jobs/recipes/README.md").read_text()
+    (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "./test.jsonl" in block)
+    return block
+
+
+@pytest.fixture
+def own_heldout(data_dir: Path, tmp_path: Path) -> str:
+    """The block of the page, with nine prompts in its file that are not in the file to train on."""
+    lines = (data_dir / "prompts.jsonl").read_text().splitlines()[:9]
+    (tmp_path / "test.jsonl").write_text("".join(line.replace("Thank you.", "Please.") + "\n" for line in lines))
+    return block_of_the_page()
+
+
+def prompts_read(step: Step) -> set[str]:
+    """Return the steps of stage `prompts` behind the tables that a step reads."""
+    tables = [step.inputs[item.name] for item in step.signature.inputs if item.schema and item.name in step.inputs]
+    return {name for table in tables for name in ([table.name] if table.stage == "prompts" else prompts_read(table))}
+
+
+def test_judges_of_each_kind_read_the_prompts_that_step_judge_reads(own_heldout: str, data_dir: Path, tmp_path: Path):
+    """With the block of the page, against each opponent; the draws as well, where a config sets others."""
+    (tmp_path / "sheet.csv").write_text("id,rating\nx,1\n")
+    (tmp_path / "sheet.key.csv").write_text("id,prompt_id,candidate_id,baseline_id,candidate_is\nx,p,c,b,1\n")
+    judges = """
+judges:
+  proxy:  {against: [sft, target]}
+  words:  {ranker: {use: brevity, with: {words: 9}}, against: [sft, target, other]}
+  sxs:    {use: autosxs, ranker: sft, against: [sft, target]}
+  people: {use: ratings, with: {sheets: [./sheet.csv], key: ./sheet.key.csv}}
+"""
+    plan = planned(data_dir, own_heldout + judges, tmp_path)
+    steps = [step for step in plan.steps if re.match("(judge|evaluate)_by_", step.name)]
+    assert len(steps) == 14
+    heldout = plan.target.inputs["prompts"]
+    for step in steps:
+        if step.stage != "ratings":
+            assert prompts_read(step) == {heldout.name}, step.name
+    drawn = "twice: {like: eval_sample, with: {seed: 9}}\njudge: {from: {candidates: twice}}\n"
+    plan = planned(data_dir, judges + drawn, tmp_path)
+    draws = {step.inputs["candidates"].name for step in plan.steps if re.match("(judge|evaluate)_by_", step.name)}
+    assert draws == {"twice"}
+
+
+def test_a_judge_runs_on_held_out_prompts_in_a_file_of_their_own(
+    own_heldout: str, judged, data_dir: Path, tmp_path: Path
+):
+    config = own_heldout + "judges: {words: {ranker: {use: brevity, with: {words: 9}}, against: [sft, target]}}"
+    store = Store(shutil.copytree(judged[0].root, tmp_path / "store"))
+    made(planned(data_dir, config, tmp_path, name="apart"), store)
+    assert [row["prompts"] for row in answers(store, "judges", run="apart", judge="words")] == [9, 9]
 
 
 # Another run
