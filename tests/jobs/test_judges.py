@@ -257,6 +257,25 @@ def test_a_judge_runs_on_held_out_prompts_in_a_file_of_their_own(
     assert [row["prompts"] for row in answers(store, "judges", run="apart", judge="words")] == [9, 9]
 
 
+def test_inputs_of_different_prompts_are_refused_when_the_plan_is_made(
+    own_heldout: str, data_dir: Path, tmp_path: Path
+):
+    """By the step's name, with the line to write: a run sees it after the training. One file is one origin."""
+    config = own_heldout + "judges: {words: {ranker: {use: brevity, with: {words: 9}}}}\n"
+    said = (
+        r"judge_by_words\.from: .*prompts \(prompts\): prompts; candidates \(eval_sample\), baseline .*: test_prompts"
+    )
+    with pytest.raises(WinnowError, match=said) as caught:
+        planned(data_dir, config + "judge_by_words: {from: {prompts: prompts}}", tmp_path)
+    (problem,) = caught.value.problems
+    assert "write `judge_by_words: {from: {prompts: test_prompts}}`, or `eval_sample: {from" in problem
+    with pytest.raises(WinnowError, match=r"evaluate_by_words\.from: .*let all of them come from one step of prompts"):
+        planned(data_dir, config + "other: {like: eval_baseline, with: {seed: 4}, from: {prompts: prompts}}\n"
+                "evaluate_by_words: {from: {baseline: other}}", tmp_path)  # fmt: skip
+    again = "again: {like: prompts, with: {keep: [demonstration]}}\njudge: {from: {prompts: again}}"
+    assert planned(data_dir, again, tmp_path).target.name == "evaluate"
+
+
 # Another run
 
 
