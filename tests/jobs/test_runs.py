@@ -77,8 +77,7 @@ def test_a_run_of_which_a_judge_failed_gives_up_its_name_to_the_same_evaluation(
     judged.write_text(JUDGES)
     other.write_text(OTHER)
     assert winnow("run", *words, "--config", judged)[0] == 0
-    link = store.run("rso")["judge_by_words"]
-    shutil.rmtree(store.at("judge", link["key"]).path)
+    shutil.rmtree(tmp_path / "store" / "judge" / store.run("rso")["judge_by_words"]["key"])
     code, text = winnow("plan", *words, "--config", other)
     assert (code, "rso-2: rso stands for" in text) == (0, True), text
     assert winnow("run", *words)[0] == 0
