@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from pipeline.config.layers import Layer, merge, merge_all
+from pipeline.config.layers import Layer, below_configs, merge, merge_all
 from pipeline.registry import name_or, nearest
 from pipeline.stage import signature_of, stages
 from schemas import WinnowError
@@ -112,9 +112,7 @@ def with_judges(layers: list[Layer], judges: Mapping[str, JudgeBody | None]) -> 
             ends.append(f"evaluate_by_{name}{suffix}")
     if problems:
         raise WinnowError(*dict.fromkeys(problems))
-    layer = Layer("judges", steps, is_config=True, is_own=True)
-    position = next((n for n, other in enumerate(layers) if other.is_own), len(layers))
-    return [*layers[:position], layer, *layers[position:]], ends
+    return below_configs(layers, Layer("judges", steps, is_config=True, is_own=True)), ends
 
 
 def _inputs_of(step: str, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs import queries
 from jobs.blind import export_blind
 from jobs.opponents import find_opponents
-from jobs.recipes import plan_named
+from jobs.recipes import FOLDER, plan_named
 from jobs.report import write_report
 from jobs.runs import with_free_names
-from pipeline.config.plan import Plan, Step
+from pipeline.config.plan import Plan, Step, make_plan
+from pipeline.config.recipe import load_recipe, merged
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
@@ -213,6 +215,7 @@ def block_of_the_page() -> str:
 @pytest.fixture
 def own_heldout(data_dir: Path, tmp_path: Path) -> str:
     """The block of the page, with nine prompts in its file that are not in the file to train on."""
+    shutil.copy(data_dir / "prompts.jsonl", tmp_path)
     lines = (data_dir / "prompts.jsonl").read_text().splitlines()[:9]
     (tmp_path / "test.jsonl").write_text("".join(line.replace("Thank you.", "Please.") + "\n" for line in lines))
     return block_of_the_page()
@@ -257,18 +260,39 @@ def test_a_judge_runs_on_held_out_prompts_in_a_file_of_their_own(
     assert [row["prompts"] for row in answers(store, "judges", run="apart", judge="words")] == [9, 9]
 
 
+def test_held_out_prompts_of_a_file_leave_validation_on_the_prompts_to_train_on(
+    own_heldout: str, data_dir: Path, tmp_path: Path
+):
+    """What the policy is compared with during training is of a split of those, though it is like an evaluation's."""
+    config = own_heldout.replace("heldout: 0.0", "heldout: 0.0, validation: 0.2") + (
+        "optimize: {from: {prompts: prompts, baseline: validation_baseline, ranker: ranker}, with: {evaluate_every: 2}}"
+    )
+    plan = planned(data_dir, config, tmp_path)
+    assert next(step.inputs["prompts"].name for step in plan.steps if step.name == "validation_baseline") == "prompts"
+
+
+def test_a_recipe_of_one_file_plans_what_its_configs_planned(own_heldout: str, data_dir: Path, tmp_path: Path):
+    """As a submission sends it: what a step's name and `judges` add lies below that file, and is in it."""
+    (tmp_path / "own.yaml").write_text(
+        own_heldout + "judges: {proxy: {ranker: {use: pattern, with: {regex: x}}, against: [sft, target]}}\n"
+    )
+    configs = (data_dir / "demo.yaml", tmp_path / "own.yaml")
+    plan = make_plan(load_recipe(FOLDER / "rso.yaml", configs, (), "one", (FOLDER,)))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(merged(FOLDER / "rso.yaml", configs, (FOLDER,))))
+    alone = make_plan(load_recipe(tmp_path / "one.yaml", (), (), "one", (FOLDER,)))
+    assert {step.name: step.key for step in alone.steps} == {step.name: step.key for step in plan.steps}
+
+
 def test_inputs_of_different_prompts_are_refused_when_the_plan_is_made(
     own_heldout: str, data_dir: Path, tmp_path: Path
 ):
     """By the step's name, with the line to write: a run sees it after the training. One file is one origin."""
     config = own_heldout + "judges: {words: {ranker: {use: brevity, with: {words: 9}}}}\n"
-    said = (
-        r"judge_by_words\.from: .*prompts \(prompts\): prompts; candidates \(eval_sample\), baseline .*: test_prompts"
-    )
+    said = r"judge_by_words\.from: .*prompts \(prompts\): prompts; candidates \(eval_sample\), .*: heldout_prompts"
     with pytest.raises(WinnowError, match=said) as caught:
         planned(data_dir, config + "judge_by_words: {from: {prompts: prompts}}", tmp_path)
     (problem,) = caught.value.problems
-    assert "write `judge_by_words: {from: {prompts: test_prompts}}`, or `eval_sample: {from" in problem
+    assert "write `judge_by_words: {from: {prompts: heldout_prompts}}`, or `eval_sample: {from" in problem
     with pytest.raises(WinnowError, match=r"evaluate_by_words\.from: .*let all of them come from one step of prompts"):
         planned(data_dir, config + "other: {like: eval_baseline, with: {seed: 4}, from: {prompts: prompts}}\n"
                 "evaluate_by_words: {from: {baseline: other}}", tmp_path)  # fmt: skip
