@@ -407,7 +407,7 @@ def _origin_problems(
 ) -> list[str]:
     """Return a line for each step whose inputs are of the prompts of different files: ids of one are not in the other.
 
-    Examples to train on contain all that is read of them, and may be of any prompts.
+    Examples to train on contain all that is read of them, and may be of any prompts; so may tables of another round.
     """
 
     def data_of(name: str) -> list[Any]:
@@ -423,7 +423,11 @@ def _origin_problems(
             for item in signature.inputs
             if item.schema is not None and "prompt_id" in item.schema.names and item.kind != "examples"
         ]
-        tables = {item: source for item, source in sources[name].items() if item in of_prompts and source in origins}
+        tables = {
+            item: source
+            for item, source in sources[name].items()
+            if item in of_prompts and source in origins and split_round(source)[1] in (None, split_round(name)[1])
+        }
         origins[name] = list(dict.fromkeys(origin for source in tables.values() for origin in origins[source]))
         if not tables and signature.makes("prompts"):
             # Steps that read one file may differ in other options, and have its prompts in common.
