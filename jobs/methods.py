@@ -58,6 +58,11 @@ PROMPTS_OF_RUNS = """
 SELECT run || coalesce('@' || round, '') AS run, list(DISTINCT prompt_id ORDER BY prompt_id) AS prompts
 FROM runs JOIN outcomes USING (stage, key) WHERE NOT starts_with(step, 'evaluate_') GROUP BY ALL ORDER BY ALL
 """
+NAMES_OF_EVALUATIONS = """
+SELECT list(DISTINCT run || coalesce('@' || round, '') ORDER BY run || coalesce('@' || round, '')) AS names
+FROM runs JOIN (SELECT DISTINCT stage, key FROM evaluations WHERE stage != 'win_rate') USING (stage, key)
+WHERE NOT starts_with(step, 'evaluate_') GROUP BY key HAVING count(DISTINCT run) > 1 ORDER BY names
+"""
 MOST = 0.9  # share of held-out prompts in common from which rows are taken to be of the same ones: some lack a response
 SEED_LABEL = r"(?:[\w@]+\.)*seed=\d+"  # in a run's name
 ERROR = 0.05
@@ -357,6 +362,12 @@ def _in_points(difference: Difference) -> str:
     return f"{difference.method.name} ({value:+.1f} [{low:+.1f}, {high:+.1f}])"
 
 
+def names_statement(catalog: Catalog) -> list[str]:
+    """Return a line for each evaluation that has several lines on the leaderboard, as those of other judges have."""
+    names = [row["names"] for row in query(catalog, NAMES_OF_EVALUATIONS).to_pylist()]
+    return [f"one evaluation under several names, whose figures are the same: {', '.join(runs)}" for runs in names]
+
+
 # The leaderboard.
 
 
@@ -391,7 +402,7 @@ def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     methods = methods_of(catalog)
     of_methods = {run for method in methods for run in method.runs}
     single = [row["run"] for row in rows if row["run"] not in of_methods]
-    lines = comparison_statement(methods, single) + prompts_statement(catalog)
+    lines = comparison_statement(methods, single) + names_statement(catalog) + prompts_statement(catalog)
     if not methods:
         return table, lines
     by_run = {row["run"]: row for row in rows}

@@ -14,7 +14,8 @@ def with_free_names(plans: list[Plan], store: Store, bases: Mapping[str, str] = 
     """Give each plan whose name stands for finished results of another plan the next number: `rso-2`.
 
     The earlier run stays as it is, on the leaderboard too. A run that has not reached its target gives up its name: a
-    mistake that was interrupted need not be kept. The runs of a sweep, whose names begin with the base that `bases`
+    mistake that was interrupted need not be kept. So does one of which a judge has not finished, to a plan with the
+    same target. The runs of a sweep, whose names begin with the base that `bases`
     has for them, get one number together, so that they stay one sweep. Return a note for each new name.
 
     Runs that plans are compared with are found before, because keys depend on them (jobs/opponents.py).
@@ -36,6 +37,11 @@ def with_free_names(plans: list[Plan], store: Store, bases: Mapping[str, str] = 
         if taken:
             notes.append(f"{numbered}: {taken} stands for the results of other options or data, and stays as it is")
             for plan, name in zip(members, names, strict=True):
+                if plan.target.key in (link["key"] for link in store.run(plan.name).values()):
+                    notes[-1] = (
+                        f"{name}: {plan.name} has the same {plan.target.name} and other results beside it, and stays "
+                        "as it is: both names have a line on the leaderboard, with the same figures"
+                    )
                 plan.name = name
     return notes
 
@@ -48,11 +54,17 @@ def latest_run(name: str, runs: list[str]) -> str | None:
 
 def _is_taken(name: str, plan: Plan, store: Store) -> bool:
     try:
-        links = {step: link["key"] for step, link in store.run(name).items()}
+        links = store.run(name)
     except WinnowError:  # a damaged file of a run, which the run writes anew
         return False
+    keys = {step: link["key"] for step, link in links.items()}
     # A plan with all steps of the run goes on with it: one that `--until` ended before what could not be run then.
-    if links.items() <= {step.name: step.key for step in plan.steps}.items():
+    if keys.items() <= {step.name: step.key for step in plan.steps}.items():
         return False
     target = plan.target
-    return target.name not in links or store.at(target.stage, links[target.name]).manifest is not None
+    if target.name not in links:
+        return True
+    # To a plan with the very same target the run gives up its name also if a judge beside that is not finished: all
+    # that is finished of the target is the plan's too, and would have two lines on the leaderboard.
+    needed = links.values() if keys[target.name] == target.key else [links[target.name]]
+    return all(store.at(link["stage"], link["key"]).manifest is not None for link in needed)

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from functools import cache, cached_property, wraps
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace, UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -26,6 +26,7 @@ from typing import (
     NotRequired,
     Protocol,
     TypeVar,
+    Union,
     get_args,
     get_origin,
     get_type_hints,
@@ -618,13 +619,12 @@ def validated(model: type[M], content: Any, prefix: str = "", noun: str = "optio
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        fields = {field.alias or name: field.description for name, field in model.model_fields.items()}
         inner = inner_options(model)
         # Of `X | None` pydantic reports both alternatives; that the value is not None helps nobody.
         items = [item for item in error.errors() if item["type"] != "none_required"]
         marks = [mark for field in model.model_fields.values() for mark in field.metadata]
         hints = [mark for mark in marks if isinstance(mark, EntryHint)]
-        lines = [line for item in items for line in _error_lines(item, prefix, fields, noun, inner, hints)]
+        lines = [line for item in items for line in _error_lines(item, prefix, model, noun, inner, hints)]
         raise WinnowError(*lines) from None
 
 
@@ -655,10 +655,28 @@ def inner_options(model: type[BaseModel]) -> dict[str, list[str]]:
     return inner
 
 
+def _model_at(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    """Return the model of a value inside of another's, `judges.gold` for example, or None if that is no model."""
+    hint: Any = model
+    for part in [*path, ""]:
+        while get_origin(hint) in (Annotated, Union, UnionType):
+            hint = next(arm for arm in get_args(hint) if arm is not NoneType)
+        is_model = isinstance(hint, type) and issubclass(hint, BaseModel)
+        if not part:
+            return hint if is_model else None
+        if is_model:
+            hint = next(
+                (info.annotation for name, info in hint.model_fields.items() if part in (name, info.alias)), None
+            )
+        else:  # of a list, or of a dict's values
+            hint = next(iter(get_args(hint)[-1:]), None)
+    return None
+
+
 def _error_lines(
     item: ErrorDetails,
     prefix: str,
-    fields: dict[str, str | None],
+    model: type[BaseModel],
     noun: str,
     inner: dict[str, list[str]],
     hints: list[EntryHint],
@@ -667,7 +685,9 @@ def _error_lines(
     # Names that pydantic gives to validators and alternatives are not places in a recipe.
     path = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "none", "["))]
     where, cause = ".".join([prefix, *path]).strip("."), item.get("ctx", {}).get("error")
-    description = fields.get(path[0]) if len(path) == 1 else None
+    level = _model_at(model, path[:-1])
+    fields = {field.alias or name: field.description for name, field in level.model_fields.items()} if level else {}
+    description = fields.get(path[-1]) if path else None
     if isinstance(cause, WinnowError):  # of a nested function: its places continue ours
         nested = (problem.partition(": ") for problem in cause.problems)
         return [

@@ -17,6 +17,7 @@ from pipeline.registry import Range
 from pipeline.stage import stage
 from schemas import Model, Prompts
 from schemas.tables import PROMPTS
+from stages.data.rows import RowsById
 
 _barrier = threading.Barrier(2)
 
@@ -133,6 +134,13 @@ def weights(prompts: Prompts, ctx: StageContext) -> Model:
 def without_engine(prompts: Prompts) -> Prompts:
     """Finds its engine dead, as a process on a GPU may be."""
     raise DeadProcessError("the engine's process has ended")
+
+
+@stage(version=1)
+def lacking_a_row(prompts: Prompts) -> Prompts:
+    """Asks for a row that its input does not have."""
+    RowsById()["a-7"]
+    return prompts
 
 
 @stage(version=1)

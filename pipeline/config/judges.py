@@ -1,6 +1,7 @@
 """Judges of a recipe: each that a config names becomes a step that judges and one that computes its win rate.
 
-They read what `evaluate` of jobs/recipes/_base.yaml reads, the draws of `eval_sample`. With
+They read the prompts and draws that step `judge` reads, which a config may have set: `prompts` and `eval_sample` in
+jobs/recipes/_base.yaml. With
 
     judges:
       gold: {ranker: {use: model, with: {path: /models/gold}}, against: [sft, target]}
@@ -25,7 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from pipeline.config.layers import Layer, merge_all
+from pipeline.config.layers import Layer, below_configs, merge, merge_all
 from pipeline.registry import name_or, nearest
 from pipeline.stage import signature_of, stages
 from schemas import WinnowError
@@ -35,7 +36,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 VERSUS = "_vs_"  # in names of steps and metrics, between a judge and its opponent
 SFT, TARGET = "sft", "target"
 OPPONENTS = {SFT: "eval_baseline", TARGET: "targets"}  # by what `against` says; anything else names a run
-CANDIDATES = "eval_sample"
+READ = {"prompts": "prompts", "candidates": "eval_sample"}  # by a judge, unless step `judge` reads others
 
 
 class JudgeRanker(BaseModel):
@@ -76,6 +77,8 @@ def with_judges(layers: list[Layer], judges: Mapping[str, JudgeBody | None]) -> 
     if not any(judges.values()):
         return layers, []
     recipe = merge_all(layers)
+    inputs = _inputs_of("judge", recipe)
+    shared = {item: inputs.get(item, source) for item, source in READ.items()}
     problems: list[str] = []
     steps: dict[str, Any] = {}
     ends: list[str] = []
@@ -100,8 +103,8 @@ def with_judges(layers: list[Layer], judges: Mapping[str, JudgeBody | None]) -> 
             if (other := opponents.setdefault(baseline, opponent)) != opponent:
                 problems.append(f"judges.{name}.against: {opponent!r} differs from {other!r} only in signs; omit one")
             judging = f"judge_by_{name}{suffix}"
-            steps[judging] = _judging_step(name, judge, ranker, baseline, opponent)
-            sources = {"candidates": CANDIDATES, "baseline": baseline, "judgements": judging}
+            steps[judging] = _judging_step(name, judge, shared | {"baseline": baseline}, ranker, opponent)
+            sources = {"candidates": shared["candidates"], "baseline": baseline, "judgements": judging}
             if judge.use in stages.entries and signature_of(stages.entries[judge.use]).makes("votes"):
                 sources["votes"] = judging
             options = {"judge": name, "against": opponent}
@@ -109,21 +112,31 @@ def with_judges(layers: list[Layer], judges: Mapping[str, JudgeBody | None]) -> 
             ends.append(f"evaluate_by_{name}{suffix}")
     if problems:
         raise WinnowError(*dict.fromkeys(problems))
-    layer = Layer("judges", steps, is_config=True, is_own=True)
-    position = next((n for n, other in enumerate(layers) if other.is_own), len(layers))
-    return [*layers[:position], layer, *layers[position:]], ends
+    return below_configs(layers, Layer("judges", steps, is_config=True, is_own=True)), ends
 
 
-def _judging_step(name: str, judge: JudgeBody, ranker: str | None, baseline: str, opponent: str) -> dict[str, Any]:
+def _inputs_of(step: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what a step reads, also by `like`. A cycle of steps ends it, and is reported with all other mistakes."""
+    inputs: dict[str, Any] = {}
+    seen: set[str] = set()
+    while step in recipe and step not in seen:
+        seen.add(step)
+        inputs = merge(recipe[step].get("from") or {}, inputs)
+        step = recipe[step].get("like") or ""
+    return inputs
+
+
+def _judging_step(
+    name: str, judge: JudgeBody, sources: dict[str, Any], ranker: str | None, opponent: str
+) -> dict[str, Any]:
     """Return the body of the step that compares with one opponent."""
     entry = stages.entries.get(judge.use)
     # Draws of two runs have the same seeds: those of one number are no independent draws.
     extra = {"matches": "other_k"} if opponent not in OPPONENTS else {}
     extra = extra if entry is None or "matches" in entry.options.model_fields else {}
     if name == PROXY:
-        return {"like": "judge", "from": {"baseline": baseline}, "with": extra | judge.options}
-    sources = {"prompts": "prompts", "candidates": CANDIDATES, "baseline": baseline}
-    sources |= {"ranker": ranker} if ranker else {}
+        return {"like": "judge", "from": {"baseline": sources["baseline"]}, "with": extra | judge.options}
+    sources = sources | ({"ranker": ranker} if ranker else {})
     if entry is not None:  # one of a plugin is not loaded yet
         names = {item.name for item in signature_of(entry).inputs}
         sources = {item: source for item, source in sources.items() if item in names}

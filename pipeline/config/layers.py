@@ -177,6 +177,12 @@ def merge_all(layers: list[Layer]) -> dict[str, Any]:
     return reduce(merge, (layer.content for layer in layers), {})
 
 
+def below_configs(layers: list[Layer], layer: Layer) -> list[Layer]:
+    """Return the layers with one more, above the recipes of ours and below all that users write."""
+    position = next((n for n, other in enumerate(layers) if other.is_own), len(layers))
+    return [*layers[:position], layer, *layers[position:]]
+
+
 def plugins_of(layers: list[Layer]) -> Any:
     """Return the plugins of all layers, each once: they add up, for each file lists those that it needs."""
     plugins: list[Any] = []

@@ -262,6 +262,7 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
     for name in order:
         if name in entries:
             problems += _input_problems(name, entries, sources[name])
+    problems += _origin_problems(order, entries, sources, options)
     problems_of_checks, warnings_of_checks = _check_stages(order, entries, sources, options)
     problems += [f"{', '.join(_base_names(names))}: {text}" for text, names in problems_of_checks.items()]
     ends = [name for name in recipe.in_rounds(last) if name in sources] if last else []
@@ -414,6 +415,54 @@ def _input_problems(name: str, entries: dict[str, Entry], sources: dict[str, str
         for item in signature.inputs
         if not item.optional and item.name not in sources
     ]
+
+
+def _origin_problems(
+    order: list[str], entries: dict[str, Entry], sources: dict[str, dict[str, str]], options: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Return a line for each step whose inputs are of the prompts of different files: ids of one are not in the other.
+
+    Examples to train on contain all that is read of them, and may be of any prompts; so may tables of another round.
+    """
+
+    def data_of(name: str) -> list[Any]:
+        data = [canonical(options.get(name, {}).get(option)) for option in ("path", "dataset")]
+        return data if any(data) else [name]
+
+    origins: dict[str, list[str]] = {}  # the steps that have read the prompts which a step's tables are of
+    problems = []
+    for name in [name for name in order if name in entries]:
+        signature = signature_of(entries[name])
+        of_prompts = [
+            item.name
+            for item in signature.inputs
+            if item.schema is not None and "prompt_id" in item.schema.names and item.kind != "examples"
+        ]
+        tables = {
+            item: source
+            for item, source in sources[name].items()
+            if item in of_prompts and source in origins and split_round(source)[1] in (None, split_round(name)[1])
+        }
+        origins[name] = list(dict.fromkeys(origin for source in tables.values() for origin in origins[source]))
+        if not tables and signature.makes("prompts"):
+            # Steps that read one file may differ in other options, and have its prompts in common.
+            alike = (other for other in origins if origins[other] == [other] and data_of(other) == data_of(name))
+            origins[name] = [next(alike, name)]
+        if len(origins[name]) < 2 or any(len(origins[source]) > 1 for source in tables.values()):
+            continue  # the second: it follows from a step before, of which it is said
+        inputs = {
+            origin: [f"{item} ({source})" for item, source in tables.items() if origins[source] == [origin]]
+            for origin in origins[name]
+        }
+        listed = "; ".join(f"{', '.join(items)}: {origin}" for origin, items in inputs.items())
+        cure = "let all of them come from one step of prompts"
+        if "prompts" in tables and len(inputs) == 2:
+            (other,) = (origin for origin in inputs if [origin] != origins[tables["prompts"]])
+            readers = [source for source in dict.fromkeys(tables.values()) if origins[source] == [other]]
+            lines = [f"`{source}: {{from: {{prompts: {tables['prompts']}}}}}`" for source in readers]
+            cure = f"write `{name}: {{from: {{prompts: {other}}}}}`, or {' and '.join(lines)}"
+        problems.append(f"{name}.from: its inputs are of different prompts ({listed}); {cure}")
+    return problems
 
 
 def _check_stages(

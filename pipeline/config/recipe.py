@@ -4,7 +4,8 @@ A recipe is a mapping of step names to `use` (a stage; the step's own name by de
 (options); `like` takes all three from another step, and the step writes only what differs. `about`, `dtype`,
 `evaluations`, `extends`, `judges`, `plugins`, `rounds`, `shards`, `target` and `track` are settings of the whole
 recipe. `rounds` is a number of equal rounds, or a list of overlays, one per round (pipeline/config/rounds.py); `judges`
-are steps written in short (pipeline/config/judges.py).
+are steps written in short (pipeline/config/judges.py), and what reads a step `heldout_prompts` follows from its name
+(pipeline/config/heldout.py).
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.config.heldout import with_heldout_prompts
 from pipeline.config.judges import JudgeBody, with_judges
 from pipeline.config.layers import (
     Layer,
@@ -181,8 +183,7 @@ def load_recipe(
     judging: list[str] = []  # steps to end with
     if not layer_problems:
         with _collected(problems):
-            judges = merge_all(layers).get("judges") or {}
-            layers, judging = with_judges(layers, validated(Settings, {"judges": judges}).judges)
+            layers, judging = _with_implied_steps(layers)
 
     # --set is read first: some of it changes settings, the rest changes options of steps.
     overrides: list[Override] = []
@@ -321,6 +322,7 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     layers, _, problems = read_layers(path, overlays, library, _layer_problems)
     if problems:
         raise WinnowError(*problems)
+    layers, _ = _with_implied_steps(layers)  # which would lie below the file that is returned, if they were not in it
     content = merge_all(layers)
     overlaid = round_overlays(content.get("rounds"))
     if isinstance(content.get("rounds"), list):
@@ -333,6 +335,13 @@ def merged(path: Path, overlays: tuple[Path, ...] = (), library: tuple[Path, ...
     removed = ("extends", "plugins", *(["trained"] if _is_target_required(layers) else []))
     content = {name: value for name, value in content.items() if name not in removed}
     return content | ({"plugins": plugins} if plugins else {})
+
+
+def _with_implied_steps(layers: list[Layer]) -> tuple[list[Layer], list[str]]:
+    """Return the layers with what a step `heldout_prompts` and judges imply, and the names of the steps to end with."""
+    layers = with_heldout_prompts(layers)
+    judges = merge_all(layers).get("judges") or {}
+    return with_judges(layers, validated(Settings, {"judges": judges}).judges)
 
 
 def _is_target_required(layers: list[Layer]) -> bool:

@@ -211,7 +211,7 @@ def _call_stage(spec: StepSpec, task: Task, ctx: StageContext, ids: IdRange | No
         results: list[Any] = [schema.empty_table() for schema in signature.outputs]
     else:
         context = {signature.context_parameter: ctx} if signature.context_parameter else {}
-        with _unchanged(spec), spec.entry.failures():
+        with _unchanged(spec), _named(spec), spec.entry.failures():
             result = spec.entry.fn(**inputs, **context, **spec.options)
         items = result if isinstance(result, tuple) else (result,)
         results = [item for item in items if not isinstance(item, Model)]
@@ -222,6 +222,16 @@ def _call_stage(spec: StepSpec, task: Task, ctx: StageContext, ids: IdRange | No
     return {
         table_name(schema): conform(table, schema) for schema, table in zip(signature.outputs, results, strict=True)
     }
+
+
+@contextmanager
+def _named(spec: StepSpec) -> Iterator[None]:
+    """Put the step's name before what its stage raises inside, which does not know of which step it is called."""
+    try:
+        yield
+    except WinnowError as error:
+        lines = (text.removeprefix(f"{spec.name}: ") for text in error.problems)
+        raise type(error)(*(f"{spec.name}: {text}" for text in lines)) from error
 
 
 @contextmanager

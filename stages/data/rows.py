@@ -26,7 +26,10 @@ class RowsById(dict[str, Any]):
     """Values by id; a missing id means that a recipe combines tables of different origin."""
 
     def __missing__(self, name: str) -> Any:
-        raise WinnowError(f"no row has the id {name}: the inputs of this step must be tables of one origin")
+        raise WinnowError(
+            f"no row has the id {name}, which another input of the step has: its inputs must be tables of one origin; "
+            "set each under `from` to a step that the same prompts, and the same responses, are behind"
+        )
 
 
 def rows_by_prompt(table: pa.Table) -> Iterator[tuple[str, list[Row]]]:

@@ -118,8 +118,9 @@ def test_plan_shows_what_a_part_would_run(winnow, data_dir: Path, finished: Path
 def test_held_out_prompts_may_be_a_file_of_their_own(winnow, data_dir: Path, tmp_path: Path, recipe: str):
     """By the lines of the page: all that evaluates reads that file, and nothing that trains does."""
     page = (ROOT / "jobs/recipes/README.md").read_text()
-    (lines,) = (block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "test_prompts" in block)
-    (tmp_path / "test.jsonl").write_bytes((data_dir / "prompts.jsonl").read_bytes())
+    (lines,) = (block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "./test.jsonl" in block)
+    for name in ("test.jsonl", "prompts.jsonl"):
+        (tmp_path / name).write_bytes((data_dir / "prompts.jsonl").read_bytes())
     (tmp_path / "test.yaml").write_text(lines)
     configs = [data_dir / "demo.yaml", tmp_path / "test.yaml"]
     plan = recipes.plan_named(recipe, configs, ["evaluations=[evaluate_as_sampled, evaluate_greedy]"])
@@ -129,9 +130,9 @@ def test_held_out_prompts_may_be_a_file_of_their_own(winnow, data_dir: Path, tmp
         if source.entry.name == "prompts"
     }
     evaluating = {
-        name for name in readers["test_prompts"] if name.startswith(("eval", "judge", "demonstration_heldout"))
+        name for name in readers["heldout_prompts"] if name.startswith(("eval", "judge", "demonstration_heldout"))
     }
-    assert readers["test_prompts"] == evaluating
+    assert readers["heldout_prompts"] == evaluating
     assert {"evaluate", "evaluate_as_sampled", "evaluate_greedy", "judge", "eval_sample"} <= evaluating
     assert not [name for name in readers.get("prompts", ()) if name.startswith(("eval", "judge"))]
     words = ("plan", recipe, "--config", configs[0], "--config", configs[1])

@@ -2,23 +2,27 @@
 
 import csv
 import io
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs import queries
 from jobs.blind import export_blind
 from jobs.opponents import find_opponents
-from jobs.recipes import plan_named
+from jobs.recipes import FOLDER, plan_named
 from jobs.report import write_report
 from jobs.runs import with_free_names
-from pipeline.config.plan import Plan
+from pipeline.config.plan import Plan, Step, make_plan
+from pipeline.config.recipe import load_recipe, merged
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
+from tests.readmes import ROOT
 from tests.runs import Silent
 from tests.stages.ranking.test_reward_models import headed
 
@@ -198,6 +202,104 @@ def test_judges_are_of_every_round(data_dir: Path, tmp_path: Path):
     assert {f"evaluate_by_{judge}@{n}" for judge in ("gold", "polite") for n in (1, 2)} <= names
 
 
+# Held-out prompts in a file of their own
+
+
+def block_of_the_page() -> str:
+    """Return the lines of the recipes' page for held-out prompts in a file of their own."""
+    page = (ROOT / "jobs/recipes/README.md").read_text()
+    (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if "./test.jsonl" in block)
+    return block
+
+
+@pytest.fixture
+def own_heldout(data_dir: Path, tmp_path: Path) -> str:
+    """The block of the page, with nine prompts in its file that are not in the file to train on."""
+    shutil.copy(data_dir / "prompts.jsonl", tmp_path)
+    lines = (data_dir / "prompts.jsonl").read_text().splitlines()[:9]
+    (tmp_path / "test.jsonl").write_text("".join(line.replace("Thank you.", "Please.") + "\n" for line in lines))
+    return block_of_the_page()
+
+
+def prompts_read(step: Step) -> set[str]:
+    """Return the steps of stage `prompts` behind the tables that a step reads."""
+    tables = [step.inputs[item.name] for item in step.signature.inputs if item.schema and item.name in step.inputs]
+    return {name for table in tables for name in ([table.name] if table.stage == "prompts" else prompts_read(table))}
+
+
+def test_judges_of_each_kind_read_the_prompts_that_step_judge_reads(own_heldout: str, data_dir: Path, tmp_path: Path):
+    """With the block of the page, against each opponent; the draws as well, where a config sets others."""
+    (tmp_path / "sheet.csv").write_text("id,rating\nx,1\n")
+    (tmp_path / "sheet.key.csv").write_text("id,prompt_id,candidate_id,baseline_id,candidate_is\nx,p,c,b,1\n")
+    judges = """
+judges:
+  proxy:  {against: [sft, target]}
+  words:  {ranker: {use: brevity, with: {words: 9}}, against: [sft, target, other]}
+  sxs:    {use: autosxs, ranker: sft, against: [sft, target]}
+  people: {use: ratings, with: {sheets: [./sheet.csv], key: ./sheet.key.csv}}
+"""
+    plan = planned(data_dir, own_heldout + judges, tmp_path)
+    steps = [step for step in plan.steps if re.match("(judge|evaluate)_by_", step.name)]
+    assert len(steps) == 14
+    heldout = plan.target.inputs["prompts"]
+    for step in steps:
+        if step.stage != "ratings":
+            assert prompts_read(step) == {heldout.name}, step.name
+    drawn = "twice: {like: eval_sample, with: {seed: 9}}\njudge: {from: {candidates: twice}}\n"
+    plan = planned(data_dir, judges + drawn, tmp_path)
+    draws = {step.inputs["candidates"].name for step in plan.steps if re.match("(judge|evaluate)_by_", step.name)}
+    assert draws == {"twice"}
+
+
+def test_a_judge_runs_on_held_out_prompts_in_a_file_of_their_own(
+    own_heldout: str, judged, data_dir: Path, tmp_path: Path
+):
+    config = own_heldout + "judges: {words: {ranker: {use: brevity, with: {words: 9}}, against: [sft, target]}}"
+    store = Store(shutil.copytree(judged[0].root, tmp_path / "store"))
+    made(planned(data_dir, config, tmp_path, name="apart"), store)
+    assert [row["prompts"] for row in answers(store, "judges", run="apart", judge="words")] == [9, 9]
+
+
+def test_held_out_prompts_of_a_file_leave_validation_on_the_prompts_to_train_on(
+    own_heldout: str, data_dir: Path, tmp_path: Path
+):
+    """What the policy is compared with during training is of a split of those, though it is like an evaluation's."""
+    config = own_heldout.replace("heldout: 0.0", "heldout: 0.0, validation: 0.2") + (
+        "optimize: {from: {prompts: prompts, baseline: validation_baseline, ranker: ranker}, with: {evaluate_every: 2}}"
+    )
+    plan = planned(data_dir, config, tmp_path)
+    assert next(step.inputs["prompts"].name for step in plan.steps if step.name == "validation_baseline") == "prompts"
+
+
+def test_a_recipe_of_one_file_plans_what_its_configs_planned(own_heldout: str, data_dir: Path, tmp_path: Path):
+    """As a submission sends it: what a step's name and `judges` add lies below that file, and is in it."""
+    (tmp_path / "own.yaml").write_text(
+        own_heldout + "judges: {proxy: {ranker: {use: pattern, with: {regex: x}}, against: [sft, target]}}\n"
+    )
+    configs = (data_dir / "demo.yaml", tmp_path / "own.yaml")
+    plan = make_plan(load_recipe(FOLDER / "rso.yaml", configs, (), "one", (FOLDER,)))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(merged(FOLDER / "rso.yaml", configs, (FOLDER,))))
+    alone = make_plan(load_recipe(tmp_path / "one.yaml", (), (), "one", (FOLDER,)))
+    assert {step.name: step.key for step in alone.steps} == {step.name: step.key for step in plan.steps}
+
+
+def test_inputs_of_different_prompts_are_refused_when_the_plan_is_made(
+    own_heldout: str, data_dir: Path, tmp_path: Path
+):
+    """By the step's name, with the line to write: a run sees it after the training. One file is one origin."""
+    config = own_heldout + "judges: {words: {ranker: {use: brevity, with: {words: 9}}}}\n"
+    said = r"judge_by_words\.from: .*prompts \(prompts\): prompts; candidates \(eval_sample\), .*: heldout_prompts"
+    with pytest.raises(WinnowError, match=said) as caught:
+        planned(data_dir, config + "judge_by_words: {from: {prompts: prompts}}", tmp_path)
+    (problem,) = caught.value.problems
+    assert "write `judge_by_words: {from: {prompts: heldout_prompts}}`, or `eval_sample: {from" in problem
+    with pytest.raises(WinnowError, match=r"evaluate_by_words\.from: .*let all of them come from one step of prompts"):
+        planned(data_dir, config + "other: {like: eval_baseline, with: {seed: 4}, from: {prompts: prompts}}\n"
+                "evaluate_by_words: {from: {baseline: other}}", tmp_path)  # fmt: skip
+    again = "again: {like: prompts, with: {keep: [demonstration]}}\njudge: {from: {prompts: again}}"
+    assert planned(data_dir, again, tmp_path).target.name == "evaluate"
+
+
 # Another run
 
 
@@ -247,7 +349,8 @@ def test_a_run_that_cannot_be_compared_with_is_refused(judged, data_dir, tmp_pat
         ("a_vs_b: {ranker: ranker}", "judges.a_vs_b: "),
         ("gold: {ranker: ranker}", "judges.gold: `evaluate.gold`"),
         ("a: {}", "judges.a: .*set `ranker`"),
-        ("a: {rankr: ranker}", "judges.a.rankr: unknown"),
+        ("a: {rankr: ranker}", r"judges.a.rankr: unknown option; did you mean 'ranker'"),
+        ("a: {from: {}}", r"judges.a.from: unknown option; known: against, ranker, use, with$"),
         ("a: {ranker: rankerr}", "judge_by_a.from.ranker: no step 'rankerr'.*'ranker'"),
         ("a: {ranker: prompts}", "judge_by_a.from.ranker: needs a model"),
         ("a: {use: reward, ranker: ranker}", "judges.a.use: stage reward judges nothing"),

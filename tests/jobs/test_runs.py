@@ -66,6 +66,36 @@ def test_a_run_that_has_not_reached_its_target_gives_up_its_name(winnow, words: 
     assert store.run("rso") != unfinished
 
 
+JUDGES = "judges: {words: {ranker: {use: brevity, with: {words: 9}}}}\n"
+
+
+def test_a_run_of_which_a_judge_failed_gives_up_its_name_to_the_same_evaluation(
+    winnow, words: list[str], tmp_path: Path
+):
+    """Both would have the same figures on the leaderboard; to another evaluation it does not, which would lose them."""
+    store, judged, other = Store(tmp_path / "store"), tmp_path / "judged.yaml", tmp_path / "other.yaml"
+    judged.write_text(JUDGES)
+    other.write_text(OTHER)
+    assert winnow("run", *words, "--config", judged)[0] == 0
+    shutil.rmtree(tmp_path / "store" / "judge" / store.run("rso")["judge_by_words"]["key"])
+    code, text = winnow("plan", *words, "--config", other)
+    assert (code, "rso-2: rso stands for" in text) == (0, True), text
+    assert winnow("run", *words)[0] == 0
+    assert sorted(store.runs()) == ["rso", "run"]
+    assert "judge_by_words" not in store.run("rso")
+
+
+def test_one_evaluation_under_two_names_is_said_to_be_one(winnow, words: list[str], tmp_path: Path):
+    """Without the judges of a finished run, which keep their rows: where the name is chosen, and on the leaderboard."""
+    (tmp_path / "judged.yaml").write_text(JUDGES)
+    assert winnow("run", *words, "--config", tmp_path / "judged.yaml")[0] == 0
+    code, text = winnow("run", *words)
+    assert (code, "rso-2: rso has the same evaluate and other results beside it" in text) == (0, True), text
+    line = "one evaluation under several names, whose figures are the same: rso, rso-2, run"
+    code, text = winnow("leaderboard", "--store", tmp_path / "store")
+    assert (code, line in text) == (0, True), text
+
+
 def test_a_run_that_ended_before_what_could_not_be_run_goes_on_under_its_name(winnow, words: list[str], tmp_path: Path):
     """Its plan ended with the step of --until; with the mistake mended, the steps behind it are added."""
     store, mistaken = Store(tmp_path / "store"), tmp_path / "mistaken.yaml"

@@ -174,6 +174,13 @@ run(plan, Store(folder + "/store"), LocalExecutor(), Silent())
 """
 
 
+def test_an_error_of_a_stage_names_its_step_and_what_to_set(tmp_path: Path):
+    """A stage does not know which of several steps it computes."""
+    plan = plan_of_toys(2, judged={"use": "lacking_a_row"})
+    with pytest.raises(WinnowError, match=r"^judged: no row has the id a-7, .* set each under `from`"):
+        run(plan, Store(tmp_path / "store"), LocalExecutor(), Silent())
+
+
 def test_two_runs_at_once_do_the_work_once(tmp_path: Path):
     """On a disk, the second waits for the step that the first one runs, and goes on from there."""
     both = [subprocess.Popen([sys.executable, "-c", TWICE, str(tmp_path)], cwd=ROOT) for _ in range(2)]
