@@ -14,6 +14,7 @@ import jobs.__main__  # noqa: F401 - registers every command
 from jobs.commands.app import app
 from jobs.recipes import plans
 from pipeline.config.layers import ONLY
+from pipeline.plugins import unload_plugins
 from stages.selection.groups import RewardGroups
 from stages.training.objectives import Batch
 from tests.conftest import write_jsonl
@@ -90,6 +91,13 @@ def test_the_plugin_of_the_stages_page_works_in_the_recipe_of_the_recipes_page(d
     assert [(pair.chosen, pair.rejected, pair.gap) for pair in pairs] == [("1", "2", 1.0), ("1", "0", 2.0)]
 
 
+@pytest.fixture
+def _no_plugins_left():
+    yield
+    unload_plugins()
+
+
+@pytest.mark.usefixtures("_no_plugins_left")
 def test_rule_scale_reward_and_reader_of_the_stages_page_work_in_a_recipe(data_dir: Path, tmp_path: Path):
     """Of rewards 0, 1, 5 of a prompt, whose mean is 2, the two nearest are 1 and 0; labels are right above 0.5."""
     (python,) = blocks(ROOT / "stages" / "README.md", "python")

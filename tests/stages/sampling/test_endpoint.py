@@ -406,7 +406,7 @@ def test_a_server_that_is_down_is_missed_when_the_step_starts_and_not_before(dat
     assert code == 0, output
     code, output = run(winnow, data_dir, config)
     assert code == 2
-    (line,) = [line for line in output.splitlines() if line.startswith("winnow: endpoint")]
+    (line,) = [line for line in output.splitlines() if line.startswith("winnow: sample: endpoint")]
     assert re.search(r"no connection.*start the server.*tiny", line)
     assert "winnow run rso" in output.partition(line)[2]  # the command that goes on
 
