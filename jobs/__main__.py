@@ -109,7 +109,7 @@ def _show_warning(
     What a plan has said of a file's first rows, with their number, is not said again when the step reads them all.
     """
     if issubclass(category, WinnowWarning):
-        if not any(str(message) in text for text in _shown):
+        if not any(text.endswith(str(message)) for text in _shown):
             _print_problems(str(message), style="yellow")
         _shown.add(str(message))
     else:

@@ -15,8 +15,8 @@ def with_free_names(plans: list[Plan], store: Store, bases: Mapping[str, str] = 
 
     The earlier run stays as it is, on the leaderboard too. A run that has not reached its target gives up its name: a
     mistake that was interrupted need not be kept. So does one of which a judge has not finished, to a plan with the
-    same target. The runs of a sweep, whose names begin with the base that `bases`
-    has for them, get one number together, so that they stay one sweep. Return a note for each new name.
+    same target. The runs of a sweep, whose names begin with the base that `bases` has for them, get one number
+    together, so that they stay one sweep. Return a note for each new name.
 
     Runs that plans are compared with are found before, because keys depend on them (jobs/opponents.py).
     """

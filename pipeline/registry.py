@@ -62,9 +62,9 @@ class ExecutionEntries:
 
 @dataclass(frozen=True)
 class EntryHint:
-    """What to do about an entry of a mapping that is written as an option beside it: in Annotated[...].
+    """Say, in Annotated[...] of a mapping, what to do about an entry of it that is written as an option beside it.
 
-    `of` takes the entry's name and value, and returns "" of what is no entry.
+    `of` takes the entry's name and value, and returns "" for what is no entry.
     """
 
     of: Callable[[str, Any], str]

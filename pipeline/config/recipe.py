@@ -109,9 +109,7 @@ class Recipe:
     dtype: tuple[str, Origin] | None = None  # of all stages and functions with such an option (config/precision.py)
     track: list[Any] = field(default_factory=list)  # option of each step whose stage has it, unless the step sets it
     evaluations: list[str] = field(default_factory=list)  # steps to end with beside `evaluate`, if that is the target
-    likes: dict[str, str] = field(
-        default_factory=dict
-    )  # step -> the step that it is like, both as the recipe writes them
+    likes: dict[str, str] = field(default_factory=dict)  # step -> the step that it is like, as the recipe writes them
 
     @property
     def targets(self) -> list[str]:
