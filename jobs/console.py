@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from types import MappingProxyType
@@ -17,9 +17,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.plan import Step
+from pipeline.config.plan import Plan, Step
 from pipeline.execution.progress import StepProgress
 from pipeline.execution.schedule import Reporter
+from schemas import WinnowError
 
 WORK = ("tokens", "ranker_calls")  # counters whose rate says something
 # C0 without tab and newline, DEL, C1, and what shows text in another order than it has.
@@ -79,11 +80,13 @@ class StepBar:
 class ProgressReporter(Reporter):
     """Listener to a run that shows a bar per running step and a line per finished one.
 
-    Without a terminal it prints a line about a running step now and then.
+    Without a terminal it prints a line about a running step now and then. Of several plans that run at once
+    (`set_plans`), a step has the name of its run before its own, unless all of them have it.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.names: dict[str, str] = {}  # by key of a step, where that is not its own
         self.bar = _FigureLines(
             TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
@@ -97,6 +100,19 @@ class ProgressReporter(Reporter):
         self.interrupted = 0
         self.steps: dict[str, StepBar] = {}
 
+    def set_plans(self, plans: Sequence[Plan]) -> None:
+        """Name steps by these plans from here on."""
+        keys = [{step.key for step in plan.steps} for plan in plans]
+        of_all = set.intersection(*keys)
+        self.names = {}
+        for plan in plans:
+            for step in plan.steps:
+                if step.key not in of_all:
+                    self.names.setdefault(step.key, f"{plan.name} {step.name}")
+
+    def _name(self, step: Step) -> str:
+        return self.names.get(step.key, step.name)
+
     def interrupt(self, number: int, frame: Any = None) -> None:
         """Handle a signal that ends the run, such as SIGINT or SIGTERM, and keep its number.
 
@@ -107,7 +123,7 @@ class ProgressReporter(Reporter):
 
     def _print(self, step: Step, text: str) -> None:
         self._raise_if_interrupted()
-        self.console.print(f"  {escape(f'{step.name:<16}')} {text}", highlight=False)
+        self.console.print(f"  {escape(f'{self._name(step):<16}')} {text}", highlight=False)
 
     def _raise_if_interrupted(self) -> None:
         if self.interrupted:
@@ -127,24 +143,24 @@ class ProgressReporter(Reporter):
         before = f" ({done} of {total} parts are finished)" if done else ""
         self._print(step, f"[cyan]running[/] {step.key}{before}")
         self.bar.start()
-        task = self.bar.add_task(visible(step.name), total=total, completed=done, unit="parts", figures="")
-        self.steps[step.name] = StepBar(task, StepProgress(total, done))
+        task = self.bar.add_task(visible(self._name(step)), total=total, completed=done, unit="parts", figures="")
+        self.steps[step.key] = StepBar(task, StepProgress(total, done))
 
     def part_finished(self, step: Step) -> None:
         self._raise_if_interrupted()
-        if self.steps[step.name].progress.finish_part():
-            self._show(step.name)
+        if self.steps[step.key].progress.finish_part():
+            self._show(step)
 
     def progress(
         self, step: Step, done: float, total: float, unit: str, figures: Mapping[str, float] = MappingProxyType({})
     ) -> None:
         """Show the units of a step with one part, or of several parts how far the running ones are."""
         self._raise_if_interrupted()
-        self.steps[step.name].progress.update(done, total, unit, figures)
-        self._show(step.name)
+        self.steps[step.key].progress.update(done, total, unit, figures)
+        self._show(step)
 
-    def _show(self, name: str) -> None:
-        running, now = self.steps[name], time.monotonic()
+    def _show(self, step: Step) -> None:
+        running, now = self.steps[step.key], time.monotonic()
         progress = running.progress
         figures = figures_line(progress.figures)
         self.bar.update(
@@ -155,7 +171,9 @@ class ProgressReporter(Reporter):
         running.last_line = now
         pace = f", {progress.rate:,.2f}/s, {progress.seconds_left:,.0f} s left" if progress.rate else ""
         count = f"{progress.done:,.1f}".removesuffix(".0")
-        line = f"    {name}: {count}/{progress.total:,.0f} {progress.unit}{pace}{figures and f'; {figures}'}"
+        line = (
+            f"    {self._name(step)}: {count}/{progress.total:,.0f} {progress.unit}{pace}{figures and f'; {figures}'}"
+        )
         self.console.print(line, highlight=False, markup=False)
 
     def prompt_rejected(self, step: Step, prompt: str, message: str) -> None:
@@ -164,7 +182,7 @@ class ProgressReporter(Reporter):
         )
 
     def step_finished(self, step: Step, manifest: dict[str, Any]) -> None:
-        self.bar.remove_task(self.steps.pop(step.name).task)
+        self.bar.remove_task(self.steps.pop(step.key).task)
         seconds = manifest["wall_seconds"]
         facts = [", ".join(f"{n:,} {escape(name)}" for name, n in manifest["rows"].items() if name != "rejects")]
         facts.append(f"{seconds:,.1f} s")
@@ -176,6 +194,14 @@ class ProgressReporter(Reporter):
         if rejects := ", ".join(f"{n:,} {reason}" for reason, n in sorted(manifest["rejects"].items())):
             facts.append(f"[yellow]rejected: {escape(rejects)}[/]")
         self._print(step, f"[green]finished[/] {'; '.join(fact for fact in facts if fact)}")
+
+    def step_failed(self, step: Step, error: WinnowError) -> None:
+        self.bar.remove_task(self.steps.pop(step.key).task)
+        self._print(step, f"[red]failed[/] {escape(error.problems[0])}; runs that do not need it go on")
+
+    def step_ended(self, step: Step) -> None:
+        self.bar.remove_task(self.steps.pop(step.key).task)
+        self._print(step, f"[yellow]ended[/] {step.key}: what needs it has failed")
 
     def close(self) -> None:
         self.bar.stop()

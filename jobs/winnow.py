@@ -25,7 +25,7 @@ from pipeline.config.plan import Plan
 from pipeline.config.rounds import run_and_round
 from pipeline.context import StageContext, WarmCache
 from pipeline.execution.executor import LocalExecutor
-from pipeline.execution.run import run as run_plan
+from pipeline.execution.run import groups_at_once, run_at_once
 from pipeline.registry import nearest
 from pipeline.sql.catalog import QueryResult, open_catalog
 from pipeline.stage import signature_of, stages
@@ -116,9 +116,11 @@ def run(
     steps = unfinished([step for item in plans for step in item.steps], target)
     check_memory(plans, steps, chosen.profile, local=getattr(chosen, "address", None) is None)
     with closing(ProgressReporter(console)) as reporter:
-        for item in plans:
-            item.tags = dict(tags)
-            run_plan(item, target, chosen, reporter)
+        for group in groups_at_once(plans, chosen):
+            for item in group:
+                item.tags = dict(tags)
+            reporter.set_plans(group)
+            run_at_once(group, target, chosen, reporter)
     return Results(target, [item.name for item in plans])
 
 

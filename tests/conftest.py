@@ -93,6 +93,7 @@ WITH_RAY = [
     "pipeline/store/test_object_store.py",
     "pipeline/execution/test_distributed.py",
     "pipeline/execution/test_schedule.py",
+    "pipeline/execution/test_plans_at_once.py",
 ]
 WITH_TRL = ["jobs/test_export.py", "stages/training/test_against_trl.py"]
 # A long file at the end would leave the other worker without work: these are the first.

@@ -7,11 +7,22 @@ from typing import Annotated
 import pyarrow as pa
 import typer
 
-from jobs.commands.app import STORE, Configs, Plugins, Sets, StorePath, console
-from jobs.commands.run import print_store, run_plans
+from jobs.commands.app import (
+    STORE,
+    ClusterAddress,
+    Configs,
+    Executor,
+    Plugins,
+    ProfileName,
+    Sets,
+    StorePath,
+    Workers,
+    console,
+)
+from jobs.commands.run import check_executor_options, make_executor, print_store, run_plans
 from jobs.console import as_table
 from jobs.runs import with_free_names
-from pipeline.execution.executor import LocalExecutor
+from pipeline.config.partial import rerun
 from pipeline.execution.run import commit
 from pipeline.registry import nearest
 from pipeline.store.store import Store
@@ -35,11 +46,15 @@ def evidence(
     finished_only: Annotated[
         bool, typer.Option("--finished", help="draw what the store has finished; run nothing")
     ] = False,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: ClusterAddress = None,
+    profile: ProfileName = None,
 ) -> None:
     """Draw the field's figures on your data: over-optimisation, equal KL, n, betas, compute, rankers, other prompts.
 
     Every point is an ordinary run of a recipe in the store: what is finished is not computed again, and a killed
-    command goes on where it was. The page is written anew after each figure.
+    command goes on where it was. The page is written anew after each figure; on Ray, the runs of a figure are at once.
     """
     from jobs.evidence.figures import FIGURES, SCALES, make_basis
     from jobs.evidence.measure import different_plans, figure_costs, plan_figure
@@ -49,6 +64,7 @@ def evidence(
         raise WinnowError(f"--figure {unknown[0]}: unknown; {nearest(unknown[0], list(FIGURES))}")
     if other_prompts is not None and not other_prompts.is_file():
         raise WinnowError(f"--other-prompts {other_prompts}: no such file")
+    check_executor_options(executor, workers, address)
     if plan_only and finished_only:
         raise WinnowError("--plan --finished: one prints and one draws; omit one of them")
     basis = make_basis(configs, sets, SCALES["small" if small else "full"], other_prompts)
@@ -86,11 +102,11 @@ def evidence(
     words += ["--other-prompts", str(other_prompts)] if other_prompts else []
     words += ["--finished"] if finished_only else []
     command = shlex.join([COMMAND, "evidence", *words, "--store", store])  # as anyone would call it
-    written: list[Path] = []
-    for planned in [] if finished_only else figures:
-        plans = different_plans([planned])
-        run_plans(plans, target, LocalExecutor())
-        written = write_evidence(figures, basis, target, out, command, commit() or "unknown")
     if finished_only:
         written = write_evidence(figures, basis, target, out, command, commit() or "unknown")
+    else:
+        chosen = make_executor(rerun(plans, target), executor, workers, address, profile)
+        for planned in figures:
+            run_plans(different_plans([planned]), target, chosen)
+            written = write_evidence(figures, basis, target, out, command, commit() or "unknown")
     console.print(f"wrote {written[0]} and {len(written) - 1} files beside it", highlight=False, markup=False)

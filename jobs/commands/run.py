@@ -51,8 +51,7 @@ from pipeline.config.precision import float32_by_default
 from pipeline.config.rounds import split_round
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
-from pipeline.execution.run import commit
-from pipeline.execution.run import run as run_plan
+from pipeline.execution.run import commit, groups_at_once, run_at_once
 from pipeline.resources import Profile
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
@@ -190,7 +189,7 @@ def run(
     tags: Tags = [],  # noqa: B006
 ) -> None:
     """Run the steps that the recipes need and the store lacks. All recipes are checked before anything runs."""
-    _check_executor(executor, workers, address)
+    check_executor_options(executor, workers, address)
     target = Store(store)
     part = Part(only, until, from_step, force)
     plans = recipes.plans(recipe, configs, with_trackers(sets, track), name, part.last)
@@ -198,7 +197,7 @@ def run(
         item.tags = parsed_tags(tags)
     notes = with_free_names(plans, target)
     selection = rerun(plans, target, part)
-    _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
+    _run_selection(selection, target, notes, make_executor(selection, executor, workers, address, profile))
     if address is None:  # else the reader may be on another machine, and the recipe here a copy (jobs/bundle.py)
         _print_next_commands(selection.plans[0], recipe[0], configs, sets, store, plugins)
 
@@ -222,7 +221,7 @@ def sweep(
     tags: Tags = [],  # noqa: B006
 ) -> None:
     """Run recipes for each combination of --over values: what runs share is computed once, seeds are summarised."""
-    _check_executor(executor, workers, address)
+    check_executor_options(executor, workers, address)
     if not over:
         raise WinnowError("--over: not given; `--over optimize.seed=0,1,2` runs each recipe with three seeds")
     target = Store(store)
@@ -232,10 +231,10 @@ def sweep(
         item.tags = parsed_tags(tags)
     notes = [*with_free_names(swept.plans, target, swept.bases), *swept.notes]
     selection = rerun(swept.plans, target, part)
-    _run_selection(selection, target, notes, _executor(selection, executor, workers, address, profile))
+    _run_selection(selection, target, notes, make_executor(selection, executor, workers, address, profile))
 
 
-def _check_executor(executor: ExecutorName | None, workers: int | None, address: str | None) -> None:
+def check_executor_options(executor: ExecutorName | None, workers: int | None, address: str | None) -> None:
     """Raise WinnowError for options of Ray without Ray, before anything else is read."""
     if address and executor is ExecutorName.in_process:
         raise WinnowError(f"--executor in-process --address {address}: only Ray has an address; omit one of them")
@@ -243,7 +242,7 @@ def _check_executor(executor: ExecutorName | None, workers: int | None, address:
         raise WinnowError(f"--workers {workers}: only Ray has workers; add `--executor ray`, or omit it")
 
 
-def _executor(
+def make_executor(
     selection: Rerun, name: ExecutorName | None, workers: int | None, address: str | None, profile: str | None
 ) -> LocalExecutor:
     """Return the executor that a command names. Raise WinnowError if a cluster cannot run what is selected."""
@@ -282,15 +281,20 @@ def paper(
     against: Annotated[
         Literal["target", "sft"], typer.Option(help="win rates against the data's target texts, or the SFT policy's")
     ] = "target",
+    executor: Executor = None,
+    workers: Workers = None,
+    address: ClusterAddress = None,
+    profile: ProfileName = None,
 ) -> None:
     """Reproduce tables 1 and 2 of the RSO paper on your data: every cell trained and judged, beside the paper's."""
     from jobs.paper import paper_plans, tables
 
+    check_executor_options(executor, workers, address)
     plans, target = paper_plans(configs, sets, gamma, against), Store(store)
     cell_runs = [plan.name for plan in plans]
     # With another --gamma, `paper-2 ...` beside the runs of before.
     print_store(target, with_free_names(plans, target, dict.fromkeys(cell_runs, "paper")))
-    run_plans(plans, target, LocalExecutor())
+    run_plans(plans, target, make_executor(rerun(plans, target), executor, workers, address, profile))
     names = dict(zip(cell_runs, (plan.name for plan in plans), strict=True))
     for title, table in tables(target, names):
         console.print(as_table(table, title))
@@ -303,13 +307,15 @@ def run_plans(plans: list[Plan], store: Store, executor: LocalExecutor) -> None:
     resume.started = True
     try:
         with closing(reporter):
-            for plan in plans:
-                console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
-                _print_notes(plan, executor.profile)
-                _warn_of_other_data(plan, store)
-                _print_changed_code(plan, store)
-                plan.command = resume.recorded_command()
-                run_plan(plan, store, executor, reporter)
+            for group in groups_at_once(plans, executor):
+                for plan in group:
+                    console.print(f"[bold]{escape(plan.name)}[/]", highlight=False)
+                    _print_notes(plan, executor.profile)
+                    _warn_of_other_data(plan, store)
+                    _print_changed_code(plan, store)
+                    plan.command = resume.recorded_command()
+                reporter.set_plans(group)
+                run_at_once(group, store, executor, reporter)
     except KeyboardInterrupt:
         raise SystemExit(128 + (reporter.interrupted or signal.SIGINT)) from None
     resume.started = False

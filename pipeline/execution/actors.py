@@ -1,7 +1,11 @@
-"""Ray actors of one step: started as its tasks become ready, each with its own engine, killed when others need room."""
+"""Ray actors of one step: started as its tasks become ready, each with its own engine, killed when others need room.
+
+Without a GPU, an actor goes on to the next step: its process has the libraries in memory, which takes seconds.
+"""
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +21,7 @@ MAX_FAILED_STARTS = 3
 # moment when a process is given to an actor and the one when that process knows it, and never gives its room back.
 SETTLE_SECONDS = 5.0
 STALL_SECONDS = 30.0  # that a worker waits for room before users are told
+IDLE_SECONDS = 20.0  # that an actor is kept for the next step: its room may be wanted by another job of the cluster
 
 
 class StageWorker:
@@ -30,6 +35,11 @@ class StageWorker:
         if resources.gpus == 0:
             hide_gpus()
         self.progress_by_task: dict[Task, Progress] = {}
+
+    def serve(self, spec: StepSpec) -> None:
+        """Free what was held for the step before, and go on with the tasks of another one."""
+        self.cache.close()
+        self.spec = spec
 
     def run_task(self, task: Task) -> None:
         """Run a task to its end."""
@@ -72,15 +82,28 @@ class PooledActor:
 
 
 class ActorPool:
-    """Actors of one step. `options` are Ray's for an actor, `max_size` is how many there may be."""
+    """Actors of one step. `options` are Ray's for an actor, `max_size` is how many there may be.
 
-    def __init__(self, spec: StepSpec, resources: Resources, options: dict[str, Any], max_size: int) -> None:
+    `idle` are actors of steps that have ended, by the `kind` of their pool: one of its own kind is taken before a new
+    one is started, which those of other kinds make room for.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        resources: Resources,
+        options: dict[str, Any],
+        max_size: int,
+        idle: "IdleActors | None" = None,
+    ) -> None:
         import ray
 
         self.spec, self.resources, self.options, self.max_size = spec, resources, options, max_size
+        self.idle = IdleActors() if idle is None else idle
         # Tasks have their own threads, so that `progress` is answered while they run. Ray never restarts
         # an actor or retries a task: a prompt that kills its worker would kill one after the other, without end.
         groups = {"tasks": resources.in_flight if spec.signature.concurrent else 1}
+        self.kind = repr((resources, sorted(options.items()), groups))
         remote: Any = ray.remote  # its types lack concurrency groups
         self.actor_class = remote(max_restarts=0, concurrency_groups=groups, **options)(StageWorker)
         self.actors: list[PooledActor] = []
@@ -95,6 +118,10 @@ class ActorPool:
     def grow(self, ready: int) -> None:
         """Start actors for tasks that could run now."""
         while len(self.actors) < min(self.max_size, ready + self.running):
+            if handle := self.idle.take(self.kind):
+                self._take(handle)
+                continue
+            self.idle.kill()
             handle = self.actor_class.remote(self.spec, self.resources)
             self.actors.append(PooledActor(handle, handle.__ray_ready__.remote()))
 
@@ -174,18 +201,78 @@ class ActorPool:
         needs = ", ".join(f"{name} {value:g}" for name, value in amounts.items())
         return f"none of its workers is up yet; the cluster may have no room for one ({needs})"
 
-    def close(self) -> list[PooledActor]:
-        """Kill all actors; return those that are just starting, to be killed when they are settled."""
+    @property
+    def starting(self) -> list[PooledActor]:
+        """Return the actors that are not up yet."""
+        return [actor for actor in self.actors if actor.starting]
+
+    def close(self, others: Sequence["ActorPool"] = ()) -> list[PooledActor]:
+        """Give up all actors: those without work and without a GPU stay for a later step, the rest are killed.
+
+        If `others` wait for room, one goes to a pool of its kind, or is killed to make that room. Return those that
+        are just starting, to be killed when they are settled.
+        """
         for actor in list(self.actors):
-            if actor.is_settled:
+            if actor.starting or actor.tasks or self.options.get("num_gpus"):
+                if actor.is_settled:
+                    self._kill(actor)
+                continue
+            late = next((other for other in others if other.kind == self.kind and other.replace_late(actor)), None)
+            if late is None and not any(other.starting for other in others):
+                self.idle.add(self.kind, actor.handle)
+            elif late is None:
                 self._kill(actor)
+                continue
+            self.actors.remove(actor)
         return self.actors
+
+    def replace_late(self, actor: PooledActor) -> bool:
+        """Take an actor of the same kind in place of one that has long waited for room; return False without one."""
+        late = next((other for other in self.starting if time.monotonic() - other.created > SETTLE_SECONDS), None)
+        if late is None:
+            return False
+        self._kill(late)
+        self._take(actor.handle)
+        return True
+
+    def _take(self, handle: Any) -> None:
+        self.actors.append(PooledActor(handle, handle.serve.remote(self.spec)))
 
     def _kill(self, actor: PooledActor) -> None:
         import ray
 
         ray.kill(actor.handle)
         self.actors.remove(actor)
+
+
+class IdleActors:
+    """Actors whose step has ended, by the kind of their pool: they hold their CPUs until they are taken or killed."""
+
+    def __init__(self) -> None:
+        self._actors: list[tuple[str, Any, float]] = []
+
+    def add(self, kind: str, handle: Any) -> None:
+        self._actors.append((kind, handle, time.monotonic()))
+
+    def take(self, kind: str) -> Any:
+        """Return an actor of a kind, None if there is none."""
+        for place, (other, handle, _) in enumerate(self._actors):
+            if other == kind:
+                del self._actors[place]
+                return handle
+        return None
+
+    def kill(self, seconds: float = 0.0) -> None:
+        """Kill those that have been idle for so long, so that their room is free."""
+        if not self._actors:
+            return
+        import ray
+
+        since = time.monotonic() - seconds
+        for _, handle, begin in self._actors:
+            if begin <= since:
+                ray.kill(handle)
+        self._actors = [actor for actor in self._actors if actor[2] > since]
 
 
 def _error_of(reference: Any) -> Exception | None:

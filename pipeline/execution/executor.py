@@ -36,7 +36,8 @@ class LocalExecutor:
     long, are computed by as many processes as this one may use cores, each with a piece of its part in memory
     (`piece_memory`): engines and networks use all cores by themselves. `processes` is their number.
 
-    `overlaps` says if several steps can be running at once. `wait` calls `on_progress` with the progress of running
+    `overlaps` says if several steps can be running at once, those of several plans too, whose number is `plans`. `wait`
+    calls `on_progress` with the progress of running
     tasks, and `on_stall` with the reason why none of a step's tasks is started though workers were requested.
     """
 
@@ -44,6 +45,7 @@ class LocalExecutor:
 
     def __init__(self, profile: Profile = Profile(), processes: int | None = None) -> None:  # noqa: B008 - frozen
         self.profile = profile
+        self.plans = 1
         if processes:
             self.processes = processes
         self.on_progress: Callable[[StepSpec, Progress], None] = lambda spec, progress: None
@@ -133,7 +135,8 @@ class LocalExecutor:
         self._pool, self._pool_size = None, 0
 
     def end(self, spec: StepSpec) -> None:
-        """Free what the step's workers hold: the step is finished."""
+        """Free what the step's workers hold, and forget its task that has not begun: it is finished, or given up."""
+        self.next = [(other, task) for other, task in self.next if other is not spec]
         self.warm.close()
 
     def close(self) -> None:

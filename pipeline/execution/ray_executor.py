@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from pipeline.config.plan import Step
-from pipeline.execution.actors import ActorPool, PooledActor
+from pipeline.execution.actors import IDLE_SECONDS, ActorPool, IdleActors, PooledActor
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.health import JOINED_SECONDS, OWN_SECONDS, ClusterHealth, LostClusterError
 from pipeline.execution.tasks import StepSpec, Task, TaskResult
@@ -27,6 +27,8 @@ Nodes = list[dict[str, float]]  # what each node has: CPU, GPU, memory in bytes,
 
 class RayExecutor(LocalExecutor):
     """Runs each step in a pool of actors, which ends with the step, and with it the memory of its engines.
+
+    Actors without a GPU wait for a step that needs the same, until others need their room.
 
     Distributed training goes to Ray by itself (distributed.py): its one task runs in this process, as those of
     LocalExecutor do, because an actor would hold what its ranks need.
@@ -48,6 +50,7 @@ class RayExecutor(LocalExecutor):
         self.workers, self.address = workers, address
         self.pools: dict[StepFolder, ActorPool] = {}
         self.ending: list[PooledActor] = []  # of steps that have ended; killed when they are settled
+        self.idle = IdleActors()
         self.health: ClusterHealth | None = None  # of the cluster, once it is joined
 
     def check(self, steps: list[Step]) -> None:
@@ -66,9 +69,9 @@ class RayExecutor(LocalExecutor):
             parts = 1 if spec.signature.unsharded else spec.shards
             resources = resources.model_copy(update={"min_workers": min(resources.min_workers, parts)})
             reads_model = any(item.schema is None and item.name in spec.sources for item in spec.signature.inputs)
-            options, max_size = actor_options(resources, nodes, self.workers, parts, reads_model)
+            options, max_size = actor_options(resources, nodes, self.workers, parts, reads_model, self.plans)
             has = resources.model_copy(update={"cpus": options["num_cpus"], "gpus": options["num_gpus"]})
-            self.pools[spec.out] = ActorPool(spec, has, options, max_size)
+            self.pools[spec.out] = ActorPool(spec, has, options, max_size, self.idle)
         pool = self.pools[spec.out]
         others = [other for other in self.pools.values() if other is not pool]
         # An actor of another step that is not up yet may be waiting for room: it comes before a second one of this
@@ -94,14 +97,23 @@ class RayExecutor(LocalExecutor):
             except LostClusterError:
                 self.pools.clear()  # which only Ray could end
                 self.ending.clear()
+                self.idle = IdleActors()
                 end_own_cluster()
                 raise
         self._kill_settled()
+        self.idle.kill(IDLE_SECONDS)
         if self.next and not any(pool.running for pool in self.pools.values()):
             for pool in self.pools.values():  # the ranks need the room of all that is idle
                 pool.shrink(0)
+            self.idle.kill()
             if not self.ending and not any(pool.actors for pool in self.pools.values()):
-                return super().wait(0)
+                spec, task = self.next[0]
+                try:
+                    return super().wait(0)
+                except LostClusterError:
+                    raise
+                except WinnowError as error:  # perhaps of one plan of several
+                    return [TaskResult(spec, task, error)]
             time.sleep(seconds)
             return []
         actors = [actor for pool in self.pools.values() for actor in pool.actors]
@@ -126,7 +138,7 @@ class RayExecutor(LocalExecutor):
 
     def end(self, spec: StepSpec) -> None:
         if pool := self.pools.pop(spec.out, None):
-            self.ending += pool.close()
+            self.ending += pool.close(list(self.pools.values()))
         super().end(spec)
 
     def close(self) -> None:
@@ -134,6 +146,7 @@ class RayExecutor(LocalExecutor):
         for pool in self.pools.values():
             self.ending += pool.close()
         self.pools.clear()
+        self.idle.kill()
         while self.ending:
             time.sleep(ENDING_SECONDS)
             self._kill_settled()
@@ -150,12 +163,13 @@ class RayExecutor(LocalExecutor):
 
 
 def actor_options(
-    resources: Resources, nodes: Nodes, workers: int | None, parts: int, reads_model: bool
+    resources: Resources, nodes: Nodes, workers: int | None, parts: int, reads_model: bool, plans: int = 1
 ) -> tuple[dict[str, Any], int]:
     """Return Ray's options for an actor, and how many actors there may be, at most one per part.
 
     Where `resources` do not say, a stage that reads a model has one worker per GPU, with that GPU (or per as many as
-    one of its workers reserves), and CPUs are divided equally; one that reads none has no use for a GPU.
+    one of its workers reserves); one that reads none has no use for a GPU. CPUs are divided equally among the step's
+    workers, and those of the same step of other `plans`, as many as there is room for.
     """
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if reads_model else 0
@@ -163,8 +177,9 @@ def actor_options(
     room = int(gpus / per_worker) if gpus and per_worker else cpus
     requested = workers or (room if gpus and per_worker else CPU_WORKERS)
     max_size = resources.max_workers or max(1, resources.min_workers, min(requested, room, parts))
+    at_work = max(max_size, min(plans * max_size, requested, room))
     # At least one CPU, and never more than a single node has: an actor cannot span nodes
-    share = min(cpus // max_size, int(max(node.get("CPU", 0) for node in nodes)))
+    share = min(cpus // at_work, int(max(node.get("CPU", 0) for node in nodes)))
     options = {
         "num_cpus": max(1, share) if resources.cpus is None else resources.cpus,
         "num_gpus": min(1, gpus) if resources.gpus is None else resources.gpus,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -14,6 +15,7 @@ from pipeline.execution.schedule import Reporter, Scheduler
 from pipeline.processes import end_orphans
 from pipeline.store.fingerprints import ContentPath
 from pipeline.store.store import Json, Store
+from schemas import WinnowError
 
 SHIPPED = "commit.txt"  # beside the packages, where they were sent from a checkout
 PACKAGES = ("schemas", "pipeline", "stages", "jobs")
@@ -33,15 +35,37 @@ LIBRARIES = (  # those that decide results
 
 def run(plan: Plan, store: Store, executor: LocalExecutor, reporter: Reporter) -> None:
     """Run the wanted steps of a plan that are not finished in the store; raise WinnowError at the first that fails."""
+    run_at_once([plan], store, executor, reporter)
+
+
+def run_at_once(plans: Sequence[Plan], store: Store, executor: LocalExecutor, reporter: Reporter) -> None:
+    """Run the steps of several plans, each once. Raise WinnowError once those that need no failed step have ended."""
     store.check()
     store.sweep()
     end_orphans()
-    store.link_run(plan.name, plan.steps)
-    store.tag_run(plan.name, plan.tags)
-    if plan.command:
-        store.record_command(plan.name, plan.command, str(Path.cwd()))
-    Scheduler(plan, store, executor, reporter, record_of).run()
-    store.link_run(plan.name, plan.steps)  # again: another process may have removed the run meanwhile
+    for plan in plans:
+        store.link_run(plan.name, plan.steps)
+        store.tag_run(plan.name, plan.tags)
+        if plan.command:
+            store.record_command(plan.name, plan.command, str(Path.cwd()))
+    scheduler = Scheduler(plans, store, executor, reporter, record_of)
+    try:
+        scheduler.run()
+    except WinnowError:
+        _link_again(scheduler.plans, store)
+        raise
+    _link_again(plans, store)
+
+
+def _link_again(plans: Sequence[Plan], store: Store) -> None:
+    """Link runs that have ended well: another process may have removed them meanwhile."""
+    for plan in plans:
+        store.link_run(plan.name, plan.steps)
+
+
+def groups_at_once(plans: Sequence[Plan], executor: LocalExecutor) -> list[list[Plan]]:
+    """Return the plans in groups that run at once: all of them, or one after the other if steps do not overlap."""
+    return [list(plans)] if executor.overlaps else [[plan] for plan in plans]
 
 
 def record_of(step: Step, seconds: float) -> Json:

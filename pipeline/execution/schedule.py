@@ -1,13 +1,13 @@
 """Decide which tasks of which steps can run now.
 
-Tasks of a later step start as soon as the parts that they read are finished, if the executor has room. What is missing
-is read from the store when a step starts, so a run that died goes on, and another run's parts count. What happens when
-a task fails is drawn in retries.py.
+Tasks of a later step start as soon as the parts that they read are finished, if the executor has room, and so do those
+of other plans: the trainings of a sweep run at once. What is missing is read from the store when a step starts, so a
+run that died goes on, and another run's parts count. What happens when a task fails is drawn in retries.py.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from pipeline.execution.tasks import (
 )
 from pipeline.store.inventory import followers_of
 from pipeline.store.store import Json, StepLock, Store, overlapping
-from schemas import WinnowError
+from schemas import MachineError, WinnowError
 
 POLL_SECONDS = 0.2
 
@@ -38,7 +38,8 @@ class Reporter:
     A step is cached if it is finished in the store already; it is reported as waiting once. It starts with `done` of
     `total` parts finished by an earlier run, and it is finished once its manifest is written. A prompt is rejected
     here if it killed each of its workers, the last one with `message`. Files of a step were set aside because they were
-    damaged, or all of it (`stage/key`) because it was computed from a damaged result that is another now.
+    damaged, or all of it (`stage/key`) because it was computed from a damaged result that is another now. A step that
+    failed is reported if plans that do not need it go on, and so are the running steps that end with it.
     """
 
     def step_cached(self, step: Step) -> None: ...
@@ -49,6 +50,8 @@ class Reporter:
     def progress(self, step: Step, done: float, total: float, unit: str, figures: Mapping[str, float]) -> None: ...
     def prompt_rejected(self, step: Step, prompt: str, message: str) -> None: ...
     def step_finished(self, step: Step, manifest: Json) -> None: ...
+    def step_failed(self, step: Step, error: WinnowError) -> None: ...
+    def step_ended(self, step: Step) -> None: ...
 
 
 @dataclass
@@ -68,31 +71,37 @@ class RunningStep:
 
 
 class Scheduler:
-    """Runs one plan on one executor.
+    """Runs plans on one executor: at once, and a step that several of them need once.
 
-    `record_of` returns what a manifest records of a step besides its parts, given the seconds that it took.
+    If a step fails, the plans that need it end, and the others go on. `record_of` returns what a manifest records of a
+    step besides its parts, given the seconds that it took.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plans: Sequence[Plan],
         store: Store,
         executor: LocalExecutor,
         reporter: Reporter,
         record_of: Callable[[Step, float], Json],
     ) -> None:
-        self.run_name = plan.name
+        self.plans = list(plans)  # without those that have failed
         self.store, self.executor, self.reporter, self.record_of = store, executor, reporter, record_of
-        self.waiting = list(plan.steps_to_run)
+        self.run_names: dict[str, str] = {}  # by key of a step: the first plan that has it
+        self.waiting: list[Step] = []
+        for plan in plans:
+            steps = plan.steps_to_run
+            self.waiting += [step for step in steps if self.run_names.setdefault(step.key, plan.name) == plan.name]
         self.running: dict[str, RunningStep] = {}  # by key, which is the name of the step's folder
-        keys = {step.key for step in plan.steps_to_run}
         # Keys of finished steps. Of a partial rerun, inputs outside of the plan are finished, which was checked before
-        self.finished = {source.key for step in plan.steps_to_run for source in step.inputs.values()} - keys
+        self.finished = {source.key for step in self.waiting for source in step.inputs.values()} - self.run_names.keys()
         self.reported_waiting: set[str] = set()
         self.repairing: set[str] = set()  # keys of running steps that were finished once, and damaged
+        self.errors: list[WinnowError] = []  # of plans that have failed
+        executor.plans = len(plans)
 
     def run(self) -> None:
-        """Run all steps to their end; raise WinnowError at the first that fails."""
+        """Run all steps to their end; raise WinnowError with what failed, as soon as nothing else can run."""
         steps = self.running
         self.executor.on_progress = lambda spec, progress: self._report_progress(steps[spec.out.path.name], progress)
         self.executor.on_stall = lambda spec, reason: self._report_waiting(steps[spec.out.path.name].step, reason)
@@ -101,13 +110,46 @@ class Scheduler:
                 self._start_steps()
                 self._submit_tasks()
                 for result in self.executor.wait(POLL_SECONDS):
-                    self._handle_result(result)
+                    running = self.running.get(result.spec.out.path.name)
+                    if running is None:  # the last result before this one ended the plans that need its step
+                        continue
+                    try:
+                        self._handle_result(running, result)
+                    except WinnowError as error:
+                        self._end_plans(running, error)
                 self._finish_steps()
         finally:
             self.executor.close()
             for running in self.running.values():
                 running.progress_file.delete()
                 running.claim.release()
+        if self.errors:
+            raise self._error()
+
+    def _end_plans(self, failed: RunningStep, error: WinnowError) -> None:
+        """End the plans that need a step that failed; raise what failed in all of them if no plan is left."""
+        key = failed.spec.key
+        ended = [plan for plan in self.plans if any(step.key == key for step in plan.steps_to_run)]
+        self.plans = [plan for plan in self.plans if plan not in ended]
+        self.errors.append(error)
+        if not self.plans:
+            raise self._error() from error
+        self.reporter.step_failed(failed.step, error)
+        needed = {step.key for plan in self.plans for step in plan.steps_to_run}
+        self.waiting = [step for step in self.waiting if step.key in needed]
+        for running in [running for running in self.running.values() if running.spec.key not in needed]:
+            self.executor.end(running.spec)
+            del self.running[running.spec.key]
+            running.progress_file.delete()
+            running.claim.release()
+            if running is not failed:
+                self.reporter.step_ended(running.step)
+
+    def _error(self) -> WinnowError:
+        if len(self.errors) == 1:
+            return self.errors[0]
+        kind = MachineError if all(isinstance(error, MachineError) for error in self.errors) else WinnowError
+        return kind(*dict.fromkeys(problem for error in self.errors for problem in error.problems))
 
     def _start_steps(self) -> None:
         """Start or skip each step whose inputs are finished, or are running if the executor overlaps steps."""
@@ -115,6 +157,8 @@ class Scheduler:
             available = self.finished | self.running.keys() if self.executor.overlaps else self.finished
             available -= self.repairing  # whose followers are computed again too if it turns out otherwise than before
             if step.key in self.running or not available.issuperset(source.key for source in step.inputs.values()):
+                continue
+            if self._can_take_rows(step):  # of one that is running: what they have in common is computed once
                 continue
             folder = self.store.folder(step)
             is_finished = folder.manifest is not None
@@ -137,7 +181,7 @@ class Scheduler:
                 if folder.is_repaired:
                     self.repairing.add(step.key)
                 unfinished = {key: running.spec.out for key, running in self.running.items()}
-                spec = step_spec(step, self.store, self.run_name, unfinished)
+                spec = step_spec(step, self.store, self.run_names[step.key], unfinished)
                 missing, parts = set(spec.out.missing()), spec.shards
                 if spec.signature.unsharded:  # one call computes all parts
                     missing, parts = {0} if missing else set(), 1
@@ -155,6 +199,13 @@ class Scheduler:
                 self.running[step.key] = running
                 running.progress_file.write(running.progress)
                 self.reporter.step_started(step, len(finished_parts), parts)
+
+    def _can_take_rows(self, step: Step) -> bool:
+        """Return whether a running step computes rows that this one could take for its own once it is finished."""
+        if not (step.signature.goes_on and step.takes_earlier_rows):
+            return False
+        others = (running.step for running in self.running.values())
+        return any(other.signature.goes_on and other.row_key == step.row_key for other in others)
 
     def _submit_tasks(self) -> None:
         """Submit the tasks that can run, of earlier steps first: later steps wait for their parts."""
@@ -182,9 +233,8 @@ class Scheduler:
                 return False
         return True
 
-    def _handle_result(self, result: TaskResult) -> None:
+    def _handle_result(self, running: RunningStep, result: TaskResult) -> None:
         """Record the end of a task, and retry it or reject its prompt if it failed."""
-        running = self.running[result.spec.out.path.name]
         running.running_tasks -= 1
         if isinstance(result.error, WinnowError):  # user error: not retried
             raise result.error
@@ -207,12 +257,16 @@ class Scheduler:
         """Write the manifest of each step without tasks, once those of its inputs are written."""
         for key, running in list(self.running.items()):
             sources = {source.key for source in running.step.inputs.values()}
-            if running.todo or running.running_tasks or not sources <= self.finished:
+            if key not in self.running or running.todo or running.running_tasks or not sources <= self.finished:
                 continue
             self.executor.end(running.spec)
             seconds = time.perf_counter() - running.started if running.started else 0.0
             record = self.record_of(running.step, seconds)
-            manifest = running.spec.out.seal(record, partial(self._check_result, running))
+            try:
+                manifest = running.spec.out.seal(record, partial(self._check_result, running))
+            except WinnowError as error:
+                self._end_plans(running, error)
+                continue
             self.repairing.discard(key)
             self.finished.add(key)
             del self.running[key]
