@@ -131,9 +131,11 @@ class RayExecutor(LocalExecutor):
             if progress := pool.progress():
                 self.on_progress(pool.spec, progress)
         results = [result for pool in self.pools.values() for result in pool.collect(ready)]
-        for pool in self.pools.values():
-            if reason := pool.stall_reason():
-                self.on_stall(pool.spec, reason)
+        # With several plans, some steps always wait for room while others are at work
+        if self.plans == 1 or not any(pool.running for pool in self.pools.values()):
+            for pool in self.pools.values():
+                if reason := pool.stall_reason():
+                    self.on_stall(pool.spec, reason)
         return results
 
     def end(self, spec: StepSpec) -> None:
