@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
+from uuid import uuid4
 
 from pipeline import guard
 from pipeline.store.storage import cache, machine, replace
@@ -45,13 +46,25 @@ def start_of(process: int) -> str:
 
 
 class Guard:
-    """Process that kills others, and all that these have started, when `end` is called or this one has ended."""
+    """Process that kills others when `end` is called or this one has ended: what starts while it is `marking`.
 
-    def __init__(self, processes: Iterable[int]) -> None:
-        names = [f"{process}:{start.split()[1]}" for process in processes if (start := start_of(process))]
+    It is there before the first of them, for this process may be killed while they start.
+    """
+
+    def __init__(self) -> None:
+        self.mark = f"{os.getpid()}-{uuid4().hex}"
         # In a session of its own, for Ctrl-C is sent to all processes of a terminal's.
-        program = [sys.executable, "-I", "-S", guard.__file__, *names]
+        program = [sys.executable, "-I", "-S", guard.__file__, self.mark]
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True)
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Put a mark into the environment of the processes that start inside, and of those that they start."""
+        os.environ[guard.MARK] = self.mark
+        try:
+            yield
+        finally:
+            del os.environ[guard.MARK]
 
     def end(self) -> None:
         """Kill the processes now."""

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from pipeline.config.plan import Step
@@ -275,7 +276,6 @@ def connect(address: str | None = None) -> Nodes:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # One that dies before it has said who it is, Ray takes for one that starts, for a minute if nothing is set
         os.environ.setdefault("RAY_worker_register_timeout_seconds", "30")
-    import psutil
     import ray
 
     global _own_cluster
@@ -295,14 +295,20 @@ def connect(address: str | None = None) -> Nodes:
     try:
         if is_new:
             end_own_cluster()  # what `ray.shutdown` of somebody else has left of an earlier one
-            before = {child.pid for child in psutil.Process().children()}
-            ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-            if address is None:
-                daemons = [child for child in psutil.Process().children() if child.pid not in before]
+            own = None if address else Guard()
+            with own.marking() if own else nullcontext():
+                try:
+                    ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+                except BaseException as error:
+                    if own:
+                        own.end()
+                    if own and type(error) is Exception:  # as Ray says that a daemon has died or is too slow
+                        raise RuntimeError(str(error)) from error
+                    raise
+            if own:
+                _own_cluster = own
                 # Of what has died on this machine, errors of tasks and ClusterHealth say what matters, without a log
                 ray._private.worker.print_to_stdstream = lambda *message, **options: None
-                agents = [agent for daemon in daemons for agent in daemon.children()]
-                _own_cluster = Guard(process.pid for process in (*daemons, *agents))
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would end the process at once
                 signal.signal(signal.SIGTERM, on_terminate)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

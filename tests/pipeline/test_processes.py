@@ -63,19 +63,25 @@ def test_a_process_ends_with_a_parent_that_is_killed():
 
 
 def test_a_guard_ends_processes_that_know_nothing_of_it_when_its_own_is_killed():
-    prelude, before = "from pipeline.processes import Guard", "guard = Guard([child.pid])"
-    assert has_ended(*kill_parent_of(SLEEPING, prelude, before))
+    """Also those that were starting at that moment, which nobody could have told it of."""
+    guard = "from pipeline.processes import Guard; guard = Guard(); marking = guard.marking(); marking.__enter__()"
+    assert has_ended(*kill_parent_of(SLEEPING, guard))
 
 
-def test_a_guard_ends_processes_at_its_end_and_not_another_of_the_same_id():
-    with subprocess.Popen(["sleep", "60"]) as first, subprocess.Popen(["sleep", "60"]) as second:
-        guard = Guard([first.pid])
-        other = Guard([second.pid])
+def test_a_guard_ends_processes_at_its_end_and_not_those_of_another():
+    guard, other = Guard(), Guard()
+    with other.marking():
+        second = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
+    with guard.marking():
+        first = subprocess.Popen(["sleep", "60"])
+    with subprocess.Popen(["sleep", "60"]) as third:
         other.end()
         assert second.wait() == -signal.SIGKILL
         assert first.poll() is None
         guard.end()
         assert first.wait() == -signal.SIGKILL
+        assert third.poll() is None
+        third.kill()
 
 
 def record(folder: Path, process: int, parent: int, **other: str) -> Path:
