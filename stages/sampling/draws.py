@@ -24,10 +24,14 @@ def draw_texts(
 ) -> tuple[str, str | None, str]:
     """Return a draw as text, as text with special tokens if it has any, and what its last token has after a stop text.
 
-    continues: the prompt ends with an assistant turn. Raise ValueError with the reason if no stop text is found where
-    one ended the draw.
+    What the template itself writes before every answer, such as an empty `<think>` of Qwen3, is no part of the text: a
+    response from a file has the same ids and is without it. continues: the prompt ends with an assistant turn. Raise
+    ValueError with the reason if no stop text is found where one ended the draw.
     """
     ids = ids_before_end(completion)
+    lead = [] if continues else tokenizer.lead
+    if lead and ids[: len(lead)] == lead:
+        ids = ids[len(lead) :]
     is_special = not tokenizer.special_tokens.keys().isdisjoint(ids)
     if completion.finish_reason != "stop_string":
         raw_text = tokenizer.decode(ids, special_tokens=True, continues=continues) if is_special else None

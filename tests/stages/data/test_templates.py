@@ -22,6 +22,8 @@ from stages.data.texts import TEMPLATE_OPTIONS, Conversation, as_messages
 from stages.data.tokenizer import MAX_ENDS, Tokenizer
 from stages.network.load import load_network, save_network
 from stages.network.models import model
+from stages.sampling.draws import draw_texts
+from stages.sampling.engines import Completion
 from tests.conftest import write_jsonl
 from tests.families import CONTROL_TOKENS, TEMPLATES
 from tests.stages.ranking.test_planned_prompts import SYSTEM_IN_LAST
@@ -366,3 +368,16 @@ def test_turns_of_sharegpt_are_read_as_the_messages_that_they_are(tiny, tmp_path
         tables.append(prompts(tiny, ctx, path=path, prompt="conversations").to_pylist())
     assert len(tables[0]) == 1
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "gptoss", "nemotron_3_nano", "qwen3", "qwen3_5_think", "smolvlm"])
+def test_a_draw_has_the_text_of_a_response_from_a_file_with_the_same_ids(tokenizer_of, name):
+    """Without what the template writes before every answer (an empty <think>, a channel): judges would compare two
+    texts of one response."""
+    tokenizer = tokenizer_of(name)
+    assert tokenizer.lead
+    conversation, reply = CONVERSATIONS["one turn"]
+    ids = tokenizer.response_ids(conversation, reply)
+    text, raw_text, _ = draw_texts(tokenizer, Completion(ids, 0.0, "stop"), (), False)
+    assert (text, raw_text) == (reply, None)
+    assert draw_texts(tokenizer, Completion([*tokenizer.lead, ids[-1]], 0.0, "stop"), (), False)[0] == ""
