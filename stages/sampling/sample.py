@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from stages.data.rows import Row
 from stages.data.texts import is_continued
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import generation_problems, input_problems, planned_config
+from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
 from stages.options import (
     Count,
     LogitBias,
@@ -246,13 +247,14 @@ def sample(
     options but `n`, of the same prompt, are taken from there: a smaller n draws nothing, and a larger one, or more
     prompts, only what is missing. Kernels and batching can still change a draw on other
     hardware: only the sampling distribution and the seeds are guaranteed. The ids are stored, and all later stages
-    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. So are draws
-    with an id that the tokenizer has no token for, in a vocabulary that is padded. The engine holds weights and
-    computes in `dtype`: bfloat16 halves the memory, and rounds a policy that is saved in fp32.
+    start from them. Empty completions are rejected, unless `keep_empty`: an evaluation must count them. The engine
+    holds weights and computes in `dtype`: bfloat16 halves the memory, and rounds a policy that is saved in fp32.
 
     Also rejected, unless `keep_special`, are those with a special token of the tokenizer (BOS, PAD, a role) before
-    their end, which no text shows and training would read. `allow_special` lists the ones that a response may hold, as
-    some models write their reasoning between special tokens. `raw_text` shows what was kept.
+    their end, or with an id that it has no token for, in a vocabulary that is padded: no text shows them, and training
+    would read them. An evaluation keeps them, with the text that a user would see, and counts those of the latter.
+    `allow_special` lists the special tokens that a response may hold, as some models write their reasoning between
+    them. `raw_text` shows what was kept.
 
     engine: `vllm` is the fastest, on a GPU or a CPU, for which it lacks some sizes of heads; `transformers` runs every
     model that can be trained here, in this process, and alone can steer; `fake` draws random tokens and reads no
@@ -285,6 +287,7 @@ def sample(
     # A padded vocabulary has ids of no token. A draw of one is rejected and not masked: a mask would change the law
     # that `logp` is under, and cost time in every step of every engine, for what a trained model hardly ever draws.
     known_ids = known_ids_of(tokenizer)
+    vocabulary = ModelConfig(policy.folder).vocabulary or len(known_ids)
     rows = [row for row in prompts.to_pylist() if row["split"] == split]
     check_ids(policy, "prompts", [row["token_ids"] for row in rows])
     refused_ids = set() if keep_special else _refused_ids(tokenizer.special_tokens, allow_special or [])
@@ -350,9 +353,12 @@ def sample(
                 "before its training failed, or another `dtype`"
             )
         if unknown := {*ids} - known_ids:
-            detail = f"id {min(unknown)} of {ids}"
-            ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
-            continue
+            if not keep_special or max(unknown) >= vocabulary:
+                detail = f"id {min(unknown)} of {ids}"
+                ctx.reject("id beyond the tokenizer", place=f"k={k}", prompt=prompt, detail=detail)
+                continue
+            ctx.count(draws_with_ids_beyond_the_tokenizer=1)
+            completion = replace(completion, token_ids=[token for token in ids if token in known_ids])
         try:
             text, raw_text, rest = draw_texts(tokenizer, completion, sampling.stop, is_continued(row))
         except ValueError as error:
