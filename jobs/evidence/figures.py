@@ -56,7 +56,7 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        seeds=2, seeds_of_settings=2, seeds_of_rounds=1, lines=("rso + nll", "sft_sample_rank + nll", "rso"),
+        seeds=2, seeds_of_settings=2, seeds_of_rounds=1, lines=("rso + nll", "sft_sample_rank + nll"),
         gamma_lines=("rso + nll",), epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5), labels=(500,),
     ),
     "full": Scale(
