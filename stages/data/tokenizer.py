@@ -30,6 +30,7 @@ from stages.data.texts import (
 from stages.model_config import FROM_FOLDER, GENERATION, json_object
 
 THINK = ("<think>", "</think>")
+OPENING_TOKENS = 6  # at the end of a prompt, that hold a `<think>` also where it is written in pieces
 MAX_PROBES = 10_000  # that are kept
 MAX_ENDS = 16  # that are kept: where no added token is behind the question, each prompt has an end of its own
 PROBE, OTHER_PROBE = "Yes, certainly", "No, never"  # texts to find where a template writes the content of a message
@@ -425,6 +426,11 @@ class Tokenizer:
             return []
         first, second = (self.response_ids([*self._shape[0], _user(OTHER_PROBE)], text) for text in ("A", "B"))
         return first[: shared_prefix_length(first, second)]
+
+    def thought_opened_by(self, prompt_ids: Sequence[int]) -> str:
+        r"""Return `<think>\n` if a prompt ends in `<think>`, the line end with it or in the response; else nothing."""
+        tail = str(self.inner.decode(list(prompt_ids[-OPENING_TOKENS:]), clean_up_tokenization_spaces=False))
+        return f"{THINK[0]}\n" if tail.rstrip().endswith(THINK[0]) else ""
 
     @cached_property
     def _end_of_turn(self) -> int | None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stages.data.rows import Row
+from stages.data.texts import is_continued
 from stages.sampling.engines import Completion
 
 if TYPE_CHECKING:
@@ -20,24 +22,29 @@ def ids_before_end(completion: Completion) -> list[int]:
 
 
 def draw_texts(
-    tokenizer: "Tokenizer", completion: Completion, stop: Sequence[str], continues: bool
+    tokenizer: "Tokenizer", completion: Completion, stop: Sequence[str], prompt: Row
 ) -> tuple[str, str | None, str]:
     """Return a draw as text, as text with special tokens if it has any, and what its last token has after a stop text.
 
-    What the template itself writes before every answer, such as an empty `<think>` of Qwen3, is no part of the text: a
-    response from a file has the same ids and is without it. continues: the prompt ends with an assistant turn. Raise
-    ValueError with the reason if no stop text is found where one ended the draw.
+    It is the text that a response from a file with the same ids has: without what the template itself writes before
+    every answer, such as an empty `<think>` of Qwen3, and with a `<think>` that the template has written at the end of
+    the prompt. prompt: its row of PROMPTS. Raise ValueError with the reason if no stop text is found where one ended
+    the draw.
     """
-    ids = ids_before_end(completion)
-    lead = [] if continues else tokenizer.lead
-    if lead and ids[: len(lead)] == lead:
-        ids = ids[len(lead) :]
+    ids, continues = ids_before_end(completion), is_continued(prompt)
+    opened = ""
+    if not continues:
+        lead = tokenizer.lead
+        if lead and ids[: len(lead)] == lead:
+            ids = ids[len(lead) :]
+        else:
+            opened = tokenizer.thought_opened_by(prompt["token_ids"])
     is_special = not tokenizer.special_tokens.keys().isdisjoint(ids)
-    if completion.finish_reason != "stop_string":
-        raw_text = tokenizer.decode(ids, special_tokens=True, continues=continues) if is_special else None
-        return tokenizer.decode(ids, continues=continues), raw_text, ""
-    text, rest = tokenizer.decode_before(ids, stop, continues=continues)
-    raw_text = None
-    if is_special:
-        raw_text, _ = tokenizer.decode_before(ids, stop, special_tokens=True, continues=continues)
-    return text, raw_text, rest
+    texts, rest = [], ""
+    for special_tokens in (False, True)[: 1 + is_special]:
+        if completion.finish_reason == "stop_string":
+            text, rest = tokenizer.decode_before(ids, stop, special_tokens=special_tokens, continues=continues)
+        else:
+            text = tokenizer.decode(ids, special_tokens=special_tokens, continues=continues)
+        texts.append(opened + text if text else text)
+    return texts[0], texts[1] if is_special else None, rest

@@ -18,7 +18,6 @@ from pipeline.registry import nearest
 from schemas import Candidates, Heads, Model, Prompts, WinnowError, WinnowWarning, candidate_id, seed_for
 from schemas.tables import CANDIDATES, REJECTS
 from stages.data.rows import Row
-from stages.data.texts import is_continued
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
 from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
@@ -360,7 +359,7 @@ def sample(
             ctx.count(draws_with_ids_beyond_the_tokenizer=1)
             completion = replace(completion, token_ids=[token for token in ids if token in known_ids])
         try:
-            text, raw_text, rest = draw_texts(tokenizer, completion, sampling.stop, is_continued(row))
+            text, raw_text, rest = draw_texts(tokenizer, completion, sampling.stop, row)
         except ValueError as error:
             ctx.reject(str(error), place=f"k={k}", prompt=prompt, detail=repr(ids))
             continue

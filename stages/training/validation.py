@@ -16,7 +16,6 @@ from pipeline import StageContext
 from schemas import Model, WinnowError, seed_for
 from schemas.tables import JUDGEMENTS
 from stages.data.rows import Row, imported_candidate, reject_not_finite, rows_by_prompt
-from stages.data.texts import is_continued
 from stages.data.tokenizer import Tokenizer
 from stages.limits import check_ids, context_length
 from stages.network.device import autocast
@@ -126,7 +125,7 @@ class Validation:
             text, raw_text = None, None
             if self.known_ids.issuperset(completion.token_ids):
                 with suppress(ValueError):  # no stop text where one ended it
-                    texts = draw_texts(self.tokenizer, completion, self.sampling.stop, is_continued(prompt))
+                    texts = draw_texts(self.tokenizer, completion, self.sampling.stop, prompt)
                     text, raw_text, _ = texts
             row = imported_candidate(
                 prompt["prompt_id"], completion.token_ids, text or "", {row["candidate_id"] for row in samples},

@@ -370,6 +370,12 @@ def test_turns_of_sharegpt_are_read_as_the_messages_that_they_are(tiny, tmp_path
     assert tables[0] == tables[1]
 
 
+def drawn_text(tokenizer: Tokenizer, conversation: Conversation, ids: list[int]) -> tuple[str, str | None]:
+    row = {"token_ids": tokenizer.prompt_ids(conversation), "chat": None}
+    text, raw_text, _ = draw_texts(tokenizer, Completion(ids, 0.0, "stop"), (), row)
+    return text, raw_text
+
+
 @pytest.mark.parametrize("name", ["glm4moe", "gptoss", "nemotron_3_nano", "qwen3", "qwen3_5_think", "smolvlm"])
 def test_a_draw_has_the_text_of_a_response_from_a_file_with_the_same_ids(tokenizer_of, name):
     """Without what the template writes before every answer (an empty <think>, a channel): judges would compare two
@@ -378,6 +384,14 @@ def test_a_draw_has_the_text_of_a_response_from_a_file_with_the_same_ids(tokeniz
     assert tokenizer.lead
     conversation, reply = CONVERSATIONS["one turn"]
     ids = tokenizer.response_ids(conversation, reply)
-    text, raw_text, _ = draw_texts(tokenizer, Completion(ids, 0.0, "stop"), (), False)
-    assert (text, raw_text) == (reply, None)
-    assert draw_texts(tokenizer, Completion([*tokenizer.lead, ids[-1]], 0.0, "stop"), (), False)[0] == ""
+    assert drawn_text(tokenizer, conversation, ids) == (reply, None)
+    assert drawn_text(tokenizer, conversation, [*tokenizer.lead, ids[-1]])[0] == ""
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_8"])
+def test_the_text_of_a_draw_begins_with_the_thought_that_its_prompt_opens(tokenizer_of, name):
+    """As a response from a file does, whether the template writes <think> into the prompt (the last two) or not."""
+    tokenizer = tokenizer_of(name)
+    conversation, reply = CONVERSATIONS["reasoning as text"]
+    ids = tokenizer.response_ids(conversation, reply)
+    assert drawn_text(tokenizer, conversation, ids) == (reply, None)

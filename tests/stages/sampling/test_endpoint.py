@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,16 @@ def test_every_sampling_parameter_is_in_the_request(name, server, opened):
 
 
 def test_no_more_requests_are_on_their_way_than_allowed(server, opened):
-    """Two threads share the limit, as the parts of a step do."""
+    """Two threads share the limit, as the parts of a step do. Each request is held until three are there, or a while:
+    those that check the server come alone."""
     engine = opened(server.url, concurrency=3, verify=False)
+
+    def hold(number):
+        deadline = time.monotonic() + 0.3
+        while server.most_running < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    server.on_post = hold
     engine.generate(REQUESTS, SAMPLING)
     assert server.most_running == 3
 
