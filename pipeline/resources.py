@@ -87,6 +87,14 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def visible_gpus() -> int:
+    """Return how many NVIDIA GPUs this process may use; torch, which knows better, takes seconds to load."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        return len([name for name in names.split(",") if name.strip()])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 class Profile(BaseModel):
     """Resources by stage. With `autoscaling`, a cluster that is too small now is accepted: it may grow.
 

@@ -52,7 +52,7 @@ from pipeline.config.rounds import split_round
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor
 from pipeline.execution.run import commit, groups_at_once, run_at_once
-from pipeline.resources import Profile
+from pipeline.resources import Profile, visible_gpus
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -257,6 +257,12 @@ def make_executor(
         console.print(
             f"  [yellow]note[/]: --profile {escape(profile)}: in this process only `tensor_parallel` and `gpus` of it "
             "are read, and the memory that a step may take; add `--executor ray` for its workers, CPUs and GPUs",
+            highlight=False,
+        )
+    elif (gpus := visible_gpus()) > 1:
+        console.print(
+            f"  [yellow]note[/]: of {gpus} GPUs, this process computes on one; `--executor ray` takes all of them, for "
+            "the parts of a step and for runs that are at work at once",
             highlight=False,
         )
     return LocalExecutor(resources)

@@ -233,3 +233,12 @@ def test_a_forgotten_run_leaves_no_tags(winnow, words: list[str], tmp_path: Path
     assert winnow("run", *words, "--tag", "baseline")[0] == 0
     assert winnow("gc", "--forget", "rso", "--yes", "--store", tmp_path / "store")[0] == 0
     assert Store(tmp_path / "store").tags() == {}
+
+
+@pytest.mark.parametrize(("visible", "is_said"), [("0,1,2,3", True), ("1", False), ("", False)])
+def test_a_run_in_this_process_says_that_other_gpus_are_idle(
+    winnow, words: list[str], monkeypatch: pytest.MonkeyPatch, visible: str, is_said: bool
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    code, text = winnow("run", *words)
+    assert (code, "of 4 GPUs, this process computes on one; `--executor ray`" in text) == (0, is_said), text
