@@ -1,6 +1,6 @@
 """Other runs that a policy is compared with: `judges: {NAME: {against: RUN}}`, found in a store when a plan is made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from pipeline.config.keys import differences
 from pipeline.config.plan import Plan, Step
 from pipeline.config.rounds import split_round
 from pipeline.registry import nearest
-from pipeline.store.store import Store
+from pipeline.store.store import Json, Store
 from schemas import WinnowError
 from stages.evaluation.other_run import other_run
 
@@ -76,6 +76,7 @@ def _fill(step: Step, run: str, round: int | None, candidates: Step, before: Pla
         named = {other.name: other for other in before.steps}
         name = _name_in_run(list(named), sampling, round, where, run)
         identity, key, code = named[name].identity, named[name].key, named[name].code
+        prompts = named[name].inputs["prompts"].identity if "prompts" in named[name].inputs else None
     else:
         runs = store.runs()
         if run not in runs:
@@ -89,19 +90,33 @@ def _fill(step: Step, run: str, round: int | None, candidates: Step, before: Pla
         if manifest is None:
             raise WinnowError(f"{where}: {sampling} of that run is not finished; the same winnow run of it continues")
         identity, key, code = {"stage": link["stage"]} | manifest["identity"], link["key"], manifest.get("code") or {}
+        prompts = _identity_of(identity["inputs"].get("prompts"), links.values(), store)
 
-    # In what the draws differ beside the policy.
-    def conditions(draws: Mapping[str, Any]) -> dict[str, Any]:
+    # In what the draws differ beside the policy, and their prompts beside the columns that are kept of them.
+    def conditions(draws: Mapping[str, Any], prompts: Mapping[str, Any] | None) -> dict[str, Any]:
+        of_prompts: Any = draws["inputs"].get("prompts")
+        if prompts is not None:
+            of_prompts = {**prompts, "options": {**prompts["options"], "keep": None}}
         options = {name: value for name, value in draws["options"].items() if name not in FREE}
-        return {"stage": draws["stage"], "options": options, "prompts": draws["inputs"].get("prompts")}
+        return {"stage": draws["stage"], "options": options, "prompts": of_prompts}
 
-    if changes := differences(conditions(identity), conditions(candidates.identity)):
+    now = candidates.inputs["prompts"].identity if prompts and "prompts" in candidates.inputs else None
+    changes = differences(conditions(identity, now and prompts), conditions(candidates.identity, now))
+    if changes:
         raise WinnowError(
             f"{where}: its responses are not comparable: {'; '.join(changes)} (that run -> this one); evaluate both "
             "on the same prompts with the same sampling"
         )
     step.entry = replace(step.entry, name=identity["stage"])
     step.__dict__.update(identity=identity, key=key, row_key=key, code=code)  # in place of what would be computed
+
+
+def _identity_of(key: str | None, links: Iterable[Json], store: Store) -> Json | None:
+    """Return what decided the result of a run's step, by its key; None if it is not there any more."""
+    for link in links:
+        if link["key"] == key and (manifest := store.at(link["stage"], link["key"]).manifest):
+            return {"stage": link["stage"]} | manifest["identity"]
+    return None
 
 
 def _name_in_run(names: list[str], sampling: str, round: int | None, where: str, run: str) -> str:

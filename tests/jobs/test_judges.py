@@ -324,11 +324,20 @@ def test_a_run_is_compared_with_the_draws_of_another(judged, data_dir: Path, tmp
     assert [row["prompts"] for row in answers(store, "judges", judge="words", against="run")] == [9]
 
 
+def test_columns_that_prompts_keep_do_not_make_them_others(judged, data_dir: Path, tmp_path: Path):
+    config = "judges: {words: {ranker: {use: brevity, with: {words: 9}}, against: run}}"
+    plan = planned(data_dir, config, tmp_path, "prompts.keep=[demonstration]", name="kept")
+    with_free_names([plan], judged[0])
+    against = next(step for step in plan.steps if step.name == "against_run")
+    assert against.key == judged[0].run("run")["eval_sample"]["key"]
+
+
 @pytest.mark.parametrize(
     ("against", "sets", "said"),
     [
         ("rsso", [], "no run 'rsso'.*run it first"),
         ("run", ["eval_sample.temperature=0.5"], "temperature: 1.0 -> 0.5"),
+        ("run", ["prompts.heldout=0.7"], r"prompts\.options\.heldout: 0\.\d+ -> 0.7"),
         ("run@2", [], "has no rounds"),
     ],
 )
