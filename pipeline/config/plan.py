@@ -19,6 +19,7 @@ from pipeline.config.rounds import split_round, unknown_step_hint
 from pipeline.plugins import load_plugins
 from pipeline.registry import ELSEWHERE, FORMER, FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
+from pipeline.store.fingerprints import MISSING
 from schemas import COMMAND, WinnowError, WinnowWarning
 
 FURTHER = "evaluate_"  # begins the name of each evaluation beside the main one, in queries (jobs/queries) too
@@ -219,7 +220,8 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
     first = [name for name in needed if reads_files(entries.get(name))]
     order = _inputs_first([*first, *targets, *evaluations], sources, problems)
 
-    # Options, then each step against its stage. What an unneeded step lacks does not matter; a wrong value does.
+    # Options, then each step against its stage. What an unneeded step lacks, a file too, does not matter; a wrong value
+    # does.
     options: dict[str, dict[str, Any]] = {}
     wrong: dict[str, list[str]] = {}  # what is wrong with a step's options
     misplaced: dict[tuple[str, str], list[str]] = {}  # steps by an option that is none of theirs, and where it is one
@@ -240,7 +242,10 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
             of_stage = {option: value for option, value in step_options.items() if not hints.get(option)}
             options[name] = entry.validate(defaults | of_stage, name)
         except WinnowError as error:
-            wrong[name] = [problem for problem in error.problems if name in order or ": required" not in problem]
+            lacks = (": required", MISSING)
+            wrong[name] = [
+                text for text in error.problems if name in order or not any(words in text for words in lacks)
+            ]
     used = {source for sources_of_step in sources.values() for source in sources_of_step.values()}.union(order)
     unused = [name for name in entries if name not in used]
     for name, lines in wrong.items():

@@ -25,6 +25,7 @@ COPY_OF = "winnow_copy_of"
 # And weights; those of an adapter in the folder of its base are in no index.
 MODEL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja", ADAPTER_WEIGHTS)
 CARD = "README.md"  # of a model folder; what it says is no part of the model, and in no digest
+MISSING = "no such file or folder"  # what a message about a path says
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 LARGE_FILE = 1 << 26  # bytes; a smaller file is read as fast as its digest is looked up
@@ -82,7 +83,7 @@ class ContentPath:
     def check(self) -> None:
         """Raise ValueError if the path is not what the class says."""
         if not self.path.exists():
-            raise ValueError(f"no such file or folder: {self.path}")
+            raise ValueError(f"{MISSING}: {self.path}")
 
     def __repr__(self) -> str:
         return str(self.path)

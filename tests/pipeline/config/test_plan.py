@@ -135,8 +135,10 @@ def test_a_cycle_names_its_members(steps: dict):
 
 
 def test_an_unneeded_step_may_lack_what_it_requires(steps: dict):
-    """A base recipe names models that this target never reads; their paths need not be set."""
+    """A base recipe names models that this target never reads; their paths need not be set. A config for several
+    recipes names data that this one never reads; they need not be on this machine."""
     steps["ranker"] = {"use": "model"}
+    steps["preferences"] = {"from": {"tokenizer": "sft"}, "with": {"path": "/data/of/another/machine.jsonl"}}
     steps["judge"] = {"from": {"ranker": "ranker"}}
     assert len(plan(steps).steps) == 9
 
