@@ -256,9 +256,9 @@ class IdleActors:
 
     def take(self, kind: str) -> Any:
         """Return an actor of a kind, None if there is none."""
-        for place, (other, handle, _) in enumerate(self._actors):
+        for index, (other, handle, _) in enumerate(self._actors):
             if other == kind:
-                del self._actors[place]
+                del self._actors[index]
                 return handle
         return None
 

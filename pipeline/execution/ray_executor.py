@@ -295,18 +295,18 @@ def connect(address: str | None = None) -> Nodes:
     try:
         if is_new:
             end_own_cluster()  # what `ray.shutdown` of somebody else has left of an earlier one
-            own = None if address else Guard()
-            with own.marking() if own else nullcontext():
+            guard = None if address else Guard()
+            with guard.marking() if guard else nullcontext():
                 try:
                     ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
                 except BaseException as error:
-                    if own:
-                        own.end()
-                    if own and type(error) is Exception:  # as Ray says that a daemon has died or is too slow
+                    if guard:
+                        guard.end()
+                    if guard and type(error) is Exception:  # as Ray says that a daemon has died or is too slow
                         raise RuntimeError(str(error)) from error
                     raise
-            if own:
-                _own_cluster = own
+            if guard:
+                _own_cluster = guard
                 # Of what has died on this machine, errors of tasks and ClusterHealth say what matters, without a log
                 ray._private.worker.print_to_stdstream = lambda *message, **options: None
             if threading.current_thread() is threading.main_thread():  # Ray's own handler would end the process at once
