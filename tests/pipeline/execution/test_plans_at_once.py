@@ -11,7 +11,7 @@ from pipeline.config.plan import Plan
 from pipeline.execution import actors
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor, actor_options
-from pipeline.execution.run import run, run_at_once
+from pipeline.execution.run import groups_at_once, run, run_at_once
 from pipeline.execution.tasks import TaskResult
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
@@ -134,6 +134,54 @@ def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Pa
     after.release()
 
 
+def test_a_plan_whose_part_reads_a_step_of_another_part_ends_with_that_step(tmp_path: Path):
+    """The part of `reads` leaves out the step that the part of `makes` computes; it would wait for it without end."""
+
+    class Impatient(Failing):
+        loops = 0
+
+        def wait(self, seconds):
+            self.loops += 1
+            assert self.loops < 20, "a step waits for one that has been given up"
+            return super().wait(0)
+
+    broken = dict(use="lacking_a_row")
+    makes = toys("makes", broken=dict(broken))
+    reads = toys("reads", judged=dict(broken), after=dict(use="slow", folder=str(tmp_path), name="r", seconds=0.0))
+    plans = [
+        makes,
+        replace(reads, part=reads.steps[-1:]),
+        toys("other", quick=dict(use="slow", folder=str(tmp_path), name="o", seconds=0.0)),
+    ]
+    reporter = Attentive()
+    with pytest.raises(WinnowError, match=r"^broken: no row has the id a-7"):
+        run_at_once(plans, Store(tmp_path / "store"), Impatient(), reporter)
+    assert (reporter.ran, reporter.failed, reporter.ended) == (["some_prompts", "quick"], ["broken"], ["after"])
+
+
+def test_cpus_are_divided_among_the_plans_that_are_not_finished(tmp_path: Path):
+    """A sweep that goes on with its last run gives it what all of them had."""
+
+    class Counting(Overlapping):
+        def submit(self, spec, task, exclusive):
+            counts.append(self.plans)
+            return super().submit(spec, task, exclusive)
+
+    plans = [
+        toys(name, quick=dict(use="slow", folder=str(tmp_path), name=name, seconds=0.0)) for name in ("one", "two")
+    ]
+    store = Store(tmp_path / "store")
+    run(plans[0], store, Overlapping(), Silent())
+    counts: list[int] = []
+    run_at_once(plans, store, Counting(), Silent())
+    assert counts == [1]
+
+
+def test_no_plans_are_no_group():
+    """As those of a figure of evidence of which every line is left out."""
+    assert groups_at_once([], Overlapping()) == []
+
+
 def test_if_all_plans_fail_each_error_is_told_once(tmp_path: Path):
     plans = [
         toys("one", broken=dict(use="lacking_a_row")),
@@ -143,6 +191,8 @@ def test_if_all_plans_fail_each_error_is_told_once(tmp_path: Path):
     with pytest.raises(WinnowError) as caught:
         run_at_once(plans[:2], Store(tmp_path / "store"), Failing(), Silent())
     assert len(caught.value.problems) == 1  # one step, which both plans have
+    # Not itself: what follows causes to the first one would have no end
+    assert str(caught.value.__cause__).startswith("no row has the id a-7")
     with pytest.raises(WinnowError) as caught:
         run_at_once([plans[0], plans[2]], Store(tmp_path / "store"), Failing(), Silent())
     assert [text.partition(":")[0] for text in caught.value.problems] == ["broken", "first"]
