@@ -9,10 +9,11 @@ import ray
 
 from pipeline.config.plan import Plan
 from pipeline.execution import actors
+from pipeline.execution.actors import ActorPool, PooledActor
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor, actor_options
 from pipeline.execution.run import groups_at_once, run, run_at_once
-from pipeline.execution.tasks import TaskResult
+from pipeline.execution.tasks import TaskResult, step_spec
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -115,6 +116,32 @@ def test_an_idle_worker_makes_room_for_a_step_that_waits(tmp_path: Path, monkeyp
     profile = Profile(default=Resources(cpus=1), stages={"followed": Resources(cpus=2)})
     run_at_once(plans, Store(tmp_path / "store"), RayExecutor(1, profile=profile), reporter)
     assert reporter.ran == ["some_prompts", "quick", "other"]
+
+
+def test_an_idle_worker_holds_no_engine(tmp_path: Path):
+    """The step of plan `two` ends once the engine of the other is closed, or in vain after a minute."""
+    folder = str(tmp_path)
+    plans = [
+        toys("one", first=dict(use="followed", folder=folder, name="one", parts=1, by="two", engine=True)),
+        toys("two", other=dict(use="followed", folder=folder, name="two", parts=1, by="closed")),
+    ]
+    profile = Profile(default=Resources(cpus=1))
+    run_at_once(plans, Store(tmp_path / "store"), RayExecutor(1, profile=profile), Silent())
+    assert "closed" in [words[0] for words in notes(tmp_path)]
+
+
+def test_workers_that_do_not_start_end_their_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not the command: the error is the result of a task. Idle ones that have died with their node are no reason."""
+    plan = toys("one", quick=dict(use="slow", folder=str(tmp_path), name="one", seconds=0.0))
+    monkeypatch.setattr(actors, "_error_of", lambda reference: RuntimeError("the node is gone"))
+    monkeypatch.setattr(ray, "kill", lambda handle: None)
+    pool = ActorPool(step_spec(plan.target, Store(tmp_path / "store")), Resources(), {"num_cpus": 1}, 3)
+    reference = object()
+    pool.actors = [PooledActor(None, reference, is_new=False) for _ in range(3)]
+    assert (pool.collect({reference}), pool.actors) == ([], [])
+    pool.actors = [PooledActor(None, reference) for _ in range(3)]
+    (result,) = pool.collect({reference})
+    assert str(result.error) == "quick: 3 workers one after the other did not start: the node is gone"
 
 
 def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Path):
