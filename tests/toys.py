@@ -68,9 +68,21 @@ def slow(prompts: Prompts, *, folder: str, name: str, seconds: Annotated[float, 
     return prompts
 
 
+class _Engine:
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def close(self) -> None:
+        note(self.folder, "closed", "begins", time.time(), os.getpid())
+
+
 @stage(version=1)
-def followed(prompts: Prompts, *, folder: str, name: str, parts: int, by: str) -> Prompts:
-    """Its last part ends when `by` has begun, or in vain after a minute."""
+def followed(
+    prompts: Prompts, ctx: StageContext, *, folder: str, name: str, parts: int, by: str, engine: bool = False
+) -> Prompts:
+    """Its last part ends when `by` has begun, or in vain after a minute. `closed` begins when its engine is closed."""
+    if engine:
+        ctx.open_once(_Engine, folder)
     note(folder, name, "begins", time.time(), os.getpid())
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

@@ -36,9 +36,13 @@ class StageWorker:
             hide_gpus()
         self.progress_by_task: dict[Task, Progress] = {}
 
+    def free(self) -> None:
+        """Free what is held for the step: it has ended."""
+        self.cache.close()
+
     def serve(self, spec: StepSpec) -> None:
         """Free what was held for the step before, and go on with the tasks of another one."""
-        self.cache.close()
+        self.free()
         self.spec = spec
 
     def run_task(self, task: Task) -> None:
@@ -65,6 +69,7 @@ class PooledActor:
 
     handle: Any
     starting: Any  # reference to its first answer; None once it is up
+    is_new: bool = True  # and not one that has been up for an earlier step
     exclusive: bool = False
     tasks: dict[Any, Task] = field(default_factory=dict)
     progress_request: Any = None
@@ -148,19 +153,21 @@ class ActorPool:
         return True
 
     def collect(self, ready: set[Any]) -> list[TaskResult]:
-        """Return the tasks whose references are ready; raise MachineError if workers never start."""
-        results = []
+        """Return the tasks whose references are ready; if workers never start, an error that ends the step."""
+        results: list[TaskResult] = []
         for actor in list(self.actors):
             if actor.starting in ready:
                 error = _error_of(actor.starting)
                 actor.starting = None
-                self.failed_starts = self.failed_starts + 1 if error else 0
                 if error:
                     self._kill(actor)
+                if not actor.is_new:  # of idle ones, several may have died with their node
+                    continue
+                self.failed_starts = self.failed_starts + 1 if error else 0
                 if self.failed_starts == MAX_FAILED_STARTS:  # not for lack of room: those would still be waiting
-                    raise MachineError(
-                        f"{self.spec.name}: {MAX_FAILED_STARTS} workers one after the other did not start: {error}"
-                    )
+                    problem = f"{MAX_FAILED_STARTS} workers one after the other did not start: {error}"
+                    # As the end of any task, so that plans that do not need this step go on
+                    results.append(TaskResult(self.spec, Task(0), MachineError(f"{self.spec.name}: {problem}")))
             ended = [reference for reference in actor.tasks if reference in ready]
             outcomes = [TaskResult(self.spec, actor.tasks.pop(ref), _error_of(ref)) for ref in ended]
             actor.exclusive = actor.exclusive and bool(actor.tasks)
@@ -236,7 +243,7 @@ class ActorPool:
         return True
 
     def _take(self, handle: Any) -> None:
-        self.actors.append(PooledActor(handle, handle.serve.remote(self.spec)))
+        self.actors.append(PooledActor(handle, handle.serve.remote(self.spec), is_new=False))
 
     def _kill(self, actor: PooledActor) -> None:
         import ray
@@ -246,12 +253,16 @@ class ActorPool:
 
 
 class IdleActors:
-    """Actors whose step has ended, by the kind of their pool: they hold their CPUs until they are taken or killed."""
+    """Actors whose step has ended, by the kind of their pool: they hold their CPUs until they are taken or killed.
+
+    They hold no engine: other steps may need its memory.
+    """
 
     def __init__(self) -> None:
         self._actors: list[tuple[str, Any, float]] = []
 
     def add(self, kind: str, handle: Any) -> None:
+        handle.free.remote()
         self._actors.append((kind, handle, time.monotonic()))
 
     def take(self, kind: str) -> Any:

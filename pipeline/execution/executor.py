@@ -36,9 +36,9 @@ class LocalExecutor:
     long, are computed by as many processes as this one may use cores, each with a piece of its part in memory
     (`piece_memory`): engines and networks use all cores by themselves. `processes` is their number.
 
-    `overlaps` says if several steps can be running at once, those of several plans too, whose number is `plans`. `wait`
-    calls `on_progress` with the progress of running
-    tasks, and `on_stall` with the reason why none of a step's tasks is started though workers were requested.
+    `overlaps` says if several steps can be running at once, those of several plans too: `plans` is the number of those
+    that are not finished. `wait` calls `on_progress` with the progress of running tasks, and `on_stall` with the reason
+    why none of a step's tasks is started though workers were requested.
     """
 
     overlaps = False

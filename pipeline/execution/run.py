@@ -65,7 +65,7 @@ def _link_again(plans: Sequence[Plan], store: Store) -> None:
 
 def groups_at_once(plans: Sequence[Plan], executor: LocalExecutor) -> list[list[Plan]]:
     """Return the plans in groups that run at once: all of them, or one after the other if steps do not overlap."""
-    return [list(plans)] if executor.overlaps else [[plan] for plan in plans]
+    return [list(plans)] if executor.overlaps and plans else [[plan] for plan in plans]
 
 
 def record_of(step: Step, seconds: float) -> Json:

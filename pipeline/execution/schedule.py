@@ -98,7 +98,6 @@ class Scheduler:
         self.reported_waiting: set[str] = set()
         self.repairing: set[str] = set()  # keys of running steps that were finished once, and damaged
         self.errors: list[WinnowError] = []  # of plans that have failed
-        executor.plans = len(plans)
 
     def run(self) -> None:
         """Run all steps to their end; raise WinnowError with what failed, as soon as nothing else can run."""
@@ -108,6 +107,9 @@ class Scheduler:
         try:
             while self.waiting or self.running:
                 self._start_steps()
+                unfinished = self.running.keys() | {step.key for step in self.waiting}
+                at_work = [plan for plan in self.plans if any(step.key in unfinished for step in plan.steps_to_run)]
+                self.executor.plans = len(at_work)
                 self._submit_tasks()
                 for result in self.executor.wait(POLL_SECONDS):
                     running = self.running.get(result.spec.out.path.name)
@@ -128,14 +130,12 @@ class Scheduler:
 
     def _end_plans(self, failed: RunningStep, error: WinnowError) -> None:
         """End the plans that need a step that failed; raise what failed in all of them if no plan is left."""
-        key = failed.spec.key
-        ended = [plan for plan in self.plans if any(step.key == key for step in plan.steps_to_run)]
-        self.plans = [plan for plan in self.plans if plan not in ended]
+        self.plans = [plan for plan in self.plans if failed.spec.key not in self._needed([plan])]
         self.errors.append(error)
         if not self.plans:
-            raise self._error() from error
+            raise self._error()
         self.reporter.step_failed(failed.step, error)
-        needed = {step.key for plan in self.plans for step in plan.steps_to_run}
+        needed = self._needed(self.plans)
         self.waiting = [step for step in self.waiting if step.key in needed]
         for running in [running for running in self.running.values() if running.spec.key not in needed]:
             self.executor.end(running.spec)
@@ -144,6 +144,19 @@ class Scheduler:
             running.claim.release()
             if running is not failed:
                 self.reporter.step_ended(running.step)
+
+    def _needed(self, plans: Sequence[Plan]) -> set[str]:
+        """Return the keys of the unfinished steps that plans need, also of those that only the part of another runs."""
+        steps = {step.key: step for step in self.waiting}
+        steps |= {key: running.step for key, running in self.running.items()}
+        open_keys = [step.key for plan in plans for step in plan.steps_to_run]
+        needed = set[str]()
+        while open_keys:
+            key = open_keys.pop()
+            if key in steps and key not in needed:
+                needed.add(key)
+                open_keys += [source.key for source in steps[key].inputs.values()]
+        return needed
 
     def _error(self) -> WinnowError:
         if len(self.errors) == 1:

@@ -9,10 +9,11 @@ import ray
 
 from pipeline.config.plan import Plan
 from pipeline.execution import actors
+from pipeline.execution.actors import ActorPool, PooledActor
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.ray_executor import RayExecutor, actor_options
-from pipeline.execution.run import run, run_at_once
-from pipeline.execution.tasks import TaskResult
+from pipeline.execution.run import groups_at_once, run, run_at_once
+from pipeline.execution.tasks import TaskResult, step_spec
 from pipeline.resources import Profile, Resources
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -117,6 +118,32 @@ def test_an_idle_worker_makes_room_for_a_step_that_waits(tmp_path: Path, monkeyp
     assert reporter.ran == ["some_prompts", "quick", "other"]
 
 
+def test_an_idle_worker_holds_no_engine(tmp_path: Path):
+    """The step of plan `two` ends once the engine of the other is closed, or in vain after a minute."""
+    folder = str(tmp_path)
+    plans = [
+        toys("one", first=dict(use="followed", folder=folder, name="one", parts=1, by="two", engine=True)),
+        toys("two", other=dict(use="followed", folder=folder, name="two", parts=1, by="closed")),
+    ]
+    profile = Profile(default=Resources(cpus=1))
+    run_at_once(plans, Store(tmp_path / "store"), RayExecutor(1, profile=profile), Silent())
+    assert "closed" in [words[0] for words in notes(tmp_path)]
+
+
+def test_workers_that_do_not_start_end_their_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not the command: the error is the result of a task. Idle ones that have died with their node are no reason."""
+    plan = toys("one", quick=dict(use="slow", folder=str(tmp_path), name="one", seconds=0.0))
+    monkeypatch.setattr(actors, "_error_of", lambda reference: RuntimeError("the node is gone"))
+    monkeypatch.setattr(ray, "kill", lambda handle: None)
+    pool = ActorPool(step_spec(plan.target, Store(tmp_path / "store")), Resources(), {"num_cpus": 1}, 3)
+    reference = object()
+    pool.actors = [PooledActor(None, reference, is_new=False) for _ in range(3)]
+    assert (pool.collect({reference}), pool.actors) == ([], [])
+    pool.actors = [PooledActor(None, reference) for _ in range(3)]
+    (result,) = pool.collect({reference})
+    assert str(result.error) == "quick: 3 workers one after the other did not start: the node is gone"
+
+
 def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Path):
     """What only these need ends too, though it is running; its claim is free, and the error comes at the end."""
     folder, reporter = str(tmp_path), Attentive()
@@ -134,6 +161,54 @@ def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Pa
     after.release()
 
 
+def test_a_plan_whose_part_reads_a_step_of_another_part_ends_with_that_step(tmp_path: Path):
+    """The part of `reads` leaves out the step that the part of `makes` computes; it would wait for it without end."""
+
+    class Impatient(Failing):
+        loops = 0
+
+        def wait(self, seconds):
+            self.loops += 1
+            assert self.loops < 20, "a step waits for one that has been given up"
+            return super().wait(0)
+
+    broken = dict(use="lacking_a_row")
+    makes = toys("makes", broken=dict(broken))
+    reads = toys("reads", judged=dict(broken), after=dict(use="slow", folder=str(tmp_path), name="r", seconds=0.0))
+    plans = [
+        makes,
+        replace(reads, part=reads.steps[-1:]),
+        toys("other", quick=dict(use="slow", folder=str(tmp_path), name="o", seconds=0.0)),
+    ]
+    reporter = Attentive()
+    with pytest.raises(WinnowError, match=r"^broken: no row has the id a-7"):
+        run_at_once(plans, Store(tmp_path / "store"), Impatient(), reporter)
+    assert (reporter.ran, reporter.failed, reporter.ended) == (["some_prompts", "quick"], ["broken"], ["after"])
+
+
+def test_cpus_are_divided_among_the_plans_that_are_not_finished(tmp_path: Path):
+    """A sweep that goes on with its last run gives it what all of them had."""
+
+    class Counting(Overlapping):
+        def submit(self, spec, task, exclusive):
+            counts.append(self.plans)
+            return super().submit(spec, task, exclusive)
+
+    plans = [
+        toys(name, quick=dict(use="slow", folder=str(tmp_path), name=name, seconds=0.0)) for name in ("one", "two")
+    ]
+    store = Store(tmp_path / "store")
+    run(plans[0], store, Overlapping(), Silent())
+    counts: list[int] = []
+    run_at_once(plans, store, Counting(), Silent())
+    assert counts == [1]
+
+
+def test_no_plans_are_no_group():
+    """As those of a figure of evidence of which every line is left out."""
+    assert groups_at_once([], Overlapping()) == []
+
+
 def test_if_all_plans_fail_each_error_is_told_once(tmp_path: Path):
     plans = [
         toys("one", broken=dict(use="lacking_a_row")),
@@ -143,6 +218,8 @@ def test_if_all_plans_fail_each_error_is_told_once(tmp_path: Path):
     with pytest.raises(WinnowError) as caught:
         run_at_once(plans[:2], Store(tmp_path / "store"), Failing(), Silent())
     assert len(caught.value.problems) == 1  # one step, which both plans have
+    # Not itself: what follows causes to the first one would have no end
+    assert str(caught.value.__cause__).startswith("no row has the id a-7")
     with pytest.raises(WinnowError) as caught:
         run_at_once([plans[0], plans[2]], Store(tmp_path / "store"), Failing(), Silent())
     assert [text.partition(":")[0] for text in caught.value.problems] == ["broken", "first"]
