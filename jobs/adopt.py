@@ -248,7 +248,8 @@ def _content_problems(step: Step, artifact: Artifact, store: Store) -> Iterator[
                     f"{len(unknown):,} of {table.num_rows:,} rows of {name} have a {column} that is not among those of "
                     f"{source}, such as {unknown[0]}"
                 )
-    check_not_empty(step.name, step.options, {"rows": rows, "rejects": reasons, "model": artifact.model})
+    manifest = {"rows": rows, "rejects": reasons, "model": artifact.model}
+    check_not_empty(step.name, step.options, manifest, omitted=step.signature.omits(step.options))
 
 
 def _numbers(

@@ -178,7 +178,7 @@ def find_pairs(store: Store, catalog: Catalog, run: str, split: Split, round: in
             "run of a recipe with pairs, like rso or dpo"
         )
     keys = {"examples": key, "prompts": inputs["prompts"], "pairs": inputs["pairs"]}
-    if rewards := _nearest_source(finished, inputs["pairs"], lambda manifest: "rewards" in manifest["rows"]):
+    if rewards := _nearest_source(finished, inputs["pairs"], lambda manifest: manifest["rows"].get("rewards")):
         keys["rewards"] = rewards
     # The model whose log-probs are cached; without a reference the nearest one, which has the same tokenizer.
     if reference := inputs.get("reference"):

@@ -45,7 +45,7 @@ COLUMNS = dict(zip(WINS, WINS, strict=True)) | {"gold": "gold_reward", "kl": "kl
 # Steps that evaluate at other temperatures than 1, by the ends of the leaderboard's columns for them.
 TEMPERATURES = {"_as_sampled": "evaluate_as_sampled", "_greedy": "evaluate_greedy"}
 EVALUATED = """
-SELECT DISTINCT run || coalesce('@' || round, '') AS run, method, stage, key,
+SELECT DISTINCT run || coalesce('@' || round, '') AS run, runs.run AS run_name, method, stage, key,
     (SELECT any_value(gold.key) FROM runs AS gold WHERE gold.step = 'evaluate_by_gold' AND gold.run = runs.run
         AND gold.round IS NOT DISTINCT FROM runs.round) AS judged -- by a judge called gold
 FROM runs JOIN evaluations USING (stage, key) WHERE NOT starts_with(step, 'evaluate_') ORDER BY ALL
@@ -384,11 +384,50 @@ def prompts_statement(catalog: Catalog) -> list[str]:
             groups.append((prompts, [row["run"]]))
     if len(groups) < 2:
         return []
-    listed = [
-        f"{', '.join(runs[:3])}{f' and {len(runs) - 3} more' if len(runs) > 3 else ''} on {len(prompts):,} prompts"
-        for prompts, runs in groups
-    ]
+    listed = [f"{_first_names(runs)} on {len(prompts):,} prompts" for prompts, runs in groups]
     return [f"evaluated on different held-out prompts, so that no order follows: {'; '.join(listed)}"]
+
+
+def rankers_statement(catalog: Catalog, methods: list[Method]) -> list[str]:
+    """Return a line if the proxy figures of a leaderboard are by different rankers: they stand in one column.
+
+    Rankers that were trained with different seeds are one, and so is one that computes in another dtype.
+    """
+    manifests = {manifest["key"]: manifest for manifest in catalog.manifests}
+    method_by_key = method_keys(catalog.manifests)
+    row_by_run = {run: method.name for method in methods for run in method.runs}
+    groups: dict[str, tuple[str, Json, dict[str, None]]] = {}  # a ranker's name, what else it is, rows of the board
+    for row in query(catalog, EVALUATED).to_pylist():
+        judge = manifests.get(manifests[row["key"]]["identity"]["inputs"].get("judgements"))
+        if judge is None or "by" not in judge["identity"]["options"]:
+            continue
+        ranker = without_seeds(judge["identity"]["options"]["by"])
+        ranker = {option: value for option, value in ranker.items() if option != "dtype"}
+        if plugins := judge["identity"].get("plugins"):
+            ranker["file"] = ", ".join(sorted({digest[:12] for digest in plugins.values()}))
+        name, key = ranker.pop("name"), judge["identity"]["inputs"].get("ranker")
+        identity, model = [name, ranker, key], manifests.get(key)
+        if model:
+            # A model that was given is its content: a new version of stage `model` reads the same one.
+            identity[-1] = method_by_key[key] if model["identity"]["inputs"] else model["model"]
+            steps = (step for step, link in catalog.runs[row["run_name"]].items() if link["key"] == key)
+            name += f" of {(model.get('sources') or {}).get('path') or next(steps, key)}"
+        ranker_and_model = ranker | ({"model": ((model and model["model"]) or key)[:12]} if key else {})
+        _, _, board_rows = groups.setdefault(key_of(identity), (name, ranker_and_model, {}))
+        board_rows[row_by_run.get(row["run"], row["run"])] = None
+    if len(groups) < 2:
+        return []
+    listed = []
+    for name, ranker, board_rows in groups.values():
+        namesakes = [other for other_name, other, _ in groups.values() if other_name == name]
+        differing = [option for option in ranker if any(other.get(option) != ranker[option] for other in namesakes)]
+        details = ", ".join(f"{option}: {str(ranker[option])[:40]}" for option in differing)
+        listed.append(f"{_first_names([*board_rows])} by {name}{f' ({details})' if details else ''}")
+    return [f"proxy figures are by different rankers, and only those by one can be compared: {'; '.join(listed)}"]
+
+
+def _first_names(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
@@ -402,7 +441,8 @@ def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     methods = methods_of(catalog)
     of_methods = {run for method in methods for run in method.runs}
     single = [row["run"] for row in rows if row["run"] not in of_methods]
-    lines = comparison_statement(methods, single) + names_statement(catalog) + prompts_statement(catalog)
+    lines = comparison_statement(methods, single) + names_statement(catalog)
+    lines += prompts_statement(catalog) + rankers_statement(catalog, methods)
     if not methods:
         return table, lines
     by_run = {row["run"]: row for row in rows}

@@ -25,7 +25,8 @@ from stages.evaluation.evaluate import gold_reward
 FOLDER = Path(__file__).parent / "recipes"
 PROFILES = Path(__file__).parent / "profiles"
 ALONE = ".recipe"  # suffix of a submitted recipe without its configs, beside the file that has them (jobs/bundle.py)
-OWN_CANDIDATES = ("kto_direct", "own_candidates")  # recipes on candidates of another system, which no demo has
+# Recipes on candidates of another system, which no demo has
+OWN_CANDIDATES = ("kto_direct", "own_candidates", "own_completions")
 NO_CONFIG = "--config: not set; `--config my.yaml` names your data and models, and the README shows one"
 
 

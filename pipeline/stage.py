@@ -75,6 +75,7 @@ class InputStep:
 Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]
 ByPrompt = Callable[[Mapping[str, Any]], bool]
 Choose = Callable[[Mapping[str, InputStep]], dict[str, Any]]
+Omits = Callable[[Mapping[str, Any]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class StageSignature:
     which_rows: tuple[str, ...]  # options that decide which rows there are, and nothing of what is in any of them
     goes_on: bool  # it takes the rows of steps that differ in those alone
     by_prompt: ByPrompt
+    omits: Omits  # tables that are empty with these options, by name: what to do for a step that reads one
 
     def makes(self, kind: str) -> bool:
         if kind == "model":
@@ -118,6 +120,7 @@ def stage(
     which_rows: tuple[str, ...] = (),
     goes_on: bool = False,
     by_prompt: ByPrompt = lambda options: False,
+    omits: Omits = lambda options: {},
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a stage.
 
@@ -129,7 +132,9 @@ def stage(
     of them. A stage that `goes_on` finds in `StageContext.earlier` the rows of steps that differ from it, and in their
     inputs, in such options alone, and computes only the others. `by_prompt` returns whether, with these options, the
     rows of a prompt depend on no other prompt and all tables are in order of prompt ids: then the stage is called for a
-    part in pieces that fit into memory.
+    part in pieces that fit into memory. `omits` returns the tables that are empty with these options, and what to write
+    for a step that reads one: such a plan is refused. In it, `$source`, `$reader` and `$item` stand for the two steps
+    and the input.
     """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,6 +170,7 @@ def stage(
             which_rows,
             goes_on,
             by_prompt,
+            omits,
         )
         return stages(signature=signature)(fn)
 

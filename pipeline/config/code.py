@@ -30,6 +30,7 @@ WITHOUT_EFFECT = {
     "which_rows",
     "goes_on",
     "by_prompt",
+    "omits",
     "batch",
     "candidate_columns",
 }  # keywords of a decorator that change no result

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config.layers import Layer, below_configs, merge_all
 
 HELDOUT = "heldout_prompts"
+OWN_CANDIDATES = "own_candidates"  # has the prompts to train on where candidates are of another system
 READERS = (
     "eval_sample",
     "eval_baseline",
@@ -34,6 +35,7 @@ def with_heldout_prompts(layers: list[Layer]) -> list[Layer]:
         "prompts": {"with": {"heldout": 0.0}},
         HELDOUT: {"like": "prompts", "with": {"heldout": 1.0, "validation": 0.0}},
     }
+    steps |= {OWN_CANDIDATES: {"with": {"heldout": 0.0}}} if OWN_CANDIDATES in recipe else {}
     steps |= {step: {"from": {"prompts": HELDOUT}} for step in READERS if step in recipe}
     steps |= {TRAINING: {"from": {"prompts": "prompts"}}} if TRAINING in recipe else {}
     return below_configs(layers, Layer(HELDOUT, steps, is_config=True, is_own=True))

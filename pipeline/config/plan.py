@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from pipeline.config.code import FORMAT, code_digests
@@ -266,7 +267,7 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
         problems.append(f"{', '.join(locations[:3])}{more}: unknown option{hint}")
     for name in order:
         if name in entries:
-            problems += _input_problems(name, entries, sources[name])
+            problems += _input_problems(name, entries, sources[name], options)
     problems += _origin_problems(order, entries, sources, options)
     problems_of_checks, warnings_of_checks = _check_stages(order, entries, sources, options)
     problems += [f"{', '.join(_base_names(names))}: {text}" for text, names in problems_of_checks.items()]
@@ -402,8 +403,10 @@ def _inputs_first(targets: list[str], sources: dict[str, dict[str, str]], proble
     return order
 
 
-def _input_problems(name: str, entries: dict[str, Entry], sources: dict[str, str]) -> list[str]:
-    """Return what is wrong with the inputs of one step: their names and kinds, and what is missing."""
+def _input_problems(
+    name: str, entries: dict[str, Entry], sources: dict[str, str], options: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Return what is wrong with the inputs of one step: their names and kinds, and what is missing or empty."""
     problems = []
     stage, signature = entries[name].name, signature_of(entries[name])
     kinds = {item.name: item.kind for item in signature.inputs}
@@ -414,6 +417,12 @@ def _input_problems(name: str, entries: dict[str, Entry], sources: dict[str, str
         elif source in entries and not signature_of(entries[source]).makes(kinds[item]):
             problems.append(
                 f"{name}.from.{item}: needs {required[item]}, and step {source!r} ({entries[source].name}) makes none"
+            )
+        elif source in options and (cure := signature_of(entries[source]).omits(options[source]).get(kinds[item])):
+            steps = {"source": split_round(source)[0], "reader": split_round(name)[0], "item": item}
+            problems.append(
+                f"{name}.from.{item}: the table of {kinds[item]} of step {source!r} would be empty; "
+                f"{Template(cure).substitute(steps)}"
             )
     return problems + [
         f"{name}.from.{item.name}: required ({required[item.name]}): add `{item.name}` under `from`"

@@ -289,7 +289,8 @@ class Scheduler:
     def _check_result(self, running: RunningStep, manifest: Json) -> None:
         """Raise WinnowError for an empty result; set aside what was computed from a result that this one replaces."""
         step, out = running.step, running.spec.out
-        check_not_empty(step.name, step.options, manifest, rejects=partial(read_rejects, out))
+        omitted = step.signature.omits(step.options)
+        check_not_empty(step.name, step.options, manifest, partial(read_rejects, out), omitted)
         if step.key in self.repairing and not out.is_as_before(manifest):
             for stage, key in followers_of(step.key, self.store):
                 folder = self.store.at(stage, key)

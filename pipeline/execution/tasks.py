@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -346,13 +346,18 @@ def read_rejects(folder: StepFolder) -> pa.Table:
 
 
 def check_not_empty(
-    name: str, options: dict[str, Any], manifest: dict[str, Any], rejects: Callable[[], pa.Table] = REJECTS.empty_table
+    name: str,
+    options: dict[str, Any],
+    manifest: dict[str, Any],
+    rejects: Callable[[], pa.Table] = REJECTS.empty_table,
+    omitted: Collection[str] = (),
 ) -> None:
     """Raise WinnowError for a step with an empty table: a stage that rejects every row has failed.
 
-    `rejects` returns the rejected rows: the message has the detail of the first.
+    rejects: returns the rejected rows, of which the message has the detail of the first. omitted: the tables that are
+    empty with the step's options.
     """
-    rows = {table: count for table, count in manifest["rows"].items() if table != "rejects"}
+    rows = {table: count for table, count in manifest["rows"].items() if table not in ("rejects", *omitted)}
     if manifest["model"] or (all(rows.values()) if manifest["rejects"] else any(rows.values())):
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["rejects"].items()))

@@ -1,4 +1,4 @@
-"""Stage own_candidates: responses of another system with a reward or a win probability each, ready for `select`."""
+"""Stage own_candidates: responses of another system, with a reward or a win probability each for `select`, or none."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -31,14 +31,22 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
             f"`reward` is {reward!r} and `probability` is {probability!r}, but only one of them can be read; unset the "
             "other, as in `--set own_candidates.probability=null`"
         )
-    elif not reward and not probability:
-        problems.append("name either the `reward` column or the `probability` column (of beating a fixed baseline)")
     names = ("prompt", "response", "reward", "probability", "system", "input")
     problems += check_source(options, [options[name] for name in names if options[name]])
     return problems or prompt_problems(options, inputs)
 
 
-@stage(version=6, unsharded=True, check=_check_own_candidates)
+def _omitted_tables(options: Mapping[str, Any]) -> dict[str, str]:
+    if any(options[name] for name in ("reward", "probability", "reader")):
+        return {}
+    return {
+        "rewards": "name the column with the scores as `reward`, or as `probability` (of beating a fixed baseline); or "
+        "score the candidates: write `reward: {from: {prompts: $source, candidates: $source}}` and "
+        "`$reader: {from: {$item: reward}}`"
+    }
+
+
+@stage(version=6, unsharded=True, check=_check_own_candidates, omits=_omitted_tables)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,
@@ -74,6 +82,9 @@ def own_candidates(
     stage `prompts`. Equal responses to one prompt stay separate candidates: how often one occurs is an estimate of its
     probability under the sampling policy.
 
+    Without `reward`, `probability` and `reader`, the candidates have no scores and the table of rewards is empty: a
+    step of stage `reward` scores them with your ranker, as in recipe `own_completions`.
+
     If all rewards of the file are 0 or 1 (or false and true), or -1 or 1, they are labels: later stages take them for
     right and wrong by 0.5 or 0, and not by a prompt's mean. Responses of several turns are as in stage `preferences`.
     """
@@ -97,18 +108,7 @@ def own_candidates(
                     labelled = reader(row)
                     content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
                 else:
-                    value = row.get(column)  # false and true are labels, as 0 and 1 are; a probability is neither
-                    value = (
-                        float(value) if isinstance(value, bool) and reward else number_of(row, column, called="reward")
-                    )
-                    if not math.isfinite(value):
-                        raise ValueError("reward is not finite")
-                    if probability:
-                        if value in (0.0, 1.0):
-                            raise ValueError(f"probability is exactly {value:.0f}")
-                        if not 0 < value < 1:
-                            raise ValueError("probability is not in (0, 1)")
-                        value = math.log(value) - math.log1p(-value)
+                    value = _reward_of(row, column, is_probability=bool(probability)) if column else None
                     content = prompt_with(row, prompt, system=system, input=input)
                     text, tools = reply_of(row, response, content), None
                 conversation = Conversation(content, tools or tools_of(row))
@@ -119,6 +119,7 @@ def own_candidates(
             yield item
 
     rewards: list[Row] = []
+    is_scored = reader is not None or bool(column)
     for item, ids in data.with_ids(read()):
         for reason, where in item.rejects_before:
             ctx.reject(reason, **where)
@@ -130,10 +131,28 @@ def own_candidates(
             detail = reject_detail(error, item.row if reader is not None else item.row.get(column))
             ctx.reject(str(error), place=item.location, detail=detail)
             continue
-        rewards.append(dict(prompt_id=item.prompt, candidate_id=candidate, reward=item.value))
+        if is_scored:
+            rewards.append(dict(prompt_id=item.prompt, candidate_id=candidate, reward=item.value))
     for reason, where in late.take():
         ctx.reject(reason, **where)
     threshold = None if probability else label_threshold(row["reward"] for row in rewards)
     rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
     return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)
+
+
+def _reward_of(row: Row, column: str, *, is_probability: bool) -> float:
+    """Return the reward in a row's column, the logit of a probability. Raise ValueError with the reason of a reject."""
+    value = row.get(column)
+    if isinstance(value, bool) and not is_probability:  # labels, as 0 and 1 are
+        return float(value)
+    value = number_of(row, column, called="reward")
+    if not math.isfinite(value):
+        raise ValueError("reward is not finite")
+    if not is_probability:
+        return value
+    if value in (0.0, 1.0):
+        raise ValueError(f"probability is exactly {value:.0f}")
+    if not 0 < value < 1:
+        raise ValueError("probability is not in (0, 1)")
+    return math.log(value) - math.log1p(-value)

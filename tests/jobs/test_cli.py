@@ -140,6 +140,20 @@ def test_held_out_prompts_may_be_a_file_of_their_own(winnow, data_dir: Path, tmp
     assert (code, missing(["eval_sample: split: train", "holds out all"], text)) == (2, []), text
 
 
+def test_with_held_out_prompts_of_their_own_nothing_is_held_out_of_own_candidates(data_dir: Path, tmp_path: Path):
+    """All of the completions are trained on, and the policy is evaluated on the other file."""
+    (tmp_path / "test.yaml").write_text(
+        f"heldout_prompts: {{with: {{path: {data_dir / 'prompts.jsonl'}}}}}\n"
+        f"own_candidates: {{with: {{path: {data_dir / 'prompts.jsonl'}, response: demonstration}}}}"
+    )
+    plan = recipes.plan_named("own_completions", [data_dir / "demo.yaml", tmp_path / "test.yaml"], [])
+    steps = {step.name: step for step in plan.steps}
+    assert steps["own_candidates"].options["heldout"] == 0.0
+    readers = {step.name for step in plan.steps if steps["heldout_prompts"] in step.inputs.values()}
+    assert readers >= {"evaluate", "judge", "eval_sample", "eval_logp"}
+    assert "prompts" not in steps
+
+
 @pytest.mark.parametrize("mistake", ["prompts.heldout=0.0", "eval_sample.max_tokens=100000"])
 def test_what_only_steps_that_are_left_out_need_is_not_checked(winnow, data_dir: Path, tmp_path: Path, mistake: str):
     """Nor are they part of the run; `--only` leaves out as much, and a sweep too."""

@@ -114,7 +114,17 @@ def test_prompts_that_one_seed_lacks_count_where_they_are():
 # From a store.
 
 
-def evaluated(store: Store, run: str, key: str, wins, seed: int = 0, draws: int = 1, baseline: str = "b", **options):
+def evaluated(
+    store: Store,
+    run: str,
+    key: str,
+    wins,
+    seed: int = 0,
+    draws: int = 1,
+    baseline: str = "b",
+    judge: str = "",
+    **options,
+):
     """Write a run whose policy was trained with `options` and evaluated on as many prompts as it has gold wins."""
     policy = f"0{key[:8]}"
     training = {"version": 1, "options": options | {"seed": seed}, "inputs": {}}
@@ -125,7 +135,8 @@ def evaluated(store: Store, run: str, key: str, wins, seed: int = 0, draws: int 
     figures = [dict(metric="proxy_win", value=0.5, low=0.1, high=0.9, n=len(wins))]
     if wins[0] is not None:
         figures.append(dict(metric="gold_win", value=float(np.mean(wins)), low=0.1, high=0.9, n=len(wins)))
-    judging = {"version": 1, "options": {}, "inputs": {"candidates": f"1{key}", "baseline": baseline}}
+    inputs = {"candidates": f"1{key}", "baseline": baseline} | ({"judgements": judge} if judge else {})
+    judging = {"version": 1, "options": {}, "inputs": inputs}
     put(store, "evaluate", f"2{key}", [table(OUTCOMES, *rows), table(EVALUATIONS, *figures)], identity=judging)
     link(store, run, optimize=("optimize", policy), sample=("sample", f"1{key}"), evaluate=("evaluate", f"2{key}"))
 
@@ -251,6 +262,44 @@ def test_runs_on_different_held_out_prompts_are_named(tmp_path: Path):
     assert line.endswith(": a, b on 40 prompts; c on 10 prompts")
     lines = make_leaderboard(open_catalog(store, ["a", "b"]))[1]
     assert not any("different held-out prompts" in line for line in lines)
+
+
+def test_runs_whose_proxy_is_another_ranker_are_named(tmp_path: Path):
+    """With what tells the rankers apart. One model in two dtypes, or trained with two seeds, is one ranker."""
+    store = Store(tmp_path / "store")
+    put(store, "model", "90", [], identity={"version": 1, "options": {}, "inputs": {}}, sources={"path": "/models/rm"})
+    for seed in range(2):
+        put(
+            store,
+            "optimize",
+            f"9{seed + 1}",
+            [],
+            identity={"version": 1, "options": {"seed": seed}, "inputs": {"i": "x"}},
+        )
+    rankers: list[tuple[dict, str | None]] = [
+        ({"name": "pointwise", "version": 6, "dtype": "float32"}, "90"),
+        ({"name": "pointwise", "version": 6, "dtype": "bfloat16"}, "90"),
+        ({"name": "pairwise", "version": 6}, "91"),
+        ({"name": "pairwise", "version": 6}, "92"),
+        ({"name": "pattern", "version": 2, "regex": "[0-9]"}, None),
+        ({"name": "pattern", "version": 2, "regex": "yes"}, None),
+        ({"name": "correct", "version": 1}, None),
+        ({"name": "correct", "version": 1}, None),
+    ]
+    for n, (by, model) in enumerate(rankers):
+        inputs = {"candidates": f"1{n}"} | ({"ranker": model} if model else {})
+        plugins = {"plugins": {"ranker correct": f"{n}" * 64}} if by["name"] == "correct" else {}
+        put(store, "judge", f"8{n}", [], identity={"version": 1, "options": {"by": by}, "inputs": inputs} | plugins)
+        evaluated(store, f"r{n}", f"{n}", [0.5, 0.5], judge=f"8{n}", x=n)
+        links = {name: tuple(step.values()) for name, step in store.run(f"r{n}").items()}
+        link(store, f"r{n}", **links, **({"my_ranker": ("optimize", model)} if model else {}))
+    evaluated(store, "unknown", "9", [0.5, 0.5], x=9)
+    (line,) = (line for line in make_leaderboard(open_catalog(store))[1] if "ranker" in line)
+    assert line.partition(": ")[2] == (
+        "r0, r1 by pointwise of /models/rm; r2, r3 by pairwise of my_ranker; r4 by pattern (regex: [0-9]); "
+        "r5 by pattern (regex: yes); r6 by correct (file: 666666666666); r7 by correct (file: 777777777777)"
+    )
+    assert not any("ranker" in line for line in make_leaderboard(open_catalog(store, ["r0", "r1", "unknown"]))[1])
 
 
 def test_a_method_is_named_as_its_runs_are_without_their_seeds(tmp_path: Path):

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from jobs import queries
+from jobs.export import export_pairs
 from jobs.recipes import OWN_CANDIDATES, names
 from jobs.report import write_report
 from pipeline.sql.catalog import open_catalog, query
@@ -99,6 +100,27 @@ def test_candidates_of_another_system_enter_at_select(tmp_path, winnow):
     manifests = {manifest["stage"]: manifest for manifest in Store(tmp_path).sealed()}
     assert manifests["own_candidates"]["rows"]["candidates"] == 116
     assert manifests["optimize"]["model"]
+
+
+def test_completions_without_scores_are_scored_and_trained_on(tmp_path, winnow):
+    """By the ranker, from a file to the evaluation on its held-out prompts; exported pairs have these rewards."""
+    candidates = f"{{path: {DATA / 'candidates.jsonl'}, probability: null, max_tokens: 512}}"
+    (tmp_path / "my.yaml").write_text(
+        f"ranker: {{use: brevity, with: {{words: 14}}}}\nown_candidates: {{with: {candidates}}}\n"
+        "shards: 2\nevaluations: []\nsample: {with: {engine: transformers, max_tokens: 8}}\neval_sample: {with: {n: 1}}"
+    )
+    configs = ("--config", DATA / "untrained.yaml", "--config", tmp_path / "my.yaml")
+    code, text = winnow("run", "own_completions", "--store", tmp_path / "store", *configs)
+    assert code == 0, text
+    store = Store(tmp_path / "store")
+    rows = {manifest["stage"]: manifest["rows"] for manifest in store.sealed()}
+    assert rows["own_candidates"]["rewards"] == 0
+    assert rows["reward"]["rewards"] == rows["own_candidates"]["candidates"] == 119  # without the empty response
+    (row,) = query(open_catalog(store), queries.text("leaderboard")).to_pylist()
+    assert (row["run"], row["proxy_win"] is not None) == ("own_completions", True)
+    exported = export_pairs(store, "own_completions", "jsonl", tmp_path / "pairs.jsonl").out.read_text().splitlines()
+    assert exported
+    assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in map(json.loads, exported))
 
 
 def test_human_pairs_are_trained_on_as_they_came(data_dir, store):

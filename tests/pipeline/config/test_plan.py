@@ -205,7 +205,34 @@ def test_a_model_folder_that_lacks_a_part_is_refused_at_plan_time(steps: dict, t
 
 def test_a_stage_checks_its_options_against_each_other(steps: dict, tmp_path: Path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "hello", "response": "Hi."}\n')
-    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": {"path": str(tmp_path / "own.jsonl")}}
-    only(problems({**steps, "own": own}, "own"), "own: name either the `reward` column or the `probability` column")
+    data = {"path": str(tmp_path / "own.jsonl"), "reward": "response", "probability": "response"}
+    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": data}
+    only(problems({**steps, "own": own}, "own"), "own: `reward` is 'response' and `probability` is 'response'")
     options = {"corpus": str(tmp_path / "p.jsonl"), "columns": ["prompt"], "hidden": 30, "heads": 4}
     only(problems({"m": {"use": "untrained", "with": options}}, "m"), "m: hidden 30 is not a multiple of heads 4")
+
+
+@pytest.mark.parametrize(
+    ("reader", "item"),
+    [
+        ({"use": "select", "with": {"rule": "plain"}}, "rewards"),
+        ({"use": "combine", "with": {"weights": {"first": 1.0}}}, "first"),
+        ({"use": "rescale"}, "rewards"),
+    ],
+)
+def test_a_step_that_reads_rewards_of_candidates_without_scores_is_refused_with_the_lines(
+    steps: dict, tmp_path: Path, reader: dict, item: str
+):
+    """With these lines the recipe plans; so it does with a column of scores, or where nothing reads rewards."""
+    (tmp_path / "own.jsonl").write_text('{"prompt": "hello", "response": "Hi.", "score": 1}\n')
+    data = {"path": str(tmp_path / "own.jsonl")}
+    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": data}
+    steps = {**steps, "own": own, "kept": reader | {"from": {item: "own"}}}
+    assert plan(steps, "own").target.name == "own"
+    lines = f"`reward: {{from: {{prompts: own, candidates: own}}}}` and `kept: {{from: {{{item}: reward}}}}`"
+    only(problems(steps, "kept"), f"kept.from.{item}: the table of rewards of step 'own' would be empty", lines)
+    scored = own | {"with": data | {"reward": "score"}}
+    assert plan({**steps, "own": scored}, "kept").target.name == "kept"
+    steps["reward"]["from"] |= {"prompts": "own", "candidates": "own"}
+    steps["kept"]["from"] = {item: "reward"}
+    assert plan(steps, "kept").target.name == "kept"

@@ -390,14 +390,23 @@ def test_prompt_ids_are_the_contents_under_every_tokenizer(tokenizers, ctx, tmp_
     assert not one.column("token_ids").equals(two.column("token_ids"))
 
 
-def test_a_reward_or_a_probability_is_required_and_not_both():
+def test_a_reward_and_a_probability_are_not_both_read():
     check = entry_of(own_candidates).metadata["signature"].check
     defaults = {name: field.default for name, field in entry_of(own_candidates).options.model_fields.items()}
     options = defaults | dict(dataset="a/b", revision="abc", reward="r")
-    assert check(options, {}) == []
-    assert "either the `reward`" in check(options | dict(reward=None), {})[0]
+    assert check(options, {}) == check(options | dict(reward=None), {}) == []
     (both,) = check(options | dict(probability="p"), {})
     assert [word for word in ("'r'", "'p'", "--set own_candidates.probability=null") if word not in both] == []
+
+
+def test_candidates_without_scores_are_read_as_those_with_them(tiny, ctx, tmp_path):
+    """Equal responses stay separate candidates, for a step `reward` to score; no reward is made up."""
+    rows = [{"prompt": "a", "response": text, "score": n} for n, text in enumerate(("One.", "One.", "", "Two."))]
+    path = jsonl(tmp_path, rows)
+    scored, unscored = own_candidates(tiny, ctx, path=path, reward="score"), own_candidates(tiny, ctx, path=path)
+    assert all(table.equals(other) for table, other in zip(scored[:2], unscored[:2], strict=True))
+    assert (unscored[1].num_rows, scored[2].num_rows, unscored[2].num_rows) == (3, 3, 0)
+    assert [reason for _, reason in reasons(ctx)] == ["empty response"] * 2
 
 
 def test_a_row_without_its_score_is_rejected_and_a_column_that_no_row_has_is_named(tiny, ctx, tmp_path):
