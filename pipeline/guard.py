@@ -32,7 +32,10 @@ def has_mark(process: int, mark: str) -> bool:
 
 def family_of(mark: str, starts: dict[int, str]) -> dict[int, str]:
     """Return the processes with the mark, those of `starts` (start by id) that are there, and all they have started."""
-    processes = map(int, filter(str.isdigit, os.listdir("/proc")))
+    names: list[str] = []
+    with suppress(OSError):  # of a system that has none, where nothing is found
+        names = os.listdir("/proc")
+    processes = map(int, filter(str.isdigit, names))
     stats = {process: stat for process in processes if process != os.getpid() and (stat := stat_of(process))}
     family = {process: start for process, start in starts.items() if process in stats and stats[process][1] == start}
     family |= {process: stats[process][1] for process in stats if has_mark(process, mark)}

@@ -235,10 +235,11 @@ class ActorPool:
 
     def replace_late(self, actor: PooledActor) -> bool:
         """Take an actor of the same kind in place of one that has long waited for room; return False without one."""
-        late = next((other for other in self.starting if time.monotonic() - other.created > SETTLE_SECONDS), None)
-        if late is None:
+        late = [other for other in self.starting if time.monotonic() - other.created > SETTLE_SECONDS]
+        if not late:
             return False
-        self._kill(late)
+        # The last one: room that has just become free goes to the first, and a kill would lose it (SETTLE_SECONDS)
+        self._kill(late[-1])
         self._take(actor.handle)
         return True
 

@@ -132,11 +132,7 @@ class RayExecutor(LocalExecutor):
             if progress := pool.progress():
                 self.on_progress(pool.spec, progress)
         results = [result for pool in self.pools.values() for result in pool.collect(ready)]
-        # With several plans, some steps always wait for room while others are at work
-        if self.plans == 1 or not any(pool.running for pool in self.pools.values()):
-            for pool in self.pools.values():
-                if reason := pool.stall_reason():
-                    self.on_stall(pool.spec, reason)
+        self._report_stalls()
         return results
 
     def end(self, spec: StepSpec) -> None:
@@ -154,6 +150,18 @@ class RayExecutor(LocalExecutor):
             time.sleep(ENDING_SECONDS)
             self._kill_settled()
         super().close()
+
+    def _report_stalls(self) -> None:
+        """Report the steps that have long waited for room; of several plans, if all do that are to have workers.
+
+        Some always wait while others are at work, or begin with a worker of a step that has just ended.
+        """
+        pools = [pool for pool in self.pools.values() if pool.actors]
+        reasons = [(pool.spec, pool.stall_reason()) for pool in pools]
+        if self.plans == 1 or all(reason for _, reason in reasons):
+            for spec, reason in reasons:
+                if reason:
+                    self.on_stall(spec, reason)
 
     def _kill_settled(self) -> None:
         if not self.ending:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.guard import family_of
 from pipeline.processes import Guard, end_orphans, start_of
 from pipeline.store.storage import machine
 from schemas import WinnowWarning
@@ -116,3 +117,13 @@ def test_another_process_with_the_id_of_one_that_ended_is_not_touched(records: P
         assert other.poll() is None
         assert not file.exists()
         other.kill()
+
+
+def test_a_guard_without_proc_finds_nothing(monkeypatch: pytest.MonkeyPatch):
+    """On a system that has none it would write a traceback to the terminal."""
+
+    def refuse(path: str) -> list[str]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert family_of("mark", {1: "1"}) == {}

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -118,6 +119,22 @@ def test_an_idle_worker_makes_room_for_a_step_that_waits(tmp_path: Path, monkeyp
     assert reporter.ran == ["some_prompts", "quick", "other"]
 
 
+def test_of_several_plans_steps_that_wait_are_reported_once_all_wait():
+    """While one begins with the worker of a step that has ended, no task runs, and the cluster is not full for ever."""
+    reported, waits, begins = [], ["no room", "no room"], ["no room", None]
+    for plans, reasons in [(2, waits), (2, begins), (1, begins)]:
+        executor = RayExecutor()
+        executor.plans = plans
+        executor.on_stall = lambda spec, reason: reported.append(spec)
+        pools = [
+            SimpleNamespace(spec=n, actors=[None], stall_reason=lambda why=why: why) for n, why in enumerate(reasons)
+        ]
+        executor.pools = dict(enumerate(pools))  # type: ignore[assignment,arg-type]
+        executor._report_stalls()
+        reported.append(";")
+    assert reported == [0, 1, ";", ";", 0, ";"]
+
+
 def test_an_idle_worker_holds_no_engine(tmp_path: Path):
     """The step of plan `two` ends once the engine of the other is closed, or in vain after a minute."""
     folder = str(tmp_path)
@@ -142,6 +159,18 @@ def test_workers_that_do_not_start_end_their_step_alone(tmp_path: Path, monkeypa
     pool.actors = [PooledActor(None, reference) for _ in range(3)]
     (result,) = pool.collect({reference})
     assert str(result.error) == "quick: 3 workers one after the other did not start: the node is gone"
+
+
+def test_an_idle_worker_takes_the_place_of_the_last_one_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first may have been given room a moment ago, which Ray would lose with it."""
+    plan = toys("one", quick=dict(use="slow", folder=str(tmp_path), name="one", seconds=0.0))
+    killed: list[str] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    pool = ActorPool(step_spec(plan.target, Store(tmp_path / "store")), Resources(), {"num_cpus": 1}, 3)
+    pool.actors = [PooledActor(name, starting=object(), created=-100.0 + n) for n, name in enumerate("ab")]
+    idle = SimpleNamespace(serve=SimpleNamespace(remote=lambda spec: object()))
+    assert pool.replace_late(PooledActor(idle, None))
+    assert (killed, [actor.handle for actor in pool.actors]) == (["b"], ["a", idle])
 
 
 def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Path):
