@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -121,18 +122,20 @@ def test_an_idle_worker_makes_room_for_a_step_that_waits(tmp_path: Path, monkeyp
 
 def test_of_several_plans_steps_that_wait_are_reported_once_all_wait():
     """While one begins with the worker of a step that has ended, no task runs, and the cluster is not full for ever."""
-    reported, waits, begins = [], ["no room", "no room"], ["no room", None]
-    for plans, reasons in [(2, waits), (2, begins), (1, begins)]:
+    reported: list[Any] = []
+
+    def pool(name: str, reason: str | None) -> Any:
+        return SimpleNamespace(spec=name, actors=[None], stall_reason=lambda: reason)
+
+    for plans, reason in [(2, "no room"), (2, None), (1, None)]:
         executor = RayExecutor()
         executor.plans = plans
         executor.on_stall = lambda spec, reason: reported.append(spec)
-        pools = [
-            SimpleNamespace(spec=n, actors=[None], stall_reason=lambda why=why: why) for n, why in enumerate(reasons)
-        ]
-        executor.pools = dict(enumerate(pools))  # type: ignore[assignment,arg-type]
+        pools: Any = {1: pool("one", "no room"), 2: pool("two", reason)}
+        executor.pools = pools
         executor._report_stalls()
         reported.append(";")
-    assert reported == [0, 1, ";", ";", 0, ";"]
+    assert reported == ["one", "two", ";", ";", "one", ";"]
 
 
 def test_an_idle_worker_holds_no_engine(tmp_path: Path):
