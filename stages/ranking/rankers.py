@@ -277,7 +277,7 @@ def pattern(prompt: str, response: str, *, regex: Annotated[str, AfterValidator(
 
 @verifiable(version=2)
 def brevity(prompt: str, response: str, *, words: Annotated[int, Range(ge=0, le=10**9)]) -> float:
-    """Return minus the distance of the response's length from `words`, in words; a length penalty, with stage `combine`."""
+    """Return minus the distance of the length from `words`, in words; with stage `combine`, a length penalty."""
     return -float(abs(len(response.split()) - words))
 
 
