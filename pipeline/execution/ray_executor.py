@@ -180,7 +180,8 @@ def actor_options(
 
     Where `resources` do not say, a stage that reads a model has one worker per GPU, with that GPU (or per as many as
     one of its workers reserves); one that reads none has no use for a GPU. CPUs are divided equally among the step's
-    workers, and those of the same step of other `plans`, as many as there is room for.
+    workers; on GPUs, also among those of the same step of other `plans`, as many as there is room for. A training on
+    CPUs has all of them, as in one process: with another number of threads its sums are rounded otherwise.
     """
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if reads_model else 0
@@ -188,7 +189,7 @@ def actor_options(
     room = int(gpus / per_worker) if gpus and per_worker else cpus
     requested = workers or (room if gpus and per_worker else CPU_WORKERS)
     max_size = resources.max_workers or max(1, resources.min_workers, min(requested, room, parts))
-    at_work = max(max_size, min(plans * max_size, requested, room))
+    at_work = max(max_size, min(plans * max_size, requested, room)) if gpus and per_worker else max_size
     # At least one CPU, and never more than a single node has: an actor cannot span nodes
     share = min(cpus // at_work, int(max(node.get("CPU", 0) for node in nodes)))
     options = {

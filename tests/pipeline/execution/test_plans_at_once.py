@@ -86,7 +86,7 @@ def test_steps_of_two_plans_run_side_by_side_and_what_they_share_once(tmp_path: 
 
 
 def test_a_worker_without_a_gpu_goes_on_to_the_next_step(tmp_path: Path):
-    """Of the same resources, in the process that has loaded the libraries; of others, in one of its own."""
+    """Stay in the process that has loaded the libraries for a step of the same resources, and leave it for others."""
     folder = str(tmp_path)
     plan = toys(
         "on",
@@ -151,7 +151,8 @@ def test_an_idle_worker_holds_no_engine(tmp_path: Path):
 
 
 def test_workers_that_do_not_start_end_their_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Not the command: the error is the result of a task. Idle ones that have died with their node are no reason."""
+    """Return the error as the result of a task, so that the command goes on; not for idle ones that died with their
+    node."""
     plan = toys("one", quick=dict(use="slow", folder=str(tmp_path), name="one", seconds=0.0))
     monkeypatch.setattr(actors, "_error_of", lambda reference: RuntimeError("the node is gone"))
     monkeypatch.setattr(ray, "kill", lambda handle: None)
@@ -177,7 +178,7 @@ def test_an_idle_worker_takes_the_place_of_the_last_one_that_waits(tmp_path: Pat
 
 
 def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Path):
-    """What only these need ends too, though it is running; its claim is free, and the error comes at the end."""
+    """End what only these need too, though it is running, free its claim, and raise the error at the end."""
     folder, reporter = str(tmp_path), Attentive()
     broken = dict(use="lacking_a_row")
     plans = [
@@ -268,12 +269,13 @@ def test_draws_that_two_plans_have_in_common_are_made_once(data_dir, finished, t
     assert more.manifest["counters"]["draws_of_earlier_steps"] == fewer.read(CANDIDATES).num_rows > 0
 
 
-def test_cpus_are_divided_among_the_trainings_that_run_at_once():
-    """On 8 GPUs with 128 CPUs one has all CPUs, twelve have a GPU and an eighth of them each; without GPUs, two run."""
+def test_cpus_are_divided_among_the_trainings_that_run_at_once_on_gpus():
+    """On 8 GPUs with 128 CPUs one has all CPUs, twelve have a GPU and an eighth of them each. Without GPUs each has
+    all, as in one process: with another number of threads, the trained weights would be others."""
     node = {"CPU": 128.0, "GPU": 8.0}
     alone, _ = actor_options(Resources(), [node], None, 1, True)
     swept, _ = actor_options(Resources(), [node], None, 1, True, plans=12)
     without_gpus, _ = actor_options(Resources(), [{"CPU": 128.0}], None, 1, True, plans=12)
     assert (alone["num_cpus"], alone["num_gpus"]) == (128, 1)
     assert (swept["num_cpus"], swept["num_gpus"]) == (16, 1)
-    assert without_gpus["num_cpus"] == 64
+    assert without_gpus["num_cpus"] == 128
