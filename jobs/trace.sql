@@ -1,7 +1,8 @@
--- sampled: best, middle and worst by reward
+-- sampled: best, middle and worst by the reward that selects
+WITH selected_by AS (SELECT inputs ->> 'rewards' AS key FROM steps WHERE stage = 'select')
 SELECT candidate_id, k, round(reward, 3) AS reward, n_tokens, finish_reason, coalesce(raw_text, text) AS text
 FROM candidates JOIN rewards USING (prompt_id, candidate_id)
-WHERE prompt_id = {prompt_id}
+WHERE prompt_id = {prompt_id} AND (rewards.key IN (SELECT key FROM selected_by) OR NOT EXISTS (SELECT 1 FROM selected_by))
 QUALIFY row_number() OVER (ORDER BY reward DESC) IN (1, 2, 3, count(*) OVER () // 2, count(*) OVER ())
 ORDER BY reward DESC
 

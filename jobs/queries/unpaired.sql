@@ -1,9 +1,14 @@
 -- Training prompts without a pair, in runs that form pairs of candidates, with the reasons of their rejects.
 WITH steps_of_runs AS (SELECT DISTINCT run, stage, key FROM runs),
+selected_by AS ( -- of several rewards, the one that counts, where it has the prompt
+    SELECT DISTINCT run, inputs ->> 'rewards' AS key, true AS counts
+    FROM steps JOIN steps_of_runs USING (stage, key) WHERE stage = 'select'
+),
 scored AS (
-    SELECT run, prompt_id, sum(n)::BIGINT AS candidates, max(high) - min(low) AS spread
+    SELECT run, prompt_id, coalesce(sum(n) FILTER (counts), max(n))::BIGINT AS candidates,
+        max(high) FILTER (counts) - min(low) FILTER (counts) AS spread
     FROM (SELECT stage, key, prompt_id, count(*) AS n, min(reward) AS low, max(reward) AS high FROM rewards GROUP BY ALL)
-    JOIN steps_of_runs USING (stage, key) GROUP BY run, prompt_id
+    JOIN steps_of_runs USING (stage, key) LEFT JOIN selected_by USING (run, key) GROUP BY run, prompt_id
 ),
 selected AS (SELECT run, prompt_id, count(*) AS kept FROM selections JOIN steps_of_runs USING (stage, key) GROUP BY run, prompt_id),
 paired AS (SELECT DISTINCT run, prompt_id FROM pairs JOIN steps_of_runs USING (stage, key)),

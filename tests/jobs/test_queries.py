@@ -115,7 +115,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         dict(prompt_id="p", candidate_id="a", draw=1, round=2, reward=0.0, acceptance=0.2, ess=1.5, beta=0.5),
         dict(prompt_id="q", candidate_id="e", reward=3.0, acceptance=1.0, ess=2.0, beta=0.5),
     ]
-    put(store, "select", "4", [table(SELECTIONS, *selected)])
+    # As combine has it: another reward beside the one that is selected by, and no part of any answer.
+    put(store, "reward", "3b", [table(REWARDS, dict(prompt_id="p", candidate_id="a", reward=90.0))])
+    read = {"version": 1, "options": {"k": 8}, "inputs": {"rewards": "3"}}
+    put(store, "select", "4", [table(SELECTIONS, *selected)], identity=read)
     compared = [("d", "a", 3.0), ("b", "a", -1.0), ("e", "f", 1.0)]
     logits = [dict(prompt_id=prompt_of(a), left_id=a, right_id=b, logit=logit) for a, b, logit in compared]
     put(store, "compare", "5", [table(COMPARISONS, *logits)])

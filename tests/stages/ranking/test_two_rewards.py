@@ -3,7 +3,10 @@
 import shutil
 
 import pytest
+from rich.console import Console
 
+from jobs import queries
+from jobs.trace import trace_prompt
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
@@ -47,3 +50,20 @@ def test_selections_and_pairs_go_by_the_sum(catalog):
     for row in pairs:
         assert row["gap"] == pytest.approx(total[row["chosen_id"]] - total[row["rejected_id"]])
         assert row["gap"] > 0
+
+
+def test_queries_and_traces_read_the_reward_that_selects_and_no_addend(catalog, capsys):
+    """Means, bins and traces over the sum alone: each addend has a scale of its own."""
+    total = [row["reward"] for row in rewards_of(catalog, "rewards").values()]
+    (selection,) = query(catalog, queries.text("selection")).to_pylist()
+    assert selection["mean_reward_all"] == pytest.approx(sum(total) / len(total))
+    bins = [row for row in query(catalog, queries.text("reward_histogram")).to_pylist() if row["what"] != "kept"]
+    assert sum(row["n"] for row in bins) == len(total)
+    sizes = query(catalog, "SELECT prompt_id, count(*) AS n FROM candidates GROUP BY ALL").to_pylist()
+    per_prompt = {row["prompt_id"]: row["n"] for row in sizes}
+    unpaired = query(catalog, queries.text("unpaired")).to_pylist()
+    assert all(row["candidates"] <= per_prompt[row["prompt_id"]] for row in unpaired)
+    trace_prompt(Store(str(catalog.root)), "two", "", Console(width=200))
+    rows = capsys.readouterr().out.partition("selected, in order")[0].splitlines()
+    candidates = [words[1] for row in rows if row.startswith("│") and (words := row.split())]
+    assert len(set(candidates)) == len(candidates) > 2
