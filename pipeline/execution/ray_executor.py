@@ -186,10 +186,10 @@ def actor_options(
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes)) if reads_model else 0
     per_worker = 1 if resources.gpus is None else resources.gpus
-    room = int(gpus / per_worker) if gpus and per_worker else cpus
-    requested = workers or (room if gpus and per_worker else CPU_WORKERS)
-    max_size = resources.max_workers or max(1, resources.min_workers, min(requested, room, parts))
-    at_work = max(max_size, min(plans * max_size, requested, room)) if gpus and per_worker else max_size
+    slots = int(gpus / per_worker) if gpus and per_worker else cpus
+    requested = workers or (slots if gpus and per_worker else CPU_WORKERS)
+    max_size = resources.max_workers or max(1, resources.min_workers, min(requested, slots, parts))
+    at_work = max(max_size, min(plans * max_size, requested, slots)) if gpus and per_worker else max_size
     # At least one CPU, and never more than a single node has: an actor cannot span nodes
     share = min(cpus // at_work, int(max(node.get("CPU", 0) for node in nodes)))
     options = {

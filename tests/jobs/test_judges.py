@@ -326,7 +326,7 @@ def test_a_run_is_compared_with_the_draws_of_another(judged, data_dir: Path, tmp
 
 def test_columns_that_prompts_keep_do_not_make_them_others(judged, data_dir: Path, tmp_path: Path):
     config = "judges: {words: {ranker: {use: brevity, with: {words: 9}}, against: run}}"
-    plan = planned(data_dir, config, tmp_path, "prompts.keep=[demonstration]", name="kept")
+    plan = planned(data_dir, config, tmp_path, "prompts.keep=[demonstration]", name="with_column")
     with_free_names([plan], judged[0])
     against = next(step for step in plan.steps if step.name == "against_run")
     assert against.key == judged[0].run("run")["eval_sample"]["key"]

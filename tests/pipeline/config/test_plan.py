@@ -204,10 +204,13 @@ def test_a_model_folder_that_lacks_a_part_is_refused_at_plan_time(steps: dict, t
 
 
 def test_a_stage_checks_its_options_against_each_other(steps: dict, tmp_path: Path):
-    (tmp_path / "own.jsonl").write_text('{"prompt": "hello", "response": "Hi."}\n')
-    data = {"path": str(tmp_path / "own.jsonl"), "reward": "response", "probability": "response"}
-    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": data}
-    only(problems({**steps, "own": own}, "own"), "own: `reward` is 'response' and `probability` is 'response'")
+    (tmp_path / "draws.jsonl").write_text('{"prompt": "hello", "response": "Hi."}\n')
+    data = {"path": str(tmp_path / "draws.jsonl"), "reward": "response", "probability": "response"}
+    draws = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": data}
+    only(
+        problems({**steps, "draws": draws}, "draws"),
+        "draws: `reward` is 'response' and `probability` is 'response'",
+    )
     options = {"corpus": str(tmp_path / "p.jsonl"), "columns": ["prompt"], "hidden": 30, "heads": 4}
     only(problems({"m": {"use": "untrained", "with": options}}, "m"), "m: hidden 30 is not a multiple of heads 4")
 
@@ -224,15 +227,19 @@ def test_a_step_that_reads_rewards_of_candidates_without_scores_is_refused_with_
     steps: dict, tmp_path: Path, reader: dict, item: str
 ):
     """With these lines the recipe plans; so it does with a column of scores, or where nothing reads rewards."""
-    (tmp_path / "own.jsonl").write_text('{"prompt": "hello", "response": "Hi.", "score": 1}\n')
-    data = {"path": str(tmp_path / "own.jsonl")}
-    own = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": data}
-    steps = {**steps, "own": own, "kept": reader | {"from": {item: "own"}}}
-    assert plan(steps, "own").target.name == "own"
-    lines = f"`reward: {{from: {{prompts: own, candidates: own}}}}` and `kept: {{from: {{{item}: reward}}}}`"
-    only(problems(steps, "kept"), f"kept.from.{item}: the table of rewards of step 'own' would be empty", lines)
-    scored = own | {"with": data | {"reward": "score"}}
-    assert plan({**steps, "own": scored}, "kept").target.name == "kept"
-    steps["reward"]["from"] |= {"prompts": "own", "candidates": "own"}
-    steps["kept"]["from"] = {item: "reward"}
-    assert plan(steps, "kept").target.name == "kept"
+    (tmp_path / "draws.jsonl").write_text('{"prompt": "hello", "response": "Hi.", "score": 1}\n')
+    data = {"path": str(tmp_path / "draws.jsonl")}
+    draws = {"use": "own_candidates", "from": {"tokenizer": "sft"}, "with": data}
+    steps = {**steps, "draws": draws, "selected": reader | {"from": {item: "draws"}}}
+    assert plan(steps, "draws").target.name == "draws"
+    lines = f"`reward: {{from: {{prompts: draws, candidates: draws}}}}` and `selected: {{from: {{{item}: reward}}}}`"
+    only(
+        problems(steps, "selected"),
+        f"selected.from.{item}: the table of rewards of step 'draws' would be empty",
+        lines,
+    )
+    scored = draws | {"with": data | {"reward": "score"}}
+    assert plan({**steps, "draws": scored}, "selected").target.name == "selected"
+    steps["reward"]["from"] |= {"prompts": "draws", "candidates": "draws"}
+    steps["selected"]["from"] = {item: "reward"}
+    assert plan(steps, "selected").target.name == "selected"

@@ -19,7 +19,7 @@ def test_a_table_that_the_options_leave_out_may_be_empty_and_no_other():
     """Whether rows were rejected or not: candidates without scores have no rewards, and must have candidates."""
     for rejects in ({}, {"empty response": 1}):
         manifest = {"rows": {"candidates": 2, "rewards": 0}, "model": None, "rejects": rejects}
-        check_not_empty("own", {}, manifest, omitted=["rewards"])
+        check_not_empty("completions", {}, manifest, omitted=["rewards"])
         manifest["rows"]["candidates"] = 0
-        with pytest.raises(WinnowError, match=r"own: (every row of )?candidates "):
-            check_not_empty("own", {}, manifest, omitted=["rewards"])
+        with pytest.raises(WinnowError, match=r"completions: (every row of )?candidates "):
+            check_not_empty("completions", {}, manifest, omitted=["rewards"])
