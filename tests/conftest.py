@@ -45,11 +45,7 @@ sys.dont_write_bytecode = False  # as above, of this process
 executor.LONG_PART, executor.LARGE_PART = float("inf"), 2**62
 
 gc.set_threshold(50_000)  # one for every 700 new objects takes a quarter of the time in which tests are collected
-freeze, unfreeze = gc.freeze, gc.unfreeze
-atexit.register(unfreeze)  # libraries report what they have leaked; pytest itself collects five times before
-# vLLM calls both when an engine starts, and its four collections per engine then pass over all libraries: 2 s
-for _name in ("freeze", "unfreeze"):
-    setattr(gc, _name, lambda: None)
+atexit.register(gc.unfreeze)  # libraries report what they have leaked; pytest itself collects five times before
 
 BuildOnce = Callable[[str, Callable[[Path], object]], Path]
 WORLD = Path(__file__).parent / "tiny.yaml"
@@ -134,7 +130,7 @@ frozen_modules = 0
 def freeze_libraries() -> None:
     global frozen_modules
     gc.collect()
-    freeze()
+    gc.freeze()
     frozen_modules = len(sys.modules)
 
 

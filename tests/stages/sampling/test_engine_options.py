@@ -1,8 +1,10 @@
 """vLLM's engine arguments as an option: names, values, what is part of a key, and what the log-probs then are."""
 
+import gc
 import json
 import os
 import tempfile
+import weakref
 from contextlib import closing
 from typing import Any
 
@@ -220,3 +222,26 @@ def test_prompts_are_rejected_by_the_length_that_the_engine_takes(tiny, ctx, mon
     assert sample(prompts, tiny, ctx, n=1, max_tokens=7, engine_options=options).num_rows == 1
     assert sample(prompts, tiny, ctx, n=1, max_tokens=8, engine_options=options).num_rows == 0
     assert [row["reason"] for row in ctx.rejects.to_pylist()] == ["prompt too long"]
+
+
+def test_the_start_and_end_of_an_engine_leave_its_libraries_frozen_and_its_weights_free(tiny):
+    """On a CPU it is in this process: vLLM would freeze the engine, or unfreeze what there are millions of."""
+    engine = open_engine("vllm", tiny.folder, "float32")
+    frozen = gc.get_freeze_count()
+    assert isinstance(engine, VllmEngine)
+    (weight,) = engine.llm.apply_model(lambda network: weakref.ref(network.model.norm.weight))
+    assert weight() is not None
+    engine.close()
+    assert weight() is None
+    assert gc.get_freeze_count() == frozen > 0
+
+
+def test_draws_on_a_cpu_need_no_compiler(engine, monkeypatch):
+    import torch._inductor.compile_fx
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("compiled")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", fail)
+    assert len(engine.generate([Request([0, 5, 9], 1)], Sampling(1.0, 0, 2, (1,)))) == 1
