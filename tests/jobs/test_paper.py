@@ -12,6 +12,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
+from stages.evaluation import evaluate
 from stages.evaluation.evaluate import bootstrap_interval
 from tests.runs import Silent, plan_of
 
@@ -211,6 +212,14 @@ def test_a_run_with_rounds_counts_by_its_last(data_dir, finished, tmp_path):
     assert rates[0] != rates[1]
     row = next(row for row in tables(store)[1][1].to_pylist() if row["our proxy %"])
     assert row["our proxy %"].startswith(f"{rates[1][0]:.1f} [")
+
+
+def test_resamples_in_blocks_are_those_drawn_one_by_one(monkeypatch):
+    """Intervals in tables of results do not depend on how many resamples fit in a block."""
+    monkeypatch.setattr(evaluate, "RESAMPLED_VALUES", 100)
+    values, rng = np.random.default_rng(0).normal(size=33), np.random.default_rng(1)
+    means = [rng.choice(values, 33).mean() for _ in range(200)]
+    assert bootstrap_interval(values, 200, np.random.default_rng(1)) == tuple(np.percentile(means, [2.5, 97.5]))
 
 
 def test_the_bootstrap_interval_of_equal_values_is_a_point():
