@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.recipes import plan_named
-from pipeline.config.plan import Plan
+from pipeline.config.plan import Plan, merged_warnings
 from pipeline.config.yaml import read_yaml
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
@@ -71,6 +71,7 @@ def cells() -> list[Cell]:
     return all_cells
 
 
+@merged_warnings()
 def paper_plans(configs: list[Path], sets: list[str], gamma: float = 1.0, against: Against = "target") -> list[Plan]:
     """Return one plan per cell; equal cells of the two tables have one key, and run once.
 

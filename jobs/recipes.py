@@ -13,7 +13,7 @@ import stages.all  # noqa: F401 - registers every stage
 from jobs.resume import hint
 from pipeline.config.layers import read_file
 from pipeline.config.partial import predecessors
-from pipeline.config.plan import Plan, make_plan
+from pipeline.config.plan import Plan, make_plan, merged_warnings
 from pipeline.config.recipe import Override, Recipe, default_run_name, load_recipe
 from pipeline.config.rounds import split_round
 from pipeline.registry import Bound, Entry, nearest
@@ -189,6 +189,7 @@ def _refuse_config(path: Path) -> None:
         )
 
 
+@merged_warnings()
 def plans(
     recipes: list[str], configs: list[Path], sets: list[str], name: str | None = None, last: str | None = None
 ) -> list[Plan]:
@@ -200,12 +201,14 @@ def plans(
     if name is not None and len(recipes) > 1:
         raise WinnowError(f"--name {name!r}: names the run of one recipe, and there are {len(recipes)}; omit it")
     result: list[Plan] = []
-    problems: list[str] = []
+    recipes_by_problem: dict[str, list[str]] = {}
     for recipe in recipes:
         try:
             result.append(plan_named(recipe, configs, sets, name, last))
         except WinnowError as error:
-            problems += [f"{recipe}: {problem}" for problem in error.problems]
+            for problem in error.problems:
+                recipes_by_problem.setdefault(problem, []).append(recipe)
+    problems = [f"{', '.join(names)}: {problem}" for problem, names in recipes_by_problem.items()]
     # A run is known by its recipe's name: two of one name would write the links of one run.
     for run, count in Counter(plan.name for plan in result).items():
         paths = dict.fromkeys(recipe for recipe in recipes if recipe_path(recipe).stem == run.partition("[")[0])

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs import recipes
-from pipeline.config.plan import Plan
+from pipeline.config.plan import Plan, merged_warnings
 from pipeline.config.recipe import Override, as_file_name, option_label
 from pipeline.config.yaml import parse, parse_items
 from pipeline.sql.replicates import drawn_from, method_keys
@@ -54,6 +54,7 @@ class Sweep:
     notes: list[str]
 
 
+@merged_warnings()
 def plan_sweep(
     names: list[str], configs: list[Any], sets: list[str], over: list[str], last: str | None = None
 ) -> Sweep:

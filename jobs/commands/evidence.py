@@ -23,6 +23,7 @@ from jobs.commands.run import check_executor_options, make_executor, print_store
 from jobs.console import as_table
 from jobs.runs import with_free_names
 from pipeline.config.partial import rerun
+from pipeline.config.plan import merged_warnings
 from pipeline.execution.run import commit
 from pipeline.registry import nearest
 from pipeline.store.store import Store
@@ -68,7 +69,8 @@ def evidence(
     if plan_only and finished_only:
         raise WinnowError("--plan --finished: one prints and one draws; omit one of them")
     basis = make_basis(configs, sets, SCALES["small" if small else "full"], other_prompts)
-    figures = [plan_figure(basis, figure) for name, figure in FIGURES.items() if not names or name in names]
+    with merged_warnings():
+        figures = [plan_figure(basis, figure) for name, figure in FIGURES.items() if not names or name in names]
     target = Store(store)
     without_judges = ["judges: left out of the figures, which are of gold and proxy"] if basis.overlay else []
     left_out = [f"{figure.figure.name}: {line}" for figure in figures for line in figure.left_out]

@@ -3,8 +3,8 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,34 @@ from pipeline.store.fingerprints import MISSING
 from schemas import COMMAND, WinnowError, WinnowWarning
 
 FURTHER = "evaluate_"  # begins the name of each evaluation beside the main one, in queries (jobs/queries) too
+
+
+class StepsWarning(WinnowWarning):
+    """Warning of a check, with the steps of a plan that it concerns."""
+
+    def __init__(self, steps: list[str], text: str) -> None:
+        super().__init__(f"{', '.join(steps)}: {text}")
+        self.steps, self.text = steps, text
+
+
+@contextmanager
+def merged_warnings() -> Iterator[None]:
+    """Show a warning of several plans once, with the steps of all of them: plans of one config have many in common."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        steps: dict[str, dict[str, None]] = {}
+        for item in caught:
+            if isinstance(item.message, StepsWarning):
+                steps.setdefault(item.message.text, {}).update(dict.fromkeys(item.message.steps))
+        for item in caught:
+            if not isinstance(item.message, StepsWarning):
+                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+            elif names := steps.pop(item.message.text, None):
+                warnings.warn(StepsWarning(list(names), item.message.text), stacklevel=2)
 
 
 @dataclass(eq=False)
@@ -275,7 +303,7 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
     to_run = _inputs_first(ends, sources, []) if ends else order
     for text, names in warnings_of_checks.items():
         if concerned := [name for name in names if name in to_run]:
-            warnings.warn(f"{', '.join(_base_names(concerned))}: {text}", WinnowWarning, stacklevel=2)
+            warnings.warn(StepsWarning(_base_names(concerned), text), stacklevel=2)
     if recipe.rounds > 1 and order and not any("@" in name for name in order):
         problems.append(
             f"rounds: all {recipe.rounds} are the same, for nothing that {recipe.target!r} needs changes between them; "

@@ -300,7 +300,7 @@ MISTAKES = [
     ("plan rso --set sample.engine=vlm", ["sample.engine", "'vllm', 'transformers', 'fake' or 'endpoint'", "'vlm'"]),
     ("plan rso --set target=evaluat", ["target: no step 'evaluat'", "did you mean 'evaluate'?"]),
     ("plan rso --set prompts.path=gone.jsonl", ["prompts.path: no such file", "gone.jsonl"]),
-    ("run rso ipo --set select.rule.k=0", ["rso: select.rule.k", "ipo: select.rule.k"]),
+    ("run rso ipo --set select.rule.k=0", ["rso, ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
     ("plan slic", ["unknown recipe 'slic'", "did you mean 'slic_direct' or 'slic_sample_rank'?"]),

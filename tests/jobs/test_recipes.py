@@ -1,13 +1,16 @@
 """Recipes that must say what their paper says, as plans of the tiny configuration."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pyarrow as pa
 import pytest
 
+from jobs.recipes import plans
 from jobs.sweeps import plan_sweep
 from pipeline.config.plan import Step
+from schemas import WinnowWarning
 from schemas.tables import CANDIDATES, PROMPTS, REWARDS
 from stages.ranking.rescale import rescale
 from stages.sampling.pool import pool
@@ -108,3 +111,23 @@ def test_the_objectives_alone_are_one_training_per_seed_for_every_mix_and_weight
         inputs = {name: key for name, key in step.identity["inputs"].items() if not name.endswith("optimum")}
         settings.add(json.dumps([step.identity["options"] | {"mix": None}, inputs], sort_keys=True))
     assert len(settings) == 2
+
+
+def test_a_warning_of_several_plans_is_shown_once_with_the_steps_of_all(data_dir, tiny, tmp_path):
+    """`dpo` draws from the SFT policy for its evaluation alone."""
+    shutil.copytree(tiny.folder, tmp_path / "sft")
+    options = {"eos_token_id": 1, "repetition_penalty": 1.3}
+    (tmp_path / "sft" / "generation_config.json").write_text(json.dumps(options))
+    config = {
+        "sft": {"use": "model", "with": {"path": str(tmp_path / "sft")}},
+        "ranker": {"use": "concierge"},
+        "sample": {"with": {"max_tokens": 24}},
+        "evaluations": [],
+        "prompts": {"with": {"path": str(data_dir / "prompts.jsonl")}},
+        "preferences": {"with": {"path": str(data_dir / "preferences.jsonl")}},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+    with pytest.warns(WinnowWarning) as caught:
+        plans(["dpo", "rso"], [tmp_path / "mine.yaml"], [])
+    (text,) = (str(item.message) for item in caught if "repetition_penalty: 1.3" in str(item.message))
+    assert sorted(text.split(":")[0].split(", ")) == ["eval_baseline", "eval_sample", "sample"]
