@@ -132,14 +132,14 @@ def openai_messages(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | R
             ids = row[f"{side}_ids"]
             has_end = bool(ids) and ids[-1] in tokenizer.stop
             ids = ids[:-1] if has_end else ids
-            text = texts[side] = tokenizer.decode(ids)
+            text = texts[side] = tokenizer.decode(ids).strip()
             if reject:
                 continue
             if not text:
                 reject = Reject(EMPTY, side)
             elif not has_end:
                 reject = Reject(CUT, f"{side}: {text}")
-            elif (decoded := str(tokenizer.inner.decode(ids)).strip()) != text:
+            elif (decoded := tokenizer.decode(ids, special_tokens=True).strip()) != text:
                 reject = Reject(HIDDEN_TOKENS, f"{side}: {decoded}")
             elif REPLACEMENT in text:
                 reject = Reject(NO_TEXT, f"{side}: {text}")
@@ -175,7 +175,7 @@ def prompt_input(row: Row) -> Row | None:
 def jsonl(rows: list[Row], tokenizer: "Tokenizer") -> Iterator[Row | Reject]:
     """Yield every column of every pair; the texts are for people, the ids are what was trained on."""
     for row in rows:
-        texts = {side: tokenizer.decode(row[f"{side}_ids"]) for side in SIDES}
+        texts = {side: tokenizer.decode(row[f"{side}_ids"]).strip() for side in SIDES}
         unmasked = [name for name in MASKS if row[name] is None]
         others = {name: value for name, value in row.items() if name not in (*IDS, *REFS, "text", "chat", *unmasked)}
         yield {**{name: row[name] for name in IDS}, "prompt": row["text"], **texts, **others, **_references(row)}

@@ -70,7 +70,12 @@ CANDIDATES = table(
         "stop string if it is stop_string",
     ),
     MASK,
-    column("text", pa.string(), "the response as text, without special tokens, and without what ended it"),
+    column(
+        "text",
+        pa.string(),
+        "the response as text, without special tokens, what ended it, white space at its end, and one space before its "
+        "first word",
+    ),
     column(
         "chat",
         pa.string(),

@@ -310,40 +310,27 @@ class Tokenizer:
             and sum(token.content in content for content in contents) == 1
         }
 
-    def decode(self, ids: list[int], *, special_tokens: bool = False, continues: bool = False) -> str:
-        """Return the text of ids, with special tokens or without them, without surrounding white space.
-
-        continues: it goes on with a turn of the prompt, so that the space before its first word belongs to it.
-        """
+    def decode(self, ids: list[int], *, special_tokens: bool = False) -> str:
+        """Return the text of ids, with special tokens or without them, as it stands."""
         if not special_tokens:
             ids = [token for token in ids if token not in self.special_tokens]
-        text = str(self.inner.decode(ids, skip_special_tokens=not special_tokens)).rstrip()
-        return text if continues else text.lstrip()
+        # A tokenizer's own setting may join "a ." to "a.", and a program that reads the text would judge another.
+        return str(self.inner.decode(ids, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False))
 
-    def decode_before(
-        self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False, continues: bool = False
-    ) -> tuple[str, str]:
+    def decode_before(self, ids: list[int], stop: Sequence[str], *, special_tokens: bool = False) -> tuple[str, str]:
         """Return the text of ids before the stop string that their last token completes, and what is after it.
 
-        Raise ValueError if it completes none. `continues` as in `decode`.
+        Raise ValueError if it completes none.
         """
 
-        def text_of(part: list[int]) -> str:
-            if not special_tokens:
-                part = [token for token in part if token not in self.special_tokens]
-            return str(
-                self.inner.decode(part, skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False)
-            )
-
-        text = text_of(ids)
-        length = len(text_of(ids[:-1]).rstrip("\ufffd"))  # before the last token, without half a character
-        starts = [(text.find(item, max(0, length - len(item) + 1)), len(item)) for item in stop]
+        text = self.decode(ids, special_tokens=special_tokens)
+        before = self.decode(ids[:-1], special_tokens=special_tokens).rstrip("\ufffd")  # without half a character
+        starts = [(text.find(item, max(0, len(before) - len(item) + 1)), len(item)) for item in stop]
         matches = [(start, start + size) for start, size in starts if start >= 0]
         if not matches:
             raise ValueError("no stop string at the end of the text")
         start, end = min(matches, key=lambda match: match[1])  # of those that end at once, the first of `stop`
-        before = text[:start].rstrip()
-        return before if continues else before.lstrip(), text[end:]
+        return text[:start], text[end:]
 
     @cached_property
     def longest_token(self) -> int:

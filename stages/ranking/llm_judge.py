@@ -90,7 +90,7 @@ class LlmJudge(Ranker):
         for (_, pairs), (_, unique) in zip(questions, unique_by_prompt, strict=True):
             logit_by_pair: dict[TextPair, float] = {}
             for low, high in unique:
-                texts = [self.tokenizer.decode(next(answers).token_ids) for _ in range(self.votes)]
+                texts = [self.tokenizer.decode(next(answers).token_ids).strip() for _ in range(self.votes)]
                 votes = [letter_vote(text, flipped=n % 2 == 1) for n, text in enumerate(texts)]
                 for text, vote in zip(texts, votes, strict=True):
                     self.verdicts.add(text, is_clear=vote is not None)

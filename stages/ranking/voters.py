@@ -53,7 +53,7 @@ class LocalVoter:
                 "autosxs: the log-prob of an answer is not finite, so that it says nothing: the model's weights or its "
                 "activations in this `dtype` are not finite; give another `ranker`, or set `by.dtype: float32`"
             )
-        return [self.tokenizer.decode(completion.token_ids) for completion in completions]
+        return [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
 
     def close(self) -> None:
         self.engine.close()

@@ -200,7 +200,7 @@ def _earlier_draws(ctx: StageContext, prompts: set[str], n: int) -> dict[tuple[s
 
 
 @stage(
-    version=7,
+    version=8,
     concurrent=True,
     check=_check_sample,
     cost=Cost(draws_need, less_engine_memory, sampling_work, draws_device_problem, engine_gpus),

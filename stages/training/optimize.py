@@ -40,7 +40,7 @@ LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its ob
 
 
 @stage(
-    version=7,
+    version=8,
     unsharded=True,
     check=check_optimize,
     given_by={"ranker": "by"},

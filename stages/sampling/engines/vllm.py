@@ -1,6 +1,7 @@
 """Engine on vLLM."""
 
 import gc
+import inspect
 import multiprocessing
 import os
 import re
@@ -83,7 +84,7 @@ class VllmEngine(QueuedEngine):
 
             _let_processes_end_with_this_one()
             if on_cpu:
-                _import_without_compiler()
+                _count_without_compiler()
                 _freeze_libraries()
             devices = tensor_parallel * options.get("pipeline_parallel_size", 1)
             arguments: dict[str, Any] = dict(
@@ -371,19 +372,15 @@ def _unchanged_class(folder: Path) -> Iterator[None]:
                 delattr(decoder, name)
 
 
-def _import_without_compiler() -> None:
-    """Import vLLM's count of likelier ids, which is in no table of ours, as a function that inductor does not compile.
+def _count_without_compiler() -> None:
+    """Replace vLLM's count of likelier ids, which is in no table of ours, by the same function without inductor.
 
-    It is one comparison, and the first draw of each process waited for it 4 s, 15 s without a cache of compiled code,
-    and failed on a machine without a C++ compiler.
+    It is one comparison. The first draw of each process waited for it 4 s, 15 s without a cache of compiled code, and
+    failed on a machine without a C++ compiler.
     """
-    from vllm.platforms import current_platform
+    from vllm.v1.sample import sampler
 
-    vars(current_platform)["simple_compile_backend"] = "eager"
-    try:
-        pass
-    finally:
-        del vars(current_platform)["simple_compile_backend"]
+    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
 
 
 _frozen: list[bool] = []  # whether this process has frozen the objects of its libraries

@@ -395,3 +395,21 @@ def test_the_text_of_a_draw_begins_with_the_thought_that_its_prompt_opens(tokeni
     conversation, reply = CONVERSATIONS["reasoning as text"]
     ids = tokenizer.response_ids(conversation, reply)
     assert drawn_text(tokenizer, conversation, ids) == (reply, None)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "text"),
+    [
+        ("    return [ 1 , 2 ]\n  # it 's .\n\n", "    return [ 1 , 2 ]\n  # it 's ."),
+        ("\n\tx", "\n\tx"),
+        (" It is.", "It is."),
+        (" \n", ""),
+    ],
+)
+def test_the_text_of_a_draw_has_the_white_space_that_a_program_reads(tiny, drawn, text):
+    """But for its end and for the one space that parts a word from its prompt."""
+    tokenizer = Tokenizer(tiny)
+    assert drawn_text(tokenizer, Conversation("Write it:"), [*tokenizer.encode(drawn), tokenizer.stop[0]]) == (
+        text,
+        None,
+    )
