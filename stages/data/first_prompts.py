@@ -22,9 +22,9 @@ from stages.data.texts import (
     as_messages,
     kept_fields,
     known_roles,
+    notes_of_roles,
     prompt_with,
     tools_of,
-    unknown_role,
     unrendered,
     with_system_prompt,
 )
@@ -141,8 +141,7 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
         if (error := error_of(prompt.result)) is not None:
             errors.setdefault((str(error), getattr(error, "cure", "")), []).append(prompt.location)
         elif isinstance(prompt.result, Conversation):
-            unknown = [role for role in dict.fromkeys(_roles_of(prompt.result)) if role not in ROLES]
-            for text in [*prompt.notes, *map(unknown_role, unknown)]:
+            for text in [*prompt.notes, *notes_of_roles(_roles_of(prompt.result))]:
                 notes.setdefault(text, []).append(prompt.location)
 
     def counted(locations: list[str]) -> str:

@@ -24,8 +24,10 @@ from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
     CHANGED,
     CHANGED_CURE,
+    NO_USER,
     PREFILLED,
     PREFILLED_CURE,
+    SYSTEM_ROLES,
     ChangedPromptError,
     Conversation,
     CurableError,
@@ -316,6 +318,8 @@ class DataTables:
             raise ValueError("prompt too long")
         if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":
             raise CurableError(PREFILLED, PREFILLED_CURE)
+        if not isinstance(content, str) and all(message["role"] in SYSTEM_ROLES for message in content):
+            warnings.warn(NO_USER, WinnowWarning, stacklevel=2)
         ids, is_changed = self._prompt_ids(conversation)
         if len(ids) > min(self.max_tokens, self.context - 1):  # room for one token of a response
             raise ValueError("prompt too long")

@@ -5,7 +5,7 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ PREFILLED_CURE = (
     "set `prefill: continue` if responses are to continue that turn, or leave it out of the file to have it answered "
     "anew"
 )
+NO_USER = "a prompt has no turn of the user, so that responses answer its system turn alone"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 SYSTEM_ROLES = ("system", "developer")
 # Roles of which templates of public models have turns. Most write any other as it stands, as no model was trained on.
@@ -334,6 +335,15 @@ def unknown_role(role: str) -> str:
         f"a message has the role {role!r}, which most chat templates write as it stands, and models do not know; "
         f"{known_roles(role)}"
     )
+
+
+def notes_of_roles(roles: Iterable[str]) -> list[str]:
+    """Return what is to be said of a prompt with messages of these roles: unknown ones, and none that asks."""
+    different = dict.fromkeys(roles)
+    notes = [unknown_role(role) for role in different if role not in ROLES]
+    if different.keys() <= {*SYSTEM_ROLES}:
+        notes.append(NO_USER)
+    return notes
 
 
 def unrendered(role: str) -> str:

@@ -148,6 +148,13 @@ def test_what_reading_the_first_prompts_warns_of_is_said_once_for_all_of_them(fo
     assert "has the role 'usr'" in role
 
 
+def test_prompts_without_a_turn_of_the_user_are_kept_and_named(folder: Path):
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    expected = r"1 of the first 2 .* will be kept \(prompts.jsonl:2\): a prompt has no turn of the user"
+    with pytest.warns(WinnowWarning, match=expected):
+        assert problems(folder, [ROWS["plain"], {"prompt": [{"role": "system", "content": "Be kind."}]}]) == []
+
+
 def test_transcripts_that_are_read_as_text_need_no_template(folder: Path):
     turns = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: A boat\n\nAssistant:"
     rows = [{"chosen": f"{turns} I can.", "rejected": f"{turns} I cannot."}]

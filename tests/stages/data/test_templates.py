@@ -265,6 +265,12 @@ def test_a_system_prompt_is_rendered_where_a_row_has_none(tiny, tmp_path, ctx):
     assert {row["prompt_id"] for row in rows} == {prompt_id(chat) for chat in expected}
 
 
+def test_a_prompt_without_a_turn_of_the_user_is_read_with_a_word(tiny, tmp_path, ctx):
+    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [{"role": "system", "content": "Be brief."}]}])
+    with pytest.warns(WinnowWarning, match="no turn of the user"):
+        assert prompts(tiny, ctx, path=DataPath(str(file))).num_rows == 1
+
+
 def test_a_system_prompt_reaches_preferences_and_responses_follow_it(tiny, tmp_path, ctx):
     """The id of a prompt is then that of stage `prompts` with the same option, and a response's ids do not change."""
     rows = [{"prompt": "Hello!", "chosen": "Hi there.", "rejected": "No.", "response": "Yes.", "reward": 1.0}]
