@@ -32,6 +32,7 @@ from stages.data.texts import (
     reply_of,
     shared_prefix_length,
     text_of,
+    with_chat_keys,
 )
 
 COLUMNS: dict[str, Any] = dict(
@@ -54,6 +55,12 @@ SCORES = [
     ("chosen-rating", "rejected-rating"),
 ]
 SCORE_COLUMNS = tuple(name for names in SCORES for name in names)
+# Columns in which the prompt usually is. Texts beside one that do not begin with it share no prompt, but their first
+# words.
+PROMPT_COLUMNS = (
+    "prompt", "question", "query", "instruction", "input", "messages", "conversation", "conversations", "dialogue",
+    "history",
+)  # fmt: skip
 # Data sets published beside preference data that hold no pairs, by columns that identify them.
 NOT_PAIRS = [
     (
@@ -82,7 +89,7 @@ class PreferencePair:
 @preference_reader(
     columns=("{prompt}", "{chosen}", "{rejected}", "{system}", "{input}"),
     optional=SCORE_COLUMNS,
-    variants=[{"prompt": name} for name in ("question", "instruction", "query", "input")],
+    variants=[{"prompt": name} for name in PROMPT_COLUMNS if name != "prompt"],
     version=2,
 )
 def columns(
@@ -120,13 +127,14 @@ def columns(
     )
 
 
-@preference_reader(columns=("chosen", "rejected"), optional=SCORE_COLUMNS, version=2)
+@preference_reader(columns=("chosen", "rejected"), optional=(*SCORE_COLUMNS, *PROMPT_COLUMNS), version=3)
 def implicit_prompt(row: Row, *, check_scores: bool = True) -> PreferencePair:
     """Read TRL's preference format with implicit prompt, in which both sides begin with it.
 
     In messages, the prompt is the turns that both share. In text, it is the characters that both share, back to a white
-    space, so that no word is cut; responses that begin with the same words lose these to the prompt. Transcripts of
-    hh-rlhf are rejected; reader `hh` reads them. `check_scores` as in reader `columns`.
+    space, so that no word is cut; responses that begin with the same words lose these to the prompt. Rejected are
+    transcripts of hh-rlhf, which reader `hh` reads, and texts that do not begin with the prompt in another column, such
+    as `messages`. `check_scores` as in reader `columns`.
     """
     if isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list):
         return ultrafeedback_binarized(row, check_scores=check_scores)  # turns are shared or not, as in that data set
@@ -139,6 +147,10 @@ def implicit_prompt(row: Row, *, check_scores: bool = True) -> PreferencePair:
     end = max((n for n, character in enumerate(shared) if character.isspace()), default=0)
     if not shared[:end].strip():
         raise ValueError("chosen and rejected share no prompt")
+    for name in PROMPT_COLUMNS:
+        if _last_question(row.get(name)) not in shared:
+            raise ValueError(f"chosen and rejected do not begin with the prompt in {name}; reader {{name: columns, "
+                             f"prompt: {name}}} reads it")  # fmt: skip
     replies = {"chosen": chosen[end:], "rejected": rejected[end:]}
     return PreferencePair(shared[:end], text_of(replies, "chosen"), text_of(replies, "rejected"))
 
@@ -340,6 +352,14 @@ def _require_higher_score(row: Row) -> None:
             continue
         if finite_number_of(row, chosen) <= finite_number_of(row, rejected):
             raise ValueError(f"{chosen} is not above {rejected}")
+
+
+def _last_question(prompt: Any) -> str:
+    """Return a text, or the last turn of the user in messages, without surrounding white space; "" if it is neither."""
+    if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
+        turns = [turn.get("content") for turn in with_chat_keys(prompt) if turn.get("role") == "user"]
+        prompt = turns[-1] if turns else None
+    return prompt.strip() if isinstance(prompt, str) else ""
 
 
 def _messages(parts: list[str]) -> list[Message]:

@@ -226,6 +226,20 @@ def test_an_implicit_prompt_in_text_ends_before_the_word_in_which_the_sides_part
         assert read("implicit_prompt", {"chosen": chosen, "rejected": rejected}) == pair
 
 
+@pytest.mark.parametrize("name", ["messages", "conversations", "question"])
+def test_a_prompt_in_another_column_is_not_taken_for_what_two_answers_share(name):
+    """The answers begin with the same words."""
+    prompt = {
+        "messages": [{"role": "user", "content": "What is 3 + 4?"}],
+        "conversations": [{"from": "human", "value": "What is 3 + 4?"}],
+        "question": "What is 3 + 4?",
+    }[name]
+    row = {name: prompt, "chosen": "The sum is 7.", "rejected": "The sum is 8."}
+    with pytest.raises(ValueError, match=f"do not begin with the prompt in {name}"):
+        read("implicit_prompt", row)
+    assert read("implicit_prompt", row | {"chosen": "What is 3 + 4? 7", "rejected": "What is 3 + 4? 8"})
+
+
 @given(st.text("ab \n", min_size=1, max_size=30), st.text("ab \n", max_size=8), st.text("ab \n", max_size=8))
 def test_an_implicit_prompt_and_its_responses_are_the_two_texts(shared, first, second):
     """prompt + response = the side of the row, and the prompt is shared; or the row is rejected."""

@@ -420,6 +420,14 @@ def test_only_readers_that_read_the_rows_are_advised(tmp_path, row, words):
     assert re.search(words, problems(preferences, write_jsonl(tmp_path / "in.jsonl", [row]))[0])
 
 
+def test_the_column_of_a_prompt_is_advised_and_not_what_two_answers_share(tmp_path):
+    chat = [{"role": "user", "content": "What is 3 + 4?"}]
+    row = {"messages": chat, "chosen": "The sum is 7.", "rejected": "The sum is 8."}
+    path = write_jsonl(tmp_path / "in.jsonl", [row])
+    for (problem,) in (problems(preferences, path), problems(preferences, path, "implicit_prompt")):
+        assert problem.endswith("set `reader` to {name: columns, prompt: messages} for these")
+
+
 def test_a_reader_that_reads_none_of_the_rows_is_refused_with_one_that_does(tmp_path):
     """At plan time, before all rows are rejected."""
     path = write_jsonl(tmp_path / "in.jsonl", [{"chosen": FULL["chosen"], "rejected": FULL["rejected"]}] * 3)
