@@ -39,6 +39,7 @@ Texts = list[Annotated[str, MinLen(1)]]
 TokenIds = list[Annotated[int, Range(ge=0)]]
 TooLong = Literal["reject", "cut"]  # what becomes of a response that is longer than max_tokens
 Prefill = Literal["reject", "continue"]  # what becomes of a prompt that ends with an assistant turn
+PrefillOrOmit = Literal["reject", "continue", "omit"]  # the same, where that turn may be left out
 Precision = Literal["float32", "bfloat16"]
 Rounding = Literal["nearest", "stochastic"]
 

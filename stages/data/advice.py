@@ -17,6 +17,7 @@ from schemas import WinnowError, WinnowWarning
 from stages.data import comparison_formats, ranking_formats  # noqa: F401
 from stages.data.formats import (
     NOT_PAIRS,
+    PROMPT_COLUMNS,
     columns_of,
     couple_neighbours,
     optional_columns_of,
@@ -24,6 +25,7 @@ from stages.data.formats import (
     preference_reader,
 )
 from stages.data.rows import Row
+from stages.data.texts import with_chat_keys
 from stages.data.trainer_formats import candidate_reader
 
 # Columns of public data sets that are part of what the model reads. Not `messages`: where there is a prompt as well,
@@ -60,7 +62,10 @@ def require_columns(
     for signature, description in NOT_PAIRS:
         if signature <= set(names):
             raise WinnowError(f"{problem}. This is {description}")
-    raise WinnowError(problem + _advice(names, head()))
+    advice = _advice(names, head())
+    if not advice and [options.get(column) for column in missing] == ["prompt"] and "chosen" not in options.values():
+        advice = _prompt_advice(names, head())
+    raise WinnowError(problem + advice)
 
 
 def require_readable(
@@ -104,6 +109,20 @@ def _advice(names: Sequence[str], rows: list[Row]) -> str:
     if labels:
         return f"; these are responses with a label and no pairs: in stage own_candidates, set `reader` to {labels[0]}"
     return ""
+
+
+def _prompt_advice(names: Sequence[str], rows: list[Row]) -> str:
+    """Return the end of a message that names the column in which the prompt may be, and options to read it with."""
+    column = next((name for name in PROMPT_COLUMNS if name in names), None)
+    if column is None:
+        return ""
+    options = [f"`prompt: {column}`"]
+    if column == "instruction" and "input" in names:
+        options.append("`input: input`")
+    chats = [row[column] for row in rows if isinstance(row.get(column), list) and row[column]]
+    if chats and all(with_chat_keys(turns)[-1].get("role") == "assistant" for turns in chats):  # data for SFT
+        options.append("`prefill: omit`")
+    return f"; set {' and '.join(options)}"
 
 
 def _best_readers(registry: Registry, names: Sequence[str], rows: list[Row]) -> list[str]:

@@ -27,6 +27,7 @@ from stages.data.texts import (
     tools_of,
     unrendered,
     with_system_prompt,
+    without_answer,
 )
 
 ROWS = 1000
@@ -60,7 +61,7 @@ def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
         rows = source.head([name for name in columns if name], ROWS)
     except (WinnowError, OSError):  # which the step's own check reports
         return []
-    system_prompt = options.get("system_prompt") or None
+    system_prompt, omit = options.get("system_prompt") or None, options.get("prefill") == "omit"
     prompts: list[FirstPrompt] = []
     for location, row in rows:
         if isinstance(row, ValueError):
@@ -71,13 +72,18 @@ def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
             try:
                 if reader is None:
                     content = prompt_with(row, str(parts["prompt"]), system=parts["system"], input=parts["input"])
+                    content = without_answer(content) if omit else content
                     conversations = [Conversation(content, tools_of(row))]
                     kept_fields(row, keep)
                 else:
                     # Of a candidate reader, labelled responses, whose prompts have no plain form.
                     items: list[Any] = [item for item in first_pairs(reader, [row]) if not isinstance(item, ValueError)]
                     conversations = [
-                        Conversation(item.prompt, item.tools or tools_of(row), getattr(item, "plain", None))
+                        Conversation(
+                            without_answer(item.prompt) if omit else item.prompt,
+                            item.tools or tools_of(row),
+                            getattr(item, "plain", None),
+                        )
                         for item in items
                     ]
             except WinnowError:
@@ -122,7 +128,7 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
             return result
         roles = _roles_of(result)
         is_continued = roles[-1] == "assistant"
-        if is_continued and options.get("prefill") == "reject":
+        if is_continued and options.get("prefill") != "continue":
             return CurableError(PREFILLED, PREFILLED_CURE)
         if templates == [] and result.plain is None and not isinstance(result.content, str):
             return CurableError(

@@ -34,6 +34,7 @@ from stages.data.texts import (
     Prompt,
     Reply,
     kept_fields,
+    messages_of,
     prompt_with,
     readable,
     readable_reply,
@@ -42,9 +43,10 @@ from stages.data.texts import (
     reply_of,
     tools_of,
     with_system_prompt,
+    without_answer,
 )
 from stages.limits import context_length
-from stages.options import Count, HeldoutShareOrAll, Prefill, TooLong, ValidationShare, share_problems
+from stages.options import Count, HeldoutShareOrAll, PrefillOrOmit, TooLong, ValidationShare, share_problems
 from stages.work import prompts_work
 
 ROWS_AT_ONCE = 4096  # that are turned into columns
@@ -53,6 +55,11 @@ BATCH = 1024  # rows of a file whose texts are tokenised together
 
 def _column_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     reader, demonstration = options["reader"], options["demonstration"]
+    if demonstration is not None and demonstration == options["prompt"] and options["prefill"] != "omit":
+        return [
+            f"demonstration: {demonstration!r} is the column of the prompt; "
+            "set `prefill: omit` if the demonstration is the last turn there"
+        ]
     if reader is None:
         columns = [options[name] for name in ("prompt", "demonstration", "system", "input") if options[name]]
         return check_system_prompt(options, inputs) + check_source(options, [*columns, *options["keep"]])
@@ -127,7 +134,7 @@ def prompts(
     heldout: HeldoutShareOrAll = 0.2,
     validation: ValidationShare = 0.0,
     max_tokens: Count = 1024,
-    prefill: Prefill = "reject",
+    prefill: PrefillOrOmit = "reject",
 ) -> Prompts:
     """Read prompts (strings or chat messages) from column `prompt`, and responses to imitate from `demonstration`.
 
@@ -143,10 +150,11 @@ def prompts(
 
     Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
     are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless
-    `prefill: continue` lets the response continue it. Of a prompt that it renders differently once an answer follows,
-    the ids are those that ask for one: a response that is drawn follows them, a demonstration would not, and is
-    rejected. A demonstration that cannot be kept is rejected, because
-    cutting it would remove its end; its prompt stays.
+    `prefill: continue` lets the response continue it or `prefill: omit` leaves it out. With `demonstration` the column
+    of `prompt`, as in data for SFT (`messages`), what is left out is the demonstration. Of a prompt that it renders
+    differently once an answer follows, the ids are those that ask for one: a response that is drawn follows them, a
+    demonstration would not, and is rejected. A demonstration that cannot be kept is rejected, because cutting it would
+    remove its end; its prompt stays.
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
     data = DataTables(
@@ -169,9 +177,13 @@ def prompts(
                 raise pair
             if pair is None:
                 content, plain = prompt_with(source_row, prompt, system=system, input=input), None
+                content = without_answer(content) if prefill == "omit" else content
+                if demonstration == prompt:
+                    source_row = source_row | {prompt: messages_of(source_row, prompt)[-1:]}
                 response = reply_of(source_row, demonstration, content) if demonstration else None
             else:
                 content, plain = pair.prompt, pair.plain
+                content = without_answer(content) if prefill == "omit" else content
                 response = pair.chosen if demonstration else None
 
             # Their ids, by the rules of the model's tokenizer.
@@ -278,7 +290,7 @@ class DataTables:
         *,
         validation: float = 0.0,
         too_long: TooLong = "reject",
-        prefill: Prefill = "reject",
+        prefill: PrefillOrOmit = "reject",
         system_prompt: str | None = None,
         answered: bool = True,
     ) -> None:
@@ -316,7 +328,7 @@ class DataTables:
         content, tools = conversation.content, conversation.tools
         if len(readable(content, tools)) > self.max_characters:
             raise ValueError("prompt too long")
-        if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill == "reject":
+        if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill != "continue":
             raise CurableError(PREFILLED, PREFILLED_CURE)
         if not isinstance(content, str) and all(message["role"] in SYSTEM_ROLES for message in content):
             warnings.warn(NO_USER, WinnowWarning, stacklevel=2)

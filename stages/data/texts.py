@@ -38,8 +38,8 @@ CHANGED_CURE = (
 )
 PREFILLED = "prompt ends with an assistant turn"
 PREFILLED_CURE = (
-    "set `prefill: continue` if responses are to continue that turn, or leave it out of the file to have it answered "
-    "anew"
+    "set `prefill: continue` if responses are to continue that turn, or `prefill: omit` (of stage prompts) to leave it "
+    "out and have it answered anew"
 )
 NO_USER = "a prompt has no turn of the user, so that responses answer its system turn alone"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -170,6 +170,15 @@ def prompt_of(row: Row, name: str) -> Prompt:
 def as_prompt(messages: list[Message]) -> Prompt:
     """Return a single user message as its text: a chat template gives both the same tokens, so they are one prompt."""
     return messages[0]["content"] if len(messages) == 1 and _is_plain(messages[0], "user") else messages
+
+
+def without_answer(prompt: Prompt) -> Prompt:
+    """Return a prompt without the assistant turn at its end, if it has one; raise ValueError if it is nothing else."""
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return prompt
+    if len(prompt) == 1:
+        raise ValueError("no turn before that of the assistant")
+    return as_prompt(prompt[:-1])
 
 
 def reply_of(row: Row, name: str, prompt: Prompt | None = None) -> Reply:

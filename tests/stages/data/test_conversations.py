@@ -197,6 +197,24 @@ def test_a_prefill_is_continued_if_asked_for(tiny, ctx, tmp_path):
     assert text == tokenizer.inner.apply_chat_template(chat, tokenize=False)
 
 
+def test_the_last_answer_of_data_for_sft_is_left_out_or_is_the_demonstration(tiny, ctx, tmp_path):
+    """The prompt is that of a file without the answer, and its id too; what has no answer stays as it is."""
+    answer = {"role": "assistant", "content": "It is noon."}
+    system = {"role": "system", "content": "Be kind."}
+    chats = [[USER, answer], [system, USER, {"role": "assistant", "content": "Where?"}, USER, answer]]
+    bare = [chat[:-1] for chat in chats]
+    expected = prompts(tiny, ctx, path=jsonl(tmp_path, [{"chat": chat} for chat in bare], "b.jsonl"), prompt="chat")
+    file = jsonl(tmp_path, [{"messages": chat} for chat in [*chats, [answer]]])
+    for demonstration in (None, "messages"):
+        table = prompts(tiny, ctx, path=file, prompt="messages", prefill="omit", demonstration=demonstration)
+        columns = ["prompt_id", "text", "chat", "token_ids", "split"]
+        assert table.select(columns) == expected.select(columns)
+        assert set(table["demonstration"].to_pylist()) == {demonstration and "It is noon."}
+    assert [reason for _, reason in reasons(ctx)] == ["no turn before that of the assistant"] * 2
+    assert prompts(tiny, ctx, path=jsonl(tmp_path, [{"messages": chats[0]}, {"messages": bare[1]}], "m.jsonl"),
+                   prompt="messages", prefill="omit") == expected  # fmt: skip
+
+
 def test_responses_that_are_too_long_are_rejected_unless_they_are_to_be_cut(tiny, ctx, tmp_path):
     """A cut response would be trained on with the reward of the whole, or with a preference for the whole."""
     long = "boat " * 30

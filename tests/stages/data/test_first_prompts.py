@@ -86,7 +86,8 @@ def test_prompts_that_end_with_an_assistant_turn_name_the_option_that_continues_
         rows, by = [{"prompt": turns, "chosen": "noon.", "rejected": "late."}] * 2, preference_reader.bind(reader)
     (problem,) = problems(folder, rows, by)
     assert all(fact in problem for fact in ("2 of the first 2", "prompts.jsonl", "`prefill: continue`"))
-    assert problems(folder, rows, by, prefill="continue") == []
+    for prefill in ("continue", "omit"):
+        assert problems(folder, rows, by, prefill=prefill) == []
     (folder / "chat_template.jinja").unlink()
     assert "no chat template" in problems(folder, rows, by, prefill="continue")[0]
     (folder / "chat_template.jinja").write_text(PLAIN)

@@ -420,6 +420,24 @@ def test_only_readers_that_read_the_rows_are_advised(tmp_path, row, words):
     assert re.search(words, problems(preferences, write_jsonl(tmp_path / "in.jsonl", [row]))[0])
 
 
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"question": "Hi"}, "set `prompt: question`"),
+        ({"instruction": "Add.", "input": "1 2"}, "set `prompt: instruction` and `input: input`"),
+        ({"messages": FULL["chosen"]}, "set `prompt: messages` and `prefill: omit`"),
+        ({"conversations": SHAREGPT["conversations"]}, "set `prompt: conversations`"),
+        ({"text": "Hi"}, "it has 'text'"),
+    ],
+)
+def test_the_column_that_may_hold_the_prompt_is_named(tmp_path, row, advice):
+    entry = entry_of(prompts)
+    options = {name: field.default for name, field in entry.options.model_fields.items()}
+    options["path"] = DataPath(str(write_jsonl(tmp_path / "in.jsonl", [row])))
+    (problem,) = entry.metadata["signature"].check(options, {})
+    assert problem.endswith(advice)
+
+
 def test_the_column_of_a_prompt_is_advised_and_not_what_two_answers_share(tmp_path):
     chat = [{"role": "user", "content": "What is 3 + 4?"}]
     row = {"messages": chat, "chosen": "The sum is 7.", "rejected": "The sum is 8."}
