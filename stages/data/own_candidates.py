@@ -1,7 +1,7 @@
 """Stage own_candidates: responses of another system, with a reward or a win probability each for `select`, or none."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -70,7 +70,10 @@ def own_candidates(
     too_long: TooLong = "reject",
     prefill: Prefill = "reject",
 ) -> tuple[Prompts, Candidates, Rewards]:
-    """Read one candidate per row. A probability p becomes its logit ln(p / (1 - p)), the reward of arXiv:2309.06657.
+    """Read one candidate per row, or a list of them. A probability p becomes ln(p / (1 - p)), as in arXiv:2309.06657.
+
+    Where `response` is a list of texts, or of lists of messages, they are as many candidates, and their rewards or
+    probabilities are a list of the same length.
 
     The text in column `input` follows the prompt on a new line, as in Alpaca's format, and that in `system` becomes its
     system message; empty ones add nothing. With a `reader`, rows have a format of responses with labels
@@ -101,9 +104,12 @@ def own_candidates(
     late = LateRejects()
 
     def read() -> Iterator[SourceRow]:
-        for location, row in source.rows(late, columns, optional):
+        rows = source.rows(late, columns, optional)
+        for location, row, error in _rows_of_lists(rows, "" if reader is not None else response, column):
             item = SourceRow(location, row, rejects_before=late.take())
             try:
+                if error:
+                    raise error
                 if reader is not None:
                     labelled = reader(row)
                     content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
@@ -139,6 +145,26 @@ def own_candidates(
     rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
     return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)
+
+
+def _rows_of_lists(
+    rows: Iterable[tuple[str, Row]], response: str, column: str
+) -> Iterator[tuple[str, Row, ValueError | None]]:
+    """Yield a row per response where a row has a list of them: the first of line 1 is at `in.jsonl:1[0]`."""
+    for location, row in rows:
+        texts, values = row.get(response), row.get(column) if column else None
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str | list) for text in texts):
+            yield location, row, None
+        elif column and (not isinstance(values, list) or len(values) != len(texts)):
+            reason = f"{column} is not a list of as many values as {response} has responses"
+            yield location, row, ValueError(reason)
+        else:
+            for n, text in enumerate(texts):
+                yield (
+                    f"{location}[{n}]",
+                    row | {response: text} | ({column: values[n]} if isinstance(values, list) else {}),
+                    None,
+                )
 
 
 def _reward_of(row: Row, column: str, *, is_probability: bool) -> float:

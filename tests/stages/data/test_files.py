@@ -367,6 +367,30 @@ def test_each_bad_score_is_rejected_with_reason_and_location(tiny, ctx, tmp_path
     assert reward_by_text == pytest.approx(good)
 
 
+def test_a_list_of_responses_with_a_list_of_scores_is_a_row_for_each(tiny, ctx, tmp_path):
+    """Lists of other lengths are rejected, with the row; a list of messages is one response."""
+    chat = [{"role": "assistant", "content": "Noon."}]
+    lists = [
+        {"prompt": "Hi", "response": ["Yes.", "No.", "Yes."], "score": [1.5, -2, 0]},
+        {"prompt": "Time?", "response": [chat], "score": [3]},
+        {"prompt": "Ho", "response": ["Yes.", "No."], "score": [1]},
+        {"prompt": "Ha", "response": ["Yes.", ""], "score": [1, 2]},
+    ]
+    rows = [
+        {"prompt": row["prompt"], "response": text, "score": score}
+        for row in (*lists[:2], lists[3])
+        for text, score in zip(row["response"], row["score"], strict=True)
+        if text
+    ]
+    of_lists = own_candidates(tiny, ctx, path=jsonl(tmp_path, lists), reward="score")
+    expected = own_candidates(tiny, ctx, path=jsonl(tmp_path, rows, "rows.jsonl"), reward="score")
+    assert [table.to_pylist() for table in of_lists] == [table.to_pylist() for table in expected]
+    assert reasons(ctx) == [
+        ("in.jsonl:3", "score is not a list of as many values as response has responses"),
+        ("in.jsonl:4[1]", "empty response"),
+    ]
+
+
 def test_candidate_ids_do_not_depend_on_the_order_of_rows(tiny, ctx, tmp_path):
     """Hash of prompt, tokens and copy: shuffled rows give the same ids for the same texts; equal ones stay two."""
     rows = [{"prompt": f"p{n % 3}", "response": f"Answer {n % 4}.", "score": float(n % 4)} for n in range(24)]
