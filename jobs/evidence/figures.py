@@ -48,6 +48,7 @@ class Scale:
     seeds_of_rounds: int  # of what repeats the pipeline, and of other rankers, which cost most
     lines: tuple[str, ...]  # along KL
     gamma_lines: tuple[str, ...]
+    compute_lines: tuple[str, ...]
     epochs: tuple[float, ...]
     sizes: tuple[int, ...]
     factors: tuple[float, ...]
@@ -56,14 +57,20 @@ class Scale:
 
 SCALES = {
     "small": Scale(
-        seeds=2, seeds_of_settings=2, seeds_of_rounds=1, lines=("rso + nll", "sft_sample_rank + nll"),
-        gamma_lines=("rso + nll",), epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5), labels=(500,),
+        seeds=2, seeds_of_settings=1, seeds_of_rounds=1, lines=("rso + nll", "sft_sample_rank + nll"),
+        gamma_lines=("rso + nll",),
+        compute_lines=("sft_sample_rank + nll", "rso + nll", "dpo", "raft", "iterated_rso + nll"),
+        epochs=(0.5, 1, 2), sizes=(8, 64), factors=(0.2, 1, 5), labels=(500,),
     ),
     "full": Scale(
         seeds=5, seeds_of_settings=3, seeds_of_rounds=2,
         lines=("rso + nll", "sft_sample_rank + nll", "rso", "sft_sample_rank"),
-        gamma_lines=("rso + nll", "sft_sample_rank + nll"), epochs=(0.5, 1, 2, 4),
-        sizes=(8, 16, 32, 64, 128, 256), factors=(0.1, 0.2, 0.5, 1, 2, 5), labels=(500, 2000, 8000),
+        gamma_lines=("rso + nll", "sft_sample_rank + nll"),
+        compute_lines=(
+            "sft_sample_rank + nll", "rso + nll", "dpo", "raft", "rest", "iterated_dpo + nll", "iterated_rso + nll",
+        ),
+        epochs=(0.5, 1, 2, 4), sizes=(8, 16, 32, 64, 128, 256), factors=(0.1, 0.2, 0.5, 1, 2, 5),
+        labels=(500, 2000, 8000),
     ),
 }  # fmt: skip
 SEEDS = ("sample.seed", "optimize.seed")
@@ -193,10 +200,9 @@ def scaled_points(
 
 def compute_points(basis: Basis) -> list[Point]:
     """Return each method as its recipe has it; those with rounds have a point for each."""
-    lines = ("sft_sample_rank + nll", "rso + nll", "dpo", "raft", "rest", "iterated_dpo + nll", "iterated_rso + nll")
-    of_rounds = lines[2:]
+    lines, drawn_before = basis.scale.compute_lines, basis.scale.lines
     points = [
-        basis.point(line, seeds=basis.scale.seeds_of_rounds if line in of_rounds else basis.scale.seeds)
+        basis.point(line, seeds=basis.scale.seeds if line in drawn_before else basis.scale.seeds_of_rounds)
         for line in lines
     ]
     if (annotator := gold_as_ranker(basis)) is not None:

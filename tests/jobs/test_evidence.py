@@ -19,7 +19,7 @@ from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from tests.runs import plan_of
 
-TINY = replace(SCALES["small"], labels=(20, 500))
+TINY = replace(SCALES["small"], seeds_of_settings=2, labels=(20, 500))
 
 
 @pytest.fixture(scope="module")
