@@ -26,6 +26,7 @@ from pipeline.config.rounds import run_and_round
 from pipeline.context import StageContext, WarmCache
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import groups_at_once, run_at_once
+from pipeline.plugins import running_only
 from pipeline.registry import nearest
 from pipeline.sql.catalog import QueryResult, open_catalog
 from pipeline.stage import signature_of, stages
@@ -77,14 +78,17 @@ class Results:
         return find_model(self.store, run).folder
 
 
-def plan(recipe: str | Path, config: Configs = (), options: Mapping[str, Any] = {}) -> Plan:
+def plan(
+    recipe: str | Path, config: Configs = (), options: Mapping[str, Any] = {}, plugins: Sequence[str | Path] = ()
+) -> Plan:
     """Return the checked plan of a recipe; nothing runs.
 
     recipe: a name of `winnow recipes`, or a YAML file. config: YAML files, or mappings in their place, whose relative
     paths begin with `./` and are those of the working directory. options: such as `{"select.rule.beta": 0.1}`, which
-    outrank both. Raises WinnowError with all mistakes.
+    outrank both. plugins: files of Python that may be executed, because a config may be somebody else's: those that it
+    lists, and those of functions that an option names. Raises WinnowError with all mistakes.
     """
-    return _plans([recipe], config, options)[0]
+    return _plans([recipe], config, options, plugins)[0]
 
 
 def costs(plan: Plan, store: str | Path = "store", profile: str | None = None) -> list[dict[str, Any]]:
@@ -103,6 +107,7 @@ def run(
     store: str | Path = "store",
     executor: LocalExecutor | None = None,
     tags: Mapping[str, str] = {},
+    plugins: Sequence[str | Path] = (),
 ) -> Results:
     """Run the steps that the recipes need and the store lacks; return the results of these runs.
 
@@ -110,7 +115,7 @@ def run(
     work is done in this process. tags: what the runs are to be found by, with an empty value for a word. Otherwise as
     `plan`. Raises WinnowError for mistakes before anything runs, and where a step fails; what has finished is kept.
     """
-    target, plans = Store(str(store)), _plans(recipe, config, options)
+    target, plans = Store(str(store)), _plans(recipe, config, options, plugins)
     with_free_names(plans, target)
     chosen = executor or LocalExecutor()
     steps = unfinished([step for item in plans for step in item.steps], target)
@@ -145,9 +150,12 @@ def alone(folder: str | Path) -> StageContext:
     return StageContext(Path(folder), WarmCache(), lambda *progress: None)
 
 
-def _plans(names: Sequence[str | Path], config: Configs, options: Mapping[str, Any]) -> list[Plan]:
+def _plans(
+    names: Sequence[str | Path], config: Configs, options: Mapping[str, Any], plugins: Sequence[str | Path]
+) -> list[Plan]:
     sets = [f"{name}={json.dumps(value)}" for name, value in options.items()]
-    with _as_files([config] if isinstance(config, str | Path | Mapping) else config) as files:
+    configs = [config] if isinstance(config, str | Path | Mapping) else config
+    with _as_files(configs) as files, running_only(map(Path, plugins)):
         return recipes.plans([str(name) for name in names], files, sets)
 
 

@@ -5,8 +5,8 @@ A recipe or config lists files under `plugins`; an installed package names a mod
 computes those steps again. A plugin registers functions that it defines itself; what it imports is not followed, and
 must be installed: a plugin is one file, because a worker gets its text and nothing beside it.
 
-A file is code. A command runs only those that it names itself (`--plugin`), because a config may be somebody else's;
-what Python calls, its own caller trusts. A file that a command names is a plugin of its recipes, listed there or not.
+A file is code. A command runs only those that it names itself (`--plugin`, in Python `plugins`), because a config may
+be somebody else's. A file that a command names is a plugin of its recipes, listed there or not.
 """
 
 import linecache
@@ -76,7 +76,7 @@ def load_file(path: Path) -> Plugin:
     if named is not None and path.resolve() not in named:
         raise WinnowError(
             f"{path} is Python code, and what a config or recipe names is not run unless the command names it too: "
-            f"read it, then add `--plugin {shlex.quote(str(path))}`"
+            f"read it, then add `--plugin {shlex.quote(str(path))}` (in Python, `plugins=[{str(path)!r}]`)"
         )
     try:
         if path.exists() and not path.is_file():

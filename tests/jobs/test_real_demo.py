@@ -131,7 +131,8 @@ def results(folder):
         "eval_sample": {"with": greedy},
         "eval_baseline": {"with": greedy},
     }
-    return winnow.run("rso", config=[folder / REAL.name, small], store=folder / "store")
+    plugins = [folder / REWARD.name]
+    return winnow.run("rso", config=[folder / REAL.name, small], store=folder / "store", plugins=plugins)
 
 
 @needs_model

@@ -8,6 +8,7 @@ import pytest
 
 from jobs import winnow
 from jobs.recipes import recipe_path
+from pipeline.plugins import unload_plugins
 from schemas import WinnowError
 
 NOTEBOOK = recipe_path("rso").parents[1] / "notebook.ipynb"
@@ -40,6 +41,26 @@ def test_mistakes_are_those_of_the_command(config: Path, tmp_path: Path):
         winnow.plan("rso", config, {"select.rule.beat": 4})
     with pytest.raises(WinnowError, match="no such folder"):
         winnow.open(tmp_path / "none")
+
+
+def test_code_that_a_config_names_runs_only_if_the_caller_names_it_too(config: Path, tmp_path: Path):
+    """A config may be somebody else's, in Python as for the command."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n\n\ndef right(prompt, response):\n    return 1.0\n"
+    )
+    mine: list[winnow.Config] = [
+        config,
+        {"evaluate": {"with": {"gold": {"name": "python", "file": str(reward), "function": "right"}}}},
+    ]
+    with pytest.raises(WinnowError, match=r"reward\.py is Python code.*plugins=\["):
+        winnow.plan("rso", mine)
+    assert not (tmp_path / "ran").exists()
+    try:
+        assert winnow.plan("rso", mine, plugins=[reward]).target.options["gold"].name == "right"
+        assert (tmp_path / "ran").exists()
+    finally:
+        unload_plugins()
 
 
 def test_the_notebook_runs(config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
