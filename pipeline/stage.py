@@ -61,15 +61,13 @@ class Input:
 class InputStep:
     """Step that an input comes from, as a stage's check sees it; without options if they did not validate.
 
-    name: as the recipe writes it. readers: the stages that read it in this plan. Neither makes another step of it: two
-    are equal if their results are.
+    name: as the recipe writes it, which makes no other step of it: two are equal if their results are.
     """
 
     stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, "InputStep"] = field(default_factory=dict)
     name: str = field(default="", compare=False)
-    readers: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 Check = Callable[[dict[str, Any], Mapping[str, InputStep]], list[str]]

@@ -516,9 +516,8 @@ def _check_stages(
     checked: dict[str, InputStep] = {}
     for name in order:
         inputs = {item: checked[source] for item, source in sources[name].items() if source in checked}
-        readers = {entries[reader].name for reader in order if reader in entries and name in sources[reader].values()}
         stage = entries[name].name if name in entries else ""
-        checked[name] = InputStep(stage, options.get(name, {}), inputs, split_round(name)[0], frozenset(readers))
+        checked[name] = InputStep(stage, options.get(name, {}), inputs, split_round(name)[0])
         if name not in options:
             continue
         with entries[name].failures(), warnings.catch_warnings(record=True) as caught:

@@ -12,7 +12,6 @@ from stages.data.first_prompts import READ_PROMPTS, first_conversations
 from stages.data.texts import as_messages
 
 PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone
-TRAINING = {"reward", "compare"}  # stages whose results training reads; what else reads a ranker judges
 Shape = tuple[tuple[str, ...], bool]  # roles of a prompt's turns, and whether it has tools
 
 
@@ -26,10 +25,6 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
     template = planned_chat_template(ranker) if ranker and by.name in ("pointwise", "endpoint") else None
     if prompts is None or not (template or by.options.get("format") == "rlhflow"):
         return
-    # Stages that a ranker of both shares say the same line, which is printed once.
-    readers = ranker.readers if ranker else frozenset()
-    effects = ["train nothing"] if readers & TRAINING or not readers else []
-    effects += ["are not judged"] if readers - TRAINING else []
     conversations = first_conversations(prompts.options) if prompts.stage in READ_PROMPTS else []
     shapes: Counter[Shape] = Counter(
         (tuple(str(message["role"]) for message in as_messages(conversation.content)), bool(conversation.tools))
@@ -46,8 +41,8 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
             cure = "set `chat_template` of its step of stage `model` to one that does"
         of_file = f"{count} of the first {shapes.total()} prompts of {prompts.options['path']}"
         warnings.warn(
-            f"{ranker.name if ranker else 'by'}: {of_file} have {part}, which {holder} does not hold: their responses "
-            f"will be rejected, and {' and '.join(effects)}; {cure}, or leave them out",
+            f"{ranker.name if ranker else 'by'}: {of_file} have {part}, which {holder} does not hold: these steps will "
+            f"reject their responses; {cure}, or leave them out",
             WinnowWarning,
             stacklevel=2,
         )
