@@ -111,12 +111,12 @@ def plan_sweep(
 def sweep_table(plans: list[Plan], store: Store, to_run: Collection[str]) -> pa.Table:
     """Return a row per run: its steps, how many are cached, shared with rows above, and which will run.
 
-    to_run: the keys of all that will; `steps` are those of the plan's part.
+    to_run: the keys of all that will; `steps` are those of the plan's part, each key once.
     """
     seen: set[str] = set()
     rows = []
     for plan in plans:
-        steps = plan.steps_to_run
+        steps = list({step.key: step for step in plan.steps_to_run}.values())  # a judge may be the proxy again
         cached = {step.key for step in steps} - set(to_run)
         new = [step.name for step in steps if step.key not in seen | cached]
         shared = {step.key for step in steps if step.key in seen - cached}

@@ -2,14 +2,16 @@
 
 import re
 import shutil
+from copy import copy
 from pathlib import Path
 
 import pytest
 
-from jobs.sweeps import LABEL_BYTES, Axis, plan_sweep
+from jobs.sweeps import LABEL_BYTES, Axis, plan_sweep, sweep_table
 from pipeline.config.yaml import parse_items
 from pipeline.store.store import Store
 from schemas import WinnowError
+from tests.runs import plan_of
 
 AFTER_TRAINING = ("optimize", "eval_sample", "judge", "eval_logp", "eval_logp_sft", "evaluate")
 
@@ -147,3 +149,13 @@ def test_part_of_a_sweep(winnow, words: list[str], tmp_path: Path):
     store = Store(tmp_path / "store")
     assert store.at("optimize", links["optimize"]["key"]).manifest
     assert not store.at("evaluate", links["evaluate"]["key"]).manifest
+
+
+def test_a_step_under_two_names_is_counted_once(data_dir: Path, tmp_path: Path):
+    """As a judge that is the proxy again: what is cached, shared and to run is then all steps of the row."""
+    plan = plan_of(data_dir)
+    twin = copy(next(step for step in plan.steps if step.name == "judge"))
+    twin.name = "judge_by_again"
+    plan.steps.append(twin)
+    (row,) = sweep_table([plan], Store(tmp_path), {step.key for step in plan.steps[:5]}).to_pylist()
+    assert row["steps"] == row["cached"] + row["shared"] + row["will run"] == len(plan.steps) - 1
