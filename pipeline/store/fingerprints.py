@@ -83,7 +83,8 @@ class ContentPath:
     def check(self) -> None:
         """Raise ValueError if the path is not what the class says."""
         if not self.path.exists():
-            raise ValueError(f"{MISSING}: {self.path}")
+            hint = "" if Path(self.written).expanduser().is_absolute() else "; a path beside the config begins with ./"
+            raise ValueError(f"{MISSING}: {self.path}{hint}")
 
     def __repr__(self) -> str:
         return str(self.path)

@@ -299,7 +299,10 @@ MISTAKES = [
     ("plan rso --set optimize.objective=hing", ["optimize.objective", "'hing'", "'hinge'"]),
     ("plan rso --set sample.engine=vlm", ["sample.engine", "'vllm', 'transformers', 'fake' or 'endpoint'", "'vlm'"]),
     ("plan rso --set target=evaluat", ["target: no step 'evaluat'", "did you mean 'evaluate'?"]),
-    ("plan rso --set prompts.path=gone.jsonl", ["prompts.path: no such file", "gone.jsonl"]),
+    (
+        "plan rso --set prompts.path=gone.jsonl",
+        ["prompts.path: no such file", "gone.jsonl; a path beside the config begins with ./"],
+    ),
     ("run rso ipo --set select.rule.k=0", ["rso, ipo: select.rule.k"]),
     ("run rso nope", ["unknown recipe 'nope'"]),
     ("run rso rafft", ["unknown recipe 'rafft', and no YAML file; did you mean 'raft'?"]),
