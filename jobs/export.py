@@ -4,6 +4,7 @@ How a pair becomes a row of a format is in export_formats.py. DuckDB sorts the p
 read in batches, so their number is not limited by memory.
 """
 
+import filecmp
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -90,8 +91,8 @@ def export_pairs(
     """Write the pairs that a run's policy was trained on in format `name`, ordered by their ids; all or none.
 
     Rejected pairs are written beside the file, in FILE.rejects.jsonl. The same run gives the same bytes. Raise
-    WinnowError for an unknown run or round, a suffix that the format does not have, a run without pairs, and if all
-    are rejected.
+    WinnowError for an unknown run or round, a suffix that the format does not have, a run without pairs, if all are
+    rejected, and if the file exists with other content.
     """
     from stages.data.tokenizer import Tokenizer
 
@@ -110,7 +111,8 @@ def export_pairs(
     batches = catalog.sql(PAIRS.format(**{"rewards": ""} | source.keys)).batches()
     slices = (batch.slice(start, BATCH) for batch in batches for start in range(0, batch.num_rows, BATCH))
     pairs = (row for rows in slices for row in rows.to_pylist())
-    with _writer(out, pa.schema(columns)) as write_rows, _writer(result.rejects_file) as write_rejects:
+    rejects_file = _writer(result.rejects_file, overwrites=True)  # outside: nothing is written where `out` stays
+    with rejects_file as write_rejects, _writer(out, pa.schema(columns)) as write_rows:
         while rows := list(islice(pairs, BATCH)):
             converted = [
                 (row, (None if form.masks else without_turns(row)) or item)
@@ -215,8 +217,13 @@ def _end_as_eos(tokenizer: "Tokenizer", last_ids: list[int | None]) -> str | Non
 
 
 @contextmanager
-def _writer(path: Path, schema: pa.Schema | None = None) -> Iterator[Callable[[list[Row]], Any]]:
-    """Yield a function that writes rows to a file, which appears when all are written, and not at all on failure."""
+def _writer(
+    path: Path, schema: pa.Schema | None = None, *, overwrites: bool = False
+) -> Iterator[Callable[[list[Row]], Any]]:
+    """Yield a function that writes rows to a file, which appears when all are written, and not at all on failure.
+
+    Raise WinnowError at the end if it exists with other content, unless this one overwrites it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -228,6 +235,8 @@ def _writer(path: Path, schema: pa.Schema | None = None) -> Iterator[Callable[[l
         else:
             with scratch.open("w", encoding="utf-8", newline="\n") as file:
                 yield lambda rows: file.writelines(as_json(row) + "\n" for row in rows)
+        if not overwrites and path.exists() and not filecmp.cmp(scratch, path, shallow=False):
+            raise WinnowError(f"--out {path}: exists already, with other content; delete it, or give another name")
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

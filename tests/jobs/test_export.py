@@ -40,7 +40,7 @@ from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
 from pipeline.store.fingerprints import DataPath, model_digest
 from pipeline.store.store import Store
-from schemas import Model, prompt_id
+from schemas import Model, WinnowError, prompt_id
 from stages.data.preferences import preferences
 from stages.data.tokenizer import Tokenizer
 from tests.catalogs import record_changes
@@ -361,7 +361,7 @@ def test_a_response_of_several_turns_needs_the_format_with_masks(store, winnow, 
     turns = rewrite_examples(store, "dpo", root, mask_first)
     pairs = sum(len(group["pairs"]) for group in examples_of(turns, "dpo"))
     for format in ("trl", "trl-ids"):
-        words = ("export", "--run", "dpo", "--format", format, "--out", tmp_path / "pairs.parquet", "--store", root)
+        words = ("export", "--run", "dpo", "--format", format, "--out", tmp_path / f"{format}.parquet", "--store", root)
         code, text = winnow(*words)
         assert (code, f"1 of {pairs} pairs are lost; --format jsonl loses none" in text) == (0, True), text
     assert export_pairs(turns, "dpo", "jsonl", tmp_path / "pairs.jsonl").rows == pairs
@@ -419,6 +419,18 @@ def test_the_same_run_gives_the_same_bytes_in_batches_of_any_size(file, store, t
         assert pq.read_metadata(batched.out).num_row_groups > 1
     else:
         assert batched.out.read_bytes() == single.out.read_bytes()
+
+
+def test_a_file_of_other_content_is_not_written_over(store, tmp_path):
+    """The same export again is no other content. Nothing is left beside it."""
+    file = tmp_path / "pairs.jsonl"
+    export_pairs(store, "run", "jsonl", file)
+    before = file.read_bytes()
+    export_pairs(store, "run", "jsonl", file)
+    with pytest.raises(WinnowError, match="exists already, with other content"):
+        export_pairs(store, "run", "trl-ids", file)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 def test_a_round_is_exported_by_its_number_and_the_last_one_without(store, tmp_path):
