@@ -21,7 +21,7 @@ from pipeline.plugins import load_plugins
 from pipeline.registry import ELSEWHERE, FORMER, FROM_FILE, Bound, Entry, bound_entries, nearest, registry_of
 from pipeline.stage import InputStep, StageSignature, signature_of, stages
 from pipeline.store.fingerprints import MISSING
-from schemas import COMMAND, WinnowError, WinnowWarning
+from schemas import COMMAND, WinnowError, WinnowWarning, table_name
 
 FURTHER = "evaluate_"  # begins the name of each evaluation beside the main one, in queries (jobs/queries) too
 
@@ -322,8 +322,25 @@ def make_plan(recipe: Recipe, last: str | None = None) -> Plan:
     plan.evaluations = [steps[name] for name in evaluations]
     plan.notes = [note for note in recipe.notes if note.partition(".")[0] in {split_round(name)[0] for name in order}]
     plan.notes += _other_meanings(recipe, plan.steps)
+    plan.notes += _unread_pairs(plan.steps)
     plan.notes += mixed_precision({step.name: (step.options, step.origins) for step in plan.steps})
     return plan
+
+
+def _unread_pairs(steps: list[Step]) -> list[str]:
+    """Return a note for each step that holds out pairs which no step of the plan trains on or measures."""
+    notes = []
+    for step in steps:
+        share = step.options.get("heldout")
+        if not share or "pairs" not in map(table_name, step.signature.outputs):
+            continue
+        readers = [reader for reader in steps if step in reader.inputs.values()]
+        if readers and all(reader.options.get("split") in (None, "train") for reader in readers):
+            notes.append(
+                f"{step.name}.heldout: the pairs of {share:.0%} of its prompts are held out, and no step trains on "
+                f"them or measures them; `{step.name}: {{with: {{heldout: 0.0}}}}` trains on all"
+            )
+    return notes
 
 
 def _with_functions(recipe: Recipe, problems: list[str]) -> Recipe:

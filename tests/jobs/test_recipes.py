@@ -131,3 +131,12 @@ def test_a_warning_of_several_plans_is_shown_once_with_the_steps_of_all(data_dir
         plans(["dpo", "rso"], [tmp_path / "mine.yaml"], [])
     (text,) = (str(item.message) for item in caught if "repetition_penalty: 1.3" in str(item.message))
     assert sorted(text.split(":")[0].split(", ")) == ["eval_baseline", "eval_sample", "sample"]
+
+
+def test_pairs_that_are_held_out_and_that_no_step_reads_are_named(data_dir):
+    """A fifth of the pairs of DPO, by default, for nothing; a ranker of the same pairs is measured on them."""
+    plan = plan_of(data_dir, "target=optimize", "preferences.heldout=0.3", recipe="dpo")
+    (note,) = (note for note in plan.notes if "heldout" in note)
+    assert note.startswith("preferences.heldout: the pairs of 30% of its prompts are held out, and no step")
+    for sets in (["target=optimize", "preferences.heldout=0.0"], ["target=evaluate"]):
+        assert not any("heldout" in note for note in plan_of(data_dir, *sets, recipe="dpo").notes)
