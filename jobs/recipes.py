@@ -97,7 +97,7 @@ def _plan_until(last: str | None, recipe: Recipe) -> Plan:
 def plan_with_gold(recipe: str, configs: list[Path], sets: list[str]) -> tuple[Plan, tuple[Bound, bool] | None]:
     """Return a plan, and the gold reward of its evaluation with whether that reads special tokens, None without one.
 
-    Also where the plan ends before `evaluate`, as that of `own_candidates` does: a config or --set may still name it.
+    Also where the plan ends before `evaluate`, as one without a ranker does: a config or --set may still name it.
     Raises WinnowError with all mistakes.
     """
     plan = plan_named(recipe, configs, sets)
