@@ -330,11 +330,11 @@ class DataTables:
             raise ValueError("prompt too long")
         if not isinstance(content, str) and content[-1]["role"] == "assistant" and self.prefill != "continue":
             raise CurableError(PREFILLED, PREFILLED_CURE)
-        if not isinstance(content, str) and all(message["role"] in SYSTEM_ROLES for message in content):
-            warnings.warn(NO_USER, WinnowWarning, stacklevel=2)
         ids, is_changed = self._prompt_ids(conversation)
         if len(ids) > min(self.max_tokens, self.context - 1):  # room for one token of a response
             raise ValueError("prompt too long")
+        if not isinstance(content, str) and all(message["role"] in SYSTEM_ROLES for message in content):
+            warnings.warn(NO_USER, WinnowWarning, stacklevel=2)
         name = prompt_id(content, tools)
         if is_changed:
             self.changed.add(name)
