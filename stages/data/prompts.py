@@ -177,14 +177,18 @@ def prompts(
                 raise pair
             if pair is None:
                 content, plain = prompt_with(source_row, prompt, system=system, input=input), None
-                content = without_answer(content) if prefill == "omit" else content
-                if demonstration == prompt:
-                    source_row = source_row | {prompt: messages_of(source_row, prompt)[-1:]}
-                response = reply_of(source_row, demonstration, content) if demonstration else None
             else:
                 content, plain = pair.prompt, pair.plain
-                content = without_answer(content) if prefill == "omit" else content
-                response = pair.chosen if demonstration else None
+            if prefill == "omit":
+                content = without_answer(content)
+            if not demonstration:
+                response = None
+            elif pair is not None:
+                response = pair.chosen
+            else:
+                if demonstration == prompt:
+                    source_row = source_row | {prompt: messages_of(source_row, prompt)[-1:]}
+                response = reply_of(source_row, demonstration, content)
 
             # Their ids, by the rules of the model's tokenizer.
             tools = pair.tools if pair and pair.tools else tools_of(source_row)

@@ -422,7 +422,7 @@ def test_the_same_run_gives_the_same_bytes_in_batches_of_any_size(file, store, t
 
 
 def test_a_file_of_other_content_is_not_written_over(store, tmp_path):
-    """The same export again is no other content. Nothing is left beside it."""
+    """Exporting the same again is no other content. Nothing is left beside the file."""
     file = tmp_path / "pairs.jsonl"
     export_pairs(store, "run", "jsonl", file)
     before = file.read_bytes()

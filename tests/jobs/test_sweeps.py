@@ -154,8 +154,8 @@ def test_part_of_a_sweep(winnow, words: list[str], tmp_path: Path):
 def test_a_step_under_two_names_is_counted_once(data_dir: Path, tmp_path: Path):
     """As a judge that is the proxy again: what is cached, shared and to run is then all steps of the row."""
     plan = plan_of(data_dir)
-    twin = copy(next(step for step in plan.steps if step.name == "judge"))
-    twin.name = "judge_by_again"
-    plan.steps.append(twin)
+    judge = copy(next(step for step in plan.steps if step.name == "judge"))
+    judge.name = "judge_by_again"
+    plan.steps.append(judge)
     (row,) = sweep_table([plan], Store(tmp_path), {step.key for step in plan.steps[:5]}).to_pylist()
     assert row["steps"] == row["cached"] + row["shared"] + row["will run"] == len(plan.steps) - 1

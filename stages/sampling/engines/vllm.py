@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any, get_args
@@ -383,15 +384,11 @@ def _count_without_compiler() -> None:
     sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
 
 
-_frozen: list[bool] = []  # whether this process has frozen the objects of its libraries
-
-
+@cache
 def _freeze_libraries() -> None:
-    """Let the garbage collector pass over what is there when vLLM has been imported: torch, transformers and vLLM."""
-    if not _frozen:
-        gc.collect()
-        gc.freeze()
-        _frozen.append(True)
+    """Let the garbage collector pass over what is there when vLLM has been imported, once per process."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
