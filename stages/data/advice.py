@@ -19,10 +19,10 @@ from stages.data.formats import (
     NOT_PAIRS,
     PROMPT_COLUMNS,
     columns_of,
-    couple_neighbours,
     optional_columns_of,
     pairs_of,
     preference_reader,
+    row_groups,
 )
 from stages.data.rows import Row
 from stages.data.texts import with_chat_keys
@@ -153,8 +153,5 @@ def _best_readers(registry: Registry, names: Sequence[str], rows: list[Row]) -> 
 
 def _results(reader: Bound, rows: list[Row]) -> list[Any]:
     """Return what a reader makes of the rows: pairs or labelled responses, and a ValueError for what is none."""
-    together = reader.metadata.get("together")
-    if together is None:
-        return [result for row in rows for result in pairs_of(reader, [row])]
-    groups = couple_neighbours((("", row) for row in rows), together, reader.metadata.get("together_rows", 2))
+    groups = row_groups((("", row) for row in rows), reader)
     return [result for _, group in groups for result in pairs_of(reader, group)]

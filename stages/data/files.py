@@ -28,7 +28,7 @@ from stages.data.file_rows import (
     column_names,
     file_rows,
 )
-from stages.data.formats import PreferencePair, columns_of, couple_neighbours, optional_columns_of
+from stages.data.formats import PreferencePair, columns_of, optional_columns_of, row_groups
 from stages.data.rows import Row
 from stages.data.texts import with_message_lists, without_filled_nulls
 
@@ -156,12 +156,7 @@ class DataSource:
         read: Callable[[Bound, list[Row]], list[PreferencePair | ValueError]],
     ) -> Iterator[tuple[str, Row, PreferencePair | ValueError]]:
         """Yield (location, row, pair or reason) of `read(reader, rows)`: of several rows, those of the first."""
-        rows = self.rows(ctx, columns_of(reader), optional_columns_of(reader))
-        together = reader.metadata.get("together")
-        if together is None:
-            groups: Iterator[tuple[str, list[Row]]] = ((location, [row]) for location, row in rows)
-        else:
-            groups = couple_neighbours(rows, together, reader.metadata.get("together_rows", 2))
+        groups = row_groups(self.rows(ctx, columns_of(reader), optional_columns_of(reader)), reader)
         return ((location, group[0], result) for location, group in groups for result in read(reader, group))
 
     def _dataset_rows(self, columns: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, Row]]:

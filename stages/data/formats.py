@@ -42,6 +42,7 @@ preference_reader = Registry(
     "reader", "row", **COLUMNS, together=NotRequired[str], together_rows=NotRequired[int | None]
 )
 
+IDENTICAL = "identical responses"  # reason to reject a pair
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ASSISTANT = "\n\nAssistant:"
 HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
@@ -316,6 +317,14 @@ def couple_neighbours(
     for _, group in groupby(rows, key=lambda item: item[1].get(column)):
         while couple := list(islice(group, most)):
             yield couple[0][0], [row for _, row in couple]
+
+
+def row_groups(rows: Iterator[tuple[str, Row]], reader: Bound) -> Iterator[tuple[str, list[Row]]]:
+    """Yield the rows of each call of a reader, one or those that it takes together, with the location of the first."""
+    together = reader.metadata.get("together")
+    if together is None:
+        return ((location, [row]) for location, row in rows)
+    return couple_neighbours(rows, together, reader.metadata.get("together_rows", 2))
 
 
 # Helpers of readers; each raises ValueError with the reason for the rejects table

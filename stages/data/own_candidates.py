@@ -10,11 +10,11 @@ from pipeline import Bound, DataPath, InputStep, StageContext, stage
 from schemas import Candidates, Model, Prompts, Rewards
 from schemas.tables import REWARDS
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
-from stages.data.first_prompts import prompt_problems
+from stages.data.first_rows import prompt_problems, response_problems
 from stages.data.formats import columns_of, optional_columns_of
 from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row, label_threshold
-from stages.data.texts import Conversation, number_of, prompt_with, reject_detail, reply_of, tools_of
+from stages.data.texts import Conversation, Reply, number_of, prompt_with, reject_detail, reply_of, tools_of
 from stages.data.trainer_formats import candidate_reader
 from stages.options import Count, HeldoutShare, Prefill, TooLong, ValidationShare, share_problems
 
@@ -24,7 +24,8 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
     if options["reader"] is not None:
         defaults = dict(prompt="prompt", response="response", reward=None, probability=None, system=None, input=None)
         problems = check_no_columns(options, **defaults) or check_system_prompt(options, inputs) + check_reader(options)
-        return share_problems(options) + (problems or prompt_problems(options, inputs))
+        problems = problems or prompt_problems(options, inputs)
+        return share_problems(options) + (problems or _response_problems(options))
     problems = share_problems(options) + check_system_prompt(options, inputs)
     if reward is not None and probability is not None:
         problems.append(
@@ -33,7 +34,31 @@ def _check_own_candidates(options: dict[str, Any], inputs: Mapping[str, InputSte
         )
     names = ("prompt", "response", "reward", "probability", "system", "input")
     problems += check_source(options, [options[name] for name in names if options[name]])
-    return problems or prompt_problems(options, inputs)
+    return problems or prompt_problems(options, inputs) or _response_problems(options)
+
+
+def _response_problems(options: Mapping[str, Any]) -> list[str]:
+    """Return why all responses of a file would be rejected, by its first rows. Warn if only some of them would be."""
+    reader: Bound | None = options["reader"]
+    names = {name: options[name] for name in ("prompt", "response", "reward", "probability", "system", "input")}
+    columns = [*names.values()] if reader is None else [*columns_of(reader), *optional_columns_of(reader)]
+    column = options["reward"] or options["probability"] or ""
+
+    def read(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, ValueError | None]]:
+        for location, row, error in _rows_of_lists(rows, "" if reader is not None else options["response"], column):
+            if reader is None:
+                try:
+                    prompt_with(row, names["prompt"], system=names["system"], input=names["input"])
+                except ValueError:  # `prompt_problems` counts it
+                    continue
+            try:
+                if error is None:
+                    _read_row(row, reader, **names)
+            except ValueError as reason:
+                error = reason
+            yield location, error
+
+    return response_problems(options, columns, read, called="responses")
 
 
 def _omitted_tables(options: Mapping[str, Any]) -> dict[str, str]:
@@ -110,14 +135,10 @@ def own_candidates(
             try:
                 if error:
                     raise error
-                if reader is not None:
-                    labelled = reader(row)
-                    content, text, value, tools = labelled.prompt, labelled.response, labelled.reward, labelled.tools
-                else:
-                    value = _reward_of(row, column, is_probability=bool(probability)) if column else None
-                    content = prompt_with(row, prompt, system=system, input=input)
-                    text, tools = reply_of(row, response, content), None
-                conversation = Conversation(content, tools or tools_of(row))
+                conversation, text, value = _read_row(
+                    row, reader, prompt=prompt, response=response, reward=reward, probability=probability,
+                    system=system, input=input,
+                )  # fmt: skip
                 item.prompt, item.value = data.add_prompt(conversation), value
                 item.responses = [data.render_response(conversation, text)]
             except ValueError as error:
@@ -145,6 +166,27 @@ def own_candidates(
     rewards = [row | {"label_threshold": threshold} for row in rewards]
     rewards.sort(key=lambda row: (row["prompt_id"], row["candidate_id"]))
     return *data.tables(), pa.Table.from_pylist(rewards, schema=REWARDS)
+
+
+def _read_row(
+    row: Row,
+    reader: Bound | None,
+    *,
+    prompt: str,
+    response: str,
+    reward: str | None,
+    probability: str | None,
+    system: str | None,
+    input: str | None,
+) -> tuple[Conversation, Reply, float | None]:
+    """Return the prompt of a row, its response and its reward, None without one. Raise ValueError with the reason."""
+    if reader is not None:
+        labelled = reader(row)
+        return Conversation(labelled.prompt, labelled.tools or tools_of(row)), labelled.response, labelled.reward
+    column = reward or probability
+    value = _reward_of(row, column, is_probability=bool(probability)) if column else None
+    content = prompt_with(row, prompt, system=system, input=input)
+    return Conversation(content, tools_of(row)), reply_of(row, response, content), value
 
 
 def _rows_of_lists(

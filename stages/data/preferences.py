@@ -10,8 +10,8 @@ from pipeline.costs import Cost
 from schemas import Candidates, Model, Pairs, Prompts
 from schemas.tables import PAIRS
 from stages.data.files import DataSource, check_reader
-from stages.data.first_prompts import prompt_problems
-from stages.data.formats import pairs_of, preference_reader
+from stages.data.first_rows import pair_problems, prompt_problems
+from stages.data.formats import IDENTICAL, pairs_of, preference_reader
 from stages.data.prompts import DataTables, LateRejects, SourceRow, check_system_prompt
 from stages.data.rows import Row
 from stages.data.texts import Conversation, readable_reply, reject_detail, tools_of, without_repeated_prompt
@@ -25,7 +25,7 @@ from stages.work import preferences_work
     check=lambda options, inputs: (
         share_problems(options)
         + check_system_prompt(options, inputs)
-        + (check_reader(options) or prompt_problems(options, inputs))
+        + (check_reader(options) or prompt_problems(options, inputs) or pair_problems(options))
     ),
     cost=Cost(work=preferences_work),
 )
@@ -96,7 +96,7 @@ def preferences(
         prompt = item.prompt
         if chosen == rejected:
             ctx.reject(
-                "identical responses",
+                IDENTICAL,
                 place=item.location,
                 detail=readable_reply(item.value.chosen),
                 prompt=prompt,

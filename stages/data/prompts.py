@@ -18,7 +18,7 @@ from schemas import Model, Prompts, WinnowError, WinnowWarning, prompt_id, split
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
-from stages.data.first_prompts import prompt_problems
+from stages.data.first_rows import pair_problems, prompt_problems
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
@@ -96,6 +96,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
         + (
             _column_problems(options, inputs)
             or prompt_problems(options, inputs, answered=options["demonstration"] is not None)
+            or (pair_problems(options, compared=False) if options["reader"] is not None else [])
         )
     ),
     cost=Cost(work=prompts_work),

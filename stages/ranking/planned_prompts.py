@@ -8,7 +8,7 @@ from itertools import pairwise
 from pipeline import Bound, InputStep
 from schemas import WinnowWarning
 from stages.data.chat_templates import TOOL_NAME, planned_chat_template, rendered_probes
-from stages.data.first_prompts import READ_PROMPTS, first_conversations
+from stages.data.first_rows import READ_PROMPTS, first_conversations
 from stages.data.texts import as_messages
 
 PLAIN = ("system", "developer", "user", "assistant")  # roles of messages that are text alone

@@ -10,8 +10,8 @@ from jobs.inspection import near_duplicates
 from schemas import split_of
 from tests.conftest import write_jsonl
 
-EMPTY_PROMPT = pytest.mark.filterwarnings(
-    "ignore:prompts. path. 1 of the first .* will be rejected. empty prompt"
+BAD_ROWS = pytest.mark.filterwarnings(
+    "ignore:.*path. 1 of the first .* will be rejected. (empty prompt|identical responses)"
 )  # by the plan
 texts = st.lists(st.lists(st.sampled_from("abcd"), min_size=0, max_size=7).map(" ".join), max_size=6)
 
@@ -63,7 +63,7 @@ def config(tiny, tmp_path):
     return tmp_path / "my.yaml"
 
 
-@EMPTY_PROMPT
+@BAD_ROWS
 def test_inspect_says_what_is_wrong_with_the_data_and_stores_nothing(config, winnow, tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     code, text = winnow("inspect", "dpo", "--config", config, "--overlap", "0.7", "--out", "found.jsonl")
@@ -87,7 +87,7 @@ def test_inspect_says_what_is_wrong_with_the_data_and_stores_nothing(config, win
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "found.jsonl"])
 
 
-@EMPTY_PROMPT
+@BAD_ROWS
 def test_inspect_reads_the_data_of_several_recipes_once_each(config, winnow, tmp_path):
     """A step that they share has its rows once; one that differs is named after its recipe too."""
     (tmp_path / "other.yaml").write_text("extends: dpo\npreferences: {with: {heldout: 0.5}}\n")
@@ -99,7 +99,7 @@ def test_inspect_reads_the_data_of_several_recipes_once_each(config, winnow, tmp
     assert sorted(steps) == ["preferences", "preferences of other", "prompts"]
 
 
-@EMPTY_PROMPT
+@BAD_ROWS
 def test_inspect_prints_a_table_and_reports_the_plans_mistakes(config, winnow):
     code, text = winnow("inspect", "dpo", "--config", config)
     assert code == 0

@@ -457,8 +457,11 @@ def test_a_column_that_the_first_rows_lack_is_still_a_column(tmp_path):
     """In JSONL a column exists where some row has it; bad lines on the way are no rows, and are counted."""
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "Hi"}\noops\n' + json.dumps(GOOD) + "\n")
-    with pytest.warns(WinnowWarning, match="1 of the first 2 .* not JSON"):
+    with pytest.warns(WinnowWarning, match="1 of the first 2 .*") as caught:
         assert problems(preferences, path) == []
+    not_json, no_pair = (str(item.message) for item in caught)
+    assert "not JSON (in.jsonl:2)" in not_json
+    assert "no chosen (in.jsonl:1)" in no_pair
 
 
 def test_a_file_that_is_not_what_its_name_says_is_refused_at_plan_time(tmp_path):

@@ -10,9 +10,11 @@ from pipeline import Bound, InputStep, ModelPath, Registry
 from pipeline.registry import entry_of
 from pipeline.store.fingerprints import DataPath
 from schemas import WinnowWarning
-from stages.data.first_prompts import prompt_problems
+from stages.data.first_rows import prompt_problems
 from stages.data.formats import preference_reader
 from stages.data.own_candidates import own_candidates
+from stages.data.preferences import preferences
+from stages.data.prompts import prompts
 from stages.data.trainer_formats import candidate_reader
 from tests.conftest import write_jsonl
 from tests.stages.ranking.test_planned_prompts import PLAIN, ROWS, SYSTEM_IN_LAST
@@ -39,6 +41,14 @@ def problems(
 ) -> list[str]:
     read, inputs = source(folder, rows)
     return prompt_problems(read | {"reader": reader} | options, inputs, answered=answered)
+
+
+def checked(stage: Any, folder: Path, rows: list[dict], **options: Any) -> list[str]:
+    """Return what a stage's own check says of a file of these rows."""
+    read, inputs = source(folder, rows)
+    entry = entry_of(stage)
+    defaults = {name: field.default for name, field in entry.options.model_fields.items()}
+    return entry.metadata["signature"].check(defaults | {"path": read["path"]} | options, inputs)
 
 
 def test_chats_without_a_template_are_refused_or_some_of_them_counted(folder: Path):
@@ -165,11 +175,8 @@ def test_transcripts_that_are_read_as_text_need_no_template(folder: Path):
 @pytest.mark.parametrize("options", [{"reward": "label"}, {"reader": candidate_reader.bind("unpaired")}])
 def test_chats_with_scored_responses_are_refused_too(folder: Path, options: dict):
     rows = [{**ROWS["several turns"], "completion": "Yes.", "label": 1}]
-    read, inputs = source(folder, rows)
-    defaults = {name: field.default for name, field in entry_of(own_candidates).options.model_fields.items()}
     response = {} if "reader" in options else {"response": "completion"}
-    check = entry_of(own_candidates).metadata["signature"].check
-    (problem,) = check(defaults | read | response | options, inputs)
+    (problem,) = checked(own_candidates, folder, rows, **response, **options)
     assert "1 of the first 1" in problem
 
 
@@ -182,3 +189,62 @@ def test_a_reader_may_find_no_pair_in_a_row(folder: Path):
         return []
 
     assert problems(folder, [{"prompt": "Hello."}], readers.bind("none_of")) == []
+
+
+def test_responses_that_own_candidates_will_reject_are_counted(folder: Path):
+    """By themselves where a row has a list of them; a row without a prompt is not counted again."""
+    rows: list[dict] = [
+        {"prompt": "Hi", "answers": ["Yes.", "No.", ""], "scores": [1.5, None, 0.5]},
+        {"prompt": "Hi", "answers": ["Yes.", "No."], "scores": [1.0]},
+        {"prompt": None, "answers": ["Yes."], "scores": [None]},
+    ]
+    with pytest.warns(WinnowWarning) as caught:
+        assert checked(own_candidates, folder, rows, response="answers", reward="scores") == []
+    facts = [
+        ("1 of the first 3 prompts", "no prompt", "prompts.jsonl:3"),
+        ("1 of the first 4 responses", "reward is not a number", "prompts.jsonl:1[1]"),
+        ("1 of the first 4 responses", "empty answers", "prompts.jsonl:1[2]"),
+        ("1 of the first 4 responses", "scores is not a list", "prompts.jsonl:2"),
+    ]
+    for text, expected in zip((str(item.message) for item in caught), facts, strict=True):
+        assert all(fact in text for fact in expected)
+    (problem,) = checked(own_candidates, folder, rows[1:2] * 2, response="answers", reward="scores")
+    assert "2 of the first 2 responses" in problem
+
+
+def test_labelled_responses_that_will_be_rejected_are_counted(folder: Path):
+    rows = [{"prompt": "Hi", "completion": "Yes.", "label": label} for label in (True, 0.3)]
+    with pytest.warns(WinnowWarning, match=r"1 of the first 2 responses .*label is .*\(prompts.jsonl:2\)"):
+        assert checked(own_candidates, folder, rows, reader=candidate_reader.bind("unpaired")) == []
+
+
+def test_pairs_that_will_be_rejected_are_counted(folder: Path):
+    """Equal responses are no pair to compare; their prompt is one all the same."""
+    rows: list[dict] = [
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "Yes."},
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": None},
+    ]
+    reader = preference_reader.bind("columns")
+    with pytest.warns(WinnowWarning) as caught:
+        assert checked(preferences, folder, rows, reader=reader) == []
+    equal, missing = (str(item.message) for item in caught)
+    assert "1 of the first 3 pairs" in equal
+    assert "identical responses (prompts.jsonl:2)" in equal
+    assert "no rejected (prompts.jsonl:3)" in missing
+    (problem,) = checked(preferences, folder, rows[1:2], reader=reader)
+    assert "1 of the first 1 pairs" in problem
+    with pytest.warns(WinnowWarning, match="no rejected") as caught:
+        assert checked(prompts, folder, rows, reader=reader) == []
+    assert len(caught) == 1
+
+
+def test_rows_that_a_reader_takes_together_are_counted_as_one_pair(folder: Path, monkeypatch):
+    """The last of the first rows may go on behind them: nothing is said of it."""
+    monkeypatch.setattr("stages.data.first_rows.ROWS", 5)
+    rows = [{"prompt": f"Hi {n // 2}", "response": f"{n}", "helpfulness": n} for n in range(6)]
+    reader = preference_reader.bind({"name": "helpsteer2", "by": "helpfulness"})
+    assert checked(preferences, folder, rows, reader=reader) == []
+    rows[1]["helpfulness"] = 0
+    with pytest.warns(WinnowWarning, match=r"1 of the first 2 pairs .*\(prompts.jsonl:1\)"):
+        assert checked(preferences, folder, rows, reader=reader) == []

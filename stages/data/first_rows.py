@@ -1,16 +1,17 @@
-"""First prompts of a local file, read when a plan is made: what its options and the tokenizer will do with them."""
+"""First rows of a local file, read when a plan is made: what its options and the tokenizer will do with them."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from pipeline import InputStep
+from pipeline import Bound, InputStep
 from schemas import WinnowError, WinnowWarning
 from stages.data.chat_templates import changes_with_answer, planned_chat_templates, rendered_probes
 from stages.data.files import DataSource
-from stages.data.formats import columns_of, first_pairs, optional_columns_of
+from stages.data.formats import IDENTICAL, columns_of, first_pairs, optional_columns_of, pairs_of, row_groups
+from stages.data.rows import Row
 from stages.data.texts import (
     CHANGED,
     CHANGED_CURE,
@@ -53,17 +54,12 @@ def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
     reader = options.get("reader")
     if options.get("path") is None:
         return []
-    source = DataSource(options["path"], None, None, options["subset"], options["dataset_split"])
     parts = {name: options.get(name) or None for name in ("prompt", "system", "input")}  # columns of a prompt's parts
     keep = options.get("keep") or []
     columns = [*parts.values(), *keep] if reader is None else [*columns_of(reader), *optional_columns_of(reader)]
-    try:
-        rows = source.head([name for name in columns if name], ROWS)
-    except (WinnowError, OSError):  # which the step's own check reports
-        return []
     system_prompt, omit = options.get("system_prompt") or None, options.get("prefill") == "omit"
     prompts: list[FirstPrompt] = []
-    for location, row in rows:
+    for location, row in _first_rows(options, columns):
         if isinstance(row, ValueError):
             prompts.append(FirstPrompt(location, row))
             continue
@@ -95,6 +91,15 @@ def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
         notes = tuple(dict.fromkeys(str(item.message) for item in caught if issubclass(item.category, WinnowWarning)))
         prompts += [FirstPrompt(location, with_system_prompt(item, system_prompt), notes) for item in conversations]
     return prompts
+
+
+def _first_rows(options: Mapping[str, Any], columns: Iterable[str | None]) -> list[tuple[str, Row | ValueError]]:
+    """Return (location, row) of a local file, with those of the columns that exist, or the reason why it is no row."""
+    source = DataSource(options["path"], None, None, options["subset"], options["dataset_split"])
+    try:
+        return source.head([name for name in columns if name], ROWS)
+    except (WinnowError, OSError):  # which the step's own check reports
+        return []
 
 
 def _role_error(template: str, roles: tuple[str, ...], *, has_tools: bool) -> ValueError | None:
@@ -167,6 +172,63 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
     for text in [*problems, *texts]:
         warnings.warn(text, WinnowWarning, stacklevel=2)
     return []
+
+
+def response_problems(
+    options: Mapping[str, Any],
+    columns: Iterable[str | None],
+    read: Callable[[Iterator[tuple[str, Row]]], Iterable[tuple[str, ValueError | None]]],
+    *,
+    called: str,
+) -> list[str]:
+    """Return why all responses of a file would be rejected, by its first rows. Warn if only some of them would be.
+
+    read: of located rows, the location of each response, or each pair, and the reason to reject it, if there is one;
+    nothing for rows whose prompt cannot be read, which `prompt_problems` counts. called: responses or pairs.
+    """
+    if options.get("path") is None:
+        return []
+    rows = ((location, row) for location, row in _first_rows(options, columns) if not isinstance(row, ValueError))
+    with warnings.catch_warnings():  # told once for all rows, by `prompt_problems`
+        warnings.simplefilter("ignore", WinnowWarning)
+        try:
+            results = list(read(rows))
+        except WinnowError:  # of a plugin's reader, which the step's own check reports
+            return []
+    reasons: dict[tuple[str, str], list[str]] = {}  # places, by reason and cure
+    for location, error in results:
+        if error is not None:
+            reasons.setdefault((str(error), getattr(error, "cure", "")), []).append(location)
+    problems = [
+        f"path: {len(locations)} of the first {len(results)} {called} of {options['path']} will be rejected: {reason} "
+        f"({_first_of(locations)})" + (f"; {cure}" if cure else "")
+        for (reason, cure), locations in reasons.items()
+    ]
+    if sum(map(len, reasons.values())) == len(results):
+        return problems
+    for text in problems:
+        warnings.warn(text, WinnowWarning, stacklevel=2)
+    return []
+
+
+def pair_problems(options: Mapping[str, Any], *, compared: bool = True) -> list[str]:
+    """Return `response_problems` of a file of pairs. compared: of equal responses, none is preferred."""
+    reader: Bound = options["reader"]
+
+    def read(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, ValueError | None]]:
+        located = list(rows)
+        groups = list(row_groups(iter(located), reader))
+        if len(located) == ROWS and "together" in reader.metadata:  # more rows of the last group may follow
+            groups.pop()
+        for location, group in groups:
+            for pair in pairs_of(reader, group):
+                if isinstance(pair, ValueError):
+                    yield location, pair
+                else:
+                    is_equal = compared and pair.chosen == pair.rejected
+                    yield location, ValueError(IDENTICAL) if is_equal else None
+
+    return response_problems(options, [*columns_of(reader), *optional_columns_of(reader)], read, called="pairs")
 
 
 def _roles_of(conversation: Conversation) -> tuple[str, ...]:
