@@ -40,10 +40,10 @@ class StageWorker:
         """Free what is held for the step: it has ended."""
         self.cache.close()
 
-    def serve(self, spec: StepSpec) -> None:
+    def serve(self, spec: StepSpec, resources: Resources) -> None:
         """Free what was held for the step before, and go on with the tasks of another one."""
         self.free()
-        self.spec = spec
+        self.spec, self.resources = spec, resources
 
     def run_task(self, task: Task) -> None:
         """Run a task to its end."""
@@ -108,7 +108,7 @@ class ActorPool:
         # Tasks have their own threads, so that `progress` is answered while they run. Ray never restarts
         # an actor or retries a task: a prompt that kills its worker would kill one after the other, without end.
         groups = {"tasks": resources.in_flight if spec.signature.concurrent else 1}
-        self.kind = repr((resources, sorted(options.items()), groups))
+        self.kind = repr((sorted(options.items()), groups))
         remote: Any = ray.remote  # its types lack concurrency groups
         self.actor_class = remote(max_restarts=0, concurrency_groups=groups, **options)(StageWorker)
         self.actors: list[PooledActor] = []
@@ -130,15 +130,21 @@ class ActorPool:
             handle = self.actor_class.remote(self.spec, self.resources)
             self.actors.append(PooledActor(handle, handle.__ray_ready__.remote()))
 
-    def shrink(self, size: int) -> None:
-        """Kill idle actors until there are `size`, those that are not up yet first; one that is just starting, later.
+    def shrink(self, size: int, others: Sequence["ActorPool"] = ()) -> list[PooledActor]:
+        """Give up idle actors until there are `size`, those that are not up yet first.
 
-        Later is at the next call, if it is still idle then.
+        One goes to a pool of `others` that waits for one of its kind, or is killed. One that is just starting is given
+        up at the next call, if it is still idle then. Return those in whose place others were taken, to be killed.
         """
         idle = sorted((actor for actor in self.actors if not actor.tasks), key=lambda actor: actor.starting is None)
+        replaced: list[PooledActor] = []
         for actor in idle[: max(0, len(self.actors) - size)]:
-            if actor.is_settled:
+            if actor.starting is None and (other := self._replaced_by(actor, others)):
+                self.actors.remove(actor)
+                replaced.append(other)
+            elif actor.is_settled:
                 self._kill(actor)
+        return replaced
 
     def submit(self, task: Task, exclusive: bool) -> bool:
         """Give a task to the actor with the fewest; return False if none has room."""
@@ -213,38 +219,52 @@ class ActorPool:
         """Return the actors that are not up yet."""
         return [actor for actor in self.actors if actor.starting]
 
+    @property
+    def new(self) -> list[PooledActor]:
+        """Return the actors whose process has not started yet, as far as is known."""
+        return [actor for actor in self.starting if actor.is_new]
+
     def close(self, others: Sequence["ActorPool"] = ()) -> list[PooledActor]:
         """Give up all actors: those without work and without a GPU stay for a later step, the rest are killed.
 
-        If `others` wait for room, one goes to a pool of its kind, or is killed to make that room. Return those that
-        are just starting, to be killed when they are settled.
+        If `others` wait for room, one goes to a pool of its kind, or is killed to make that room. Return those to be
+        killed when they are settled: just starting ones, and those in whose place others were taken.
         """
+        replaced: list[PooledActor] = []
         for actor in list(self.actors):
             if actor.starting or actor.tasks or self.options.get("num_gpus"):
                 if actor.is_settled:
                     self._kill(actor)
                 continue
-            late = next((other for other in others if other.kind == self.kind and other.replace_late(actor)), None)
-            if late is None and not any(other.starting for other in others):
-                self.idle.add(self.kind, actor.handle)
-            elif late is None:
+            if other := self._replaced_by(actor, others):
+                replaced.append(other)
+            elif any(other.starting for other in others):
                 self._kill(actor)
                 continue
+            else:
+                self.idle.add(self.kind, actor.handle)
             self.actors.remove(actor)
-        return self.actors
+        return self.actors + replaced
 
-    def replace_late(self, actor: PooledActor) -> bool:
-        """Take an actor of the same kind in place of one that has long waited for room; return False without one."""
-        late = [other for other in self.starting if time.monotonic() - other.created > SETTLE_SECONDS]
-        if not late:
-            return False
-        # The last one: room that has just become free goes to the first, and a kill would lose it (SETTLE_SECONDS)
-        self._kill(late[-1])
+    def _replaced_by(self, actor: PooledActor, others: Sequence["ActorPool"]) -> PooledActor | None:
+        """Give an actor to the pool of its kind that has waited longest; return the one that it replaces there."""
+        waiting = [other for other in others if other.kind == self.kind and other.new]
+        if not waiting or self.options.get("num_gpus"):
+            return None
+        return min(waiting, key=lambda other: other.new[0].created).replace_new(actor)
+
+    def replace_new(self, actor: PooledActor) -> PooledActor:
+        """Take an actor of the same kind in place of a new one, not up yet; return that one, which is to be killed.
+
+        Its process would take seconds to start, if there is room for it at all.
+        """
+        replaced = self.new[-1]  # room that has just become free goes to the first, and a kill would lose it
+        self.actors.remove(replaced)
         self._take(actor.handle)
-        return True
+        return replaced
 
     def _take(self, handle: Any) -> None:
-        self.actors.append(PooledActor(handle, handle.serve.remote(self.spec), is_new=False))
+        self.actors.append(PooledActor(handle, handle.serve.remote(self.spec, self.resources), is_new=False))
 
     def _kill(self, actor: PooledActor) -> None:
         import ray

@@ -81,7 +81,7 @@ class RayExecutor(LocalExecutor):
             pool.grow(ready)
         if not ready and others_wait:
             busy = any(other.running for other in self.pools.values())
-            pool.shrink(resources.min_workers if busy else 0)
+            self.ending += pool.shrink(resources.min_workers if busy else 0, others)
 
     def submit(self, spec: StepSpec, task: Task, exclusive: bool) -> bool:
         """Give a task to an actor; nothing is started while distributed training waits for the cluster to empty."""

@@ -1,6 +1,7 @@
 """Several plans at once, as a sweep on a cluster: side by side, each step once, and one that fails stops no other."""
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,16 +166,28 @@ def test_workers_that_do_not_start_end_their_step_alone(tmp_path: Path, monkeypa
     assert str(result.error) == "quick: 3 workers one after the other did not start: the node is gone"
 
 
-def test_an_idle_worker_takes_the_place_of_the_last_one_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The first may have been given room a moment ago, which Ray would lose with it."""
+def test_a_worker_whose_step_ends_goes_to_the_step_that_has_waited_longest(tmp_path: Path, monkeypatch):
+    """In place of the last that is not up yet: the first may have been given room a moment ago, which Ray would lose.
+
+    What it replaces is killed when that is safe, a worker of another kind at once.
+    """
     plan = toys("one", quick=dict(use="slow", folder=str(tmp_path), name="one", seconds=0.0))
-    killed: list[str] = []
+    killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
-    pool = ActorPool(step_spec(plan.target, Store(tmp_path / "store")), Resources(), {"num_cpus": 1}, 3)
-    pool.actors = [PooledActor(name, starting=object(), created=-100.0 + n) for n, name in enumerate("ab")]
-    idle = SimpleNamespace(serve=SimpleNamespace(remote=lambda spec: object()))
-    assert pool.replace_late(PooledActor(idle, None))
-    assert (killed, [actor.handle for actor in pool.actors]) == (["b"], ["a", idle])
+    spec = step_spec(plan.target, Store(tmp_path / "store"))
+    ended, early, late, other = (ActorPool(spec, Resources(), {"num_cpus": cpus}, 3) for cpus in (1, 1, 1, 2))
+    now = time.monotonic()
+    early.actors = [PooledActor(name, starting=object(), created=now - 3 + n) for n, name in enumerate("ab")]
+    late.actors = [PooledActor("c", starting=object(), created=now)]
+    other.actors = [PooledActor("d", starting=object(), created=now - 9)]
+    served: list[Any] = []
+    up = SimpleNamespace(serve=SimpleNamespace(remote=lambda *arguments: served.append(arguments)))
+    ended.actors = [PooledActor(up, None)]
+    assert [actor.handle for actor in ended.close([late, other, early])] == ["b"]
+    assert (killed, served, [actor.handle for actor in early.actors]) == ([], [(spec, Resources())], ["a", up])
+    assert early.new == early.actors[:1]  # the process behind the other is there
+    ended.actors = [PooledActor(up, None)]
+    assert (ended.close([other]), killed, other.actors[0].handle) == ([], [up], "d")
 
 
 def test_a_step_that_fails_ends_the_plans_that_need_it_and_no_other(tmp_path: Path):
