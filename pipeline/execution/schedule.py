@@ -107,6 +107,8 @@ class Scheduler:
         try:
             while self.waiting or self.running:
                 self._start_steps()
+                if not (self.waiting or self.running):  # all of them were in the store
+                    break
                 unfinished = self.running.keys() | {step.key for step in self.waiting}
                 at_work = [plan for plan in self.plans if any(step.key in unfinished for step in plan.steps_to_run)]
                 self.executor.plans = len(at_work)

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -48,6 +48,7 @@ HINT = (
 BATCH_ROWS = 65536
 MAX_STATEMENT = 100_000  # characters; DuckDB's parser takes minutes for some long ones, and is not interrupted
 MEMORY = "50%"  # of the machine's, for what DuckDB keeps; the rest of a larger query is spilled to disk
+FEW_FILES = 5000  # that a connection may open whatever a statement names
 EXPLAIN = re.compile(r"\s*EXPLAIN\b(?!\s*(ANALYZE\b|\())", re.IGNORECASE)
 
 
@@ -89,6 +90,15 @@ class QueryResult:
         """Return the number of rows, which DuckDB may know without computing them."""
         with as_winnow_error():
             return self.relation.count("*").to_arrow_table()[0][0].as_py()
+
+
+@dataclass(frozen=True)
+class OpenConnection:
+    """Connection with the tables whose files it may read, and those whose views are not placeholders any more."""
+
+    connection: duckdb.DuckDBPyConnection
+    tables: Set[str]
+    opened: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -141,32 +151,18 @@ class Catalog:
             raise WinnowError("sql: the statement has half a surrogate pair, and is no text in Unicode") from None
         if len(statement) > MAX_STATEMENT:
             raise WinnowError(f"sql: the statement has more than {MAX_STATEMENT:,} characters")
+        words = set(re.findall(r"\w+", statement.lower()))
         with as_winnow_error():
-            statements = self._connection.extract_statements(statement)
+            connection = self._connection(TABLES.keys() & words)
+            statements = connection.extract_statements(statement)
             explained = EXPLAIN.match(statement)
             inner = statement[explained.end() :] if explained else statement
-            if len(statements) != 1 or not self._is_select(inner):
+            if len(statements) != 1 or not _is_select(connection, inner):
                 raise WinnowError("sql: must be exactly one SELECT statement; the store is read-only")
-            words = set(re.findall(r"\w+", statement.lower()))
             for name in LIVE.keys() & words:
-                _create_table(self._connection, name, self.live(name))  # anew: they change while a step runs
-            for name in self._unopened & words:
-                _open_view(self._connection, "main", name, self)
-                self._unopened.remove(name)
+                _create_table(connection, name, self.live(name))  # anew: they change while a step runs
             # The projection makes names distinct: a join has the joined column of both sides.
-            return QueryResult(self._connection.sql(statements[0].query).project("*"))
-
-    def _is_select(self, statement: str) -> bool:
-        """Return whether a text is one SELECT. A PIVOT without its values is several, of which one makes a type."""
-        statements = self._connection.extract_statements(statement)
-        if len(statements) != 1:
-            return False
-        if statements[0].type != duckdb.StatementType.MULTI:
-            return bool(statements[0].type == duckdb.StatementType.SELECT)
-        kinds = duckdb.tokenize(statement)
-        first = next((position for position, kind in kinds if kind is not duckdb.token_type.comment), 0)
-        word = re.match(r"\w+", statement.encode()[first:].decode(errors="ignore"))
-        return word is not None and word[0].upper() in ("FROM", "PIVOT", "PIVOT_WIDER", "SELECT", "WITH")
+            return QueryResult(connection.sql(statements[0].query).project("*"))
 
     def live(self, name: str) -> pa.Table:
         """Return the rows of `running` or `metrics_now` at this moment."""
@@ -176,36 +172,45 @@ class Catalog:
 
     def interrupt(self) -> None:
         """Stop the statement that another thread is running on this catalog."""
-        self._connection.interrupt()
+        if self._last:
+            self._last[0].connection.interrupt()
 
     @cached_property
-    def _unopened(self) -> set[str]:
-        """Tables whose views are still placeholders."""
-        return set(TABLES)
+    def _last(self) -> list["OpenConnection"]:
+        """Return the connection of the last statement, if there is one."""
+        return []
 
-    @cached_property
-    def _connection(self) -> duckdb.DuckDBPyConnection:
-        """Connection with a placeholder per table, which has its columns and raises an error if its rows are read.
+    def _connection(self, names: Set[str]) -> duckdb.DuckDBPyConnection:
+        """Return a connection that reads these tables, and those of the statements before: a new one for new names.
 
-        A statement that hides a table's name (`query_table('rew' || 'ards')`) thus fails instead of returning no rows.
+        DuckDB takes the files that it may open only before its configuration is locked, and a second for 50,000 of
+        them: all at once if they are few.
+        Every other table has a placeholder, which has its columns and raises an error if its rows are read. A statement
+        that hides a table's name (`query_table('rew' || 'ards')`) thus fails instead of returning no rows.
         """
-        connection = _confined_connection(self.root, ":memory:", self._files)
-        for name in TABLES:
-            message = sql_literal(f"write the name {name} in full in the statement: its files are opened by that name")
-            placeholder = f"SELECT {null_columns(name)} WHERE error({message})::BOOLEAN"
-            connection.execute(f"CREATE VIEW {sql_identifier(name)} AS {placeholder}")
-        _create_runs_and_steps(connection, self)
-        for name, schema in LIVE.items():
-            _create_table(connection, name, schema.empty_table())
-        return connection
+        if not (self._last and names <= self._last[0].tables):
+            tables = names | (self._last[0].opened if self._last else set())
+            if sum(len(manifest["files"]) for manifest in self.manifests) <= FEW_FILES:
+                tables = TABLES.keys()
+            connection = _confined_connection(self.root, ":memory:", self._allowed_files(tables))
+            for name in TABLES:
+                message = sql_literal(f"write the name {name} in full in the statement: its files are opened by it")
+                placeholder = f"SELECT {null_columns(name)} WHERE error({message})::BOOLEAN"
+                connection.execute(f"CREATE VIEW {sql_identifier(name)} AS {placeholder}")
+            self._create_rows(connection)
+            self._last[:] = [OpenConnection(connection, tables)]
+        (last,) = self._last
+        for name in names - last.opened:
+            self._open_view(last.connection, "main", name)
+            last.opened.add(name)
+        return last.connection
 
-    @property
-    def _files(self) -> list[str]:
-        """Return the files of all tables that have rows: models, and what else lies in a store, are not read.
+    def _allowed_files(self, names: Iterable[str]) -> list[str]:
+        """Return the files of tables that have rows: models, and what else lies in a store, are not read.
 
         Nor is what a link of a file, or of a step's folder, leads to outside of the store. A stage's folder may be one.
         """
-        files = [file for name in TABLES for file in table_files(name, self.manifests, address(self.root))]
+        files = [file for name in names for file in self._files(name)]
         if not isinstance(self.root, Path):
             return files
         root, links = self.root.resolve(), dict[str, bool]()
@@ -216,6 +221,37 @@ class Catalog:
             for file in files
             if not (links[os.path.dirname(file)] or os.path.islink(file)) or Path(file).resolve().is_relative_to(root)
         ]
+
+    def _files(self, name: str) -> list[str]:
+        """Return the files of a table, which are looked up once: there may be 100,000."""
+        if name not in self._files_by_table:
+            self._files_by_table[name] = table_files(name, self.manifests, address(self.root))
+        return self._files_by_table[name]
+
+    @cached_property
+    def _files_by_table(self) -> dict[str, list[str]]:
+        return {}
+
+    @cached_property
+    def _runs_and_steps(self) -> dict[str, pa.Table]:
+        return {"runs": run_rows(self.runs, self.tags), "steps": step_rows(self.manifests)}
+
+    def _create_rows(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Create the tables that are no files: `runs`, `steps`, and empty those of running steps."""
+        for name, rows in self._runs_and_steps.items():
+            _create_table(connection, name, rows)
+        for name, schema in LIVE.items():
+            _create_table(connection, name, schema.empty_table())
+
+    def _open_view(self, connection: duckdb.DuckDBPyConnection, schema: str, name: str) -> None:
+        """Create the view of a table over its files or, if it has no rows yet, an empty view with the same columns."""
+        body = f"SELECT {null_columns(name)} WHERE false"
+        if files := self._files(name):
+            body = view(name, self.manifests, self.evolved)
+            connection.register("incoming", pa.table({"file": files}))
+            connection.execute(f"SET VARIABLE {sql_identifier(name)} = (SELECT list(file) FROM incoming)")
+            connection.unregister("incoming")
+        connection.execute(f"CREATE OR REPLACE VIEW {schema}.{sql_identifier(name)} AS {body}")
 
     def export(self, file: Path) -> None:
         """Write a DuckDB file with all rows, `runs` and `steps`, and each column's meaning; it needs no store.
@@ -228,13 +264,16 @@ class Catalog:
             raise WinnowError(f"--db {file}: there is no folder {file.parent}; create it first")
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            with as_winnow_error(), _confined_connection(self.root, str(scratch), self._files) as connection:
-                _create_runs_and_steps(connection, self)
+            with (
+                as_winnow_error(),
+                _confined_connection(self.root, str(scratch), self._allowed_files(TABLES)) as connection,
+            ):
+                self._create_rows(connection)
                 for name in LIVE:
                     _create_table(connection, name, self.live(name))
                 connection.execute("CREATE SCHEMA files")
                 for name in TABLES:
-                    _open_view(connection, "files", name, self)
+                    self._open_view(connection, "files", name)
                     connection.execute(f"CREATE TABLE {sql_identifier(name)} AS FROM files.{sql_identifier(name)}")
                 connection.execute("DROP SCHEMA files CASCADE")
                 for name, schema in VIEWS.items():
@@ -262,27 +301,23 @@ def query(catalog: Catalog, sql: str) -> pa.Table:
     return catalog.sql(sql).arrow()
 
 
-def _create_runs_and_steps(connection: duckdb.DuckDBPyConnection, catalog: Catalog) -> None:
-    for name, rows in (("runs", run_rows(catalog.runs, catalog.tags)), ("steps", step_rows(catalog.manifests))):
-        _create_table(connection, name, rows)
+def _is_select(connection: duckdb.DuckDBPyConnection, statement: str) -> bool:
+    """Return whether a text is one SELECT. A PIVOT without its values is several, of which one makes a type."""
+    statements = connection.extract_statements(statement)
+    if len(statements) != 1:
+        return False
+    if statements[0].type != duckdb.StatementType.MULTI:
+        return bool(statements[0].type == duckdb.StatementType.SELECT)
+    kinds = duckdb.tokenize(statement)
+    first = next((position for position, kind in kinds if kind is not duckdb.token_type.comment), 0)
+    word = re.match(r"\w+", statement.encode()[first:].decode(errors="ignore"))
+    return word is not None and word[0].upper() in ("FROM", "PIVOT", "PIVOT_WIDER", "SELECT", "WITH")
 
 
 def _create_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
     connection.register("incoming", rows)
     connection.execute(f"CREATE OR REPLACE TABLE {name} AS FROM incoming")
     connection.unregister("incoming")
-
-
-def _open_view(connection: duckdb.DuckDBPyConnection, schema: str, name: str, catalog: Catalog) -> None:
-    """Create the view of a table over its files or, if it has no rows yet, an empty view with the same columns."""
-    files = table_files(name, catalog.manifests, address(catalog.root))
-    body = f"SELECT {null_columns(name)} WHERE false"
-    if files:
-        body = view(name, catalog.manifests, catalog.evolved)
-        connection.register("incoming", pa.table({"file": files}))
-        connection.execute(f"SET VARIABLE {sql_identifier(name)} = (SELECT list(file) FROM incoming)")
-        connection.unregister("incoming")
-    connection.execute(f"CREATE OR REPLACE VIEW {schema}.{sql_identifier(name)} AS {body}")
 
 
 def _confined_connection(root: Location, database: str, files: list[str]) -> duckdb.DuckDBPyConnection:

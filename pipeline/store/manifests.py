@@ -19,7 +19,7 @@ from schemas import COMMAND, WinnowError
 FORMAT, FIRST_WITH_DIGEST = 3, 2
 DIGEST = "sha256"
 # Of the object itself, whose fields are indented by one space: those of files in it have more.
-DIGEST_LINE = re.compile(rb'(,?)\n "sha256": "[0-9a-f]{64}"(,?)(?=\n)')
+DIGEST_LINE = re.compile(rb'\n "sha256": "[0-9a-f]{64}"(,?)(?=\n)')  # it begins with a text, which is found fast
 VERIFY_HINT = f"`{COMMAND} verify --repair` sets it aside and makes it again"
 
 KEY = re.compile(r"[0-9a-f]{16}")
@@ -117,8 +117,9 @@ def decode_sealed(path: Any, content: bytes) -> dict[str, Any]:
     if len(lines) == 1:
         # What the digest is of: these bytes without its line. To encode the object again takes 50 times as long.
         (line,) = lines
-        comma = line[1] if line[2] else b""  # of the last field, none is left
-        if sha256(content[: line.start()] + comma + content[line.end() :]).hexdigest() == digest:
+        # The comma before the line stays, but for the last field's.
+        before = content[: line.start()] if line[1] else content[: line.start()].removesuffix(b",")
+        if sha256(before + content[line.end() :]).hexdigest() == digest:
             return decoded
     raise DamagedError(f"{path}: is damaged (its content has another digest than it says); {VERIFY_HINT}")
 
