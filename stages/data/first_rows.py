@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import Bound, InputStep
 from schemas import WinnowError, WinnowWarning
-from stages.data.chat_templates import changes_with_answer, planned_chat_templates, rendered_probes
+from stages.data.chat_templates import TOOL_NAME, changes_with_answer, planned_chat_templates, rendered_probes
 from stages.data.files import DataSource
 from stages.data.formats import IDENTICAL, columns_of, first_pairs, optional_columns_of, pairs_of, row_groups
 from stages.data.rows import Row
@@ -18,6 +18,7 @@ from stages.data.texts import (
     PREFILLED,
     PREFILLED_CURE,
     ROLES,
+    SYSTEM_ROLES,
     Conversation,
     CurableError,
     as_messages,
@@ -32,6 +33,9 @@ from stages.data.texts import (
 )
 
 ROWS = 1000
+OTHER_TEMPLATE = (
+    "set `chat_template` of the tokenizer's step of stage `model` to one that does, or leave these rows out"
+)
 READ_PROMPTS = ("prompts", "preferences", "own_candidates")  # stages whose prompts are read here
 
 
@@ -44,9 +48,12 @@ class FirstPrompt:
     notes: tuple[str, ...] = ()
 
 
-def first_conversations(options: Mapping[str, Any]) -> list[Conversation]:
-    """Return the first prompts of a step that reads a local file; those that cannot be read are left out."""
-    return [first.result for first in _first_prompts(options) if isinstance(first.result, Conversation)]
+def first_conversations(step: InputStep) -> list[Conversation]:
+    """Return the first prompts of a step that reads a local file, but for those that it will reject."""
+    answered = step.stage != "prompts" or step.options.get("demonstration") is not None
+    error_of = _prompt_error(step.options, step.inputs, answered=answered)
+    results = (first.result for first in _first_prompts(step.options))
+    return [result for result in results if isinstance(result, Conversation) and error_of(result) is None]
 
 
 def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
@@ -102,13 +109,38 @@ def _first_rows(options: Mapping[str, Any], columns: Iterable[str | None]) -> li
         return []
 
 
-def _role_error(template: str, roles: tuple[str, ...], *, has_tools: bool) -> ValueError | None:
+def template_error(template: str, roles: tuple[str, ...], *, has_tools: bool) -> ValueError | None:
+    """Return why a prompt of turns of these roles would be rejected; None if its template writes them all.
+
+    None also where nobody can tell, as for turns of tools, which have more than a content.
+    """
+    if unknown := [role for role in roles if role not in ROLES]:
+        return _role_error(template, roles, unknown, has_tools=has_tools)
+    question = rendered_probes(template, ("user",))
+    if question is None:
+        return None
+    asked_with_tools = rendered_probes(template, ("user",), has_tools=True) if has_tools else None
+    if asked_with_tools and TOOL_NAME not in asked_with_tools[1]:
+        return CurableError("the chat template does not render tools", OTHER_TEMPLATE)
+    if question[0][0] not in question[1]:  # a template that reads contents as lists of parts
+        return None
+    if not {*roles} <= {*SYSTEM_ROLES, "user", "assistant"}:
+        return None
+    rendered = rendered_probes(template, roles, asks=roles[-1] != "assistant")
+    if rendered is None:
+        is_of_system = roles[0] in SYSTEM_ROLES and rendered_probes(template, (roles[0], "user")) is None
+        turns = "a system turn" if is_of_system else f"turns of {', '.join(roles)}"
+        return CurableError(f"the chat template refuses {turns}", OTHER_TEMPLATE)
+    missed = [role for role, content in zip(roles, rendered[0], strict=True) if content not in rendered[1]]
+    return CurableError(unrendered(missed[0]), OTHER_TEMPLATE) if missed else None
+
+
+def _role_error(template: str, roles: tuple[str, ...], unknown: list[str], *, has_tools: bool) -> ValueError | None:
     """Return why a prompt with roles that no public model knows would be rejected; None if its template writes them."""
-    unknown = [role for role in roles if role not in ROLES]
-    rendered = rendered_probes(template, roles, has_tools=has_tools) if unknown else None
+    rendered = rendered_probes(template, roles, has_tools=has_tools)
     if rendered is None:
         with_known = ["user" if role in unknown else role for role in roles]
-        if not unknown or rendered_probes(template, with_known, has_tools=has_tools) is None:
+        if rendered_probes(template, with_known, has_tools=has_tools) is None:
             return None  # nobody can tell
         return CurableError(f"the chat template refuses a message of role {unknown[0]}", known_roles(unknown[0]))
     contents, text = rendered
@@ -116,19 +148,15 @@ def _role_error(template: str, roles: tuple[str, ...], *, has_tools: bool) -> Va
     return CurableError(unrendered(missed[0]), known_roles(missed[0])) if missed else None
 
 
-def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep], *, answered: bool = True) -> list[str]:
-    """Return why all prompts of a file would be rejected, by its first rows. Warn if only some of them would be.
-
-    What would be left over to train on may be the prompts of one turn alone. answered: the responses are those of the
-    file, which the chat template must render behind the same prompt.
-    """
-    prompts = _first_prompts(options)
+def _prompt_error(
+    options: Mapping[str, Any], inputs: Mapping[str, InputStep], *, answered: bool
+) -> Callable[[Conversation | ValueError], ValueError | None]:
+    """Return a function of a prompt: why a step would reject it, None if nothing is known against it."""
     templates = planned_chat_templates(inputs["tokenizer"]) if "tokenizer" in inputs else None
     template = templates[0] if templates is not None and len(templates) == 1 else None
-    is_changed, role_error = lru_cache(None)(changes_with_answer), lru_cache(None)(_role_error)
+    is_changed, of_template = lru_cache(None)(changes_with_answer), lru_cache(None)(template_error)
 
     def error_of(result: Conversation | ValueError) -> ValueError | None:
-        """Return why a prompt would be rejected; None if nothing is known against it."""
         if isinstance(result, ValueError):
             return result
         roles = _roles_of(result)
@@ -140,12 +168,22 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
                 "chats with a system turn or several turns, and the tokenizer has no chat template",
                 "set `chat_template` of its step of stage `model` to a Jinja file",
             )
-        if template and (error := role_error(template, roles, has_tools=bool(result.tools))):
+        if template and (error := of_template(template, roles, has_tools=bool(result.tools))):
             return error
         if template and answered and not is_continued and is_changed(template, roles, has_tools=bool(result.tools)):
             return CurableError(CHANGED, CHANGED_CURE)
         return None
 
+    return error_of
+
+
+def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep], *, answered: bool = True) -> list[str]:
+    """Return why all prompts of a file would be rejected, by its first rows. Warn if only some of them would be.
+
+    What would be left over to train on may be the prompts of one turn alone. answered: the responses are those of the
+    file, which the chat template must render behind the same prompt.
+    """
+    prompts, error_of = _first_prompts(options), _prompt_error(options, inputs, answered=answered)
     errors: dict[tuple[str, str], list[str]] = {}  # places, by reason and cure
     notes: dict[str, list[str]] = {}  # the same, by what is to be said of prompts that are not rejected
     for prompt in prompts:

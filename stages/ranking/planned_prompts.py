@@ -25,7 +25,7 @@ def warn_of_unread_prompts(by: Bound, inputs: Mapping[str, InputStep]) -> None:
     template = planned_chat_template(ranker) if ranker and by.name in ("pointwise", "endpoint") else None
     if prompts is None or not (template or by.options.get("format") == "rlhflow"):
         return
-    conversations = first_conversations(prompts.options) if prompts.stage in READ_PROMPTS else []
+    conversations = first_conversations(prompts) if prompts.stage in READ_PROMPTS else []
     shapes: Counter[Shape] = Counter(
         (tuple(str(message["role"]) for message in as_messages(conversation.content)), bool(conversation.tools))
         for conversation in conversations

@@ -66,6 +66,9 @@ def chats(n: int) -> list[dict[str, Any]]:
     ]
 
 
+NO_TOOLS = pytest.mark.filterwarnings("ignore:.*the chat template does not render tools")  # by the plan, of Gemma's
+
+
 @pytest.fixture(scope="module")
 def folder(unmarked, tmp_path_factory) -> Path:
     """Models of all shapes, and data as people have them."""
@@ -102,6 +105,7 @@ def test_every_recipe_plans_at_the_first_try(folder):
 
 
 @pytest.mark.parametrize("recipe", STEERED)
+@NO_TOOLS
 def test_a_policy_with_windows_is_not_steered(folder, winnow, recipe, tmp_path):
     """Gemma's layers with windows, of which the plan says the step and the cure, before anything runs."""
     code, out = winnow("plan", recipe, "--config", folder / "gemma.yaml", "--store", tmp_path / "runs")
@@ -131,6 +135,7 @@ def run_to_the_end(winnow, config: Path, recipes: list[str], store: Store) -> No
     assert unrendered <= WALKS[config.stem][2]
 
 
+@NO_TOOLS
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "qwen2" else pytest.mark.bench) for name in WALKS]
 )
@@ -148,6 +153,7 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
     assert query(open_catalog(store), sql)["n"][0].as_py() == 3
 
 
+@NO_TOOLS
 @pytest.mark.bench
 @pytest.mark.filterwarnings("ignore:.*of a part.s responses were cut at max_tokens")  # after six tokens
 @pytest.mark.filterwarnings("ignore:.*ranker. .* have tools", "ignore:evaluate. .* of the comparisons")

@@ -145,6 +145,25 @@ def test_a_role_that_the_template_does_not_write_rejects_its_row(folder: Path, t
     assert len(caught) == 1
 
 
+def test_what_the_template_does_not_hold_of_known_turns_is_counted(folder: Path):
+    """Tools, a system turn, turns in an order that it refuses; turns of tools, of which nobody can tell, are not."""
+    alternating = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('') }}"
+    )
+    (folder / "chat_template.jinja").write_text(alternating + "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    result = {"prompt": [*ROWS["plain"]["prompt"], call, {"role": "tool", "content": "12:00"}]}
+    twice = {"prompt": [*ROWS["plain"]["prompt"] * 2]}
+    with pytest.warns(WinnowWarning) as caught:
+        assert problems(folder, [*ROWS.values(), twice, result], answered=False) == []
+    texts = [str(item.message) for item in caught]
+    facts = [("does not render tools", 2), ("refuses a system turn", 3), ("refuses turns of user, user", 5)]
+    for text, (fact, line) in zip(texts, facts, strict=True):
+        assert all(part in text for part in ("1 of the first 6", fact, f"prompts.jsonl:{line}", "`chat_template`"))
+    (problem,) = problems(folder, [ROWS["tools"]], answered=False)
+    assert "does not render tools" in problem
+
+
 def test_what_reading_the_first_prompts_warns_of_is_said_once_for_all_of_them(folder: Path):
     """A role that the template writes as it stands, and keys that are not read: which rows, and that they are kept."""
     (folder / "chat_template.jinja").write_text(PLAIN)

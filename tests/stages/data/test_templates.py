@@ -15,6 +15,7 @@ from pipeline.stage import InputStep, signature_of, stages
 from pipeline.store.fingerprints import DataPath, ModelPath, TemplatePath, model_digest
 from schemas import Model, WinnowError, WinnowWarning, prompt_id
 from stages.data.chat_templates import changes_with_answer, chat_templates
+from stages.data.first_rows import template_error
 from stages.data.own_candidates import own_candidates
 from stages.data.preferences import preferences
 from stages.data.prompts import check_system_prompt, prompts
@@ -122,13 +123,16 @@ def test_prompt_and_response_are_what_the_template_renders_of_both(tokenizer_of)
     """ids(prompt) + ids(response) begin ids(template(prompt + reply)), whose rest is no part of the turn.
 
     The prompt's ids do not depend on the reply, and are those that ask for one as far as any answer follows them. The
-    last id is one that the sampler stops at. What the template does not render is rejected with the reason, and what is
-    not is not refused by a plan.
+    last id is one that the sampler stops at. What the template does not render is rejected with the reason, and a plan
+    refuses the same: what it cannot tell, such as calls of tools, it does not refuse.
     """
-    wrong, refused = [], {}
+    wrong, refused, planned = [], {}, {}
     for name in NAMES:
         tokenizer, template = tokenizer_of(name), (TEMPLATES / f"{name}.jinja").read_text()
         for kind, (conversation, reply) in CONVERSATIONS.items():
+            roles = tuple(message["role"] for message in as_messages(conversation.content))
+            if error := template_error(template, roles, has_tools=bool(conversation.tools)):
+                planned[name, kind] = str(error)
             try:
                 with warnings.catch_warnings(record=True) as notes:
                     warnings.simplefilter("always")
@@ -138,7 +142,6 @@ def test_prompt_and_response_are_what_the_template_renders_of_both(tokenizer_of)
                 refused[name, kind] = str(error)
                 continue
             assert bool(notes) == (name.startswith("deepseek") and kind != "prefill"), (name, notes)
-            roles = [message["role"] for message in as_messages(conversation.content)]
             assert kind == "prefill" or not changes_with_answer(template, roles, has_tools=bool(conversation.tools))
             # phi-3 and glm-4 write the token that ends a conversation only after its last answer, or never.
             ids, eos = prompt + response, tokenizer.inner.eos_token_id
@@ -155,6 +158,8 @@ def test_prompt_and_response_are_what_the_template_renders_of_both(tokenizer_of)
         if "tool_calls" not in template:
             assert {(name, "call"), (name, "result")} <= refused.keys(), name
     assert not wrong
+    assert planned.keys() <= refused.keys()
+    assert {key for key in refused if key[1] in ("system", "several turns", "tools")} <= planned.keys()
     assert {kind for _, kind in refused} <= {"system", "tools", "call", "result", "reasoning", "reasoning as text"}
     assert all("template" in reason or "do not begin" in reason for reason in refused.values()), refused
 

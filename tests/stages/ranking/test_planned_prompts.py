@@ -133,11 +133,12 @@ def test_a_plan_says_it_once(winnow, tmp_path, data_dir, tiny):
     """By reward, compare and judge one line; of a reward model that is trained here, by the template that it keeps."""
     rows = [{"prompt": [USER], "tools": json.dumps(TOOLS)}] * 3
     write_jsonl(tmp_path / "asked.jsonl", rows)
-    template = tmp_path / "plain.jinja"
+    template, tools = tmp_path / "plain.jinja", tmp_path / "tools.jinja"
     template.write_text(PLAIN)
+    tools.write_text(TOOL_TEMPLATE)
     config = tmp_path / "mine.yaml"
     config.write_text(f"""
-policy: {{use: model, with: {{path: {tiny.folder}}}}}
+policy: {{use: model, with: {{path: {tiny.folder}, chat_template: {tools}}}}}
 sft: {{use: model, with: {{path: {tiny.folder}, chat_template: {template}}}}}
 ranker: {{use: reward_head, from: {{policy: sft}}}}
 prompts: {{from: {{tokenizer: policy}}, with: {{path: {tmp_path}/asked.jsonl}}}}
