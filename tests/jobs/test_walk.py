@@ -141,7 +141,7 @@ def run_to_the_end(winnow, config: Path, recipes: list[str], store: Store) -> No
 )
 @pytest.mark.filterwarnings("ignore:.*of a part.s responses were cut at max_tokens")  # after six tokens
 @pytest.mark.filterwarnings(
-    "ignore:.*ranker. .* have tools", "ignore:evaluate. .* of the comparisons"
+    "ignore:.*(ranker|annotator). .* have tools", "ignore:evaluate. .* of the comparisons"
 )  # Llama's template
 def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
     """RSO and DPO, from data to evaluation; only what a template cannot render is left out, with its reason."""
@@ -156,7 +156,7 @@ def test_runs_end_at_the_first_try(folder, winnow, name, tmp_path):
 @NO_TOOLS
 @pytest.mark.bench
 @pytest.mark.filterwarnings("ignore:.*of a part.s responses were cut at max_tokens")  # after six tokens
-@pytest.mark.filterwarnings("ignore:.*ranker. .* have tools", "ignore:evaluate. .* of the comparisons")
+@pytest.mark.filterwarnings("ignore:.*(ranker|annotator). .* have tools", "ignore:evaluate. .* of the comparisons")
 @pytest.mark.filterwarnings("ignore:what `sample` with")  # bfloat16 reads little of what so short a training changed
 @pytest.mark.parametrize("name", WALKS)
 def test_every_recipe_ends_at_the_first_try(folder, winnow, name, tmp_path):
