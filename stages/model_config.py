@@ -478,6 +478,68 @@ def planned_config(step: InputStep) -> ModelConfig | None:
     return None
 
 
+def id_problems(inputs: Mapping[str, InputStep], table: str, model: str) -> list[str]:
+    """Return at plan time why the ids of an input are none of a model's: the tokenizer that wrote them is another.
+
+    Only an id that is another token there counts, and tokenizers that a plan can read: one may have tokens more.
+    """
+    writer, reader = _writer_of_ids(inputs.get(table)), _owner_of_tokenizer(inputs.get(model))
+    if writer is None or reader is None or writer == reader:
+        return []
+    folders = [_tokenizer_folder(step) for step in (writer, reader)]
+    if None in folders or (difference := _first_difference(*folders)) is None:  # type: ignore[arg-type]
+        return []
+    number, written, read = difference
+    return [
+        f"{model}: the ids of `{table}` were written by the tokenizer of {folders[0]}, and that of {folders[1]} is "
+        f"another: id {number} is {written!r} there and {read!r} here; give both the same model under `from`"
+    ]
+
+
+def _writer_of_ids(step: InputStep | None) -> InputStep | None:
+    """Return the step whose tokenizer wrote the ids of a table, None if a plan cannot know it."""
+    if step is None:
+        return None
+    if "tokenizer" in step.inputs:
+        return _owner_of_tokenizer(step.inputs["tokenizer"])
+    sources = (step.inputs[name] for name in ("prompts", "candidates", "examples", *step.inputs) if name in step.inputs)
+    return next((writer for source in sources if (writer := _writer_of_ids(source))), None)
+
+
+def _owner_of_tokenizer(step: InputStep | None) -> InputStep | None:
+    """Return the step from which the model of a step has its tokenizer: `optimize` and `reward_head` keep it."""
+    while step is not None and (source := step.inputs.get("init") or step.inputs.get("policy")):
+        step = source
+    return step
+
+
+def _tokenizer_folder(step: InputStep) -> Path | None:
+    path = step.options.get("path")
+    return path.path if step.stage == "model" and isinstance(path, ModelPath) else None
+
+
+def _first_difference(first: Path, second: Path) -> tuple[int, str, str] | None:
+    """Return the first id that is another token in another folder's tokenizer, and both; None if none is known."""
+    files = [folder / "tokenizer.json" for folder in (first, second)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return None
+    ours, theirs = map(_tokens_by_id, files)
+    return next(((n, ours[n], theirs[n]) for n in sorted(ours.keys() & theirs.keys()) if ours[n] != theirs[n]), None)
+
+
+def _tokens_by_id(file: Path) -> dict[int, str]:
+    """Return the tokens of a tokenizer.json by their ids; none of a damaged file, which its own step reports."""
+    with suppress(WinnowError, KeyError, TypeError):
+        content = json_object(file)
+        vocabulary = content["model"]["vocab"]
+        pairs = (
+            vocabulary.items() if isinstance(vocabulary, dict) else ((item[0], n) for n, item in enumerate(vocabulary))
+        )
+        tokens = {int(number): str(token) for token, number in pairs}
+        return tokens | {int(item["id"]): str(item["content"]) for item in content.get("added_tokens") or []}
+    return {}
+
+
 def planned_context(step: InputStep | None) -> int | None:
     """Return the length of the longest sequence that the model of a step reads, as far as a plan can know it."""
     while step is not None and (source := step.inputs.get("init") or step.inputs.get("policy")):

@@ -10,13 +10,15 @@ from schemas import Candidates, Features, Model, Prompts
 from schemas.tables import FEATURES
 from stages.data.rows import column_by_id, mask_of
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
-from stages.model_config import input_problems
+from stages.model_config import id_problems, input_problems
 from stages.network.memory import policy_need
 from stages.work import scoring_work
 
 
 @stage(
-    version=2, check=lambda options, inputs: input_problems(inputs, "policy"), cost=Cost(policy_need, work=scoring_work)
+    version=2,
+    check=lambda options, inputs: input_problems(inputs, "policy") + id_problems(inputs, "prompts", "policy"),
+    cost=Cost(policy_need, work=scoring_work),
 )
 def features(
     prompts: Prompts,

@@ -209,6 +209,14 @@ def candidate_text(candidate: Row, special_tokens: bool) -> str:
     return str(candidate["raw_text"] if use_raw else candidate["text"])
 
 
+def response_of(prompt: Row, candidate: Row, *, special_tokens: bool = False) -> Response:
+    """Return what rankers are given of a row of `candidates` to a row of `prompts`."""
+    return Response(
+        candidate_text(candidate, special_tokens), tuple(candidate["token_ids"]), candidate["finish_reason"],
+        tuple(prompt["token_ids"]), conversation_of(prompt), reply_of_candidate(candidate), fields_of(prompt),
+    )  # fmt: skip
+
+
 def read_candidates(
     ranker: Ranker, prompt: Row, candidates: Sequence[Row], special_tokens: bool
 ) -> dict[str, Reading | Unreadable]:
@@ -218,12 +226,8 @@ def read_candidates(
     see the special tokens inside the responses.
     """
     readings: dict[str, Reading | Unreadable] = {}
-    conversation, fields = conversation_of(prompt), fields_of(prompt)
     for row in candidates:
-        response = Response(
-            candidate_text(row, special_tokens), tuple(row["token_ids"]), row["finish_reason"],
-            tuple(prompt["token_ids"]), conversation, reply_of_candidate(row), fields,
-        )  # fmt: skip
+        response = response_of(prompt, row, special_tokens=special_tokens)
         too_long = Unreadable(
             detail=f"{row['n_tokens']:,} tokens after {len(prompt['token_ids']):,} of the prompt, in the policy's count"
         )

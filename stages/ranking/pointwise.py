@@ -20,32 +20,19 @@ from stages.ranking.base import Response, Scorer, in_calls
 IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class PointwiseRanker(Scorer):
-    """Reward model in memory, which reads a prompt and a response as the ids that it was trained on."""
+class RewardModelReader:
+    """Tokenizer of a reward model, which reads a prompt and a response as the ids that it was trained on.
 
-    reads_ahead = True
-    scores_at_end = True
+    after_end: it reads what its template writes behind the last turn, too; without it, as its config says.
+    """
 
-    def __init__(
-        self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, *, compiled: bool = False
-    ) -> None:
-        self.open_tokenizer(model)
-        self.network = load_network(model, dtype)
-        if compiled:
-            compile_layers(self.network)
-        self.dtype, self.budget = dtype, budget
-        self.prompts_at_once = prompts_per_call(self.network.device)
-
-    def open_tokenizer(self, model: Model) -> None:
-        """Open what `read` and `fits` need."""
+    def __init__(self, model: Model, after_end: bool | None = None) -> None:
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
-        self.reads_after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
+        if after_end is None:
+            after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
+        self.reads_after_end = after_end
         self._plain_text = lru_cache(1)(self._text_of_same_ids)  # responses to a prompt follow each other
-
-    def close(self) -> None:
-        """Free the network."""
-        self.network.close()
 
     def read(self, context: str, response: Response) -> IdRow:
         """Return the ids of prompt and response: the policy's if this model has the same for the prompt.
@@ -81,6 +68,33 @@ class PointwiseRanker(Scorer):
     def fits(self, context: str, first: IdRow, second: IdRow) -> bool:
         return all(len(prompt) + len(response) <= self.context for prompt, response in (first, second))
 
+    def _text_of_same_ids(self, prompt_ids: tuple[int, ...]) -> str | None:
+        """Return the text of a prompt that has these ids in this tokenizer, too; None if they are another's."""
+        text = self.tokenizer.decode(list(prompt_ids))
+        same = prompt_ids and tuple(self.tokenizer.with_bos(self.tokenizer.encode(text))) == prompt_ids
+        return text if same else None
+
+
+class PointwiseRanker(RewardModelReader, Scorer):
+    """Reward model in memory."""
+
+    reads_ahead = True
+    scores_at_end = True
+
+    def __init__(
+        self, model: Model, dtype: Precision, budget: int = SCORING_TOKENS_PER_PASS, *, compiled: bool = False
+    ) -> None:
+        super().__init__(model)
+        self.network = load_network(model, dtype)
+        if compiled:
+            compile_layers(self.network)
+        self.dtype, self.budget = dtype, budget
+        self.prompts_at_once = prompts_per_call(self.network.device)
+
+    def close(self) -> None:
+        """Free the network."""
+        self.network.close()
+
     def score(self, context: str, texts: Sequence[IdRow]) -> np.ndarray:
         (scores,) = self.score_by_prompt([(context, texts)])
         return scores
@@ -93,9 +107,3 @@ class PointwiseRanker(Scorer):
     def _scores(self, texts: Sequence[IdRow]) -> np.ndarray:
         rows = [(list(prompt), list(response)) for prompt, response in texts]
         return forward_rows(completion_scores, self.network, rows, self.dtype, self.budget).astype(np.float64)
-
-    def _text_of_same_ids(self, prompt_ids: tuple[int, ...]) -> str | None:
-        """Return the text of a prompt that has these ids in this tokenizer, too; None if they are another's."""
-        text = self.tokenizer.decode(list(prompt_ids))
-        same = prompt_ids and tuple(self.tokenizer.with_bos(self.tokenizer.encode(text))) == prompt_ids
-        return text if same else None

@@ -12,7 +12,7 @@ from schemas import Model, WinnowError
 from stages.endpoint import Endpoint, EndpointClient
 from stages.options import Precision
 from stages.ranking.base import PROMPTS_OF_ENGINE
-from stages.ranking.pointwise import IdRow, PointwiseRanker
+from stages.ranking.pointwise import IdRow, PointwiseRanker, RewardModelReader
 
 TRIALS = 4  # rows whose scores are compared with the folder's own network
 # What a score may differ by, in its own unit: absolute, and as a share of it. Other weights differ by units.
@@ -36,7 +36,7 @@ class ServedRewardModel(PointwiseRanker):
     prompts_at_once = PROMPTS_OF_ENGINE
 
     def __init__(self, model: Model, dtype: Precision, endpoint: Endpoint, verify: bool) -> None:
-        self.open_tokenizer(model)
+        RewardModelReader.__init__(self, model)
         self.folder, self.dtype, self.endpoint, self.verify = model.folder, dtype, endpoint, verify
         self.address = endpoint.url.removesuffix("/v1") + "/classify"  # vLLM's own, beside OpenAI's
         self.client = EndpointClient(endpoint)

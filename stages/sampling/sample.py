@@ -20,7 +20,7 @@ from schemas.tables import CANDIDATES, REJECTS
 from stages.data.rows import Row
 from stages.head.relu import read_relu_head
 from stages.limits import check_ids, context_length
-from stages.model_config import ModelConfig, generation_problems, input_problems, planned_config
+from stages.model_config import ModelConfig, generation_problems, id_problems, input_problems, planned_config
 from stages.options import (
     Count,
     LogitBias,
@@ -66,6 +66,7 @@ def _check_sample(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> l
     """Return problems at plan time: what is no policy, a head that cannot steer, steering options without a head."""
     engine = name_of(options["engine"])
     problems = input_problems(inputs, "policy", "vocabulary", quantized=engine in ("vllm", "fake"))
+    problems += id_problems(inputs, "prompts", "policy")
     cure = "end the run with what is trained (`--until optimize`, or `--set target=optimize`)"
     problems += split_problems(options, inputs.get("prompts"), cure=cure)
     config = planned_config(inputs["policy"]) if "policy" in inputs else None

@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline import Bound, InputStep
 from schemas import WinnowWarning
-from stages.model_config import input_problems, planned_config, planned_context, planned_output
+from stages.data.chat_templates import planned_chat_templates
+from stages.model_config import id_problems, input_problems, planned_config, planned_context, planned_output
 from stages.options import split_problems
 from stages.ranking.rankers import ranker_for, reads_its_model
 from stages.sampling.engines.options import name_of
@@ -66,6 +67,21 @@ def missing_data(objective: Bound, nll_weight: float, present: dict[str, bool], 
     return problems
 
 
+def _reading_problems(inputs: Mapping[str, InputStep], name: str) -> list[str]:
+    """Return why a reward model would be trained on other ids than it scores: a policy's, of another chat template."""
+    init, examples = inputs.get("init"), inputs.get(name)
+    if init is None or examples is None or examples.stage != "examples" or planned_output(init) != "score":
+        return []
+    prompts = examples.inputs.get("prompts", InputStep(""))
+    templates = [planned_chat_templates(step) for step in (init, prompts.inputs.get("tokenizer", InputStep("")))]
+    if None in templates or templates[0] == templates[1]:
+        return []
+    return [
+        f"{name}: `examples` has the ids of the policy, and the reward model reads responses by its own chat template; "
+        "read the pairs by a step of stage `ranker_examples` whose `tokenizer` is the reward model"
+    ]
+
+
 def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return the reasons why the data will not have all that a loss is a function of, or more than it reads.
 
@@ -73,6 +89,8 @@ def check_optimize(options: dict[str, Any], inputs: Mapping[str, InputStep]) -> 
     """
     objective, nll_weight, mix = options["objective"], options["nll_weight"], options["mix"]
     problems = [*input_problems(inputs, "init"), *tracker_problems(options["track"])]
+    for name in ("examples", "heldout", "demonstrations", "heldout_demonstrations"):
+        problems += _reading_problems(inputs, name) or id_problems(inputs, name, "init")
     if "init" in inputs and planned_output(inputs["init"]) == "score" and not trains_scores(objective, nll_weight):
         problems.append(f"init: {SCORES_ONLY.format(objective.name)}")
     terms = dict.fromkeys(("examples", "heldout"), (objective, nll_weight))

@@ -13,7 +13,7 @@ from schemas import Candidates, Model, Prompts, Reference, Selections, WinnowErr
 from schemas.tables import REFERENCE
 from stages.data.rows import column_by_id, mask_of
 from stages.limits import SCORING_TOKENS_PER_PASS, check_ids
-from stages.model_config import input_problems
+from stages.model_config import id_problems, input_problems
 from stages.network.memory import policy_need
 from stages.options import Positive
 from stages.training.agreement import check_agreement, draw_of, record_agreement
@@ -22,7 +22,9 @@ from stages.work import scoring_work
 
 @stage(
     version=4,
-    check=lambda options, inputs: input_problems(inputs, "policy", "vocabulary"),
+    check=lambda options, inputs: (
+        input_problems(inputs, "policy", "vocabulary") + id_problems(inputs, "prompts", "policy")
+    ),
     cost=Cost(policy_need, work=scoring_work),
 )
 def reference(

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from stages.network.forward import forward_rows, logp_of
 from stages.network.load import load_network
 from stages.network.models import model
 from stages.sampling.engines import open_engine
+from tests.families import write_chat_model
 from tests.stages.ranking.test_reward_models import headed
 from tests.stages.training.test_checks import planned
 
@@ -337,6 +340,85 @@ def test_classifiers_of_several_classes_are_no_reward_models(tiny, bare, tmp_pat
     lost = rewritten(copied(head, tmp_path / "lost"), lambda t: {n: v for n, v in t.items() if n != "score.weight"})
     assert "3 scores" in bare(wide)
     assert "no tensor `score.weight`" in bare(lost)
+
+
+# Tokenizers of two models
+
+
+def with_tokens(policy: Model, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Return a copy of a model whose tokenizer.json is changed."""
+    copy = Path(shutil.copytree(policy.folder, folder))
+    content = json.loads((copy / "tokenizer.json").read_text())
+    change(content)
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    return copy
+
+
+def swapped(content: dict[str, Any]) -> None:
+    """Give the last two tokens of the vocabulary each other's id."""
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+def larger(content: dict[str, Any]) -> None:
+    """Add a token behind all others."""
+    added = content["added_tokens"]
+    added.append(added[-1] | {"id": len(content["model"]["vocab"]) + len(added), "content": "<new>"})
+
+
+def test_ids_of_another_tokenizer_are_refused_when_the_plan_is_made(tiny, data_dir, tmp_path):
+    """With the first id that is another token. Tokens more, or a folder of the same tokens, are no reason."""
+    for name, change in (("swapped", swapped), ("larger", larger), ("same", lambda content: None)):
+        folder = with_tokens(tiny, tmp_path / name, change)
+        steps = {
+            "policy": {"use": "model", "with": {"path": str(tiny.folder)}},
+            "prompts": {"from": {"tokenizer": "policy"}},
+            "other": {"use": "model", "with": {"path": str(folder)}},
+            "sample": {"from": {"policy": "other"}},
+            "optimize": {"from": {"init": "other"}, "with": {"reference": "other"}},
+        }
+        if name != "swapped":
+            planned(data_dir, tmp_path, steps)
+            continue
+        with pytest.raises(WinnowError) as caught:
+            planned(data_dir, tmp_path, steps)
+        text = str(caught.value)
+        for fact in ("policy: the ids of `prompts`", "optimize: init: the ids of `examples`", str(folder)):
+            assert fact in text
+        assert re.search(r"id \d+ is '.+' there and '.+' here", text)
+
+
+def test_a_reward_model_is_not_trained_on_the_policys_reading_of_pairs(unmarked, data_dir, tmp_path):
+    """Where its own template reads them otherwise; stage `ranker_examples` reads them by that."""
+    policy = write_chat_model("qwen2", unmarked, tmp_path / "policy")
+    scorer = write_chat_model("llama", unmarked, tmp_path / "scorer", score=True)
+    of_policy = {"prompts": "preferences", "candidates": "preferences", "pairs": "preferences"}
+    steps = {
+        "sft": {"use": "model", "with": {"path": str(policy.folder)}},
+        "scorer": {"use": "model", "with": {"path": str(scorer.folder)}},
+        "preferences": {"from": {"tokenizer": "sft"}},
+        "read": {"use": "examples", "from": of_policy},
+        "better": {
+            "use": "optimize",
+            "from": {"init": "scorer", "examples": "read"},
+            "with": {"objective": "sigmoid", "learning_rate": 1e-5},
+        },
+        "target": "better",
+    }
+    with pytest.raises(WinnowError, match=r"examples: .*ids of the policy.*`ranker_examples` whose `tokenizer` is"):
+        planned(data_dir, tmp_path, steps)
+    steps["read"] = {"use": "ranker_examples", "from": of_policy | {"tokenizer": "scorer"}}
+    planned(data_dir, tmp_path, steps)
+
+
+def test_a_reward_models_pairs_have_no_labels_to_choose(tiny, data_dir, tmp_path):
+    steps = {
+        "head": {"use": "reward_head", "from": {"policy": "sft"}},
+        "ranker_examples": {"from": {"tokenizer": "head"}, "with": {"labels": "right"}},
+    }
+    with pytest.raises(WinnowError, match="labels: right, and `tokenizer` is a reward model"):
+        planned(data_dir, tmp_path, steps)
 
 
 # Quantised weights

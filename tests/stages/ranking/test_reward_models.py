@@ -16,11 +16,12 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from pipeline.context import StageContext, WarmCache
-from pipeline.store.fingerprints import ModelPath, model_digest
-from schemas import Model, WinnowError, WinnowWarning
-from schemas.tables import CANDIDATES, PROMPTS
+from pipeline.store.fingerprints import DataPath, ModelPath, model_digest
+from schemas import Model, WinnowError, WinnowWarning, conform
+from schemas.tables import CANDIDATES, EXAMPLES, PROMPTS
+from stages.data.preferences import preferences
 from stages.data.prompts import chat_json
-from stages.data.texts import readable
+from stages.data.texts import Conversation, readable
 from stages.data.tokenizer import Tokenizer
 from stages.model_config import SCORED_AT_END
 from stages.network.forward import completion_scores
@@ -29,9 +30,13 @@ from stages.network.models import reward_head
 from stages.ranking.base import Response
 from stages.ranking.compare import compare
 from stages.ranking.judge import judge
+from stages.ranking.ranker_examples import ranker_examples
 from stages.ranking.rankers import open_ranker
 from stages.ranking.rankers import ranker as rankers
 from stages.ranking.reward import reward
+from stages.training.optimize import optimize
+from tests.conftest import write_jsonl
+from tests.families import write_chat_model
 from tests.material import alone
 from tests.stages.ranking.test_rankers import BAD, CONTEXT, GOOD, LONG, candidates_with, one_prompt, words
 
@@ -450,3 +455,40 @@ def test_a_reward_model_answers_no_questions(fresh):
     for name in ("pairwise", "llm_judge"):
         with pytest.raises(WinnowError, match=f"outputs a score.*by: {name}.*set `by` to `pointwise`"):
             open_ranker(rankers.bind(name), fresh)
+
+
+def test_a_reward_model_with_a_tokenizer_of_its_own_is_trained_on_what_it_will_read(unmarked, ctx, tmp_path):
+    """Pairs in its own template, up to the end of the turn, prompt and response; training makes it prefer the chosen.
+
+    The ids of the policy would be other tokens in it, and the labels of a pairwise ranker no responses.
+    """
+    policy = write_chat_model("qwen2", unmarked, tmp_path / "policy")
+    model = write_chat_model("llama", unmarked, tmp_path / "reward", score=True)
+    system = {"role": "system", "content": "Be kind."}
+    asked = [[system, {"role": "user", "content": f"What is the time in hall {n}?"}] for n in range(24)]
+    data = [{"prompt": chat, "chosen": f"It is {n}, dear.", "rejected": f"{n}!"} for n, chat in enumerate(asked)]
+    path = DataPath(str(write_jsonl(tmp_path / "pairs.jsonl", data)))
+    prompts, candidates, pairs = preferences(policy, ctx, path=path, reader="columns", heldout=0.0)
+    examples = ranker_examples(prompts, candidates, pairs, model, ctx)
+
+    tokenizer = Tokenizer(model)
+    expected = {
+        tuple(tokenizer.conversation_ids(Conversation(row["prompt"]), row[side])): side
+        for row in data
+        for side in ("chosen", "rejected")
+    }
+    sides = []
+    for group in examples.to_pylist():
+        (pair,) = group["pairs"]
+        assert (pair["chosen"], pair["rejected"]) == (0, 1)
+        sides += [expected[(*group["prompt_ids"], *response["token_ids"])] for response in group["responses"]]
+        assert not {*tokenizer.stop} & {group["prompt_ids"][-1]}
+    assert sides == ["chosen", "rejected"] * len(data)
+
+    trained, *_ = optimize(
+        model, conform(examples, EXAMPLES), ctx, objective="sigmoid", learning_rate=1e-2, epochs=4, batch_size=8,
+    )  # fmt: skip
+    rewards = reward(prompts, candidates, ctx, trained, by="pointwise").to_pylist()
+    score = {row["candidate_id"]: row["reward"] for row in rewards}
+    preferred = [score[pair["chosen_id"]] > score[pair["rejected_id"]] for pair in pairs.to_pylist()]
+    assert sum(preferred) > 0.9 * len(preferred)

@@ -15,7 +15,7 @@ from pipeline.config.recipe import load_recipe
 from schemas import WinnowError
 from stages.network.load import load_network
 from stages.ranking.base import Response
-from stages.ranking.pointwise import PointwiseRanker
+from stages.ranking.pointwise import RewardModelReader
 from stages.sampling.engines import POLICY_ITSELF, Completion, Request, Sampling
 from stages.sampling.engines.fake import FakeEngine
 from stages.sampling.sample import sample
@@ -291,8 +291,7 @@ def test_a_special_token_as_stop_string_is_refused_with_its_id(tiny, ctx):
 
 def test_a_reward_model_reads_a_stopped_response_without_the_stop_string(tiny, monkeypatch):
     """Its ids, else, where the tokenizer is the policy's: they hold what is no part of the response."""
-    ranker = object.__new__(PointwiseRanker)
-    ranker.open_tokenizer(tiny)
+    ranker = RewardModelReader(tiny)
     prompt = tuple(ranker.tokenizer.prompt_ids("Please."))
     drawn = tuple(ids_of(tiny, "A table.", "\nUser"))
     whole, cut = (
