@@ -77,7 +77,7 @@ def step_costs(
     costs = []
     for step in plan.steps:
         inputs = {name: inputs_seen[source.name] for name, source in step.inputs.items()}
-        inputs_seen[step.name] = InputStep(step.stage, step.options, inputs)
+        inputs_seen[step.name] = InputStep(step.stage, {**step.identity["options"], **step.options}, inputs)
         source_work = {name: work[source.name] for name, source in step.inputs.items()}
         cost = step.signature.cost
         bound = cost.work(step.options, inputs, source_work)

@@ -15,10 +15,12 @@ from jobs.opponents import find_opponents
 from jobs.recipes import FOLDER, plan_named
 from jobs.report import write_report
 from jobs.runs import with_free_names
+from pipeline.config.estimates import step_costs
 from pipeline.config.plan import Plan, Step, make_plan
 from pipeline.config.recipe import load_recipe, merged
 from pipeline.execution.executor import LocalExecutor
 from pipeline.execution.run import run
+from pipeline.resources import Profile
 from pipeline.sql.catalog import open_catalog, query
 from pipeline.store.store import Store
 from schemas import WinnowError
@@ -308,6 +310,9 @@ def test_a_run_is_compared_with_the_draws_of_another(judged, data_dir: Path, tmp
     store = Store(shutil.copytree(judged[0].root, tmp_path / "store"))
     config = "judges: {words: {ranker: {use: brevity, with: {words: 9}}, against: [run, judged]}}"
     plan = planned(data_dir, config, tmp_path, "eval_sample.seed=7")
+    find_opponents([plan], store)
+    costs = {cost.step.name: cost for cost in step_costs(plan, store, Profile(), local=True)}
+    assert costs["judge_by_words_vs_run"].work.of("judgements").value == 36, "a plan says at most two draws against each of two, for nine prompts"
     ran = made(plan, store)
     assert "against_run" not in ran
     assert not any("judged" in step for step in ran), "a run is not compared with itself"
