@@ -183,9 +183,17 @@ def _estimated_work(
     """Return the stage's bounds, and of what it leaves open or only bounds, estimates from a finished step like it."""
     source = next((item for item in step.signature.inputs if item.schema is not None and item.name in inputs), None)
     similar = [manifest for manifest in manifests if manifest["stage"] == step.stage]
-    # Of the same step or with the most options alike: the latest
-    options = step.identity["options"]
-    similar.sort(key=lambda manifest: -sum(options.get(k) == v for k, v in manifest["identity"]["options"].items()))
+    # The same step, or that with the most options and inputs alike (another ranker rejects others): the latest
+
+    def likeness(manifest: Json) -> tuple[int, str]:
+        alike = (
+            step.identity[part].get(name) == value
+            for part in ("options", "inputs")
+            for name, value in manifest["identity"][part].items()
+        )
+        return sum(alike), manifest.get("made", "")
+
+    similar.sort(key=likeness, reverse=True)
     rows, units = dict(bound.rows), bound.units
     for manifest in similar[:1]:
         before = manifest["rows"]

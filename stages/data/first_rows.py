@@ -33,6 +33,10 @@ from stages.data.texts import (
 )
 
 ROWS = 1000
+DRAWN = (
+    f"{CHANGED}: their ids are those that ask for an answer, after which responses are drawn; if that is not as meant, "
+    f"{CHANGED_CURE}"
+)
 OTHER_TEMPLATE = (
     "set `chat_template` of the tokenizer's step of stage `model` to one that does, or leave these rows out"
 )
@@ -184,13 +188,15 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
     file, which the chat template must render behind the same prompt.
     """
     prompts, error_of = _first_prompts(options), _prompt_error(options, inputs, answered=answered)
+    error_if_answered = _prompt_error(options, inputs, answered=True)
     errors: dict[tuple[str, str], list[str]] = {}  # places, by reason and cure
     notes: dict[str, list[str]] = {}  # the same, by what is to be said of prompts that are not rejected
     for prompt in prompts:
         if (error := error_of(prompt.result)) is not None:
             errors.setdefault((str(error), getattr(error, "cure", "")), []).append(prompt.location)
         elif isinstance(prompt.result, Conversation):
-            for text in [*prompt.notes, *notes_of_roles(_roles_of(prompt.result))]:
+            is_changed = str(error_if_answered(prompt.result)) == CHANGED
+            for text in [*prompt.notes, *notes_of_roles(_roles_of(prompt.result)), *[DRAWN] * is_changed]:
                 notes.setdefault(text, []).append(prompt.location)
 
     def counted(locations: list[str]) -> str:

@@ -40,7 +40,7 @@ LAST = 0.1  # fraction of a run's steps whose mean loss is taken for what its ob
 
 
 @stage(
-    version=8,
+    version=9,
     unsharded=True,
     check=check_optimize,
     given_by={"ranker": "by"},
@@ -129,8 +129,9 @@ def optimize(
 
     Held-out metrics are of the saved folder, loaded again. `saved/margin_kept` is the fraction of what training changed
     on the last batch that the folder has, by fp32 arithmetic, and `saved/margin_kept_bfloat16` that which engines read
-    of it in bfloat16 (`sample` with `dtype: bfloat16`). There is neither where it changed less than 1e-4 nats, and a
-    warning where the first is not 0.9 to 1.1, or the second below 0.5.
+    of it in bfloat16 (`sample` with `dtype: bfloat16`), by least squares over the pairs. There is neither where it
+    changed less than 1e-4 nats (root mean square), and a warning where the first is not 0.9 to 1.1, or the second below
+    0.5.
 
     If the config of a mixture of experts sets output_router_logits, its load balancing loss, times its
     router_aux_loss_coef, is added as transformers adds it, over the tokens of the whole step: metric `aux_loss`.

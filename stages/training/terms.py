@@ -244,21 +244,23 @@ class ObjectiveTerm:
             self._dummy_forward(network)
         return self.dist.all_reduce(torch.from_numpy(logp).to(network.device))
 
-    def mean_margin(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> float:
-        """Return by how much chosen responses of a batch are ahead, in nats per pair (or in units of a score).
+    def margins(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> Tensor:
+        """Return by how much each chosen response of a batch is ahead, in nats (or in units of a score), float64 [P].
 
-        Of unpaired labels: how far desirable ones are ahead of undesirable ones, per label; of imitation: the log-prob
-        per response. Without the reference, which cancels in the difference of two networks. In fp32 whatever training
-        runs in: bfloat16's rounding of activations would hide what rounding did to weights.
+        Of unpaired labels: each log-prob, negative for undesirable ones; of imitation: the log-prob of each response.
+        Without the reference, which cancels in the difference of two networks. In fp32 whatever training runs in:
+        bfloat16's rounding of activations would hide what rounding did to weights.
         """
         in_fp32 = copy(self)
         in_fp32.dtype = "float32"
         logp = in_fp32.logp_by_ranks(network, [row for group in batch for row in group.rows])
         rows = self.objective_batch(batch, logp, None)
         if self.objective.metadata["per"] == "pairs":
-            return float(rows.margin(logp).mean())
-        signs = rows.weight.sign() if rows.desirable is None else rows.desirable
-        return float((signs * logp).sum() / signs.abs().sum())
+            margins = rows.margin(logp)
+        else:
+            signs = rows.weight.sign() if rows.desirable is None else rows.desirable
+            margins = (signs * logp)[signs != 0]
+        return margins.detach().cpu().double()
 
     @torch.no_grad()
     def evaluate(self, network: PreTrainedModel, batch: list[TrainingGroup]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -54,7 +55,7 @@ if TYPE_CHECKING:  # which reads texts, and a machine that trains alone need not
     from stages.training.validation import Validation
 
 PREFIXES = ("", "imitation/")  # of the metrics of each term
-UNMOVED = 1e-4  # nats per pair: a change below is rounding, of which no fraction is given
+UNMOVED = 1e-4  # nats per pair, root mean square: a change below is rounding, of which no fraction is given
 LOST = 0.1  # fraction of a change by which a saved policy may be off without a warning
 
 
@@ -229,7 +230,7 @@ def train_policy(
 
     # Save, and measure what was saved: the folder, loaded again, is what later stages read. One network in memory.
     term, batch = next((terms[n], batches[n]) for n in active)  # of the last step
-    trained = term.mean_margin(network, batch)
+    trained = term.margins(network, batch)
     folder = mirror.here / "model"
     size = _save_policy(network, init, folder, dist, adapt, config)
     del optimizer, parameters, meter, param_group, loss, working
@@ -248,10 +249,10 @@ def train_policy(
     initial = _margins(term, batch, network)
     _free(network, dist)
     moved = trained - initial["float32"]
-    if abs(moved) > UNMOVED:
-        fraction = {dtype: (saved[dtype] - initial[dtype]) / moved for dtype in saved}
+    if (size_moved := float(moved.square().mean().sqrt())) > UNMOVED:
+        fraction = {dtype: kept_fraction(moved, saved[dtype] - initial[dtype]) for dtype in saved}
         if dist.rank == 0:
-            warn_of_lost_margin(fraction, moved, config.save_dtype, config.save_rounding)
+            warn_of_lost_margin(fraction, size_moved, config.save_dtype, config.save_rounding)
         figures = {"saved/margin_kept": fraction["float32"], "saved/margin_kept_bfloat16": fraction["bfloat16"]}
         state.history.append({"step": float(kept_step)} | figures)
     live.update(state.history)
@@ -308,11 +309,19 @@ def _free(network: PreTrainedModel, dist: Distributed) -> None:
         free(network)
 
 
-def _margins(term: ObjectiveTerm, batch: list[TrainingGroup], network: PreTrainedModel) -> dict[str, float]:
-    """Return the margin by these weights, and by what engines in bfloat16 read of them; the network ends rounded."""
-    margin = term.mean_margin(network, batch)
+def _margins(term: ObjectiveTerm, batch: list[TrainingGroup], network: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the margins by these weights, and by what engines in bfloat16 read of them; the network ends rounded."""
+    margins = term.margins(network, batch)
     round_weights(network, "nearest")
-    return {"float32": margin, "bfloat16": term.mean_margin(network, batch)}
+    return {"float32": margins, "bfloat16": term.margins(network, batch)}
+
+
+def kept_fraction(moved: Tensor, kept: Tensor) -> float:
+    """Return the fraction of each pair's move that was kept, by least squares over pairs. moved, kept: [P], nats.
+
+    Of their means, to which some pairs add what others take away, the fraction may be anything.
+    """
+    return float(kept @ moved / (moved @ moved))
 
 
 def warn_of_lost_margin(
@@ -337,8 +346,8 @@ def warn_of_lost_margin(
     else:
         return
     warnings.warn(
-        f"{policy} has {fraction[dtype]:.1%} of what training changed ({fraction[dtype] * moved:.4g} of "
-        f"{moved:.4g} nats, on average over the last batch){reason}: {', or '.join(cures)}, or raise learning_rate",
+        f"{policy} has {fraction[dtype]:.1%} of what training changed (of {moved:.4g} nats per pair, the root of their "
+        f"mean square over the last batch){reason}: {', or '.join(cures)}, or raise learning_rate",
         WinnowWarning,
         stacklevel=3,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from jobs import recipes
 from jobs import winnow as python
-from pipeline.config.estimates import as_rows, step_costs
+from pipeline.config.estimates import as_rows, finished_manifests, step_costs
 from pipeline.costs import GIB, UNKNOWN, Amount, Device
 from pipeline.resources import Profile, Resources
 from pipeline.store.fingerprints import DataPath
@@ -91,6 +91,24 @@ def test_what_the_store_has_run_is_the_best_estimate_of_what_it_has_not(data_dir
     assert (sample.rate, sample.source) == (manifest["counters"]["tokens"] / manifest["seconds"], "measured")
     assert sample.seconds.value == pytest.approx(sample.work.units.value / sample.rate)
     assert costs["pair"].work.of("pairs").known == "at most about"
+
+
+def test_an_estimate_is_of_the_step_whose_inputs_are_the_same(data_dir: Path, finished: Path):
+    """Another ranker reads other responses, whatever its options."""
+    store = Store(finished)
+    manifests = finished_manifests(store)
+    judge = next(manifest for manifest in manifests if manifest["stage"] == "judge")
+    inputs = judge["identity"]["inputs"] | {"ranker": "f" * 16}
+    other = judge | {"key": "0" * 16, "identity": judge["identity"] | {"inputs": inputs}}
+    other |= {"counters": {"ranker_calls": 2}, "made": "2999-01-01T00:00:00+00:00"}
+    plan = plan_of(data_dir, "eval_sample.seed=7")
+    alone, beside = (
+        step_costs(plan, store, Profile(), local=True, machine=MACHINE, manifests=known)
+        for known in (manifests, [other, *manifests, other])
+    )
+    units = [cost.work.units for costs in (alone, beside) for cost in costs if cost.step.name == "judge"]
+    assert units[0] == units[1]
+    assert (units[0].value or 0) > 2
 
 
 def test_a_given_rate_outranks_the_measured_and_devices_divide_the_time(data_dir: Path, finished: Path):

@@ -312,7 +312,9 @@ def test_a_run_is_compared_with_the_draws_of_another(judged, data_dir: Path, tmp
     plan = planned(data_dir, config, tmp_path, "eval_sample.seed=7")
     find_opponents([plan], store)
     costs = {cost.step.name: cost for cost in step_costs(plan, store, Profile(), local=True)}
-    assert costs["judge_by_words_vs_run"].work.of("judgements").value == 36, "a plan says at most two draws against each of two, for nine prompts"
+    assert costs["judge_by_words_vs_run"].work.of("judgements").value == 36, (
+        "a plan says at most two draws against each of two, for nine prompts"
+    )
     ran = made(plan, store)
     assert "against_run" not in ran
     assert not any("judged" in step for step in ran), "a run is not compared with itself"

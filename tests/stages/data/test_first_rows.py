@@ -71,7 +71,8 @@ def test_a_prompt_without_an_answer_yet_is_refused_only_where_a_file_has_the_ans
     with pytest.warns(WinnowWarning, match=r"1 of the first 3 .*once an answer follows.*`chat_template`"):
         assert problems(folder, [system, *others]) == []
     assert problems(folder, others) == []
-    assert problems(folder, [system], answered=False) == []
+    with pytest.warns(WinnowWarning, match=r"1 of the first 3 .* will be kept .*once an answer follows: .*ask for an"):
+        assert problems(folder, [system, *others], answered=False) == []
     (problem,) = problems(folder, [ROWS["plain"]], system_prompt="Be brief.")
     assert "1 of the first 1" in problem
     (folder / "chat_template.jinja").write_text(SYSTEM_IN_LAST.replace("loop.last", "m == messages[1]"))

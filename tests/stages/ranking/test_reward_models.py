@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -465,8 +466,10 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_trained_on_what_it_will_r
     policy = write_chat_model("qwen2", unmarked, tmp_path / "policy")
     model = write_chat_model("llama", unmarked, tmp_path / "reward", score=True)
     system = {"role": "system", "content": "Be kind."}
-    asked = [[system, {"role": "user", "content": f"What is the time in hall {n}?"}] for n in range(24)]
-    data = [{"prompt": chat, "chosen": f"It is {n}, dear.", "rejected": f"{n}!"} for n, chat in enumerate(asked)]
+    asked: list[Any] = [[system, {"role": "user", "content": f"What is the time in hall {n}?"}] for n in range(24)]
+    data: list[dict[str, Any]] = [
+        {"prompt": chat, "chosen": f"It is {n}, dear.", "rejected": f"{n}!"} for n, chat in enumerate(asked)
+    ]
     path = DataPath(str(write_jsonl(tmp_path / "pairs.jsonl", data)))
     prompts, candidates, pairs = preferences(policy, ctx, path=path, reader="columns", heldout=0.0)
     examples = ranker_examples(prompts, candidates, pairs, model, ctx)

@@ -29,7 +29,7 @@ from stages.training.distributed import Distributed
 from stages.training.examples import examples
 from stages.training.reference import reference
 from stages.training.throughput import ThroughputMeter
-from stages.training.trainer import warn_of_lost_margin
+from stages.training.trainer import kept_fraction, warn_of_lost_margin
 from tests import material
 from tests.conftest import write_jsonl
 from tests.material import (
@@ -480,6 +480,16 @@ def test_what_was_kept_is_of_weights_whatever_training_runs_in(half, tmp_path):
         _, metrics, policy = train(half, random_rows(prompts=12), tmp_path, **options)
     assert metrics[policy["steps"], "saved/margin_kept"] == pytest.approx(1, abs=1e-3)
     assert metrics[policy["steps"], "saved/margin_kept_bfloat16"] < 0.5
+
+
+def test_the_kept_fraction_is_of_pairs_and_not_of_their_mean():
+    """Moves of 1 and -1 nats have a mean near 0, of which noise is many times as much."""
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.tensor([1.0, -1.0] * 50, dtype=torch.float64) + 1e-5
+    noise = 0.1 * torch.randn(100, generator=generator, dtype=torch.float64)
+    kept = 0.7 * moved + noise
+    assert kept_fraction(moved, kept) == pytest.approx(0.7, abs=0.05)
+    assert abs(float(kept.mean() / moved.mean()) - 0.7) > 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
