@@ -481,7 +481,8 @@ def planned_config(step: InputStep) -> ModelConfig | None:
 def id_problems(inputs: Mapping[str, InputStep], table: str, model: str) -> list[str]:
     """Return at plan time why the ids of an input are none of a model's: the tokenizer that wrote them is another.
 
-    Only an id that is another token there counts, and tokenizers that a plan can read: one may have tokens more.
+    Only an id that is another token there counts, and tokenizers that a plan can read: one may have tokens more. Of an
+    added token, such as a reserved one that a policy has renamed, only warn.
     """
     writer, reader = _writer_of_ids(inputs.get(table)), _owner_of_tokenizer(inputs.get(model))
     if writer is None or reader is None or writer == reader:
@@ -489,11 +490,15 @@ def id_problems(inputs: Mapping[str, InputStep], table: str, model: str) -> list
     folders = [_tokenizer_folder(step) for step in (writer, reader)]
     if None in folders or (difference := _first_difference(*folders)) is None:  # type: ignore[arg-type]
         return []
-    number, written, read = difference
-    return [
+    number, written, read, is_added = difference
+    text = (
         f"{model}: the ids of `{table}` were written by the tokenizer of {folders[0]}, and that of {folders[1]} is "
-        f"another: id {number} is {written!r} there and {read!r} here; give both the same model under `from`"
-    ]
+        f"another: id {number} is {written!r} there and {read!r} here"
+    )
+    if is_added:
+        warnings.warn(f"{text}; all tokens that are not added are the same", WinnowWarning, stacklevel=2)
+        return []
+    return [f"{text}; give both the same model under `from`"]
 
 
 def _writer_of_ids(step: InputStep | None) -> InputStep | None:
@@ -518,26 +523,35 @@ def _tokenizer_folder(step: InputStep) -> Path | None:
     return path.path if step.stage == "model" and isinstance(path, ModelPath) else None
 
 
-def _first_difference(first: Path, second: Path) -> tuple[int, str, str] | None:
-    """Return the first id that is another token in another folder's tokenizer, and both; None if none is known."""
+def _first_difference(first: Path, second: Path) -> tuple[int, str, str, bool] | None:
+    """Return the first id that is another token in another folder's tokenizer, both, and whether only added ones are.
+
+    None if no difference is known.
+    """
     files = [folder / "tokenizer.json" for folder in (first, second)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return None
-    ours, theirs = map(_tokens_by_id, files)
-    return next(((n, ours[n], theirs[n]) for n in sorted(ours.keys() & theirs.keys()) if ours[n] != theirs[n]), None)
+    (ours, added_to_ours), (theirs, added_to_theirs) = map(_tokens_by_id, files)
+    different = [number for number in sorted(ours.keys() & theirs.keys()) if ours[number] != theirs[number]]
+    of_vocabulary = [number for number in different if number not in added_to_ours | added_to_theirs]
+    number = next(iter(of_vocabulary or different), None)
+    return None if number is None else (number, ours[number], theirs[number], not of_vocabulary)
 
 
-def _tokens_by_id(file: Path) -> dict[int, str]:
-    """Return the tokens of a tokenizer.json by their ids; none of a damaged file, which its own step reports."""
+def _tokens_by_id(file: Path) -> tuple[dict[int, str], set[int]]:
+    """Return the tokens of a tokenizer.json by their ids, and the ids of added ones.
+
+    None of a damaged file, which its own step reports.
+    """
     with suppress(WinnowError, KeyError, TypeError):
         content = json_object(file)
-        vocabulary = content["model"]["vocab"]
+        vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []
         pairs = (
             vocabulary.items() if isinstance(vocabulary, dict) else ((item[0], n) for n, item in enumerate(vocabulary))
         )
         tokens = {int(number): str(token) for token, number in pairs}
-        return tokens | {int(item["id"]): str(item["content"]) for item in content.get("added_tokens") or []}
-    return {}
+        return tokens | {int(item["id"]): str(item["content"]) for item in added}, {int(item["id"]) for item in added}
+    return {}, set()
 
 
 def planned_context(step: InputStep | None) -> int | None:

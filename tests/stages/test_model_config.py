@@ -367,9 +367,15 @@ def larger(content: dict[str, Any]) -> None:
     added.append(added[-1] | {"id": len(content["model"]["vocab"]) + len(added), "content": "<new>"})
 
 
+def renamed(content: dict[str, Any]) -> None:
+    """Give the last added token another name, as a policy does with a reserved one."""
+    content["added_tokens"][-1]["content"] = "<renamed>"
+
+
 def test_ids_of_another_tokenizer_are_refused_when_the_plan_is_made(tiny, data_dir, tmp_path):
-    """With the first id that is another token. Tokens more, or a folder of the same tokens, are no reason."""
-    for name, change in (("swapped", swapped), ("larger", larger), ("same", lambda content: None)):
+    """With the first id that is another token; of an added one, warn. Tokens more, or the same, are no reason."""
+    changes = {"swapped": swapped, "renamed": renamed, "larger": larger, "same": lambda content: None}
+    for name, change in changes.items():
         folder = with_tokens(tiny, tmp_path / name, change)
         steps = {
             "policy": {"use": "model", "with": {"path": str(tiny.folder)}},
@@ -378,6 +384,13 @@ def test_ids_of_another_tokenizer_are_refused_when_the_plan_is_made(tiny, data_d
             "sample": {"from": {"policy": "other"}},
             "optimize": {"from": {"init": "other"}, "with": {"reference": "other"}},
         }
+        if name == "renamed":
+            with pytest.warns(WinnowWarning) as notes:
+                planned(data_dir, tmp_path, steps)
+            assert all(
+                "and '<renamed>' here; all tokens that are not added are the same" in str(w.message) for w in notes
+            )
+            continue
         if name != "swapped":
             planned(data_dir, tmp_path, steps)
             continue
