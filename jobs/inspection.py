@@ -22,6 +22,8 @@ from jobs.winnow import alone
 from pipeline.config.plan import Plan, Step
 from pipeline.stage import signature_of
 from schemas import Model, WinnowError, table_name
+from stages.data.rows import Row
+from stages.data.texts import as_messages, conversation_of
 from stages.network.models import replace_chat_templates, write_template_options
 
 DATA_STAGES = ("prompts", "preferences", "own_candidates")
@@ -60,7 +62,8 @@ def inspect_data(plans: Sequence[Plan], words: int, overlap: float) -> pa.Table:
     """Return what the data of plans look like, a row per finding; a step that plans share is read once.
 
     words, overlap: two prompts are near duplicates if the share of word n-grams of this length that both have, of those
-    that either has (Jaccard), is at least `overlap`. Raise WinnowError if a plan reads no data.
+    that either has (Jaccard), is at least `overlap`; of a chat, what its users say is compared. Raise WinnowError if a
+    plan reads no data.
     """
     steps: dict[str, Step] = {}  # by the name in the result, which of a step that differs between plans has the plan's
     for plan in plans:
@@ -75,11 +78,11 @@ def inspect_data(plans: Sequence[Plan], words: int, overlap: float) -> pa.Table:
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, step) in enumerate(steps.items()):
             tables, rejects = _tables_and_rejects(step, Path(folder) / str(number))
-            prompts[name] = tables["prompts"].select(["prompt_id", "text", "split"]).to_pylist()
+            prompts[name] = tables["prompts"].select(["prompt_id", "text", "chat", "split"]).to_pylist()
             findings += _row_counts(name, prompts[name], tables, rejects)
             findings += _lengths(name, tables)
             findings += _scripts(name, [row["text"] for row in prompts[name]])
-    texts = {(name, split): [row["text"] for row in rows if row["split"] == split]
+    texts = {(name, split): [_question(row) for row in rows if row["split"] == split]
              for name, rows in prompts.items() for split in ("train", *HELD_OUT)}  # fmt: skip
     for held in prompts:
         for trained in prompts:
@@ -183,6 +186,13 @@ def _scripts(name: str, texts: list[str]) -> Iterator[Finding]:
 def _script(character: str) -> str:
     """Return the first word of a letter's name in Unicode, which is its script: LATIN, CYRILLIC, CJK, HANGUL."""
     return unicodedata.name(character, "unknown").partition(" ")[0]
+
+
+def _question(prompt: Row) -> str:
+    """Return what users say in a prompt: a question under two system prompts is one, under one they all look alike."""
+    conversation = conversation_of(prompt)
+    messages = as_messages(conversation.content) if conversation else []
+    return "\n".join(str(item["content"]) for item in messages if item["role"] == "user") or str(prompt["text"])
 
 
 def _duplicates(

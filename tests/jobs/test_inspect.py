@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jobs.inspection import near_duplicates
 from schemas import split_of
+from stages.data.texts import readable
 from tests.conftest import write_jsonl
 
 BAD_ROWS = pytest.mark.filterwarnings(
@@ -40,6 +41,37 @@ def test_scripts_without_spaces_are_read_by_characters():
     """One of twelve characters differs; as one word they would have nothing in common."""
     assert near_duplicates(["東京で二人の席を予約して"], ["東京で三人の席を予約して"], 2, 0.5)
     assert not near_duplicates(["東京で二人の席を予約して"], ["明日は雨が降るでしょうか"], 2, 0.5)
+
+
+def test_prompts_of_chats_are_compared_by_what_users_say(tiny, winnow, tmp_path):
+    """A question under another system prompt is the same; questions under one long system prompt are not."""
+    system = {
+        "role": "system",
+        "content": "You are the patient clerk of a boat hire in Oslo. Be kind to all.",
+    }
+    questions = [f"Question {n} is about the colour of {n} boats." for n in range(60)]
+    rows = [{"prompt": [system, {"role": "user", "content": text}]} for text in questions]
+    held = next(row["prompt"][1]["content"] for row in rows if split_of(readable(row["prompt"]), 0.5) == "heldout")
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    (tmp_path / "my.yaml").write_text(
+        f"sft: {{with: {{path: {tiny.folder}}}}}\n"
+        "prompts: {with: {path: ./prompts.jsonl, heldout: 0.5}}\n"
+        "preferences: {with: {path: ./pairs.jsonl, heldout: 0.0}}\n"
+        "sample: {with: {max_tokens: 24}}\nranker: {use: brevity, with: {words: 3}}\n"
+    )
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": held, "chosen": "Yes.", "rejected": "No."}])
+    code, text = winnow("inspect", "dpo", "--config", tmp_path / "my.yaml", "--out", "found.jsonl")
+    assert code == 0, text
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    like = {
+        (trained, row["item"]): row["value"]
+        for row in found
+        for trained in ("prompts", "preferences")
+        if (row["step"], row["check"]) == ("prompts", f"held-out prompts like train of {trained}")
+    }
+    near = "at least 0.5 of 3-grams of words"
+    expected = {("preferences", "the same words"): 1, ("preferences", near): 0}
+    assert like == expected | {("prompts", "the same words"): 0, ("prompts", near): 0}
 
 
 @pytest.fixture
