@@ -23,7 +23,7 @@ from pipeline.config.plan import Plan, Step
 from pipeline.stage import signature_of
 from schemas import Model, WinnowError, table_name
 from stages.data.rows import Row
-from stages.data.texts import as_messages, conversation_of
+from stages.data.texts import conversation_of, words_of_user
 from stages.network.models import replace_chat_templates, write_template_options
 
 DATA_STAGES = ("prompts", "preferences", "own_candidates")
@@ -82,7 +82,7 @@ def inspect_data(plans: Sequence[Plan], words: int, overlap: float) -> pa.Table:
             findings += _row_counts(name, prompts[name], tables, rejects)
             findings += _lengths(name, tables)
             findings += _scripts(name, [row["text"] for row in prompts[name]])
-    texts = {(name, split): [_question(row) for row in rows if row["split"] == split]
+    texts = {(name, split): [_words_of_user(row) for row in rows if row["split"] == split]
              for name, rows in prompts.items() for split in ("train", *HELD_OUT)}  # fmt: skip
     for held in prompts:
         for trained in prompts:
@@ -188,11 +188,9 @@ def _script(character: str) -> str:
     return unicodedata.name(character, "unknown").partition(" ")[0]
 
 
-def _question(prompt: Row) -> str:
-    """Return what users say in a prompt: a question under two system prompts is one, under one they all look alike."""
+def _words_of_user(prompt: Row) -> str:
     conversation = conversation_of(prompt)
-    messages = as_messages(conversation.content) if conversation else []
-    return "\n".join(str(item["content"]) for item in messages if item["role"] == "user") or str(prompt["text"])
+    return words_of_user(conversation.content) if conversation else str(prompt["text"])
 
 
 def _duplicates(

@@ -46,7 +46,7 @@ PROMPTS = table(
     column(
         "split",
         pa.string(),
-        "train, heldout or validation, by hash of the text in lower case, white space as one space",
+        "train, heldout or validation, by hash of what users say in lower case, white space as one space",
     ),
     column("demonstration", pa.string(), "a response to imitate; null if the data has none", nullable=True),
     column("demonstration_ids", TOKEN_IDS, "tokens of the demonstration, the one that ends it last", nullable=True),

@@ -27,7 +27,7 @@ SmallCount = Annotated[int, Range(gt=0, le=10**6)]  # where memory or time grow 
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NotNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Share = Annotated[float, Range(ge=0, le=1)]
-HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of their texts
+HeldoutShare = Annotated[float, Range(ge=0, lt=1)]  # of prompts, by hash of what users say
 HeldoutShareOrAll = Annotated[float, Range(ge=0, le=1)]  # 1: all prompts of the file are for evaluations alone
 ValidationShare = Annotated[HeldoutShare, ADDED]
 Split = Literal["train", "heldout", "validation"]

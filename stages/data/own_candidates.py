@@ -71,7 +71,7 @@ def _omitted_tables(options: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-@stage(version=7, unsharded=True, check=_check_own_candidates, omits=_omitted_tables)
+@stage(version=8, unsharded=True, check=_check_own_candidates, omits=_omitted_tables)
 def own_candidates(
     tokenizer: Model,
     ctx: StageContext,

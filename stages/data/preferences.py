@@ -20,7 +20,7 @@ from stages.work import preferences_work
 
 
 @stage(
-    version=6,
+    version=7,
     unsharded=True,
     check=lambda options, inputs: (
         share_problems(options)

@@ -44,6 +44,7 @@ from stages.data.texts import (
     tools_of,
     with_system_prompt,
     without_answer,
+    words_of_user,
 )
 from stages.limits import context_length
 from stages.options import Count, HeldoutShareOrAll, PrefillOrOmit, TooLong, ValidationShare, share_problems
@@ -89,7 +90,7 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
 
 # The id of a prompt is of its content, wherever that was read.
 @stage(
-    version=7,
+    version=8,
     unsharded=True,
     check=lambda options, inputs: (
         share_problems(options)
@@ -145,9 +146,10 @@ def prompts(
     `demonstration: chosen` their chosen responses. A column `tools` holds the JSON schemas of tools that may be called.
     Columns in `keep` stay with the prompt, as text or JSON, for programs that score responses by them, such as
     `math_answer`; a row without one of them is rejected.
-    A prompt is held out by hash of its text: with one `heldout` share it is in the same split in every file, and so is
-    a copy of it in another case or spacing; 1 holds out all prompts of a file. `validation` is the share that is held
-    out apart, in the same way, for evaluations during training: what chooses a policy is then not what judges it.
+    A prompt is held out by hash of what users say in it: with one `heldout` share it is in the same split in every
+    file, and so is a copy of it in another case or spacing, or under another system prompt; 1 holds out all prompts of
+    a file. `validation` is the share that is held out apart, in the same way, for evaluations during training: what
+    chooses a policy is then not what judges it.
 
     Ids are what the tokenizer's chat template says. What it does not render (a role, a tool call) is rejected, and so
     are prompts longer than `max_tokens` or the model's context, and prompts that end with an assistant turn, unless
@@ -327,8 +329,8 @@ class DataTables:
 
     def prompt_row(self, conversation: Conversation) -> Row:
         """Return the row of a prompt, without a demonstration."""
-        # By the text of the file: the same prompts are held out with every system prompt.
-        split = split_of(readable(conversation.content, conversation.tools), self.heldout, self.validation)
+        # By what users say: a question is no test where it is trained on under another system prompt.
+        split = split_of(words_of_user(conversation.content), self.heldout, self.validation)
         conversation = with_system_prompt(conversation, self.system_prompt)
         content, tools = conversation.content, conversation.tools
         if len(readable(content, tools)) > self.max_characters:

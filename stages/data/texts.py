@@ -248,6 +248,12 @@ def readable(prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> str:
     return "\n".join([*lines, *(f"{message['role']}: {readable_reply(message)}" for message in messages)])
 
 
+def words_of_user(prompt: Prompt) -> str:
+    """Return what users say in a prompt, whatever a system message, tools and answers are beside it."""
+    said = "\n".join(str(message["content"]) for message in as_messages(prompt) if message["role"] == "user")
+    return said or readable(prompt)
+
+
 def readable_reply(reply: Reply) -> str:
     """Return a response for people and rankers: its text, with reasoning before it and tool calls after it.
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from jobs.inspection import near_duplicates
 from schemas import split_of
-from stages.data.texts import readable
 from tests.conftest import write_jsonl
 
 BAD_ROWS = pytest.mark.filterwarnings(
@@ -51,7 +50,7 @@ def test_prompts_of_chats_are_compared_by_what_users_say(tiny, winnow, tmp_path)
     }
     questions = [f"Question {n} is about the colour of {n} boats." for n in range(60)]
     rows = [{"prompt": [system, {"role": "user", "content": text}]} for text in questions]
-    held = next(row["prompt"][1]["content"] for row in rows if split_of(readable(row["prompt"]), 0.5) == "heldout")
+    held = next(text for text in questions if split_of(text, 0.5) == "heldout")
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     (tmp_path / "my.yaml").write_text(
         f"sft: {{with: {{path: {tiny.folder}}}}}\n"

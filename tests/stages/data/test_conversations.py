@@ -19,6 +19,7 @@ from stages.data.preferences import preferences
 from stages.data.prompts import prompts
 from stages.data.texts import Conversation
 from stages.data.tokenizer import Tokenizer
+from tests.conftest import write_jsonl
 from tests.stages.data.test_files import jsonl, reasons
 from tests.stages.data.test_templates import CALL, USER
 
@@ -273,6 +274,23 @@ def test_near_copies_of_a_prompt_are_in_one_split():
     for n in range(50):
         text = f"Name {n} cities  of Italy"
         assert split_of(text, 0.5) == split_of(f" name {n}\nCITIES of italy ", 0.5)
+
+
+def test_a_question_is_in_one_split_whatever_is_beside_it(tiny, ctx, tmp_path):
+    """A system message, tools, and the form of one text: it is no test where it is trained on under another of them."""
+    system = {"role": "system", "content": "Be kind."}
+    splits = []
+    besides: list[dict[str, Any]] = [{}, {"system": "Be brief."}, {"tools": []}]
+    for n, beside in enumerate(besides):
+        questions = [{"role": "user", "content": f"How many boats are there in bay {n}?"} for n in range(20)]
+        rows = [{"prompt": [*[system] * (n == 2), question], **beside} for question in questions]
+        path = DataPath(str(write_jsonl(tmp_path / f"{n}.jsonl", rows)))
+        options: dict[str, Any] = {"system": "system"} if "system" in beside else {}
+        table = prompts(tiny, ctx, path=path, heldout=0.5, **options).to_pylist()
+        splits.append({row["text"].rpartition("user: ")[2]: row["split"] for row in table})
+    assert splits[0] == splits[1] == splits[2]
+    assert len({*splits[0].values()}) == 2
+    assert len(splits[0]) == 20
 
 
 def test_a_prompt_is_rendered_once_in_whatever_order_its_responses_stand(tiny, ctx, tmp_path, monkeypatch):
