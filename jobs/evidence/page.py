@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from jobs.evidence.figures import Basis
 from jobs.evidence.measure import PlannedFigure, Row, table_of_figure
@@ -213,6 +214,9 @@ def plot_compute(rows: list[Row]) -> str:
             point = (row["compute_seconds"], 100 * row[metric])
             axes.annotate(f"{row['round']}", point, (3, 3), textcoords="offset points", fontsize=6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")  # of powers of ten, the labels lie on each other
+    axes.minorticks_off()
     _limit_rates(axes, rows, (metric,))
     axes.set_xlabel("sample + rank + train (seconds at this store's mean rates)")
     axes.set_ylabel(f"{metric.replace('_', ' ')} rate (%)")
