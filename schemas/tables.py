@@ -73,8 +73,8 @@ CANDIDATES = table(
     column(
         "text",
         pa.string(),
-        "the response as text, without special tokens, what ended it, white space at its end, and one space before its "
-        "first word",
+        "the response as text; of a draw without special tokens, what ended it, what the chat template writes before "
+        "every answer, white space at its end, and one space before its first word; of a file as it stands there",
     ),
     column(
         "chat",
