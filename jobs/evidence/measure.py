@@ -160,12 +160,14 @@ def table_of_figure(planned: PlannedFigure, catalog: Catalog) -> list[Row]:
     for item in points:
         for number in range(len(item.plans[0].targets)):
             keys = [plan.targets[number].key for plan in item.plans]
+            _, round = split_round(item.plans[0].targets[number].name)
             row = point_row(item, keys, catalog)
             if len(item.plans[0].targets) > 1:
                 row["round"] = number + 1
             if seconds:
                 row["compute_seconds"] = float(np.mean([seconds[key] for key in keys]))
-            if others := [step.key for plan in item.plans for step in plan.evaluations]:
+            evaluations = [step for plan in item.plans for step in plan.evaluations]
+            if others := [step.key for step in evaluations if split_round(step.name)[1] == round]:
                 of_others = point_row(item, others, catalog)
                 row |= {f"other_{name}": of_others[name] for name in of_others if name.startswith((*WINS, "prompts"))}
             rows.append(row)

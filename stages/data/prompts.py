@@ -18,7 +18,7 @@ from schemas import Model, Prompts, WinnowError, WinnowWarning, prompt_id, split
 from schemas.tables import CANDIDATES, PROMPTS
 from stages.data.chat_templates import planned_chat_template
 from stages.data.files import DataSource, check_no_columns, check_reader, check_source
-from stages.data.first_rows import pair_problems, prompt_problems
+from stages.data.first_rows import pair_problems, prompt_problems, response_problems
 from stages.data.formats import PreferencePair, first_pairs, preference_reader
 from stages.data.rows import Row, imported_candidate, in_order_of_prompts
 from stages.data.texts import (
@@ -73,6 +73,40 @@ def _column_problems(options: dict[str, Any], inputs: Mapping[str, InputStep]) -
     return check_system_prompt(options, inputs) + check_reader(options)
 
 
+def _demonstration_problems(options: Mapping[str, Any]) -> list[str]:
+    """Return why all demonstrations of a file would be rejected, by its first rows. Warn if some of them would be."""
+    demonstration, prompt = options["demonstration"], options["prompt"]
+    if demonstration is None:
+        return []
+
+    def read(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, ValueError | None]]:
+        for location, row in rows:
+            try:
+                content = prompt_with(row, prompt, system=options["system"], input=options["input"])
+                content = without_answer(content) if options["prefill"] == "omit" else content
+            except ValueError:  # `prompt_problems` counts it
+                continue
+            try:
+                _demonstration_of(row, demonstration, prompt, content)
+            except ValueError as error:
+                yield location, error
+            else:
+                yield location, None
+
+    columns = [prompt, demonstration, options["system"], options["input"]]
+    return response_problems(options, columns, read, called="demonstrations")
+
+
+def _demonstration_of(row: Row, demonstration: str, prompt: str, content: Prompt) -> Reply:
+    """Return the demonstration of a row to a prompt of this content; raise ValueError with the reason to reject it."""
+    if demonstration != prompt:
+        return reply_of(row, demonstration, content)
+    last = messages_of(row, prompt)[-1:]
+    if last[0]["role"] != "assistant":
+        raise ValueError(f"{prompt} does not end with an assistant turn, which is the demonstration")
+    return reply_of({prompt: last}, prompt)
+
+
 def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputStep]) -> list[str]:
     """Return at plan time why a `system_prompt` would be in no prompt: it is empty, or there is no chat template."""
     text = options["system_prompt"]
@@ -97,7 +131,11 @@ def check_system_prompt(options: Mapping[str, Any], inputs: Mapping[str, InputSt
         + (
             _column_problems(options, inputs)
             or prompt_problems(options, inputs, answered=options["demonstration"] is not None)
-            or (pair_problems(options, compared=False) if options["reader"] is not None else [])
+            or (
+                pair_problems(options, compared=False)
+                if options["reader"] is not None
+                else _demonstration_problems(options)
+            )
         )
     ),
     cost=Cost(work=prompts_work),
@@ -189,9 +227,7 @@ def prompts(
             elif pair is not None:
                 response = pair.chosen
             else:
-                if demonstration == prompt:
-                    source_row = source_row | {prompt: messages_of(source_row, prompt)[-1:]}
-                response = reply_of(source_row, demonstration, content)
+                response = _demonstration_of(source_row, demonstration, prompt, content)
 
             # Their ids, by the rules of the model's tokenizer.
             tools = pair.tools if pair and pair.tools else tools_of(source_row)

@@ -85,6 +85,25 @@ def test_prompts_of_another_file_are_evaluated_beside_the_heldout_ones(basis, da
     assert evaluation.inputs["baseline"].inputs["prompts"] is evaluation.inputs["prompts"]
 
 
+def test_each_round_has_its_own_evaluation_on_other_prompts(basis, data_dir, monkeypatch):
+    """The rounds of a run are no seeds: their mean stood at each of them, with an interval over the two."""
+    planned = plan_figure(replace(basis, other_prompts=data_dir / "preferences.jsonl"), FIGURES["other-prompts"])
+    item = next(item for item in planned.points if item.point.line == "raft")
+    read: list[list[str]] = []
+
+    def note_keys(item: PlannedPoint, keys: list[str], catalog: Any) -> dict[str, Any]:
+        read.append(keys)
+        return {}
+
+    monkeypatch.setattr(PlannedFigure, "finished", lambda self, catalog: [item])
+    monkeypatch.setattr(measure, "point_row", note_keys)
+    no_catalog: Any = None
+    assert [row["round"] for row in measure.table_of_figure(planned, no_catalog)] == [1, 2]
+    of_name = steps(item.plans[0])
+    names = ("evaluate@1", "evaluate_other@1", "evaluate@2", "evaluate_other@2")
+    assert read == [[of_name[name].key for plan in item.plans] for name in names]
+
+
 def test_judges_of_a_config_are_no_part_of_the_figures(data_dir, tmp_path):
     """They would be taken for evaluations on other prompts, of which the table then lacked every figure."""
     (tmp_path / "judges.yaml").write_text("judges: {polite: {ranker: {use: pattern, with: {regex: Gladly}}}}")

@@ -238,6 +238,22 @@ def test_labelled_responses_that_will_be_rejected_are_counted(folder: Path):
         assert checked(own_candidates, folder, rows, reader=candidate_reader.bind("unpaired")) == []
 
 
+def test_demonstrations_that_will_be_rejected_are_counted(folder: Path):
+    """In a column of their own, and at the end of the messages of a prompt."""
+    rows: list[dict] = [{"prompt": "Hi", "answer": "Yes."}, {"prompt": "Hi", "answer": ""}, {"answer": ""}]
+    with pytest.warns(WinnowWarning) as caught:
+        assert checked(prompts, folder, rows, demonstration="answer") == []
+    no_prompt, empty = (str(item.message) for item in caught)
+    assert "1 of the first 3 prompts" in no_prompt
+    assert "1 of the first 2 demonstrations" in empty
+    assert "empty answer (prompts.jsonl:2)" in empty
+    (folder / "chat_template.jinja").write_text(PLAIN)
+    turns = ROWS["plain"]["prompt"]
+    rows = [{"prompt": [*turns, {"role": "assistant", "content": "Noon."}]}, {"prompt": turns}]
+    with pytest.warns(WinnowWarning, match="1 of the first 2 demonstrations .* does not end with an assistant turn"):
+        assert checked(prompts, folder, rows, demonstration="prompt", prefill="omit") == []
+
+
 def test_pairs_that_will_be_rejected_are_counted(folder: Path):
     """Equal responses are no pair to compare; their prompt is one all the same."""
     rows: list[dict] = [
