@@ -22,8 +22,8 @@ Output = Literal["vocabulary", "score"]
 # Options of `from_pretrained`: nothing is downloaded, and code that a folder names is neither run nor asked for.
 FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
 CLASSIFIER = "ForSequenceClassification"
-# Key of a reward model's config.json: Winnow trained it, on responses that end with the end of their turn, and on
-# nothing of what its chat template writes behind that. Others are trained on all that the template renders.
+# Key of a reward model's config.json: it was made of a policy here, and is trained on responses up to the end of their
+# turn, and on nothing of what its chat template writes behind that. Others are trained on all that it renders.
 SCORED_AT_END = "winnow_scored_at_end_of_turn"
 CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -289,9 +289,10 @@ def _write_network(
         shutil.copytree(templates, scratch / templates.name)
     if is_reward_model(network):
         _set_pad_token(scratch)
-        file = scratch / "config.json"
-        config = json.loads(file.read_text()) | {SCORED_AT_END: True}
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if ModelConfig(init.folder).output != "score":  # what it began as says where else it is scored
+            file = scratch / "config.json"
+            config = json.loads(file.read_text()) | {SCORED_AT_END: True}
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _set_pad_token(folder: Path) -> None:

@@ -21,17 +21,12 @@ IdRow = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class RewardModelReader:
-    """Tokenizer of a reward model, which reads a prompt and a response as the ids that it was trained on.
+    """Tokenizer of a reward model, which reads a prompt and a response as the ids that it was trained on."""
 
-    after_end: it reads what its template writes behind the last turn, too; without it, as its config says.
-    """
-
-    def __init__(self, model: Model, after_end: bool | None = None) -> None:
+    def __init__(self, model: Model) -> None:
         self.tokenizer = Tokenizer(model)
         self.context = context_length(model.folder)
-        if after_end is None:
-            after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
-        self.reads_after_end = after_end
+        self.reads_after_end = not ModelConfig(model.folder).content.get(SCORED_AT_END, False)
         self._plain_text = lru_cache(1)(self._text_of_same_ids)  # responses to a prompt follow each other
 
     def read(self, context: str, response: Response) -> IdRow:

@@ -52,8 +52,9 @@ def ranker_examples(
     which in a model that has never answered with A or B starts at some 10 nats.
 
     A reward model reads the prompt with each response as its own template renders them, and the objective `sigmoid` on
-    its scores is Bradley-Terry's (arXiv:2203.02155, equation 1). What both begin with is the prompt of the group. It is
-    trained to score the end of the response, where Winnow reads the score of a model that it has trained.
+    its scores is Bradley-Terry's (arXiv:2203.02155, equation 1). What both begin with is the prompt of the group. The
+    score is trained where the ranker `pointwise` reads it: at the end of the last turn, or behind what the template
+    writes after that.
     """
     if ModelConfig(tokenizer.folder).output == "score":
         return pa.Table.from_pylist(_score_groups(prompts, candidates, pairs, tokenizer, split, ctx), schema=EXAMPLES)
@@ -102,7 +103,7 @@ def _score_groups(
     """Return a group per pair for a reward model, whose responses are the ids in which the two conversations differ."""
     from stages.ranking.pointwise import RewardModelReader
 
-    reader = ctx.open_once(RewardModelReader, tokenizer, False)
+    reader = ctx.open_once(RewardModelReader, tokenizer)
     prompt_rows = {row["prompt_id"]: row for row in prompts.to_pylist() if row["split"] == split}
     candidate_rows = {row["candidate_id"]: row for row in candidates.to_pylist()}
     groups: list[Row] = []

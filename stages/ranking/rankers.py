@@ -163,8 +163,8 @@ def pointwise(
     Its score is the reward, the difference of two scores the logit. It reads the ids that the policy read and drew if
     its own tokenizer and chat template give the prompt the same ids. Else it reads the ids of `apply_chat_template` of
     the whole conversation, the response as its last message; without a template, those of the texts. A model that
-    Winnow trained is scored at the end of the last turn, any other behind all that its template writes after that, and
-    a response that was cut at max_tokens at its last token. `compile_layers` is that of `pairwise`.
+    `reward_head` made of a policy is scored at the end of the last turn, any other behind all that its template writes
+    after that, and a response that was cut at max_tokens at its last token. `compile_layers` is that of `pairwise`.
     """
     from stages.ranking.pointwise import PointwiseRanker
 

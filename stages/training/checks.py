@@ -7,7 +7,14 @@ from typing import Any
 from pipeline import Bound, InputStep
 from schemas import WinnowWarning
 from stages.data.chat_templates import planned_chat_templates
-from stages.model_config import id_problems, input_problems, planned_config, planned_context, planned_output
+from stages.model_config import (
+    SCORED_AT_END,
+    id_problems,
+    input_problems,
+    planned_config,
+    planned_context,
+    planned_output,
+)
 from stages.options import split_problems
 from stages.ranking.rankers import ranker_for, reads_its_model
 from stages.sampling.engines.options import name_of
@@ -68,17 +75,22 @@ def missing_data(objective: Bound, nll_weight: float, present: dict[str, bool], 
 
 
 def _reading_problems(inputs: Mapping[str, InputStep], name: str) -> list[str]:
-    """Return why a reward model would be trained on other ids than it scores: a policy's, of another chat template."""
+    """Return why a reward model would be trained on other ids than it scores: a policy's, and it is somebody else's."""
     init, examples = inputs.get("init"), inputs.get(name)
     if init is None or examples is None or examples.stage != "examples" or planned_output(init) != "score":
         return []
     prompts = examples.inputs.get("prompts", InputStep(""))
     templates = [planned_chat_templates(step) for step in (init, prompts.inputs.get("tokenizer", InputStep("")))]
-    if None in templates or templates[0] == templates[1]:
+    while "init" in init.inputs:
+        init = init.inputs["init"]
+    config = planned_config(init) if init.stage == "model" else None  # else `reward_head` made it of a policy
+    is_foreign = config is not None and not config.content.get(SCORED_AT_END)
+    if not is_foreign and (None in templates or templates[0] == templates[1]):
         return []
     return [
-        f"{name}: `examples` has the ids of the policy, and the reward model reads responses by its own chat template; "
-        "read the pairs by a step of stage `ranker_examples` whose `tokenizer` is the reward model"
+        f"{name}: `examples` has the ids of the policy, and the reward model reads responses by its own chat template, "
+        "up to what that writes behind them; read the pairs by a step of stage `ranker_examples` whose `tokenizer` is "
+        "the reward model"
     ]
 
 

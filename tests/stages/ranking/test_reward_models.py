@@ -459,14 +459,14 @@ def test_a_reward_model_answers_no_questions(fresh):
 
 
 def test_a_reward_model_with_a_tokenizer_of_its_own_is_trained_on_what_it_will_read(unmarked, ctx, tmp_path):
-    """Pairs in its own template, up to the end of the turn, prompt and response; training makes it prefer the chosen.
+    """Pairs in its own template, up to what that writes behind the last turn, which is where it is scored.
 
-    The ids of the policy would be other tokens in it, and the labels of a pairwise ranker no responses.
+    So training begins with the loss of its own scores. The ids of the policy would be other tokens in it, and the
+    labels of a pairwise ranker no responses.
     """
     policy = write_chat_model("qwen2", unmarked, tmp_path / "policy")
-    model = write_chat_model("llama", unmarked, tmp_path / "reward", score=True)
-    system = {"role": "system", "content": "Be kind."}
-    asked: list[Any] = [[system, {"role": "user", "content": f"What is the time in hall {n}?"}] for n in range(24)]
+    model = write_chat_model("gemma", unmarked, tmp_path / "reward", score=True)
+    asked: list[Any] = [[{"role": "user", "content": f"What is the time in hall {n}?"}] for n in range(24)]
     data: list[dict[str, Any]] = [
         {"prompt": chat, "chosen": f"It is {n}, dear.", "rejected": f"{n}!"} for n, chat in enumerate(asked)
     ]
@@ -475,8 +475,9 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_trained_on_what_it_will_r
     examples = ranker_examples(prompts, candidates, pairs, model, ctx)
 
     tokenizer = Tokenizer(model)
+    assert tokenizer.after_end  # a line end
     expected = {
-        tuple(tokenizer.conversation_ids(Conversation(row["prompt"]), row[side])): side
+        tuple(tokenizer.conversation_ids(Conversation(row["prompt"]), row[side], after_end=True)): side
         for row in data
         for side in ("chosen", "rejected")
     }
@@ -485,13 +486,17 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_trained_on_what_it_will_r
         (pair,) = group["pairs"]
         assert (pair["chosen"], pair["rejected"]) == (0, 1)
         sides += [expected[(*group["prompt_ids"], *response["token_ids"])] for response in group["responses"]]
-        assert not {*tokenizer.stop} & {group["prompt_ids"][-1]}
     assert sides == ["chosen", "rejected"] * len(data)
 
-    trained, *_ = optimize(
-        model, conform(examples, EXAMPLES), ctx, objective="sigmoid", learning_rate=1e-2, epochs=4, batch_size=8,
+    def margins(scorer: Model) -> torch.Tensor:
+        rewards = reward(prompts, candidates, ctx, scorer, by="pointwise").to_pylist()
+        score = {row["candidate_id"]: row["reward"] for row in rewards}
+        return torch.tensor([score[pair["chosen_id"]] - score[pair["rejected_id"]] for pair in pairs.to_pylist()])
+
+    trained, _, metrics, *_ = optimize(
+        model, conform(examples, EXAMPLES), ctx, objective="sigmoid", learning_rate=1e-2, epochs=12, batch_size=24,
+        lr_scheduler_type="constant",
     )  # fmt: skip
-    rewards = reward(prompts, candidates, ctx, trained, by="pointwise").to_pylist()
-    score = {row["candidate_id"]: row["reward"] for row in rewards}
-    preferred = [score[pair["chosen_id"]] > score[pair["rejected_id"]] for pair in pairs.to_pylist()]
-    assert sum(preferred) > 0.9 * len(preferred)
+    first = next(row["value"] for row in metrics.to_pylist() if (row["step"], row["metric"]) == (1, "loss"))
+    assert first == pytest.approx(-logsigmoid(margins(model)).mean().item(), abs=1e-4)
+    assert (margins(trained) > 0).float().mean() > 0.9
