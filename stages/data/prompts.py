@@ -195,7 +195,7 @@ def prompts(
     of `prompt`, as in data for SFT (`messages`), what is left out is the demonstration. Of a prompt that it renders
     differently once an answer follows, the ids are those that ask for one: a response that is drawn follows them, a
     demonstration would not, and is rejected. A demonstration that cannot be kept is rejected, because cutting it would
-    remove its end; its prompt stays.
+    remove its end, and so is one that is missing; its prompt stays.
     """
     source = DataSource(path, dataset, revision, subset, dataset_split)
     data = DataTables(
@@ -211,6 +211,7 @@ def prompts(
 
     # Rows as columns, some thousand at a time: as Python's own objects they would take five times the memory.
     tables, rows, seen = [PROMPTS.empty_table()], list[Row](), set[str]()
+    undemonstrated: dict[str, Row] = {}  # by id of a prompt whose demonstration was rejected
     for location, source_row, pair in results:
         try:
             # The row's texts, in the format of its file.
@@ -222,12 +223,6 @@ def prompts(
                 content, plain = pair.prompt, pair.plain
             if prefill == "omit":
                 content = without_answer(content)
-            if not demonstration:
-                response = None
-            elif pair is not None:
-                response = pair.chosen
-            else:
-                response = _demonstration_of(source_row, demonstration, prompt, content)
 
             # Their ids, by the rules of the model's tokenizer.
             tools = pair.tools if pair and pair.tools else tools_of(source_row)
@@ -240,22 +235,30 @@ def prompts(
         if name in seen:
             ctx.reject("duplicate prompt", place=location, detail=row["text"], prompt=name)
             continue
-        if response is not None:
+        if demonstration:
+            text = None
             try:
+                response = pair.chosen if pair else _demonstration_of(source_row, demonstration, prompt, content)
+                text = readable_reply(response)
                 ids, mask, finish_reason = data.response_ids(conversation, row["token_ids"], response)
                 if mask is not None:
                     raise ValueError("demonstration of several turns, of which all would be imitated")
                 if finish_reason == "length":
                     raise ValueError("demonstration too long")
-                row |= {"demonstration": readable_reply(response), "demonstration_ids": ids}
+                row |= {"demonstration": text, "demonstration_ids": ids}
             except ValueError as error:
-                ctx.reject(str(error), place=location, detail=readable_reply(response), prompt=name)
+                detail = reject_detail(error, source_row) if text is None else text
+                ctx.reject(str(error), place=location, detail=detail, prompt=name)
+                undemonstrated.setdefault(name, row)  # unless a later row of this prompt has one that can be kept
+                continue
+            undemonstrated.pop(name, None)
         seen.add(name)
         rows.append(row)
         if len(rows) == ROWS_AT_ONCE:
             tables.append(pa.Table.from_pylist(rows, PROMPTS))
             rows.clear()
-    tables.append(pa.Table.from_pylist(rows, PROMPTS))
+    tables.append(pa.Table.from_pylist([*rows, *undemonstrated.values()], PROMPTS))
+    seen |= undemonstrated.keys()
     if changed := len(seen & data.changed):
         message = (
             f"{CHANGED}, for {changed} of {len(seen)} prompts: their ids are those that ask for an answer, after which "

@@ -178,6 +178,8 @@ def without_answer(prompt: Prompt) -> Prompt:
         return prompt
     if len(prompt) == 1:
         raise ValueError("no turn before that of the assistant")
+    if prompt[-2]["role"] == "assistant":
+        raise ValueError("two turns of the assistant follow each other")
     return as_prompt(prompt[:-1])
 
 

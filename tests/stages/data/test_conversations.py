@@ -212,8 +212,16 @@ def test_the_last_answer_of_data_for_sft_is_left_out_or_is_the_demonstration(tin
         assert table.select(columns) == expected.select(columns)
         assert set(table["demonstration"].to_pylist()) == {demonstration and "It is noon."}
     assert [reason for _, reason in reasons(ctx)] == ["no turn before that of the assistant"] * 2
-    assert prompts(tiny, ctx, path=jsonl(tmp_path, [{"messages": chats[0]}, {"messages": bare[1]}], "m.jsonl"),
-                   prompt="messages", prefill="omit") == expected  # fmt: skip
+    file = jsonl(
+        tmp_path, [{"messages": chats[0]}, {"messages": bare[1]}, {"messages": [USER, answer, answer]}], "m.jsonl"
+    )
+    table = prompts(tiny, ctx, path=file, prompt="messages", prefill="omit", demonstration="messages")
+    assert table.select(columns) == expected.select(columns)
+    assert sorted(table["demonstration"].to_pylist(), key=str) == ["It is noon.", None]
+    last = ctx.rejects.to_pylist()[-2:]
+    facts = ["does not end with an assistant turn, which", "two turns of the assistant follow each other"]
+    assert all(fact in row["reason"] for fact, row in zip(facts, last, strict=True))
+    assert all(USER["content"] in row["detail"] for row in last), "the whole row is shown"
 
 
 def test_responses_that_are_too_long_are_rejected_unless_they_are_to_be_cut(tiny, ctx, tmp_path):

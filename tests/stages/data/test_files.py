@@ -285,23 +285,30 @@ def test_a_response_ends_with_eos_once(tokenizers):
 
 
 def test_a_demonstration_is_complete_with_its_eos_or_rejected(tiny, ctx, tmp_path):
-    """n tokens, with EOS, fit max_tokens = n and not n - 1; cut, its missing end would be learnt. The prompt stays."""
+    """n tokens, with EOS, fit max_tokens = n and not n - 1; cut, its missing end would be learnt.
+
+    The prompt stays, with the demonstration of a later row if there is one that can be kept.
+    """
     text = "Yes" + " boat" * 20
     rows = [
         {"prompt": "a", "d": "Yes."},
         {"prompt": "b", "d": ""},
         {"prompt": "c", "d": text},
         {"prompt": "c", "d": text},
+        {"prompt": "e", "d": ""},
+        {"prompt": "e", "d": "Yes."},
     ]
     path, ids = jsonl(tmp_path, rows), Tokenizer(tiny).response_ids("c", text)
     assert ids.count(ids[-1]) == 1
     assert ids[-1] == Tokenizer(tiny).inner.eos_token_id
     for limit, expected in ((len(ids), ids), (len(ids) - 1, None)):
         table = prompts(tiny, ctx, path=path, demonstration="d", max_tokens=limit).to_pylist()
-        assert {row["text"]: row["demonstration"] for row in table} == {"a": "Yes.", "c": expected and text}
+        found = {row["text"]: row["demonstration"] for row in table}
+        assert found == {"a": "Yes.", "b": None, "c": expected and text, "e": "Yes."}
         assert [row["demonstration_ids"] for row in table if row["text"] == "c"] == [expected]
-    empty, duplicate = ("in.jsonl:2", "empty d"), ("in.jsonl:4", "duplicate prompt")
-    assert reasons(ctx) == [empty, duplicate, empty, ("in.jsonl:3", "demonstration too long"), duplicate]
+    empty, also_empty = ("in.jsonl:2", "empty d"), ("in.jsonl:5", "empty d")
+    too_long = [(f"in.jsonl:{n}", "demonstration too long") for n in (3, 4)]
+    assert reasons(ctx) == [empty, ("in.jsonl:4", "duplicate prompt"), also_empty, empty, *too_long, also_empty]
 
 
 # Preferences and own candidates
