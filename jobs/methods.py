@@ -426,6 +426,38 @@ def rankers_statement(catalog: Catalog, methods: list[Method]) -> list[str]:
     return [f"proxy figures are by different rankers, and only those by one can be compared: {'; '.join(listed)}"]
 
 
+def baselines_statement(catalog: Catalog, methods: list[Method]) -> list[str]:
+    """Return a line if win rates of a leaderboard are against different policies: they stand in one column.
+
+    Policies that were trained with different seeds are one. A run that was compared with the target texts is another.
+    """
+    manifests = {manifest["key"]: manifest for manifest in catalog.manifests}
+    method_by_key = method_keys(catalog.manifests)
+    row_by_run = {run: method.name for method in methods for run in method.runs}
+    groups: dict[str, tuple[str, str, dict[str, None]]] = {}  # a policy's name, the key of its model, rows of the board
+    for row in query(catalog, EVALUATED).to_pylist():
+        draws = manifests.get(manifests[row["key"]]["identity"]["inputs"].get("baseline"))
+        if draws is None:
+            continue
+        key = draws["identity"]["inputs"].get("policy")
+        model = manifests.get(key)
+        identity, name = draws["stage"], f"the responses of stage {draws['stage']}"
+        if model:
+            identity = method_by_key[key] if model["identity"]["inputs"] else model["model"]
+            steps = (step for step, link in catalog.runs[row["run_name"]].items() if link["key"] == key)
+            name = str((model.get("sources") or {}).get("path") or next(steps, key))
+        _, _, board_rows = groups.setdefault(identity, (name, key or "", {}))
+        board_rows[row_by_run.get(row["run"], row["run"])] = None
+    if len(groups) < 2:
+        return []
+    names = [name for name, _, _ in groups.values()]
+    listed = [
+        f"{_first_names([*board_rows])} against {name}{f' ({key[:12]})' if names.count(name) > 1 else ''}"
+        for name, key, board_rows in groups.values()
+    ]
+    return [f"win rates are against different policies, so that no order follows: {'; '.join(listed)}"]
+
+
 def _first_names(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
@@ -442,7 +474,7 @@ def make_leaderboard(catalog: Catalog) -> tuple[pa.Table, list[str]]:
     of_methods = {run for method in methods for run in method.runs}
     single = [row["run"] for row in rows if row["run"] not in of_methods]
     lines = comparison_statement(methods, single) + names_statement(catalog)
-    lines += prompts_statement(catalog) + rankers_statement(catalog, methods)
+    lines += prompts_statement(catalog) + baselines_statement(catalog, methods) + rankers_statement(catalog, methods)
     if not methods:
         return table, lines
     by_run = {row["run"]: row for row in rows}

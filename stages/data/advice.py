@@ -42,6 +42,9 @@ OPTIONS = {
 }
 
 
+MAY_BE_UNSET = ("demonstration", "system", "input")  # options that name a column, and need not
+
+
 def require_columns(
     names: Sequence[str],
     columns: Sequence[str],
@@ -59,6 +62,10 @@ def require_columns(
     lacking = ", ".join(f"{name!r}" + (f" (option `{options[name]}`)" if name in options else "") for name in missing)
     existing = ", ".join(map(repr, names))
     problem = f"{file}: no column {lacking}; it has {existing}"
+    if unneeded := [f"`{name}: null`" for column in missing if (name := options.get(column, "")) in MAY_BE_UNSET]:
+        problem += (
+            f"; set {', '.join(unneeded)} for a file without it"  # a step may have it from the one that it is like
+        )
     for signature, description in NOT_PAIRS:
         if signature <= set(names):
             raise WinnowError(f"{problem}. This is {description}")

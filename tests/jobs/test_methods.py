@@ -302,6 +302,25 @@ def test_runs_whose_proxy_is_another_ranker_are_named(tmp_path: Path):
     assert not any("ranker" in line for line in make_leaderboard(open_catalog(store, ["r0", "r1", "unknown"]))[1])
 
 
+def test_runs_whose_wins_are_against_another_policy_are_named(tmp_path: Path):
+    """Draws of one policy, or of two that differ in a seed, are one opponent; what a plan does not know is none."""
+    store = Store(tmp_path / "store")
+    put(store, "model", "90", [], identity={"version": 1, "options": {}, "inputs": {}}, sources={"path": "/models/sft"})
+    for seed in range(2):
+        trained = {"version": 1, "options": {"seed": seed}, "inputs": {"i": "x"}}
+        put(store, "optimize", f"9{seed + 1}", [], identity=trained)
+    for n, policy in enumerate(("90", "90", "91", "92")):
+        drawing = {"version": 1, "options": {"n": n}, "inputs": {"policy": policy}}
+        put(store, "sample", f"7{n}", [], identity=drawing)
+        evaluated(store, f"r{n}", f"{n}", [0.5, 0.5], baseline=f"7{n}", x=n)
+        links = {name: tuple(step.values()) for name, step in store.run(f"r{n}").items()}
+        link(store, f"r{n}", **links, sft=("model" if policy == "90" else "optimize", policy))
+    evaluated(store, "unknown", "9", [0.5, 0.5], x=9)
+    (line,) = (line for line in make_leaderboard(open_catalog(store))[1] if "against" in line)
+    assert line.endswith("no order follows: r0, r1 against /models/sft; r2, r3 against sft")
+    assert not any("against" in line for line in make_leaderboard(open_catalog(store, ["r0", "r1", "unknown"]))[1])
+
+
 def test_a_method_is_named_as_its_runs_are_without_their_seeds(tmp_path: Path):
     """In brackets of --set too, after the round; where two methods have one name, its first run is added."""
     store = Store(tmp_path / "store")

@@ -611,3 +611,16 @@ def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused_by_the_pl
     ]:
         with pytest.raises(WinnowError, match=facts):
             plan_of(data_dir, *sets)
+
+
+def test_a_column_that_a_step_need_not_have_is_unset(tmp_path):
+    """A held-out file is read as the prompts are, and may have no demonstrations."""
+    path = DataPath(str(jsonl(tmp_path, [{"prompt": "Hi"}])))
+    options = {"path": path, "dataset": None, "revision": None, "subset": None, "dataset_split": "train"}
+    options |= {"prompt": "prompt", "demonstration": "answer"}
+    (problem,) = check_source(options, ["prompt", "answer"])
+    assert (
+        "no column 'answer' (option `demonstration`); it has 'prompt'; set `demonstration: null` for a file" in problem
+    )
+    (problem,) = check_source(options | {"prompt": "question"}, ["question"])
+    assert "null" not in problem
