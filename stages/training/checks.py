@@ -6,7 +6,6 @@ from typing import Any
 
 from pipeline import Bound, InputStep
 from schemas import WinnowWarning
-from stages.data.chat_templates import planned_chat_templates
 from stages.model_config import (
     SCORED_AT_END,
     id_problems,
@@ -79,6 +78,8 @@ def _reading_problems(inputs: Mapping[str, InputStep], name: str) -> list[str]:
     init, examples = inputs.get("init"), inputs.get(name)
     if init is None or examples is None or examples.stage != "examples" or planned_output(init) != "score":
         return []
+    from stages.data.chat_templates import planned_chat_templates  # jinja2, which training itself does without
+
     prompts = examples.inputs.get("prompts", InputStep(""))
     templates = [planned_chat_templates(step) for step in (init, prompts.inputs.get("tokenizer", InputStep("")))]
     while "init" in init.inputs:

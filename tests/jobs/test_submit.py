@@ -450,6 +450,7 @@ def token(head, monkeypatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
 
 
+@pytest.mark.filterwarnings("ignore:.*path. 1 of the first 120 responses of .* will be rejected")  # by the plan
 def test_refusals_of_a_real_head(head, winnow, monkeypatch):
     """A token that is missing or wrong, a port of Ray that is not the dashboard's, a profile that does not fit."""
     # In a process of its own: Ray keeps the token of a cluster that another test has started in this one.
@@ -502,6 +503,7 @@ def check_tables_of_a_run_in_process(words: list[str | Path], folder: Path) -> N
     assert [*Store(folder / "store").runs()] == [plan.name]
 
 
+@pytest.mark.filterwarnings("ignore:.*path. 1 of the first 120 responses of .* will be rejected")  # by the plan
 def test_a_submitted_job_has_the_bytes_of_a_run_in_process(head, token, winnow, words, tmp_path):
     """`submit` prints how to follow it, and `logs` follows it to its end."""
     address = ["--address", head.url]

@@ -91,6 +91,7 @@ def test_trace_shows_each_stage_of_a_prompt(store, winnow):
         assert title in text
 
 
+@pytest.mark.filterwarnings("ignore:.*path. 1 of the first 120 responses of .* will be rejected")  # by the plan
 def test_candidates_of_another_system_enter_at_select(tmp_path, winnow):
     """The README's command: 120 rows, of which an empty response, p = 0, p = 1 and p = null are rejected."""
     code, text = winnow("run", "own_candidates", "--store", tmp_path, "--config", DATA / "untrained.yaml")
@@ -102,6 +103,7 @@ def test_candidates_of_another_system_enter_at_select(tmp_path, winnow):
     assert manifests["optimize"]["model"]
 
 
+@pytest.mark.filterwarnings("ignore:.*path. 1 of the first 120 responses of .* will be rejected")  # by the plan
 def test_completions_without_scores_are_scored_and_trained_on(tmp_path, winnow):
     """By the ranker, from a file to the evaluation on its held-out prompts; exported pairs have these rewards."""
     candidates = f"{{path: {DATA / 'candidates.jsonl'}, probability: null, max_tokens: 512}}"

@@ -188,7 +188,7 @@ def test_the_content_of_data_files_is_part_of_a_key_and_their_path_is_not(data_d
     before = keys_of(plan_of("rso", data_dir))
     assert keys_of(plan_of("rso", moved)) == before
     with (moved / "prompts.jsonl").open("a") as file:
-        file.write('{"prompt": "One more."}\n')
+        file.write('{"prompt": "One more.", "demonstration": "Yes."}\n')
     after = keys_of(plan_of("rso", moved))
     assert after["prompts"] != before["prompts"]
     assert after["sample"] != before["sample"]
