@@ -1,12 +1,12 @@
 """First rows of a local file, read when a plan is made: what its options and the tokenizer will do with them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from pipeline import Bound, InputStep
+from pipeline import Bound, DataPath, InputStep
 from schemas import WinnowError, WinnowWarning
 from stages.data.chat_templates import TOOL_NAME, changes_with_answer, planned_chat_templates, rendered_probes
 from stages.data.files import DataSource
@@ -40,6 +40,7 @@ DRAWN = (
 OTHER_TEMPLATE = (
     "set `chat_template` of the tokenizer's step of stage `model` to one that does, or leave these rows out"
 )
+COLUMN_OPTIONS = ("prompt", "system", "input", "demonstration", "response", "reward", "probability")  # without a reader
 READ_PROMPTS = ("prompts", "preferences", "own_candidates")  # stages whose prompts are read here
 
 
@@ -67,10 +68,9 @@ def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
         return []
     parts = {name: options.get(name) or None for name in ("prompt", "system", "input")}  # columns of a prompt's parts
     keep = options.get("keep") or []
-    columns = [*parts.values(), *keep] if reader is None else [*columns_of(reader), *optional_columns_of(reader)]
     system_prompt, omit = options.get("system_prompt") or None, options.get("prefill") == "omit"
     prompts: list[FirstPrompt] = []
-    for location, row in _first_rows(options, columns):
+    for location, row in _first_rows(options):
         if isinstance(row, ValueError):
             prompts.append(FirstPrompt(location, row))
             continue
@@ -104,13 +104,31 @@ def _first_prompts(options: Mapping[str, Any]) -> list[FirstPrompt]:
     return prompts
 
 
-def _first_rows(options: Mapping[str, Any], columns: Iterable[str | None]) -> list[tuple[str, Row | ValueError]]:
-    """Return (location, row) of a local file, with those of the columns that exist, or the reason why it is no row."""
-    source = DataSource(options["path"], None, None, options["subset"], options["dataset_split"])
+def _first_rows(options: Mapping[str, Any]) -> Sequence[tuple[str, Row | ValueError]]:
+    """Return (location, row) of a local file, with all columns that the step reads, or the reason why it is no row.
+
+    What a row holds is not to be changed: it is read once for all that is asked about a file.
+    """
+    reader = options.get("reader")
+    if reader is None:
+        columns = [options.get(name) for name in COLUMN_OPTIONS] + list(options.get("keep") or [])
+    else:
+        columns = [*columns_of(reader), *optional_columns_of(reader)]
+    path = options["path"]
+    named = tuple(dict.fromkeys(name for name in columns if name))
     try:
-        return source.head([name for name in columns if name], ROWS)
+        states = tuple(sorted(path.states().items()))
+        return _rows_of_file(str(path), options["subset"], options["dataset_split"], named, states)
     except (WinnowError, OSError):  # which the step's own check reports
         return []
+
+
+@lru_cache(maxsize=4)
+def _rows_of_file(
+    path: str, subset: str | None, split: str, columns: tuple[str, ...], states: tuple[Any, ...]
+) -> list[tuple[str, Row | ValueError]]:
+    """Return the first rows of a file in these states: content that changes is read again."""
+    return DataSource(DataPath(path), None, None, subset, split).head(columns, ROWS)
 
 
 def template_error(template: str, roles: tuple[str, ...], *, has_tools: bool) -> ValueError | None:
@@ -220,7 +238,6 @@ def prompt_problems(options: Mapping[str, Any], inputs: Mapping[str, InputStep],
 
 def response_problems(
     options: Mapping[str, Any],
-    columns: Iterable[str | None],
     read: Callable[[Iterator[tuple[str, Row]]], Iterable[tuple[str, ValueError | None]]],
     *,
     called: str,
@@ -232,7 +249,7 @@ def response_problems(
     """
     if options.get("path") is None:
         return []
-    rows = ((location, row) for location, row in _first_rows(options, columns) if not isinstance(row, ValueError))
+    rows = ((location, row) for location, row in _first_rows(options) if not isinstance(row, ValueError))
     with warnings.catch_warnings():  # told once for all rows, by `prompt_problems`
         warnings.simplefilter("ignore", WinnowWarning)
         try:
@@ -272,7 +289,7 @@ def pair_problems(options: Mapping[str, Any], *, compared: bool = True) -> list[
                     is_equal = compared and pair.chosen == pair.rejected
                     yield location, ValueError(IDENTICAL) if is_equal else None
 
-    return response_problems(options, [*columns_of(reader), *optional_columns_of(reader)], read, called="pairs")
+    return response_problems(options, read, called="pairs")
 
 
 def _roles_of(conversation: Conversation) -> tuple[str, ...]:

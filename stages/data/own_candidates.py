@@ -41,7 +41,6 @@ def _response_problems(options: Mapping[str, Any]) -> list[str]:
     """Return why all responses of a file would be rejected, by its first rows. Warn if only some of them would be."""
     reader: Bound | None = options["reader"]
     names = {name: options[name] for name in ("prompt", "response", "reward", "probability", "system", "input")}
-    columns = [*names.values()] if reader is None else [*columns_of(reader), *optional_columns_of(reader)]
     column = options["reward"] or options["probability"] or ""
 
     def read(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, ValueError | None]]:
@@ -58,7 +57,7 @@ def _response_problems(options: Mapping[str, Any]) -> list[str]:
                 error = reason
             yield location, error
 
-    return response_problems(options, columns, read, called="responses")
+    return response_problems(options, read, called="responses")
 
 
 def _omitted_tables(options: Mapping[str, Any]) -> dict[str, str]:

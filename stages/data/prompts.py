@@ -93,8 +93,7 @@ def _demonstration_problems(options: Mapping[str, Any]) -> list[str]:
             else:
                 yield location, None
 
-    columns = [prompt, demonstration, options["system"], options["input"]]
-    return response_problems(options, columns, read, called="demonstrations")
+    return response_problems(options, read, called="demonstrations")
 
 
 def _demonstration_of(row: Row, demonstration: str, prompt: str, content: Prompt) -> Reply:
