@@ -403,7 +403,7 @@ def test_ids_of_another_tokenizer_are_refused_when_the_plan_is_made(tiny, data_d
 
 
 def test_a_reward_model_is_not_trained_on_the_policys_reading_of_pairs(unmarked, data_dir, tmp_path):
-    """Where its own template reads them otherwise; stage `ranker_examples` reads them by that."""
+    """Refuse it where its own template reads them otherwise; stage `ranker_examples` reads them by that."""
     policy = write_chat_model("qwen2", unmarked, tmp_path / "policy")
     scorer = write_chat_model("llama", unmarked, tmp_path / "scorer", score=True)
     of_policy = {"prompts": "preferences", "candidates": "preferences", "pairs": "preferences"}
