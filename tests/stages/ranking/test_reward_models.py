@@ -500,3 +500,4 @@ def test_a_reward_model_with_a_tokenizer_of_its_own_is_trained_on_what_it_will_r
     first = next(row["value"] for row in metrics.to_pylist() if (row["step"], row["metric"]) == (1, "loss"))
     assert first == pytest.approx(-logsigmoid(margins(model)).mean().item(), abs=1e-4)
     assert (margins(trained) > 0).float().mean() > 0.9
+    assert SCORED_AT_END not in json.loads((trained.folder / "config.json").read_text()), "it is scored where it was"
